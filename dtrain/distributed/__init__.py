@@ -1,0 +1,1 @@
+"""Ranks, their devices and the few collectives that dtrain itself calls."""

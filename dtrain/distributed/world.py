@@ -1,0 +1,89 @@
+"""Who we are among the ranks, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # ranks on this node
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64; every rank gets the same."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(v) for v in total]
+
+    def share_text(self, text: str) -> str:
+        """The first rank's `text`, on every rank."""
+        data = text.encode()
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        dist.broadcast(length, 0)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
+        if self.is_first:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(buffer, 0)
+        return bytes(buffer.tolist()).decode()
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.sum([0.0])
+
+
+def start_world(device: str) -> World:
+    """Join the process group that the launcher describes in the environment; alone without one.
+
+    Args:
+        device: "auto", "cpu" or "cuda" (recipe key `device`).
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(place)
+    if "RANK" not in os.environ:
+        os.environ.update(_alone())
+    # gloo carries the CPU tensors of `World`; NCCL carries those of the model.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=place if use_gpu else None,
+    )
+    size = dist.get_world_size()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(dist.get_rank(), size, local_rank, local_size, place)
+
+
+def end_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -1,0 +1,1 @@
+"""Who holds the model: ddp, fsdp2 and DeepSpeed's ZeRO behind one protocol."""

@@ -1,0 +1,139 @@
+"""The protocol of an engine, and what all of them share.
+
+An engine owns the optimizer and the ranks' shares of what trains. Every engine averages the
+gradient over the ranks, so the loop hands it `ranks x` the loss it wants differentiated.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.checkpoints.pieces import Piece
+from dtrain.config.schema import Recipe, Stage
+from dtrain.distributed.world import World
+
+ADAM_KINDS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(ABC):
+    """A model that trains on all ranks.
+
+    Attributes:
+        model: what is called for a forward pass.
+        bare: the same model without the engine's wrapping, for names and settings.
+        owns_pieces: whether this rank's pieces go into a checkpoint (False for replicas).
+    """
+
+    model: nn.Module
+    bare: nn.Module
+    owns_pieces: bool = True
+
+    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        self.bare, self.recipe, self.stage, self.world = bare, recipe, stage, world
+        self.updates = 0  # optimizer steps taken, without the skipped ones
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of a micro-batch; `last` of this optimizer step."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Clip and update; a non-finite gradient norm skips the update and forgets the gradient.
+
+        Returns:
+            The global gradient norm before clipping; NaN or infinite if the update was skipped.
+        """
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's range of every parameter that trains, with its optimizer state (views)."""
+
+    @abstractmethod
+    def set_updates(self, updates: int) -> None:
+        """Set the optimizer's step counter (Adam's bias correction) after a restore."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of what trains."""
+        return [(n, p) for n, p in self.bare.named_parameters() if p.requires_grad]
+
+
+class TorchEngine(Engine):
+    """What ddp and fsdp2 share: torch's optimizer, clipping and per-parameter state."""
+
+    optimizer: torch.optim.Optimizer
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        parameters = [p for _, p in self.trainable()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.train.clip_norm)
+        value = float(_whole(norm))
+        if isfinite(value):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+            self.updates += 1
+        self.optimizer.zero_grad()
+        return value
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.trainable():
+            state = adam_state(self.optimizer, parameter)
+            views = {"weight": parameter.data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            start, stop = self.flat_range(parameter)
+            tensors = {kind: _local(view).reshape(-1) for kind, view in views.items()}
+            yield Piece(name, tuple(parameter.shape), start, stop, tensors)
+
+    def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """This rank's range of the flattened parameter."""
+        return 0, parameter.numel()
+
+    def set_updates(self, updates: int) -> None:
+        self.updates = updates
+        for _, parameter in self.trainable():
+            adam_state(self.optimizer, parameter)["step"].fill_(updates)
+
+
+def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over what trains; weight decay on matrices only."""
+    train = stage.train
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=train.learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """Adam's state of a parameter, made as torch makes it at its first step if it is not there."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        for kind in ADAM_KINDS:
+            state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,26 @@
+"""From the recipe's `engine.kind` to an engine."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from dtrain.config.schema import Recipe, Stage
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+
+# By name, so that a run under ddp does not pay for importing DeepSpeed.
+ENGINES = {
+    "ddp": ("dtrain.engines.ddp", "Ddp"),
+    "fsdp2": ("dtrain.engines.fsdp2", "Fsdp2"),
+    "zero2": ("dtrain.engines.deepspeed", "Zero2"),
+    "zero3": ("dtrain.engines.deepspeed", "Zero3"),
+}
+
+
+def build_engine(model: nn.Module, recipe: Recipe, stage: Stage, world: World) -> Engine:
+    """Wrap `model` in the engine that the resolved recipe names."""
+    module, name = ENGINES[recipe.engine.kind]
+    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world)
+    return engine

@@ -1,0 +1,30 @@
+"""ddp: every rank holds the whole model; gradients are averaged in one all-reduce."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.config.schema import Recipe, Stage
+from dtrain.distributed.world import World
+from dtrain.engines.base import TorchEngine, build_optimizer
+
+
+class Ddp(TorchEngine):
+    """torch's DistributedDataParallel."""
+
+    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        super().__init__(bare, recipe, stage, world)
+        self.owns_pieces = world.is_first
+        self.optimizer = build_optimizer(bare, stage)
+        # Every rank loaded the same base and drew the same adapter: nothing to broadcast.
+        self.model = DistributedDataParallel(
+            bare, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        assert self.model.process_group.size() == world.size
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        with nullcontext() if last else self.model.no_sync():
+            loss.backward()

@@ -1,0 +1,148 @@
+"""zero2 and zero3: DeepSpeed's ZeRO (arXiv:1910.02054), configured by a file of ds_configs/."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dtrain.checkpoints.pieces import Piece
+from dtrain.config.checks import accumulation
+from dtrain.config.schema import Recipe, Stage
+from dtrain.distributed.world import World
+from dtrain.engines.base import (
+    ADAM_KINDS,
+    Engine,
+    adam_state,
+    build_optimizer,
+    set_learning_rate,
+)
+from dtrain.launching.ds import load_ds_config
+
+
+class Zero(Engine):
+    """What both ZeRO stages share."""
+
+    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        super().__init__(bare, recipe, stage, world)
+        start_deepspeed(world)
+        settings = fill_ds_config(
+            load_ds_config(_own_file(recipe), self.kind, recipe.engine.offload),
+            recipe,
+            stage,
+            world,
+            dtype=next(bare.parameters()).dtype,
+        )
+        self.model, *_ = deepspeed.initialize(
+            model=bare, optimizer=build_optimizer(bare, stage), config=settings
+        )
+        assert self.model.zero_optimization_stage() == self.stage_number
+        assert self.model.dp_world_size == world.size
+        self.zero = self.model.optimizer
+
+    kind: str
+    stage_number: int
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.model.optimizer, learning_rate)
+        self.model.step()
+        if self.zero.overflow:  # DeepSpeed's word for a non-finite norm: it skipped the update
+            return float("inf")
+        self.updates += 1
+        return float(self.model.get_global_grad_norm())
+
+    def set_updates(self, updates: int) -> None:
+        self.updates = updates
+        for flat in self.flat_masters():
+            adam_state(self.zero.optimizer, flat)["step"].fill_(updates)
+
+    def flat_masters(self) -> list[Tensor]:
+        """The float32 tensors that DeepSpeed's inner optimizer updates."""
+        raise AssertionError("each stage has its own")
+
+    def close(self) -> None:
+        self.model.destroy()
+
+
+class Zero2(Zero):
+    """Gradients and optimizer state partitioned as ranges of all parameters laid end to end."""
+
+    kind, stage_number = "zero2", 2
+
+    def flat_masters(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def pieces(self) -> Iterator[Piece]:
+        masters = self.flat_masters()
+        for name, parameter in self.trainable():
+            mapping = parameter._hp_mapping  # None where another rank holds all of it
+            if mapping is None:
+                continue
+            master = masters[mapping.param_group_index]
+            state = adam_state(self.zero.optimizer, master)
+            flat = {"weight": master.data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            held, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+            tensors = {k: v.narrow(0, held.start, held.numel) for k, v in flat.items()}
+            stop = whole.start + whole.numel
+            yield Piece(name, tuple(parameter.shape), whole.start, stop, tensors)
+
+
+class Zero3(Zero):
+    """Parameters partitioned too: each rank holds an equal range of every parameter."""
+
+    kind, stage_number = "zero3", 3
+
+    def flat_masters(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def pieces(self) -> Iterator[Piece]:
+        masters = self.flat_masters()
+        for name, parameter in self.trainable():
+            group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = min(self.world.rank * elements, parameter.ds_numel)
+            stop = min(start + elements, parameter.ds_numel)  # the last range is padded
+            state = adam_state(self.zero.optimizer, masters[group])
+            flat = {"weight": masters[group].data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
+            yield Piece(name, tuple(parameter.ds_shape), start, stop, tensors)
+
+
+def start_deepspeed(world: World) -> None:
+    """Let DeepSpeed use the process group that is there.
+
+    On a CPU its shared-memory collectives, a C++ extension compiled for a minute at the first
+    start, are left out: gloo carries everything, as on any CPU rank of another engine.
+    """
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def fill_ds_config(
+    settings: dict[str, Any], recipe: Recipe, stage: Stage, world: World, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Put the recipe's values where the file says "auto"."""
+    train = stage.train
+    micro = train.micro_batch_sequences
+    return settings | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation(
+            train.global_batch_sequences, world.size, micro
+        ),
+        "gradient_clipping": train.clip_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+    }
+
+
+def _own_file(recipe: Recipe) -> Path | None:
+    return Path(recipe.engine.config) if recipe.engine.config else None

@@ -1,0 +1,79 @@
+"""fsdp2: parameters sharded by torch's `fully_shard`, inside groups of `engine.shard` ranks.
+
+Between groups the model is replicated (hybrid sharding): only gradients of what trains travel
+there, so frozen weights never cross nodes with `shard: node`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.core.errors import UserError
+from dtrain.distributed.world import World
+from dtrain.engines.base import TorchEngine, build_optimizer
+
+
+class Fsdp2(TorchEngine):
+    """torch's fully_shard, one group of parameters a decoder layer."""
+
+    model: FSDPModule
+
+    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        super().__init__(bare, recipe, stage, world)
+        mesh = build_mesh(recipe.engine.shard, world)
+        for layer in decoder_layers(bare):
+            fully_shard(layer, mesh=mesh)
+        self.model = fully_shard(bare, mesh=mesh)
+        self.owns_pieces = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
+        # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
+        self.reduce_every_micro_batch = isinstance(stage.method, Full)
+        self.optimizer = build_optimizer(bare, stage)
+        unsharded = [n for n, p in bare.named_parameters() if not isinstance(p, DTensor)]
+        assert not unsharded, f"not sharded: {unsharded[:3]}"
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last or self.reduce_every_micro_batch)
+        loss.backward()
+
+    def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        assert isinstance(parameter, DTensor)
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        row_elements = parameter[0].numel() if parameter.dim() > 1 else 1
+        start = offset[0] * row_elements
+        return start, start + shape[0] * row_elements
+
+
+def build_mesh(shard: str | int, world: World) -> DeviceMesh:
+    """One dimension ("shard") over all ranks, or two ("replicate" x "shard").
+
+    Raises:
+        UserError: the ranks do not divide into groups of `shard`.
+    """
+    group = {"all": world.size, "node": world.local_size}.get(str(shard)) or int(shard)
+    if world.size % group:
+        divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise UserError(
+            f"{world.size} ranks do not divide into groups of {group}",
+            where="engine.shard",
+            fix=f"one of {divisors}",
+        )
+    kind = world.device.type
+    if group == world.size:
+        return init_device_mesh(kind, (group,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(kind, (world.size // group, group), mesh_dim_names=names)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers says must not be split, outermost first."""
+    names = {
+        name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
+    }
+    return [m for m in model.modules() if type(m).__name__ in names]
