@@ -1,0 +1,86 @@
+"""Making a sample once, whoever asks first."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import FolderLock, atomic_folder, write_json
+from dtrain.core.folders import SAMPLE_PREFIX, sample_folder
+from dtrain.core.log import say
+
+# name → (module with `make(folder)`, version of what it makes; a new version is made anew).
+# The modules are named, not imported: asking for a sample that lies there needs no torch.
+SAMPLES: dict[str, tuple[str, int]] = {
+    "smollm2-135m": ("smollm2", 1),
+    "tiny-llama": ("tiny_llama", 1),
+    "tiny-text": ("tiny_text", 1),
+    "python-docs": ("python_docs", 1),
+}
+STAMP = "sample.json"
+
+
+def ensure(name: str) -> Path:
+    """Make sample `name` if it is not there yet, and return its folder.
+
+    Any number of processes may call it at once: one makes the sample, the others wait.
+
+    Raises:
+        UserError: no such sample, or it cannot be made here (no registry, no disk space).
+    """
+    _check_known(name)
+    folder = sample_folder(name)
+    if _is_current(folder, name):
+        return folder
+    lock = FolderLock(folder.parent)
+    try:
+        if not lock.acquire():
+            say(f"waiting for {lock.holder()}, which makes samples in {folder.parent}")
+            lock.acquire(wait=True)
+        if not _is_current(folder, name):
+            _make(folder, name)
+    except OSError as error:
+        raise UserError(f"sample {name} cannot be made: {error}", where=str(folder.parent),
+                        fix="set DTRAIN_CACHE to a folder with room that you may write to") from error
+    finally:
+        lock.release()
+    return folder
+
+
+def _make(folder: Path, name: str) -> None:
+    module, version = SAMPLES[name]
+    say(f"making sample {name} in {folder}")
+    if folder.exists():
+        _discard(folder)
+    with atomic_folder(folder) as temporary:
+        import_module(f"dtrain.samples.{module}").make(temporary)
+        write_json(temporary / STAMP, {"name": name, "version": version})
+
+
+def _discard(folder: Path) -> None:
+    """Remove `folder` such that nobody sees it half removed."""
+    aside = tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)
+    folder.rename(Path(aside) / folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_current(folder: Path, name: str) -> bool:
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stamp == {"name": name, "version": SAMPLES[name][1]})
+
+
+def _check_known(name: str) -> None:
+    if name in SAMPLES:
+        return
+    near = difflib.get_close_matches(name, SAMPLES, n=1, cutoff=0.5)
+    known = ", ".join(SAMPLES)
+    raise UserError(f"there is no sample {name!r}", where=f"{SAMPLE_PREFIX}{name}",
+                    fix=f"did you mean {near[0]}?" if near else f"there are: {known}")
