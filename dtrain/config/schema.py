@@ -9,37 +9,62 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Group(BaseModel):
     """A group of keys: unknown keys and silent conversions are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Group):
     """The base model and how it computes."""
 
-    base: str = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
-    dtype: Dtype = Field("auto", description="of the frozen base and of compute; auto: bfloat16 on a GPU, float32 on a CPU. What trains is kept in float32")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="attention implementation of transformers")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: a third more time, half the memory")
+    base: Text = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
+    dtype: Dtype = Field(
+        "auto",
+        description=(
+            "of the frozen base and of compute; auto: bfloat16 on a GPU, float32 on a CPU. "
+            "What trains is kept in float32"
+        ),
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="attention implementation of transformers",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="recompute activations: a third more time, half the memory",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that lies beside the model")
 
 
 class Engine(Group):
     """Who holds which part of the model."""
 
-    kind: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = Field("auto", description="auto: the launcher's own if it names one, else ddp")
-    shard: Literal["all", "node"] | Count = Field("all", description="fsdp2: ranks that share one copy of the model")
+    kind: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "auto",
+        description="auto: the launcher's own if it names one, else ddp",
+    )
+    shard: Literal["all", "node"] | Count = Field(
+        "all",
+        description="fsdp2: ranks that share one copy of the model",
+    )
     offload: bool = Field(False, description="zero3: keep parameters and optimizer in host memory")
-    config: str | None = Field(None, description="zero2, zero3: a DeepSpeed JSON file instead of the one in ds_configs/")
+    config: str | None = Field(
+        None,
+        description="zero2, zero3: a DeepSpeed JSON file instead of the one in ds_configs/",
+    )
 
 
 class Launch(Group):
     """What `dtrain run` starts on this machine."""
 
-    processes: Literal["auto"] | Count = Field("auto", description="ranks; auto: one a GPU, or one on a CPU")
+    processes: Literal["auto"] | Count = Field(
+        "auto",
+        description="ranks; auto: one a GPU, or one on a CPU",
+    )
 
 
 class Full(Group):
@@ -49,13 +74,19 @@ class Full(Group):
 
 
 class Lora(Group):
-    """Low-rank adapters (LoRA, arXiv:2106.09685); qlora: over a base held in NF4 (arXiv:2305.14314)."""
+    """Low-rank adapters (arXiv:2106.09685); qlora: over a base held in NF4 (arXiv:2305.14314)."""
 
     kind: Literal["lora", "qlora"]
     r: Count = Field(16, description="rank; 8 for simple tasks, 32 to 64 for domain knowledge")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="scale is alpha / r; 2 r if not given")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="scale is alpha / r; 2 r if not given",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
-    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="linear layers that get an adapter, by name")
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
+        "all-linear",
+        description="linear layers that get an adapter, by name",
+    )
 
     @property
     def scale_alpha(self) -> float:
@@ -69,9 +100,14 @@ Method = Annotated[Full | Lora, Field(discriminator="kind")]
 class Source(Group):
     """One place rows come from."""
 
-    path: str = Field(description="file, glob, folder, hub dataset id, or `dtrain:NAME/FILE`")
-    format: Literal["text", "alpaca", "messages"] = Field(description="what a row is: a text; instruction/input/output; a list of role/content")
-    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of the mixture, relative to the other sources' weights")
+    path: Text = Field(description="file, glob, folder, hub dataset id, or `dtrain:NAME/FILE`")
+    format: Literal["text", "alpaca", "messages"] = Field(
+        description="what a row is: a text; instruction/input/output; a list of role/content",
+    )
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="share of the mixture, relative to the other sources' weights",
+    )
     split: str = Field("train", description="split of a hub dataset")
 
 
@@ -79,31 +115,69 @@ class Data(Group):
     """Rows into sequences."""
 
     sources: list[Source] = Field(min_length=1)
-    sequence_tokens: Annotated[int, Field(ge=8)] = Field(2048, description="tokens in a packed sequence")
-    packing: bool = Field(True, description="several documents in a sequence; attention never crosses them")
-    overlong: Literal["truncate", "drop", "fail"] = Field("truncate", description="what to do with a conversation longer than a sequence")
-    template: str = Field("auto", description="auto: the tokenizer's chat template; instruction: the '### Instruction' form; or a jinja file")
+    sequence_tokens: Annotated[int, Field(ge=8)] = Field(
+        2048,
+        description="tokens in a packed sequence",
+    )
+    packing: bool = Field(
+        True,
+        description="several documents in a sequence; attention never crosses them",
+    )
+    overlong: Literal["truncate", "drop", "fail"] = Field(
+        "truncate",
+        description="what to do with a conversation longer than a sequence",
+    )
+    template: str = Field(
+        "auto",
+        description=(
+            "auto: the tokenizer's chat template; instruction: the '### Instruction' form; or "
+            "a jinja file"
+        ),
+    )
 
 
 class Train(Group):
     """How long, how fast."""
 
-    global_batch_sequences: Count = Field(description="sequences in one optimizer step, over all ranks")
+    global_batch_sequences: Count = Field(
+        description="sequences in one optimizer step, over all ranks",
+    )
     micro_batch_sequences: Count = Field(1, description="sequences a rank computes at once")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the data (over the heaviest source of a mixture)")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="passes over the data (over the heaviest source of a mixture)",
+    )
     steps: Count | None = Field(None, description="optimizer steps; or")
-    tokens: Count | None = Field(None, description="tokens, padding not counted, rounded up to a whole step")
+    tokens: Count | None = Field(
+        None,
+        description="tokens, padding not counted, rounded up to a whole step",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: Share = Field(0.03, description="share of the steps with a rising learning rate")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="greatest global gradient norm")
+    clip_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="greatest global gradient norm",
+    )
     evaluate_every_steps: Count | None = Field(None, description="held-out loss in between")
-    evaluate_on: str | None = Field(None, description="name of the evaluation set that is watched; the first if not given")
-    early_stopping_patience: Count | None = Field(None, description="stop after this many evaluations without a better held-out loss")
-    max_non_finite_steps: Count = Field(3, description="stop after this many NaN or infinite steps in a row")
-    checkpoint_every_steps: Count | None = Field(None, description="save in between; the end is always saved")
+    evaluate_on: str | None = Field(
+        None,
+        description="name of the evaluation set that is watched; the first if not given",
+    )
+    early_stopping_patience: Count | None = Field(
+        None,
+        description="stop after this many evaluations without a better held-out loss",
+    )
+    max_non_finite_steps: Count = Field(
+        3,
+        description="stop after this many NaN or infinite steps in a row",
+    )
+    checkpoint_every_steps: Count | None = Field(
+        None,
+        description="save in between; the end is always saved",
+    )
 
 
 class Stage(Group):
@@ -125,7 +199,7 @@ class EvaluationSet(Data):
 class Questions(Group):
     """Questions that the base and the final model answer side by side."""
 
-    path: str = Field(description="JSON lines with `question` and `answer`")
+    path: Text = Field(description="JSON lines with `question` and `answer`")
     count: Count = 3
     max_new_tokens: Count = 64
 
@@ -140,15 +214,18 @@ class Evaluation(Group):
 class Output(Group):
     """Where the run lies and what it keeps."""
 
-    folder: str
-    merge: bool = Field(True, description="merge the last stage's adapter too; the others always are")
+    folder: Text = Field(description="run folder; made if it is not there")
+    merge: bool = Field(
+        True,
+        description="merge the last stage's adapter too; the others always are",
+    )
     keep_checkpoints: Count = 2
 
 
 class Recipe(Group):
     """One run: a base model and a chain of stages."""
 
-    name: str = Field(min_length=1)
+    name: Text
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: Model

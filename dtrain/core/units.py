@@ -23,7 +23,7 @@ def count(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """3_725 → '1 h 02 min'."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
