@@ -1,0 +1,1 @@
+"""From sources to micro-batches: read, template, tokenise, pack, store, order, load."""
