@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
+from dtrain.models.load import resolve_dtype
 
 ADAM_KINDS = ("exp_avg", "exp_avg_sq")
 
@@ -36,11 +38,16 @@ class Engine(ABC):
 
     def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
         self.bare, self.recipe, self.stage, self.world = bare, recipe, stage, world
+        self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.updates = 0  # optimizer steps taken, without the skipped ones
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of a micro-batch; `last` of this optimizer step."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Compute in the recipe's dtype; what trains stays float32 outside."""
+        return nullcontext()
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
@@ -70,6 +77,10 @@ class TorchEngine(Engine):
     """What ddp and fsdp2 share: torch's optimizer, clipping and per-parameter state."""
 
     optimizer: torch.optim.Optimizer
+
+    def autocast(self) -> AbstractContextManager[object]:
+        dtype = self.compute_dtype
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

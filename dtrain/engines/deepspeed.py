@@ -36,7 +36,7 @@ class Zero(Engine):
             recipe,
             stage,
             world,
-            dtype=next(bare.parameters()).dtype,
+            dtype=self.compute_dtype,
         )
         self.model, *_ = deepspeed.initialize(
             model=bare, optimizer=build_optimizer(bare, stage), config=settings

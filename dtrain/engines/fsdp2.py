@@ -6,9 +6,10 @@ there, so frozen weights never cross nodes with `shard: node`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -21,20 +22,28 @@ from dtrain.engines.base import TorchEngine, build_optimizer
 class Fsdp2(TorchEngine):
     """torch's fully_shard, one group of parameters a decoder layer."""
 
-    model: FSDPModule
-
     def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
         super().__init__(bare, recipe, stage, world)
         mesh = build_mesh(recipe.engine.shard, world)
-        for layer in decoder_layers(bare):
-            fully_shard(layer, mesh=mesh)
-        self.model = fully_shard(bare, mesh=mesh)
+        for module in (*decoder_layers(bare), bare):
+            fully_shard(module, mesh=mesh, mp_policy=self.precision())
+        assert isinstance(bare, FSDPModule)
+        self.model = bare
         self.owns_pieces = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
         # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
         self.reduce_every_micro_batch = isinstance(stage.method, Full)
         self.optimizer = build_optimizer(bare, stage)
         unsharded = [n for n, p in bare.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"not sharded: {unsharded[:3]}"
+
+    def precision(self) -> MixedPrecisionPolicy:
+        """Full fine-tuning gathers its float32 weights in the compute dtype.
+
+        An adapter's are small and its frozen base is in the compute dtype already.
+        """
+        if not isinstance(self.stage.method, Full) or self.compute_dtype == torch.float32:
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_requires_gradient_sync(last or self.reduce_every_micro_batch)

@@ -1,0 +1,87 @@
+"""All stages of a recipe, one after another, in the same processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.schema import Recipe
+from dtrain.core.files import write_json
+from dtrain.core.log import say
+from dtrain.distributed.world import World
+from dtrain.monitoring.report import summary, write_report
+from dtrain.pipeline.evaluations import Evaluations
+from dtrain.pipeline.inputs import Inputs
+from dtrain.pipeline.run_folder import StageFolder, stage_folder
+from dtrain.pipeline.stage_run import StageRun
+from dtrain.stages.stop import StopFlag
+
+
+def run_chain(
+    recipe: Recipe, inputs: Inputs, world: World, stop: StopFlag, allowed: set[str]
+) -> bool:
+    """Run what is not complete yet; return False if it was stopped to go on later."""
+    run = Path(recipe.output.folder)
+    evaluations = Evaluations(run, recipe, inputs.sets)
+    base, parent = inputs.base, inputs.base_fingerprint
+    done: list[StageFolder] = []
+    for stage in recipe.stages:
+        folder = stage_folder(run, recipe, stage, inputs, parent)
+        if folder.is_complete():
+            say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
+        else:
+            folder.begin(allowed) if world.is_first else None
+            world.barrier()
+            if not StageRun(recipe, stage, folder, base, inputs, evaluations, world, stop).run():
+                return False
+        done.append(folder)
+        base, parent = folder.merged, folder.identity
+        if world.is_first:
+            write_lineage(run, recipe, inputs, done)
+    finish(run, recipe, inputs, done[-1], evaluations, world)
+    return True
+
+
+def finish(
+    run: Path,
+    recipe: Recipe,
+    inputs: Inputs,
+    last: StageFolder,
+    evaluations: Evaluations,
+    world: World,
+) -> None:
+    """Answers, report and the summary on the terminal."""
+    if recipe.output.merge:
+        evaluations.record_answers(inputs.base, last.merged, world)
+    if world.is_first:
+        write_report(run)
+        say(summary(run))
+
+
+def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
+    """Record what every artefact was made from."""
+    base = {"name": "base", "kind": "base", "identity": inputs.base_fingerprint}
+    artefacts: list[dict[str, Any]] = [base | {"path": str(inputs.base)}]
+    for folder in done:
+        known = folder.known() or {}
+        made_from = {
+            "parent": folder.inputs["parent"],
+            "data": folder.inputs["data"],
+            "settings": folder.inputs,
+        }
+        artefacts.append(
+            {
+                "name": folder.path.name,
+                "kind": "stage",
+                "identity": folder.identity,
+                "made_from": made_from,
+                **known.get("facts", {}),
+                "adapter": _inside(run, folder.adapter),
+                "merged": _inside(run, folder.merged),
+            }
+        )
+    write_json(run / "lineage.json", {"name": recipe.name, "artefacts": artefacts})
+
+
+def _inside(run: Path, path: Path) -> str | None:
+    return str(path.relative_to(run)) if path.exists() else None

@@ -1,0 +1,108 @@
+"""evaluation.json: held-out losses of the base and after each stage, and questions answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, write_json
+from dtrain.core.folders import local_path
+from dtrain.core.log import progress, say
+from dtrain.data.loader import Loader
+from dtrain.data.prepare import Mixture
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+from dtrain.evaluation.answers import answer
+from dtrain.stages.step import held_out_loss
+
+BASE = "base"
+
+
+class Evaluations:
+    """What was measured of a run's models so far; every rank measures, the first one writes."""
+
+    def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture]) -> None:
+        self.path, self.recipe, self.sets = run / "evaluation.json", recipe, sets
+        self.known: dict[str, Any] = {"models": [], "losses": {name: {} for name in sets}}
+        if self.path.exists():
+            self.known |= read_json(self.path)
+
+    def wants_base(self) -> bool:
+        """Whether the untrained base was not measured yet."""
+        return bool(self.sets) and BASE not in self.known["models"]
+
+    def record_base(self, engine: Engine, world: World) -> None:
+        """Measure the base: a fresh adapter changes nothing yet."""
+        self.record(BASE, engine, world)
+
+    def record(self, model: str, engine: Engine, world: World) -> None:
+        """Measure every set with the engine's model as it is now."""
+        if not self.sets:
+            return
+        rows = sum(m.rows_per_epoch for m in self.sets.values())
+        with progress(f"held-out loss, {model}", rows) as bar:
+            for name, mixture in self.sets.items():
+                loader = Loader(
+                    mixture,
+                    seed=0,
+                    global_batch=world.size * engine.stage.train.micro_batch_sequences,
+                    total_rows=mixture.rows_per_epoch,
+                )
+                loss = held_out_loss(engine, loader)
+                self.known["losses"][name][model] = loss
+                bar.advance(mixture.rows_per_epoch, note=f"{name} {loss:.4f}")
+        if model not in self.known["models"]:
+            self.known["models"].append(model)
+        losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
+        say(f"held-out loss, {model}: {losses}")
+        self.write(world)
+
+    def record_answers(self, base: Path, final: Path, world: World) -> None:
+        """Let base and final model answer the recipe's questions (first rank)."""
+        wanted = self.recipe.evaluation.questions
+        if wanted is None or self.known.get("answers") or not world.is_first:
+            return
+        rows = read_questions(local_path(wanted.path), wanted.count)
+        questions = [row["question"] for row in rows]
+        with progress("answers", 2 * len(rows)) as bar:
+            both = [
+                answer(folder, questions, wanted.max_new_tokens, world.device, bar)
+                for folder in (base, final)
+            ]
+        self.known["answers"] = [
+            {"question": row["question"], "reference": row["answer"], "base": b, "final": f}
+            for row, b, f in zip(rows, *both, strict=True)
+        ]
+        self.write(world)
+
+    def write(self, world: World) -> None:
+        """Write the file (first rank)."""
+        if world.is_first:
+            write_json(self.path, self.known)
+
+
+def read_questions(path: Path, count: int) -> list[dict[str, str]]:
+    """The first `count` questions of a JSON-lines file.
+
+    Raises:
+        UserError: it cannot be read, or a line lacks `question` or `answer`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    except OSError as error:
+        raise UserError(f"cannot be read: {error}", where=f"evaluation.questions.path: {path}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"question": str(row["question"]), "answer": str(row["answer"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"not a question: {error!r}",
+                where=f"{path}:{number}",
+                fix='one {"question": …, "answer": …} a line',
+            ) from error
+    return rows

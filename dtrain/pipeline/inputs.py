@@ -1,0 +1,91 @@
+"""Everything a run reads, made ready before any rank waits for another.
+
+Each process does this before it joins the process group: the first one works, the others wait
+for a file lock (never inside a collective, where a long wait is a time-out) and find it done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.config.schema import Data, Recipe
+from dtrain.core.files import FolderLock, read_json, write_json
+from dtrain.core.folders import cache_folder, sample_name
+from dtrain.core.hashes import fingerprint
+from dtrain.data.prepare import Mixture, check_vocabulary, prepare
+from dtrain.merge.fingerprint import model_fingerprint
+from dtrain.models.resolve import base_folder
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from dtrain.samples.make import ensure
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run's base, tokenizer and packed data.
+
+    Attributes:
+        stages: mixture of each stage, by the stage's name.
+        sets: mixture of each evaluation set, by its name.
+    """
+
+    base: Path
+    base_fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_fingerprint: str
+    stages: dict[str, Mixture]
+    sets: dict[str, Mixture]
+
+
+def prepare_inputs(recipe: Recipe) -> Inputs:
+    """Make samples, find the base, tokenise and pack all data.
+
+    Raises:
+        UserError: base or data cannot be used.
+    """
+    for name in sorted(samples_of(recipe)):
+        ensure(name)
+    base = base_folder(recipe.model.base)
+    tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
+    mark = tokenizer_fingerprint(tokenizer)
+    store = cache_folder() / "stores"
+
+    def ready(data: Data, kind: str) -> Mixture:
+        mixture = prepare(data, kind, tokenizer, mark, store)
+        check_vocabulary(mixture, vocabulary_size(base))
+        return mixture
+
+    return Inputs(
+        base=base,
+        base_fingerprint=cached_fingerprint(base),
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=mark,
+        stages={stage.name: ready(stage.data, stage.kind) for stage in recipe.stages},
+        sets={name: ready(data, data.kind) for name, data in recipe.evaluation.sets.items()},
+    )
+
+
+def samples_of(recipe: Recipe) -> set[str]:
+    """Names of the shipped samples that a recipe asks for."""
+    addresses = [recipe.model.base]
+    groups: list[Data] = [*(s.data for s in recipe.stages), *recipe.evaluation.sets.values()]
+    addresses += [source.path for data in groups for source in data.sources]
+    if recipe.evaluation.questions:
+        addresses.append(recipe.evaluation.questions.path)
+    return {name for address in addresses if (name := sample_name(address))}
+
+
+def cached_fingerprint(folder: Path) -> str:
+    """A model's fingerprint, hashed again only when a file's size or time has changed."""
+    cache = cache_folder() / "fingerprints"
+    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    entry = cache / f"{fingerprint(str(folder.resolve()))[:32]}.json"
+    with FolderLock(cache):
+        if entry.exists() and (known := read_json(entry))["files"] == state:
+            return str(known["fingerprint"])
+        value = model_fingerprint(folder)
+        write_json(entry, {"folder": str(folder), "files": state, "fingerprint": value})
+    return value

@@ -1,0 +1,223 @@
+"""One stage from its base to its adapter and merged model."""
+
+from __future__ import annotations
+
+import gc
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.checkpoints.read import Checkpoint, newest_complete
+from dtrain.checkpoints.retention import retain
+from dtrain.checkpoints.save import Saver
+from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.core.files import write_json
+from dtrain.core.log import say
+from dtrain.core.units import count, duration, size
+from dtrain.data.loader import Loader
+from dtrain.data.prepare import Mixture
+from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+from dtrain.engines.build import build_engine
+from dtrain.merge.consolidate import consolidate
+from dtrain.merge.merge import merge
+from dtrain.models.adapters import attach, load_trainable, save_adapter
+from dtrain.models.counts import parameter_counts
+from dtrain.models.load import load_base, resolve_dtype
+from dtrain.monitoring.metrics import Metrics
+from dtrain.pipeline.evaluations import Evaluations
+from dtrain.pipeline.inputs import Inputs
+from dtrain.pipeline.run_folder import StageFolder
+from dtrain.stages.loop import Job, Progress, fit
+from dtrain.stages.schedule import total_sequences
+from dtrain.stages.stop import StopFlag
+
+
+@dataclass
+class StageRun:
+    """What a stage is run with.
+
+    Attributes:
+        base: folder of the model that the stage starts from.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    folder: StageFolder
+    base: Path
+    inputs: Inputs
+    evaluations: Evaluations
+    world: World
+    stop: StopFlag
+
+    def run(self) -> bool:
+        """Train, save the adapter, merge; return False if it was stopped to go on later."""
+        reset_peak_memory(self.world.device)
+        checkpoint = self.newest_checkpoint()
+        engine = self.build(checkpoint)
+        job = self.job(engine, checkpoint)
+        saver = Saver(
+            self.folder.checkpoints,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            attempt=self.world.share_text(uuid.uuid4().hex[:8]),
+        )
+        job.save = lambda now: self.save(saver, engine, now)
+        if job.progress.step == 0 and self.evaluations.wants_base():
+            self.evaluations.record_base(engine, self.world)
+        reason = fit(job)
+        saver.wait()
+        if reason == "stop asked":
+            return False
+        self.evaluations.record(self.stage.name, engine, self.world)
+        facts = self.facts(engine, job)
+        model = engine.bare
+        engine.close()
+        self.world.barrier()  # every rank's share of the last checkpoint is on disk
+        if self.world.is_first:
+            self.write_results(model, facts)
+        del engine, model, job
+        free_memory()
+        self.world.barrier()
+        return True
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest complete checkpoint, and a word on why not a newer one."""
+        checkpoint, passed_over = newest_complete(self.folder.checkpoints)
+        for reason in passed_over:
+            say(f"passed over: {reason}")
+        if checkpoint is not None:
+            say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
+        return checkpoint
+
+    def build(self, checkpoint: Checkpoint | None) -> Engine:
+        """Base, adapter, engine; with the state of `checkpoint` where there is one."""
+        method, world = self.stage.method, self.world
+        dtype = resolve_dtype(self.recipe.model.dtype, world.device)
+        model = load_base(
+            self.base,
+            self.recipe.model,
+            quantised=method.kind == "qlora",
+            dtype=dtype,
+            device=world.device,
+        )
+        model = attach(model, method, seed=self.recipe.seed)
+        trainable, total = parameter_counts(model)
+        say(
+            f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
+            f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
+            f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
+        )
+        if checkpoint is not None:
+            load_trainable(model, lambda name, n: checkpoint.read(name, "weight", 0, n))
+        engine = build_engine(model, self.recipe, self.stage, world)
+        if checkpoint is not None:
+            checkpoint.restore(engine.pieces())
+            engine.set_updates(checkpoint.state["updates"])
+        return engine
+
+    def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
+        """The loop's inputs, at the checkpoint's step or at the start."""
+        train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
+        progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
+        rows = total_sequences(train, mixture.rows_per_epoch, mixture.tokens_per_row)
+        batch = train.global_batch_sequences
+        loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)
+        say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
+        sets = self.inputs.sets if train.evaluate_every_steps else {}
+        return Job(
+            engine=engine,
+            loader=loader,
+            held_out={name: held_out_loader(m, self.world, train) for name, m in sets.items()},
+            watched=train.evaluate_on or next(iter(sets), None),
+            metrics=Metrics(self.metrics_path(), resume_at=progress.step),
+            progress=progress,
+            seed=self.recipe.seed,
+            save=lambda now: None,
+            wants_stop=self.stop.is_set,
+        )
+
+    def metrics_path(self) -> Path | None:
+        """Where this rank writes metrics: the first rank only."""
+        return self.folder.path / "metrics.jsonl" if self.world.is_first else None
+
+    def save(self, saver: Saver, engine: Engine, now: Progress) -> None:
+        """Checkpoint this moment; the write itself goes on in the background."""
+        state = {
+            "updates": engine.updates,
+            "progress": asdict(now),
+            "inputs": self.folder.inputs,
+            "base": self.inputs.base_fingerprint,
+            "held_out_loss": now.best_held_out,
+        }
+        saver.save(now.step, engine.pieces() if engine.owns_pieces else (), state)
+        if self.world.is_first:
+            retain(self.folder.checkpoints, self.recipe.output.keep_checkpoints)
+
+    def facts(self, engine: Engine, job: Job) -> dict[str, Any]:
+        """What is worth knowing of the finished stage."""
+        trainable, total = parameter_counts(engine.bare)
+        now = job.progress
+        return {
+            "engine": self.recipe.engine.kind,
+            "ranks": self.world.size,
+            "steps": now.step,
+            "non_finite_steps": now.non_finite,
+            "tokens": now.tokens,
+            "supervised_tokens": now.supervised_tokens,
+            "seconds": round(now.seconds, 1),
+            "tokens_per_second": round(now.tokens / max(now.seconds, 1e-9), 1),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "peak_memory_bytes": peak_memory_bytes(self.world.device),
+        }
+
+    def write_results(self, model: torch.nn.Module, facts: dict[str, Any]) -> None:
+        """Adapter and merged model, from the last checkpoint; then the stage is complete."""
+        checkpoint, _ = newest_complete(self.folder.checkpoints)
+        assert checkpoint is not None and checkpoint.step == facts["steps"]
+        full, wants_merge = isinstance(self.stage.method, Full), self.wants_merge()
+        if not full and not self.folder.adapter.exists():
+            tensors = {
+                name: checkpoint.read_whole(name) for name in checkpoint.names
+            }
+            save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
+        if wants_merge and not self.folder.merged.exists():
+            if full:
+                consolidate(self.base, checkpoint, self.folder.merged, source=self.folder.identity)
+            else:
+                merge(
+                    self.base,
+                    self.folder.adapter,
+                    self.folder.merged,
+                    quantised=self.stage.method.kind == "qlora",
+                    source=self.folder.identity,
+                )
+        facts["checkpoint_bytes"] = checkpoint.size_bytes
+        self.folder.finish(facts)
+        say(
+            f"stage {self.stage.name}: {facts['steps']} steps in {duration(facts['seconds'])}, "
+            f"{facts['tokens_per_second']:.0f} tokens/s, peak {size(facts['peak_memory_bytes'])} "
+            f"a rank, checkpoint {size(checkpoint.size_bytes)}"
+        )
+
+    def wants_merge(self) -> bool:
+        """Every stage but the last is merged for the next one; the last if the recipe says so."""
+        return self.recipe.output.merge or self.stage is not self.recipe.stages[-1]
+
+
+def held_out_loader(mixture: Mixture, world: World, train: Any) -> Loader:
+    """All rows of a held-out set once, in batches that every rank takes an equal part of."""
+    batch = world.size * train.micro_batch_sequences
+    return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
+
+
+def free_memory() -> None:
+    """Give a released model's memory back before the next stage loads its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""A stage of the chain: one training loop for every kind, method and engine."""

@@ -1,0 +1,168 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.log import Meter, progress, say, warn
+from dtrain.data.loader import Loader
+from dtrain.distributed.memory import peak_memory_bytes
+from dtrain.engines.base import Engine
+from dtrain.monitoring.metrics import Metrics
+from dtrain.stages.schedule import learning_rate
+from dtrain.stages.step import StepResult, held_out_loss, train_step
+
+
+@dataclass
+class Progress:
+    """How far a stage is; all that a checkpoint must know beside tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    non_finite_in_a_row: int = 0
+    non_finite: int = 0
+    held_out: dict[str, float] = field(default_factory=dict)
+    best_held_out: float | None = None
+    evaluations_without_best: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Job:
+    """A stage ready to train.
+
+    Attributes:
+        held_out: loaders of the evaluation sets, by name.
+        watched: the set that early stopping looks at.
+        save: writes a checkpoint of this moment.
+        wants_stop: whether this process was asked to stop (a signal, a stop file, the clock).
+    """
+
+    engine: Engine
+    loader: Loader
+    held_out: dict[str, Loader]
+    watched: str | None
+    metrics: Metrics
+    progress: Progress
+    seed: int
+    save: Callable[[Progress], None]
+    wants_stop: Callable[[], bool]
+
+    @property
+    def train(self) -> Any:
+        """The recipe's `train` group."""
+        return self.engine.stage.train
+
+
+def fit(job: Job) -> str:
+    """Train to the end, or to the first reason to stop.
+
+    Returns:
+        "finished", "early stop" or "stop asked".
+
+    Raises:
+        UserError: loss or gradients stayed non-finite.
+    """
+    steps, now = job.loader.steps, job.progress
+    with progress(f"stage {job.engine.stage.name}", steps, done=now.step) as bar:
+        while now.step < steps:
+            rate = learning_rate(now.step, steps, job.train)
+            result = train_step(
+                job.engine, job.loader, now.step, rate, seed=job.seed, wants_stop=job.wants_stop()
+            )
+            record(job, result, bar)
+            if due(now.step, job.train.evaluate_every_steps) and now.step < steps:
+                evaluate(job)
+            stop = reason_to_stop(job, result)
+            if stop or now.step == steps or due(now.step, job.train.checkpoint_every_steps):
+                job.save(now)
+            if stop:
+                return stop
+    return "finished"
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after `step` steps."""
+    return every is not None and step % every == 0
+
+
+def record(job: Job, result: StepResult, bar: Meter) -> None:
+    """Count the step and write its line."""
+    now, started = job.progress, time.perf_counter()
+    number = now.step
+    now.step += 1
+    seconds = sum(result.seconds.values())
+    now.seconds += seconds
+    now.tokens += result.tokens
+    now.supervised_tokens += result.supervised_tokens
+    now.non_finite_in_a_row = 0 if result.finite else now.non_finite_in_a_row + 1
+    now.non_finite += not result.finite
+    line: dict[str, Any] = {
+        "step": now.step,
+        "epoch": round(job.loader.epoch(number), 4),
+        "loss": result.loss,
+        "supervised_tokens": result.supervised_tokens,
+        "tokens": result.tokens,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
+        "peak_memory_bytes": peak_memory_bytes(job.engine.world.device),
+    }
+    if not result.finite:
+        line |= non_finite_line(job, number)
+    result.seconds["other"] = time.perf_counter() - started
+    job.metrics.write(line | {"seconds": {k: round(v, 4) for k, v in result.seconds.items()}})
+    bar.advance(note=f"loss {result.loss:.4f}  {line['tokens_per_second']:.0f} tokens/s")
+
+
+def non_finite_line(job: Job, step: int) -> dict[str, Any]:
+    """Say that an update was skipped, and which documents the batch held."""
+    documents = job.loader.documents(step)
+    warn(
+        f"step {step + 1}: loss or gradient is not finite, update skipped; "
+        f"documents: {', '.join(documents[:5])}{' …' if len(documents) > 5 else ''}"
+    )
+    return {"skipped": "non-finite loss or gradient", "documents": documents}
+
+
+def evaluate(job: Job) -> None:
+    """Measure every held-out set, and remember whether the watched one got better."""
+    now = job.progress
+    now.held_out = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
+    job.metrics.write({"step": now.step, "held_out": now.held_out})
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in now.held_out.items())
+    say(f"step {now.step}: held-out loss: {losses}")
+    if job.watched is None:
+        return
+    loss = now.held_out[job.watched]
+    better = isfinite(loss) and (now.best_held_out is None or loss < now.best_held_out)
+    now.evaluations_without_best = 0 if better else now.evaluations_without_best + 1
+    now.best_held_out = loss if better else now.best_held_out
+
+
+def reason_to_stop(job: Job, result: StepResult) -> str | None:
+    """Why the stage ends before its last step, if it does."""
+    now, train = job.progress, job.train
+    if now.non_finite_in_a_row >= train.max_non_finite_steps:
+        raise UserError(
+            f"loss or gradient was not finite {now.non_finite_in_a_row} steps in a row",
+            where=f"stage {job.engine.stage.name}, step {now.step}",
+            fix="lower train.learning_rate, or look at the documents named in metrics.jsonl",
+            status=Exit.NON_FINITE,
+        )
+    patience = train.early_stopping_patience
+    if patience is not None and now.evaluations_without_best >= patience:
+        say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
+        return "early stop"
+    return "stop asked" if result.stop_votes else None
+
+
+def as_state(now: Progress) -> dict[str, Any]:
+    """Progress as JSON."""
+    return asdict(now)

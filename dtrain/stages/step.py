@@ -1,0 +1,103 @@
+"""One optimizer step: the global batch forward and backward, then one update.
+
+The loss is the sum over the supervised tokens of the global batch divided by their number, so
+it does not depend on how rows fall on ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+
+from dtrain.data.loader import Loader, MicroBatch
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+from dtrain.models.dropout import set_dropout_key
+from dtrain.models.forward import loss_sum, supervised_logits
+
+
+@dataclass
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean over the supervised tokens of the global batch, before the update.
+        grad_norm: global, before clipping.
+        stop_votes: ranks that ask to stop.
+        seconds: of this rank, by what they were spent on.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    supervised_tokens: int
+    stop_votes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update was taken."""
+        return isfinite(self.loss) and isfinite(self.grad_norm)
+
+
+def train_step(
+    engine: Engine, loader: Loader, step: int, rate: float, *, seed: int, wants_stop: bool
+) -> StepResult:
+    """Train on the global batch of `step` with learning rate `rate`."""
+    started = time.perf_counter()
+    world, train = engine.world, engine.stage.train
+    batches = list(
+        loader.micro_batches(step, world.rank, world.size, train.micro_batch_sequences)
+    )
+    supervised = loader.supervised_tokens(step)
+    loaded = time.perf_counter()
+    scale = world.size / max(1, supervised)  # engines average over ranks
+    total = torch.zeros((), dtype=torch.float64)
+    engine.model.train()
+    for number, batch in enumerate(batches):
+        set_dropout_key(engine.bare, seed, step, batch.sequences, batch.sequence_lengths)
+        loss = forward_loss(engine, batch)
+        engine.backward(loss * scale, last=number == len(batches) - 1)
+        total += loss.detach().double().cpu()
+    computed = time.perf_counter()
+    norm = engine.step(rate)
+    loss_total, votes = world.sum([total.item(), float(wants_stop)])
+    return StepResult(
+        loss=loss_total / max(1, supervised),
+        grad_norm=norm,
+        learning_rate=rate,
+        tokens=loader.tokens(step),
+        supervised_tokens=supervised,
+        stop_votes=int(votes),
+        seconds={
+            "data": loaded - started,
+            "compute": computed - loaded,
+            "update": time.perf_counter() - computed,
+        },
+    )
+
+
+def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
+    """Summed cross-entropy of a micro-batch, float32."""
+    batch = batch.to(engine.world.device)
+    with engine.autocast():
+        logits = supervised_logits(engine.model, batch)
+    return loss_sum(logits, batch.targets)
+
+
+@torch.no_grad()
+def held_out_loss(engine: Engine, loader: Loader) -> float:
+    """Mean loss over all supervised tokens of a held-out set, on all ranks."""
+    world: World = engine.world
+    micro = engine.stage.train.micro_batch_sequences
+    total, tokens = 0.0, 0
+    engine.model.eval()
+    for step in range(loader.steps):
+        for batch in loader.micro_batches(step, world.rank, world.size, micro):
+            total += float(forward_loss(engine, batch))
+        tokens += loader.supervised_tokens(step)
+    return world.sum([total])[0] / max(1, tokens)
