@@ -1,0 +1,191 @@
+"""What a recipe must not combine; every check names the keys at fault and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.config import ds_file
+from dtrain.config.schema import Data, Recipe, Stage
+from dtrain.config.source import Key, dotted
+from dtrain.core.errors import Problems, UserError
+
+# What lies in a run folder beside the stages' own folders, and the name of the untrained model
+# in tables of losses.
+RESERVED_NAMES = frozenset(
+    {"base", "evaluation.json", "lineage.json", "outcome.json", "recipe.yaml", "report.html"}
+)
+
+
+class Clash(UserError):
+    """Keys that do not go together, or a value that its surroundings forbid."""
+
+    def __init__(self, keys: list[Key], what: str, fix: str = "") -> None:
+        self.keys = keys
+        names = " and ".join(dotted(key) for key in keys)
+        super().__init__(f"{names}: {what}", fix=fix)
+
+
+def check(recipe: Recipe) -> list[Clash]:
+    """Every fault that one key alone does not show; no file but `engine.config` is opened."""
+    return [
+        *_engine(recipe),
+        *_device(recipe),
+        *_stage_names(recipe),
+        *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
+        *_evaluation(recipe),
+    ]
+
+
+def accumulation(global_batch: int, ranks: int, micro_batch: int) -> int:
+    """Micro-batches a rank computes in one optimizer step.
+
+    Args:
+        global_batch: sequences in a step, over all ranks.
+        ranks: processes that share them.
+        micro_batch: sequences that a rank computes at once.
+
+    Raises:
+        UserError: they do not divide; the nearest values that do are proposed.
+    """
+    together = ranks * micro_batch
+    if global_batch % together == 0:
+        return global_batch // together
+    what = f"{global_batch} sequences do not divide among {ranks} ranks x {micro_batch} at once"
+    raise UserError(
+        what, where="train.global_batch_sequences", fix=_what_divides(global_batch, ranks, together)
+    )
+
+
+def _what_divides(global_batch: int, ranks: int, together: int) -> str:
+    below, above = global_batch // together * together, -(-global_batch // together) * together
+    batches = " or ".join(str(n) for n in (below, above) if n)
+    proposals = [f"global_batch_sequences {batches}"]
+    if global_batch % ranks == 0:
+        share, old = global_batch // ranks, together // ranks
+        micro = max(n for n in range(1, min(share, old) + 1) if share % n == 0)
+        proposals.append(f"micro_batch_sequences {micro}")
+    else:
+        fewer = max(n for n in range(1, min(ranks, global_batch) + 1) if global_batch % n == 0)
+        proposals.append(f"{fewer} ranks with micro_batch_sequences 1")
+    return "take " + ", or ".join(proposals)
+
+
+def _engine(recipe: Recipe) -> Iterator[Clash]:
+    engine, kind = recipe.engine, ("engine", "kind")
+    if engine.offload and engine.kind != "zero3":
+        what = f"only zero3 offloads, and this is {engine.kind}"
+        yield Clash([("engine", "offload"), kind], what, "engine.kind=zero3, or offload=false")
+    if engine.shard != "all" and engine.kind != "fsdp2":
+        what = f"only fsdp2 takes the size of its shards, and this is {engine.kind}"
+        yield Clash([("engine", "shard"), kind], what, "engine.kind=fsdp2, or shard=all")
+    if engine.config is None:
+        return
+    if engine.kind not in ("zero2", "zero3"):
+        what = f"a DeepSpeed file is for zero2 and zero3, and this is {engine.kind}"
+        yield Clash([("engine", "config"), kind], what, "leave engine.config out")
+        return
+    try:
+        ds_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
+    except UserError as error:
+        faults = error.problems if isinstance(error, Problems) else [error]
+        for fault in faults:
+            head = f"{fault.where}: {fault.what}" if fault.where else fault.what
+            yield Clash([("engine", "config")], head, fault.fix)
+
+
+def _device(recipe: Recipe) -> Iterator[Clash]:
+    attention = ("model", "attention")
+    if recipe.model.attention == "flash_attention_2":
+        if recipe.device == "cpu":
+            yield Clash([attention, ("device",)], "flash attention needs a GPU", "attention=sdpa")
+        if recipe.model.dtype == "float32":
+            what = "flash attention computes in 16 bits only"
+            yield Clash([attention, ("model", "dtype")], what, "dtype=bfloat16, or attention=sdpa")
+
+
+def _stage_names(recipe: Recipe) -> Iterator[Clash]:
+    numbers: dict[str, list[int]] = {}
+    for number, stage in enumerate(recipe.stages):
+        numbers.setdefault(stage.name, []).append(number)
+        if stage.name in RESERVED_NAMES:
+            what = f"{stage.name} is what dtrain calls something else in the run folder"
+            yield Clash([("stages", number, "name")], what, "choose another name")
+    for name, same in numbers.items():
+        if len(same) > 1:
+            keys: list[Key] = [("stages", number, "name") for number in same]
+            yield Clash(keys, f"two stages are named {name}", "give each its own name")
+
+
+def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
+    stage, at = recipe.stages[number], ("stages", number)
+    yield from _length(stage, (*at, "train"))
+    yield from _watching(recipe, stage, (*at, "train"))
+    yield from _batch(recipe, stage, at)
+    yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
+    if recipe.engine.offload and stage.train.optimizer != "adamw":
+        keys: list[Key] = [(*at, "train", "optimizer"), ("engine", "offload")]
+        what = "8-bit optimizers keep their state on the GPU, offload keeps it in host memory"
+        yield Clash(keys, what, "optimizer=adamw, or offload=false")
+
+
+def _length(stage: Stage, at: Key) -> Iterator[Clash]:
+    names = ("epochs", "steps", "tokens")
+    given = [name for name in names if getattr(stage.train, name) is not None]
+    if not given:
+        keys: list[Key] = [(*at, name) for name in names]
+        yield Clash(keys, "how long to train is not said", "give one of them")
+    elif len(given) > 1:
+        yield Clash([(*at, name) for name in given], "only one of them can say how long to train")
+
+
+def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
+    train, sets = stage.train, recipe.evaluation.sets
+    every: Key = (*at, "evaluate_every_steps")
+    if train.evaluate_every_steps is None:
+        for name in ("early_stopping_patience", "evaluate_on"):
+            if getattr(train, name) is not None:
+                what = "nothing is evaluated in between, so there is nothing to watch"
+                yield Clash([(*at, name), every], what, "give evaluate_every_steps")
+    elif not sets:
+        fix = "add a set to evaluation.sets, or leave evaluate_every_steps out"
+        yield Clash([every, ("evaluation", "sets")], "there is nothing to evaluate on", fix)
+    if train.evaluate_on is not None and sets and train.evaluate_on not in sets:
+        what = f"there is no set named {train.evaluate_on}"
+        fix = f"take one of {', '.join(sets)}"
+        yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], what, fix)
+
+
+def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
+    ranks, train = recipe.launch.processes, stage.train
+    if ranks == "auto":
+        ranks = 1  # whatever the number will be, one micro-batch must go into the step
+    try:
+        accumulation(train.global_batch_sequences, ranks, train.micro_batch_sequences)
+    except UserError as error:
+        keys: list[Key] = [
+            (*at, "train", "global_batch_sequences"),
+            (*at, "train", "micro_batch_sequences"),
+        ]
+        if recipe.launch.processes != "auto":
+            keys.append(("launch", "processes"))
+        yield Clash(keys, error.what, error.fix)
+
+
+def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
+    weighted = [number for number, source in enumerate(data.sources) if source.weight is not None]
+    if weighted and len(weighted) < len(data.sources):
+        bare = [n for n in range(len(data.sources)) if n not in weighted]
+        keys: list[Key] = [(*at, weighted[0], "weight"), (*at, bare[0], "weight")]
+        yield Clash(keys, "some sources have a weight and some do not", "weigh all, or none")
+    for number, source in enumerate(data.sources):
+        if kind == "sft" and source.format == "text":
+            keys = [(*owner, "kind"), (*at, number, "format")]
+            what = "sft learns answers, and plain text has none"
+            yield Clash(keys, what, "kind=cpt, or format=alpaca or messages")
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Clash]:
+    for name, held_out in recipe.evaluation.sets.items():
+        at = ("evaluation", "sets", name)
+        yield from _sources(held_out, held_out.kind, at, (*at, "sources"))

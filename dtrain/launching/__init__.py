@@ -1,0 +1,1 @@
+"""Starting the workers, and telling by what they were started. No torch."""
