@@ -18,8 +18,3 @@ def number(*key: object) -> int:
 def choose(options: Sequence[T], *key: object) -> T:
     """One of `options`, by `key`."""
     return options[number(*key) % len(options)]
-
-
-def shuffled(items: Sequence[T], *key: object) -> list[T]:
-    """`items` in an order that depends on `key` and on what they are, not on where they stood."""
-    return sorted(items, key=lambda item: (number(*key, item), str(item)))

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dtrain.samples.quiet import quiet_transformers
 from dtrain.samples.tiny_text import document, task
 
 SEED = 20240229
@@ -33,8 +34,9 @@ STD_EMBEDDING, STD_LINEAR = 0.1, 0.05
 def make(folder: Path) -> None:
     """Write model, tokenizer and chat template into `folder`, in Hugging Face layout."""
     tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(folder)
-    build_model(tokenizer).save_pretrained(folder)
+    with quiet_transformers():
+        tokenizer.save_pretrained(folder)
+        build_model(tokenizer).save_pretrained(folder)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
