@@ -1,0 +1,110 @@
+"""What a run is made of, at the save and now: a resume says what differs before it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from dtrain.core.errors import UserError
+
+CHANGEABLE = frozenset(
+    {
+        "train.learning_rate",
+        "train.schedule",
+        "train.warmup_share",
+        "train.epochs",
+        "train.steps",
+        "train.tokens",
+        "train.weight_decay",
+        "train.clip_norm",
+        "train.evaluate_every_steps",
+        "train.evaluate_on",
+        "train.early_stopping_patience",
+        "train.max_non_finite_steps",
+        "train.checkpoint_every_steps",
+        "method.dropout",
+    }
+)
+"""Keys with which the rest of a run still makes sense: the position in the data, the shapes of
+what trains, and the meaning of the optimizer's state do not depend on them."""
+
+SHOWN_CHARACTERS = 60
+
+_ABSENT = object()
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, a line for each dotted key, with both values."""
+    return [_line(*change) for change in _changes("", _plain(saved), _plain(now))]
+
+
+def require_same(saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> list[str]:
+    """Refuse a resume with other inputs than the checkpoint was made from.
+
+    Args:
+        saved: nested plain values, as a checkpoint's state holds them.
+        now: the same of this run.
+        allowed: dotted keys that the user lets change.
+
+    Returns:
+        The differences that were allowed, to be told to the user.
+
+    Raises:
+        UserError: something else differs, or `allowed` names a key that must not change.
+    """
+    if forbidden := sorted(allowed - CHANGEABLE):
+        raise UserError(
+            f"{', '.join(forbidden)} cannot change in the middle of a stage",
+            where="--allow-change",
+            fix=f"these can: {', '.join(sorted(CHANGEABLE))}",
+        )
+    changes = list(_changes("", _plain(saved), _plain(now)))
+    refused = [change for change in changes if change[0] not in allowed]
+    if refused:
+        lines = "".join(f"\n    {_line(*change)}" for change in refused)
+        raise UserError(
+            f"the run differs from the one that saved the checkpoint:{lines}",
+            fix=_advice([key for key, _, _ in refused]),
+        )
+    return [_line(*change) for change in changes]
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    """As it looks after a checkpoint's JSON: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(value))
+
+
+def _advice(keys: list[str]) -> str:
+    if all(key in CHANGEABLE for key in keys):
+        flags = " ".join(f"--allow-change {key}" for key in keys)
+        return f"put it back; or, if it is meant: {flags}"
+    return "put it back, or start anew in a new folder with --fresh"
+
+
+def _changes(key: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, saved, now) of each leaf that differs, sorted by key; lists count as leaves
+    unless they are of one length."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for name in sorted({*saved, *now}):
+            yield from _changes(_join(key, name), saved.get(name, _ABSENT), now.get(name, _ABSENT))
+    elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        for index, pair in enumerate(zip(saved, now, strict=True)):
+            yield from _changes(_join(key, str(index)), *pair)
+    elif saved != now:
+        yield key, saved, now
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _line(key: str, saved: Any, now: Any) -> str:
+    return f"{key}: {_shown(saved)} in the checkpoint, {_shown(now)} now"
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

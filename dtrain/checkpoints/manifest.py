@@ -1,0 +1,171 @@
+"""The manifest: what a checkpoint holds, which file has which range, and every file's hash.
+
+It is written last, and carries a hash of itself. A folder without a valid one is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dtrain.checkpoints.pieces import NEUTRAL_KINDS, elements
+from dtrain.checkpoints.trust import Untrusted
+from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+FILE_PATTERN = r"^rank-\d{5,}\.safetensors$"  # no way out of the folder
+
+Natural = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=FILE_PATTERN)]
+
+
+class Part(BaseModel):
+    """A part of the manifest; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Kind(Part):
+    """One kind of one parameter: where its ranges lie, as (start, stop, file)."""
+
+    dtype: str
+    slices: list[tuple[Natural, Natural, FileName]]
+
+
+class Parameter(Part):
+    """One parameter: its global shape, and what was saved of it."""
+
+    shape: list[Natural]
+    kinds: dict[str, Kind]
+
+
+class File(Part):
+    """One file beside the manifest."""
+
+    bytes: Natural
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(Part):
+    """What one rank wrote."""
+
+    rank: Natural
+    files: dict[FileName, File]
+    parameters: dict[str, Parameter]
+
+
+class Manifest(Part):
+    """What all ranks wrote, and the caller's state."""
+
+    format: int = FORMAT
+    step: Natural
+    state: dict[str, Any]
+    files: dict[FileName, File]
+    parameters: dict[str, Parameter]
+
+    def render(self) -> str:
+        """The manifest as text, its own hash in the last field."""
+        return _render(self.model_dump(mode="json"))
+
+
+def _render(body: dict[str, Any]) -> str:
+    whole = {**body, "sha256": fingerprint(body)}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
+def parse(path: Path) -> Manifest:
+    """Read a manifest and check all that can be checked without reading the shards.
+
+    Raises:
+        Untrusted: another version of dtrain wrote it, or it is not a manifest of ours.
+        UserError: it is missing, changed, or does not cover its parameters.
+    """
+    try:
+        text = path.read_bytes().decode("ascii")
+        body = json.loads(text)
+        saved = body.pop("sha256")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"no valid manifest: {error!r}", where=str(path)) from error
+    # Comparing the text too finds a flip that leaves the value alone, such as 1e-5 → 1E-5.
+    if saved != fingerprint(body) or _render(body) != text:
+        raise UserError("the manifest was changed after it was written", where=str(path))
+    if body.get("format") != FORMAT:
+        raise Untrusted(
+            f"this checkpoint has format {body.get('format')}, this dtrain reads {FORMAT}",
+            where=str(path),
+            fix="go on with the dtrain that wrote it",
+        )
+    return _validated(body, path)
+
+
+def _validated(body: dict[str, Any], path: Path) -> Manifest:
+    try:
+        manifest = Manifest.model_validate(body)
+    except ValidationError as error:
+        raise Untrusted(f"not a manifest of dtrain: {error}", where=str(path)) from error
+    if problems := cover_problems(manifest.parameters):
+        raise Untrusted("; ".join(problems[:5]), where=str(path))
+    return manifest
+
+
+def merge_records(records: Iterable[Record], step: int, state: dict[str, Any]) -> Manifest:
+    """Join what the ranks wrote; slices come out sorted by start.
+
+    Raises:
+        RuntimeError: ranks disagree, or leave a hole or an overlap: a defect of the engine.
+    """
+    files: dict[str, File] = {}
+    parameters: dict[str, Parameter] = {}
+    for record in records:
+        files.update(record.files)
+        for name, theirs in record.parameters.items():
+            ours = parameters.setdefault(name, Parameter(shape=theirs.shape, kinds={}))
+            _join(name, ours, theirs)
+    for parameter in parameters.values():
+        for kind in parameter.kinds.values():
+            kind.slices.sort()
+    if problems := cover_problems(parameters):
+        raise RuntimeError("checkpoint pieces do not fit: " + "; ".join(problems[:5]))
+    return Manifest(step=step, state=state, files=files, parameters=parameters)
+
+
+def _join(name: str, ours: Parameter, theirs: Parameter) -> None:
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"ranks disagree on {name}: {ours.shape} and {theirs.shape}")
+    for kind_name, kind in theirs.kinds.items():
+        mine = ours.kinds.setdefault(kind_name, Kind(dtype=kind.dtype, slices=[]))
+        if mine.dtype != kind.dtype:
+            raise RuntimeError(f"ranks disagree on {name} {kind_name}: {mine.dtype}, {kind.dtype}")
+        mine.slices.extend(kind.slices)
+
+
+def cover_problems(parameters: dict[str, Parameter]) -> list[str]:
+    """Holes and overlaps in the ranges of each parameter, as sentences; none if all is well."""
+    problems = [] if parameters else ["there is not one parameter"]
+    for name, parameter in parameters.items():
+        total = elements(parameter.shape)
+        if "weight" not in parameter.kinds and total:
+            problems.append(f"{name}: no weight was saved")
+        for kind_name, kind in parameter.kinds.items():
+            whole = kind_name in NEUTRAL_KINDS
+            problems += [f"{name} {kind_name}: {p}" for p in _range_problems(kind, total, whole)]
+    return problems
+
+
+def _range_problems(kind: Kind, total: int, whole: bool) -> list[str]:
+    problems, reached = [], 0
+    for start, stop, file in kind.slices:
+        if start < reached:
+            problems.append(f"elements from {start} stand twice, once in {file}")
+        if (start > reached and whole) or not start < stop <= total:
+            problems.append(f"elements {reached} to {start} are missing, or {stop} is too far")
+        reached = max(reached, stop)
+    if whole and reached < total:
+        problems.append(f"elements {reached} to {total} are missing")
+    return problems
