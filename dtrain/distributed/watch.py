@@ -1,0 +1,150 @@
+"""Find a rank that does not move on, name it, and end the run so that a restart can follow.
+
+Each rank's watching thread writes a small heartbeat file a second: how many marks its main thread
+has passed, where it is and its stack. A rank whose own marks stand still for too long looks at
+all heartbeats: a file that no longer changes belongs to a stopped process (SIGSTOP, a dead node);
+if all of them beat, the rank with the fewest marks is the one that the others wait for. The files
+lie in the run folder, so a rank needs no collective, which is what hangs, to look.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import Exit
+
+BEAT_SECONDS = 1.0
+LEAST_LIMIT_SECONDS = 10.0
+STEPS_TO_KNOW = 3  # the first steps compile, allocate and connect
+MEDIAN_OVER_STEPS = 50
+
+
+class Watch:
+    """One rank's heartbeat, and its eye on the others."""
+
+    def __init__(self, folder: Path, rank: int, ranks: int, report: Callable[[str], None]) -> None:
+        self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
+        self._marks, self._position, self._patient = 0, "start", True
+        self._marked = self._stepped = time.monotonic()
+        self._step_seconds: deque[float] = deque(maxlen=MEDIAN_OVER_STEPS)
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._ended = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat and to watch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+
+    def mark(self, position: str) -> None:
+        """The main thread has come to `position`."""
+        self._position, self._marked = position, time.monotonic()
+        self._marks += 1
+
+    def step(self) -> None:
+        """The main thread has finished a step; the median of these sets the limit."""
+        now = time.monotonic()
+        if not self._patient:
+            self._step_seconds.append(now - self._stepped)
+        self._stepped, self._patient = now, False
+
+    @contextmanager
+    def patience(self, position: str) -> Iterator[None]:
+        """Something that may take any time while this process lives (a save, a merge)."""
+        self.mark(position)
+        self._patient = True
+        try:
+            yield
+        finally:
+            self.mark(f"after {position}")
+            self._stepped = self._marked
+
+    def limit_seconds(self) -> float | None:
+        """How long marks may stand still; None while that is not known."""
+        if len(self._step_seconds) < STEPS_TO_KNOW:
+            return None
+        return max(LEAST_LIMIT_SECONDS, 5 * statistics.median(self._step_seconds))
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with suppress(OSError):  # a full disk must not look like a hang
+                self._beat()
+            limit = self.limit_seconds()
+            if limit is None or self._patient or time.monotonic() - self._marked < limit:
+                self._seen.clear()
+            elif culprits := self._look(limit):
+                self._end(culprits)
+
+    def _beat(self) -> None:
+        frame = sys._current_frames().get(self._main or 0)
+        stack = traceback.format_stack(frame)[-8:] if frame else []
+        beat = {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "beat": time.monotonic_ns(),
+            "marks": self._marks,
+            "position": self._position,
+            "patient": self._patient,
+            "stack": "".join(stack),
+        }
+        path = self._path(self.rank)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(beat), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _look(self, limit: float) -> list[dict[str, Any]]:
+        """Ranks that are to blame; empty while it is too early to say."""
+        beats = [self._read(rank) for rank in range(self.ranks)]
+        now = time.monotonic()
+        for beat in beats:
+            seen = self._seen.get(beat["rank"])
+            if seen is None or seen[0] != str(beat["beat"]):
+                self._seen[beat["rank"]] = (str(beat["beat"]), now)
+        stopped = [b for b in beats if now - self._seen[b["rank"]][1] > LEAST_LIMIT_SECONDS / 2]
+        if stopped:
+            return stopped
+        if any(b["patient"] for b in beats) or now - self._marked < 2 * limit:
+            return []
+        least = min(b["marks"] for b in beats)
+        return [b for b in beats if b["marks"] == least]
+
+    def _read(self, rank: int) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            beat: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            return beat
+        return {"rank": rank, "beat": 0, "marks": 0, "position": "unknown", "patient": False}
+
+    def _end(self, culprits: list[dict[str, Any]]) -> None:
+        lines = []
+        for beat in culprits:
+            lines.append(f"rank {beat['rank']} does not move on; last seen at: {beat['position']}")
+            lines.append(str(beat.get("stack", "")).rstrip())
+            if beat.get("host") == socket.gethostname() and beat["rank"] != self.rank:
+                with suppress(ProcessLookupError, PermissionError):
+                    # A stopped process ignores SIGTERM; torchrun would wait for it in vain.
+                    os.kill(int(beat["pid"]), signal.SIGKILL)
+        self.report("\n".join(lines))
+        sys.stdout.flush()
+        os._exit(Exit.HANG)
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"

@@ -1,0 +1,83 @@
+"""ddp with gradients summed in an order that does not depend on the number of ranks.
+
+Every micro-batch of the global batch is a leaf of one binary tree that halves its range at each
+node. A rank sums the subtree of its own contiguous leaves as they come; the ranks' sums are then
+gathered and summed in the same way. With 2^k ranks the whole is the same tree for every k, and
+with it the weights, to the bit. What it costs: no overlap of communication and computation, and
+`ranks` gradients instead of one over the wire (an adapter's are small).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain.config.checks import accumulation
+from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError
+from dtrain.distributed.world import World
+from dtrain.engines.base import TorchEngine, build_optimizer
+
+
+class StrictDdp(TorchEngine):
+    """Replicas whose weights depend on recipe and data alone."""
+
+    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        super().__init__(bare, recipe, stage, world)
+        if world.size & (world.size - 1):
+            raise UserError(
+                f"{world.size} ranks: the order of sums is the same for 1, 2, 4, 8, … ranks only",
+                where="determinism",
+                fix="use a power of two, or determinism: off",
+            )
+        # A matrix product's rounding depends on how many threads share it.
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
+        self.model = bare
+        self.owns_pieces = world.is_first
+        self.optimizer = build_optimizer(bare, stage)
+        train = stage.train
+        self.leaves = accumulation(
+            train.global_batch_sequences, world.size, train.micro_batch_sequences
+        )
+        self._leaf, self._sums = 0, list[Tensor]()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        (loss / self.world.size).backward()  # exact: a power of two
+        self._sums.append(self._take_gradient())
+        for _ in range(closed_nodes(self._leaf, self.leaves)):
+            right = self._sums.pop()
+            self._sums[-1] = self._sums[-1] + right
+        self._leaf += 1
+        if last:
+            self._put_gradient(self._sum_over_ranks(self._sums.pop()))
+            self._leaf = 0
+
+    def _take_gradient(self) -> Tensor:
+        parts = [p.grad.reshape(-1) for _, p in self.trainable() if p.grad is not None]
+        self.optimizer.zero_grad()
+        return torch.cat(parts)
+
+    def _sum_over_ranks(self, mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(parts, mine)
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def _put_gradient(self, flat: Tensor) -> None:
+        parameters = [p for _, p in self.trainable()]
+        parts = flat.split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def closed_nodes(leaf: int, leaves: int) -> int:
+    """How many inner nodes of the halving tree over `leaves` end with `leaf`."""
+    low, high, closed = 0, leaves, 0
+    while high - low > 1:
+        closed += high == leaf + 1
+        middle = low + (high - low) // 2
+        low, high = (low, middle) if leaf < middle else (middle, high)
+    return closed

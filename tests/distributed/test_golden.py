@@ -1,0 +1,84 @@
+"""One recipe gives the same losses under every engine, rank count, micro-batch and launcher.
+
+The golden files hold the loss and the gradient norm of every step of `tiny`, both stages, as text.
+To write them anew after a change that is meant to change them: `DTRAIN_WRITE_GOLDEN=1 pytest
+tests/distributed/test_golden.py -k writes`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+LOSS_TOLERANCE = 2e-5
+NORM_TOLERANCE = 2e-3  # relative: near convergence a norm is a sum of small cancelling numbers
+METHODS = {
+    "lora": [],
+    "full": ["stages.domain.method={kind: full}", "stages.task.method={kind: full}"]
+    + ["stages.domain.train.learning_rate=1e-3", "stages.task.train.learning_rate=1e-3"],
+    "qlora": ["stages.domain.method.kind=qlora", "stages.task.method.kind=qlora"],
+}
+ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+LAUNCHERS = {
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--config_file"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"],
+}
+
+
+def assert_golden(lines: list[str], method: str) -> None:
+    golden = (GOLDEN / f"tiny-{method}.txt").read_text().splitlines()
+    assert [line.rsplit(" ", 2)[0] for line in lines] == [g.rsplit(" ", 2)[0] for g in golden]
+    for line, expected in zip(lines, golden, strict=True):
+        loss, norm = map(float, line.split()[2:])
+        golden_loss, golden_norm = map(float, expected.split()[2:])
+        assert loss == pytest.approx(golden_loss, abs=LOSS_TOLERANCE), (line, expected)
+        assert norm == pytest.approx(golden_norm, rel=NORM_TOLERANCE), (line, expected)
+
+
+@pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden files")
+@pytest.mark.parametrize("method", METHODS)
+def test_writes_golden(run_tiny, method):
+    run = run_tiny("engine.kind=ddp", *METHODS[method], ranks=1)
+    (GOLDEN / f"tiny-{method}.txt").write_text("\n".join(run.losses()) + "\n")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks(run_tiny, engine, method):
+    run = run_tiny(f"engine.kind={engine}", *METHODS[method])
+    assert_golden(run.losses(), method)
+    shutil.rmtree(run.folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_micro_batch_of_two(run_tiny, engine, ranks):
+    micro = [f"stages.{stage}.train.micro_batch_sequences=2" for stage in ("domain", "task")]
+    run = run_tiny(f"engine.kind={engine}", *micro, ranks=ranks)
+    assert_golden(run.losses(), "lora")
+
+
+def test_hybrid_sharding_on_four_ranks(run_tiny):
+    run = run_tiny("engine={kind: fsdp2, shard: 2}", ranks=4)
+    assert_golden(run.losses(), "lora")
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_started_by_accelerate(run_tiny, engine):
+    file = ROOT / "launch" / "accelerate" / f"{engine}.yaml"
+    launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
+    run = run_tiny(launcher=launcher)
+    assert_golden(run.losses(), "lora")
+    assert run.json("lineage.json")["artefacts"][1]["engine"] == engine
+
+
+def test_started_by_deepspeed(run_tiny):
+    launcher = [*LAUNCHERS["deepspeed"], "--num_accelerators", "2", "--master_port", "29611"]
+    run = run_tiny("engine.kind=zero2", launcher=[*launcher, "--module", "dtrain.train"][:-2])
+    assert_golden(run.losses(), "lora")
