@@ -1,0 +1,1 @@
+"""Models: found, loaded, quantised, given adapters, run on packed rows, saved."""

@@ -1,0 +1,166 @@
+"""What trains: a LoRA adapter (arXiv:2106.09685) over a frozen base, or every parameter."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.config import schema
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import atomic_folder, write_json
+from dtrain.models.dropout import key_dropouts
+from dtrain.models.load import linear_layers
+
+ADAPTER = "default"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def attach(model: PreTrainedModel, method: schema.Full | schema.Lora, *, seed: int) -> nn.Module:
+    """Make a frozen base trainable.
+
+    Args:
+        model: from `load_base`.
+        seed: decides the adapter's first weights, with the layers' names and nothing else: they
+            are the same on every rank, device and dtype.
+
+    Returns:
+        lora, qlora: a PEFT model with a float32 adapter and keyed dropout; full: the model itself
+        with every parameter trainable in float32.
+
+    Raises:
+        UserError: a target that no linear layer answers to.
+    """
+    if isinstance(method, schema.Full):
+        return _train_all(model)
+    targets = _resolve_targets(model, method.targets)
+    config = LoraConfig(
+        r=method.r,
+        lora_alpha=method.scale_alpha,  # type: ignore[arg-type] # PEFT divides it by r, so a float
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    # PEFT makes the embeddings' output require a gradient for the reentrant kind of
+    # checkpointing; ours needs none, and the backward pass may end at the first adapter.
+    model.disable_input_require_grads()
+    _initialise(adapted, seed)
+    key_dropouts(adapted)
+    adapted.train()
+    return adapted
+
+
+def _train_all(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    model.train()
+    return model
+
+
+def _resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
+    """PEFT itself is silent about a target that matches nothing beside one that does."""
+    if targets == "all-linear":
+        return targets
+    layers = linear_layers(model)
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise UserError(
+                f"no linear layer is named {target!r}",
+                where="method.targets",
+                fix=f"choose from: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers}))}",
+            )
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    matched = [m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if tied and any(module is output for module in matched):
+        raise UserError(
+            "the output matrix is tied to the embeddings and cannot have an adapter of its own",
+            where="method.targets",
+        )
+    return list(targets)
+
+
+def _initialise(model: nn.Module, seed: int) -> None:
+    """A uniform as in PEFT (Kaiming, a = √5), B zero; both in float32."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.dim() == 2 and ("lora_A" in name or "lora_B" in name), name
+        first = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
+        if "lora_A" in name:
+            digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+        parameter.data = first.to(parameter.device)
+
+
+def save_adapter(
+    folder: Path, model: nn.Module, tensors: dict[str, Tensor], base: str | None = None
+) -> None:
+    """Write an adapter in PEFT layout; a folder that is there already is replaced at the end.
+
+    Args:
+        model: the PEFT model, for its settings and the names of what trains.
+        tensors: whole tensors by `named_parameters()` name.
+        base: what PEFT shall load as the base; not named if None.
+
+    Raises:
+        UserError: a value that is not finite, which is never saved.
+    """
+    assert isinstance(model, PeftModel), "save_adapter is for LoRA"
+    _check_tensors(model, tensors)
+    stored = {_peft_name(name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=_made(folder.parent)))
+    try:
+        with atomic_folder(staging / "new") as target:
+            save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
+            write_json(target / CONFIG, adapter_config(model, base))
+        if folder.exists():
+            folder.rename(staging / "old")
+        (staging / "new").rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def adapter_config(model: PeftModel, base: str | None) -> dict[str, Any]:
+    """The content of adapter_config.json; PEFT writes its sets in an order that changes."""
+    content = model.peft_config[ADAPTER].to_dict()
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
+    return dict(sorted((settings | {"base_model_name_or_path": base}).items())) | {
+        "inference_mode": True
+    }
+
+
+def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(wanted ^ tensors.keys())
+    assert not odd, f"adapter and model disagree on {len(odd)} names: {odd[:3]}"
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"the adapter is not finite in {name}", status=Exit.NON_FINITE,
+                fix="go on from an earlier checkpoint with a lower train.learning_rate",
+            )  # fmt: skip
+
+
+def _peft_name(name: str) -> str:
+    """….lora_A.default.weight → ….lora_A.weight"""
+    return name.replace(f".{ADAPTER}.", ".")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

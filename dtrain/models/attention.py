@@ -1,0 +1,150 @@
+"""Attention over packed rows, one document at a time.
+
+A row [1, T] holds documents end to end, told apart by position ids that restart. transformers'
+own sdpa keeps them apart by a T x T mask: it computes every pair and throws most away. The
+implementation "documents" registered here computes each document's causal square and nothing
+else: no mask, no wasted pair, the same numbers.
+
+Letters: T tokens of a row, n of a document, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "documents"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What stands in the mask's place, found once a forward pass.
+
+    A class that no wrapper looks into: engines rebuild tuples that pass through them.
+
+    Attributes:
+        lengths: tokens of each document of the row.
+        window: a token sees itself and the ones before it, this many in all; None: all of them.
+    """
+
+    lengths: tuple[int, ...]
+    window: int | None
+
+
+def document_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | Documents | None:
+    """Called by transformers where it would build a mask.
+
+    A packed row, and nothing else, gives documents. Padding, a key/value cache, several rows or
+    a mask of the model's own making (generation, other people's calls) give sdpa's usual mask.
+    """
+    if batch_size == 1 and q_length == kv_length and attention_mask is None and not use_vmap:
+        documents = find_documents(mask_function, q_length, device)
+        if documents is not None:
+            return documents
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
+        attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
+    )  # fmt: skip
+
+
+def find_documents(
+    mask_function: Callable[..., Tensor], tokens: int, device: torch.device | str
+) -> Documents | None:
+    """Read lengths and window off a mask function in O(T); None if a token sees a later one.
+
+    Args:
+        mask_function: (batch, head, query position, key position) → whether it is seen.
+    """
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        zero = torch.zeros_like(key)
+        seen = mask_function(zero, zero, query, key)
+        return torch.as_tensor(seen, device=device).expand_as(key)
+
+    later = torch.arange(1, tokens, device=device)
+    if sees(later - 1, later).any():
+        return None
+    starts = [0, *later[~sees(later, later - 1)].tolist(), tokens]
+    lengths = tuple(b - a for a, b in pairwise(starts))
+    longest = max(lengths)
+    stop = starts[lengths.index(longest)] + longest
+    keys = torch.arange(stop - longest, stop, device=device)
+    window = int(sees(torch.full_like(keys, stop - 1), keys).sum())
+    return Documents(lengths, window if window < longest else None)
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Documents | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document.
+
+    Args:
+        query: [1, H, T, D].
+        key, value: [1, K, T, D]; H is a multiple of K.
+        attention_mask: what document_mask gave.
+
+    Returns:
+        [1, T, H, D], and no attention weights.
+    """
+    if not isinstance(attention_mask, Documents):
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    # split, not slices: a slice's gradient is a zero tensor as large as the row, one a document.
+    lengths, window = attention_mask.lengths, attention_mask.window
+    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        _one_document(q, k, v, dropout, scaling, window) for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _one_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """[1, H, n, D], [1, K, n, D] twice → [1, n, H, D]."""
+    tokens = query.shape[2]
+    mask = None
+    if window is not None and tokens > window:
+        square = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+        mask = square.tril() & square.triu(1 - window)
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2)
+
+
+AttentionInterface.register(NAME, document_attention)
+AttentionMaskInterface.register(NAME, document_mask)

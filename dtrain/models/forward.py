@@ -1,0 +1,76 @@
+"""From a packed micro-batch to the loss of its supervised tokens.
+
+Letters: T tokens of a row, K supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+
+class Packed(Protocol):
+    """What is read of a micro-batch."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predict: Tensor
+    document_lengths: list[int]
+
+
+def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
+    """Logits [K, V] at the positions whose next token is learnt.
+
+    The output matrix, the largest of a small model, meets those positions only.
+
+    Args:
+        model: wrapped by an engine or not.
+        micro_batch: input_ids and position_ids [1, T], predict [K].
+    """
+    inner = _transformers_model(model)
+    predict = micro_batch.predict
+    takes_positions = "logits_to_keep" in signature(inner.forward).parameters
+    output = model(
+        input_ids=micro_batch.input_ids,
+        position_ids=micro_batch.position_ids,
+        use_cache=False,
+        **({"logits_to_keep": predict} if takes_positions else {}),
+        **_flash_arguments(inner, micro_batch),
+    )
+    logits: Tensor = output.logits
+    return logits[0] if takes_positions else logits[0, predict]
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of logits [K, V] and targets [K], summed, in float32.
+
+    With K = 0 it is a zero that still reaches the parameters, as engines wait for gradients.
+    """
+    if len(targets) == 0:
+        return logits.float().sum()
+    return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
+def _flash_arguments(model: PreTrainedModel, micro_batch: Packed) -> dict[str, Any]:
+    """Document borders as flash attention takes them, so that it need not find them per layer."""
+    if not str(model.config._attn_implementation).startswith("flash_attention"):
+        return {}
+    lengths = micro_batch.document_lengths
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    borders = borders.to(micro_batch.input_ids.device)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

@@ -1,0 +1,189 @@
+"""A base model from a folder of safetensors, frozen, ready for an adapter or for full training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available, logging
+
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.core.log import warn
+from dtrain.models import attention
+from dtrain.models.quantise import forbid_repacking, nf4_config
+from dtrain.models.weights import weight_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Layers whose state runs through a whole row: packed documents would leak into each other.
+RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen base and of compute; `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def load_base(
+    folder: Path,
+    settings: schema.Model,
+    *,
+    quantised: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Load a base model, frozen, tensor by tensor from memory-mapped safetensors.
+
+    Full fine-tuning wants `dtype=torch.float32`. The base's own dropouts are switched off: their
+    masks would depend on the number of ranks.
+
+    Args:
+        folder: from `resolve.base_folder`.
+        quantised: hold the linear layers in NF4, with `dtype` for storage and compute.
+
+    Raises:
+        UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
+            mixes documents of a packed row.
+    """
+    weight_files(folder)
+    config = read_config(folder, trust_remote_code=settings.trust_remote_code)
+    _switch_off_dropout(config)
+    logging.disable_progress_bar()  # transformers draws its own, on every rank
+    model, info = _from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=resolve_attention(settings.attention, config, device, dtype),
+        trust_remote_code=settings.trust_remote_code,
+        quantization_config=nf4_config(dtype) if quantised else None,
+        # ZeRO-3 places parameters itself
+        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
+    )
+    _check_complete(folder, info)
+    forbid_repacking(model)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    result: Any = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **settings
+    )
+    model, info = result
+    return model, info
+
+
+def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's config.
+
+    Raises:
+        UserError: it is missing or broken, it needs code that is not allowed, or transformers
+            does not know it, or the model is not one that dtrain can train on packed rows.
+    """
+    raw = _raw_config(folder)
+    kind = raw.get("model_type")
+    needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
+    if needs_code and not trust_remote_code:
+        raise UserError(
+            "this model brings Python code of its own",
+            where=str(folder),
+            fix="read that code, then set model.trust_remote_code: true",
+        )
+    if not needs_code and kind not in CONFIG_MAPPING:
+        raise UserError(f"unknown model_type {kind!r}", where=str(folder / "config.json"))
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # each architecture checks its config in its own way
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(reason, where=str(folder / "config.json")) from error
+    _check_trainable(folder, config, has_code=needs_code)
+    return config
+
+
+def resolve_attention(
+    wanted: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The attention implementation of transformers that keeps packed documents apart, the fastest.
+
+    flash_attention_2 takes the documents' borders themselves; "documents" is ours; eager and sdpa
+    mask a whole row, and are for models that the others do not compute rightly.
+    """
+    if wanted != "auto":
+        return wanted
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda" and half and is_flash_attn_2_available():
+        return "flash_attention_2"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "eager"  # sdpa has no soft cap
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    takes_ours = getattr(known, "_supports_attention_backend", False)
+    return attention.NAME if takes_ours and getattr(known, "_supports_sdpa", False) else "sdpa"
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(raw, dict):
+        raise UserError("is not a model's config", where=str(path))
+    return raw
+
+
+def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) -> None:
+    where = str(folder / "config.json")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if known is None and not has_code:
+        raise UserError(f"{config.model_type!r} is not a causal language model", where=where)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            "the base is quantised already", where=where, fix="use the model it was made from"
+        )
+    layers = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+    recurrent = [kind for kind in layers if any(name in kind for name in RECURRENT_LAYERS)]
+    if recurrent or getattr(known, "_is_stateful", False):
+        raise UserError(
+            f"{config.model_type!r} has recurrent layers, in which documents of a packed row mix",
+            where=where,
+            fix="choose a model with attention in every layer",
+        )
+
+
+def _switch_off_dropout(config: PretrainedConfig) -> None:
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value:
+            warn(f"{name} {value} of the base is switched off; method.dropout is what counts")
+            setattr(config, name, 0.0)
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers and a warning."""
+    for kind, what in (("missing_keys", "missing"), ("mismatched_keys", "of another shape")):
+        if names := sorted(str(name) for name in info.get(kind) or ()):
+            raise UserError(
+                f"{len(names)} tensors are {what}: {', '.join(names[:3])}",
+                where=str(folder),
+                fix="weights and config.json must be of one model; fetch them again",
+            )
+    if names := sorted(str(name) for name in info.get("unexpected_keys") or ()):
+        warn(f"{folder}: {len(names)} tensors are not used: {', '.join(names[:3])}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of a model by name, quantised ones too."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

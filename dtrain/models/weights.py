@@ -1,0 +1,86 @@
+"""Which safetensors file holds which tensor of a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors format
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, sorted by name; the same choice as transformers makes.
+
+    Raises:
+        UserError: there are none, one is missing, or the index points outside the folder.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(
+            f"no safetensors weights ({SINGLE} or {INDEX})",
+            where=str(folder),
+            fix="save the model with save_pretrained(…); pickled weights are not read",
+        )
+    names = {_inside(index, name) for name in _weight_map(index).values()}
+    if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
+        raise UserError(f"shard {missing[0]} is missing", where=str(index), fix="fetch it again")
+    return [folder / name for name in sorted(names)]
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError("no weight_map in it", where=str(index))
+    return weight_map
+
+
+def _inside(index: Path, name: object) -> str:
+    """Refuse what leaves the folder: transformers itself would follow `../elsewhere`."""
+    if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name:
+        raise UserError(f"points outside its folder: {name!r}", where=str(index))
+    return name
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
+    """The header of a safetensors file.
+
+    Returns:
+        What stands about each tensor (dtype, shape, data_offsets), in the order of their bytes,
+        and the file's first bytes up to the tensors, verbatim.
+
+    Raises:
+        UserError: it is not a whole safetensors file.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_LIMIT_BYTES:
+            raise UserError("not a safetensors file", where=str(path))
+        head = file.read(length)
+    try:
+        entries = json.loads(head)
+        entries.pop("__metadata__", None)
+        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        _check_layout(ordered, path.stat().st_size - 8 - length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("not a whole safetensors file", where=str(path)) from error
+    return dict(ordered), length.to_bytes(8, "little") + head
+
+
+def _check_layout(entries: list[tuple[str, dict[str, Any]]], size: int) -> None:
+    position = 0
+    for name, entry in entries:
+        start, stop = entry["data_offsets"]
+        if start != position or stop < start:
+            raise ValueError(f"a gap before {name}")
+        position = stop
+    if position != size:
+        raise ValueError(f"{size} bytes of tensors, {position} announced")
