@@ -13,7 +13,10 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """What a recipe is for: the comment in its first line."""
-    with open(path, encoding="utf-8") as file:
-        first = file.readline()
-    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+    """What a recipe is for: the first sentence of the comment that it begins with."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).partition(". ")[0].rstrip(".")

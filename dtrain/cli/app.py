@@ -1,0 +1,37 @@
+"""The command line's root: its verbs, and how an error ends."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from dtrain.cli import check, model, recipes, report, run
+from dtrain.core.errors import Exit, UserError
+
+app = typer.Typer(
+    name="dtrain",
+    help="Fine-tunes language models in stages, the same on a laptop and on a GPU cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("check")(check.check)
+app.command("report")(report.report)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(model.app, name="model")
+
+
+def main() -> int:
+    """Run the command line; return the exit status (wrong usage exits by itself, with 2)."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except Exception:
+        traceback.print_exc()
+        return Exit.CRASHED
+    return Exit.FINISHED

@@ -1,0 +1,11 @@
+"""`dtrain check`: the recipe as it would run, or every error in it."""
+
+from __future__ import annotations
+
+from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.config.load import dump, load_recipe
+
+
+def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
+    """Print the recipe with every default filled in, or every error in it."""
+    print(dump(load_recipe(recipe, overrides or [])), end="")

@@ -1,0 +1,47 @@
+"""`dtrain recipes`: the recipes that come with dtrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import fill
+from typing import Annotated
+
+import typer
+
+from dtrain.core.errors import UserError
+from dtrain.recipes import FOLDER, shipped, summary
+
+app = typer.Typer(help="List the shipped recipes, or copy one to edit.")
+
+
+@app.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes, or copy one to edit."""
+    if context.invoked_subcommand:
+        return
+    for name, path in shipped().items():
+        print(fill(f"{name:<12}{summary(path)}", 100, subsequent_indent=" " * 12))
+    print(f"\ndtrain recipes copy NAME [PATH] gives you one to edit; every key: {FOLDER}/README.md")
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    path: Annotated[Path | None, typer.Argument(help="Where to; NAME.yaml if not given.")] = None,
+) -> None:
+    """Write a shipped recipe to a file of yours; a file that is there is never overwritten."""
+    known = shipped()
+    if name not in known:
+        fix = f"take one of {', '.join(known)}"
+        raise UserError("there is no such shipped recipe", where=name, fix=fix)
+    target = path or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(known[name].read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UserError("is there already", where=str(target), fix="name another file") from error
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(target)) from error
+    print(f"wrote {target}; edit it, then: dtrain run {target}")

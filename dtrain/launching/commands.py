@@ -1,0 +1,75 @@
+"""Command lines as lists and environments as mappings; nothing here goes through a shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+WORKER = "dtrain.train"
+_CHECKOUT = Path(__file__).parent.parent.parent
+
+
+def torchrun_command(
+    recipe_file: Path, processes: int | str, allow_change: Sequence[str] = ()
+) -> list[str]:
+    """Start the workers of one machine.
+
+    The rendezvous is on the loopback at a port that the system chooses, so two runs never meet,
+    and a host name that does not resolve does no harm.
+
+    Args:
+        recipe_file: the resolved recipe.
+        processes: ranks, or "auto": one a GPU, or one on a CPU.
+        allow_change: keys that may differ from those the run was begun with.
+    """
+    command = [sys.executable, "-m", "dtrain.torchrun", "--nnodes=1"]
+    command += [f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command += ["-m", WORKER, str(recipe_file)]
+    for key in allow_change:
+        command += ["--allow-change", key]
+    return command
+
+
+def launcher_environment(environ: Mapping[str, str], device: str) -> dict[str, str]:
+    """The environment of `torchrun_command`, out of that of `dtrain run`.
+
+    Args:
+        environ: variables as they are.
+        device: the recipe's.
+    """
+    found = dict(environ)
+    if Path.cwd() != _CHECKOUT:
+        # `python -m` looks into the working folder first: a queue.py there must do no harm.
+        found.setdefault("PYTHONSAFEPATH", "1")
+    if device == "cpu":
+        found["DS_ACCELERATOR"] = "cpu"
+    return found
+
+
+def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool) -> dict[str, str]:
+    """What the workers need set, as far as `environ` does not say otherwise.
+
+    Args:
+        environ: variables as they are.
+        processes: ranks on this machine.
+        has_gpu: whether this machine has a GPU.
+    """
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, cores() // processes)),
+        # torchrun otherwise hangs at times when it restarts its workers.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not has_gpu:
+        wanted["DS_ACCELERATOR"] = "cpu"
+    return {name: value for name, value in wanted.items() if not environ.get(name)}
+
+
+def cores() -> int:
+    """Processor cores that this process may use (a batch system may have bound it to some)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

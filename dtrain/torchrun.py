@@ -1,0 +1,113 @@
+"""torchrun that ends with its workers' exit status, passes signals on, and keeps quiet.
+
+`python -m dtrain.torchrun …` takes torchrun's own options. It differs from it in four things:
+the exit status is the worker's, not 1; a signal reaches the workers, which save and end, and are
+not killed after thirty seconds; `--nproc-per-node=auto` is one process on a machine without a GPU,
+not one a core; what a worker has said already is not said again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType
+
+import psutil
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from dtrain.core.errors import Exit
+from dtrain.launching.commands import worker_environment
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Statuses with which a worker has said all there is to say; the ones that tell most come first.
+_TOLD = (
+    Exit.USER_ERROR,
+    Exit.NON_FINITE,
+    Exit.OUT_OF_MEMORY,
+    Exit.HANG,
+    Exit.GO_ON,
+)
+
+
+class Signals:
+    """Passes signals on to the workers, which lie in sessions of their own."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def listen(self) -> None:
+        """Catch the signals from now on."""
+        for number in PASSED_ON:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.seen.add(number)
+        workers = [child for child in psutil.Process().children() if _leads_session(child.pid)]
+        if not workers:
+            raise SystemExit(Exit.GO_ON)  # nothing has begun, or all has ended
+        for worker in workers:
+            worker.send_signal(number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run torchrun; return the workers' exit status."""
+    arguments = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
+    has_gpu = torch.cuda.is_available()
+    if arguments.nproc_per_node == "auto":
+        arguments.nproc_per_node = str(max(1, torch.cuda.device_count()))
+    processes = torchrun.determine_local_world_size(arguments.nproc_per_node)
+    os.environ.update(worker_environment(os.environ, processes, has_gpu))
+    # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
+    arguments.signals_to_handle = "SIGQUIT"
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.ERROR)
+    signals = Signals()
+    signals.listen()
+    try:
+        torchrun.run(arguments)
+    except ChildFailedError as error:
+        return status_of(error.failures, signals.seen)
+    return Exit.FINISHED
+
+
+def status_of(failures: Mapping[int, ProcessFailure], signals_seen: set[int]) -> int:
+    """One exit status out of those of the ranks that failed; says what no worker could say.
+
+    A rank that ends for a reason takes the others down with it: the reason is what counts.
+    """
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    for status in _TOLD:
+        if status in codes.values():
+            return status
+    if codes and all(-code in signals_seen for code in codes.values()):
+        return Exit.GO_ON  # asked to stop before it listened
+    if all(code < 0 for code in codes.values()):
+        print(_killed(codes), file=sys.stderr)
+    return Exit.CRASHED
+
+
+def _killed(codes: Mapping[int, int]) -> str:
+    # torchrun ends the ranks that are left with SIGTERM, so that one is seldom the cause.
+    rank = min(codes, key=lambda r: codes[r] == -signal.SIGTERM)
+    name = signal.Signals(-codes[rank]).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return (
+        f"error: rank {rank} was killed by {name}{hint}\n"
+        "    → the same command goes on from the newest checkpoint"
+    )
+
+
+def _leads_session(process: int) -> bool:
+    try:
+        return os.getsid(process) == process
+    except ProcessLookupError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
