@@ -1,0 +1,136 @@
+"""The prepared sources of a stage as one endless, ordered stream of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.core import units
+from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
+from dtrain.data.mixing import Mix
+from dtrain.data.sources import Part
+from dtrain.data.store import Store
+from dtrain.data.tokenise import CUT, EMPTY, MASKED, TOO_LONG
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence, of one or more documents.
+
+    Attributes:
+        input_ids: int32 [n].
+        supervised: bool [n], whether the token is a target.
+        lengths: int32 [documents], sum n.
+        documents: "file:line" or "file#row" of each document.
+    """
+
+    input_ids: Int32s
+    supervised: NDArray[np.bool_]
+    lengths: Int32s
+    documents: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source and its store."""
+
+    name: str
+    weight: float | None
+    parts: list[Part]
+    store: Store
+
+
+class Mixture:
+    """All sources of a stage; what stands where is arithmetic of (position, seed)."""
+
+    def __init__(self, sources: list[Prepared], mix: Mix, sequence_tokens: int) -> None:
+        self.sources, self.mix, self.sequence_tokens = sources, mix, sequence_tokens
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that shapes the stream, but the seed."""
+        stores = [[s.store.manifest["fingerprint"], s.weight] for s in self.sources]
+        return fingerprint({"sources": stores, "sequence_tokens": self.sequence_tokens})
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """All rows; of a weighted mixture, positions for one pass over the heaviest source."""
+        return self.mix.rows_per_epoch
+
+    def rows_at(self, start: int, stop: int, seed: int) -> Int64s:
+        """Global row numbers [stop - start] at positions start … stop-1 of the endless stream."""
+        return self.mix.rows_at(np.arange(start, stop, dtype=np.int64), seed)
+
+    def row(self, number: int) -> Row:
+        """Read the row with this global number."""
+        source, local = self._locate(number)
+        data = self.sources[source].store.row(local)
+        parts = self.sources[source].parts
+        places = [parts[p].place(n) for p, n in zip(data.parts, data.numbers, strict=True)]
+        return Row(data.tokens, data.supervised, data.lengths, places)
+
+    def supervised_tokens(self, numbers: Int64s) -> Int64s:
+        """Targets in each of these rows, [n]."""
+        return self._look_up(numbers, "row_supervised")
+
+    def tokens(self, numbers: Int64s) -> Int64s:
+        """Tokens in each of these rows, [n]."""
+        return self._look_up(numbers, "row_tokens")
+
+    def describe(self) -> str:
+        """A line for each source: rows, tokens, how full the rows are, what was cut or left out."""
+        return "\n".join(self._describe(source) for source in self.sources)
+
+    def _describe(self, source: Prepared) -> str:
+        facts = source.store.manifest
+        fill = facts["tokens"] / (facts["rows"] * self.sequence_tokens)
+        line = (
+            f"{source.name}: {facts['documents']:,} documents in {facts['rows']:,} rows of "
+            f"{self.sequence_tokens}, {units.count(facts['tokens'])} tokens "
+            f"({units.count(facts['supervised_tokens'])} learnt), rows {fill:.2%} full"
+        )
+        notes = {
+            CUT: "cut at the end of a sequence",
+            TOO_LONG: "left out, longer than a sequence",
+            MASKED: "left out, no answer in them",
+            EMPTY: "left out, empty",
+        }
+        told = [f"{n:,} {text}" for key, text in notes.items() if (n := facts["counts"].get(key))]
+        return "; ".join([line, *told])
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        first_rows = self.mix.first_rows
+        source = int(np.searchsorted(first_rows, number, side="right")) - 1
+        return source, number - int(first_rows[source])
+
+    def _look_up(self, numbers: Int64s, column: str) -> Int64s:
+        out = np.empty(len(numbers), dtype=np.int64)
+        which = np.searchsorted(self.mix.first_rows, numbers, side="right") - 1
+        for index, source in enumerate(self.sources):
+            here = which == index
+            out[here] = getattr(source.store, column)[numbers[here] - self.mix.first_rows[index]]
+        return out
+
+
+def check_vocabulary(mixture: Mixture, vocabulary_size: int) -> None:
+    """Refuse data with a token id that the model has no embedding for.
+
+    Raises:
+        UserError: naming the source and the token id.
+    """
+    for source in mixture.sources:
+        largest = source.store.manifest["largest_token"]
+        if largest >= vocabulary_size:
+            raise UserError(
+                f"token id {largest} is beyond the model's vocabulary of {vocabulary_size}",
+                where=source.name,
+                fix="use the tokenizer that belongs to the model, or a model with a vocabulary "
+                f"of at least {largest + 1}",
+            )

@@ -1,0 +1,171 @@
+"""Where rows come from: an address of a recipe into files, or into a data set of `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.core.files import write_json
+from dtrain.core.folders import local_path
+from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.log import progress
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SAVED_MARKS = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves
+REMEMBER_FROM_BYTES = 1 << 24
+SETTLED_NANOSECONDS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file, or one split of a data set.
+
+    Attributes:
+        name: as messages show it.
+        kind: suffix of the file, or "dataset".
+        identity: SHA-256 of the content, or the data set's own fingerprint.
+        path: the file, if it is one.
+        rows: the data set, if it is one.
+    """
+
+    name: str
+    kind: str
+    identity: str
+    path: Path | None = None
+    rows: datasets.Dataset | None = None
+
+    def place(self, number: int) -> str:
+        """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""
+        if self.kind == ".txt":
+            return self.name
+        return f"{self.name}{':' if self.kind == '.jsonl' else '#'}{number}"
+
+
+def find_parts(source: Source, cache: Path) -> list[Part]:
+    """The files or the data set behind a source, in a fixed order, with their identities.
+
+    Args:
+        source: of the recipe.
+        cache: folder that remembers the hashes of large files.
+
+    Raises:
+        UserError: there is nothing at the address, or nothing that can be read.
+    """
+    path = local_path(source.path)
+    if path.is_dir() and any((path / mark).exists() for mark in SAVED_MARKS):
+        return [_saved(path, source)]
+    if path.is_dir():
+        return _files(_in_folder(path), source, cache)
+    if path.exists():
+        return _files([path], source, cache)
+    if glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        return _files([file for file in found if file.is_file()], source, cache)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and path.suffix not in SUFFIXES:
+        return [_from_hub(source)]
+    raise UserError("no such file", where=source.path, fix="correct `path`, or put the file there")
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
+def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
+    if not paths:
+        raise UserError(
+            f"no file here that can be read ({', '.join(SUFFIXES)})",
+            where=source.path,
+            fix="correct `path`; ** in it reaches folders below",
+        )
+    if strange := [path for path in paths if path.suffix not in SUFFIXES]:
+        raise UserError(
+            f"files that end in {strange[0].suffix or 'nothing'} are not known",
+            where=str(strange[0]),
+            fix=f"name files that end in {', '.join(SUFFIXES)}",
+        )
+    hashes = _Hashes(cache / "file-hashes.json")
+    with progress(f"hashing {source.path}", len(paths)) as meter:
+        parts = []
+        for path in paths:
+            parts.append(Part(str(path), path.suffix, hashes.of(path), path))
+            meter.advance()
+    hashes.save()
+    return parts
+
+
+def _saved(folder: Path, source: Source) -> Part:
+    try:
+        loaded: Any = datasets.load_from_disk(str(folder))
+        rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    except KeyError as error:
+        raise UserError(
+            f"there is no split {source.split!r}",
+            where=source.path,
+            fix=f"`split` is one of {', '.join(loaded)}",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=source.path) from error
+    files = [file_sha256(Path(file["filename"])) for file in rows.cache_files]
+    return Part(source.path, "dataset", fingerprint(files), rows=rows)
+
+
+def _from_hub(source: Source) -> Part:
+    try:
+        rows: Any = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the hub's client raises anything from KeyError to its own kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"no such file or folder, and the hub's data set cannot be had: {reason[0]}",
+            where=source.path,
+            fix="correct `path` or `split`, or download the data set where there is a network",
+        ) from error
+    return Part(f"{source.path}[{source.split}]", "dataset", str(rows._fingerprint), rows=rows)
+
+
+class _Hashes:
+    """SHA-256 of files; those of large ones are remembered by path, size and time of change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fresh = path, {}  # type: tuple[Path, dict[str, list[Any]]]
+
+    @cached_property
+    def known(self) -> dict[str, list[Any]]:
+        with suppress(OSError, ValueError):  # a lost memory costs only time
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        return {}
+
+    def of(self, path: Path) -> str:
+        try:
+            return self._of(path)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+    def _of(self, path: Path) -> str:
+        status = path.stat()
+        if status.st_size < REMEMBER_FROM_BYTES:
+            return file_sha256(path)
+        state = [status.st_size, status.st_mtime_ns, status.st_ino]
+        entry = self.known.get(str(path.absolute()))
+        if entry and entry[:3] == state:
+            return str(entry[3])
+        digest = file_sha256(path)
+        # A file changed a moment ago may change again without a new time of change.
+        if time.time_ns() - status.st_mtime_ns > SETTLED_NANOSECONDS:
+            self.fresh[str(path.absolute())] = [*state, digest]
+        return digest
+
+    def save(self) -> None:
+        if self.fresh:
+            write_json(self.path, self.known | self.fresh)
