@@ -89,11 +89,11 @@ def parse(path: Path) -> Manifest:
     try:
         text = path.read_bytes().decode("ascii")
         body = json.loads(text)
-        saved = body.pop("sha256")
+        # Comparing the text too finds a flip that leaves a value alone, such as 1e-5 → 1E-5.
+        right = body.pop("sha256") == fingerprint(body) and _render(body) == text
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"no valid manifest: {error!r}", where=str(path)) from error
-    # Comparing the text too finds a flip that leaves the value alone, such as 1e-5 → 1E-5.
-    if saved != fingerprint(body) or _render(body) != text:
+    if not right:
         raise UserError("the manifest was changed after it was written", where=str(path))
     if body.get("format") != FORMAT:
         raise Untrusted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ class Checkpoint:
         Raises:
             UserError: there is no such range, or it holds NaN or infinity.
         """
-        if kind not in NEUTRAL_KINDS:
-            return self._read_opaque(name, kind, start, stop)
-        result = torch.empty(stop - start)
-        self._copy(name, kind, start, stop, result)
-        return result
+        with closing(self._shards):
+            if kind not in NEUTRAL_KINDS:
+                return self._read_opaque(name, kind, start, stop)
+            result = torch.empty(stop - start)
+            self._copy(name, kind, start, stop, result)
+            return result
 
     def restore(self, pieces: Iterable[Piece]) -> None:
         """Copy into the pieces' tensors, in place.
@@ -131,7 +133,8 @@ class Checkpoint:
                 where=str(self.folder),
                 fix="resume with the model and method it was saved from, or start with --fresh",
             )
-        with torch.no_grad(), progress(f"reading {self.folder.name}", len(wanted)) as meter:
+        title = f"reading {self.folder.name}"
+        with closing(self._shards), torch.no_grad(), progress(title, len(wanted)) as meter:
             for piece in wanted:
                 self._restore(piece)
                 meter.advance()

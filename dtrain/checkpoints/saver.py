@@ -98,7 +98,7 @@ class Saver:
 
         Raises:
             UserError, RuntimeError: the save *before* failed; nothing of this one is written.
-            ValueError: `state` holds what JSON cannot.
+            ValueError, TypeError: `state` holds what JSON cannot (NaN among it).
         """
         self._calls += 1  # before anything can fail: the folder's name must be one on all ranks
         self.wait()

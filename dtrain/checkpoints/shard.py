@@ -108,7 +108,10 @@ def _spoken(key: str) -> str:
 
 
 class ShardReader:
-    """Opens a checkpoint's shards when they are first asked for, and reads ranges out of them."""
+    """Opens a checkpoint's shards when they are first asked for, and reads ranges out of them.
+
+    To be closed: a shard that stays mapped keeps its room on the disk after it was removed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -132,6 +135,10 @@ class ShardReader:
         """A tensor as it was saved, copied out of the file."""
         view: Tensor = self._slice(file, key)[:]
         return view.clone()
+
+    def close(self) -> None:
+        """Let go of the files; they are opened again when they are asked for."""
+        self._open.clear()
 
     def _slice(self, file: str, key: str) -> Any:
         try:

@@ -1,0 +1,99 @@
+"""A small model's parameters, cut into ranks' pieces in any way."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.checkpoints import Checkpoint, Piece, Saver
+from dtrain.checkpoints.pieces import elements
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SHAPES = {"layers.0.a": (5, 8), "layers.0.b": (64, 3), "layers.1.gate": (), "head|odd": (1, 41)}
+
+Whole = dict[str, dict[str, Tensor]]
+
+
+class Kit:
+    """What the tests of checkpoints share."""
+
+    shapes = SHAPES
+
+    def whole(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Whole:
+        """Name → kind → flat tensor; the numbers follow from the step."""
+        draw = torch.Generator().manual_seed(step)
+        return {
+            name: {kind: torch.randn(elements(shape), generator=draw) for kind in KINDS}
+            for name, shape in shapes.items()
+        }
+
+    def pieces(
+        self,
+        whole: Whole,
+        rank: int,
+        ranks: int,
+        shapes: dict[str, tuple[int, ...]] = SHAPES,
+        edges: dict[str, list[int]] | None = None,
+    ) -> list[Piece]:
+        """Rank's pieces: even ranges, or those between `edges` (ranks + 1 positions a name)."""
+        found = []
+        for name, kinds in whole.items():
+            total = elements(shapes[name])
+            cuts = edges[name] if edges else [total * i // ranks for i in range(ranks + 1)]
+            start, stop = cuts[rank], cuts[rank + 1]
+            tensors = {kind: tensor[start:stop] for kind, tensor in kinds.items()}
+            found.append(Piece(name, shapes[name], start, stop, tensors))
+        return found
+
+    def save(self, folder: Path, step: int, *, ranks: int = 2, **state: Any) -> Path:
+        """Save `whole(step)` from so many ranks, and wait until it is complete."""
+        savers = [Saver(folder, rank=r, ranks=ranks, attempt="test") for r in range(ranks)]
+        for rank, saver in enumerate(savers):
+            saver.save(step, self.pieces(self.whole(step), rank, ranks), {"step": step, **state})
+        for saver in savers:
+            saver.wait()
+        return folder / f"step-{step:06d}"
+
+    def assert_holds(self, checkpoint: Checkpoint, expected: Whole) -> None:
+        """Restore on one rank, and compare to the bit."""
+        blank = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in expected.items()}
+        shapes = checkpoint.names
+        checkpoint.restore(self.pieces(blank, 0, 1, shapes))
+        for name, kinds in expected.items():
+            for kind, tensor in kinds.items():
+                assert torch.equal(blank[name][kind], tensor), (name, kind)
+
+
+@pytest.fixture(scope="session")
+def kit() -> Kit:
+    return Kit()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BaseProcess]]:
+    """Start a function in a process of its own; what still lives at the test's end is killed."""
+    started: list[BaseProcess] = []
+
+    def run(function: Callable[..., None], *args: Any) -> BaseProcess:
+        context = multiprocessing.get_context("fork")  # the function needs no importable module
+        process = context.Process(target=_alone, args=(function, *args))
+        process.start()
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _alone(function: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)  # a forked process hangs in the thread pool that it has inherited
+    function(*args)

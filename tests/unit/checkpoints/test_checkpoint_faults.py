@@ -1,0 +1,252 @@
+"""Whatever is killed, full, flipped, cut short or poisoned: found, and the earlier one is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.checkpoints import Checkpoint, Piece, Saver, clean_leftovers, newest_complete, retain
+from dtrain.core.errors import Exit, UserError
+
+FLIPS, CUTS, KILLS = 300, 100, 25
+BIG = {"w": (700, 500)}  # 4.2 MB with its moments, so that a kill often falls into a save
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def _damaged(path: Path, damage: Callable[[bytearray], None]) -> bytes:
+    """Damage a file in place; its former content is returned."""
+    before = path.read_bytes()
+    content = bytearray(before)
+    damage(content)
+    path.write_bytes(content)
+    return before
+
+
+def _assert_found(folder: Path, path: Path) -> None:
+    found, reasons = newest_complete(folder)
+    assert found is not None and found.step == 1, path
+    assert len(reasons) == 1 and path.name in reasons[0] and "step 2" in reasons[0]
+
+
+def test_every_flipped_bit_is_found(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    files = _files(kit.save(tmp_path, 2, rate=1e-5, name="é"))
+    draw = random.Random(0)
+
+    def flip(content: bytearray) -> None:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+
+    for count in range(FLIPS):
+        path = files[count % len(files)]
+        before = _damaged(path, flip)
+        _assert_found(tmp_path, path)
+        path.write_bytes(before)
+    found, reasons = newest_complete(tmp_path)
+    assert found is not None and found.step == 2 and not reasons
+
+
+def test_a_flip_that_changes_no_value_of_the_manifest_is_found(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    manifest = kit.save(tmp_path, 2, rate=1e-5) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("1e-05", "1E-05"))
+    _assert_found(tmp_path, manifest)
+
+
+def test_every_truncation_is_found(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    files = _files(kit.save(tmp_path, 2))
+    draw = random.Random(0)
+
+    def cut(content: bytearray) -> None:
+        del content[draw.randrange(len(content)) :]
+
+    for count in range(CUTS):
+        path = files[count % len(files)]
+        before = _damaged(path, cut)
+        _assert_found(tmp_path, path)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "rank-00001.safetensors"])
+def test_a_missing_file_is_found(kit: Any, tmp_path: Path, gone: str) -> None:
+    kit.save(tmp_path, 1)
+    path = kit.save(tmp_path, 2) / gone
+    path.unlink()
+    _assert_found(tmp_path, path)
+
+
+def test_nothing_is_lost_when_ranks_are_killed_at_any_moment(
+    kit: Any, start: Any, tmp_path: Path
+) -> None:
+    told = multiprocessing.Value("q", 0)  # the last step that rank 0 called complete
+
+    def train(rank: int, attempt: str, first: int) -> None:
+        saver = Saver(tmp_path, rank=rank, ranks=2, attempt=attempt)
+        for step in range(first, first + 1000):
+            saver.save(step, kit.pieces(kit.whole(step, BIG), rank, 2, BIG), {})
+            saver.wait()
+            if rank == 0:
+                told.value = step
+
+    draw, newest, interrupted = random.Random(0), 0, 0
+    for attempt in range(KILLS):
+        clean_leftovers(tmp_path)
+        ranks = [start(train, rank, f"a{attempt}", newest + 1) for rank in range(2)]
+        ranks[0].join(draw.uniform(0, 0.2))  # it runs until it is killed
+        for process in draw.sample(ranks, 2):
+            process.kill()
+            process.join()
+        interrupted += any(path.name.startswith(".step-") for path in tmp_path.iterdir())
+        found, _ = newest_complete(tmp_path)
+        newest = found.step if found else 0
+        assert newest >= told.value
+        if found is not None:
+            kit.assert_holds(found, kit.whole(newest, BIG))
+        retain(tmp_path, 2, best=False, every=None)
+    assert newest > 0 and interrupted > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of its own can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_leaves_the_earlier_checkpoint(kit: Any, small_disk: Path, ranks: int) -> None:
+    shapes = {"w": (120_000,)}  # 1.44 MB a checkpoint: the third does not fit
+    savers = [Saver(small_disk, rank=r, ranks=ranks, attempt="a") for r in range(ranks)]
+
+    def save(step: int) -> None:
+        for rank, saver in enumerate(savers):
+            saver.save(step, kit.pieces(kit.whole(step, shapes), rank, ranks, shapes), {})
+        for saver in reversed(savers):
+            saver.wait()
+
+    save(1)
+    save(2)
+    with pytest.raises(UserError, match=r"No space left[\s\S]*output\.keep_checkpoints"):
+        save(3)
+    _drain(savers)
+    found, _ = newest_complete(small_disk)
+    assert found is not None and found.step == 2
+    kit.assert_holds(found, kit.whole(2, shapes))
+    assert sorted(path.name for path in small_disk.iterdir()) == ["step-000001", "step-000002"]
+    retain(small_disk, 1, best=False, every=None)
+    save(3)
+    kit.assert_holds(Checkpoint.open(small_disk / "step-000003"), kit.whole(3, shapes))
+
+
+def _drain(savers: list[Saver]) -> None:
+    for saver in savers:
+        with suppress(UserError):
+            saver.wait()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_saved(kit: Any, tmp_path: Path, poison: float) -> None:
+    kit.save(tmp_path, 1)
+    whole = kit.whole(2)
+    whole["layers.0.b"]["exp_avg"][100] = poison
+    savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
+    for rank, saver in enumerate(savers):
+        saver.save(2, kit.pieces(whole, rank, 2), {})
+    for saver in savers:  # rank 1's tensor it is, and rank 0 says so too
+        with pytest.raises(UserError, match=r"layers\.0\.b \(exp_avg, from element 96\)"):
+            saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_the_next_save_tells_of_the_last_ones_failure(kit: Any, tmp_path: Path) -> None:
+    whole = kit.whole(1)
+    whole["layers.1.gate"]["weight"][0] = float("nan")
+    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
+    saver.save(1, kit.pieces(whole, 0, 1), {})
+    with pytest.raises(UserError, match="NaN") as refused:
+        saver.save(2, kit.pieces(kit.whole(2), 0, 1), {})
+    assert refused.value.status == Exit.NON_FINITE
+    saver.save(3, kit.pieces(kit.whole(3), 0, 1), {})
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_nan_in_a_shard_with_right_hashes_is_refused(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = kit.whole(1)
+    whole["layers.0.b"]["weight"][120] = float("nan")
+    monkeypatch.setattr("dtrain.checkpoints.shard.is_finite", lambda tensor: True)
+    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
+    saver.save(1, kit.pieces(whole, 0, 1), {})
+    saver.wait()
+    monkeypatch.undo()
+    checkpoint, _ = newest_complete(tmp_path)
+    assert checkpoint is not None
+    with pytest.raises(UserError, match=r"layers\.0\.b weight holds NaN"):
+        checkpoint.restore(kit.pieces(kit.whole(2), 0, 1))
+    with pytest.raises(UserError, match=r"layers\.0\.b weight holds NaN"):
+        checkpoint.read("layers.0.b", "weight", 100, 130)
+
+
+def test_a_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
+    saver = Saver(tmp_path, rank=0, ranks=3, attempt="a", patience_seconds=0.05)
+    saver.save(1, kit.pieces(kit.whole(1), 0, 1), {})
+    with pytest.raises(UserError, match=r"ranks \[1, 2\] did not write") as refused:
+        saver.wait()
+    assert refused.value.status == Exit.HANG
+    assert newest_complete(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "said"),
+    [
+        ([(0, 4), (5, 10)], "elements 4 to 5 are missing"),
+        ([(0, 6), (4, 10)], "elements from 4 stand twice, once in rank-00001"),
+        ([(0, 4), (4, 9)], "elements 9 to 10 are missing"),
+        ([(0, 0), (10, 10)], "no weight was saved"),
+    ],
+)
+def test_holes_and_overlaps_never_become_a_checkpoint(
+    tmp_path: Path, ranges: list[tuple[int, int]], said: str
+) -> None:
+    savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
+    for saver, (first, last) in zip(savers, ranges, strict=True):
+        saver.save(1, [Piece("w", (10,), first, last, {"weight": torch.ones(last - first)})], {})
+    savers[1].wait()
+    with pytest.raises(RuntimeError, match=said):
+        savers[0].wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_checkpoint_of_the_same_step_is_replaced(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    (kit.save(tmp_path, 2) / "rank-00000.safetensors").write_bytes(b"")
+    kit.save(tmp_path, 2)
+    found, reasons = newest_complete(tmp_path)
+    assert found is not None and found.step == 2 and not reasons
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
+def test_state_that_json_cannot_hold_is_refused_at_the_call(tmp_path: Path, value: Any) -> None:
+    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
+    with pytest.raises((ValueError, TypeError)):
+        saver.save(1, [], {"loss": value})

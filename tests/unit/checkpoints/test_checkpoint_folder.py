@@ -1,0 +1,138 @@
+"""A stage's folder: what is listed, cleaned, kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoints import (
+    Saver,
+    clean_leftovers,
+    list_checkpoints,
+    newest_complete,
+    retain,
+)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [one.step for one in list_checkpoints(folder)]
+
+
+def _unfinished(folder: Path, step: int) -> None:
+    work = folder / f".step-{step:06d}.deadx1"
+    work.mkdir()
+    (work / "rank-00000.safetensors").write_bytes(b"12345")
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    assert newest_complete(folder) == (None, [])
+    assert list_checkpoints(folder) == []
+    assert clean_leftovers(folder) == []
+
+
+def test_the_list_tells_all_that_is_known(kit: Any, tmp_path: Path) -> None:
+    for step, loss in ((1, 3.5), (2, None), (3, 2.5)):
+        kit.save(tmp_path, step, held_out_loss=loss)
+    shard = tmp_path / "step-000003/rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / "step-000002/manifest.json").unlink()
+    _unfinished(tmp_path, 4)
+
+    listed = list_checkpoints(tmp_path)
+    assert [(one.step, one.loss, one.complete, one.verified) for one in listed] == [
+        (1, 3.5, True, None),
+        (2, None, False, None),
+        (3, 2.5, True, None),
+        (4, None, False, None),
+    ]
+    assert listed[3].size == 5 and "not finished" in listed[3].problem
+
+    verified = list_checkpoints(tmp_path, verify=True)
+    assert [(one.complete, one.verified) for one in verified[:3:2]] == [
+        (True, True),
+        (False, False),
+    ]
+    assert "rank-00000.safetensors" in verified[2].problem
+
+
+def test_a_resume_says_why_not_from_a_newer_one(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    (kit.save(tmp_path, 2) / "manifest.json").write_text("{}")
+    _unfinished(tmp_path, 1)
+    _unfinished(tmp_path, 3)
+    found, reasons = newest_complete(tmp_path)
+    assert found is not None and found.step == 1
+    assert reasons[0] == "the save of step 3 was not finished"
+    assert reasons[1].startswith("step 2 cannot be used:") and len(reasons) == 2
+
+
+def test_leftovers_go_and_nothing_else(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1)
+    _unfinished(tmp_path, 2)
+    (tmp_path / ".removed.step-000001.77").mkdir()
+    (tmp_path / ".lock").touch()
+    clean_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-000001"]
+
+
+LOSSES = {1: 4.0, 2: 2.0, 3: 2.0, 4: None, 5: 3.0, 6: 2.5}
+
+
+@pytest.mark.parametrize(
+    ("newest", "best", "every", "kept"),
+    [
+        (2, False, None, [5, 6]),
+        (1, True, None, [2, 6]),
+        (1, False, 3, [3, 6]),
+        (2, True, 4, [2, 4, 5, 6]),
+        (0, False, None, [6]),
+        (9, True, 1, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_retention(
+    kit: Any, tmp_path: Path, newest: int, best: bool, every: int | None, kept: list[int]
+) -> None:
+    for step, loss in LOSSES.items():
+        kit.save(tmp_path, step, held_out_loss=loss)
+    removed = retain(tmp_path, newest, best, every)
+    assert _steps(tmp_path) == kept
+    assert removed == [step for step in LOSSES if step not in kept]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_broken_checkpoint_does_not_count_as_one_of_the_newest(kit: Any, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        kit.save(tmp_path, step)
+    for step in (1, 4):
+        (tmp_path / f"step-00000{step}/manifest.json").unlink()
+    assert retain(tmp_path, 2, False, None) == [1]
+    assert _steps(tmp_path) == [2, 3, 4]
+
+
+def test_one_that_a_person_has_to_look_at_stays(kit: Any, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        kit.save(tmp_path, step)
+    (tmp_path / "step-000001/odd.bin").touch()
+    assert retain(tmp_path, 1, False, None) == [2]
+    assert _steps(tmp_path) == [1, 3]
+
+
+def test_older_ones_go_in_the_background_once_the_new_one_is_complete(
+    kit: Any, tmp_path: Path
+) -> None:
+    seen = []
+
+    def published(path: Path) -> None:
+        seen.append(path.name)
+        retain(tmp_path, 1, False, None)
+
+    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a", published=published)
+    for step in (1, 2):
+        saver.save(step, kit.pieces(kit.whole(step), 0, 1), {})
+    saver.wait()
+    assert seen == ["step-000001", "step-000002"] and _steps(tmp_path) == [2]

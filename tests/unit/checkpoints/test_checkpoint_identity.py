@@ -1,0 +1,66 @@
+"""A resume with other inputs is refused with a diff, unless the change is allowed and can work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoints import CHANGEABLE, differences, require_same
+from dtrain.config.schema import Full, Lora, Train
+from dtrain.core.errors import UserError
+
+SAVED = {
+    "kind": "cpt",
+    "data": "f00d",
+    "method": {"r": 8, "targets": ["q", "v"]},
+    "train": {"learning_rate": 2e-4, "global_batch_sequences": 8, "steps": None},
+}
+
+
+def _changed(**train: Any) -> dict[str, Any]:
+    return {**SAVED, "train": {**SAVED["train"], **train}}  # type: ignore[dict-item]
+
+
+def test_the_same_is_the_same() -> None:
+    assert differences(SAVED, {**SAVED, "method": {"targets": ("q", "v"), "r": 8}}) == []
+    assert require_same(SAVED, SAVED, set()) == []
+
+
+def test_every_difference_is_told_with_both_values() -> None:
+    now = {"kind": "cpt", "data": "beef", "method": {"r": 8, "targets": ["q", "k"]}, "seed": 1}
+    assert differences(SAVED, now) == [
+        "data: 'f00d' in the checkpoint, 'beef' now",
+        "method.targets.1: 'v' in the checkpoint, 'k' now",
+        "seed: absent in the checkpoint, 1 now",
+        "train: {'learning_rate': 0.0002, 'global_batch_sequences': 8, 'ste… in the checkpoint, "
+        "absent now",
+    ]
+
+
+def test_what_may_change_is_proposed_and_then_told() -> None:
+    now = _changed(learning_rate=1e-4, steps=9)
+    with pytest.raises(UserError) as refused:
+        require_same(SAVED, now, {"train.steps"})
+    assert "train.learning_rate: 0.0002 in the checkpoint, 0.0001 now" in str(refused.value)
+    assert "--allow-change train.learning_rate" in refused.value.fix
+    assert "train.steps" not in str(refused.value)
+    assert len(require_same(SAVED, now, {"train.steps", "train.learning_rate"})) == 2
+
+
+def test_what_must_not_change_means_starting_anew() -> None:
+    now = _changed(learning_rate=1e-4, global_batch_sequences=4)
+    with pytest.raises(UserError) as refused:
+        require_same(SAVED, now, {"train.learning_rate"})
+    assert "--fresh" in refused.value.fix and "--allow-change" not in refused.value.fix
+
+
+def test_a_key_that_cannot_change_is_not_let_through() -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch_sequences, typo cannot change"):
+        require_same(SAVED, SAVED, {"train.global_batch_sequences", "typo", "train.steps"})
+
+
+def test_every_changeable_key_is_one_of_the_recipe() -> None:
+    fields = {f"train.{name}" for name in Train.model_fields}
+    fields |= {f"method.{name}" for name in {**Lora.model_fields, **Full.model_fields}}
+    assert fields >= CHANGEABLE

@@ -1,0 +1,120 @@
+"""Nothing is read that somebody else could have put there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoints import Checkpoint, Untrusted, newest_complete
+from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
+
+
+def _sealed(body: dict[str, Any]) -> str:
+    return json.dumps({**body, "sha256": fingerprint(body)}, indent=1) + "\n"
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest, as one who knows how to hash it again."""
+    body = json.loads((folder / "manifest.json").read_text())
+    del body["sha256"]
+    change(body)
+    (folder / "manifest.json").write_text(_sealed(body))
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(pickle.dumps({"step": 1}))
+
+
+def _link(folder: Path) -> None:
+    elsewhere = (folder / "rank-00000.safetensors").rename(folder.parent / "elsewhere")
+    (folder / "rank-00000.safetensors").symlink_to(elsewhere)
+
+
+def _linked_folder(folder: Path) -> None:
+    folder.symlink_to(folder.rename(folder.parent / "elsewhere"))
+
+
+def _newer(body: dict[str, Any]) -> None:
+    body["format"] = 2
+
+
+def _outside(body: dict[str, Any]) -> None:
+    body["files"]["../rank-00000.safetensors"] = body["files"].pop("rank-00000.safetensors")
+
+
+def _hole(body: dict[str, Any]) -> None:
+    body["parameters"]["layers.0.a"]["kinds"]["weight"]["slices"].pop()
+
+
+def _nonsense(body: dict[str, Any]) -> None:
+    body["parameters"] = 3
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (lambda folder: folder.chmod(0o777), "anyone may write"),
+        (lambda folder: (folder / "manifest.json").chmod(0o666), "anyone may write"),
+        (lambda folder: (folder / "rank-00001.safetensors").chmod(0o602), "anyone may write"),
+        (_pickle, "optimizer.pt: this file is not part of the checkpoint"),
+        (_link, "is a link"),
+        (_linked_folder, "is a link"),
+        (lambda folder: _rewritten(folder, _newer), "format 2, this dtrain reads 1"),
+        (lambda folder: _rewritten(folder, _outside), "not a manifest of dtrain"),
+        (lambda folder: _rewritten(folder, _hole), "are missing"),
+        (lambda folder: _rewritten(folder, _nonsense), "not a manifest of dtrain"),
+    ],
+)
+def test_it_is_refused_and_not_passed_over(
+    kit: Any, tmp_path: Path, attack: Callable[[Path], Any], said: str
+) -> None:
+    kit.save(tmp_path, 1)
+    folder = kit.save(tmp_path, 2)
+    attack(folder)
+    for read in (lambda: Checkpoint.open(folder), lambda: newest_complete(tmp_path)):
+        with pytest.raises(Untrusted, match=said):
+            read()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", [".", "manifest.json", "rank-00000.safetensors"])
+def test_a_foreign_owner_is_refused(kit: Any, tmp_path: Path, name: str) -> None:
+    folder = kit.save(tmp_path, 1)
+    os.chown(folder / name, 12345, -1)
+    with pytest.raises(Untrusted, match="belongs to user 12345"):
+        Checkpoint.open(folder)
+
+
+def test_a_renamed_checkpoint_does_not_pass_for_a_newer_one(kit: Any, tmp_path: Path) -> None:
+    kit.save(tmp_path, 1).rename(tmp_path / "step-000009")
+    found, reasons = newest_complete(tmp_path)
+    assert found is None and "holds step 1" in reasons[0]
+
+
+def test_slices_that_point_at_another_tensor_are_refused(kit: Any, tmp_path: Path) -> None:
+    folder = kit.save(tmp_path, 1, ranks=1)
+
+    def swell(body: dict[str, Any]) -> None:
+        gate = body["parameters"]["layers.1.gate"]
+        gate["shape"] = [9]
+        for kind in gate["kinds"].values():
+            kind["slices"] = [[0, 9, "rank-00000.safetensors"]]
+
+    _rewritten(folder, swell)
+    with pytest.raises(UserError, match=r"layers\.1\.gate\|weight\|0 cannot be read: .*9 needed"):
+        Checkpoint.open(folder).read("layers.1.gate", "weight", 0, 9)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"sha256": 1}', "[" * 100_000])
+def test_a_manifest_of_rubbish_is_no_checkpoint(kit: Any, tmp_path: Path, text: str) -> None:
+    folder = kit.save(tmp_path, 1)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest"):
+        Checkpoint.open(folder)
