@@ -1,0 +1,67 @@
+"""metrics.jsonl: one line a step, written at once, and never a number that was not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.files import write_atomic
+
+
+class Metrics:
+    """The metrics of one stage, open for writing.
+
+    Lines of steps after `resume_at` were written by a run that was stopped before it saved: they
+    are dropped, so that no step is there twice. So is a last line that was cut off.
+    """
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
+        write_atomic(path, "".join(_line(record) for record in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`, which names its `step`; NaN and infinity become null."""
+        assert isinstance(record.get("step"), int), record
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; none if it is not there, and no broken ones."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    has_step = isinstance(value, dict) and isinstance(value.get("step"), int)
+    return value if has_step else None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity in it replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

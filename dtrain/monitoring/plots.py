@@ -1,0 +1,124 @@
+"""The curves of a stage as one picture: loss, learning rate, gradient norm, speed, memory."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+MOST_POINTS = 600  # more cannot be told apart in the picture, and would make the report heavy
+COLOURS = ["#c2571a", "#2a7f62", "#8a4fbf", "#b0892b", "#a63d57"]
+INK, LINE, GRID = "#3b4252", "#2f5fa8", "#e3e7ee"
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: a quarter of the size, and it can be searched
+    "svg.hashsalt": "dtrain",
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": "#c3cad6",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+Records = Sequence[dict[str, Any]]
+Points = list[tuple[float, float]]
+
+
+def curves(records: Records) -> str:
+    """A data URI of an SVG with the curves of one stage; "" when there is nothing to show."""
+    if not any("loss" in record or "held_out" in record for record in records):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        grid = figure.add_gridspec(2, 4, height_ratios=[1.7, 1])
+        _draw_losses(figure.add_subplot(grid[0, :]), records)
+        for column, (key, title, scale) in enumerate(SMALL):
+            axes = figure.add_subplot(grid[1, column])
+            _draw(axes, [(x, y * scale) for x, y in series(records, key)], title)
+        return _data_uri(figure)
+
+
+SMALL = (
+    ("learning_rate", "learning rate", 1.0),
+    ("grad_norm", "gradient norm", 1.0),
+    ("tokens_per_second", "tokens per second", 1.0),
+    ("peak_memory_bytes", "peak memory, GB", 1e-9),
+)
+
+
+def series(records: Records, key: str) -> Points:
+    """(step, value) of every record that has a number under `key`, thinned by averaging."""
+    points = [(float(record["step"]), float(record[key])) for record in records
+              if isinstance(record.get(key), int | float)]
+    width = -(-len(points) // MOST_POINTS)
+    if width <= 1:
+        return points
+    chunks = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(_mean([x for x, _ in chunk]), _mean([y for _, y in chunk])) for chunk in chunks]
+
+
+def held_out(records: Records) -> dict[str, Points]:
+    """(step, loss) of every evaluation, by the name of its set."""
+    result: dict[str, Points] = {}
+    for record in records:
+        for name, loss in (record.get("held_out") or {}).items():
+            if isinstance(loss, int | float):
+                result.setdefault(name, []).append((float(record["step"]), float(loss)))
+    return result
+
+
+def _draw_losses(axes: Axes, records: Records) -> None:
+    _draw(axes, series(records, "loss"), "loss", label="training")
+    for (name, points), colour in zip(held_out(records).items(), COLOURS * 100, strict=False):
+        axes.plot(*_columns(points), color=colour, marker="o", markersize=4, linewidth=1.2,
+                  label=f"held out: {name}")
+    for i, step in enumerate(r["step"] for r in records if "skipped" in r):
+        axes.axvline(step, color="#d03b3b", linewidth=1, alpha=0.6,
+                     label=None if i else "skipped step")
+    axes.set_xlabel("step")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.1)
+
+
+def _draw(axes: Axes, points: Points, title: str, label: str | None = None) -> None:
+    few = len(points) <= 30
+    axes.plot(*_columns(points), color=LINE, linewidth=1.6, marker="." if few else None, label=label)
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if title != "loss" and points:
+        axes.set_ylim(0, 1.12 * max(y for _, y in points) or 1)
+    if not points:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#8a93a3")
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _data_uri(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
