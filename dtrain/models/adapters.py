@@ -51,9 +51,10 @@ def attach(model: PreTrainedModel, method: schema.Full | schema.Lora, *, seed: i
         bias="none",
         task_type="CAUSAL_LM",
     )
+    # transformers and PEFT each hook the embeddings so that their output requires a gradient, for
+    # the reentrant kind of checkpointing. Ours needs none: backward may end at the first adapter.
+    model.disable_input_require_grads()
     adapted = get_peft_model(model, config)
-    # PEFT makes the embeddings' output require a gradient for the reentrant kind of
-    # checkpointing; ours needs none, and the backward pass may end at the first adapter.
     model.disable_input_require_grads()
     _initialise(adapted, seed)
     key_dropouts(adapted)

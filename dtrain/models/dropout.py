@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 LANES = 4  # 16-bit numbers in one drawn int64: a quarter of the draws
@@ -45,8 +46,9 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop and rescale in training mode; the identity in evaluation."""
-        if not self.training or self.threshold == 0:
-            return x
+        assert not self.training or self.key.lengths is not None, "set_dropout_key comes first"
+        if not self.training or self.threshold == 0 or not self.key.lengths:
+            return x  # a micro-batch of no sequences is one token that counts nowhere
         scale = LEVELS / (LEVELS - self.threshold)
         result: Tensor = _Drop.apply(x, self.kept(x), scale)
         return result
@@ -55,11 +57,8 @@ class KeyedDropout(nn.Module):
         """Which elements of x [1, T, h] stay, as bool."""
         key, (rows, tokens, width) = self.key, x.shape
         assert rows == 1, "rows are laid end to end, not stacked"
-        assert key.lengths is not None, "set_dropout_key comes before the forward pass"
-        kept = torch.ones(1, tokens, width, dtype=torch.bool, device=x.device)
-        if not key.lengths:  # a micro-batch of no sequences holds one token that counts nowhere
-            return kept
-        assert sum(key.lengths) == tokens, "the dropout key is of another micro-batch"
+        assert key.lengths and sum(key.lengths) == tokens, "the key is of another micro-batch"
+        kept = torch.empty(1, tokens, width, dtype=torch.bool, device=x.device)
         parts = kept[0].split(key.lengths)
         for sequence, part in zip(key.sequences, parts, strict=True):
             self._draw(part, sequence)
@@ -90,7 +89,7 @@ class _Drop(torch.autograd.Function):
         return (x * scale).mul_(kept)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
         return (gradient * ctx.scale).mul_(kept), None, None
 
@@ -99,8 +98,10 @@ def key_dropouts(model: nn.Module) -> None:
     """Replace every LoRA dropout with p > 0 by a keyed one."""
     key = DropoutKey()
     for name, module in list(model.named_modules()):
-        dropouts = getattr(module, "lora_dropout", None)
-        for adapter, dropout in dropouts.items() if dropouts is not None else ():
+        if not isinstance(module, LoraLayer):
+            continue
+        dropouts = module.lora_dropout
+        for adapter, dropout in list(dropouts.items()):
             if isinstance(dropout, nn.Dropout) and dropout.p > 0:
                 dropouts[adapter] = KeyedDropout(dropout.p, name, key)
 

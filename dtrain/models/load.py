@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.quantise import forbid_repacking, nf4_config
-from dtrain.models.weights import weight_files
+from dtrain.models.weights import read_header, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Layers whose state runs through a whole row: packed documents would leak into each other.
@@ -54,10 +56,10 @@ def load_base(
         UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
             mixes documents of a packed row.
     """
-    weight_files(folder)
+    for path in weight_files(folder):
+        read_header(path)  # a file cut short is said here, with its name
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
     _switch_off_dropout(config)
-    logging.disable_progress_bar()  # transformers draws its own, on every rank
     model, info = _from_pretrained(
         folder,
         config=config,
@@ -73,14 +75,28 @@ def load_base(
     model.config.use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model
 
 
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass, by the kind that leaves module names alone."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError("this model cannot do it", where="model.gradient_checkpointing")
+    # the newer name; transformers warns of the older one
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    result: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, **settings
-    )
+    with _quiet():
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and then refused by us
+            **settings,
+        )
     model, info = result
     return model, info
 
@@ -132,6 +148,20 @@ def resolve_attention(
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     takes_ours = getattr(known, "_supports_attention_backend", False)
     return attention.NAME if takes_ours and getattr(known, "_supports_sdpa", False) else "sdpa"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and reports that transformers draws on every rank."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:

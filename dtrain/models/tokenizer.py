@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -36,7 +37,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that turns text into token ids: vocabulary, rules, special tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(type(tokenizer))
+    rules = (
+        json.loads(backend.to_str()) if backend is not None else {"type": type(tokenizer).__name__}
+    )
+    for passing in ("truncation", "padding"):  # left behind by the last call
+        rules.pop(passing, None)
     return fingerprint(
         {
             "rules": rules,

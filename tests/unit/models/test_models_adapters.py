@@ -1,0 +1,168 @@
+"""What trains, how it starts, and what PEFT reads back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dtrain.config import schema
+from dtrain.core.errors import Exit, UserError
+from dtrain.models.adapters import attach, save_adapter
+from dtrain.models.counts import parameter_counts
+
+LORA = schema.Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
+
+
+def base(dtype: torch.dtype = torch.float32, **settings: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_first_weights_follow_from_the_seed_alone() -> None:
+    first = trainable(attach(base(), LORA, seed=5))
+    torch.manual_seed(99)
+    model = base()
+    torch.rand(1000)
+    again = trainable(attach(model, LORA, seed=5))
+    half = trainable(attach(base(torch.bfloat16), LORA, seed=5))
+    other = trainable(attach(base(), LORA, seed=6))
+    assert first.keys() == again.keys() == half.keys()
+    assert all(torch.equal(first[n], again[n]) and torch.equal(first[n], half[n]) for n in first)
+    assert all(t.dtype == torch.float32 for t in half.values())
+    assert not any(torch.equal(first[n], other[n]) for n in first if "lora_A" in n)
+
+
+def test_first_weights_are_distributed_as_in_peft() -> None:
+    first = trainable(attach(base(), schema.Lora(kind="lora", r=64), seed=5))
+    assert all(not t.any() for n, t in first.items() if "lora_B" in n)
+    for name, tensor in first.items():
+        if "lora_A" in name:
+            bound = 1 / math.sqrt(tensor.shape[1])
+            assert tensor.abs().max() <= bound
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_no_gradient_is_asked_below_the_first_adapter() -> None:
+    model = base()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    adapted = attach(model, schema.Lora(kind="lora", dropout=0.0), seed=0)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.requires_grad)
+    )
+    ids = torch.arange(8)[None]
+    adapted(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert seen == [False]
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
+def test_wrong_target_names_the_linear_layers(targets: list[str]) -> None:
+    with pytest.raises(UserError, match="no linear layer is named") as caught:
+        attach(base(), schema.Lora(kind="lora", targets=targets), seed=0)
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught)
+
+
+def test_tied_output_matrix_gets_no_adapter() -> None:
+    method = schema.Lora(kind="lora", targets=["lm_head"])
+    with pytest.raises(UserError, match="tied"):
+        attach(base(tie_word_embeddings=True), method, seed=0)
+    untied = trainable(attach(base(tie_word_embeddings=False), method, seed=0))
+    assert len(untied) == 2
+
+
+def test_full_trains_everything_in_float32() -> None:
+    model = attach(base(torch.bfloat16), schema.Full(kind="full"), seed=0)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert model.training
+    total = sum(p.numel() for p in model.parameters())
+    assert parameter_counts(model) == (total, total)
+
+
+def trained(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """An adapter that changes the logits, saved."""
+    model = attach(base(), LORA, seed=5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    tensors = trainable(model)
+    save_adapter(folder, model, tensors, base="some/base")
+    return model.eval(), tensors
+
+
+def test_peft_loads_the_same_model(tmp_path: Path) -> None:
+    model, tensors = trained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    ids = torch.arange(20)[None]
+    logits = loaded(ids).logits
+    assert torch.equal(logits, model(ids).logits)
+    assert not torch.allclose(logits, base().eval()(ids).logits, atol=1e-3)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(stored) == len(tensors) == 28
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in stored
+
+
+def test_config_says_what_was_trained_and_is_written_the_same_each_time(tmp_path: Path) -> None:
+    trained(tmp_path / "one")
+    trained(tmp_path / "two")
+    text = (tmp_path / "one" / "adapter_config.json").read_text()
+    assert text == (tmp_path / "two" / "adapter_config.json").read_text()
+    config = json.loads(text)
+    wanted = {
+        "r": 4,
+        "lora_alpha": 6.0,
+        "base_model_name_or_path": "some/base",
+        "peft_type": "LORA",
+    }
+    assert wanted.items() <= config.items()
+    assert config["inference_mode"] is True
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    model, tensors = trained(tmp_path / "adapter")
+    doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+    save_adapter(tmp_path / "adapter", model, doubled)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(iter(doubled))
+    assert torch.equal(stored[name.replace(".default.", ".")], doubled[name])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_non_finite_adapter_is_not_saved(tmp_path: Path) -> None:
+    model, tensors = trained(tmp_path / "adapter")
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    name = sorted(tensors)[3]
+    tensors[name][0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite") as caught:
+        save_adapter(tmp_path / "adapter", model, tensors)
+    assert name in str(caught) and caught.value.status == Exit.NON_FINITE
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_an_incomplete_adapter_is_not_saved(change: str, tmp_path: Path) -> None:
+    model, tensors = trained(tmp_path / "adapter")
+    if change == "missing":
+        tensors.pop(sorted(tensors)[0])
+    else:
+        tensors["other"] = torch.zeros(1)
+    with pytest.raises(AssertionError, match="disagree on 1 names"):
+        save_adapter(tmp_path / "new", model, tensors)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,164 @@
+"""A document's numbers do not depend on what lies beside it in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM as Auto
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from dtrain.config import schema
+from dtrain.models.forward import loss_sum, supervised_logits
+from dtrain.models.load import load_base
+
+LENGTHS = [5, 1, 17, 9]
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL | {"num_key_value_heads": 4}),
+    "llama-gqa": LlamaConfig(**SMALL),
+    "mistral-sliding": MistralConfig(**SMALL, sliding_window=4),
+    "qwen2-sliding": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "gemma2-softcap": Gemma2Config(**SMALL, head_dim=8, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@dataclass
+class Row:
+    input_ids: Tensor
+    position_ids: Tensor
+    predict: Tensor
+    targets: Tensor
+    document_lengths: list[int]
+
+
+def pack(documents: list[Tensor]) -> Row:
+    """All tokens but each document's first are targets."""
+    ids = torch.cat(documents)
+    positions = torch.cat([torch.arange(len(d)) for d in documents])
+    targets = (positions > 0).nonzero()[:, 0]
+    lengths = [len(d) for d in documents]
+    return Row(ids[None], positions[None], targets - 1, ids[targets], lengths)
+
+
+def documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (n,), generator=generator) for n in LENGTHS]
+
+
+def saved(config: PretrainedConfig, folder: Path) -> Path:
+    torch.manual_seed(0)
+    Auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **settings: object) -> PreTrainedModel:
+    chosen = schema.Model(base=str(folder), **settings)  # type: ignore[arg-type]
+    return load_base(
+        folder, chosen, quantised=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+
+
+def each(logits: Tensor, row: Row) -> list[Tensor]:
+    """The loss of each document of a row."""
+    counts = [n - 1 for n in row.document_lengths]
+    parts = zip(logits.split(counts), row.targets.split(counts), strict=True)
+    return [loss_sum(x, targets) for x, targets in parts]
+
+
+def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    model.zero_grad()
+    logits = [supervised_logits(model, row) for row in rows]
+    losses = torch.stack([loss for x, r in zip(logits, rows, strict=True) for loss in each(x, r)])
+    losses.sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return torch.cat(logits).detach(), losses.detach(), gradient
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_alone(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    model = load(saved(CONFIGS[name], tmp_path), gradient_checkpointing=checkpointing)
+    model.requires_grad_(True).train()
+    logits, losses, gradient = losses_and_gradient(model, [pack(documents())])
+    alone = losses_and_gradient(model, [pack([d]) for d in documents()])
+    assert torch.allclose(logits, alone[0], atol=1e-5)
+    assert torch.allclose(losses, alone[1], atol=1e-5)
+    assert torch.allclose(gradient, alone[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_eager_with_the_whole_mask(name: str, tmp_path: Path) -> None:
+    folder = saved(CONFIGS[name], tmp_path)
+    results = []
+    for attention in ("auto", "eager"):
+        model = load(folder, attention=attention)
+        model.requires_grad_(True).train()
+        results.append(losses_and_gradient(model, [pack(documents())]))
+    for ours, eager in zip(*results, strict=True):
+        assert torch.allclose(ours, eager, atol=1e-5)
+
+
+def test_llama_uses_documents_and_equals_sdpa(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama-gqa"], tmp_path)
+    model, sdpa = load(folder), load(folder, attention="sdpa")
+    assert model.config._attn_implementation == "documents"
+    row = pack(documents())
+    assert torch.allclose(supervised_logits(model, row), supervised_logits(sdpa, row), atol=1e-5)
+
+
+def test_softcap_falls_back_to_eager(tmp_path: Path) -> None:
+    model = load(saved(CONFIGS["gemma2-softcap"], tmp_path))
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-sliding"])
+def test_generation_with_padding_and_cache_is_untouched(name: str, tmp_path: Path) -> None:
+    folder = saved(CONFIGS[name], tmp_path)
+    ids = torch.stack([documents()[2], documents()[2].flip(0)])
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    texts = [
+        load(folder, attention=attention).generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cache,
+            pad_token_id=0,
+        )
+        for attention in ("auto", "sdpa")
+        for cache in (True, False)
+    ]  # fmt: skip
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_no_supervised_token_gives_a_zero_with_a_graph(tmp_path: Path) -> None:
+    model = load(saved(CONFIGS["llama"], tmp_path)).requires_grad_(True)
+    logits = supervised_logits(model, pack([documents()[1]]))
+    assert logits.shape == (0, 64)
+    loss = loss_sum(logits, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_loss_of_half_precision_logits_is_computed_in_float32() -> None:
+    logits = torch.randn(300, 64, dtype=torch.bfloat16)
+    targets = torch.randint(0, 64, (300,))
+    exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+    assert loss_sum(logits, targets).dtype == torch.float32
+    assert loss_sum(logits, targets).item() == pytest.approx(exact.item(), rel=1e-6)
