@@ -1,9 +1,9 @@
 """torchrun that ends with its workers' exit status, passes signals on, and keeps quiet.
 
-`python -m dtrain.torchrun …` takes torchrun's own options. It differs from it in four things:
-the exit status is the worker's, not 1; a signal reaches the workers, which save and end, and are
-not killed after thirty seconds; `--nproc-per-node=auto` is one process on a machine without a GPU,
-not one a core; what a worker has said already is not said again.
+`python -m dtrain.torchrun …` takes torchrun's own options and differs from it in four things. Its
+exit status is the workers', not 1. A signal reaches the workers, which save and end, and are not
+killed after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process
+on a machine without a GPU, not one a core. What a worker has said already is not said again.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Signals:
             signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self.seen:
+            number = signal.SIGKILL  # Ctrl-C twice; what is saved stays whole, whatever comes
         self.seen.add(number)
         workers = [child for child in psutil.Process().children() if _leads_session(child.pid)]
         if not workers:

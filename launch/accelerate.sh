@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# launch/accelerate.sh ENGINE RECIPE [key=value ...]: the workers of this node, by accelerate.
+# ENGINE: ddp, fsdp2, zero2 or zero3, each a file in launch/accelerate/.
+# NPROC: processes; one a GPU, or one on a CPU, if not set.
+set -euo pipefail
+root="$(dirname "$(dirname "$(readlink -f "$0")")")"
+if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
+    PATH="$root/.venv/bin:$PATH"
+fi
+settings="$root/launch/accelerate/${1:-}.yaml"
+if [[ $# -lt 2 || ! -f "$settings" ]]; then
+    echo "usage: $0 ddp|fsdp2|zero2|zero3 RECIPE [key=value ...]" >&2
+    exit 2
+fi
+shift
+NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TOKENIZERS_PARALLELISM=false
+exec accelerate launch --config_file "$settings" --num_processes "$NPROC" -m dtrain.train "$@"

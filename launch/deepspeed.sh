@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# launch/deepspeed.sh RECIPE [key=value ...]: the workers of this node, started by deepspeed.
+# The engine is the recipe's, whatever started it.
+# NPROC: processes; one a GPU, or one on a CPU, if not set.
+set -euo pipefail
+root="$(dirname "$(dirname "$(readlink -f "$0")")")"
+if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
+    PATH="$root/.venv/bin:$PATH"
+fi
+NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+export TOKENIZERS_PARALLELISM=false
+exec deepspeed --no_local_rank --num_accelerators "$NPROC" --master_port "$port" \
+    --module dtrain.train "$@"

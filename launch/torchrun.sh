@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# launch/torchrun.sh RECIPE [key=value ...]: the workers of this node, started by torchrun.
+# NPROC: processes here; one a GPU, or one on a CPU, if not set.
+# Several nodes: on each of them NNODES, MASTER_ADDR and, if 29500 is taken, MASTER_PORT.
+set -euo pipefail
+root="$(dirname "$(dirname "$(readlink -f "$0")")")"
+if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
+    PATH="$root/.venv/bin:$PATH"
+fi
+if [[ "${NNODES:-1}" == 1 ]]; then # loopback and a free port, so that two runs never meet
+    rendezvous=(--local-addr=127.0.0.1 --rdzv-endpoint=127.0.0.1:0)
+else
+    rendezvous=(--nnodes="$NNODES" --rdzv-id="${RDZV_ID:-dtrain}"
+        --rdzv-endpoint="${MASTER_ADDR:?name the first node}:${MASTER_PORT:-29500}")
+fi
+exec python -m dtrain.torchrun --nproc-per-node="${NPROC:-auto}" --rdzv-backend=c10d \
+    "${rendezvous[@]}" -m dtrain.train "$@"
