@@ -84,8 +84,9 @@ class Zero2(Zero):
     def pieces(self) -> Iterator[Piece]:
         masters = self.flat_masters()
         for name, parameter in self.trainable():
-            mapping = parameter._hp_mapping  # None where another rank holds all of it
-            if mapping is None:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # other ranks hold all of it
+                yield Piece(name, tuple(parameter.shape), 0, 0, {})
                 continue
             master = masters[mapping.param_group_index]
             state = adam_state(self.zero.optimizer, master)

@@ -18,7 +18,8 @@ from dtrain.core.hashes import fingerprint
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.resolve import base_folder
-from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from dtrain.models.load import read_config
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.samples.make import ensure
 
 
@@ -50,11 +51,12 @@ def prepare_inputs(recipe: Recipe) -> Inputs:
     base = base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     mark = tokenizer_fingerprint(tokenizer)
+    config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     store = cache_folder() / "stores"
 
     def ready(data: Data, kind: str) -> Mixture:
         mixture = prepare(data, kind, tokenizer, mark, store)
-        check_vocabulary(mixture, vocabulary_size(base))
+        check_vocabulary(mixture, config.get_text_config().vocab_size)
         return mixture
 
     return Inputs(

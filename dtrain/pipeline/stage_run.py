@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import uuid
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtrain.checkpoints.read import Checkpoint, newest_complete
+from dtrain.checkpoints.folder import clean_leftovers, newest_complete
+from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
-from dtrain.checkpoints.save import Saver
+from dtrain.checkpoints.saver import Saver
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.files import write_json
 from dtrain.core.log import say
@@ -25,7 +27,7 @@ from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
 from dtrain.merge.consolidate import consolidate
 from dtrain.merge.merge import merge
-from dtrain.models.adapters import attach, load_trainable, save_adapter
+from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.monitoring.metrics import Metrics
@@ -35,6 +37,8 @@ from dtrain.pipeline.run_folder import StageFolder
 from dtrain.stages.loop import Job, Progress, fit
 from dtrain.stages.schedule import total_sequences
 from dtrain.stages.stop import StopFlag
+
+ROWS_TO_MEASURE = 4096
 
 
 @dataclass
@@ -59,12 +63,14 @@ class StageRun:
         reset_peak_memory(self.world.device)
         checkpoint = self.newest_checkpoint()
         engine = self.build(checkpoint)
+        keep = self.recipe.output.keep_checkpoints
         job = self.job(engine, checkpoint)
         saver = Saver(
             self.folder.checkpoints,
             rank=self.world.rank,
             ranks=self.world.size,
             attempt=self.world.share_text(uuid.uuid4().hex[:8]),
+            published=lambda path: retain(path.parent, keep, best=True, every=None),
         )
         job.save = lambda now: self.save(saver, engine, now)
         if job.progress.step == 0 and self.evaluations.wants_base():
@@ -92,6 +98,10 @@ class StageRun:
             say(f"passed over: {reason}")
         if checkpoint is not None:
             say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
+        self.world.barrier()  # nobody looks any more when leftovers go
+        if self.world.is_first:
+            clean_leftovers(self.folder.checkpoints)
+        self.world.barrier()
         return checkpoint
 
     def build(self, checkpoint: Checkpoint | None) -> Engine:
@@ -113,7 +123,7 @@ class StageRun:
             f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
         )
         if checkpoint is not None:
-            load_trainable(model, lambda name, n: checkpoint.read(name, "weight", 0, n))
+            load_trainable(model, checkpoint)
         engine = build_engine(model, self.recipe, self.stage, world)
         if checkpoint is not None:
             checkpoint.restore(engine.pieces())
@@ -124,7 +134,7 @@ class StageRun:
         """The loop's inputs, at the checkpoint's step or at the start."""
         train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
         progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
-        rows = total_sequences(train, mixture.rows_per_epoch, mixture.tokens_per_row)
+        rows = total_sequences(train, mixture.rows_per_epoch, tokens_per_row(mixture))
         batch = train.global_batch_sequences
         loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)
         say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
@@ -134,16 +144,17 @@ class StageRun:
             loader=loader,
             held_out={name: held_out_loader(m, self.world, train) for name, m in sets.items()},
             watched=train.evaluate_on or next(iter(sets), None),
-            metrics=Metrics(self.metrics_path(), resume_at=progress.step),
+            metrics=self.metrics(progress.step),
             progress=progress,
             seed=self.recipe.seed,
             save=lambda now: None,
             wants_stop=self.stop.is_set,
         )
 
-    def metrics_path(self) -> Path | None:
-        """Where this rank writes metrics: the first rank only."""
-        return self.folder.path / "metrics.jsonl" if self.world.is_first else None
+    def metrics(self, step: int) -> Metrics | None:
+        """Metrics of the steps so far, open for more: on the first rank only."""
+        path = self.folder.path / "metrics.jsonl"
+        return Metrics(path, resume_at=step) if self.world.is_first else None
 
     def save(self, saver: Saver, engine: Engine, now: Progress) -> None:
         """Checkpoint this moment; the write itself goes on in the background."""
@@ -155,8 +166,6 @@ class StageRun:
             "held_out_loss": now.best_held_out,
         }
         saver.save(now.step, engine.pieces() if engine.owns_pieces else (), state)
-        if self.world.is_first:
-            retain(self.folder.checkpoints, self.recipe.output.keep_checkpoints)
 
     def facts(self, engine: Engine, job: Job) -> dict[str, Any]:
         """What is worth knowing of the finished stage."""
@@ -182,9 +191,7 @@ class StageRun:
         assert checkpoint is not None and checkpoint.step == facts["steps"]
         full, wants_merge = isinstance(self.stage.method, Full), self.wants_merge()
         if not full and not self.folder.adapter.exists():
-            tensors = {
-                name: checkpoint.read_whole(name) for name in checkpoint.names
-            }
+            tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
             save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
         if wants_merge and not self.folder.merged.exists():
             if full:
@@ -210,10 +217,33 @@ class StageRun:
         return self.recipe.output.merge or self.stage is not self.recipe.stages[-1]
 
 
+def read_whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A parameter in its global shape, float32."""
+    shape = checkpoint.names[name]
+    return checkpoint.read(name, "weight", 0, prod(shape)).view(shape)
+
+
+@torch.no_grad()
+def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into the model before an engine takes it.
+
+    DeepSpeed makes its own copies of what it finds at the start, and would go on with those.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in checkpoint.names:
+            parameter.copy_(read_whole(checkpoint, name))
+
+
 def held_out_loader(mixture: Mixture, world: World, train: Any) -> Loader:
     """All rows of a held-out set once, in batches that every rank takes an equal part of."""
     batch = world.size * train.micro_batch_sequences
     return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
+
+
+def tokens_per_row(mixture: Mixture) -> float:
+    """Mean number of tokens in a row, from the first ones of the stream."""
+    rows = mixture.rows_at(0, min(mixture.rows_per_epoch, ROWS_TO_MEASURE), seed=0)
+    return float(mixture.tokens(rows).mean())
 
 
 def free_memory() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, say, warn
-from dtrain.data.loader import Loader
+from dtrain.data.loader import NO_ROW, Loader
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.engines.base import Engine
 from dtrain.monitoring.metrics import Metrics
@@ -48,7 +48,7 @@ class Job:
     loader: Loader
     held_out: dict[str, Loader]
     watched: str | None
-    metrics: Metrics
+    metrics: Metrics | None
     progress: Progress
     seed: int
     save: Callable[[Progress], None]
@@ -87,6 +87,19 @@ def fit(job: Job) -> str:
     return "finished"
 
 
+def write(job: Job, record: dict[str, Any]) -> None:
+    """Write a line of metrics, on the rank that keeps them."""
+    if job.metrics is not None:
+        job.metrics.write(record)
+
+
+def result_epoch(job: Job, steps: int) -> float:
+    """Passes over the data after `steps` steps."""
+    loader = job.loader
+    rows = min(steps * loader.global_batch, loader.total_rows)
+    return rows / loader.mixture.rows_per_epoch
+
+
 def due(step: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens after `step` steps."""
     return every is not None and step % every == 0
@@ -105,7 +118,7 @@ def record(job: Job, result: StepResult, bar: Meter) -> None:
     now.non_finite += not result.finite
     line: dict[str, Any] = {
         "step": now.step,
-        "epoch": round(job.loader.epoch(number), 4),
+        "epoch": round(result_epoch(job, now.step), 4),
         "loss": result.loss,
         "supervised_tokens": result.supervised_tokens,
         "tokens": result.tokens,
@@ -117,13 +130,15 @@ def record(job: Job, result: StepResult, bar: Meter) -> None:
     if not result.finite:
         line |= non_finite_line(job, number)
     result.seconds["other"] = time.perf_counter() - started
-    job.metrics.write(line | {"seconds": {k: round(v, 4) for k, v in result.seconds.items()}})
+    write(job, line | {"seconds": {k: round(v, 4) for k, v in result.seconds.items()}})
     bar.advance(note=f"loss {result.loss:.4f}  {line['tokens_per_second']:.0f} tokens/s")
 
 
 def non_finite_line(job: Job, step: int) -> dict[str, Any]:
     """Say that an update was skipped, and which documents the batch held."""
-    documents = job.loader.documents(step)
+    loader = job.loader
+    rows = [int(row) for row in loader.batch(step) if row != NO_ROW]
+    documents = [place for row in rows for place in loader.mixture.row(row).documents]
     warn(
         f"step {step + 1}: loss or gradient is not finite, update skipped; "
         f"documents: {', '.join(documents[:5])}{' …' if len(documents) > 5 else ''}"
@@ -135,7 +150,7 @@ def evaluate(job: Job) -> None:
     """Measure every held-out set, and remember whether the watched one got better."""
     now = job.progress
     now.held_out = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
-    job.metrics.write({"step": now.step, "held_out": now.held_out})
+    write(job, {"step": now.step, "held_out": now.held_out})
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in now.held_out.items())
     say(f"step {now.step}: held-out loss: {losses}")
     if job.watched is None:
@@ -161,8 +176,3 @@ def reason_to_stop(job: Job, result: StepResult) -> str | None:
         say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
         return "early stop"
     return "stop asked" if result.stop_votes else None
-
-
-def as_state(now: Progress) -> dict[str, Any]:
-    """Progress as JSON."""
-    return asdict(now)

@@ -7,7 +7,7 @@ it does not depend on how rows fall on ranks and micro-batches.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 import torch
@@ -83,10 +83,18 @@ def train_step(
 
 def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
     """Summed cross-entropy of a micro-batch, float32."""
-    batch = batch.to(engine.world.device)
+    batch = on_device(batch, engine.world.device)
     with engine.autocast():
         logits = supervised_logits(engine.model, batch)
     return loss_sum(logits, batch.targets)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    names = ("input_ids", "position_ids", "predict", "targets")
+    return replace(batch, **{n: getattr(batch, n).to(device, non_blocking=True) for n in names})
 
 
 @torch.no_grad()
