@@ -13,7 +13,15 @@ from dtrain.core.errors import Problems, UserError
 # What lies in a run folder beside the stages' own folders, and the name of the untrained model
 # in tables of losses.
 RESERVED_NAMES = frozenset(
-    {"base", "evaluation.json", "lineage.json", "outcome.json", "recipe.yaml", "report.html", "stop"}
+    {
+        "base",
+        "evaluation.json",
+        "lineage.json",
+        "outcome.json",
+        "recipe.yaml",
+        "report.html",
+        "stop",
+    }
 )
 
 

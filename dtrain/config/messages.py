@@ -143,7 +143,8 @@ def _shown(value: Any) -> str:
 
 def _value_at(key: Key, values: Any) -> Any:
     for part in key:
-        values = values[part]
+        holder: Any = values if isinstance(values, dict | list) else {part: None}
+        values = holder[part]
     return values
 
 
@@ -175,7 +176,7 @@ def _groups(annotation: Any, key: Key, values: Any) -> list[type[BaseModel]]:
         kind = values.get("kind") if isinstance(values, dict) else None
         fitting = [m for m in models if kind in _kinds(m)]
         return fitting or models
-    inner = values[key[0]] if isinstance(values, dict | list) else None
+    inner = _value_at(key[:1], values)
     found: list[type[BaseModel]] = []
     for option in _groups(annotation, (), values) or _containers(annotation):
         child = _child(option, key[0])

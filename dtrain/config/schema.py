@@ -147,16 +147,23 @@ class Train(Group):
         None,
         description="passes over the data (over the heaviest source of a mixture)",
     )
-    steps: Count | None = Field(None, description="optimizer steps; or")
+    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     tokens: Count | None = Field(
         None,
-        description="tokens, padding not counted, rounded up to a whole step",
+        description="tokens, instead of epochs; rounded up to a whole step",
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-4, description="greatest, after the warm-up; lower it when the loss oscillates"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
     warmup_share: Share = Field(0.03, description="share of the steps with a rising learning rate")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="8bit: a quarter of the state; paged: it leaves the GPU when memory is short",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
     clip_norm: Annotated[float, Field(gt=0)] = Field(
         1.0,
         description="greatest global gradient norm",
@@ -183,9 +190,11 @@ class Train(Group):
 class Stage(Group):
     """One stage of the chain: its base is the merged model of the stage before."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="its folder in the run folder"
+    )
     kind: Literal["cpt", "sft"] = Field(description="cpt: every token is learnt; sft: answers only")
-    method: Method
+    method: Method = Field(description="what trains")
     data: Data
     train: Train
 
@@ -193,15 +202,15 @@ class Stage(Group):
 class EvaluationSet(Data):
     """Held-out rows whose loss is measured before the first stage and after each."""
 
-    kind: Literal["cpt", "sft"]
+    kind: Literal["cpt", "sft"] = Field(description="cpt: the loss of every token; sft: of answers")
 
 
 class Questions(Group):
     """Questions that the base and the final model answer side by side."""
 
     path: Text = Field(description="JSON lines with `question` and `answer`")
-    count: Count = 3
-    max_new_tokens: Count = 64
+    count: Count = Field(3, description="how many of them, from the head of the file")
+    max_new_tokens: Count = Field(64, description="longest answer")
 
 
 class Evaluation(Group):
@@ -219,15 +228,19 @@ class Output(Group):
         True,
         description="merge the last stage's adapter too; the others always are",
     )
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept of each stage")
 
 
 class Recipe(Group):
     """One run: a base model and a chain of stages."""
 
-    name: Text
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: Text = Field(description="for people; it shows in the report")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the order of the data, the first adapter weights and dropout"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs if there are any"
+    )
     model: Model
     engine: Engine = Engine()
     launch: Launch = Launch()

@@ -130,9 +130,10 @@ class _Plain:
 
 
 def _line(node: Any, name: Any) -> int | None:
+    place = node.lc.key if hasattr(node, "keys") else node.lc.item
     try:
-        return int((node.lc.key if isinstance(node, Mapping) else node.lc.item)(name)[0]) + 1
-    except (AttributeError, KeyError, TypeError, IndexError):
+        return int(place(name)[0]) + 1
+    except (KeyError, TypeError, IndexError):
         return None  # came in through a YAML merge key: the group around it has a line
 
 

@@ -1,0 +1,139 @@
+"""Every key of a recipe as a page of Markdown, made from the schema.
+
+`python -m dtrain.config.reference > dtrain/recipes/README.md`
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dtrain.config.schema import Recipe
+
+_HEAD = """# Recipes
+
+<!-- Made by `python -m dtrain.config.reference`; a test keeps it true. -->
+
+One YAML file (version 1.2) is one run. `dtrain recipes` lists the files in this folder,
+`dtrain recipes copy NAME` gives you one to edit, and `dtrain check RECIPE` shows what a recipe
+comes to, or everything that is wrong with it. Any key can be changed for one run:
+
+    dtrain run tiny engine.kind=zero3 stages.domain.train.steps=20 output.folder=runs/other
+
+A list is entered by number (`stages.0`) or by the name of an entry (`stages.domain`). An unknown
+key is an error. A path is taken from the folder in which `dtrain` is started.
+"""
+
+_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def reference() -> str:
+    """The page."""
+    return _HEAD + "".join(_sections(Recipe, "", {}))
+
+
+def _sections(group: type[BaseModel], path: str, told: dict[type, str]) -> Iterator[str]:
+    """A table of the group's own keys, then the sections of the groups in it.
+
+    `told`: the path of each group that has its section already.
+    """
+    yield f"\n## {path or 'The recipe'}\n\n{_first_paragraph(group)}\n\n"
+    if group in told:
+        yield f"The keys are those of {told[group]}.\n"
+        return
+    told[group] = path
+    yield "| key | value | default | meaning |\n|---|---|---|---|\n"
+    for name, field in group.model_fields.items():
+        yield f"| `{name}` | {_value(field)} | {_default(field)} | {_meaning(field)} |\n"
+    for name, field in group.model_fields.items():
+        way = f"{path}.{name}" if path else name
+        for model, mark in _groups(field.annotation):
+            yield from _sections(model, way + mark, told)
+
+
+def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
+    """The groups inside an annotation, each with what its path gets: `[]` for a list, …"""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, "")]
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _groups(arguments[0])
+    if kind in (list, dict):
+        mark = "[]" if kind is list else ".NAME"
+        return [(model, mark + inner) for model, inner in _groups(arguments[-1])]
+    if kind in (Union, types.UnionType):
+        models = [model for part in arguments for model, _ in _groups(part)]
+        if len(models) > 1:  # a choice between groups: the kind tells which
+            return [(model, f", kind {' or '.join(_kinds(model))}") for model in models]
+        return [(model, "") for model in models]
+    return []
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(model.model_fields["kind"].annotation)
+
+
+def _first_paragraph(group: type[BaseModel]) -> str:
+    return (group.__doc__ or "").strip().partition("\n\n")[0]
+
+
+def _meaning(field: FieldInfo) -> str:
+    if field.description:
+        return field.description.replace("|", "\\|")
+    docs = [_first_paragraph(model) for model, _ in _groups(field.annotation)]
+    return docs[0].rstrip(".") if len(docs) == 1 else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    default = field.get_default(call_default_factory=True)
+    if default is None or isinstance(default, BaseModel | dict):
+        return ""
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _value(field: FieldInfo) -> str:
+    return _type(field.annotation) + _bounds(field.metadata)
+
+
+def _type(annotation: Any) -> str:
+    """What may be written, in words."""
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
+    if kind is Annotated:
+        metadata = [m for extra in arguments[1:] for m in getattr(extra, "metadata", [extra])]
+        return _type(arguments[0]) + _bounds(metadata)
+    if kind is Literal:
+        return ", ".join(f"`{option}`" for option in arguments)
+    if kind is list:
+        return f"list of {'groups' if _groups(annotation) else _type(arguments[0]) + 's'}"
+    if kind is dict:
+        return "groups by name"
+    if kind in (Union, types.UnionType) and not _groups(annotation):
+        return " or ".join(_type(part) for part in arguments if part is not type(None))
+    return "group"
+
+
+def _bounds(metadata: list[Any]) -> str:
+    found = [
+        f" {sign} {_number(getattr(item, name))}"
+        for item in metadata
+        for name, sign in _BOUNDS.items()
+        if getattr(item, name, None) is not None
+    ]
+    return ",".join(found)
+
+
+def _number(bound: float) -> str:
+    return "2⁶³" if bound == 2**63 else f"{bound:g}"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
