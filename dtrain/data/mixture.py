@@ -14,7 +14,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.data.mixing import Mix
 from dtrain.data.sources import Part
 from dtrain.data.store import Store
-from dtrain.data.tokenise import CUT, EMPTY, MASKED, TOO_LONG
+from dtrain.data.tokenise import CUT, EMPTY, MASKED, TOO_LONG, UNLEARNABLE
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -101,6 +101,7 @@ class Mixture:
             TOO_LONG: "left out, longer than a sequence",
             MASKED: "left out, no answer in them",
             EMPTY: "left out, empty",
+            UNLEARNABLE: "rows of a single token left out",
         }
         told = [f"{n:,} {text}" for key, text in notes.items() if (n := facts["counts"].get(key))]
         return "; ".join([line, *told])

@@ -8,7 +8,6 @@ without them.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -134,20 +133,15 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Templa
     """
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     template = Template(template_text(setting, tokenizer), tuple(sorted(specials.items())))
-    if fault := _syntax_fault(template):
+    try:
+        template.render([{"role": "user", "content": "a"}])
+    except TemplateSyntaxError as error:
         raise UserError(
-            f"not a jinja template: {fault.message}", where=f"template: {setting}:{fault.lineno}"
-        )
+            f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
+        ) from error
+    except Exception:  # a template may refuse this conversation and take others
+        return template
     return template
-
-
-def _syntax_fault(template: Template) -> TemplateSyntaxError | None:
-    with suppress(Exception):  # a template may refuse this conversation and take others
-        try:
-            template.render([{"role": "user", "content": "a"}])
-        except TemplateSyntaxError as error:
-            return error
-    return None
 
 
 def render_answers(template: Template, messages: Messages, where: str) -> tuple[str, list[Span]]:

@@ -1,0 +1,78 @@
+"""A real byte-level tokenizer, chat templates as published, and small files of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dtrain.config.schema import Data
+from dtrain.data.prepare import Mixture, prepare
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
+SPECIAL += ["<|start_header_id|>", "<|end_header_id|>"]
+TEXT = "The quick brown fox jumps over the lazy dog. Question answer system user assistant. " * 8
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tokenizer(template: str | None = CHATML, **more: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of some 330 tokens: any text goes in and comes out again."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([TEXT], trainer)
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **more}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return build_tokenizer
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """write_rows(name, rows) → path of a JSON lines file."""
+
+    def write(name: str, rows: list[Any]) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Mixture]:
+    """prepared(kind, [source, …], sequence_tokens=…) → the mixture, made in tmp_path/cache."""
+
+    def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> Mixture:
+        own = settings.pop("tokenizer", tokenizer)
+        cache = settings.pop("cache", tmp_path / "cache")
+        data = Data.model_validate({"sources": sources, "sequence_tokens": 64, **settings})
+        return prepare(data, kind, own, "tokenizer-1", cache)
+
+    return run

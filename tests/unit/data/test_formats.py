@@ -1,0 +1,215 @@
+"""Every format is read; every fault is told with its file and line."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.data.formats import read
+from dtrain.data.sources import find_parts
+
+QUESTION = {"role": "user", "content": "a"}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(path, format) → [(value, place), …]"""
+
+    def run(path, form="text", **more):
+        parts = find_parts(Source(path=str(path), format=form, **more), tmp_path / "cache")
+        return [(r.value, parts[r.part].place(r.number)) for r in read(parts, form)]
+
+    return run
+
+
+@pytest.fixture
+def fault(load):
+    """fault(path, format) → the message."""
+
+    def run(path, form="text", **more):
+        with pytest.raises(UserError) as error:
+            load(path, form, **more)
+        return str(error.value)
+
+    return run
+
+
+def test_a_text_file_is_one_document(load, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
+    assert load(tmp_path / "a.txt") == [("one\n\ntwo\n", str(tmp_path / "a.txt"))]
+
+
+def test_lines_are_counted_with_blank_ones(load, write_rows, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n\n{"text": "y", "more": 1}')
+    assert load(path) == [("x", f"{path}:1"), ("y", f"{path}:3")]
+
+
+def test_json_as_a_list_and_as_lines(load, tmp_path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x"}, {"text": "y"}], indent=1))
+    assert load(path) == [("x", f"{path}#1"), ("y", f"{path}#2")]
+    path.write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert [value for value, _ in load(path)] == ["x", "y"]
+
+
+def test_parquet(load, tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [str(i) for i in range(2500)], "other": [0] * 2500}), path)
+    rows = load(path)
+    assert [value for value, _ in rows] == [str(i) for i in range(2500)]
+    assert rows[-1][1] == f"{path}#2500"
+
+
+def test_messages_from_parquet_equal_those_from_json(load, write_rows, tmp_path) -> None:
+    rows = [{"messages": [QUESTION, {"role": "assistant", "content": "b"}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = write_rows("a.jsonl", rows)
+    assert load(tmp_path / "a.parquet", "messages")[0][0] == load(path, "messages")[0][0]
+
+
+def test_alpaca_rows_are_exchanges(load, write_rows) -> None:
+    path = write_rows(
+        "a.jsonl",
+        [
+            {"instruction": "Add.", "input": "1 1", "output": "2"},
+            {"instruction": "Hi.", "output": "Hello."},
+            {"instruction": "Hi.", "input": None, "output": "Hello."},
+        ],
+    )
+    first, second, third = (value for value, _ in load(path, "alpaca"))
+    assert [m["content"] for m in first] == ["Add.\n\n1 1", "2"]
+    assert [m["content"] for m in second] == ["Hi.", "Hello."]
+    assert second == third
+
+
+def test_globs_and_folders_are_read_in_order_of_names(load, write_rows, tmp_path) -> None:
+    for name in ("c/b.jsonl", "c/a.jsonl", "c/deep/d.jsonl"):
+        write_rows(name, [{"text": name}])
+    (tmp_path / "c" / "README.md").write_text("not data")
+    assert [v for v, _ in load(tmp_path / "c" / "*.jsonl")] == ["c/a.jsonl", "c/b.jsonl"]
+    assert [v for v, _ in load(tmp_path / "c")] == ["c/a.jsonl", "c/b.jsonl", "c/deep/d.jsonl"]
+    deep = load(tmp_path / "c" / "**" / "*.jsonl")
+    assert sorted(v for v, _ in deep) == ["c/a.jsonl", "c/b.jsonl", "c/deep/d.jsonl"]
+
+
+def test_samples_are_found_by_their_address(load, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
+    (tmp_path / "samples" / "words").mkdir(parents=True)
+    (tmp_path / "samples" / "words" / "a.txt").write_text("hello")
+    assert load("dtrain:words/a.txt")[0][0] == "hello"
+
+
+def test_a_folder_of_save_to_disk(load, fault, tmp_path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["x", "y"], "id": [1, 2]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert load(tmp_path / "one") == [("x", f"{tmp_path}/one#1"), ("y", f"{tmp_path}/one#2")]
+    both = datasets.DatasetDict(train=rows, test=rows.select([1]))
+    both.save_to_disk(str(tmp_path / "two"))
+    assert [v for v, _ in load(tmp_path / "two", split="test")] == ["y"]
+    assert "`split` is one of train, test" in fault(tmp_path / "two", split="dev")
+    assert "column `instruction` is missing" in fault(tmp_path / "one", "alpaca")
+
+
+def test_a_hub_id(load, monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(path, split):
+        asked.append((path, split))
+        return datasets.Dataset.from_dict({"text": ["x"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("org/corpus", split="test") == [("x", "org/corpus[test]#1")]
+    assert asked == [("org/corpus", "test")]
+
+
+def test_a_hub_id_that_cannot_be_had(fault, monkeypatch) -> None:
+    def load_dataset(path, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = fault("corpus")
+    assert "no such file or folder, and the hub's data set cannot be had: no route" in message
+
+
+def test_missing_files(fault, tmp_path) -> None:
+    assert "a.jsonl: no such file" in fault(tmp_path / "a.jsonl")
+    assert "no file here that can be read" in fault(tmp_path / "*.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "no file here that can be read" in fault(tmp_path / "empty")
+
+
+def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    assert "files that end in .xlsx are not known" in fault(tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "what"),
+    [
+        (b'{"text": "a"}\n{"text": "b\n', 2, "broken JSON: Invalid control character"),
+        (b'{"text": "a"}\n\n{"text"}\n', 3, "broken JSON: Expecting ':' delimiter (column 8)"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8"),
+        (b'{"text": "a"}\n["b"]\n', 2, "a row must be an object, not a list"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', 2, "column `text` is missing; there is txt"),
+        (b'{"text": "a"}\n{"text": null}\n', 2, "`text` must be a text, not null"),
+        (b'{"text": 1}\n', 1, "`text` must be a text, not a number"),
+        (b'{"text": "\\ud800"}\n', 1, "`text` holds half a character"),
+        (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
+    ],
+)
+def test_faults_in_lines(fault, tmp_path, content, line, what) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {what}")
+
+
+def test_a_broken_list_names_its_line(fault, tmp_path) -> None:
+    (tmp_path / "a.json").write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
+    assert f"{tmp_path}/a.json:3: broken JSON" in fault(tmp_path / "a.json")
+
+
+def test_a_broken_parquet_file(fault, tmp_path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
+    assert "a.parquet#1: broken parquet" in fault(tmp_path / "a.parquet")
+
+
+def test_missing_columns_name_those_there_are(fault, write_rows, tmp_path) -> None:
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    message = fault(tmp_path / "a.parquet")
+    assert "column `text` is missing; there is body" in message
+    path = write_rows("a.jsonl", [{"instruction": "x", "answer": "y"}])
+    message = fault(path, "alpaca")
+    assert f"{path}:1: column `output` is missing; there is instruction, answer" in message
+    assert "format: alpaca needs instruction, output" in message
+
+
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ("hello", "`messages` must be a list of messages, not a text"),
+        ([], "`messages` must be a list of messages, not an empty list"),
+        (["hello"], "`messages[0]` must be an object, not a text"),
+        ([QUESTION, {"role": "user"}], "`messages[1]` has no `content`"),
+        ([QUESTION, {"role": 1, "content": "x"}], "`messages[1].role` must be a text"),
+        ([{"role": "user", "content": []}], "`messages[0].content` must be a text, not a list"),
+    ],
+)
+def test_faults_in_messages(fault, write_rows, messages, what) -> None:
+    path = write_rows("a.jsonl", [{"messages": messages}])
+    assert fault(path, "messages").startswith(f"{path}:1: {what}")
+
+
+def test_a_text_file_holds_no_conversations(fault, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    assert "a .txt file holds a text, not rows of alpaca" in fault(tmp_path / "a.txt", "alpaca")
+
+
+def test_a_text_file_that_is_not_utf8(fault, tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    assert "not UTF-8: byte 3" in fault(tmp_path / "a.txt")
