@@ -77,6 +77,8 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"cannot be listed: {error.strerror}", where=str(folder)) from error
 
 
 def clean_leftovers(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20  # hashed and written while it is in the processor's cache
 READ_ELEMENTS = 1 << 24  # at once, so that a huge parameter needs 64 MiB of host memory to restore
 HEADER_ALIGNMENT = 8
 

@@ -88,6 +88,18 @@ def test_read_takes_a_range_over_several_files(kit: Any, tmp_path: Path) -> None
         checkpoint.read("layers.0.b", "weight", 0, 193)
 
 
+def test_a_checkpoint_that_was_read_frees_its_room_when_it_is_removed(
+    kit: Any, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(kit.save(tmp_path, 3))
+    for read in (
+        lambda: kit.assert_holds(checkpoint, kit.whole(3)),
+        lambda: checkpoint.read("layers.0.b", "weight", 0, 9),
+    ):
+        read()
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_large_ranges_are_read_in_bounded_parts(
     kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
