@@ -37,7 +37,7 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shards, self.rows_read = folder, 0, 0
-        for leftover in folder.glob(".shard-*"):  # of a process that was killed while writing
+        for leftover in folder.glob(".*.*"):  # of a process that was killed while writing
             leftover.unlink()
         while (folder / shard_name(self.shards)).exists():
             self.rows_read = _note(map_shard(folder / shard_name(self.shards)))["rows_read"]

@@ -118,9 +118,7 @@ def test_the_instruction_form(make_tokenizer) -> None:
         {"role": "assistant", "content": "2"},
     ]
     text, spans = render_answers(template, row, "f:1")
-    assert text == (
-        "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n2<|endoftext|>"
-    )
+    assert text == ("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n2<|endoftext|>")
     assert [text[a:b] for a, b in spans] == ["2<|endoftext|>"]
     assert template.render(row[:1], prompt=True) == text[: spans[0][0]]
     turns, spans = render_answers(template, TWO_TURNS, "f:1")
@@ -145,7 +143,7 @@ def test_a_file_is_a_template(make_tokenizer, tmp_path) -> None:
 
 
 def test_a_refused_conversation_names_its_row(answers) -> None:
-    with pytest.raises(UserError, match="f:1: the chat template refuses .* must alternate"):
+    with pytest.raises(UserError, match=r"f:1: the chat template refuses .* must alternate"):
         answers(BRACKETS, TWO_TURNS)
 
 

@@ -1,0 +1,147 @@
+"""Any number of ranks and any micro-batch see the same batches; any step can be had alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtrain.data.loader import NO_ROW, Loader
+from dtrain.data.mixing import mix
+from dtrain.data.mixture import Row
+
+
+class Simulated:
+    """A mixture whose rows are made from their numbers: row n has documents of known tokens."""
+
+    def __init__(self, rows: list[int], weights: list[float | None]) -> None:
+        self.mix = mix(rows, weights, ["s"] * len(rows))
+        self.rows_per_epoch = self.mix.rows_per_epoch
+        self.rows_read = 0
+
+    def rows_at(self, start: int, stop: int, seed: int):
+        return self.mix.rows_at(np.arange(start, stop), seed)
+
+    def row(self, number: int) -> Row:
+        self.rows_read += 1
+        lengths = np.array([number % 3 + 1, 2], dtype=np.int32)
+        ids = np.arange(lengths.sum(), dtype=np.int64) + 10 * number
+        supervised = np.ones(ids.size, dtype=bool)
+        supervised[[0, lengths[0]]] = False
+        return Row(ids, supervised, lengths, [f"f:{number}", f"g:{number}"])
+
+    def tokens(self, numbers):
+        return np.asarray(numbers) % 3 + 3
+
+    def supervised_tokens(self, numbers):
+        return np.asarray(numbers) % 3 + 1
+
+
+def seen(loader: Loader, step: int, ranks: int, micro_batch: int) -> list[tuple[int, int]]:
+    """(place in the stream, row number) of every sequence that all ranks compute in a step."""
+    out = []
+    for rank in range(ranks):
+        for batch in loader.micro_batches(step, rank, ranks, micro_batch):
+            start = 0
+            for place, length in zip(batch.sequences, batch.sequence_lengths, strict=True):
+                if batch.targets.numel():
+                    out.append((place, int(batch.input_ids[0, start]) // 10))
+                start += length
+            assert start == batch.input_ids.shape[1] == sum(batch.document_lengths)
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    weighted=st.booleans(),
+    global_batch=st.integers(1, 40),
+    ranks=st.sampled_from([1, 2, 4, 8]),
+    micro_batch=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_ranks_and_micro_batches_change_nothing(
+    rows, weighted, global_batch, ranks, micro_batch, seed
+) -> None:
+    weights = [float(i + 1) if weighted else None for i in range(len(rows))]
+    mixture = Simulated(rows, weights)
+    total = mixture.rows_per_epoch
+    loader = Loader(mixture, seed=seed, global_batch=global_batch, total_rows=total)
+    stream = [
+        pair for step in range(loader.steps) for pair in seen(loader, step, ranks, micro_batch)
+    ]
+    assert stream == list(enumerate(mixture.rows_at(0, total, seed).tolist()))
+    if not weighted:
+        assert sorted(row for _, row in stream) == list(range(total))
+
+
+def test_1024_ranks_share_a_batch() -> None:
+    mixture = Simulated([1500], [None])
+    loader = Loader(mixture, seed=1, global_batch=1024, total_rows=1500)
+    stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
+    assert stream == [pair for step in range(2) for pair in seen(loader, step, 1, 64)]
+    assert sorted(row for _, row in stream) == list(range(1500))
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 1024])
+def test_every_rank_has_as_many_micro_batches(ranks: int) -> None:
+    loader = Loader(Simulated([50], [None]), seed=0, global_batch=16, total_rows=35)
+    for step in range(loader.steps):
+        counts = {len(list(loader.micro_batches(step, r, ranks, 3))) for r in range(min(ranks, 20))}
+        assert len(counts) == 1
+
+
+def test_a_step_far_away_is_had_at_once_and_alone() -> None:
+    mixture = Simulated([10**12], [None])
+    loader = Loader(mixture, seed=5, global_batch=8, total_rows=10**13)
+    late = seen(loader, 10**12, 2, 2)
+    assert mixture.rows_read == 8
+    assert [place for place, _ in late] == list(range(8 * 10**12, 8 * 10**12 + 8))
+    again = Loader(Simulated([10**12], [None]), seed=5, global_batch=8, total_rows=10**13)
+    assert seen(again, 10**12, 4, 1) == late
+
+
+def test_batches_cross_the_edge_of_an_epoch() -> None:
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=20)
+    rows = np.concatenate([loader.batch(step) for step in range(loader.steps)])
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+    assert rows[:10].tolist() != rows[10:].tolist()
+
+
+def test_the_last_short_batch_is_kept() -> None:
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=10)
+    assert loader.steps == 3
+    last = loader.batch(2)
+    assert (last == NO_ROW).tolist() == [False, False, True, True]
+    real = last[:2]
+    assert loader.tokens(2) == int((real % 3 + 3).sum())
+    assert loader.supervised_tokens(2) == int((real % 3 + 1).sum())
+
+
+def test_a_rank_without_rows_gets_one_token_and_no_target() -> None:
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=9)
+    (batch,) = loader.micro_batches(2, 3, 4, 1)
+    assert batch.input_ids.tolist() == batch.position_ids.tolist() == [[0]]
+    assert batch.predict.numel() == batch.targets.numel() == 0
+    assert batch.document_lengths == batch.sequence_lengths == [1]
+    assert batch.sequences == [11]
+
+
+def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_rows) -> None:
+    texts = [{"text": "fox " * n} for n in (3, 40, 5, 9)]
+    source = {"path": write_rows("a.jsonl", texts), "format": "text"}
+    mixture = prepared("cpt", [source])
+    loader = Loader(mixture, seed=0, global_batch=2, total_rows=mixture.rows_per_epoch)
+    for step in range(loader.steps):
+        (batch,) = loader.micro_batches(step, 0, 1, 2)
+        ids = batch.input_ids[0]
+        assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+        assert torch.equal(ids[batch.predict + 1], batch.targets)
+        assert batch.targets.numel() == loader.supervised_tokens(step)
+        assert ids.numel() == loader.tokens(step)
+        restarts = torch.cat([torch.arange(n) for n in batch.document_lengths])
+        assert torch.equal(batch.position_ids[0], restarts)
+        assert (batch.position_ids[0, batch.predict + 1] > 0).all()
+        assert batch.targets.numel() == ids.numel() - len(batch.document_lengths)

@@ -1,0 +1,327 @@
+"""From files to rows: masks, cuts, counts, fingerprints, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from dtrain.config.schema import Data
+from dtrain.core.errors import UserError
+from dtrain.data import prepare as module
+from dtrain.data import sources
+from dtrain.data.prepare import check_vocabulary, prepare
+
+
+def conversation(question: str, *answers: str) -> dict:
+    messages = []
+    for answer in answers:
+        messages += [{"role": "user", "content": question}]
+        messages += [{"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def all_rows(mixture):
+    return [mixture.row(number) for number in range(sum(mixture.mix.rows))]
+
+
+def documents(mixture):
+    """(place, tokens, supervised) of every piece of every row."""
+    for row in all_rows(mixture):
+        start = 0
+        for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
+            piece = slice(start, start + length)
+            yield place, row.input_ids[piece].tolist(), row.supervised[piece].tolist()
+            start += length
+
+
+def learnt_text(tokenizer, ids, supervised):
+    return tokenizer.decode([i for i, s in zip(ids, supervised, strict=True) if s])
+
+
+def test_sft_learns_answers_and_nothing_else(prepared, write_rows, tokenizer) -> None:
+    path = write_rows("a.jsonl", [conversation("Who?", "Me, é 😀", "You."), conversation("a", "a")])
+    source = {"path": path, "format": "messages"}
+    mixture = prepared("sft", [source], sequence_tokens=256)
+    found = {place: learnt_text(tokenizer, i, s) for place, i, s in documents(mixture)}
+    assert found == {
+        f"{path}:1": "Me, é 😀<|im_end|>You.<|im_end|>",
+        f"{path}:2": "a<|im_end|>",
+    }
+    expected = tokenizer.apply_chat_template(conversation("a", "a")["messages"]).input_ids
+    assert [ids for place, ids, _ in documents(mixture) if place == f"{path}:2"] == [expected]
+
+
+def test_cpt_keeps_every_token_and_its_end(prepared, write_rows, tokenizer) -> None:
+    texts = ["The quick brown fox " * n for n in (1, 30, 2, 7)]
+    path = write_rows("a.jsonl", [{"text": text} for text in texts])
+    mixture = prepared("cpt", [{"path": path, "format": "text"}])
+    rows = all_rows(mixture)
+    assert all(row.input_ids.size == 64 for row in rows[:-1])
+    stream = np.concatenate([row.input_ids for row in rows])
+    assert tokenizer.decode(stream) == "<|endoftext|>".join([*texts, ""])
+    for row in rows:
+        starts = np.cumsum(row.lengths) - row.lengths
+        assert np.flatnonzero(~row.supervised).tolist() == starts.tolist()
+
+
+def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> None:
+    path = write_rows("a.jsonl", [{"instruction": "Who?", "output": "Me."}])
+    mixture = prepared("cpt", [{"path": path, "format": "alpaca"}])
+    (row,) = all_rows(mixture)
+    assert tokenizer.decode(row.input_ids).endswith("Me.<|im_end|>\n<|endoftext|>")
+    assert row.supervised[1:].all()
+
+
+def test_a_tokenizer_that_adds_its_own_begin_keeps_it(prepared, write_rows, make_tokenizer) -> None:
+    from_llama = make_tokenizer(bos_token="<|begin_of_text|>")
+    begin = from_llama.bos_token_id
+    from_llama.backend_tokenizer.post_processor = begin_processor(begin)
+    path = write_rows("a.jsonl", [{"text": "fox"}])
+    mixture = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=from_llama)
+    ids = mixture.row(0).input_ids.tolist()
+    assert (ids[0], ids[-1]) == (begin, from_llama.eos_token_id)
+    assert ids.count(begin) == 1
+
+
+def begin_processor(begin: int):
+    return TemplateProcessing(single="<b> $A", special_tokens=[("<b>", begin)])
+
+
+def test_without_packing_a_row_is_a_document(prepared, write_rows) -> None:
+    rows = [conversation("Who?", f"Number {n}.") for n in range(5)]
+    source = {"path": write_rows("a.jsonl", rows), "format": "messages"}
+    mixture = prepared("sft", [source], packing=False, sequence_tokens=256)
+    assert [row.lengths.size for row in all_rows(mixture)] == [1] * 5
+    packed = prepared("sft", [source], sequence_tokens=256)
+    assert sorted(documents(packed)) == sorted(documents(mixture))
+    assert packed.rows_per_epoch < 5
+
+
+def test_unpacked_texts_lose_nothing_beyond_a_row(prepared, write_rows, tokenizer) -> None:
+    text = "The lazy dog. " * 60
+    source = {"path": write_rows("a.jsonl", [{"text": text}]), "format": "text"}
+    rows = all_rows(prepared("cpt", [source], packing=False))
+    stream = np.concatenate([row.input_ids for row in rows])
+    assert len(rows) > 1 and tokenizer.decode(stream) == text + "<|endoftext|>"
+
+
+@pytest.fixture
+def long_rows(write_rows):
+    return {
+        "path": write_rows(
+            "long.jsonl",
+            [
+                conversation("short", "yes"),
+                conversation("short", "A long answer. " * 20),
+                conversation("A long question. " * 20, "never reached"),
+            ],
+        ),
+        "format": "messages",
+    }
+
+
+def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
+    mixture = prepared("sft", [long_rows], sequence_tokens=80)
+    assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(mixture)) == ["1", "2"]
+    assert {len(ids) for place, ids, _ in documents(mixture) if place.endswith(":2")} == {80}
+    told = mixture.describe()
+    assert "2 cut at the end of a sequence" in told
+    assert "1 left out, no answer in them" in told
+
+
+def test_overlong_drop_leaves_out_and_counts(prepared, long_rows) -> None:
+    mixture = prepared("sft", [long_rows], sequence_tokens=80, overlong="drop")
+    assert len(list(documents(mixture))) == 1
+    assert "2 left out, longer than a sequence" in mixture.describe()
+
+
+def test_overlong_fail_names_the_row(prepared, long_rows) -> None:
+    with pytest.raises(UserError, match=r"long\.jsonl:2: the conversation has \d+ tokens") as e:
+        prepared("sft", [long_rows], sequence_tokens=80, overlong="fail")
+    assert "sequence_tokens" in e.value.fix
+
+
+def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Anyone?"}]}] * 3
+    path = write_rows("a.jsonl", rows)
+    for _ in range(2):  # the second time too, although shards are there
+        with pytest.raises(UserError, match=r"nothing to learn in it: .* 3 without an answer"):
+            prepared("sft", [{"path": path, "format": "messages"}])
+    assert not list(Path(path).parent.rglob("store.json"))
+
+
+def test_empty_data_is_refused(prepared, write_rows) -> None:
+    path = write_rows("a.jsonl", [])
+    with pytest.raises(UserError, match=r"a\.jsonl: the data set is empty"):
+        prepared("cpt", [{"path": path, "format": "text"}])
+
+
+def test_empty_texts_are_counted_not_learnt(prepared, write_rows) -> None:
+    path = write_rows("a.jsonl", [{"text": ""}, {"text": "fox"}])
+    mixture = prepared("cpt", [{"path": path, "format": "text"}])
+    assert [place for place, _, _ in documents(mixture)] == [f"{path}:2"]
+    assert "1 left out, empty" in mixture.describe()
+
+
+def test_texts_have_no_answers(prepared, write_rows) -> None:
+    path = write_rows("a.jsonl", [{"text": "fox"}])
+    with pytest.raises(UserError, match="a text has no answers to learn") as error:
+        prepared("sft", [{"path": path, "format": "text"}])
+    assert "kind: cpt" in error.value.fix
+
+
+def test_a_tokenizer_without_template_is_refused(prepared, write_rows, make_tokenizer) -> None:
+    path = write_rows("a.jsonl", [conversation("a", "b")])
+    source = {"path": path, "format": "messages"}
+    with pytest.raises(UserError, match="no chat template"):
+        prepared("sft", [source], tokenizer=make_tokenizer(None))
+    base = prepared("sft", [source], tokenizer=make_tokenizer(None), template="instruction")
+    assert base.row(0).supervised.any()
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(prepared, write_rows, make_tokenizer) -> None:
+    path = write_rows("a.jsonl", [{"text": "fox"}])
+    endless = make_tokenizer(eos_token=None)
+    with pytest.raises(UserError, match="no end-of-text token"):
+        prepared("cpt", [{"path": path, "format": "text"}], tokenizer=endless)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
+    path = write_rows("a.jsonl", [{"text": "fox"}])
+    mixture = prepared("cpt", [{"path": path, "format": "text"}])
+    largest = max(mixture.row(0).input_ids.tolist())
+    check_vocabulary(mixture, largest + 1)
+    with pytest.raises(UserError, match=f"token id {largest} is beyond the model's vocabulary"):
+        check_vocabulary(mixture, largest)
+
+
+def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SHARD_ROWS", 1)
+    path = write_rows("a.jsonl", [{"text": "fox"}, {"txt": "dog"}])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: column `text` is missing"):
+        prepared("cpt", [{"path": path, "format": "text"}])
+    assert not list(Path(path).parent.rglob("*.arrow"))
+
+
+def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
+    many = write_rows("a.jsonl", [conversation("Who?", "Me. " * n) for n in range(1, 30)])
+    few = write_rows("b.jsonl", [conversation("What?", "That.")])
+    sources = [{"path": path, "format": "messages"} for path in (many, few)]
+    mixture = prepared("sft", sources, sequence_tokens=200)
+    rows = all_rows(mixture)
+    numbers = np.arange(len(rows))[::-1]
+    assert mixture.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
+    assert mixture.supervised_tokens(numbers).tolist() == [r.supervised.sum() for r in rows[::-1]]
+    assert rows[-1].documents == [f"{few}:1"]
+
+
+def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
+    path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
+    source = {"path": path, "format": "text"}
+    one = prepared("cpt", [source], cache=tmp_path / "one")
+    monkeypatch.setattr(module, "SHARD_ROWS", 7)
+    many = prepared("cpt", [source], cache=tmp_path / "many")
+    assert len(list((tmp_path / "many").rglob("*.arrow"))) == 8
+    assert list(documents(one)) == list(documents(many))
+    monkeypatch.setattr(module, "SHARD_ROWS", 1000)
+    monkeypatch.setattr(module, "SHARD_CHARACTERS", 100)
+    long = prepared("cpt", [source], cache=tmp_path / "long")
+    assert len(list((tmp_path / "long").rglob("*.arrow"))) > 8
+    assert list(documents(one)) == list(documents(long))
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.lists(st.text(max_size=25), min_size=1, max_size=3), min_size=1, max_size=12),
+    capacity=st.integers(120, 300),
+)
+def test_any_conversations_come_through_whole(
+    prepared, write_rows, tokenizer, tmp_path, rows, capacity
+) -> None:
+    path = write_rows("a.jsonl", [conversation("q", *answers) for answers in rows])
+    source = {"path": path, "format": "messages"}
+    mixture = prepared("sft", [source], sequence_tokens=capacity, overlong="drop")
+    for place, ids, supervised in documents(mixture):
+        answers = rows[int(place.rsplit(":", 1)[1]) - 1]
+        messages = conversation("q", *answers)["messages"]
+        assert ids == tokenizer.apply_chat_template(messages).input_ids
+        expected = "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert learnt_text(tokenizer, ids, supervised) == expected
+
+
+class TestFingerprint:
+    """It follows what shapes the rows, and nothing else."""
+
+    @pytest.fixture
+    def source(self, write_rows):
+        rows = [conversation("Who?", "Me."), conversation("What?", "That.")]
+        return {"path": write_rows("a/x.jsonl", rows), "format": "messages"}
+
+    def test_another_path_is_the_same_data(self, prepared, source, tmp_path) -> None:
+        first = prepared("sft", [source]).fingerprint
+        shutil.move(tmp_path / "a", tmp_path / "b")
+        moved = {**source, "path": str(tmp_path / "b" / "x.jsonl")}
+        again = prepared("sft", [moved])
+        assert again.fingerprint == first
+        assert len(list((tmp_path / "cache").rglob("store.json"))) == 1
+        assert again.row(0).documents[0].startswith(str(tmp_path / "b"))
+
+    def test_other_content_is_other_data(self, prepared, source, write_rows) -> None:
+        first = prepared("sft", [source]).fingerprint
+        rows = [conversation("Who?", "Me."), conversation("What?", "This.")]
+        write_rows("a/x.jsonl", rows)
+        assert prepared("sft", [source]).fingerprint != first
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"sequence_tokens": 300},
+            {"packing": False},
+            {"overlong": "drop"},
+            {"template": "instruction"},
+        ],
+    )
+    def test_settings_count(self, prepared, source, change) -> None:
+        base = {"sequence_tokens": 256}
+        first = prepared("sft", [source], **base).fingerprint
+        assert prepared("sft", [source], **{**base, **change}).fingerprint != first
+
+    def test_kind_tokenizer_weight_and_code_count(
+        self, source, tokenizer, tmp_path, monkeypatch
+    ) -> None:
+        def run(kind="sft", fingerprint="t1", **more):
+            data = Data.model_validate({"sources": [{**source, **more}]})
+            return prepare(data, kind, tokenizer, fingerprint, tmp_path / "cache").fingerprint
+
+        found = [run(), run("cpt"), run(fingerprint="t2"), run(weight=1.0)]
+        monkeypatch.setattr(module, "CODE_VERSION", 0)
+        found.append(run())
+        assert len(set(found)) == 5
+
+    def test_a_new_weight_prepares_nothing_anew(self, prepared, source, tmp_path) -> None:
+        prepared("sft", [source])
+        stores = list((tmp_path / "cache").rglob("store.json"))
+        prepared("sft", [{**source, "weight": 1.0}])
+        assert list((tmp_path / "cache").rglob("store.json")) == stores
+
+    def test_large_files_are_hashed_once_until_they_change(
+        self, prepared, source, tmp_path, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(sources, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(sources, "SETTLED_NANOSECONDS", -(10**12))
+        hashed = []
+        real = sources.file_sha256
+        monkeypatch.setattr(sources, "file_sha256", lambda p: hashed.append(p) or real(p))
+        first = prepared("sft", [source]).fingerprint
+        assert prepared("sft", [source]).fingerprint == first
+        assert len(hashed) == 1
+        with open(source["path"], "a") as file:
+            file.write("\n\n")
+        assert prepared("sft", [source]).fingerprint != first
+        assert len(hashed) == 2

@@ -1,0 +1,96 @@
+"""The store opens at once, and never opens damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.data import store as module
+from dtrain.data.packing import PIECE
+from dtrain.data.store import Store
+
+
+@pytest.fixture
+def folder(prepared, write_rows):
+    path = write_rows("a.jsonl", [{"text": "fox and dog " * 9} for _ in range(50)])
+    return prepared("cpt", [{"path": path, "format": "text"}]).sources[0].store.folder
+
+
+def test_a_store_verifies_itself_and_by_sha256sum(folder) -> None:
+    Store(folder).verify()
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "pieces.npy", "SHA256SUMS"])
+def test_a_plan_that_lost_bytes_does_not_open(folder, name) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1])
+    with pytest.raises(UserError, match=rf"{name}: the prepared data is damaged: .* bytes") as e:
+        Store(folder)
+    assert f"delete the folder {folder}" in e.value.fix
+
+
+def test_a_shard_that_is_gone_or_short_is_not_read(folder) -> None:
+    shard = folder / "shard-00000.arrow"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:100])
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: .* 100 bytes instead of"):
+        Store(folder).row(0)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: .* it is missing"):
+        Store(folder).row(0)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "shard-00000.arrow", "SHA256SUMS"])
+def test_one_flipped_bit_is_found_by_verify(folder, name) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match="its content is not what was written"):
+        Store(folder).verify()
+
+
+def test_a_broken_manifest_is_told(folder) -> None:
+    (folder / "store.json").write_text("{")
+    with pytest.raises(UserError, match=r"store\.json: cannot be read"):
+        Store(folder)
+
+
+def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None:
+    monkeypatch.setattr(module, "map_shard", pytest.fail)
+    store = Store(folder)
+    for array in (store.pieces, store.row_offsets, store.row_tokens, store.shards):
+        assert isinstance(array, np.memmap)
+
+
+def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
+    """The plan of a huge store, as sparse files: opening may not touch what it does not need."""
+    manifest = json.loads((folder / "store.json").read_text())
+    rows = 10**9
+    kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
+    for name, kind in {**kinds, "row_supervised.npy": "<i4"}.items():
+        array = np.lib.format.open_memmap(
+            folder / name, mode="w+", dtype=kind, shape=(rows + (name == "rows.npy"),)
+        )
+        if name == "rows.npy":
+            array[rows - 1 :] = [rows - 1, rows]
+        elif name == "pieces.npy":
+            array[rows - 1] = (3, 0, 20)
+        else:
+            array[rows - 1] = 20
+        del array
+        manifest["files"][name]["bytes"] = (folder / name).stat().st_size
+    (folder / "store.json").write_text(json.dumps({**manifest, "rows": rows}))
+    before = resident_bytes()
+    store = Store(folder)
+    assert store.row(rows - 1).numbers == [4]
+    assert resident_bytes() - before < 16 << 20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
