@@ -30,6 +30,11 @@ def record_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
+def failed_name(rank: int) -> str:
+    """File in which a rank tells rank 0 why it could not save."""
+    return f"rank-{rank:05d}.failed"
+
+
 def step_of(folder: Path) -> int | None:
     """Step of a complete checkpoint's folder, by its name; None for any other folder."""
     match = _STEP.fullmatch(folder.name)

@@ -8,11 +8,9 @@ checks that the ranges cover every parameter, writes the manifest, and renames t
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,22 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.checkpoints.manifest import (
-    MANIFEST,
-    File,
-    Kind,
-    Manifest,
-    Parameter,
-    Record,
-    merge_records,
-)
-from dtrain.checkpoints.names import REMOVED_PREFIX, record_name, shard_name, step_name, work_name
+from dtrain.checkpoints.manifest import File, Kind, Parameter, Record
+from dtrain.checkpoints.names import failed_name, record_name, shard_name, step_name, work_name
 from dtrain.checkpoints.pieces import Piece
+from dtrain.checkpoints.publish import publish, write_new
 from dtrain.checkpoints.shard import DTYPES, tensor_key, write_shard
-from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import fsync_folder
+from dtrain.core.errors import UserError
 
-POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 600.0
 
 
@@ -155,7 +144,9 @@ class Saver:
         try:
             self._write(job)
             if self._rank == 0:
-                self._publish(job)
+                publish(job.work, job.target, self._ranks, self._patience, job.step, job.state)
+                if self._published is not None:
+                    self._published(job.target)
         except BaseException as error:
             self._error = _explained(error, job)
             self._give_up(job)
@@ -170,19 +161,7 @@ class Saver:
             size, digest = write_shard(job.work / name, job.tensors)
             files[name] = File(bytes=size, sha256=digest)
         record = Record(rank=self._rank, files=files, parameters=job.parameters)
-        _write_new(job.work / record_name(self._rank), record.model_dump_json())
-
-    def _publish(self, job: _Job) -> None:
-        records = _Records(job.work, self._ranks, self._patience).wait()
-        manifest = merge_records(records, job.step, job.state)
-        _check_sizes(manifest, job.work)
-        for rank in range(self._ranks):
-            (job.work / record_name(rank)).unlink()
-        _write_new(job.work / MANIFEST, manifest.render())
-        fsync_folder(job.work)
-        _put_in_place(job.work, job.target)
-        if self._published is not None:
-            self._published(job.target)
+        write_new(job.work / record_name(self._rank), record.model_dump_json())
 
     def _give_up(self, job: _Job) -> None:
         """Leave nothing half written, and tell rank 0, which would wait in vain."""
@@ -191,84 +170,7 @@ class Saver:
             return
         with suppress(OSError):
             (job.work / shard_name(self._rank)).unlink(missing_ok=True)
-            _write_new(job.work / _failed_name(self._rank), str(self._error))
-
-
-class _Records:
-    """Rank 0's wait for the records of all ranks."""
-
-    def __init__(self, work: Path, ranks: int, patience_seconds: float) -> None:
-        self._work, self._patience = work, patience_seconds
-        self._missing = set(range(ranks))
-        self._found: list[Record] = []
-
-    def wait(self) -> list[Record]:
-        """The ranks' records, once all are there.
-
-        Raises:
-            UserError: a rank failed, or nobody wrote a byte for too long.
-        """
-        seen, since = -1, time.monotonic()
-        while self._collect():
-            if (now := self._bytes()) != seen:
-                seen, since = now, time.monotonic()
-            if time.monotonic() - since > self._patience:
-                raise UserError(
-                    f"ranks {sorted(self._missing)} did not write their part of the checkpoint",
-                    where=str(self._work),
-                    fix="look whether they live, and see this folder",
-                    status=Exit.HANG,
-                )
-            time.sleep(POLL_SECONDS)
-        return self._found
-
-    def _collect(self) -> bool:
-        """Read the records that have come; whether some are still missing."""
-        for rank in sorted(self._missing):
-            if (note := self._work / _failed_name(rank)).exists():
-                raise UserError(f"rank {rank} could not save: {note.read_text(encoding='utf-8')}")
-            if (path := self._work / record_name(rank)).exists():
-                self._found.append(Record.model_validate_json(path.read_bytes()))
-                self._missing.remove(rank)
-        return bool(self._missing)
-
-    def _bytes(self) -> int:
-        total = 0
-        for entry in os.scandir(self._work):
-            with suppress(FileNotFoundError):  # renamed since it was listed
-                total += entry.stat().st_size
-        return total
-
-
-def _failed_name(rank: int) -> str:
-    return f"rank-{rank:05d}.failed"
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Write a file that appears whole, in a folder that is not made anew if it was given up."""
-    temporary = path.with_name(f".{path.name}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _check_sizes(manifest: Manifest, work: Path) -> None:
-    for name, file in manifest.files.items():
-        if (size := (work / name).stat().st_size) != file.bytes:
-            raise UserError(f"{file.bytes} bytes written, {size} found", where=str(work / name))
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Rename; what stood there (found broken at the resume, or saved twice) is moved aside."""
-    aside = target.with_name(f"{REMOVED_PREFIX}{work.name.lstrip('.')}")
-    if target.exists():
-        target.rename(aside)
-    work.rename(target)
-    fsync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+            write_new(job.work / failed_name(self._rank), str(self._error))
 
 
 def _explained(error: BaseException, job: _Job) -> BaseException:
