@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
-from dtrain.models.quantise import forbid_repacking, nf4_config
+from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
 from dtrain.models.weights import read_header, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +72,9 @@ def load_base(
         device_map=None if is_deepspeed_zero3_enabled() else {"": device},
     )
     _check_complete(folder, info)
-    forbid_repacking(model)
+    if quantised:
+        check_quantised(model)
+        forbid_repacking(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
@@ -215,5 +218,5 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of a model by name, quantised ones too."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Linear layers of a model by name, quantised ones and GPT-2's transposed ones too."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}

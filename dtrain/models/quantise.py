@@ -7,6 +7,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -40,6 +41,19 @@ def forbid_repacking(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Refuse layers whose NF4 form could not be merged back.
+
+    Raises:
+        UserError: GPT-2's layers, which bitsandbytes packs transposed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and getattr(module, "source_cls", None) is Conv1D:
+            raise UserError(
+                f"{name} cannot be held in NF4", where="method.kind: qlora", fix="kind: lora"
+            )
 
 
 def through_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:

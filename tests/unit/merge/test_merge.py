@@ -1,0 +1,345 @@
+"""The streaming merge equals PEFT's, and refuses what it cannot do right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.core.hashes import file_sha256
+from dtrain.merge import merge
+from dtrain.merge.fingerprint import model_fingerprint
+from dtrain.merge.merge import replace
+from dtrain.models.adapters import attach, save_adapter
+from dtrain.models.load import load_base
+from dtrain.models.weights import weight_files
+
+IDS = torch.arange(20)[None]
+SMALL = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def make_base(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, shard: str = "70KB"
+) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    chosen = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear"} | settings
+    adapted = get_peft_model(model, LoraConfig(**chosen))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # as save_adapter does
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base", LlamaConfig(**SMALL))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_adapter(base, tmp_path / "adapter")
+
+
+def do(base: Path, adapter: Path, *, quantised: bool = False, **settings: object) -> Path:
+    out = base.parent / "out"
+    merge(base, adapter, out, quantised=quantised, source="a base", **settings)  # type: ignore[arg-type]
+    return out
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return {n: t for path in weight_files(folder) for n, t in load_file(path).items()}
+
+
+def by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return {name: tensor for name, tensor in merged.state_dict().items()}
+
+
+CASES = {
+    "untied": (LlamaConfig(**SMALL, tie_word_embeddings=False), {}),
+    "tied": (LlamaConfig(**SMALL, tie_word_embeddings=True), {}),
+    "lm_head": (LlamaConfig(**SMALL), {"target_modules": ["lm_head", "q_proj"]}),
+    "rslora": (LlamaConfig(**SMALL), {"use_rslora": True}),
+    "patterns": (
+        LlamaConfig(**SMALL),
+        {"rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5}, "alpha_pattern": {"v_proj": 40}},
+    ),
+    "transposed": (
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_peft_to_the_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config, settings = CASES[case]
+    base = make_base(tmp_path / "base", config, dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    ours, theirs, before = state(do(base, adapter)), by_peft(base, adapter), state(base)
+    assert ours.keys() == before.keys() <= theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == dtype for n in ours)
+    assert sum(not torch.equal(ours[n], before[n]) for n in ours) >= 3
+
+
+def test_layout_and_what_lies_beside_stay(base: Path, adapter: Path) -> None:
+    (base / "special.py").write_text("code = 1")
+    out = do(base, adapter)
+    kept = {p.name for p in base.iterdir()} - {"training_args.bin"}
+    assert {p.name for p in out.iterdir()} == kept | {"merge.json"}
+    for name in ("config.json", "chat_template.jinja", "tokenizer.json", "special.py"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    index = "model.safetensors.index.json"
+    assert (out / index).read_bytes() == (base / index).read_bytes()
+    assert len(weight_files(out)) == len(weight_files(base)) > 2
+
+
+def test_one_file_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", LlamaConfig(**SMALL), shard="1GB")
+    out = do(base, make_adapter(base, tmp_path / "adapter"))
+    assert [p.name for p in weight_files(out)] == ["model.safetensors"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter: Path) -> None:
+    out = do(base, adapter)
+    manifest = json.loads((out / "merge.json").read_text())
+    assert manifest["source"] == "a base" and manifest["quantised"] is False
+    assert manifest["base"] == model_fingerprint(base)
+    assert manifest["result"] == model_fingerprint(out) != manifest["base"]
+    files = {p.name: file_sha256(p) for p in out.iterdir() if p.name != "merge.json"}
+    assert manifest["files"] == files
+
+
+def test_fingerprint_follows_content_not_names(base: Path) -> None:
+    mark = model_fingerprint(base)
+    moved = shutil.copytree(base, base.parent / "moved")
+    (moved / "README.md").write_text("new")
+    assert model_fingerprint(moved) == mark
+    shard = weight_files(moved)[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert model_fingerprint(moved) != mark
+
+
+def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
+    settings = schema.Model(base=str(base))
+    model = load_base(
+        base, settings, quantised=True, dtype=torch.float32, device=torch.device("cpu")
+    )
+    method = schema.Lora(kind="qlora", r=8, dropout=0.0, targets=["q_proj", "down_proj"])
+    adapted = attach(model, method, seed=2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    tensors = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
+    save_adapter(folder, adapted, tensors)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    trained = trained_in_nf4(base, tmp_path / "adapter")
+    logits = trained(IDS).logits
+    out = do(base, tmp_path / "adapter", quantised=True)
+    merged = AutoModelForCausalLM.from_pretrained(out)(IDS).logits
+    assert torch.allclose(merged, logits, atol=1e-5)
+
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    onto_plain = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(IDS).logits
+    assert (onto_plain - logits).abs().max() > 1e-2  # what a merge onto the original would give
+
+    unpacked = load_base(
+        base, schema.Model(base="b"), quantised=True, dtype=torch.float32,
+        device=torch.device("cpu"),
+    ).dequantize()  # fmt: skip
+    reference = PeftModel.from_pretrained(unpacked, tmp_path / "adapter").merge_and_unload()
+    ours, theirs = state(out), reference.state_dict()
+    assert all(torch.allclose(ours[n], theirs[n], atol=1e-6) for n in ours)
+
+
+def test_quantised_merge_follows_the_dtype_of_training(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.bfloat16)
+    trained = trained_in_nf4(base, tmp_path / "adapter")
+    out = do(base, tmp_path / "adapter", quantised=True, dtype=torch.float32)
+    layer = trained.base_model.model.model.layers[0].self_attn
+    name = "model.layers.0.self_attn.k_proj.weight"
+    packed = layer.k_proj.weight
+    computed_with = dequantize_4bit(packed.data, packed.quant_state)
+    assert torch.equal(state(out)[name], computed_with.to(torch.bfloat16))
+
+
+def test_full_weights_in_the_layout_of_their_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=True))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tensors = {n: p.detach() * 1.5 for n, p in model.named_parameters()}
+    replace(base, tensors, tmp_path / "out", source="a base")
+    ours = state(tmp_path / "out")
+    assert ours.keys() == tensors.keys()
+    assert all(torch.equal(ours[n], tensors[n]) for n in ours)
+    with pytest.raises(UserError, match=r"other\.weight \[1\] is not in the base"):
+        replace(base, {"other.weight": torch.zeros(1)}, tmp_path / "new", source="a base")
+
+
+# --- refusals: each names the culprit and leaves nothing behind -----------------------------
+
+
+def edit_adapter(folder: Path, **changes: Tensor | None) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for key, value in changes.items():
+        tensors.pop(key, None)
+        if value is not None:
+            tensors[key] = value
+    save_file(tensors, path)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(base: Path, adapter: Path, match: str, quantised: bool = False) -> None:
+    before = sorted(p.name for p in base.parent.iterdir())
+    with pytest.raises(UserError, match=match):
+        do(base, adapter, quantised=quantised)
+    assert sorted(p.name for p in base.parent.iterdir()) == before
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_key_that_matches_nothing(base: Path, adapter: Path) -> None:
+    lost = "base_model.model.model.layers.9.self_attn.q_proj"
+    pair = {f"{lost}.lora_A.weight": torch.ones(8, 64), f"{lost}.lora_B.weight": torch.ones(64, 8)}
+    edit_adapter(adapter, **pair)
+    refused(base, adapter, rf"{lost}\.lora_A\.weight matches nothing in the base")
+
+
+@pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
+def test_half_an_adapter(key: str, base: Path, adapter: Path) -> None:
+    edit_adapter(adapter, **{f"{Q}.{key}": None})
+    refused(base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half an adapter")
+
+
+def test_shape_of_another_base(base: Path, adapter: Path) -> None:
+    edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(8, 65)})
+    refused(base, adapter, r"q_proj\.weight is \[64, 64\] in the base, \[64, 65\] in the adapter")
+
+
+def test_ranks_that_disagree(base: Path, adapter: Path) -> None:
+    edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(7, 64)})
+    refused(base, adapter, r"ranks of .*q_proj\.weight disagree")
+
+
+def test_rank_of_the_config_that_disagrees(base: Path, adapter: Path) -> None:
+    edit_config(adapter, r=4)
+    refused(base, adapter, r"disagree: adapter_config\.json says 4, A is \[8, ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_adapter(value: float, base: Path, adapter: Path) -> None:
+    edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), value)})
+    refused(base, adapter, rf"{Q}\.lora_B\.weight is not finite")
+
+
+def test_overflow_of_the_bases_dtype(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.float16)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), 1e9)})
+    refused(base, adapter, r"q_proj\.weight is not finite in F16")
+
+
+def test_other_kinds_of_adapter(base: Path, adapter: Path) -> None:
+    edit_config(adapter, use_dora=True)
+    refused(base, adapter, "use_dora")
+    edit_config(adapter, use_dora=False, peft_type="IA3")
+    refused(base, adapter, "not the config of a LoRA adapter")
+    edit_config(adapter, peft_type="LORA")
+    edit_adapter(adapter, **{f"{Q}.lora_magnitude_vector": torch.ones(64)})
+    refused(base, adapter, "lora_magnitude_vector is not part of a plain LoRA")
+
+
+def test_pickled_and_truncated_adapters(base: Path, adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(base, adapter, r"adapter_model\.safetensors: not a whole safetensors file")
+    weights.rename(adapter / "adapter_model.bin")
+    refused(base, adapter, r"no adapter_model\.safetensors")
+
+
+def test_index_that_leaves_its_folder(base: Path, adapter: Path) -> None:
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = "../outside/x.safetensors"
+    index.write_text(json.dumps(content))
+    refused(base, adapter, r"points outside its folder: '\.\./outside/x\.safetensors'")
+
+
+def test_truncated_base(base: Path, adapter: Path) -> None:
+    shard = weight_files(base)[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(base, adapter, f"{shard.name}: not a whole safetensors file")
+
+
+def test_out_that_is_the_base_or_there_already(base: Path, adapter: Path) -> None:
+    before = model_fingerprint(base)
+    for out, match in ((base, "would be overwritten"), (base.parent, "exists already")):
+        with pytest.raises(UserError, match=match):
+            merge(base, adapter, out, quantised=False, source="a base")
+    assert model_fingerprint(base) == before
+
+
+def test_too_little_disk(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(9, 9, 1_000_000))
+    refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
+
+
+def test_base_that_is_quantised_already(base: Path, adapter: Path) -> None:
+    path = base / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    path.write_text(json.dumps(config))
+    refused(base, adapter, "quantised already", quantised=True)
+
+
+def test_a_crash_leaves_no_half_model(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        do(base, adapter)
+    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
