@@ -6,6 +6,8 @@ there, so frozen weights never cross nodes with `shard: node`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -13,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
@@ -48,6 +51,13 @@ class Fsdp2(TorchEngine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_requires_gradient_sync(last or self.reduce_every_micro_batch)
         loss.backward()
+
+    def pieces(self) -> Iterator[Piece]:
+        # After an evaluation the root's parameters are still gathered.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        yield from super().pieces()
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         assert isinstance(parameter, DTensor)

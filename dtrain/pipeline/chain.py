@@ -60,8 +60,8 @@ def finish(
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
     """Record what every artefact was made from."""
-    base = {"name": "base", "kind": "base", "identity": inputs.base_fingerprint}
-    artefacts: list[dict[str, Any]] = [base | {"path": str(inputs.base)}]
+    base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
+    artefacts: list[dict[str, Any]] = []
     for folder in done:
         known = folder.known() or {}
         made_from = {
@@ -80,7 +80,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFol
                 "merged": _inside(run, folder.merged),
             }
         )
-    write_json(run / "lineage.json", {"name": recipe.name, "artefacts": artefacts})
+    write_json(run / "lineage.json", {"name": recipe.name, "base": base, "artefacts": artefacts})
 
 
 def _inside(run: Path, path: Path) -> str | None:

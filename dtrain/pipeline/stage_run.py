@@ -25,8 +25,7 @@ from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
-from dtrain.merge.consolidate import consolidate
-from dtrain.merge.merge import merge
+from dtrain.merge.merge import merge, replace
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, resolve_dtype
@@ -195,7 +194,8 @@ class StageRun:
             save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
         if wants_merge and not self.folder.merged.exists():
             if full:
-                consolidate(self.base, checkpoint, self.folder.merged, source=self.folder.identity)
+                tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
+                replace(self.base, tensors, self.folder.merged, source=self.folder.identity)
             else:
                 merge(
                     self.base,

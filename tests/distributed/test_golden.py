@@ -75,7 +75,7 @@ def test_started_by_accelerate(run_tiny, engine):
     launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
     run = run_tiny(launcher=launcher)
     assert_golden(run.losses(), "lora")
-    assert run.json("lineage.json")["artefacts"][1]["engine"] == engine
+    assert run.json("lineage.json")["artefacts"][0]["engine"] == engine
 
 
 def test_started_by_deepspeed(run_tiny):
