@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -14,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 MOST_POINTS = 600  # more cannot be told apart in the picture, and would make the report heavy
+FEW = 40  # points that are marked one by one
 COLOURS = ["#c2571a", "#2a7f62", "#8a4fbf", "#b0892b", "#a63d57"]
 INK, LINE, GRID = "#3b4252", "#2f5fa8", "#e3e7ee"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: a quarter of the size, and it can be searched
     "svg.hashsalt": "dtrain",
     "text.parse_math": False,  # a name with two dollar signs is not a formula
@@ -67,13 +69,26 @@ SMALL = (
 
 def series(records: Records, key: str) -> Points:
     """(step, value) of every record that has a number under `key`, thinned by averaging."""
-    points = [(float(record["step"]), float(record[key])) for record in records
-              if isinstance(record.get(key), int | float)]
+    points = [
+        (float(record["step"]), float(record[key]))
+        for record in records
+        if isinstance(record.get(key), int | float)
+    ]
     width = -(-len(points) // MOST_POINTS)
     if width <= 1:
         return points
     chunks = [points[i : i + width] for i in range(0, len(points), width)]
     return [(_mean([x for x, _ in chunk]), _mean([y for _, y in chunk])) for chunk in chunks]
+
+
+def smooth(points: Points) -> Points:
+    """A running mean that forgets with a time constant of a fortieth of the points."""
+    share = 1 / max(1.0, len(points) / 40)
+    result, mean = [], points[0][1]
+    for x, y in points:
+        mean += share * (y - mean)
+        result.append((x, mean))
+    return result
 
 
 def held_out(records: Records) -> dict[str, Points]:
@@ -87,20 +102,36 @@ def held_out(records: Records) -> dict[str, Points]:
 
 
 def _draw_losses(axes: Axes, records: Records) -> None:
-    _draw(axes, series(records, "loss"), "loss", label="training")
-    for (name, points), colour in zip(held_out(records).items(), COLOURS * 100, strict=False):
-        axes.plot(*_columns(points), color=colour, marker="o", markersize=4, linewidth=1.2,
-                  label=f"held out: {name}")
+    losses = series(records, "loss")
+    _draw(axes, losses, "loss", label="training")
+    if len(losses) > FEW:
+        axes.lines[-1].set(alpha=0.35, label=None, linewidth=1)
+        axes.plot(*_columns(smooth(losses)), color=LINE, linewidth=1.8, label="training, smoothed")
+    for (name, points), colour in zip(held_out(records).items(), cycle(COLOURS), strict=False):
+        axes.plot(
+            *_columns(points),
+            color=colour,
+            linewidth=1.3,
+            label=f"held out: {name}",
+            marker="o" if len(points) <= FEW else None,
+            markersize=4,
+        )
     for i, step in enumerate(r["step"] for r in records if "skipped" in r):
-        axes.axvline(step, color="#d03b3b", linewidth=1, alpha=0.6,
-                     label=None if i else "skipped step")
+        axes.axvline(
+            step, color="#d03b3b", linewidth=1, alpha=0.6, label=None if i else "skipped step"
+        )
     axes.set_xlabel("step")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.1)
 
 
 def _draw(axes: Axes, points: Points, title: str, label: str | None = None) -> None:
-    few = len(points) <= 30
-    axes.plot(*_columns(points), color=LINE, linewidth=1.6, marker="." if few else None, label=label)
+    axes.plot(
+        *_columns(points),
+        color=LINE,
+        linewidth=1.6,
+        label=label,
+        marker="." if len(points) <= FEW else None,
+    )
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

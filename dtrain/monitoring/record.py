@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from dtrain.monitoring.metrics import read_metrics
 
@@ -38,8 +39,9 @@ class Losses:
     def difference(self, model: str) -> float | None:
         """A model's loss minus the base's."""
         base, value = self.values.get("base"), self.values.get(model)
-        known = base is not None and value is not None and model != "base"
-        return value - base if known else None
+        if base is None or value is None or model == "base":
+            return None
+        return value - base
 
     @property
     def percent(self) -> float | None:
@@ -91,8 +93,10 @@ class Record:
     @property
     def losses(self) -> list[Losses]:
         """Held-out losses, a set each."""
-        return [Losses(str(name), {m: by_model[m] for m in self.models if m in by_model})
-                for name, by_model in (self.evaluation.get("losses") or {}).items()]
+        return [
+            Losses(str(name), {m: by_model[m] for m in self.models if m in by_model})
+            for name, by_model in (self.evaluation.get("losses") or {}).items()
+        ]
 
     @property
     def answers(self) -> list[dict[str, Any]]:

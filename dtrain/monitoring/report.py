@@ -32,12 +32,18 @@ def write_report(run: Path) -> Path:
 
 def render(record: Record) -> str:
     """The report as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"loss": loss_text, "tone": tone, "short": short}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(record=record, state=state(record), headline=headline(record),
-                           chain=chain(record), stages=stage_views(record))
+    return template.render(
+        record=record,
+        state=state(record),
+        headline=headline(record),
+        chain=chain(record),
+        stages=stage_views(record),
+    )
 
 
 def summary(run: Path) -> str:
@@ -80,9 +86,12 @@ def headline(record: Record) -> str:
     base = (record.recipe.get("model") or {}).get("base", "unknown base model")
     engine = (record.recipe.get("engine") or {}).get("kind")
     seconds = sum(a.get("seconds") or 0 for a in record.artefacts.values())
-    parts = [str(base), f"{len(record.stages)} stages" if record.stages else "",
-             f"engine {engine}" if engine else "",
-             f"{duration(seconds)} of training" if seconds else ""]
+    parts = [
+        str(base),
+        f"{len(record.stages)} stages" if record.stages else "",
+        f"engine {engine}" if engine else "",
+        f"{duration(seconds)} of training" if seconds else "",
+    ]
     return " · ".join(part for part in parts if part)
 
 
@@ -94,8 +103,15 @@ def chain(record: Record) -> list[dict[str, Any]]:
     for stage in record.stages:
         artefact = record.artefacts.get(str(stage["name"]))
         lines = [_kind(stage), _method(stage.get("method") or {})]
-        links.append(_link("stage", str(stage["name"]), lines, artefact is not None,
-                           "merge" if merged_before else ""))
+        links.append(
+            _link(
+                "stage",
+                str(stage["name"]),
+                lines,
+                artefact is not None,
+                "merge" if merged_before else "",
+            )
+        )
         merged_before = True
     if record.stages and (record.recipe.get("output") or {}).get("merge", True):
         done = state(record)["finished"] and record.merged is not None
@@ -111,8 +127,12 @@ def stage_views(record: Record) -> list[dict[str, Any]]:
 
 def _stage_view(record: Record, name: str) -> dict[str, Any]:
     lines = record.metrics.get(name, [])
-    return {"name": name, "facts": _facts(record.artefacts.get(name, {}), lines),
-            "picture": curves(lines), "skipped": [line for line in lines if "skipped" in line][:20]}
+    return {
+        "name": name,
+        "facts": _facts(record.artefacts.get(name, {}), lines),
+        "picture": curves(lines),
+        "skipped": [line for line in lines if "skipped" in line][:20],
+    }
 
 
 def _facts(artefact: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -121,21 +141,33 @@ def _facts(artefact: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     speed = artefact.get("tokens_per_second") or (median(speeds) if speeds else None)
     memory = artefact.get("peak_memory_bytes") or max(
-        (line.get("peak_memory_bytes") or 0 for line in lines), default=0)
+        (line.get("peak_memory_bytes") or 0 for line in lines), default=0
+    )
     trained, total = artefact.get("trainable_parameters"), artefact.get("total_parameters")
-    facts = [("steps", str(steps)),
-             ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
-             ("time", duration(artefact["seconds"]) if artefact.get("seconds") else ""),
-             ("tokens/s", f"{speed:.0f}" if speed else ""),
-             ("peak memory", size(memory) if memory else ""),
-             ("trained", f"{count(trained)} of {count(total)} parameters"
-              f" ({100 * trained / total:.2g} %)" if trained and total else "")]
+    facts = [
+        ("steps", str(steps)),
+        ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
+        ("time", duration(artefact["seconds"]) if artefact.get("seconds") else ""),
+        ("tokens/s", f"{speed:.0f}" if speed else ""),
+        ("peak memory", size(memory) if memory else ""),
+        (
+            "trained",
+            f"{count(trained)} of {count(total)} parameters ({100 * trained / total:.2g} %)"
+            if trained and total
+            else "",
+        ),
+    ]
     return [(name, value) for name, value in facts if value]
 
 
 def _link(kind: str, title: str, lines: list[str], done: bool, how: str) -> dict[str, Any]:
-    return {"kind": kind, "title": title, "lines": [line for line in lines if line],
-            "done": done, "how": how}
+    return {
+        "kind": kind,
+        "title": title,
+        "lines": [line for line in lines if line],
+        "done": done,
+        "how": how,
+    }
 
 
 def _kind(stage: dict[str, Any]) -> str:
@@ -169,8 +201,10 @@ def _change(losses: Losses) -> tuple[str, str]:
 
 
 def _row(cells: list[str], widths: list[int]) -> str:
-    first, *middle, last = (cell.ljust(w) if i in (0, len(cells) - 1) else cell.rjust(w)
-                            for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+    first, *middle, last = (
+        cell.ljust(w) if i in (0, len(cells) - 1) else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
     return "   ".join([first, *middle, last]).rstrip()
 
 
@@ -188,8 +222,9 @@ def _answer_block(number: int, answer: dict[str, Any]) -> str:
 def _filled(label: str, text: str) -> str:
     """`text` on lines of limited width, hanging under its label; control characters go."""
     plain = "".join(c if c.isprintable() else " " for c in text)
-    return textwrap.fill(" ".join(plain.split()), WIDTH, initial_indent=label,
-                         subsequent_indent=" " * len(label))
+    return textwrap.fill(
+        " ".join(plain.split()), WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
+    )
 
 
 def _places(record: Record) -> str:

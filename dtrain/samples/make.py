@@ -45,8 +45,11 @@ def ensure(name: str) -> Path:
         if not _is_current(folder, name):
             _make(folder, name)
     except OSError as error:
-        raise UserError(f"sample {name} cannot be made: {error}", where=str(folder.parent),
-                        fix="set DTRAIN_CACHE to a folder with room that you may write to") from error
+        raise UserError(
+            f"sample {name} cannot be made: {error}",
+            where=str(folder.parent),
+            fix="set DTRAIN_CACHE to a folder with room that you may write to",
+        ) from error
     finally:
         lock.release()
     return folder
@@ -82,5 +85,8 @@ def _check_known(name: str) -> None:
         return
     near = difflib.get_close_matches(name, SAMPLES, n=1, cutoff=0.5)
     known = ", ".join(SAMPLES)
-    raise UserError(f"there is no sample {name!r}", where=f"{SAMPLE_PREFIX}{name}",
-                    fix=f"did you mean {near[0]}?" if near else f"there are: {known}")
+    raise UserError(
+        f"there is no sample {name!r}",
+        where=f"{SAMPLE_PREFIX}{name}",
+        fix=f"did you mean {near[0]}?" if near else f"there are: {known}",
+    )

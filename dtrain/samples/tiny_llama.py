@@ -40,7 +40,11 @@ def make(folder: Path) -> None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 512 tokens, trained on the text of the recipe `tiny`."""
+    """A byte-level BPE tokenizer, trained on the text of the recipe `tiny`.
+
+    That text is used up at 365 tokens: the model's vocabulary is larger than the tokenizer's, as
+    it is in many real models, which pad theirs.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,8 +56,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(_training_text(), trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=TURN_END,
-        additional_special_tokens=[TURN_START], model_max_length=2048,
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHATML
@@ -63,12 +71,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of two layers (hidden 64, 4 heads, 2 key/value heads) with seeded weights."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        tie_word_embeddings=False, dtype="float32", bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype="float32",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).float()
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+        model = LlamaForCausalLM(config).float()
     stream = np.random.PCG64(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,71 @@
+"""The corpus of Python's documentation: nothing held out is trained on, and all is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dtrain.core.hashes import file_sha256
+from dtrain.samples import python_docs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("python-docs")
+    python_docs.make(made)
+    return made
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_made_twice_is_the_same(folder: Path, tmp_path: Path) -> None:
+    python_docs.make(tmp_path)
+    for path in folder.iterdir():
+        assert file_sha256(path) == file_sha256(tmp_path / path.name), path.name
+
+
+def test_packages_are_on_one_side_only(folder: Path) -> None:
+    sides = [
+        {row["module"].split(".")[0] for row in _lines(folder / f"domain-{side}.jsonl")}
+        for side in ("train", "heldout")
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_no_held_out_text_or_answer_was_trained_on(folder: Path) -> None:
+    trained = {row["text"] for row in _lines(folder / "domain-train.jsonl")}
+    assert not trained & {row["text"] for row in _lines(folder / "domain-heldout.jsonl")}
+    rows, held = (
+        json.loads((folder / f"task-{side}.json").read_text()) for side in ("train", "heldout")
+    )
+    assert not {r["instruction"] for r in rows} & {r["instruction"] for r in held}
+    sentences = {r["output"] for r in rows if r["instruction"].startswith("What does")}
+    assert not sentences & {r["output"] for r in held if r["instruction"].startswith("What does")}
+
+
+def test_counts_are_true(folder: Path) -> None:
+    counts = json.loads((folder / "counts.json").read_text())
+    for name in ("domain-train", "domain-heldout", "domain-heldout-small"):
+        assert counts[name] == len(_lines(folder / f"{name}.jsonl"))
+    for name in ("task-train", "task-heldout", "task-heldout-small"):
+        assert counts[name] == len(json.loads((folder / f"{name}.json").read_text()))
+        assert counts[name] == sum(counts["kinds"][name].values())
+    assert counts["general"] == len(_lines(folder / "general.jsonl")) > 0
+    assert counts["task-train"] > 5000 and counts["task-heldout"] > 500
+
+
+def test_small_parts_belong_to_the_held_out_ones(folder: Path) -> None:
+    small, all_held = (_lines(folder / f"domain-heldout{end}.jsonl") for end in ("-small", ""))
+    assert all(row in all_held for row in small)
+    characters = sum(len(row["text"]) for row in small)
+    assert 0.9 * python_docs.SMALL_CHARACTERS < characters <= python_docs.SMALL_CHARACTERS
+
+
+def test_the_first_questions_are_of_different_kinds(folder: Path) -> None:
+    asked = [row["question"] for row in _lines(folder / "questions.jsonl")[:3]]
+    assert asked[0].startswith("What does")
+    assert "these words" in asked[1] and "exceptions" in asked[2]

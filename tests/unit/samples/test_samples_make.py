@@ -1,0 +1,73 @@
+"""Samples are made once, whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.core.folders import sample_folder
+from dtrain.samples import ensure, make
+
+
+@pytest.fixture
+def maker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """A sample `toy` whose maker can be told to fail, and counts its calls."""
+    control = SimpleNamespace(calls=0, fails=None)
+
+    def write(folder: Path) -> None:
+        control.calls += 1
+        (folder / "part").write_text("half")
+        if control.fails is not None:
+            raise control.fails
+        (folder / "whole").write_text(f"made {control.calls}")
+
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(make, "SAMPLES", {"toy": ("toy", 1)})
+    monkeypatch.setattr(make, "import_module", lambda _: SimpleNamespace(make=write))
+    return control
+
+
+def test_made_once(maker: SimpleNamespace) -> None:
+    assert ensure("toy") == ensure("toy") == sample_folder("toy")
+    assert maker.calls == 1
+
+
+def test_many_at_once_make_it_once(maker: SimpleNamespace) -> None:
+    threads = [threading.Thread(target=ensure, args=("toy",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert maker.calls == 1
+    assert (sample_folder("toy") / "whole").read_text() == "made 1"
+
+
+def test_a_failure_leaves_nothing_and_does_not_lock(maker: SimpleNamespace) -> None:
+    maker.fails = OSError("No space left on device")
+    with pytest.raises(UserError, match="No space left") as caught:
+        ensure("toy")
+    assert "DTRAIN_CACHE" in caught.value.fix
+    assert [path.name for path in sample_folder("toy").parent.iterdir()] == [".lock"]
+    maker.fails = None
+    assert (ensure("toy") / "whole").is_file()
+
+
+def test_another_version_is_made_anew(
+    maker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure("toy")
+    monkeypatch.setattr(make, "SAMPLES", {"toy": ("toy", 2)})
+    assert (ensure("toy") / "whole").read_text() == "made 2"
+    assert {path.name for path in sample_folder("toy").parent.iterdir()} == {".lock", "toy"}
+
+
+def test_unknown_names_get_the_nearest_known() -> None:
+    with pytest.raises(UserError, match="did you mean smollm2-135m") as caught:
+        ensure("smollm-135m")
+    assert caught.value.where == "dtrain:smollm-135m"
+    with pytest.raises(UserError, match="there are: smollm2-135m"):
+        ensure("???")

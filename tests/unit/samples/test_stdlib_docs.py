@@ -1,0 +1,91 @@
+"""Reading documentation out of sources without running them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtrain.samples.stdlib import Entry, entries, inspected, module_files, parse
+
+SOURCE = '''
+"""Module text."""
+raise SystemExit("must not run")
+
+if True:
+    def wrap(text, width=70, *, end="x", **more):
+        """Wrap a text."""
+
+class Box(Base, other.Mixin):
+    """A box."""
+    def __init__(self, size=1):
+        """Not told."""
+    def put(self, thing, /, at=0):
+        """Put it in."""
+    @staticmethod
+    def make(size):
+        """Make one."""
+    @classmethod
+    def of(cls, *things):
+        """From things."""
+    @property
+    def weight(self):
+        """How heavy."""
+    def _hidden(self):
+        """Hidden."""
+    def bare(self):
+        pass
+
+def tested():
+    """>>> tested()"""
+
+def _private():
+    """Private."""
+'''
+
+
+def test_entries_of_a_source() -> None:
+    found = {entry.name: entry for entry in parse("pack.mod", SOURCE)}
+    assert set(found) == {"", "wrap", "Box", "Box.put", "Box.make", "Box.of", "Box.weight"}
+    assert found["wrap"].heading == "pack.mod.wrap(text, width=70, *, end='x', **more)"
+    assert found["Box"].heading == "class pack.mod.Box(size=1)"
+    assert found["Box"].bases == ("Base", "other.Mixin")
+    assert found["Box.put"].arguments == "(thing, /, at=0)"
+    assert found["Box.make"].arguments == "(size)"
+    assert found["Box.of"].arguments == "(*things)"
+    assert (found["Box.weight"].kind, found["Box.weight"].arguments) == ("property", None)
+    assert found[""].heading == "module pack.mod"
+
+
+def test_a_source_for_another_python_gives_nothing() -> None:
+    assert list(parse("m", "def f(:\n")) == []
+
+
+def test_private_and_test_modules_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.py", "_b.py", "this.py", "p/__init__.py", "p/c.py", "p/test/d.py", "q/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "p/test/__init__.py").write_text("")
+    assert [name for name, _ in module_files(tmp_path)] == ["a", "p", "p.c"]
+
+
+def test_modules_in_c_are_inspected() -> None:
+    found = {entry.name: entry for entry in inspected("math")}
+    assert found["isqrt"].arguments == "(n, /)"
+    assert list(inspected("no_such_module")) == []
+    methods = {entry.full_name: entry for entry in inspected("builtins")}
+    assert methods["str.upper"].arguments == "()"
+    assert methods["bytes.partition"].arguments == "(sep, /)"
+
+
+def test_the_library_of_this_machine() -> None:
+    found = entries()
+    assert found == sorted(found, key=lambda e: (e.module, e.name))
+    by_name = {entry.full_name: entry for entry in found}
+    assert by_name["textwrap.wrap"].arguments == "(text, width=70, **kwargs)"
+    assert by_name["json.decoder.JSONDecodeError"].bases == ("ValueError",)
+    assert len(found) > 3000
+    assert not any(" at 0x" in (entry.arguments or "") for entry in found)
+
+
+def test_full_names() -> None:
+    assert Entry("builtins", "len", "function", "(obj)", (), "d").full_name == "len"
+    assert Entry("json", "", "module", None, (), "d").full_name == "json"

@@ -1,0 +1,33 @@
+"""The data of the recipe `tiny`: golden losses stand on it too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.samples import tiny_text
+
+FILES_SHA256 = "4a3dd80a9178a91cbd6021a80cf2c090ac0d1ecbfca57dc474f4b3934da405a3"
+
+
+def test_the_files_are_the_known_ones(tmp_path: Path) -> None:
+    tiny_text.make(tmp_path)
+    found = {path.name: file_sha256(path) for path in tmp_path.iterdir()}
+    assert set(found) == {
+        "domain.jsonl",
+        "domain-heldout.jsonl",
+        "task.json",
+        "task-heldout.json",
+        "questions.jsonl",
+    }
+    assert fingerprint(found) == FILES_SHA256
+
+
+def test_answers_follow_from_what_is_told(tmp_path: Path) -> None:
+    tiny_text.make(tmp_path)
+    rows = json.loads((tmp_path / "task.json").read_text())
+    for row in rows:
+        subject, _, claim = row["output"].rstrip(".").partition(" is ")
+        assert claim in row["instruction"]
+        assert subject.removeprefix("The ") in row["instruction"]
