@@ -6,7 +6,7 @@ import glob
 import json
 import re
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.folders import local_path
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.core.log import progress
+from dtrain.core.log import progress, say
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves
 REMEMBER_FROM_BYTES = 1 << 24
+SHOWN_FROM_BYTES = 1 << 30  # a second of hashing
 SETTLED_NANOSECONDS = 2_000_000_000
 
 
@@ -96,11 +97,14 @@ def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
             fix=f"name files that end in {', '.join(SUFFIXES)}",
         )
     hashes = _Hashes(cache / "file-hashes.json")
-    with progress(f"hashing {source.path}", len(paths)) as meter:
-        parts = []
-        for path in paths:
+    sizes = [path.stat().st_size for path in paths]
+    long = sum(sizes) >= SHOWN_FROM_BYTES
+    parts = []
+    with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
+        for path, size in zip(paths, sizes, strict=True):
             parts.append(Part(str(path), path.suffix, hashes.of(path), path))
-            meter.advance()
+            if meter:
+                meter.advance(size)
     hashes.save()
     return parts
 
@@ -122,6 +126,7 @@ def _saved(folder: Path, source: Source) -> Part:
 
 
 def _from_hub(source: Source) -> Part:
+    say(f"{source.path}: no such file or folder here, asking the hub")
     try:
         rows: Any = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # the hub's client raises anything from KeyError to its own kinds
