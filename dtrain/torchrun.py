@@ -25,13 +25,7 @@ from dtrain.launching.commands import worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Statuses with which a worker has said all there is to say; the ones that tell most come first.
-_TOLD = (
-    Exit.USER_ERROR,
-    Exit.NON_FINITE,
-    Exit.OUT_OF_MEMORY,
-    Exit.HANG,
-    Exit.GO_ON,
-)
+_TOLD = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
 
 
 class Signals:
@@ -66,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(worker_environment(os.environ, processes, has_gpu))
     # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
     arguments.signals_to_handle = "SIGQUIT"
-    if "LOGLEVEL" not in os.environ:
+    if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
     signals = Signals()
     signals.listen()
@@ -86,17 +80,19 @@ def status_of(failures: Mapping[int, ProcessFailure], signals_seen: set[int]) ->
     for status in _TOLD:
         if status in codes.values():
             return status
-    if codes and all(-code in signals_seen for code in codes.values()):
-        return Exit.GO_ON  # asked to stop before it listened
-    if all(code < 0 for code in codes.values()):
-        print(_killed(codes), file=sys.stderr)
+    # torchrun ends the ranks that are left with SIGTERM, whatever ended the first.
+    stopped = {Exit.GO_ON, -signal.SIGTERM} | {-number for number in signals_seen}
+    if stopped.issuperset(codes.values()) and (signals_seen or Exit.GO_ON in codes.values()):
+        return Exit.GO_ON
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    if killed and Exit.CRASHED not in codes.values():  # a crash has left its traceback
+        print(_killed(killed), file=sys.stderr)
     return Exit.CRASHED
 
 
-def _killed(codes: Mapping[int, int]) -> str:
-    # torchrun ends the ranks that are left with SIGTERM, so that one is seldom the cause.
-    rank = min(codes, key=lambda r: codes[r] == -signal.SIGTERM)
-    name = signal.Signals(-codes[rank]).name
+def _killed(signals: Mapping[int, int]) -> str:
+    rank = min(signals, key=lambda r: signals[r] == signal.SIGTERM)  # seldom the cause, see above
+    name = signal.Signals(signals[rank]).name
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return (
         f"error: rank {rank} was killed by {name}{hint}\n"

@@ -5,6 +5,6 @@ Verbs import what they need when they run, so that help, check and recipes answe
 
 from __future__ import annotations
 
-from dtrain.cli.app import app, main
+from dtrain.cli.root import app, main
 
 __all__ = ["app", "main"]

@@ -1,0 +1,143 @@
+"""The command `dtrain` as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.recipes import shipped
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "deepspeed", "accelerate", "numpy"}
+IMPORTS = """
+import sys
+from dtrain.cli import main
+try:
+    sys.exit(main())
+finally:
+    print("MODULES", *sorted(name for name in sys.modules if "." not in name))
+"""
+
+
+def dtrain(*arguments: str, cwd: Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else ["-m", "dtrain"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["check", "tiny"], ["recipes"], ["recipes", "copy", "tiny"]],
+    ids=" ".join,
+)
+def test_what_a_login_node_runs_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    done = dtrain(*arguments, cwd=tmp_path, code=IMPORTS)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stdout.rpartition("MODULES")[2].split())
+    assert "typer" in modules and not modules & HEAVY
+
+
+def test_check_prints_what_reads_back_equal(tmp_path: Path) -> None:
+    done = dtrain("check", "tiny", "seed=7", cwd=tmp_path)
+    (tmp_path / "copy.yaml").write_text(done.stdout)
+    assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("tiny", ["seed=7"])
+
+
+def test_check_tells_every_error_and_exits_2(tmp_path: Path) -> None:
+    done = dtrain("check", "tiny", "sede=7", "engine.kind=zero4", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "did you mean seed?" in done.stderr and "engine.kind must be" in done.stderr
+
+
+def test_recipes_lists_every_shipped_one(tmp_path: Path) -> None:
+    listed = dtrain("recipes", cwd=tmp_path).stdout
+    assert all(f"\n{name} " in f"\n{listed}" for name in shipped())
+
+
+def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> None:
+    assert dtrain("recipes", "copy", "tiny", cwd=tmp_path).returncode == 0
+    copy = tmp_path / "tiny.yaml"
+    assert copy.read_bytes() == shipped()["tiny"].read_bytes()
+    copy.write_text("mine")
+    again = dtrain("recipes", "copy", "tiny", cwd=tmp_path)
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert copy.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "tinny"], "did you mean tiny?"),
+        (["recipes", "copy", "nope"], "there is no such shipped recipe"),
+        (["recipes", "copy", "tiny", "no/such/folder/x.yaml"], "cannot be written"),
+        (["report", "."], "is not a run folder"),
+        (["run", "tiny", "output.folder=a-file"], "cannot be used as the run folder"),
+        (["run", "tiny", "--fresh", "output.folder=a-file/x"], "cannot be used as the run folder"),
+        (["frobnicate"], "No such command"),
+        (["run", "tiny", "--frob"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_exit_2_without_a_traceback(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    done = dtrain(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_in_use_is_refused_and_untouched(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w", encoding="utf-8") as lock:
+        lock.write("process 123 on node-a\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = dtrain("run", "tiny", f"output.folder={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "another run is using this folder (process 123 on node-a)" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
+
+
+CATCH_EXEC = """
+import os, sys
+from dtrain.cli import main
+def caught(program, command, environment):
+    print("EXEC", *command)
+    raise SystemExit(0)
+os.execve = caught
+main()
+"""
+
+
+def test_run_becomes_torchrun_with_the_resolved_recipe(tmp_path: Path) -> None:
+    arguments = ("run", "tiny", "output.folder=out", "--allow-change", "train.learning_rate")
+    done = dtrain(*arguments, cwd=tmp_path, code=CATCH_EXEC)
+    recipe = tmp_path / "out" / "recipe.yaml"
+    assert "--nproc-per-node=2" in done.stdout
+    assert f"-m dtrain.train {recipe} --allow-change train.learning_rate" in done.stdout
+    assert load_recipe(str(recipe)) == load_recipe("tiny", [f"output.folder={tmp_path}/out"])
+
+
+def test_fresh_takes_a_new_folder_and_leaves_the_old(tmp_path: Path) -> None:
+    for _ in range(3):
+        dtrain("run", "tiny", "output.folder=out", "--fresh", cwd=tmp_path, code=CATCH_EXEC)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2", "out-3"]
+    assert load_recipe(str(tmp_path / "out-3/recipe.yaml")).output.folder == f"{tmp_path}/out-3"
+
+
+def test_an_own_defect_gives_a_traceback_and_status_1(tmp_path: Path) -> None:
+    code = "import dtrain.cli.root as a, sys\na.app = lambda: 1 / 0\nsys.exit(a.main())"
+    done = dtrain(cwd=tmp_path, code=code)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

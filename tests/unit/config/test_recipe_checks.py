@@ -1,0 +1,170 @@
+"""Keys that do not go together: both are named, with a way out."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.config.checks import accumulation, check
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import UserError
+
+HELD_OUT = {"kind": "cpt", "sources": [{"path": "h.txt", "format": "text"}]}
+BASE: dict[str, Any] = {
+    "name": "x",
+    "model": {"base": "b"},
+    "stages": [
+        {
+            "name": "domain",
+            "kind": "cpt",
+            "method": {"kind": "lora"},
+            "data": {"sources": [{"path": "a.txt", "format": "text"}]},
+            "train": {"global_batch_sequences": 8, "steps": 10},
+        }
+    ],
+    "evaluation": {"sets": {"domain": HELD_OUT}},
+    "output": {"folder": "runs/x"},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    """BASE with `a__0__b=value` put at a.0.b; None takes a key away."""
+    values = deepcopy(BASE)
+    for address, value in changes.items():
+        holder: Any = values
+        *way, last = (int(p) if p.isdigit() else p for p in address.split("__"))
+        for step in way:
+            holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
+        if value is None:
+            del holder[last]
+        else:
+            holder[last] = value
+    return Recipe.model_validate(values)
+
+
+def test_nothing_wrong_says_nothing() -> None:
+    assert check(recipe()) == []
+
+
+ALPACA = {"path": "b.json", "format": "alpaca"}
+TEXT = {"path": "a.txt", "format": "text"}
+STAGE = BASE["stages"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"stages__0__train__epochs": 1.0}, ["stages.0.train.epochs", "stages.0.train.steps"]),
+        ({"stages__0__train__steps": None}, ["stages.0.train.epochs", "stages.0.train.tokens"]),
+        ({"stages": [STAGE, STAGE]}, ["stages.0.name", "stages.1.name"]),
+        ({"stages__0__name": "report.html"}, ["stages.0.name"]),
+        ({"stages__0__name": "base"}, ["stages.0.name"]),
+        (
+            {"stages__0__train__early_stopping_patience": 3},
+            ["early_stopping_patience", "evaluate_every_steps"],
+        ),
+        ({"stages__0__train__evaluate_on": "domain"}, ["evaluate_on", "evaluate_every_steps"]),
+        (
+            {"stages__0__train__evaluate_on": "no", "stages__0__train__evaluate_every_steps": 1},
+            ["evaluate_on", "evaluation.sets", "take one of domain"],
+        ),
+        (
+            {"stages__0__train__evaluate_every_steps": 1, "evaluation": {}},
+            ["evaluate_every_steps", "evaluation.sets"],
+        ),
+        ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
+        ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
+        ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),
+        ({"engine": {"kind": "ddp", "config": "a.json"}}, ["engine.config", "engine.kind"]),
+        ({"engine": {"kind": "zero2", "config": "no/a.json"}}, ["engine.config", "no/a.json"]),
+        (
+            {
+                "engine": {"kind": "zero3", "offload": True},
+                "stages__0__train__optimizer": "paged_adamw_8bit",
+            },
+            ["stages.0.train.optimizer", "engine.offload"],
+        ),
+        (
+            {"stages__0__data__sources": [TEXT | {"weight": 1.0}, TEXT]},
+            ["stages.0.data.sources.0.weight", "stages.0.data.sources.1.weight"],
+        ),
+        ({"stages__0__kind": "sft"}, ["stages.0.kind", "stages.0.data.sources.0.format"]),
+        (
+            {"evaluation__sets__domain__kind": "sft"},
+            ["evaluation.sets.domain.kind", "evaluation.sets.domain.sources.0.format"],
+        ),
+        (
+            {"launch": {"processes": 3}},
+            ["global_batch_sequences", "micro_batch_sequences", "launch.processes"],
+        ),
+        ({"stages__0__train__micro_batch_sequences": 16}, ["micro_batch_sequences"]),
+        (
+            {"model__attention": "flash_attention_2", "device": "cpu"},
+            ["model.attention", "device"],
+        ),
+        (
+            {"model__attention": "flash_attention_2", "model__dtype": "float32"},
+            ["model.attention", "model.dtype"],
+        ),
+    ],
+)
+def test_a_clash_names_the_keys(changes: dict[str, Any], keys: list[str]) -> None:
+    clashes = check(recipe(**changes))
+    assert len(clashes) == 1, clashes
+    for key in keys:
+        assert key in str(clashes[0])
+
+
+def test_all_clashes_come_at_once() -> None:
+    found = check(recipe(engine={"shard": 4, "offload": True}, launch={"processes": 5}))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "a.json:1: is not valid JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": 1}', "is there twice"),
+        ("{}", "has no zero_optimization group"),
+        ({"zero_optimization": {"stage": 3}}, "stage is 3, but engine.kind is zero2"),
+        ({"train_batch_size": 4}, "train_batch_size is 4, but the recipe's train.global_batch"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is true, but the recipe's model.dtype"),
+        ({"bf16": True}, "bf16 is not a JSON object"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is"),
+        ({"gradient_clipping": 1.0}, "train.clip_norm decides it"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer is set, but engine.offload is false",
+        ),
+    ],
+)
+def test_a_wrong_deepspeed_file(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "a.json"
+    if isinstance(content, dict):
+        content = json.dumps({"zero_optimization": {"stage": 2}} | content)
+    path.write_text(content)
+    found = check(recipe(engine={"kind": "zero2", "config": str(path)}))
+    assert len(found) == 1
+    assert message in str(found[0])
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20))
+def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micro: int) -> None:
+    try:
+        assert accumulation(batch, ranks, micro) * ranks * micro == batch
+    except UserError as error:
+        assert batch % (ranks * micro)
+        proposals = error.fix.removeprefix("take ").split(", or ")
+        for number in proposals[0].removeprefix("global_batch_sequences ").split(" or "):
+            assert int(number) % (ranks * micro) == 0 and int(number) > 0
+        if proposals[1].startswith("micro_batch_sequences"):
+            assert accumulation(batch, ranks, int(proposals[1].split()[-1])) >= 1
+        else:
+            assert accumulation(batch, int(proposals[1].split()[0]), 1) >= 1

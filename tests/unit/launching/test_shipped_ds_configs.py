@@ -1,0 +1,38 @@
+"""The DeepSpeed files: found, valid, and no knob set in two places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.ds_file import OWNED
+from dtrain.core.errors import UserError
+from dtrain.launching.ds import load_ds_config
+
+CASES = [("zero2", False), ("zero3", False), ("zero3", True)]
+
+
+@pytest.mark.parametrize(("kind", "offload"), CASES)
+def test_a_shipped_file_leaves_to_the_recipe_what_is_the_recipes(kind: str, offload: bool) -> None:
+    config = load_ds_config(None, kind, offload)
+    for knob in OWNED:
+        group, _, name = knob.rpartition(".")
+        holder = config.get(group, {}) if group else config
+        assert holder.get(name, "auto") == "auto", knob
+    assert f"zero{config['zero_optimization']['stage']}" == kind
+
+
+@pytest.mark.parametrize(("kind", "offload"), CASES)
+def test_nothing_in_it_is_auto_that_nobody_fills(kind: str, offload: bool) -> None:
+    config = load_ds_config(None, kind, offload)
+    left = [key for key, value in config.items() if value == "auto"]
+    assert set(left) <= set(OWNED)
+    assert "auto" not in config["zero_optimization"].values()
+
+
+def test_a_file_of_the_users_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3}')
+    with pytest.raises(UserError, match=r"mine\.json: gradient_clipping is 3, but"):
+        load_ds_config(file, "zero2", False)
