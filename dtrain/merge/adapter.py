@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
+from dtrain.models.finite import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -93,7 +94,7 @@ class Adapter:
                     )
                 self._check_shapes(file, layer, name, *shapes[name])
                 for key in (layer.a, layer.b):
-                    if not torch.isfinite(file.get_tensor(key)).all():
+                    if not all_finite(file.get_tensor(key)):
                         raise UserError(
                             f"{key} is not finite", where=str(self.folder), status=Exit.NON_FINITE
                         )

@@ -18,6 +18,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.hashes import BLOCK_BYTES
 from dtrain.core.log import Meter
 from dtrain.merge.adapter import FLOATS
+from dtrain.models.finite import all_finite
 from dtrain.models.weights import read_header
 
 Change = Callable[[Tensor], Tensor]  # a tensor as stored → its new value, same shape, any float
@@ -98,7 +99,7 @@ def _change(
     stored = torch.frombuffer(reader.read(_size(entry)), dtype=dtype).reshape(entry["shape"])
     value = change(stored).to(dtype).contiguous()
     assert value.shape == stored.shape, name
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise UserError(
             f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
         )

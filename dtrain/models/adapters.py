@@ -19,6 +19,7 @@ from dtrain.config import schema
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.models.dropout import key_dropouts
+from dtrain.models.finite import all_finite
 from dtrain.models.load import linear_layers
 
 ADAPTER = "default"
@@ -150,7 +151,7 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     odd = sorted(wanted ^ tensors.keys())
     assert not odd, f"adapter and model disagree on {len(odd)} names: {odd[:3]}"
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise UserError(
                 f"the adapter is not finite in {name}", status=Exit.NON_FINITE,
                 fix="go on from an earlier checkpoint with a lower train.learning_rate",

@@ -193,3 +193,14 @@ def test_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="cannot be fetched from the hub") as caught:
         base_folder("owner/model")
     assert "HF_HOME" in str(caught.value)
+
+
+def test_training_in_place_leaves_the_bases_files_alone(folder: Path) -> None:
+    """Loaded tensors are memory-mapped: a shared mapping would write the updates to the disk."""
+    before = [path.read_bytes() for path in weight_files(folder)]
+    model = attach(load(folder), schema.Full(kind="full"), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    del model
+    assert [path.read_bytes() for path in weight_files(folder)] == before

@@ -1,0 +1,25 @@
+"""No NaN or infinity goes unseen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dtrain.models.finite import all_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 517, 1030])
+def test_every_bad_value_is_seen(dtype: torch.dtype, value: float, place: int) -> None:
+    tensor = torch.randn(1031).to(dtype)
+    assert all_finite(tensor)
+    tensor[place] = value
+    assert not all_finite(tensor)
+    tensor.fill_(value)
+    assert not all_finite(tensor)
+
+
+def test_greatest_numbers_and_nothing_at_all_are_finite() -> None:
+    assert all_finite(torch.full((1000,), torch.finfo(torch.float32).max))
+    assert all_finite(torch.zeros(0))
