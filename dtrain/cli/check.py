@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
-from dtrain.config.load import dump, load_recipe
 
 
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print the recipe with every default filled in, or every error in it."""
+    from dtrain.config.load import dump, load_recipe
+
     print(dump(load_recipe(recipe, overrides or [])), end="")

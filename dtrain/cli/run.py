@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
-from dtrain.config.load import dump, load_recipe
-from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, write_atomic
 from dtrain.launching.commands import launcher_environment, torchrun_command
+
+if TYPE_CHECKING:
+    from dtrain.config.schema import Recipe
 
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start anew in a new folder beside the old one.")
@@ -32,6 +33,8 @@ def run(
     allow_change: AllowChange = None,
 ) -> None:
     """Train, here and now; run again, it goes on where it was."""
+    from dtrain.config.load import load_recipe
+
     settings = load_recipe(recipe, overrides or [])
     folder = Path(settings.output.folder).expanduser().absolute()
     if fresh:
@@ -74,6 +77,8 @@ def take_folder(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: the folder cannot be used, or another run is using it.
     """
+    from dtrain.config.load import dump
+
     lock = FolderLock(folder)
     try:
         if not lock.acquire():
