@@ -1,23 +1,23 @@
-"""The run's report: one HTML file a person likes to look at, and a summary for the terminal."""
+"""The run's report: one HTML file a person likes to look at."""
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Undefined
+from jinja2 import Environment, StrictUndefined
 
 from dtrain.core.files import write_atomic
 from dtrain.core.units import count, duration, size
 from dtrain.monitoring.plots import curves
-from dtrain.monitoring.record import Losses, Record, read_record
+from dtrain.monitoring.record import Record, read_record
+from dtrain.monitoring.summary import summary
+from dtrain.monitoring.words import REPORT, loss_text, short, tone
+
+__all__ = ["render", "summary", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-REPORT = "report.html"
-SAME = 0.0005  # a difference that three decimals do not show
-WIDTH = 100
 
 
 def write_report(run: Path) -> Path:
@@ -44,30 +44,6 @@ def render(record: Record) -> str:
         chain=chain(record),
         stages=stage_views(record),
     )
-
-
-def summary(run: Path) -> str:
-    """What got better, as plain text for the terminal."""
-    record = read_record(run)
-    parts = [_loss_table(record), *_answer_blocks(record), _places(record)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def loss_text(value: object) -> str:
-    """A loss with three decimals, or a dash for one that was not measured."""
-    return f"{value:.3f}" if isinstance(value, int | float) else "—"
-
-
-def tone(change: float) -> str:
-    """How a change of a loss is to be taken: better, worse or same."""
-    if abs(change) < SAME:
-        return "same"
-    return "better" if change < 0 else "worse"
-
-
-def short(identity: object) -> str:
-    """The first twelve digits of a fingerprint."""
-    return "—" if identity is None or isinstance(identity, Undefined) else str(identity)[:12]
 
 
 def state(record: Record) -> dict[str, Any]:
@@ -179,54 +155,3 @@ def _method(method: dict[str, Any]) -> str:
     names = {"lora": "LoRA", "qlora": "QLoRA", "full": "every parameter"}
     text = names.get(str(method.get("kind")), str(method.get("kind", "")))
     return f"{text}, r = {method['r']}" if method.get("r") else text
-
-
-def _loss_table(record: Record) -> str:
-    """Held-out losses by set and model, with the change from the base to the last."""
-    if not record.losses:
-        return "No held-out losses were measured."
-    after = [f"after {name}" if i else name for i, name in enumerate(record.models)]
-    rows = [["held-out loss", *after, "change", ""]]
-    for losses in record.losses:
-        values = [loss_text(losses.values.get(model)) for model in record.models]
-        rows.append([losses.name, *values, *_change(losses)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(_row(row, widths) for row in rows)
-
-
-def _change(losses: Losses) -> tuple[str, str]:
-    if losses.change is None or losses.percent is None:
-        return "—", ""
-    return f"{losses.change:+.3f} ({losses.percent:+.1f} %)", tone(losses.change)
-
-
-def _row(cells: list[str], widths: list[int]) -> str:
-    first, *middle, last = (
-        cell.ljust(w) if i in (0, len(cells) - 1) else cell.rjust(w)
-        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "   ".join([first, *middle, last]).rstrip()
-
-
-def _answer_blocks(record: Record) -> list[str]:
-    return [_answer_block(i, answer) for i, answer in enumerate(record.answers, 1)]
-
-
-def _answer_block(number: int, answer: dict[str, Any]) -> str:
-    says = [("documented", "reference"), ("base", "base"), ("final", "final")]
-    lines = [_filled(f"{number}. ", str(answer.get("question", "")))]
-    lines += [_filled(f"   {label:<11} ", str(answer.get(key) or "—")) for label, key in says]
-    return "\n".join(lines)
-
-
-def _filled(label: str, text: str) -> str:
-    """`text` on lines of limited width, hanging under its label; control characters go."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return textwrap.fill(
-        " ".join(plain.split()), WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
-    )
-
-
-def _places(record: Record) -> str:
-    places = [("merged model", record.merged), ("report", REPORT)]
-    return "\n".join(f"{name:<14} {record.folder / place}" for name, place in places if place)

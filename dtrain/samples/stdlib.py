@@ -239,7 +239,7 @@ def _prose(doc: str | None) -> str:
 def _arguments(thing: object) -> str | None:
     try:
         text = str(inspect.signature(thing))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
+    except (TypeError, ValueError, AttributeError, NameError):
+        return None  # the last two: defaults that inspect of Python 3.13 cannot evaluate
     text = re.sub(r"^\(\$?self(, /)?(, )?", "(", text.partition(" -> ")[0])
     return None if " at 0x" in text else text.replace("(/, ", "(")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dtrain.monitoring.metrics import Metrics
-from dtrain.monitoring.report import summary, tone, write_report
+from dtrain.monitoring.report import summary, write_report
+from dtrain.monitoring.words import tone
 
 RECIPE = """\
 name: {name}

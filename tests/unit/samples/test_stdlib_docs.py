@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from dtrain.samples import stdlib
 from dtrain.samples.stdlib import Entry, entries, inspected, module_files, parse
 
 SOURCE = '''
@@ -89,3 +92,11 @@ def test_the_library_of_this_machine() -> None:
 def test_full_names() -> None:
     assert Entry("builtins", "len", "function", "(obj)", (), "d").full_name == "len"
     assert Entry("json", "", "module", None, (), "d").full_name == "json"
+
+
+def test_arguments_that_python_cannot_tell_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise AttributeError("EPOLLIN")  # select.epoll.register under Python 3.13
+
+    monkeypatch.setattr(stdlib.inspect, "signature", fail)
+    assert {entry.arguments for entry in inspected("select")} == {None}
