@@ -15,6 +15,7 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
+from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import end_world, start_world
 from dtrain.launching.detect import resolve_engine
 from dtrain.pipeline.chain import run_chain
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return end(run, error.status, str(error))
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: {error}", file=sys.stderr)
+        return end(run, Exit.OUT_OF_MEMORY, str(error))
     except Exception:
         traceback.print_exc()
         return end(run, Exit.CRASHED, traceback.format_exc(limit=-1))
@@ -65,18 +69,27 @@ def resolved(recipe: Recipe) -> Recipe:
 
 def train(recipe: Recipe, run: Path, allowed: set[str]) -> bool:
     """Prepare, join the other ranks, run the chain."""
-    stop = StopFlag(run)
-    stop.listen()
     lock = lock_run(run) if is_first_rank() else None
     inputs = prepare_inputs(recipe)
-    torch.manual_seed(recipe.seed)
+    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
+    stop = StopFlag(run, looks_at_file=is_first_rank())
+    stop.listen()
     world = start_world(recipe.device)
+    watch = Watch(run / ".watch", world.rank, world.size, lambda text: report_hang(run, text))
+    watch.start()
     try:
-        return run_chain(recipe, inputs, world, stop, allowed)
+        return run_chain(recipe, inputs, world, stop, watch, allowed)
     finally:
+        watch.stop()
         end_world()
         if lock:
             lock.release()
+
+
+def report_hang(run: Path, text: str) -> None:
+    """Leave word of a hang before the process ends."""
+    print(f"error: {text}", file=sys.stderr)
+    end(run, Exit.HANG, text)
 
 
 def end(run: Path | None, status: Exit, reason: str) -> int:

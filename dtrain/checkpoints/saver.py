@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Saver:
             raise ValueError(f"attempt {attempt!r}: letters and digits expected")
         self._folder, self._rank, self._ranks, self._attempt = folder, rank, ranks, attempt
         self._published, self._patience = published, patience_seconds
+        self.seconds = 0.0  # of the last save, from its call to the disk
         self._calls = 0
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -141,12 +143,14 @@ class Saver:
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def _run(self, job: _Job) -> None:
+        started = time.monotonic()
         try:
             self._write(job)
             if self._rank == 0:
                 publish(job.work, job.target, self._ranks, self._patience, job.step, job.state)
                 if self._published is not None:
                     self._published(job.target)
+            self.seconds = time.monotonic() - started
         except BaseException as error:
             self._error = _explained(error, job)
             self._give_up(job)

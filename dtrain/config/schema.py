@@ -241,6 +241,9 @@ class Recipe(Group):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: GPUs if there are any"
     )
+    determinism: Literal["off", "strict"] = Field(
+        "off", description="strict: the same weights to the bit on 1, 2, 4, … ranks (ddp)"
+    )
     model: Model
     engine: Engine = Engine()
     launch: Launch = Launch()

@@ -66,16 +66,21 @@ class Watch:
             self._step_seconds.append(now - self._stepped)
         self._stepped, self._patient = now, False
 
+    def rest(self) -> None:
+        """Steps are over for now: what follows may take any time."""
+        self._patient = True
+        self._step_seconds.clear()
+
     @contextmanager
     def patience(self, position: str) -> Iterator[None]:
         """Something that may take any time while this process lives (a save, a merge)."""
         self.mark(position)
-        self._patient = True
+        before, self._patient = self._patient, True
         try:
             yield
         finally:
             self.mark(f"after {position}")
-            self._stepped = self._marked
+            self._patient, self._stepped = before, self._marked
 
     def limit_seconds(self) -> float | None:
         """How long marks may stand still; None while that is not known."""

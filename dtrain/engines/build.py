@@ -7,11 +7,13 @@ from importlib import import_module
 from torch import nn
 
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 
 # By name, so that a run under ddp does not pay for importing DeepSpeed.
 ENGINES = {
+    "strict": ("dtrain.engines.strict", "StrictDdp"),
     "ddp": ("dtrain.engines.ddp", "Ddp"),
     "fsdp2": ("dtrain.engines.fsdp2", "Fsdp2"),
     "zero2": ("dtrain.engines.deepspeed", "Zero2"),
@@ -20,7 +22,20 @@ ENGINES = {
 
 
 def build_engine(model: nn.Module, recipe: Recipe, stage: Stage, world: World) -> Engine:
-    """Wrap `model` in the engine that the resolved recipe names."""
-    module, name = ENGINES[recipe.engine.kind]
+    """Wrap `model` in the engine that the resolved recipe names.
+
+    Raises:
+        UserError: the ranks do not fit the engine, or strict sums are asked of one without them.
+    """
+    kind = recipe.engine.kind
+    if recipe.determinism == "strict":
+        if kind != "ddp":
+            raise UserError(
+                f"strict is for ddp; {kind} sums gradients in an order of its own",
+                where="determinism, engine.kind",
+                fix="engine.kind=ddp, or determinism=off",
+            )
+        kind = "strict"
+    module, name = ENGINES[kind]
     engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world)
     return engine

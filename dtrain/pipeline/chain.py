@@ -8,6 +8,7 @@ from typing import Any
 from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
 from dtrain.core.log import say
+from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.monitoring.report import summary, write_report
 from dtrain.pipeline.evaluations import Evaluations
@@ -18,9 +19,18 @@ from dtrain.stages.stop import StopFlag
 
 
 def run_chain(
-    recipe: Recipe, inputs: Inputs, world: World, stop: StopFlag, allowed: set[str]
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    stop: StopFlag,
+    watch: Watch,
+    allowed: set[str],
 ) -> bool:
-    """Run what is not complete yet; return False if it was stopped to go on later."""
+    """Run what is not complete yet; return False if it was stopped to go on later.
+
+    Args:
+        allowed: keys that may differ from those a half-done stage was begun with.
+    """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets)
     base, parent = inputs.base, inputs.base_fingerprint
@@ -32,7 +42,10 @@ def run_chain(
         else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()
-            if not StageRun(recipe, stage, folder, base, inputs, evaluations, world, stop).run():
+            stage_run = StageRun(
+                recipe, stage, folder, base, inputs, evaluations, world, stop, watch
+            )
+            if not stage_run.run():
                 return False
         done.append(folder)
         base, parent = folder.merged, folder.identity

@@ -15,6 +15,7 @@ from dtrain.checkpoints.folder import clean_leftovers, newest_complete
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
+from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.files import write_json
 from dtrain.core.log import say
@@ -22,6 +23,7 @@ from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
@@ -56,6 +58,7 @@ class StageRun:
     evaluations: Evaluations
     world: World
     stop: StopFlag
+    watch: Watch
 
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
@@ -74,7 +77,9 @@ class StageRun:
         job.save = lambda now: self.save(saver, engine, now)
         if job.progress.step == 0 and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
+        job.wants_stop = lambda seconds: self.stop.is_set(seconds, saver.seconds)
         reason = fit(job)
+        self.watch.rest()
         saver.wait()
         if reason == "stop asked":
             return False
@@ -135,6 +140,7 @@ class StageRun:
         progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
         rows = total_sequences(train, mixture.rows_per_epoch, tokens_per_row(mixture))
         batch = train.global_batch_sequences
+        accumulation(batch, self.world.size, train.micro_batch_sequences)
         loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)
         say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
         sets = self.inputs.sets if train.evaluate_every_steps else {}
@@ -147,7 +153,8 @@ class StageRun:
             progress=progress,
             seed=self.recipe.seed,
             save=lambda now: None,
-            wants_stop=self.stop.is_set,
+            wants_stop=lambda seconds: False,
+            watch=self.watch,
         )
 
     def metrics(self, step: int) -> Metrics | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,10 +13,13 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, say, warn
 from dtrain.data.loader import NO_ROW, Loader
 from dtrain.distributed.memory import peak_memory_bytes
+from dtrain.distributed.watch import Watch
 from dtrain.engines.base import Engine
 from dtrain.monitoring.metrics import Metrics
 from dtrain.stages.schedule import learning_rate
 from dtrain.stages.step import StepResult, held_out_loss, train_step
+
+RECENT_STEPS = 20
 
 
 @dataclass
@@ -41,7 +45,8 @@ class Job:
         held_out: loaders of the evaluation sets, by name.
         watched: the set that early stopping looks at.
         save: writes a checkpoint of this moment.
-        wants_stop: whether this process was asked to stop (a signal, a stop file, the clock).
+        wants_stop: whether this process was asked to stop, given the longest recent step's seconds.
+        watch: told of every step, and of what may take longer.
     """
 
     engine: Engine
@@ -52,7 +57,8 @@ class Job:
     progress: Progress
     seed: int
     save: Callable[[Progress], None]
-    wants_stop: Callable[[], bool]
+    wants_stop: Callable[[float], bool]
+    watch: Watch
 
     @property
     def train(self) -> Any:
@@ -70,18 +76,22 @@ def fit(job: Job) -> str:
         UserError: loss or gradients stayed non-finite.
     """
     steps, now = job.loader.steps, job.progress
+    recent: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
     with progress(f"stage {job.engine.stage.name}", steps, done=now.step) as bar:
         while now.step < steps:
             rate = learning_rate(now.step, steps, job.train)
-            result = train_step(
-                job.engine, job.loader, now.step, rate, seed=job.seed, wants_stop=job.wants_stop()
-            )
+            stop_asked = job.wants_stop(max(recent))
+            result = train_step(job, now.step, rate, wants_stop=stop_asked)
+            recent.append(sum(result.seconds.values()))
+            job.watch.step()
             record(job, result, bar)
             if due(now.step, job.train.evaluate_every_steps) and now.step < steps:
-                evaluate(job)
+                with job.watch.patience(f"evaluating after step {now.step}"):
+                    evaluate(job)
             stop = reason_to_stop(job, result)
             if stop or now.step == steps or due(now.step, job.train.checkpoint_every_steps):
-                job.save(now)
+                with job.watch.patience(f"saving step {now.step}"):
+                    job.save(now)
             if stop:
                 return stop
     return "finished"

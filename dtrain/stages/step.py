@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from math import isfinite
+from typing import Protocol
 
 import torch
 
 from dtrain.data.loader import Loader, MicroBatch
+from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
@@ -44,11 +46,19 @@ class StepResult:
         return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
-def train_step(
-    engine: Engine, loader: Loader, step: int, rate: float, *, seed: int, wants_stop: bool
-) -> StepResult:
+class Parts(Protocol):
+    """What a step needs of a job."""
+
+    engine: Engine
+    loader: Loader
+    seed: int
+    watch: Watch
+
+
+def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepResult:
     """Train on the global batch of `step` with learning rate `rate`."""
     started = time.perf_counter()
+    engine, loader = job.engine, job.loader
     world, train = engine.world, engine.stage.train
     batches = list(
         loader.micro_batches(step, world.rank, world.size, train.micro_batch_sequences)
@@ -59,11 +69,13 @@ def train_step(
     total = torch.zeros((), dtype=torch.float64)
     engine.model.train()
     for number, batch in enumerate(batches):
-        set_dropout_key(engine.bare, seed, step, batch.sequences, batch.sequence_lengths)
+        job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
+        set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
         loss = forward_loss(engine, batch)
         engine.backward(loss * scale, last=number == len(batches) - 1)
         total += loss.detach().double().cpu()
     computed = time.perf_counter()
+    job.watch.mark(f"step {step + 1}, update")
     norm = engine.step(rate)
     loss_total, votes = world.sum([total.item(), float(wants_stop)])
     return StepResult(
