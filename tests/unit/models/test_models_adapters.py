@@ -48,6 +48,12 @@ def test_first_weights_follow_from_the_seed_alone() -> None:
     assert not any(torch.equal(first[n], other[n]) for n in first if "lora_A" in n)
 
 
+def test_no_two_layers_start_alike() -> None:
+    first = [t for n, t in trainable(attach(base(), LORA, seed=5)).items() if "lora_A" in n]
+    marks = {tuple(tensor.flatten()[:8].tolist()) for tensor in first}
+    assert len(marks) == len(first) == 14
+
+
 def test_first_weights_are_distributed_as_in_peft() -> None:
     first = trainable(attach(base(), schema.Lora(kind="lora", r=64), seed=5))
     assert all(not t.any() for n, t in first.items() if "lora_B" in n)
