@@ -26,7 +26,7 @@ GENERAL = Path(__file__).with_name("general.jsonl")
 SMALL_CHARACTERS = 10_000
 SMALL_DOCUMENT_CHARACTERS = 1_500
 SMALL_ROWS = 36
-QUESTION_KINDS = ("does", "which", "raises", "call", "base")
+QUESTION_KINDS = ("does", "which", "call", "base", "raises")
 
 
 def make(folder: Path) -> None:
