@@ -73,3 +73,32 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def step_command(
+    recipe_file: Path,
+    *,
+    nodes: int,
+    ranks: int | str,
+    endpoint: str,
+    rendezvous: str,
+    cores: str | None,
+) -> list[str]:
+    """Start the workers on every node of a Slurm job, from its batch script.
+
+    Args:
+        recipe_file: the resolved recipe.
+        nodes: nodes of the job; one of them needs no other listener than the loopback's.
+        ranks: processes on each node, or "auto": one a GPU.
+        endpoint: host and port of the rendezvous.
+        rendezvous: its id; one that nobody else has.
+        cores: cores of a node; srun does not take them from sbatch by itself.
+    """
+    command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}"]
+    command += [f"--cpus-per-task={cores}"] if cores else []
+    if nodes == 1:
+        return command + torchrun_command(recipe_file, ranks)
+    command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
+    command += [f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
+    return [*command, "-m", WORKER, str(recipe_file)]

@@ -1,0 +1,91 @@
+"""The list of attempts in a run folder: who tried when, where, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, write_json
+
+FOLDER = "slurm"  # in the run folder: what the batch system's side of a run leaves behind
+
+
+@dataclass
+class Attempt:
+    """One start of a job.
+
+    Attributes:
+        number: counted over the run folder's whole life, from 1.
+        restart: how often Slurm has requeued the job.
+        progress: the newest checkpoint of each stage when it began.
+        outcome: one word; empty while it runs.
+    """
+
+    number: int
+    job: str
+    restart: int
+    nodes: list[str]
+    log: str
+    started: float
+    progress: dict[str, str] = field(default_factory=dict)
+    ended: float | None = None
+    outcome: str = ""
+    because: str = ""
+    action: str = ""
+
+
+def attempts_of(run: Path) -> list[Attempt]:
+    """The attempts recorded in a run folder, oldest first."""
+    path = run / FOLDER / "attempts.json"
+    if not path.exists():
+        return []
+    try:
+        return [Attempt(**record) for record in read_json(path)]
+    except TypeError as error:
+        raise UserError(f"is not a list of attempts: {error}", where=str(path)) from error
+
+
+def write_attempts(run: Path, attempts: Sequence[Attempt]) -> None:
+    """Replace the list."""
+    write_json(run / FOLDER / "attempts.json", [asdict(attempt) for attempt in attempts])
+
+
+def close_lost(attempts: Sequence[Attempt]) -> None:
+    """Attempts that never came to their end were taken by a dead node or a kill."""
+    for attempt in attempts:
+        if attempt.ended is None:
+            attempt.ended, attempt.outcome = time.time(), "lost"
+            attempt.because = "ended with its node, or was killed"
+
+
+def failures_in_a_row(attempts: Sequence[Attempt], job: str, progress: dict[str, str]) -> int:
+    """Failed attempts of a job, counted back from the newest, that began at this very progress."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.job != job or attempt.progress != progress or attempt.ended is None:
+            break
+        if attempt.outcome in ("hang", "crashed", "lost", "lost a worker"):
+            count += 1
+    return count
+
+
+def progress_of(run: Path) -> dict[str, str]:
+    """Stage → its newest complete checkpoint, or "complete"."""
+    found = {}
+    for stage in sorted(path.parent for path in run.glob("*/stage.json")):
+        names = (path.parent.name for path in stage.glob("checkpoints/step-*/manifest.json"))
+        steps = sorted(names, key=lambda name: (len(name), name))
+        found[stage.name] = "complete" if _is_complete(stage) else (steps or ["begun"])[-1]
+    return found
+
+
+def _is_complete(stage: Path) -> bool:
+    try:
+        record: Any = read_json(stage / "stage.json")
+    except UserError:
+        return False
+    return bool(record.get("complete"))

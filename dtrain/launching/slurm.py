@@ -1,0 +1,110 @@
+"""Slurm's commands: what they are asked, what they answer."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.core.errors import UserError
+
+ANSWER_SECONDS = 60
+_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%l", "%D", "%R", "%k", "%j")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What the controller says of a job.
+
+    Attributes:
+        state: RUNNING, PENDING, CANCELLED, …; UNKNOWN if it could not be asked.
+        is_preempted: whether it is being preempted at this moment.
+    """
+
+    state: str
+    is_preempted: bool = False
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A line of the queue."""
+
+    job: str
+    state: str
+    reason: str
+    elapsed: str
+    limit: str
+    nodes: str
+    where: str
+    comment: str
+    name: str
+
+
+def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
+    """Run one of Slurm's commands; return what it prints.
+
+    Raises:
+        UserError: there is no Slurm here, or it refuses; in its own words.
+    """
+    if shutil.which(command[0]) is None:
+        fix = "run this on a login node of the cluster"
+        raise UserError(f"there is no {command[0]} on this machine", where="Slurm", fix=fix)
+    try:
+        done = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+            errors="surrogateescape",
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"{command[0]} has not answered in {ANSWER_SECONDS} s"
+        raise UserError(what, where="Slurm", fix="try again later") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().replace(f"{command[0]}: ", "")
+        raise UserError(f"{command[0]}: {said or done.returncode}", where="Slurm")
+    return done.stdout if command[0] != "sbatch" else done.stdout or done.stderr
+
+
+def job_state(job: str) -> JobState:
+    """A job's state; UNKNOWN when the controller does not answer."""
+    try:
+        return parse_state(ask(["scontrol", "show", "job", job]))
+    except UserError:
+        return JobState("UNKNOWN")
+
+
+def parse_state(text: str) -> JobState:
+    """Out of `scontrol show job`; only heads of lines count, a job's name may say anything."""
+    state = re.search(r"^ +JobState=(\S+)", text, re.MULTILINE)
+    preempted = re.search(r"^ +PreemptEligibleTime=\S+ PreemptTime=(\S+)", text, re.MULTILINE)
+    is_preempted = preempted is not None and preempted[1] not in ("None", "N/A", "Unknown")
+    return JobState(state[1] if state else "UNKNOWN", is_preempted)
+
+
+def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
+    """The caller's jobs that wait or run, or those of `jobs` that do."""
+    separator = "\x1f"  # no name, reason or comment holds it
+    choice = [f"--jobs={','.join(jobs)}"] if jobs is not None else ["--me"]
+    try:
+        text = ask(["squeue", "--noheader", f"--format={separator.join(_QUEUE_FIELDS)}", *choice])
+    except UserError as error:
+        if "Invalid job id" in error.what:  # long gone
+            return []
+        raise
+    lines = (line.split(separator) for line in text.splitlines())
+    return [QueuedJob(*fields) for fields in lines if len(fields) == len(_QUEUE_FIELDS)]
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue; its processes are ended by Slurm."""
+    ask(["scontrol", "requeue", job])
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs; those that are over already do no harm."""
+    ask(["scancel", "--quiet", *jobs])

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=70b-lora-zero3
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=900G
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --comment=dtrain
+# Llama-3.1-70B, LoRA over a base in bfloat16, ZeRO-3 over two nodes of 8 GPUs of 80 GB.
+# Options of sbatch override those above; arguments are keys of the recipe:
+#   sbatch --account=me --partition=gpu slurm/70b-lora-zero3.sh model.base=/models/llama-3.1-70b
+DTRAIN_RECIPE="${DTRAIN_RECIPE:-70b-lora-zero3}"
+DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
+source "$DTRAIN_HOME/slurm/job.sh"
