@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
-from dtrain.config.load import load_recipe
+from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_json
+from dtrain.core.files import write_atomic, write_json
 from dtrain.core.log import is_first_rank, say
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import end_world, start_world
@@ -27,6 +30,7 @@ from dtrain.stages.stop import StopFlag
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe on this rank; return the exit status."""
     arguments = parse(argv)
+    keep_libraries_quiet()
     run: Path | None = None
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
@@ -44,6 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return end(run, Exit.CRASHED, traceback.format_exc(limit=-1))
+
+
+def keep_libraries_quiet() -> None:
+    """Their warnings are about code that a user of dtrain did not write."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    disable_progress_bar()
+    for name in ("bitsandbytes", "DeepSpeed", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,6 +83,8 @@ def resolved(recipe: Recipe) -> Recipe:
 def train(recipe: Recipe, run: Path, allowed: set[str]) -> bool:
     """Prepare, join the other ranks, run the chain."""
     lock = lock_run(run) if is_first_rank() else None
+    if lock:
+        write_atomic(run / "recipe.yaml", dump(recipe))
     inputs = prepare_inputs(recipe)
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
     stop = StopFlag(run, looks_at_file=is_first_rank())

@@ -34,6 +34,9 @@ class Clash(UserError):
         super().__init__(f"{names}: {what}", fix=fix)
 
 
+REPLICATING = ("auto", "ddp")
+
+
 def check(recipe: Recipe) -> list[Clash]:
     """Every fault that one key alone does not show; no file but `engine.config` is opened."""
     return [
@@ -81,6 +84,9 @@ def _what_divides(global_batch: int, ranks: int, together: int) -> str:
 
 def _engine(recipe: Recipe) -> Iterator[Clash]:
     engine, kind = recipe.engine, ("engine", "kind")
+    if recipe.determinism == "strict" and engine.kind not in REPLICATING:
+        what = f"strict is for ddp; {engine.kind} sums gradients in an order of its own"
+        yield Clash([("determinism",), kind], what, "engine.kind=ddp, or determinism=off")
     if engine.offload and engine.kind != "zero3":
         what = f"only zero3 offloads, and this is {engine.kind}"
         yield Clash([("engine", "offload"), kind], what, "engine.kind=zero3, or offload=false")
@@ -131,10 +137,10 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _watching(recipe, stage, (*at, "train"))
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
-    if recipe.engine.offload and stage.train.optimizer != "adamw":
-        keys: list[Key] = [(*at, "train", "optimizer"), ("engine", "offload")]
-        what = "8-bit optimizers keep their state on the GPU, offload keeps it in host memory"
-        yield Clash(keys, what, "optimizer=adamw, or offload=false")
+    if stage.train.optimizer != "adamw" and recipe.engine.kind not in REPLICATING:
+        keys: list[Key] = [(*at, "train", "optimizer"), ("engine", "kind")]
+        what = f"an 8-bit optimizer's state comes in blocks that {recipe.engine.kind} would cut up"
+        yield Clash(keys, what, "optimizer=adamw, or engine.kind=ddp")
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:

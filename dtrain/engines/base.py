@@ -13,6 +13,8 @@ from math import isfinite
 from typing import Any
 
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 
 from dtrain.checkpoints.pieces import Piece
@@ -21,6 +23,12 @@ from dtrain.distributed.world import World
 from dtrain.models.load import resolve_dtype
 
 ADAM_KINDS = ("exp_avg", "exp_avg_sq")
+EIGHT_BIT_KINDS = ("state1", "state2", "absmax1", "absmax2")
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+}
 
 
 class Engine(ABC):
@@ -32,7 +40,7 @@ class Engine(ABC):
         owns_pieces: whether this rank's pieces go into a checkpoint (False for replicas).
     """
 
-    model: nn.Module
+    model: Any  # the wrappers of torch and DeepSpeed share no type
     bare: nn.Module
     owns_pieces: bool = True
 
@@ -66,7 +74,8 @@ class Engine(ABC):
         """Set the optimizer's step counter (Adam's bias correction) after a restore."""
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Let go of the wrapper and what it holds."""
+        self.model = None
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of what trains."""
@@ -98,8 +107,7 @@ class TorchEngine(Engine):
 
     def pieces(self) -> Iterator[Piece]:
         for name, parameter in self.trainable():
-            state = adam_state(self.optimizer, parameter)
-            views = {"weight": parameter.data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            views = {"weight": parameter.data, **self.optimizer_tensors(parameter)}
             start, stop = self.flat_range(parameter)
             tensors = {kind: _local(view).reshape(-1) for kind, view in views.items()}
             yield Piece(name, tuple(parameter.shape), start, stop, tensors)
@@ -108,10 +116,23 @@ class TorchEngine(Engine):
         """This rank's range of the flattened parameter."""
         return 0, parameter.numel()
 
+    def optimizer_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's tensors of a parameter, by the kind that a checkpoint knows them by."""
+        state = adam_state(self.optimizer, parameter)
+        if isinstance(self.optimizer, Optimizer8bit):
+            return {f"bnb_{kind}": state[kind] for kind in EIGHT_BIT_KINDS if kind in state}
+        return {kind: state[kind] for kind in ADAM_KINDS}
+
     def set_updates(self, updates: int) -> None:
         self.updates = updates
         for _, parameter in self.trainable():
-            adam_state(self.optimizer, parameter)["step"].fill_(updates)
+            state = adam_state(self.optimizer, parameter)
+            # torch counts in a tensor, bitsandbytes in a number
+            state["step"] = (
+                torch.full_like(state["step"], updates)
+                if torch.is_tensor(state["step"])
+                else updates
+            )
 
 
 def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
@@ -123,7 +144,7 @@ def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=train.learning_rate)
+    return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -133,9 +154,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of a parameter, made as torch makes it at its first step if it is not there."""
-    state = optimizer.state[parameter]
-    if not state:
+    """Adam's state of a parameter, made as at the first step if it is not there."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state and isinstance(optimizer, Optimizer8bit):
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        optimizer.init_state(group, parameter, 0, 0)
+    elif not state:
         state["step"] = torch.tensor(0.0)
         for kind in ADAM_KINDS:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

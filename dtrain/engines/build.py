@@ -27,7 +27,13 @@ def build_engine(model: nn.Module, recipe: Recipe, stage: Stage, world: World) -
     Raises:
         UserError: the ranks do not fit the engine, or strict sums are asked of one without them.
     """
-    kind = recipe.engine.kind
+    kind: str = recipe.engine.kind
+    if stage.train.optimizer != "adamw" and kind != "ddp":
+        raise UserError(
+            f"{stage.train.optimizer} keeps its state in blocks that {kind} would cut up",
+            where="train.optimizer, engine.kind",
+            fix="train.optimizer=adamw, or engine.kind=ddp",
+        )
     if recipe.determinism == "strict":
         if kind != "ddp":
             raise UserError(

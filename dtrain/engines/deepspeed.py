@@ -65,6 +65,10 @@ class Zero(Engine):
         for flat in self.flat_masters():
             adam_state(self.zero.optimizer, flat)["step"].fill_(updates)
 
+    def marked(self) -> list[tuple[str, Any]]:
+        """What trains, with the attributes that DeepSpeed puts on parameters."""
+        return list(self.trainable())
+
     def flat_masters(self) -> list[Tensor]:
         """The float32 tensors that DeepSpeed's inner optimizer updates."""
         raise AssertionError("each stage has its own")
@@ -83,7 +87,7 @@ class Zero2(Zero):
 
     def pieces(self) -> Iterator[Piece]:
         masters = self.flat_masters()
-        for name, parameter in self.trainable():
+        for name, parameter in self.marked():
             mapping = parameter._hp_mapping
             if mapping is None:  # other ranks hold all of it
                 yield Piece(name, tuple(parameter.shape), 0, 0, {})
@@ -107,7 +111,7 @@ class Zero3(Zero):
 
     def pieces(self) -> Iterator[Piece]:
         masters = self.flat_masters()
-        for name, parameter in self.trainable():
+        for name, parameter in self.marked():
             group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * elements, parameter.ds_numel)
             stop = min(start + elements, parameter.ds_numel)  # the last range is padded

@@ -33,7 +33,7 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
         )
         new = output[0, inputs["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        answers.append(str(tokenizer.decode(new, skip_special_tokens=True)).strip())
         bar.advance()
     return answers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,20 +72,28 @@ def merge(
     _write(base, out, changes, about)
 
 
-def replace(base: Path, tensors: Mapping[str, Tensor], out: Path, *, source: str) -> None:
+def replace(
+    base: Path,
+    tensors: Mapping[str, Sequence[int]],
+    read: Callable[[str], Tensor],
+    out: Path,
+    *,
+    source: str,
+) -> None:
     """Write the model that full fine-tuning made, in its base's layout and dtypes.
 
     Args:
-        tensors: by `named_parameters()` name; of tied tensors one name is enough.
+        tensors: shapes by `named_parameters()` name; of tied tensors one name is enough.
+        read: gives the tensor of a name, one at a time.
 
     Raises:
         UserError: the base has no such tensor, or one of another shape; non-finite values.
     """
     shapes = _check(base, None, out)
-    for name, tensor in tensors.items():
-        if name not in shapes or shapes[name][1] != list(tensor.shape):
-            raise UserError(f"{name} {list(tensor.shape)} is not in the base", where=str(base))
-    changes = {name: partial(_replaced, tensor) for name, tensor in tensors.items()}
+    for name, shape in tensors.items():
+        if name not in shapes or shapes[name][1] != list(shape):
+            raise UserError(f"{name} {list(shape)} is not in the base", where=str(base))
+    changes = {name: partial(_replaced, read, name) for name in tensors}
     _write(base, out, changes, {"source": source, "adapter": None, "quantised": False})
 
 
@@ -97,8 +105,8 @@ def _merged(
     return lora.add(name, old) if name in lora.layers else old
 
 
-def _replaced(new: Tensor, old: Tensor) -> Tensor:
-    return new.detach().cpu()
+def _replaced(read: Callable[[str], Tensor], name: str, old: Tensor) -> Tensor:
+    return read(name).detach().cpu()
 
 
 def _check(base: Path, adapter: Path | None, out: Path) -> Shapes:

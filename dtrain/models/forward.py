@@ -18,10 +18,14 @@ from transformers import PreTrainedModel
 class Packed(Protocol):
     """What is read of a micro-batch."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    predict: Tensor
-    document_lengths: list[int]
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def predict(self) -> Tensor: ...
+    @property
+    def document_lengths(self) -> list[int]: ...
 
 
 def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:

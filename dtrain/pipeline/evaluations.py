@@ -93,7 +93,9 @@ def read_questions(path: Path, count: int) -> list[dict[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()[:count]
     except OSError as error:
-        raise UserError(f"cannot be read: {error}", where=f"evaluation.questions.path: {path}") from error
+        raise UserError(
+            f"cannot be read: {error}", where=f"evaluation.questions.path: {path}"
+        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

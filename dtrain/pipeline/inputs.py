@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +18,8 @@ from dtrain.core.folders import cache_folder, sample_name
 from dtrain.core.hashes import fingerprint
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
 from dtrain.merge.fingerprint import model_fingerprint
-from dtrain.models.resolve import base_folder
 from dtrain.models.load import read_config
+from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.samples.make import ensure
 
@@ -54,7 +55,7 @@ def prepare_inputs(recipe: Recipe) -> Inputs:
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     store = cache_folder() / "stores"
 
-    def ready(data: Data, kind: str) -> Mixture:
+    def ready(data: Data, kind: Literal["cpt", "sft"]) -> Mixture:
         mixture = prepare(data, kind, tokenizer, mark, store)
         check_vocabulary(mixture, config.get_text_config().vocab_size)
         return mixture

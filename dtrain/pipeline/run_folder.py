@@ -79,7 +79,9 @@ class StageFolder:
         )
 
 
-def stage_folder(run: Path, recipe: Recipe, stage: Stage, inputs: Inputs, parent: str) -> StageFolder:
+def stage_folder(
+    run: Path, recipe: Recipe, stage: Stage, inputs: Inputs, parent: str
+) -> StageFolder:
     """The folder of a stage whose base is the artefact with identity `parent`."""
     settings = stage.model_dump(mode="json", exclude={"data": {"sources"}})
     # In strict mode a micro-batch is the unit of the sums' fixed order.

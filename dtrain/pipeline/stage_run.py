@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import uuid
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
-from dtrain.core.files import write_json
 from dtrain.core.log import say
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
@@ -62,6 +62,19 @@ class StageRun:
 
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
+        trained = self.train()
+        if trained is None:
+            return False
+        self.world.barrier()  # every rank's share of the last checkpoint is on disk
+        if self.world.is_first:
+            self.write_results(*trained)
+        del trained
+        free_memory()
+        self.world.barrier()
+        return True
+
+    def train(self) -> tuple[torch.nn.Module, dict[str, Any]] | None:
+        """Train to the end; return the model and what is worth knowing, None if it was stopped."""
         reset_peak_memory(self.world.device)
         checkpoint = self.newest_checkpoint()
         engine = self.build(checkpoint)
@@ -82,18 +95,11 @@ class StageRun:
         self.watch.rest()
         saver.wait()
         if reason == "stop asked":
-            return False
+            return None
         self.evaluations.record(self.stage.name, engine, self.world)
         facts = self.facts(engine, job)
-        model = engine.bare
         engine.close()
-        self.world.barrier()  # every rank's share of the last checkpoint is on disk
-        if self.world.is_first:
-            self.write_results(model, facts)
-        del engine, model, job
-        free_memory()
-        self.world.barrier()
-        return True
+        return engine.bare, facts
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest complete checkpoint, and a word on why not a newer one."""
@@ -112,14 +118,14 @@ class StageRun:
         """Base, adapter, engine; with the state of `checkpoint` where there is one."""
         method, world = self.stage.method, self.world
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
-        model = load_base(
+        base = load_base(
             self.base,
             self.recipe.model,
             quantised=method.kind == "qlora",
             dtype=dtype,
             device=world.device,
         )
-        model = attach(model, method, seed=self.recipe.seed)
+        model = attach(base, method, seed=self.recipe.seed)
         trainable, total = parameter_counts(model)
         say(
             f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
@@ -201,8 +207,13 @@ class StageRun:
             save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
         if wants_merge and not self.folder.merged.exists():
             if full:
-                tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
-                replace(self.base, tensors, self.folder.merged, source=self.folder.identity)
+                replace(
+                    self.base,
+                    checkpoint.names,
+                    partial(read_whole, checkpoint),
+                    self.folder.merged,
+                    source=self.folder.identity,
+                )
             else:
                 merge(
                     self.base,
@@ -210,6 +221,8 @@ class StageRun:
                     self.folder.merged,
                     quantised=self.stage.method.kind == "qlora",
                     source=self.folder.identity,
+                    dtype=resolve_dtype(self.recipe.model.dtype, self.world.device),
+                    trust_remote_code=self.recipe.model.trust_remote_code,
                 )
         facts["checkpoint_bytes"] = checkpoint.size_bytes
         self.folder.finish(facts)

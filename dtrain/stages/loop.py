@@ -31,6 +31,7 @@ class Progress:
     supervised_tokens: int = 0
     non_finite_in_a_row: int = 0
     non_finite: int = 0
+    ended_early: bool = False
     held_out: dict[str, float] = field(default_factory=dict)
     best_held_out: float | None = None
     evaluations_without_best: int = 0
@@ -78,7 +79,7 @@ def fit(job: Job) -> str:
     steps, now = job.loader.steps, job.progress
     recent: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
     with progress(f"stage {job.engine.stage.name}", steps, done=now.step) as bar:
-        while now.step < steps:
+        while now.step < steps and not now.ended_early:
             rate = learning_rate(now.step, steps, job.train)
             stop_asked = job.wants_stop(max(recent))
             result = train_step(job, now.step, rate, wants_stop=stop_asked)
@@ -159,7 +160,9 @@ def non_finite_line(job: Job, step: int) -> dict[str, Any]:
 def evaluate(job: Job) -> None:
     """Measure every held-out set, and remember whether the watched one got better."""
     now = job.progress
-    now.held_out = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
+    now.held_out = {
+        name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()
+    }
     write(job, {"step": now.step, "held_out": now.held_out})
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in now.held_out.items())
     say(f"step {now.step}: held-out loss: {losses}")
@@ -184,5 +187,6 @@ def reason_to_stop(job: Job, result: StepResult) -> str | None:
     patience = train.early_stopping_patience
     if patience is not None and now.evaluations_without_best >= patience:
         say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
+        now.ended_early = True
         return "early stop"
     return "stop asked" if result.stop_votes else None

@@ -60,9 +60,7 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     started = time.perf_counter()
     engine, loader = job.engine, job.loader
     world, train = engine.world, engine.stage.train
-    batches = list(
-        loader.micro_batches(step, world.rank, world.size, train.micro_batch_sequences)
-    )
+    batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch_sequences))
     supervised = loader.supervised_tokens(step)
     loaded = time.perf_counter()
     scale = world.size / max(1, supervised)  # engines average over ranks

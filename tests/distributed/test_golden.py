@@ -20,9 +20,13 @@ LOSS_TOLERANCE = 2e-5
 NORM_TOLERANCE = 2e-3  # relative: near convergence a norm is a sum of small cancelling numbers
 METHODS = {
     "lora": [],
-    "full": ["stages.domain.method={kind: full}", "stages.task.method={kind: full}"]
-    + ["stages.domain.train.learning_rate=1e-3", "stages.task.train.learning_rate=1e-3"],
     "qlora": ["stages.domain.method.kind=qlora", "stages.task.method.kind=qlora"],
+    "full": [
+        "stages.domain.method={kind: full}",
+        "stages.task.method={kind: full}",
+        "stages.domain.train.learning_rate=1e-3",
+        "stages.task.train.learning_rate=1e-3",
+    ],
 }
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 LAUNCHERS = {

@@ -85,11 +85,12 @@ STAGE = BASE["stages"][0]
         ({"engine": {"kind": "zero2", "config": "no/a.json"}}, ["engine.config", "no/a.json"]),
         (
             {
-                "engine": {"kind": "zero3", "offload": True},
+                "engine": {"kind": "zero3"},
                 "stages__0__train__optimizer": "paged_adamw_8bit",
             },
-            ["stages.0.train.optimizer", "engine.offload"],
+            ["stages.0.train.optimizer", "engine.kind", "zero3"],
         ),
+        ({"engine": {"kind": "fsdp2"}, "determinism": "strict"}, ["determinism", "engine.kind"]),
         (
             {"stages__0__data__sources": [TEXT | {"weight": 1.0}, TEXT]},
             ["stages.0.data.sources.0.weight", "stages.0.data.sources.1.weight"],
