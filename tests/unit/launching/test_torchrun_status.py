@@ -25,7 +25,7 @@ if what == "killed" and rank == 1:
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda *_: asked.append(1))
-print("ready", flush=True)
+os.write(1, b"ready\\n")  # in one piece: two ranks share the pipe
 while not asked:
     time.sleep(0.01)
 sys.exit(75)
