@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -26,11 +28,14 @@ from dtrain.pipeline.inputs import prepare_inputs
 from dtrain.pipeline.run_folder import lock_run
 from dtrain.stages.stop import StopFlag
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe on this rank; return the exit status."""
     arguments = parse(argv)
     keep_libraries_quiet()
+    die_with_launcher()
     run: Path | None = None
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
@@ -57,6 +62,15 @@ def keep_libraries_quiet() -> None:
     disable_progress_bar()
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def die_with_launcher() -> None:
+    """Let the kernel kill this rank when torchrun is killed.
+
+    Orphans would train on, and keep the run folder from the restart that is to go on.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

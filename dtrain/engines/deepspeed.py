@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class Zero(Engine):
             world,
             dtype=self.compute_dtype,
         )
-        self.model, *_ = deepspeed.initialize(
-            model=bare, optimizer=build_optimizer(bare, stage), config=settings
-        )
+        with brief_parameters():
+            self.model, *_ = deepspeed.initialize(
+                model=bare, optimizer=build_optimizer(bare, stage), config=settings
+            )
         assert self.model.zero_optimization_stage() == self.stage_number
         assert self.model.dp_world_size == world.size
         self.zero = self.model.optimizer
@@ -131,6 +133,21 @@ def start_deepspeed(world: World) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def brief_parameters() -> Iterator[None]:
+    """Print a parameter as its shape.
+
+    DeepSpeed formats every parameter for a log line that nobody sees: slow, and seen to fail
+    inside torch's printing in one of some ZeRO-3 starts.
+    """
+    original = nn.Parameter.__repr__
+    nn.Parameter.__repr__ = lambda self: f"Parameter{tuple(self.shape)}"  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Parameter.__repr__ = original  # type: ignore[method-assign]
 
 
 def fill_ds_config(

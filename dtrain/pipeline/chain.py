@@ -69,6 +69,7 @@ def finish(
     if world.is_first:
         write_report(run)
         say(summary(run))
+    world.barrier()  # torchrun gives ranks of other nodes only minutes after the first has ended
 
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
