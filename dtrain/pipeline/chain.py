@@ -80,7 +80,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFol
         known = folder.known() or {}
         made_from = {
             "parent": folder.inputs["parent"],
-            "data": folder.inputs["data"],
+            "data": folder.inputs["rows"],
             "settings": folder.inputs,
         }
         artefacts.append(

@@ -90,7 +90,7 @@ def stage_folder(
     made_from = {
         "parent": parent,
         "tokenizer": inputs.tokenizer_fingerprint,
-        "data": inputs.stages[stage.name].fingerprint,
+        "rows": inputs.stages[stage.name].fingerprint,
         "seed": recipe.seed,
         "determinism": recipe.determinism,
         "dtype": recipe.model.dtype,
