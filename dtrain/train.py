@@ -99,11 +99,11 @@ def train(recipe: Recipe, run: Path, allowed: set[str]) -> bool:
     lock = lock_run(run) if is_first_rank() else None
     if lock:
         write_atomic(run / "recipe.yaml", dump(recipe))
-    inputs = prepare_inputs(recipe)
-    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
-    stop = StopFlag(run, looks_at_file=is_first_rank())
-    stop.listen()
     world = start_world(recipe.device)
+    inputs = world.first_then_others(lambda: prepare_inputs(recipe))
+    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
+    stop = StopFlag(run, looks_at_file=world.is_first)
+    stop.listen()
     watch = Watch(run / ".watch", world.rank, world.size, lambda text: report_hang(run, text))
     watch.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from dtrain.core.units import duration
 
 LINE_EVERY_SECONDS = 10.0
+
+# bitsandbytes looks for a kernel that is not needed, and says so when it is imported, on each rank.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+NO_TIME_LIMIT = timedelta(days=30)
+FIRST_IS_DONE = "dtrain/first_is_done"
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,19 @@ class World:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         dist.broadcast(buffer, 0)
         return bytes(buffer.tolist()).decode()
+
+    def first_then_others(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on the first rank, then on the others, which find what it left behind.
+
+        They wait at the rendezvous' store, without a collective that would time out.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        if not self.is_first:
+            store.wait([FIRST_IS_DONE], NO_TIME_LIMIT)
+        result = work()
+        if self.is_first:
+            store.set(FIRST_IS_DONE, "1")
+        return result
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,8 +1,4 @@
-"""Everything a run reads, made ready before any rank waits for another.
-
-Each process does this before it joins the process group: the first one works, the others wait
-for a file lock (never inside a collective, where a long wait is a time-out) and find it done.
-"""
+"""Everything a run reads, made ready by the first rank, never inside a collective."""
 
 from __future__ import annotations
 

@@ -1,0 +1,111 @@
+"""TRL's SFTTrainer as oracle: the same rows, order and first adapter give the same losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from dtrain.config.load import load_recipe
+from dtrain.core.folders import cache_folder
+from dtrain.data.loader import Loader
+from dtrain.data.prepare import prepare
+from dtrain.models.adapters import attach
+from dtrain.models.load import load_base
+from dtrain.models.resolve import base_folder
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+ROOT = Path(__file__).parents[2]
+STEPS, BATCH, MICRO = 8, 4, 2
+STAGE = (
+    "stages=[{name: task, kind: sft, method: {kind: lora, r: 4, dropout: 0.0},"
+    " data: {sequence_tokens: 128, packing: false,"
+    " sources: [{path: 'dtrain:tiny-text/task.json', format: alpaca}]},"
+    f" train: {{global_batch_sequences: {BATCH}, micro_batch_sequences: {MICRO}, steps: {STEPS},"
+    " learning_rate: 0.01, schedule: linear, warmup_share: 0.0, clip_norm: 1.0}}]"
+)
+LOSS_TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run of one SFT stage."""
+    command = [sys.executable, "-m", "dtrain.train", "tiny", STAGE, "evaluation={}"]
+    folder = tmp_path / "run"
+    subprocess.run([*command, f"output.folder={folder}"], cwd=ROOT, check=True, timeout=240)
+    return folder
+
+
+class Losses(TrainerCallback):
+    """What the trainer logs."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **more):
+        if "loss" in logs:
+            self.values.append(float(logs["loss"]))
+
+
+def train_with_trl(run: Path, out: Path) -> list[float]:
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    stage, base = recipe.stages[0], base_folder(recipe.model.base)
+    tokenizer = load_tokenizer(base)
+    store = cache_folder() / "stores"
+    mixture = prepare(stage.data, "sft", tokenizer, tokenizer_fingerprint(tokenizer), store)
+    loader = Loader(mixture, seed=recipe.seed, global_batch=BATCH, total_rows=STEPS * BATCH)
+    rows = [mixture.row(int(n)) for step in range(STEPS) for n in loader.batch(step)]
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids.tolist() for row in rows],
+            "completion_mask": [row.supervised.astype(int).tolist() for row in rows],
+        }
+    )
+    cpu = torch.device("cpu")
+    model = load_base(base, recipe.model, quantised=False, dtype=torch.float32, device=cpu)
+    model.set_attn_implementation("sdpa")
+    losses = Losses()
+    arguments = SFTConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=BATCH // MICRO,
+        max_steps=STEPS,
+        learning_rate=stage.train.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=stage.train.weight_decay,
+        max_grad_norm=stage.train.clip_norm,
+        train_sampling_strategy="sequential",
+        completion_only_loss=True,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    trainer = SFTTrainer(
+        model=attach(model, stage.method, seed=recipe.seed),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[losses],
+    )
+    trainer.train()
+    return losses.values
+
+
+def test_losses_equal_those_of_trl(run: Path, tmp_path: Path) -> None:
+    lines = (run / "task" / "metrics.jsonl").read_text().splitlines()
+    ours = [json.loads(line)["loss"] for line in lines]
+    theirs = train_with_trl(run, tmp_path / "trl")
+    print("\n".join(f"{a:.6f} {b:.6f}" for a, b in zip(ours, theirs, strict=True)))
+    assert ours == pytest.approx(theirs, abs=LOSS_TOLERANCE)
+    assert ours[-1] < ours[0] - 0.5, "nothing was learnt: the comparison would show nothing"
