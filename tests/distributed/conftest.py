@@ -65,6 +65,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(given) if given else tmp_path_factory.mktemp("cache")
 
 
+def execute(command: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project to its end."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(DTRAIN_CACHE=str(cache)),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture
+def start(cache: Path) -> Callable[[int, Sequence[str]], str]:
+    """Start a worker of the test's own on some ranks; gives what it printed."""
+
+    def run(ranks: int, worker: Sequence[str]) -> str:
+        done = execute([*torchrun(ranks), *worker], cache)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        return done.stdout
+
+    return run
+
+
 @pytest.fixture
 def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
     """Run `tiny` with overrides under a launcher; the folder is the test's own."""
@@ -75,21 +100,14 @@ def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
         launcher: Sequence[str] | None = None,
         folder: str = "run",
         options: Sequence[str] = (),
+        worker: Sequence[str] = WORKER,
         expect: int | None = 0,
     ) -> Run:
         place = tmp_path / folder
         quiet = ["evaluation.questions=null"]
-        command = [*(launcher or torchrun(ranks)), *WORKER, "tiny", *quiet, *overrides]
+        command = [*(launcher or torchrun(ranks)), *worker, "tiny", *quiet, *overrides]
         command += [f"output.folder={place}", *options]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(DTRAIN_CACHE=str(cache)),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
+        done = execute(command, cache)
         output = done.stdout + done.stderr
         assert expect is None or done.returncode == expect, output[-6000:]
         return Run(place, done.returncode, output)

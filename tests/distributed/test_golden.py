@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -33,6 +34,12 @@ LAUNCHERS = {
     "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--config_file"],
     "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"],
 }
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def assert_golden(lines: list[str], method: str) -> None:
@@ -83,6 +90,6 @@ def test_started_by_accelerate(run_tiny, engine):
 
 
 def test_started_by_deepspeed(run_tiny):
-    launcher = [*LAUNCHERS["deepspeed"], "--num_accelerators", "2", "--master_port", "29611"]
-    run = run_tiny("engine.kind=zero2", launcher=[*launcher, "--module", "dtrain.train"][:-2])
+    launcher = [*LAUNCHERS["deepspeed"], "--num_accelerators", "2", "--master_port", free_port()]
+    run = run_tiny("engine.kind=zero2", launcher=launcher, worker=["--module", "dtrain.train"])
     assert_golden(run.losses(), "lora")

@@ -1,0 +1,80 @@
+"""Worker: one fsdp2 step of `tiny`'s model on 2 x 2 ranks; prints the bytes of each collective.
+
+Started by test_hybrid_bytes.py under torchrun; the counting wraps torch's collectives, so that what
+FSDP2 really sends is what is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+from dtrain.config.load import load_recipe
+from dtrain.data.loader import MicroBatch
+from dtrain.distributed.world import end_world, start_world
+from dtrain.engines.build import build_engine
+from dtrain.engines.fsdp2 import build_mesh
+from dtrain.models.adapters import attach
+from dtrain.models.counts import parameter_counts
+from dtrain.models.forward import loss_sum, supervised_logits
+from dtrain.models.load import load_base
+from dtrain.models.resolve import base_folder
+from dtrain.samples.make import ensure
+
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+TOKENS = 32
+
+
+def counted(sent: Counter[str]) -> None:
+    """Count the larger of what a collective takes and gives, by its name and its ranks."""
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+
+        def wrapper(output, *arguments, _original=original, _name=name, **named):
+            group = named.get("group") or dist.group.WORLD
+            tensors = [t for t in (output, *arguments, *named.values()) if torch.is_tensor(t)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            sent[f"{_name} {dist.get_process_group_ranks(group)}"] += size
+            return _original(output, *arguments, **named)
+
+        setattr(dist, name, wrapper)
+
+
+def batch() -> MicroBatch:
+    ids = torch.arange(TOKENS)[None]
+    every = torch.arange(TOKENS - 1)
+    return MicroBatch(ids, ids, every, every + 1, [TOKENS], [0], [TOKENS])
+
+
+def main() -> None:
+    recipe = load_recipe("tiny", ["engine={kind: fsdp2, shard: 2}"])
+    world = start_world("cpu")
+    world.first_then_others(lambda: ensure("tiny-llama"))
+    base = base_folder(recipe.model.base)
+    loaded = load_base(
+        base, recipe.model, quantised=False, dtype=torch.float32, device=world.device
+    )
+    model = attach(loaded, recipe.stages[0].method, seed=0)
+    trainable, total = parameter_counts(model)
+    engine = build_engine(model, recipe, recipe.stages[0], world)
+    sent: Counter[str] = Counter()
+    counted(sent)
+    for last in (False, True):  # two micro-batches: accumulation must not send twice
+        engine.backward(
+            loss_sum(supervised_logits(engine.model, batch()), batch().targets), last=last
+        )
+    mesh = build_mesh(2, world)
+    groups = {
+        name: dist.get_process_group_ranks(mesh.get_group(name)) for name in mesh.mesh_dim_names
+    }
+    if world.is_first:
+        facts = {"trainable": trainable, "total": total, "sent": sent, "groups": groups}
+        print("FACTS " + json.dumps(facts))
+    end_world()
+
+
+if __name__ == "__main__":
+    main()
