@@ -21,7 +21,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dtrain.core.errors import Exit
-from dtrain.launching.commands import worker_environment
+from dtrain.launching.commands import LAUNCHER, worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Statuses with which a worker has said all there is to say; the ones that tell most come first.
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.nproc_per_node = str(max(1, torch.cuda.device_count()))
     processes = torchrun.determine_local_world_size(arguments.nproc_per_node)
     os.environ.update(worker_environment(os.environ, processes, has_gpu))
+    os.environ[LAUNCHER] = str(os.getpid())
     # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
     arguments.signals_to_handle = "SIGQUIT"
     if not os.environ.get("LOGLEVEL"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -18,13 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_atomic, write_json
-from dtrain.core.log import is_first_rank, say
+from dtrain.core.files import write_atomic
+from dtrain.core.log import is_first_rank
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import end_world, start_world
+from dtrain.launching.commands import LAUNCHER
 from dtrain.launching.detect import resolve_engine
 from dtrain.pipeline.chain import run_chain
 from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.outcome import Outcome
 from dtrain.pipeline.run_folder import lock_run
 from dtrain.stages.stop import StopFlag
 
@@ -36,23 +39,31 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     keep_libraries_quiet()
     die_with_launcher()
-    run: Path | None = None
+    outcome = Outcome()
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
-        run = Path(recipe.output.folder)
-        finished = train(recipe, run, set(arguments.allow_change))
-        status = Exit.FINISHED if finished else Exit.GO_ON
-        reason = "" if finished else "asked to stop; start it again to go on"
-        return end(run, status, reason)
+        if train(recipe, set(arguments.allow_change), outcome):
+            return outcome.end(Exit.FINISHED)
+        return outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return end(run, error.status, str(error))
+        return outcome.fail(error.status, f"error: {error}")
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: {error}", file=sys.stderr)
-        return end(run, Exit.OUT_OF_MEMORY, str(error))
-    except Exception:
-        traceback.print_exc()
-        return end(run, Exit.CRASHED, traceback.format_exc(limit=-1))
+        return outcome.fail(Exit.OUT_OF_MEMORY, f"error: out of memory: {error}")
+    except Exception as error:
+        if full := no_room(error):
+            return outcome.fail(Exit.USER_ERROR, full)
+        reason = traceback.format_exc(limit=-1)
+        return outcome.fail(Exit.CRASHED, traceback.format_exc(), reason)
+    finally:
+        end_world()
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to say of a full disk; None of any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}\n    → make room, then start it again to go on"
+    return None
 
 
 def keep_libraries_quiet() -> None:
@@ -71,6 +82,9 @@ def die_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = str(os.getppid())
+        if parent != os.environ.get(LAUNCHER, parent):
+            sys.exit(Exit.CRASHED)  # it was killed while this rank imported its libraries
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -94,45 +108,26 @@ def resolved(recipe: Recipe) -> Recipe:
     )
 
 
-def train(recipe: Recipe, run: Path, allowed: set[str]) -> bool:
-    """Prepare, join the other ranks, run the chain."""
+def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
+    """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
+    run = Path(recipe.output.folder)
     lock = lock_run(run) if is_first_rank() else None
+    outcome.open(run)
     if lock:
         write_atomic(run / "recipe.yaml", dump(recipe))
     world = start_world(recipe.device)
-    inputs = world.first_then_others(lambda: prepare_inputs(recipe))
+    inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
     stop = StopFlag(run, looks_at_file=world.is_first)
     stop.listen()
-    watch = Watch(run / ".watch", world.rank, world.size, lambda text: report_hang(run, text))
+    watch = Watch(
+        run / ".watch", world.rank, world.size, lambda text: outcome.fail(Exit.HANG, text)
+    )
     watch.start()
     try:
         return run_chain(recipe, inputs, world, stop, watch, allowed)
     finally:
         watch.stop()
-        end_world()
-        if lock:
-            lock.release()
-
-
-def report_hang(run: Path, text: str) -> None:
-    """Leave word of a hang before the process ends."""
-    print(f"error: {text}", file=sys.stderr)
-    end(run, Exit.HANG, text)
-
-
-def end(run: Path | None, status: Exit, reason: str) -> int:
-    """Leave outcome.json for a job script; the failing rank writes too, since it alone knows."""
-    failed = status not in (Exit.FINISHED, Exit.GO_ON)
-    if run is not None and run.is_dir() and (failed or is_first_rank()):
-        outcome = "failed" if failed else {0: "finished", 75: "stopped-to-go-on"}[status]
-        write_json(
-            run / "outcome.json",
-            {"outcome": outcome, "status": int(status), "reason": reason.strip()},
-        )
-    if failed:
-        say(f"ended with status {int(status)}")
-    return int(status)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,12 @@ import typer
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, write_atomic
-from dtrain.launching.commands import launcher_environment, torchrun_command
+from dtrain.launching.commands import (
+    LOCKED_BY_LAUNCHER,
+    STOP_FILE,
+    launcher_environment,
+    torchrun_command,
+)
 
 if TYPE_CHECKING:
     from dtrain.config.schema import Recipe
@@ -40,14 +45,17 @@ def run(
     if fresh:
         folder = free_folder(folder)
     settings = placed(settings, folder)
-    take_folder(folder, settings)
+    lock = take_folder(folder, settings)
     ranks = settings.launch.processes
     if ranks == "auto" and settings.device == "cpu":
         ranks = 1
     command = torchrun_command(folder / "recipe.yaml", ranks, allow_change or [])
+    environment = launcher_environment(os.environ, settings.device)
+    environment[LOCKED_BY_LAUNCHER] = str(folder)
+    lock.keep_after_exec()
     # Becoming torchrun leaves nobody in between to lose a signal or an exit status.
     sys.stdout.flush()
-    os.execve(command[0], command, launcher_environment(os.environ, settings.device))
+    os.execve(command[0], command, environment)
 
 
 def free_folder(folder: Path) -> Path:
@@ -71,8 +79,8 @@ def placed(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"output": output})
 
 
-def take_folder(folder: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe into the run folder.
+def take_folder(folder: Path, recipe: Recipe) -> FolderLock:
+    """Lock the run folder, and write the resolved recipe into it.
 
     Raises:
         UserError: the folder cannot be used, or another run is using it.
@@ -85,11 +93,11 @@ def take_folder(folder: Path, recipe: Recipe) -> None:
             what = f"another run is using this folder ({lock.holder()})"
             fix = "wait for it, choose another output.folder, or add --fresh"
             raise UserError(what, where=str(folder), fix=fix)
+        (folder / STOP_FILE).unlink(missing_ok=True)  # it was for the run before
         write_atomic(folder / "recipe.yaml", dump(recipe))
     except OSError as error:
         raise _unusable(folder, error) from error
-    finally:
-        lock.release()
+    return lock
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

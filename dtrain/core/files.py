@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
+
+SEAL = "sha256"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -60,6 +63,28 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path` by `value` as JSON that carries a hash of itself in its last field."""
+    write_atomic(path, _sealed(value))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        UserError: it is missing or broken, or a single bit of it was changed.
+    """
+    content = read_json(path)
+    value = {k: v for k, v in content.items() if k != SEAL} if isinstance(content, dict) else {}
+    if path.read_bytes() != _sealed(value).encode():
+        raise UserError("was changed after it was written", where=str(path))
+    return value
+
+
+def _sealed(value: dict[str, Any]) -> str:
+    return json.dumps({**value, SEAL: fingerprint(value)}, indent=2, allow_nan=False) + "\n"
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` that becomes `target` on success, and vanishes if not.
@@ -99,7 +124,7 @@ class FolderLock:
 
     def acquire(self, *, wait: bool = False) -> bool:
         """Take the lock; without `wait`, return False at once if another process holds it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -111,6 +136,11 @@ class FolderLock:
         file.flush()
         self._file = file
         return True
+
+    def keep_after_exec(self) -> None:
+        """Let the program that this process becomes hold the lock until it ends."""
+        assert self._file is not None, "not acquired"
+        os.set_inheritable(self._file.fileno(), True)
 
     def holder(self) -> str:
         """Who holds the lock, for a message."""

@@ -84,6 +84,15 @@ class Mixture:
         """Tokens in each of these rows, [n]."""
         return self._look_up(numbers, "row_tokens")
 
+    def verify(self) -> None:
+        """Hash the stores again.
+
+        Raises:
+            UserError: naming the first file that is not what was written.
+        """
+        for source in self.sources:
+            source.store.verify()
+
     def describe(self) -> str:
         """A line for each source: rows, tokens, how full the rows are, what was cut or left out."""
         return "\n".join(self._describe(source) for source in self.sources)

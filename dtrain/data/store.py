@@ -5,7 +5,7 @@
     row_tokens.npy row_supervised.npy   counts of each row
     shards.npy            first document and bytes of each shard
     SHA256SUMS            of all of these, as `sha256sum -c` reads it
-    store.json            totals, and the hashes of the plan: without it there is no store
+    store.json            totals, the hashes of the plan and of itself: without it there is no store
 
 Everything is memory-mapped where it is used, so opening costs the same at any size.
 """
@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
+from dtrain.core.files import read_sealed
 from dtrain.core.hashes import file_sha256
 
 MANIFEST, SUMS = "store.json", "SHA256SUMS"
@@ -107,10 +107,11 @@ class Store:
         """Open the store in `folder`.
 
         Raises:
-            UserError: a file of the plan is missing or has another size than it was written with.
+            UserError: the manifest was changed; a file of the plan is missing or has another size
+                than it was written with.
         """
         self.folder = folder
-        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        self.manifest = _manifest(folder / MANIFEST)
         for name, entry in self.manifest["files"].items():
             self._check_size(name, entry["bytes"])
         arrays = [np.load(folder / name, mmap_mode="r") for name in PLAN_FILES]
@@ -174,6 +175,13 @@ class Store:
         path = self.folder / name
         if not path.is_file() or file_sha256(path) != digest:
             raise _damaged(path, "its content is not what was written")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path)
+    except UserError as error:
+        raise _damaged(path, error.what) from error
 
 
 def _runs(columns: Columns, index: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import fsync_folder, write_atomic, write_json
+from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_sha256
 from dtrain.data.packing import Plan, keep_rows, one_each, pack_stream, pack_whole
 from dtrain.data.store import (
@@ -152,7 +152,7 @@ class Writer:
             for name in (*PLAN_FILES, SUMS)
         }
         fsync_folder(self.folder)
-        write_json(self.folder / MANIFEST, {**manifest, "shards": self.shards, "files": files})
+        write_sealed(self.folder / MANIFEST, {**manifest, "shards": self.shards, "files": files})
 
 
 def _nothing_to_learn(counts: dict[str, int], where: str) -> UserError:

@@ -45,6 +45,8 @@ class World:
         data = text.encode()
         length = torch.tensor([len(data)], dtype=torch.int64)
         dist.broadcast(length, 0)
+        if not length.item():
+            return ""
         buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
         if self.is_first:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)

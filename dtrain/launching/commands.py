@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WORKER = "dtrain.train"
+STOP_FILE = "stop"  # in the run folder: asks the run to save and end
+LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
+# Variable: the run folder whose lock the launcher holds as long as it lives.
+LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
 _CHECKOUT = Path(__file__).parent.parent.parent
 
 

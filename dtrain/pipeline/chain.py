@@ -7,7 +7,7 @@ from typing import Any
 
 from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
-from dtrain.core.log import say
+from dtrain.core.log import say, warn
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.monitoring.report import summary, write_report
@@ -33,13 +33,11 @@ def run_chain(
     """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets)
-    base, parent = inputs.base, inputs.base_fingerprint
-    done: list[StageFolder] = []
-    for stage in recipe.stages:
-        folder = stage_folder(run, recipe, stage, inputs, parent)
-        if folder.is_complete():
-            say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
-        else:
+    base, done = inputs.base, list[StageFolder]()
+    folders = stage_folders(run, recipe, inputs)
+    for index, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True)):
+        needed = folder is folders[-1] or not folders[index + 1].is_complete()
+        if not is_done(folder, world, needed=needed):
             folder.begin(allowed) if world.is_first else None
             world.barrier()
             stage_run = StageRun(
@@ -48,10 +46,36 @@ def run_chain(
             if not stage_run.run():
                 return False
         done.append(folder)
-        base, parent = folder.merged, folder.identity
+        base = folder.merged
         if world.is_first:
             write_lineage(run, recipe, inputs, done)
-    finish(run, recipe, inputs, done[-1], evaluations, world)
+    finish(run, recipe, inputs, folders[-1], evaluations, world)
+    return True
+
+
+def stage_folders(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageFolder]:
+    """The folder of each stage; the identity of one is part of the next one's."""
+    folders: list[StageFolder] = []
+    for stage in recipe.stages:
+        parent = folders[-1].identity if folders else inputs.base_fingerprint
+        folders.append(stage_folder(run, recipe, stage, inputs, parent))
+    return folders
+
+
+def is_done(folder: StageFolder, world: World, *, needed: bool) -> bool:
+    """Whether a stage is complete and its results are what was written.
+
+    Args:
+        needed: the merged model is the next stage's base, or the run's result.
+    """
+    if not folder.is_complete():
+        return False
+    name = folder.path.name
+    damage = world.share_text(folder.damage(with_merged=needed) if world.is_first else "")
+    if damage:
+        warn(f"stage {name}: {damage}; made again from the last checkpoint")
+        return False
+    say(f"stage {name}: complete already ({folder.identity[:12]}), not run again")
     return True
 
 
@@ -80,7 +104,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFol
         known = folder.known() or {}
         made_from = {
             "parent": folder.inputs["parent"],
-            "data": folder.inputs["rows"],
+            "data": folder.inputs["data"]["content"],
             "settings": folder.inputs,
         }
         artefacts.append(

@@ -37,8 +37,11 @@ class Inputs:
     sets: dict[str, Mixture]
 
 
-def prepare_inputs(recipe: Recipe) -> Inputs:
+def prepare_inputs(recipe: Recipe, *, verify: bool = False) -> Inputs:
     """Make samples, find the base, tokenise and pack all data.
+
+    Args:
+        verify: hash the prepared data again; one rank is enough.
 
     Raises:
         UserError: base or data cannot be used.
@@ -54,6 +57,8 @@ def prepare_inputs(recipe: Recipe) -> Inputs:
     def ready(data: Data, kind: Literal["cpt", "sft"]) -> Mixture:
         mixture = prepare(data, kind, tokenizer, mark, store)
         check_vocabulary(mixture, config.get_text_config().vocab_size)
+        if verify:
+            mixture.verify()
         return mixture
 
     return Inputs(

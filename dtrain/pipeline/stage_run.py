@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import uuid
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from dtrain.checkpoints.folder import clean_leftovers, newest_complete
+from dtrain.checkpoints.identity import require_same
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
+from dtrain.checkpoints.trust import own_folder
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.log import say
@@ -102,11 +105,20 @@ class StageRun:
         return engine.bare, facts
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest complete checkpoint, and a word on why not a newer one."""
+        """The newest complete checkpoint, and a word on why not a newer one.
+
+        Raises:
+            UserError: it was made from something else, or others may write to the folder.
+        """
+        if self.folder.checkpoints.exists():
+            own_folder(self.folder.checkpoints.resolve())
         checkpoint, passed_over = newest_complete(self.folder.checkpoints)
         for reason in passed_over:
             say(f"passed over: {reason}")
         if checkpoint is not None:
+            inputs, allowed = checkpoint.state["inputs"], self.folder.allowed()
+            for change in require_same(inputs, self.folder.inputs, allowed):
+                say(f"allowed to change: {change}")
             say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
         self.world.barrier()  # nobody looks any more when leftovers go
         if self.world.is_first:
@@ -198,14 +210,18 @@ class StageRun:
         }
 
     def write_results(self, model: torch.nn.Module, facts: dict[str, Any]) -> None:
-        """Adapter and merged model, from the last checkpoint; then the stage is complete."""
+        """Adapter and merged model, from the last checkpoint; then the stage is complete.
+
+        What is there already may be of fewer steps, or damaged: it is made again.
+        """
         checkpoint, _ = newest_complete(self.folder.checkpoints)
         assert checkpoint is not None and checkpoint.step == facts["steps"]
         full, wants_merge = isinstance(self.stage.method, Full), self.wants_merge()
-        if not full and not self.folder.adapter.exists():
+        if not full:
             tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
             save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
-        if wants_merge and not self.folder.merged.exists():
+        if wants_merge:
+            shutil.rmtree(self.folder.merged, ignore_errors=True)
             if full:
                 replace(
                     self.base,

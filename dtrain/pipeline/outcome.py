@@ -1,0 +1,81 @@
+"""outcome.json: how a start ended, for a job script; and among the ranks, who failed first.
+
+A rank that fails takes the others' connections down with it, and what they say then is noise. So
+it leaves its word here before it lets go of them, and they end with its status, in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import Exit
+from dtrain.core.files import write_json
+from dtrain.core.log import is_first_rank, say
+
+NAME = "outcome.json"
+WORDS = {Exit.FINISHED: "finished", Exit.GO_ON: "stopped-to-go-on"}
+PATIENCE_SECONDS = 2.0
+POLL_SECONDS = 0.05
+
+
+class Outcome:
+    """One rank's part in it; silent until `open`, since the folder may be another run's."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def open(self, run: Path) -> None:
+        """This start owns the folder `run`; the first rank forgets how the last one ended."""
+        self.path = run / NAME
+        if is_first_rank():
+            self.path.unlink(missing_ok=True)
+
+    def end(self, status: Exit, reason: str = "") -> int:
+        """All went as it should; the first rank writes so."""
+        if is_first_rank():
+            self._write(status, reason)
+        return int(status)
+
+    def fail(self, status: Exit, text: str, reason: str = "") -> int:
+        """Tell of a failure, unless it follows from another rank's; return the exit status.
+
+        All ranks meet the same error at the same time as a rule: then the first one tells it.
+
+        Args:
+            text: for the terminal.
+            reason: for the file; the text if not given.
+        """
+        speaks = is_first_rank() and status != Exit.CRASHED
+        waits = not is_first_rank() and status != Exit.CRASHED
+        if not speaks and (told := self._told(PATIENCE_SECONDS if waits else 0)) is not None:
+            return told
+        print(text, file=sys.stderr, flush=True)
+        self._write(status, (reason or text).removeprefix("error: "))
+        say(f"ended with status {int(status)}")
+        return int(status)
+
+    def _told(self, patience_seconds: float) -> int | None:
+        """The status that another rank has failed with."""
+        deadline = time.monotonic() + patience_seconds
+        while (known := self._read()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return known
+
+    def _read(self) -> int | None:
+        with suppress(OSError, ValueError, AttributeError, KeyError):
+            known: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
+            return int(known["status"])
+        return None
+
+    def _write(self, status: Exit, reason: str) -> None:
+        if self.path is None:
+            return
+        word = WORDS.get(status, "failed")
+        with suppress(OSError):  # a full disk is told on the terminal all the same
+            content = {"outcome": word, "status": int(status), "reason": reason.strip()}
+            write_json(self.path, content)
