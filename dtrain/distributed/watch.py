@@ -35,7 +35,9 @@ MEDIAN_OVER_STEPS = 50
 class Watch:
     """One rank's heartbeat, and its eye on the others."""
 
-    def __init__(self, folder: Path, rank: int, ranks: int, report: Callable[[str], object]) -> None:
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, report: Callable[[str], object]
+    ) -> None:
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
         self._marks, self._position, self._patient = 0, "start", True
         self._marked = self._stepped = time.monotonic()

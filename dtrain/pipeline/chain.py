@@ -33,11 +33,13 @@ def run_chain(
     """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets)
-    base, done = inputs.base, list[StageFolder]()
+    base, begun = inputs.base, list[StageFolder]()
     folders = stage_folders(run, recipe, inputs)
-    for index, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True)):
-        needed = folder is folders[-1] or not folders[index + 1].is_complete()
-        if not is_done(folder, world, needed=needed):
+    done = stages_done(folders, world)
+    for stage, folder in zip(recipe.stages, folders, strict=True):
+        if folder in done:
+            say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
+        else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()
             stage_run = StageRun(
@@ -45,10 +47,10 @@ def run_chain(
             )
             if not stage_run.run():
                 return False
-        done.append(folder)
+        begun.append(folder)
         base = folder.merged
         if world.is_first:
-            write_lineage(run, recipe, inputs, done)
+            write_lineage(run, recipe, inputs, begun)
     finish(run, recipe, inputs, folders[-1], evaluations, world)
     return True
 
@@ -62,21 +64,24 @@ def stage_folders(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageFolder
     return folders
 
 
-def is_done(folder: StageFolder, world: World, *, needed: bool) -> bool:
-    """Whether a stage is complete and its results are what was written.
+def stages_done(folders: list[StageFolder], world: World) -> list[StageFolder]:
+    """The complete stages whose results are what was written.
 
-    Args:
-        needed: the merged model is the next stage's base, or the run's result.
+    A merged model is hashed where it is needed: as the run's result, or the next stage's base.
     """
-    if not folder.is_complete():
-        return False
-    name = folder.path.name
-    damage = world.share_text(folder.damage(with_merged=needed) if world.is_first else "")
-    if damage:
-        warn(f"stage {name}: {damage}; made again from the last checkpoint")
-        return False
-    say(f"stage {name}: complete already ({folder.identity[:12]}), not run again")
-    return True
+    done: list[StageFolder] = []
+    needed = True
+    for folder in reversed(folders):
+        complete = folder.is_complete()
+        if complete:
+            damage = folder.damage(with_merged=needed) if world.is_first else ""
+            if damage := world.share_text(damage):
+                warn(f"stage {folder.path.name}: {damage}; made again from the last checkpoint")
+                complete = False
+        if complete:
+            done.append(folder)
+        needed = not complete
+    return done
 
 
 def finish(
