@@ -24,7 +24,7 @@ from dtrain.models.load import load_base
 from dtrain.models.resolve import base_folder
 from dtrain.samples.make import ensure
 
-COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_reduce")
 TOKENS = 32
 
 
@@ -33,12 +33,12 @@ def counted(sent: Counter[str]) -> None:
     for name in COLLECTIVES:
         original = getattr(dist, name)
 
-        def wrapper(output, *arguments, _original=original, _name=name, **named):
+        def wrapper(*arguments, _original=original, _name=name, **named):
             group = named.get("group") or dist.group.WORLD
-            tensors = [t for t in (output, *arguments, *named.values()) if torch.is_tensor(t)]
+            tensors = [t for t in (*arguments, *named.values()) if torch.is_tensor(t)]
             size = max(t.numel() * t.element_size() for t in tensors)
             sent[f"{_name} {dist.get_process_group_ranks(group)}"] += size
-            return _original(output, *arguments, **named)
+            return _original(*arguments, **named)
 
         setattr(dist, name, wrapper)
 
