@@ -20,6 +20,7 @@ RESERVED_NAMES = frozenset(
         "outcome.json",
         "recipe.yaml",
         "report.html",
+        "slurm",
         "stop",
     }
 )
@@ -197,6 +198,10 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
             keys = [(*owner, "kind"), (*at, number, "format")]
             what = "sft learns answers, and plain text has none"
             yield Clash(keys, what, "kind=cpt, or format=alpaca or messages")
+        if source.format in ("preference", "kto"):
+            keys = [(*owner, "kind"), (*at, number, "format")]
+            what = f"{kind} learns one answer, and {source.format} rows compare two"
+            yield Clash(keys, what, "format=prompt_completion with columns={completion: chosen}")
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Clash]:

@@ -115,7 +115,7 @@ def _type(annotation: Any) -> str:
     if kind is list:
         return f"list of {'groups' if _groups(annotation) else _type(arguments[0]) + 's'}"
     if kind is dict:
-        return "groups by name"
+        return "groups by name" if _groups(annotation) else f"{_type(arguments[-1])}s by name"
     if kind in (Union, types.UnionType) and not _groups(annotation):
         return " or ".join(_type(part) for part in arguments if part is not type(None))
     return "group"

@@ -11,6 +11,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+Column = Literal[
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "conversations",
+    "system",
+    "tools",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "label",
+]
+
 
 class Group(BaseModel):
     """A group of keys: unknown keys and silent conversions are refused."""
@@ -101,8 +118,26 @@ class Source(Group):
     """One place rows come from."""
 
     path: Text = Field(description="file, glob, folder, hub dataset id, or `dtrain:NAME/FILE`")
-    format: Literal["text", "alpaca", "messages"] = Field(
-        description="what a row is: a text; instruction/input/output; a list of role/content",
+    format: Literal[
+        "auto",
+        "text",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "preference",
+        "kto",
+    ] = Field(
+        "auto",
+        description=(
+            "what a row is: a text; instruction/input/output; messages of role/content; "
+            "conversations of from/value; prompt/completion; chosen/rejected; label (kto); auto: "
+            "found by looking at the first row"
+        ),
+    )
+    columns: dict[Column, Text] = Field(
+        default_factory=dict,
+        description="what a column is called in the files, such as {instruction: question}",
     )
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -126,6 +161,9 @@ class Data(Group):
     overlong: Literal["truncate", "drop", "fail"] = Field(
         "truncate",
         description="what to do with a conversation longer than a sequence",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="sft: which answers of a conversation are learnt"
     )
     template: str = Field(
         "auto",

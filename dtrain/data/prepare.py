@@ -16,18 +16,19 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import Meter, progress, say
-from dtrain.data.formats import Record, read
+from dtrain.data.conversations import Talk
+from dtrain.data.formats import Record, detect, read
 from dtrain.data.mixing import mix
 from dtrain.data.mixture import Mixture, Prepared, Row, check_vocabulary
 from dtrain.data.sources import find_parts
 from dtrain.data.store import MANIFEST, Store
-from dtrain.data.templates import Template, resolve_template
+from dtrain.data.templates import resolve_template
 from dtrain.data.tokenise import Document, Tokeniser, check_tokenizer
 from dtrain.data.writer import Writer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 1  # raise it whenever the same input would give another store
+CODE_VERSION = 2  # raise it whenever the same input would give another store
 SHARD_ROWS = 10_000
 SHARD_CHARACTERS = 1 << 26  # of long texts, so that a shard fits in memory
 BATCH_ROWS = 500  # in one call of the tokenizer
@@ -83,8 +84,10 @@ class _Preparation:
         cache: Path,
     ) -> None:
         self.data, self.source, self.kind = data, source, kind
-        self.template = _template(data, source, kind, tokenizer)
         self.parts = find_parts(source, cache)
+        self.form = source.format if source.format != "auto" else detect(self.parts, source.columns)
+        _check_form(self.form, source, kind)
+        self.template = None if self.form == "text" else resolve_template(data.template, tokenizer)
         self.tokeniser = Tokeniser(
             tokenizer,
             self.template,
@@ -92,6 +95,7 @@ class _Preparation:
             data.sequence_tokens,
             data.overlong,
             self.parts,
+            data.train_on,
         )
         self.fingerprint = fingerprint(self._shape(tokenizer_fingerprint))
         self.folder = cache / self.fingerprint
@@ -101,13 +105,15 @@ class _Preparation:
         return {
             "code": CODE_VERSION,
             "content": [[part.kind, part.identity] for part in self.parts],
-            "format": self.source.format,
+            "format": self.form,
+            "columns": dict(self.source.columns),
             "kind": self.kind,
             "template": self.template.source if self.template else None,
             "tokenizer": tokenizer_fingerprint,
             "sequence_tokens": self.data.sequence_tokens,
             "packing": self.data.packing,
             "overlong": self.data.overlong if self.kind == "sft" else None,
+            "train_on": self.data.train_on if self.kind == "sft" else None,
         }
 
     def run(self) -> Prepared:
@@ -132,7 +138,7 @@ class _Preparation:
         self._finish(writer)
 
     def _records(self) -> Iterator[Record]:
-        return read(self.parts, self.source.format)
+        return read(self.parts, self.form, self.source.columns)
 
     def _check_rows(self) -> int:
         """Read all rows once, so that a broken one is told before hours of work on the others."""
@@ -165,18 +171,16 @@ class _Preparation:
         )
 
 
-def _template(
-    data: Data, source: Source, kind: Kind, tokenizer: PreTrainedTokenizerBase
-) -> Template | None:
-    if source.format != "text":
-        return resolve_template(data.template, tokenizer)
-    if kind == "sft":
-        raise UserError(
-            "a text has no answers to learn",
-            where=f"{source.path}: format: text with kind: sft",
-            fix="write kind: cpt, or format: alpaca or messages",
-        )
-    return None
+def _check_form(form: str, source: Source, kind: Kind) -> None:
+    """Refuse rows that the stage cannot learn from."""
+    where = f"{source.path}: format: {form} with kind: {kind}"
+    if form == "text" and kind == "sft":
+        fix = "write kind: cpt, or name rows that have answers"
+        raise UserError("a text has no answers to learn", where=where, fix=fix)
+    if form in ("preference", "kto"):
+        what = "preferences need a stage that compares two answers"
+        fix = "name the wanted answers alone: format: prompt_completion with columns: "
+        raise UserError(what, where=where, fix=f"{fix}{{completion: chosen}}")
 
 
 @contextmanager
@@ -203,6 +207,6 @@ def _shard(records: Iterator[Record]) -> Iterator[Record]:
 
 
 def _size(record: Record) -> int:
-    if isinstance(record.value, str):
-        return len(record.value)
-    return sum(len(message["content"]) for message in record.value)
+    if isinstance(record.value, Talk):
+        return sum(len(message["content"]) for message in record.value.messages)
+    return len(record.value) if isinstance(record.value, str) else 0

@@ -21,7 +21,10 @@ from dtrain.core.folders import local_path
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.log import progress, say
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+TEXTUAL = (".txt", ".jsonl", ".json", ".csv")
+PACKERS = (".gz", ".zst")
+SUFFIXES = (*TEXTUAL, ".parquet", ".arrow")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2", ".xz")
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves
 REMEMBER_FROM_BYTES = 1 << 24
 SHOWN_FROM_BYTES = 1 << 30  # a second of hashing
@@ -48,9 +51,17 @@ class Part:
 
     def place(self, number: int) -> str:
         """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""
-        if self.kind == ".txt":
+        if self.kind.startswith(".txt"):
             return self.name
-        return f"{self.name}{':' if self.kind == '.jsonl' else '#'}{number}"
+        return f"{self.name}{':' if self.kind.startswith(('.jsonl', '.csv')) else '#'}{number}"
+
+
+def kind_of(path: Path) -> str:
+    """'a/b.jsonl.gz' → '.jsonl.gz'; '' for files that are not read."""
+    last = path.suffix.lower()
+    if last in PACKERS and path.with_suffix("").suffix.lower() in TEXTUAL:
+        return path.with_suffix("").suffix.lower() + last
+    return last if last in SUFFIXES else ""
 
 
 def find_parts(source: Source, cache: Path) -> list[Part]:
@@ -73,14 +84,21 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
     if glob.has_magic(str(path)):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         return _files([file for file in found if file.is_file()], source, cache)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and path.suffix not in SUFFIXES:
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not kind_of(path):
         return [_from_hub(source)]
     raise UserError("no such file", where=source.path, fix="correct `path`, or put the file there")
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    return sorted(p for p in found if not p.name.startswith("."))
+    found = sorted(p for p in folder.rglob("*") if kind_of(p) and p.is_file())
+    found = [path for path in found if not path.name.startswith(".")]
+    inside = folder.resolve()
+    for path in found:  # whoever can write into the folder must not choose what is read elsewhere
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            what = f"a link that leaves its folder, to {path.resolve()}"
+            fix = "copy the file, or name the link itself in `path` if it is meant"
+            raise UserError(what, where=str(path), fix=fix)
+    return found
 
 
 def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
@@ -90,23 +108,30 @@ def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
             where=source.path,
             fix="correct `path`; ** in it reaches folders below",
         )
-    if strange := [path for path in paths if path.suffix not in SUFFIXES]:
-        raise UserError(
-            f"files that end in {strange[0].suffix or 'nothing'} are not known",
-            where=str(strange[0]),
-            fix=f"name files that end in {', '.join(SUFFIXES)}",
-        )
+    if strange := [path for path in paths if not kind_of(path)]:
+        raise _strange(strange[0])
     hashes = _Hashes(cache / "file-hashes.json")
     sizes = [path.stat().st_size for path in paths]
     long = sum(sizes) >= SHOWN_FROM_BYTES
     parts = []
     with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
         for path, size in zip(paths, sizes, strict=True):
-            parts.append(Part(str(path), path.suffix, hashes.of(path), path))
+            parts.append(Part(str(path), kind_of(path), hashes.of(path), path))
             if meter:
                 meter.advance(size)
     hashes.save()
     return parts
+
+
+def _strange(path: Path) -> UserError:
+    if path.name.lower().endswith(ARCHIVES):
+        what = "an archive is not read, and not unpacked either: its names may lead anywhere"
+        return UserError(what, where=str(path), fix="unpack it yourself and name the folder")
+    return UserError(
+        f"files that end in {path.suffix or 'nothing'} are not known",
+        where=str(path),
+        fix=f"name files that end in {', '.join(SUFFIXES)}, or .jsonl.gz and the like",
+    )
 
 
 def _saved(folder: Path, source: Source) -> Part:

@@ -1,15 +1,13 @@
-"""Conversations into the text a model sees, and where in it the answers stand.
+"""Conversations into the text a model sees.
 
-Chat templates are jinja (transformers renders them in its sandbox). Few mark their answers with
-`{% generation %}`; for the others the answers are found by rendering the conversation with and
-without them.
+Chat templates are jinja (transformers renders them in its sandbox). A template is a program from
+somewhere else, so it renders within limits of time, memory and size.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -18,11 +16,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dtrain.core.errors import UserError
 from dtrain.core.folders import local_path
-from dtrain.data.formats import Messages
+from dtrain.data.conversations import Messages, Talk
+from dtrain.data.limits import Limit, limits
 
 Span = tuple[int, int]  # characters from … to (excluded)
 
+MAX_CHARACTERS = 1 << 26  # of a rendered conversation
+SECONDS = 1.5  # for a conversation in all its renderings
+
 INSTRUCTION = """\
+{%- if tools -%}{{ raise_exception('the instruction template knows no tools') }}{%- endif -%}
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}
 {{ message.content + '\\n\\n' }}
@@ -38,10 +41,8 @@ INSTRUCTION = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
 """
-MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates print today's date; data prepared tomorrow must not differ from today's.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-BEGIN, END = "\ue000dtrain-begin\ue001", "\ue000dtrain-end\ue001"  # private use characters
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,47 @@ class Template:
         """The jinja text that is rendered: `text` with its date fixed."""
         return FIXED_DATE + self.text if "strftime_now" in self.text else self.text
 
-    def render(self, messages: Messages, *, prompt: bool = False) -> str:
+    def render(self, talk: Talk, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the next answer starts."""
-        return self._render(messages, add_generation_prompt=prompt)[0][0]
+        return self._render(talk, add_generation_prompt=prompt)[0]
 
-    def render_marked(self, messages: Messages) -> tuple[str, list[Span]]:
+    def render_marked(self, talk: Talk) -> tuple[str, list[Span]]:
         """The conversation as text, and what the template itself marks as generated."""
-        texts, spans = self._render(messages, return_assistant_tokens_mask=True)
-        return texts[0], [(start, stop) for start, stop in spans[0]]
+        text, spans = self._render(talk, return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in spans[0]]
 
-    def _render(self, messages: Messages, **how: bool) -> Any:
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        settings: dict[str, Any] = {**dict(self.specials), **how}
-        return render_jinja_template([plain], chat_template=self.source, **settings)
+    def _render(self, talk: Talk, **how: bool) -> tuple[str, Any]:
+        settings: dict[str, Any] = {**dict(self.specials), **how, "tools": talk.tools}
+        try:
+            texts, spans = self._rendered(talk.messages, settings)
+        except TypeError:
+            if not any("tool_calls" in message for message in talk.messages):
+                raise
+            # Most templates take the arguments of a call as an object, some (DeepSeek) as a text.
+            texts, spans = self._rendered(_with_texts(talk.messages), settings)
+        if len(texts[0]) > MAX_CHARACTERS:
+            raise Limit(f"the text has more than {MAX_CHARACTERS:,} characters")
+        return texts[0], spans
+
+    def _rendered(self, messages: Messages, settings: dict[str, Any]) -> Any:
+        return render_jinja_template([messages], chat_template=self.source, **settings)
+
+
+def _with_texts(messages: Messages) -> Messages:
+    """The messages with the arguments of every call as JSON text."""
+    out = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
+            for call in message.get("tool_calls", [])
+        ]
+        out.append({**message, "tool_calls": calls} if calls else message)
+    return out
+
+
+def _json(function: dict[str, Any]) -> str:
+    arguments = function["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -134,7 +163,11 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Templa
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     template = Template(template_text(setting, tokenizer), tuple(sorted(specials.items())))
     try:
-        template.render([{"role": "user", "content": "a"}])
+        with limits(SECONDS):
+            template.render(Talk([{"role": "user", "content": "a"}]))
+    except Limit as error:
+        fix = "use another template: this one never ends, or is made to do harm"
+        raise UserError(f"the template: {error}", where=f"template: {setting}", fix=fix) from error
     except TemplateSyntaxError as error:
         raise UserError(
             f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
@@ -142,94 +175,3 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Templa
     except Exception:  # a template may refuse this conversation and take others
         return template
     return template
-
-
-def render_answers(template: Template, messages: Messages, where: str) -> tuple[str, list[Span]]:
-    """A conversation as text, with the spans of the answers, ends of turn included.
-
-    Args:
-        template: of `resolve_template`.
-        messages: role/content.
-        where: file and line, for the message.
-
-    Raises:
-        UserError: the template refuses the conversation, or changes its answers.
-    """
-    try:
-        if MARK.search(template.text):
-            return template.render_marked(messages)
-        text = template.render(messages)
-        spans = _by_prefix(template, messages, text)
-        return text, _by_probe(template, messages, text) if spans is None else spans
-    except UserError as error:
-        raise UserError(error.what, where=where, fix=error.fix) from error
-    except Exception as error:  # a template is a program: it can raise anything
-        raise UserError(
-            f"the chat template refuses this conversation: {error}",
-            where=where,
-            fix="mend the row, or choose another `template`",
-        ) from error
-
-
-def _by_prefix(template: Template, messages: Messages, text: str) -> list[Span] | None:
-    """Each answer is what a rendering with it has beyond the prompt for it.
-
-    None if the template writes earlier turns in another way once later ones follow.
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            return None  # few templates render a prompt from nothing
-        prompt = template.render(messages[:index], prompt=True)
-        last = index == len(messages) - 1
-        upto = text if last else template.render(messages[: index + 1])
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            return None
-        answer = _without_blank_end(upto[len(prompt) :], message["content"])
-        spans.append((len(prompt), len(prompt) + len(answer)))
-    return spans
-
-
-def _without_blank_end(answer: str, content: str) -> str:
-    """The answer without the line break behind its end of turn: a model stops before it."""
-    bare, core = answer.rstrip(), content.strip()
-    content_end = answer.rfind(core) + len(core) if core else 0
-    return bare if len(bare) > content_end else answer
-
-
-def _by_probe(template: Template, messages: Messages, text: str) -> list[Span]:
-    """Each answer is found by rendering it between two marks; the end of turn is added."""
-    ending = _end_of_turn(template)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        probed = template.render([*messages[:index], _marked(message), *messages[index + 1 :]])
-        before, _, rest = probed.partition(BEGIN)
-        answer, _, after = rest.partition(END)
-        if before + answer + after != text:
-            raise UserError(
-                f"the chat template changes the answer in message {index + 1}, so it cannot be "
-                "told from the prompt",
-                fix="choose another `template`, or one with {% generation %} marks",
-            )
-        length = len(answer) + (len(ending) if after.startswith(ending) else 0)
-        spans.append((len(before), len(before) + length))
-    return spans
-
-
-def _marked(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with marks around its text, inside of blanks that a template may strip."""
-    content = message["content"]
-    core = content.strip()
-    head, tail = content.split(core, 1) if core else (content, "")
-    return {**message, "content": f"{head}{BEGIN}{core}{END}{tail}"}
-
-
-@lru_cache(maxsize=8)
-def _end_of_turn(template: Template) -> str:
-    """What the template writes behind an answer, without blanks at its end."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"a{END}"}]
-    return template.render(probe).partition(END)[2].rstrip()

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
+from dtrain.data.answers import render_answers
+from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
-from dtrain.data.templates import Span, Template, render_answers
+from dtrain.data.templates import Span, Template
 
 Int32s = NDArray[np.int32]
 
@@ -44,6 +46,7 @@ class Tokeniser:
         template: of conversations; None for texts.
         answers_only: supervise answers (sft), or every token (cpt).
         sequence_tokens, overlong: limit for conversations of an sft stage, and what to do beyond.
+        train_on: which answers are supervised: all, or last.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +55,7 @@ class Tokeniser:
     sequence_tokens: int
     overlong: str
     parts: list[Part]
+    train_on: str = "all"
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         """Tokenise a batch; what is left out or cut is counted in `counts`.
@@ -74,9 +78,12 @@ class Tokeniser:
     def _text(self, record: Record) -> str:
         if isinstance(record.value, str):
             return record.value
-        assert self.template is not None
         where = self.parts[record.part].place(record.number)
-        return render_answers(self.template, record.value, where)[0]
+        return self._rendered(record, where, "last")[0]  # finding one answer is less work
+
+    def _rendered(self, record: Record, place: str, train_on: str) -> tuple[str, list[Span]]:
+        assert self.template is not None and isinstance(record.value, Talk)
+        return render_answers(self.template, record.value, place, train_on)
 
     def _whole(self, ids: list[int], record: Record) -> Document:
         eos = self.tokenizer.eos_token_id
@@ -85,10 +92,9 @@ class Tokeniser:
         return Document(tokens, runs, record.part, record.number)
 
     def _answers(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        assert self.template is not None
         places = [self.parts[r.part].place(r.number) for r in records]
         rendered = [
-            render_answers(self.template, record.value, place)  # type: ignore[arg-type]
+            self._rendered(record, place, self.train_on)
             for record, place in zip(records, places, strict=True)
         ]
         encoded = self.tokenizer(

@@ -11,6 +11,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
+from dtrain.data.conversations import Talk
 from dtrain.data.formats import read
 from dtrain.data.sources import find_parts
 
@@ -19,11 +20,15 @@ QUESTION = {"role": "user", "content": "a"}
 
 @pytest.fixture
 def load(tmp_path):
-    """load(path, format) → [(value, place), …]"""
+    """load(path, format) → [(text or messages or pair, place), …]"""
+
+    def plain(value):
+        return value.messages if isinstance(value, Talk) else value
 
     def run(path, form="text", **more):
         parts = find_parts(Source(path=str(path), format=form, **more), tmp_path / "cache")
-        return [(r.value, parts[r.part].place(r.number)) for r in read(parts, form)]
+        rows = read(parts, form, more.get("columns"))
+        return [(plain(row.value), parts[row.part].place(row.number)) for row in rows]
 
     return run
 

@@ -1,0 +1,51 @@
+"""A bound on the time and memory that a piece of foreign code takes in this process."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXTRA_BYTES = 1 << 30  # beyond what the process maps already
+_PAGE = resource.getpagesize()
+
+
+class Limit(BaseException):
+    """The code took too long, or too much; foreign code that catches exceptions misses it."""
+
+
+@contextmanager
+def limits(seconds: float) -> Iterator[None]:
+    """Run a block within bounds; one that never ends, or asks for all memory, ends in `Limit`.
+
+    Python's own code can be stopped between two steps, and a request for memory can be refused;
+    a signal reaches the main thread only, so in another thread the time is not bounded.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Limit(f"takes more than {seconds:g} seconds")
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_bound(soft), hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except MemoryError as error:
+        raise Limit("asks for too much memory") from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def _bound(soft: int) -> int:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
+    wanted = mapped + EXTRA_BYTES
+    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)

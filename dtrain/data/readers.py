@@ -1,0 +1,254 @@
+"""Files of any kind into raw rows; a row that cannot be read is told, and the next one follows."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dtrain.core.errors import UserError
+from dtrain.data.sources import Part
+
+# Number of the row, from 1, and the row as it was parsed, or what is wrong with it.
+Raw = tuple[int, Any]
+
+BATCH_ROWS = 1000
+MAX_LINE_BYTES = 1 << 25  # no row is this long; what is, is another kind of file
+csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
+
+
+def rows(part: Part, wanted: tuple[str, ...] | None = None) -> Iterator[Raw]:
+    """All rows of a part.
+
+    Args:
+        part: of a source.
+        wanted: columns to read where a file can leave others out; None for all.
+
+    Raises:
+        UserError: nothing more of this part can be read.
+    """
+    if part.rows is not None:
+        return _dataset(part, wanted)
+    kind = part.kind.removesuffix(".gz").removesuffix(".zst")
+    if kind == ".parquet":
+        return _parquet(part, wanted)
+    if kind == ".arrow":
+        return _arrow(part)
+    return {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind](part)
+
+
+def _open(part: Part) -> IO[bytes]:
+    assert part.path is not None
+    if part.kind.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(part.path, "rb"))
+    if part.kind.endswith(".zst"):
+        stream: Any = pa.input_stream(str(part.path), compression="zstd")
+        return io.BufferedReader(stream)
+    return open(part.path, "rb")
+
+
+def _broken_file(part: Part, number: int, error: Exception) -> UserError:
+    """A file whose bytes end or go wrong in the middle."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    what = f"the file is cut short or damaged: {reason}"
+    return UserError(what, where=part.place(number), fix="fetch the file again")
+
+
+def _content(part: Part) -> bytes:
+    try:
+        with _open(part) as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise _broken_file(part, 1, error) from error
+    _refuse_empty_zst(part, bool(content))
+    return content
+
+
+def _refuse_empty_zst(part: Part, has_content: bool) -> None:
+    """The decoder takes a frame that ends before its first block for an empty one."""
+    if part.kind.endswith(".zst") and not has_content and Path(str(part.path)).stat().st_size > 16:
+        raise _broken_file(part, 1, EOFError("no complete block in it"))
+
+
+def _txt(part: Part) -> Iterator[Raw]:
+    try:
+        text = _content(part).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"not UTF-8: byte {error.start}", where=part.name, fix="convert the file to UTF-8"
+        ) from error
+    if text:
+        yield 1, {"text": text}
+
+
+def _jsonl(part: Part) -> Iterator[Raw]:
+    for number, line in _lines(part):
+        if isinstance(line, UserError):
+            yield number, line
+        elif line.strip():
+            yield number, parse_json(line, part, number)
+
+
+def _lines(part: Part) -> Iterator[tuple[int, bytes | UserError]]:
+    """Lines with their numbers; one that is too long is skipped without being held in memory."""
+    number = 0
+    try:
+        with _open(part) as file:
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    yield number, _too_long(_skip_line(file) + len(line), part, number)
+                else:
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise _broken_file(part, number + 1, error) from error
+    _refuse_empty_zst(part, number > 0)
+
+
+def _skip_line(file: IO[bytes]) -> int:
+    skipped = 0
+    while piece := file.readline(1 << 20):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _too_long(size: int, part: Part, number: int) -> UserError:
+    what = f"a line of {size:,} bytes; the longest that is read has {MAX_LINE_BYTES:,}"
+    return UserError(what, where=part.place(number), fix="split the row, or remove it")
+
+
+def parse_json(line: bytes, part: Part, first_line: int) -> Any:
+    """JSON that starts in `first_line` of a part; what is wrong with it is returned."""
+    try:
+        return json.loads(line, object_pairs_hook=_no_key_twice)
+    except json.JSONDecodeError as error:
+        where = f"{part.name}:{first_line + error.lineno - 1}"
+        what = f"broken JSON: {error.msg} (column {error.colno})"
+        return UserError(what, where=where, fix="mend or remove the line")
+    except UnicodeDecodeError as error:
+        where = f"{part.name}:{first_line + line[: error.start].count(10)}"
+        return UserError("not UTF-8", where=where, fix="convert the file to UTF-8")
+    except RecursionError:
+        return UserError("JSON nested too deeply", where=f"{part.name}:{first_line}")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        return UserError(f"the key `{twice}` is there twice", fix="keep one of them")
+    return found
+
+
+def _json(part: Part) -> Iterator[Raw]:
+    """A list of rows; or one row a line, as some call .json what is .jsonl."""
+    with _open(part) as file:
+        try:
+            head = file.read(4096)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _broken_file(part, 1, error) from error
+    if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _jsonl(part)
+        return
+    whole = parse_json(_content(part), part, 1)
+    if isinstance(whole, UserError):
+        raise whole
+    yield from enumerate(whole, start=1)
+
+
+def _csv(part: Part) -> Iterator[Raw]:
+    reader = csv.reader(_texts(part), strict=True)
+    header: list[str] | None = None
+    number = 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            what = f"broken CSV: {error}"
+            raise UserError(what, where=part.place(number), fix="mend the file") from error
+        if cells is None:
+            return
+        if header is None:
+            header = cells
+        elif cells:
+            yield number, _csv_row(header, cells)
+        number = reader.line_num + 1
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
+    if len(cells) != len(header):
+        what = f"{len(cells)} cells, but the first line names {len(header)} columns"
+        return UserError(what, fix="mend or remove the row")
+    return dict(zip(header, cells, strict=True))
+
+
+def _texts(part: Part) -> Iterator[str]:
+    for number, line in _lines(part):
+        if isinstance(line, UserError):
+            raise line
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            fix = "convert the file to UTF-8"
+            raise UserError("not UTF-8", where=part.place(number), fix=fix) from error
+
+
+def _parquet(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
+    number = 0
+    try:
+        with pq.ParquetFile(part.path) as file:
+            columns = _present(file.schema_arrow.names, wanted)
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"broken parquet: {reason}", where=part.place(number + 1)) from error
+
+
+def _arrow(part: Part) -> Iterator[Raw]:
+    """Arrow's file format, or its stream format, which `datasets` writes."""
+    number = 0
+    try:
+        with pa.memory_map(str(part.path)) as file:
+            for batch in _batches(file):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"broken arrow file: {reason}", where=part.place(number + 1)) from error
+
+
+def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    if file.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(file)
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+    else:
+        file.seek(0)
+        yield from pa.ipc.open_stream(file)
+
+
+def _dataset(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
+    assert part.rows is not None
+    columns = _present(part.rows.column_names, wanted)
+    return enumerate(part.rows.select_columns(columns), start=1)
+
+
+def _present(names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+    """The columns to read; all, if none of those wanted is there, for a message that names them."""
+    return [name for name in names if wanted is None or name in wanted] or names

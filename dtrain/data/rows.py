@@ -1,0 +1,185 @@
+"""One row of a known format into a text, a conversation, or a pair of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.data.conversations import (
+    Messages,
+    Pair,
+    Talk,
+    as_messages,
+    checked_text,
+    kind_of_value,
+    read_tools,
+)
+
+__all__ = ["FORMS", "Messages", "Pair", "Talk", "Value", "convert", "form_of"]
+
+Value = str | Talk | Pair
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A format: the columns that it needs, those it takes besides, and what it makes of a row."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    make: Callable[[Row, str], Value]
+
+
+def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Value:
+    """What a row holds.
+
+    Args:
+        raw: the row as parsed.
+        form: a format of the recipe, not auto.
+        columns: format's name of a column → the file's own.
+        where: file and line.
+
+    Raises:
+        UserError: the row is not of that format.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
+    known = FORMS[form]
+    for column in known.needs:
+        if columns.get(column, column) not in raw:
+            raise _missing(columns.get(column, column), list(raw), form, where)
+    named = {
+        column: raw[columns.get(column, column)]
+        for column in (*known.needs, *known.takes)
+        if columns.get(column, column) in raw
+    }
+    return known.make(named, where)
+
+
+def form_of(raw: Any, columns: Mapping[Any, str], where: str) -> str:
+    """The format whose columns a row has; the one with more structure where several fit.
+
+    Raises:
+        UserError: none fits.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
+    for name, form in FORMS.items():
+        has = {c for c in (*form.needs, *form.takes) if columns.get(c, c) in raw}
+        if has.issuperset(form.needs) and (name != "kto" or has & {"messages", "prompt"}):
+            return name
+    raise UserError(
+        f"no known format has the columns {', '.join(map(str, raw)) or '(none)'}",
+        where=where,
+        fix="name `format`, and what the columns are called: `columns: {instruction: question}`",
+    )
+
+
+def _missing(column: str, names: list[Any], form: str, where: str) -> UserError:
+    return UserError(
+        f"column `{column}` is missing; there is {', '.join(map(str, names)) or 'nothing'}",
+        where=where,
+        fix=f"format: {form} needs {', '.join(FORMS[form].needs)}; `columns` renames them",
+    )
+
+
+def _text(row: Row, where: str) -> str:
+    return checked_text(row["text"], "text", where)
+
+
+def _alpaca(row: Row, where: str) -> Talk:
+    """One exchange; templates that know them see `instruction` and `input` apart as well."""
+    instruction = checked_text(row["instruction"], "instruction", where)
+    extra = checked_text(row.get("input") or "", "input", where)
+    content = f"{instruction}\n\n{extra}" if extra else instruction
+    user = {"role": "user", "content": content, "instruction": instruction, "input": extra}
+    answer = checked_text(row["output"], "output", where)
+    earlier = _history(row.get("history") or [], where)
+    return Talk([*_system(row, where), *earlier, user, {"role": "assistant", "content": answer}])
+
+
+def _history(value: Any, where: str) -> Messages:
+    """Earlier exchanges as lists of two texts."""
+    messages: Messages = []
+    for number, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"`history[{number}]` must be a question and an answer", where=where)
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            name = f"history[{number}]"
+            messages.append({"role": role, "content": checked_text(text, name, where)})
+    return messages
+
+
+def _system(row: Row, where: str) -> Messages:
+    text = checked_text(row.get("system") or "", "system", where)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _talk(column: str) -> Callable[[Row, str], Talk]:
+    def make(row: Row, where: str) -> Talk:
+        messages = [*_system(row, where), *as_messages(row[column], column, where)]
+        return Talk(messages, read_tools(row.get("tools"), where))
+
+    return make
+
+
+def _prompt_completion(row: Row, where: str) -> Talk:
+    answer = _side(row["completion"], "completion", where)
+    return Talk([*_prompt(row, where), *answer], read_tools(row.get("tools"), where))
+
+
+def _prompt(row: Row, where: str) -> Messages:
+    """What comes before the answer: a text, messages, or a conversation that has not ended."""
+    column = next((c for c in ("prompt", "messages", "conversations") if row.get(c)), None)
+    if column is None:
+        return _system(row, where)
+    if isinstance(row[column], str):
+        question = {"role": "user", "content": checked_text(row[column], column, where)}
+        return [*_system(row, where), question]
+    return [*_system(row, where), *as_messages(row[column], column, where)]
+
+
+def _side(value: Any, column: str, where: str) -> Messages:
+    """An answer: a text, one message, or a list of messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": checked_text(value, column, where)}]
+    return as_messages([value] if isinstance(value, dict) else value, column, where)
+
+
+def _preference(row: Row, where: str) -> Pair:
+    prompt, tools = _prompt(row, where), read_tools(row.get("tools"), where)
+    chosen, rejected = (_side(row[c], c, where) for c in ("chosen", "rejected"))
+    return Pair(Talk([*prompt, *chosen], tools), Talk([*prompt, *rejected], tools))
+
+
+def _kto(row: Row, where: str) -> Pair:
+    value = row["label"]
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as csv has it
+        value = value.lower() == "true"
+    if not isinstance(value, bool):
+        what = f"`label` must be true or false, not {kind_of_value(value)}"
+        raise UserError(what, where=where)
+    messages = _prompt(row, where)
+    if "completion" in row:
+        messages += _side(row["completion"], "completion", where)
+    if not messages:
+        raise UserError("no `messages`, and no `prompt` with a `completion`", where=where)
+    talk = Talk(messages, read_tools(row.get("tools"), where))
+    return Pair(talk, None) if value else Pair(None, talk)
+
+
+_BESIDE = ("system", "tools")
+# In the order in which `auto` tries them.
+FORMS = {
+    "preference": Form(
+        ("chosen", "rejected"), ("prompt", "messages", "conversations", *_BESIDE), _preference
+    ),
+    "kto": Form(("label",), ("messages", "prompt", "completion", "conversations", *_BESIDE), _kto),
+    "messages": Form(("messages",), _BESIDE, _talk("messages")),
+    "sharegpt": Form(("conversations",), _BESIDE, _talk("conversations")),
+    "alpaca": Form(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
+    "text": Form(("text",), (), _text),
+}

@@ -1,0 +1,148 @@
+"""The answer mask under the templates of the common families, and templates made to do harm."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.data.answers import render_answers
+from dtrain.data.conversations import Talk
+from dtrain.data.templates import resolve_template
+
+FAMILIES = Path(__file__).with_name("templates")
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "And two?"},
+    {"role": "assistant", "content": "Six."},
+]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+CALLING = [
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "Four."},
+]
+# family → what is learnt of the answers "Four." and "Six."
+ENDS = {
+    "chatml": "{}<|im_end|>",
+    "smollm2": "{}<|im_end|>",
+    "llama3": "{}<|eot_id|>",
+    "qwen2.5": "{}<|im_end|>",
+    "qwen3": "{}<|im_end|>",
+    "mistral": " {}</s>",
+    "gemma": "{}<end_of_turn>",
+    "phi3": "{}<|end|>",
+    "phi4": "{}<|im_end|>",
+    "deepseek": "{}<｜end▁of▁sentence｜>",
+}
+CLOSING = {"phi3": "\n</s>"}  # of the whole conversation
+
+
+@pytest.fixture
+def template(make_tokenizer):
+    """template(family or jinja text) → the template."""
+
+    def run(name):
+        path = FAMILIES / f"{name}.jinja"
+        text = path.read_text(encoding="utf-8") if name in ENDS else name
+        tokenizer = make_tokenizer(text, bos_token="<s>", eos_token="</s>")
+        return resolve_template("auto", tokenizer)
+
+    return run
+
+
+def learnt(template, messages, train_on="all", tools=None):
+    text, spans = render_answers(template, Talk(messages, tools), "f:1", train_on)
+    return [text[start:stop] for start, stop in spans]
+
+
+def test_every_template_file_is_in_the_table() -> None:
+    assert {path.stem for path in FAMILIES.glob("*.jinja")} == set(ENDS)
+
+
+def bare(answer: str) -> str:
+    """Without the empty thought that Qwen 3 writes before the last answer only."""
+    return answer.removeprefix("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
+@pytest.mark.parametrize("family", ENDS)
+def test_answers_and_their_ends_are_learnt(template, family, system) -> None:
+    found = learnt(template(family), [*system, *TURNS])
+    assert [bare(a) for a in found] == [ENDS[family].format(t) for t in ("Four.", "Six.")]
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_the_last_answer_alone(template, family) -> None:
+    (found,) = learnt(template(family), TURNS, "last")
+    assert bare(found).removesuffix(CLOSING.get(family, "")) == ENDS[family].format("Six.")
+    assert learnt(template(family), TURNS[:3], "last") == []
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_blanks_and_repeated_words_do_not_move_the_mask(template, family) -> None:
+    same = [{"role": "user", "content": "Four."}, {"role": "assistant", "content": "Four.\n"}]
+    (found,) = learnt(template(family), same)
+    found = bare(found).removesuffix(CLOSING.get(family, ""))
+    assert found.replace("\n", "") == ENDS[family].format("Four.")
+
+
+QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
+CALLS = {
+    "llama3": '{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>',
+    "qwen2.5": f"{QWEN_CALL}<|im_end|>",
+    "qwen3": f"{QWEN_CALL}<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_calls_of_tools_are_learnt_and_what_tools_say_is_not(template, family) -> None:
+    ready = template(family)
+    call, answer = learnt(ready, CALLING, tools=TOOLS)
+    assert call.strip() == CALLS[family]
+    assert bare(answer) == ENDS[family].format("Four.")
+    text, _ = render_answers(ready, Talk(CALLING, TOOLS), "f:1")
+    assert '"type": "object"' in text and "4" in text
+
+
+def test_a_template_that_wants_arguments_as_text_gets_them_so(template) -> None:
+    text, _ = render_answers(template("deepseek"), Talk(CALLING[:2]), "f:1", "last")
+    assert '```json\n{"a": 2, "b": 2}\n```' in text
+
+
+def test_a_call_that_cannot_be_told_apart_is_refused_with_a_way_out(template) -> None:
+    numbered = template("qwen3").text.replace(
+        "message.role + '\\n' + content", "message.role + '\\n' + content + messages|string"
+    )
+    with pytest.raises(UserError, match="f:1: the chat template changes the answer") as error:
+        learnt(template(numbered), [*CALLING, *TURNS[2:]], tools=TOOLS)
+    assert "train_on: last" in error.value.fix
+
+
+@pytest.mark.parametrize("when", ["true", "messages | length > 3"], ids=["always", "later"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ '%99999999999d' % 1 }}",
+        "{% for a in range(9999) %}{{ 'a' * 100000 }}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set ns = namespace(x=['a']) %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}"
+        "{% endfor %}",
+    ],
+    ids=["endless", "huge", "padded", "long", "power", "doubling"],
+)
+def test_a_hostile_template_fails_in_two_seconds(template, harm, when) -> None:
+    text = f"{{% if {when} %}}{harm}{{% endif %}}" + (FAMILIES / "chatml.jinja").read_text()
+    started = time.process_time()
+    with pytest.raises(UserError) as error:
+        learnt(template(text), TURNS)
+    assert time.process_time() - started < 2
+    assert any(word in str(error.value) for word in ("seconds", "memory", "characters"))
