@@ -1,0 +1,175 @@
+"""kill -9, at every step or at any instant: the same command goes on, and ends at the same weights.
+
+    python tests/faults/kill.py --every-step ENGINE [--seed S]
+    python tests/faults/kill.py --random N [--engine ENGINE] [--seed S]
+
+Both stages of `tiny`, 15 steps each, packed rows, dropout on, a checkpoint at every step, 2 ranks.
+Figures are printed at the end; the exit status is 1 if one of them is not what it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from runs import OVERRIDES, STAGES, STEPS, Start, final_hash, steps_in
+
+from dtrain.checkpoints import newest_complete
+
+TYPICAL_STEP_SECONDS = 0.1
+
+
+def main() -> int:
+    """Run what was asked for; 0 if nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every-step", metavar="ENGINE")
+    parser.add_argument("--random", type=int, metavar="N")
+    parser.add_argument("--engine", default="ddp")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    place = arguments.folder or Path(tempfile.mkdtemp(prefix="dtrain-kill-"))
+    place.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(arguments.seed)
+    engine = arguments.every_step or arguments.engine
+    overrides = [*OVERRIDES, f"engine.kind={engine}"]
+    expected = undisturbed(place / "undisturbed", overrides)
+    if arguments.every_step:
+        return every_step(place / "run", overrides, expected, draw, engine)
+    return at_random(place, overrides, expected, draw, arguments.random)
+
+
+def undisturbed(folder: Path, overrides: list[str]) -> str:
+    """The hash to end with."""
+    start = Start(folder, overrides)
+    status = start.end(600)
+    assert status == 0, start.log.read_text()
+    print(f"undisturbed: {final_hash(folder)[:16]}, {time.monotonic() - start.began:.1f} s")
+    return final_hash(folder)
+
+
+def every_step(
+    folder: Path, overrides: list[str], expected: str, draw: random.Random, engine: str
+) -> int:
+    """Kill both workers after each of the 30 steps in turn, a moment of up to a step later."""
+    statuses, lost = Counter[int | None](), Counter[int]()
+    for stage in STAGES:
+        for step in range(1, STEPS + 1):
+            start = Start(folder, overrides)
+            if not start.wait_for(lambda: step in start.steps(stage)):  # noqa: B023
+                print(f"step {step} of {stage} was not reached:\n{start.log.read_text()}")
+                return 1
+            time.sleep(draw.uniform(0, TYPICAL_STEP_SECONDS))
+            for worker in start.workers().values():
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
+            statuses[start.end()] += 1
+            lost[position(folder) - saved(folder)] += 1
+    start = Start(folder, overrides)
+    status = start.end(600)
+    same = status == 0 and final_hash(folder) == expected
+    kills = sum(statuses.values())
+    print(f"{engine}: {kills} kills, steps lost by a kill {dict(sorted(lost.items()))}, statuses")
+    print(f"{dict(statuses)}; final status {status}, hash {'equal' if same else 'DIFFERENT'}")
+    return 0 if same else 1
+
+
+def at_random(
+    place: Path, overrides: list[str], expected: str, draw: random.Random, kills: int
+) -> int:
+    """Kill a worker, the launcher, or all at once, anywhere; start again until a run ends."""
+    counts, lost, bad = Counter[str](), Counter[int](), list[str]()
+    done = runs = 0
+    slowest = 0.0
+    while done < kills or runs == 0:
+        folder = place / f"run-{runs}"
+        while True:
+            start = Start(folder, overrides)
+            victim, moment = draw.choice(VICTIMS), draw.choice(MOMENTS)
+            if done < kills and wait_until(moment, start, draw) and strike(start, victim):
+                done += 1
+                began = time.monotonic()
+                unsaved = folder / "unsaved"
+                unfinished = bool(list(folder.glob("*/checkpoints/.step-*")))
+                status = start.end()
+                slowest = max(slowest, time.monotonic() - began)
+                counts[f"{victim}, {moment}"] += 1
+                counts["left an unfinished save"] += unfinished
+                lost[position(folder) - saved(folder)] += 1
+                if status is None:
+                    bad.append(f"{victim} at {moment}: did not end by itself ({unsaved})")
+                print(f"{done}: {victim}, {moment}: {status}", flush=True)
+                continue
+            status = start.end(600)
+            if status != 0 or final_hash(folder) != expected:
+                bad.append(f"{folder}: status {status}, see {start.log}")
+                break
+            shutil.rmtree(folder)
+            break
+        runs += 1
+    for name, count in sorted(counts.items()):
+        print(f"{count:5} {name}")
+    print(f"{done} kills in {runs} runs, steps lost by a kill {dict(sorted(lost.items()))}")
+    print(f"slowest end after a kill {slowest:.1f} s; {len(bad)} bad: {bad}")
+    return 1 if bad else 0
+
+
+VICTIMS = ("worker 0", "worker 1", "launcher", "all")
+MOMENTS = ("any time", "in training", "in training", "in a save", "in a save")
+
+
+def wait_until(moment: str, start: Start, draw: random.Random) -> bool:
+    """Wait for a moment in the life of a start; False if it ended before."""
+    if moment == "any time":
+        time.sleep(draw.uniform(0, 12))
+    elif moment == "in training":
+        first = {stage: len(start.steps(stage)) for stage in STAGES}
+        start.wait_for(lambda: any(len(start.steps(s)) > first[s] for s in STAGES))
+        time.sleep(draw.uniform(0, 8 * TYPICAL_STEP_SECONDS))
+    else:
+        start.wait_for(lambda: bool(start.workers()))
+        skip = draw.randrange(8)
+        seen = set[str]()
+        start.wait_for(lambda: len(unfinished_saves(start.folder, seen)) > skip)
+        time.sleep(draw.uniform(0, 0.02))
+    return start.process.poll() is None
+
+
+def unfinished_saves(folder: Path, seen: set[str]) -> set[str]:
+    """Names of saves under way, all that were ever seen."""
+    seen.update(path.name for path in folder.glob("*/checkpoints/.step-*"))
+    return seen
+
+
+def strike(start: Start, victim: str) -> bool:
+    """kill -9; False if there was nobody."""
+    workers = start.workers()
+    chosen = {"launcher": [start.launcher], "all": [start.launcher, *workers.values()]}
+    targets = chosen.get(victim) or [w for r, w in workers.items() if f"worker {r}" == victim]
+    for target in targets:
+        with suppress(psutil.NoSuchProcess):
+            target.kill()
+    return bool(targets)
+
+
+def position(folder: Path) -> int:
+    """Steps done, over both stages, as the metrics tell."""
+    return sum(max(steps_in(folder / stage / "metrics.jsonl"), default=0) for stage in STAGES)
+
+
+def saved(folder: Path) -> int:
+    """Steps in complete checkpoints, over both stages."""
+    found = [newest_complete(folder / stage / "checkpoints")[0] for stage in STAGES]
+    return sum(checkpoint.step for checkpoint in found if checkpoint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
