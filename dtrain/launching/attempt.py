@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import FolderLock, read_json, write_atomic
 from dtrain.core.units import duration
 from dtrain.launching import slurm
+from dtrain.launching.address import free_port, own_address
 from dtrain.launching.attempts import (
     Attempt,
     attempts_of,
@@ -67,9 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def begin(
-    address: str, overrides: list[str], environ: Mapping[str, str]
-) -> tuple[Path, list[str]]:
+def begin(address: str, overrides: list[str], environ: Mapping[str, str]) -> tuple[Path, list[str]]:
     """Make the run folder ready for another attempt; return it and the command that trains.
 
     Raises:
@@ -85,12 +83,11 @@ def begin(
     take(run, recipe)
     attempt = record(run, nodes, environ)
     say(tell_begin(attempt))
-    host, port = nodes[0], free_port()
     command = step_command(
         run / "recipe.yaml",
         nodes=len(nodes),
         ranks=ranks,
-        endpoint=f"{environ.get('DTRAIN_ADDRESS') or host}:{port}",
+        endpoint=f"{own_address(environ) or nodes[0]}:{free_port()}",
         rendezvous=secrets.token_hex(8),
         cores=environ.get("SLURM_CPUS_PER_TASK"),
     )
@@ -188,13 +185,6 @@ def log_file() -> str:
     return path if path.startswith("/") and not path.startswith("/dev/") else ""
 
 
-def free_port() -> int:
-    """A port that nobody uses here now; another one for each attempt."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def end(run: Path, status: int, warned: bool, environ: Mapping[str, str]) -> int:
     """Decide what becomes of the job, say so, and requeue it if that can help.
 
@@ -237,17 +227,17 @@ def what_is_known(
 def tell_begin(attempt: Attempt) -> str:
     """A line for the log."""
     at = ", ".join(f"{stage} {where}" for stage, where in attempt.progress.items()) or "nothing yet"
-    return f"attempt {attempt.number} of job {attempt.job} on {', '.join(attempt.nodes)}; done: {at}"
+    return f"attempt {attempt.number} of job {attempt.job} on {', '.join(attempt.nodes)}; at: {at}"
 
 
 def tell_end(attempt: Attempt, verdict: Verdict, reason: str, progress: dict[str, str]) -> str:
     """A line for the log, with the workers' own reason below it where they failed."""
     took = duration((attempt.ended or attempt.started) - attempt.started)
     at = ", ".join(f"{stage} {where}" for stage, where in progress.items()) or "nothing yet"
-    what = {"over": "done", "requeue": "requeued", "stop": "not tried again", "leave": "left"}
-    line = f"attempt {attempt.number} ended after {took}: {verdict.because}; {what[verdict.action]}"
+    what = {"requeue": "; requeued", "stop": "; not tried again"}.get(verdict.action, "")
+    line = f"attempt {attempt.number} ended after {took}: {verdict.because}{what}"
     said = f"\n    {reason}" if reason and verdict.outcome in ("failed", "crashed", "hang") else ""
-    return f"{line}; done: {at}{said}"
+    return f"{line}; now at: {at}{said}"
 
 
 def say(message: str) -> None:

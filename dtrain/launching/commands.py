@@ -87,6 +87,7 @@ def step_command(
     endpoint: str,
     rendezvous: str,
     cores: str | None,
+    worker: str = WORKER,
 ) -> list[str]:
     """Start the workers on every node of a Slurm job, from its batch script.
 
@@ -97,12 +98,16 @@ def step_command(
         endpoint: host and port of the rendezvous.
         rendezvous: its id; one that nobody else has.
         cores: cores of a node; srun does not take them from sbatch by itself.
+        worker: module that the ranks run.
     """
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}"]
     command += [f"--cpus-per-task={cores}"] if cores else []
     if nodes == 1:
-        return command + torchrun_command(recipe_file, ranks)
+        command += [sys.executable, "-m", "dtrain.torchrun", "--nnodes=1"]
+        command += [f"--nproc-per-node={ranks}", "--local-addr=127.0.0.1"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+        return [*command, "-m", worker, str(recipe_file)]
     command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
     command += [f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
-    return [*command, "-m", WORKER, str(recipe_file)]
+    return [*command, "-m", worker, str(recipe_file)]

@@ -73,21 +73,21 @@ def decide(ended: Ended, bounds: Bounds) -> Verdict:
         if status in (ended.outcome, ended.status):
             why = f"{name}; another try cannot help"
             return Verdict("stop", "failed", why, int(status))
-    status = ended.status or Exit.CRASHED
+    ends_with = ended.status or int(Exit.CRASHED)
     if ended.job.state != "RUNNING":
         # Cancelled, out of time, a node gone: requeueing now would raise a cancelled job again.
         why = f"the job is {ended.job.state}; Slurm decides"
-        return Verdict("leave", ended.job.state.lower(), why, status)
+        return Verdict("leave", ended.job.state.lower(), why, ends_with)
     outcome, is_failure = _what_happened(ended)
     if outcome == "stopped":
         why = "asked to stop; submit it again to go on"
-        return Verdict("stop", outcome, why, status)
+        return Verdict("stop", outcome, why, ends_with)
     if is_failure and not ended.has_progressed and ended.failures + 1 >= bounds.failures:
         why = f"{outcome}; {ended.failures + 1} failures in a row without a new checkpoint"
-        return Verdict("stop", "failed", why, status)
+        return Verdict("stop", "failed", why, ends_with)
     if ended.tries >= bounds.tries:
-        return Verdict("stop", "failed", f"{outcome}; that was try {ended.tries}, the last", status)
-    return Verdict("requeue", outcome, outcome, status)
+        return Verdict("stop", "failed", f"{outcome}; that was try {ended.tries}, the last", ends_with)
+    return Verdict("requeue", outcome, outcome, ends_with)
 
 
 def _what_happened(ended: Ended) -> tuple[str, bool]:
@@ -98,8 +98,7 @@ def _what_happened(ended: Ended) -> tuple[str, bool]:
         return "warned", False
     if Exit.HANG in (ended.outcome, ended.status):
         return "hang", True
-    if Exit.GO_ON in (ended.outcome, ended.status):
+    # The step's own status says "go on" too where srun ended the ranks that a lost one had left.
+    if ended.outcome == Exit.GO_ON:
         return "stopped", False
-    if ended.outcome is None:
-        return "lost a worker", True
-    return "crashed", True
+    return ("lost a worker" if ended.outcome is None else "crashed"), True

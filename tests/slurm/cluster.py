@@ -84,6 +84,16 @@ class Cluster:
         inside = ["nsenter", "-t", self._nodes[number], "-m", "-n", "-u"]
         return self.run(*inside, *command, check=check).stdout
 
+    def processes(self, number: int, module: str) -> list[str]:
+        """Processes of a node (as numbered inside) that run `python -m MODULE`, oldest first."""
+        found = self.run("pgrep", "-f", f"^[^ ]*python[^ ]* (-u )?-m {module} ").stdout.split()
+        name = f"n{number}"
+        return [p for p in found if self._host_of(p) == name]
+
+    def _host_of(self, process: str) -> str:
+        done = self.run("nsenter", "-t", process, "-u", "hostname", check=False)
+        return done.stdout.strip()
+
     def sbatch(self, *arguments: object, **more: str) -> str:
         """Submit; return the job's number."""
         return self.run("sbatch", "--parsable", *arguments, **more).stdout.strip()

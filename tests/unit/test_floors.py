@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"engines", "evaluation", "merge"},
     {"stages"},
     {"pipeline"},
-    {"cli", "train", "torchrun"},
+    {"cli", "train", "torchrun", "prepare"},
     {"__main__"},
 ]
 HEIGHT = {part: number for number, floor in enumerate(FLOORS) for part in floor}

@@ -1,0 +1,74 @@
+"""`dtrain submit`: check, then a job of Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.run import placed
+from dtrain.config.load import load_recipe
+
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node.")]
+Time = Annotated[str, typer.Option(help="Longest run, for example 24:00:00.")]
+Cores = Annotated[int | None, typer.Option(min=1, help="Cores of each node; 8 a GPU.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of each node; 64G a GPU.")]
+Name = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
+After = Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job succeeded.")]
+Prepare = Annotated[
+    bool, typer.Option("--prepare", help="Tokenise and pack in a job without GPUs before it.")
+]
+Preflight = Annotated[
+    str, typer.Option(help="on, off, or exclude: submit anew without the nodes at fault.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the scripts and commands; submit nothing.")
+]
+
+
+def submit(
+    recipe: RecipeAddress,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 8,
+    time: Time = "24:00:00",
+    cores: Cores = None,
+    memory: Memory = None,
+    partition: Name = None,
+    account: Name = None,
+    qos: Name = None,
+    after: After = None,
+    prepare: Prepare = False,
+    preflight: Preflight = "on",
+    dry_run: DryRun = False,
+) -> None:
+    """Check the recipe, write its job script into the run folder, submit it to Slurm."""
+    from dtrain.launching import submit as jobs
+
+    settings = load_recipe(recipe, overrides or [])
+    folder = Path(settings.output.folder).expanduser().absolute()
+    settings, working = placed(settings, folder), Path.cwd()
+    resources = jobs.Resources(
+        nodes=nodes,
+        gpus=gpus,
+        time=time,
+        cores=cores,
+        memory=memory,
+        partition=partition,
+        account=account,
+        qos=qos,
+        after=after,
+        preflight=preflight,
+    )
+    if dry_run:
+        if prepare:
+            print(jobs.preparation(settings, resources, working).tell())
+        print(jobs.training(settings, resources, working).tell())
+        return
+    numbers = jobs.submit(settings, resources, working, prepare)
+    print(f"submitted job {' and then '.join(numbers)}; next:")
+    for verb in ("status", "logs -f", "cancel"):
+        print(f"  dtrain {verb} {jobs.quote(folder)}")

@@ -1,0 +1,134 @@
+"""The nodes' reports side by side: what is wrong, and with which node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from dtrain.core.units import size
+
+Report = dict[str, Any]
+
+LEAST_FREE_BYTES = 1e9
+MOST_CLOCK_SECONDS = 2.0  # a run's files are compared by their times
+MOST_MILLISECONDS = 10.0
+LEAST_MEGABYTES_PER_SECOND = 50.0
+LEAST_SHARE_OF_MEDIAN = 0.25
+MOST_GPU_MEMORY_USED = 0.05
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong; `node` is empty where no single node is to blame."""
+
+    node: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.what}" if self.node else self.what
+
+
+def judge(reports: Sequence[Report], nodes: Sequence[str], gpus: int) -> list[Fault]:
+    """Every fault.
+
+    Args:
+        reports: lines of node_check, as far as they came.
+        nodes: the job's nodes; the first is the one that the others are measured by.
+        gpus: that each node should have; 0 if the recipe wants none.
+    """
+    by_node = {report["node"]: report for report in reports}
+    present = [by_node[node] for node in nodes if node in by_node]
+    silent = [Fault(n, "did not report: does it see the checkout and the Python environment?")
+              for n in nodes if n not in by_node]  # fmt: skip
+    return [
+        *silent,
+        *(Fault(r["node"], problem) for r in present for problem in r["problems"]),
+        *_versions(present),
+        *(fault for report in present for fault in _gpus(report, gpus)),
+        *(fault for report in present for fault in _free(report)),
+        *_shared(present),
+        *_links(present),
+    ]
+
+
+def _versions(reports: Sequence[Report]) -> Iterator[Fault]:
+    names = dict.fromkeys(name for report in reports for name in report["versions"])
+    for name in names:
+        found = [report["versions"].get(name, "missing") for report in reports]
+        # Of equally many the first node's counts.
+        usual = Counter(found).most_common(1)[0][0]
+        for report, value in zip(reports, found, strict=True):
+            if value != usual:
+                yield Fault(report["node"], f"{name} is {value}; elsewhere it is {usual}")
+
+
+def _gpus(report: Report, expected: int) -> Iterator[Fault]:
+    if not expected or report["gpus"] is None:
+        return
+    found, node = report["gpus"], report["node"]
+    if len(found) < expected:
+        yield Fault(node, f"{len(found)} GPUs instead of {expected}")
+    for gpu in found:
+        if problem := gpu.get("problem"):
+            yield Fault(node, problem)
+            continue
+        name = f"GPU {gpu.get('index')}"
+        used, total = _number(gpu.get("memory.used")), _number(gpu.get("memory.total"))
+        if total and used > MOST_GPU_MEMORY_USED * total:
+            yield Fault(node, f"{name}: {used:.0f} of {total:.0f} MiB are used by somebody else")
+        if errors := _number(gpu.get("ecc.errors.uncorrected.volatile.total")):
+            yield Fault(node, f"{name}: {errors:.0f} uncorrected memory errors")
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:  # "[N/A]"
+        return 0.0
+
+
+def _free(report: Report) -> Iterator[Fault]:
+    for place, free in report["free"].items():
+        if free < LEAST_FREE_BYTES:
+            yield Fault(report["node"], f"{place}: only {size(free)} free")
+
+
+def _shared(reports: Sequence[Report]) -> Iterator[Fault]:
+    for report in reports:
+        if problem := report.get("meeting_problem"):
+            yield Fault(report["node"], f"cannot write into the run folder: {problem}")
+    if not reports or reports[0].get("meeting_problem"):
+        return
+    first = reports[0]
+    for report in reports[1:]:
+        if report["node"] not in first["seen"] and not report.get("meeting_problem"):
+            what = f"its files in the run folder are not seen by {first['node']}: not shared"
+            yield Fault(report["node"], what)
+
+
+def _links(reports: Sequence[Report]) -> list[Fault]:
+    links = [(r["node"], to, link) for r in reports for to, link in r["links"].items()]
+    speeds = [link["megabytes_per_second"] for _, _, link in links if "problem" not in link]
+    usual = median(speeds) if speeds else 0.0
+    least = max(LEAST_MEGABYTES_PER_SECOND, LEAST_SHARE_OF_MEDIAN * usual)
+    bad = [(a, b, what) for a, b, link in links if (what := _bad_link(link, least))]
+    # A node at the end of every bad link is the culprit; else the one where a link begins.
+    ends = Counter(end for a, b, _ in bad for end in {a, b})
+    common = [node for node, count in ends.items() if count == len(bad)]
+    culprit = common[0] if len(common) == 1 else ""
+    return [Fault(culprit, f"from {a} to {b}: {what}") for a, b, what in bad]
+
+
+def _bad_link(link: dict[str, Any], least: float) -> str:
+    if "problem" in link:
+        return f"cannot be reached: {link['problem']}"
+    if abs(link["clock_seconds"]) > MOST_CLOCK_SECONDS:
+        return f"the clocks differ by {abs(link['clock_seconds']):.1f} s"
+    if link["megabytes_per_second"] < least:
+        return f"slow: {link['megabytes_per_second']:.0f} MB/s"
+    if link["milliseconds"] > MOST_MILLISECONDS:
+        return f"slow: {link['milliseconds']:.0f} ms there and back"
+    return ""

@@ -1,0 +1,204 @@
+"""Every node looked at before the first step, from a job's script: `… preflight job RUN SCRIPT …`.
+
+First without torch, in seconds: srun starts node_check on each node, judge.py compares what they
+say. Then all ranks add numbers up (dtrain/distributed/preflight.py). A fault ends the job; with
+DTRAIN_PREFLIGHT=exclude another one takes its place, without the nodes that are to blame.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.load import load_recipe
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
+from dtrain.launching import slurm
+from dtrain.launching.address import free_port, own_address
+from dtrain.launching.attempt import node_names, ranks_of_a_node, say
+from dtrain.launching.attempts import FOLDER, attempts_of, write_attempts
+from dtrain.launching.commands import step_command
+from dtrain.launching.judge import Fault, Report, judge
+
+NODES_SECONDS = 55
+RANKS_SECONDS = 180
+# Option of sbatch → what a running job knows of it, so that a successor asks for the same.
+_SAME = {
+    "nodes": "SLURM_JOB_NUM_NODES",
+    "partition": "SLURM_JOB_PARTITION",
+    "account": "SLURM_JOB_ACCOUNT",
+    "qos": "SLURM_JOB_QOS",
+    "job-name": "SLURM_JOB_NAME",
+    "gpus-per-node": "SLURM_GPUS_PER_NODE",
+    "cpus-per-task": "SLURM_CPUS_PER_TASK",
+    "mem": "SLURM_MEM_PER_NODE",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look at the job's nodes; return 0 if all is well."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] != ["job"] or len(arguments) < 3:
+        print("usage: preflight job RUN SCRIPT [ARGUMENT …]", file=sys.stderr)
+        return Exit.USER_ERROR
+    run, script, words = Path(arguments[1]), Path(arguments[2]), arguments[3:]
+    try:
+        faults = preflight(run / "recipe.yaml", run / FOLDER, os.environ)
+        if not faults:
+            return Exit.FINISHED
+        successor = ""
+        named = sorted({fault.node for fault in faults if fault.node})
+        if os.environ.get("DTRAIN_PREFLIGHT") == "exclude" and named:
+            successor = submit_without(named, script, words, run, os.environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    record(run, faults, successor)
+    return Exit.CRASHED
+
+
+def preflight(recipe_file: Path, folder: Path, environ: Mapping[str, str]) -> list[Fault]:
+    """Look at every node of this job, then at all ranks together; say what was found.
+
+    Args:
+        recipe_file: the resolved recipe.
+        folder: one that all nodes should see.
+    """
+    recipe, nodes = load_recipe(str(recipe_file)), node_names(environ)
+    started = time.monotonic()
+    reports = look_at_nodes(recipe_file, folder, nodes)
+    given = environ.get("SLURM_GPUS_ON_NODE", "")
+    gpus = int(given) if given.isdecimal() and recipe.device != "cpu" else 0
+    faults = judge(reports, nodes, gpus)
+    if not faults:
+        say(tell_links(reports, nodes))
+        faults = add_up(recipe, recipe_file, nodes, environ)
+    took = time.monotonic() - started
+    verdict = f"{len(faults)} faults" if faults else "all is well"
+    say(f"preflight: {verdict} on {len(nodes)} nodes, {took:.0f} s")
+    for fault in faults:
+        say(f"preflight: {fault}")
+    return faults
+
+
+def look_at_nodes(recipe_file: Path, folder: Path, nodes: Sequence[str]) -> list[Report]:
+    """What each node says of itself and its links; a node that says nothing is left out."""
+    meeting = folder / f"preflight-{secrets.token_hex(4)}"
+    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
+    command += [sys.executable, "-m", "dtrain.launching.node_check"]
+    command += [str(recipe_file), str(meeting), *nodes]
+    try:
+        text = output_of(command, NODES_SECONDS)
+    finally:
+        shutil.rmtree(meeting, ignore_errors=True)
+    return [r for line in text.splitlines() if (r := _report(line)) is not None]
+
+
+def _report(line: str) -> Report | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and "node" in value else None
+
+
+def output_of(command: Sequence[str], seconds: float) -> str:
+    """What a command prints until it ends or the time is over; its stderr goes to the log."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            return process.communicate(timeout=10)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.communicate()[0]
+
+
+def tell_links(reports: Sequence[Report], nodes: Sequence[str]) -> str:
+    """The worst link, for the log."""
+    links = [link for report in reports for link in report["links"].values()]
+    if not links:
+        return f"preflight: {nodes[0]} alone, no links"
+    slowest = min(link["megabytes_per_second"] for link in links)
+    longest = max(link["milliseconds"] for link in links)
+    return f"preflight: slowest of {len(links)} links {slowest:.0f} MB/s, {longest:.2f} ms"
+
+
+def add_up(
+    recipe: Recipe, recipe_file: Path, nodes: Sequence[str], environ: Mapping[str, str]
+) -> list[Fault]:
+    """All-reduce over all ranks: is it right, and how fast."""
+    command = step_command(
+        recipe_file,
+        nodes=len(nodes),
+        ranks=ranks_of_a_node(recipe, environ),
+        endpoint=f"{own_address(environ) or nodes[0]}:{free_port()}",
+        rendezvous=secrets.token_hex(8),
+        cores=environ.get("SLURM_CPUS_PER_TASK"),
+        worker="dtrain.distributed.preflight",
+    )
+    lines = output_of(command, RANKS_SECONDS).splitlines()
+    results: list[dict[str, Any]] = [json.loads(s) for s in lines if s.startswith('{"')]
+    speeds = next((r["gigabytes_per_second"] for r in results if "wrong" not in r), None)
+    if speeds is None:
+        return [Fault("", f"the ranks came to no sum within {RANKS_SECONDS} s")]
+    for where, speed in speeds.items():
+        say(f"preflight: all-reduce {where}: {speed:.2f} GB/s")
+    wrong = sorted({result["wrong"] for result in results if "wrong" in result})
+    return [Fault(node, "its ranks add up wrongly") for node in wrong]
+
+
+def submit_without(
+    named: Sequence[str],
+    script: Path,
+    words: Sequence[str],
+    run: Path,
+    environ: Mapping[str, str],
+) -> str:
+    """Submit the same job again without some nodes; return its number.
+
+    A job that runs cannot change the nodes that it excludes, and one that waits again has nobody
+    left to change them; so another one takes its place.
+    """
+    job = environ["SLURM_JOB_ID"]
+    facts = slurm.ask(["scontrol", "show", "job", job])
+    already = re.search(r"ExcNodeList=(\S+)", facts)
+    excluded = [*([already[1]] if already and already[1] != "(null)" else []), *named]
+    limit = re.search(r"TimeLimit=(\S+)", facts)
+    copy = run / FOLDER / "again.sh"
+    write_atomic(copy, script.read_bytes())  # Slurm's own copy goes with the job
+    command = ["sbatch", "--parsable", f"--exclude={','.join(excluded)}"]
+    command += [f"--{name}={environ[known]}" for name, known in _SAME.items() if environ.get(known)]
+    command += [f"--time={limit[1]}"] if limit else []
+    command += [f"--chdir={Path.cwd()}", f"--dependency=afterany:{job}"]
+    log = attempts_of(run)[-1].log
+    command += [f"--output={log.replace('%', '%%')}"] if log else []
+    return slurm.ask([*command, str(copy), *words]).strip().split(";")[0]
+
+
+def record(run: Path, faults: Sequence[Fault], successor: str) -> None:
+    """Write down how the attempt ended."""
+    attempts = attempts_of(run)
+    last = attempts[-1]
+    last.ended, last.outcome, last.action = time.time(), "preflight", "stop"
+    last.because = "; ".join(str(fault) for fault in faults)
+    if successor:
+        last.because += f"; job {successor} takes its place"
+        say(f"preflight: job {successor} takes its place, without the nodes named")
+    write_attempts(run, attempts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What a run's jobs are doing, out of the run folder and the queue."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
+from dtrain.core.units import duration
+from dtrain.launching import slurm
+from dtrain.launching.attempts import FOLDER, Attempt, attempts_of
+from dtrain.launching.slurm import QueuedJob
+from dtrain.launching.submit import jobs_of
+
+LOG_TAIL_BYTES = 20_000
+_PROGRESS = re.compile(r"^stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
+
+
+def status(run: Path) -> list[str]:
+    """Lines about a run: where its job is, how far, what became of each attempt.
+
+    Raises:
+        UserError: it is no run folder that a job ever touched.
+    """
+    attempts, queued = attempts_of(run), queued_jobs(run)
+    lines = [queue_line(job) for job in queued]
+    if not queued:
+        lines.append(ended_line(run, attempts))
+    if attempts:
+        lines.append(f"requeued {times(attempts[-1].restart)}")
+        if any(job.state == "RUNNING" for job in queued):
+            lines += progress_lines(run)
+    lines += [attempt_line(attempt) for attempt in attempts]
+    return lines
+
+
+def known_jobs(run: Path) -> list[str]:
+    """Numbers of every job of a run folder, oldest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    numbers = [str(job["job"]) for job in jobs_of(run)] + [a.job for a in attempts_of(run)]
+    if not numbers:
+        fix = "give the folder that output.folder named"
+        raise UserError("no job was ever started in this folder", where=str(run), fix=fix)
+    return list(dict.fromkeys(numbers))
+
+
+def queued_jobs(run: Path) -> list[QueuedJob]:
+    """Those that wait or run."""
+    return slurm.queue(known_jobs(run))
+
+
+def queue_line(job: QueuedJob) -> str:
+    """One job of the queue, and why it does not run where it does not."""
+    if job.state == "PENDING":
+        return f"job {job.job} ({job.name}) is waiting: {job.reason}"
+    return f"job {job.job} ({job.name}) is {job.state.lower()} on {job.where} for {job.elapsed}"
+
+
+def ended_line(run: Path, attempts: list[Attempt]) -> str:
+    """How it ended."""
+    if not attempts:
+        return "the job is no longer in the queue, and it never began: see dtrain logs"
+    last = attempts[-1]
+    line = f"job {last.job} ended: {last.because or 'by Slurm, or with its node'}"
+    outcome = run / "outcome.json"
+    if last.outcome != "finished" and outcome.exists():
+        reason = str(read_json(outcome).get("reason", ""))
+        line += f"\n    {reason}" if reason else ""
+    return line
+
+
+def progress_lines(run: Path) -> Iterator[str]:
+    """Step, time left and speed, as the log says."""
+    log = log_of(run)
+    if log is None:
+        return
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    if found := _PROGRESS.findall(text):
+        stage, step, steps, left, note = found[-1]
+        yield f"stage {stage}: step {step} of {steps}, {left} left,{note}".rstrip(",")
+
+
+def attempt_line(attempt: Attempt) -> str:
+    """One attempt of the list."""
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(attempt.started))
+    head = f"attempt {attempt.number}  {began}  job {attempt.job}  {','.join(attempt.nodes)}"
+    if attempt.ended is None:
+        return f"{head}  not ended"
+    took = duration(attempt.ended - attempt.started)
+    return f"{head}  {took}: {attempt.because}" + (", requeued" * (attempt.action == "requeue"))
+
+
+def times(count: int) -> str:
+    """How often, in words."""
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def log_of(run: Path) -> Path | None:
+    """The newest log of a run; None if there is none yet."""
+    named = [Path(attempt.log) for attempt in attempts_of(run) if attempt.log]
+    written = [run / FOLDER / "job.log", run / FOLDER / "prepare.log"]
+    return next((log for log in [*reversed(named), *written] if log.is_file()), None)
+
+
+def follow(run: Path, *, until_over: bool) -> Iterator[str]:
+    """The log, and with `until_over` what comes to it until no job of the run is in the queue.
+
+    Raises:
+        UserError: there is no log.
+    """
+    known_jobs(run)
+    log = log_of(run)
+    if log is None and not until_over:
+        raise UserError("there is no log yet", where=str(run), fix="see: dtrain status")
+    position = 0
+    while True:
+        is_over = not until_over or not queued_jobs(run)
+        log = log or log_of(run)
+        if log is not None:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                yield file.read()
+                position = file.tell()
+        if is_over:
+            return
+        time.sleep(2)

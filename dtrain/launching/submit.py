@@ -1,0 +1,227 @@
+"""A recipe as a job of Slurm: its script, the words of sbatch, the submission."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.config.load import dump
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import UserError
+from dtrain.core.files import FolderLock, read_json, write_atomic, write_json
+from dtrain.launching import slurm
+from dtrain.launching.attempt import check_batches
+from dtrain.launching.attempts import FOLDER
+from dtrain.launching.quote import quote, render
+
+COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
+WARN_SECONDS = 300
+CORES_A_GPU, MEMORY_A_GPU, CORES_WITHOUT_GPU, MEMORY_WITHOUT_GPU = 8, "64", 8, "32G"
+_PACKAGE = Path(__file__).parent.parent
+_PLACES = (_PACKAGE / "slurm", _PACKAGE.parent / "slurm")  # a wheel's; a checkout's
+_FORMS = {
+    "time": (r"[0-9][0-9:-]*", "minutes, HH:MM:SS or D-HH:MM:SS"),
+    "partition": (r"[\w.,-]+", "names of partitions"),
+    "account": (r"[\w.@+-]+", "the name of an account"),
+    "qos": (r"[\w.-]+", "the name of a quality of service"),
+    "memory": (r"[0-9]+[KMGT]?", "a size such as 500G"),
+    "after": (r"[0-9]+(_[0-9]+)?", "the number of a job"),
+    "preflight": ("on|off|exclude", "on, off or exclude"),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks of the cluster.
+
+    Attributes:
+        gpus: of each node; 0 for a recipe that trains on CPUs.
+        time: longest run, in Slurm's notation.
+        after: job whose success is waited for.
+    """
+
+    nodes: int = 1
+    gpus: int = 8
+    time: str = "24:00:00"
+    cores: int | None = None
+    memory: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    after: str | None = None
+    preflight: str = "on"
+
+    def __post_init__(self) -> None:
+        for name, (form, meaning) in _FORMS.items():
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(form, value, re.ASCII):
+                raise UserError(f"{value!r} cannot be passed to Slurm", where=name, fix=meaning)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Options that are left out where nothing is asked for."""
+        named = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A script and the command that submits it."""
+
+    script: str
+    path: Path
+    command: list[str]
+
+    def tell(self) -> str:
+        """Both, as a person could type them."""
+        command = " ".join(quote(word) for word in self.command)
+        return f"{self.script}\n# {self.path}, submitted by:\n# " + command.replace("\n", "\n# ")
+
+
+def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
+    """The job that trains.
+
+    Args:
+        recipe: placed: its run folder is absolute.
+        resources: what it asks for.
+        working: the folder that the recipe's paths start from.
+
+    Raises:
+        UserError: the batch cannot be shared among so many ranks, or Slurm could not take a path.
+    """
+    run = Path(recipe.output.folder)
+    gpus = 0 if recipe.device == "cpu" else resources.gpus
+    ranks = recipe.launch.processes if recipe.launch.processes != "auto" else gpus or 1
+    check_batches(recipe, resources.nodes, ranks)
+    cores, memory = _share(resources, gpus)
+    script = render(
+        "job.sh.jinja",
+        name=job_name(recipe.name),
+        nodes=resources.nodes,
+        gpus=gpus,
+        cores=cores,
+        memory=memory,
+        time=resources.time,
+        choices=resources.choices,
+        warn_seconds=WARN_SECONDS,
+        recipe=run / FOLDER / "recipe.yaml",
+        environment=sys.prefix,
+        preflight=resources.preflight,
+        shared=shared_script(),
+    )
+    return _submission(script, run, "job", working, resources.after)
+
+
+def preparation(recipe: Recipe, resources: Resources, working: Path) -> Submission:
+    """The job that tokenises and packs the data, on CPUs."""
+    run = Path(recipe.output.folder)
+    script = render(
+        "prepare.sh.jinja",
+        name=f"{job_name(recipe.name)}-data",
+        cores=CORES_WITHOUT_GPU,
+        memory=MEMORY_WITHOUT_GPU,
+        time=resources.time,
+        choices=resources.choices,
+        environment=sys.prefix,
+        recipe=run / FOLDER / "recipe.yaml",
+    )
+    return _submission(script, run, "prepare", working, resources.after)
+
+
+def _share(resources: Resources, gpus: int) -> tuple[int, str]:
+    cores = resources.cores or gpus * CORES_A_GPU or CORES_WITHOUT_GPU
+    memory = f"{gpus * int(MEMORY_A_GPU)}G" if gpus else MEMORY_WITHOUT_GPU
+    return cores, resources.memory or memory
+
+
+def _submission(script: str, run: Path, kind: str, working: Path, after: str | None) -> Submission:
+    path, log = run / FOLDER / f"{kind}.sh", run / FOLDER / f"{kind}.log"
+    # What a person names goes in words of its own: lines of #SBATCH have a quoting of their own.
+    command = ["sbatch", "--parsable", f"--chdir={working}", f"--output={log_pattern(log)}"]
+    command += [f"--comment={COMMENT}{run}"]
+    if after:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return Submission(script, path, [*command, str(path)])
+
+
+def log_pattern(path: Path) -> str:
+    """A path as sbatch's --output means it."""
+    text = str(path)
+    if "\\" in text:
+        fix = "choose another output.folder"
+        raise UserError("Slurm cannot write a log below a backslash", where=text, fix=fix)
+    return text.replace("%", "%%")
+
+
+def job_name(name: str) -> str:
+    """A name that no tool stumbles over."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64] or "dtrain"
+
+
+def shared_script() -> Path:
+    """slurm/job.sh."""
+    for folder in _PLACES:
+        if (folder / "job.sh").is_file():
+            return folder / "job.sh"
+    raise UserError("job.sh is missing", where=str(_PLACES[0]), fix="install dtrain again")
+
+
+def submit(recipe: Recipe, resources: Resources, working: Path, prepare: bool) -> list[str]:
+    """Write the scripts into the run folder and submit them; return the jobs' numbers.
+
+    Raises:
+        UserError: Slurm refuses, or there is a job for this run folder already.
+    """
+    run = Path(recipe.output.folder)
+    refuse_second(run)
+    write_atomic(run / FOLDER / "recipe.yaml", dump(recipe))
+    jobs = []
+    if prepare:
+        first = preparation(recipe, resources, working)
+        jobs.append(_send(first, run))
+        resources = Resources(**{**vars(resources), "after": jobs[0]})
+    try:
+        jobs.append(_send(training(recipe, resources, working), run))
+    except UserError:
+        if jobs:
+            slurm.cancel(jobs)
+        raise
+    return jobs
+
+
+def refuse_second(run: Path) -> None:
+    """A run folder bears one job at a time.
+
+    Raises:
+        UserError: one waits or works already.
+    """
+    there = [job for job in slurm.queue() if job.comment == f"{COMMENT}{run}"]
+    if there:
+        what = f"job {there[0].job} is {there[0].state} for this run folder"
+        raise UserError(what, where=str(run), fix="dtrain cancel it, or choose another folder")
+    lock = FolderLock(run)
+    try:
+        if not lock.acquire():
+            raise UserError(f"another run is using this folder ({lock.holder()})", where=str(run))
+    except OSError as error:
+        raise UserError(f"cannot be used: {error.strerror or error}", where=str(run)) from error
+    finally:
+        lock.release()
+
+
+def _send(job: Submission, run: Path) -> str:
+    write_atomic(job.path, job.script)
+    slurm.ask([job.command[0], "--test-only", *job.command[1:]])
+    number = slurm.ask(job.command).strip().split(";")[0]
+    known = jobs_of(run)
+    write_json(run / FOLDER / "jobs.json", [*known, {"job": number, "submitted": time.time()}])
+    return number
+
+
+def jobs_of(run: Path) -> list[dict[str, object]]:
+    """The jobs that were submitted for a run folder, oldest first."""
+    path = run / FOLDER / "jobs.json"
+    return list(read_json(path)) if path.exists() else []

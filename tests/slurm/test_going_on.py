@@ -1,0 +1,125 @@
+"""Whatever befalls a job, it ends with the weights of the job that nothing befell."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import OVER, Cluster, wait_for
+
+TWO_NODES = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=8"]
+KEYS = [
+    "launch.processes=1",
+    "evaluation.sets={}",
+    "stages.domain.train.evaluate_every_steps=null",
+    "stages.domain.train.evaluate_on=null",
+    "stages.task.train.evaluate_every_steps=null",
+    "stages.task.train.evaluate_on=null",
+    "stages.domain.train.steps=900",
+    "stages.domain.train.checkpoint_every_steps=20",
+]
+RESTART_SECONDS = 90
+
+
+class Disturbed:
+    """A job in the middle of its first stage, to which things are done."""
+
+    def __init__(self, cluster: Cluster, job: str, run: Path) -> None:
+        self.cluster, self.job, self.run = cluster, job, run
+        self.told: list[str] = []
+
+    def steps(self) -> int:
+        """Steps that metrics.jsonl tells of."""
+        path = self.run / "domain/metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def attempts(self) -> list[dict]:
+        """The run's own record."""
+        path = self.run / "slurm/attempts.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def nodes(self) -> list[int]:
+        """Numbers of the nodes that the newest attempt has."""
+        return [int(name[1:]) for name in self.attempts()[-1]["nodes"]]
+
+    def checkpoints(self) -> set[str]:
+        """Complete checkpoints."""
+        return {p.parent.name for p in self.run.glob("domain/checkpoints/step-*/manifest.json")}
+
+    def until_training(self, attempt: int) -> None:
+        """Wait until an attempt has made steps and a checkpoint of its own."""
+        before = self.checkpoints()
+        self._wait(lambda: len(self.attempts()) >= attempt)
+        self._wait(lambda: self.checkpoints() - before)
+
+    def suffer(self, name: str, event: Callable[[], object], *outcomes: str) -> None:
+        """Let something happen in mid stage; wait for the next step that is trained after it."""
+        number = len(self.attempts())
+        happened = time.monotonic()
+        event()
+        self._wait(lambda: len(self.attempts()) > number)
+        new = self.attempts()[number]
+        self._wait(lambda: (self.run / "domain/metrics.jsonl").stat().st_mtime > new["started"] + 2)
+        took = time.monotonic() - happened
+        old = self.attempts()[number - 1]
+        self.told.append(f"{name}: {old['outcome']}, next step after {took:.0f} s")
+        assert old["outcome"] in outcomes, (name, old)
+
+    def _wait(self, is_true: Callable[[], object]) -> None:
+        wait_for(lambda: is_true() or self._over(), RESTART_SECONDS, self.story)
+
+    def _over(self) -> None:
+        state = self.cluster.job(self.job)["JobState"]
+        assert state not in OVER or state == "NODE_FAIL", self.story()
+
+    def story(self) -> str:
+        """What is known."""
+        return f"{self.told} {self.attempts()} {self.cluster.log_of(self.job)}"
+
+
+def weights(run: Path) -> list[bytes]:
+    """The last adapter and the merged model."""
+    names = ("domain/adapter", "task/adapter", "task/merged")
+    return [next((run / name).glob("*.safetensors")).read_bytes() for name in names]
+
+
+@pytest.mark.timeout(420)
+def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = [*TWO_NODES, "--nodelist=n3,n4"]
+    other = submit("70b-qlora", options, [*KEYS, f"output.folder={whole}"])
+    # Slurm looks at the clock every half minute: so the limit's warning falls in a training.
+    options = [*TWO_NODES, "--exclude=n3,n4", "--time=1", "--signal=B:USR1@20"]
+    job = submit("70b-qlora", options, [*KEYS, f"output.folder={run}"])
+    disturbed = Disturbed(cluster, job, run)
+    disturbed.until_training(1)
+
+    def no_limit() -> None:
+        cluster.until(job, lambda facts: facts.get("Restarts") == "1", 90)
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+    disturbed.suffer("time limit", no_limit, "warned")
+    warn = ["scancel", "--batch", "--signal=USR1", job]
+    disturbed.suffer("warned", lambda: cluster.run(*warn), "warned")
+    high = ["--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    nodes = "--nodelist=" + ",".join(f"n{number}" for number in disturbed.nodes())
+    disturbed.suffer("preempted", lambda: cluster.sbatch(*high, nodes), "preempted")
+    disturbed.until_training(4)
+    worker = cluster.processes(disturbed.nodes()[1], "dtrain.train")[0]
+    lost = ("lost a worker", "crashed")
+    disturbed.suffer("worker killed", lambda: cluster.run("kill", "-KILL", worker), *lost)
+    disturbed.until_training(5)
+    agent = cluster.processes(disturbed.nodes()[1], "dtrain.torchrun")[0]
+    disturbed.suffer("agent killed", lambda: cluster.run("kill", "-KILL", agent), *lost)
+    disturbed.until_training(6)
+    node = f"NodeName=n{disturbed.nodes()[1]}"
+    down = ["scontrol", "update", node, "State=DOWN", "Reason=test"]
+    disturbed.suffer("node down", lambda: cluster.run(*down), "lost", "completing", "node_fail")
+    cluster.run("scontrol", "update", node, "State=RESUME")
+    print("\n".join(disturbed.told))
+    assert cluster.wait(other)["JobState"] == "COMPLETED"
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert weights(run) == weights(whole)
