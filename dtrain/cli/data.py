@@ -1,0 +1,93 @@
+"""`dtrain data`: what is in the data, before a GPU is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.cli.arguments import Overrides
+from dtrain.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from dtrain.config.schema import Recipe, Stage
+
+app = typer.Typer(help="Look at data, check it, clean it.", no_args_is_help=True)
+
+Address = Annotated[
+    str, typer.Argument(metavar="RECIPE|PATH", help="A recipe, or a file or folder of rows.")
+]
+StageName = Annotated[
+    str | None, typer.Option("--stage", metavar="NAME", help="Stage of the recipe; the first.")
+]
+
+
+@app.callback()
+def data() -> None:
+    """Look at data, check it, clean it."""
+
+
+@app.command()
+def show(
+    address: Address,
+    overrides: Overrides = None,
+    stage: StageName = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 3,
+) -> None:
+    """Print the first sequences as the model will see them, what is learnt in green.
+
+    Of a PATH: its first rows as they were read, whatever their format.
+    """
+    from dtrain.core.log import console
+
+    texts = _rows_of_path(address, count)
+    if is_recipe(address):
+        from dtrain.config.load import load_recipe
+
+        recipe = load_recipe(address, overrides or [])
+        texts = _rows_of_stage(recipe, chosen_stage(recipe, stage), count, console.is_terminal)
+    for text in texts:
+        console.print(text, end="")
+
+
+def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> Iterator[Text]:
+    from dtrain.data.show import sequences
+    from dtrain.pipeline.looking import stage_mixture
+
+    mixture, tokenizer = stage_mixture(recipe, stage)
+    yield from sequences(mixture, tokenizer, recipe.seed, count, colour)
+
+
+def _rows_of_path(path: str, count: int) -> Iterator[Text]:
+    from dtrain.config.schema import Source
+    from dtrain.core.folders import cache_folder
+    from dtrain.data.formats import read_on
+    from dtrain.data.show import as_brought
+    from dtrain.data.sources import find_parts
+
+    parts = find_parts(Source(path=path), cache_folder() / "stores")
+    yield from as_brought(read_on(parts, "auto"), parts, count)
+
+
+def is_recipe(address: str) -> bool:
+    """Whether the address is of a recipe, not of data."""
+    from dtrain.recipes import shipped
+
+    return Path(address).suffix in (".yaml", ".yml") or address in shipped()
+
+
+def chosen_stage(recipe: Recipe, name: str | None) -> Stage:
+    """The stage of that name; the first without a name.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    found = [stage for stage in recipe.stages if name in (None, stage.name)]
+    if not found:
+        names = ", ".join(stage.name for stage in recipe.stages)
+        raise UserError("there is no such stage", where=f"--stage {name}", fix=f"one of {names}")
+    return found[0]

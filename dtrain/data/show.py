@@ -1,0 +1,114 @@
+"""Rows for a person to look at: as the model will see them, or as they were brought."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.data.conversations import Pair, Talk
+from dtrain.data.formats import Fault, Record
+from dtrain.data.mixture import Mixture, Row
+from dtrain.data.sources import Part
+
+HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
+# Data may hold what a terminal obeys; its pictures are printed instead.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text with pictures of control characters instead of these."""
+    return text.translate(CONTROLS)
+
+
+def sequences(
+    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, colour: bool
+) -> Iterator[Text]:
+    """The first sequences of training, document by document.
+
+    Args:
+        mixture: of a stage.
+        tokenizer: that made it.
+        seed: of the recipe.
+        count: sequences to show.
+        colour: learnt tokens in green; else between ⟦ and ⟧.
+    """
+    numbers = mixture.rows_at(0, count, seed).tolist()
+    for place, number in enumerate(numbers[: mixture.rows_per_epoch], start=1):
+        row = mixture.row(number)
+        head = (
+            f"sequence {place}: row {number + 1:,} of {mixture.rows_per_epoch:,}, "
+            f"{row.input_ids.size:,} of {mixture.sequence_tokens:,} tokens, "
+            f"{int(row.supervised.sum()):,} learnt, documents: {row.lengths.size}\n"
+        )
+        yield Text(head, style=HEAD)
+        yield from _documents(row, tokenizer, colour)
+
+
+def _documents(row: Row, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Iterator[Text]:
+    start = 0
+    for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
+        ids = row.input_ids[start : start + length]
+        learnt = row.supervised[start : start + length]
+        note = f"── {place}: tokens {start}–{start + length - 1}, {int(learnt.sum()):,} learnt\n"
+        yield Text(note, style=NOTE) + _coloured(ids, learnt, tokenizer, colour) + Text("\n")
+        start += length
+
+
+def _coloured(
+    ids: np.ndarray, learnt: np.ndarray, tokenizer: PreTrainedTokenizerBase, colour: bool
+) -> Text:
+    """The tokens as text, run by run of what is learnt and what is not."""
+    text = Text()
+    edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
+    for start, stop in pairwise(edges):
+        decoded = tokenizer.decode(ids[start:stop].tolist())
+        piece = printable(str(decoded))
+        if not learnt[start]:
+            text.append(piece)
+        elif colour:
+            text.append(piece, style=LEARNT)
+        else:
+            text.append(f"⟦{piece}⟧")
+    return text
+
+
+def as_brought(records: Iterator[Record | Fault], parts: list[Part], count: int) -> Iterator[Text]:
+    """The first rows as conversations, before any template; a row at fault as its message."""
+    for item in islice(records, count):
+        place = parts[item.part].place(item.number)
+        if isinstance(item, Fault):
+            yield Text(f"── {item.error}\n", style="red")
+            continue
+        yield Text(f"── {place}\n", style=HEAD)
+        for title, value in _sides(item.value):
+            yield (Text(f"{title}\n", style=HEAD) if title else Text()) + _turns(value)
+
+
+def _sides(value: Any) -> Iterator[tuple[str, str | Talk]]:
+    if not isinstance(value, Pair):
+        yield "", value
+        return
+    if value.wanted:
+        yield "wanted", value.wanted
+    if value.unwanted:
+        yield "not wanted", value.unwanted
+
+
+def _turns(value: str | Talk) -> Text:
+    if isinstance(value, str):
+        return Text(printable(value) + "\n")
+    text = Text()
+    if value.tools:
+        text.append("tools: ", style=NOTE).append(f"{[t['function'] for t in value.tools]}\n")
+    for message in value.messages:
+        text.append(f"{message['role']}: ", style=NOTE)
+        style = LEARNT if message["role"] == "assistant" else ""
+        text.append(printable(message["content"]) + "\n", style=style)
+        for call in message.get("tool_calls", []):
+            text.append(f"  calls {call['function']}\n", style=style)
+    return text

@@ -1,0 +1,35 @@
+"""What `dtrain data show` prints: exactly the tokens of training, and which of them are learnt."""
+
+from __future__ import annotations
+
+from dtrain.config.schema import Source
+from dtrain.data.formats import read_on
+from dtrain.data.show import as_brought, sequences
+from dtrain.data.sources import find_parts
+
+TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me, é."}]
+
+
+def test_the_learnt_tokens_are_marked(prepared, write_rows, tokenizer) -> None:
+    path = write_rows("a.jsonl", [{"messages": TURNS}, {"messages": TURNS}])
+    mixture = prepared("sft", [{"path": path}], sequence_tokens=200)
+    told = "".join(text.plain for text in sequences(mixture, tokenizer, 0, 5, colour=False))
+    assert told.count("⟦Me, é.<|im_end|>⟧") == 2 and "⟦" not in told.split("Who?")[0]
+    assert told.count("sequence") == 1 and f"{path}:1: tokens 0–" in told
+    coloured = list(sequences(mixture, tokenizer, 0, 1, colour=True))
+    green = [t.plain[s.start : s.end] for t in coloured for s in t.spans if s.style == "green"]
+    assert green == ["Me, é.<|im_end|>"] * 2
+
+
+def test_rows_as_brought_with_faults_and_without_orders_to_the_terminal(
+    write_rows, tmp_path
+) -> None:
+    rows = [
+        {"prompt": "a\x1b[2J", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b"},
+    ]
+    parts = find_parts(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
+    told = "".join(text.plain for text in as_brought(read_on(parts, "auto"), parts, 9))
+    assert "user: a␛[2J\n" in told and "\x1b" not in told
+    assert "not wanted\nuser: a␛[2J\nassistant: c" in told
+    assert "a.jsonl:2: column `rejected` is missing" in told
