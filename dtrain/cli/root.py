@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from dtrain.cli import check, data, model, recipes, report, run
+from dtrain.cli import check, data, jobs, model, preflight, recipes, report, run, submit
 from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
@@ -20,6 +20,12 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("report")(report.report)
+app.command("submit")(submit.submit)
+app.command("jobs")(jobs.jobs)
+app.command("status")(jobs.status)
+app.command("logs")(jobs.logs)
+app.command("cancel")(jobs.cancel)
+app.command("preflight")(preflight.preflight)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(model.app, name="model")
