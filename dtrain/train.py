@@ -125,9 +125,11 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
     )
     watch.start()
     try:
-        return run_chain(recipe, inputs, world, stop, watch, allowed)
+        finished = run_chain(recipe, inputs, world, stop, watch, allowed)
     finally:
         watch.stop()
+    stop.forget_file()
+    return finished
 
 
 if __name__ == "__main__":

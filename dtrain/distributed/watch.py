@@ -5,6 +5,9 @@ has passed, where it is and its stack. A rank whose own marks stand still for to
 all heartbeats: a file that no longer changes belongs to a stopped process (SIGSTOP, a dead node);
 if all of them beat, the rank with the fewest marks is the one that the others wait for. The files
 lie in the run folder, so a rank needs no collective, which is what hangs, to look.
+
+Where no limit holds (a start, an evaluation, a save), a rank still looks at its neighbour, and at
+nothing but whether that is stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from dtrain.core.errors import Exit
 
 BEAT_SECONDS = 1.0
 LEAST_LIMIT_SECONDS = 10.0
+NEIGHBOUR_EVERY_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # without a heartbeat from another machine; a long call may hold it up
+STALL_SECONDS = 3.0  # for a heartbeat: the file system stands still, and with it the others'
 STEPS_TO_KNOW = 3  # the first steps compile, allocate and connect
 MEDIAN_OVER_STEPS = 50
 
@@ -43,6 +49,7 @@ class Watch:
         self._marked = self._stepped = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=MEDIAN_OVER_STEPS)
         self._seen: dict[int, tuple[str, float]] = {}
+        self._looked = 0.0
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -50,11 +57,14 @@ class Watch:
     def start(self) -> None:
         """Begin to beat and to watch."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._path(self.rank).unlink(missing_ok=True)  # of an earlier process
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread; who has ended is not missed."""
         self._ended.set()
+        self._thread.join(STALL_SECONDS)
+        self._path(self.rank).unlink(missing_ok=True)
 
     def mark(self, position: str) -> None:
         """The main thread has come to `position`."""
@@ -92,13 +102,43 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
+            began = time.monotonic()
             with suppress(OSError):  # a full disk must not look like a hang
                 self._beat()
-            limit = self.limit_seconds()
-            if limit is None or self._patient or time.monotonic() - self._marked < limit:
+            if time.monotonic() - began > STALL_SECONDS:
                 self._seen.clear()
-            elif culprits := self._look(limit):
+            elif culprits := self._culprits():
                 self._end(culprits)
+
+    def _culprits(self) -> list[dict[str, Any]]:
+        """Ranks because of which this one does not move on; none while it does."""
+        stood, limit = time.monotonic() - self._marked, self.limit_seconds()
+        if stood < LEAST_LIMIT_SECONDS / 2:
+            self._seen.clear()
+            return []
+        if limit is None or self._patient:
+            return self._look_at_neighbour()
+        return self._look(limit) if stood >= limit else []
+
+    def _look_at_neighbour(self) -> list[dict[str, Any]]:
+        """The next rank, if it is stopped."""
+        now = time.monotonic()
+        if self.ranks == 1 or now - self._looked < NEIGHBOUR_EVERY_SECONDS:
+            return []
+        self._looked = now
+        beat = self._read((self.rank + 1) % self.ranks)
+        here = beat.get("host") == socket.gethostname()
+        if not beat["beat"] or (here and not is_stopped(int(beat["pid"]))):
+            return []
+        silent = self._silent_seconds(beat)
+        return [beat] if silent > (0 if here else SILENT_SECONDS) else []
+
+    def _silent_seconds(self, beat: dict[str, Any]) -> float:
+        """How long this heartbeat was seen unchanged."""
+        now, seen = time.monotonic(), self._seen.get(beat["rank"])
+        if seen is None or seen[0] != str(beat["beat"]):
+            seen = self._seen[beat["rank"]] = (str(beat["beat"]), now)
+        return now - seen[1]
 
     def _beat(self) -> None:
         frame = sys._current_frames().get(self._main or 0)
@@ -122,11 +162,7 @@ class Watch:
         """Ranks that are to blame; empty while it is too early to say."""
         beats = [self._read(rank) for rank in range(self.ranks)]
         now = time.monotonic()
-        for beat in beats:
-            seen = self._seen.get(beat["rank"])
-            if seen is None or seen[0] != str(beat["beat"]):
-                self._seen[beat["rank"]] = (str(beat["beat"]), now)
-        stopped = [b for b in beats if now - self._seen[b["rank"]][1] > LEAST_LIMIT_SECONDS / 2]
+        stopped = [b for b in beats if self._silent_seconds(b) > LEAST_LIMIT_SECONDS / 2]
         if stopped:
             return stopped
         if any(b["patient"] for b in beats) or now - self._marked < 2 * limit:
@@ -155,3 +191,11 @@ class Watch:
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a process of this machine is stopped, as by SIGSTOP."""
+    with suppress(OSError):
+        # The name, in brackets, may hold anything; the state is the letter after it.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False

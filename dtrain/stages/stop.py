@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from dtrain.core.errors import Exit
 from dtrain.launching.commands import STOP_FILE
 
 END_TIME_VARIABLES = ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME")  # seconds since 1970
@@ -19,13 +20,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopFlag:
     """Set by a signal, by a file named `stop` in the run folder, or by the job's end coming near.
 
-    Once set it stays so.
+    Once set it stays so. Ctrl-C again, a second or more later, ends this process at once.
     """
 
     def __init__(self, run: Path, *, looks_at_file: bool) -> None:
         self._file = run / STOP_FILE if looks_at_file else None
         self._end = end_time(os.environ)
         self._asked = False
+        self._interrupted: float | None = None
 
     def listen(self) -> None:
         """Catch the signals from now on. More of them than one do no harm."""
@@ -46,6 +48,17 @@ class StopFlag:
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        if number == signal.SIGINT:
+            # A launcher may pass on what the terminal has sent to this process already.
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > 1:
+                os._exit(Exit.GO_ON)  # what is saved stays whole, whatever comes
+            self._interrupted = self._interrupted or now
+
+    def forget_file(self) -> None:
+        """The file has done its work; the next start shall not stop because of it."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 def end_time(environ: Mapping[str, str]) -> float | None:
