@@ -1,0 +1,158 @@
+"""Jobs as a person starts them: the shipped scripts, `dtrain submit`, submitit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from cluster import ROOT, Cluster, wait_for
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "slurm").glob("*.sh") if path.stem != "job")
+CANARY = "canary-9f27c1"
+SHORT = [
+    "evaluation.sets={}",
+    *(f"stages.{stage}.train.evaluate_every_steps=null" for stage in ("domain", "task")),
+    *(f"stages.{stage}.train.evaluate_on=null" for stage in ("domain", "task")),
+]
+LONG = [*SHORT, "stages.domain.train.steps=3000", "stages.domain.train.checkpoint_every_steps=50"]
+
+
+def attempts(run: Path) -> list[dict]:
+    path = run / "slurm/attempts.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def until_training(cluster: Cluster, run: Path, job: str) -> None:
+    """Wait for a first checkpoint."""
+    wait_for(
+        lambda: next(run.glob("domain/checkpoints/step-*/manifest.json"), None),
+        90,
+        lambda: cluster.log_of(job),
+    )
+
+
+def dtrain(cluster: Cluster, *arguments: object, check: bool = True) -> str:
+    python = f"{cluster.environment['DTRAIN_ENV']}/bin/python"
+    done = cluster.run(python, "-m", "dtrain", *arguments, check=check)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_slurm_would_take_every_script(cluster, script):
+    said = cluster.run("sbatch", "--test-only", f"slurm/{script}.sh").stderr
+    assert "to start at" in said
+
+
+@pytest.mark.timeout(180)
+def test_70b_qlora_on_a_tiny_model_and_no_secret_leaks(cluster, submit, tmp_path):
+    run = tmp_path / "run"
+    method = [f"stages.{stage}.method.kind=qlora" for stage in ("domain", "task")]
+    keys = [*SHORT, *method, "engine={kind: fsdp2, shard: node}", "launch.processes=2"]
+    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "DTRAIN_PREFLIGHT": "on"}
+    job = submit("70b-qlora", [], [*keys, f"output.folder={run}"], **secrets)
+    arguments = watch_arguments(cluster, job)
+    facts, log = cluster.job(job), cluster.log_of(job)
+    assert facts["JobState"] == "COMPLETED", log
+    for stage in ("domain", "task"):
+        assert (run / stage / "adapter/adapter_model.safetensors").is_file()
+    assert (run / "task/merged/config.json").is_file()
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert {a["engine"] for a in lineage["artefacts"]} == {"fsdp2"}
+    assert {a["ranks"] for a in lineage["artefacts"]} == {4}
+    assert "all is well on 2 nodes" in log and "all-reduce inside a node" in log
+    shown = cluster.run("scontrol", "show", "job", "-dd", job).stdout
+    script = cluster.run("scontrol", "write", "batch_script", job, "-").stdout
+    for text in (arguments, log, shown, script):
+        assert CANARY not in text
+    found = subprocess.run(["grep", "-rl", CANARY, run, tmp_path], capture_output=True, text=True)
+    assert found.stdout == ""
+
+
+def watch_arguments(cluster: Cluster, job: str) -> str:
+    """Every command line on the cluster while a job runs."""
+    seen: set[str] = set()
+
+    def look() -> bool | None:
+        seen.update(cluster.run("ps", "-eo", "args").stdout.splitlines())
+        return cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") or None
+
+    wait_for(look, 150, lambda: cluster.log_of(job))
+    assert any("dtrain.train" in line for line in seen)
+    return "\n".join(seen)
+
+
+def test_mistake_fails_at_once_and_is_not_tried_again(cluster, submit, tmp_path):
+    job = submit("single-node", [], ["engine.kin=ddp", f"output.folder={tmp_path}/run"])
+    facts = cluster.wait(job, 20)
+    assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0"
+    assert facts["ExitCode"] == "2:0"
+    assert "did you mean" in cluster.log_of(job)
+
+
+@pytest.mark.timeout(150)
+def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
+    run = tmp_path / "run"
+    broken = {"GLOO_SOCKET_IFNAME": "nowhere", "DTRAIN_MAX_FAILURES": "2"}
+    keys = [*SHORT, "launch.processes=1", f"output.folder={run}"]
+    job = submit("single-node", ["--gpus-per-node=1"], keys, **broken)
+    cluster.until(job, lambda facts: facts["JobState"] == "FAILED", 120)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [a["action"] for a in attempts(run)] == ["requeue", "stop"]
+    assert "2 failures in a row without a new checkpoint" in cluster.log_of(job)
+
+
+@pytest.mark.timeout(150)
+def test_submitted_under_a_hostile_name_seen_and_cancelled(cluster, tmp_path):
+    run = tmp_path / "a'; touch stolen; $(touch stolen) #\n%j"
+    keys = [*LONG, "device=cpu", "launch.processes=1", "name=\"a'; touch stolen\""]
+    folder = f"output.folder={json.dumps(str(run))}"
+    said = dtrain(cluster, "submit", "tiny", "--prepare", *keys, folder)
+    preparation, job = said.split(";")[0].removeprefix("submitted job ").split(" and then ")
+    assert "waiting: Dependency" in dtrain(cluster, "status", run)
+    again = dtrain(cluster, "submit", "tiny", *keys, folder, check=False)
+    assert "for this run folder" in again
+    assert cluster.wait(preparation)["JobState"] == "COMPLETED"
+    until_training(cluster, run, job)
+    assert f"job {job} " in dtrain(cluster, "jobs")
+    time.sleep(1)
+    status = dtrain(cluster, "status", run)
+    assert "is running on" in status and "requeued never" in status
+    assert f"attempt 1 of job {job}" in dtrain(cluster, "logs", run)
+    assert job in dtrain(cluster, "cancel", run)
+    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    time.sleep(3)
+    facts = cluster.job(job)
+    assert facts["JobState"] == "CANCELLED" and facts["Restarts"] == "0"
+    assert not [*tmp_path.rglob("stolen"), *ROOT.glob("stolen")]
+
+
+@pytest.mark.timeout(200)
+def test_submitit(cluster, tmp_path):
+    python = f"{cluster.environment['DTRAIN_ENV']}/bin/python"
+    common = [python, "launch/submit.py", "--folder", tmp_path / "submitit", "--gpus", 1]
+    keys = ["device=cpu", "evaluation.questions=null", "launch.processes=1"]
+    run = tmp_path / "run"
+    job = cluster.run(*common, "--nodes", 2, "tiny", *keys, *LONG[:-2], f"output.folder={run}",
+                      "stages.domain.train.steps=600", "stages.domain.train.checkpoint_every_steps=50"
+                      ).stdout.strip()  # fmt: skip
+    until_training(cluster, run, job)
+    cluster.run("scancel", "--signal=USR2", job)  # as its time-out would
+    recipes = []
+    for number in range(3):
+        recipe = tmp_path / f"r{number}.yaml"
+        text = (ROOT / "dtrain/recipes/tiny.yaml").read_text()
+        recipe.write_text(text.replace("runs/tiny", f"{tmp_path}/array-{number}"))
+        recipes.append(recipe)
+    array = cluster.run(*common, *recipes, *keys, *SHORT).stdout.split()
+    assert len({name.split("_")[0] for name in array}) == 1 and len(array) == 3
+    for name in [job, *array]:
+        facts = cluster.wait(name, 150)
+        assert facts["JobState"] == "COMPLETED", (name, facts, cluster.log_of(name))
+    assert [a["outcome"] for a in attempts(run)] == ["warned", "finished"]
+    for folder in [run, *(tmp_path / f"array-{number}" for number in range(3))]:
+        assert (folder / "task/merged/config.json").is_file()
+
+
