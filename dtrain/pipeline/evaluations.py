@@ -16,6 +16,7 @@ from dtrain.data.prepare import Mixture
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.evaluation.answers import answer
+from dtrain.monitoring.metrics import finite
 from dtrain.stages.step import held_out_loss
 
 BASE = "base"
@@ -81,7 +82,7 @@ class Evaluations:
     def write(self, world: World) -> None:
         """Write the file (first rank)."""
         if world.is_first:
-            write_json(self.path, self.known)
+            write_json(self.path, finite(self.known))
 
 
 def read_questions(path: Path, count: int) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dtrain.checkpoints.folder import clean_leftovers, newest_complete
 from dtrain.checkpoints.identity import require_same
@@ -28,12 +29,13 @@ from dtrain.data.prepare import Mixture
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import Engine, Fill
+from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.merge import merge, replace
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
 from dtrain.pipeline.evaluations import Evaluations
 from dtrain.pipeline.inputs import Inputs
@@ -90,7 +92,7 @@ class StageRun:
             attempt=self.world.share_text(uuid.uuid4().hex[:8]),
             published=lambda path: retain(path.parent, keep, best=True, every=None),
         )
-        job.save = lambda now: self.save(saver, engine, now)
+        job.save = lambda now: self.save(saver, job)
         if job.progress.step == 0 and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
         job.wants_stop = lambda seconds: self.stop.is_set(seconds, saver.seconds)
@@ -130,14 +132,8 @@ class StageRun:
         """Base, adapter, engine; with the state of `checkpoint` where there is one."""
         method, world = self.stage.method, self.world
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
-        base = load_base(
-            self.base,
-            self.recipe.model,
-            quantised=method.kind == "qlora",
-            dtype=dtype,
-            device=world.device,
-        )
-        model = attach(base, method, seed=self.recipe.seed)
+        base, fill = self.open_base(dtype)
+        model = attach(base, method, seed=self.recipe.seed, device=world.device)
         trainable, total = parameter_counts(model)
         say(
             f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
@@ -146,11 +142,25 @@ class StageRun:
         )
         if checkpoint is not None:
             load_trainable(model, checkpoint)
-        engine = build_engine(model, self.recipe, self.stage, world)
+        engine = build_engine(model, self.recipe, self.stage, world, fill)
         if checkpoint is not None:
             checkpoint.restore(engine.pieces())
+            engine.restored()
             engine.set_updates(checkpoint.state["updates"])
         return engine
+
+    def open_base(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Fill]:
+        """The base, and what fills it: whole at once, or in blocks for an engine that shards."""
+        settings: dict[str, Any] = {
+            "quantised": self.stage.method.kind == "qlora",
+            "dtype": dtype,
+            "device": self.world.device,
+        }
+        if self.recipe.engine.kind in SHARDING:
+            streamed = stream_base(self.base, self.recipe.model, **settings)
+            if streamed is not None:
+                return streamed.model, streamed.fill
+        return load_base(self.base, self.recipe.model, **settings), lambda block: None
 
     def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
         """The loop's inputs, at the checkpoint's step or at the start."""
@@ -180,14 +190,15 @@ class StageRun:
         path = self.folder.path / "metrics.jsonl"
         return Metrics(path, resume_at=step) if self.world.is_first else None
 
-    def save(self, saver: Saver, engine: Engine, now: Progress) -> None:
+    def save(self, saver: Saver, job: Job) -> None:
         """Checkpoint this moment; the write itself goes on in the background."""
+        engine, now = job.engine, job.progress
         state = {
             "updates": engine.updates,
             "progress": asdict(now),
             "inputs": self.folder.inputs,
             "base": self.inputs.base_fingerprint,
-            "held_out_loss": now.best_held_out,
+            "held_out_loss": job.held_out_loss(),
         }
         saver.save(now.step, engine.pieces() if engine.owns_pieces else (), state)
 
@@ -266,7 +277,7 @@ def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     DeepSpeed makes its own copies of what it finds at the start, and would go on with those.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name in checkpoint.names:
+        if parameter.requires_grad and not parameter.is_meta and name in checkpoint.names:
             parameter.copy_(read_whole(checkpoint, name))
 
 

@@ -32,7 +32,7 @@ class Progress:
     non_finite_in_a_row: int = 0
     non_finite: int = 0
     ended_early: bool = False
-    held_out: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, float | None] = field(default_factory=dict)
     best_held_out: float | None = None
     evaluations_without_best: int = 0
     seconds: float = 0.0
@@ -65,6 +65,13 @@ class Job:
     def train(self) -> Any:
         """The recipe's `train` group."""
         return self.engine.stage.train
+
+    def held_out_loss(self) -> float | None:
+        """Of the watched set, if it was measured after this very step and is finite."""
+        now, every = self.progress, self.train.evaluate_every_steps
+        if self.watched is None or not due(now.step, every) or now.step == self.loader.steps:
+            return None
+        return now.held_out.get(self.watched)
 
 
 def fit(job: Job) -> str:
@@ -160,15 +167,14 @@ def non_finite_line(job: Job, step: int) -> dict[str, Any]:
 def evaluate(job: Job) -> None:
     """Measure every held-out set, and remember whether the watched one got better."""
     now = job.progress
-    now.held_out = {
-        name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()
-    }
-    write(job, {"step": now.step, "held_out": now.held_out})
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in now.held_out.items())
-    say(f"step {now.step}: held-out loss: {losses}")
+    losses = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
+    now.held_out = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
+    write(job, {"step": now.step, "held_out": losses})
+    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    say(f"step {now.step}: held-out loss: {told}")
     if job.watched is None:
         return
-    loss = now.held_out[job.watched]
+    loss = losses[job.watched]
     better = isfinite(loss) and (now.best_held_out is None or loss < now.best_held_out)
     now.evaluations_without_best = 0 if better else now.evaluations_without_best + 1
     now.best_held_out = loss if better else now.best_held_out
