@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from dtrain.cli import check, data, jobs, model, preflight, recipes, report, run, submit
+from dtrain.cli import check, checkpoints, data, jobs, model, preflight, recipes, report, run, submit
 from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("report")(report.report)
+app.command("checkpoints")(checkpoints.checkpoints)
 app.command("submit")(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)
