@@ -7,7 +7,18 @@ import traceback
 
 import typer
 
-from dtrain.cli import check, checkpoints, data, jobs, model, preflight, recipes, report, run, submit
+from dtrain.cli import (
+    check,
+    checkpoints,
+    data,
+    jobs,
+    model,
+    preflight,
+    recipes,
+    report,
+    run,
+    submit,
+)
 from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
