@@ -7,7 +7,7 @@ gradient over the ranks, so the loop hands it `ranks x` the loss it wants differ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.log import progress
 from dtrain.distributed.world import World
 from dtrain.models.load import resolve_dtype
 
@@ -29,6 +30,10 @@ OPTIMIZERS: dict[str, Any] = {
     "adamw_8bit": AdamW8bit,
     "paged_adamw_8bit": PagedAdamW8bit,
 }
+
+
+Fill = Callable[[nn.Module], None]
+"""Gives the parameters of a block that have no storage yet their values."""
 
 
 class Engine(ABC):
@@ -72,6 +77,10 @@ class Engine(ABC):
     @abstractmethod
     def set_updates(self, updates: int) -> None:
         """Set the optimizer's step counter (Adam's bias correction) after a restore."""
+
+    def restored(self) -> None:
+        """Take over what was copied into the pieces, where the engine computes with copies."""
+        return
 
     def close(self) -> None:
         """Let go of the wrapper and what it holds."""
@@ -135,16 +144,42 @@ class TorchEngine(Engine):
             )
 
 
+def filled_blocks(model: nn.Module, fill: Fill) -> Iterator[nn.Module]:
+    """Each decoder layer, then the whole model, filled just before it is given out.
+
+    An engine that keeps a share of a block before it asks for the next holds one at a time.
+    """
+    blocks = [*decoder_layers(model), model]
+    with progress("loading the base", len(blocks)) as bar:
+        for block in blocks:
+            fill(block)
+            yield block
+            bar.advance()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers says must not be split, outermost first."""
+    names = {
+        name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
+    }
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
 def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over what trains; weight decay on matrices only."""
     train = stage.train
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_matrix(p)], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has two dimensions or more; under ZeRO-3 only DeepSpeed knows them."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine
+from dtrain.engines.base import Engine, Fill
 
 # By name, so that a run under ddp does not pay for importing DeepSpeed.
 ENGINES = {
@@ -21,8 +21,16 @@ ENGINES = {
 }
 
 
-def build_engine(model: nn.Module, recipe: Recipe, stage: Stage, world: World) -> Engine:
+SHARDING = ("fsdp2", "zero3")  # what keeps a share of the base only, and so takes it in blocks
+
+
+def build_engine(
+    model: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+) -> Engine:
     """Wrap `model` in the engine that the resolved recipe names.
+
+    Args:
+        fill: gives blocks of the model their values, if it has none yet.
 
     Raises:
         UserError: the ranks do not fit the engine, or strict sums are asked of one without them.
@@ -43,5 +51,5 @@ def build_engine(model: nn.Module, recipe: Recipe, stage: Stage, world: World) -
             )
         kind = "strict"
     module, name = ENGINES[kind]
-    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world)
+    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, fill)
     return engine

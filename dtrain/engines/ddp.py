@@ -9,14 +9,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
-from dtrain.engines.base import TorchEngine, build_optimizer
+from dtrain.engines.base import Fill, TorchEngine, build_optimizer
 
 
 class Ddp(TorchEngine):
     """torch's DistributedDataParallel."""
 
-    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+    def __init__(
+        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+    ) -> None:
         super().__init__(bare, recipe, stage, world)
+        fill(bare)
         self.owns_pieces = world.is_first
         self.optimizer = build_optimizer(bare, stage)
         # Every rank loaded the same base and drew the same adapter: nothing to broadcast.

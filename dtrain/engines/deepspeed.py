@@ -19,8 +19,10 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import (
     ADAM_KINDS,
     Engine,
+    Fill,
     adam_state,
     build_optimizer,
+    filled_blocks,
     set_learning_rate,
 )
 from dtrain.launching.ds import load_ds_config
@@ -29,7 +31,9 @@ from dtrain.launching.ds import load_ds_config
 class Zero(Engine):
     """What both ZeRO stages share."""
 
-    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+    def __init__(
+        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+    ) -> None:
         super().__init__(bare, recipe, stage, world)
         start_deepspeed(world)
         settings = fill_ds_config(
@@ -39,6 +43,7 @@ class Zero(Engine):
             world,
             dtype=self.compute_dtype,
         )
+        self.place(settings, fill)
         with brief_parameters():
             self.model, *_ = deepspeed.initialize(
                 model=bare, optimizer=build_optimizer(bare, stage), config=settings
@@ -49,6 +54,10 @@ class Zero(Engine):
 
     kind: str
     stage_number: int
+
+    def place(self, settings: dict[str, Any], fill: Fill) -> None:
+        """Fill the model before DeepSpeed takes it."""
+        fill(self.bare)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)
@@ -108,6 +117,22 @@ class Zero3(Zero):
 
     kind, stage_number = "zero3", 3
 
+    def place(self, settings: dict[str, Any], fill: Fill) -> None:
+        where = "cpu" if self.recipe.engine.offload else None
+        for block in filled_blocks(self.bare, fill):
+            if block is not self.bare:  # the rest is partitioned by DeepSpeed itself
+                deepspeed.zero.Init(
+                    module=block,
+                    config_dict_or_path=settings,
+                    dtype=self.compute_dtype,
+                    remote_device=where,
+                    mem_efficient_linear=False,
+                )
+
+    def restored(self) -> None:
+        for group in range(len(self.flat_masters())):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
@@ -143,11 +168,15 @@ def brief_parameters() -> Iterator[None]:
     inside torch's printing in one of some ZeRO-3 starts.
     """
     original = nn.Parameter.__repr__
-    nn.Parameter.__repr__ = lambda self: f"Parameter{tuple(self.shape)}"  # type: ignore
+    nn.Parameter.__repr__ = _shape_only  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
         nn.Parameter.__repr__ = original  # type: ignore[method-assign]
+
+
+def _shape_only(parameter: nn.Parameter) -> str:
+    return f"Parameter{tuple(parameter.shape)}"
 
 
 def fill_ds_config(

@@ -19,17 +19,19 @@ from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import TorchEngine, build_optimizer
+from dtrain.engines.base import Fill, TorchEngine, build_optimizer, filled_blocks
 
 
 class Fsdp2(TorchEngine):
     """torch's fully_shard, one group of parameters a decoder layer."""
 
-    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+    def __init__(
+        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+    ) -> None:
         super().__init__(bare, recipe, stage, world)
         mesh = build_mesh(recipe.engine.shard, world)
-        for module in (*decoder_layers(bare), bare):
-            fully_shard(module, mesh=mesh, mp_policy=self.precision())
+        for block in filled_blocks(bare, fill):
+            fully_shard(block, mesh=mesh, mp_policy=self.precision())
         assert isinstance(bare, FSDPModule)
         self.model = bare
         self.owns_pieces = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
@@ -88,11 +90,3 @@ def build_mesh(shard: str | int, world: World) -> DeviceMesh:
         return init_device_mesh(kind, (group,), mesh_dim_names=("shard",))
     names = ("replicate", "shard")
     return init_device_mesh(kind, (world.size // group, group), mesh_dim_names=names)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers says must not be split, outermost first."""
-    names = {
-        name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
-    }
-    return [m for m in model.modules() if type(m).__name__ in names]

@@ -17,13 +17,15 @@ from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import TorchEngine, build_optimizer
+from dtrain.engines.base import Fill, TorchEngine, build_optimizer
 
 
 class StrictDdp(TorchEngine):
     """Replicas whose weights depend on recipe and data alone."""
 
-    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+    def __init__(
+        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+    ) -> None:
         super().__init__(bare, recipe, stage, world)
         if world.size & (world.size - 1):
             raise UserError(
@@ -34,6 +36,7 @@ class StrictDdp(TorchEngine):
         # A matrix product's rounding depends on how many threads share it.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
+        fill(bare)
         self.model = bare
         self.owns_pieces = world.is_first
         self.optimizer = build_optimizer(bare, stage)

@@ -26,13 +26,20 @@ ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def attach(model: PreTrainedModel, method: schema.Full | schema.Lora, *, seed: int) -> nn.Module:
+def attach(
+    model: PreTrainedModel,
+    method: schema.Full | schema.Lora,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+) -> nn.Module:
     """Make a frozen base trainable.
 
     Args:
-        model: from `load_base`.
+        model: from `load_base` or `stream_base`.
         seed: decides the adapter's first weights, with the layers' names and nothing else: they
             are the same on every rank, device and dtype.
+        device: of the adapter; that of its layer if not given.
 
     Returns:
         lora, qlora: a PEFT model with a float32 adapter and keyed dropout; full: the model itself
@@ -57,7 +64,7 @@ def attach(model: PreTrainedModel, method: schema.Full | schema.Lora, *, seed: i
     model.disable_input_require_grads()
     adapted = get_peft_model(model, config)
     model.disable_input_require_grads()
-    _initialise(adapted, seed)
+    _initialise(adapted, seed, device)
     key_dropouts(adapted)
     adapted.train()
     return adapted
@@ -95,9 +102,9 @@ def _resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str | 
     return list(targets)
 
 
-def _initialise(model: nn.Module, seed: int) -> None:
+def _initialise(model: nn.Module, seed: int, device: torch.device | None) -> None:
     """A uniform as in PEFT (Kaiming, a = √5), B zero; both in float32."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         if not parameter.requires_grad:
             continue
         assert parameter.dim() == 2 and ("lora_A" in name or "lora_B" in name), name
@@ -106,7 +113,9 @@ def _initialise(model: nn.Module, seed: int) -> None:
             digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-        parameter.data = first.to(parameter.device)
+        owner, _, leaf = name.rpartition(".")
+        first = first.to(device or parameter.device)
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(first)
 
 
 def save_adapter(

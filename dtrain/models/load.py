@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -57,24 +56,41 @@ def load_base(
         UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
             mixes documents of a packed row.
     """
-    for path in weight_files(folder):
-        read_header(path)  # a file cut short is said here, with its name
-    config = read_config(folder, trust_remote_code=settings.trust_remote_code)
-    _switch_off_dropout(config)
+    config = configured(folder, settings, dtype, device)
     model, info = _from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation=resolve_attention(settings.attention, config, device, dtype),
+        attn_implementation=config._attn_implementation,
         trust_remote_code=settings.trust_remote_code,
         quantization_config=nf4_config(dtype) if quantised else None,
-        # ZeRO-3 places parameters itself
-        device_map=None if is_deepspeed_zero3_enabled() else {"": device},
+        device_map={"": device},
     )
     _check_complete(folder, info)
     if quantised:
         check_quantised(model)
-        forbid_repacking(model)
+    return made_ready(model, settings)
+
+
+def configured(
+    folder: Path, settings: schema.Model, dtype: torch.dtype, device: torch.device
+) -> PretrainedConfig:
+    """The model's config as it will be trained: whole files, no dropouts, attention chosen.
+
+    Raises:
+        UserError: as `load_base`.
+    """
+    for path in weight_files(folder):
+        read_header(path)  # a file cut short is said here, with its name
+    config = read_config(folder, trust_remote_code=settings.trust_remote_code)
+    _switch_off_dropout(config)
+    config._attn_implementation = resolve_attention(settings.attention, config, device, dtype)
+    return config
+
+
+def made_ready(model: PreTrainedModel, settings: schema.Model) -> PreTrainedModel:
+    """Freeze, and set what holds for every model that is trained."""
+    forbid_repacking(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:

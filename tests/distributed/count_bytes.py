@@ -59,7 +59,7 @@ def main() -> None:
     )
     model = attach(loaded, recipe.stages[0].method, seed=0)
     trainable, total = parameter_counts(model)
-    engine = build_engine(model, recipe, recipe.stages[0], world)
+    engine = build_engine(model, recipe, recipe.stages[0], world, lambda block: None)
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice
