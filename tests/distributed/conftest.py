@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
 WORKER = ["-m", "dtrain.train"]
 TIMEOUT_SECONDS = 240
+GOLDEN = Path(__file__).parents[1] / "golden"
+LOSS_TOLERANCE = 2e-5
+NORM_TOLERANCE = 2e-3  # relative: near convergence a norm is a sum of small cancelling numbers
 
 
 @dataclass
@@ -34,6 +43,17 @@ class Run:
                     values = f"{record['loss']:.6f} {record['grad_norm']:.6f}"
                     lines.append(f"{stage} {record['step']} {values}")
         return lines
+
+    def assert_golden(self, method: str) -> None:
+        """Loss and gradient norm of every step are those of the golden file."""
+        golden = (GOLDEN / f"tiny-{method}.txt").read_text().splitlines()
+        lines = self.losses()
+        assert [line.rsplit(" ", 2)[0] for line in lines] == [g.rsplit(" ", 2)[0] for g in golden]
+        for line, expected in zip(lines, golden, strict=True):
+            loss, norm = map(float, line.split()[2:])
+            golden_loss, golden_norm = map(float, expected.split()[2:])
+            assert loss == pytest.approx(golden_loss, abs=LOSS_TOLERANCE), (line, expected)
+            assert norm == pytest.approx(golden_norm, rel=NORM_TOLERANCE), (line, expected)
 
     def records(self, stage: str) -> list[dict]:
         """Lines of a stage's metrics.jsonl."""
@@ -113,3 +133,193 @@ def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
         return Run(place, done.returncode, output)
 
     return run
+
+
+class Zygote:
+    """Forks ranks; see zygote.py."""
+
+    def __init__(self, cache: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+            cwd=ROOT,
+            env=environment(DTRAIN_CACHE=str(cache), COLUMNS="200"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **request: object) -> int:
+        """One request, one answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+@dataclass
+class Ranks(Run):
+    """The ranks of one start, which may still run: real processes, without a launcher."""
+
+    zygote: Zygote
+    pids: list[int]
+    log: Path
+
+    def wait(self, *expected: int) -> Ranks:
+        """Wait until all have ended, with the status given for all, or those given for each."""
+        statuses = [self.zygote.ask(wait=pid) for pid in self.pids]
+        self.pids.clear()
+        self.output = self.log.read_text()
+        wanted = list(expected) * (len(statuses) if len(expected) == 1 else 1)
+        assert not wanted or statuses == wanted, self.output[-6000:]
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> Ranks:
+        """Signal all ranks."""
+        for pid in self.pids:
+            os.kill(pid, number)
+        return self
+
+    def until(self, happened: Callable[[], object], seconds: float = 60) -> None:
+        """Look until something has happened."""
+        look_until(happened, seconds, lambda: self.log.read_text()[-6000:])
+
+    def is_at(self, stage: str, step: int) -> bool:
+        """Whether the line of a step is written."""
+        with suppress(FileNotFoundError, ValueError):
+            return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
+        return False
+
+
+def look_until(
+    happened: Callable[[], object], seconds: float, tell: Callable[[], str] = lambda: ""
+) -> None:
+    """Look every few milliseconds; fail when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, tell()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def zygote(cache: Path) -> Iterator[Zygote]:
+    """One process that has imported everything."""
+    found = Zygote(cache)
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]]:
+    """Start ranks of `tiny` with overrides on a folder; what still lives at the end is killed."""
+    started: list[Ranks] = []
+
+    def start(
+        *overrides: str,
+        ranks: int = 2,
+        folder: str | Path = "run",
+        options: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> Ranks:
+        place, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
+        arguments = ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
+        arguments += [f"output.folder={place}", *options]
+        port = str(free_port())
+        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        common |= {"MASTER_ADDR": "127.0.0.1", **(env or {})}
+        pids = []
+        for rank in range(ranks):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            request = {"arguments": arguments, "environment": own, "log": str(log)}
+            pids.append(zygote.ask(start=request))
+        started.append(Ranks(place, -1, "", zygote, pids, log))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill().wait()
+
+
+@dataclass
+class Live(Run):
+    """A `dtrain run` under way: a launcher and its workers, in a session of their own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def worker(self, rank: int) -> psutil.Process | None:
+        """The process of a rank, once there is one."""
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.Error, KeyError):
+                    if child.environ()["RANK"] == str(rank):
+                        return child
+        return None
+
+    def until_step(self, stage: str, step: int) -> None:
+        """Look until a step's line is written."""
+
+        def written() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            with suppress(FileNotFoundError, ValueError):
+                return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
+            return False
+
+        look_until(written, TIMEOUT_SECONDS)
+
+    def wait(self, *expected: int) -> Live:
+        """Wait for the end, with one of the given statuses."""
+        self.status = self.process.wait(TIMEOUT_SECONDS)
+        self.output = self.log.read_text()
+        assert not expected or self.status in expected, self.output[-6000:]
+        return self
+
+
+@pytest.fixture
+def dtrain_run(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Live]]:
+    """Start `dtrain run tiny` on two ranks; what still lives at the end is killed."""
+    started: list[Live] = []
+
+    def start(*overrides: str, folder: str = "run", launcher: Sequence[str] = ()) -> Live:
+        log = tmp_path / f"live-{len(started)}"
+        command = list(launcher) or [sys.executable, "-m", "dtrain", "run"]
+        command += ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
+        with open(log, "w", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                [*command, f"output.folder={tmp_path / folder}"],
+                cwd=ROOT,
+                env=environment(DTRAIN_CACHE=str(cache), COLUMNS="200"),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(Live(tmp_path / folder, -1, "", process, log))
+        return started[-1]
+
+    yield start
+    for live in started:
+        for process in (live.worker(0), live.worker(1), live.process):
+            if process is not None:
+                with suppress(psutil.Error):
+                    process.kill()
+        live.process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path], str]:
+    """SHA-256 over adapters and models of a run folder."""
+
+    def digest(folder: Path) -> str:
+        found = hashlib.sha256()
+        for path in sorted(folder.glob("*/[am]*/*.safetensors")):
+            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        return found.hexdigest()
+
+    return digest

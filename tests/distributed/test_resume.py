@@ -1,0 +1,115 @@
+"""Killed, stopped, on other ranks, under another engine: it ends where it would have ended."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the job's end is past: one step, a checkpoint, status 75
+# Dropout shows that no random state is missing: it follows from seed, step and sequence.
+EVERY_STEP = [
+    f"stages.{stage}.{setting}"
+    for stage in ("domain", "task")
+    for setting in ("method.dropout=0.1", "train.checkpoint_every_steps=1")
+]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_killed_in_both_stages_it_ends_at_the_same_weights(start_ranks, weights, engine) -> None:
+    settings = [f"engine.kind={engine}", *EVERY_STEP]
+    undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
+    for stage, step in (("domain", 6), ("task", 3)):
+        run = start_ranks(*settings)
+        run.until(lambda: run.is_at(stage, step))  # noqa: B023
+        run.kill().wait(-signal.SIGKILL)
+    run = start_ranks(*settings).wait(0)
+    assert "stage domain: complete already" in run.output and "going on from step" in run.output
+    assert run.losses() == undisturbed.losses()
+    assert weights(run.folder) == weights(undisturbed.folder)
+
+
+def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
+    legs = [("ddp", 2), ("fsdp2", 1), ("zero2", 2), ("zero3", 4), ("fsdp2", 2), ("zero3", 1)]
+    for engine, ranks in legs:
+        run = start_ranks(f"engine.kind={engine}", ranks=ranks, env=STOP_AT_ONCE).wait(75)
+        assert run.json("outcome.json")["outcome"] == "stopped-to-go-on"
+    micro = [f"stages.{stage}.train.micro_batch_sequences=2" for stage in ("domain", "task")]
+    run = start_ranks("engine.kind=ddp", *micro, ranks=2).wait(0)
+    assert f"going on from step {len(legs)}" in run.output
+    run.assert_golden("lora")
+
+
+@pytest.mark.parametrize("method", ["{kind: full}", "{kind: qlora, r: 4, dropout: 0.1}"])
+def test_other_methods_go_on_as_well(start_ranks, weights, method) -> None:
+    settings = [f"stages.{s}.method={method}" for s in ("domain", "task")]
+    undisturbed = start_ranks(*settings, ranks=1, folder="undisturbed").wait(0)
+    start_ranks(*settings, ranks=1, env=STOP_AT_ONCE).wait(75)
+    run = start_ranks(*settings, ranks=1).wait(0)
+    assert weights(run.folder) == weights(undisturbed.folder)
+
+
+def test_a_signal_stops_it_and_a_second_run_is_refused_meanwhile(dtrain_run) -> None:
+    live = dtrain_run(*EVERY_STEP)
+    live.until_step("domain", 1)
+    recipe = (live.folder / "recipe.yaml").read_bytes()
+    second = dtrain_run("seed=7").wait(2)
+    assert "another run is using this folder" in second.output
+    assert (live.folder / "recipe.yaml").read_bytes() == recipe
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # more than one do no harm
+        live.process.send_signal(number)
+    live.wait(75)
+    assert live.json("outcome.json") == {
+        "outcome": "stopped-to-go-on",
+        "status": 75,
+        "reason": "asked to stop; start it again to go on",
+    }
+    (live.folder / "stop").touch()  # of this stop; the next run does not heed it
+    again = dtrain_run(*EVERY_STEP).wait(0)
+    assert "going on from step" in again.output
+    assert again.json("outcome.json")["outcome"] == "finished"
+
+
+def test_a_stop_file_stops_it_once(start_ranks) -> None:
+    run = start_ranks()
+    run.folder.mkdir(exist_ok=True)
+    (run.folder / "stop").touch()
+    run.wait(75)
+    assert not (run.folder / "stop").exists()
+    assert len(run.records("domain")) == 1
+
+
+def test_a_killed_worker_comes_back_under_a_launcher_that_restarts(
+    dtrain_run, start_ranks, weights
+) -> None:
+    undisturbed = start_ranks(*EVERY_STEP, folder="undisturbed").wait(0)
+    launcher = [sys.executable, "-m", "dtrain.torchrun", "--standalone", "--nproc-per-node=2"]
+    launcher += ["--max-restarts=2", "-m", "dtrain.train"]
+    live = dtrain_run(*EVERY_STEP, launcher=launcher)
+    live.until_step("domain", 3)
+    live.worker(1).kill()
+    live.wait(0)
+    assert "going on from step" in live.output
+    assert weights(live.folder) == weights(undisturbed.folder)
+
+
+def test_a_finished_stage_may_be_lengthened_and_its_results_are_made_again(
+    start_ranks, weights
+) -> None:
+    settings = ["stages.domain.train.schedule=constant", "evaluation={sets: {}}"]
+    settings += [
+        f"stages.{stage}.train.{key}=null"
+        for stage in ("domain", "task")
+        for key in ("evaluate_on", "evaluate_every_steps")
+    ]
+    steps = "stages.domain.train.steps"
+    long = start_ranks(*settings, f"{steps}=8", ranks=1, folder="long").wait(0)
+    start_ranks(*settings, f"{steps}=4", ranks=1, folder="run", env={}).wait(0)
+    (long.folder.parent / "run/task").rename(long.folder.parent / "task of the shorter one")
+    refused = start_ranks(*settings, f"{steps}=8", ranks=1).wait(2)
+    assert "train.steps: 4 in the checkpoint, 8 now" in refused.output
+    allow = ["--allow-change", "train.steps"]
+    run = start_ranks(*settings, f"{steps}=8", ranks=1, options=allow).wait(0)
+    assert "allowed to change: train.steps" in run.output
+    assert weights(run.folder) == weights(long.folder)

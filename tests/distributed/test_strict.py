@@ -1,0 +1,60 @@
+"""`determinism: strict`: one weight hash, whatever the number of ranks, with dropout on."""
+
+from __future__ import annotations
+
+import pytest
+
+SETTINGS = ["determinism=strict", "evaluation={sets: {}}"] + [
+    f"stages.{stage}.{setting}"
+    for stage in ("domain", "task")
+    for setting in (
+        "method.dropout=0.2",
+        "train.steps=4",
+        "train.evaluate_every_steps=null",
+        "train.evaluate_on=null",
+    )
+]
+STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, str]:
+    """What the first of these tests has found."""
+    return {}
+
+
+def same(known: dict[str, str], found: str) -> bool:
+    return known.setdefault("hash", found) == found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_same_weights_on_any_number_of_ranks(start_ranks, weights, known, ranks) -> None:
+    run = start_ranks(*SETTINGS, ranks=ranks).wait(0)
+    assert same(known, weights(run.folder))
+
+
+def test_the_same_weights_when_ranks_change_in_mid_run(start_ranks, weights, known) -> None:
+    for ranks in (2, 1):
+        start_ranks(*SETTINGS, ranks=ranks, env=STOP_AT_ONCE).wait(75)
+    run = start_ranks(*SETTINGS, ranks=4).wait(0)
+    assert "going on from step 2" in run.output
+    assert same(known, weights(run.folder))
+
+
+def test_another_dropout_gives_other_weights(start_ranks, weights, known) -> None:
+    """Or the tests above would show nothing."""
+    run = start_ranks(*SETTINGS, "seed=1", ranks=1).wait(0)
+    assert not same(known, weights(run.folder))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "said"),
+    [
+        (["engine.kind=fsdp2"], 2, "fsdp2 sums gradients in an order of its own"),
+        (["stages.0.train.global_batch_sequences=6"], 3, "3 ranks: the order of sums"),
+    ],
+)
+def test_where_strict_does_not_hold_it_is_refused(start_ranks, overrides, ranks, said) -> None:
+    run = start_ranks(*SETTINGS, *overrides, ranks=ranks).wait(2)
+    assert said in run.output and run.output.count("error:") == 1
+    assert "Traceback" not in run.output
