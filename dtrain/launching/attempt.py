@@ -36,6 +36,7 @@ from dtrain.launching.decide import Bounds, Ended, Verdict, decide
 
 LOCK_SECONDS = 120  # a worker whose agent was killed may take a while to end
 REQUEUE_SECONDS = 600
+NEAR_END_SECONDS = 600  # ranks with long steps stop by themselves before Slurm warns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,6 +194,7 @@ def end(run: Path, status: int, warned: bool, environ: Mapping[str, str]) -> int
     """
     attempts, job = attempts_of(run), environ["SLURM_JOB_ID"]
     attempt = attempts[-1]
+    warned = warned or is_near_end(environ)
     ended = what_is_known(run, attempts, status, warned, slurm.job_state(job))
     verdict = decide(ended, bounds_from(environ))
     attempt.ended, attempt.outcome = time.time(), verdict.outcome
@@ -203,6 +205,12 @@ def end(run: Path, status: int, warned: bool, environ: Mapping[str, str]) -> int
         slurm.requeue(job)
         time.sleep(REQUEUE_SECONDS)  # until Slurm ends this script
     return verdict.status
+
+
+def is_near_end(environ: Mapping[str, str]) -> bool:
+    """Whether the job's time is nearly over."""
+    end_time = environ.get("SLURM_JOB_END_TIME", "")
+    return end_time.isdecimal() and int(end_time) - time.time() < NEAR_END_SECONDS
 
 
 def what_is_known(

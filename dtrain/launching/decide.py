@@ -86,7 +86,9 @@ def decide(ended: Ended, bounds: Bounds) -> Verdict:
         why = f"{outcome}; {ended.failures + 1} failures in a row without a new checkpoint"
         return Verdict("stop", "failed", why, ends_with)
     if ended.tries >= bounds.tries:
-        return Verdict("stop", "failed", f"{outcome}; that was try {ended.tries}, the last", ends_with)
+        return Verdict(
+            "stop", "failed", f"{outcome}; that was try {ended.tries}, the last", ends_with
+        )
     return Verdict("requeue", outcome, outcome, ends_with)
 
 
@@ -94,7 +96,7 @@ def _what_happened(ended: Ended) -> tuple[str, bool]:
     """One word, and whether it counts as a failure."""
     if ended.job.is_preempted:
         return "preempted", False
-    if ended.warned:
+    if ended.warned and (ended.outcome is None or ended.outcome == Exit.GO_ON):
         return "warned", False
     if Exit.HANG in (ended.outcome, ended.status):
         return "hang", True

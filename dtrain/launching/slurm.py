@@ -88,16 +88,17 @@ def parse_state(text: str) -> JobState:
 
 def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
     """The caller's jobs that wait or run, or those of `jobs` that do."""
-    separator = "\x1f"  # no name, reason or comment holds it
+    separator, last = "\x1f", "\x1e"  # a comment names a folder, which may hold a line break
     choice = [f"--jobs={','.join(jobs)}"] if jobs is not None else ["--me"]
+    form = separator.join(_QUEUE_FIELDS) + last
     try:
-        text = ask(["squeue", "--noheader", f"--format={separator.join(_QUEUE_FIELDS)}", *choice])
+        text = ask(["squeue", "--noheader", f"--format={form}", *choice])
     except UserError as error:
         if "Invalid job id" in error.what:  # long gone
             return []
         raise
-    lines = (line.split(separator) for line in text.splitlines())
-    return [QueuedJob(*fields) for fields in lines if len(fields) == len(_QUEUE_FIELDS)]
+    records = (record.split(separator) for record in text.split(f"{last}\n"))
+    return [QueuedJob(*fields) for fields in records if len(fields) == len(_QUEUE_FIELDS)]
 
 
 def requeue(job: str) -> None:

@@ -78,7 +78,7 @@ class Submission:
     def tell(self) -> str:
         """Both, as a person could type them."""
         command = " ".join(quote(word) for word in self.command)
-        return f"{self.script}\n# {self.path}, submitted by:\n# " + command.replace("\n", "\n# ")
+        return f"{self.script}\n# submitted by:\n# " + command.replace("\n", "\n# ")
 
 
 def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:

@@ -23,7 +23,7 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.launching.attempt import begin, end
-from dtrain.launching.commands import STOP_FILE, torchrun_command
+from dtrain.launching.commands import torchrun_command
 
 WARN_SECONDS = 300
 
@@ -44,11 +44,13 @@ class Training:
         """
         os.chdir(self.working)
         run, command = self._begin()
-        status = self._train(command, run)
+        status = self._train(command)
         if "SLURM_JOB_ID" in os.environ:
-            # Nobody but Slurm warns here: whoever asks by hand leaves a stop file.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, and a requeue waits
-            warned = status == Exit.GO_ON and not (run / STOP_FILE).exists()
+            signal.signal(
+                signal.SIGTERM, signal.SIG_DFL
+            )  # submitit ignores it, and a requeue waits
+            # The warning goes to the ranks, not here; nobody else asks them to stop.
+            warned = status == Exit.GO_ON
             status = end(run, status, warned, os.environ)
         if status != Exit.FINISHED:
             what = f"ended with status {status}"
@@ -71,7 +73,7 @@ class Training:
             run / "recipe.yaml", 1 if ranks == "auto" and recipe.device == "cpu" else ranks
         )
 
-    def _train(self, command: Sequence[str], run: Path) -> int:
+    def _train(self, command: Sequence[str]) -> int:
         process = subprocess.Popen(command)
         before = signal.getsignal(signal.SIGUSR2)
 

@@ -95,7 +95,7 @@ def test_mistake_fails_at_once_and_is_not_tried_again(cluster, submit, tmp_path)
 @pytest.mark.timeout(150)
 def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
     run = tmp_path / "run"
-    broken = {"GLOO_SOCKET_IFNAME": "nowhere", "DTRAIN_MAX_FAILURES": "2"}
+    broken = {"LOGLEVEL": "no level", "DTRAIN_MAX_FAILURES": "2"}  # torchrun dies of it
     keys = [*SHORT, "launch.processes=1", f"output.folder={run}"]
     job = submit("single-node", ["--gpus-per-node=1"], keys, **broken)
     cluster.until(job, lambda facts: facts["JobState"] == "FAILED", 120)
@@ -107,7 +107,7 @@ def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
 @pytest.mark.timeout(150)
 def test_submitted_under_a_hostile_name_seen_and_cancelled(cluster, tmp_path):
     run = tmp_path / "a'; touch stolen; $(touch stolen) #\n%j"
-    keys = [*LONG, "device=cpu", "launch.processes=1", "name=\"a'; touch stolen\""]
+    keys = [*LONG, "device=cpu", "launch.processes=1", 'name="a\'; touch stolen"']
     folder = f"output.folder={json.dumps(str(run))}"
     said = dtrain(cluster, "submit", "tiny", "--prepare", *keys, folder)
     preparation, job = said.split(";")[0].removeprefix("submitted job ").split(" and then ")
@@ -135,9 +135,9 @@ def test_submitit(cluster, tmp_path):
     common = [python, "launch/submit.py", "--folder", tmp_path / "submitit", "--gpus", 1]
     keys = ["device=cpu", "evaluation.questions=null", "launch.processes=1"]
     run = tmp_path / "run"
-    job = cluster.run(*common, "--nodes", 2, "tiny", *keys, *LONG[:-2], f"output.folder={run}",
-                      "stages.domain.train.steps=600", "stages.domain.train.checkpoint_every_steps=50"
-                      ).stdout.strip()  # fmt: skip
+    steps = ["stages.domain.train.steps=600", "stages.domain.train.checkpoint_every_steps=50"]
+    words = ["tiny", *keys, *SHORT, *steps, f"output.folder={run}"]
+    job = cluster.run(*common, "--nodes", 2, *words).stdout.strip()
     until_training(cluster, run, job)
     cluster.run("scancel", "--signal=USR2", job)  # as its time-out would
     recipes = []
@@ -154,5 +154,3 @@ def test_submitit(cluster, tmp_path):
     assert [a["outcome"] for a in attempts(run)] == ["warned", "finished"]
     for folder in [run, *(tmp_path / f"array-{number}" for number in range(3))]:
         assert (folder / "task/merged/config.json").is_file()
-
-

@@ -1,0 +1,62 @@
+"""Whatever a person names comes back from bash to the byte, and runs nothing."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.launching.quote import quote, render
+
+VALUES, BATCH = 10_000, 2_500
+PIECES = [
+    *("'", '"', "`touch x`", "$(touch x)", "${HOME}", "$x", "\n", "\n#SBATCH --time=1\n", "\\"),
+    *(";", "&&", "|", ">x", "<", "*", "?", "~", "!", "!!", "{a,b}", "#", " ", "\t", "\r", "=", "%"),
+    *("--", "-rf", "-", "é", "漢字", "🏖️", "\u202e", "\x1b[31m", "\x7f", "a", "Z", "0", "/", "."),
+    *("EOF\n", "{{ x }}", "{% raw %}", "\udc80"),
+]
+
+
+def values() -> list[str]:
+    draw = random.Random(4)
+    return ["".join(draw.choices(PIECES, k=draw.randrange(9))) for _ in range(VALUES)]
+
+
+def test_values_come_back_to_the_byte(tmp_path):
+    drawn = values()
+    for start in range(0, VALUES, BATCH):
+        batch = drawn[start : start + BATCH]
+        # Once as an argument, once by way of a variable that is set.
+        lines = (f"x={quote(v)}\nprintf '%s\\0' {quote(v)} \"$x\"\n" for v in batch)
+        script = "".join(lines).encode("utf-8", "surrogateescape")
+        done = subprocess.run(["bash"], input=script, capture_output=True, cwd=tmp_path, check=True)
+        found = done.stdout.split(b"\0")[:-1]
+        wanted = [value.encode("utf-8", "surrogateescape") for value in batch]
+        assert found[::2] == wanted and found[1::2] == wanted
+        assert done.stderr == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_value_gets_into_a_script_unquoted(tmp_path):
+    hostile = "a'; touch x #\n#SBATCH --time=1\n$(touch x)"
+    script = render(
+        "prepare.sh.jinja",
+        name="n",
+        cores=1,
+        memory="1G",
+        time="1",
+        choices={},
+        environment=hostile,
+        recipe=hostile,
+    )
+    line = f"exec {quote(hostile)}/bin/python -m dtrain.prepare {quote(hostile)}\n"
+    assert script.endswith(line)
+    subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nul_is_refused():
+    with pytest.raises(UserError, match="NUL"):
+        quote("a\0b")

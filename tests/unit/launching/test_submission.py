@@ -1,0 +1,78 @@
+"""`dtrain submit --dry-run` of every shipped recipe, and of hostile names.
+
+`DTRAIN_WRITE_GOLDEN=1 pytest tests/unit/launching/test_submission.py` writes the files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dtrain.cli import app
+from dtrain.core.errors import UserError
+from dtrain.launching.submit import Resources, job_name, log_pattern
+from dtrain.recipes import shipped
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests/golden/submit"
+OPTIONS = {
+    "70b-qlora": ["--nodes", "2", "--partition", "gpu", "--account", "lab", "--prepare"],
+    "70b-lora-zero3": ["--nodes", "2", "--after", "41", "--time", "3-00:00:00"],
+}
+
+
+def dry_run(*arguments: object) -> str:
+    done = CliRunner().invoke(app, ["submit", "--dry-run", *map(str, arguments)])
+    assert done.exception is None, done.exception
+    return done.output
+
+
+def settled(text: str, working: Path) -> str:
+    """Without what differs between machines."""
+    for place, name in ((working, "/work"), (sys.prefix, "/env"), (ROOT, "/checkout")):
+        text = text.replace(str(place), name)
+    return text
+
+
+@pytest.mark.parametrize("recipe", shipped())
+def test_script_of_every_recipe(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = settled(dry_run(recipe, *OPTIONS.get(recipe, [])), tmp_path)
+    golden = GOLDEN / f"{recipe}.txt"
+    if "DTRAIN_WRITE_GOLDEN" in os.environ:
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(said)
+    assert said == golden.read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hostile_names_stay_names(tmp_path, monkeypatch):
+    hostile = "a'; touch x; $(touch x)\n#SBATCH --uid=0\n`touch x`"
+    working = tmp_path / hostile
+    working.mkdir()
+    monkeypatch.chdir(working)
+    value = json.dumps(hostile)
+    said = dry_run("--prepare", "tiny", f"name={value}", f"output.folder={value}")
+    heads = [line for line in said.splitlines() if line.startswith("#SBATCH")]
+    assert {line.split("=")[0] for line in heads if "job-name" in line} == {"#SBATCH --job-name"}
+    harmless = said.replace("source ", ": ").replace("exec ", ": ")
+    subprocess.run(["bash", "-n"], input=said, text=True, check=True)
+    subprocess.run(["bash"], input=harmless, text=True, check=True, cwd=working)
+    assert not [path for path in tmp_path.rglob("x")]
+
+
+def test_what_slurm_cannot_take_is_refused():
+    for bad in ({"partition": "a b"}, {"time": "1h"}, {"after": "1;2"}, {"preflight": "of"}):
+        with pytest.raises(UserError, match="cannot be passed"):
+            Resources(**bad)
+    with pytest.raises(UserError, match="backslash"):
+        log_pattern(Path("/a\\b"))
+    assert log_pattern(Path("/a%j")) == "/a%%j"
+    assert job_name("a'; touch x\n") == "a-touch-x"
+    assert job_name("日本") == "dtrain"
