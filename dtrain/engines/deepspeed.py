@@ -172,7 +172,7 @@ def brief_parameters() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Parameter.__repr__ = original  # type: ignore[method-assign]
+        nn.Parameter.__repr__ = original  # type: ignore[assignment,method-assign]
 
 
 def _shape_only(parameter: nn.Parameter) -> str:
