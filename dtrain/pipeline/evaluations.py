@@ -46,14 +46,8 @@ class Evaluations:
         rows = sum(m.rows_per_epoch for m in self.sets.values())
         with progress(f"held-out loss, {model}", rows) as bar:
             for name, mixture in self.sets.items():
-                loader = Loader(
-                    mixture,
-                    seed=0,
-                    global_batch=world.size * engine.stage.train.micro_batch_sequences,
-                    total_rows=mixture.rows_per_epoch,
-                )
-                loss = held_out_loss(engine, loader)
-                self.known["losses"][name][model] = loss
+                loss = held_out_loss(engine, held_out_loader(mixture, engine))
+                self.known["losses"].setdefault(name, {})[model] = loss
                 bar.advance(mixture.rows_per_epoch, note=f"{name} {loss:.4f}")
         if model not in self.known["models"]:
             self.known["models"].append(model)
@@ -83,6 +77,12 @@ class Evaluations:
         """Write the file (first rank)."""
         if world.is_first:
             write_json(self.path, finite(self.known))
+
+
+def held_out_loader(mixture: Mixture, engine: Engine) -> Loader:
+    """All rows of a held-out set once, in batches that every rank takes an equal part of."""
+    batch = engine.world.size * engine.stage.train.micro_batch_sequences
+    return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
 
 
 def read_questions(path: Path, count: int) -> list[dict[str, str]]:

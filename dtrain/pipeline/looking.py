@@ -1,12 +1,21 @@
-"""What the verbs that look at data need of a recipe: its tokenizer, and one stage's rows."""
+"""What the verbs that look at data need of a recipe: its tokenizer, its rows, its held-out sets."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.config.schema import Recipe, Stage
+from dtrain.config.schema import Recipe, Source, Stage
 from dtrain.core.folders import cache_folder
+from dtrain.data.formats import Record, detect
 from dtrain.data.prepare import Mixture, prepare
+from dtrain.data.quality.leaks import HeldOut, held_out
+from dtrain.data.quality.lengths import TokenCounter
+from dtrain.data.quality.sample import Sample, sample_of
+from dtrain.data.quality.scan import Findings, Input, scan
+from dtrain.data.sources import find_parts
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.pipeline.inputs import samples_of
@@ -33,3 +42,59 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     tokenizer = recipe_tokenizer(recipe)
     mark = tokenizer_fingerprint(tokenizer)
     return prepare(stage.data, stage.kind, tokenizer, mark, cache_folder() / "stores"), tokenizer
+
+
+def source_input(source: Source) -> Input:
+    """A source, its files found and its format with them.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    parts = find_parts(source, cache_folder() / "stores")
+    columns: dict[Any, str] = dict(source.columns)
+    form = detect(parts, columns) if source.format == "auto" else source.format
+    return Input(source.path, parts, form, columns)
+
+
+def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
+    """Scan a stage's rows, against the recipe's held-out sets, in tokens of its base.
+
+    Raises:
+        UserError: base or data cannot be had at all; rows that are wrong are findings.
+    """
+    tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template)
+    held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
+    if recipe.evaluation.questions:
+        columns = {"instruction": "question", "output": "answer"}
+        path = recipe.evaluation.questions.path
+        held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
+    return scan(
+        [source_input(source) for source in stage.data.sources],
+        known=read_held_out(held),
+        tokens=tokens,
+        sequence_tokens=stage.data.sequence_tokens,
+        processes=processes,
+    )
+
+
+def scan_path(path: str, against: list[str], processes: int) -> Findings:
+    """Scan files, whatever their format, against held-out files.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    held = [Source(path=address) for address in against]
+    return scan([source_input(Source(path=path))], known=read_held_out(held), processes=processes)
+
+
+def read_held_out(sources: list[Source]) -> HeldOut | None:
+    """What held-out rows are known by; None without any."""
+
+    def samples() -> Iterator[tuple[str, Sample]]:
+        for source in sources:
+            one = source_input(source)
+            for item in one.rows():
+                if isinstance(item, Record):
+                    yield one.parts[item.part].place(item.number), sample_of(item.value)
+
+    return held_out(samples()) if sources else None

@@ -37,7 +37,7 @@ from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
-from dtrain.pipeline.evaluations import Evaluations
+from dtrain.pipeline.evaluations import Evaluations, held_out_loader
 from dtrain.pipeline.inputs import Inputs
 from dtrain.pipeline.run_folder import StageFolder
 from dtrain.stages.loop import Job, Progress, fit
@@ -64,6 +64,7 @@ class StageRun:
     world: World
     stop: StopFlag
     watch: Watch
+    counts: tuple[int, int] = (0, 0)  # parameters that train, and all
 
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
@@ -102,7 +103,7 @@ class StageRun:
         if reason == "stop asked":
             return None
         self.evaluations.record(self.stage.name, engine, self.world)
-        facts = self.facts(engine, job)
+        facts = self.facts(job)
         engine.close()
         return engine.bare, facts
 
@@ -134,7 +135,7 @@ class StageRun:
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
         base, fill = self.open_base(dtype)
         model = attach(base, method, seed=self.recipe.seed, device=world.device)
-        trainable, total = parameter_counts(model)
+        self.counts = trainable, total = parameter_counts(model)
         say(
             f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
             f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
@@ -175,7 +176,7 @@ class StageRun:
         return Job(
             engine=engine,
             loader=loader,
-            held_out={name: held_out_loader(m, self.world, train) for name, m in sets.items()},
+            held_out={name: held_out_loader(m, engine) for name, m in sets.items()},
             watched=train.evaluate_on or next(iter(sets), None),
             metrics=self.metrics(progress.step),
             progress=progress,
@@ -202,9 +203,9 @@ class StageRun:
         }
         saver.save(now.step, engine.pieces() if engine.owns_pieces else (), state)
 
-    def facts(self, engine: Engine, job: Job) -> dict[str, Any]:
+    def facts(self, job: Job) -> dict[str, Any]:
         """What is worth knowing of the finished stage."""
-        trainable, total = parameter_counts(engine.bare)
+        trainable, total = self.counts
         now = job.progress
         return {
             "engine": self.recipe.engine.kind,
@@ -279,12 +280,6 @@ def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_meta and name in checkpoint.names:
             parameter.copy_(read_whole(checkpoint, name))
-
-
-def held_out_loader(mixture: Mixture, world: World, train: Any) -> Loader:
-    """All rows of a held-out set once, in batches that every rank takes an equal part of."""
-    batch = world.size * train.micro_batch_sequences
-    return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
 
 
 def tokens_per_row(mixture: Mixture) -> float:
