@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dtrain.pipeline.evaluations import Evaluations
 from dtrain.pipeline.inputs import Inputs
 from dtrain.pipeline.run_folder import StageFolder, stage_folder
 from dtrain.pipeline.stage_run import StageRun
+from dtrain.recipes import shipped
 from dtrain.stages.stop import StopFlag
 
 
@@ -98,7 +101,18 @@ def finish(
     if world.is_first:
         write_report(run)
         say(summary(run))
+        say(next_step(recipe))
     world.barrier()  # torchrun gives ranks of other nodes only minutes after the first has ended
+
+
+def next_step(recipe: Recipe) -> str:
+    """What to type next."""
+    command = Path(sys.executable).with_name("dtrain")
+    with suppress(ValueError):
+        command = command.relative_to(Path.cwd())
+    if recipe.name in shipped():
+        return f"next           {command} recipes copy {recipe.name} my.yaml, edit it, run it"
+    return f"next           {command} report {recipe.output.folder}"
 
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
