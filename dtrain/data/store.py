@@ -114,7 +114,7 @@ class Store:
         self.manifest = _manifest(folder / MANIFEST)
         for name, entry in self.manifest["files"].items():
             self._check_size(name, entry["bytes"])
-        arrays = [np.load(folder / name, mmap_mode="r") for name in PLAN_FILES]
+        arrays = [_array(folder / name) for name in PLAN_FILES]
         self.pieces, self.row_offsets, self.row_tokens, self.row_supervised, self.shards = arrays
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
@@ -175,6 +175,14 @@ class Store:
         path = self.folder / name
         if not path.is_file() or file_sha256(path) != digest:
             raise _damaged(path, "its content is not what was written")
+
+
+def _array(path: Path) -> NDArray[Any]:
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, EOFError) as error:
+        raise _damaged(path, str(error)) from error  # its head; the content is for verify()
+    return found
 
 
 def _manifest(path: Path) -> dict[str, Any]:
