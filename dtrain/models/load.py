@@ -23,7 +23,7 @@ from dtrain.models import attention
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
 from dtrain.models.weights import read_header, weight_files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Layers whose state runs through a whole row: packed documents would leak into each other.
 RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
 
@@ -159,8 +159,7 @@ def resolve_attention(
     """
     if wanted != "auto":
         return wanted
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cuda" and half and is_flash_attn_2_available():
+    if device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available():
         return "flash_attention_2"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa has no soft cap

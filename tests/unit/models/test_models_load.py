@@ -63,7 +63,7 @@ def test_base_is_complete_frozen_and_without_cache_or_dropout(folder: Path) -> N
 def test_dtypes() -> None:
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert resolve_dtype("float16", CPU) == torch.float16
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
 def test_nf4_keeps_its_weights_through_evaluation(folder: Path) -> None:
