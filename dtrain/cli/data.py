@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dtrain.config.schema import Recipe, Stage
+    from dtrain.data.quality.scan import Findings
 
 app = typer.Typer(help="Look at data, check it, clean it.", no_args_is_help=True)
 
@@ -52,6 +53,54 @@ def show(
         texts = _rows_of_stage(recipe, chosen_stage(recipe, stage), count, console.is_terminal)
     for text in texts:
         console.print(text, end="")
+
+
+@app.command()
+def scan(
+    address: Address,
+    overrides: Overrides = None,
+    stage: StageName = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Held-out rows that must not be in it (of a PATH)."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That check rows.")] = 2,
+) -> None:
+    """Check rows: lengths, languages, duplicates, leaks, personal data, faults; with a verdict.
+
+    Of a RECIPE: one stage's rows, in tokens of its base, against its held-out sets.
+    """
+    from dtrain.core.files import write_json
+    from dtrain.core.log import console
+    from dtrain.data.quality.page import write_page
+    from dtrain.data.quality.report import report
+    from dtrain.data.quality.terminal import tables
+
+    found = _scanned(address, overrides or [], stage, against or [], processes)
+    told = report(found)
+    for part in tables(told):
+        console.print(part, soft_wrap=isinstance(part, str))
+    if json_file:
+        write_json(json_file, told)
+        console.print(f"wrote {json_file}")
+    if html_file:
+        write_page(html_file, told, Path(address).name)
+        console.print(f"wrote {html_file}")
+
+
+def _scanned(
+    address: str, overrides: list[str], stage: str | None, against: list[str], processes: int
+) -> Findings:
+    from dtrain.pipeline.looking import scan_path, scan_stage
+
+    if not is_recipe(address):
+        return scan_path(address, against, processes)
+    from dtrain.config.load import load_recipe
+
+    recipe = load_recipe(address, overrides)
+    return scan_stage(recipe, chosen_stage(recipe, stage), processes)
 
 
 def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> Iterator[Text]:

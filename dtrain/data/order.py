@@ -44,7 +44,7 @@ def permute(index: Int64s, n: int, key: int, epoch: Int64s | int = 0) -> Int64s:
     assert 1 <= n <= MAX_ITEMS, n
     values = np.asarray(index, dtype=np.int64).astype(np.uint64)
     epochs = np.atleast_1d(np.asarray(epoch, dtype=np.int64)).astype(np.uint64)
-    base = np.broadcast_to(_mix(epochs * _GOLDEN ^ np.uint64(key)), values.shape)
+    base = np.broadcast_to(mix64(epochs * _GOLDEN ^ np.uint64(key)), values.shape)
     bits = max((n - 1).bit_length(), 2)
     out = _feistel(values, base, bits)
     while (outside := out >= np.uint64(n)).any():  # the cycle of an inside value comes back inside
@@ -59,8 +59,8 @@ def _feistel(values: UInt64s, base: UInt64s, bits: int) -> UInt64s:
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = values & low_mask, values >> low_bits
     for turn in range(0, ROUNDS, 2):
-        high = high ^ (_mix(low ^ _round_key(base, turn)) & high_mask)
-        low = low ^ (_mix(high ^ _round_key(base, turn + 1)) & low_mask)
+        high = high ^ (mix64(low ^ _round_key(base, turn)) & high_mask)
+        low = low ^ (mix64(high ^ _round_key(base, turn + 1)) & low_mask)
     return (high << low_bits) | low
 
 
@@ -68,7 +68,7 @@ def _round_key(base: UInt64s, turn: int) -> UInt64s:
     return base + np.uint64((turn + 1) * int(_GOLDEN) & (2**64 - 1))
 
 
-def _mix(x: UInt64s) -> UInt64s:
+def mix64(x: UInt64s) -> UInt64s:
     """splitmix64's finaliser: every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_A
     x = (x ^ (x >> np.uint64(27))) * _MIX_B

@@ -1,0 +1,289 @@
+"""All rows of a stage, or of some files, through all checks; memory holds sketches, never rows."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.core.errors import UserError
+from dtrain.core.log import Meter, progress
+from dtrain.data.formats import Fault, Record, read_on
+from dtrain.data.quality import duplicates
+from dtrain.data.quality.examine import (
+    NOTES,
+    Examined,
+    Note,
+    examine,
+    examine_here,
+    remember,
+)
+from dtrain.data.quality.kinds import (
+    BIT,
+    BROKEN,
+    EXACT,
+    INCONSISTENT,
+    LEAK,
+    NEAR,
+    OVERLONG,
+    TEMPLATE,
+)
+from dtrain.data.quality.leaks import HeldOut
+from dtrain.data.quality.sample import sample_of
+from dtrain.data.quality.variety import Counts
+from dtrain.data.rows import Value
+from dtrain.data.sources import Part
+
+BATCH_ROWS = 1000
+BATCH_CHARACTERS = 1 << 22
+SIMILARITY = 0.8  # from here on two rows are nearly the same
+REFUSED = -1  # number of tokens of a row that the template refuses
+
+Tokens = Callable[[list[Value]], NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A source to be scanned: its files, and how they are read."""
+
+    name: str
+    parts: list[Part]
+    form: str
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[Record | Fault]:
+        """All rows, those that cannot be used as faults."""
+        return read_on(self.parts, self.form, self.columns)
+
+
+@dataclass
+class Findings:
+    """What a scan found; a row is known by its number among all rows that could be read.
+
+    Attributes:
+        sources: source of each row.
+        parts, numbers: part and number of each row in its source.
+        tokens: of each row, or empty without a tokenizer.
+        broken: rows that cannot be read.
+    """
+
+    inputs: list[Input]
+    sequence_tokens: int | None
+    examined: list[Examined] = field(default_factory=list)
+    sources: list[NDArray[np.int32]] = field(default_factory=list)
+    parts: list[NDArray[np.int32]] = field(default_factory=list)
+    numbers: list[NDArray[np.int64]] = field(default_factory=list)
+    tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    notes: dict[str, list[Note]] = field(default_factory=dict)
+    languages: Counter[str] = field(default_factory=Counter)
+    orders: Counts = field(default_factory=Counts)
+    openings: Counts = field(default_factory=Counts)
+    broken: int = 0
+    broken_notes: list[str] = field(default_factory=list)
+    rows: int = 0
+
+    def add(self, records: list[tuple[int, Record]], examined: Examined) -> None:
+        """Take in a batch: records with the number of their source."""
+        for kind, notes in examined.notes.items():
+            placed = [(weight, self.rows + row, note) for weight, row, note in notes]
+            self.note(kind, placed)
+        self.languages.update(examined.languages)
+        self.orders.update(examined.orders)
+        self.openings.update(examined.openings)
+        examined.notes, examined.languages = {}, Counter()
+        examined.orders, examined.openings = Counter(), Counter()
+        self.examined.append(examined)
+        self.sources.append(np.array([source for source, _ in records], np.int32))
+        self.parts.append(np.array([record.part for _, record in records], np.int32))
+        self.numbers.append(np.array([record.number for _, record in records], np.int64))
+        self.rows += len(records)
+
+    def note(self, kind: str, notes: Iterable[Note]) -> None:
+        """Keep the worst notes of a kind."""
+        both = [*self.notes.get(kind, []), *notes]
+        self.notes[kind] = heapq.nlargest(NOTES, both, key=lambda note: (note[0], -note[1]))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of all batches."""
+        return np.concatenate([getattr(batch, name) for batch in self.examined])
+
+    def place(self, row: int) -> str:
+        """file:line of a row."""
+        source, part = int(self.all_sources[row]), int(self.all_parts[row])
+        return self.inputs[source].parts[part].place(int(self.all_numbers[row]))
+
+    @cached_property
+    def all_sources(self) -> NDArray[np.int32]:
+        """Source of each row."""
+        return np.concatenate([*self.sources, np.empty(0, np.int32)])
+
+    @cached_property
+    def all_parts(self) -> NDArray[np.int32]:
+        """Part of each row."""
+        return np.concatenate([*self.parts, np.empty(0, np.int32)])
+
+    @cached_property
+    def all_numbers(self) -> NDArray[np.int64]:
+        """Number of each row in its part."""
+        return np.concatenate([*self.numbers, np.empty(0, np.int64)])
+
+    @cached_property
+    def flags(self) -> NDArray[np.uint32]:
+        """What was found in each row, bits of `kinds.BIT`; set by `_across`."""
+        return np.concatenate([*(e.flags for e in self.examined), np.empty(0, np.uint32)])
+
+    def state_bytes(self) -> int:
+        """Memory that grows with the rows."""
+        names = ("keys", "bands", "sketches", "starts", "characters", "flags", "asked")
+        batches = sum(getattr(batch, n).nbytes for batch in self.examined for n in names)
+        lists = (self.sources, self.parts, self.numbers, self.tokens)
+        return batches + sum(array.nbytes for arrays in lists for array in arrays)
+
+
+def scan(
+    inputs: list[Input],
+    *,
+    known: HeldOut | None = None,
+    tokens: Tokens | None = None,
+    sequence_tokens: int | None = None,
+    processes: int = 1,
+) -> Findings:
+    """Examine all rows.
+
+    Args:
+        inputs: what to read.
+        known: held-out data that must not be in it.
+        tokens: counts the tokens of rows as a stage would make them; REFUSED for a refused row.
+        sequence_tokens: tokens that a sequence holds.
+        processes: that check rows beside this one, which reads; with 1 this one does both.
+    """
+    found = Findings(inputs, sequence_tokens)
+    total = sum(part.path.stat().st_size for i in inputs for part in i.parts if part.path)
+    with progress("scanning", total >> 20) as meter, ExitStack() as stack:
+        work = _worker(processes, known, stack)
+        for records, future in _ahead(_batches(inputs, found, meter), work, 2 * processes):
+            if tokens:
+                found.tokens.append(tokens([record.value for _, record in records]))
+            found.add(records, future())
+    _across(found)
+    return found
+
+
+def _worker(
+    processes: int, known: HeldOut | None, stack: ExitStack
+) -> Callable[[list[tuple[int, Record]]], Callable[[], Examined]]:
+    """What starts the work on a batch and returns how to get its result."""
+    if processes == 1:
+        return lambda records: lambda: examine([record.value for _, record in records], known)
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=remember, initargs=(known,)
+    )
+    stack.enter_context(pool)
+
+    def start(records: list[tuple[int, Record]]) -> Callable[[], Examined]:
+        future: Future[Examined] = pool.submit(
+            examine_here, [record.value for _, record in records]
+        )
+        return future.result
+
+    return start
+
+
+def _ahead(
+    batches: Iterator[list[tuple[int, Record]]],
+    start: Callable[[list[tuple[int, Record]]], Callable[[], Examined]],
+    most: int,
+) -> Iterator[tuple[list[tuple[int, Record]], Callable[[], Examined]]]:
+    """Batches in order, each with its result to come; `most` of them under way."""
+    under_way: deque[tuple[list[tuple[int, Record]], Callable[[], Examined]]] = deque()
+    for records in batches:
+        under_way.append((records, start(records)))
+        if len(under_way) >= most:
+            yield under_way.popleft()
+    yield from under_way
+
+
+def _batches(
+    inputs: list[Input], found: Findings, meter: Meter
+) -> Iterator[list[tuple[int, Record]]]:
+    batch: list[tuple[int, Record]] = []
+    characters = seen = 0
+    for source, one in enumerate(inputs):
+        for item in one.rows():
+            if isinstance(item, Fault):
+                found.broken += 1
+                if len(found.broken_notes) < NOTES:
+                    found.broken_notes.append(_told(item.error))
+                continue
+            batch.append((source, item))
+            size = _size(item.value)
+            characters, seen = characters + size, seen + size
+            if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+                meter.advance((seen >> 20) - meter.done, f"{found.rows:,} rows")
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _told(error: UserError) -> str:
+    return f"{error.where}: {error.what}"
+
+
+def _size(value: Value) -> int:
+    sample = sample_of(value)
+    return len(sample.question) + len(sample.answer)
+
+
+def _across(found: Findings) -> None:
+    """What only all rows together show: duplicates, several answers, lengths."""
+    if not found.rows:
+        return
+    keys, flags = found.column("keys"), found.flags
+    empty = (flags & BIT["empty"]) > 0
+    same = duplicates.exact(keys[:, 0])
+    _mark(found, EXACT, np.where(empty, duplicates.NONE, same), None)
+    alike, how = duplicates.near(found.column("bands"), found.column("sketches"), SIMILARITY)
+    hidden = empty | (same != duplicates.NONE)
+    _mark(found, NEAR, np.where(hidden, duplicates.NONE, alike), how)
+    asked = found.column("asked") & ~hidden & (alike == duplicates.NONE)
+    _mark(found, INCONSISTENT, duplicates.inconsistent(keys[:, 1], keys[:, 2], asked), None)
+    if found.tokens:
+        _lengths(found)
+
+
+def _mark(
+    found: Findings, kind: str, earlier: NDArray[np.int64], how: NDArray[np.float32] | None
+) -> None:
+    rows = np.flatnonzero(earlier != duplicates.NONE)
+    found.flags[rows] |= BIT[kind]
+    worst = rows if how is None else rows[np.argsort(-how[rows], kind="stable")]
+    for row in islice(worst.tolist(), NOTES):
+        alike = f", {how[row]:.0%} alike" if how is not None else ""
+        weight = float(how[row]) if how is not None else 0.0
+        found.note(kind, [(weight, row, f"as {found.place(int(earlier[row]))}{alike}")])
+
+
+def _lengths(found: Findings) -> None:
+    tokens = np.concatenate(found.tokens)
+    found.flags[tokens == REFUSED] |= BIT[TEMPLATE]
+    refused = np.flatnonzero(tokens == REFUSED)[:NOTES].tolist()
+    found.note(TEMPLATE, [(0.0, row, "the template does not take it") for row in refused])
+    if found.sequence_tokens:
+        over = np.flatnonzero(tokens > found.sequence_tokens)
+        found.flags[over] |= BIT[OVERLONG]
+        worst = over[np.argsort(-tokens[over], kind="stable")][:NOTES].tolist()
+        found.note(OVERLONG, [(float(tokens[r]), r, f"{tokens[r]:,} tokens") for r in worst])
+
+
+__all__ = ["BROKEN", "LEAK", "Findings", "Input", "scan"]

@@ -1,0 +1,134 @@
+"""Faults that a row shows by itself: empty, short, garbled, refused, cut off, …"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from ftfy.badness import is_bad
+
+from dtrain.data.quality.sample import Sample
+
+EMPTY, SHORT, LONG, SAME = "empty", "short", "long", "same"
+GARBLED, REPEATED, SYMBOLS = "garbled", "repeated_lines", "symbols"
+REFUSAL, CUT_OFF = "refusal", "cut_off"
+KINDS = (EMPTY, SHORT, LONG, SAME, GARBLED, REPEATED, SYMBOLS, REFUSAL, CUT_OFF)
+
+SHORT_CHARACTERS, LONG_CHARACTERS = 10, 4096  # answers outside of these are suspect
+# Rae et al., arXiv:2112.11446, table A1, drop a document with such a share of repeated lines.
+REPEATED_SHARE = 0.3
+WORD_SHARE = 0.5  # of characters that are not blank: letters and digits of any script
+LOOKED_AT = 20_000  # characters of a very long text
+SYMBOLS_LOOKED_AT = 2_000
+
+_REFUSED = re.compile(
+    r"^\W*(?:(?:i'?m|i am) (?:very |truly |really )?sorry[,. ]|i apologi[sz]e|sorry, (?:but )?i|"
+    r"(?:unfortunately,? )?i (?:can(?:not|'t|’t)|am (?:not able|unable) to|won'?t be able to) "
+    r"(?:help|assist|provide|answer|fulfil|comply|do|complete|generate|create|discuss)|"
+    r"as an? (?:ai|artificial|(?:large )?language model)|"
+    r"(?:非常|很|真的)?(?:抱歉|对不起|不好意思)[,，。.!！]|"
+    r"作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大?语言模型)|"
+    r"我(?:无法|不能|没有办法)(?:提供|回答|协助|帮助|完成|满足|讨论|生成))",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)\]）】」*_]*(?:\s|$)|[。！？]")
+_ENDS_OPEN = re.compile(r"[^\W\d_]$|[,;:，；：、(\[（-]$")
+_NOT_WORDS = re.compile(r"[\W_]+")
+# Text decoded with the wrong table has such a pair or letter; a check of the rest is for nothing.
+_MAYBE_BAD = re.compile(r"[^\x00-\x7f\u2e80-\uffff]{2}|[ÃÂâ]")
+
+# Kind, what was seen, and how bad it is among its kind.
+Fault = tuple[str, str, float]
+
+
+def faults(sample: Sample) -> Iterator[Fault]:
+    """The faults of a row."""
+    answer = sample.answer.strip()
+    if not answer or not (sample.is_text or sample.question.strip()):
+        yield EMPTY, "no answer" if not answer else "no question", 1
+        return
+    yield from _length(answer, sample)
+    whole = sample.whole[:LOOKED_AT]
+    yield from _repeated(whole)
+    if garbled := list(_garbled(whole)):  # its signs and its end are not the writer's
+        yield from garbled
+        return
+    yield from _symbols(whole)
+    if not sample.is_text:
+        yield from _answered(sample.question.strip(), answer)
+
+
+def _length(answer: str, sample: Sample) -> Iterator[Fault]:
+    weight = sum(2 if char > "\u2e7f" else 1 for char in answer[:SHORT_CHARACTERS])
+    if len(answer) < SHORT_CHARACTERS and weight < SHORT_CHARACTERS:
+        yield SHORT, f"{len(answer)} characters: “{answer}”", -len(answer)
+    if len(answer) > LONG_CHARACTERS and not sample.is_text:
+        yield LONG, f"{len(answer):,} characters", len(answer)
+
+
+def _garbled(text: str) -> Iterator[Fault]:
+    if text.isascii():
+        return
+    if place := text.find("\ufffd") + 1:
+        yield GARBLED, f"a character was lost: {excerpt(text, place - 1)}", 1
+    elif _MAYBE_BAD.search(text) and is_bad(text):
+        yield GARBLED, "text decoded with the wrong table (mojibake)", 0
+
+
+def _repeated(text: str) -> Iterator[Fault]:
+    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 3]
+    if len(lines) >= 4:
+        line, times = Counter(lines).most_common(1)[0]
+        again = len(lines) - len(set(lines))
+        if times > 2 and again / len(lines) > REPEATED_SHARE:
+            yield REPEATED, f"{times} times “{line[:60]}”", again / len(lines)
+            return
+    words = text.split()
+    if len(words) >= 50 and len(set(words)) / len(words) < 0.15:
+        yield REPEATED, f"{len(words)} words, {len(set(words))} different ones", len(words)
+
+
+def _symbols(text: str) -> Iterator[Fault]:
+    dense = "".join(text[:SYMBOLS_LOOKED_AT].split())
+    if len(dense) < 20:
+        return
+    share = len(_NOT_WORDS.sub("", dense)) / len(dense)
+    if share < WORD_SHARE:
+        yield SYMBOLS, f"{1 - share:.0%} of it are neither letters nor digits", -share
+
+
+def _answered(question: str, answer: str) -> Iterator[Fault]:
+    if abs(len(question) - len(answer)) < 20 and _plain(question) == _plain(answer):
+        yield SAME, f"the answer is the question: “{answer[:60]}”", len(answer)
+        return
+    if match := _REFUSED.match(answer[:200]):
+        yield REFUSAL, f"“{answer[: match.end() + 40].strip()}…”", 1
+    if is_cut_off(answer):
+        yield CUT_OFF, f"ends with “…{answer[-40:]}”", len(answer)
+
+
+def is_cut_off(answer: str) -> bool:
+    """Whether prose ends inside a sentence, or a code block is never closed.
+
+    Lists, verses and titles end without a full stop too: only a long last line counts, and only
+    in an answer that ends its other sentences.
+    """
+    if answer.count("```") % 2:
+        return True
+    last = answer.rsplit("\n", 1)[-1]
+    if len(answer) < 60 or "```" in answer or not _ENDS_OPEN.search(answer):
+        return False
+    wide = sum(2 if char > "\u2e7f" else 1 for char in last)
+    return wide >= 30 and bool(_SENTENCE_END.search(answer))
+
+
+def _plain(text: str) -> str:
+    return _NOT_WORDS.sub("", text.casefold())
+
+
+def excerpt(text: str, place: int, around: int = 40) -> str:
+    """A line of text around a place."""
+    start = max(place - around, 0)
+    piece = " ".join(text[start : place + around].split())
+    return f"{'…' if start else ''}{piece}{'…' if place + around < len(text) else ''}"
