@@ -21,6 +21,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dtrain.core.errors import Exit
+from dtrain.distributed.listen import listen_narrowly
 from dtrain.launching.commands import LAUNCHER, worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.signals_to_handle = "SIGQUIT"
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
+    listen_narrowly()
     signals = Signals()
     signals.listen()
     try:

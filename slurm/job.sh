@@ -6,7 +6,7 @@
 #   DTRAIN_ENV           folder of the Python environment; the checkout's .venv, else python3
 #   DTRAIN_PREFLIGHT     on (default), off, or exclude: submit anew without the nodes at fault
 #   DTRAIN_INTERFACE     network interface between the nodes, for example ib0
-#   DTRAIN_MAX_FAILURES  failures in a row without a new checkpoint that end the job (3)
+#   DTRAIN_MAX_FAILURES  tries in a row without a new checkpoint that end the job (3)
 #   DTRAIN_MAX_TRIES     starts of the job, whatever ended them (100)
 # Arguments of the script are recipe keys: sbatch slurm/70b-qlora.sh model.base=/models/llama
 

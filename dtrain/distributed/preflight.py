@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.config.load import load_recipe
+from dtrain.distributed.listen import listen_narrowly
 from dtrain.distributed.world import World, end_world, start_world
 
 GPU_BYTES, CPU_BYTES = 256 << 20, 8 << 20
@@ -26,6 +27,7 @@ ROUNDS = 3
 def main(argv: list[str] | None = None) -> int:
     """Add up on this rank."""
     recipe = load_recipe((sys.argv[1:] if argv is None else argv)[0])
+    listen_narrowly()
     world = start_world(recipe.device)
     try:
         speeds, is_right = {}, True

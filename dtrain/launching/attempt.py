@@ -163,7 +163,7 @@ def record(run: Path, nodes: list[str], environ: Mapping[str, str]) -> Attempt:
     bounds = bounds_from(environ)
     write_attempts(run, [*attempts, attempt] if failures < bounds.failures else attempts)
     if failures >= bounds.failures:  # a job that its node takes away never comes to `end`
-        what = f"{failures} failures in a row without a new checkpoint"
+        what = f"{failures} tries in a row without a new checkpoint"
         raise UserError(what, where=f"job {job}", fix="look at the log; submit it again to go on")
     return attempt
 

@@ -63,12 +63,15 @@ def close_lost(attempts: Sequence[Attempt]) -> None:
 
 
 def failures_in_a_row(attempts: Sequence[Attempt], job: str, progress: dict[str, str]) -> int:
-    """Failed attempts of a job, counted back from the newest, that began at this very progress."""
+    """Attempts of a job in vain, counted back from the newest, that began at this very progress.
+
+    A preemption is nobody's fault and does not count.
+    """
     count = 0
     for attempt in reversed(attempts):
         if attempt.job != job or attempt.progress != progress or attempt.ended is None:
             break
-        if attempt.outcome in ("hang", "crashed", "lost", "lost a worker"):
+        if attempt.outcome in ("hang", "crashed", "lost", "lost a worker", "warned"):
             count += 1
     return count
 

@@ -78,12 +78,12 @@ def decide(ended: Ended, bounds: Bounds) -> Verdict:
         # Cancelled, out of time, a node gone: requeueing now would raise a cancelled job again.
         why = f"the job is {ended.job.state}; Slurm decides"
         return Verdict("leave", ended.job.state.lower(), why, ends_with)
-    outcome, is_failure = _what_happened(ended)
+    outcome, counts = _what_happened(ended)
     if outcome == "stopped":
         why = "asked to stop; submit it again to go on"
         return Verdict("stop", outcome, why, ends_with)
-    if is_failure and not ended.has_progressed and ended.failures + 1 >= bounds.failures:
-        why = f"{outcome}; {ended.failures + 1} failures in a row without a new checkpoint"
+    if counts and not ended.has_progressed and ended.failures + 1 >= bounds.failures:
+        why = f"{outcome}; {ended.failures + 1} tries in a row without a new checkpoint"
         return Verdict("stop", "failed", why, ends_with)
     if ended.tries >= bounds.tries:
         return Verdict(
@@ -93,11 +93,11 @@ def decide(ended: Ended, bounds: Bounds) -> Verdict:
 
 
 def _what_happened(ended: Ended) -> tuple[str, bool]:
-    """One word, and whether it counts as a failure."""
+    """One word, and whether it counts as a failure where it brought no new checkpoint."""
     if ended.job.is_preempted:
         return "preempted", False
     if ended.warned and (ended.outcome is None or ended.outcome == Exit.GO_ON):
-        return "warned", False
+        return "warned", True  # a time limit too short to come to a checkpoint stays too short
     if Exit.HANG in (ended.outcome, ended.status):
         return "hang", True
     # The step's own status says "go on" too where srun ended the ranks that a lost one had left.

@@ -21,7 +21,7 @@ KEYS = [
     "stages.domain.train.steps=900",
     "stages.domain.train.checkpoint_every_steps=20",
 ]
-RESTART_SECONDS = 90
+RESTART_SECONDS = 150
 
 
 class Disturbed:
@@ -48,6 +48,10 @@ class Disturbed:
     def checkpoints(self) -> set[str]:
         """Complete checkpoints."""
         return {p.parent.name for p in self.run.glob("domain/checkpoints/step-*/manifest.json")}
+
+    def until_begun(self) -> None:
+        """Wait for the first attempt."""
+        self._wait(self.attempts)
 
     def until_training(self, attempt: int) -> None:
         """Wait until an attempt has made steps and a checkpoint of its own."""
@@ -86,7 +90,7 @@ def weights(run: Path) -> list[bytes]:
     return [next((run / name).glob("*.safetensors")).read_bytes() for name in names]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [*TWO_NODES, "--nodelist=n3,n4"]
@@ -95,7 +99,7 @@ def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_pat
     options = [*TWO_NODES, "--exclude=n3,n4", "--time=1", "--signal=B:USR1@20"]
     job = submit("70b-qlora", options, [*KEYS, f"output.folder={run}"])
     disturbed = Disturbed(cluster, job, run)
-    disturbed.until_training(1)
+    disturbed.until_begun()
 
     def no_limit() -> None:
         cluster.until(job, lambda facts: facts.get("Restarts") == "1", 90)
@@ -103,6 +107,7 @@ def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_pat
 
     disturbed.suffer("time limit", no_limit, "warned")
     warn = ["scancel", "--batch", "--signal=USR1", job]
+    disturbed.until_training(2)
     disturbed.suffer("warned", lambda: cluster.run(*warn), "warned")
     high = ["--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     nodes = "--nodelist=" + ",".join(f"n{number}" for number in disturbed.nodes())

@@ -101,7 +101,7 @@ def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
     cluster.until(job, lambda facts: facts["JobState"] == "FAILED", 120)
     assert cluster.job(job)["Restarts"] == "1"
     assert [a["action"] for a in attempts(run)] == ["requeue", "stop"]
-    assert "2 failures in a row without a new checkpoint" in cluster.log_of(job)
+    assert "2 tries in a row without a new checkpoint" in cluster.log_of(job)
 
 
 @pytest.mark.timeout(150)

@@ -56,7 +56,7 @@ def test_single_node_stays_on_the_loopback(monkeypatch, tmp_path):
 def test_job_that_its_node_takes_every_time_is_bounded(slurm_of_two, tmp_path):
     for _ in range(3):
         start(tmp_path)
-    with pytest.raises(UserError, match="3 failures in a row"):
+    with pytest.raises(UserError, match="3 tries in a row"):
         start(tmp_path)
     start(tmp_path, SLURM_JOB_ID="13")  # submitted anew by hand
 

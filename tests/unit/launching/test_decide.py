@@ -56,7 +56,13 @@ SHOWN = """JobId=7 JobName=JobState=CANCELLED
         # Bounds.
         ({"failures": 2}, "stop", "failed"),
         ({"failures": 2, "has_progressed": True}, "requeue", "crashed"),
-        ({"failures": 9, "outcome": 75, "warned": True}, "requeue", "warned"),
+        ({"failures": 9, "outcome": 75, "job": JobState("RUNNING", True)}, "requeue", "preempted"),
+        ({"failures": 2, "outcome": 75, "warned": True}, "stop", "failed"),  # limit too short
+        (
+            {"failures": 2, "outcome": 75, "warned": True, "has_progressed": True},
+            "requeue",
+            "warned",
+        ),
         ({"tries": 100, "outcome": 75, "warned": True}, "stop", "failed"),
     ],
 )

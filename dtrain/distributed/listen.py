@@ -1,0 +1,57 @@
+"""Rendezvous stores that listen on the address they are known by, not on every interface.
+
+torch's TCPStore listens on all addresses of a machine. On a shared login node or an open network
+that lets anybody write into a run. A store that gets its listening socket from outside does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import os
+import socket
+from typing import Any
+
+import psutil
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
+
+
+def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPStore:
+    """A TCPStore that, if it is the server, listens on `host_name` alone; port 0 is one of the system's.
+
+    Takes what `TCPStore` takes, `is_master` by name, as torch's two callers do.
+    """
+    if settings.get("is_master"):
+        server = socket.create_server((host_name, port), backlog=2048)
+        port = server.getsockname()[1]
+        settings["master_listen_fd"] = server.detach()  # the store closes it
+    return TCPStore(host_name, port, *args, **settings)
+
+
+def listen_narrowly() -> None:
+    """Let torchrun and the ranks of this process make such stores; gloo and NCCL follow.
+
+    On a single node, where the ranks meet at the loopback, nothing else is listened on.
+    """
+    c10d_rendezvous_backend.TCPStore = bound_store  # type: ignore[assignment,misc]
+    # `torch.distributed.rendezvous` by attribute is a function of the same name.
+    importlib.import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore
+    if _is_loopback(os.environ.get("MASTER_ADDR", "")) and (name := loopback_interface()):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, name)
+
+
+def loopback_interface() -> str | None:
+    """`lo`, or what this system calls it."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and _is_loopback(a.address) for a in addresses):
+            return name
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
