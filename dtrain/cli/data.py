@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides
+from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +88,33 @@ def scan(
     if html_file:
         write_page(html_file, told, Path(address).name)
         console.print(f"wrote {html_file}")
+
+
+@app.command()
+def clean(
+    recipe: RecipeAddress,
+    overrides: Overrides = None,
+    stage: StageName = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Made.")] = Path("cleaned"),
+    processes: Annotated[int, typer.Option(min=1, help="That check rows.")] = 2,
+) -> None:
+    """Write a stage's rows without what its policy (`data.clean`) takes away, and that apart."""
+    from dtrain.config.load import load_recipe
+    from dtrain.data.quality.clean import QUARANTINED
+    from dtrain.data.quality.clean import clean as write_clean
+    from dtrain.pipeline.looking import scan_stage
+
+    if out.exists():
+        raise UserError("exists already", where=str(out), fix="choose another --out")
+    settings = load_recipe(recipe, overrides or [])
+    chosen = chosen_stage(settings, stage)
+    summary = write_clean(scan_stage(settings, chosen, processes), chosen.data.clean, out)
+    for name, number in summary["counts"].items():
+        print(f"{name:16} {number:>10,}")
+    print(f"fingerprint {summary['fingerprint'][:16]}; what went, and why: {out / QUARANTINED}")
+    print("the recipe's sources are now:")
+    for name in summary["sources"]:
+        print(f"  - {{path: {out / name}}}")
 
 
 def _scanned(

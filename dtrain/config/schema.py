@@ -146,6 +146,33 @@ class Source(Group):
     split: str = Field("train", description="split of a hub dataset")
 
 
+Away = Literal["keep", "drop", "quarantine"]
+
+
+class Clean(Group):
+    """What `dtrain data clean` does for which reason; drop copies the place, quarantine the row."""
+
+    broken: Literal["stop", "quarantine"] = Field("stop", description="rows that cannot be read")
+    template: Away = Field("quarantine", description="rows that the chat template refuses")
+    empty: Away = Field("drop", description="no question or no answer")
+    same: Away = Field("drop", description="the answer is the question")
+    exact_duplicate: Away = Field("drop", description="the first of them is kept")
+    near_duplicate: Away = Field("quarantine", description="four fifths alike; the first is kept")
+    leak: Away = Field("drop", description="rows that hold what an evaluation set asks or answers")
+    personal: Literal["keep", "mask", "drop", "quarantine"] = Field(
+        "mask", description="addresses, phone, identity and card numbers, IPs, keys"
+    )
+    garbled: Away = Field("quarantine", description="text decoded with the wrong table")
+    inconsistent: Away = Field("keep", description="another answer to the same question")
+    repeated_lines: Away = Field("keep", description="lines or words over and over")
+    symbols: Away = Field("keep", description="mostly neither letters nor digits")
+    refusal: Away = Field("keep", description="answers that refuse")
+    cut_off: Away = Field("keep", description="answers that end inside a sentence or code")
+    short: Away = Field("keep", description="answers under 10 characters")
+    long: Away = Field("keep", description="answers over 4,096 characters")
+    overlong: Away = Field("keep", description="more tokens than a sequence holds")
+
+
 class Data(Group):
     """Rows into sequences."""
 
@@ -172,6 +199,7 @@ class Data(Group):
             "a jinja file"
         ),
     )
+    clean: Clean = Clean()
 
 
 class Train(Group):
