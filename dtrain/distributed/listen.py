@@ -18,15 +18,23 @@ from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 
 
 def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPStore:
-    """A TCPStore that, if it is the server, listens on `host_name` alone; port 0 is one of the system's.
+    """A TCPStore that, if it is the server, listens on `host_name` alone; port 0 is a free one.
 
     Takes what `TCPStore` takes, `is_master` by name, as torch's two callers do.
     """
-    if settings.get("is_master"):
+    if settings.get("is_master") and not _is_only_known_here(host_name):
         server = socket.create_server((host_name, port), backlog=2048)
         port = server.getsockname()[1]
         settings["master_listen_fd"] = server.detach()  # the store closes it
     return TCPStore(host_name, port, *args, **settings)
+
+
+def _is_only_known_here(host_name: str) -> bool:
+    """Whether a name stands for the loopback on this machine, as Debian writes its own name.
+
+    Others know it by another address, so the store has to listen everywhere.
+    """
+    return not _is_loopback(host_name) and _is_loopback(socket.gethostbyname(host_name))
 
 
 def listen_narrowly() -> None:

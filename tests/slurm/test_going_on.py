@@ -95,7 +95,7 @@ def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_pat
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [*TWO_NODES, "--nodelist=n3,n4"]
     other = submit("70b-qlora", options, [*KEYS, f"output.folder={whole}"])
-    # Slurm looks at the clock every half minute: so the limit's warning falls in a training.
+    # Slurm looks at the clock every half minute: the warning comes 10 to 40 s after the start.
     options = [*TWO_NODES, "--exclude=n3,n4", "--time=1", "--signal=B:USR1@20"]
     job = submit("70b-qlora", options, [*KEYS, f"output.folder={run}"])
     disturbed = Disturbed(cluster, job, run)
