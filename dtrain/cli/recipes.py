@@ -19,8 +19,9 @@ def list_recipes(context: typer.Context) -> None:
     """List the shipped recipes, or copy one to edit."""
     if context.invoked_subcommand:
         return
+    wide = max(map(len, shipped())) + 2
     for name, path in shipped().items():
-        print(fill(f"{name:<12}{summary(path)}", 100, subsequent_indent=" " * 12))
+        print(fill(f"{name:<{wide}}{summary(path)}", 100, subsequent_indent=" " * wide))
     print(f"\ndtrain recipes copy NAME [PATH] gives you one to edit; every key: {FOLDER}/README.md")
 
 
