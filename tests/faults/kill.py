@@ -2,6 +2,7 @@
 
     python tests/faults/kill.py --every-step ENGINE [--seed S]
     python tests/faults/kill.py --random N [--engine ENGINE] [--seed S]
+    python tests/faults/kill.py --restart-time N   # a worker's death to the next step: seconds
 
 Both stages of `tiny`, 15 steps each, packed rows, dropout on, a checkpoint at every step, 2 ranks.
 Figures are printed at the end; the exit status is 1 if one of them is not what it should be.
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import psutil
 from runs import OVERRIDES, STAGES, STEPS, Start, final_hash, steps_in
@@ -25,6 +27,7 @@ from runs import OVERRIDES, STAGES, STEPS, Start, final_hash, steps_in
 from dtrain.checkpoints import newest_complete
 
 TYPICAL_STEP_SECONDS = 0.1
+MOST_FOR_A_RESTART = 1.2
 
 
 def main() -> int:
@@ -32,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every-step", metavar="ENGINE")
     parser.add_argument("--random", type=int, metavar="N")
+    parser.add_argument("--restart-time", type=int, metavar="N")
     parser.add_argument("--engine", default="ddp")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
@@ -41,6 +45,8 @@ def main() -> int:
     draw = random.Random(arguments.seed)
     engine = arguments.every_step or arguments.engine
     overrides = [*OVERRIDES, f"engine.kind={engine}"]
+    if arguments.restart_time:
+        return restart_time(place, overrides, arguments.restart_time)
     expected = undisturbed(place / "undisturbed", overrides)
     if arguments.every_step:
         return every_step(place / "run", overrides, expected, draw, engine)
@@ -97,7 +103,6 @@ def at_random(
             if done < kills and wait_until(moment, start, draw) and strike(start, victim):
                 done += 1
                 began = time.monotonic()
-                unsaved = folder / "unsaved"
                 unfinished = bool(list(folder.glob("*/checkpoints/.step-*")))
                 status = start.end()
                 slowest = max(slowest, time.monotonic() - began)
@@ -105,7 +110,7 @@ def at_random(
                 counts["left an unfinished save"] += unfinished
                 lost[position(folder) - saved(folder)] += 1
                 if status is None:
-                    bad.append(f"{victim} at {moment}: did not end by itself ({unsaved})")
+                    bad.append(f"{victim} at {moment}: did not end by itself")
                 print(f"{done}: {victim}, {moment}: {status}", flush=True)
                 continue
             status = start.end(600)
@@ -120,6 +125,36 @@ def at_random(
     print(f"{done} kills in {runs} runs, steps lost by a kill {dict(sorted(lost.items()))}")
     print(f"slowest end after a kill {slowest:.1f} s; {len(bad)} bad: {bad}")
     return 1 if bad else 0
+
+
+def restart_time(place: Path, overrides: list[str], pairs: int) -> int:
+    """In turn: a cold start to its first step, and a killed worker to the restart's first step."""
+    cold, warm = list[float](), list[float]()
+    for number in range(pairs + 1):  # the first makes samples and data, and is not counted
+        start = Start(place / f"restart-{number}", overrides)
+        start.wait_for(lambda: start.steps("domain"))  # noqa: B023
+        cold.append(time.monotonic() - start.began)
+        start.wait_for(lambda: len(start.steps("domain")) > 5)  # noqa: B023
+        killed = time.monotonic()
+        start.workers()[1].kill()
+        start.end()
+        again = Start(start.folder, overrides)
+        before = set[int]()
+        again.wait_for(lambda: new_step(again, before))  # noqa: B023
+        warm.append(time.monotonic() - killed)
+        again.launcher.kill()
+        again.end()
+        print(f"cold start {cold[-1]:.2f} s, kill to next step {warm[-1]:.2f} s", flush=True)
+    ratio = median(warm[1:]) / median(cold[1:])
+    print(f"medians of {pairs}: {median(cold[1:]):.2f} s, {median(warm[1:]):.2f} s: {ratio:.2f}")
+    return 0 if ratio <= MOST_FOR_A_RESTART else 1
+
+
+def new_step(start: Start, before: set[int]) -> bool:
+    """Whether a start has done a step beyond those that it found in the file."""
+    steps = set(start.steps("domain"))
+    before.update(steps if not before else ())
+    return bool(steps - before)
 
 
 VICTIMS = ("worker 0", "worker 1", "launcher", "all")

@@ -1,0 +1,106 @@
+"""What a checkpoint at every step costs, on the quickstart's model and data.
+
+    python tests/bench/checkpoint_cost.py [--blocks 6] [--steps 3] [--engine ddp] [--ranks 2]
+
+One run; blocks of steps with a save after each step and blocks without take turns. A block with
+saves ends when its last save is on the disk, so that none of its work falls into the next block.
+The speed kept is the time of a block without saves over that of its neighbour with them, in wall
+time and in CPU seconds of all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+LEAST = 0.97
+
+
+def main() -> int:
+    """Start the ranks on themselves; print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=6, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a block")
+    parser.add_argument("--engine", default="ddp")
+    parser.add_argument("--ranks", type=int, default=2)
+    arguments = parser.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="dtrain-cost-"))
+    steps = arguments.steps * (2 * arguments.blocks + 1)
+    command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
+    command += [f"--nproc-per-node={arguments.ranks}", __file__, "--rank"]
+    overrides = ["quickstart", f"engine.kind={arguments.engine}", f"output.folder={place}/run"]
+    overrides += ["evaluation={sets: {}}", "stages.domain.train.checkpoint_every_steps=1"]
+    overrides += [f"stages.domain.train.steps={steps}", "output.merge=false"]
+    times = {"DTRAIN_BENCH": f"{place}/times", "DTRAIN_BENCH_STEPS": str(arguments.steps)}
+    paths = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *overrides], env={**os.environ, **times, **paths})
+    assert done.returncode == 75, done.returncode
+    return tell(place, arguments.steps)
+
+
+def tell(place: Path, block: int) -> int:
+    """Figures from the marks of all ranks: one at each step's end."""
+    files = sorted(place.glob("times-*"))
+    marks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    wall = [mark["wall"] for mark in marks[0]]
+    cpu = [sum(mark["cpu"] for mark in row) for row in zip(*marks, strict=True)]
+    ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
+    for name, series in (("wall", wall), ("cpu", cpu)):
+        ends = series[block - 1 :: block]  # the first block warms up
+        spans = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        ratios[name] = [plain / saving for saving, plain in zip(spans[::2], spans[1::2])]  # noqa: B905
+        saving, plain = median(spans[::2]) / block, median(spans[1::2]) / block
+        print(
+            f"{name}: a step with a save {saving:.3f} s, without {plain:.3f} s; speed kept, by pairs: "
+            f"{', '.join(f'{r:.3f}' for r in ratios[name])}; median {median(ratios[name]):.3f}"
+        )
+    return 0 if median(ratios["wall"]) >= LEAST else 1
+
+
+def rank(argv: list[str]) -> int:
+    """One rank: the run itself, with saves in every other block, and a mark after each step."""
+    from dtrain import train
+    from dtrain.pipeline import stage_run
+    from dtrain.stages import loop
+
+    block = int(os.environ["DTRAIN_BENCH_STEPS"])
+    path = Path(f"{os.environ['DTRAIN_BENCH']}-{os.environ['RANK']}")
+    plain_train_step, plain_save, savers = loop.train_step, stage_run.StageRun.save, list[Any]()
+
+    def saves(step: int) -> bool:
+        return (step - 1) // block % 2 == 1  # step counts from 1; the first block warms up
+
+    def save(self: Any, saver: Any, job: Any) -> None:
+        savers[:] = [saver]
+        if saves(job.progress.step):
+            plain_save(self, saver, job)
+
+    def train_step(job: Any, step: int, *args: Any, **named: Any) -> Any:
+        if step:
+            mark(step)
+        return plain_train_step(job, step, *args, **named)
+
+    def mark(step: int) -> None:
+        if saves(step) and not saves(step + 1):
+            savers[0].wait()
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"wall": time.perf_counter(), "cpu": sum(os.times()[:2])}) + "\n")
+
+    loop.train_step, stage_run.StageRun.save = train_step, save  # type: ignore[assignment]
+    loop.reason_to_stop = lambda job, result: (  # type: ignore[assignment]
+        "stop asked" if job.progress.step == job.loader.steps else None
+    )
+    return train.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(rank(sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main())

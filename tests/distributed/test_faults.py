@@ -1,0 +1,261 @@
+"""The fault matrix: found, told in one message, and gone on from; never a silent wrong outcome.
+
+Rows that need no run of several processes have unit tests; tests/README.md lists which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}
+EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("domain", "task")]
+
+
+@pytest.fixture
+def own(tmp_path: Path, cache: Path, start_ranks) -> list[str]:
+    """Overrides for a base and data of the test's own."""
+    start_ranks(ranks=1, folder="samples", env=STOP_AT_ONCE).wait(75)  # makes them
+    shutil.copytree(cache / "samples/tiny-llama", tmp_path / "base")
+    shutil.copy(cache / "samples/tiny-text/domain.jsonl", tmp_path / "texts.jsonl")
+    source = f"{{path: '{tmp_path}/texts.jsonl', format: text}}"
+    return [f"model.base={tmp_path}/base", f"stages.domain.data.sources=[{source}]"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All that a run holds of its stages."""
+    return {str(p): p.read_bytes() for p in sorted(folder.glob("*/**/*")) if p.is_file()}
+
+
+def assert_told_once(output: str, said: str) -> None:
+    assert said in output, output
+    assert output.count("error:") == 1 and "Traceback" not in output, output
+
+
+# --- what changed since the run was begun: refused, and nothing is touched ----------------------
+
+
+def grow_data(place: Path) -> None:
+    with open(place / "texts.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": "one more"}\n')
+
+
+def change_base(place: Path) -> None:
+    path = place / "base/model.safetensors"
+    weights = bytearray(path.read_bytes())
+    weights[-2] ^= 1
+    path.write_bytes(weights)
+
+
+def change_tokenizer(place: Path) -> None:
+    path = place / "base/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(tokenizer))
+
+
+def open_to_all(name: str) -> Callable[[Path], None]:
+    return lambda place: (place / "run" / name).chmod(0o777)
+
+
+def put_pickle(place: Path) -> None:
+    (place / "run/domain/checkpoints/step-000001/optimizer.pt").write_bytes(b"\x80\x04N.")
+
+
+def nothing(place: Path) -> None:
+    """Only the overrides differ."""
+
+
+@pytest.mark.parametrize(
+    ("change", "override", "said"),
+    [
+        (grow_data, "seed=0", "data.content: "),
+        (change_base, "seed=0", "parent: "),
+        (change_tokenizer, "seed=0", "tokenizer: "),
+        (nothing, "seed=1", "seed: 0 in the checkpoint, 1 now"),
+        (nothing, "stages.domain.train.global_batch_sequences=8", "global_batch_sequences: 4"),
+        (open_to_all("."), "seed=0", "anyone may write to it"),
+        (open_to_all("domain"), "seed=0", "anyone may write to it"),
+        (open_to_all("domain/checkpoints"), "seed=0", "anyone may write to it"),
+        (put_pickle, "seed=0", "not part of the checkpoint"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_what_does_not_belong_together_is_refused(
+    start_ranks, own, tmp_path, change, override, said
+) -> None:
+    run = start_ranks(*own, ranks=1, env=STOP_AT_ONCE).wait(75)
+    change(tmp_path)
+    before = content(run.folder)
+    refused = start_ranks(*own, override, ranks=1).wait(2)
+    assert_told_once(refused.output, said)
+    assert content(run.folder) == before
+    assert refused.json("outcome.json")["status"] == 2 or said.startswith("anyone")
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(start_ranks) -> None:
+    run = start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
+    rate = "stages.domain.train.learning_rate=0.02"
+    other = start_ranks(rate, ranks=1, folder="other", env=STOP_AT_ONCE).wait(75)
+    shutil.rmtree(run.folder / "domain/checkpoints")
+    shutil.copytree(other.folder / "domain/checkpoints", run.folder / "domain/checkpoints")
+    refused = start_ranks(ranks=1).wait(2)
+    assert_told_once(refused.output, "train.learning_rate: 0.02 in the checkpoint, 0.01 now")
+
+
+# --- wrong input: told once by all ranks --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"text": "half a li', "texts.jsonl:241"), ('{"txet": "a slip"}', "texts.jsonl:241")],
+)
+def test_a_broken_line_is_told_once(start_ranks, own, tmp_path, line, said) -> None:
+    with open(tmp_path / "texts.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    run = start_ranks(*own).wait()
+    assert_told_once(run.output, said)
+    assert run.json("outcome.json")["status"] == 2
+
+
+def test_a_loss_that_stays_nan_ends_the_run(start_ranks) -> None:
+    run = start_ranks("stages.domain.train.learning_rate=1e30", *EVERY_STEP).wait(3)
+    assert_told_once(run.output, "not finite 3 steps in a row")
+    assert run.json("outcome.json")["status"] == 3
+    assert [r["loss"] for r in run.records("domain") if "skipped" in r] == [None] * 3
+
+
+# --- damage: found before use, and gone on from what is whole -----------------------------------
+
+
+def damage(path: Path) -> None:
+    """Flip one bit."""
+    draw = random.Random(path.name)
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Lose the second half."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_damaged_files_are_named_and_the_run_ends_where_it_would_have(start_ranks, weights) -> None:
+    undisturbed = start_ranks(ranks=1, folder="undisturbed").wait(0)
+    for _ in range(3):
+        start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
+    folder = undisturbed.folder.with_name("run")
+    damage(folder / "domain/checkpoints/step-000003/rank-00000.safetensors")
+    run = start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
+    assert "step 3 cannot be used" in run.output and "rank-00000.safetensors" in run.output
+    assert "going on from step 2" in run.output
+    cut(folder / "domain/checkpoints/step-000003/rank-00000.safetensors")
+    damage(folder / "domain/stage.json")
+    run = start_ranks(ranks=1).wait(0)
+    assert "stage.json is damaged" in run.output and "going on from step 2" in run.output
+    assert weights(folder) == weights(undisturbed.folder)
+
+    damage(folder / "domain/merged/model.safetensors")
+    damage(folder / "task/adapter/adapter_model.safetensors")
+    run = start_ranks(ranks=1).wait(0)
+    assert "domain/merged/model.safetensors is not what was written" in run.output
+    assert "task/adapter/adapter_model.safetensors is not what was written" in run.output
+    assert weights(folder) == weights(undisturbed.folder)
+
+
+def test_damaged_data_is_named(start_ranks, tmp_path) -> None:
+    env = {"DTRAIN_CACHE": str(tmp_path / "cache")}
+    start_ranks(ranks=1, env=env | STOP_AT_ONCE).wait(75)
+    shard = sorted((tmp_path / "cache/stores").glob("*/shard-*.arrow"))[0]
+    damage(shard)
+    run = start_ranks(env=env).wait(2)
+    assert_told_once(run.output, str(shard))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run folder on a file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of its own can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_more_room_is_all_it_needs(
+    start_ranks, weights, small_disk
+) -> None:
+    settings = [*EVERY_STEP, "output.keep_checkpoints=9"]
+    undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
+    run = start_ranks(*settings, folder=small_disk).wait(2)
+    assert_told_once(run.output, "No space left on device")
+    assert "the earlier ones are intact" in run.output
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    run = start_ranks(*settings, folder=small_disk).wait(0)
+    assert "going on from step" in run.output
+    assert weights(run.folder) == weights(undisturbed.folder)
+
+
+# --- processes that are killed or stopped -------------------------------------------------------
+
+
+def test_killed_in_a_save_it_goes_on_from_the_one_before(start_ranks, weights) -> None:
+    undisturbed = start_ranks(*EVERY_STEP, folder="undisturbed").wait(0)
+    checkpoints = undisturbed.folder.with_name("run") / "domain/checkpoints"
+    for _ in range(5):
+        run = start_ranks(*EVERY_STEP)
+        before = set(checkpoints.glob("step-*"))
+        run.until(lambda: set(checkpoints.glob("step-*")) - before)  # noqa: B023
+        run.until(lambda: list(checkpoints.glob(".step-*")) or run.is_at("task", 1))  # noqa: B023
+        run.kill().wait()
+        if list(checkpoints.glob(".step-*")):
+            break
+    run = start_ranks(*EVERY_STEP).wait(0)
+    assert "was not finished" in run.output
+    assert not list(checkpoints.glob(".*"))
+    assert weights(run.folder) == weights(undisturbed.folder)
+
+
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_whoever_is_killed_the_same_command_goes_on(dtrain_run, victim) -> None:
+    live = dtrain_run(*EVERY_STEP)
+    live.until_step("domain", 2)
+    workers = [live.worker(0), live.worker(1)]
+    (workers[1] if victim == "worker" else live.process).kill()
+    live.wait(1 if victim == "worker" else -signal.SIGKILL)
+    psutil.wait_procs(workers, 10)
+    assert not any(worker.is_running() for worker in workers), "orphans"
+    again = dtrain_run(*EVERY_STEP).wait(0)
+    assert "going on from step" in again.output
+    again.assert_golden("lora")
+
+
+def test_a_stopped_worker_is_found_named_and_killed(dtrain_run) -> None:
+    settings = ["stages.domain.train.steps=60", *EVERY_STEP]
+    live = dtrain_run(*settings)
+    live.until_step("domain", 5)
+    worker = live.worker(1)
+    worker.suspend()
+    live.wait(5)
+    assert not worker.is_running()
+    outcome = live.json("outcome.json")
+    assert outcome["status"] == 5 and outcome["outcome"] == "failed"
+    said = "rank 1 does not move on; last seen at: "
+    assert outcome["reason"].startswith(said) and 'File "' in outcome["reason"]
+    assert live.output.count(said) == 1
+    again = dtrain_run(*settings).wait(0)
+    assert "going on from step" in again.output
