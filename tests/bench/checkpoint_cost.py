@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dtrain-cost-"))
-    steps = arguments.steps * (2 * arguments.blocks + 1)
+    steps = arguments.steps * (2 * arguments.blocks + 1) + 1
     command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
     command += [f"--nproc-per-node={arguments.ranks}", __file__, "--rank"]
     overrides = ["quickstart", f"engine.kind={arguments.engine}", f"output.folder={place}/run"]
@@ -56,12 +57,12 @@ def tell(place: Path, block: int) -> int:
     ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
     for name, series in (("wall", wall), ("cpu", cpu)):
         ends = series[block - 1 :: block]  # the first block warms up
-        spans = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        spans = [b - a for a, b in pairwise(ends)]
         ratios[name] = [plain / saving for saving, plain in zip(spans[::2], spans[1::2])]  # noqa: B905
         saving, plain = median(spans[::2]) / block, median(spans[1::2]) / block
         print(
-            f"{name}: a step with a save {saving:.3f} s, without {plain:.3f} s; speed kept, by pairs: "
-            f"{', '.join(f'{r:.3f}' for r in ratios[name])}; median {median(ratios[name]):.3f}"
+            f"{name}: a step with a save {saving:.3f} s, without {plain:.3f} s; "
+            f"speed kept, by pairs: {', '.join(f'{r:.3f}' for r in ratios[name])}; median {median(ratios[name]):.3f}"
         )
     return 0 if median(ratios["wall"]) >= LEAST else 1
 
