@@ -60,10 +60,9 @@ def tell(place: Path, block: int) -> int:
         spans = [b - a for a, b in pairwise(ends)]
         ratios[name] = [plain / saving for saving, plain in zip(spans[::2], spans[1::2])]  # noqa: B905
         saving, plain = median(spans[::2]) / block, median(spans[1::2]) / block
-        print(
-            f"{name}: a step with a save {saving:.3f} s, without {plain:.3f} s; "
-            f"speed kept, by pairs: {', '.join(f'{r:.3f}' for r in ratios[name])}; median {median(ratios[name]):.3f}"
-        )
+        kept = ", ".join(f"{ratio:.3f}" for ratio in ratios[name])
+        print(f"{name}: a step with a save {saving:.3f} s, without {plain:.3f} s")
+        print(f"{name}: speed kept, by pairs: {kept}; median {median(ratios[name]):.3f}")
     return 0 if median(ratios["wall"]) >= LEAST else 1
 
 
