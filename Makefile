@@ -18,7 +18,7 @@ quickstart: $(INSTALLED)
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest -q $(wildcard tests/distributed tests/integration)
+	$(BIN)/pytest -q tests/distributed tests/integration tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
