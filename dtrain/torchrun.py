@@ -25,6 +25,8 @@ from dtrain.distributed.listen import listen_narrowly
 from dtrain.launching.commands import LAUNCHER, worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# A rank has failed, and the others wait for it: whatever they were about is lost.
+SECONDS_FOR_THE_OTHERS = 10
 # Statuses with which a worker has said all there is to say; the ones that tell most come first.
 _TOLD = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
 
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[LAUNCHER] = str(os.getpid())
     # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
     arguments.signals_to_handle = "SIGQUIT"
+    if arguments.shutdown_timeout is None:
+        arguments.shutdown_timeout = SECONDS_FOR_THE_OTHERS
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
     listen_narrowly()

@@ -1,7 +1,7 @@
 """kill -9, at every step or at any instant: the same command goes on, and ends at the same weights.
 
     python tests/faults/kill.py --every-step ENGINE [--seed S]
-    python tests/faults/kill.py --random N [--engine ENGINE] [--seed S]
+    python tests/faults/kill.py --random N [--engine ENGINE] [--seed S] [--forked]
     python tests/faults/kill.py --restart-time N   # a worker's death to the next step: seconds
 
 Both stages of `tiny`, 15 steps each, packed rows, dropout on, a checkpoint at every step, 2 ranks.
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from runs import OVERRIDES, STAGES, STEPS, Start, final_hash, steps_in
+from runs import OVERRIDES, STAGES, STEPS, ForkedStart, Start, final_hash, steps_in
 
 from dtrain.checkpoints import newest_complete
 
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, metavar="N")
     parser.add_argument("--restart-time", type=int, metavar="N")
     parser.add_argument("--engine", default="ddp")
+    parser.add_argument("--forked", action="store_true", help="ranks without launcher: quicker")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
@@ -50,7 +51,8 @@ def main() -> int:
     expected = undisturbed(place / "undisturbed", overrides)
     if arguments.every_step:
         return every_step(place / "run", overrides, expected, draw, engine)
-    return at_random(place, overrides, expected, draw, arguments.random)
+    kind = ForkedStart if arguments.forked else Start
+    return at_random(place, overrides, expected, draw, arguments.random, kind)
 
 
 def undisturbed(folder: Path, overrides: list[str]) -> str:
@@ -89,7 +91,12 @@ def every_step(
 
 
 def at_random(
-    place: Path, overrides: list[str], expected: str, draw: random.Random, kills: int
+    place: Path,
+    overrides: list[str],
+    expected: str,
+    draw: random.Random,
+    kills: int,
+    kind: type[Start],
 ) -> int:
     """Kill a worker, the launcher, or all at once, anywhere; start again until a run ends."""
     counts, lost, bad = Counter[str](), Counter[int](), list[str]()
@@ -98,8 +105,8 @@ def at_random(
     while done < kills or runs == 0:
         folder = place / f"run-{runs}"
         while True:
-            start = Start(folder, overrides)
-            victim, moment = draw.choice(VICTIMS), draw.choice(MOMENTS)
+            start = kind(folder, overrides)
+            victim, moment = draw.choice(VICTIMS[kind]), draw.choice(MOMENTS)
             if done < kills and wait_until(moment, start, draw) and strike(start, victim):
                 done += 1
                 began = time.monotonic()
@@ -157,14 +164,17 @@ def new_step(start: Start, before: set[int]) -> bool:
     return bool(steps - before)
 
 
-VICTIMS = ("worker 0", "worker 1", "launcher", "all")
+VICTIMS = {
+    Start: ("worker 0", "worker 1", "launcher", "all"),
+    ForkedStart: ("worker 0", "worker 1", "all"),
+}
 MOMENTS = ("any time", "in training", "in training", "in a save", "in a save")
 
 
 def wait_until(moment: str, start: Start, draw: random.Random) -> bool:
     """Wait for a moment in the life of a start; False if it ended before."""
     if moment == "any time":
-        time.sleep(draw.uniform(0, 12))
+        time.sleep(draw.uniform(0, 12 if type(start) is Start else 4))
     elif moment == "in training":
         first = {stage: len(start.steps(stage)) for stage in STAGES}
         start.wait_for(lambda: any(len(start.steps(s)) > first[s] for s in STAGES))
@@ -175,7 +185,7 @@ def wait_until(moment: str, start: Start, draw: random.Random) -> bool:
         seen = set[str]()
         start.wait_for(lambda: len(unfinished_saves(start.folder, seen)) > skip)
         time.sleep(draw.uniform(0, 0.02))
-    return start.process.poll() is None
+    return not start.is_over()
 
 
 def unfinished_saves(folder: Path, seen: set[str]) -> set[str]:
@@ -187,7 +197,8 @@ def unfinished_saves(folder: Path, seen: set[str]) -> set[str]:
 def strike(start: Start, victim: str) -> bool:
     """kill -9; False if there was nobody."""
     workers = start.workers()
-    chosen = {"launcher": [start.launcher], "all": [start.launcher, *workers.values()]}
+    launcher = [] if isinstance(start, ForkedStart) else [start.launcher]
+    chosen = {"launcher": launcher, "all": [*launcher, *workers.values()]}
     targets = chosen.get(victim) or [w for r, w in workers.items() if f"worker {r}" == victim]
     for target in targets:
         with suppress(psutil.NoSuchProcess):

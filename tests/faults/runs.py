@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -76,13 +77,17 @@ class Start:
                 continue
         return found
 
+    def is_over(self) -> bool:
+        """Whether the launcher has ended."""
+        return self.process.poll() is not None
+
     def wait_for(self, happened: Callable[[], bool], seconds: float = END_SECONDS) -> bool:
         """Look until something happened (True), the start ended, or the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if happened():
                 return True
-            if self.process.poll() is not None:
+            if self.is_over():
                 return happened()
             time.sleep(POLL_SECONDS)
         return False
@@ -100,6 +105,70 @@ class Start:
         if status is None:
             self.process.wait()
         return None if alive else status
+
+
+class ForkedStart(Start):
+    """The same without launcher and imports: ranks forked by tests/distributed/zygote.py."""
+
+    zygote: subprocess.Popen[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.log = self.folder.with_suffix(".log")
+        self.files_before = {stage: inode(self.metrics(stage)) for stage in STAGES}
+        self.began = time.monotonic()
+        self.log.unlink(missing_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        self.ranks = {rank: self._fork(rank, common) for rank in range(2)}
+
+    def _fork(self, rank: int, common: dict[str, int]) -> psutil.Process:
+        own = {**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        arguments = [self.recipe, *self.overrides, f"output.folder={self.folder}"]
+        environment = {name: str(value) for name, value in own.items()}
+        request = {"arguments": arguments, "environment": environment, "log": str(self.log)}
+        return psutil.Process(self._ask(start=request))
+
+    def _ask(self, **request: object) -> int:
+        if ForkedStart.zygote is None:
+            ForkedStart.zygote = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/distributed/zygote.py")],
+                cwd=ROOT,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        pipe = ForkedStart.zygote
+        assert pipe.stdin and pipe.stdout
+        pipe.stdin.write(json.dumps(request) + "\n")
+        pipe.stdin.flush()
+        return int(pipe.stdout.readline())
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """Rank → its process, of those that live."""
+        return {rank: process for rank, process in self.ranks.items() if lives(process)}
+
+    def is_over(self) -> bool:
+        """Whether nobody is left."""
+        return not self.workers()
+
+    def end(self, seconds: float = END_SECONDS) -> int | None:
+        """The first bad exit status; None if they do not end by themselves."""
+        overdue = not self.wait_for(self.is_over, seconds) and not self.is_over()
+        for process in self.workers().values():
+            process.kill()
+        statuses = [self._ask(wait=process.pid) for process in self.ranks.values()]
+        return None if overdue else next((s for s in statuses if s), 0)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs, and is not a child that nobody has waited for."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
