@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 
 import numpy as np
 import pytest
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_sealed, write_sealed
 from dtrain.data import store as module
 from dtrain.data.packing import PIECE
 from dtrain.data.store import Store
@@ -69,7 +69,7 @@ def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None
 
 def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
     """The plan of a huge store, as sparse files: opening may not touch what it does not need."""
-    manifest = json.loads((folder / "store.json").read_text())
+    manifest = read_sealed(folder / "store.json")
     rows = 10**9
     kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
     for name, kind in {**kinds, "row_supervised.npy": "<i4"}.items():
@@ -84,7 +84,7 @@ def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
             array[rows - 1] = 20
         del array
         manifest["files"][name]["bytes"] = (folder / name).stat().st_size
-    (folder / "store.json").write_text(json.dumps({**manifest, "rows": rows}))
+    write_sealed(folder / "store.json", {**manifest, "rows": rows})
     before = resident_bytes()
     store = Store(folder)
     assert store.row(rows - 1).numbers == [4]

@@ -1,0 +1,128 @@
+"""Opening a store, its first batch, and a resume in the middle, at 1e6, 1e9 and 1e12 tokens.
+
+The stores are real in form, their plans sparse files: what opening costs is what it touches.
+`python tests/bench/data_open.py`
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+
+from dtrain.core.files import write_sealed
+from dtrain.data.mixing import mix
+from dtrain.data.packing import PIECE
+from dtrain.data.store import PLAN_FILES, SHARD, SUMS, shard_name
+
+ROW_TOKENS = 2048
+SIZES = (10**6, 10**9, 10**12)
+REPEATS = 7
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from dtrain.data.loader import Loader
+from dtrain.data.mixing import mix
+from dtrain.data.mixture import Mixture, Prepared
+from dtrain.data.sources import Part
+from dtrain.data.store import Store
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+folder = Path(sys.argv[1])
+before, started = resident(), time.process_time()
+store = Store(folder)
+part = Part("p", ".jsonl", "x")
+mixture = Mixture([Prepared("s", None, [part], store)], mix([store.rows], [None], ["s"]), 2048)
+loader = Loader(mixture, seed=1, global_batch=8, total_rows=store.rows)
+first = next(iter(loader.micro_batches(0, 0, 1, 8)))
+opened = time.process_time()
+middle = next(iter(loader.micro_batches(loader.steps // 2, 0, 1, 8)))
+done = time.process_time()
+assert first.input_ids.shape == middle.input_ids.shape == (1, 8 * 2048)
+print(json.dumps([opened - started, done - opened, resident() - before]))
+"""
+
+
+def make(folder: Path, rows: int) -> None:
+    """A store of `rows` rows that all hold the one document there is."""
+    folder.mkdir()
+    lists = pa.LargeListArray.from_arrays
+    tokens = pa.array(np.arange(ROW_TOKENS, dtype=np.int32))
+    batch = pa.record_batch(
+        {
+            "tokens": lists(pa.array([0, ROW_TOKENS], pa.int64()), tokens),
+            "runs": lists(pa.array([0, 2], pa.int64()), pa.array([1, ROW_TOKENS], pa.int32())),
+            "part": pa.array([0], pa.int32()),
+            "number": pa.array([1], pa.int64()),
+        }
+    ).replace_schema_metadata({b"dtrain": b"{}"})
+    with pa.ipc.new_file(str(folder / shard_name(0)), batch.schema) as file:
+        file.write_batch(batch)
+    plan(folder, rows)
+    names = (*PLAN_FILES, SUMS)
+    (folder / SUMS).write_text("")
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": ""} for name in names}
+    totals = {"rows": rows, "fingerprint": "x", "largest_token": ROW_TOKENS, "files": files}
+    write_sealed(folder / "store.json", totals)
+
+
+def plan(folder: Path, rows: int) -> None:
+    """Sparse arrays; only the rows that the first and the middle batch ask for are written."""
+    kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
+    kinds["row_supervised.npy"] = "<i4"
+    arrays = {}
+    for name, kind in kinds.items():
+        shape = (rows + (name == "rows.npy"),)
+        arrays[name] = np.lib.format.open_memmap(folder / name, "w+", kind, shape)
+    for row in asked(rows):
+        arrays["rows.npy"][row : row + 2] = [row, row + 1]
+        arrays["pieces.npy"][row] = (0, 0, ROW_TOKENS)
+        arrays["row_tokens.npy"][row] = ROW_TOKENS
+        arrays["row_supervised.npy"][row] = ROW_TOKENS - 1
+    table = np.zeros(1, SHARD)
+    table[0] = 0, (folder / shard_name(0)).stat().st_size
+    np.save(folder / "shards.npy", table)
+
+
+def asked(rows: int) -> list[int]:
+    """Numbers of the rows that the child reads."""
+    mixed, middle = mix([rows], [None], ["s"]), -(-rows // 8) // 2 * 8
+    places = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
+    return mixed.rows_at(places, 1).tolist()
+
+
+def measure(folder: Path) -> list[float]:
+    """Seconds to the first batch, seconds of a resume, bytes: medians over processes."""
+    runs = [
+        json.loads(subprocess.check_output([sys.executable, "-c", CHILD, str(folder)]))
+        for _ in range(REPEATS)
+    ]
+    return [median(values) for values in zip(*runs, strict=True)]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        results = {}
+        for size in SIZES:
+            make(Path(name) / str(size), max(size // ROW_TOKENS, 16))
+            results[size] = measure(Path(name) / str(size))
+    base = results[SIZES[0]]
+    for size, (opening, resume, memory) in results.items():
+        print(
+            f"{size:.0e} tokens: open + first batch {1e3 * opening:.2f} ms "
+            f"({opening / base[0]:.2f}x), resume {1e3 * resume:.2f} ms ({resume / base[1]:.2f}x), "
+            f"memory {memory / 1e6:.1f} MB ({(memory - base[2]) / 1e6:+.1f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
