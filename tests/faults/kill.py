@@ -112,18 +112,25 @@ def at_random(
                 began = time.monotonic()
                 unfinished = bool(list(folder.glob("*/checkpoints/.step-*")))
                 status = start.end()
-                slowest = max(slowest, time.monotonic() - began)
+                seconds = time.monotonic() - began
+                slowest = max(slowest, seconds)
                 counts[f"{victim}, {moment}"] += 1
                 counts["left an unfinished save"] += unfinished
-                lost[position(folder) - saved(folder)] += 1
+                steps = position(folder) - saved(folder)
+                lost[steps] += 1
                 if status is None:
                     bad.append(f"{victim} at {moment}: did not end by itself")
-                print(f"{done}: {victim}, {moment}: {status}", flush=True)
+                print(
+                    f"{done}: {victim}, {moment}: status {status} after {seconds:.1f} s, "
+                    f"{steps} steps lost",
+                    flush=True,
+                )
                 continue
             status = start.end(600)
             if status != 0 or final_hash(folder) != expected:
                 bad.append(f"{folder}: status {status}, see {start.log}")
                 break
+            print(f"run {runs}: ended by itself, hash equal", flush=True)
             shutil.rmtree(folder)
             break
         runs += 1

@@ -20,6 +20,7 @@ STAGES = ("domain", "task")
 STEPS = 15  # of each stage
 POLL_SECONDS = 0.002
 END_SECONDS = 120.0
+ORPHAN_SECONDS = 60.0
 
 OVERRIDES = ["evaluation.questions=null", "launch.processes=2", "device=cpu"] + [
     f"stages.{stage}.{setting}"
@@ -99,7 +100,8 @@ class Start:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = None
-        _, alive = psutil.wait_procs(left, 10 if status is not None else 0)
+        # A rank whose launcher died while it imported its libraries ends when it has done so.
+        _, alive = psutil.wait_procs(left, ORPHAN_SECONDS if status is not None else 0)
         for process in alive:
             process.kill()
         if status is None:
