@@ -7,7 +7,8 @@ checkpoint made of ranges belongs to none of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,18 @@ class Piece:
                 f"{self.name} {kind}: float32 [{length}] expected, "
                 f"got {tensor.dtype} [{tensor.numel()}]"
             )
+
+
+def share_of(pieces: Iterable[Piece], number: int, copies: int) -> Iterator[Piece]:
+    """What one of several ranks that hold the same pieces saves: about an equal part, whole pieces.
+
+    The others' come out empty. All copies see the same pieces in the same order, so they agree.
+    """
+    loads = [0] * copies
+    for piece in pieces:
+        least = loads.index(min(loads))
+        loads[least] += piece.stop - piece.start
+        yield piece if least == number else replace(piece, stop=piece.start, tensors={})
 
 
 def elements(shape: tuple[int, ...] | list[int]) -> int:

@@ -8,8 +8,10 @@ checks that the ranges cover every parameter, writes the manifest, and renames t
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -29,6 +31,7 @@ from dtrain.checkpoints.shard import DTYPES, tensor_key, write_shard
 from dtrain.core.errors import UserError
 
 PATIENCE_SECONDS = 600.0
+NICE = 10  # the training comes first
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class Saver:
 
     def _run(self, job: _Job) -> None:
         started = time.monotonic()
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._write(job)
             if self._rank == 0:

@@ -42,12 +42,12 @@ class Engine(ABC):
     Attributes:
         model: what is called for a forward pass.
         bare: the same model without the engine's wrapping, for names and settings.
-        owns_pieces: whether this rank's pieces go into a checkpoint (False for replicas).
+        copy: which of how many ranks this is that hold the same pieces; they share a save.
     """
 
     model: Any  # the wrappers of torch and DeepSpeed share no type
     bare: nn.Module
-    owns_pieces: bool = True
+    copy: tuple[int, int] = (0, 1)
 
     def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
         self.bare, self.recipe, self.stage, self.world = bare, recipe, stage, world

@@ -20,7 +20,7 @@ class Ddp(TorchEngine):
     ) -> None:
         super().__init__(bare, recipe, stage, world)
         fill(bare)
-        self.owns_pieces = world.is_first
+        self.copy = (world.rank, world.size)
         self.optimizer = build_optimizer(bare, stage)
         # Every rank loaded the same base and drew the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(

@@ -34,7 +34,8 @@ class Fsdp2(TorchEngine):
             fully_shard(block, mesh=mesh, mp_policy=self.precision())
         assert isinstance(bare, FSDPModule)
         self.model = bare
-        self.owns_pieces = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
+        if mesh.ndim > 1:
+            self.copy = (mesh.get_local_rank("replicate"), mesh.size(0))
         # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
         self.reduce_every_micro_batch = isinstance(stage.method, Full)
         self.optimizer = build_optimizer(bare, stage)

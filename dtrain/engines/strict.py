@@ -38,7 +38,7 @@ class StrictDdp(TorchEngine):
         torch.use_deterministic_algorithms(True)
         fill(bare)
         self.model = bare
-        self.owns_pieces = world.is_first
+        self.copy = (world.rank, world.size)
         self.optimizer = build_optimizer(bare, stage)
         train = stage.train
         self.leaves = accumulation(

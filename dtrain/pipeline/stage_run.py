@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dtrain.checkpoints.folder import clean_leftovers, newest_complete
 from dtrain.checkpoints.identity import require_same
+from dtrain.checkpoints.pieces import share_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
@@ -201,7 +202,7 @@ class StageRun:
             "base": self.inputs.base_fingerprint,
             "held_out_loss": job.held_out_loss(),
         }
-        saver.save(now.step, engine.pieces() if engine.owns_pieces else (), state)
+        saver.save(now.step, share_of(engine.pieces(), *engine.copy), state)
 
     def facts(self, job: Job) -> dict[str, Any]:
         """What is worth knowing of the finished stage."""

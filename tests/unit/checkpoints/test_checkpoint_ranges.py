@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dtrain.checkpoints import Checkpoint, Piece, Saver, shard
-from dtrain.checkpoints.pieces import elements
+from dtrain.checkpoints.pieces import elements, share_of
 from dtrain.core.errors import UserError
 
 
@@ -220,3 +220,16 @@ def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> Non
 def test_a_piece_that_contradicts_itself_is_refused(tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="layer"):
         Piece("layer", (4,), 1, 3, tensors)
+
+
+def test_copies_share_a_save_and_leave_no_hole(kit: Any, tmp_path: Path) -> None:
+    copies = 3
+    whole = kit.whole(1)
+    savers = [Saver(tmp_path, rank=r, ranks=copies, attempt="a") for r in range(copies)]
+    for rank, saver in enumerate(savers):
+        saver.save(1, share_of(kit.pieces(whole, 0, 1), rank, copies), {})
+    for saver in reversed(savers):
+        saver.wait()
+    sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*/*.safetensors"))]
+    assert len(sizes) == copies
+    kit.assert_holds(Checkpoint.open(tmp_path / "step-000001"), whole)
