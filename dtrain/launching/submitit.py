@@ -21,7 +21,7 @@ import submitit
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_atomic
+from dtrain.core.files import read_json, write_atomic
 from dtrain.launching.attempt import begin, end
 from dtrain.launching.commands import torchrun_command
 
@@ -49,12 +49,12 @@ class Training:
             signal.signal(
                 signal.SIGTERM, signal.SIG_DFL
             )  # submitit ignores it, and a requeue waits
-            # The warning goes to the ranks, not here; nobody else asks them to stop.
-            warned = status == Exit.GO_ON
-            status = end(run, status, warned, os.environ)
+            # The warning goes to the ranks, not here; nobody else asks them to stop. The step's own
+            # status may be that of a rank which srun ended because another had ended before it.
+            status = end(run, status, says_go_on(run), os.environ)
         if status != Exit.FINISHED:
             what = f"ended with status {status}"
-            raise UserError(what, where=str(run), fix="see outcome.json there", status=Exit(status))
+            raise UserError(what, where=str(run), fix="see outcome.json there")
         return str(run)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -88,6 +88,12 @@ class Training:
         else:
             signal.signal(signal.SIGUSR2, lambda number, frame: process.send_signal(signal.SIGUSR1))
         return process.wait()
+
+
+def says_go_on(run: Path) -> bool:
+    """Whether the ranks saved and ended because they were asked to."""
+    outcome = run / "outcome.json"
+    return outcome.exists() and bool(read_json(outcome)["status"] == Exit.GO_ON)
 
 
 def submit(
