@@ -7,7 +7,7 @@ if all of them beat, the rank with the fewest marks is the one that the others w
 lie in the run folder, so a rank needs no collective, which is what hangs, to look.
 
 Where no limit holds (a start, an evaluation, a save), a rank still looks at its neighbour, and at
-nothing but whether that is stopped.
+nothing but whether that is stopped or dead.
 """
 
 from __future__ import annotations
@@ -34,8 +34,19 @@ LEAST_LIMIT_SECONDS = 10.0
 NEIGHBOUR_EVERY_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # without a heartbeat from another machine; a long call may hold it up
 STALL_SECONDS = 3.0  # for a heartbeat: the file system stands still, and with it the others'
+DEAD_OR_STOPPED = ("", "T", "t")
+BORN = 19  # place in /proc/PID/stat after the name: starttime
 STEPS_TO_KNOW = 3  # the first steps compile, allocate and connect
 MEDIAN_OVER_STEPS = 50
+
+
+def _host() -> str:
+    with suppress(OSError):  # two containers may bear one name, and number their processes apart
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()} {os.getpid()}"  # without /proc every process is far away
+
+
+HOST = _host()
 
 
 class Watch:
@@ -121,17 +132,16 @@ class Watch:
         return self._look(limit) if stood >= limit else []
 
     def _look_at_neighbour(self) -> list[dict[str, Any]]:
-        """The next rank, if it is stopped."""
+        """The next rank, if it is stopped or dead."""
         now = time.monotonic()
         if self.ranks == 1 or now - self._looked < NEIGHBOUR_EVERY_SECONDS:
             return []
         self._looked = now
         beat = self._read((self.rank + 1) % self.ranks)
-        here = beat.get("host") == socket.gethostname()
-        if not beat["beat"] or (here and not is_stopped(int(beat["pid"]))):
+        if not beat["beat"] or (is_here(beat) and state_of(beat) not in DEAD_OR_STOPPED):
             return []
         silent = self._silent_seconds(beat)
-        return [beat] if silent > (0 if here else SILENT_SECONDS) else []
+        return [beat] if silent > (0 if is_here(beat) else SILENT_SECONDS) else []
 
     def _silent_seconds(self, beat: dict[str, Any]) -> float:
         """How long this heartbeat was seen unchanged."""
@@ -146,7 +156,8 @@ class Watch:
         beat = {
             "rank": self.rank,
             "pid": os.getpid(),
-            "host": socket.gethostname(),
+            "born": born(os.getpid()),
+            "host": HOST,
             "beat": time.monotonic_ns(),
             "marks": self._marks,
             "position": self._position,
@@ -179,9 +190,11 @@ class Watch:
     def _end(self, culprits: list[dict[str, Any]]) -> None:
         lines = []
         for beat in culprits:
-            lines.append(f"rank {beat['rank']} does not move on; last seen at: {beat['position']}")
+            what = "has died" if is_here(beat) and not state_of(beat) else "does not move on"
+            lines.append(f"rank {beat['rank']} {what}; last seen at: {beat['position']}")
             lines.append(str(beat.get("stack", "")).rstrip())
-            if beat.get("host") == socket.gethostname() and beat["rank"] != self.rank:
+            # Its number may be another process's by now: then there is nobody to kill.
+            if beat["rank"] != self.rank and is_here(beat) and state_of(beat):
                 with suppress(ProcessLookupError, PermissionError):
                     # A stopped process ignores SIGTERM; torchrun would wait for it in vain.
                     os.kill(int(beat["pid"]), signal.SIGKILL)
@@ -193,9 +206,25 @@ class Watch:
         return self.folder / f"rank-{rank:05d}.json"
 
 
-def is_stopped(process: int) -> bool:
-    """Whether a process of this machine is stopped, as by SIGSTOP."""
+def is_here(beat: dict[str, Any]) -> bool:
+    """Whether a heartbeat comes from this machine, or this container."""
+    return bool(beat.get("host") == HOST)
+
+
+def state_of(beat: dict[str, Any]) -> str:
+    """State of a process of this machine, as ps tells it; empty if it is gone."""
+    fields = _stat(int(beat["pid"]))
+    return fields[0] if fields and fields[BORN] == beat["born"] and fields[0] not in "ZX" else ""
+
+
+def born(process: int) -> str:
+    """When a process was started, in ticks since the machine was; empty if it is gone."""
+    fields = _stat(process)
+    return fields[BORN] if fields else ""
+
+
+def _stat(process: int) -> list[str]:
     with suppress(OSError):
-        # The name, in brackets, may hold anything; the state is the letter after it.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    return False
+        # The name, in brackets, may hold anything.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
