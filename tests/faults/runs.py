@@ -21,6 +21,7 @@ STEPS = 15  # of each stage
 POLL_SECONDS = 0.002
 END_SECONDS = 120.0
 ORPHAN_SECONDS = 60.0
+LAUNCHER_SECONDS = 20.0
 
 OVERRIDES = ["evaluation.questions=null", "launch.processes=2", "device=cpu"] + [
     f"stages.{stage}.{setting}"
@@ -158,7 +159,10 @@ class ForkedStart(Start):
 
     def end(self, seconds: float = END_SECONDS) -> int | None:
         """The first bad exit status; None if they do not end by themselves."""
-        overdue = not self.wait_for(self.is_over, seconds) and not self.is_over()
+        self.wait_for(lambda: len(self.workers()) < len(self.ranks), seconds)
+        overdue = len(self.workers()) == len(self.ranks)
+        # The other rank ends by itself, or else as a launcher ends it.
+        self.wait_for(self.is_over, LAUNCHER_SECONDS)
         for process in self.workers().values():
             process.kill()
         statuses = [self._ask(wait=process.pid) for process in self.ranks.values()]
