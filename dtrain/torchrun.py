@@ -40,7 +40,8 @@ class Signals:
     def listen(self) -> None:
         """Catch the signals from now on."""
         for number in PASSED_ON:
-            signal.signal(number, self._pass_on)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's will
+                signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self.seen:

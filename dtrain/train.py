@@ -7,6 +7,7 @@ import ctypes
 import errno
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from dtrain.checkpoints.identity import require_same
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
@@ -111,10 +113,12 @@ def resolved(recipe: Recipe) -> Recipe:
 def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
     """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
     run = Path(recipe.output.folder)
+    require_same({}, {}, allowed)  # a key that may not change is said before it is kept
     lock = lock_run(run) if is_first_rank() else None
     outcome.open(run)
     if lock:
         write_atomic(run / "recipe.yaml", dump(recipe))
+        shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
     inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.

@@ -294,6 +294,9 @@ class Output(Group):
         True,
         description="merge the last stage's adapter too; the others always are",
     )
+    keep_every_steps: Count | None = Field(
+        None, description="keep the checkpoints of these steps for good"
+    )
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept of each stage")
 
 

@@ -28,6 +28,7 @@ class World:
     local_rank: int
     local_size: int  # ranks on this node
     device: torch.device
+    patient: dist.ProcessGroup  # gloo, without a time limit
 
     @property
     def is_first(self) -> bool:
@@ -37,20 +38,20 @@ class World:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64; every rank gets the same."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.patient)
         return [float(v) for v in total]
 
     def share_text(self, text: str) -> str:
         """The first rank's `text`, on every rank."""
         data = text.encode()
         length = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, group=self.patient)
         if not length.item():
             return ""
         buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
         if self.is_first:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, 0)
+        dist.broadcast(buffer, 0, group=self.patient)
         return bytes(buffer.tolist()).decode()
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
@@ -92,7 +93,10 @@ def start_world(device: str) -> World:
     )
     size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(dist.get_rank(), size, local_rank, local_size, place)
+    # What one rank does alone, a merge of 70B say, takes longer than a collective should; a rank
+    # that dies or hangs is found by its closed connection and by `Watch`.
+    patient = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
+    return World(dist.get_rank(), size, local_rank, local_size, place, patient)
 
 
 def end_world() -> None:

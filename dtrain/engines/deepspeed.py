@@ -185,13 +185,15 @@ def fill_ds_config(
     """Put the recipe's values where the file says "auto"."""
     train = stage.train
     micro = train.micro_batch_sequences
-    return settings | {
+    kept = {knob: value for knob, value in settings.items() if value != "auto"}
+    bf16 = {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True}
+    return kept | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation(
             train.global_batch_sequences, world.size, micro
         ),
         "gradient_clipping": train.clip_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "bf16": settings.get("bf16", {}) | bf16,
     }
 
 

@@ -7,6 +7,7 @@ there, so frozen weights never cross nodes with `shard: node`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Fsdp2(TorchEngine):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
-        row_elements = parameter[0].numel() if parameter.dim() > 1 else 1
+        row_elements = prod(parameter.shape[1:])
         start = offset[0] * row_elements
         return start, start + shape[0] * row_elements
 

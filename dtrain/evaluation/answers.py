@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,16 +13,24 @@ from dtrain.core.log import Meter
 
 @torch.no_grad()
 def answer(
-    folder: Path, questions: list[str], max_new_tokens: int, device: torch.device, bar: Meter
+    folder: Path,
+    questions: list[str],
+    max_new_tokens: int,
+    device: torch.device,
+    bar: Meter,
+    trust_remote_code: bool,
 ) -> list[str]:
     """Answer each question by greedy decoding.
 
     On GPUs the model is spread over those of this node (accelerate's device map), so that a
     70B model needs no engine for three questions.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     placement = "auto" if device.type == "cuda" else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=placement).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=placement, **trust
+    ).eval()
     answers = []
     for question in questions:
         prompt = _prompt(tokenizer, question)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.core.log import warn
 from dtrain.models.load import configured, made_ready
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.weights import read_header, weight_files
@@ -32,7 +34,9 @@ class Streamed:
 
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self._device = model, device
-        self._files = {name: path for path in weight_files(folder) for name in read_header(path)[0]}
+        headers = {path: read_header(path)[0] for path in weight_files(folder)}
+        self._files = {name: path for path, entries in headers.items() for name in entries}
+        shapes = {n: e["shape"] for entries in headers.values() for n, e in entries.items()}
         # By module, not by name: adapters put modules around modules.
         self._names: dict[nn.Module, dict[str, str]] = {}
         self._made: dict[nn.Parameter, nn.Parameter] = {}
@@ -44,6 +48,7 @@ class Streamed:
                     continue
                 name = f"{prefix}.{leaf}"
                 if name in self._files:
+                    check_shape(folder, name, shapes[name], list(parameter.shape))
                     tied.setdefault(parameter, name)
                 self._names.setdefault(module, {})[leaf] = name
         for names in self._names.values():
@@ -75,6 +80,20 @@ class Streamed:
         return made
 
 
+def check_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> None:
+    """Refuse a tensor of another model.
+
+    Raises:
+        UserError: naming it.
+    """
+    if found != wanted:
+        raise UserError(
+            f"{name} is {found} in the file, {wanted} by config.json",
+            where=str(folder),
+            fix="weights and config.json must be of one model; fetch them again",
+        )
+
+
 def stream_base(
     folder: Path,
     settings: schema.Model,
@@ -101,7 +120,13 @@ def stream_base(
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     made_ready(model, settings)
     streamed = Streamed(folder, model, device)
-    return None if streamed.missing else streamed
+    if not streamed.missing:
+        return streamed
+    warn(
+        f"{folder}: {len(streamed.missing)} tensors have other names than the model's parameters "
+        f"({streamed.missing[0]}, …): every rank loads the whole base before it is sharded"
+    )
+    return None
 
 
 def _replace(model: nn.Module, name: str, dtype: torch.dtype) -> None:

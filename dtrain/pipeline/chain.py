@@ -38,7 +38,7 @@ def run_chain(
     evaluations = Evaluations(run, recipe, inputs.sets)
     base, begun = inputs.base, list[StageFolder]()
     folders = stage_folders(run, recipe, inputs)
-    done = stages_done(folders, world)
+    done = stages_done(folders, world, wants_merged=recipe.output.merge)
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder in done:
             say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
@@ -67,13 +67,18 @@ def stage_folders(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageFolder
     return folders
 
 
-def stages_done(folders: list[StageFolder], world: World) -> list[StageFolder]:
+def stages_done(
+    folders: list[StageFolder], world: World, *, wants_merged: bool
+) -> list[StageFolder]:
     """The complete stages whose results are what was written.
 
     A merged model is hashed where it is needed: as the run's result, or the next stage's base.
+
+    Args:
+        wants_merged: whether the last stage's merged model is wanted.
     """
     done: list[StageFolder] = []
-    needed = True
+    needed = wants_merged
     for folder in reversed(folders):
         complete = folder.is_complete()
         if complete:
@@ -97,7 +102,7 @@ def finish(
 ) -> None:
     """Answers, report and the summary on the terminal."""
     if recipe.output.merge:
-        evaluations.record_answers(inputs.base, last.merged, world)
+        evaluations.record_answers(inputs.base, last.merged, last.identity, world)
     if world.is_first:
         write_report(run)
         say(summary(run))

@@ -27,9 +27,11 @@ class Evaluations:
 
     def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture]) -> None:
         self.path, self.recipe, self.sets = run / "evaluation.json", recipe, sets
-        self.known: dict[str, Any] = {"models": [], "losses": {name: {} for name in sets}}
-        if self.path.exists():
-            self.known |= read_json(self.path)
+        marks = {name: mixture.fingerprint for name, mixture in sets.items()}
+        self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}
+        known = read_json(self.path) if self.path.exists() else {}
+        if known.get("sets") == marks:  # losses on other rows cannot be compared
+            self.known = known
 
     def wants_base(self) -> bool:
         """Whether the untrained base was not measured yet."""
@@ -55,23 +57,36 @@ class Evaluations:
         say(f"held-out loss, {model}: {losses}")
         self.write(world)
 
-    def record_answers(self, base: Path, final: Path, world: World) -> None:
-        """Let base and final model answer the recipe's questions (first rank)."""
+    def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
+        """Let base and final model answer the recipe's questions (first rank).
+
+        Args:
+            identity: of the final model.
+        """
         wanted = self.recipe.evaluation.questions
-        if wanted is None or self.known.get("answers") or not world.is_first:
+        if wanted is None or not world.is_first:
             return
         rows = read_questions(local_path(wanted.path), wanted.count)
+        answered = {"model": identity, "questions": rows, "tokens": wanted.max_new_tokens}
+        if self.known.get("answered") == answered:
+            return
         questions = [row["question"] for row in rows]
         with progress("answers", 2 * len(rows)) as bar:
             both = [
-                answer(folder, questions, wanted.max_new_tokens, world.device, bar)
+                answer(folder, questions, wanted.max_new_tokens, world.device, bar, self.trusts)
                 for folder in (base, final)
             ]
         self.known["answers"] = [
             {"question": row["question"], "reference": row["answer"], "base": b, "final": f}
             for row, b, f in zip(rows, *both, strict=True)
         ]
+        self.known["answered"] = answered
         self.write(world)
+
+    @property
+    def trusts(self) -> bool:
+        """Whether code beside a model may run."""
+        return self.recipe.model.trust_remote_code
 
     def write(self, world: World) -> None:
         """Write the file (first rank)."""

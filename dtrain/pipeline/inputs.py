@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.files import FolderLock, read_json, write_json
-from dtrain.core.folders import cache_folder, sample_name
+from dtrain.core.folders import cache_folder, local_path, sample_name
 from dtrain.core.hashes import fingerprint
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.load import read_config
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.pipeline.evaluations import read_questions
 from dtrain.samples.make import ensure
 
 
@@ -48,6 +49,8 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False) -> Inputs:
     """
     for name in sorted(samples_of(recipe)):
         ensure(name)
+    if wanted := recipe.evaluation.questions:
+        read_questions(local_path(wanted.path), wanted.count)  # not after days of training
     base = base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     mark = tokenizer_fingerprint(tokenizer)

@@ -29,6 +29,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self._since = time.time()
 
     def open(self, run: Path) -> None:
         """This start owns the folder `run`; the first rank forgets how the last one ended."""
@@ -70,9 +71,12 @@ class Outcome:
         return known
 
     def _read(self) -> int | None:
+        """What another rank failed with; the word of an earlier start is not believed."""
         with suppress(OSError, ValueError, AttributeError, KeyError):
+            if self.path.stat().st_mtime < self._since:  # type: ignore[union-attr]
+                return None
             known: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
-            return int(known["status"])
+            return None if int(known["status"]) in WORDS else int(known["status"])
         return None
 
     def _write(self, status: Exit, reason: str) -> None:

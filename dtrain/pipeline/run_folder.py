@@ -25,7 +25,8 @@ from dtrain.pipeline.inputs import Inputs
 FREE_KEYS = ("micro_batch_sequences", "checkpoint_every_steps")
 RECORD = "stage.json"
 # `.name.random`: what `write_atomic` and `atomic_folder` write before they rename it.
-_LEFTOVER = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9._-]*\.[a-z0-9_]{8}")
+_OURS = r"(recipe|lineage|evaluation|outcome|stage|report|metrics)\.\w+|adapter|merged"
+_LEFTOVER = re.compile(rf"\.({_OURS})\.[a-z0-9_]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class StageFolder:
             with_merged: hash the merged model too, since it is needed.
         """
         known = self.known() or {}
+        if with_merged and not (self.merged / MERGE_MANIFEST).is_file():
+            return f"{self.merged} is missing"
         for path, digest in self._results(known.get("files", {}), with_merged):
             if not path.is_file():
                 return f"{path} is missing"

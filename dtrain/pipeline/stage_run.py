@@ -70,9 +70,11 @@ class StageRun:
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
         trained = self.train()
+        # Every rank's share of the last checkpoint is on disk: a launcher kills those that are
+        # not through half a minute after the first has ended.
+        self.world.barrier()
         if trained is None:
             return False
-        self.world.barrier()  # every rank's share of the last checkpoint is on disk
         if self.world.is_first:
             self.write_results(*trained)
         del trained
@@ -86,16 +88,18 @@ class StageRun:
         checkpoint = self.newest_checkpoint()
         engine = self.build(checkpoint)
         keep = self.recipe.output.keep_checkpoints
+        every = self.recipe.output.keep_every_steps
         job = self.job(engine, checkpoint)
         saver = Saver(
             self.folder.checkpoints,
             rank=self.world.rank,
             ranks=self.world.size,
             attempt=self.world.share_text(uuid.uuid4().hex[:8]),
-            published=lambda path: retain(path.parent, keep, best=True, every=None),
+            published=lambda path: retain(path.parent, keep, best=True, every=every),
         )
         job.save = lambda now: self.save(saver, job)
-        if job.progress.step == 0 and self.evaluations.wants_base():
+        untrained = job.progress.step == 0 and self.base == self.inputs.base
+        if untrained and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
         job.wants_stop = lambda seconds: self.stop.is_set(seconds, saver.seconds)
         reason = fit(job)
@@ -116,9 +120,7 @@ class StageRun:
         """
         if self.folder.checkpoints.exists():
             own_folder(self.folder.checkpoints.resolve())
-        checkpoint, passed_over = newest_complete(self.folder.checkpoints)
-        for reason in passed_over:
-            say(f"passed over: {reason}")
+        checkpoint = self.agreed_checkpoint()
         if checkpoint is not None:
             inputs, allowed = checkpoint.state["inputs"], self.folder.allowed()
             for change in require_same(inputs, self.folder.inputs, allowed):
@@ -128,6 +130,19 @@ class StageRun:
         if self.world.is_first:
             clean_leftovers(self.folder.checkpoints)
         self.world.barrier()
+        return checkpoint
+
+    def agreed_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that the first rank finds to be whole; ranks must not choose apart."""
+        checkpoint, chosen = None, ""
+        if self.world.is_first:
+            checkpoint, passed_over = newest_complete(self.folder.checkpoints)
+            for reason in passed_over:
+                say(f"passed over: {reason}")
+            chosen = checkpoint.folder.name if checkpoint else ""
+        chosen = self.world.share_text(chosen)
+        if checkpoint is None and chosen:
+            checkpoint = Checkpoint.open(self.folder.checkpoints / chosen)
         return checkpoint
 
     def build(self, checkpoint: Checkpoint | None) -> Engine:
@@ -155,7 +170,8 @@ class StageRun:
         """The base, and what fills it: whole at once, or in blocks for an engine that shards."""
         settings: dict[str, Any] = {
             "quantised": self.stage.method.kind == "qlora",
-            "dtype": dtype,
+            # What trains is kept in float32; the engine computes in the recipe's dtype.
+            "dtype": torch.float32 if isinstance(self.stage.method, Full) else dtype,
             "device": self.world.device,
         }
         if self.recipe.engine.kind in SHARDING:
@@ -199,7 +215,6 @@ class StageRun:
             "updates": engine.updates,
             "progress": asdict(now),
             "inputs": self.folder.inputs,
-            "base": self.inputs.base_fingerprint,
             "held_out_loss": job.held_out_loss(),
         }
         saver.save(now.step, share_of(engine.pieces(), *engine.copy), state)

@@ -32,6 +32,7 @@ class Progress:
     non_finite_in_a_row: int = 0
     non_finite: int = 0
     ended_early: bool = False
+    evaluated_step: int = 0
     held_out: dict[str, float | None] = field(default_factory=dict)
     best_held_out: float | None = None
     evaluations_without_best: int = 0
@@ -68,8 +69,8 @@ class Job:
 
     def held_out_loss(self) -> float | None:
         """Of the watched set, if it was measured after this very step and is finite."""
-        now, every = self.progress, self.train.evaluate_every_steps
-        if self.watched is None or not due(now.step, every) or now.step == self.loader.steps:
+        now = self.progress
+        if self.watched is None or now.evaluated_step != now.step:
             return None
         return now.held_out.get(self.watched)
 
@@ -86,6 +87,7 @@ def fit(job: Job) -> str:
     steps, now = job.loader.steps, job.progress
     recent: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
     with progress(f"stage {job.engine.stage.name}", steps, done=now.step) as bar:
+        evaluate_if_due(job)  # what a stop left out
         while now.step < steps and not now.ended_early:
             rate = learning_rate(now.step, steps, job.train)
             stop_asked = job.wants_stop(max(recent))
@@ -93,16 +95,16 @@ def fit(job: Job) -> str:
             recent.append(sum(result.seconds.values()))
             job.watch.step()
             record(job, result, bar)
-            if due(now.step, job.train.evaluate_every_steps) and now.step < steps:
-                with job.watch.patience(f"evaluating after step {now.step}"):
-                    evaluate(job)
-            stop = reason_to_stop(job, result)
-            if stop or now.step == steps or due(now.step, job.train.checkpoint_every_steps):
+            refuse_non_finite(job)
+            if not result.stop_votes:  # who is asked to stop may have no time for it
+                evaluate_if_due(job)
+            ends = result.stop_votes or now.ended_early or now.step == steps
+            if ends or due(now.step, job.train.checkpoint_every_steps):
                 with job.watch.patience(f"saving step {now.step}"):
                     job.save(now)
-            if stop:
-                return stop
-    return "finished"
+            if result.stop_votes:
+                return "stop asked"
+    return "early stop" if now.ended_early else "finished"
 
 
 def write(job: Job, record: dict[str, Any]) -> None:
@@ -164,9 +166,24 @@ def non_finite_line(job: Job, step: int) -> dict[str, Any]:
     return {"skipped": "non-finite loss or gradient", "documents": documents}
 
 
+def evaluate_if_due(job: Job) -> None:
+    """Evaluate after this step if that is due and was not done; it may end the stage."""
+    now, train = job.progress, job.train
+    missing = now.evaluated_step < now.step < job.loader.steps
+    if not missing or not due(now.step, train.evaluate_every_steps):
+        return
+    with job.watch.patience(f"evaluating after step {now.step}"):
+        evaluate(job)
+    patience = train.early_stopping_patience
+    if patience is not None and now.evaluations_without_best >= patience:
+        say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
+        now.ended_early = True
+
+
 def evaluate(job: Job) -> None:
     """Measure every held-out set, and remember whether the watched one got better."""
     now = job.progress
+    now.evaluated_step = now.step
     losses = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
     now.held_out = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
     write(job, {"step": now.step, "held_out": losses})
@@ -180,19 +197,17 @@ def evaluate(job: Job) -> None:
     now.best_held_out = loss if better else now.best_held_out
 
 
-def reason_to_stop(job: Job, result: StepResult) -> str | None:
-    """Why the stage ends before its last step, if it does."""
-    now, train = job.progress, job.train
-    if now.non_finite_in_a_row >= train.max_non_finite_steps:
+def refuse_non_finite(job: Job) -> None:
+    """End a stage whose loss or gradients stay non-finite.
+
+    Raises:
+        UserError: saying so.
+    """
+    now = job.progress
+    if now.non_finite_in_a_row >= job.train.max_non_finite_steps:
         raise UserError(
             f"loss or gradient was not finite {now.non_finite_in_a_row} steps in a row",
             where=f"stage {job.engine.stage.name}, step {now.step}",
             fix="lower train.learning_rate, or look at the documents named in metrics.jsonl",
             status=Exit.NON_FINITE,
         )
-    patience = train.early_stopping_patience
-    if patience is not None and now.evaluations_without_best >= patience:
-        say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
-        now.ended_early = True
-        return "early stop"
-    return "stop asked" if result.stop_votes else None

@@ -64,18 +64,19 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     supervised = loader.supervised_tokens(step)
     loaded = time.perf_counter()
     scale = world.size / max(1, supervised)  # engines average over ranks
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     engine.model.train()
     for number, batch in enumerate(batches):
         job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
         set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
-        loss = forward_loss(engine, batch)
+        loss = poisoned(forward_loss(engine, batch))
         engine.backward(loss * scale, last=number == len(batches) - 1)
-        total += loss.detach().double().cpu()
+        total += loss.detach().double()
+    loss_here = total.item()
     computed = time.perf_counter()
     job.watch.mark(f"step {step + 1}, update")
     norm = engine.step(rate)
-    loss_total, votes = world.sum([total.item(), float(wants_stop)])
+    loss_total, votes = world.sum([loss_here, float(wants_stop)])
     return StepResult(
         loss=loss_total / max(1, supervised),
         grad_norm=norm,
@@ -97,6 +98,15 @@ def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
     with engine.autocast():
         logits = supervised_logits(engine.model, batch)
     return loss_sum(logits, batch.targets)
+
+
+def poisoned(loss: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is NaN where it is not finite itself.
+
+    An infinite loss may have a finite gradient; engines skip an update by the gradient's norm.
+    """
+    one_or_nan = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+    return loss * one_or_nan
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -14,7 +14,7 @@ from dtrain.launching.commands import STOP_FILE
 
 END_TIME_VARIABLES = ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME")  # seconds since 1970
 SPARE_SECONDS = 30.0  # for what follows the save
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
