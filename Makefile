@@ -18,7 +18,8 @@ quickstart: $(INSTALLED)
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest -q tests/distributed tests/integration tests/slurm
+	$(BIN)/pytest -q tests/distributed tests/integration
+	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dtrain.distributed.listen import listen_narrowly
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NO_TIME_LIMIT = timedelta(days=30)
 FIRST_IS_DONE = "dtrain/first_is_done"
@@ -85,6 +87,7 @@ def start_world(device: str) -> World:
         torch.cuda.set_device(place)
     if "RANK" not in os.environ:
         os.environ.update(_alone())
+    listen_narrowly()
     # gloo carries the CPU tensors of `World`; NCCL carries those of the model.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
