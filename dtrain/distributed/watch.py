@@ -69,6 +69,8 @@ class Watch:
         """Begin to beat and to watch."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path(self.rank).unlink(missing_ok=True)  # of an earlier process
+        with suppress(OSError):
+            self._beat()  # who has no heartbeat has ended, for the others
         self._thread.start()
 
     def stop(self) -> None:
