@@ -40,7 +40,8 @@ class Signals:
     def listen(self) -> None:
         """Catch the signals from now on."""
         for number in PASSED_ON:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's will
+            # nohup's will; a shell's background job ignores SIGINT too, but is not meant to
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
