@@ -66,6 +66,8 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         # torchrun otherwise hangs at times when it restarts its workers.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # A rank that waits while another tells of an error would tell of its lost connection.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not has_gpu:
         wanted["DS_ACCELERATOR"] = "cpu"
