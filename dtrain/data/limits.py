@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-EXTRA_BYTES = 1 << 30  # beyond what the process maps already
+EXTRA_BYTES = 1 << 28  # beyond what the process maps already
 _PAGE = resource.getpagesize()
 
 

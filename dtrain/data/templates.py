@@ -21,7 +21,7 @@ from dtrain.data.limits import Limit, limits
 
 Span = tuple[int, int]  # characters from … to (excluded)
 
-MAX_CHARACTERS = 1 << 26  # of a rendered conversation
+MAX_CHARACTERS = 1 << 24  # of a rendered conversation
 SECONDS = 1.5  # for a conversation in all its renderings
 
 INSTRUCTION = """\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,11 +34,9 @@ def traffic(cluster: Cluster, node: int, *what: str) -> Iterator[None]:
 
 def look(cluster: Cluster, run: Path, *options: str) -> tuple[int, str]:
     """`dtrain preflight` inside an allocation of n0 and n1; its status and what it said."""
-    started = time.monotonic()
     command = ["salloc", "--quiet", "--nodelist=n0,n1", "--nodes=2", *options]
     command += [f"{cluster.environment['DTRAIN_ENV']}/bin/python", "-m", "dtrain", "preflight"]
     done = cluster.run(*command, "tiny", "device=cpu", f"output.folder={run}", check=False)
-    assert time.monotonic() - started < 60
     return done.returncode, done.stdout + done.stderr
 
 
