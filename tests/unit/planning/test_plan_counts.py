@@ -1,0 +1,127 @@
+"""Counts from config.json alone, against the models that transformers and PEFT build."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.core.errors import UserError
+from dtrain.planning.bases import KNOWN, find_shape
+from dtrain.planning.shapes import adapter_parameters, read_shape, shape_of
+
+GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
+SMALL = GQA | {"intermediate_size": 96, "num_hidden_layers": 2}
+ODD = {
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True} | SMALL,
+    "llama, no kv heads": {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    | {"vocab_size": 99, "intermediate_size": 96, "num_hidden_layers": 2},
+    "qwen3, defaults": {"model_type": "qwen3", "attention_bias": True} | SMALL,
+    "gemma, defaults": {"model_type": "gemma"} | SMALL,
+    "gemma2, defaults": {"model_type": "gemma2"} | SMALL,
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 32, "attention_bias": True} | SMALL,
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0} | SMALL,
+    "granite, tied": {"model_type": "granite", "tie_word_embeddings": True} | SMALL,
+    "phi3, head size": {"model_type": "phi3", "pad_token_id": 0} | SMALL,
+}
+# One of every architecture and of the sizes that recipes use.
+NAMED = [
+    "meta-llama/Llama-2-7b",
+    "meta-llama/Llama-2-13b",
+    "meta-llama/Llama-2-70b",
+    "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B",
+    "meta-llama/Llama-3.2-1B",
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen2.5-32B",
+    "Qwen/Qwen2.5-72B",
+    "Qwen/Qwen3-8B",
+    "mistralai/Mistral-7B-v0.3",
+    "google/gemma-7b",
+    "google/gemma-2-9b",
+    "microsoft/Phi-3-mini-4k",
+    "HuggingFaceTB/SmolLM2-135M",
+]
+CONFIGS = {n: {k: v for k, v in KNOWN[n]._asdict().items() if v is not None} for n in NAMED} | ODD
+
+
+def built(config):
+    with torch.device("meta"):
+        kind = AutoConfig.for_model(**config)
+        return AutoModelForCausalLM.from_config(kind)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_are_those_of_the_model(name: str) -> None:
+    shape, model = shape_of(CONFIGS[name], name), built(CONFIGS[name])
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert adapter_parameters(shape, 16, "all-linear") == trains(model, "all-linear", 16)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_choice_of_targets_counts(name: str) -> None:
+    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    shape = shape_of(config, name)
+    names = sorted({x.name.rpartition(".")[2] for x in shape.linears})
+    for chosen in (*([name] for name in names), names[:2], names[1:]):
+        assert adapter_parameters(shape, 8, chosen) == trains(built(config), chosen, 8), chosen
+
+
+def trains(model, targets, rank: int) -> int:
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_the_output_matrix_may_be_a_target() -> None:
+    shape = shape_of(CONFIGS["meta-llama/Llama-2-7b"], "here")
+    model, chosen = built(CONFIGS["meta-llama/Llama-2-7b"]), ["self_attn.q_proj", "lm_head"]
+    assert adapter_parameters(shape, 4, chosen) == trains(model, chosen, 4)
+
+
+def test_known_figures() -> None:
+    shape, _ = find_shape("meta-llama/Llama-2-7b-hf")
+    assert shape.parameters == 6_738_415_616
+    assert adapter_parameters(shape, 16, "all-linear") == 39_976_960
+    assert find_shape("meta-llama/Llama-3.1-70B-Instruct")[0].parameters == 70_553_706_496
+
+
+def test_a_base_in_the_hub_cache_is_found(tmp_path, monkeypatch) -> None:
+    place = tmp_path / "models--me--mine"
+    snapshot = place / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"} | SMALL))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shape, where = find_shape("me/mine")
+    assert shape.hidden == 64 and "abc" in where
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a model's config"),
+        ('{"model_type": "llamma"}', "did you mean llama"),
+        ('{"model_type": "llama"}', "hidden_size is missing"),
+        (json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}), "not a number"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_told(tmp_path, content: str, told: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_shape(path)
+
+
+def test_what_is_not_there_is_told(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        find_shape(str(tmp_path))
+    with pytest.raises(UserError, match=r"did you mean Qwen/Qwen2\.5-7B"):
+        find_shape("Qwen/Qwen2.5-7C")
+    with pytest.raises(UserError, match="no linear layer is named 'q_prj'"):
+        adapter_parameters(find_shape("Qwen/Qwen2.5-7B")[0], 8, ["q_prj"])
