@@ -16,6 +16,7 @@ from stdnum import iban, luhn
 from stdnum.br import cpf
 from stdnum.cn import ric
 from stdnum.es import dni, nie
+from stdnum.exceptions import ValidationError
 from stdnum.fr import nir
 from stdnum.gb import nhs
 from stdnum.in_ import aadhaar
@@ -67,6 +68,19 @@ def _card(text: str) -> bool:
     return bool(_ISSUED.fullmatch(digits) and len(set(digits)) > 1 and luhn.is_valid(digits))
 
 
+def _chinese_id(text: str) -> bool:
+    """A day of birth and the check digit.
+
+    Not `ric.is_valid`: it wants the district to be older than its people, but numbers were given
+    out long after birth, under the district's name of that day.
+    """
+    try:
+        ric.get_birth_date(text)
+        return bool(ric.calc_check_digit(text) == text[-1].upper())
+    except ValidationError:
+        return False
+
+
 def _phone(region: str | None) -> Callable[[str], bool]:
     def holds(text: str) -> bool:
         try:
@@ -87,14 +101,26 @@ def _global_address(text: str) -> bool:
 
 _D = r"(?<![\d.\-])"  # no digit before
 _E = r"(?![\d]|[.\-]\d)"  # no digit after
+_NARROW = r"[^\W\u2e80-\U0010ffff]"  # of a word, and of no script that sets no blanks between words
+
+
+def _shape(text: str) -> re.Pattern[str]:
+    """Next to a Chinese character a number or a key begins and ends as it does next to a blank."""
+    return re.compile(text, re.ASCII)
+
+
 # In order: what an earlier one has taken is not looked at by a later one.
 PATTERNS = (
     Pattern(
-        EMAIL, re.compile(r"\w[\w.+-]{0,63}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}\b"), _somebodys
+        EMAIL,
+        re.compile(
+            _NARROW + f"(?:{_NARROW}|[.+-]){{0,63}}" r"@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}"
+        ),
+        _somebodys,
     ),
     Pattern(
         SECRET,
-        re.compile(
+        _shape(
             r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----"
             r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
             r"|\bgh[pousr]_[A-Za-z0-9]{36,255}\b"
@@ -102,48 +128,62 @@ PATTERNS = (
             r"|\bglpat-[\w-]{20}\b"
             r"|\bhf_[A-Za-z0-9]{30,40}\b"
             r"|\bsk-(?:proj-|ant-)?[\w-]{20,200}\b"
+            r"|\b[rs]k_live_[A-Za-z0-9]{20,100}\b"
+            r"|\bnpm_[A-Za-z0-9]{36}\b"
+            r"|\bpypi-[\w-]{50,200}\b"
+            r"|\bSG\.[\w-]{22}\.[\w-]{43}\b"
             r"|\bxox[abprs]-[\w-]{10,100}\b"
             r"|\bAIza[\w-]{35}\b"
             r"|\beyJ[\w-]{10,1000}\.eyJ[\w-]{10,4000}\.[\w-]{10,1000}\b"
         ),
         _always,
     ),
-    Pattern(ID_NUMBER, re.compile(_D + r"[1-9]\d{16}[\dXx](?![\dA-Za-z])"), ric.is_valid),
-    Pattern(
-        ID_NUMBER, re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]{4}){2,7}[A-Z\d ]{0,4}"), iban.is_valid
-    ),
-    Pattern(ID_NUMBER, re.compile(_D + r"\d{3}-\d{2}-\d{4}" + _E), ssn.is_valid),
-    Pattern(ID_NUMBER, re.compile(_D + r"\d{3}\.\d{3}\.\d{3}-\d{2}" + _E), cpf.is_valid),
-    Pattern(
-        ID_NUMBER, re.compile(_D + r"(?<!\d )[2-9]\d{3} \d{4} \d{4}(?! ?\d)"), aadhaar.is_valid
-    ),
-    Pattern(ID_NUMBER, re.compile(_D + r"\d{3} \d{3} \d{4}" + _E), nhs.is_valid),
+    Pattern(ID_NUMBER, _shape(_D + r"[1-9]\d{16}[\dXx](?![\dA-Za-z])"), _chinese_id),
     Pattern(
         ID_NUMBER,
-        re.compile(_D + r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}" + _E),
+        _shape(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]{4}){2,7}[A-Z\d ]{0,4}"),
+        iban.is_valid,
+    ),
+    Pattern(ID_NUMBER, _shape(_D + r"\d{3}-\d{2}-\d{4}" + _E), ssn.is_valid),
+    Pattern(ID_NUMBER, _shape(_D + r"\d{3}\.\d{3}\.\d{3}-\d{2}" + _E), cpf.is_valid),
+    Pattern(
+        ID_NUMBER,
+        _shape(_D + r"(?<!\d )[2-9]\d{3} \d{4} \d{4}(?! ?\d)"),
+        aadhaar.is_valid,
+    ),
+    Pattern(ID_NUMBER, _shape(_D + r"\d{3} \d{3} \d{4}" + _E), nhs.is_valid),
+    Pattern(
+        ID_NUMBER,
+        _shape(_D + r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}" + _E),
         nir.is_valid,
     ),
-    Pattern(ID_NUMBER, re.compile(r"\b\d{8}-?[A-HJ-NP-TV-Z]\b"), dni.is_valid),
-    Pattern(ID_NUMBER, re.compile(r"\b[XYZ]-?\d{7}-?[A-Z]\b"), nie.is_valid),
+    Pattern(ID_NUMBER, _shape(r"\b\d{8}-?[A-HJ-NP-TV-Z]\b"), dni.is_valid),
+    Pattern(ID_NUMBER, _shape(r"\b[XYZ]-?\d{7}-?[A-Z]\b"), nie.is_valid),
     Pattern(
-        ID_NUMBER, re.compile(r"\b[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z]\b"), codicefiscale.is_valid
+        ID_NUMBER,
+        _shape(r"\b[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z]\b"),
+        codicefiscale.is_valid,
     ),
-    Pattern(BANK_CARD, re.compile(_D + r"[2-6]\d{3}(?:[ -]?\d{2,6}){2,4}" + _E), _card),
-    Pattern(PHONE, re.compile(r"(?<![\w+])\+\d[\d ().-]{7,20}\d" + _E), _phone(None)),
-    Pattern(PHONE, re.compile(_D + r"1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + _E), _phone("CN")),
-    Pattern(PHONE, re.compile(_D + r"0\d{2,3}-\d{7,8}" + _E), _phone("CN")),
-    Pattern(PHONE, re.compile(r"(?<![\d.\w-])\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}" + _E), _phone("US")),
-    Pattern(IP_ADDRESS, re.compile(_D + r"(?:\d{1,3}\.){3}\d{1,3}" + _E), _global_address),
+    Pattern(BANK_CARD, _shape(_D + r"[2-6]\d{3}(?:[ -]?\d{2,6}){2,4}" + _E), _card),
+    Pattern(PHONE, _shape(r"(?<![\w+])\+\d[\d ().-]{7,20}\d" + _E), _phone(None)),
+    Pattern(PHONE, _shape(_D + r"1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + _E), _phone("CN")),
+    Pattern(PHONE, _shape(_D + r"0\d{2,3}-\d{7,8}" + _E), _phone("CN")),
+    Pattern(
+        PHONE,
+        _shape(r"(?<![\d.\w-])\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}" + _E),
+        _phone("US"),
+    ),
+    Pattern(IP_ADDRESS, _shape(_D + r"(?:\d{1,3}\.){3}\d{1,3}" + _E), _global_address),
     Pattern(
         IP_ADDRESS,
-        re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){3,7}[0-9A-Fa-f:]{1,9}"),
+        _shape(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){3,7}[0-9A-Fa-f:]{1,9}"),
         _global_address,
     ),
 )
 _SECRET_HEADS = (
     "PRIVATE KEY-----,AKIA,ASIA,ghp_,gho_,ghu_,ghs_,ghr_,github_pat_,glpat-,hf_,sk-,xox,"
 )
-_SECRET_HEADS += "AIza,eyJ"
+_SECRET_HEADS += "AIza,eyJ,k_live_,npm_,pypi-,SG."
 _SECRETS = tuple(_SECRET_HEADS.split(","))
 _NUMBERS = re.compile(r"\d(?:[ ().-]{0,2}\d){7}|\d\.\d{1,3}\.\d")  # what every number above has
 
@@ -153,12 +193,22 @@ def find(text: str) -> list[Found]:
     found: list[Found] = []
     for pattern in _worth_trying(text):
         for match in pattern.shape.finditer(text):
-            start, stop = match.span()
-            stop -= len(match.group()) - len(match.group().rstrip(" ("))
+            start, stop = match.start(), _stop(match.group(), pattern) + match.start()
             free = all(stop <= other.start or start >= other.stop for other in found)
-            if free and pattern.holds(text[start:stop]):
+            if free and stop > start:
                 found.append(Found(pattern.kind, start, stop))
     return sorted(found, key=lambda one: one.start)
+
+
+def _stop(shape: str, pattern: Pattern) -> int:
+    """Where the find ends in what has its shape; 0 if there is none.
+
+    A number may be followed by another, or by a word in capitals: it ends at one of the blanks.
+    """
+    shape = shape.rstrip(" (")
+    while shape and not pattern.holds(shape):
+        shape = shape.rpartition(" ")[0].rstrip(" (")
+    return len(shape)
 
 
 def _worth_trying(text: str) -> Iterator[Pattern]:

@@ -26,6 +26,12 @@ _REFUSED = re.compile(
     r"^\W*(?:(?:i'?m|i am) (?:very |truly |really )?sorry[,. ]|i apologi[sz]e|sorry, (?:but )?i|"
     r"(?:unfortunately,? )?i (?:can(?:not|'t|’t)|am (?:not able|unable) to|won'?t be able to) "
     r"(?:help|assist|provide|answer|fulfil|comply|do|complete|generate|create|discuss)|"
+    r"es tut mir (?:sehr )?leid, aber .{0,20}kann ich|leider kann ich .{0,30}nicht |"
+    r"(?:je suis )?(?:vraiment )?désolée?, (?:mais )?je ne peux pas|"
+    r"lo siento(?: mucho)?, (?:pero )?no puedo|"
+    r"(?:lamento|sinto muito), (?:mas )?não posso|"
+    r"(?:к сожалению|извините|простите), (?:но )?я не могу|"
+    r"申し訳(?:ありません|ございません)が、.{0,30}(?:できません|できかねます)|"
     r"as an? (?:ai|artificial|(?:large )?language model)|"
     r"(?:非常|很|真的)?(?:抱歉|对不起|不好意思)[,，。.!！]|"
     r"作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大?语言模型)|"
@@ -34,6 +40,7 @@ _REFUSED = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)\]）】」*_]*(?:\s|$)|[。！？]")
 _ENDS_OPEN = re.compile(r"[^\W\d_]$|[,;:，；：、(\[（-]$")
+_BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")  # and signs that show nothing
 _NOT_WORDS = re.compile(r"[\W_]+")
 # Text decoded with the wrong table has such a pair or letter; a check of the rest is for nothing.
 _MAYBE_BAD = re.compile(r"[^\x00-\x7f\u2e80-\uffff]{2}|[ÃÂâ]")
@@ -45,12 +52,13 @@ Fault = tuple[str, str, float]
 def faults(sample: Sample) -> Iterator[Fault]:
     """The faults of a row."""
     answer = sample.answer.strip()
-    if not answer or not (sample.is_text or sample.question.strip()):
-        yield EMPTY, "no answer" if not answer else "no question", 1
+    answered = not _BLANK.fullmatch(answer)
+    if not answered or not (sample.is_text or not _BLANK.fullmatch(sample.question)):
+        yield EMPTY, "no question" if answered else "no answer", 1
         return
     yield from _length(answer, sample)
     whole = sample.whole[:LOOKED_AT]
-    yield from _repeated(whole)
+    yield from _repeated(sample)
     if garbled := list(_garbled(whole)):  # its signs and its end are not the writer's
         yield from garbled
         return
@@ -76,17 +84,24 @@ def _garbled(text: str) -> Iterator[Fault]:
         yield GARBLED, "text decoded with the wrong table (mojibake)", 0
 
 
-def _repeated(text: str) -> Iterator[Fault]:
+def _repeated(sample: Sample) -> Iterator[Fault]:
+    """Each side by itself: an answer over and over is not hidden by a long question."""
+    sides = (_repeated_in(side[:LOOKED_AT]) for side in (sample.answer, sample.question))
+    if fault := next((fault for fault in sides if fault), None):
+        yield fault
+
+
+def _repeated_in(text: str) -> Fault | None:
     lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 3]
     if len(lines) >= 4:
         line, times = Counter(lines).most_common(1)[0]
         again = len(lines) - len(set(lines))
         if times > 2 and again / len(lines) > REPEATED_SHARE:
-            yield REPEATED, f"{times} times “{line[:60]}”", again / len(lines)
-            return
+            return REPEATED, f"{times} times “{line[:60]}”", again / len(lines)
     words = text.split()
     if len(words) >= 50 and len(set(words)) / len(words) < 0.15:
-        yield REPEATED, f"{len(words)} words, {len(set(words))} different ones", len(words)
+        return REPEATED, f"{len(words)} words, {len(set(words))} different ones", len(words)
+    return None
 
 
 def _symbols(text: str) -> Iterator[Fault]:

@@ -24,15 +24,19 @@ from dtrain.data.quality.terminal import tables
 from dtrain.data.quality.wording import is_cut_off
 from dtrain.data.sources import find_parts
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "data_planted.py"
+SCRIPTS = Path(__file__).parents[2] / "bench"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("data_planted", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("data_planted")
 
 
 @pytest.fixture
@@ -51,6 +55,13 @@ def test_planted_faults_are_found_and_nothing_else(bench, tmp_path) -> None:
     assert set(scores) == {*BIT, "broken"} - {"template", "overlong"}
     wrong = {kind: score for kind, score in scores.items() if min(score) < 0.95}
     assert not wrong
+
+
+def test_faults_planted_by_a_second_hand_are_found(tmp_path) -> None:
+    heldback = script("data_heldback")
+    scores = {kind: (p, r) for kind, p, r, _ in heldback.measure(800, 3, tmp_path)}
+    assert set(scores) > heldback.EXACT
+    assert not {k: scores[k] for k in heldback.EXACT if min(scores[k]) < 0.95}
 
 
 def test_other_processes_find_the_same(scanned, bench) -> None:
@@ -86,6 +97,11 @@ class TestPersonal:
             ("to 2001:4860:4860::8888 by", "ip_address"),
             ("key AKIAIOSFODNN7EXAMPLE", "secret"),
             ("-----BEGIN RSA PRIVATE KEY-----", "secret"),
+            ("电话+86 10 6552 9988 12 个", "phone"),
+            ("IBAN BE71 0961 2345 6769 AND MORE", "id_number"),
+            ("510107196208017328", "id_number"),
+            ("密钥AKIAIOSFODNN7EXAMPLE是", "secret"),
+            ("地址2001:4860:4860::8888。", "ip_address"),
         ],
     )
     def test_found_and_masked(self, text, kind) -> None:
@@ -95,6 +111,10 @@ class TestPersonal:
         assert masked == f"{text[: one.start]}[{kind}]{text[one.stop :]}"
         assert not personal.find(masked)
         assert text[one.start : one.stop] not in personal.hidden(text, one)
+
+    def test_a_mask_leaves_the_words_beside_it(self) -> None:
+        text = "请写信到lin@mail.com.cn谢谢，或+8613812345678找müller@web.de。"
+        assert personal.mask(text) == "请写信到[email]谢谢，或[phone]找[email]。"
 
     @pytest.mark.parametrize(
         "text",
