@@ -97,7 +97,7 @@ class StageRun:
             attempt=self.world.share_text(uuid.uuid4().hex[:8]),
             published=lambda path: retain(path.parent, keep, best=True, every=every),
         )
-        job.save = lambda now: self.save(saver, job)
+        job.save, job.settle = lambda now: self.save(saver, job), saver.wait
         untrained = job.progress.step == 0 and self.base == self.inputs.base
         if untrained and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
@@ -199,6 +199,7 @@ class StageRun:
             progress=progress,
             seed=self.recipe.seed,
             save=lambda now: None,
+            settle=lambda: None,
             wants_stop=lambda seconds: False,
             watch=self.watch,
         )

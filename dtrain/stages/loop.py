@@ -46,7 +46,8 @@ class Job:
     Attributes:
         held_out: loaders of the evaluation sets, by name.
         watched: the set that early stopping looks at.
-        save: writes a checkpoint of this moment.
+        save: writes a checkpoint of this moment, on in the background.
+        settle: waits for the checkpoint under way.
         wants_stop: whether this process was asked to stop, given the longest recent step's seconds.
         watch: told of every step, and of what may take longer.
     """
@@ -59,6 +60,7 @@ class Job:
     progress: Progress
     seed: int
     save: Callable[[Progress], None]
+    settle: Callable[[], None]
     wants_stop: Callable[[float], bool]
     watch: Watch
 
@@ -94,6 +96,7 @@ def fit(job: Job) -> str:
             result = train_step(job, now.step, rate, wants_stop=stop_asked)
             recent.append(sum(result.seconds.values()))
             job.watch.step()
+            settle_if_due(job)
             record(job, result, bar)
             refuse_non_finite(job)
             if not result.stop_votes:  # who is asked to stop may have no time for it
@@ -105,6 +108,16 @@ def fit(job: Job) -> str:
             if result.stop_votes:
                 return "stop asked"
     return "early stop" if now.ended_early else "finished"
+
+
+def settle_if_due(job: Job) -> None:
+    """Finish the save under way before a step counts as done that ends with a save of its own.
+
+    A crash then costs one interval of finished steps at most.
+    """
+    if due(job.progress.step + 1, job.train.checkpoint_every_steps):
+        with job.watch.patience("waiting for the save before"):
+            job.settle()
 
 
 def write(job: Job, record: dict[str, Any]) -> None:
