@@ -87,6 +87,8 @@ def rank(argv: list[str]) -> int:
     def train_step(job: Any, step: int, *args: Any, **named: Any) -> Any:
         if step:
             mark(step)
+        if step == job.loader.steps - 2:
+            job.wants_stop = lambda seconds: True  # with the next step, the stage's last
         return plain_train_step(job, step, *args, **named)
 
     def mark(step: int) -> None:
@@ -96,9 +98,6 @@ def rank(argv: list[str]) -> int:
             file.write(json.dumps({"wall": time.perf_counter(), "cpu": sum(os.times()[:2])}) + "\n")
 
     loop.train_step, stage_run.StageRun.save = train_step, save  # type: ignore[assignment]
-    loop.reason_to_stop = lambda job, result: (  # type: ignore[assignment]
-        "stop asked" if job.progress.step == job.loader.steps else None
-    )
     return train.main(argv)
 
 
