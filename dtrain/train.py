@@ -4,34 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
-import logging
 import os
-import shutil
 import signal
 import sys
-import traceback
-import warnings
-from pathlib import Path
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
-from dtrain.checkpoints.identity import require_same
-from dtrain.config.load import dump, load_recipe
-from dtrain.config.schema import Recipe
-from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_atomic
-from dtrain.core.log import is_first_rank
-from dtrain.distributed.watch import Watch
-from dtrain.distributed.world import end_world, start_world
+from dtrain.core.errors import Exit
+from dtrain.core.imports import import_fast
 from dtrain.launching.commands import LAUNCHER
-from dtrain.launching.detect import resolve_engine
-from dtrain.pipeline.chain import run_chain
-from dtrain.pipeline.inputs import prepare_inputs
-from dtrain.pipeline.outcome import Outcome
-from dtrain.pipeline.run_folder import lock_run
-from dtrain.stages.stop import StopFlag
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -39,42 +18,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe on this rank; return the exit status."""
     arguments = parse(argv)
-    keep_libraries_quiet()
     die_with_launcher()
-    outcome = Outcome()
-    try:
-        recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
-        if train(recipe, set(arguments.allow_change), outcome):
-            return outcome.end(Exit.FINISHED)
-        return outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
-    except UserError as error:
-        return outcome.fail(error.status, f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        return outcome.fail(Exit.OUT_OF_MEMORY, f"error: out of memory: {error}")
-    except Exception as error:
-        if full := no_room(error):
-            return outcome.fail(Exit.USER_ERROR, full)
-        reason = traceback.format_exc(limit=-1)
-        return outcome.fail(Exit.CRASHED, traceback.format_exc(), reason)
-    finally:
-        end_world()
-
-
-def no_room(error: BaseException) -> str | None:
-    """What to say of a full disk; None of any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"error: {where}{error.strerror}\n    → make room, then start it again to go on"
-    return None
-
-
-def keep_libraries_quiet() -> None:
-    """Their warnings are about code that a user of dtrain did not write."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    disable_progress_bar()
-    for name in ("bitsandbytes", "DeepSpeed", "torch.distributed", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    status: int = import_fast("dtrain.worker").work(arguments)
+    return status
 
 
 def die_with_launcher() -> None:
@@ -86,7 +32,7 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = str(os.getppid())
         if parent != os.environ.get(LAUNCHER, parent):
-            sys.exit(Exit.CRASHED)  # it was killed while this rank imported its libraries
+            sys.exit(Exit.CRASHED)  # it was killed before this rank could ask for that
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -96,44 +42,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY")
     return parser.parse_args(argv)
-
-
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what only the launcher knows."""
-    kind = resolve_engine(recipe.engine.kind, os.environ)
-    folder = str(Path(recipe.output.folder).expanduser().absolute())
-    return recipe.model_copy(
-        update={
-            "engine": recipe.engine.model_copy(update={"kind": kind}),
-            "output": recipe.output.model_copy(update={"folder": folder}),
-        }
-    )
-
-
-def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
-    """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
-    run = Path(recipe.output.folder)
-    require_same({}, {}, allowed)  # a key that may not change is said before it is kept
-    lock = lock_run(run) if is_first_rank() else None
-    outcome.open(run)
-    if lock:
-        write_atomic(run / "recipe.yaml", dump(recipe))
-        shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
-    world = start_world(recipe.device)
-    inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
-    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
-    stop = StopFlag(run, looks_at_file=world.is_first)
-    stop.listen()
-    watch = Watch(
-        run / ".watch", world.rank, world.size, lambda text: outcome.fail(Exit.HANG, text)
-    )
-    watch.start()
-    try:
-        finished = run_chain(recipe, inputs, world, stop, watch, allowed)
-    finally:
-        watch.stop()
-    stop.forget_file()
-    return finished
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.folders import local_path
 from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.imports import Late
 from dtrain.core.log import progress, say
+
+datasets: Any = Late("datasets")  # with pandas: a second that most runs need not pay
 
 TEXTUAL = (".txt", ".jsonl", ".json", ".csv")
 PACKERS = (".gz", ".zst")
@@ -47,7 +48,7 @@ class Part:
     kind: str
     identity: str
     path: Path | None = None
-    rows: datasets.Dataset | None = None
+    rows: Any = None
 
     def place(self, number: int) -> str:
         """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""

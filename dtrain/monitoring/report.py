@@ -9,13 +9,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dtrain.core.files import write_atomic
+from dtrain.core.imports import Late
 from dtrain.core.units import count, duration, size
-from dtrain.monitoring.plots import curves
 from dtrain.monitoring.record import Record, read_record
 from dtrain.monitoring.summary import summary
 from dtrain.monitoring.words import REPORT, loss_text, short, tone
 
 __all__ = ["render", "summary", "write_report"]
+
+plots: Any = Late("dtrain.monitoring.plots")  # matplotlib: for the rank that draws, at the end
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -106,7 +108,7 @@ def _stage_view(record: Record, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "facts": _facts(record.artefacts.get(name, {}), lines),
-        "picture": curves(lines),
+        "picture": plots.curves(lines),
         "skipped": [line for line in lines if "skipped" in line][:20],
     }
 

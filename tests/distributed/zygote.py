@@ -16,7 +16,8 @@ import matplotlib.pyplot  # noqa: F401
 
 import dtrain.engines.deepspeed
 import dtrain.engines.fsdp2
-import dtrain.engines.strict  # noqa: F401
+import dtrain.engines.strict
+import dtrain.worker  # noqa: F401
 from dtrain.train import main
 
 

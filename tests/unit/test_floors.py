@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"engines", "evaluation", "merge"},
     {"stages"},
     {"pipeline"},
-    {"cli", "train", "torchrun", "prepare"},
+    {"cli", "train", "worker", "torchrun", "prepare"},
     {"__main__"},
 ]
 HEIGHT = {part: number for number, floor in enumerate(FLOORS) for part in floor}

@@ -1,0 +1,111 @@
+"""What a worker does once its libraries are there: one rank of a run, from recipe to status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import shutil
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from dtrain.checkpoints.identity import require_same
+from dtrain.config.load import dump, load_recipe
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
+from dtrain.core.log import is_first_rank
+from dtrain.distributed.watch import Watch
+from dtrain.distributed.world import end_world, start_world
+from dtrain.launching.detect import resolve_engine
+from dtrain.pipeline.chain import run_chain
+from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.outcome import Outcome
+from dtrain.pipeline.run_folder import lock_run
+from dtrain.stages.stop import StopFlag
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run the recipe on this rank; return the exit status.
+
+    Args:
+        arguments: recipe, overrides and allow_change, from the command line.
+    """
+    keep_libraries_quiet()
+    outcome = Outcome()
+    try:
+        recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
+        if train(recipe, set(arguments.allow_change), outcome):
+            return outcome.end(Exit.FINISHED)
+        return outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
+    except UserError as error:
+        return outcome.fail(error.status, f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        return outcome.fail(Exit.OUT_OF_MEMORY, f"error: out of memory: {error}")
+    except Exception as error:
+        if full := no_room(error):
+            return outcome.fail(Exit.USER_ERROR, full)
+        reason = traceback.format_exc(limit=-1)
+        return outcome.fail(Exit.CRASHED, traceback.format_exc(), reason)
+    finally:
+        end_world()
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to say of a full disk; None of any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}\n    → make room, then start it again to go on"
+    return None
+
+
+def keep_libraries_quiet() -> None:
+    """Their warnings are about code that a user of dtrain did not write."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    disable_progress_bar()
+    for name in ("bitsandbytes", "DeepSpeed", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what only the launcher knows."""
+    kind = resolve_engine(recipe.engine.kind, os.environ)
+    folder = str(Path(recipe.output.folder).expanduser().absolute())
+    return recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update={"kind": kind}),
+            "output": recipe.output.model_copy(update={"folder": folder}),
+        }
+    )
+
+
+def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
+    """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
+    run = Path(recipe.output.folder)
+    require_same({}, {}, allowed)  # a key that may not change is said before it is kept
+    lock = lock_run(run) if is_first_rank() else None
+    outcome.open(run)
+    if lock:
+        write_atomic(run / "recipe.yaml", dump(recipe))
+        shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
+    world = start_world(recipe.device)
+    inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
+    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
+    stop = StopFlag(run, looks_at_file=world.is_first)
+    stop.listen()
+    watch = Watch(
+        run / ".watch", world.rank, world.size, lambda text: outcome.fail(Exit.HANG, text)
+    )
+    watch.start()
+    try:
+        finished = run_chain(recipe, inputs, world, stop, watch, allowed)
+    finally:
+        watch.stop()
+    stop.forget_file()
+    return finished

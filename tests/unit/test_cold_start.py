@@ -1,0 +1,25 @@
+"""What a rank imports before it can train: every start and restart pays for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+# What some runs need, and what costs most of those that do not.
+NOT_AT_START = ["datasets", "pandas", "matplotlib", "deepspeed", "trl", "sklearn"]
+NOT_AT_START += ["torch._inductor.compile_fx", "dtrain.engines.fsdp2", "dtrain.samples.stdlib"]
+PROGRAM = """
+import gc, json, os, sys
+from dtrain.core.imports import import_fast
+import_fast("dtrain.worker")
+print(json.dumps([sorted(sys.modules), gc.isenabled(), os.environ.get("TORCHDYNAMO_DISABLE")]))
+"""
+
+
+def test_a_worker_imports_what_it_needs_and_leaves_no_trace() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
+    modules, collects, compiler = json.loads(done.stdout.splitlines()[-1])
+    assert "dtrain.stages.loop" in modules
+    assert not set(NOT_AT_START) & set(modules)
+    assert collects and compiler is None
