@@ -12,6 +12,7 @@ from dtrain.cli import (
     checkpoints,
     data,
     jobs,
+    merge,
     model,
     preflight,
     recipes,
@@ -32,6 +33,7 @@ app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("checkpoints")(checkpoints.checkpoints)
+app.command("merge")(merge.merge)
 app.command("submit")(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)

@@ -1,5 +1,1 @@
-"""Merging: an adapter or trained weights into a base's safetensors, one tensor at a time."""
-
-from dtrain.merge.merge import merge
-
-__all__ = ["merge"]
+"""Merging: what was trained into a base's safetensors, a block of rows at a time."""

@@ -1,153 +1,276 @@
-"""A LoRA adapter in PEFT layout, checked against the base it is to be merged into.
-
-Letters: r rank, out and in a layer's sizes; a base weight is [out, in].
-"""
+"""An adapter in PEFT layout, checked against the base it is to be merged into."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
+from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.merge.methods import CONVOLUTIONS, Layer, Step
 from dtrain.models.finite import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b"}
+ROLES = {
+    ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "m",
+    ".lora_embedding_A": "a", ".lora_embedding_B": "b",
+    ".lora_A": "a", ".lora_B": "b", ".lora_E": "e",
+    ".lora_B.bias": "bias",
+}  # fmt: skip
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Settings under which a merged weight is not base + scale·B·A, and the value that leaves it so.
-UNSUPPORTED = {"use_dora": False, "use_bdlora": None, "alora_invocation_tokens": None}
+KINDS = ("LORA", "ADALORA")
+# Settings under which PEFT merges in another way, or changes the base itself.
+UNSUPPORTED = (
+    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "layer_replication", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+# First weights that PEFT takes out of the base when it loads the adapter.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+Shapes = dict[str, tuple[str, list[int]]]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One adapted layer: the keys of A [r, in] and B [out, r], and the factor of B·A."""
+class Tensors(Protocol):
+    """Where an adapter's tensors lie."""
 
-    a: str
-    b: str
-    r: int
-    scale: float
+    shapes: dict[str, list[int]]
+
+    def get(self, key: str) -> Tensor:
+        """A tensor in float32."""
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, as they are stored."""
+
+    def mark(self) -> str:
+        """Hash of the content."""
 
 
-class Adapter:
-    """An adapter's layers by the name of the base tensor that each changes.
+class AdapterFile:
+    """The tensors of an adapter folder.
 
     Raises:
-        UserError: not a LoRA adapter, a half layer, ranks that disagree with the config.
+        UserError: there is no whole safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = _read_config(folder)
-        self.transposed = bool(self.config.get("fan_in_fan_out"))
-        self.layers = self._find_layers()
-
-    def _find_layers(self) -> dict[str, Layer]:
-        halves: dict[str, dict[str, str]] = {}
+        self._path = folder / WEIGHTS
         with self._open() as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
-                if suffix is None or not key.startswith(PREFIX):
-                    raise UserError(f"{key} is not part of a plain LoRA", where=str(self.folder))
-                module = key.removeprefix(PREFIX).removesuffix(suffix)
-                halves.setdefault(module, {})[SUFFIXES[suffix]] = key
-        for module, keys in halves.items():
-            if len(keys) != 2:
-                raise UserError(f"{module} has only half an adapter", where=str(self.folder))
-        if not halves:
-            raise UserError("the adapter holds no tensors", where=str(self.folder))
-        return {f"{m}.weight": self._layer(m, k) for m, k in sorted(halves.items())}
+            keys = list(file.keys())
+            self.shapes: dict[str, list[int]] = {k: file.get_slice(k).get_shape() for k in keys}
 
-    def _layer(self, module: str, keys: dict[str, str]) -> Layer:
-        """Rank and scale as PEFT finds them: by pattern, else the adapter's own."""
-        ranks = self.config.get("rank_pattern") or {}
-        alphas = self.config.get("alpha_pattern") or {}
-        r = ranks.get(get_pattern_key(list(ranks), module), self.config["r"])
-        alpha = alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
-        divisor = math.sqrt(r) if self.config.get("use_rslora") else r
-        return Layer(keys["a"], keys["b"], r, alpha / divisor)
-
-    def check_against(self, shapes: dict[str, tuple[str, list[int]]]) -> None:
-        """Refuse what cannot be merged, before a byte is written.
-
-        Args:
-            shapes: dtype and shape of each tensor of the base.
-
-        Raises:
-            UserError: a layer the base has not, a shape or rank that disagrees, non-finite values.
-        """
+    def get(self, key: str) -> Tensor:
+        """A tensor in float32."""
         with self._open() as file:
-            for name, layer in self.layers.items():
-                if name not in shapes:
-                    raise UserError(
-                        f"{layer.a} matches nothing in the base (no {name})",
-                        where=str(self.folder),
-                        fix="merge into the base that the adapter was trained on",
-                    )
-                self._check_shapes(file, layer, name, *shapes[name])
-                for key in (layer.a, layer.b):
-                    if not all_finite(file.get_tensor(key)):
-                        raise UserError(
-                            f"{key} is not finite", where=str(self.folder), status=Exit.NON_FINITE
-                        )
+            tensor: Tensor = file.get_tensor(key)
+        return tensor.float()
 
-    def _check_shapes(
-        self, file: Any, layer: Layer, name: str, dtype: str, shape: list[int]
-    ) -> None:
-        a, b = (file.get_slice(key).get_shape() for key in (layer.a, layer.b))
-        where = str(self.folder)
-        if dtype not in FLOATS:
-            raise UserError(f"{name} of the base is {dtype}, not a plain float", where=where)
-        if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == layer.r:
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, as they are stored."""
+        with self._open() as file:
+            tensor: Tensor = file.get_slice(key)[start:stop]
+        return tensor
+
+    def mark(self) -> str:
+        """Hash of the folder's two files."""
+        return fingerprint({n: file_sha256(self._path.with_name(n)) for n in (CONFIG, WEIGHTS)})
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no {WEIGHTS}", where=str(self._path.parent), fix="pickled adapters are not read"
+            ) from error
+        except SafetensorError as error:
+            raise UserError("not a whole safetensors file", where=str(self._path)) from error
+
+
+class Adapter:
+    """What an adapter does to a base, by the name of the base's tensor.
+
+    Attributes:
+        layers: tensors something is added to.
+        replaced: tensors that were trained whole (modules_to_save, biases): base name → key.
+        first: base weights that PEFT saved along with an adapted embedding: base name → key.
+
+    Raises:
+        UserError: not an adapter that can be merged exactly, half a layer, ranks that disagree
+            with the config, or nothing in the base to put it on, non-finite values.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: Tensors, base: Shapes, where: Path) -> None:
+        self.where, self.config, self.tensors = str(where), config, tensors
+        _check_config(config, where / CONFIG)
+        self.layers: dict[str, Layer] = {}
+        self.replaced: dict[str, str] = {}
+        self.first: dict[str, str] = {}
+        self._base = base
+        for module, keys in sorted(self._grouped().items()):
+            self._take(module, keys)
+        self._check_turned()
+        for key in tensors.shapes:
+            if not all_finite(tensors.get(key)):
+                raise UserError(f"{key} is not finite", where=self.where, status=Exit.NON_FINITE)
+
+    @classmethod
+    def open(cls, folder: Path, base: Shapes) -> Adapter:
+        """Open a folder in PEFT layout, for a base with tensors of these dtypes and shapes."""
+        config = read_json(folder / CONFIG)
+        return cls(config, AdapterFile(folder), base, folder)
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor of the base that changes."""
+        return self.layers.keys() | self.replaced.keys() | self.first.keys()
+
+    def step(self, name: str, weight: float = 1.0) -> Step:
+        """What it does to blocks of rows of a base tensor, in float32."""
+        if (key := self.replaced.get(name)) is not None:
+            return lambda old, at: self.tensors.rows(key, at, at + len(old)).float()
+        add = self.layers[name].step(self.tensors.get, weight) if name in self.layers else None
+        if (first := self.first.get(name)) is None:
+            assert add is not None
+            return add
+
+        def on_saved(old: Tensor, at: int) -> Tensor:
+            saved = self.tensors.rows(first, at, at + len(old)).float()
+            return saved if add is None else add(saved, at)
+
+        return on_saved
+
+    def _grouped(self) -> dict[str, dict[str, str]]:
+        """Module → role → key; keys that are no role of PEFT's replace a tensor."""
+        if not self.tensors.shapes:
+            raise UserError("the adapter holds no tensors", where=self.where)
+        modules: dict[str, dict[str, str]] = {}
+        for key in self.tensors.shapes:
+            if not key.startswith(PREFIX):
+                raise UserError(f"{key} is not part of a PEFT adapter", where=self.where)
+            name = key.removeprefix(PREFIX)
+            suffix = next((s for s in ROLES if name.endswith(s)), None)
+            if suffix is not None:
+                modules.setdefault(name.removesuffix(suffix), {})[ROLES[suffix]] = key
+            elif ".lora_" in name:
+                raise UserError(f"{key} is of a method that is not known here", where=self.where)
+            else:
+                self._take_whole(name, key)
+        return modules
+
+    def _take_whole(self, name: str, key: str) -> None:
+        """A tensor that was saved whole: it replaces the base's, or lies below an adapter."""
+        below = ".base_layer." in name
+        found = self._find(name.replace(".base_layer.", "."), key)
+        shape = self.tensors.shapes[key]
+        if self._base[found][1] != shape:
+            raise UserError(
+                f"{found} is {self._base[found][1]} in the base, {shape} in the adapter",
+                where=self.where,
+            )
+        (self.first if below else self.replaced)[found] = key
+
+    def _take(self, module: str, keys: dict[str, str]) -> None:
+        bias = keys.pop("bias", None)
+        name = self._find(f"{module}.weight", next(iter(keys.values()), bias or ""))
+        if not {"a", "b"} <= keys.keys():
+            raise UserError(f"{module} has only half an adapter", where=self.where)
+        self.layers[name] = layer = self._layer(module, name, keys)
+        if bias is not None:
+            found = self._find(f"{module}.bias", bias)
+            self.layers[found] = Layer({"bias": bias}, None, layer.scale, dims=1)
+
+    def _find(self, name: str, key: str) -> str:
+        """The base's name of a tensor: some bases are stored without the outermost module's."""
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self._base:
+                if self._base[candidate][0] not in FLOATS:
+                    kind = self._base[candidate][0]
+                    what = f"{candidate} of the base is {kind}, not a plain float"
+                    raise UserError(what, where=self.where)
+                return candidate
+        fix = "merge into the base that the adapter was trained on"
+        if name.startswith("lm_head."):
+            fix = "a head tied to the embeddings has no weights of its own; untie the base first"
+        raise UserError(f"{key} matches nothing in the base (no {name})", where=self.where, fix=fix)
+
+    def _layer(self, module: str, name: str, keys: dict[str, str]) -> Layer:
+        shape = self._base[name][1]
+        a, b = (self.tensors.shapes[keys[role]] for role in "ab")
+        embedding = "lora_embedding_" in keys["a"]
+        turned = embedding or self._is_turned(a, b, shape)
+        layer = _by_config(self.config, module, keys, a[0] if a else 0)
+        where = self.where
+        if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or layer.r not in (None, a[0]):
             raise UserError(
                 f"ranks of {name} disagree: {CONFIG} says {layer.r}, A is {a}, B is {b}",
                 where=where,
             )
-        found = [a[1], b[0]] if self.transposed else [b[0], a[1]]
-        if found != shape:
+        found = [a[1], b[0]] if turned else [b[0], a[1], *a[2:]]
+        if found != shape or (len(shape) > 2 and len(shape) not in CONVOLUTIONS):
             raise UserError(f"{name} is {shape} in the base, {found} in the adapter", where=where)
+        return Layer(keys, layer.r, layer.scale, layer.ranks, turned, len(shape))
 
-    def add(self, name: str, old: Tensor) -> Tensor:
-        """base + scale·B·A for one base tensor, in float32.
+    def _is_turned(self, a: list[int], b: list[int], shape: list[int]) -> bool:
+        """By its shape; a square one by the config."""
+        if len(a) != 2 or len(b) != 2 or a[1] == b[0]:
+            return bool(self.config.get("fan_in_fan_out"))
+        return [a[1], b[0]] == shape
 
-        The product is made whole, not in blocks of rows: a block of one to three rows goes
-        through another BLAS kernel and differs from PEFT's product in the last bit.
-        """
-        layer = self.layers[name]
-        with self._open() as file:
-            a, b = (file.get_tensor(key).float() for key in (layer.a, layer.b))
-        product = (b @ a).mul_(layer.scale)
-        return (product.T if self.transposed else product).add_(old)
-
-    def _open(self) -> Any:
-        path = self.folder / WEIGHTS
-        try:
-            return safe_open(path, framework="pt")
-        except FileNotFoundError as error:
+    def _check_turned(self) -> None:
+        """PEFT writes one fan_in_fan_out for all layers, that of the last it put an adapter on."""
+        shapes = {name: self._base[name][1] for name in self.layers}
+        flat = [n for n, layer in self.layers.items() if "a" in layer.keys and layer.dims == 2]
+        flat = [n for n in flat if "lora_embedding_" not in self.layers[n].keys["a"]]
+        square = [n for n in flat if shapes[n][0] == shapes[n][1]]
+        sides = {self.layers[n].turned for n in flat if n not in square}
+        if square and len(sides | {bool(self.config.get("fan_in_fan_out"))}) > 1:
             raise UserError(
-                f"no {WEIGHTS}", where=str(self.folder), fix="pickled adapters are not read"
-            ) from error
-        except SafetensorError as error:
-            raise UserError("not a whole safetensors file", where=str(path)) from error
+                f"layers lie both ways, and nothing says how {square[0]} does",
+                where=self.where,
+                fix="merge it with PEFT, which builds the model to find out",
+            )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+def _by_config(config: dict[str, Any], module: str, keys: dict[str, str], rank: int) -> Layer:
+    """Rank and scale as PEFT finds them: by pattern, else the adapter's own."""
+    if config["peft_type"] == "ADALORA":
+        alpha = config["lora_alpha"]
+        return Layer(keys, None, alpha if alpha > 0 else float(rank), config["init_r"])
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r = _by_pattern(ranks, module, config["r"])
+    alpha = _by_pattern(alphas, module, config["lora_alpha"])
+    return Layer(keys, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches, as peft's get_pattern_key chooses it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def _check_config(config: Any, path: Path) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") not in KINDS:
         raise UserError("is not the config of a LoRA adapter", where=str(path))
-    for key, plain in UNSUPPORTED.items():
-        if config.get(key) not in (plain, None):
-            raise UserError(f"an adapter with {key} cannot be merged here", where=str(path))
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
-    if missing:
+    if used := [key for key in UNSUPPORTED if config.get(key)]:
+        raise UserError(f"an adapter with {used[0]} cannot be merged here", where=str(path))
+    first = str(config.get("init_lora_weights")).lower()
+    if any(first.startswith(kind) for kind in BASE_CHANGING):
+        raise UserError(
+            f"init_lora_weights {first!r} takes a part out of the base",
+            where=str(path),
+            fix="save_pretrained(…, path_initial_model_for_weight_conversion=…) makes a plain LoRA",
+        )
+    needed: Iterable[str] = ("r", "lora_alpha")
+    if config["peft_type"] == "ADALORA":
+        needed = ("init_r", "lora_alpha")
+    if missing := [key for key in needed if not isinstance(config.get(key), int | float)]:
         raise UserError(f"no {missing[0]} in it", where=str(path))
-    return config

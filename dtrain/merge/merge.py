@@ -1,26 +1,28 @@
-"""A base folder and an adapter → a plain Hugging Face model, in the memory of about one tensor."""
+"""A base folder and what was trained → a plain Hugging Face model, a block of rows at a time."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.files import read_json, write_json
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.core.log import progress
+from dtrain.core.log import progress, say
 from dtrain.core.units import size
-from dtrain.merge.adapter import CONFIG, FLOATS, WEIGHTS, Adapter
+from dtrain.merge.adapter import CONFIG, FLOATS, Adapter, Shapes
 from dtrain.merge.fingerprint import combine
+from dtrain.merge.methods import Step
 from dtrain.merge.stream import Change, rewrite_file
-from dtrain.models.load import read_config
-from dtrain.models.quantise import nf4_layers, through_nf4
+from dtrain.merge.work import Work, work_folder
 from dtrain.models.weights import INDEX, read_header, weight_files
 
 MANIFEST = "merge.json"
@@ -28,125 +30,297 @@ MANIFEST = "merge.json"
 BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 NOT_BESIDE = (INDEX, MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
-Shapes = dict[str, tuple[str, list[int]]]
+FORMAT = 2  # of the result: another one is not gone on with
+
+
+class Part(Protocol):
+    """What changes a base: an adapter, or several as one."""
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that changes."""
+
+    def step(self, name: str) -> Step:
+        """What it does to blocks of rows of a tensor."""
+
+
+class Packing(Protocol):
+    """A base that was held in 4 bits for training."""
+
+    names: set[str]
+    about: dict[str, Any]
+
+    def unpacked(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
+        """Blocks of rows as it computed with them."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A part that is added, and the form of the base that it was trained on.
+
+    Attributes:
+        about: plain values that say what it is, for plan and manifest.
+    """
+
+    part: Part
+    about: dict[str, Any]
+    packing: Packing | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that changes."""
+        return self.part.names | (self.packing.names if self.packing else set())
+
+    def apply(self, name: str, stored: torch.dtype, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """New blocks of rows, in float32."""
+        if self.packing and name in self.packing.names:
+            blocks = self.packing.unpacked(blocks, stored)
+        if name not in self.part.names:
+            yield from blocks
+            return
+        step, at = self.part.step(name), 0
+        if self.needs_whole(name):
+            blocks = iter([torch.cat(list(blocks))])
+        for block in blocks:
+            yield step(block.float(), at)
+            at += len(block)
+
+    def needs_whole(self, name: str) -> bool:
+        """Whether all rows are needed at once."""
+        layers = getattr(self.part, "layers", {})
+        return name in layers and layers[name].whole
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter of which a multiple is added.
+
+    Raises:
+        UserError: another multiple than 1 of something that is not a sum.
+    """
+
+    adapter: Adapter
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        layers = self.adapter.layers
+        whole = [*self.adapter.replaced, *(n for n in layers if "m" in layers[n].keys)]
+        if self.weight != 1 and whole:
+            what = f"{whole[0]} is not a sum of base and adapter, so it takes no weight"
+            raise UserError(what, where=self.adapter.where)
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that changes."""
+        return self.adapter.names
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The adapter's."""
+        return self.adapter.layers
+
+    def step(self, name: str) -> Step:
+        """What it does to blocks of rows of a tensor."""
+        return self.adapter.step(name, self.weight)
+
+
+def part_of(adapter: Adapter, weight: float = 1.0, packing: Packing | None = None) -> Applied:
+    """An adapter as merge takes it."""
+    about: dict[str, Any] = {"adapter": adapter.tensors.mark(), "weight": weight}
+    about["quantised"] = packing.about if packing else False
+    return Applied(Weighted(adapter, weight), about, packing)
 
 
 def merge(
     base: Path,
-    adapter: Path,
+    parts: Sequence[Applied],
     out: Path,
     *,
-    quantised: bool,
     source: str,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
+    processes: int = 1,
+    known: Sequence[str] = (),
 ) -> None:
-    """Add a LoRA adapter to a base; shards, dtypes and all other files stay as the base's.
+    """Add adapters to a base, one after another; shards, dtypes and all other files stay.
 
     A tensor is computed in float32 and rounded once to its own dtype: to the bit what PEFT's
-    merge_and_unload gives for float32, bfloat16 and float16 bases with a float32 adapter.
+    merge_and_unload gives for float32, bfloat16 and float16 bases with a float32 adapter. Stopped,
+    the same call goes on with the shards that are missing.
 
     Args:
         out: a new folder; it appears whole or not at all.
-        quantised: the adapter was trained over the base in NF4: every layer that was packed is
-            packed and unpacked again, so that the result computes what was trained.
-        source: what the base is called, for the manifest.
-        dtype: quantised only: that the base was loaded in for training; None: as it is stored.
-        trust_remote_code: quantised only: build the model from code beside it to find its layers.
+        source: what made the model, for the manifest.
+        processes: shards that are rewritten at once, each in a thread.
+        known: fingerprints of which the base must have one; any base if there are none.
 
     Raises:
-        UserError: see `Adapter`; OUT is there, or is BASE; too little disk.
+        UserError: OUT is there, or is BASE; too little disk; another base; non-finite values.
     """
-    lora = Adapter(adapter)
-    shapes = _check(base, adapter, out)
-    lora.check_against(shapes)
-    packed: set[str] = set()
-    if quantised:
-        config = read_config(base, trust_remote_code=trust_remote_code)
-        packed = {f"{name}.weight" for name in nf4_layers(config, trust_remote_code)}
-        _check_packed(base, packed, shapes)
-    names = packed | lora.layers.keys()
-    changes = {n: partial(_merged, n, lora, n in packed, dtype) for n in sorted(names)}
-    identity = {name: file_sha256(adapter / name) for name in (CONFIG, WEIGHTS)}
-    about = {"source": source, "adapter": fingerprint(identity), "quantised": quantised}
-    _write(base, out, changes, about)
+    shapes = check_places(base, [], out)
+    names = sorted(set().union(*(part.names for part in parts)))
+    changes = {name: partial(_merged, parts, name, FLOATS[shapes[name][0]]) for name in names}
+    adapters = [part.about for part in parts]
+    _write(base, out, changes, {"source": source, "adapters": adapters}, processes, known)
 
 
 def replace(
     base: Path,
     tensors: Mapping[str, Sequence[int]],
-    read: Callable[[str], Tensor],
+    read: Callable[[str, int, int], Tensor],
     out: Path,
     *,
     source: str,
+    content: str,
+    processes: int = 1,
+    known: Sequence[str] = (),
 ) -> None:
     """Write the model that full fine-tuning made, in its base's layout and dtypes.
 
     Args:
         tensors: shapes by `named_parameters()` name; of tied tensors one name is enough.
-        read: gives the tensor of a name, one at a time.
+        read: gives elements [start, stop) of a flattened tensor.
+        content: a hash of what `read` gives.
 
     Raises:
         UserError: the base has no such tensor, or one of another shape; non-finite values.
     """
-    shapes = _check(base, None, out)
+    shapes = check_places(base, [], out)
     for name, shape in tensors.items():
         if name not in shapes or shapes[name][1] != list(shape):
             raise UserError(f"{name} {list(shape)} is not in the base", where=str(base))
     changes = {name: partial(_replaced, read, name) for name in tensors}
-    _write(base, out, changes, {"source": source, "adapter": None, "quantised": False})
+    about = {"source": source, "adapters": [], "weights": content}
+    _write(base, out, changes, about, processes, known)
 
 
-def _merged(
-    name: str, lora: Adapter, packed: bool, dtype: torch.dtype | None, old: Tensor
-) -> Tensor:
-    if packed:
-        old = through_nf4(old, dtype or old.dtype)
-    return lora.add(name, old) if name in lora.layers else old
+def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:
+    """The dtype and shape of every tensor of the base.
 
-
-def _replaced(read: Callable[[str], Tensor], name: str, old: Tensor) -> Tensor:
-    return read(name).detach().cpu()
-
-
-def _check(base: Path, adapter: Path | None, out: Path) -> Shapes:
-    """Places and disk; the dtype and shape of every tensor of the base."""
-    if out.resolve() in {p.resolve() for p in (base, adapter) if p}:
+    Raises:
+        UserError: OUT is there already, or is one of the others; the base is no whole model.
+    """
+    if out.resolve() in {path.resolve() for path in (base, *adapters)}:
         raise UserError("would be overwritten by what is made from it", where=str(out))
-    if out.exists():
-        raise UserError("exists already", where=str(out), fix="choose another folder")
-    files = weight_files(base)
-    needed = sum(path.stat().st_size for path in files) + SPARE_BYTES
-    place = next(p for p in out.absolute().parents if p.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise UserError(
-            f"the merged model needs {size(needed)}, {size(free)} are free", where=str(place)
-        )
-    headers = (read_header(path)[0] for path in files)
+    headers = (read_header(path)[0] for path in weight_files(base))
     return {name: (e["dtype"], e["shape"]) for entries in headers for name, e in entries.items()}
 
 
-def _check_packed(base: Path, packed: Iterable[str], shapes: Shapes) -> None:
-    for name in sorted(packed):
-        if name not in shapes or shapes[name][0] not in FLOATS:
-            raise UserError(f"no plain {name}, which was held in NF4", where=str(base))
+def _merged(
+    parts: Sequence[Applied], name: str, stored: torch.dtype, blocks: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    for part in parts:
+        if name in part.names:
+            blocks = part.apply(name, stored, blocks)
+    return blocks
 
 
-def _write(base: Path, out: Path, changes: Mapping[str, Change], about: dict[str, Any]) -> None:
+def _replaced(
+    read: Callable[[str, int, int], Tensor], name: str, blocks: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    at = 0
+    for block in blocks:
+        yield read(name, at, at + block.numel()).view(block.shape)
+        at += block.numel()
+
+
+def _write(
+    base: Path,
+    out: Path,
+    changes: Mapping[str, Change],
+    about: dict[str, Any],
+    processes: int,
+    known: Sequence[str],
+) -> None:
     files = weight_files(base)
-    total = sum(len(read_header(path)[0]) for path in files)
-    old, new = [], {}
-    with atomic_folder(out) as target, progress(f"merging into {out.name}", total) as bar:
-        for path in files:
-            before, after = rewrite_file(path, target / path.name, changes, bar)
-            old.append(before)
-            new[path.name] = after
+    plan = _plan(files, base, about)
+    if _is_made(out, fingerprint(plan)):
+        return
+    work = Work(out, plan)
+    _check_room(files, out, work)
+    try:
+        done = _rewrite(files, work, changes, processes, f"merging into {out.name}")
+        prints = {
+            "base": combine([record["before"] for record in done.values()], base),
+            "result": combine([record["after"] for record in done.values()], base),
+        }
+        _check_base(base, prints["base"], known)
+        hashes = {name: record["after"] for name, record in done.items()}
         for path in _beside(base):
-            shutil.copyfile(path, target / path.name)  # content only: a cache may be read-only
-            new[path.name] = file_sha256(target / path.name)
-        prints = {"base": combine(old, base), "result": combine([new[p.name] for p in files], base)}
-        files_by_name = dict(sorted(new.items()))
-        write_json(target / MANIFEST, about | prints | {"files": files_by_name})
+            shutil.copyfile(path, work.target / path.name)  # only content: may be read-only
+            hashes[path.name] = file_sha256(work.target / path.name)
+        manifest = about | {"plan": fingerprint(plan)} | prints
+        write_json(work.target / MANIFEST, manifest | {"files": dict(sorted(hashes.items()))})
+        work.publish()
+    except UserError:
+        work.discard()
+        raise
+    finally:
+        work.leave()
+
+
+def _plan(files: Sequence[Path], base: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the result; the base's weights by size, time and header."""
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns, file_head(p)) for p in files]
+    beside = {path.name: file_sha256(path) for path in _beside(base)}
+    return {"format": FORMAT, "base": found, "beside": beside, "about": about}
+
+
+def file_head(path: Path) -> str:
+    """A safetensors file's header, as a hash."""
+    return fingerprint(read_header(path)[1].hex())
+
+
+def _is_made(out: Path, plan: str) -> bool:
+    """Whether OUT was made by this very plan; then a stopped call had only its tidying left."""
+    if not out.exists():
+        return False
+    manifest = out / MANIFEST
+    made = read_json(manifest) if manifest.is_file() else None
+    if not isinstance(made, dict) or made.get("plan") != plan:
+        raise UserError("exists already", where=str(out), fix="choose another folder")
+    say(f"{out} is complete already")
+    shutil.rmtree(work_folder(out), ignore_errors=True)
+    return True
+
+
+def _rewrite(
+    files: Sequence[Path], work: Work, changes: Mapping[str, Change], processes: int, title: str
+) -> dict[str, dict[str, Any]]:
+    """Every shard's hashes before and after, the finished ones' from their records."""
+    done = {path.name: record for path in files if (record := work.done(path.name))}
+    left = [path for path in files if path.name not in done]
+    with progress(title, sum(len(read_header(path)[0]) for path in left)) as bar:
+
+        def one(path: Path) -> None:
+            before, after = rewrite_file(path, work.target / path.name, changes, bar)
+            record = {"before": before, "after": after}
+            work.finish(path.name, record)
+            done[path.name] = record
+
+        pool = ThreadPoolExecutor(processes)
+        try:
+            for future in [pool.submit(one, path) for path in left]:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {path.name: done[path.name] for path in files}
+
+
+def _check_room(files: Sequence[Path], out: Path, work: Work) -> None:
+    needed = sum(path.stat().st_size for path in files) + SPARE_BYTES - work.bytes_done()
+    if (free := shutil.disk_usage(work.target).free) < needed:
+        (work.leave if work.bytes_done() else work.discard)()
+        raise UserError(
+            f"the merged model needs {size(needed)}, {size(free)} are free", where=str(out)
+        )
+
+
+def _check_base(base: Path, found: str, known: Sequence[str]) -> None:
+    if known and found not in known:
+        raise UserError(
+            "is not the base that the adapter was trained on",
+            where=str(base),
+            fix="its stage.json and the base's merge.json say what was made from what",
+        )
 
 
 def _beside(base: Path) -> list[Path]:

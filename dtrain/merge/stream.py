@@ -1,13 +1,15 @@
-"""A safetensors file rewritten tensor by tensor.
+"""A safetensors file rewritten tensor by tensor, row block by row block.
 
 Names, shapes and dtypes stay, so the header stays, to the byte: what is not changed is copied
-as bytes, whatever its dtype, and what is changed is one tensor in memory.
+as bytes, whatever its dtype, and of what is changed one block of rows is in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +23,10 @@ from dtrain.merge.adapter import FLOATS
 from dtrain.models.finite import all_finite
 from dtrain.models.weights import read_header
 
-Change = Callable[[Tensor], Tensor]  # a tensor as stored → its new value, same shape, any float
+# Blocks of rows as stored → the same blocks, new, any float; all of them, in order.
+Change = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+BLOCK_ELEMENTS = 1 << 21
+ROWS = 64  # blocks are multiples of it: see merge/methods.py and merge/nf4.py
 
 
 class Hashed:
@@ -55,6 +60,7 @@ def rewrite_file(
     """Write `source` to `target` with some tensors changed, each rounded once to its own dtype.
 
     Args:
+        target: replaced if it is there; on the disk when this returns.
         bar: advanced by one a tensor.
 
     Returns:
@@ -65,7 +71,7 @@ def rewrite_file(
     """
     entries, head = read_header(source)
     try:
-        with open(source, "rb") as old, open(target, "xb") as new:
+        with open(source, "rb") as old, open(target, "wb") as new:
             reader, writer = Hashed(old), Hashed(new)
             writer.write(reader.read(len(head)))
             for name, entry in entries.items():
@@ -74,9 +80,25 @@ def rewrite_file(
                 else:
                     _copy(reader, writer, entry)
                 bar.advance()
+            new.flush()
+            os.fsync(new.fileno())
     except EOFError as error:
         raise UserError("changed while it was read", where=str(source)) from error
     return reader.sha256(), writer.sha256()
+
+
+def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks of about `elements`.
+
+    All are multiples of 64 rows but the last, which has at least 64 unless the tensor has fewer.
+    """
+    total, width = shape[0], max(prod(shape[1:]), 1)
+    size = max(elements // width // ROWS, 1) * ROWS
+    start = 0
+    while start < total:
+        stop = total if total - start < size + ROWS else start + size
+        yield start, stop
+        start = stop
 
 
 def _size(entry: dict[str, Any]) -> int:
@@ -92,15 +114,24 @@ def _copy(reader: Hashed, writer: Hashed, entry: dict[str, Any]) -> None:
         left -= len(block)
 
 
+def _blocks(reader: Hashed, entry: dict[str, Any]) -> Iterator[Tensor]:
+    dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
+    width = prod(shape[1:]) * dtype.itemsize
+    for start, stop in row_blocks(shape):
+        block = reader.read((stop - start) * width)
+        yield torch.frombuffer(block, dtype=dtype).reshape(stop - start, *shape[1:])
+
+
 def _change(
     reader: Hashed, writer: Hashed, name: str, entry: dict[str, Any], change: Change
 ) -> None:
-    dtype = FLOATS[entry["dtype"]]
-    stored = torch.frombuffer(reader.read(_size(entry)), dtype=dtype).reshape(entry["shape"])
-    value = change(stored).to(dtype).contiguous()
-    assert value.shape == stored.shape, name
-    if not all_finite(value):
-        raise UserError(
-            f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
-        )
-    writer.write(value.view(-1).view(torch.uint8).numpy().data)
+    dtype, written = FLOATS[entry["dtype"]], 0
+    for block in change(_blocks(reader, entry)):
+        value = block.to(dtype).contiguous()
+        if not all_finite(value):
+            raise UserError(
+                f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
+            )
+        writer.write(value.view(-1).view(torch.uint8).numpy().data)
+        written += value.numel()
+    assert written == prod(entry["shape"]), name

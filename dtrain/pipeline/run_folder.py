@@ -19,11 +19,11 @@ from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.log import warn
 from dtrain.launching.commands import LOCKED_BY_LAUNCHER
 from dtrain.merge.merge import MANIFEST as MERGE_MANIFEST
+from dtrain.merge.origin import RECORD
 from dtrain.pipeline.inputs import Inputs
 
 # What changes neither the numbers nor their order, so a run may go on with another value.
 FREE_KEYS = ("micro_batch_sequences", "checkpoint_every_steps")
-RECORD = "stage.json"
 # `.name.random`: what `write_atomic` and `atomic_folder` write before they rename it.
 _OURS = r"(recipe|lineage|evaluation|outcome|stage|report|metrics)\.\w+|adapter|merged"
 _LEFTOVER = re.compile(rf"\.({_OURS})\.[a-z0-9_]{{8}}")

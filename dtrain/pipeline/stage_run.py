@@ -6,8 +6,6 @@ import gc
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,10 @@ from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import SHARDING, build_engine
-from dtrain.merge.merge import merge, replace
+from dtrain.merge.adapter import Adapter
+from dtrain.merge.consolidate import read_whole, replace_with
+from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, resolve_dtype
@@ -227,6 +228,7 @@ class StageRun:
         return {
             "engine": self.recipe.engine.kind,
             "ranks": self.world.size,
+            "dtype": str(resolve_dtype(self.recipe.model.dtype, self.world.device)).split(".")[-1],
             "steps": now.step,
             "non_finite_steps": now.non_finite,
             "tokens": now.tokens,
@@ -252,23 +254,9 @@ class StageRun:
         if wants_merge:
             shutil.rmtree(self.folder.merged, ignore_errors=True)
             if full:
-                replace(
-                    self.base,
-                    checkpoint.names,
-                    partial(read_whole, checkpoint),
-                    self.folder.merged,
-                    source=self.folder.identity,
-                )
+                replace_with(checkpoint, self.base, self.folder.merged, self.folder.identity)
             else:
-                merge(
-                    self.base,
-                    self.folder.adapter,
-                    self.folder.merged,
-                    quantised=self.stage.method.kind == "qlora",
-                    source=self.folder.identity,
-                    dtype=resolve_dtype(self.recipe.model.dtype, self.world.device),
-                    trust_remote_code=self.recipe.model.trust_remote_code,
-                )
+                self.merge_adapter()
         facts["checkpoint_bytes"] = checkpoint.size_bytes
         self.folder.finish(facts)
         say(
@@ -277,15 +265,19 @@ class StageRun:
             f"a rank, checkpoint {size(checkpoint.size_bytes)}"
         )
 
+    def merge_adapter(self) -> None:
+        """The merged model, from the adapter; over the 4-bit base if it was trained over that."""
+        out, packing = self.folder.merged, None
+        shapes = check_places(self.base, [self.folder.adapter], out)
+        if self.stage.method.kind == "qlora":
+            dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
+            packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
+        adapter = Adapter.open(self.folder.adapter, shapes)
+        merge(self.base, [part_of(adapter, packing=packing)], out, source=self.folder.identity)
+
     def wants_merge(self) -> bool:
         """Every stage but the last is merged for the next one; the last if the recipe says so."""
         return self.recipe.output.merge or self.stage is not self.recipe.stages[-1]
-
-
-def read_whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A parameter in its global shape, float32."""
-    shape = checkpoint.names[name]
-    return checkpoint.read(name, "weight", 0, prod(shape)).view(shape)
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
-from dtrain.merge import merge
+from dtrain.merge.adapter import Adapter
 from dtrain.merge.fingerprint import model_fingerprint
-from dtrain.merge.merge import replace
+from dtrain.merge.merge import check_places, merge, part_of, replace
+from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.load import load_base
 from dtrain.models.weights import weight_files
@@ -65,9 +66,19 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(base, tmp_path / "adapter")
 
 
-def do(base: Path, adapter: Path, *, quantised: bool = False, **settings: object) -> Path:
-    out = base.parent / "out"
-    merge(base, adapter, out, quantised=quantised, source="a base", **settings)  # type: ignore[arg-type]
+def do(
+    base: Path,
+    *adapters: Path,
+    out: Path | None = None,
+    quantised: bool = False,
+    dtype: torch.dtype | None = None,
+    processes: int = 1,
+) -> Path:
+    out = out or base.parent / "out"
+    shapes = check_places(base, adapters, out)
+    packing = Packed(base, shapes, dtype) if quantised else None
+    parts = [part_of(Adapter.open(folder, shapes), packing=packing) for folder in adapters]
+    merge(base, parts, out, source="a base", processes=processes)
     return out
 
 
@@ -132,7 +143,8 @@ def test_one_file_base(tmp_path: Path) -> None:
 def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter: Path) -> None:
     out = do(base, adapter)
     manifest = json.loads((out / "merge.json").read_text())
-    assert manifest["source"] == "a base" and manifest["quantised"] is False
+    assert manifest["source"] == "a base"
+    assert [(a["weight"], a["quantised"]) for a in manifest["adapters"]] == [(1.0, False)]
     assert manifest["base"] == model_fingerprint(base)
     assert manifest["result"] == model_fingerprint(out) != manifest["base"]
     files = {p.name: file_sha256(p) for p in out.iterdir() if p.name != "merge.json"}
@@ -204,12 +216,16 @@ def test_full_weights_in_the_layout_of_their_base(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     tensors = {n: p.detach() * 1.5 for n, p in model.named_parameters()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    replace(base, shapes, tensors.__getitem__, tmp_path / "out", source="a base")
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return tensors[name].flatten()[start:stop]
+
+    replace(base, shapes, read, tmp_path / "out", source="a base", content="of the test")
     ours = state(tmp_path / "out")
     assert ours.keys() == tensors.keys()
     assert all(torch.equal(ours[n], tensors[n]) for n in ours)
     with pytest.raises(UserError, match=r"other\.weight \[1\] is not in the base"):
-        replace(base, {"other.weight": [1]}, torch.zeros, tmp_path / "new", source="a base")
+        replace(base, {"other.weight": [1]}, read, tmp_path / "new", source="", content="")
 
 
 # --- refusals: each names the culprit and leaves nothing behind -----------------------------
@@ -282,13 +298,15 @@ def test_overflow_of_the_bases_dtype(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_adapter(base: Path, adapter: Path) -> None:
-    edit_config(adapter, use_dora=True)
-    refused(base, adapter, "use_dora")
-    edit_config(adapter, use_dora=False, peft_type="IA3")
+    edit_config(adapter, target_parameters=["experts"])
+    refused(base, adapter, "target_parameters")
+    edit_config(adapter, target_parameters=None, peft_type="IA3")
     refused(base, adapter, "not the config of a LoRA adapter")
-    edit_config(adapter, peft_type="LORA")
-    edit_adapter(adapter, **{f"{Q}.lora_magnitude_vector": torch.ones(64)})
-    refused(base, adapter, "lora_magnitude_vector is not part of a plain LoRA")
+    edit_config(adapter, peft_type="LORA", init_lora_weights="pissa_niter_4")
+    refused(base, adapter, "takes a part out of the base")
+    edit_config(adapter, init_lora_weights=True)
+    edit_adapter(adapter, **{f"{Q}.lora_of_tomorrow": torch.ones(64)})
+    refused(base, adapter, "lora_of_tomorrow is of a method that is not known here")
 
 
 def test_pickled_and_truncated_adapters(base: Path, adapter: Path) -> None:
@@ -317,7 +335,7 @@ def test_out_that_is_the_base_or_there_already(base: Path, adapter: Path) -> Non
     before = model_fingerprint(base)
     for out, match in ((base, "would be overwritten"), (base.parent, "exists already")):
         with pytest.raises(UserError, match=match):
-            merge(base, adapter, out, quantised=False, source="a base")
+            do(base, adapter, out=out)
     assert model_fingerprint(base) == before
 
 
@@ -334,13 +352,46 @@ def test_base_that_is_quantised_already(base: Path, adapter: Path) -> None:
     refused(base, adapter, "quantised already", quantised=True)
 
 
-def test_a_crash_leaves_no_half_model(
+def test_stopped_it_goes_on_with_the_shards_that_are_missing(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = state(do(base, adapter, out=base.parent / "whole"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("shutil.copyfile", full)
+        do(base, adapter)
+    assert sorted(p.name for p in base.parent.iterdir()) == [
+        ".out.making", "adapter", "base", "whole"
+    ]  # fmt: skip
+    shard = weight_files(base)[0].name
+    made = base.parent / ".out.making" / "model"
+    first = (made / shard).stat()
+    (made / weight_files(base)[1].name).write_bytes(b"half a shard")
+    out = do(base, adapter)
+    assert (out / shard).stat().st_ino == first.st_ino  # not made again
+    assert (out / shard).stat().st_mtime_ns == first.st_mtime_ns
+    after = state(out)
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+    assert not (base.parent / ".out.making").exists()
+    assert do(base, adapter) == out  # it is there already, from the same
+
+
+def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("shutil.copyfile", full)
         do(base, adapter)
-    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+    edit_config(adapter, lora_alpha=99)
+    theirs = by_peft(base, adapter)
+    ours = state(do(base, adapter))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(UserError, match="exists already"):
+        edit_config(adapter, lora_alpha=1)
+        do(base, adapter)

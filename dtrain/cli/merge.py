@@ -1,0 +1,191 @@
+"""`dtrain merge`: a base and what was trained → a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dtrain.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dtrain.merge.adapter import Adapter, Shapes
+    from dtrain.merge.merge import Applied
+    from dtrain.merge.nf4 import Packed
+    from dtrain.merge.origin import Origin
+
+MOST_AT_ONCE = 8  # shards; each needs about 40 MB
+
+Places = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="BASE ADAPTER... OUT | CHECKPOINT OUT",
+        help="Folders (BASE also a hub id). CHECKPOINT: RUN/STAGE/checkpoints/step-…",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="W,W,…", help="A factor for each adapter; 1 if not given."),
+]
+Combine = Annotated[
+    Literal["linear", "ties", "dare_linear", "dare_ties"] | None,
+    typer.Option(help="Combine A and B as PEFT does; else the adapters are added one by one."),
+]
+Density = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of the elements that ties and dare keep.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of dare's choice of elements; needed for it.")]
+QloraBase = Annotated[
+    Literal["dequantised", "original"] | None,
+    typer.Option(
+        help="The base as the 4-bit model computed with it, or as it is stored; "
+        "if not given, what the adapter's run was trained on."
+    ),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Shards at once; if not given, one a core, at most 8.")
+]
+
+
+def merge(
+    places: Places,
+    weights: Weights = None,
+    combine: Combine = None,
+    density: Density = 0.5,
+    seed: Seed = None,
+    qlora_base: QloraBase = None,
+    processes: Processes = None,
+) -> None:
+    """Write BASE with its ADAPTERs, or the model that a CHECKPOINT holds, to the new folder OUT.
+
+    It streams, so a model of any size needs little memory; stopped, the same command goes on.
+    """
+    from dtrain.merge.origin import is_checkpoint
+
+    at_once = _threads(processes)
+    out, first = Path(places[-1]), Path(places[0])
+    if len(places) == 2 and is_checkpoint(first):
+        _consolidate(first, out, qlora_base, at_once)
+    elif len(places) < 3:
+        raise UserError("give BASE ADAPTER... OUT, or CHECKPOINT OUT", where="dtrain merge")
+    else:
+        factors = _factors(weights, len(places) - 2)
+        adapters = [Path(place) for place in places[1:-1]]
+        base = _base(places[0])
+        how = None if combine is None else (combine, density, _seed(combine, seed))
+        _merge(base, adapters, out, factors, how, qlora_base, at_once)
+    print(out)
+
+
+def _merge(
+    base: Path,
+    folders: Sequence[Path],
+    out: Path,
+    factors: Sequence[float],
+    how: tuple[str, float, int] | None,
+    qlora_base: str | None,
+    at_once: int,
+) -> None:
+    from dtrain.merge.adapter import Adapter
+    from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
+    from dtrain.merge.origin import known_bases, origin_of
+
+    shapes = check_places(base, folders, out)
+    origins = [origin_of(folder.resolve().parent) for folder in folders]
+    adapters = [Adapter.open(folder, shapes) for folder in folders]
+    packings = [_packing(base, shapes, origin, qlora_base) for origin in origins]
+    if how is None:
+        known = known_bases(base, origins, MANIFEST)
+        parts = [part_of(*one) for one in zip(adapters, factors, packings, strict=True)]
+    else:
+        known = []
+        parts = [_combined(adapters, factors, how, packings)]
+    merge(base, parts, out, source=str(base), processes=at_once, known=known)
+
+
+def _combined(
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+    how: tuple[str, float, int],
+    packings: Sequence[Packed | None],
+) -> Applied:
+    from dtrain.merge.combine import Combined
+    from dtrain.merge.merge import Applied
+
+    about = {"combine": list(how), "weights": list(factors)}
+    about |= {"adapters": [adapter.tensors.mark() for adapter in adapters]}
+    about |= {"quantised": packings[0].about if packings[0] else False}
+    return Applied(Combined(adapters, factors, *how), about, packings[0])
+
+
+def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) -> None:
+    from dtrain.merge.consolidate import base_of, open_saved, replace_with, saved_adapter
+    from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
+    from dtrain.merge.origin import known_bases
+
+    saved = open_saved(folder)
+    base, origin = base_of(saved), saved.origin
+    shapes = check_places(base, [folder], out)
+    known = known_bases(base, [origin], MANIFEST)
+    source = origin.identity
+    if origin.method["kind"] == "full":
+        replace_with(saved.checkpoint, base, out, source, processes=at_once, known=known)
+        return
+    packing = _packing(base, shapes, origin, qlora_base)
+    part = part_of(saved_adapter(saved, shapes), packing=packing)
+    merge(base, [part], out, source=source, processes=at_once, known=known)
+
+
+def _packing(
+    base: Path, shapes: Shapes, origin: Origin | None, qlora_base: str | None
+) -> Packed | None:
+    """The base's 4-bit form, if that is what is asked for or what was trained on."""
+    if qlora_base == "original" or (qlora_base is None and not (origin and origin.quantised)):
+        return None
+    import torch
+
+    from dtrain.merge.nf4 import Packed
+    from dtrain.models.load import resolve_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Packed(base, shapes, resolve_dtype(origin.dtype, device) if origin else None)
+
+
+def _base(address: str) -> Path:
+    """A folder as it is; else a hub id or a sample."""
+    if (Path(address) / "config.json").is_file():
+        return Path(address)
+    from dtrain.models.resolve import base_folder
+
+    return base_folder(address)
+
+
+def _factors(weights: str | None, adapters: int) -> list[float]:
+    try:
+        factors = [float(text) for text in weights.split(",")] if weights else [1.0] * adapters
+    except ValueError as error:
+        raise UserError(f"not numbers: {weights}", where="--weights", fix="0.7,0.3") from error
+    if len(factors) != adapters:
+        raise UserError(f"{len(factors)} weights for {adapters} adapters", where="--weights")
+    return factors
+
+
+def _seed(combine: str, seed: int | None) -> int:
+    if combine.startswith("dare") and seed is None:
+        raise UserError(f"{combine} chooses at random", where="--combine", fix="--seed 0")
+    return seed or 0
+
+
+def _threads(processes: int | None) -> int:
+    """Shards at once; each of them computes with its part of the cores."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    at_once = processes or min(cores, MOST_AT_ONCE)
+    torch.set_num_threads(max(cores // at_once, 1))
+    return at_once

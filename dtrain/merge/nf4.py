@@ -1,0 +1,74 @@
+"""A base tensor as a 4-bit base computed with it: packed and unpacked again, in row blocks.
+
+Beyond a block it needs 0.57 bytes an element: double quantisation wants every block's scale at
+once, so a tensor is packed whole before its first row is unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from torch import Tensor
+
+from dtrain.core.errors import UserError
+from dtrain.merge.adapter import FLOATS, Shapes
+from dtrain.models.load import read_config
+from dtrain.models.quantise import nf4_layers
+
+SCALES_BLOCK = 256  # of bitsandbytes' double quantisation
+
+
+class Packed:
+    """Which tensors of a base were held in NF4 for training, and in which dtype it was loaded.
+
+    Args:
+        dtype: None: as each tensor is stored.
+
+    Raises:
+        UserError: one of them is not a plain float in the base.
+    """
+
+    def __init__(
+        self, base: Path, shapes: Shapes, dtype: torch.dtype | None, trust_remote_code: bool = False
+    ) -> None:
+        config = read_config(base, trust_remote_code=trust_remote_code)
+        self.names = {f"{name}.weight" for name in nf4_layers(config, trust_remote_code)}
+        self.dtype = dtype
+        self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}
+        for name in sorted(self.names):
+            if name not in shapes or shapes[name][0] not in FLOATS:
+                raise UserError(f"no plain {name}, which was held in NF4", where=str(base))
+
+    def unpacked(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
+        """Blocks of rows as the 4-bit base computes with them, in float32.
+
+        Args:
+            blocks: of a multiple of 64 rows, the last one excepted, so that NF4's blocks of 64
+                elements never lie across two of them.
+            stored: dtype of the base's file.
+        """
+        dtype = self.dtype or stored
+        packed = [quantize_4bit(b.to(stored).to(dtype), quant_type="nf4") for b in blocks]
+        scales = torch.cat([state.absmax for _, state in packed])
+        offset = scales.mean()
+        codes, outer = quantize_blockwise(scales - offset, blocksize=SCALES_BLOCK)
+        scales = dequantize_blockwise(codes, outer) + offset
+        at = 0
+        for bits, state in packed:
+            count = state.absmax.numel()
+            yield _unpacked(bits, state, scales[at : at + count])
+            at += count
+
+
+def _unpacked(bits: Tensor, state: QuantState, scales: Tensor) -> Tensor:
+    state.absmax = scales.float()
+    return dequantize_4bit(bits, state, quant_type="nf4").float()

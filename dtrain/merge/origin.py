@@ -1,0 +1,87 @@
+"""What a run folder says of an adapter: which stage trained it, over what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoints.manifest import MANIFEST
+from dtrain.checkpoints.names import step_of
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, read_sealed
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The stage that trained something.
+
+    Attributes:
+        identity: of the stage.
+        parent: identity of the stage before it, or the fingerprint of the run's base.
+        quantised: whether it was trained over a base in NF4.
+        dtype: that the base was loaded in, as torch calls it, or the recipe's word.
+        method: the recipe's settings of the method.
+    """
+
+    identity: str
+    parent: str
+    quantised: bool
+    dtype: str
+    method: dict[str, Any]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of a run's checkpoints."""
+    return step_of(folder) is not None and (folder / MANIFEST).is_file()
+
+
+def origin_of(stage: Path) -> Origin | None:
+    """What the record of a stage's folder says; None if there is none.
+
+    Raises:
+        UserError: the record was changed.
+    """
+    if not (stage / RECORD).is_file():
+        return None
+    record = read_sealed(stage / RECORD)
+    dtype = record.get("facts", {}).get("dtype", record["inputs"]["dtype"])
+    return origin_from(record["inputs"], record["identity"], dtype)
+
+
+def origin_from(inputs: dict[str, Any], identity: str, dtype: str) -> Origin:
+    """The same from what a checkpoint says it was made from."""
+    method = inputs["method"]
+    return Origin(identity, inputs["parent"], method["kind"] == "qlora", dtype, method)
+
+
+def known_bases(base: Path, origins: Sequence[Origin | None], manifest: str) -> list[str]:
+    """Fingerprints of which a base must have one, if adapters are put on it one after another.
+
+    Args:
+        manifest: name of the file in which a merge says what it was made from.
+
+    Returns:
+        None of them if nothing is known of the adapters, or all is known to be right already.
+
+    Raises:
+        UserError: an adapter was trained over something else than the ones before it give.
+    """
+    made = read_json(base / manifest) if (base / manifest).is_file() else {}
+    first = next((origin for origin in origins if origin is not None), None)
+    if first is None:
+        return []
+    before = {first.parent}
+    for origin in origins:
+        if origin is not None and origin.parent not in before:
+            raise UserError(
+                f"stage {origin.identity[:12]} was trained over {origin.parent[:12]}, which is "
+                f"none of the adapters before it",
+                where="merge",
+                fix="give the adapters in the order they were trained in",
+            )
+        before |= {origin.identity} if origin else set()
+    return [] if first.parent in (made.get("source"), made.get("result")) else [first.parent]
