@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.augment import augment
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from dtrain.config.schema import Recipe, Stage
     from dtrain.data.quality.scan import Findings
 
-app = typer.Typer(help="Look at data, check it, clean it.", no_args_is_help=True)
+app = typer.Typer(help="Look at data, check it, clean it, make more.", no_args_is_help=True)
+app.command("augment")(augment)
 
 Address = Annotated[
     str, typer.Argument(metavar="RECIPE|PATH", help="A recipe, or a file or folder of rows.")
@@ -29,7 +31,7 @@ StageName = Annotated[
 
 @app.callback()
 def data() -> None:
-    """Look at data, check it, clean it."""
+    """Look at data, check it, clean it, make more."""
 
 
 @app.command()

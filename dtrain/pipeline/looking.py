@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Recipe, Source, Stage
 from dtrain.core.folders import cache_folder
-from dtrain.data.formats import Record, detect
+from dtrain.data.formats import Record
 from dtrain.data.prepare import Mixture, prepare
 from dtrain.data.quality.leaks import HeldOut, held_out
 from dtrain.data.quality.lengths import TokenCounter
 from dtrain.data.quality.sample import Sample, sample_of
-from dtrain.data.quality.scan import Findings, Input, scan
-from dtrain.data.sources import find_parts
+from dtrain.data.quality.scan import Findings, scan, source_input
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.pipeline.inputs import samples_of
@@ -42,18 +40,6 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     tokenizer = recipe_tokenizer(recipe)
     mark = tokenizer_fingerprint(tokenizer)
     return prepare(stage.data, stage.kind, tokenizer, mark, cache_folder() / "stores"), tokenizer
-
-
-def source_input(source: Source) -> Input:
-    """A source, its files found and its format with them.
-
-    Raises:
-        UserError: there is nothing to read.
-    """
-    parts = find_parts(source, cache_folder() / "stores")
-    columns: dict[Any, str] = dict(source.columns)
-    form = detect(parts, columns) if source.format == "auto" else source.format
-    return Input(source.path, parts, form, columns)
 
 
 def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
+from dtrain.core.folders import cache_folder
 from dtrain.core.log import Meter, progress
-from dtrain.data.formats import Fault, Record, read_on
+from dtrain.data.formats import Fault, Record, detect, read_on
 from dtrain.data.quality import duplicates
 from dtrain.data.quality.examine import (
     NOTES,
@@ -42,7 +44,7 @@ from dtrain.data.quality.leaks import HeldOut
 from dtrain.data.quality.sample import sample_of
 from dtrain.data.quality.variety import Counts
 from dtrain.data.rows import Value
-from dtrain.data.sources import Part
+from dtrain.data.sources import Part, find_parts
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 22
@@ -64,6 +66,18 @@ class Input:
     def rows(self) -> Iterator[Record | Fault]:
         """All rows, those that cannot be used as faults."""
         return read_on(self.parts, self.form, self.columns)
+
+
+def source_input(source: Source) -> Input:
+    """A source, its files found and its format with them.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    parts = find_parts(source, cache_folder() / "stores")
+    columns: dict[Any, str] = dict(source.columns)
+    form = detect(parts, columns) if source.format == "auto" else source.format
+    return Input(source.path, parts, form, columns)
 
 
 @dataclass

@@ -1,0 +1,410 @@
+"""`dtrain data augment` against a server of chat completions that can fail in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.data.augment import augment as module
+from dtrain.data.augment.augment import Task, augment
+from dtrain.data.augment.budget import Limits
+from dtrain.data.augment.endpoint import Endpoint
+from dtrain.data.formats import read
+from dtrain.data.quality.scan import source_input
+from dtrain.data.sources import find_parts
+
+KEY = "sk-of-nobody-0123456789"
+
+
+class Server:
+    """Chat completions on a port; `answer(body, n)` says what to send to the n-th request.
+
+    It gives (status, body, headers), or the text of a good reply.
+    """
+
+    def __init__(self, answer) -> None:
+        self.answer, self.bodies, self.keys = answer, [], set()
+        self.lock, self.under_way, self.most_under_way = threading.Lock(), 0, 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                outer.handle(self)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def handle(self, request) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["content-length"])))
+        with self.lock:
+            self.bodies.append(body)
+            number = len(self.bodies)
+            self.keys.add(request.headers["authorization"])
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            found = self.answer(body, number)
+        finally:
+            with self.lock:
+                self.under_way -= 1
+        status, content, headers = found if isinstance(found, tuple) else (200, reply(found), {})
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        request.send_response(status)
+        for name, value in {"content-type": "application/json", **headers}.items():
+            request.send_header(name, value)
+        request.send_header("content-length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def reply(text, finish="stop", usage=(10, 5)):
+    choice = {"index": 0, "finish_reason": finish}
+    choice["message"] = {"role": "assistant", "content": text}
+    out = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    if usage:
+        counts = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+        out["usage"] = {**counts, "total_tokens": sum(usage)}
+    return out
+
+
+def asked(body) -> str:
+    """What stands between the tags, or the last question."""
+    text = body["messages"][-1]["content"]
+    found = re.search(r"<(instruction|text)>\n(.*)\n</\1>", text, re.DOTALL)
+    return found.group(2) if found else text
+
+
+def again(body, number=0) -> str:
+    """A rewriting that depends on nothing but what is asked."""
+    words = asked(body).rstrip("?").split()
+    if body["seed"]:
+        return f"Explain to a child of {body['seed'] + 5} years: {' '.join(sorted(words))}."
+    return f"Could you tell me, in short: {' '.join(reversed(words))}?"
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer) → a running server"""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    running = []
+
+    def run(answer=again):
+        running.append(Server(answer))
+        return running[-1]
+
+    yield run
+    for server in running:
+        server.close()
+
+
+NOUNS = ["kettle", "harbour", "violin", "glacier", "lantern"]
+NOUNS += ["orchard", "compass", "ledger", "mirror", "anchor"]
+ROWS = [
+    {"instruction": f"What is a {noun} made for, number {n}?", "output": f"It is for {noun} work."}
+    for n, noun in enumerate(NOUNS)
+]
+
+
+@pytest.fixture
+def make(tmp_path, write_rows, monkeypatch):
+    """make(server, rows, how, limits, …) → the summary, in tmp_path/out"""
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+
+    def run(server, rows=ROWS, how="rewrite", limits=None, *, model="m", **settings):
+        source = source_input(Source(path=write_rows("a.jsonl", rows)))
+        endpoint = Endpoint(server.url, model, 64, 0.5)
+        out = tmp_path / "out"
+        return augment(Task(source, how, **settings), endpoint, limits or Limits(), out)
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_are_made_in_the_order_of_the_source_and_labelled(serve, make, tmp_path) -> None:
+    server = serve()
+    told = make(server, copies=2)
+    rows = lines(tmp_path / "out" / "made.jsonl")
+    source = str(tmp_path / "a.jsonl")
+    assert told["counts"] == {"made": 20}
+    assert [row["made_by"] for row in rows] == [
+        {"model": "m", "how": "rewrite", "from": f"{source}:{n}", "copy": copy}
+        for n in range(1, 11)
+        for copy in range(2)
+    ]
+    assert [m["content"] for m in rows[3]["messages"]] == [
+        "Explain to a child of 6 years: 1 What a for, harbour is made number.",
+        ROWS[1]["output"],
+    ]
+    assert told["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
+    parts = find_parts(Source(path=str(tmp_path / "out" / "made.jsonl")), tmp_path)
+    assert len(list(read(parts, "auto"))) == 20
+
+
+def test_other_answers_and_backtranslation(serve, make, tmp_path) -> None:
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Since it is so, and was so before."},
+    ]
+    server = serve(lambda body, n: "It grew that way over many years.")
+    make(server, [{"messages": talk}], "answers")
+    assert server.bodies[0]["messages"] == talk[:2]
+    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    assert row["messages"] == [*talk[:2], {**talk[2], "content": server.answer(0, 0)}]
+
+
+def test_backtranslation_asks_for_the_instruction_of_a_text(serve, make, tmp_path) -> None:
+    server = serve(lambda body, n: "<think>hm</think><instruction>\nTell of a cat\n</instruction>")
+    make(server, [{"text": "A cat sat on the mat, and stayed there."}], "backtranslate")
+    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    assert [m["content"] for m in row["messages"]] == [
+        "Tell of a cat",
+        "A cat sat on the mat, and stayed there.",
+    ]
+
+
+def test_the_input_of_alpaca_stays(serve, make, tmp_path) -> None:
+    rows = [{"instruction": "Count the words", "input": "one two three", "output": "There are 3."}]
+    server = serve(lambda body, n: "How many words are there?")
+    make(server, rows)
+    assert asked(server.bodies[0]) == "Count the words"
+    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    assert row["messages"][0] == {
+        "role": "user",
+        "content": "How many words are there?\n\none two three",
+        "instruction": "How many words are there?",
+        "input": "one two three",
+    }
+
+
+def test_replies_that_make_no_good_row_are_set_apart_with_the_reason(serve, make, tmp_path) -> None:
+    answers = {
+        "kettle": "WHAT is a  harbour made for, number 1?",  # is in the source
+        "harbour": "What is a harbour made for, number 1 ?!",  # nearly so
+        "violin": "I'm sorry, but I can't help with that.",
+        "glacier": "It is for glacier work.",  # the answer
+        "lantern": "Ã©tÃ© Ã  la franÃ§aise, dÃ©jÃ  vu Ã  NoÃ«l",
+        "orchard": "Name the use of it",
+        "compass": "Name the use of it",  # as made before
+    }
+
+    def answer(body, n):
+        noun = next(noun for noun in NOUNS if noun in asked(body))
+        finish = "length" if noun == "ledger" else "stop"
+        return 200, reply(answers.get(noun) or again(body), finish), {}
+
+    told = make(serve(answer))
+    reasons = [line["reason"] for line in lines(tmp_path / "out" / "refused.jsonl")]
+    assert reasons == [
+        *("exact_duplicate", "near_duplicate", "refusal", "same", "garbled"),
+        *("exact_duplicate", "cut_off"),
+    ]
+    assert told["counts"]["made"] == 3
+
+
+def test_an_equal_answer_to_another_question_is_no_duplicate(serve, make, tmp_path) -> None:
+    server = serve(lambda body, n: "Yes, that is how it is.")
+    assert make(server, how="answers", copies=2)["counts"] == {"exact_duplicate": 10, "made": 10}
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(serve, make, status) -> None:
+    seen = Counter()
+
+    def answer(body, n):
+        seen[asked(body)] += 1
+        wait = {"retry-after-ms": "1"}
+        return again(body) if seen[asked(body)] > 2 else (status, {"error": {"message": "x"}}, wait)
+
+    told = make(serve(answer), ROWS[:3])
+    assert told["counts"] == {"made": 3} and not told["failed"]
+
+
+MALFORMED = {
+    "no JSON": (200, b"{]", {}),
+    "no choice": (200, {"id": "x", "choices": []}, {}),
+    "no content": (200, reply(None), {}),
+    "blank": (200, reply("  "), {}),
+    "a list": (200, b"[1]", {}),
+    "a page": (200, b"<html>busy</html>", {"content-type": "text/html"}),
+    "too long": (400, {"error": {"message": "too many tokens"}}, {}),
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_reply_costs_its_row_alone_until_the_next_run(serve, make, content) -> None:
+    server = serve(lambda body, n: content if "harbour" in asked(body) else again(body))
+    told = make(server)
+    assert told["counts"] == {"made": 9} and told["failed"] == 1
+    assert "a.jsonl:2: " in told["failures"][0]
+    server.answer, server.bodies = again, []
+    assert make(server)["counts"] == {"made": 10} and len(server.bodies) == 1
+
+
+def test_it_gives_up_when_everything_fails_and_keeps_what_came(serve, make, tmp_path) -> None:
+    server = serve(lambda body, n: again(body) if n <= 3 else (200, b"{]", {}))
+    with pytest.raises(UserError, match="5 requests failed one after another"):
+        make(server, at_once=1)
+    assert len(server.bodies) == 8
+    assert len(lines(tmp_path / "out" / "made.jsonl")) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_stops_at_once_and_is_not_told(serve, make, tmp_path, status) -> None:
+    server = serve(lambda body, n: (status, {"error": {"message": f"no such key: {KEY}"}}, {}))
+    with pytest.raises(UserError, match=r"no such key: \[key\]") as error:
+        make(server, at_once=1)
+    assert len(server.bodies) == 1 and server.keys == {f"Bearer {KEY}"}
+    files = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert len(files) > 3 and all(KEY not in text for text in [*files, str(error.value)])
+
+
+def test_no_limit_is_passed_and_a_raised_one_goes_on(serve, make) -> None:
+    server = serve()
+    assert make(server, limits=Limits(requests=4))["limit_reached"]
+    assert len(server.bodies) == 4
+    told = make(server, limits=Limits(requests=10))
+    assert len(server.bodies) == 10 and told["counts"] == {"made": 10}
+
+
+def test_tokens_and_cost_stay_below_their_limits_whatever_a_reply_takes(serve, make) -> None:
+    server = serve(lambda body, n: (200, reply(again(body), usage=(100, 64)), {}))
+    told = make(server, limits=Limits(tokens=1500), at_once=8)
+    spent = told["spent"]
+    assert 0 < spent["tokens_in"] + spent["tokens_out"] <= 1500 and told["limit_reached"]
+    limits = Limits(cost=0.002, prices=(1.0, 2.0))
+    more = make(server, limits=limits, copies=5)
+    assert spent["requests"] <= more["spent"]["requests"] < 50 and more["cost"] <= 0.002
+
+
+def test_a_server_that_counts_no_tokens_is_taken_at_the_worst(serve, make) -> None:
+    server = serve(lambda body, n: (200, reply(again(body), usage=None), {}))
+    told = make(server, ROWS[:1])
+    assert told["spent"]["tokens_out"] == 64 and told["spent"]["tokens_in"] > 300
+
+
+def test_no_more_requests_at_once_than_asked_for(serve, make) -> None:
+    together = threading.Barrier(3)  # passes only when three requests are under way
+
+    def answer(body, n):
+        together.wait(timeout=30)
+        return again(body)
+
+    server = serve(answer)
+    make(server, ROWS[:9], at_once=3)
+    assert server.most_under_way == 3
+
+
+def test_requests_are_paced(serve, make, monkeypatch) -> None:
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("dtrain.data.augment.budget.asyncio.sleep", sleep)
+    make(serve(), ROWS[:4], limits=Limits(per_minute=6), at_once=1)
+    assert [round(wait, -1) for wait in waits] == [0, 10, 20, 30]
+
+
+def test_another_question_wants_another_folder(serve, make, tmp_path) -> None:
+    server = serve()
+    make(server)
+    for change in ({"how": "answers"}, {"model": "n"}, {"rows": ROWS[1:]}):
+        with pytest.raises(UserError, match=r"was begun with another (how|model|source)"):
+            make(server, **change)
+    assert len(server.bodies) == 10
+
+
+def test_a_torn_last_line_is_asked_again_and_a_broken_one_named(serve, make, tmp_path) -> None:
+    server = serve()
+    make(server)
+    expected = (tmp_path / "out" / "made.jsonl").read_bytes()
+    replies = tmp_path / "out" / "replies.jsonl"
+    whole = replies.read_bytes()
+    replies.write_bytes(whole[:-9])
+    make(server)
+    assert len(server.bodies) == 11
+    assert (tmp_path / "out" / "made.jsonl").read_bytes() == expected
+    replies.write_bytes(b"{}\n" + whole)
+    with pytest.raises(UserError, match=r"replies.jsonl:1: not a line that dtrain wrote"):
+        make(server)
+
+
+def test_a_folder_in_use_is_left_alone(serve, make, tmp_path) -> None:
+    server = serve()
+    (tmp_path / "out").mkdir()
+    with module.FolderLock(tmp_path / "out"), pytest.raises(UserError, match="is in use"):
+        make(server)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost:8", "http://", "http://a:kept@c/v1", "https://h/v1?key=kept", "http://[kept"],
+)
+def test_an_address_that_cannot_be_shown_is_refused_without_showing_it(address) -> None:
+    with pytest.raises(UserError, match="address") as error:
+        Endpoint(address, "m", 64, 0.5)
+    assert "kept" not in str(error.value)
+
+
+def verb(server, tmp_path, *more):
+    names = ["--how", "rewrite", "--endpoint", server.url, "--model", "m"]
+    command = [sys.executable, "-m", "dtrain", "data", "augment", str(tmp_path / "a.jsonl"), *names]
+    return subprocess.Popen(
+        [*command, "--out", str(tmp_path / "cli"), *more],
+        env={**os.environ, "OPENAI_API_KEY": KEY, "DTRAIN_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_in_the_middle_the_same_command_goes_on(serve, make, tmp_path) -> None:
+    server = serve()
+    make(server)
+    expected = (tmp_path / "out" / "made.jsonl").read_bytes()
+    server.bodies = []
+    process = None
+    killed = threading.Event()
+
+    def answer(body, n):
+        if n == 5:
+            os.kill(process.pid, signal.SIGKILL)
+            killed.set()
+        return again(body)
+
+    server.answer = answer
+    process = verb(server, tmp_path, "--at-once", "1")
+    assert killed.wait(120)
+    process.communicate()
+    assert len(lines(tmp_path / "cli" / "replies.jsonl")) == 4
+    server.answer, server.bodies = again, []
+    out, _ = verb(server, tmp_path).communicate(timeout=120)
+    assert "10 requests, 100 tokens in, 50 out" in out and KEY not in out
+    assert len(server.bodies) == 6
+    assert (tmp_path / "cli" / "made.jsonl").read_bytes() == expected
