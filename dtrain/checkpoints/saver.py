@@ -31,7 +31,7 @@ from dtrain.checkpoints.shard import DTYPES, tensor_key, write_shard
 from dtrain.core.errors import UserError
 
 PATIENCE_SECONDS = 600.0
-NICE = 10  # the training comes first
+NICE = 5  # the training comes first, but must not wait for a save that never gets a core
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Saver:
     def _run(self, job: _Job) -> None:
         started = time.monotonic()
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            os.nice(NICE)  # of this thread alone
         try:
             self._write(job)
             if self._rank == 0:

@@ -1,6 +1,6 @@
 """What a checkpoint at every step costs, on the quickstart's model and data.
 
-    python tests/bench/checkpoint_cost.py [--blocks 6] [--steps 3] [--engine ddp] [--ranks 2]
+    python tests/bench/checkpoint_cost.py [--blocks 6] [--steps 3] [--ranks 2] [OVERRIDE ...]
 
 One run; blocks of steps with a save after each step and blocks without take turns. A block with
 saves ends when its last save is on the disk, so that none of its work falls into the next block.
@@ -31,14 +31,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=6, help="pairs of blocks")
     parser.add_argument("--steps", type=int, default=3, help="steps of a block")
-    parser.add_argument("--engine", default="ddp")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", help="such as stages.domain.method.r=16")
     arguments = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dtrain-cost-"))
     steps = arguments.steps * (2 * arguments.blocks + 1) + 1
     command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
     command += [f"--nproc-per-node={arguments.ranks}", __file__, "--rank"]
-    overrides = ["quickstart", f"engine.kind={arguments.engine}", f"output.folder={place}/run"]
+    overrides = ["quickstart", *arguments.overrides, f"output.folder={place}/run"]
     overrides += ["evaluation={sets: {}}", "stages.domain.train.checkpoint_every_steps=1"]
     overrides += [f"stages.domain.train.steps={steps}", "output.merge=false"]
     times = {"DTRAIN_BENCH": f"{place}/times", "DTRAIN_BENCH_STEPS": str(arguments.steps)}
