@@ -11,6 +11,7 @@ from dtrain.cli import (
     check,
     checkpoints,
     data,
+    diff,
     jobs,
     merge,
     model,
@@ -19,6 +20,7 @@ from dtrain.cli import (
     report,
     run,
     submit,
+    verify,
 )
 from dtrain.core.errors import Exit, UserError
 
@@ -34,6 +36,8 @@ app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("merge")(merge.merge)
+app.command("verify")(verify.verify)
+app.command("diff")(diff.diff)
 app.command("submit")(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)

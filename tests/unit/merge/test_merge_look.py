@@ -1,0 +1,96 @@
+"""Verify and diff: nothing that is wrong stays unsaid, and the numbers are those of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dtrain.core.files import write_json
+from dtrain.core.hashes import file_sha256
+from dtrain.merge.look import diff, verify
+
+SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
+
+
+def model(folder: Path, dtype: torch.dtype = torch.float32, **changed: Tensor) -> Path:
+    """One file a tensor, with an index and a manifest."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(shape).to(dtype) for n, shape in SHAPES.items()}
+    weight_map = {}
+    for name, tensor in (tensors | {"ids": torch.arange(6)} | changed).items():
+        weight_map[name] = f"model-{name[0]}.safetensors"
+        save_file({name: tensor}, folder / weight_map[name])
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    (folder / "config.json").write_text("{}")
+    files = {path.name: file_sha256(path) for path in folder.iterdir()}
+    write_json(folder / "merge.json", {"files": files})
+    return folder
+
+
+def test_a_whole_model(tmp_path: Path) -> None:
+    found = verify(model(tmp_path / "m"))
+    assert found.problems == [] and found.tensors == 4 and found.hashed == 6
+    assert found.bytes == sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
+
+
+def test_every_fault_is_named(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", torch.bfloat16)
+    shard = folder / "model-a.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 4
+    shard.write_bytes(content)
+    (folder / "config.json").write_text("{} ")
+    broken = load_file(folder / "model-c.safetensors")["c.bias"]
+    broken[2] = float("nan")
+    save_file({"c.bias": broken}, folder / "model-c.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"b.weight"', '"d.weight"'))
+    problems = "\n".join(verify(folder).problems)
+    for part in (
+        "model-a.safetensors: is not what was written",
+        "model-c.safetensors: c.bias holds NaN or infinity",
+        "config.json: is not what was written",
+        "b.weight: the index says None, it lies in model-b.safetensors",
+        "d.weight: the index says model-b.safetensors, it lies in None",
+    ):
+        assert part in problems
+    assert "model-b.safetensors: is" not in problems
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_differences_are_sorted_and_measured(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.merge.look.BLOCK_ELEMENTS", 100)  # many blocks, a rest
+    old = model(tmp_path / "old", dtype)
+    was = {n: load_file(p)[n] for n in SHAPES for p in [old / f"model-{n[0]}.safetensors"]}
+    a, b = was["a.weight"].clone(), was["b.weight"] * 3
+    a[129, 69] += 1
+    new = model(tmp_path / "new", dtype, **{"a.weight": a, "b.weight": b})
+    found = diff(old, new)
+    assert [change.name for change in found.changes] == ["b.weight", "a.weight"]
+    assert found.same == 2 and found.unlike == []
+    for change in found.changes:
+        before = was[change.name].double()
+        gap = {"a.weight": a, "b.weight": b}[change.name].double() - before
+        assert change.old == pytest.approx(float(before.norm()))
+        assert change.difference == pytest.approx(float(gap.norm()))
+        assert change.greatest == pytest.approx(float(gap.abs().max()))
+
+
+def test_what_has_no_counterpart_is_told(tmp_path: Path) -> None:
+    old = model(tmp_path / "old")
+    new = model(
+        tmp_path / "new",
+        ids=torch.arange(6) + 1,
+        **{"c.bias": torch.zeros(6), "d.bias": torch.zeros(1)},
+    )
+    words = "\n".join(diff(old, new).unlike)
+    for part in ("d.bias: only in", "c.bias: [5] and [6]", "ids: not floats (I64, I64)"):
+        assert part in words
+    assert diff(old, old).changes == [] and diff(old, old).same == 4
