@@ -1,28 +1,27 @@
 """Tokenise and pack a recipe's data, on a machine without GPUs: `python -m dtrain.prepare RECIPE`.
 
-What it makes lies in the cache folder, which the training must see under the same path.
+What it makes lies in the cache folder, which the training must see under the same path. The tasks
+of a Slurm array share the work: each makes shards that nobody else makes, the last one packs.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.core.log import say
-from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.preparing import prepare_recipe, share_of_array
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare; return the exit status."""
     address, *overrides = sys.argv[1:] if argv is None else argv
     try:
-        inputs = prepare_inputs(load_recipe(address, overrides))
+        prepare_recipe(load_recipe(address, overrides), share_of_array(os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    for name, mixture in {**inputs.stages, **inputs.sets}.items():
-        say(f"{name}: {mixture.describe()}")
     return 0
 
 

@@ -58,6 +58,32 @@ def show(
 
 
 @app.command()
+def prepare(
+    recipe: RecipeAddress,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Work as the I-th of N beside each other; a Slurm array."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That tokenise; as cores and memory allow.")
+    ] = None,
+) -> None:
+    """Tokenise and pack all data of a recipe before training, anew only where something changed.
+
+    Killed, it goes on at the next start. Several at once, on one node or many: with --shard, or
+    as the tasks of a Slurm array, they share the work; the last of them packs.
+    """
+    import os
+
+    from dtrain.config.load import load_recipe
+    from dtrain.pipeline.preparing import parse_share, prepare_recipe, share_of_array
+
+    share = parse_share(shard) if shard else share_of_array(os.environ)
+    prepare_recipe(load_recipe(recipe, overrides or []), share, processes)
+
+
+@app.command()
 def scan(
     address: Address,
     overrides: Overrides = None,

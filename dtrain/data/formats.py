@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from dtrain.core.errors import UserError
-from dtrain.data.readers import rows
+from dtrain.data.readers import Raw, rows
 from dtrain.data.rows import FORMS, Messages, Pair, Value, convert, form_of
 from dtrain.data.sources import Part
 
@@ -62,8 +62,8 @@ def read_on(
         number = 0
         try:
             _check_kind(part, form)
-            for number, raw in rows(part, _wanted(form, columns)):
-                yield _record(raw, form, columns, index, number, part)
+            for number, parse in rows(part, _wanted(form, columns)):
+                yield _record(parse(), form, columns, index, number, part)
         except UserError as error:  # nothing more can be read of this part
             yield Fault(error, index, number + 1)
 
@@ -81,6 +81,48 @@ def _record(
         return Fault(error, index, number)
 
 
+class Stretches:
+    """Stretches of a source; those in ascending order are read in one pass over its files."""
+
+    def __init__(self, parts: list[Part], form: str, columns: Mapping[Any, str]) -> None:
+        self.parts, self.form, self.columns = parts, form, columns
+        self._part, self._read, self._rows = -1, 0, cast(Iterator[Raw], iter(()))
+
+    def records(self, part: int, skip: int, count: int) -> Iterator[Record]:
+        """`count` rows, over the edges of parts, from row `skip` (from 0) of a part on.
+
+        Raises:
+            UserError: there are not as many, or one cannot be used.
+        """
+        if part != self._part or skip < self._read:
+            self._open(part)
+        for _ in range(skip - self._read):
+            self._next()  # not parsed
+        for _ in range(count):
+            number, parse = self._next()
+            item = _record(
+                parse(), self.form, self.columns, self._part, number, self.parts[self._part]
+            )
+            if isinstance(item, Fault):
+                raise item.error
+            yield item
+
+    def _open(self, part: int) -> None:
+        self._part, self._read = part, 0
+        self._rows = (
+            rows(self.parts[part], _wanted(self.form, self.columns)) if part >= 0 else iter(())
+        )
+
+    def _next(self) -> Raw:
+        while (found := next(self._rows, None)) is None:
+            if self._part + 1 == len(self.parts):
+                what, fix = "there are fewer rows than a moment ago", "leave the files as they are"
+                raise UserError(what, where=self.parts[-1].name, fix=fix)
+            self._open(self._part + 1)
+        self._read += 1
+        return found
+
+
 def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
     """The format that the first row shows.
 
@@ -92,7 +134,8 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
         if part.kind.startswith(".txt"):
             return "text"
         try:
-            for number, raw in rows(part):
+            for number, parse in rows(part):
+                raw = parse()
                 if not isinstance(raw, UserError):
                     return form_of(raw, columns, part.place(number))
                 first_fault = first_fault or raw

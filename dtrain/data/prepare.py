@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,22 +14,20 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import Meter, progress, say
-from dtrain.data.conversations import Talk
+from dtrain.data.cuts import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
 from dtrain.data.formats import Record, detect, read
 from dtrain.data.mixing import mix
 from dtrain.data.mixture import Mixture, Prepared, Row, check_vocabulary
+from dtrain.data.shards import Shards, Share
 from dtrain.data.sources import find_parts
 from dtrain.data.store import MANIFEST, Store
 from dtrain.data.templates import resolve_template
-from dtrain.data.tokenise import Document, Tokeniser, check_tokenizer
+from dtrain.data.tokenise import Tokeniser, check_tokenizer
 from dtrain.data.writer import Writer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
 CODE_VERSION = 2  # raise it whenever the same input would give another store
-SHARD_ROWS = 10_000
-SHARD_CHARACTERS = 1 << 26  # of long texts, so that a shard fits in memory
-BATCH_ROWS = 500  # in one call of the tokenizer
 
 Kind = Literal["cpt", "sft"]
 
@@ -42,6 +38,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_fingerprint: str,
     cache: Path,
+    processes: int | None = None,
 ) -> Mixture:
     """Open the prepared data of a stage; prepare first what is not there yet.
 
@@ -55,6 +52,8 @@ def prepare(
         tokenizer: of the base model.
         tokenizer_fingerprint: of everything that shapes its token ids.
         cache: folder for prepared data.
+        processes: that tokenise; None for as many as cores and memory allow. The stores they make
+            do not depend on it.
 
     Raises:
         UserError: a source, a row or the tokenizer cannot be used.
@@ -63,12 +62,40 @@ def prepare(
     names = [source.path for source in data.sources]
     mix([1] * len(names), [source.weight for source in data.sources], names)  # fails at once
     prepared = [
-        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run()
+        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run(processes)
         for source in data.sources
     ]
     weights = [source.weight for source in data.sources]
     shares = mix([source.store.rows for source in prepared], weights, names)
     return Mixture(prepared, shares, data.sequence_tokens)
+
+
+def prepare_share(
+    data: Data,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_fingerprint: str,
+    cache: Path,
+    share: Share,
+    processes: int | None = None,
+) -> bool:
+    """Do one share of `prepare`, beside others on this node or others that share `cache`.
+
+    Returns:
+        Whether all is ready; if not, others still work on what is left, and the last of them (or
+        the next `prepare`) finishes.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    check_tokenizer(tokenizer, kind)
+    ready = [
+        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run_share(
+            share, processes
+        )
+        for source in data.sources
+    ]
+    return all(ready)
 
 
 class _Preparation:
@@ -116,59 +143,70 @@ class _Preparation:
             "train_on": self.data.train_on if self.kind == "sft" else None,
         }
 
-    def run(self) -> Prepared:
+    def run(self, processes: int | None) -> Prepared:
         """Open the store, or wait for it, or make it."""
-        if not (self.folder / MANIFEST).exists():
+        if not self.is_ready():
             with _only_one(self.folder, self.source.path):
-                if not (self.folder / MANIFEST).exists():
-                    self._make()
+                if not self.is_ready():
+                    shards = self._shards()
+                    self._make(shards, Share(), processes)
+                    self._finish(shards)
         return Prepared(self.source.path, self.source.weight, self.parts, Store(self.folder))
 
-    def _make(self) -> None:
-        total = self._check_rows()
-        writer = Writer(self.folder)
-        if writer.rows_read:
-            say(f"{self.source.path}: going on after row {writer.rows_read:,} of {total:,}")
-        with progress(f"tokenising {self.source.path}", total, writer.rows_read) as meter:
-            records = islice(self._records(), writer.rows_read, None)
-            while shard := list(_shard(records)):
-                counts: Counter[str] = Counter()
-                documents = self._tokenise(shard, counts, meter)
-                writer.add(documents, writer.rows_read + len(shard), counts)
-        self._finish(writer)
+    def run_share(self, share: Share, processes: int | None) -> bool:
+        """Make shards beside others that do the same; the last of them finishes the store."""
+        if not self.is_ready():
+            with _only_one(self.folder, self.source.path):
+                shards = None if self.is_ready() else self._shards()
+            if shards:
+                self._make(shards, share, processes)
+                if not shards.missing():
+                    with _only_one(self.folder, self.source.path):
+                        if not self.is_ready():
+                            self._finish(shards)
+        return self.is_ready()
 
-    def _records(self) -> Iterator[Record]:
-        return read(self.parts, self.form, self.source.columns)
+    def is_ready(self) -> bool:
+        """Whether the store is complete."""
+        return (self.folder / MANIFEST).exists()
 
-    def _check_rows(self) -> int:
+    def _shards(self) -> Shards:
+        cuts = load_cuts(self.folder)
+        if cuts is None:
+            for stray in self.folder.glob("shard-*"):  # cut in another way
+                stray.unlink()
+            cuts = self._cut()
+            save_cuts(self.folder, cuts)
+        return Shards(self.folder, cuts, self.parts, self.form, self.source.columns, self.tokeniser)
+
+    def _cut(self) -> Cuts:
         """Read all rows once, so that a broken one is told before hours of work on the others."""
-        total = 0
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
-            for record in self._records():
-                total += 1
-                meter.advance(record.part - meter.done)
-        if not total:
+            cuts = cut(self._read(meter))
+        if len(cuts) == 1:
             raise UserError("the data set is empty", where=self.source.path, fix="correct `path`")
-        return total
+        return cuts
 
-    def _tokenise(
-        self, records: list[Record], counts: Counter[str], meter: Meter
-    ) -> list[Document]:
-        documents: list[Document] = []
-        for start in range(0, len(records), BATCH_ROWS):
-            batch = records[start : start + BATCH_ROWS]
-            documents += self.tokeniser.documents(batch, counts)
-            meter.advance(len(batch))
-        return documents
+    def _read(self, meter: Meter) -> Iterator[Record]:
+        for record in read(self.parts, self.form, self.source.columns):
+            meter.advance(record.part - meter.done)
+            yield record
 
-    def _finish(self, writer: Writer) -> None:
-        writer.finish(
+    def _make(self, shards: Shards, share: Share, processes: int | None) -> None:
+        if there := len(shards) - len(shards.missing()):
+            say(f"{self.source.path}: {there:,} of {len(shards):,} shards are there, going on")
+        shards.make(f"tokenising {self.source.path}", share, processes)
+
+    def _finish(self, shards: Shards) -> None:
+        Writer(self.folder, len(shards)).finish(
             kind=self.kind,
             packing=self.data.packing,
             sequence_tokens=self.data.sequence_tokens,
             about={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
             where=self.source.path,
         )
+        for leftover in (self.folder / CUTS_FILE, *self.folder.glob(".shard-*")):  # of killed ones
+            leftover.unlink()
 
 
 def _check_form(form: str, source: Source, kind: Kind) -> None:
@@ -194,19 +232,3 @@ def _only_one(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _shard(records: Iterator[Record]) -> Iterator[Record]:
-    """The next records, until there is enough for a shard."""
-    characters = 0
-    for record in islice(records, SHARD_ROWS):
-        yield record
-        characters += _size(record)
-        if characters >= SHARD_CHARACTERS:
-            return
-
-
-def _size(record: Record) -> int:
-    if isinstance(record.value, Talk):
-        return sum(len(message["content"]) for message in record.value.messages)
-    return len(record.value) if isinstance(record.value, str) else 0

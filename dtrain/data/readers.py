@@ -8,7 +8,8 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,8 +19,8 @@ import pyarrow.parquet as pq
 from dtrain.core.errors import UserError
 from dtrain.data.sources import Part
 
-# Number of the row, from 1, and the row as it was parsed, or what is wrong with it.
-Raw = tuple[int, Any]
+# Number of the row, from 1, and what parses it: into the row, or what is wrong with it.
+Raw = tuple[int, Callable[[], Any]]
 
 BATCH_ROWS = 1000
 MAX_LINE_BYTES = 1 << 25  # no row is this long; what is, is another kind of file
@@ -27,7 +28,7 @@ csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
 
 
 def rows(part: Part, wanted: tuple[str, ...] | None = None) -> Iterator[Raw]:
-    """All rows of a part.
+    """All rows of a part, each parsed only when it is asked for.
 
     Args:
         part: of a source.
@@ -44,6 +45,27 @@ def rows(part: Part, wanted: tuple[str, ...] | None = None) -> Iterator[Raw]:
     if kind == ".arrow":
         return _arrow(part)
     return {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind](part)
+
+
+def _parsed(rows: Iterable[tuple[int, Any]]) -> Iterator[Raw]:
+    """Rows of a file that is parsed as a whole."""
+    for number, row in rows:
+        yield number, partial(_same, row)
+
+
+def _same(row: Any) -> Any:
+    return row
+
+
+def _of_batch(batch: pa.RecordBatch, first: int) -> Iterator[Raw]:
+    """Rows of an Arrow batch, turned into Python's values once the first of them is asked for."""
+    known = lru_cache(maxsize=1)(batch.to_pylist)
+    for place in range(batch.num_rows):
+        yield first + place, partial(_at, known, place)
+
+
+def _at(known: Callable[[], list[Any]], place: int) -> Any:
+    return known()[place]
 
 
 def _open(part: Part) -> IO[bytes]:
@@ -87,15 +109,15 @@ def _txt(part: Part) -> Iterator[Raw]:
             f"not UTF-8: byte {error.start}", where=part.name, fix="convert the file to UTF-8"
         ) from error
     if text:
-        yield 1, {"text": text}
+        yield from _parsed([(1, {"text": text})])
 
 
 def _jsonl(part: Part) -> Iterator[Raw]:
     for number, line in _lines(part):
         if isinstance(line, UserError):
-            yield number, line
-        elif line.strip():
-            yield number, parse_json(line, part, number)
+            yield from _parsed([(number, line)])
+        elif not line.isspace():
+            yield number, partial(parse_json, line, part, number)
 
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes | UserError]]:
@@ -165,7 +187,7 @@ def _json(part: Part) -> Iterator[Raw]:
     whole = parse_json(_content(part), part, 1)
     if isinstance(whole, UserError):
         raise whole
-    yield from enumerate(whole, start=1)
+    yield from _parsed(enumerate(whole, start=1))
 
 
 def _csv(part: Part) -> Iterator[Raw]:
@@ -183,7 +205,7 @@ def _csv(part: Part) -> Iterator[Raw]:
         if header is None:
             header = cells
         elif cells:
-            yield number, _csv_row(header, cells)
+            yield number, partial(_csv_row, header, cells)
         number = reader.line_num + 1
 
 
@@ -211,9 +233,8 @@ def _parquet(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
         with pq.ParquetFile(part.path) as file:
             columns = _present(file.schema_arrow.names, wanted)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+                yield from _of_batch(batch, number + 1)
+                number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"broken parquet: {reason}", where=part.place(number + 1)) from error
@@ -225,9 +246,8 @@ def _arrow(part: Part) -> Iterator[Raw]:
     try:
         with pa.memory_map(str(part.path)) as file:
             for batch in _batches(file):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+                yield from _of_batch(batch, number + 1)
+                number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"broken arrow file: {reason}", where=part.place(number + 1)) from error
@@ -246,7 +266,7 @@ def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
 def _dataset(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
     assert part.rows is not None
     columns = _present(part.rows.column_names, wanted)
-    return enumerate(part.rows.select_columns(columns), start=1)
+    return _parsed(enumerate(part.rows.select_columns(columns), start=1))
 
 
 def _present(names: list[str], wanted: tuple[str, ...] | None) -> list[str]:

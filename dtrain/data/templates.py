@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -62,6 +63,11 @@ class Template:
         """The jinja text that is rendered: `text` with its date fixed."""
         return FIXED_DATE + self.text if "strftime_now" in self.text else self.text
 
+    @cached_property
+    def _mentioned(self) -> dict[str, str]:
+        """The special tokens that the template can print; all else is work at each rendering."""
+        return {name: token for name, token in self.specials if name in self.text}
+
     def render(self, talk: Talk, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the next answer starts."""
         return self._render(talk, add_generation_prompt=prompt)[0]
@@ -72,7 +78,7 @@ class Template:
         return text, [(start, stop) for start, stop in spans[0]]
 
     def _render(self, talk: Talk, **how: bool) -> tuple[str, Any]:
-        settings: dict[str, Any] = {**dict(self.specials), **how, "tools": talk.tools}
+        settings: dict[str, Any] = {**self._mentioned, **how, "tools": talk.tools}
         try:
             texts, spans = self._rendered(talk.messages, settings)
         except TypeError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
@@ -97,15 +98,11 @@ class Tokeniser:
             self._rendered(record, place, self.train_on)
             for record, place in zip(records, places, strict=True)
         ]
-        encoded = self.tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,  # the template has written them
-            return_offsets_mapping=True,
-            **_QUIET,
-        )
+        # The template has written the special tokens.
+        encoded = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, **_QUIET)
         documents = []
         for index, record in enumerate(records):
-            runs = supervised_runs(encoded["offset_mapping"][index], rendered[index][1])
+            runs = supervised_runs(encoded.encodings[index], *rendered[index])
             tokens = np.array(encoded.input_ids[index], dtype=np.int32)
             document = Document(tokens, runs, record.part, record.number)
             if fitting := self._fit(document, places[index], counts):
@@ -140,16 +137,48 @@ def _too_long(tokens: int, limit: int, place: str) -> UserError:
     )
 
 
-def supervised_runs(offsets: list[Span], spans: list[Span]) -> Int32s:
+def supervised_runs(encoding: Encoding, text: str, spans: list[Span]) -> Int32s:
     """Runs of the tokens that hold at least one character of an answer.
 
     Args:
-        offsets: characters of each token [n].
-        spans: characters of the answers.
+        encoding: of the text.
+        spans: characters of the answers, one after the other.
 
     Returns:
         int32 [2 k]: start and stop of each run; token 0 cannot be predicted and is in none.
     """
+    edges: list[int] = []
+    for start, stop in spans:
+        found = _edges(encoding, text, start, stop)
+        if found is None:
+            return _runs_of_offsets(encoding.offsets, spans)
+        first, end = max(found[0], 1), found[1]
+        if edges and first <= edges[-1]:  # a token that holds characters of two answers
+            edges[-1] = max(end, edges[-1])
+        elif first < end:
+            edges += first, end
+    return np.array(edges, dtype=np.int32)
+
+
+def _edges(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int] | None:
+    """First token of a span and the one behind its last; None where that takes all offsets."""
+    if start >= stop:
+        return None
+    first = encoding.char_to_token(start)
+    end = len(encoding) if stop == len(text) else encoding.char_to_token(stop)
+    if first is None or end is None or not first < end:
+        return None
+    opens, last, behind = (
+        encoding.token_to_chars(first),
+        encoding.token_to_chars(end - 1),
+        encoding.token_to_chars(end) if end < len(encoding) else (stop, stop),
+    )
+    # Tokens may share a character, hold none, or stand across the edge.
+    simple = opens and last and behind and last[0] < stop <= behind[0] and opens[1] > start
+    return (first, end) if simple else None
+
+
+def _runs_of_offsets(offsets: list[Span], spans: list[Span]) -> Int32s:
     if not offsets or not spans:
         return np.empty(0, dtype=np.int32)
     edges = np.array(offsets, dtype=np.int64)

@@ -32,39 +32,37 @@ Int64s = NDArray[np.int64]
 NOTE = b"dtrain"  # key of a shard's own counts in its Arrow schema
 
 
+def write_shard(
+    path: Path, documents: list[Document], rows_read: int, counts: Counter[str]
+) -> None:
+    """Write a shard.
+
+    Args:
+        path: of the shard.
+        documents: of the shard.
+        rows_read: rows of the source that were read for it and for the shards before it.
+        counts: of this shard alone: documents cut, left out, …
+    """
+    note = {"rows_read": rows_read, "counts": dict(counts)}
+    batch = pa.record_batch(
+        {
+            "tokens": _lists([d.tokens for d in documents]),
+            "runs": _lists([d.runs for d in documents]),
+            "part": pa.array([d.part for d in documents], pa.int32()),
+            "number": pa.array([d.number for d in documents], pa.int64()),
+        }
+    ).replace_schema_metadata({NOTE: json.dumps(note).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as file:
+        file.write_batch(batch)
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
 class Writer:
-    """A store under way; it goes on after the last shard that was written completely."""
+    """Makes a store of its shards."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards, self.rows_read = folder, 0, 0
-        for leftover in folder.glob(".*.*"):  # of a process that was killed while writing
-            leftover.unlink()
-        while (folder / shard_name(self.shards)).exists():
-            self.rows_read = _note(map_shard(folder / shard_name(self.shards)))["rows_read"]
-            self.shards += 1
-
-    def add(self, documents: list[Document], rows_read: int, counts: Counter[str]) -> None:
-        """Write the next shard.
-
-        Args:
-            documents: of the shard.
-            rows_read: rows of the source that were read for it and for the shards before it.
-            counts: of this shard alone: documents cut, left out, …
-        """
-        note = {"rows_read": rows_read, "counts": dict(counts)}
-        batch = pa.record_batch(
-            {
-                "tokens": _lists([d.tokens for d in documents]),
-                "runs": _lists([d.runs for d in documents]),
-                "part": pa.array([d.part for d in documents], pa.int32()),
-                "number": pa.array([d.number for d in documents], pa.int64()),
-            }
-        ).replace_schema_metadata({NOTE: json.dumps(note).encode()})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, batch.schema) as file:
-            file.write_batch(batch)
-        write_atomic(self.folder / shard_name(self.shards), sink.getvalue().to_pybytes())
-        self.shards, self.rows_read = self.shards + 1, rows_read
+    def __init__(self, folder: Path, shards: int) -> None:
+        self.folder, self.shards = folder, shards
 
     def finish(
         self,

@@ -12,7 +12,8 @@ from dtrain.config.schema import Data, Recipe
 from dtrain.core.files import FolderLock, read_json, write_json
 from dtrain.core.folders import cache_folder, local_path, sample_name
 from dtrain.core.hashes import fingerprint
-from dtrain.data.prepare import Mixture, check_vocabulary, prepare
+from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
+from dtrain.data.shards import Share
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.load import read_config
 from dtrain.models.resolve import base_folder
@@ -38,27 +39,21 @@ class Inputs:
     sets: dict[str, Mixture]
 
 
-def prepare_inputs(recipe: Recipe, *, verify: bool = False) -> Inputs:
+def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | None = None) -> Inputs:
     """Make samples, find the base, tokenise and pack all data.
 
     Args:
         verify: hash the prepared data again; one rank is enough.
+        processes: that tokenise; None for as many as cores and memory allow.
 
     Raises:
         UserError: base or data cannot be used.
     """
-    for name in sorted(samples_of(recipe)):
-        ensure(name)
-    if wanted := recipe.evaluation.questions:
-        read_questions(local_path(wanted.path), wanted.count)  # not after days of training
-    base = base_folder(recipe.model.base)
-    tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
-    mark = tokenizer_fingerprint(tokenizer)
+    base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
-    store = cache_folder() / "stores"
 
     def ready(data: Data, kind: Literal["cpt", "sft"]) -> Mixture:
-        mixture = prepare(data, kind, tokenizer, mark, store)
+        mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes)
         check_vocabulary(mixture, config.get_text_config().vocab_size)
         if verify:
             mixture.verify()
@@ -72,6 +67,41 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False) -> Inputs:
         stages={stage.name: ready(stage.data, stage.kind) for stage in recipe.stages},
         sets={name: ready(data, data.kind) for name, data in recipe.evaluation.sets.items()},
     )
+
+
+def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = None) -> bool:
+    """Do one share of the work on all data, beside others that do the rest.
+
+    Returns:
+        Whether all of it is ready; if not, others are still at work, or were killed.
+
+    Raises:
+        UserError: base or data cannot be used.
+    """
+    _, tokenizer, mark = _base_of(recipe)
+    groups = [(stage.data, stage.kind) for stage in recipe.stages]
+    groups += [(data, data.kind) for data in recipe.evaluation.sets.values()]
+    done = [
+        prepare_share(data, kind, tokenizer, mark, store_folder(), share, processes)
+        for data, kind in groups
+    ]
+    return all(done)
+
+
+def _base_of(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, str]:
+    """Base, tokenizer and the tokenizer's fingerprint; samples are made first."""
+    for name in sorted(samples_of(recipe)):
+        ensure(name)
+    if wanted := recipe.evaluation.questions:
+        read_questions(local_path(wanted.path), wanted.count)  # not after days of training
+    base = base_folder(recipe.model.base)
+    tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
+    return base, tokenizer, tokenizer_fingerprint(tokenizer)
+
+
+def store_folder() -> Path:
+    """Where prepared data lies."""
+    return cache_folder() / "stores"
 
 
 def samples_of(recipe: Recipe) -> set[str]:

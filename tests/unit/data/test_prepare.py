@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from dtrain.config.schema import Data
 from dtrain.core.errors import UserError
+from dtrain.data import cuts, sources
 from dtrain.data import prepare as module
-from dtrain.data import sources
 from dtrain.data.prepare import check_vocabulary, prepare
 
 
@@ -202,7 +202,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
 
 
 def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SHARD_ROWS", 1)
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 1)
     path = write_rows("a.jsonl", [{"text": "fox"}, {"txt": "dog"}])
     with pytest.raises(UserError, match=r"a\.jsonl:2: column `text` is missing"):
         prepared("cpt", [{"path": path, "format": "text"}])
@@ -225,12 +225,12 @@ def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkey
     path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
     source = {"path": path, "format": "text"}
     one = prepared("cpt", [source], cache=tmp_path / "one")
-    monkeypatch.setattr(module, "SHARD_ROWS", 7)
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 7)
     many = prepared("cpt", [source], cache=tmp_path / "many")
     assert len(list((tmp_path / "many").rglob("*.arrow"))) == 8
     assert list(documents(one)) == list(documents(many))
-    monkeypatch.setattr(module, "SHARD_ROWS", 1000)
-    monkeypatch.setattr(module, "SHARD_CHARACTERS", 100)
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(cuts, "BLOCK_CHARACTERS", 100)
     long = prepared("cpt", [source], cache=tmp_path / "long")
     assert len(list((tmp_path / "long").rglob("*.arrow"))) > 8
     assert list(documents(one)) == list(documents(long))

@@ -11,7 +11,7 @@ import pytest
 
 import dtrain
 from dtrain.config.schema import Data
-from dtrain.data import prepare as module
+from dtrain.data import cuts
 from dtrain.data.prepare import prepare
 
 # The tokenizer of a worker counts its batches, and can die or wait for the test in one of them.
@@ -20,9 +20,10 @@ import os, signal, sys
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Data
+from dtrain.data import cuts, shards
 from dtrain.data import prepare as module
 folder, die_in_batch, wait_for = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-module.SHARD_ROWS, module.BATCH_ROWS = 10, 5
+cuts.BLOCK_ROWS, shards.BATCH_ROWS = 10, 5
 
 class Watched(PreTrainedTokenizerFast):
     batches = 0
@@ -104,7 +105,7 @@ def test_a_killed_preparation_goes_on(start, expected, tmp_path, tokenizer, monk
     kept = {p: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
     assert len(kept) == (batch - 1) // 2
     (folder / ".shard-00009.arrow.torn").write_bytes(b"half")  # as a kill while writing leaves it
-    monkeypatch.setattr(module, "SHARD_ROWS", 10)
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 10)
     data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
     data = Data.model_validate({**data, "sequence_tokens": 64})
     mixture = prepare(data, "cpt", tokenizer, "t", tmp_path / "cache")

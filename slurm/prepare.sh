@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=prepare
+#SBATCH --array=1-8
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=64G
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --comment=dtrain
+# Tokenises and packs a recipe's data without GPUs, in an array whose tasks share the work; the
+# cache (DTRAIN_CACHE) must lie where training sees it. A task that is killed loses one shard a
+# process; submit it again, or the whole array, or train: what is there is not made again.
+#   sbatch --account=me --array=1-32 slurm/prepare.sh model.base=/models/llama-3.1-70b
+DTRAIN_RECIPE="${DTRAIN_RECIPE:-7b-lora}"
+DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
+# What lies in the working folder must not be taken for a module; a checkout is meant to be.
+[[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
+exec "${DTRAIN_ENV:-$DTRAIN_HOME/.venv}/bin/python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"

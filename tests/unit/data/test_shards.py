@@ -1,0 +1,211 @@
+"""Any number of processes, and any number of shares, make the same bytes; nothing is made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.config.schema import Data
+from dtrain.core import cores
+from dtrain.core.claims import Claims
+from dtrain.core.errors import UserError
+from dtrain.core.processes import crew
+from dtrain.data import cuts, shards
+from dtrain.data.formats import read
+from dtrain.data.prepare import prepare, prepare_share
+from dtrain.data.shards import Share
+from dtrain.data.sources import find_parts
+
+
+@pytest.fixture
+def rows_of_all_kinds(tmp_path, write_rows, monkeypatch) -> Data:
+    """150 texts in three files, in shards of twenty."""
+    texts = [f"document {n} " * (n % 7 + 1) for n in range(150)]
+    write_rows("rows/a.jsonl", [{"text": text} for text in texts[:60]])
+    table = pa.table({"text": texts[60:100]})
+    pq.write_table(table, tmp_path / "rows" / "b.parquet", row_group_size=9)
+    (tmp_path / "rows" / "c.csv").write_text("text\n" + "".join(f"{t}\n" for t in texts[100:]))
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(shards, "BATCH_ROWS", 7)
+    source = {"path": str(tmp_path / "rows"), "format": "text"}
+    return Data.model_validate({"sources": [source], "sequence_tokens": 64})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hash of each file of the one store in a cache."""
+    files = [path for path in store_of(folder).iterdir() if not path.name.startswith(".")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def store_of(cache: Path) -> Path:
+    """The one store in a cache."""
+    (store,) = (path for path in cache.iterdir() if path.is_dir())
+    return store
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_the_store_does_not_depend_on_processes(
+    rows_of_all_kinds, tokenizer, tmp_path, processes
+) -> None:
+    for count in (1, processes):
+        prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / str(count), count)
+    alone, together = digests(tmp_path / "1"), digests(tmp_path / str(processes))
+    assert len(alone) > 8 and alone == together
+
+
+def test_shares_in_any_order_make_the_store_once(
+    rows_of_all_kinds, tokenizer, tmp_path, monkeypatch
+) -> None:
+    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    made = []
+    write = shards.write_shard
+    monkeypatch.setattr(
+        shards, "write_shard", lambda path, *a: made.append(path) or write(path, *a)
+    )
+    cache = tmp_path / "shared"
+    taken = hold(cache / store_of(tmp_path / "alone").name, shard=5)
+    first = prepare_share(rows_of_all_kinds, "cpt", tokenizer, "t", cache, Share(2, 3), 1)
+    assert not first and len(made) == 7  # another process holds one, and may yet end
+    taken()
+    last = prepare_share(rows_of_all_kinds, "cpt", tokenizer, "t", cache, Share(0, 3), 1)
+    assert last and len(set(made)) == len(made) == 8
+    assert digests(cache) == digests(tmp_path / "alone")
+
+
+def hold(folder: Path, shard: int):
+    """Let another process claim a shard; its death gives it back."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        Claims(folder / shards.CLAIMS_FILE).take(shard)
+        os.write(writer, b"x")
+        signal.pause()
+    os.read(reader, 1)
+
+    def end() -> None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    return end
+
+
+class Murderous:
+    """A tokenizer that is killed once, in the process that comes to a certain document first."""
+
+    def __init__(self, tokenizer, mark: Path) -> None:
+        self.tokenizer, self.mark = tokenizer, mark
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **how):
+        if any("document 80 " in text for text in texts) and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.tokenizer(texts, **how)
+
+
+def test_a_killed_process_is_told_and_its_shard_made(
+    rows_of_all_kinds, tokenizer, tmp_path, capsys
+) -> None:
+    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    killer = Murderous(tokenizer, tmp_path / "killed")
+    prepare(rows_of_all_kinds, "cpt", killer, "t", tmp_path / "two", 2)
+    assert "was killed by SIGKILL (out of memory?)" in capsys.readouterr().out
+    assert digests(tmp_path / "two") == digests(tmp_path / "alone")
+
+
+def test_the_mistake_that_a_process_finds_is_told_as_alone(
+    tokenizer, tmp_path, write_rows, monkeypatch
+) -> None:
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 2)
+    long = {"messages": [{"role": role, "content": "x" * 900} for role in ("user", "assistant")]}
+    short = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]}
+    source = {"path": write_rows("a.jsonl", [*[short] * 20, long, short])}
+    settings = {"sources": [source], "sequence_tokens": 64, "overlong": "fail"}
+    with pytest.raises(UserError, match=r"a\.jsonl:21: the conversation has \d+ tokens") as error:
+        prepare(Data.model_validate(settings), "sft", tokenizer, "t", tmp_path / "c", 3)
+    assert "overlong: truncate" in error.value.fix
+
+
+def test_what_processes_tell_is_summed() -> None:
+    told: list[int] = []
+    with crew(3, lambda number, tell: [tell(number), tell(10)]) as members:
+        members.join(told.append)
+    assert sum(told) == 33
+
+
+def test_a_crash_in_a_process_is_a_crash() -> None:
+    with pytest.raises(RuntimeError, match="ended with status 1"), crew(2, crash) as members:
+        members.join(lambda units: None)
+
+
+def crash(number: int, tell: object) -> None:
+    raise ZeroDivisionError
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 3),
+)
+def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
+    records = [
+        cuts.Record("x" * size, index * parts // len(sizes), index)
+        for index, size in enumerate(sizes)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuts, "BLOCK_ROWS", block)
+        patch.setattr(cuts, "BLOCK_CHARACTERS", 500)
+        found = cuts.cut(iter(records))
+    assert found["row"][0] == 0
+    assert found["row"][-1] == len(sizes)
+    rows = found["row"].tolist()
+    assert rows == sorted(set(rows))
+    assert all(stop - start <= block for start, stop in pairwise(rows))
+    for place in found[:-1].tolist():
+        before = [record for record in records[: place[2]] if record.part == place[0]]
+        assert len(before) == place[1] and records[place[2]].part == place[0]
+
+
+def test_half_made_shards_of_other_cuts_are_not_used(
+    rows_of_all_kinds, tokenizer, tmp_path
+) -> None:
+    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    folder = tmp_path / "again" / store_of(tmp_path / "alone").name
+    folder.mkdir(parents=True)
+    (folder / "shard-00000.arrow").write_bytes(b"cut in another way")
+    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "again", 1)
+    assert digests(tmp_path / "again") == digests(tmp_path / "alone")
+
+
+def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert cores.available_cores() == 16
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cores.available_cores() == 16
+    (tmp_path / "cpu.max").write_text("450000 100000\n")
+    assert cores.available_cores() == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert cores.available_cores() == 3
+
+
+def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:
+    parts = find_parts(rows_of_all_kinds.sources[0], tmp_path)
+    whole = list(read(parts, "text"))
+    stretches = shards.Stretches(parts, "text", {})
+    found = []
+    for part, skip, row in ((0, 0, 0), (0, 55, 55), (1, 38, 98), (0, 10, 10)):  # on, over, back
+        found = list(stretches.records(part, skip, 9))
+        assert found == whole[row : row + 9]
