@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from dtrain.cli import (
+    adapters,
     check,
     checkpoints,
     data,
@@ -19,8 +20,10 @@ from dtrain.cli import (
     recipes,
     report,
     run,
+    serve,
     submit,
     verify,
+    talk,
 )
 from dtrain.core.errors import Exit, UserError
 
@@ -38,6 +41,11 @@ app.command("checkpoints")(checkpoints.checkpoints)
 app.command("merge")(merge.merge)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
+app.command("adapters")(adapters.adapters)
+app.command("combine")(adapters.combine)
+app.command("serve")(serve.serve)
+app.command("chat")(talk.chat)
+app.command("generate")(talk.generate)
 app.command("submit")(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)

@@ -42,6 +42,7 @@ def load_base(
     quantised: bool,
     dtype: torch.dtype,
     device: torch.device,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """Load a base model, frozen, tensor by tensor from memory-mapped safetensors.
 
@@ -51,6 +52,7 @@ def load_base(
     Args:
         folder: from `resolve.base_folder`.
         quantised: hold the linear layers in NF4, with `dtype` for storage and compute.
+        spread: over all GPUs of this machine, for one process that only computes forward.
 
     Raises:
         UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
@@ -64,7 +66,7 @@ def load_base(
         attn_implementation=config._attn_implementation,
         trust_remote_code=settings.trust_remote_code,
         quantization_config=nf4_config(dtype) if quantised else None,
-        device_map={"": device},
+        device_map="auto" if spread else {"": device},
     )
     _check_complete(folder, info)
     if quantised:

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"planning", "launching", "distributed"},
     {"data", "models", "checkpoints", "monitoring", "samples"},
-    {"engines", "evaluation", "merge"},
+    {"engines", "evaluation", "merge", "serving"},
     {"stages"},
     {"pipeline"},
     {"cli", "train", "worker", "torchrun", "prepare"},

@@ -1,0 +1,58 @@
+"""A LoRA adapter's folder in PEFT layout, and where it comes from; read without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+COMBINED = "combine.json"  # beside an adapter that was made of two
+STAGE = "stage.json"  # beside the folder of a stage's adapter
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of an adapter's making; nothing, of one that dtrain did not make.
+
+    Attributes:
+        identity: of the stage that trained it, or the last one whose change it holds.
+        parent: identity of the model that it was trained on.
+        quantised: it was trained over that model in NF4.
+        kind: cpt, sft or combined; empty if not known.
+    """
+
+    identity: str | None = None
+    parent: str | None = None
+    quantised: bool = False
+    kind: str = ""
+
+
+def origin(folder: Path) -> Origin:
+    """Where an adapter comes from, by the record that dtrain left."""
+    if (folder / COMBINED).is_file():
+        return Origin(**read_json(folder / COMBINED)["origin"])
+    record = folder.absolute().parent / STAGE
+    if folder.name != "adapter" or not record.is_file():
+        return Origin()
+    known = read_json(record)
+    inputs = known["inputs"]
+    quantised = inputs["method"]["kind"] == "qlora"
+    return Origin(known["identity"], inputs["parent"], quantised, inputs["kind"])
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's adapter_config.json.
+
+    Raises:
+        UserError: it is missing or broken, or says no kind of adapter.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"is not an adapter: no {CONFIG} in it", where=str(folder))
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise UserError("is not the config of an adapter", where=str(folder / CONFIG))
+    return config

@@ -1,0 +1,1 @@
+"""After training: adapters listed, a server's commands written, models and adapters talked to."""

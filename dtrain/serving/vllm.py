@@ -1,0 +1,155 @@
+"""The commands by which vLLM serves a run: merged, or adapters on their bases. No torch.
+
+What vLLM takes was read in vllm/config/lora.py (ranks), vllm/lora/peft_helper.py (features),
+vllm/lora/lora_model.py (names of tensors), vllm/entrypoints/openai/cli_args.py (--lora-modules)
+and docs/features/lora.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dtrain.launching.quote import quote
+from dtrain.serving.adapters import AdapterInfo, list_adapters
+from dtrain.serving.run import Run
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank takes no other
+# Settings of an adapter, and why vLLM does not serve it under them as it was trained.
+REFUSED = {
+    "use_dora": "DoRA is refused",
+    "modules_to_save": "whole modules (modules_to_save) are refused",
+    "lora_bias": "biases are refused",
+    "rank_pattern": "ranks by pattern are not read: its layers would be scaled wrongly",
+    "alpha_pattern": "alphas by pattern are not read: its layers would be scaled wrongly",
+    "layer_replication": "replicated layers are not read",
+    "alora_invocation_tokens": "activated LoRA is not read: it would always be on",
+    "trainable_token_indices": "trained tokens are refused",
+    "target_parameters": "adapters on bare parameters are not read",
+}
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
+
+
+def script(run: Run) -> str:
+    """Commands to choose from, with what there is to know before as comments."""
+    parts = ["# Each command below is a server of its own; choose one.", *_merged(run)]
+    for adapters in _groups(list_adapters(run.folder)):
+        parts.append(_adapters(run, adapters))
+    if len(parts) == 1:
+        parts.append("# Nothing can be served yet: no stage is complete.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _merged(run: Run) -> Iterator[str]:
+    for stage in reversed(run.recipe.stages):
+        if run.has_merged(stage):
+            model = str(run.merged(stage))
+            options = [("--served-model-name", run.recipe.name), *_model_options(run)]
+            head = f"# The merged model of stage {stage.name}: everything learnt up to it."
+            yield "\n".join([_comment(head), *_notes(run), command(model, options)])
+            return
+
+
+def _groups(adapters: list[AdapterInfo]) -> list[list[AdapterInfo]]:
+    """Adapters of one base, in one form, may share a server."""
+    groups: dict[tuple[str, bool], list[AdapterInfo]] = {}
+    for adapter in adapters:
+        groups.setdefault((adapter.base, adapter.origin.quantised), []).append(adapter)
+    return list(groups.values())
+
+
+def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
+    base, quantised = adapters[0].base, adapters[0].origin.quantised
+    taken = [adapter for adapter in adapters if not refusals(adapter)]
+    names = ", ".join(adapter.name for adapter in adapters)
+    lines = [_comment(f"# Adapters of one base ({names}): {base}")]
+    for adapter in adapters:
+        lines += [_comment(f"# {adapter.name}: {why}") for why in refusals(adapter)]
+        lines += [_comment(f"# {adapter.name}: {note}") for note in cautions(adapter)]
+    if not taken:
+        return "\n".join([*lines, "# None of them can be served so: serve the merged model."])
+    if quantised:
+        lines.append(
+            "# Trained over this base in NF4: over the plain base they give other answers."
+        )
+    options = [*(("--quantization", "bitsandbytes") for _ in range(quantised)), *_lora(taken)]
+    return "\n".join([*lines, *_notes(run), command(base, [*options, *_model_options(run)])])
+
+
+def _lora(adapters: list[AdapterInfo]) -> list[tuple[str, ...]]:
+    modules = [module(adapter.name, adapter.folder) for adapter in adapters]
+    rank = max_rank([rank for adapter in adapters for rank in adapter.ranks])
+    return [
+        ("--enable-lora",),
+        ("--lora-modules", *modules),
+        ("--max-lora-rank", str(rank)),
+        ("--max-loras", str(len(adapters))),  # those that one batch may mix
+    ]
+
+
+def refusals(adapter: AdapterInfo) -> list[str]:
+    """Why vLLM would not serve an adapter, or not as it was trained; empty if it would."""
+    config = adapter.config
+    if config["peft_type"] != "LORA":
+        return [f"{config['peft_type']} is not LoRA: refused"]
+    reasons = [why for key, why in REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append(REFUSED["lora_bias"])
+    if max_rank(adapter.ranks) is None:
+        reasons.append(f"rank {max(adapter.ranks)}: the greatest that is served is {RANKS[-1]}")
+    known = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+    odd = sorted(key for key in adapter.shapes if not key.endswith(known))
+    if odd and not reasons:
+        reasons.append(f"{odd[0]} is refused")
+    return reasons
+
+
+def cautions(adapter: AdapterInfo) -> list[str]:
+    """What may be refused, by the model's architecture."""
+    tables = sorted(set(adapter.targets) & set(EMBEDDINGS))
+    what = f"on {' and '.join(tables)}, which vLLM takes for some architectures only"
+    return [what] if tables else []
+
+
+def max_rank(ranks: Sequence[int]) -> int | None:
+    """The least --max-lora-rank that holds all; None if there is none."""
+    return next((rank for rank in RANKS if rank >= max(ranks, default=1)), None)
+
+
+def module(name: str, folder: Path) -> str:
+    """An argument of --lora-modules: name=path, or JSON where that would be read wrongly."""
+    if any(sign in f"{name}{folder}" for sign in "=,"):
+        return json.dumps({"name": name, "path": str(folder)})
+    return f"{name}={folder}"
+
+
+def command(model: str, options: Sequence[tuple[str, ...]]) -> str:
+    """A command line for bash, one option a line."""
+    lines = [f"vllm serve {quote(model)}", *(" ".join(map(quote, option)) for option in options)]
+    return " \\\n    ".join(lines)
+
+
+def _model_options(run: Run) -> list[tuple[str, ...]]:
+    """What the recipe says of the model: compute as in training, code, the chat template."""
+    dtype = "float32" if run.recipe.model.dtype == "float32" else "bfloat16"
+    options: list[tuple[str, ...]] = [("--dtype", dtype)]
+    if run.recipe.model.trust_remote_code:
+        options.append(("--trust-remote-code",))
+    if run.template not in ("auto", "instruction"):
+        options.append(("--chat-template", str(Path(run.template).expanduser().absolute())))
+    return options
+
+
+def _notes(run: Run) -> list[str]:
+    if run.template != "instruction":
+        return []
+    return [
+        "# Trained with the instruction template, which no chat template of the model's repeats:",
+        "# ask /v1/completions with '### Instruction:\\n…\\n\\n### Response:\\n'.",
+    ]
+
+
+def _comment(line: str) -> str:
+    """A comment stays one, whatever a folder is called."""
+    return line.replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,116 @@
+"""Answers to a file of prompts: in batches as alone, only for these prompts, only by this model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain.config.schema import Model
+from dtrain.core.errors import UserError
+from dtrain.serving.generate import Answers, count_prompts, generate, read_prompts
+from dtrain.serving.run import Choice
+from dtrain.serving.speaker import Speaker
+
+ROWS = [
+    {"prompt": "short"},
+    {"question": "a question " + "and more of it " * 20, "answer": "a reference"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                  {"role": "user", "content": "c"}]},
+    {"instruction": "add", "input": "1 2", "output": "3"},
+    {"prompt": "äöü 漢字"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def speaker() -> Speaker:
+    return Speaker(Choice("dtrain:tiny-llama"), Model(base="tiny"), torch.device("cpu"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")  # empty lines do not count
+    return path
+
+
+def answered(speaker: Speaker, prompts: Path, out: Path, batch: int, by: str = "tiny") -> list:
+    generate(speaker, prompts, Answers.open(out, prompts, by), batch, 8)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_batch_answers_as_each_alone(speaker: Speaker, prompts: Path, tmp_path: Path) -> None:
+    alone = answered(speaker, prompts, tmp_path / "1.jsonl", 1)
+    assert answered(speaker, prompts, tmp_path / "5.jsonl", 5) == alone
+    for row, answer in zip(ROWS, alone, strict=True):
+        assert answer == {**row, "generated": answer["generated"], "generated_by": "tiny"}
+    assert len({answer["generated"] for answer in alone}) > 2
+
+
+def test_the_prompt_is_what_training_showed(speaker: Speaker, prompts: Path) -> None:
+    talks = [prompt.messages for prompt in read_prompts(prompts)]  # type: ignore[union-attr]
+    texts = [speaker.prompt(talk) for talk in talks]
+    assert texts[0] == "<|im_start|>user\nshort<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[2].count("<|im_start|>") == 4 and texts[2].endswith("<|im_start|>assistant\n")
+    assert "add\n\n1 2<|im_end|>" in texts[3]
+    speaker.switch(Choice("dtrain:tiny-llama", template="instruction"))
+    assert "### Input:\n1 2\n\n### Response:\n" in speaker.prompt(talks[3])
+    speaker.switch(Choice("dtrain:tiny-llama"))
+
+
+def test_it_goes_on_after_what_is_there(speaker: Speaker, prompts: Path, tmp_path: Path) -> None:
+    whole = answered(speaker, prompts, tmp_path / "whole.jsonl", 2)
+    out = tmp_path / "out.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    marked = lines[0].replace(b'"generated": "', b'"generated": "kept ')
+    out.write_bytes(marked + lines[1] + lines[2][:-7])
+    again = answered(speaker, prompts, out, 2)
+    assert again[0]["generated"] == "kept " + whole[0]["generated"] and again[1:] == whole[1:]
+
+
+def test_answers_of_another_model_or_other_prompts_are_not_gone_on_with(
+    speaker: Speaker, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    answered(speaker, prompts, out, 5)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=r"out\.jsonl:1: answers another prompt, or was not"):
+        Answers.open(out, prompts, "another")
+    prompts.write_text(prompts.read_text().replace("a reference", "changed"))
+    with pytest.raises(UserError, match=r"out\.jsonl:2: answers another prompt"):
+        Answers.open(out, prompts, "tiny")
+    out.write_text("notes of mine\n")
+    with pytest.raises(UserError, match=r"out\.jsonl:1: "):
+        Answers.open(out, prompts, "tiny")
+    assert out.read_text() == "notes of mine\n" and before
+
+
+def test_two_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:
+    first = Answers.open(tmp_path / "out.jsonl", prompts, "tiny")
+    with pytest.raises(UserError, match="another process is writing it"):
+        Answers.open(tmp_path / "out.jsonl", prompts, "tiny")
+    first.file.close()
+
+
+def test_broken_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = ['{"prompt": "a"}', "{", "", "[1]", '{"text": "a"}', '{"prompt": 3}',
+             '{"messages": [{"role": "user"}]}', '{"prompt": "a", "generated": "b"}']  # fmt: skip
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        count_prompts(path)
+    told = str(caught.value)
+    for number, what in ((2, "is not JSON"), (4, "is not a JSON object"), (5, "holds no prompt"),
+                         (6, "holds no prompt"), (7, "has no `content`"),
+                         (8, "has a `generated` already")):  # fmt: skip
+        assert f"{path}:{number}: " in told and what in told
+    assert f"{path}:1: " not in told
+    path.write_text("\n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        count_prompts(path)
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        count_prompts(path)

@@ -1,0 +1,207 @@
+"""A run's adapters and merged models say the same, whoever loads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dtrain.config.schema import Model
+from dtrain.core.errors import UserError
+from dtrain.merge.stack import stack
+from dtrain.models.weights import weight_files
+from dtrain.serving.adapters import list_adapters
+from dtrain.serving.chat import Chat
+from dtrain.serving.generate import Answers, generate
+from dtrain.serving.run import choices_of, open_run
+from dtrain.serving.speaker import Speaker
+
+IDS = torch.arange(5, 45)[None]
+TOLERANCE = 1e-4
+
+
+def plain(folder: Path | str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def base_of(run: Path) -> str:
+    return open_run(run).base
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def greedy(model: torch.nn.Module) -> list[int]:
+    return model.generate(input_ids=IDS, max_new_tokens=12, do_sample=False)[0].tolist()
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in weight_files(folder) for name, t in load_file(path).items()}
+
+
+def test_the_chain_ends_at_the_weights_of_pefts_own_two_merges(run: Path) -> None:
+    model = plain(base_of(run))
+    for stage in ("domain", "task"):
+        model = PeftModel.from_pretrained(model, run / stage / "adapter").merge_and_unload()
+        theirs, ours = model.state_dict(), state(run / stage / "merged")
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = state(Path(base_of(run)))
+    assert sum(not torch.equal(ours[n], before[n]) for n in ours) == 14  # 7 layers of 2 blocks
+
+
+def test_adapters_as_a_stack_and_combined_answer_as_the_merged_model(
+    run: Path, tmp_path: Path
+) -> None:
+    merged = plain(run / "task" / "merged")
+    wanted, tokens = logits(merged), greedy(merged)
+    assert (logits(plain(base_of(run))) - wanted).abs().max() > 100 * TOLERANCE
+
+    stacked = PeftModel.from_pretrained(plain(base_of(run)), run / "domain" / "adapter", "domain")
+    stacked.load_adapter(run / "task" / "adapter", "task")
+    stacked.base_model.set_adapter(["domain", "task"])
+    on_merged = PeftModel.from_pretrained(plain(run / "domain" / "merged"), run / "task/adapter")
+
+    made = stack(run / "domain" / "adapter", run / "task" / "adapter", tmp_path / "both")
+    assert made.rank == 8 + 4 and made.error == 0
+    combined = PeftModel.from_pretrained(plain(base_of(run)), tmp_path / "both")
+    for model in (stacked, on_merged, combined):
+        assert (logits(model.eval()) - wanted).abs().max() < TOLERANCE
+        assert greedy(model) == tokens
+    together = state_of(combined.merge_and_unload())
+    assert all(torch.allclose(together[n], t, atol=1e-6) for n, t in merged.state_dict().items())
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def speaker(run: Path) -> Speaker:
+    choice = choices_of(str(run))["task"]
+    return Speaker(choice, Model(base="of the choice"), torch.device("cpu"))
+
+
+def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: Speaker) -> None:
+    choices = choices_of(str(run))
+    assert list(choices) == ["base", "domain", "task"]
+    models = {name: plain(run / name / "merged") for name in ("domain", "task")}
+    models["base"] = plain(base_of(run))
+    for name in ("task", "domain", "base", "task", "base", "domain"):
+        speaker.switch(choices[name])
+        assert (speaker.logits(IDS) - logits(models[name])).abs().max() < TOLERANCE
+
+
+def test_what_does_not_fit_is_refused_and_the_one_before_still_answers(
+    run: Path, speaker: Speaker, tmp_path: Path
+) -> None:
+    choices = choices_of(str(run))
+    speaker.switch(choices["domain"])
+    before = speaker.logits(IDS)
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    config = (run / "task" / "adapter" / "adapter_config.json").read_text()
+    (odd / "adapter_config.json").write_text(config.replace('"r": 4', '"r": 5'))
+    weights = (run / "task" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for content, match in ((weights, "does not fit"), (weights[:-9], "not a whole safetensors")):
+        (odd / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            speaker.switch(type(choices["base"])(choices["base"].base, adapters=(odd,)))
+        assert torch.equal(speaker.logits(IDS), before)
+    with pytest.raises(UserError, match="there is no folder"):
+        speaker.switch(type(choices["base"])(str(tmp_path / "gone")))
+    assert torch.equal(speaker.logits(IDS), before)
+
+
+def test_a_chat_switches_adapters_and_keeps_what_was_said(
+    run: Path, speaker: Speaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = choices_of(str(run))
+    speaker.switch(choices["task"])
+    chat = Chat(speaker, choices, "task", 6)
+    lines = ["hello", "/adapter base", "hello", "/adapter nope", "/adapter", "", "/what", "/quit"]
+    chat.run(iter([*lines, "not read"]))
+    told = capsys.readouterr().out
+    first, second = (turn["content"] for turn in chat.messages[1::2])
+    wanted = [first, "(base answers now)", second]
+    assert [line.strip() for line in told.splitlines()[:3]] == wanted
+    assert "error: nope: there is no such adapter" in told and "[base] domain task" in told
+    assert "/reset forgets" in told and "not read" not in told
+    alone = speaker.prompt([{"role": "user", "content": "hello"}])
+    speaker.switch(choices["task"])
+    assert speaker.answers([alone], 6) == [first]
+    speaker.switch(choices["base"])
+    assert speaker.answers([speaker.prompt(chat.messages[:3])], 6) == [second]
+    chat.run(iter(["/reset", "hello"]))
+    assert [turn["content"] for turn in chat.messages] == ["hello", *speaker.answers([alone], 6)]
+
+
+def test_a_chat_reads_a_pipe(run: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain", "chat", str(run), "--max-new-tokens", "4"],
+        input="hello\n/adapter domain\nhello\n", capture_output=True, text=True, timeout=120,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\n(domain answers now)\n" in done.stdout
+    assert done.stdout.count("\n") == 3 and ">" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_generate_killed_goes_on_and_ends_as_undisturbed(
+    run: Path, speaker: Speaker, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"question": f"what is {n} and {'more ' * (n % 5)}?", "n": n} for n in range(80)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    options = ["--in", str(prompts), "--out", str(killed), "--batch-size", "1"]
+    start = [sys.executable, "-m", "dtrain", "generate", str(run), *options]
+    child = subprocess.Popen([*start, "--max-new-tokens", "24"], env=environment)
+    deadline = time.monotonic() + 120
+    while not (killed.exists() and killed.stat().st_size) and time.monotonic() < deadline:
+        assert child.poll() is None
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert 0 < killed.read_bytes().count(b"\n") < len(rows)
+    with open(killed, "ab") as file:
+        file.write(b'{"question": "cut o')
+    speaker.switch(choices_of(str(run))["task"])
+    for target, batch in ((killed, 5), (whole, 3)):
+        generate(speaker, prompts, Answers.open(target, prompts, f"{run} task"), batch, 24)
+    assert killed.read_bytes() == whole.read_bytes()
+    answered = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [{"question": a["question"], "n": a["n"]} for a in answered] == rows
+
+
+def test_the_combined_adapter_of_a_run_is_listed_and_answers(
+    run: Path, speaker: Speaker, tmp_path: Path
+) -> None:
+    both = run / "both"
+    if not both.exists():
+        stack(run / "domain" / "adapter", run / "task" / "adapter", both)
+    try:
+        found = {adapter.name: adapter for adapter in list_adapters(run)}
+        assert list(found) == ["domain", "task", "both"]
+        assert found["both"].base == found["domain"].base == base_of(run)
+        assert found["task"].base == str(run / "domain" / "merged")
+        assert found["both"].ranks == [12] and found["both"].origin.kind == "combined"
+        speaker.switch(choices_of(str(run))["both"])
+        wanted = logits(plain(run / "task" / "merged"))
+        assert (speaker.logits(IDS) - wanted).abs().max() < TOLERANCE
+    finally:
+        for path in (*both.iterdir(), both):
+            path.rmdir() if path.is_dir() else path.unlink()
