@@ -108,7 +108,7 @@ class Adapter:
 
     def __init__(self, config: dict[str, Any], tensors: Tensors, base: Shapes, where: Path) -> None:
         self.where, self.config, self.tensors = str(where), config, tensors
-        _check_config(config, where / CONFIG)
+        check_config(config, where / CONFIG)
         self.layers: dict[str, Layer] = {}
         self.replaced: dict[str, str] = {}
         self.first: dict[str, str] = {}
@@ -205,7 +205,7 @@ class Adapter:
         a, b = (self.tensors.shapes[keys[role]] for role in "ab")
         embedding = "lora_embedding_" in keys["a"]
         turned = embedding or self._is_turned(a, b, shape)
-        layer = _by_config(self.config, module, keys, a[0] if a else 0)
+        layer = by_config(self.config, module, keys, a[0] if a else 0)
         where = self.where
         if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or layer.r not in (None, a[0]):
             raise UserError(
@@ -238,7 +238,7 @@ class Adapter:
             )
 
 
-def _by_config(config: dict[str, Any], module: str, keys: dict[str, str], rank: int) -> Layer:
+def by_config(config: dict[str, Any], module: str, keys: dict[str, str], rank: int) -> Layer:
     """Rank and scale as PEFT finds them: by pattern, else the adapter's own."""
     if config["peft_type"] == "ADALORA":
         alpha = config["lora_alpha"]
@@ -257,7 +257,7 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _check_config(config: Any, path: Path) -> None:
+def check_config(config: Any, path: Path) -> None:
     if not isinstance(config, dict) or config.get("peft_type") not in KINDS:
         raise UserError("is not the config of a LoRA adapter", where=str(path))
     if used := [key for key in UNSUPPORTED if config.get(key)]:

@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
-from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.log import progress
+from dtrain.merge.adapter import PREFIX, AdapterFile, by_config, check_config
 from dtrain.models.adapter_folder import (
     COMBINED,
     CONFIG,
@@ -36,15 +34,9 @@ from dtrain.models.adapter_folder import (
 )
 from dtrain.models.finite import all_finite
 
-PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# Settings under which what an adapter adds is not scale·B·A, or not all it does.
-NOT_PLAIN = (
-    "use_dora", "use_bdlora", "modules_to_save", "lora_bias", "alora_invocation_tokens",
-    "arrow_config", "kasa_config", "monteclora_config", "velora_config", "layer_replication",
-    "target_parameters", "trainable_token_indices",
-)  # fmt: skip
-# First weights that PEFT takes out of the base when it loads the adapter.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# Settings that can be merged, but add something else than scale·B·A.
+NOT_PLAIN = ("use_dora", "modules_to_save", "lora_bias")
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 Factors = tuple[Tensor, Tensor]  # A [r, in] and B [out, r], with every scale in B
 
@@ -95,7 +87,7 @@ def stack(first: Path, second: Path, out: Path, *, rank: int | None = None) -> S
     config = _config(configs, rank or whole, [*layers])
     about = {
         "origin": asdict(made_from),
-        "made_from": {str(path): _identity(path) for path in (first, second)},
+        "made_from": {str(path): AdapterFile(path).mark() for path in (first, second)},
         "rank": rank or whole,
         "relative_error": error,
         "worst_layer": worst,
@@ -110,13 +102,10 @@ def stack(first: Path, second: Path, out: Path, *, rank: int | None = None) -> S
 
 def _plain_config(folder: Path) -> dict[str, Any]:
     config = read_adapter_config(folder)
+    check_config(config, folder / CONFIG)
     odd = [key for key in NOT_PLAIN if config.get(key)]
-    if config["peft_type"] != "LORA":
-        odd = [f"peft_type {config['peft_type']}"]
-    if config.get("bias", "none") != "none":
-        odd.append("bias")
-    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING):
-        odd.append(f"init_lora_weights {config['init_lora_weights']}")
+    odd += [config["peft_type"]] * (config["peft_type"] != "LORA")
+    odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise UserError(
             f"an adapter with {odd[0]} is no plain sum",
@@ -158,21 +147,17 @@ def _stands_on(first: Path, second: Path, one: Origin, two: Origin, config: dict
     if one.identity is not None and two.parent is not None:
         return one.identity == two.parent
     manifest = Path(config.get("base_model_name_or_path") or "-") / "merge.json"
-    return manifest.is_file() and read_json(manifest).get("adapter") == _identity(first)
-
-
-def _identity(folder: Path) -> str:
-    """As a merge's manifest names an adapter."""
-    return fingerprint({name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)})
+    if not manifest.is_file():
+        return False
+    merged = read_json(manifest).get("adapters", [])
+    mark = AdapterFile(first).mark()
+    return [(part.get("adapter"), part.get("weight")) for part in merged] == [(mark, 1.0)]
 
 
 def _read(folder: Path, config: dict[str, Any]) -> dict[str, Factors]:
     """The factors of every layer, in float32."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"no whole {WEIGHTS}", where=str(folder)) from error
+    file = AdapterFile(folder)
+    tensors = {key: file.get(key) for key in file.shapes}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX) or not key.endswith((DOWN, UP)) or tensor.dim() != 2:
             raise UserError(f"{key} is not part of a plain LoRA", where=str(folder))
@@ -190,21 +175,11 @@ def _factors(
     if name + DOWN not in tensors or name + UP not in tensors:
         raise UserError(f"{name} has only half an adapter", where=str(folder))
     a, b = tensors[name + DOWN], tensors[name + UP]
-    rank, scale = _rank_and_scale(config, name.removeprefix(PREFIX))
-    if not a.shape[0] == b.shape[1] == rank:
-        what = f"ranks of {name} disagree: {rank} by the config, A {[*a.shape]}, B {[*b.shape]}"
+    layer = by_config(config, name.removeprefix(PREFIX), {}, a.shape[0])
+    if not a.shape[0] == b.shape[1] == layer.r:
+        what = f"ranks of {name} disagree: {layer.r} by the config, A {[*a.shape]}, B {[*b.shape]}"
         raise UserError(what, where=str(folder))
-    return a, b * scale
-
-
-def _rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
-    """As PEFT finds them: by pattern, else the adapter's own."""
-    ranks, alphas = (config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
-    rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise UserError(f"no rank and alpha for {module}", where=CONFIG)
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return a, b * layer.scale
 
 
 def _sums(first: dict[str, Factors], second: dict[str, Factors]) -> dict[str, Factors]:

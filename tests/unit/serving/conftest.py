@@ -57,7 +57,7 @@ def make_adapter() -> Make:
 
 
 def write_adapter(
-    folder: Path, layers: dict[str, tuple[int, int]], r: int, **config: object
+    folder: Path, layers: dict[str, tuple[int, int]], r: int, /, **config: object
 ) -> Path:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(sum(map(ord, folder.name)))

@@ -1,0 +1,230 @@
+"""What `dtrain adapters` and `dtrain serve` say of a run, read by a real shell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.load import dump, load_recipe
+from dtrain.core.errors import UserError
+from dtrain.serving.adapters import list_adapters, read_adapter, table
+from dtrain.serving.run import BASE, choices_of, open_run
+from dtrain.serving.vllm import max_rank, module, refusals, script
+
+Make = Callable[..., Path]
+Record = Callable[..., None]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+LAYERS = {Q: (64, 64), DOWN: (64, 128)}
+HOSTILE = "a'; echo $(id) \"x, y=z"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, make_adapter: Make, record_stage: Record) -> Callable[..., Path]:
+    """Makes a folder that looks like a finished run of two stages."""
+
+    def make(name: str = "run", *overrides: str, methods: tuple = ("lora", "lora")) -> Path:
+        folder = tmp_path / name
+        for number, stage in enumerate(("domain", "task")):
+            make_adapter(folder / stage / "adapter", LAYERS, (64, 12)[number])
+            record_stage(folder / stage, f"id{number}", f"id{number - 1}", methods[number])
+            (folder / stage / "merged").mkdir()
+            (folder / stage / "merged" / "merge.json").write_text("{}")
+        kinds = [f"stages.{s}.method.kind={m}"
+                 for s, m in zip(("domain", "task"), methods, strict=True)]  # fmt: skip
+        recipe = load_recipe("tiny", [*kinds, *overrides, "model.base=/models/llama"])
+        (folder / "recipe.yaml").write_text(dump(recipe))
+        return folder
+
+    return make
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words that vllm would get, as bash reads them."""
+    show = 'vllm() { printf "%s\\0" "$@"; printf "\\1"; }\n'
+    done = subprocess.run(["bash", "-c", show + text], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [one.split("\0")[:-1] for one in done.stdout.split("\1")[:-1]]
+
+
+def after(words: list[str], option: str) -> list[str]:
+    """The values of an option."""
+    start = words.index(option) + 1
+    values = words[start:]
+    stop = next((n for n, word in enumerate(values) if word.startswith("--")), len(values))
+    return values[:stop]
+
+
+def test_the_merged_model_and_each_adapter_on_its_own_base(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    merged, domain, task = commands(script(open_run(run)))
+    assert merged[:2] == ["serve", str(run / "task" / "merged")] and "--enable-lora" not in merged
+    assert after(merged, "--served-model-name") == ["tiny"]
+    assert domain[:2] == ["serve", "/models/llama"] and "--enable-lora" in domain
+    assert after(domain, "--lora-modules") == [f"domain={run / 'domain' / 'adapter'}"]
+    assert after(domain, "--max-lora-rank") == ["64"]
+    assert task[:2] == ["serve", str(run / "domain" / "merged")]  # trained on the merged model
+    assert after(task, "--max-lora-rank") == ["16"]  # not 12, which is no choice of vLLM's
+    assert all(after(words, "--dtype") == ["float32"] for words in (merged, domain, task))
+
+
+def test_adapters_of_one_base_share_a_server(
+    make_run: Callable[..., Path], make_adapter: Make
+) -> None:
+    run = make_run()
+    make_adapter(run / "both", LAYERS, 76)
+    _, shared, _ = commands(script(open_run(run)))
+    places = [f"domain={run / 'domain' / 'adapter'}", f"both={run / 'both'}"]
+    assert after(shared, "--lora-modules") == places
+    assert after(shared, "--max-lora-rank") == ["128"] and after(shared, "--max-loras") == ["2"]
+
+
+def test_hostile_names_stay_one_word(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(HOSTILE, f"name={json.dumps(HOSTILE)}")
+    merged, domain, task = commands(script(open_run(run)))
+    assert merged[1] == str(tmp_path / HOSTILE / "task" / "merged")
+    assert after(merged, "--served-model-name") == [HOSTILE]
+    (named,) = after(domain, "--lora-modules")
+    # name=path is cut at every '=', and JSON is told from it by a comma
+    assert json.loads(named) == {"name": "domain", "path": str(run / "domain" / "adapter")}
+    assert task[1] == str(run / "domain" / "merged")
+
+
+def test_a_newline_in_a_name_does_not_end_a_comment(make_run: Callable[..., Path]) -> None:
+    run = make_run("a\nvllm injected\nb")
+    assert len(commands(script(open_run(run)))) == 3
+
+
+def test_nf4_a_template_and_code_go_into_the_command(make_run: Callable[..., Path]) -> None:
+    options = ("model.trust_remote_code=true", "stages.task.data.template=my chat.jinja")
+    run = make_run("run", *options, "model.dtype=auto", methods=("qlora", "lora"))
+    text = script(open_run(run))
+    merged, domain, task = commands(text)
+    assert (
+        after(domain, "--quantization") == ["bitsandbytes"]
+        and "Trained over this base in NF4" in text
+    )
+    assert "--quantization" not in task and "--quantization" not in merged
+    for words in (merged, domain, task):
+        assert after(words, "--chat-template") == [str(Path.cwd() / "my chat.jinja")]
+        assert "--trust-remote-code" in words and after(words, "--dtype") == ["bfloat16"]
+    text = script(open_run(make_run("other", "stages.task.data.template=instruction")))
+    assert "### Instruction:" in text and len(commands(text)) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"rank_pattern": {"q_proj": 16}}, "ranks by pattern"),
+        ({"alpha_pattern": {"q_proj": 16}}, "alphas by pattern"),
+        ({"peft_type": "IA3"}, "IA3 is not LoRA"),
+    ],
+    ids=str,
+)
+def test_what_vllm_refuses_is_said_and_left_out(
+    config: dict, what: str, make_run: Callable[..., Path], make_adapter: Make
+) -> None:
+    run = make_run()
+    make_adapter(run / "odd", LAYERS, 8, **config)
+    (reason,) = refusals(read_adapter(run / "odd"))
+    assert what in reason
+    text = script(open_run(run))
+    assert f"# odd: {reason}" in text
+    assert after(commands(text)[1], "--lora-modules") == [f"domain={run / 'domain' / 'adapter'}"]
+    shutil.rmtree(run / "domain" / "adapter")
+    text = script(open_run(run))
+    assert len(commands(text)) == 2 and "None of them can be served so" in text
+
+
+def test_ranks(tmp_path: Path, make_adapter: Make) -> None:
+    assert [max_rank([r]) for r in (1, 2, 8, 9, 65, 300, 512, 513)] == [
+        1, 8, 8, 16, 128, 320, 512, None,
+    ]  # fmt: skip
+    huge = read_adapter(make_adapter(tmp_path / "huge", {Q: (600, 600)}, 513))
+    assert refusals(huge) == ["rank 513: the greatest that is served is 512"]
+    assert module("a", Path("/x y")) == "a=/x y"
+
+
+def test_adapters_are_listed_with_what_they_are(
+    make_run: Callable[..., Path], make_adapter: Make
+) -> None:
+    run = make_run(methods=("qlora", "lora"))
+    domain, task = list_adapters(run)
+    assert (domain.name, domain.method, domain.origin.kind) == ("domain", "qlora", "cpt")
+    assert domain.ranks == [64] and domain.targets == ["down_proj", "q_proj"]
+    assert domain.parameters == 64 * (64 + 64 + 64 + 128)
+    assert task.base == str(run / "domain" / "merged") and domain.base == "/models/llama"
+    head, first, _ = table([domain, task]).splitlines()
+    assert head.split()[0] == "adapter" and first.endswith("/models/llama (in NF4)")
+    assert "20.5k" in first and "down_proj,q_proj" in first
+    alone = list_adapters(run / "task" / "adapter")
+    assert [a.name for a in alone] == ["task"]
+    assert {a.name for a in list_adapters(run / "task")} == {"task"}
+
+
+def test_a_run_that_was_moved_names_its_places_now(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    moved = make_run().rename(tmp_path / "moved")
+    assert list_adapters(moved)[1].base == str(moved / "domain" / "merged")
+    assert choices_of(str(moved))["task"].adapters[0] == moved / "domain" / "adapter"
+
+
+def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
+    found = choices_of(str(make_run(methods=("qlora", "lora"))))
+    assert list(found) == [BASE, "domain", "task"]
+    assert found["task"].base == "/models/llama" and found["task"].quantised
+    assert len(found["task"].adapters) == 2
+    run = make_run("second", methods=("lora", "qlora"))
+    over_merged = choices_of(str(run))["task"]
+    assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantised
+    assert over_merged.adapters == (run / "task" / "adapter",)
+
+
+def test_mistakes_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    (run / "task" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        list_adapters(run)
+    (run / "task" / "adapter" / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not the config of an adapter"):
+        list_adapters(run)
+    with pytest.raises(UserError, match="there is no such folder"):
+        list_adapters(tmp_path / "gone")
+    with pytest.raises(UserError, match="is not a run folder"):
+        open_run(tmp_path)
+
+
+IMPORTS = """
+import sys
+from dtrain.cli import main
+status = main()
+heavy = {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
+sys.exit(status or (9 if heavy else 0))
+"""
+
+
+def test_a_login_node_lists_and_prints_without_torch(
+    make_run: Callable[..., Path], environment: dict[str, str]
+) -> None:
+    run = make_run()
+
+    def dtrain(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", IMPORTS, *arguments], env=environment,
+                              capture_output=True, text=True, timeout=60)  # fmt: skip
+
+    listed, served = dtrain("adapters", str(run), "--json"), dtrain("serve", str(run), "--print")
+    assert (listed.returncode, served.returncode) == (0, 0), listed.stderr + served.stderr
+    assert [a["trainable_parameters"] for a in json.loads(listed.stdout)] == [20480, 3840]
+    assert served.stdout == script(open_run(run))
+    refused = dtrain("serve", str(run))
+    assert refused.returncode == 2 and f"serve {shlex.quote(str(run))} --print" in refused.stderr
