@@ -22,8 +22,8 @@ from dtrain.cli import (
     run,
     serve,
     submit,
-    verify,
     talk,
+    verify,
 )
 from dtrain.core.errors import Exit, UserError
 
