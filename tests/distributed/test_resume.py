@@ -41,9 +41,19 @@ def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
     run.assert_golden("lora")
 
 
-@pytest.mark.parametrize("method", ["{kind: full}", "{kind: qlora, r: 4, dropout: 0.1}"])
-def test_other_methods_go_on_as_well(start_ranks, weights, method) -> None:
-    settings = [f"stages.{s}.method={method}" for s in ("domain", "task")]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method={kind: full}"],
+        ["method={kind: qlora, r: 4, dropout: 0.1}"],
+        # Matrices of 4096 elements: smaller ones keep a state of 32 bits.
+        ["method={kind: lora, r: 64}", "train.optimizer=adamw_8bit", "train.learning_rate=1e-3"],
+    ],
+    ids=["full", "qlora", "adamw_8bit"],
+)
+def test_other_methods_go_on_as_well(start_ranks, weights, changes) -> None:
+    settings = ["engine.kind=ddp"]
+    settings += [f"stages.{s}.{change}" for s in ("domain", "task") for change in changes]
     undisturbed = start_ranks(*settings, ranks=1, folder="undisturbed").wait(0)
     start_ranks(*settings, ranks=1, env=STOP_AT_ONCE).wait(75)
     run = start_ranks(*settings, ranks=1).wait(0)
