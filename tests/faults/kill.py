@@ -1,6 +1,6 @@
 """kill -9, at every step or at any instant: the same command goes on, and ends at the same weights.
 
-    python tests/faults/kill.py --every-step ENGINE [--seed S]
+    python tests/faults/kill.py --every-step ENGINE [--seed S] [--forked]
     python tests/faults/kill.py --random N [--engine ENGINE] [--seed S] [--forked]
     python tests/faults/kill.py --restart-time N   # a worker's death to the next step: seconds
 
@@ -50,9 +50,9 @@ def main() -> int:
     if arguments.restart_time:
         return restart_time(place, overrides, arguments.restart_time)
     expected = undisturbed(place / "undisturbed", overrides)
-    if arguments.every_step:
-        return every_step(place / "run", overrides, expected, draw, engine)
     kind = ForkedStart if arguments.forked else Start
+    if arguments.every_step:
+        return every_step(place / "run", overrides, expected, draw, kind)
     return at_random(place, overrides, expected, draw, arguments.random, kind)
 
 
@@ -66,13 +66,13 @@ def undisturbed(folder: Path, overrides: list[str]) -> str:
 
 
 def every_step(
-    folder: Path, overrides: list[str], expected: str, draw: random.Random, engine: str
+    folder: Path, overrides: list[str], expected: str, draw: random.Random, kind: type[Start]
 ) -> int:
     """Kill both workers after each of the 30 steps in turn, a moment of up to a step later."""
     statuses, lost = Counter[int | None](), Counter[int]()
     for stage in STAGES:
         for step in range(1, STEPS + 1):
-            start = Start(folder, overrides)
+            start = kind(folder, overrides)
             if not start.wait_for(lambda: step in start.steps(stage)):  # noqa: B023
                 print(f"step {step} of {stage} was not reached:\n{start.log.read_text()}")
                 return 1
@@ -82,11 +82,11 @@ def every_step(
                     worker.kill()
             statuses[start.end()] += 1
             lost[position(folder) - saved(folder)] += 1
-    start = Start(folder, overrides)
+    start = kind(folder, overrides)
     status = start.end(600)
     same = status == 0 and final_hash(folder) == expected and max(lost) <= INTERVAL
     kills = sum(statuses.values())
-    print(f"{engine}: {kills} kills, steps lost by a kill {dict(sorted(lost.items()))}, statuses")
+    print(f"{kills} kills, steps lost by a kill {dict(sorted(lost.items()))}, statuses")
     verdict = "hash equal" if same else "NOT AS IT SHOULD BE"
     print(f"{dict(statuses)}; final status {status}, {verdict}")
     return 0 if same else 1
