@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 
 from dtrain.core.errors import Exit
 from dtrain.core.imports import import_fast
+from dtrain.core.processes import die_with_parent
 from dtrain.launching.commands import LAUNCHER
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +25,8 @@ def die_with_launcher() -> None:
 
     Orphans would train on, and keep the run folder from the restart that is to go on.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
         parent = str(os.getppid())
         if parent != os.environ.get(LAUNCHER, parent):
             sys.exit(Exit.CRASHED)  # it was killed before this rank could ask for that
