@@ -68,7 +68,7 @@ def test_hybrid_sharding_on_four_ranks(run_tiny):
     run.assert_golden("lora")
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_started_by_accelerate(run_tiny, engine):
     file = ROOT / "launch" / "accelerate" / f"{engine}.yaml"
     launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
