@@ -189,8 +189,12 @@ class Data(Group):
         "truncate",
         description="what to do with a conversation longer than a sequence",
     )
-    train_on: Literal["all", "last"] = Field(
-        "all", description="sft: which answers of a conversation are learnt"
+    train_on: Literal["all", "last", "user", "all+tool", "all+user", "all+user+tool"] = Field(
+        "all",
+        description=(
+            "sft: which turns of a conversation are learnt: all answers, the last one, what the "
+            "user says; or all answers and what tools or the user say"
+        ),
     )
     template: str = Field(
         "auto",

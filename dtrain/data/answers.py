@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the answers stand.
+"""Where in a rendered conversation the answers stand, or the turns of other roles.
 
 Few chat templates mark their answers with `{% generation %}`; for the others the answers are found
 by rendering the conversation with and without them.
@@ -17,6 +17,9 @@ from dtrain.data.templates import SECONDS, Span, Template
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BEGIN, END = "\ue000dtrain-begin\ue001", "\ue000dtrain-end\ue001"  # private use characters
+PROBE = "dtrainprobe7f3a"  # for what a template may write as JSON: it reads the same there
+
+ROLES = {"all": "assistant", "last": "assistant"}  # else a part of `train_on` is the role itself
 
 
 def render_answers(
@@ -28,7 +31,7 @@ def render_answers(
         template: of `resolve_template`.
         talk: messages and tools.
         where: file and line, for the message.
-        train_on: all answers, or the last one, if the conversation ends with an answer.
+        train_on: of the recipe; `last` is the last answer, if the conversation ends with one.
 
     Raises:
         UserError: the template refuses the conversation, or changes its answers.
@@ -47,15 +50,41 @@ def render_answers(
 
 
 def _rendered_answers(template: Template, talk: Talk, train_on: str) -> tuple[str, list[Span]]:
-    learnt = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    roles = [ROLES.get(part, part) for part in train_on.split("+")]
+    learnt = [i for i, message in enumerate(talk.messages) if message["role"] in roles]
     if train_on == "last":
         learnt = [i for i in learnt if i == len(talk.messages) - 1]
+    answers = [i for i in learnt if talk.messages[i]["role"] == "assistant"]
+    others = [i for i in learnt if i not in answers]
+    text, spans = _answers(template, talk, answers, train_on == "last")
+    return text, sorted([*spans, *_others(template, talk, text, others)])
+
+
+def _answers(
+    template: Template, talk: Talk, learnt: list[int], last: bool
+) -> tuple[str, list[Span]]:
+    """The text, and the spans of these answers: all there are, or the last alone."""
     if MARK.search(template.text):
         text, spans = template.render_marked(talk)
-        return text, spans if train_on == "all" else spans[-1:] if learnt else []
+        return text, (spans[-1:] if last else spans) if learnt else []
     text = template.render(talk)
     found = _by_prefix(template, talk, text, learnt)
     return text, _by_probe(template, talk, text, learnt) if found is None else found
+
+
+def _others(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span]:
+    """What the user or a tool says, and the end of the turn where it ends as an answer does."""
+    spans = []
+    for index in learnt:
+        if not talk.messages[index]["content"]:
+            continue
+        before, probe, after = _with_content(template, talk, index, PROBE).partition(PROBE)
+        stop = len(text) - len(after)
+        if not (probe and text.startswith(before) and text.endswith(after) and len(before) <= stop):
+            raise _lost(index)
+        ending = _end_of_turn(template)
+        spans.append((len(before), stop + len(ending) * text.startswith(ending, stop)))
+    return spans
 
 
 def _by_prefix(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span] | None:
@@ -122,7 +151,8 @@ def _replaced(template: Template, talk: Talk, text: str, index: int) -> Span:
 
 def _with_content(template: Template, talk: Talk, index: int, content: str) -> str:
     message = {**talk.messages[index], "content": content}
-    message.pop("tool_calls", None)
+    for beside in ("tool_calls", "instruction", "input"):  # some templates print these instead
+        message.pop(beside, None)
     messages = [*talk.messages[:index], message, *talk.messages[index + 1 :]]
     return template.render(replace(talk, messages=messages))
 

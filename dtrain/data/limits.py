@@ -20,6 +20,8 @@ class Limit(BaseException):
 def limits(seconds: float) -> Iterator[None]:
     """Run a block within bounds; one that never ends, or asks for all memory, ends in `Limit`.
 
+    Seconds of work, not of the clock: a busy machine must not change what is refused.
+
     Python's own code can be stopped between two steps, and a request for memory can be refused;
     a signal reaches the main thread only, so in another thread the time is not bounded.
     """
@@ -30,18 +32,18 @@ def limits(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Limit(f"takes more than {seconds:g} seconds")
 
-    earlier = signal.signal(signal.SIGALRM, stop)
+    earlier = signal.signal(signal.SIGPROF, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_bound(soft), hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     except MemoryError as error:
         raise Limit("asks for too much memory") from error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, earlier)
+        signal.signal(signal.SIGPROF, earlier)
 
 
 def _bound(soft: int) -> int:

@@ -143,3 +143,78 @@ def test_a_hostile_template_is_stopped_with_a_reason(template, harm, when) -> No
     with pytest.raises(UserError) as error:
         learnt(template(text), TURNS)
     assert any(word in str(error.value) for word in ("seconds", "memory", "characters"))
+
+
+# What the user says and what tools say, with the end of the turn where it is that of an answer.
+SAID = {
+    "chatml": "{}<|im_end|>",
+    "smollm2": "{}<|im_end|>",
+    "llama3": "{}<|eot_id|>",
+    "qwen2.5": "{}<|im_end|>",
+    "qwen3": "{}<|im_end|>",
+    "mistral": "{}",
+    "gemma": "{}<end_of_turn>",
+    "phi3": "{}<|end|>",
+    "phi4": "{}<|im_end|>",
+    "deepseek": "{}",
+}
+QUESTIONS = ["Two and two?", "And two?"]
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_what_the_user_says_is_learnt_when_asked(template, family) -> None:
+    ready = template(family)
+    said = [SAID[family].format(text) for text in QUESTIONS]
+    assert learnt(ready, TURNS, "user") == said
+    both = [bare(text) for text in learnt(ready, TURNS, "all+user")]
+    answers = [ENDS[family].format(text) for text in ("Four.", "Six.")]
+    assert both == [said[0], answers[0], said[1], answers[1]]
+
+
+def test_training_on_all_is_the_same_with_a_role_that_nobody_has(template) -> None:
+    for family in ENDS:
+        ready = template(family)
+        assert learnt(ready, TURNS, "all+tool") == learnt(ready, TURNS, "all")
+
+
+TOLD = {
+    "chatml": "4<|im_end|>",
+    "llama3": "4",
+    "qwen2.5": "4",
+    "qwen3": "4",
+}
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_what_tools_say_is_learnt_when_asked(template, family) -> None:
+    ready = template(family)
+    found = learnt(ready, CALLING, "all+tool", TOOLS)
+    assert found[1] == TOLD[family]
+    assert found[::2] == learnt(ready, CALLING, "all", TOOLS)
+    everything = learnt(ready, CALLING, "all+user+tool", TOOLS)
+    assert everything == [SAID[family].format("Two and two?"), *found]
+
+
+def test_marks_of_the_template_are_taken_for_the_answers_alone(template) -> None:
+    text = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}"
+    )
+    ready = template(text)
+    assert learnt(ready, TURNS) == ["Four.<|im_end|>", "Six.<|im_end|>"]
+    assert learnt(ready, TURNS, "last") == ["Six.<|im_end|>"]
+    assert learnt(ready, TURNS, "user") == [f"{text}<|im_end|>" for text in QUESTIONS]
+
+
+def test_an_instruction_and_its_input_are_learnt_together(make_tokenizer) -> None:
+    user = {"role": "user", "content": "Add\n\n2 2", "instruction": "Add", "input": "2 2"}
+    ready = resolve_template("instruction", make_tokenizer(None))
+    assert learnt(ready, [user, TURNS[1]], "user") == ["Add\n\n### Input:\n2 2"]
+
+
+def test_a_template_that_leaves_a_turn_out_is_told(template) -> None:
+    deaf = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(UserError, match="message 3"):
+        learnt(template(deaf), CALLING, "all+tool")
