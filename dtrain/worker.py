@@ -11,7 +11,6 @@ import traceback
 import warnings
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from dtrain.checkpoints.identity import require_same
@@ -22,10 +21,12 @@ from dtrain.core.files import write_atomic
 from dtrain.core.log import is_first_rank
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import end_world, start_world
-from dtrain.launching.detect import resolve_engine
+from dtrain.launching.detect import launcher_engine, resolve_engine
 from dtrain.pipeline.chain import run_chain
 from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
 from dtrain.pipeline.outcome import Outcome
+from dtrain.pipeline.planned import without_choice
 from dtrain.pipeline.run_folder import lock_run
 from dtrain.stages.stop import StopFlag
 
@@ -37,7 +38,7 @@ def work(arguments: argparse.Namespace) -> int:
         arguments: recipe, overrides and allow_change, from the command line.
     """
     keep_libraries_quiet()
-    outcome = Outcome()
+    outcome, recipe = Outcome(), None
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
         if train(recipe, set(arguments.allow_change), outcome):
@@ -45,9 +46,9 @@ def work(arguments: argparse.Namespace) -> int:
         return outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
     except UserError as error:
         return outcome.fail(error.status, f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        return outcome.fail(Exit.OUT_OF_MEMORY, f"error: out of memory: {error}")
     except Exception as error:
+        if recipe is not None and is_out_of_memory(error):
+            return outcome.fail(Exit.OUT_OF_MEMORY, f"error: {out_of_memory_text(error, recipe)}")
         if full := no_room(error):
             return outcome.fail(Exit.USER_ERROR, full)
         reason = traceback.format_exc(limit=-1)
@@ -75,7 +76,9 @@ def keep_libraries_quiet() -> None:
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with what only the launcher knows."""
-    kind = resolve_engine(recipe.engine.kind, os.environ)
+    kind: str = recipe.engine.kind
+    if kind != "auto" or launcher_engine(os.environ):
+        kind = resolve_engine(kind, os.environ)
     folder = str(Path(recipe.output.folder).expanduser().absolute())
     return recipe.model_copy(
         update={
@@ -95,6 +98,10 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
         write_atomic(run / "recipe.yaml", dump(recipe))
         shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
+    chosen = without_choice(recipe, world)
+    if lock and chosen != recipe:
+        write_atomic(run / "recipe.yaml", dump(chosen))
+    recipe = chosen
     inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
     stop = StopFlag(run, looks_at_file=world.is_first)

@@ -16,6 +16,7 @@ from dtrain.cli import (
     jobs,
     merge,
     model,
+    plan,
     preflight,
     recipes,
     report,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("check")(check.check)
+app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("merge")(merge.merge)

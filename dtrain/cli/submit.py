@@ -10,6 +10,9 @@ import typer
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.cli.run import placed
 from dtrain.config.load import load_recipe
+from dtrain.config.schema import Recipe
+from dtrain.core.errors import UserError
+from dtrain.core.units import size
 
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node.")]
@@ -18,6 +21,11 @@ Cores = Annotated[int | None, typer.Option(min=1, help="Cores of each node; 8 a 
 Memory = Annotated[str | None, typer.Option(help="Memory of each node; 64G a GPU.")]
 Name = Annotated[str | None, typer.Option(help="As sbatch takes it.")]
 After = Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job succeeded.")]
+GpuName = Annotated[
+    str | None,
+    typer.Option(envvar="DTRAIN_GPU", help="Kind of GPU, to refuse what cannot fit: h100-80g."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Submit what does not fit by the plan.")]
 Prepare = Annotated[
     bool, typer.Option("--prepare", help="Tokenise and pack in a job without GPUs before it.")
 ]
@@ -41,6 +49,8 @@ def submit(
     account: Name = None,
     qos: Name = None,
     after: After = None,
+    gpu: GpuName = None,
+    force: Force = False,
     prepare: Prepare = False,
     preflight: Preflight = "on",
     dry_run: DryRun = False,
@@ -51,6 +61,8 @@ def submit(
     settings = load_recipe(recipe, overrides or [])
     folder = Path(settings.output.folder).expanduser().absolute()
     settings, working = placed(settings, folder), Path.cwd()
+    if gpus and settings.device != "cpu":
+        refuse_what_cannot_fit(settings, gpu, nodes, gpus, force)
     resources = jobs.Resources(
         nodes=nodes,
         gpus=gpus,
@@ -72,3 +84,37 @@ def submit(
     print(f"submitted job {' and then '.join(numbers)}; next:")
     for verb in ("status", "logs -f", "cancel"):
         print(f"  dtrain {verb} {jobs.quote(folder)}")
+
+
+def refuse_what_cannot_fit(
+    recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool
+) -> None:
+    """Plan the recipe on the job's GPUs; without their name on the largest that the plan knows.
+
+    A base whose shape the plan does not know is not refused.
+
+    Raises:
+        UserError: it does not fit, and nobody insists; or the GPU is not known.
+    """
+    from dtrain.planning.gpus import GPUS, find_gpu
+    from dtrain.planning.plan import make_plan
+    from dtrain.planning.setup import Cluster
+    from dtrain.planning.verdict import DOES_NOT_FIT
+
+    kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
+    try:
+        stage = make_plan(recipe, Cluster(kind, nodes, gpus)).worst
+    except UserError as error:
+        print(f"not planned: {error.what}")
+        return
+    verdict = stage.verdict
+    if verdict.word != DOES_NOT_FIT or force:
+        told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
+        print(f"plan: {verdict.word} {told}")
+        return
+    what = (
+        f"{DOES_NOT_FIT} on {kind.name}: at least {size(verdict.lower)} of {size(verdict.usable)}"
+    )
+    ways = [" ".join(change.texts) for change in stage.changes]
+    fix = "; or ".join([*ways, "--force"])
+    raise UserError(what, where=f"stage {stage.name}", fix=fix)

@@ -176,7 +176,7 @@ def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     if ranks == "auto":
         ranks = 1  # whatever the number will be, one micro-batch must go into the step
     try:
-        accumulation(train.global_batch_sequences, ranks, train.micro_batch_sequences)
+        accumulation(train.global_batch_sequences, ranks, train.micro_batch)
     except UserError as error:
         keys: list[Key] = [
             (*at, "train", "global_batch_sequences"),

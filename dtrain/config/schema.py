@@ -62,7 +62,7 @@ class Engine(Group):
 
     kind: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = Field(
         "auto",
-        description="auto: the launcher's own if it names one, else ddp",
+        description="auto: the launcher's own if it names one, else the plan's choice; ddp on CPUs",
     )
     shard: Literal["all", "node"] | Count = Field(
         "all",
@@ -212,7 +212,9 @@ class Train(Group):
     global_batch_sequences: Count = Field(
         description="sequences in one optimizer step, over all ranks",
     )
-    micro_batch_sequences: Count = Field(1, description="sequences a rank computes at once")
+    micro_batch_sequences: Literal["auto"] | Count = Field(
+        1, description="sequences a rank computes at once; auto: as many as the plan says"
+    )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="passes over the data (over the heaviest source of a mixture)",
@@ -255,6 +257,11 @@ class Train(Group):
         None,
         description="save in between; the end is always saved",
     )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences at once; 1, which any choice is a multiple of, as long as it is `auto`."""
+        return 1 if self.micro_batch_sequences == "auto" else self.micro_batch_sequences
 
 
 class Stage(Group):

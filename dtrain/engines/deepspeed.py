@@ -184,7 +184,7 @@ def fill_ds_config(
 ) -> dict[str, Any]:
     """Put the recipe's values where the file says "auto"."""
     train = stage.train
-    micro = train.micro_batch_sequences
+    micro = train.micro_batch
     kept = {knob: value for knob, value in settings.items() if value != "auto"}
     bf16 = {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True}
     return kept | {

@@ -120,7 +120,7 @@ def check_batches(recipe: Recipe, nodes: int, ranks: int | str) -> None:
         return
     for stage in recipe.stages:
         train = stage.train
-        accumulation(train.global_batch_sequences, nodes * ranks, train.micro_batch_sequences)
+        accumulation(train.global_batch_sequences, nodes * ranks, train.micro_batch)
 
 
 def take(run: Path, recipe: Recipe) -> None:

@@ -96,7 +96,7 @@ class Evaluations:
 
 def held_out_loader(mixture: Mixture, engine: Engine) -> Loader:
     """All rows of a held-out set once, in batches that every rank takes an equal part of."""
-    batch = engine.world.size * engine.stage.train.micro_batch_sequences
+    batch = engine.world.size * engine.stage.train.micro_batch
     return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
 
 

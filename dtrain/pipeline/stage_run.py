@@ -41,6 +41,7 @@ from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
 from dtrain.pipeline.evaluations import Evaluations, held_out_loader
 from dtrain.pipeline.inputs import Inputs
+from dtrain.pipeline.planned import remember
 from dtrain.pipeline.run_folder import StageFolder
 from dtrain.stages.loop import Job, Progress, fit
 from dtrain.stages.schedule import total_sequences
@@ -187,7 +188,7 @@ class StageRun:
         progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
         rows = total_sequences(train, mixture.rows_per_epoch, tokens_per_row(mixture))
         batch = train.global_batch_sequences
-        accumulation(batch, self.world.size, train.micro_batch_sequences)
+        accumulation(batch, self.world.size, train.micro_batch)
         loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)
         say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
         sets = self.inputs.sets if train.evaluate_every_steps else {}
@@ -258,6 +259,7 @@ class StageRun:
             else:
                 self.merge_adapter()
         facts["checkpoint_bytes"] = checkpoint.size_bytes
+        remember(self.recipe, self.stage, self.base, facts, self.world)
         self.folder.finish(facts)
         say(
             f"stage {self.stage.name}: {facts['steps']} steps in {duration(facts['seconds'])}, "

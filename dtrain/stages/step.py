@@ -60,7 +60,7 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     started = time.perf_counter()
     engine, loader = job.engine, job.loader
     world, train = engine.world, engine.stage.train
-    batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch_sequences))
+    batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch))
     supervised = loader.supervised_tokens(step)
     loaded = time.perf_counter()
     scale = world.size / max(1, supervised)  # engines average over ranks
@@ -121,7 +121,7 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 def held_out_loss(engine: Engine, loader: Loader) -> float:
     """Mean loss over all supervised tokens of a held-out set, on all ranks."""
     world: World = engine.world
-    micro = engine.stage.train.micro_batch_sequences
+    micro = engine.stage.train.micro_batch
     total, tokens = 0.0, 0
     engine.model.eval()
     for step in range(loader.steps):

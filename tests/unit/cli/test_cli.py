@@ -38,7 +38,14 @@ def dtrain(*arguments: str, cwd: Path, code: str = "") -> subprocess.CompletedPr
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["check", "tiny"], ["recipes"], ["recipes", "copy", "tiny"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["check", "tiny"],
+        ["plan", "7b-lora"],
+        ["recipes"],
+        ["recipes", "copy", "tiny"],
+    ],
     ids=" ".join,
 )
 def test_what_a_login_node_runs_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""`dtrain plan`: whether a recipe fits, how long it takes, and which engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Annotated
+
+import typer
+
+from dtrain.cli.arguments import Overrides, RecipeAddress
+
+GpuName = Annotated[str, typer.Option(help="For example h100-80g, a100-40g, rtx4090.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
+GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of each node.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Plain values instead of a screen.")]
+
+
+def plan(
+    recipe: RecipeAddress,
+    overrides: Overrides = None,
+    gpu: GpuName = "h100-80g",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether it fits, how long it takes, and which engine is best; needs no GPU."""
+    from dtrain.config.load import load_recipe
+    from dtrain.planning.gpus import find_gpu
+    from dtrain.planning.plan import as_json as plain
+    from dtrain.planning.plan import make_plan
+    from dtrain.planning.setup import Cluster
+    from dtrain.planning.show import lines_of
+
+    cluster = Cluster(find_gpu(gpu), nodes, gpus_per_node)
+    made = make_plan(load_recipe(recipe, overrides or []), cluster)
+    if as_json:
+        print(json.dumps(plain(made), indent=2))
+        return
+    for line in lines_of(made, shutil.get_terminal_size((100, 24)).columns):
+        print(line)

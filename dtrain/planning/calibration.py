@@ -1,0 +1,109 @@
+"""What runs on this machine's cluster really took: a file that later plans use.
+
+One line of JSON a stage, keyed by GPU, engine and versions; the plan's own figures lie beside the
+measured ones, so that a line says by how much the plan was off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+from dtrain.core.folders import cache_folder
+
+NAME = "calibration.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage of one run.
+
+    Attributes:
+        gpu: its name in the plan's table, or as its driver says.
+        peak, speed: measured: bytes of a rank, tokens a second of all ranks.
+        planned_peak, planned_speed: what the plan says of the same.
+    """
+
+    gpu: str
+    engine: str
+    method: str
+    versions: str
+    base: str
+    peak: float
+    speed: float
+    planned_peak: float
+    planned_speed: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Earlier runs on the same GPU, engine and versions.
+
+    Attributes:
+        memory_ratio: the greatest of measured over planned.
+        speed_ratio: the median.
+    """
+
+    stages: int
+    memory_ratio: float
+    speed_ratio: float
+
+
+def calibration_file() -> Path:
+    """Where the lines lie."""
+    return cache_folder() / NAME
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> str:
+    """Versions of what decides memory and speed, without importing any of it."""
+    found = []
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
+def append(line: Line) -> None:
+    """Add a line; whole or not at all, since a line is one write."""
+    path = calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = (json.dumps(asdict(line)) + "\n").encode()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, data)
+    finally:
+        os.close(handle)
+
+
+def lines() -> list[Line]:
+    """All of them; those that cannot be read are passed over."""
+    try:
+        texts = calibration_file().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for text in texts:
+        with suppress(ValueError, TypeError):
+            found.append(Line(**json.loads(text)))
+    return found
+
+
+def measured(gpu: str, engine: str, method: str) -> Measured | None:
+    """What earlier runs say; None if there were none."""
+    key = (gpu, engine, method, versions())
+    fit = [x for x in lines() if (x.gpu, x.engine, x.method, x.versions) == key]
+    fit = [x for x in fit if min(x.peak, x.speed, x.planned_peak, x.planned_speed) > 0]
+    if not fit:
+        return None
+    return Measured(
+        len(fit),
+        max(x.peak / x.planned_peak for x in fit),
+        median(x.speed / x.planned_speed for x in fit),
+    )

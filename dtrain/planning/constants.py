@@ -1,0 +1,31 @@
+"""The plan's measured constants, with where each comes from; everything else is arithmetic.
+
+`tests/bench/plan_points.py FOLDER` fits them anew from published figures (101 peaks of memory, 48
+speeds), each source in turn left out; tests/bench/LOG.md has the errors.
+"""
+
+from __future__ import annotations
+
+# Memory that is no tensor. An allocator holds more than it gives out, in proportion; libraries,
+# kernels and communication need room of their own.
+LOWER_FACTOR, LOWER_BYTES = 1.0, 0.5e9  # least that a CUDA context takes
+BUDGET_FACTOR, BUDGET_BYTES = 1.15, 2.0e9
+
+# Share of the arithmetic of a data sheet that a training step reaches: low, middle, high.
+UTILISATION = {
+    "a100": (0.40, 0.56, 0.66),
+    "h100": (0.30, 0.43, 0.53),
+    "rtx4090": (0.55, 0.64, 0.75),
+    "rtx3090": (0.50, 0.52, 0.66),
+}
+UTILISATION_ELSEWHERE = (0.30, 0.50, 0.66)
+
+# NF4 to 16 bits, for each element and pass: bytes of memory bandwidth that it costs.
+DEQUANTISE_BYTES = 8.0
+# Share of the lesser of computing and sending that is not hidden behind the other.
+EXPOSED = 0.2
+
+# Processes on the host: libraries of one rank (tests/bench/LOG.md: 365 MB on a CPU; CUDA adds to
+# it), and bytes of text that make a token (English, tokenizers of 32k to 150k entries).
+RANK_HOST_BYTES = 3.0e9
+TEXT_BYTES_PER_TOKEN = 4.2

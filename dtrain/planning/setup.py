@@ -1,0 +1,173 @@
+"""One stage on one cluster, as numbers: all that memory, time and bytes are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.config import ds_file
+from dtrain.config.schema import Lora, Recipe, Stage
+from dtrain.core.errors import UserError
+from dtrain.planning.gpus import Gpu
+from dtrain.planning.shapes import Linear, Shape, adapted, adapter_parameters
+
+REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
+ZERO = ("zero2", "zero3")
+BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
+LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind, as many on each node."""
+
+    gpu: Gpu
+    nodes: int = 1
+    gpus_per_node: int = 8
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a run on all of it."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage as it would run.
+
+    Attributes:
+        method: full, lora or qlora.
+        rank: of the adapter.
+        shard: ranks that share one copy of the model.
+        element_bytes: of the dtype that computes: 2 or 4.
+        micro_batch: sequences that a rank computes at once.
+        accumulation: micro-batches in an optimizer step.
+        bucket_elements, live_elements: of DeepSpeed's file.
+        foreach: torch's optimizer works on all parameters at once (on GPUs), with a copy of one.
+    """
+
+    shape: Shape
+    method: str
+    rank: int
+    targets: str | tuple[str, ...]
+    has_dropout: bool
+    engine: str
+    ranks: int
+    node_ranks: int
+    shard: int
+    element_bytes: int
+    sequence_tokens: int
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    optimizer: str = "adamw"
+    offload: bool = False
+    bucket_elements: int = BUCKET_ELEMENTS
+    live_elements: int = LIVE_ELEMENTS
+    foreach: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.sequence_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        return self.tokens * self.accumulation * self.ranks
+
+    @property
+    def is_full(self) -> bool:
+        """Every parameter trains."""
+        return self.method == "full"
+
+    @property
+    def autocasts(self) -> bool:
+        """torch's autocast computes in 16 bits; DeepSpeed casts the model itself."""
+        return self.element_bytes == 2 and self.engine not in ZERO
+
+    @property
+    def adapted(self) -> tuple[Linear, ...]:
+        """Linear layers of a decoder layer that have an adapter."""
+        return () if self.is_full else adapted(self.shape, self.targets)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        if self.is_full:
+            return self.shape.parameters
+        return adapter_parameters(self.shape, self.rank, self.targets)
+
+    @property
+    def is_sharded(self) -> bool:
+        """A rank holds a share of the base only."""
+        return self.engine not in REPLICATED
+
+
+def setup_of(
+    recipe: Recipe, stage: Stage, shape: Shape, cluster: Cluster, engine: str | None = None
+) -> Setup:
+    """The stage of a recipe on a cluster.
+
+    Args:
+        engine: instead of the recipe's; `auto` is ddp, as without a plan.
+
+    Raises:
+        UserError: a target that no layer answers to, a shard that does not divide the ranks, a
+            DeepSpeed file that cannot be read.
+    """
+    kind = engine or ("ddp" if recipe.engine.kind == "auto" else recipe.engine.kind)
+    method, micro = stage.method, stage.train.micro_batch
+    lora = method if isinstance(method, Lora) else None
+    targets: str | tuple[str, ...] = "all-linear"
+    if lora is not None and not isinstance(lora.targets, str):
+        targets = tuple(lora.targets)
+    on_cpu = recipe.device == "cpu"
+    wide = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
+    return Setup(
+        shape=shape,
+        method=method.kind,
+        rank=lora.r if lora else 0,
+        targets=targets,
+        has_dropout=bool(lora and lora.dropout),
+        engine=kind,
+        ranks=cluster.ranks,
+        node_ranks=cluster.gpus_per_node,
+        shard=_shard(recipe, kind, cluster),
+        element_bytes=4 if wide else 2,
+        sequence_tokens=stage.data.sequence_tokens,
+        micro_batch=micro,
+        accumulation=max(1, stage.train.global_batch_sequences // (cluster.ranks * micro)),
+        checkpointing=recipe.model.gradient_checkpointing,
+        optimizer=stage.train.optimizer,
+        offload=recipe.engine.offload and kind == "zero3",
+        foreach=not on_cpu,
+        **_ds_sizes(recipe, kind),
+    )
+
+
+def _shard(recipe: Recipe, kind: str, cluster: Cluster) -> int:
+    if kind in REPLICATED:
+        return 1
+    wanted: Any = recipe.engine.shard if kind == "fsdp2" else "all"
+    if recipe.engine.kind == "auto" and kind == "fsdp2":
+        wanted = "node"  # what `auto` would choose: frozen weights never cross nodes
+    group = {"all": cluster.ranks, "node": cluster.gpus_per_node}.get(str(wanted)) or int(wanted)
+    if cluster.ranks % group:
+        what = f"{cluster.ranks} ranks do not divide into groups of {group}"
+        raise UserError(what, where="engine.shard", fix="a divisor of the ranks, node or all")
+    return group
+
+
+def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, int]:
+    """Sizes of buckets from the recipe's own DeepSpeed file."""
+    if kind not in ZERO or recipe.engine.kind != kind or recipe.engine.config is None:
+        return {}
+    path = Path(recipe.engine.config).expanduser()
+    zero = ds_file.read(path, kind, recipe.engine.offload).get("zero_optimization", {})
+    found = {
+        "bucket_elements": zero.get("reduce_bucket_size"),
+        "live_elements": zero.get("stage3_max_live_parameters"),
+    }
+    return {name: int(value) for name, value in found.items() if value is not None}

@@ -1,0 +1,98 @@
+"""Host memory, disk, and how many tokens a stage has: what a plan needs beside the GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+from dtrain.config.schema import Data, Recipe, Source, Stage
+from dtrain.core.folders import local_path
+from dtrain.planning.constants import RANK_HOST_BYTES, TEXT_BYTES_PER_TOKEN
+from dtrain.planning.memory import ADAM_BYTES, FLOAT32
+from dtrain.planning.setup import Setup
+
+MERGE_COPIES = 4  # of the largest tensor: as read, in float32, its delta, the result
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Tokens of a stage.
+
+    Attributes:
+        is_exact: the recipe says so; otherwise it is guessed from the size of the files.
+    """
+
+    tokens: float
+    is_exact: bool
+
+
+def host_load_bytes(setup: Setup) -> float:
+    """Host memory of a node while the base is loaded, beside the files' page cache.
+
+    A rank reads one block at a time; offloading keeps what trains and the base in host memory.
+    """
+    shape, e = setup.shape, setup.element_bytes
+    ranks = min(setup.node_ranks, setup.ranks)
+    block = e * max(shape.layer_parameters, shape.vocabulary * shape.hidden)
+    held = 0.0
+    if setup.offload:
+        held = (e * shape.parameters + 16.0 * setup.trainable) / setup.ranks
+    return ranks * (RANK_HOST_BYTES + block + held)
+
+
+def host_merge_bytes(setup: Setup) -> float:
+    """Host memory of the merge: one tensor, whatever the model's size."""
+    shape = setup.shape
+    largest = max(shape.vocabulary * shape.hidden, *(x.elements for x in shape.linears))
+    return RANK_HOST_BYTES + MERGE_COPIES * FLOAT32 * largest
+
+
+def checkpoint_bytes(setup: Setup) -> float:
+    """One checkpoint: what trains in float32, and its optimizer state; never the frozen base."""
+    return (FLOAT32 + ADAM_BYTES[setup.optimizer]) * setup.trainable
+
+
+def disk_bytes(recipe: Recipe, setup: Setup, *, is_last: bool) -> float:
+    """What a stage leaves behind, and the checkpoint that is being written beside those kept."""
+    adapter = 0 if setup.is_full else FLOAT32 * setup.trainable
+    merged = recipe.output.merge or not is_last
+    model = setup.element_bytes * setup.shape.parameters if merged else 0
+    kept = recipe.output.keep_checkpoints + 1
+    return kept * checkpoint_bytes(setup) + adapter + model
+
+
+def stage_tokens(stage: Stage) -> Amount | None:
+    """How many tokens a stage trains on; None where its data are not on this machine."""
+    train, row = stage.train, stage.data.sequence_tokens
+    if train.tokens is not None:
+        return Amount(train.tokens, True)
+    if train.steps is not None:
+        return Amount(train.steps * train.global_batch_sequences * row, True)
+    passes = epoch_tokens(stage.data)
+    if passes is None or train.epochs is None:
+        return None
+    return Amount(passes * train.epochs, False)
+
+
+def epoch_tokens(data: Data) -> float | None:
+    """Of one pass: all sources, or as many as go with one pass over the heaviest."""
+    sizes = [source_bytes(source) for source in data.sources]
+    if not all(sizes):
+        return None
+    weights = [source.weight for source in data.sources]
+    if any(weight is None for weight in weights):
+        return sum(sizes) / TEXT_BYTES_PER_TOKEN
+    shares = [weight or 0.0 for weight in weights]
+    heaviest = shares.index(max(shares))
+    return sizes[heaviest] / TEXT_BYTES_PER_TOKEN * sum(shares) / shares[heaviest]
+
+
+def source_bytes(source: Source) -> int:
+    """Bytes of a source's files; 0 where there are none."""
+    path = local_path(source.path)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    else:
+        files = [Path(name) for name in glob(str(path), recursive=True)]
+    return sum(file.stat().st_size for file in files)

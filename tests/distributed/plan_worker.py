@@ -1,0 +1,186 @@
+"""Worker: real optimizer steps under an engine; prints tensor-level peaks and the bytes sent.
+
+Started under torchrun with a recipe's overrides. A mode that sees every operation keeps a sum of
+the living storages, so that the peak is that of tensors: no allocator, no libraries. Collectives
+are wrapped, so that what an engine really sends is what is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dtrain.config.load import load_recipe
+from dtrain.data.loader import MicroBatch
+from dtrain.distributed.world import end_world, start_world
+from dtrain.engines.build import SHARDING, build_engine
+from dtrain.models.adapters import attach
+from dtrain.models.counts import parameter_counts
+from dtrain.models.dropout import set_dropout_key
+from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.stream import stream_base
+from dtrain.stages.step import forward_loss
+
+STEPS = 2
+
+
+class Storages(TorchDispatchMode):
+    """The sum of the living storages, and its peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """Count the storage behind a tensor until it dies."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self.sizes.get(key)
+        if known == size:
+            return
+        if known is None:
+            weakref.finalize(storage, self.forget, key)
+        self.sizes[key] = size
+        self.grow(size - (known or 0))
+
+    def forget(self, key: int) -> None:
+        self.total -= self.sizes.pop(key, 0)
+
+    def grow(self, size: int) -> None:
+        self.total += size
+        self.peak = max(self.peak, self.total)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 frees what it gathered by resizing its storage, which is no operation."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.sizes:
+            change, self.sizes[key] = size - self.sizes[key], size
+            self.grow(change)
+
+    def watch_resizes(self) -> None:
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = original(storage, size)
+            self.resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((result, args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.take(leaf)
+        return result
+
+
+# What a rank receives of a collective over n ranks, as a multiple of its largest tensor.
+SHARES = {
+    "all_gather_into_tensor": lambda n: (n - 1) / n,
+    "all_gather_single": lambda n: (n - 1) / n,
+    "reduce_scatter_tensor": lambda n: (n - 1) / n,
+    "reduce_scatter_single": lambda n: (n - 1) / n,
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "reduce": lambda n: (n - 1) / n,
+    "broadcast": lambda n: (n - 1) / n,
+}
+
+
+def counted(received: Counter[str]) -> None:
+    """Count what a rank receives over rings, by the collective's name."""
+    for name, share in SHARES.items():
+        original = getattr(dist, name, None)
+        if original is None:
+            continue
+
+        def wrapper(*arguments, _original=original, _name=name, _share=share, **named):
+            tensors = [t for t in (*arguments, *named.values()) if torch.is_tensor(t)]
+            ranks = dist.get_world_size(named.get("group"))
+            size = max(t.numel() * t.element_size() for t in tensors)
+            received[_name] += size * _share(ranks)
+            return _original(*arguments, **named)
+
+        setattr(dist, name, wrapper)
+
+
+def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    every = torch.arange(tokens - 1)
+    places = torch.arange(tokens)[None]
+    return MicroBatch(ids, places, every, ids[0, 1:], [tokens], [number], [tokens])
+
+
+def built(recipe, stage, world):
+    dtype = resolve_dtype(recipe.model.dtype, world.device)
+    settings = {
+        "quantised": stage.method.kind == "qlora",
+        "dtype": torch.float32 if stage.method.kind == "full" else dtype,
+        "device": world.device,
+    }
+    base = Path(recipe.model.base)
+    if recipe.engine.kind in SHARDING:
+        streamed = stream_base(base, recipe.model, **settings)
+        model, fill = streamed.model, streamed.fill
+    else:
+        model, fill = load_base(base, recipe.model, **settings), lambda block: None
+    model = attach(model, stage.method, seed=0, device=world.device)
+    counts = parameter_counts(model)
+    return build_engine(model, recipe, stage, world, fill), counts
+
+
+def main() -> None:
+    recipe = load_recipe("tiny", sys.argv[1:])
+    stage, received = recipe.stages[0], Counter()
+    world = start_world("cpu")
+    counted(received)
+    storages = Storages()
+    storages.watch_resizes()
+    with storages:
+        engine, counts = built(recipe, stage, world)
+    for tensor in [*engine.bare.parameters(), *engine.bare.buffers()]:
+        storages.take(tensor)
+    micro = stage.train.global_batch_sequences // world.size // stage.train.micro_batch_sequences
+    tokens = stage.train.micro_batch_sequences * stage.data.sequence_tokens
+    vocabulary = engine.bare.get_input_embeddings().num_embeddings
+    phases: dict[str, int] = {}
+    for step in range(STEPS):
+        received.clear()
+        phases.clear()
+        engine.model.train()
+        with storages:
+            for number in range(micro):
+                sample = batch(vocabulary, tokens, number)
+                set_dropout_key(engine.bare, 0, step, [number], [tokens])
+                storages.peak = storages.total
+                loss = forward_loss(engine, sample)
+                phases["forward"] = max(phases.get("forward", 0), storages.peak)
+                storages.peak = storages.total
+                engine.backward(loss, last=number == micro - 1)
+                phases["backward"] = max(phases.get("backward", 0), storages.peak)
+                del loss
+            storages.peak = storages.total
+            engine.step(1e-4)
+            phases["update"] = storages.peak
+            phases["rest"] = storages.total
+    if world.is_first:
+        facts = {"counts": counts, "received": received, "phases": phases}
+        print("FACTS " + json.dumps(facts))
+    end_world()
+
+
+if __name__ == "__main__":
+    main()

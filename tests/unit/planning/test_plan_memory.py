@@ -1,0 +1,152 @@
+"""Memory, verdict and advice, against arithmetic that stands in the literature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.core.errors import UserError
+from dtrain.launching.ds import load_ds_config
+from dtrain.planning.activations import Habits, layer_bytes
+from dtrain.planning.bases import find_shape
+from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
+from dtrain.planning.memory import gradient_bytes, memory_of, optimizer_bytes, weight_bytes
+from dtrain.planning.setup import BUCKET_ELEMENTS, LIVE_ELEMENTS, Cluster, Setup, setup_of
+from dtrain.planning.verdict import DOES_NOT_FIT, FITS, advice, verdict_of
+from dtrain.planning.wire import entering_bytes, received_bytes
+
+GB = 1e9
+
+
+def setup(base: str, method: str, engine: str, ranks: int = 8, **more: object) -> Setup:
+    shape, _ = find_shape(base)
+    given = {
+        "shape": shape,
+        "method": method,
+        "rank": 0 if method == "full" else 16,
+        "targets": "all-linear",
+        "has_dropout": False,
+        "engine": engine,
+        "ranks": ranks,
+        "node_ranks": min(8, ranks),
+        "shard": 1 if engine in ("ddp", "zero2") else ranks,
+        "element_bytes": 2,
+        "sequence_tokens": 2048,
+        "micro_batch": 1,
+        "accumulation": 4,
+        "checkpointing": True,
+    }
+    return Setup(**(given | more))
+
+
+def test_weights_are_those_of_the_literature() -> None:
+    # 70B in NF4 with double quantisation: 0.516 bytes of each linear weight, the rest in 16 bits.
+    assert weight_bytes(setup("meta-llama/Llama-2-70b", "qlora", "ddp")) == pytest.approx(
+        37.0 * GB, rel=0.01
+    )
+    # ZeRO (arXiv:1910.02054): 2 + 2 + 12 bytes a parameter; stage 3 on R ranks: a share of each.
+    full = setup("meta-llama/Llama-2-7b", "full", "zero3")
+    held = weight_bytes(full) + gradient_bytes(full) + optimizer_bytes(full)
+    assert held == pytest.approx(16 * full.shape.parameters / 8)
+
+
+def test_saved_activations_are_those_of_a_trace() -> None:
+    """16h + 4q + 4kv + 8f + 4 heads + 8 bytes a token, as traced on a bfloat16 Llama-2-7B."""
+    flash = Habits(attention_copies=False)
+    one = setup("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
+    assert layer_bytes(one, flash) == 186_504
+
+
+def test_a_share_is_smaller_than_the_whole() -> None:
+    for method in ("full", "lora", "qlora"):
+        whole = memory_of(setup("Qwen/Qwen2.5-7B", method, "ddp")).peak
+        halves = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
+        eighths = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
+        assert whole > halves > eighths
+
+
+def test_replicated_qlora_sends_adapters_only() -> None:
+    """What goes between nodes depends on the adapter, not on the base or the accumulation."""
+    two_nodes = {"ranks": 16, "node_ranks": 8}
+    small = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", **two_nodes)
+    n = small.trainable
+    assert entering_bytes(small) == pytest.approx(2 * 15 / 16 * 4 * n)
+    assert entering_bytes(replace(small, accumulation=64)) == entering_bytes(small)
+    node = setup("Qwen/Qwen2.5-7B", "qlora", "fsdp2", shard=8, **two_nodes)
+    assert entering_bytes(node) == pytest.approx(2 * 1 / 2 * 4 * n)
+    assert entering_bytes(replace(node, accumulation=64)) == entering_bytes(node)
+    # Over the 4-bit base 74 GB a micro-batch for 70B on 16 ranks, over bfloat16 265 GB.
+    wide = setup("meta-llama/Llama-3.1-70B", "qlora", "fsdp2", accumulation=1, **two_nodes)
+    assert received_bytes(wide) == pytest.approx(74 * GB, rel=0.05)
+    wide = replace(wide, method="lora")
+    assert received_bytes(wide) == pytest.approx(265 * GB, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "gpu", "gpus", "fits"),
+    [
+        ("meta-llama/Llama-2-7b", "qlora", "rtx4090", 1, True),
+        ("meta-llama/Llama-2-7b", "lora", "rtx4090", 1, True),
+        ("meta-llama/Llama-2-7b", "full", "h100-80g", 1, False),
+        ("meta-llama/Llama-2-13b", "lora", "a100-40g", 1, True),
+        ("meta-llama/Llama-2-70b", "qlora", "a6000", 1, False),
+        ("meta-llama/Llama-2-70b", "qlora", "h100-80g", 1, True),
+        ("meta-llama/Llama-2-70b", "lora", "h100-80g", 1, False),
+    ],
+)
+def test_what_users_know_to_fit(base: str, method: str, gpu: str, gpus: int, fits: bool) -> None:
+    cluster = Cluster(find_gpu(gpu), 1, gpus)
+    verdict = verdict_of(setup(base, method, "ddp", gpus), cluster)
+    assert (verdict.word == FITS) == fits, verdict
+
+
+def test_advice_fits_and_begins_with_the_cheapest() -> None:
+    cluster = Cluster(find_gpu("a100-40g"), 1, 8)
+    much = setup("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
+    assert verdict_of(much, cluster).word == DOES_NOT_FIT
+    changes = advice(much, cluster)
+    assert changes[0].texts == ("train.micro_batch_sequences=4",)
+    for change in changes:
+        assert verdict_of(change.setup, change.cluster).word == FITS
+
+
+def test_where_one_change_is_not_enough_several_are_told() -> None:
+    cluster = Cluster(find_gpu("rtx4090"), 1, 8)
+    much = setup("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
+    (change,) = advice(much, cluster)
+    assert len(change.texts) > 1 and verdict_of(change.setup, change.cluster).word == FITS
+
+
+def test_gpus_are_found_by_their_names() -> None:
+    assert find_gpu("H100_80GB").name == "h100-80g"
+    assert find_gpu("rtx4090").name == "rtx4090-24g"
+    with pytest.raises(UserError, match="did you mean a100-40g or a100-80g"):
+        find_gpu("a100")
+    with pytest.raises(UserError, match="did you mean h100-80g"):
+        find_gpu("h10-80g")
+    gib = 2**30
+    assert gpu_of_device("NVIDIA A100-SXM4-80GB", int(79.2 * gib)) is GPUS["a100-80g"]
+    assert gpu_of_device("NVIDIA A10G", int(22.5 * gib)) is GPUS["a10g-24g"]
+    assert gpu_of_device("NVIDIA H100 PCIe", int(79.1 * gib)) is GPUS["h100-pcie-80g"]
+    assert gpu_of_device("Something", 10 * gib).usable_bytes == pytest.approx(10 * gib)
+
+
+def test_buckets_are_those_of_the_shipped_files() -> None:
+    for kind, offload in (("zero2", False), ("zero3", False), ("zero3", True)):
+        zero = load_ds_config(None, kind, offload)["zero_optimization"]
+        assert zero["reduce_bucket_size"] == BUCKET_ELEMENTS
+        assert zero.get("stage3_max_live_parameters", LIVE_ELEMENTS) == LIVE_ELEMENTS
+
+
+def test_a_recipe_becomes_a_setup() -> None:
+    recipe = load_recipe("70b-qlora")
+    shape, _ = find_shape(recipe.model.base)
+    cluster = Cluster(find_gpu("h100-80g"), 2, 8)
+    one = setup_of(recipe, recipe.stages[0], shape, cluster)
+    assert (one.shard, one.ranks, one.accumulation, one.tokens) == (8, 16, 4, 2048)
+    assert one.step_tokens == 64 * 2048
+    bad = load_recipe("70b-qlora", ["engine.shard=3"])
+    with pytest.raises(UserError, match="do not divide into groups of 3"):
+        setup_of(bad, bad.stages[0], shape, cluster)

@@ -1,0 +1,155 @@
+"""`dtrain plan` as a user meets it, and what `auto` becomes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dtrain.cli.root import app
+from dtrain.config.load import load_recipe
+from dtrain.core.errors import UserError
+from dtrain.planning import calibration
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.plan import make_plan
+from dtrain.planning.resolve import resolved
+from dtrain.planning.setup import Cluster
+from dtrain.planning.show import lines_of
+from dtrain.planning.verdict import DOES_NOT_FIT, FITS, ORDER
+from dtrain.recipes import shipped
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def plan_of(name: str, *overrides: str, gpu: str = "h100-80g", nodes: int = 1, gpus: int = 8):
+    return make_plan(load_recipe(name, list(overrides)), Cluster(find_gpu(gpu), nodes, gpus))
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("gpu", ["rtx4090", "h100-80g"])
+def test_no_line_is_wider_than_the_screen(columns: int, gpu: str) -> None:
+    for name in shipped():
+        plan = plan_of(name, gpu=gpu, gpus=2)
+        assert max(len(line) for line in lines_of(plan, columns)) <= columns, name
+
+
+def test_the_screen_says_what_is_wanted() -> None:
+    length = "stages.task.train={global_batch_sequences: 32, tokens: 1000000000}"
+    done = invoke("plan", "70b-qlora", length, "--nodes", "2", "--gpu", "h100-80g")
+    assert done.exit_code == 0
+    for word in ("70b-qlora on 2 x 8 h100-80g: FITS", "828,375,040 parameters", "for 1B tokens"):
+        assert word in done.output
+    for word in (
+        "budget",
+        "GPU-hours",
+        "enter each node",
+        "a checkpoint",
+        "at merge",
+        "best first",
+    ):
+        assert word in done.output
+
+
+def test_json_says_the_same() -> None:
+    done = invoke("plan", "7b-lora", "--json", "--gpu", "a100-40g")
+    told, plan = json.loads(done.output), plan_of("7b-lora", gpu="a100-40g")
+    assert told["parameters"] == 7_615_616_512 and told["verdict"] == plan.word
+    stage = told["stages"][0]
+    memory = {k: v for k, v in stage["memory"].items() if k not in ("peak", "moment")}
+    assert sum(memory.values()) == pytest.approx(stage["memory"]["peak"])
+    assert stage["lower"] < stage["budget"] < stage["usable"]
+
+
+def test_options_are_sorted_and_none_is_missing() -> None:
+    plan = plan_of("70b-qlora", nodes=2)
+    words = [ORDER.index(option.verdict.word) for option in plan.options]
+    assert words == sorted(words)
+    assert {option.setup.method for option in plan.options} == {"full", "lora", "qlora"}
+    assert len(plan.options) == 15
+    assert plan.options[0].setup.method == "qlora"
+
+
+def test_what_does_not_fit_is_told_with_what_would() -> None:
+    plan = plan_of("70b-lora-zero3", gpu="rtx4090")
+    assert plan.word == DOES_NOT_FIT
+    text = "\n".join(lines_of(plan, 100))
+    assert "would fit     method.kind=qlora" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["7b-lora", "--gpu", "h10-80g"], "did you mean h100-80g"),
+        (["7b-lora", "model.base=/nowhere"], "no config.json"),
+        (["7b-lora", "--nodes", "3"], "do not divide among 24 ranks"),
+        (["7b-lora", "stages.domain.method.targets=[q_prj]"], "no linear layer is named 'q_prj'"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], told: str) -> None:
+    error = invoke("plan", *arguments).exception
+    assert isinstance(error, UserError) and told in str(error)
+
+
+def test_auto_takes_what_fits_and_what_is_fast() -> None:
+    auto = ["engine={kind: auto}", "stages.domain.train.micro_batch_sequences=auto"]
+    wide, narrow = (Cluster(find_gpu(name), 2, 8) for name in ("h100-80g", "a6000"))
+    # 70B in 4 bits: one copy on each 80 GB card; on 48 GB shared among the ranks of a node.
+    for cluster, engine in ((wide, "zero2"), (narrow, "fsdp2")):
+        recipe = resolved(load_recipe("70b-qlora", auto), cluster)
+        assert recipe.engine.kind == engine
+        assert isinstance(recipe.stages[0].train.micro_batch_sequences, int)
+        plan = make_plan(recipe, cluster)
+        assert plan.word != DOES_NOT_FIT
+    assert recipe.engine.shard == "node"
+
+
+def test_auto_leaves_what_is_said_alone() -> None:
+    cluster = Cluster(find_gpu("h100-80g"), 1, 8)
+    assert resolved(load_recipe("7b-lora"), cluster) == load_recipe("7b-lora")
+    strict = load_recipe("7b-lora", ["engine={kind: auto}", "determinism=strict"])
+    assert resolved(strict, cluster).engine.kind == "auto"
+
+
+def test_earlier_runs_correct_the_plan() -> None:
+    before = plan_of("7b-lora").stages[0]
+    line = calibration.Line(
+        gpu="h100-80g",
+        engine="ddp",
+        method="lora",
+        versions=calibration.versions(),
+        base="x",
+        peak=12e9,
+        speed=50.0,
+        planned_peak=10e9,
+        planned_speed=100.0,
+    )
+    calibration.append(line)
+    calibration.append(calibration.Line(**(vars(line) | {"versions": "torch 1.0", "peak": 9e9})))
+    with calibration.calibration_file().open("a") as file:
+        file.write("{broken\n")
+    after = plan_of("7b-lora").stages[0]
+    assert after.measured == calibration.Measured(1, pytest.approx(1.2), pytest.approx(0.5))
+    assert after.speed.middle == pytest.approx(before.speed.middle / 2)
+    assert after.verdict.budget > before.verdict.budget
+    assert "corrected by 1 stage" in "\n".join(lines_of(plan_of("7b-lora"), 200))
+    assert plan_of("7b-lora", gpu="a100-80g").stages[0].measured is None
+
+
+def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
+    place = f"output.folder={tmp_path / 'run'}"
+    much = ["submit", "70b-lora-zero3", place, "--gpu", "rtx4090", "--dry-run"]
+    error = invoke(*much).exception
+    assert isinstance(error, UserError) and "DOES NOT FIT on rtx4090-24g" in str(error)
+    assert "method.kind=qlora" in str(error) and "--force" in str(error)
+    assert "#SBATCH" in invoke(*much, "--force").output
+    fits = invoke("submit", "70b-qlora", place, "--gpu", "h100-80g", "--nodes", "2", "--dry-run")
+    assert f"plan: {FITS} on h100-80g" in fits.output
