@@ -50,6 +50,13 @@ class Model(Group):
         "auto",
         description="attention implementation of transformers",
     )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto",
+        description=(
+            "auto: exact layers that compute and keep less, where the model's code allows; plain: "
+            "those of transformers and PEFT"
+        ),
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="recompute activations: a third more time, half the memory",

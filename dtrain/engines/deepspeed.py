@@ -22,6 +22,7 @@ from dtrain.engines.base import (
     Fill,
     adam_state,
     build_optimizer,
+    decoder_layers,
     filled_blocks,
     set_learning_rate,
 )
@@ -128,6 +129,11 @@ class Zero3(Zero):
                     remote_device=where,
                     mem_efficient_linear=False,
                 )
+
+        for block in decoder_layers(self.bare):
+            # A kernel reads the weights of several layers at once: a block gathers all of its own.
+            for parameter in block.parameters():
+                deepspeed.zero.register_external_parameter(block, parameter)
 
     def restored(self) -> None:
         for group in range(len(self.flat_masters())):

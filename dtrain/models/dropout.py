@@ -43,15 +43,23 @@ class KeyedDropout(nn.Module):
         super().__init__()
         self.p, self.layer, self.key = p, layer, key
         self.threshold = min(round(p * LEVELS), LEVELS - 1)
+        self.scale = LEVELS / (LEVELS - self.threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop and rescale in training mode; the identity in evaluation."""
-        assert not self.training or self.key.lengths is not None, "set_dropout_key comes first"
-        if not self.training or self.threshold == 0 or not self.key.lengths:
-            return x  # a micro-batch of no sequences is one token that counts nowhere
-        scale = LEVELS / (LEVELS - self.threshold)
-        result: Tensor = _Drop.apply(x, self.kept(x), scale)
+        if not self.drops:
+            return x
+        result: Tensor = _Drop.apply(x, self.kept(x), self.scale)
         return result
+
+    @property
+    def drops(self) -> bool:
+        """Whether the next call drops anything: in training only.
+
+        A micro-batch of no sequences is one token that counts nowhere.
+        """
+        assert not self.training or self.key.lengths is not None, "set_dropout_key comes first"
+        return self.training and self.threshold > 0 and bool(self.key.lengths)
 
     def kept(self, x: Tensor) -> Tensor:
         """Which elements of x [1, T, h] stay, as bool."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from dtrain.models.kernels.head import LearningHead
+
 
 class Packed(Protocol):
     """What is read of a micro-batch."""
@@ -28,6 +30,13 @@ class Packed(Protocol):
     def document_lengths(self) -> list[int]: ...
 
 
+class Learnt(Packed, Protocol):
+    """A micro-batch with its targets."""
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
 def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
     """Logits [K, V] at the positions whose next token is learnt.
 
@@ -38,17 +47,24 @@ def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
         micro_batch: input_ids and position_ids [1, T], predict [K].
     """
     inner = _transformers_model(model)
-    predict = micro_batch.predict
-    takes_positions = "logits_to_keep" in signature(inner.forward).parameters
-    output = model(
-        input_ids=micro_batch.input_ids,
-        position_ids=micro_batch.position_ids,
-        use_cache=False,
-        **({"logits_to_keep": predict} if takes_positions else {}),
-        **_flash_arguments(inner, micro_batch),
-    )
-    logits: Tensor = output.logits
-    return logits[0] if takes_positions else logits[0, predict]
+    if _takes_positions(inner):
+        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)[0]
+    return _call(model, inner, micro_batch)[0, micro_batch.predict]
+
+
+def supervised_loss(model: nn.Module, micro_batch: Learnt) -> Tensor:
+    """Cross entropy of all targets of a micro-batch, summed, in float32.
+
+    Args:
+        model: wrapped by an engine or not.
+        micro_batch: as for `supervised_logits`, and its targets [K].
+    """
+    inner, targets = _transformers_model(model), micro_batch.targets
+    head = LearningHead.of(inner)
+    if head is None:
+        return loss_sum(supervised_logits(model, micro_batch), targets)
+    with head.learning(targets):
+        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict).squeeze()
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -59,6 +75,23 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     if len(targets) == 0:
         return logits.float().sum()
     return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Tensor) -> Tensor:
+    """The model's logits, or what stands in their place."""
+    output = model(
+        input_ids=micro_batch.input_ids,
+        position_ids=micro_batch.position_ids,
+        use_cache=False,
+        **more,
+        **_flash_arguments(inner, micro_batch),
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def _takes_positions(inner: PreTrainedModel) -> bool:
+    return "logits_to_keep" in signature(inner.forward).parameters
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

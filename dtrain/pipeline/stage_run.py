@@ -36,6 +36,7 @@ from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
+from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
@@ -159,6 +160,7 @@ class StageRun:
             f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
             f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
         )
+        say(f"kernels: {put_in(model, self.recipe.model)}")
         if checkpoint is not None:
             load_trainable(model, checkpoint)
         engine = build_engine(model, self.recipe, self.stage, world, fill)

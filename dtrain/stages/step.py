@@ -18,7 +18,7 @@ from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import loss_sum, supervised_logits
+from dtrain.models.forward import supervised_loss
 
 
 @dataclass
@@ -96,8 +96,7 @@ def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
     """Summed cross-entropy of a micro-batch, float32."""
     batch = on_device(batch, engine.world.device)
     with engine.autocast():
-        logits = supervised_logits(engine.model, batch)
-    return loss_sum(logits, batch.targets)
+        return supervised_loss(engine.model, batch)
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Exact layers that compute less, keep less and call less than those they stand for."""

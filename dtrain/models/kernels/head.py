@@ -1,0 +1,138 @@
+"""The output matrix and the loss in one, a few tokens at a time.
+
+Logits of a large vocabulary are the largest tensor of a step. Here each chunk of them lives only
+until its loss and its gradient are known, as in Liger (arXiv:2410.10989): backward has nothing left
+to do but to scale. Letters: K supervised tokens, h width, V vocabulary, c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+CHUNK_BYTES = 1 << 25
+_PLACE = "_dtrain_head"
+
+
+class LearningHead:
+    """A model's output layer that gives the loss instead of logits, while it is told targets."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
+        self._head = head
+        self._targets: Tensor | None = None
+        head.forward = self._forward  # type: ignore[assignment]
+        setattr(model, _PLACE, self)
+
+    @staticmethod
+    def of(model: nn.Module) -> LearningHead | None:
+        """The one that was put into a model."""
+        found: LearningHead | None = getattr(model, _PLACE, None)
+        return found
+
+    @contextmanager
+    def learning(self, targets: Tensor) -> Iterator[None]:
+        """Give the loss of targets [K] at the K tokens that the model keeps, as [1, 1, 1]."""
+        self._targets = targets
+        try:
+            yield
+        finally:
+            self._targets = None
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        if self._targets is None:
+            return linear(hidden, weight, bias)
+        return head_loss(hidden.flatten(0, -2), weight, bias, self._targets).view(1, 1, 1)
+
+
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Cross entropy of `hidden @ weight.T + bias` and targets, summed, float32.
+
+    Args:
+        hidden: [K, h].
+        weight: [V, h].
+        bias: [V].
+        targets: int64 [K].
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _HeadLoss.apply(hidden, weight, bias, targets)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """With e = exp(logit - max) and s its sum: dlogit = e / s - 1 at the target."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        wants = ctx.needs_input_grad[:3]
+        matrix = weight.to(hidden.dtype)
+        gradients = [
+            torch.zeros_like(t) if want and t is not None else None
+            for want, t in zip(wants, (hidden, weight, bias), strict=True)
+        ]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            loss += _chunk(hidden[part], matrix, bias, targets[part], part, gradients)
+        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.wants = wants
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        known = iter(ctx.saved_tensors)
+        scaled = (next(known) * gradient if want else None for want in ctx.wants)
+        return *scaled, None
+
+
+def _chunk(
+    hidden: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    part: slice,
+    gradients: list[Tensor | None],
+) -> Tensor:
+    """The loss of a chunk; its part of the gradients is written or added."""
+    logits = (hidden @ matrix.t()).float()
+    if bias is not None:
+        logits += bias
+    places = targets.unsqueeze(1)
+    wanted = logits.gather(1, places)
+    greatest = logits.amax(1, keepdim=True)
+    logits.sub_(greatest).exp_()
+    total = logits.sum(1, keepdim=True)
+    loss = (total.log() + greatest - wanted).sum()
+    if any(g is not None for g in gradients):
+        dlogits = logits.div_(total)
+        dlogits.scatter_add_(1, places, torch.full_like(wanted, -1.0))
+        _add_gradients(dlogits.to(hidden.dtype), hidden, matrix, part, gradients)
+    return loss
+
+
+def _add_gradients(
+    dlogits: Tensor,
+    hidden: Tensor,
+    matrix: Tensor,
+    part: slice,
+    gradients: list[Tensor | None],
+) -> None:
+    dhidden, dweight, dbias = gradients
+    if dhidden is not None:
+        torch.mm(dlogits, matrix, out=dhidden[part])
+    if dweight is not None:
+        dweight += (dlogits.t() @ hidden).to(dweight.dtype)
+    if dbias is not None:
+        dbias += dlogits.sum(0)

@@ -1,0 +1,131 @@
+"""Putting the kernels into a model: what its own code says they stand for, and nothing else.
+
+transformers copies Llama's code into many models. Where a module's forward is Llama's, instruction
+for instruction, a kernel may stand for it; any other keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import unwrap
+from types import FunctionType, MethodType
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+
+from dtrain.config import schema
+from dtrain.models.kernels.head import LearningHead
+from dtrain.models.kernels.layers import SharedInput, is_fast
+from dtrain.models.kernels.norm import norm_forward
+from dtrain.models.kernels.rotary import rotary
+from dtrain.models.kernels.swiglu import mlp_forward
+
+# Children that a module calls one after the other with the same tensor.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+KINDS = ("adapted layers", "norms", "MLPs", "rotary embeddings", "chunked loss")
+ROTARY = ("apply_rotary_pos_emb", "rotate_half")
+
+
+def put_in(model: nn.Module, settings: schema.Model) -> str:
+    """Put kernels into a model as its recipe says.
+
+    Args:
+        model: of transformers, with its adapters, before an engine takes it.
+
+    Returns:
+        What was done, for a person.
+    """
+    if settings.kernels == "plain":
+        return "plain, as the recipe says"
+    found = use_kernels(model)
+    if not found:
+        return "plain: nothing in this model computes as Llama does"
+    without = [kind for kind in KINDS if kind not in found]
+    told = ", ".join(f"{count} {kind}" for kind, count in found.items())
+    return told + (f"; plain: {', '.join(without)}" if without else "")
+
+
+def use_kernels(model: nn.Module) -> dict[str, int]:
+    """Put in all kernels that fit; return for how many modules of each kind."""
+    found = dict.fromkeys(KINDS, 0)
+    for module in list(model.modules()):
+        found["adapted layers"] += _share_inputs(module)
+        found["norms"] += _stands_for(module, llama.LlamaRMSNorm, norm_forward)
+        if isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+            found["MLPs"] += _stands_for(module, llama.LlamaMLP, mlp_forward)
+        found["rotary embeddings"] += _rotate(module)
+        found["chunked loss"] += _learn(module)
+    return {kind: count for kind, count in found.items() if count}
+
+
+def same_program(one: Any, other: Any) -> bool:
+    """Whether two functions run the same instructions on the same names and constants."""
+    one, other = unwrap(one), unwrap(other)
+    if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
+        return False
+    return _program(one) == _program(other)
+
+
+def _program(function: FunctionType) -> tuple[Any, ...]:
+    code = function.__code__
+    constants = tuple(c for c in code.co_consts if c != function.__doc__)
+    return code.co_code, code.co_names, code.co_varnames, constants
+
+
+def _share_inputs(module: nn.Module) -> int:
+    """Compute the module's adapted children by `shared_input`; return how many they are."""
+    fast = {name: child for name, child in module.named_children() if is_fast(child)}
+    groups: list[tuple[str, ...]] = [
+        names for names in TOGETHER if all(name in fast for name in names)
+    ]
+    grouped = {name for names in groups for name in names}
+    groups += [(name,) for name in fast if name not in grouped]
+    count = 0
+    for names in groups:
+        members = [fast[name] for name in names]
+        if any(isinstance(member, LoraLayer) for member in members):
+            SharedInput(members)
+            count += len(members)
+    return count
+
+
+def _stands_for(module: nn.Module, known: type[nn.Module], forward: Callable[..., Any]) -> bool:
+    """Put `forward` in if the module's own is that of the class `known`."""
+    fits = same_program(type(module).forward, known.forward)
+    if fits:
+        module.forward = partial(forward, module)
+    return fits
+
+
+def _rotate(module: nn.Module) -> bool:
+    """Let an attention's own forward find our rotary where it looks for transformers'."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or ROTARY[0] not in forward.__code__.co_names:
+        return False
+    names = forward.__globals__
+    if not all(same_program(names.get(name), getattr(llama, name)) for name in ROTARY):
+        return False
+    ours = FunctionType(
+        forward.__code__,
+        {**names, ROTARY[0]: rotary},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(ours, module)
+    return True
+
+
+def _learn(module: nn.Module) -> bool:
+    head = getattr(module, "lm_head", None)
+    if type(head) is not nn.Linear:
+        return False
+    fits = same_program(type(module).forward, llama.LlamaForCausalLM.forward)
+    if fits:
+        LearningHead(module, head)
+    return fits

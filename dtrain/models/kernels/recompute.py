@@ -1,0 +1,32 @@
+"""Tensors that are kept for backward as what they were made from.
+
+A normalised input, or the product inside an MLP, is as large as what it was made from, which
+autograd keeps anyway. A layer that needs such an input again keeps its parts and makes it anew:
+a few element-wise passes for a whole tensor less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+_MARK = "_dtrain_parts"
+
+Make = Callable[..., Tensor]
+
+
+def made_by(result: Tensor, make: Make, *parts: Any) -> None:
+    """Note on `result` that it is `make(*parts)`; parts are tensors that autograd keeps anyway."""
+    setattr(result, _MARK, (make, parts))
+
+
+def parts_of(tensor: Tensor) -> tuple[Make, tuple[Any, ...]]:
+    """What `tensor` is made from; the tensor itself, where nothing is known of it."""
+    known: tuple[Make, tuple[Any, ...]] | None = getattr(tensor, _MARK, None)
+    return known if known is not None else (_itself, (tensor,))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,211 @@
+"""A model with kernels computes what it computes without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dtrain.config import schema
+from dtrain.data.loader import MicroBatch
+from dtrain.models.adapters import attach
+from dtrain.models.dropout import set_dropout_key
+from dtrain.models.forward import supervised_logits, supervised_loss
+from dtrain.models.kernels import head
+from dtrain.models.kernels.install import put_in
+from dtrain.models.load import load_base
+
+CPU = torch.device("cpu")
+LENGTHS = [5, 1, 17, 9]
+SMALL = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama-biased": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+LORA = schema.Lora(kind="lora", r=4)  # with dropout
+METHODS = {
+    "lora": LORA,
+    "no dropout": LORA.model_copy(update={"dropout": 0.0}),
+    "some layers": LORA.model_copy(update={"targets": ["q_proj", "v_proj", "up_proj"]}),
+    "qlora": LORA.model_copy(update={"kind": "qlora"}),
+    "full": schema.Full(kind="full"),
+}
+
+
+def saved(config: PretrainedConfig, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide mistakes
+            nn.init.normal_(parameter, mean=1.0, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build(
+    folder: Path, method: schema.Full | schema.Lora, kernels: str, **settings: object
+) -> nn.Module:
+    chosen = schema.Model(base=str(folder), kernels=kernels, **settings)  # type: ignore[arg-type]
+    quantised = method.kind == "qlora"
+    base = load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)
+    model = attach(base, method, seed=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # it starts at zero
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    put_in(model, chosen)
+    return model.train()
+
+
+def batch() -> MicroBatch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = sum(LENGTHS)
+    ids = torch.randint(0, 64, (1, tokens), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    targets = (positions > 0).nonzero()[:, 0]
+    return MicroBatch(
+        ids, positions[None], targets - 1, ids[0, targets], LENGTHS, [7, 8], [23, tokens - 23]
+    )
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    row = batch()
+    set_dropout_key(model, 1, 2, row.sequences, row.sequence_lengths)
+    loss = supervised_loss(model, row)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(fast: nn.Module, plain: nn.Module, tolerance: float = 2e-5) -> None:
+    loss, gradients = loss_and_gradients(fast)
+    expected, wanted = loss_and_gradients(plain)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        scale = wanted[name].abs().max()
+        assert torch.allclose(gradient / scale, wanted[name] / scale, atol=tolerance), name
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Four tokens a chunk of the loss, so that there are several and a rest."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 4 * 64)
+    yield
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gets_the_same_loss_and_gradients(method: str, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    assert_alike(*(build(folder, METHODS[method], k) for k in ("auto", "plain")))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_gets_the_same(name: str, tmp_path: Path) -> None:
+    folder = saved(CONFIGS[name], tmp_path)
+    assert_alike(*(build(folder, LORA, k) for k in ("auto", "plain")))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recomputed_layers_get_the_same(method: str, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    recomputed = build(folder, METHODS[method], "auto", gradient_checkpointing=True)
+    assert_alike(recomputed, build(folder, METHODS[method], "plain"))
+
+
+def test_what_is_put_in_is_told(tmp_path: Path) -> None:
+    told = {}
+    for name in ("llama", "gemma2", "gpt2"):
+        folder = saved(CONFIGS[name], tmp_path / name)
+        chosen = schema.Model(base=str(folder))
+        base = load_base(folder, chosen, quantised=False, dtype=torch.float32, device=CPU)
+        told[name] = put_in(attach(base, LORA, seed=0), chosen)
+    assert told["llama"] == (
+        "14 adapted layers, 5 norms, 2 MLPs, 2 rotary embeddings, 1 chunked loss"
+    )
+    assert told["gemma2"] == (
+        "14 adapted layers, 2 rotary embeddings; plain: norms, MLPs, chunked loss"
+    )
+    assert told["gpt2"].startswith("plain")
+
+
+def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    exact, wanted = loss_and_gradients(build(folder, METHODS["no dropout"], "plain"))
+    errors = []
+    for kernels in ("auto", "plain"):
+        model = build(folder, METHODS["no dropout"], kernels)
+        for name, parameter in model.named_parameters():
+            if "lora" not in name:
+                parameter.data = parameter.data.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, gradients = loss_and_gradients(model)
+        assert all(g.dtype == torch.float32 for g in gradients.values())
+        offs = [(gradients[n] - w).norm() / w.norm() for n, w in wanted.items()]
+        errors.append([abs(loss / exact - 1).item(), torch.stack(offs).mean().item()])
+    (loss_off, off), (plain_loss_off, plain_off) = errors
+    assert loss_off < 2 * plain_loss_off + 1e-3 and off < 1.2 * plain_off
+
+
+def test_generation_and_logits_do_not_change(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "plain"))
+    ids = batch().input_ids[:, :8]
+    with torch.no_grad():
+        assert torch.allclose(
+            supervised_logits(fast, batch()), supervised_logits(plain, batch()), atol=1e-5
+        )
+        a, b = (m.generate(input_ids=ids, max_new_tokens=8, do_sample=False) for m in (fast, plain))
+    assert torch.equal(a, b)
+
+
+def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "plain"))
+    with torch.no_grad(), fast.disable_adapter(), plain.disable_adapter():
+        found, wanted = supervised_loss(fast, batch()), supervised_loss(plain, batch())
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_a_layer_called_with_another_tensor_computes_alone(tmp_path: Path) -> None:
+    folder = saved(CONFIGS["llama"], tmp_path)
+    fast, plain = (build(folder, METHODS["no dropout"], k) for k in ("auto", "plain"))
+    x, y = torch.randn(2, 1, 4, 64)
+    results = []
+    for model in (fast, plain):
+        layers = {
+            n.rsplit(".", 1)[-1]: m
+            for n, m in model.named_modules()
+            if isinstance(m, LoraLayer) and ".layers.1." in n
+        }
+        called = [("q_proj", x), ("k_proj", y), ("v_proj", x), ("v_proj", y), ("k_proj", x)]
+        results.append(torch.cat([layers[name](value) for name, value in called], dim=-1))
+    assert torch.allclose(*results, atol=1e-5)
+
+
+def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: Path) -> None:
+    model = build(saved(CONFIGS["llama"], tmp_path), METHODS["no dropout"], "auto")
+    none = torch.zeros(0, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    supervised_loss(model, MicroBatch(token, token, none, none, [1], [0], [1])).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and not g.any() for g in gradients)
