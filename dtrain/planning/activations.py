@@ -23,15 +23,13 @@ class Habits:
     Attributes:
         attention_copies: the output of attention is copied once to the shape that o_proj reads.
         head_bytes: at the peak of the loss, of each logit.
-        all_logits: of every token, supervised or not.
-        adapter_bytes: of a stored adapter weight.
+        train_bytes: of an element of what trains, of its gradient and of each moment.
         residual_bytes: of an element of the residual stream; 0: as what computes.
     """
 
     attention_copies: bool = True
     head_bytes: float = 12.0
-    all_logits: bool = True
-    adapter_bytes: int = 4
+    train_bytes: int = 4
     residual_bytes: int = 0
 
 
@@ -42,7 +40,7 @@ def stream_bytes(setup: Setup, habits: Habits = DTRAIN) -> int:
     """Bytes of an element of the residual stream: full training embeds in float32."""
     if habits.residual_bytes:
         return habits.residual_bytes
-    return 4 if setup.is_full and setup.autocasts else setup.element_bytes
+    return habits.train_bytes if setup.is_full and setup.autocasts else setup.element_bytes
 
 
 def layer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:

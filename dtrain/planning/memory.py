@@ -115,7 +115,11 @@ def at_update(setup: Setup, habits: Habits = DTRAIN) -> Memory:
     mine = setup.trainable / _update_shares(setup)
     # torch: a root of the second moment for each parameter, of all at once on GPUs.
     # DeepSpeed: float32 gradients beside those that were reduced, and the optimizer's own.
-    copies = 16.0 * mine if setup.engine in ("zero2", "zero3") else 4.0 * mine * setup.foreach
+    copies = (
+        16.0 * mine
+        if setup.engine in ("zero2", "zero3")
+        else habits.train_bytes * mine * setup.foreach
+    )
     return _moment(
         setup,
         habits,
@@ -137,13 +141,13 @@ def _moment(
     working: float,
     buffers: float,
 ) -> Memory:
-    gradients = gradient_bytes(setup)
+    gradients = gradient_bytes(setup, habits)
     if moment == "update" and setup.engine == "fsdp2":
-        gradients = FLOAT32 * setup.trainable / setup.shard
+        gradients = habits.train_bytes * setup.trainable / setup.shard
     return Memory(
         weights=weight_bytes(setup, habits),
         gradients=0.0 if setup.offload else gradients,
-        optimizer=0.0 if setup.offload else optimizer_bytes(setup),
+        optimizer=0.0 if setup.offload else optimizer_bytes(setup, habits),
         gathered=gathered,
         activations=activations,
         working=working,
@@ -157,8 +161,8 @@ def weight_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     shape, e = setup.shape, setup.element_bytes
     shares = 1 if setup.engine in ("ddp", "zero2") else setup.shard
     if setup.is_full:
-        return _full_weight_bytes(setup, shares)
-    adapter = e if setup.engine in ("zero2", "zero3") else habits.adapter_bytes
+        return _full_weight_bytes(setup, shares, habits)
+    adapter = e if setup.engine in ("zero2", "zero3") else habits.train_bytes
     trains = adapter * setup.trainable / shares
     if setup.offload:
         return _scales(setup)
@@ -173,7 +177,7 @@ def _scales(setup: Setup) -> float:
     return NF4_SCALE_BYTES * setup.shape.linear_elements if setup.method == "qlora" else 0.0
 
 
-def _full_weight_bytes(setup: Setup, shares: int) -> float:
+def _full_weight_bytes(setup: Setup, shares: int, habits: Habits) -> float:
     """float32 under torch's engines, and in 16 bits beside float32 masters under DeepSpeed."""
     parameters, e = setup.shape.parameters, setup.element_bytes
     if setup.offload:
@@ -181,19 +185,19 @@ def _full_weight_bytes(setup: Setup, shares: int) -> float:
     if setup.engine in ("zero2", "zero3"):
         return e * parameters / shares
     # Under DDP autocast keeps a 16-bit copy of every matrix until the backward pass is over.
-    copies = e * setup.shape.linear_elements if setup.engine == "ddp" and e == 2 else 0
-    return FLOAT32 * parameters / shares + copies
+    copies = e * setup.shape.linear_elements if setup.engine == "ddp" and setup.autocasts else 0
+    return habits.train_bytes * parameters / shares + copies
 
 
-def gradient_bytes(setup: Setup) -> float:
+def gradient_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """From one micro-batch to the next, as far as this rank keeps them."""
     n = setup.trainable
     if setup.engine == "ddp":
-        return FLOAT32 * n
+        return habits.train_bytes * n
     if setup.engine == "fsdp2":
         # An adapter's gradient stays whole until the last micro-batch, and is sent once.
         whole = not setup.is_full and setup.accumulation > 1
-        return FLOAT32 * n if whole else FLOAT32 * n / setup.shard
+        return habits.train_bytes * n / (1 if whole else setup.shard)
     if setup.engine == "zero2":  # what was reduced, and what it is added to
         return (2 + (setup.accumulation > 1)) * FLOAT32 * n / setup.ranks
     return setup.element_bytes * n / setup.shard
@@ -204,11 +208,14 @@ def _update_shares(setup: Setup) -> int:
     return {"ddp": 1, "zero2": setup.ranks}.get(setup.engine, setup.shard)
 
 
-def optimizer_bytes(setup: Setup) -> float:
+def optimizer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """Adam's two moments, and DeepSpeed's float32 masters, of this rank's share."""
     masters = FLOAT32 if setup.engine in ("zero2", "zero3") else 0
     mine = setup.trainable / _update_shares(setup)
-    return (ADAM_BYTES[setup.optimizer] + masters) * mine
+    moments = ADAM_BYTES[setup.optimizer]
+    if setup.optimizer == "adamw":
+        moments *= habits.train_bytes / FLOAT32
+    return (moments + masters) * mine
 
 
 def _gather_bytes(setup: Setup, habits: Habits) -> tuple[float, float]:
@@ -218,7 +225,7 @@ def _gather_bytes(setup: Setup, habits: Habits) -> tuple[float, float]:
     if setup.method == "qlora":
         linears = shape.linear_elements / shape.layers
         layer = NF4_BYTES * linears + e * (shape.layer_parameters - linears)
-    adapter = e if setup.engine == "zero3" else habits.adapter_bytes
+    adapter = e if setup.engine == "zero3" else habits.train_bytes
     return layer + adapter * setup.trainable / shape.layers * (not setup.is_full), (
         e * shape.outer_parameters
     )

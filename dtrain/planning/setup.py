@@ -16,6 +16,7 @@ REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
 ZERO = ("zero2", "zero3")
 BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
+PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Setup:
         micro_batch: sequences that a rank computes at once.
         accumulation: micro-batches in an optimizer step.
         bucket_elements, live_elements: of DeepSpeed's file.
+        casts: computes under autocast where what trains is wider; dtrain always does.
         foreach: torch's optimizer works on all parameters at once (on GPUs), with a copy of one.
     """
 
@@ -66,6 +68,7 @@ class Setup:
     bucket_elements: int = BUCKET_ELEMENTS
     live_elements: int = LIVE_ELEMENTS
     foreach: bool = True
+    casts: bool = True
 
     @property
     def tokens(self) -> int:
@@ -85,7 +88,7 @@ class Setup:
     @property
     def autocasts(self) -> bool:
         """torch's autocast computes in 16 bits; DeepSpeed casts the model itself."""
-        return self.element_bytes == 2 and self.engine not in ZERO
+        return self.casts and self.element_bytes == 2 and self.engine not in ZERO
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
@@ -160,7 +163,7 @@ def _shard(recipe: Recipe, kind: str, cluster: Cluster) -> int:
     return group
 
 
-def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, int]:
+def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, Any]:
     """Sizes of buckets from the recipe's own DeepSpeed file."""
     if kind not in ZERO or recipe.engine.kind != kind or recipe.engine.config is None:
         return {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dtrain.planning.memory import FLOAT32, NF4_BYTES
-from dtrain.planning.setup import Setup
+from dtrain.planning.setup import PERSISTENT_ELEMENTS, Setup
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,18 @@ def _gathered(setup: Setup) -> float:
     layers = float(e * inner)
     if setup.method == "qlora":
         layers = NF4_BYTES * shape.linear_elements + e * (inner - shape.linear_elements)
-    if not setup.is_full:
-        layers += (e if setup.engine == "zero3" else FLOAT32) * setup.trainable
-    return 2 * layers + e * outer
+    if setup.engine == "zero3":
+        layers += e * _partitioned(setup)
+        stays = shape.parameters <= setup.live_elements
+        return layers * (1 if stays else 2) + e * outer
+    return 2 * (layers + FLOAT32 * setup.trainable * (not setup.is_full)) + e * outer
+
+
+def _partitioned(setup: Setup) -> int:
+    """Adapter weights that ZeRO-3 does not keep whole everywhere for being small."""
+    layers, r = setup.shape.layers, setup.rank
+    sizes = [r * side for x in setup.adapted for side in (x.inputs, x.outputs)]
+    return layers * sum(size for size in sizes if size > PERSISTENT_ELEMENTS)
 
 
 def _zero2(setup: Setup) -> list[Collective]:
@@ -96,7 +105,10 @@ def _zero2(setup: Setup) -> list[Collective]:
 
 
 def _zero3(setup: Setup) -> list[Collective]:
-    """Layers twice, unless all of them stay alive from the forward to the backward pass."""
+    """Layers twice, or once where all of them stay alive until the backward pass.
+
+    Close, not exact: which weights stay depends on a trace that DeepSpeed makes.
+    """
     size = setup.element_bytes * setup.trainable
     return [
         _ring(setup, "weights", setup.ranks, _gathered(setup) * setup.accumulation),

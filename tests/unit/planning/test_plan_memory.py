@@ -13,7 +13,14 @@ from dtrain.planning.activations import Habits, layer_bytes
 from dtrain.planning.bases import find_shape
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.memory import gradient_bytes, memory_of, optimizer_bytes, weight_bytes
-from dtrain.planning.setup import BUCKET_ELEMENTS, LIVE_ELEMENTS, Cluster, Setup, setup_of
+from dtrain.planning.setup import (
+    BUCKET_ELEMENTS,
+    LIVE_ELEMENTS,
+    PERSISTENT_ELEMENTS,
+    Cluster,
+    Setup,
+    setup_of,
+)
 from dtrain.planning.verdict import DOES_NOT_FIT, FITS, advice, verdict_of
 from dtrain.planning.wire import entering_bytes, received_bytes
 
@@ -137,6 +144,8 @@ def test_buckets_are_those_of_the_shipped_files() -> None:
     for kind, offload in (("zero2", False), ("zero3", False), ("zero3", True)):
         zero = load_ds_config(None, kind, offload)["zero_optimization"]
         assert zero["reduce_bucket_size"] == BUCKET_ELEMENTS
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENT_ELEMENTS)
+        assert threshold == PERSISTENT_ELEMENTS
         assert zero.get("stage3_max_live_parameters", LIVE_ELEMENTS) == LIVE_ELEMENTS
 
 

@@ -1,0 +1,283 @@
+"""`dtrain plan` against published figures: memory and speed, each source in turn left out.
+
+    python tests/bench/plan_points.py FOLDER      # memory_points.csv, throughput_points.csv
+
+The trainers of those figures compute otherwise than dtrain (logits of all tokens, adapters in 16
+bits, ...): `HABITS` says how each does, from its own code and papers, before any figure is looked
+at. What is fitted are a factor of the allocator and the share of a GPU's arithmetic; for a source
+they come from the other sources alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from dtrain.planning.activations import Habits
+from dtrain.planning.bases import KNOWN, Sizes
+from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.memory import memory_of
+from dtrain.planning.setup import Setup
+from dtrain.planning.shapes import Shape, shape_of
+from dtrain.planning.speed import flops_per_token
+
+GB, GIB = 1e9, 2**30
+MODELS = {
+    "llama2-7b": "meta-llama/Llama-2-7b",
+    "llama2-13b": "meta-llama/Llama-2-13b",
+    "llama2-70b": "meta-llama/Llama-2-70b",
+    "llama3-8b": "meta-llama/Llama-3.1-8B",
+    "llama3-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "yi-34b": "01-ai/Yi-34B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+}
+OTHERS = {
+    "qwen1-7b": Sizes("qwen2", 32, 4096, 32, 32, 11008, 151936),
+    "qwen1-14b": Sizes("qwen2", 40, 5120, 40, 40, 13696, 152064),
+    "qwen1-72b": Sizes("qwen2", 80, 8192, 64, 64, 24576, 152064),
+    # Two matrices of width 4h instead of three: the same arithmetic as 8/3 h.
+    "mpt-7b": Sizes("llama", 32, 4096, 32, 32, 10923, 50432, True),
+    "mpt-13b": Sizes("llama", 40, 5120, 40, 40, 13653, 50432, True),
+    "mpt-70b": Sizes("llama", 80, 8192, 64, 64, 21845, 50432, True),
+}
+
+
+NARROW = Habits(attention_copies=False, train_bytes=2, head_bytes=14.0)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a source computes."""
+
+    rank: int
+    targets: str | tuple[str, ...] = "all-linear"
+    has_dropout: bool = False
+    casts: bool = False
+    habits: Habits = NARROW
+
+
+CHUNKED = Habits(attention_copies=False, train_bytes=2, head_bytes=5.5)
+WIDE = Habits(attention_copies=False, train_bytes=4, head_bytes=14.0)
+KBIT = Habits(attention_copies=False, train_bytes=4, head_bytes=14.0, residual_bytes=4)
+HABITS = {
+    "AnswerDotAI": Trainer(64, has_dropout=True),
+    "torchtune": Trainer(8, habits=CHUNKED),
+    "litgpt": Trainer(8, ("q_proj", "v_proj"), habits=CHUNKED),
+    "QwenLM": Trainer(64, has_dropout=True, habits=WIDE),
+    "unsloth": Trainer(32, habits=KBIT, casts=True),
+    "llama-cookbook": Trainer(8, ("q_proj", "v_proj")),
+    "peft": Trainer(8, has_dropout=True, casts=True, habits=WIDE),
+}
+# What is known to be wrong or is not computed here, with the reason.
+DOUBTFUL = {
+    "LongLoRA": "second hand",
+    "May 2024": "unpacked: shorter than stated",
+    "405b": "batch size ambiguous",
+    "dlrover": "11 GiB unexplained at its source",
+    "torchtitan": "selective recomputation, or 8 bits",
+    "fp32 base": "base in float32",
+    "fp8": "8 bits",
+    "seq not stated": "length of the rows not stated",
+    "A6000": "143 % of the card's peak at its source",
+    "axolotl": "offload",
+}
+
+
+def shape_named(name: str) -> Shape:
+    row = OTHERS.get(name) or KNOWN[MODELS[name]]
+    return shape_of({k: v for k, v in row._asdict().items() if v is not None}, name)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def reason_against(row: dict[str, str]) -> str:
+    text = " ".join(row.values())
+    if row.get("offload") or "offload" in text:
+        return "offload"
+    if row.get("grad_ckpt") in ("selective", "sel"):
+        return "selective recomputation, or 8 bits"
+    return next((why for word, why in DOUBTFUL.items() if word in text), "")
+
+
+def trainer_of(row: dict[str, str]) -> Trainer | None:
+    return next((t for name, t in HABITS.items() if name in row["source"]), None)
+
+
+def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
+    engine, ranks = row["engine"], int(row["gpus"])
+    kind = {"single": "ddp", "fsdp1": "fsdp2"}.get(engine, engine)
+    if kind not in ("ddp", "fsdp2", "zero2", "zero3"):
+        kind = "fsdp2"
+    return Setup(
+        shape=shape_named(row["model"]),
+        method=row["method"],
+        rank=0 if row["method"] == "full" else trainer.rank,
+        targets=trainer.targets,
+        has_dropout=trainer.has_dropout and row["method"] != "full",
+        engine=kind,
+        ranks=ranks,
+        node_ranks=min(ranks, 8),
+        shard=1 if kind in ("ddp", "zero2") else ranks,
+        element_bytes=2,
+        sequence_tokens=int(row["seq_len"]),
+        micro_batch=int(row["micro_batch"]),
+        accumulation=1,
+        checkpointing=row["grad_ckpt"] == "True",
+        optimizer="adamw_8bit" if "8bit" in row.get("optimizer", "") else "adamw",
+        casts=trainer.casts,
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    source: str
+    label: str
+    planned: float
+    real: float
+    is_capacity: bool = False
+
+
+def short(source: str) -> str:
+    return source.split()[0].split("@")[0].removeprefix("github:")[:32]
+
+
+def memory_points(path: Path) -> tuple[list[Point], dict[str, int]]:
+    points, left_out = [], {}
+    for row in rows_of(path):
+        trainer = trainer_of(row)
+        why = reason_against(row) or ("" if trainer else "trainer not known")
+        if why or trainer is None:
+            left_out[why] = left_out.get(why, 0) + 1
+            continue
+        unit = GIB if "GiB" in row["measured_what"] else GB
+        label = f"{row['model']} {row['method']} {row['engine']} {row['gpus']}x{row['seq_len']}"
+        peak = memory_of(setup_of_row(row, trainer), trainer.habits).peak
+        capacity = "capacity" in row["measured_what"]
+        real = float(row["measured_peak_gb"]) * (GIB if capacity else unit)
+        points.append(Point(short(row["source"]), label, peak, real, capacity))
+    return points, left_out
+
+
+def fitted(points: list[Point]) -> tuple[float, float]:
+    """The factor and the bytes, of tensors, that make the least median error."""
+    peaks = [p for p in points if not p.is_capacity]
+    tries = [(0.90 + 0.01 * a, 0.1 * GB * b) for a in range(41) for b in range(41)]
+    return min(
+        tries, key=lambda t: median(abs((t[0] * p.planned + t[1]) / p.real - 1) for p in peaks)
+    )
+
+
+def quantile_factor(points: list[Point], share: float) -> float:
+    """The factor that, beside the budget's bytes, covers this share of the points."""
+    ratios = sorted((p.real - BUDGET_BYTES) / p.planned for p in points if not p.is_capacity)
+    return ratios[min(len(ratios) - 1, int(share * len(ratios)))]
+
+
+def tell_memory(points: list[Point]) -> None:
+    """Leave-one-source-out: what lies between tensors and figures comes from the others."""
+    print(f"\n{'memory, source left out':<36}{'rows':>5}{'factor':>8}{'+ GB':>6}", end="")
+    print(f"{'median':>9}{'bias':>8}{'budget x':>10}{'covers':>8}{'plan':>7}")
+    errors, fair, ours = [], [], []
+    for source in sorted({p.source for p in points}):
+        mine = [p for p in points if p.source == source and not p.is_capacity]
+        if not mine:
+            continue
+        others = [p for p in points if p.source != source]
+        (factor, extra), cover = fitted(others), quantile_factor(others, 0.95)
+        off = [(factor * p.planned + extra) / p.real - 1 for p in mine]
+        covered = [p.real <= cover * p.planned + BUDGET_BYTES for p in mine]
+        planned = [p.real <= BUDGET_FACTOR * p.planned + BUDGET_BYTES for p in mine]
+        errors, fair, ours = errors + [abs(x) for x in off], fair + covered, ours + planned
+        line = f"{source:<36}{len(mine):>5}{factor:>8.2f}{extra / GB:>6.1f}"
+        line += f"{median(abs(x) for x in off):>9.1%}{median(off):>8.1%}{cover:>10.2f}"
+        print(f"{line}{sum(covered):>8}{sum(planned):>7}")
+    print(f"{len(errors)} rows: median {median(errors):.1%}, worst {max(errors):.1%}", end="; ")
+    print(f"budgets of the others cover {sum(fair)}, the plan's {sum(ours)}")
+    roomy = [p for p in points if p.is_capacity]
+    print(f"longest rows that fit: tensors below capacity in {sum(map(below, roomy))}", end=" ")
+    print(f"of {len(roomy)}, at {median(p.planned / p.real for p in roomy):.0%} of it")
+
+
+def below(point: Point) -> bool:
+    return point.planned < point.real
+
+
+def speed_points(path: Path) -> tuple[list[tuple[str, str, str, float]], dict[str, int]]:
+    """(source, GPU family, label, share of the GPU's arithmetic that was reached)."""
+    points, left_out = [], {}
+    for row in rows_of(path):
+        if row["model"] not in MODELS and row["model"] not in OTHERS:
+            left_out["model not known"] = left_out.get("model not known", 0) + 1
+            continue
+        family = row["gpu_type"].lower()
+        why = reason_against(row) or ("8 bits" if row["precision"] == "fp8" else "")
+        if why:
+            left_out[why] = left_out.get(why, 0) + 1
+            continue
+        one = setup_of_row(row, trainer_of(row) or Trainer(16))
+        gpu = find_gpu({"a100": "a100-80g", "h100": "h100-80g"}.get(family, family))
+        rate = float(row["tokens_per_s_per_gpu"])
+        share = flops_per_token(replace(one, ranks=1)) * rate / (gpu.tflops * 1e12)
+        label = f"{row['model']} {row['method']} {row['engine']}"
+        points.append((short(row["source"]), family, label, share))
+    return points, left_out
+
+
+def tell_speed(points: list[tuple[str, str, str, float]]) -> None:
+    print(f"\n{'speed, source left out':<36}{'rows':>5}{'median':>9}{'worst':>8}")
+    errors = []
+    for source in sorted({p[0] for p in points}):
+        off = []
+        for own, family, label, share in points:
+            if own != source:
+                continue
+            like = [p[3] for p in points if p[0] != source and p[1] == family]
+            guess = median(like or [p[3] for p in points if p[0] != source])
+            off.append((abs(guess / share - 1), label))
+        errors += off
+        middle, worst = median(x for x, _ in off), max(off)
+        print(f"{source:<36}{len(off):>5}{middle:>9.1%}{worst[0]:>8.1%}  {worst[1]}")
+    print(f"median of {len(errors)} rows {median(x for x, _ in errors):.1%}; worst {max(errors)}")
+    print(f"\n{'share of the data sheet':<24}{'rows':>5}{'low':>8}{'median':>8}{'high':>8}")
+    for family in sorted({p[1] for p in points}):
+        shares = sorted(p[3] for p in points if p[1] == family)
+        low, high = shares[0], shares[-1 - len(shares) // 6]
+        print(f"{family:<24}{len(shares):>5}{low:>8.2f}{median(shares):>8.2f}{high:>8.2f}")
+
+
+def tell(
+    path: Path, read: Callable[[Path], tuple[list, dict[str, int]]], say: Callable[[list], None]
+) -> None:
+    points, left_out = read(path)
+    print(f"{path.name}: {len(points)} rows; left out: {left_out}")
+    say(points)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", action="store_true", help="every row of memory")
+    arguments = parser.parse_args()
+    tell(arguments.folder / "memory_points.csv", memory_points, tell_memory)
+    if arguments.rows:
+        for p in memory_points(arguments.folder / "memory_points.csv")[0]:
+            ratio = p.real / p.planned
+            print(
+                f"{p.source:<34}{p.label:<34}{p.planned / GB:>7.1f}{p.real / GB:>7.1f}{ratio:>7.2f}"
+            )
+    tell(arguments.folder / "throughput_points.csv", speed_points, tell_speed)
+
+
+if __name__ == "__main__":
+    main()
