@@ -153,8 +153,15 @@ def choices_of(address: str) -> dict[str, Choice]:
     path = Path(address).expanduser()
     if is_run(address):
         return open_run(path).choices()
+    template = _template_beside(path)
     if (path / CONFIG).is_file() and not (path / "config.json").is_file():
-        own = adapter_choice(path)
+        own = adapter_choice(path, template=template)
         name = path.absolute().parent.name if path.name == "adapter" else path.name
-        return {BASE: Choice(own.base), name: own}
-    return {BASE: Choice(address)}
+        return {BASE: Choice(own.base, template=template), name: own}
+    return {BASE: Choice(address, template=template)}
+
+
+def _template_beside(result: Path) -> str:
+    """The template that a run's recipe names for a stage's adapter or merged model."""
+    run = result.absolute().parent.parent
+    return open_run(run).template if is_run(str(run)) else "auto"

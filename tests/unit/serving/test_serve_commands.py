@@ -32,7 +32,10 @@ def make_run(tmp_path: Path, make_adapter: Make, record_stage: Record) -> Callab
     def make(name: str = "run", *overrides: str, methods: tuple = ("lora", "lora")) -> Path:
         folder = tmp_path / name
         for number, stage in enumerate(("domain", "task")):
-            make_adapter(folder / stage / "adapter", LAYERS, (64, 12)[number])
+            make_adapter(
+                folder / stage / "adapter", LAYERS, (64, 12)[number],
+                base_model_name_or_path=("/models/llama", "/before/it/was/moved")[number],
+            )  # fmt: skip
             record_stage(folder / stage, f"id{number}", f"id{number - 1}", methods[number])
             (folder / stage / "merged").mkdir()
             (folder / stage / "merged" / "merge.json").write_text("{}")
@@ -188,6 +191,15 @@ def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
     over_merged = choices_of(str(run))["task"]
     assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantised
     assert over_merged.adapters == (run / "task" / "adapter",)
+
+
+def test_a_stage_s_results_are_talked_to_as_its_recipe_says(make_run: Callable[..., Path]) -> None:
+    run = make_run("run", "stages.task.data.template=instruction")
+    (merged,) = choices_of(str(run / "task" / "merged")).values()
+    assert (merged.template, merged.adapters) == ("instruction", ())
+    base, adapter = choices_of(str(run / "domain" / "adapter")).values()
+    assert base.template == adapter.template == "instruction"
+    assert adapter.adapters == (run / "domain" / "adapter",) and adapter.base == base.base
 
 
 def test_mistakes_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_a_chat_switches_adapters_and_keeps_what_was_said(
     assert speaker.answers([alone], 6) == [first]
     speaker.switch(choices["base"])
     assert speaker.answers([speaker.prompt(chat.messages[:3])], 6) == [second]
+    chat.run(iter([f"/adapter {run / 'domain' / 'adapter'}"]))  # a name that the run has not
+    speaker_of_domain = speaker.logits(IDS)
+    speaker.switch(choices["domain"])
+    assert torch.equal(speaker.logits(IDS), speaker_of_domain)
+    speaker.switch(choices["base"])
+    assert not torch.equal(speaker.logits(IDS), speaker_of_domain)
     chat.run(iter(["/reset", "hello"]))
     assert [turn["content"] for turn in chat.messages] == ["hello", *speaker.answers([alone], 6)]
 
