@@ -1,0 +1,224 @@
+"""`dtrain merge`, `verify` and `diff` as a user meets them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from typer.testing import CliRunner
+
+from dtrain.checkpoints import Piece, Saver
+from dtrain.cli import app
+from dtrain.config.load import dump, load_recipe
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, write_sealed
+from dtrain.core.hashes import fingerprint
+from dtrain.merge.fingerprint import model_fingerprint
+from dtrain.models.weights import weight_files
+
+RANKS = 3
+
+
+def dtrain(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(done.exception, UserError):
+        raise done.exception
+    assert done.exit_code in (0, 2), done.exception
+    return " ".join(done.output.split())
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return {n: t for path in weight_files(folder) for n, t in load_file(path).items()}
+
+
+def equal(folder: Path, reference: dict[str, Tensor]) -> bool:
+    found = state(folder)
+    return all(torch.equal(found[name], reference[name].to(found[name].dtype)) for name in found)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base", max_shard_size="70KB")
+    return tmp_path / "base"
+
+
+def adapter(base: Path, folder: Path, seed: int = 1) -> Path:
+    adapted: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]),
+    )
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def trained_by(folder: Path, base: Path, kind: str = "lora") -> dict[str, Any]:
+    """A stage's record beside its adapter, and what its checkpoints say."""
+    method = {"kind": kind, "r": 4, "alpha": 8.0}
+    inputs = {"parent": model_fingerprint(base), "dtype": "float32", "method": method}
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"identity": fingerprint(inputs), "inputs": inputs, "complete": True}
+    write_sealed(folder / "stage.json", record | {"facts": {"dtype": "float32"}})
+    return inputs
+
+
+def checkpoint(run: Path, base: Path, tensors: dict[str, Tensor], kind: str) -> Path:
+    """A checkpoint of the first stage, cut anyhow between three ranks."""
+    inputs = trained_by(run / "domain", base, kind)
+    (run / "recipe.yaml").write_text(dump(load_recipe("tiny", [f"model.base={base}"])))
+    folder = run / "domain" / "checkpoints"
+    savers = [Saver(folder, rank=r, ranks=RANKS, attempt="a") for r in range(RANKS)]
+    for rank, saver in enumerate(savers):
+        pieces = []
+        for name, tensor in tensors.items():
+            total = prod(tensor.shape)
+            start, stop = total * rank // RANKS, total * (rank + 1) // RANKS
+            part = tensor.detach().flatten()[start:stop].float()
+            pieces.append(Piece(name, tuple(tensor.shape), start, stop, {"weight": part}))
+        saver.save(7, pieces, {"inputs": inputs})
+    for saver in savers:
+        saver.wait()
+    return folder / "step-000007"
+
+
+def by_peft(base: Path, *adapters: Path) -> dict[str, Tensor]:
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    for folder in adapters:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return dict(model.state_dict())
+
+
+def test_one_adapter_and_two(base: Path, tmp_path: Path) -> None:
+    one, two = adapter(base, tmp_path / "one"), adapter(base, tmp_path / "two", 2)
+    assert str(tmp_path / "a") in dtrain("merge", base, one, tmp_path / "a")
+    assert equal(tmp_path / "a", by_peft(base, one))
+    dtrain("merge", base, one, two, tmp_path / "b", "--processes", 2)
+    assert equal(tmp_path / "b", by_peft(base, one, two))
+    dtrain("merge", base, one, two, tmp_path / "c", "--weights", "0,1")
+    assert equal(tmp_path / "c", by_peft(base, two))
+    dtrain("merge", base, one, two, tmp_path / "d", "--combine", "dare_ties", "--seed", 5)
+    assert read_json(tmp_path / "d" / "merge.json")["adapters"][0]["combine"] == [
+        "dare_ties", 0.5, 5
+    ]  # fmt: skip
+
+
+def test_what_the_merged_model_answers(base: Path, tmp_path: Path) -> None:
+    one = adapter(base, tmp_path / "one")
+    dtrain("merge", base, one, tmp_path / "out")
+    ids = torch.arange(12)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one)
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+    answers = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (merged, adapted)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give BASE ADAPTER"),
+        (["--weights", "1,2"], "2 weights for 1 adapters"),
+        (["--weights", "half"], "not numbers: half"),
+        (["--combine", "dare_linear"], "chooses at random"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], said: str, base: Path, tmp_path: Path) -> None:
+    places = [base] if not arguments else [base, adapter(base, tmp_path / "one")]
+    with pytest.raises(UserError, match=said):
+        dtrain("merge", *places, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_record_beside_an_adapter_decides(base: Path, tmp_path: Path) -> None:
+    """Its form of the base, and whether this is the base."""
+    one = adapter(base, tmp_path / "stage" / "adapter")
+    trained_by(tmp_path / "stage", base, "qlora")
+    for place, options in (("a", []), ("b", ["--qlora-base", "dequantised"])):
+        dtrain("merge", base, one, tmp_path / place, *options)
+    dtrain("merge", base, one, tmp_path / "c", "--qlora-base", "original")
+    unpacked, again, plain = (state(tmp_path / place) for place in "abc")
+    assert all(torch.equal(unpacked[name], again[name]) for name in again)
+    assert equal(tmp_path / "c", by_peft(base, one))
+    name = "model.layers.0.self_attn.k_proj.weight"  # without an adapter
+    assert torch.equal(plain[name], state(base)[name]) and not torch.equal(
+        unpacked[name], plain[name]
+    )
+    other = tmp_path / "a"  # same shapes, other numbers
+    with pytest.raises(UserError, match="is not the base that the adapter was trained on"):
+        dtrain("merge", other, one, tmp_path / "d", "--qlora-base", "original")
+    assert not (tmp_path / "d").exists() and not (tmp_path / ".d.making").exists()
+
+
+def test_a_chain_out_of_order_is_refused(base: Path, tmp_path: Path) -> None:
+    one, two = (adapter(base, tmp_path / name / "adapter") for name in ("one", "two"))
+    inputs = trained_by(tmp_path / "one", base)
+    later = inputs | {"parent": fingerprint(inputs)}
+    record = {"identity": fingerprint(later), "inputs": later, "complete": True}
+    write_sealed(tmp_path / "two" / "stage.json", record)
+    dtrain("merge", base, one, two, tmp_path / "a")
+    assert equal(tmp_path / "a", by_peft(base, one, two))
+    with pytest.raises(UserError, match="none of the adapters before it"):
+        dtrain("merge", base, two, one, tmp_path / "b")
+
+
+def test_a_full_checkpoint_of_three_ranks_becomes_a_model(base: Path, tmp_path: Path) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    tensors = {n: p.detach() + torch.randn_like(p) for n, p in model.named_parameters()}
+    saved = checkpoint(tmp_path / "run", base, tensors, "full")
+    dtrain("merge", saved, tmp_path / "out")
+    assert equal(tmp_path / "out", tensors) and state(tmp_path / "out").keys() == tensors.keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_adapters_checkpoint_becomes_a_model(base: Path, tmp_path: Path) -> None:
+    one = adapter(base, tmp_path / "one")
+    tensors = {
+        key.replace(".weight", ".default.weight"): tensor
+        for key, tensor in load_file(one / "adapter_model.safetensors").items()
+    }
+    saved = checkpoint(tmp_path / "run", base, tensors, "lora")
+    dtrain("merge", saved, tmp_path / "out")
+    assert equal(tmp_path / "out", by_peft(base, one))
+
+
+def test_a_damaged_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+    tensors = deepcopy(state(base))
+    saved = checkpoint(tmp_path / "run", base, tensors, "full")
+    shard = saved / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"rank-00001\.safetensors: its SHA-256 is not the one"):
+        dtrain("merge", saved, tmp_path / "out")
+
+
+def test_verify_and_diff(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dtrain("merge", base, adapter(base, tmp_path / "one"), out)
+    assert "files hashed, all finite" in dtrain("verify", out)
+    assert "no merge.json, so no hash checked, all finite" in dtrain("verify", base)
+    said = dtrain("diff", base, out, "--top", 1, "--json", tmp_path / "all.json")
+    assert "4 tensors changed" in said and "3 more" in said
+    written = read_json(tmp_path / "all.json")
+    assert len(written["changes"]) == 4 and written["same"] == len(state(base)) - 4
+    (out / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["verify", str(out)])
+    assert done.exit_code == 2 and "config.json: is not what was written" in done.output
