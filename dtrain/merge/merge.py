@@ -249,7 +249,7 @@ def _write(
             hashes[path.name] = file_sha256(work.target / path.name)
         manifest = about | {"plan": fingerprint(plan)} | prints
         write_json(work.target / MANIFEST, manifest | {"files": dict(sorted(hashes.items()))})
-        work.publish()
+        work.publish({MANIFEST, *hashes})
     except UserError:
         work.discard()
         raise

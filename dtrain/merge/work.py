@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,15 @@ class Work:
         """Of files that are there already, finished or not: they need no more room."""
         return sum(path.stat().st_size for path in self.target.iterdir())
 
-    def publish(self) -> None:
-        """Let the folder appear under its name."""
+    def publish(self, names: Collection[str]) -> None:
+        """Let the folder appear under its name, with these files.
+
+        What else is there was being written, under a passing name, when a call before was killed.
+        """
         for path in self.target.iterdir():
+            if path.name not in names:
+                path.unlink()
+                continue
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         fsync_folder(self.target)

@@ -370,11 +370,13 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
     made = base.parent / ".out.making" / "model"
     first = (made / shard).stat()
     (made / weight_files(base)[1].name).write_bytes(b"half a shard")
+    (made / ".merge.json.k1ll3d").write_bytes(b"being written")
     out = do(base, adapter)
     assert (out / shard).stat().st_ino == first.st_ino  # not made again
     assert (out / shard).stat().st_mtime_ns == first.st_mtime_ns
     after = state(out)
     assert all(torch.equal(after[name], whole[name]) for name in whole)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (base.parent / "whole").iterdir()}
     assert not (base.parent / ".out.making").exists()
     assert do(base, adapter) == out  # it is there already, from the same
 

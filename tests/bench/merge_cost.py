@@ -1,0 +1,134 @@
+"""What a merge costs: memory, bytes, and wall time against a copy of the same folder.
+
+    python tests/bench/merge_cost.py [--gigabytes 1 4] [--rounds 3] [--rank 16] [--peft 1]
+
+Random bfloat16 models, sharded; a LoRA adapter on every linear layer. Merges and copies
+(`cp`, then fsync of every file) take turns, and the ratio of each neighbouring pair is kept. PEFT's
+own way (load, merge_and_unload, save_pretrained) runs beside it where --peft names the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from merge_models import make_adapter, make_model
+
+POLL_SECONDS = 0.004
+SHARD_BYTES = 500_000_000
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+
+
+@dataclass
+class Cost:
+    """Of one process: wall seconds, CPU seconds, peak anonymous bytes, bytes read and written."""
+
+    wall: float
+    cpu: float
+    anonymous: int
+    read: int
+    written: int
+
+
+def main() -> None:
+    """Make, measure, print, remove."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--peft", type=float, default=1.0)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    for gigabytes in arguments.gigabytes:
+        place = Path(tempfile.mkdtemp(prefix="dtrain-merge-cost-", dir=arguments.folder))
+        try:
+            measure(place, gigabytes, arguments)
+        finally:
+            shutil.rmtree(place)
+
+
+def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> None:
+    """All figures of one size."""
+    size = make_model(place / "base", gigabytes, SHARD_BYTES)
+    make_adapter(place / "adapter", gigabytes, arguments.rank)
+    inputs = [str(place / "base"), str(place / "adapter")]
+    command = [sys.executable, "-m", "dtrain", "merge", *inputs, str(place / "out")]
+    merges, copies = [], []
+    for _ in range(arguments.rounds):
+        copies.append(copy(place / "base", place / "copy"))
+        merges.append(watched(command))
+        shutil.rmtree(place / "out")
+    ratios = [m.wall / c for m, c in zip(merges, copies, strict=True)]
+    print(
+        f"{size / 1e9:.2f} GB, {len(list((place / 'base').glob('*.safetensors')))} shards: "
+        f"anonymous {max(m.anonymous for m in merges) / 1e6:.0f} MB, "
+        f"read {merges[0].read / size:.3f}x, written {merges[0].written / size:.3f}x, "
+        f"wall {median(m.wall for m in merges):.1f} s ({median(m.cpu for m in merges):.1f} s CPU), "
+        f"cp + fsync {median(copies):.1f} s, ratio {median(ratios):.2f} "
+        f"({', '.join(f'{r:.2f}' for r in ratios)})",
+        flush=True,
+    )
+    if gigabytes == arguments.peft:
+        cost = watched([sys.executable, "-c", PEFT, *inputs, str(place / "out")])
+        print(
+            f"    PEFT: anonymous {cost.anonymous / 1e6:.0f} MB, "
+            f"wall {cost.wall:.1f} s ({cost.cpu:.1f} s CPU)",
+            flush=True,
+        )
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of a copy that is on the disk in the end."""
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
+    for path in target.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.monotonic() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def watched(command: list[str]) -> Cost:
+    """Run a command, looking at its memory every few milliseconds."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    anonymous, io = 0, {"rchar": 0, "wchar": 0}
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        anonymous = max(anonymous, fields(process.pid, "status").get("RssAnon", 0) * 1024)
+        io |= fields(process.pid, "io")
+        time.sleep(POLL_SECONDS)
+    io |= fields(process.pid, "io")  # of the whole life, as it is not yet waited for
+    wall = time.monotonic() - began
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return Cost(wall, used.ru_utime + used.ru_stime, anonymous, io["rchar"], io["wchar"])
+
+
+def fields(process: int, file: str) -> dict[str, int]:
+    """The numbers of a file of /proc."""
+    try:
+        lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
+    except (OSError, ProcessLookupError):
+        return {}
+    pairs = (line.split() for line in lines)
+    return {p[0].rstrip(":"): int(p[1]) for p in pairs if len(p) > 1 and p[1].isdigit()}
+
+
+if __name__ == "__main__":
+    main()
