@@ -7,6 +7,7 @@ are wrapped, so that what an engine really sends is what is counted.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import weakref
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
-from dtrain.distributed.world import end_world, start_world
+from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
@@ -154,12 +155,10 @@ def built(recipe, stage, world):
     return build_engine(model, recipe, stage, world, fill), counts
 
 
-def main() -> None:
-    recipe = load_recipe("tiny", sys.argv[1:])
-    stage, received = recipe.stages[0], Counter()
-    world = start_world("cpu")
-    counted(received)
-    storages = Storages()
+def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[str, Any]:
+    """Steps under one recipe: counts, peaks by phase, bytes received in the last step."""
+    recipe = load_recipe("tiny", overrides)
+    stage, storages = recipe.stages[0], Storages()
     storages.watch_resizes()
     with storages:
         engine, counts = built(recipe, stage, world)
@@ -167,32 +166,54 @@ def main() -> None:
         storages.take(tensor)
     if recipe.engine.kind == "ddp":
         counted_buckets(engine.model, received)
-    micro = stage.train.global_batch_sequences // world.size // stage.train.micro_batch
-    tokens = stage.train.micro_batch * stage.data.sequence_tokens
-    vocabulary = engine.bare.get_input_embeddings().num_embeddings
-    phases: dict[str, int] = {}
     for step in range(STEPS):
         received.clear()
-        phases.clear()
-        engine.model.train()
-        with storages:
-            for number in range(micro):
-                sample = batch(vocabulary, tokens, number)
-                set_dropout_key(engine.bare, 0, step, [number], [tokens])
-                storages.peak = storages.total
-                loss = forward_loss(engine, sample)
-                phases["forward"] = max(phases.get("forward", 0), storages.peak)
-                storages.peak = storages.total
-                engine.backward(loss, last=number == micro - 1)
-                phases["backward"] = max(phases.get("backward", 0), storages.peak)
-                del loss
-            storages.peak = storages.total
-            engine.step(1e-4)
-            phases["update"] = storages.peak
-            phases["rest"] = storages.total
-    if world.is_first:
-        facts = {"counts": counts, "received": received, "phases": phases}
-        print("FACTS " + json.dumps(facts))
+        phases = one_step(engine, stage, storages, step)
+    engine.close()
+    return {"counts": counts, "received": received, "phases": phases}
+
+
+def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str, int]:
+    """The peak of forward, backward and update."""
+    train = stage.train
+    micro = train.global_batch_sequences // engine.world.size // train.micro_batch
+    tokens = train.micro_batch * stage.data.sequence_tokens
+    vocabulary = engine.bare.get_input_embeddings().num_embeddings
+    phases = {"forward": 0, "backward": 0, "update": 0}
+
+    def ends(name: str) -> None:
+        phases[name] = max(phases[name], storages.peak)
+        storages.peak = storages.total
+
+    engine.model.train()
+    with storages:
+        storages.peak = storages.total
+        for number in range(micro):
+            sample = batch(vocabulary, tokens, number)
+            set_dropout_key(engine.bare, 0, step, [number], [tokens])
+            loss = forward_loss(engine, sample)
+            ends("forward")
+            engine.backward(loss, last=number == micro - 1)
+            ends("backward")
+            del loss
+        engine.step(1e-4)
+        ends("update")
+    return phases
+
+
+def main() -> None:
+    """One process group for all recipes; their overrides are parted by `+`."""
+    received: Counter[str] = Counter()
+    world = start_world("cpu")
+    counted(received)
+    words, recipes = sys.argv[1:], [[]]
+    for word in words:
+        recipes.append([]) if word == "+" else recipes[-1].append(word)
+    for overrides in recipes:
+        facts = measure(overrides, world, received)
+        gc.collect()
+        if world.is_first:
+            print("FACTS " + json.dumps(facts))
     end_world()
 
 

@@ -1,0 +1,127 @@
+"""The plan's choices as a table, and the shipped recipes on the GPUs that they name.
+
+A change that is meant to move the table: `python tests/unit/planning/test_plan_golden.py` writes
+it anew; say why in the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.core.units import duration, size
+from dtrain.planning.bases import find_shape
+from dtrain.planning.choose import Option, choose, option_of
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.plan import make_plan
+from dtrain.planning.setup import Cluster, Setup
+from dtrain.planning.verdict import FITS
+from dtrain.recipes import shipped
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "plan.txt"
+BASES = {
+    "13B": "meta-llama/Llama-2-13b",
+    "34B": "codellama/CodeLlama-34b",
+    "70B": "meta-llama/Llama-3.1-70B",
+}
+GPUS = ("rtx4090-24g", "l40s-48g", "h100-80g")
+BILLION = 1e9
+GLOBAL_BATCH = 128  # sequences of 2048 tokens
+
+# Shipped recipe → the smallest cluster that it says it is for.
+MADE_FOR = {
+    "7b-lora": ("a100-40g", 1, 8),
+    "7b-qlora": ("rtx4090-24g", 1, 1),
+    "8b-full": ("h100-80g", 1, 8),
+    "13b-lora": ("rtx4090-24g", 1, 8),
+    "13b-qlora": ("rtx4090-24g", 1, 1),
+    "32b-lora": ("l40s-48g", 1, 8),
+    "32b-qlora": ("rtx4090-24g", 1, 8),
+    "70b-qlora": ("l40s-48g", 2, 8),
+    "70b-lora-zero3": ("h100-80g", 2, 8),
+}
+SMALL = ("tiny", "quickstart")  # they run anywhere
+
+
+def asked(base: str, method: str, cluster: Cluster) -> Setup:
+    """A stage with r 16 on all linear layers, activations recomputed."""
+    shape, _ = find_shape(base)
+    return Setup(
+        shape=shape,
+        method=method,
+        rank=16,
+        targets="all-linear",
+        has_dropout=True,
+        engine="ddp",
+        ranks=cluster.ranks,
+        node_ranks=cluster.gpus_per_node,
+        shard=1,
+        element_bytes=2,
+        sequence_tokens=2048,
+        micro_batch=1,
+        accumulation=GLOBAL_BATCH // cluster.ranks,
+        checkpointing=True,
+    )
+
+
+def lines() -> Iterator[str]:
+    """The table; hours are for a billion tokens."""
+    yield f"{'base':<5}{'GPU':<13}{'nodes':>5}  {'method':<7}{'engine':<11}{'micro':>5}" + (
+        f"{'budget':>9}  {'verdict':<13}{'1B tokens':>12}"
+    )
+    for name, base in BASES.items():
+        for gpu in GPUS:
+            for nodes in (1, 2, 8):
+                for method in ("lora", "qlora"):
+                    cluster = Cluster(find_gpu(gpu), nodes, 8)
+                    yield _line(name, method, cluster, _best(base, method, cluster))
+
+
+def _best(base: str, method: str, cluster: Cluster) -> Option:
+    setup = asked(base, method, cluster)
+    return option_of(choose(setup, cluster, any_engine=True, any_micro=True), cluster)
+
+
+def _line(name: str, method: str, cluster: Cluster, best: Option) -> str:
+    head = f"{name:<5}{cluster.gpu.name:<13}{cluster.nodes:>5}  {method:<7}{best.engine:<11}"
+    verdict = f"{size(best.verdict.budget):>9}  {best.verdict.word:<13}"
+    time = duration(BILLION / best.speed)
+    return f"{head}{best.setup.micro_batch:>5}{verdict}{time:>12}"
+
+
+def test_the_choices_are_those_of_the_table() -> None:
+    assert list(lines()) == GOLDEN.read_text(encoding="utf-8").splitlines()
+
+
+def test_no_choice_is_beaten_by_another_that_fits() -> None:
+    """ddp, where it fits, is never faster than what is chosen; a larger micro-batch takes more."""
+    for base in BASES.values():
+        for gpu in GPUS:
+            cluster = Cluster(find_gpu(gpu), 2, 8)
+            best = _best(base, "qlora", cluster)
+            ddp = option_of(asked(base, "qlora", cluster), cluster)
+            if ddp.verdict.word == FITS:
+                assert best.verdict.word == FITS and best.speed >= ddp.speed
+            larger = replace(best.setup, micro_batch=2 * best.setup.micro_batch)
+            assert option_of(larger, cluster).verdict.budget > best.verdict.budget
+
+
+def test_every_shipped_recipe_names_its_gpus() -> None:
+    assert set(shipped()) == {*MADE_FOR, *SMALL}
+
+
+@pytest.mark.parametrize("name", MADE_FOR)
+def test_shipped_recipes_fit_where_they_say(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    gpu, nodes, gpus = MADE_FOR[name]
+    plan = make_plan(load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus))
+    assert plan.word == FITS, [(x.name, x.verdict) for x in plan.stages]
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("\n".join(lines()) + "\n", encoding="utf-8")
