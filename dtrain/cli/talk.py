@@ -49,7 +49,8 @@ def generate(
         raise UserError("would be overwritten", where=str(prompts), fix="name another --out")
     choices, name = _chosen(address, adapter)
     total = count_prompts(prompts)
-    answers = Answers.open(out, prompts, by=f"{address} {name}")
+    by = f"{address} {name} {choices[name].mark}".strip()
+    answers = Answers.open(out, prompts, by)
     if answers.done < total:
         speaker = _speaker(address, choices[name])
         answer_all(speaker, prompts, answers, batch_size, max_new_tokens)

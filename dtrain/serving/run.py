@@ -13,7 +13,8 @@ from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.folders import local_path, sample_name
-from dtrain.models.adapter_folder import CONFIG, origin, read_adapter_config
+from dtrain.core.hashes import file_sha256
+from dtrain.models.adapter_folder import CONFIG, WEIGHTS, origin, read_adapter_config
 
 RECIPE, MERGED_MARK = "recipe.yaml", "merge.json"
 BASE = "base"  # the name of the model without any adapter
@@ -34,6 +35,15 @@ class Choice:
     quantised: bool = False
     adapters: tuple[Path, ...] = ()
     template: str = "auto"
+
+    @property
+    def mark(self) -> str:
+        """Tells it from what lay in the same place before; empty for a base that says nothing."""
+        if self.adapters:
+            last = self.adapters[-1]
+            return (origin(last).identity or file_sha256(last / WEIGHTS))[:12]
+        manifest = Path(self.base).expanduser() / MERGED_MARK
+        return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,20 @@ def test_a_stage_s_results_are_talked_to_as_its_recipe_says(make_run: Callable[.
     assert adapter.adapters == (run / "domain" / "adapter",) and adapter.base == base.base
 
 
+def test_what_was_trained_anew_in_the_same_place_has_another_mark(
+    make_run: Callable[..., Path], make_adapter: Make, record_stage: Record
+) -> None:
+    run = make_run()
+    make_adapter(run / "both", LAYERS, 76)
+    before = {name: choice.mark for name, choice in choices_of(str(run)).items()}
+    record_stage(run / "task", "trained anew", "id0", "lora")
+    (run / "task" / "merged" / "merge.json").write_text('{"result": "another model"}')
+    after_it = {name: choice.mark for name, choice in choices_of(str(run)).items()}
+    assert {name for name in before if before[name] != after_it[name]} == {"task"}
+    assert before[BASE] == "" and len(before["both"]) == 12
+    assert choices_of(str(run / "task" / "merged"))[BASE].mark == "another mode"
+
+
 def test_mistakes_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     (run / "task" / "adapter" / "adapter_model.safetensors").unlink()

@@ -185,9 +185,11 @@ def test_generate_killed_goes_on_and_ends_as_undisturbed(
     assert 0 < killed.read_bytes().count(b"\n") < len(rows)
     with open(killed, "ab") as file:
         file.write(b'{"question": "cut o')
-    speaker.switch(choices_of(str(run))["task"])
+    choice = choices_of(str(run))["task"]
+    speaker.switch(choice)
     for target, batch in ((killed, 5), (whole, 3)):
-        generate(speaker, prompts, Answers.open(target, prompts, f"{run} task"), batch, 24)
+        answers = Answers.open(target, prompts, f"{run} task {choice.mark}")
+        generate(speaker, prompts, answers, batch, 24)
     assert killed.read_bytes() == whole.read_bytes()
     answered = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [{"question": a["question"], "n": a["n"]} for a in answered] == rows
