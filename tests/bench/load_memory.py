@@ -1,0 +1,157 @@
+"""What loading a base costs: host memory of a rank, and bytes that a node reads.
+
+    python tests/bench/load_memory.py [--gigabytes 1] [--ranks 2 4] [--kinds fsdp2 zero3 nf4 plain]
+
+A random bfloat16 model, out of the page cache at each start. `plain` is transformers'
+from_pretrained on every rank; `nf4` is ddp over a base in 4 bits. Memory is anonymous, over that of
+the imports; bytes are those that the ranks' reads brought from the disk, all ranks together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from merge_cost import fields
+from merge_models import layer_shapes, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dtrain.config.load import load_recipe
+from dtrain.distributed.world import end_world, start_world
+from dtrain.engines.build import SHARDING, build_engine
+from dtrain.models.adapters import attach
+from dtrain.models.load import load_base
+from dtrain.models.stream import stream_base
+
+ALLOWED_BYTES = 300_000_000
+
+
+def main() -> None:
+    """Start ranks of each kind; print what they tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--kinds", nargs="+", default=["fsdp2", "zero3", "nf4", "plain"])
+    parser.add_argument("--rank", nargs=2)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        return rank(Path(arguments.rank[0]), arguments.rank[1])
+    place = Path(tempfile.mkdtemp(prefix="dtrain-load-"))
+    size = make_model(place / "base", arguments.gigabytes, 400_000_000)
+    whole = json.loads((place / "base" / "config.json").read_text())
+    layer = 2 * sum(a * b for a, b in layer_shapes(whole).values())
+    print(f"{size / 1e9:.2f} GB, a layer {layer / 1e6:.0f} MB")
+    try:
+        for ranks in arguments.ranks:
+            for kind in arguments.kinds:
+                told = start(place / "base", kind, ranks)
+                tell(kind, ranks, size, layer, told)
+    finally:
+        shutil.rmtree(place)
+
+
+def tell(kind: str, ranks: int, size: int, layer: int, told: list[dict[str, float]]) -> None:
+    """One line: the worst rank's memory against what it keeps, and the node's bytes."""
+    worst = max(told, key=lambda one: one["peak"] - one["kept"])
+    over = worst["peak"] - worst["kept"] - layer
+    read = sum(one["read"] for one in told)
+    print(
+        f"{kind:6} {ranks} ranks: keeps {worst['kept'] / 1e6:.0f} MB, peak "
+        f"{worst['peak'] / 1e6:.0f} MB, over share and a layer {over / 1e6:.0f} MB "
+        f"({'within' if over <= ALLOWED_BYTES else 'above'} 300); "
+        f"node reads {read / size:.2f}x; {max(one['seconds'] for one in told):.1f} s",
+        flush=True,
+    )
+
+
+def start(base: Path, kind: str, ranks: int) -> list[dict[str, float]]:
+    """Forget the files, start the ranks, and collect what they found."""
+    for path in base.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", __file__, "--rank", str(base), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    assert len(lines) == ranks, done.stderr[-2000:]
+    return [json.loads(line.removeprefix("TOLD ")) for line in lines]
+
+
+def rank(base: Path, kind: str) -> None:
+    """Load, and print what it cost."""
+    world = start_world("cpu")
+    watch = Peak()
+    world.barrier()
+    before, began = fields(os.getpid(), "io")["read_bytes"], time.monotonic()
+    watch.start()
+    model = load(base, kind, world)
+    seconds = time.monotonic() - began
+    read = fields(os.getpid(), "io")["read_bytes"] - before
+    kept = anonymous() - watch.imports
+    world.barrier()
+    watch.over = True
+    told = {"peak": watch.peak - watch.imports, "kept": kept, "read": read, "seconds": seconds}
+    print("TOLD " + json.dumps(told), flush=True)
+    world.barrier()
+    del model
+    end_world()
+
+
+def load(base: Path, kind: str, world: Any) -> object:
+    """The model as its engine holds it; what is returned keeps it alive."""
+    if kind == "plain":
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    engine = "ddp" if kind == "nf4" else kind
+    method = "qlora" if kind == "nf4" else "lora"
+    changes = [f"model.base={base}", "model.dtype=bfloat16", f"engine.kind={engine}"]
+    changes += [f"stages.domain.method.kind={method}", f"launch.processes={world.size}"]
+    recipe = load_recipe("tiny", changes)
+    stage = recipe.stages[0]
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": world.device}
+    settings["quantised"] = method == "qlora"
+    fill: Any = lambda block: None  # noqa: E731
+    if engine in SHARDING:
+        streamed = stream_base(base, recipe.model, **settings)
+        assert streamed is not None
+        model: nn.Module = streamed.model
+        fill = streamed.fill
+    else:
+        model = load_base(base, recipe.model, **settings)
+    adapted = attach(model, stage.method, seed=0, device=world.device)  # type: ignore[arg-type]
+    return build_engine(adapted, recipe, stage, world, fill), model
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process, in bytes."""
+    return fields(os.getpid(), "status")["RssAnon"] * 1024
+
+
+class Peak(threading.Thread):
+    """Looks at this process's memory every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.imports = self.peak = anonymous()
+        self.over = False
+
+    def run(self) -> None:
+        """Until it is over."""
+        while not self.over:
+            self.peak = max(self.peak, anonymous())
+            time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    main()
