@@ -1,0 +1,76 @@
+"""What a QLoRA adapter's merged model answers, for both choices of base, against what was trained.
+
+    python tests/bench/merge_qlora.py RUN [--stage domain] [--tokens 512]
+
+RUN is a run folder whose first stage is qlora. The trained model is the base in 4 bits with the
+adapter on it; both merged models are plain ones in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dtrain.config.load import load_recipe
+from dtrain.merge.adapter import Adapter
+from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.nf4 import Packed
+from dtrain.models.load import load_base
+from dtrain.models.resolve import base_folder
+
+TEXT = Path(__file__).parents[2] / "README.md"
+
+
+def main() -> None:
+    """Print how far each merged model's logits are from the trained one's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--stage", default="domain")
+    parser.add_argument("--tokens", type=int, default=512)
+    arguments = parser.parse_args()
+    recipe = load_recipe(str(arguments.run / "recipe.yaml"))
+    base, adapter = base_folder(recipe.model.base), arguments.run / arguments.stage / "adapter"
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(TEXT.read_text())["input_ids"][: arguments.tokens]])
+    cpu, dtype = torch.device("cpu"), torch.float32
+    packed = load_base(base, recipe.model, quantised=True, dtype=dtype, device=cpu)
+    trained = answer(PeftModel.from_pretrained(packed, adapter), ids)
+    for name in ("dequantised", "original"):
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place) / "out"
+            shapes = check_places(base, [adapter], out)
+            packing = Packed(base, shapes, dtype) if name == "dequantised" else None
+            part = part_of(Adapter.open(adapter, shapes), packing=packing)
+            merge(base, [part], out, source="bench")
+            found = answer(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), ids)
+        tell(name, trained, found)
+
+
+@torch.no_grad()
+def answer(model: Any, ids: Tensor) -> Tensor:
+    """Logits [T, V]."""
+    logits: Tensor = model.eval()(ids).logits[0]
+    return logits.double()
+
+
+def tell(name: str, trained: Tensor, found: Tensor) -> None:
+    """One line."""
+    gap = (found - trained).abs()
+    before, after = (x.log_softmax(-1) for x in (trained, found))
+    divergence = (before.exp() * (before - after)).sum(-1).mean()
+    same = (trained.argmax(-1) == found.argmax(-1)).double().mean()
+    print(
+        f"{name:12} logits off by {gap.max():.2e} at most, {gap.mean():.2e} on average; "
+        f"KL {divergence:.2e}; the same greedy token at {same:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
