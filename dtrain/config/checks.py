@@ -193,13 +193,15 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
         bare = [n for n in range(len(data.sources)) if n not in weighted]
         keys: list[Key] = [(*at, weighted[0], "weight"), (*at, bare[0], "weight")]
         yield Clash(keys, "some sources have a weight and some do not", "weigh all, or none")
-    for number, source in enumerate(data.sources):
+    places: list[Key] = [(*at, number) for number in range(len(data.sources))]
+    places.append((*at[:-1], "replay"))
+    for place, source in zip(places, data.all_sources, strict=False):
         if kind == "sft" and source.format == "text":
-            keys = [(*owner, "kind"), (*at, number, "format")]
+            keys = [(*owner, "kind"), (*place, "format")]
             what = "sft learns answers, and plain text has none"
             yield Clash(keys, what, "kind=cpt, or format=alpaca or messages")
         if source.format in ("preference", "kto"):
-            keys = [(*owner, "kind"), (*at, number, "format")]
+            keys = [(*owner, "kind"), (*place, "format")]
             what = f"{kind} learns one answer, and {source.format} rows compare two"
             yield Clash(keys, what, "format=prompt_completion with columns={completion: chosen}")
 

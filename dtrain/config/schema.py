@@ -180,10 +180,20 @@ class Clean(Group):
     overlong: Away = Field("keep", description="more tokens than a sequence holds")
 
 
+class Replay(Source):
+    """Rows of what the model knows already, mixed in so that it is not forgotten."""
+
+    weight: None = Field(None, description="none: `share` says how much")
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="of all sequences; the sources keep their proportions in the rest"
+    )
+
+
 class Data(Group):
     """Rows into sequences."""
 
     sources: list[Source] = Field(min_length=1)
+    replay: Replay | None = Field(None, description="rows that are mixed in against forgetting")
     sequence_tokens: Annotated[int, Field(ge=8)] = Field(
         2048,
         description="tokens in a packed sequence",
@@ -211,6 +221,11 @@ class Data(Group):
         ),
     )
     clean: Clean = Clean()
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """The sources, and the replay behind them."""
+        return [*self.sources, *([self.replay] if self.replay else [])]
 
 
 class Train(Group):

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.mixture import Mixture, Row
+from dtrain.data.mixture import Mixture
 
 Int64s = NDArray[np.int64]
 
 NO_ROW = -1
+ORDER_AHEAD = 1 << 14  # rows whose numbers are worked out at once
+ROWS_AHEAD = 1024  # rows of a rank that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Loader:
         """
         self.mixture, self.seed = mixture, seed
         self.global_batch, self.total_rows = global_batch, total_rows
+        self._order = Ahead(max(1, ORDER_AHEAD // global_batch))
+        self._rows = np.empty((0, global_batch), dtype=np.int64)
+        self._plans: dict[tuple[int, int], _Plan] = {}
 
     @property
     def steps(self) -> int:
@@ -65,11 +71,17 @@ class Loader:
 
     def batch(self, step: int) -> Int64s:
         """Row numbers [global_batch] of a step; NO_ROW fills a short last one."""
+        if steps := self._order.wanted(step):
+            self._rows = self._batches(step, steps)
+        return self._rows[step - self._order.first]
+
+    def _batches(self, step: int, steps: int) -> Int64s:
+        """Row numbers [steps, global_batch] of some steps."""
         start = step * self.global_batch
-        stop = min(start + self.global_batch, self.total_rows)
-        rows = np.full(self.global_batch, NO_ROW, dtype=np.int64)
-        rows[: stop - start] = self.mixture.rows_at(start, stop, self.seed)
-        return rows
+        stop = min(start + steps * self.global_batch, self.total_rows)
+        rows = np.full(steps * self.global_batch, NO_ROW, dtype=np.int64)
+        rows[: max(0, stop - start)] = self.mixture.rows_at(start, stop, self.seed)
+        return rows.reshape(steps, self.global_batch)
 
     def supervised_tokens(self, step: int) -> int:
         """Targets in the global batch: what the step's loss is divided by."""
@@ -78,6 +90,12 @@ class Loader:
     def tokens(self, step: int) -> int:
         """Tokens in the global batch."""
         return int(self.mixture.tokens(self._real(step)).sum())
+
+    def tokens_by_source(self, step: int) -> dict[str, dict[str, int]]:
+        """What each of several sources gives to the global batch; nothing to tell of one."""
+        if len(self.mixture.sources) == 1:
+            return {}
+        return self.mixture.tokens_by_source(self._real(step))
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_batch: int
@@ -91,37 +109,107 @@ class Loader:
             micro_batch: sequences at once.
         """
         share = -(-self.global_batch // ranks)
-        rows = self.batch(step)
-        for start in range(rank * share, (rank + 1) * share, micro_batch):
-            stop = min(start + micro_batch, (rank + 1) * share)
-            yield self._micro_batch(rows[start:stop], step * self.global_batch + start)
+        plan = self._plan(step, rank, share)
+        for start in range(0, share, micro_batch):
+            place = step * self.global_batch + rank * share + start
+            yield plan.micro_batch(step, start, min(start + micro_batch, share), place)
+
+    def _plan(self, step: int, rank: int, share: int) -> _Plan:
+        most = min(ROWS_AHEAD // share, ORDER_AHEAD // self.global_batch)
+        plan = self._plans.get((rank, share)) or _Plan(max(1, most))
+        if steps := plan.ahead.wanted(step):
+            rows = self._batches(step, min(steps, max(1, self.steps - step)))
+            plan.fill(self.mixture, list(rows[:, rank * share : (rank + 1) * share]))
+        self._plans = {(rank, share): plan}
+        return plan
 
     def _real(self, step: int) -> Int64s:
         rows = self.batch(step)
         return rows[rows != NO_ROW]
 
-    def _micro_batch(self, numbers: Int64s, position: int) -> MicroBatch:
-        places = [position + i for i, number in enumerate(numbers) if number != NO_ROW]
-        rows = [self.mixture.row(int(number)) for number in numbers if number != NO_ROW]
-        return _assemble(rows, places) if rows else _nothing(position)
+
+class Ahead:
+    """How many steps to work out at once: one after a jump, then four times as many each time."""
+
+    def __init__(self, most: int) -> None:
+        self.first, self.stop, self.most = 0, 0, most
+
+    def wanted(self, step: int) -> int:
+        """0 if `step` is worked out already; else steps to work out from it on."""
+        if self.first <= step < self.stop:
+            return 0
+        goes_on = step == self.stop and self.stop > self.first
+        size = min(4 * (self.stop - self.first), self.most) if goes_on else 1
+        self.first, self.stop = step, step + size
+        return size
 
 
-def _assemble(rows: list[Row], places: list[int]) -> MicroBatch:
-    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    supervised = np.concatenate([row.supervised for row in rows])
-    lengths = np.concatenate([row.lengths for row in rows]).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    positions = np.arange(ids.size, dtype=np.int64) - np.repeat(starts, lengths)
-    predicted = np.flatnonzero(supervised)  # never the first token of a document
-    return MicroBatch(
-        torch.from_numpy(ids)[None],
-        torch.from_numpy(positions)[None],
-        torch.from_numpy(predicted - 1),
-        torch.from_numpy(ids[predicted]),
-        lengths.tolist(),
-        places,
-        [row.input_ids.size for row in rows],
-    )
+class _Plan:
+    """Where the tokens of a rank's rows lie, some steps ahead.
+
+    Lists, for they are read one by one. Tokens are counted from the first row of the plan on.
+    """
+
+    def __init__(self, most_steps: int) -> None:
+        self.ahead = Ahead(most_steps)
+
+    def fill(self, mixture: Mixture, steps: list[Int64s]) -> None:
+        """Look up the rows of these steps."""
+        real = [rows[rows != NO_ROW] for rows in steps]
+        pieces = mixture.gather(np.concatenate(real))
+        rows = np.arange(sum(len(part) for part in real) + 1)
+        sizes = np.array([view.size for view in pieces.views], dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        first_pieces = pieces.rows.searchsorted(rows)
+        shift = starts[pieces.run_pieces]
+        self.first_rows = np.cumsum([0, *(len(part) for part in real)]).tolist()
+        self.views, self.sizes = pieces.views, sizes.tolist()
+        self.pieces, self.tokens = first_pieces.tolist(), starts[first_pieces].tolist()
+        self.runs = pieces.run_pieces.searchsorted(first_pieces).tolist()
+        self.run_starts = (shift + pieces.run_starts).tolist()
+        self.run_stops = (shift + pieces.run_stops).tolist()
+
+    def micro_batch(self, step: int, start: int, stop: int, place: int) -> MicroBatch:
+        """The rank's rows `start` … `stop` - 1 in a step, the first at `place` of the stream."""
+        low, high = self.first_rows[step - self.ahead.first :][:2]
+        first, last = min(low + start, high), min(low + stop, high)
+        if first == last:
+            return _nothing(place)
+        base, end = self.tokens[first], self.tokens[last]
+        numbers = _numbers(end - base)
+        pieces = slice(self.pieces[first], self.pieces[last])
+        runs = slice(self.runs[first], self.runs[last])
+        edges = [
+            (begin - base, stop - base)
+            for begin, stop in zip(self.run_starts[runs], self.run_stops[runs], strict=True)
+        ]
+        lengths = self.sizes[pieces]
+        ids = np.concatenate(self.views[pieces], dtype=np.int64)
+        predict = _concatenated([numbers[begin - 1 : stop - 1] for begin, stop in edges])
+        targets = _concatenated([ids[begin:stop] for begin, stop in edges])
+        return MicroBatch(
+            torch.from_numpy(ids)[None],
+            torch.from_numpy(_concatenated([numbers[:length] for length in lengths]))[None],
+            torch.from_numpy(predict),
+            torch.from_numpy(targets),
+            lengths,
+            list(range(place, place + last - first)),
+            [self.tokens[row + 1] - self.tokens[row] for row in range(first, last)],
+        )
+
+
+def _concatenated(arrays: list[Int64s]) -> Int64s:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
+
+
+@lru_cache(maxsize=1)
+def _counted(size: int) -> Int64s:
+    return np.arange(size, dtype=np.int64)
+
+
+def _numbers(count: int) -> Int64s:
+    """0, 1, …, at least `count` of them."""
+    return _counted(1 << (count - 1).bit_length())
 
 
 def _nothing(position: int) -> MicroBatch:

@@ -12,6 +12,7 @@ from dtrain.core import units
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
 from dtrain.data.mixing import Mix
+from dtrain.data.pieces import Pieces, joined
 from dtrain.data.sources import Part
 from dtrain.data.store import Store
 from dtrain.data.tokenise import CUT, EMPTY, MASKED, TOO_LONG, UNLEARNABLE
@@ -50,14 +51,24 @@ class Prepared:
 class Mixture:
     """All sources of a stage; what stands where is arithmetic of (position, seed)."""
 
-    def __init__(self, sources: list[Prepared], mix: Mix, sequence_tokens: int) -> None:
+    def __init__(
+        self,
+        sources: list[Prepared],
+        mix: Mix,
+        sequence_tokens: int,
+        replay: float | None = None,
+    ) -> None:
         self.sources, self.mix, self.sequence_tokens = sources, mix, sequence_tokens
+        self.replay = replay  # share of the last source
+        self.first_rows = np.cumsum([0, *(source.store.rows for source in sources)])
 
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that shapes the stream, but the seed."""
         stores = [[s.store.manifest["fingerprint"], s.weight] for s in self.sources]
-        return fingerprint({"sources": stores, "sequence_tokens": self.sequence_tokens})
+        replay = {} if self.replay is None else {"replay": self.replay}
+        shape = {"sources": stores, "sequence_tokens": self.sequence_tokens, **replay}
+        return fingerprint(shape)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -76,6 +87,17 @@ class Mixture:
         places = [parts[p].place(n) for p, n in zip(data.parts, data.numbers, strict=True)]
         return Row(data.tokens, data.supervised, data.lengths, places)
 
+    def gather(self, numbers: Int64s) -> Pieces:
+        """What the rows [n] with these global numbers are made of."""
+        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
+        used = [(source, place) for source, place in enumerate(places) if place.size]
+        parts = [
+            self.sources[source].store.gather(numbers[place] - self.first_rows[source])
+            for source, place in used
+        ]
+        return joined(parts, [place for _, place in used])
+
     def supervised_tokens(self, numbers: Int64s) -> Int64s:
         """Targets in each of these rows, [n]."""
         return self._look_up(numbers, "row_supervised")
@@ -83,6 +105,19 @@ class Mixture:
     def tokens(self, numbers: Int64s) -> Int64s:
         """Tokens in each of these rows, [n]."""
         return self._look_up(numbers, "row_tokens")
+
+    def tokens_by_source(self, numbers: Int64s) -> dict[str, dict[str, int]]:
+        """Of each source, its sequences, tokens and targets in these rows [n]."""
+        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        tokens, targets = self.tokens(numbers), self.supervised_tokens(numbers)
+        return {
+            source.name: {
+                "sequences": int((which == index).sum()),
+                "tokens": int(tokens[which == index].sum()),
+                "supervised_tokens": int(targets[which == index].sum()),
+            }
+            for index, source in enumerate(self.sources)
+        }
 
     def verify(self) -> None:
         """Hash the stores again.
@@ -116,16 +151,16 @@ class Mixture:
         return "; ".join([line, *told])
 
     def _locate(self, number: int) -> tuple[int, int]:
-        first_rows = self.mix.first_rows
+        first_rows = self.first_rows
         source = int(np.searchsorted(first_rows, number, side="right")) - 1
         return source, number - int(first_rows[source])
 
     def _look_up(self, numbers: Int64s, column: str) -> Int64s:
         out = np.empty(len(numbers), dtype=np.int64)
-        which = np.searchsorted(self.mix.first_rows, numbers, side="right") - 1
+        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
         for index, source in enumerate(self.sources):
             here = which == index
-            out[here] = getattr(source.store, column)[numbers[here] - self.mix.first_rows[index]]
+            out[here] = getattr(source.store, column)[numbers[here] - self.first_rows[index]]
         return out
 
 

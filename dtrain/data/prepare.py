@@ -59,15 +59,16 @@ def prepare(
         UserError: a source, a row or the tokenizer cannot be used.
     """
     check_tokenizer(tokenizer, kind)
-    names = [source.path for source in data.sources]
-    mix([1] * len(names), [source.weight for source in data.sources], names)  # fails at once
+    names = [source.path for source in data.all_sources]
+    weights = [source.weight for source in data.sources]
+    replay = data.replay.share if data.replay else None
+    mix([1] * len(names), weights, names, replay)  # fails at once
     prepared = [
         _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run(processes)
-        for source in data.sources
+        for source in data.all_sources
     ]
-    weights = [source.weight for source in data.sources]
-    shares = mix([source.store.rows for source in prepared], weights, names)
-    return Mixture(prepared, shares, data.sequence_tokens)
+    shares = mix([source.store.rows for source in prepared], weights, names, replay)
+    return Mixture(prepared, shares, data.sequence_tokens, replay)
 
 
 def prepare_share(
@@ -93,7 +94,7 @@ def prepare_share(
         _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run_share(
             share, processes
         )
-        for source in data.sources
+        for source in data.all_sources
     ]
     return all(ready)
 

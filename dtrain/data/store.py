@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.core.hashes import file_sha256
+from dtrain.data.pieces import Pieces, spread
 
 MANIFEST, SUMS = "store.json", "SHA256SUMS"
 PLAN_FILES = ("pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "shards.npy")
@@ -125,23 +126,50 @@ class Store:
 
     def row(self, number: int) -> RowData:
         """Read one row, 0 … rows - 1."""
-        first, stop = self.row_offsets[number : number + 2].tolist()
-        pieces = self.pieces[first:stop]
-        length = int(self.row_tokens[number])
-        tokens, supervised = np.empty(length, np.int32), np.zeros(length, bool)
-        parts, numbers, place = [], [], 0
-        for document, start, size in pieces.tolist():
-            columns, index = self._document(document)
-            begin = int(columns.token_offsets[index]) + start
-            tokens[place : place + size] = columns.tokens[begin : begin + size]
-            for run_start, run_stop in _runs(columns, index):
-                low, high = max(run_start - start, 1), min(run_stop - start, size)
-                if low < high:
-                    supervised[place + low : place + high] = True
-            parts.append(int(columns.part[index]))
-            numbers.append(int(columns.number[index]))
-            place += size
-        return RowData(tokens, supervised, pieces["tokens"].copy(), parts, numbers)
+        pieces = self.gather(np.array([number]))
+        lengths = np.array([view.size for view in pieces.views], dtype=np.int32)
+        supervised = np.zeros(int(lengths.sum()), dtype=bool)
+        first = (np.cumsum(lengths) - lengths)[pieces.run_pieces] + pieces.run_starts
+        supervised[spread(first, pieces.run_stops - pieces.run_starts)] = True
+        parts, numbers = self._provenance(number)
+        return RowData(np.concatenate(pieces.views), supervised, lengths, parts, numbers)
+
+    def gather(self, numbers: Int64s) -> Pieces:
+        """What these rows [n] are made of; their tokens are read where they are used."""
+        first = self.row_offsets[numbers]
+        counts = self.row_offsets[numbers + 1] - first
+        pieces = self.pieces[spread(first, counts)]
+        rows = np.repeat(np.arange(len(numbers)), counts)
+        shards = self._shards_of(pieces["document"])
+        views, runs = [_NO_TOKENS] * rows.size, [_NO_RUNS]
+        by_shard = np.argsort(shards, kind="stable")
+        edges = np.flatnonzero(np.diff(shards[by_shard])) + 1
+        for here in np.split(by_shard, edges) if rows.size else []:
+            columns, inside = self._inside(int(shards[here[0]]), pieces["document"][here])
+            begins = columns.token_offsets[inside] + pieces["start"][here]
+            ends = begins + pieces["tokens"][here]
+            for place, begin, end in zip(
+                here.tolist(), begins.tolist(), ends.tolist(), strict=True
+            ):
+                views[place] = columns.tokens[begin:end]
+            runs.append(_runs(columns, inside, here))
+        return Pieces(views, rows, *_clipped(np.concatenate(runs), pieces))
+
+    def _shards_of(self, documents: Int64s) -> Int64s:
+        found: Int64s = self.shards["first_document"].searchsorted(documents, side="right") - 1
+        return found
+
+    def _inside(self, shard: int, documents: Int64s) -> tuple[Columns, Int64s]:
+        return self._shard(shard), documents - self.shards["first_document"][shard]
+
+    def _provenance(self, row: int) -> tuple[list[int], list[int]]:
+        parts, numbers = [], []
+        documents = self.pieces["document"][slice(*self.row_offsets[row : row + 2])]
+        for document, shard in zip(documents, self._shards_of(documents).tolist(), strict=True):
+            columns, inside = self._inside(shard, document)
+            parts.append(int(columns.part[inside]))
+            numbers.append(int(columns.number[inside]))
+        return parts, numbers
 
     def verify(self) -> None:
         """Read everything and compare it with the hashes it was written with.
@@ -154,10 +182,6 @@ class Store:
         for line in (self.folder / SUMS).read_text(encoding="utf-8").splitlines():
             digest, name = line.split(maxsplit=1)
             self._check_hash(name, digest)
-
-    def _document(self, document: int) -> tuple[Columns, int]:
-        shard = int(np.searchsorted(self.shards["first_document"], document, side="right")) - 1
-        return self._shard(shard), document - int(self.shards["first_document"][shard])
 
     def _map(self, shard: int) -> Columns:
         name = shard_name(shard)
@@ -178,8 +202,8 @@ class Store:
 
 
 def _array(path: Path) -> NDArray[Any]:
-    try:
-        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:  # a plain view: each access to numpy's own memmap class costs microseconds
+        found: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # numpy's reader of the head raises what its parsers raise
         raise _damaged(path, str(error)) from error
     return found
@@ -192,10 +216,26 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, error.what) from error
 
 
-def _runs(columns: Columns, index: int) -> list[list[int]]:
-    start, stop = columns.run_offsets[index], columns.run_offsets[index + 1]
-    runs: list[list[int]] = columns.runs[start:stop].reshape(-1, 2).tolist()
-    return runs
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+_NO_RUNS = np.empty((0, 3), dtype=np.int64)
+
+
+def _runs(columns: Columns, inside: Int64s, pieces: Int64s) -> Int64s:
+    """[R, 3] piece, start and stop of the runs of these documents of a shard."""
+    first = columns.run_offsets[inside]
+    counts = (columns.run_offsets[inside + 1] - first) // 2
+    chosen = columns.runs.reshape(-1, 2)[spread(first // 2, counts)]
+    return np.column_stack([np.repeat(pieces, counts), chosen])
+
+
+def _clipped(runs: Int64s, pieces: NDArray[np.void]) -> tuple[Int64s, Int64s, Int64s]:
+    """Runs in the order of the pieces, as far as they lie in them; the first token is in none."""
+    runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    piece = runs[:, 0]
+    starts = np.maximum(runs[:, 1] - pieces["start"][piece], 1)
+    stops = np.minimum(runs[:, 2] - pieces["start"][piece], pieces["tokens"][piece])
+    keep = starts < stops
+    return piece[keep], starts[keep], stops[keep]
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -108,7 +108,7 @@ def samples_of(recipe: Recipe) -> set[str]:
     """Names of the shipped samples that a recipe asks for."""
     addresses = [recipe.model.base]
     groups: list[Data] = [*(s.data for s in recipe.stages), *recipe.evaluation.sets.values()]
-    addresses += [source.path for data in groups for source in data.sources]
+    addresses += [source.path for data in groups for source in data.all_sources]
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)
     return {name for address in addresses if (name := sample_name(address))}

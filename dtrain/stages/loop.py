@@ -160,6 +160,8 @@ def record(job: Job, result: StepResult, bar: Meter) -> None:
         "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
         "peak_memory_bytes": peak_memory_bytes(job.engine.world.device),
     }
+    if sources := job.loader.tokens_by_source(number):
+        line["sources"] = sources
     if not result.finite:
         line |= non_finite_line(job, number)
     result.seconds["other"] = time.perf_counter() - started

@@ -1,19 +1,22 @@
-"""The loader against raw memory-map slices and `datasets` with a collator, tokens a second.
+"""The loader against raw memory-map slices, `datasets` with a collator and mosaicml-streaming.
 
-`python tests/bench/data_loader.py`
+`python tests/bench/data_loader.py [PYTHON]`; PYTHON: an interpreter that has mosaicml-streaming,
+which reads the same rows there. CPU time a token; rounds alternate.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from data_open import ROW_TOKENS
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
@@ -23,7 +26,31 @@ from dtrain.data.prepare import prepare
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 
-BATCH, ROWS, ROUNDS = 8, 512, 7
+BATCH, ROWS, ROW_TOKENS, ROUNDS = 8, 1024, 2048, 7
+KINDS = ("input_ids", "position_ids", "predict", "targets")
+STREAMING = """
+import json, sys, time
+import numpy as np
+import torch
+from streaming import MDSWriter, StreamingDataset
+from torch.utils.data import DataLoader
+folder, batch, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+rows = np.load(folder + "/raw-input_ids.npy")
+with MDSWriter(out=folder + "/mds", columns={"ids": "ndarray:int32:%d" % rows.shape[1]}) as out:
+    for row in rows:
+        out.write({"ids": row.astype(np.int32)})
+data = StreamingDataset(local=folder + "/mds", shuffle=True, batch_size=batch)
+def collate(rows):
+    ids = torch.from_numpy(np.stack([row["ids"] for row in rows]).astype(np.int64))
+    return ids, ids[:, 1:].clone()
+seconds = []
+for _ in range(rounds):
+    started, tokens = time.process_time(), 0
+    for ids, _ in DataLoader(data, batch, collate_fn=collate):
+        tokens += ids.numel()
+    seconds.append((time.process_time() - started) / tokens)
+print(json.dumps(sorted(seconds)[len(seconds) // 2]))
+"""
 
 
 def seconds(work: Callable[[], int]) -> float:
@@ -33,53 +60,101 @@ def seconds(work: Callable[[], int]) -> float:
     return (time.process_time() - started) / tokens
 
 
-def main() -> None:
+def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
+    """All micro-batches as their tensors."""
+    for step in range(loader.steps):
+        for batch in loader.micro_batches(step, 0, 1, BATCH):
+            yield {kind: getattr(batch, kind) for kind in KINDS}
+
+
+def prepared(folder: Path, sentences: int) -> Loader:
+    """Rows of 2048 tokens, of documents with some ten tokens a sentence."""
+    text = "The red fox sees the blue hen by the river. " * sentences
+    documents = ROWS * ROW_TOKENS // (10 * sentences)
+    (folder / "a.jsonl").write_text(f'{{"text": "{text}"}}\n' * documents)
+    source = {"path": str(folder / "a.jsonl"), "format": "text"}
+    data = Data.model_validate({"sources": [source], "sequence_tokens": ROW_TOKENS})
+    tokenizer = load_tokenizer(ensure("tiny-llama"))
+    mixture = prepare(data, "cpt", tokenizer, "bench", folder / f"cache{sentences}")
+    rows = mixture.rows_per_epoch // BATCH * BATCH
+    return Loader(mixture, seed=0, global_batch=BATCH, total_rows=rows)
+
+
+class Raw:
+    """The same tensors from memory maps that hold nothing else, row by row in the same order."""
+
+    def __init__(self, folder: Path, loader: Loader) -> None:
+        whole = list(batches(loader))
+        widths = {kind: max(b[kind].numel() for b in whole) for kind in KINDS}
+        for kind in KINDS:
+            rows = [np.resize(b[kind].numpy().reshape(-1), widths[kind]) for b in whole]
+            kept = np.stack(rows).reshape(len(rows) * BATCH, -1) if kind == "input_ids" else rows
+            np.save(folder / f"raw-{kind}.npy", np.asarray(kept, dtype=np.int32))
+        load = np.load
+        self.maps = {k: np.asarray(load(folder / f"raw-{k}.npy", mmap_mode="r")) for k in KINDS}
+        self.order = np.random.default_rng(0).permutation(len(self.maps["input_ids"]))
+
+    def least(self) -> int:
+        """The least a loader must do: the tokens, and the targets one further."""
+        tokens, rows = 0, self.maps["input_ids"]
+        for start in range(0, len(rows), BATCH):
+            batch = rows[self.order[start : start + BATCH]].astype(np.int64).reshape(-1)
+            ids, targets = torch.from_numpy(batch)[None], torch.from_numpy(batch[1:].copy())
+            tokens += ids.numel() + 0 * targets.numel()
+        return tokens
+
+    def same(self) -> int:
+        """What the loader gives: tokens, positions, and which token predicts which."""
+        tokens = 0
+        for start in range(0, len(self.order), BATCH):
+            rows = self.order[start : start + BATCH]
+            made = {"input_ids": self.maps["input_ids"][rows].astype(np.int64).reshape(-1)}
+            for kind in KINDS[1:]:
+                made[kind] = self.maps[kind][start // BATCH].astype(np.int64)
+            given = [torch.from_numpy(made[kind]) for kind in KINDS]
+            tokens += given[0][None].numel() + 0 * given[1][None].numel()
+        return tokens
+
+
+def usual(loader: Loader) -> Callable[[], int]:
+    """`datasets` and a collator; the one row that is not full is filled up."""
+    ids = torch.cat([batch["input_ids"].view(-1) for batch in batches(loader)])
+    rows = ids[: ids.numel() // ROW_TOKENS * ROW_TOKENS].view(-1, ROW_TOKENS).tolist()
+    arrow = Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    def run() -> int:
+        loaded = DataLoader(arrow, BATCH, shuffle=True, collate_fn=collate)
+        return sum(batch["input_ids"].numel() for batch in loaded)
+
+    return run
+
+
+def main(streaming: str | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = "The red fox sees the blue hen by the river. " * 500
-        (folder / "a.jsonl").write_text(f'{{"text": "{text}"}}\n' * 220)
-        tokenizer = load_tokenizer(ensure("tiny-llama"))
-        source = {"path": str(folder / "a.jsonl"), "format": "text"}
-        data = Data.model_validate({"sources": [source], "sequence_tokens": ROW_TOKENS})
-        mixture = prepare(data, "cpt", tokenizer, "bench", folder / "cache")
-        rows = min(ROWS, mixture.rows_per_epoch) // BATCH * BATCH
-        loader = Loader(mixture, seed=0, global_batch=BATCH, total_rows=rows)
-        ids = [mixture.row(n).input_ids.tolist() for n in range(rows)]
-        ids = [(row + [0] * ROW_TOKENS)[:ROW_TOKENS] for row in ids]
-        np.save(folder / "raw.npy", np.array(ids, np.int32))
-        arrow = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        order = np.random.default_rng(0).permutation(rows)
+        for sentences in (500, 30):
+            loader = prepared(folder, sentences)
+            raw = Raw(folder, loader)
 
-        def own() -> int:
-            return sum(
-                batch.input_ids.numel()
-                for step in range(loader.steps)
-                for batch in loader.micro_batches(step, 0, 1, BATCH)
+            def own(loader: Loader = loader) -> int:
+                return sum(batch["input_ids"].numel() for batch in batches(loader))
+
+            works = (own, raw.least, raw.same, usual(loader))
+            times = [[seconds(work) for work in works] for _ in range(ROUNDS)]
+            mine, least, same, theirs = (median(column) for column in zip(*times, strict=True))
+            print(
+                f"documents of {10 * sentences} tokens: {1e-6 / mine:.0f}M tokens per CPU second: "
+                f"{same / mine:.2f}x raw slices of the same tensors, {least / mine:.2f}x raw "
+                f"slices of tokens and targets alone, {theirs / mine:.1f}x datasets with a collator"
             )
-
-        def raw() -> int:
-            """The least a loader must do: the tokens, and the targets one further."""
-            array, tokens = np.load(folder / "raw.npy", mmap_mode="r"), 0
-            for start in range(0, rows, BATCH):
-                batch = array[order[start : start + BATCH]].astype(np.int64).reshape(-1)
-                ids, targets = torch.from_numpy(batch)[None], torch.from_numpy(batch[1:].copy())
-                tokens += ids.numel() + 0 * targets.numel()
-            return tokens
-
-        def usual() -> int:
-            def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-                return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
-
-            batches = DataLoader(arrow, BATCH, shuffle=True, collate_fn=collate)
-            return sum(batch["input_ids"].numel() for batch in batches)
-
-        times = [[seconds(work) for work in (own, raw, usual)] for _ in range(ROUNDS)]
-    mine, mapped, theirs = (median(column) for column in zip(*times, strict=True))
-    print(
-        f"loader {1e-6 / mine:.1f}M tokens per CPU second: {mapped / mine:.2f}x raw slices, "
-        f"{theirs / mine:.1f}x datasets with a collator"
-    )
+            if streaming:
+                call = [streaming, "-c", STREAMING, name, str(BATCH), str(ROUNDS)]
+                print(f"{json.loads(subprocess.check_output(call)) / mine:.1f}x mosaicml-streaming")
+                streaming = None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

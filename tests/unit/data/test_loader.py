@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dtrain.data.loader import NO_ROW, Loader
 from dtrain.data.mixing import mix
-from dtrain.data.mixture import Row
+from dtrain.data.pieces import Pieces
 
 
 class Simulated:
@@ -24,13 +24,16 @@ class Simulated:
     def rows_at(self, start: int, stop: int, seed: int):
         return self.mix.rows_at(np.arange(start, stop), seed)
 
-    def row(self, number: int) -> Row:
-        self.rows_read += 1
-        lengths = np.array([number % 3 + 1, 2], dtype=np.int32)
-        ids = np.arange(lengths.sum(), dtype=np.int64) + 10 * number
-        supervised = np.ones(ids.size, dtype=bool)
-        supervised[[0, lengths[0]]] = False
-        return Row(ids, supervised, lengths, [f"f:{number}", f"g:{number}"])
+    def gather(self, numbers) -> Pieces:
+        self.rows_read += len(numbers)
+        views = []
+        for number in numbers.tolist():
+            ids = np.arange(number % 3 + 3, dtype=np.int64) + 10 * number
+            views += [ids[: number % 3 + 1], ids[number % 3 + 1 :]]
+        sizes = np.array([view.size for view in views])
+        learnt = np.flatnonzero(sizes > 1)  # all tokens but the first
+        rows = np.repeat(np.arange(len(numbers)), 2)
+        return Pieces(views, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
 
     def tokens(self, numbers):
         return np.asarray(numbers) % 3 + 3

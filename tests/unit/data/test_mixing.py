@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
 
 
 def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
-    quotas = block_quotas([1.0, 3.14159265, 2.7182818])
+    weights = ("1", "3.14159265", "2.7182818")
+    quotas = block_quotas([Fraction(weight) for weight in weights])
     assert sum(quotas) == MAX_BLOCK
     exact = np.array([1.0, 3.14159265, 2.7182818]) / 6.85987445 * MAX_BLOCK
     assert np.abs(np.array(quotas) - exact).max() < 1
@@ -86,3 +88,28 @@ def test_a_weight_for_some_sources_only_is_refused() -> None:
 def test_a_weight_too_small_to_ever_come_is_refused() -> None:
     with pytest.raises(UserError, match="the weight of b is under one row in 1024"):
         mix([1, 1], [1.0, 1.2345e-6], ["a", "b"])
+
+
+@given(sizes, st.integers(1, 99), st.integers(1, 40), seeds)
+def test_replay_has_its_exact_share_and_every_other_row_comes_once(
+    rows, percent, replayed, seed
+) -> None:
+    share = percent / 100
+    mixture = mix([*rows, replayed], [None] * len(rows), [*"abcde"[: len(rows)], "r"], share)
+    block = sum(mixture.quotas)
+    out = mixture.rows_at(np.arange(7 * block), seed)
+    assert (out >= sum(rows)).sum() * 100 == 7 * block * percent
+    stream = mixture.rows_at(np.arange(3 * mixture.rows_per_epoch + block), seed).tolist()
+    for low, n in ((0, sum(rows)), (sum(rows), replayed)):
+        own = [row for row in stream if low <= row < low + n]
+        for start in range(0, len(own) - n + 1, n):
+            assert sorted(own[start : start + n]) == list(range(low, low + n))
+    a, b = len(stream) // 3, len(stream) // 2  # any part of it can be had alone
+    assert mixture.rows_at(np.arange(a, b), seed).tolist() == stream[a:b]
+
+
+def test_replay_beside_weights_leaves_their_proportions() -> None:
+    mixture = mix([10, 10, 10], [3.0, 1.0], ["a", "b", "r"], 0.2)
+    assert mixture.quotas == (3, 1, 1)
+    with pytest.raises(UserError, match="the weight of r is under one row"):
+        mix([1, 1], [None], ["a", "r"], 1e-7)

@@ -15,6 +15,7 @@ from dtrain.config.schema import Data
 from dtrain.core.errors import UserError
 from dtrain.data import cuts, sources
 from dtrain.data import prepare as module
+from dtrain.data.loader import Loader
 from dtrain.data.prepare import check_vocabulary, prepare
 
 
@@ -219,6 +220,30 @@ def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
     assert mixture.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
     assert mixture.supervised_tokens(numbers).tolist() == [r.supervised.sum() for r in rows[::-1]]
     assert rows[-1].documents == [f"{few}:1"]
+
+
+def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
+    own = [write_rows(f"{n}.jsonl", [{"text": "fox " * 30}] * 40) for n in range(2)]
+    old = write_rows("old.jsonl", [{"text": "dog " * 30}] * 9)
+    sources = [{"path": path, "format": "text"} for path in own]
+    plain = prepared("cpt", sources)
+    mixed = prepared("cpt", sources, replay={"path": old, "format": "text", "share": 0.25})
+    assert mixed.fingerprint != plain.fingerprint
+    other = prepared("cpt", sources, replay={"path": old, "format": "text", "share": 0.5})
+    assert mixed.fingerprint != other.fingerprint
+    loader = Loader(mixed, seed=3, global_batch=8, total_rows=mixed.rows_per_epoch // 8 * 8)
+    for step in range(loader.steps):
+        found = loader.tokens_by_source(step)
+        assert list(found) == [*own, old]
+        assert found[old]["sequences"] == 2
+        assert sum(one["tokens"] for one in found.values()) == loader.tokens(step)
+        targets = sum(one["supervised_tokens"] for one in found.values())
+        assert targets == loader.supervised_tokens(step)
+        (batch,) = loader.micro_batches(step, 0, 1, 8)
+        numbers = loader.batch(step).tolist()
+        ids = np.concatenate([mixed.row(number).input_ids for number in numbers])
+        assert batch.input_ids[0].tolist() == ids.tolist()
+    assert Loader(plain, seed=3, global_batch=8, total_rows=8).tokens_by_source(0) != {}
 
 
 def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
