@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dtrain.models.kernels.causal import causal_attention, is_faster
+
 NAME = "documents"
 
 
@@ -135,6 +137,9 @@ def _one_document(
 ) -> Tensor:
     """[1, H, n, D], [1, K, n, D] twice → [1, n, H, D]."""
     tokens = query.shape[2]
+    if window is None and dropout == 0.0 and is_faster(query):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return causal_attention(query, key, value, scale).transpose(1, 2)
     mask = None
     if window is not None and tokens > window:
         square = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)

@@ -62,9 +62,15 @@ def added_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
+def batched_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
+    """Of `to.baddbmm_(left, right)`."""
+    return left[0] * added_flops(to, left[1:], right[1:])
+
+
 # What torch's counter does not know.
 COUNTED = {
     torch.ops.aten.addmm_: added_flops,
+    torch.ops.aten.baddbmm_: batched_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
