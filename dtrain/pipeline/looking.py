@@ -49,14 +49,9 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
         UserError: base or data cannot be had at all; rows that are wrong are findings.
     """
     tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template)
-    held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
-    if recipe.evaluation.questions:
-        columns = {"instruction": "question", "output": "answer"}
-        path = recipe.evaluation.questions.path
-        held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
     return scan(
         [source_input(source) for source in stage.data.sources],
-        known=read_held_out(held),
+        known=held_out_of(recipe),
         tokens=tokens,
         sequence_tokens=stage.data.sequence_tokens,
         processes=processes,
@@ -71,6 +66,16 @@ def scan_path(path: str, against: list[str], processes: int) -> Findings:
     """
     held = [Source(path=address) for address in against]
     return scan([source_input(Source(path=path))], known=read_held_out(held), processes=processes)
+
+
+def held_out_of(recipe: Recipe) -> HeldOut | None:
+    """What a recipe's evaluation sets and questions are known by; None without any."""
+    held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
+    if recipe.evaluation.questions:
+        columns = {"instruction": "question", "output": "answer"}
+        path = recipe.evaluation.questions.path
+        held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
+    return read_held_out(held)
 
 
 def read_held_out(sources: list[Source]) -> HeldOut | None:

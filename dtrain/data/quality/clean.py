@@ -47,7 +47,7 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
         UserError: the folder is there, a source has changed, or a broken row under
             `broken: stop`.
     """
-    actions = _actions(policy)
+    what = actions(policy)
     counts: Counter[str] = Counter()
     with atomic_folder(folder) as work:
         names = [f"rows-{number + 1}.jsonl" for number in range(len(found.inputs))]
@@ -55,7 +55,7 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
             files = [stack.enter_context(_new(work / name)) for name in names]
             away = stack.enter_context(_new(work / QUARANTINED))
             for source, place, item, reasons in _rows(found):
-                _one(source, place, item, reasons, actions, files, away, counts)
+                _one(source, place, item, reasons, what, files, away, counts)
         if sum(counts[action] for action in STRENGTH) != found.rows + counts[BROKEN]:
             raise UserError("the rows changed while they were cleaned", where=str(folder))
         sums = {name: file_sha256(work / name) for name in (*names, QUARANTINED)}
@@ -70,10 +70,10 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _actions(policy: Clean) -> dict[str, str]:
+def actions(policy: Clean) -> dict[str, str]:
     """What to do for each kind of finding."""
-    actions = {kind: str(getattr(policy, kind, KEEP)) for kind in (*BIT, BROKEN)}
-    return actions | {kind: policy.personal for kind in PERSONAL}
+    own = {kind: str(getattr(policy, kind, KEEP)) for kind in (*BIT, BROKEN)}
+    return own | {kind: policy.personal for kind in PERSONAL}
 
 
 def _new(path: Path) -> IO[str]:
@@ -100,15 +100,15 @@ def _one(
     place: str,
     item: Record | Fault,
     reasons: list[str],
-    actions: dict[str, str],
+    what: dict[str, str],
     files: list[IO[str]],
     away: IO[str],
     counts: Counter[str],
 ) -> None:
-    if isinstance(item, Fault) and actions[BROKEN] == "stop":
+    if isinstance(item, Fault) and what[BROKEN] == "stop":
         raise UserError(item.error.what, where=item.error.where, fix="or clean.broken: quarantine")
-    telling = [reason for reason in reasons if actions[reason] != KEEP]
-    action = max((actions[reason] for reason in telling), key=STRENGTH.index, default=KEEP)
+    telling = [reason for reason in reasons if what[reason] != KEEP]
+    action = max((what[reason] for reason in telling), key=STRENGTH.index, default=KEEP)
     counts.update([action, *telling])
     if action in (KEEP, MASK) and isinstance(item, Record):
         value = masked(item.value) if action == MASK else item.value

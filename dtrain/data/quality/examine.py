@@ -103,13 +103,14 @@ def _findings(
     flags = np.zeros(len(samples), dtype=np.uint32)
     notes: dict[str, list[Note]] = {}
     for row, sample in enumerate(samples):
-        for kind, note, weight in _of_one(sample, known):
+        for kind, note, weight in findings(sample, known):
             flags[row] |= BIT[kind]
             notes.setdefault(kind, []).append((weight, row, note))
     return flags, {kind: heapq.nlargest(NOTES, found) for kind, found in notes.items()}
 
 
-def _of_one(sample: Sample, known: HeldOut | None) -> Iterator[wording.Fault]:
+def findings(sample: Sample, known: HeldOut | None) -> Iterator[wording.Fault]:
+    """All that a row shows by itself: kind, what was seen, how bad it is among its kind."""
     yield from wording.faults(sample)
     yield from _personal(sample.whole)
     if known and (leak := leaked(sample, known)):
