@@ -1,0 +1,88 @@
+"""A corpus with every sort of broken input: stopped at its place, or set aside and told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+
+import pytest
+
+from dtrain.config.schema import Clean, Source
+from dtrain.core.errors import UserError
+from dtrain.data.quality.clean import clean
+from dtrain.data.quality.scan import scan, source_input
+
+LINE_BYTES = 50_000_000
+GOOD = b'{"instruction": "Name a %s that people keep.", "output": "It is kept by many people."}'
+# file → (its content between two good rows, what is told, at which line)
+BROKEN = {
+    "utf8.jsonl": (b'{"instruction": "a", "output": "\xc3\x28\xff"}', "not UTF-8", 2),
+    "nul.jsonl": (b'{"instruction": "a", "output": "b\\u0000c"}', "`output` holds a NUL", 2),
+    "raw.jsonl": (b'{"instruction": "a", "output": "b\x00c"}', "broken JSON", 2),
+    "twice.jsonl": (b'{"instruction": "a", "output": "b", "output": "c"}', "is there twice", 2),
+    "mixed.jsonl": (b'{"text": "another format"}', "column `instruction` is missing", 2),
+    "types.jsonl": (b'{"instruction": "a", "output": ["b"]}', "`output` must be a text, not a", 2),
+    "list.jsonl": (b'["instruction", "output"]', "a row must be an object, not a list", 2),
+    "long.jsonl": (b'{"output": "' + b"x" * LINE_BYTES + b'"}', "a line of 50,000,015 bytes", 2),
+}
+
+
+def write(folder, name):
+    lines = [GOOD % b"dog", BROKEN[name][0], GOOD % name.encode()]
+    (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+    made = tmp_path / "corpus"
+    made.mkdir()
+    return made
+
+
+def cleaned(corpus, out, **policy):
+    """The lines that stay and those that went."""
+    found = scan([source_input(Source(path=str(corpus), format="alpaca"))])
+    clean(
+        found,
+        Clean.model_validate({"exact_duplicate": "keep", "near_duplicate": "keep", **policy}),
+        out,
+    )
+    names = ("rows-1.jsonl", "quarantine.jsonl")
+    return [[json.loads(line) for line in (out / n).read_text().splitlines()] for n in names]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_it_stops_at_file_and_line(corpus, tmp_path, name) -> None:
+    write(corpus, name)
+    _, told, line = BROKEN[name]
+    with pytest.raises(UserError, match=rf"{name}:{line}: .*{re.escape(told)}"):
+        cleaned(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
+    for name in BROKEN:
+        write(corpus, name)
+    rows = [{"instruction": os.urandom(40).hex(), "output": "It is so."} for _ in range(3000)]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    (corpus / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+
+    kept, gone = cleaned(corpus, tmp_path / "out", broken="quarantine")
+    faults = {line["place"].rsplit("/", 1)[1]: line["fault"] for line in gone}
+    (cut,) = [place for place in faults if place.startswith("cut")]
+    assert "cut short or damaged" in faults.pop(cut)
+    whole = int(cut.rpartition(":")[2]) - 1
+    assert 1000 < whole < 2000
+    assert faults.keys() == {f"{name}:{line}" for name, (_, _, line) in BROKEN.items()}
+    assert all(BROKEN[place.split(":")[0]][1] in fault for place, fault in faults.items())
+    assert len(kept) == 2 * len(BROKEN) + whole
+
+
+def test_nothing_of_the_scan_holds_the_long_line(corpus) -> None:
+    write(corpus, "long.jsonl")
+    found = scan([source_input(Source(path=str(corpus), format="alpaca"))])
+    assert found.rows == 2 and found.broken == 1
+    assert all(len(note) < 500 for note in found.broken_notes)
