@@ -182,7 +182,7 @@ def test_on_slurm_each_array_waits_for_the_one_before(start, tmp_path, monkeypat
     jobs = [job for job in lines(log.read_bytes()) if "launch_pickled_pipeline" in job[1]]
     names = [re.search(r"--job-name=(\S+)", text).group(1) for _, text, _ in jobs]
     assert names == [f"dtrain-{name}" for name in ("check", "buckets", "cluster", "rest")]
-    waits = [re.search(r"--dependency=(\S*)", text) for _, text, _ in jobs]
+    waits = [re.search(r"--dependency=(\S*)", " ".join(given)) for *_, given in jobs]
     assert [wait and wait.group(1) for wait in waits] == [
         None,
         *(f"afterok:{number}" for number, *_ in jobs[:-1]),
