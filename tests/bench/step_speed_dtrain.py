@@ -1,0 +1,108 @@
+"""One run of dtrain for step_speed.py: the worker itself, with a mark at each step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_speed import Found, add, finish
+
+from dtrain.core.imports import import_fast
+
+import_fast("dtrain.worker")
+from dtrain import train  # noqa: E402
+from dtrain.stages import loop  # noqa: E402
+
+REPEATS = 7
+
+
+def main(job: Found) -> None:
+    marks: list[Found] = []
+    plain = loop.train_step
+
+    def mark(tokens: int) -> None:
+        marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": tokens})
+
+    def train_step(parts: Any, step: int, rate: float, **more: Any) -> Any:
+        mark(parts.loader.tokens(step))
+        if step == job["steps"] + 1:
+            finish(job, marks)
+            spent = marks[-1]["cpu"] - marks[1]["cpu"]
+            add(job, bound=least_seconds(parts, range(1, step)) / spent)
+            sys.exit(0)
+        return plain(parts, step, rate, **more)
+
+    loop.train_step = train_step
+    status = train.main([recipe(job)])
+    assert Path(job["result"]).exists(), status
+
+
+def least_seconds(parts: Any, steps: range) -> float:
+    """CPU seconds of the matrix products that no implementation can leave out, at their best rate.
+
+    Each weight meets each token once forward and once backward, and once more if it trains; the
+    output matrix meets the supervised tokens only; attention looks back inside its document.
+    """
+    model, config = parts.engine.bare, parts.engine.bare.config
+    trains = model.get_output_embeddings().weight.requires_grad
+    batches = [next(iter(parts.loader.micro_batches(step, 0, 1, 1))) for step in steps]
+    inner = [m for n, m in model.named_modules() if is_inner(n, m)]
+    shapes = [(m.out_features, m.in_features) for m in inner]
+    times = 3 if trains else 2
+    head = model.get_output_embeddings().weight.shape
+    total = 0.0
+    for batch in batches:
+        tokens = batch.input_ids.shape[1]
+        found = {shape: product_seconds(tokens, *shape) for shape in set(shapes)}
+        total += times * sum(found[shape] for shape in shapes)
+        total += times * product_seconds(len(batch.targets), *head)
+        rate = max(2 * tokens * o * i / seconds for (o, i), seconds in found.items())
+        squares = sum(n * n for n in batch.document_lengths)
+        total += 3 * 2 * squares * config.hidden_size * config.num_hidden_layers / rate
+    return total
+
+
+def is_inner(name: str, module: Any) -> bool:
+    """A linear layer of the base, but the output matrix."""
+    return isinstance(module, torch.nn.Linear) and "lora" not in name and "lm_head" not in name
+
+
+def product_seconds(tokens: int, out: int, width: int) -> float:
+    """CPU seconds of [tokens, width] x [width, out], the best of some."""
+    x, weight, y = torch.randn(tokens, width), torch.randn(out, width), torch.empty(tokens, out)
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.process_time()
+        torch.mm(x, weight.t(), out=y)
+        best = min(best, time.process_time() - started)
+    return best
+
+
+def recipe(job: Found) -> str:
+    """A recipe of one stage."""
+    method = {"kind": job["method"]}
+    if job["method"] != "full":
+        method |= {"r": 16, "dropout": 0.0}
+    source = {"path": job["data"], "format": "alpaca" if job["kind"] == "sft" else "text"}
+    stage = {
+        "name": "stage", "kind": job["kind"], "method": method,
+        "data": {"sequence_tokens": job["tokens"], "sources": [source]},
+        "train": {"global_batch_sequences": 1, "steps": job["steps"] + 2, "learning_rate": 1e-4},
+    }  # fmt: skip
+    kernels = "plain" if job["name"] == "plain" else "auto"
+    model = {"base": "dtrain:smollm2-135m", "dtype": "float32", "kernels": kernels}
+    whole = {
+        "name": "bench", "device": "cpu", "model": model, "stages": [stage],
+        "output": {"folder": job["folder"] + "/run", "merge": False},
+    }  # fmt: skip
+    path = Path(job["folder"]) / "recipe.yaml"
+    path.write_text(json.dumps(whole))  # JSON is YAML
+    return str(path)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,121 @@
+"""One run of TRL's SFTTrainer for step_speed.py, in the form that costs it least.
+
+packed: rows of best-fit packing; padded: its default, documents filled up to the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from step_speed import Found, finish
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from dtrain.core.folders import cache_folder
+
+PADDED_DOCUMENTS = 8  # a batch of TRL's default
+
+
+class Marks(TrainerCallback):
+    """The clocks before each step and after the last; `seen` counts a step's tokens."""
+
+    def __init__(self) -> None:
+        self.found: list[Found] = []
+        self.seen = 0
+
+    def on_step_begin(self, *args: Any, **more: Any) -> None:
+        self.mark()
+
+    def on_train_end(self, *args: Any, **more: Any) -> None:
+        self.mark()
+
+    def mark(self) -> None:
+        if self.found:
+            self.found[-1]["tokens"] = self.seen
+        self.seen = 0
+        now = {"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": 0}
+        self.found.append(now)
+
+
+class Counting(SFTTrainer):
+    """The trainer, told to count tokens that are not padding."""
+
+    marks: Marks
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        self.marks.seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **more)
+
+
+def main(job: Found) -> None:
+    base = cache_folder() / "samples" / "smollm2-135m"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    packed = job["name"] == "packed"
+    arguments = SFTConfig(
+        output_dir=job["folder"],
+        max_length=job["tokens"],
+        packing=packed,
+        per_device_train_batch_size=1 if packed else PADDED_DOCUMENTS,
+        max_steps=job["steps"] + 1,
+        learning_rate=1e-4,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    marks = Marks()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = Counting(
+        model=model(base, job["method"]),
+        args=arguments,
+        train_dataset=rows(job),
+        processing_class=tokenizer,
+        peft_config=None if job["method"] == "full" else lora,
+        callbacks=[marks],
+    )
+    trainer.marks = marks
+    trainer.train()
+    finish(job, marks.found)
+
+
+def model(base: Path, method: str) -> Any:
+    """SmolLM2 in float32, or its linear layers in NF4."""
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=packed if method == "qlora" else None
+    )
+
+
+def rows(job: Found) -> Dataset:
+    """The same documents: questions with answers, or texts."""
+    text = Path(job["data"]).read_text(encoding="utf-8")
+    if job["kind"] == "cpt":
+        return Dataset.from_dict({"text": [t for t in text.split("\n\n") if t.strip()]})
+    found = json.loads(text)
+    asked = [f"{row['instruction']}\n{row.get('input', '')}".strip() for row in found]
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": question}] for question in asked],
+            "completion": [[{"role": "assistant", "content": row["output"]}] for row in found],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
