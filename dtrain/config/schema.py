@@ -124,7 +124,11 @@ Method = Annotated[Full | Lora, Field(discriminator="kind")]
 class Source(Group):
     """One place rows come from."""
 
-    path: Text = Field(description="file, glob, folder, hub dataset id, or `dtrain:NAME/FILE`")
+    path: Text = Field(
+        description=(
+            "file, glob, folder, address of fsspec (s3://…), hub dataset id, or `dtrain:NAME/FILE`"
+        )
+    )
     format: Literal[
         "auto",
         "text",

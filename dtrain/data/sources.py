@@ -7,7 +7,7 @@ import json
 import re
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dtrain.core.folders import local_path
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.imports import Late
 from dtrain.core.log import progress, say
+from dtrain.data.remote import fetch, is_remote
 
 datasets: Any = Late("datasets")  # with pandas: a second that most runs need not pay
 
@@ -75,6 +76,10 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
     Raises:
         UserError: there is nothing at the address, or nothing that can be read.
     """
+    if is_remote(source.path):
+        copies = fetch(source.path, cache)
+        named = zip(_files([copy for _, copy in copies], source, cache), copies, strict=True)
+        return [replace(part, name=name) for part, (name, _) in named]
     path = local_path(source.path)
     if path.is_dir() and any((path / mark).exists() for mark in SAVED_MARKS):
         return [_saved(path, source)]

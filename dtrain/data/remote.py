@@ -1,0 +1,110 @@
+"""Files at an address such as s3://bucket/rows/*.jsonl or https://host/rows.jsonl, by fsspec.
+
+They are copied into the cache once, so that every reader, process and later run finds plain files.
+Credentials come from where the store's own client looks for them, never from the address.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, write_json
+from dtrain.core.hashes import fingerprint
+from dtrain.core.imports import Late
+from dtrain.core.log import progress, say
+
+fsspec: Any = Late("fsspec")
+
+# What tells one version of a file from the next, in the words of the various stores.
+MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "generation", "md5")
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address is one of fsspec's."""
+    return "://" in address
+
+
+def fetch(address: str, cache: Path) -> list[tuple[str, Path]]:
+    """Copy the files at an address into the cache, those that are not there yet.
+
+    Args:
+        address: of a file, a folder or a glob.
+        cache: folder of the copies.
+
+    Returns:
+        Address and copy of each file, in order.
+
+    Raises:
+        UserError: the address holds a secret, or cannot be read.
+    """
+    _refuse_secrets(address)
+    known = cache / "remote" / f"{fingerprint(address)[:32]}.json"
+    try:
+        store, path = fsspec.core.url_to_fs(address)
+        files = [(store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path)]
+    except Exception as error:  # each store's client raises its own kinds
+        if known.exists() and not isinstance(error, FileNotFoundError):
+            say(f"{address}: cannot be reached, taking what was fetched before")
+            return [(name, Path(copy)) for name, copy in read_json(known)]
+        raise _unreadable(address, error) from error
+    with progress(f"fetching {address}", sum(info.get("size") or 0 for _, info, _ in files)) as bar:
+        copies = []
+        for name, info, path in files:
+            copies.append((name, _copy(store, path, info, name, cache, address)))
+            bar.advance(info.get("size") or 0)
+    write_json(known, [[name, str(copy)] for name, copy in copies])
+    return copies
+
+
+def _found(store: Any, path: str) -> list[str]:
+    if has_magic(path):
+        return sorted(p for p in store.glob(path) if not store.isdir(p))
+    if "http" in store.protocol or not store.isdir(path):  # a web server has pages, not folders
+        return [path]
+    return sorted(p for p in store.find(path) if not Path(p).name.startswith("."))
+
+
+def _copy(
+    store: Any, path: str, info: dict[str, Any], name: str, cache: Path, address: str
+) -> Path:
+    marks = {key: str(info[key]) for key in MARKS if info.get(key) is not None}
+    folder = cache / "remote" / fingerprint([name, info.get("size"), marks])[:32]
+    copy = folder / Path(path).name
+    if copy.exists() and marks:  # without a mark nothing tells whether it has changed
+        return copy
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)
+    os.close(handle)
+    try:
+        store.get_file(path, temporary)
+        os.replace(temporary, copy)
+    except Exception as error:
+        os.unlink(temporary)
+        raise _unreadable(address, error) from error
+    return copy
+
+
+def _refuse_secrets(address: str) -> None:
+    parts = urlsplit(address)
+    if "@" in parts.netloc or parts.query:
+        raise UserError(
+            "the address holds a user, password or query, which would be logged",
+            where=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+            fix="give credentials where the store's client looks for them, such as AWS_PROFILE",
+        )
+
+
+def _unreadable(address: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    return UserError(
+        f"cannot be read: {reason}",
+        where=address,
+        fix="correct `path`; credentials come from the environment, and a store may need its "
+        "fsspec package (s3fs, gcsfs, …)",
+    )

@@ -1,0 +1,91 @@
+"""Rows at addresses of fsspec, from a store in memory."""
+
+from __future__ import annotations
+
+import json
+
+import fsspec
+import pytest
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.data import remote
+from dtrain.data.formats import read
+from dtrain.data.sources import find_parts
+
+
+@pytest.fixture
+def bucket():
+    """bucket(name, texts) writes JSON lines into a store in memory."""
+    store = fsspec.filesystem("memory")
+
+    def write(name: str, texts: list[str]) -> None:
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        store.pipe(f"/bucket/{name}", content.encode())
+
+    yield write
+    store.rm("/bucket", recursive=True)
+
+
+def texts(address: str, cache) -> list[tuple[str, str]]:
+    parts = find_parts(Source(path=address), cache)
+    return [(parts[r.part].place(r.number), r.value) for r in read(parts, "auto")]
+
+
+def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
+    bucket("a.jsonl", ["one", "two"])
+    bucket("deep/b.jsonl", ["three"])
+    first = [("memory:///bucket/a.jsonl:1", "one"), ("memory:///bucket/a.jsonl:2", "two")]
+    deep = [("memory:///bucket/deep/b.jsonl:1", "three")]
+    assert texts("memory://bucket/a.jsonl", tmp_path) == first
+    assert texts("memory://bucket", tmp_path) == first + deep
+    assert texts("memory://bucket/**/b.jsonl", tmp_path) == deep
+
+
+def test_a_changed_file_is_fetched_anew_and_an_unchanged_one_is_not(
+    bucket, tmp_path, monkeypatch
+) -> None:
+    bucket("a.jsonl", ["one"])
+    before = find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
+    store = type(fsspec.filesystem("memory"))
+    fetched = []
+    get = store.get_file
+    monkeypatch.setattr(store, "get_file", lambda *a, **k: fetched.append(a) or get(*a, **k))
+    assert find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0] == before
+    assert not fetched
+    bucket("a.jsonl", ["two"])
+    after = find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
+    assert len(fetched) == 1 and after.identity != before.identity
+
+
+def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
+    bucket, tmp_path, monkeypatch, capsys
+) -> None:
+    bucket("a.jsonl", ["fox"])
+    before = texts("memory://bucket/a.jsonl", tmp_path)
+
+    def unreachable(*_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", unreachable)
+    assert texts("memory://bucket/a.jsonl", tmp_path) == before
+    assert "taking what was fetched before" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no route to host"):
+        texts("memory://bucket/b.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://me:hunter2@host/a.jsonl", "s3://bucket/a.jsonl?signature=hunter2"]
+)
+def test_a_secret_in_an_address_is_refused_and_not_repeated(address, tmp_path) -> None:
+    with pytest.raises(UserError, match="would be logged") as error:
+        remote.fetch(address, tmp_path)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_missing_file_and_an_unknown_store(tmp_path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        remote.fetch("memory://nowhere/a.jsonl", tmp_path)
+    with pytest.raises(UserError, match=r"Protocol not known: nostore") as error:
+        remote.fetch("nostore://a/b.jsonl", tmp_path)
+    assert "s3fs" in error.value.fix
