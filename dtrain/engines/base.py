@@ -54,6 +54,10 @@ class Engine(ABC):
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.updates = 0  # optimizer steps taken, without the skipped ones
 
+    def before_forward(self, *, last: bool) -> None:
+        """Told before each micro-batch of a step; `last` of them."""
+        return
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of a micro-batch; `last` of this optimizer step."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Recipe, Stage
@@ -28,6 +26,7 @@ class Ddp(TorchEngine):
         )
         assert self.model.process_group.size() == world.size
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        with nullcontext() if last else self.model.no_sync():
-            loss.backward()
+    def before_forward(self, *, last: bool) -> None:
+        # DDP decides in the forward pass whether the backward pass sends: `no_sync` around the
+        # latter alone sends the gradient of every micro-batch.
+        self.model.require_backward_grad_sync = last

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtrain.planning.kernels import CHUNK_BYTES, LAYERS, LOSS, MLPS, NORMS
 from dtrain.planning.setup import Setup
 
 
@@ -49,24 +50,29 @@ def layer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     attention = e * (2 * shape.q + 2 * shape.kv) + 4 * shape.heads
     if shape.soft_cap:  # the quadratic kind: scores capped, softmax in float32, dropout's input
         attention += (2 * e + 4) * shape.heads * setup.sequence_tokens
-    mlp = 3 * e * shape.mlp
+    mlp = (2 if MLPS in setup.kernels else 3) * e * shape.mlp
     return _norms(setup, habits) + attention + mlp + _inputs(setup, habits) + _adapters(setup)
 
 
 def _norms(setup: Setup, habits: Habits) -> float:
-    """A norm computes in float32 from a copy; a weight that trains keeps what it multiplies."""
-    shape = setup.shape
-    kept = stream_bytes(setup, habits) if setup.is_full else 0
-    total = shape.norms * ((4 + kept) * shape.hidden + 4)
-    head_elements = shape.norm_elements - shape.norms * shape.hidden
-    if head_elements:
-        heads = shape.heads + shape.kv_heads
-        total += (4 + kept) * (shape.q + shape.kv) + 4 * heads
+    """A norm computes in float32 from a copy; a weight that trains keeps what it multiplies.
+
+    dtrain's own keeps its input as it is.
+    """
+    shape, stream = setup.shape, stream_bytes(setup, habits)
+    kept = 4 + (stream if setup.is_full else 0)
+    if NORMS in setup.kernels:
+        kept = stream
+    total = shape.norms * (kept * shape.hidden + 4)
+    if shape.norm_elements > shape.norms * shape.hidden:  # of queries and keys
+        total += kept * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads)
     return total
 
 
 def _copies(setup: Setup) -> bool:
     """Whether each adapter keeps an input of its own: dropped, or cast from PEFT's float32."""
+    if LAYERS in setup.kernels:
+        return False
     casts = setup.autocasts and setup.method == "lora"
     return not setup.is_full and (setup.has_dropout or casts)
 
@@ -84,10 +90,20 @@ def _inputs(setup: Setup, habits: Habits) -> float:
         return sum((e + setup.has_dropout) * x.inputs for x in wanted)
     alone = ("self_attn.o_proj", "mlp.down_proj")
     shared = {x.name if x.name in alone else x.name.split(".")[0]: x for x in wanted}
-    total = 0.0
-    for x in shared.values():
-        total += e * x.inputs * (habits.attention_copies or x.name != alone[0])
+    made_anew = _made_anew(setup)
+    total = float(setup.has_dropout * sum(x.inputs for x in wanted))  # one byte an element
+    for group, x in shared.items():
+        is_there = group in made_anew or (group == alone[0] and not habits.attention_copies)
+        total += 0 if is_there else e * x.inputs
     return total
+
+
+def _made_anew(setup: Setup) -> set[str]:
+    """Inputs that the kernels make again from what is kept anyway."""
+    if LAYERS not in setup.kernels or setup.is_full:
+        return set()
+    after_norms = {"self_attn", "mlp"} if NORMS in setup.kernels else set()
+    return after_norms | ({"mlp.down_proj"} if MLPS in setup.kernels else set())
 
 
 def _adapters(setup: Setup) -> float:
@@ -116,7 +132,20 @@ def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
 
     Every token counts as supervised: how many are is not known before the data are read.
     """
+    if LOSS in setup.kernels:
+        return _chunked_head_bytes(setup, habits)
     shape = setup.shape
     last_norm = (4 + setup.element_bytes * (1 + setup.is_full)) * shape.hidden
     capped = 2 * setup.element_bytes * shape.vocabulary if shape.soft_cap else 0
     return setup.tokens * (habits.head_bytes * shape.vocabulary + last_norm + capped)
+
+
+def _chunked_head_bytes(setup: Setup, habits: Habits) -> float:
+    """A chunk of logits, the states that are learnt from, their gradient, and the matrix's."""
+    shape, e = setup.shape, setup.element_bytes
+    chunk = min(CHUNK_BYTES, 4 * setup.tokens * shape.vocabulary) * (1 + (e == 2) / 2)
+    states = setup.tokens * shape.hidden * (2 * stream_bytes(setup, habits) + 6 * e)
+    matrix = shape.vocabulary * shape.hidden
+    # Its gradient, what a chunk adds to it, and autocast's copy of it.
+    own = (4 + e + e * setup.autocasts) * matrix if setup.is_full else 0
+    return chunk + states + own

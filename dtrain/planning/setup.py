@@ -10,6 +10,7 @@ from dtrain.config import ds_file
 from dtrain.config.schema import Lora, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
+from dtrain.planning.kernels import KERNELS
 from dtrain.planning.shapes import Linear, Shape, adapted, adapter_parameters
 
 REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
@@ -45,6 +46,7 @@ class Setup:
         micro_batch: sequences that a rank computes at once.
         accumulation: micro-batches in an optimizer step.
         bucket_elements, live_elements: of DeepSpeed's file.
+        kernels: dtrain's own layers that stand in this model.
         casts: computes under autocast where what trains is wider; dtrain always does.
         foreach: torch's optimizer works on all parameters at once (on GPUs), with a copy of one.
     """
@@ -68,6 +70,7 @@ class Setup:
     bucket_elements: int = BUCKET_ELEMENTS
     live_elements: int = LIVE_ELEMENTS
     foreach: bool = True
+    kernels: frozenset[str] = frozenset()
     casts: bool = True
 
     @property
@@ -146,6 +149,7 @@ def setup_of(
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and kind == "zero3",
         foreach=not on_cpu,
+        kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **_ds_sizes(recipe, kind),
     )
 

@@ -69,8 +69,10 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     for number, batch in enumerate(batches):
         job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
         set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
+        last = number == len(batches) - 1
+        engine.before_forward(last=last)
         loss = poisoned(forward_loss(engine, batch))
-        engine.backward(loss * scale, last=number == len(batches) - 1)
+        engine.backward(loss * scale, last=last)
         total += loss.detach().double()
     loss_here = total.item()
     computed = time.perf_counter()

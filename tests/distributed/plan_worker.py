@@ -28,6 +28,7 @@ from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
 from dtrain.models.dropout import set_dropout_key
+from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
 from dtrain.stages.step import forward_loss
@@ -119,12 +120,10 @@ def counted(received: Counter[str]) -> None:
         setattr(dist, name, wrapper)
 
 
-def counted_buckets(model: torch.nn.parallel.DistributedDataParallel, received: Counter[str]):
-    """DDP reduces its buckets in C++: a hook does the same, and counts."""
+def reduce_in_python(model: torch.nn.parallel.DistributedDataParallel) -> None:
+    """DDP reduces its buckets in C++, unseen; this hook does the same where it is counted."""
 
     def hook(group, bucket):  # DDP refuses annotations that are text
-        ranks, buffer = dist.get_world_size(), bucket.buffer()
-        received["buckets"] += buffer.nbytes * SHARES["all_reduce"](ranks)
         return allreduce_hook(group, bucket)
 
     model.register_comm_hook(None, hook)
@@ -151,6 +150,7 @@ def built(recipe, stage, world):
     else:
         model, fill = load_base(base, recipe.model, **settings), lambda block: None
     model = attach(model, stage.method, seed=0, device=world.device)
+    put_in(model, recipe.model)
     counts = parameter_counts(model)
     return build_engine(model, recipe, stage, world, fill), counts
 
@@ -165,7 +165,7 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
     for tensor in [*engine.bare.parameters(), *engine.bare.buffers()]:
         storages.take(tensor)
     if recipe.engine.kind == "ddp":
-        counted_buckets(engine.model, received)
+        reduce_in_python(engine.model)
     for step in range(STEPS):
         received.clear()
         phases = one_step(engine, stage, storages, step)
@@ -191,11 +191,14 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
         for number in range(micro):
             sample = batch(vocabulary, tokens, number)
             set_dropout_key(engine.bare, 0, step, [number], [tokens])
+            last = number == micro - 1
+            engine.before_forward(last=last)
             loss = forward_loss(engine, sample)
             ends("forward")
-            engine.backward(loss, last=number == micro - 1)
+            engine.backward(loss, last=last)
             ends("backward")
             del loss
+            gc.collect()  # what is alive, not what Python has not looked at yet
         engine.step(1e-4)
         ends("update")
     return phases

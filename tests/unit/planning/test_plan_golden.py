@@ -17,6 +17,7 @@ from dtrain.core.units import duration, size
 from dtrain.planning.bases import find_shape
 from dtrain.planning.choose import Option, choose, option_of
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.kernels import KERNELS
 from dtrain.planning.plan import make_plan
 from dtrain.planning.setup import Cluster, Setup
 from dtrain.planning.verdict import FITS
@@ -65,6 +66,7 @@ def asked(base: str, method: str, cluster: Cluster) -> Setup:
         micro_batch=1,
         accumulation=GLOBAL_BATCH // cluster.ranks,
         checkpointing=True,
+        kernels=KERNELS[shape.kind],
     )
 
 
