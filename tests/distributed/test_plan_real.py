@@ -29,16 +29,14 @@ LORA = "{kind: lora, r: 8, dropout: 0.05}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
 CASES = [
     ("ddp", LORA, False),
-    ("ddp", "{kind: full}", True),
-    ("fsdp2", LORA, True),
     ("fsdp2", "{kind: full}", False),
     ("fsdp2", QLORA, False),
     ("zero2", LORA, False),
     ("zero2", QLORA, True),
     ("zero3", LORA, False),
 ]
-# ZeRO-3 keeps weights alive by a trace of its own making; the plan is near, not exact.
-TOLERANCE = {"zero3": 0.10}
+# Which weights ZeRO-3 keeps follows from a trace of its own making: its bytes are not compared.
+TOLERANCE = {"zero3": 0.05}
 
 
 @pytest.fixture
@@ -70,8 +68,10 @@ def test_the_plan_is_what_real_ranks_take_and_send(start, base: Path) -> None:
         recipe = load_recipe("tiny", overrides(base, *case))
         setup = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 2))
         plan, peak = memory_of(setup), max(real["phases"].values())
+        assert plan.peak == pytest.approx(peak, rel=TOLERANCE.get(case[0], 0.03)), case
+        if case[0] == "zero3":
+            continue
         # DeepSpeed's buckets are larger than this model, and would hide an error in the rest.
-        own, measured = plan.peak - plan.buffers, peak - plan.buffers
-        assert own == pytest.approx(measured, rel=TOLERANCE.get(case[0], 0.03)), case
+        assert plan.peak - plan.buffers == pytest.approx(peak - plan.buffers, rel=0.03), case
         sent = sum(real["received"].values())
-        assert received_bytes(setup) == pytest.approx(sent, rel=TOLERANCE.get(case[0], 0.01)), case
+        assert received_bytes(setup) == pytest.approx(sent, rel=0.01), case
