@@ -23,10 +23,11 @@ from dtrain.data.store import PLAN_FILES, SHARD, SUMS, shard_name
 
 ROW_TOKENS = 2048
 SIZES = (10**6, 10**9, 10**12)
-REPEATS = 7
+REPEATS = 5
 CHILD = """
 import json, sys, time
 from pathlib import Path
+import pyarrow as pa
 from dtrain.data.loader import Loader
 from dtrain.data.mixing import mix
 from dtrain.data.mixture import Mixture, Prepared
@@ -38,6 +39,7 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 folder = Path(sys.argv[1])
+pa.array([1]).to_numpy()  # imports pandas at its first call
 before, started = resident(), time.process_time()
 store = Store(folder)
 part = Part("p", ".jsonl", "x")

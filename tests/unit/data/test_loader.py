@@ -16,8 +16,10 @@ from dtrain.data.pieces import Pieces
 class Simulated:
     """A mixture whose rows are made from their numbers: row n has documents of known tokens."""
 
-    def __init__(self, rows: list[int], weights: list[float | None]) -> None:
-        self.mix = mix(rows, weights, ["s"] * len(rows))
+    def __init__(
+        self, rows: list[int], weights: list[float | None], replay: float | None = None
+    ) -> None:
+        self.mix = mix(rows, weights, ["s"] * len(rows), replay)
         self.rows_per_epoch = self.mix.rows_per_epoch
         self.rows_read = 0
 
@@ -78,6 +80,34 @@ def test_ranks_and_micro_batches_change_nothing(
     assert stream == list(enumerate(mixture.rows_at(0, total, seed).tolist()))
     if not weighted:
         assert sorted(row for _, row in stream) == list(range(total))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 60), min_size=2, max_size=4),
+    percent=st.integers(1, 60),
+    weighted=st.booleans(),
+    global_batch=st.integers(1, 24),
+    ranks=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
+    rows, percent, weighted, global_batch, ranks, seed, data
+) -> None:
+    weights = [float(i + 1) if weighted else None for i in range(len(rows) - 1)]
+    mixture = Simulated(rows, weights, percent / 100)
+    total = 2 * mixture.rows_per_epoch
+    stream = mixture.rows_at(0, total, seed).tolist()
+    first = data.draw(st.integers(0, max(0, -(-total // global_batch) - 5)))
+    loader = Loader(mixture, seed=seed, global_batch=global_batch, total_rows=total)
+    for step in range(first, min(first + 5, loader.steps)):  # a resume at `first`
+        low, high = step * global_batch, min((step + 1) * global_batch, total)
+        assert seen(loader, step, ranks, 1) == list(enumerate(stream))[low:high]
+    own = [row for row in stream if row < sum(rows[:-1])]
+    if not weighted:
+        n = sum(rows[:-1])
+        assert all(sorted(own[i : i + n]) == list(range(n)) for i in range(0, len(own) - n + 1, n))
 
 
 def test_1024_ranks_share_a_batch() -> None:
