@@ -123,6 +123,8 @@ def recompute_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """Beside what is saved, while the backward pass is inside one decoder layer."""
     shape, e = setup.shape, setup.element_bytes
     gradients = (2 * e * shape.mlp + stream_bytes(setup, habits) * shape.hidden) * setup.tokens
+    if LAYERS in setup.kernels and setup.has_dropout:  # inputs made anew, and what is left of them
+        gradients += 2 * e * shape.mlp * setup.tokens
     again = layer_bytes(setup, habits) * setup.tokens if setup.checkpointing else 0.0
     return again + gradients
 

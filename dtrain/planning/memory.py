@@ -192,8 +192,8 @@ def _full_weight_bytes(setup: Setup, shares: int, habits: Habits) -> float:
 def gradient_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """From one micro-batch to the next, as far as this rank keeps them."""
     n = setup.trainable
-    if setup.engine == "ddp":
-        return habits.train_bytes * n
+    if setup.engine == "ddp":  # what is not sent yet lies beside the buckets
+        return habits.train_bytes * n * (2 if setup.accumulation > 1 and setup.ranks > 1 else 1)
     if setup.engine == "fsdp2":
         # An adapter's gradient stays whole until the last micro-batch, and is sent once.
         whole = not setup.is_full and setup.accumulation > 1

@@ -29,6 +29,8 @@ LORA = "{kind: lora, r: 8, dropout: 0.05}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
 CASES = [
     ("ddp", LORA, False),
+    ("ddp", "{kind: full}", True),
+    ("fsdp2", LORA, True),
     ("fsdp2", "{kind: full}", False),
     ("fsdp2", QLORA, False),
     ("zero2", LORA, False),
