@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from dtrain.merge.nf4 import Packed
     from dtrain.merge.origin import Origin
 
-MOST_AT_ONCE = 8  # shards; each needs about 40 MB
-
 Places = Annotated[
     list[str],
     typer.Argument(
@@ -185,7 +183,8 @@ def _threads(processes: int | None) -> int:
     """Shards at once; each of them computes with its part of the cores."""
     import torch
 
-    cores = len(os.sched_getaffinity(0))
-    at_once = processes or min(cores, MOST_AT_ONCE)
-    torch.set_num_threads(max(cores // at_once, 1))
+    from dtrain.merge.merge import shards_at_once
+
+    at_once = processes or shards_at_once()
+    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // at_once, 1))
     return at_once

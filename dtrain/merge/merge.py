@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ MANIFEST = "merge.json"
 BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 NOT_BESIDE = (INDEX, MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
+MOST_AT_ONCE = 8  # shards; each needs about 20 MB
 FORMAT = 2  # of the result: another one is not gone on with
 
 
@@ -202,6 +204,11 @@ def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:
         raise UserError("would be overwritten by what is made from it", where=str(out))
     headers = (read_header(path)[0] for path in weight_files(base))
     return {name: (e["dtype"], e["shape"]) for entries in headers for name, e in entries.items()}
+
+
+def shards_at_once() -> int:
+    """One a core, within reason."""
+    return min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
 
 
 def _merged(

@@ -25,7 +25,7 @@ from dtrain.models.weights import read_header
 
 # Blocks of rows as stored → the same blocks, new, any float; all of them, in order.
 Change = Callable[[Iterator[Tensor]], Iterator[Tensor]]
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 19
 ROWS = 64  # blocks are multiples of it: see merge/methods.py and merge/nf4.py
 
 

@@ -32,7 +32,7 @@ from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.consolidate import read_whole, replace_with
-from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.merge import check_places, merge, part_of, shards_at_once
 from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
@@ -257,7 +257,13 @@ class StageRun:
         if wants_merge:
             shutil.rmtree(self.folder.merged, ignore_errors=True)
             if full:
-                replace_with(checkpoint, self.base, self.folder.merged, self.folder.identity)
+                replace_with(
+                    checkpoint,
+                    self.base,
+                    self.folder.merged,
+                    self.folder.identity,
+                    processes=shards_at_once(),
+                )
             else:
                 self.merge_adapter()
         facts["checkpoint_bytes"] = checkpoint.size_bytes
@@ -277,7 +283,9 @@ class StageRun:
             dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
             packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
         adapter = Adapter.open(self.folder.adapter, shapes)
-        merge(self.base, [part_of(adapter, packing=packing)], out, source=self.folder.identity)
+        part = part_of(adapter, packing=packing)
+        identity = self.folder.identity
+        merge(self.base, [part], out, source=identity, processes=shards_at_once())
 
     def wants_merge(self) -> bool:
         """Every stage but the last is merged for the next one; the last if the recipe says so."""

@@ -24,6 +24,7 @@ from merge_models import make_adapter, make_model
 
 POLL_SECONDS = 0.004
 SHARD_BYTES = 500_000_000
+IMPORTS = "import dtrain.cli, dtrain.merge.merge, dtrain.merge.origin"  # read on top of the model
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -68,6 +69,7 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
     make_adapter(place / "adapter", gigabytes, arguments.rank)
     inputs = [str(place / "base"), str(place / "adapter")]
     command = [sys.executable, "-m", "dtrain", "merge", *inputs, str(place / "out")]
+    imports = watched([sys.executable, "-c", IMPORTS]).read
     merges, copies = [], []
     for _ in range(arguments.rounds):
         copies.append(copy(place / "base", place / "copy"))
@@ -77,7 +79,7 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
     print(
         f"{size / 1e9:.2f} GB, {len(list((place / 'base').glob('*.safetensors')))} shards: "
         f"anonymous {max(m.anonymous for m in merges) / 1e6:.0f} MB, "
-        f"read {merges[0].read / size:.3f}x, written {merges[0].written / size:.3f}x, "
+        f"read {(merges[0].read - imports) / size:.3f}x, written {merges[0].written / size:.3f}x, "
         f"wall {median(m.wall for m in merges):.1f} s ({median(m.cpu for m in merges):.1f} s CPU), "
         f"cp + fsync {median(copies):.1f} s, ratio {median(ratios):.2f} "
         f"({', '.join(f'{r:.2f}' for r in ratios)})",
