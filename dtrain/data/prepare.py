@@ -90,13 +90,13 @@ def prepare_share(
         UserError: as `prepare`.
     """
     check_tokenizer(tokenizer, kind)
-    ready = [
-        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run_share(
-            share, processes
-        )
+    own = [
+        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache)
         for source in data.all_sources
     ]
-    return all(ready)
+    for preparation in own:
+        preparation.run_share(share, processes)
+    return all(preparation.is_ready() for preparation in own)  # others may have ended meanwhile
 
 
 class _Preparation:
@@ -154,7 +154,7 @@ class _Preparation:
                     self._finish(shards)
         return Prepared(self.source.path, self.source.weight, self.parts, Store(self.folder))
 
-    def run_share(self, share: Share, processes: int | None) -> bool:
+    def run_share(self, share: Share, processes: int | None) -> None:
         """Make shards beside others that do the same; the last of them finishes the store."""
         if not self.is_ready():
             with _only_one(self.folder, self.source.path):
@@ -165,7 +165,6 @@ class _Preparation:
                     with _only_one(self.folder, self.source.path):
                         if not self.is_ready():
                             self._finish(shards)
-        return self.is_ready()
 
     def is_ready(self) -> bool:
         """Whether the store is complete."""
