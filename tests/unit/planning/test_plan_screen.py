@@ -103,7 +103,7 @@ def test_auto_takes_what_fits_and_what_is_fast() -> None:
     auto = ["engine={kind: auto}", "stages.domain.train.micro_batch_sequences=auto"]
     wide, narrow = (Cluster(find_gpu(name), 2, 8) for name in ("h100-80g", "a6000"))
     # 70B in 4 bits: one copy on each 80 GB card; on 48 GB shared among the ranks of a node.
-    for cluster, engine in ((wide, "zero2"), (narrow, "fsdp2")):
+    for cluster, engine in ((wide, "ddp"), (narrow, "fsdp2")):
         recipe = resolved(load_recipe("70b-qlora", auto), cluster)
         assert recipe.engine.kind == engine
         assert isinstance(recipe.stages[0].train.micro_batch_sequences, int)
