@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -105,12 +106,12 @@ def refuse_what_cannot_fit(
     try:
         stage = make_plan(recipe, Cluster(kind, nodes, gpus)).worst
     except UserError as error:
-        print(f"not planned: {error.what}")
+        print(f"not planned: {error.what}", file=sys.stderr)
         return
     verdict = stage.verdict
     if verdict.word != DOES_NOT_FIT or force:
         told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
-        print(f"plan: {verdict.word} {told}")
+        print(f"plan: {verdict.word} {told}", file=sys.stderr)
         return
     what = (
         f"{DOES_NOT_FIT} on {kind.name}: at least {size(verdict.lower)} of {size(verdict.usable)}"

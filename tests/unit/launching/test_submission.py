@@ -30,7 +30,7 @@ OPTIONS = {
 def dry_run(*arguments: object) -> str:
     done = CliRunner().invoke(app, ["submit", "--dry-run", *map(str, arguments)])
     assert done.exception is None, done.exception
-    return done.output
+    return done.stdout
 
 
 def settled(text: str, working: Path) -> str:
