@@ -92,6 +92,7 @@ class Mixture:
         which = np.searchsorted(self.first_rows, numbers, side="right") - 1
         places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
         used = [(source, place) for source, place in enumerate(places) if place.size]
+        used = used or [(0, places[0])]  # no rows: a rank's share of a short batch
         parts = [
             self.sources[source].store.gather(numbers[place] - self.first_rows[source])
             for source, place in used

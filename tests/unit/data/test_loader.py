@@ -178,3 +178,10 @@ def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_
         assert torch.equal(batch.position_ids[0], restarts)
         assert (batch.position_ids[0, batch.predict + 1] > 0).all()
         assert batch.targets.numel() == ids.numel() - len(batch.document_lengths)
+
+
+def test_a_rank_without_rows_of_a_store_looks_nothing_up(prepared, write_rows) -> None:
+    source = {"path": write_rows("a.jsonl", [{"text": "fox"}]), "format": "text"}
+    loader = Loader(prepared("cpt", [source]), seed=0, global_batch=2, total_rows=1)
+    (batch,) = loader.micro_batches(0, 1, 2, 1)
+    assert batch.input_ids.tolist() == [[0]] and batch.targets.numel() == 0
