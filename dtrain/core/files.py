@@ -52,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that dtrain wrote.
+    """Read a JSON file.
 
     Raises:
         UserError: it is missing or broken.

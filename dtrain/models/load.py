@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
@@ -186,10 +186,7 @@ def _quiet() -> Iterator[None]:
 
 def _raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError("is not a model's config", where=str(path))
     return raw

@@ -6,7 +6,6 @@ f width of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ def read_shape(path: Path) -> Shape:
     Raises:
         UserError: it cannot be read, lacks a size, or is of an architecture not known here.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError("is not a model's config", where=str(path))
     return shape_of(config, str(path))
