@@ -155,7 +155,8 @@ def parse_json(line: bytes, part: Part, first_line: int) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
-        where = f"{part.name}:{first_line + error.lineno - 1}"
+        last = line.rstrip().count(10)  # what breaks off is missed behind the line break
+        where = f"{part.name}:{first_line + min(error.lineno - 1, last)}"
         what = f"broken JSON: {error.msg} (column {error.colno})"
         return UserError(what, where=where, fix="mend or remove the line")
     except UnicodeDecodeError as error:
