@@ -9,15 +9,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtrain.checkpoints.pieces import NEUTRAL_KINDS, elements
 from dtrain.checkpoints.trust import Untrusted
 from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 FILE_PATTERN = r"^rank-\d{5,}\.safetensors$"  # no way out of the folder
 
@@ -92,15 +93,31 @@ def parse(path: Path) -> Manifest:
         raise UserError(f"no valid manifest: {error!r}", where=str(path)) from error
     head = text[: -len(_seal(b""))]
     if not text or head + _seal(head + b"}") != text:
+        _refuse_format_1(text, path)
         raise UserError("the manifest was changed after it was written", where=str(path))
     body = json.loads(head + b"}")
     if body.get("format") != FORMAT:
-        raise Untrusted(
-            f"this checkpoint has format {body.get('format')}, this dtrain reads {FORMAT}",
-            where=str(path),
-            fix="go on with the dtrain that wrote it",
-        )
+        _refuse_format(body.get("format"), path)
     return _validated(body, path)
+
+
+def _refuse_format_1(text: bytes, path: Path) -> None:
+    """An earlier dtrain's manifest is whole: to be kept for it, not to be passed over."""
+    try:
+        body = json.loads(text)
+        whole = body.pop("sha256") == fingerprint(body) and body["format"] == 1
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return
+    if whole:
+        _refuse_format(1, path)
+
+
+def _refuse_format(found: object, path: Path) -> NoReturn:
+    raise Untrusted(
+        f"this checkpoint has format {found}, this dtrain reads {FORMAT}",
+        where=str(path),
+        fix="go on with the dtrain that wrote it",
+    )
 
 
 def _validated(body: dict[str, Any], path: Path) -> Manifest:

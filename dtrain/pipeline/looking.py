@@ -50,7 +50,7 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
     """
     tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template)
     return scan(
-        [source_input(source) for source in stage.data.sources],
+        [source_input(source) for source in stage.data.all_sources],
         known=held_out_of(recipe),
         tokens=tokens,
         sequence_tokens=stage.data.sequence_tokens,

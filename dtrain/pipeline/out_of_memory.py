@@ -11,7 +11,7 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.core.units import size
 from dtrain.distributed.memory import peak_memory_bytes
-from dtrain.pipeline.planned import gpu_of
+from dtrain.pipeline.planned import gpu_of, simplest
 from dtrain.planning.plan import StagePlan, make_plan
 from dtrain.planning.setup import Cluster
 from dtrain.planning.verdict import reductions
@@ -33,7 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
     """What to tell: it is the same at another try, so a job is not requeued for it."""
-    lines = [f"out of memory: {str(error).strip().splitlines()[0]}", f"    now: {now()}"]
+    said = str(error).strip().splitlines() or [type(error).__name__]  # Python's own says nothing
+    lines = [f"out of memory: {said[0]}", f"    now: {now()}"]
     fix = ALWAYS
     with suppress(UserError):  # an architecture that the plan does not know
         stage, ways = planned(recipe)
@@ -63,6 +64,8 @@ def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
         UserError: the plan does not know the base.
     """
     device = _device()
+    if device.type != "cuda":
+        recipe = simplest(recipe)  # as the run itself has it
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     cluster = Cluster(gpu_of(device), max(1, ranks // on_node), on_node)

@@ -137,7 +137,8 @@ def stage_folder(
     run: Path, recipe: Recipe, stage: Stage, inputs: Inputs, parent: str
 ) -> StageFolder:
     """The folder of a stage whose base is the artefact with identity `parent`."""
-    settings = stage.model_dump(mode="json", exclude={"data": {"sources"}})
+    # What is read, and from where, is in the data's fingerprint.
+    settings = stage.model_dump(mode="json", exclude={"data": {"sources", "replay"}})
     # In strict mode a micro-batch is the unit of the sums' fixed order.
     for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
         settings["train"].pop(key)

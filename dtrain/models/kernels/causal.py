@@ -46,7 +46,7 @@ class _Causal(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         grouped, keys, values = _grouped(query * scale, key), key[0], value[0]
-        out = query.new_empty(query.shape[2], *grouped.shape[:2], query.shape[3])  # [n, K, G, D]
+        out = query.new_empty(query.shape[2], *grouped.shape[:2], value.shape[3])  # [n, K, G, D]
         for start, stop in _blocks(query):
             weights = _weights(_flat(grouped, start, stop), keys, start, stop)
             block = torch.bmm(weights, values[:, :stop])

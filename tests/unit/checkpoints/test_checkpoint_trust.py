@@ -14,6 +14,7 @@ import pytest
 
 from dtrain.checkpoints import Checkpoint, Untrusted, newest_complete
 from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
 
 
 def _sealed(body: dict[str, Any]) -> str:
@@ -43,7 +44,15 @@ def _linked_folder(folder: Path) -> None:
 
 
 def _newer(body: dict[str, Any]) -> None:
-    body["format"] = 2
+    body["format"] = 3
+
+
+def _of_format_1(folder: Path) -> None:
+    """As it was sealed then: by the hash of its content, whatever the text."""
+    body = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
+    del body["sha256"]
+    text = json.dumps({**body, "sha256": fingerprint(body)}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
 
 
 def _outside(body: dict[str, Any]) -> None:
@@ -67,7 +76,8 @@ def _nonsense(body: dict[str, Any]) -> None:
         (_pickle, "optimizer.pt: this file is not part of the checkpoint"),
         (_link, "is a link"),
         (_linked_folder, "is a link"),
-        (lambda folder: _rewritten(folder, _newer), "format 2, this dtrain reads 1"),
+        (lambda folder: _rewritten(folder, _newer), "format 3, this dtrain reads 2"),
+        (lambda folder: _of_format_1(folder), "format 1, this dtrain reads 2"),
         (lambda folder: _rewritten(folder, _outside), "not a manifest of dtrain"),
         (lambda folder: _rewritten(folder, _hole), "are missing"),
         (lambda folder: _rewritten(folder, _nonsense), "not a manifest of dtrain"),

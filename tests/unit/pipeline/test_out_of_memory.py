@@ -43,6 +43,11 @@ def test_a_base_that_the_plan_does_not_know_gets_general_advice(tmp_path) -> Non
     assert "plan" not in text and "gradient_checkpointing=true" in text
 
 
+def test_an_error_without_words_is_told_by_its_name() -> None:
+    text = out_of_memory_text(MemoryError(), load_recipe("7b-lora", []))
+    assert text.startswith("out of memory: MemoryError\n")
+
+
 def test_a_run_ends_with_its_own_status(tmp_path, monkeypatch, capsys) -> None:
     error = allocator_error()
 
