@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -91,17 +92,16 @@ def _merge(
 ) -> None:
     from dtrain.merge.adapter import Adapter
     from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
-    from dtrain.merge.origin import known_bases, origin_of
+    from dtrain.merge.origin import adapter_origin, known_bases
 
     shapes = check_places(base, folders, out)
-    origins = [origin_of(folder.resolve().parent) for folder in folders]
+    origins = [adapter_origin(folder) for folder in folders]
     adapters = [Adapter.open(folder, shapes) for folder in folders]
-    packings = [_packing(base, shapes, origin, qlora_base) for origin in origins]
+    packings = _packings(base, shapes, origins, qlora_base, together=how is not None)
+    known = known_bases(base, origins, MANIFEST)
     if how is None:
-        known = known_bases(base, origins, MANIFEST)
         parts = [part_of(*one) for one in zip(adapters, factors, packings, strict=True)]
     else:
-        known = []
         parts = [_combined(adapters, factors, how, packings)]
     merge(base, parts, out, source=str(base), processes=at_once, known=known)
 
@@ -139,6 +139,34 @@ def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) 
     merge(base, [part], out, source=source, processes=at_once, known=known)
 
 
+def _packings(
+    base: Path,
+    shapes: Shapes,
+    origins: Sequence[Origin | None],
+    qlora_base: str | None,
+    together: bool,
+) -> list[Packed | None]:
+    """The 4-bit form of what each adapter goes onto.
+
+    Adapters of one base share its form: it is packed once, before the first of them.
+    """
+    forms = [_packing(base, shapes, origin, qlora_base) for origin in origins]
+    parents = [None if together or origin is None else origin.parent for origin in origins]
+    for parent in set(parents):
+        of_it = zip(forms, parents, strict=True)
+        if len({form is not None for form, other in of_it if other == parent}) > 1:
+            raise UserError(
+                "some of the adapters were trained over this base in 4 bits, others over it as it "
+                "is stored: no base is right for all",
+                where="dtrain merge",
+                fix="choose one: --qlora-base original, or dequantised",
+            )
+    if together:
+        return forms
+    first = [parent not in parents[:number] for number, parent in enumerate(parents)]
+    return [form if here else None for form, here in zip(forms, first, strict=True)]
+
+
 def _packing(
     base: Path, shapes: Shapes, origin: Origin | None, qlora_base: str | None
 ) -> Packed | None:
@@ -151,7 +179,8 @@ def _packing(
     from dtrain.models.load import resolve_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Packed(base, shapes, resolve_dtype(origin.dtype, device) if origin else None)
+    dtype = resolve_dtype(origin.dtype, device) if origin and origin.dtype else None
+    return Packed(base, shapes, dtype)
 
 
 def _base(address: str) -> Path:
@@ -166,6 +195,8 @@ def _base(address: str) -> Path:
 def _factors(weights: str | None, adapters: int) -> list[float]:
     try:
         factors = [float(text) for text in weights.split(",")] if weights else [1.0] * adapters
+        if not all(map(isfinite, factors)):
+            raise ValueError(weights)
     except ValueError as error:
         raise UserError(f"not numbers: {weights}", where="--weights", fix="0.7,0.3") from error
     if len(factors) != adapters:

@@ -45,7 +45,7 @@ def generate(
     from dtrain.serving.generate import Answers, count_prompts
     from dtrain.serving.generate import generate as answer_all
 
-    if out.absolute() == prompts.absolute():
+    if out.exists() and prompts.exists() and out.samefile(prompts):
         raise UserError("would be overwritten", where=str(prompts), fix="name another --out")
     choices, name = _chosen(address, adapter)
     total = count_prompts(prompts)

@@ -57,7 +57,8 @@ def open_saved(folder: Path) -> Saved:
     if not isinstance(inputs, dict) or not (stage.parent / RECIPE).is_file():
         raise UserError("lies in no stage of a run", where=str(folder))
     known = origin_of(stage)
-    origin = origin_from(inputs, fingerprint(inputs), known.dtype if known else inputs["dtype"])
+    dtype = known.dtype if known and known.dtype else inputs["dtype"]
+    origin = origin_from(inputs, fingerprint(inputs), dtype)
     return Saved(checkpoint, origin, stage.parent, stage.name)
 
 

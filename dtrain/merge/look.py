@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,8 @@ def _compare(name: str, old: _Place, new: _Place) -> Change | str | None:
         squares += float(gap.square().sum())
         before += float(a.square().sum())
         greatest = max(greatest, float(gap.abs().max()))
+    if not isfinite(squares):
+        return f"{name}: holds NaN or infinity"
     if not squares and old.dtype == new.dtype:
         return None
     return Change(name, old.shape, sqrt(before), sqrt(squares), greatest)

@@ -23,6 +23,7 @@ from dtrain.merge.adapter import CONFIG, FLOATS, Adapter, Shapes
 from dtrain.merge.fingerprint import combine
 from dtrain.merge.methods import Step
 from dtrain.merge.stream import Change, rewrite_file
+from dtrain.merge.tied import with_tied
 from dtrain.merge.work import Work, work_folder
 from dtrain.models.weights import INDEX, read_header, weight_files
 
@@ -237,7 +238,7 @@ def _write(
     processes: int,
     known: Sequence[str],
 ) -> None:
-    files = weight_files(base)
+    files, changes = weight_files(base), with_tied(base, changes)
     plan = _plan(files, base, about)
     if _is_made(out, fingerprint(plan)):
         return

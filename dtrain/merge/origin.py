@@ -11,6 +11,8 @@ from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.checkpoints.names import step_of
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_sealed
+from dtrain.models.adapter_folder import COMBINED
+from dtrain.models.adapter_folder import origin as combined_origin
 
 RECORD = "stage.json"
 
@@ -23,14 +25,15 @@ class Origin:
         identity: of the stage.
         parent: identity of the stage before it, or the fingerprint of the run's base.
         quantised: whether it was trained over a base in NF4.
-        dtype: that the base was loaded in, as torch calls it, or the recipe's word.
+        dtype: that the base was loaded in, as torch calls it, or the recipe's word; None: not
+            known, of adapters combined into one.
         method: the recipe's settings of the method.
     """
 
     identity: str
     parent: str
     quantised: bool
-    dtype: str
+    dtype: str | None
     method: dict[str, Any]
 
 
@@ -50,6 +53,20 @@ def origin_of(stage: Path) -> Origin | None:
     record = read_sealed(stage / RECORD)
     dtype = record.get("facts", {}).get("dtype", record["inputs"]["dtype"])
     return origin_from(record["inputs"], record["identity"], dtype)
+
+
+def adapter_origin(folder: Path) -> Origin | None:
+    """What an adapter's own folder, or that of its stage, says; None if nothing does.
+
+    Raises:
+        UserError: the record was changed.
+    """
+    if not (folder / COMBINED).is_file():
+        return origin_of(folder.resolve().parent)
+    found = combined_origin(folder)
+    if found.identity is None or found.parent is None:
+        return None
+    return Origin(found.identity, found.parent, found.quantised, None, {})
 
 
 def origin_from(inputs: dict[str, Any], identity: str, dtype: str) -> Origin:

@@ -46,7 +46,10 @@ def read_prompts(path: Path) -> Iterator[Prompt | UserError]:
 def _prompt(line: str, where: str) -> Prompt | UserError:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        _line({"row": row})
+    except UnicodeEncodeError:
+        return UserError("holds half a character", where=where, fix="mend the row")
+    except (ValueError, RecursionError) as error:
         return UserError(f"is not JSON: {error}", where=where)
     if not isinstance(row, dict):
         return UserError("is not a JSON object", where=where)
@@ -127,11 +130,11 @@ class Answers:
         self.file.seek(0)
         number, whole = 0, 0
         for line in self.file:
-            if not line.endswith(b"\n"):
+            prompt = next(prompts, None)
+            if not line.endswith(b"\n") and _begins(line, prompt):
                 self.file.truncate(whole)
                 break
             number, whole = number + 1, whole + len(line)
-            prompt = next(prompts, None)
             wanted = {**prompt.row, BY: self.by} if isinstance(prompt, Prompt) else None
             if _without_answer(line) != wanted:
                 raise UserError(
@@ -146,11 +149,22 @@ class Answers:
         rows = (
             {**p.row, ANSWER: text, BY: self.by} for p, text in zip(prompts, texts, strict=True)
         )
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.file.write(lines.encode())
+        self.file.write(b"".join(_line(row) + b"\n" for row in rows))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.done += len(prompts)
+
+
+def _begins(line: bytes, prompt: Prompt | UserError | None) -> bool:
+    """Whether a cut line is the start of this prompt's answer, and nobody else's text."""
+    if not isinstance(prompt, Prompt):
+        return False
+    start = _line({**prompt.row, ANSWER: ""})[: -len('"}')]
+    return line.startswith(start) or start.startswith(line)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
 
 
 def _without_answer(line: bytes) -> Any:

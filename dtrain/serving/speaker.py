@@ -56,7 +56,9 @@ class Speaker:
         """
         try:
             self._become(choice)
-        except UserError:
+        except BaseException as error:
+            if not isinstance(error, UserError):  # Ctrl-C leaves half a model, or half an adapter
+                self._held = None
             self._become(self._choice)
             raise
 

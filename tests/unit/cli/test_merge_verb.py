@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from dtrain.checkpoints import Piece, Saver
 from dtrain.cli import app
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, write_sealed
+from dtrain.core.files import read_json, write_json, write_sealed
 from dtrain.core.hashes import fingerprint
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.weights import weight_files
@@ -136,6 +137,7 @@ def test_what_the_merged_model_answers(base: Path, tmp_path: Path) -> None:
         ([], "give BASE ADAPTER"),
         (["--weights", "1,2"], "2 weights for 1 adapters"),
         (["--weights", "half"], "not numbers: half"),
+        (["--weights", "nan"], "not numbers: nan"),
         (["--combine", "dare_linear"], "chooses at random"),
     ],
 )
@@ -186,6 +188,53 @@ def test_a_full_checkpoint_of_three_ranks_becomes_a_model(base: Path, tmp_path: 
     dtrain("merge", saved, tmp_path / "out")
     assert equal(tmp_path / "out", tensors) and state(tmp_path / "out").keys() == tensors.keys()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_output_matrix_stored_beside_its_tied_embedding_changes_with_it(
+    base: Path, tmp_path: Path
+) -> None:
+    stored = state(base)
+    for path in [*weight_files(base), base / "model.safetensors.index.json"]:
+        path.unlink()
+    embedding = "model.embed_tokens.weight"
+    stored["lm_head.weight"] = stored[embedding].clone()
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    trained = torch.randn_like(stored[embedding])
+    step = checkpoint(tmp_path / "run", base, {embedding: trained}, "full")
+    dtrain("merge", step, tmp_path / "out")
+    found = state(tmp_path / "out")
+    assert torch.equal(found[embedding], trained) and torch.equal(found["lm_head.weight"], trained)
+
+
+def test_adapters_over_unlike_forms_of_one_base_are_refused(base: Path, tmp_path: Path) -> None:
+    for name, kind in (("a", "lora"), ("b", "qlora")):
+        trained_by(tmp_path / name, base, kind)
+        adapter(base, tmp_path / name / "adapter")
+    folders = [tmp_path / name / "adapter" for name in "ab"]
+    for more in ([], ["--combine", "linear"]):
+        with pytest.raises(UserError, match="no base is right for all"):
+            dtrain("merge", *more, base, *folders, tmp_path / "out")
+
+
+def test_adapters_of_one_packed_base_find_it_packed_once(base: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        trained_by(tmp_path / name, base, "qlora")
+    one, two = (adapter(base, tmp_path / n / "adapter", s) for s, n in enumerate("ab", 1))
+    dtrain("merge", base, one, two, tmp_path / "both")
+    dtrain("merge", base, one, tmp_path / "one")
+    bare = shutil.copytree(two, tmp_path / "of no record")
+    dtrain("merge", tmp_path / "one", bare, tmp_path / "in turn", "--qlora-base", "original")
+    assert equal(tmp_path / "both", state(tmp_path / "in turn"))
+
+
+def test_a_combined_adapter_goes_onto_the_form_of_its_origin(base: Path, tmp_path: Path) -> None:
+    alone = adapter(base, tmp_path / "alone")
+    both = shutil.copytree(alone, tmp_path / "both")
+    origin = {"identity": "i", "parent": model_fingerprint(base), "quantised": True}
+    write_json(both / "combine.json", {"origin": {**origin, "kind": "combined"}})
+    dtrain("merge", base, both, tmp_path / "found")
+    dtrain("merge", base, alone, tmp_path / "wanted", "--qlora-base", "dequantised")
+    assert equal(tmp_path / "found", state(tmp_path / "wanted"))
 
 
 def test_an_adapters_checkpoint_becomes_a_model(base: Path, tmp_path: Path) -> None:

@@ -94,3 +94,9 @@ def test_what_has_no_counterpart_is_told(tmp_path: Path) -> None:
     for part in ("d.bias: only in", "c.bias: [5] and [6]", "ids: not floats (I64, I64)"):
         assert part in words
     assert diff(old, old).changes == [] and diff(old, old).same == 4
+
+
+def test_what_is_not_finite_cannot_be_compared(tmp_path: Path) -> None:
+    bad = model(tmp_path / "bad", **{"c.bias": torch.tensor([1, float("nan"), 0, 0, 0])})
+    found = diff(model(tmp_path / "good"), bad)
+    assert found.changes == [] and found.unlike == ["c.bias: holds NaN or infinity"]

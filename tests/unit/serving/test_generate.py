@@ -88,6 +88,18 @@ def test_answers_of_another_model_or_other_prompts_are_not_gone_on_with(
     assert out.read_text() == "notes of mine\n" and before
 
 
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "mine"}', '{"prompt": "short", "notes": 1}', "[1, 2]"]
+)
+def test_a_file_of_one_line_that_is_no_answer_is_left_alone(
+    prompts: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match="answers another prompt"):
+        Answers.open(tmp_path / "mine.json", prompts, "tiny")
+    assert (tmp_path / "mine.json").read_text() == text
+
+
 def test_two_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:
     first = Answers.open(tmp_path / "out.jsonl", prompts, "tiny")
     with pytest.raises(UserError, match="another process is writing it"):
@@ -98,14 +110,16 @@ def test_two_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:
 def test_broken_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     lines = ['{"prompt": "a"}', "{", "", "[1]", '{"text": "a"}', '{"prompt": 3}',
-             '{"messages": [{"role": "user"}]}', '{"prompt": "a", "generated": "b"}']  # fmt: skip
+             '{"messages": [{"role": "user"}]}', '{"prompt": "a", "generated": "b"}',
+             '{"prompt": "a", "n": "\\ud83d"}']  # fmt: skip
     path.write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
         count_prompts(path)
     told = str(caught.value)
     for number, what in ((2, "is not JSON"), (4, "is not a JSON object"), (5, "holds no prompt"),
                          (6, "holds no prompt"), (7, "has no `content`"),
-                         (8, "has a `generated` already")):  # fmt: skip
+                         (8, "has a `generated` already"),
+                         (9, "holds half a character")):  # fmt: skip
         assert f"{path}:{number}: " in told and what in told
     assert f"{path}:1: " not in told
     path.write_text("\n")
