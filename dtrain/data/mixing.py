@@ -31,8 +31,9 @@ class Mix:
     Attributes:
         rows: rows of each source, none of them 0.
         quotas: slots of each source in a block, or None for plain concatenation.
-        in_turn: a source's rows come in the order of its passes inside a block too, so that a pass
-            may end anywhere in it and still holds each row once.
+        in_turn: the last source is replayed beside the others, and a source's rows come in the
+            order of its passes inside a block too, so that a pass may end anywhere in it and
+            still holds each row once.
     """
 
     rows: tuple[int, ...]
@@ -46,11 +47,20 @@ class Mix:
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        """All rows, or positions until the heaviest source has been passed once, rounded up."""
+        """All rows, or positions until the heaviest source has been passed once, rounded up.
+
+        In turn, the last source is replayed beside the others: it is never the heaviest, and of the
+        last block there is as much as it takes for the rows that are left, whatever the seed.
+        """
         if self.quotas is None:
             return int(self.first_rows[-1])
-        heaviest = max(range(len(self.rows)), key=lambda i: (self.quotas[i], self.rows[i]))  # type: ignore[index]
-        return -(-self.rows[heaviest] * sum(self.quotas) // self.quotas[heaviest])
+        own = len(self.rows) - self.in_turn
+        quota, rows = max(zip(self.quotas[:own], self.rows[:own], strict=True))
+        size = sum(self.quotas)
+        if not self.in_turn:
+            return -(-rows * size // quota)
+        blocks, left = divmod(rows, quota)
+        return blocks * size + (size - quota + left if left else 0)
 
     def rows_at(self, positions: Int64s, seed: int) -> Int64s:
         """Global row numbers [n] at `positions` [n] of the endless stream."""
@@ -104,7 +114,7 @@ def mix(
         weights: weight of each source, or None for all of them.
         names: what each source is called in a message.
         replay: share of the replayed source in all sequences. Sources without weights are one in
-            the mixture then: each of their rows still comes once an epoch.
+            the mixture then: an epoch holds each of their rows, and none again before all others.
 
     Raises:
         UserError: some sources have a weight and some have none, or a weight is too small.

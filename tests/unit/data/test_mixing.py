@@ -108,6 +108,19 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
     assert mixture.rows_at(np.arange(a, b), seed).tolist() == stream[a:b]
 
 
+@given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
+def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed) -> None:
+    mixture = mix([*rows, replayed], [None] * len(rows), ["s"] * len(rows) + ["r"], percent / 100)
+    epochs = 3
+    out = mixture.rows_at(np.arange(epochs * mixture.rows_per_epoch), seed)
+    first = set(out[: mixture.rows_per_epoch].tolist())
+    assert first >= set(range(sum(rows)))
+    times = np.bincount(out, minlength=sum(rows))[: sum(rows)]
+    assert times.min() >= epochs and times.max() - times.min() <= 1
+    blocks = -(-sum(rows) // mixture.quotas[0])
+    assert mixture.rows_per_epoch <= blocks * sum(mixture.quotas)  # none for nothing
+
+
 def test_replay_beside_weights_leaves_their_proportions() -> None:
     mixture = mix([10, 10, 10], [3.0, 1.0], ["a", "b", "r"], 0.2)
     assert mixture.quotas == (3, 1, 1)
