@@ -69,6 +69,8 @@ def merge(
     at_once = _threads(processes)
     out, first = Path(places[-1]), Path(places[0])
     if len(places) == 2 and is_checkpoint(first):
+        if weights or combine:
+            raise UserError("a checkpoint takes no --weights and no --combine", where=str(first))
         _consolidate(first, out, qlora_base, at_once)
     elif len(places) < 3:
         raise UserError("give BASE ADAPTER... OUT, or CHECKPOINT OUT", where="dtrain merge")

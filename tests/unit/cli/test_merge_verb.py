@@ -201,6 +201,8 @@ def test_an_output_matrix_stored_beside_its_tied_embedding_changes_with_it(
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     trained = torch.randn_like(stored[embedding])
     step = checkpoint(tmp_path / "run", base, {embedding: trained}, "full")
+    with pytest.raises(UserError, match="takes no --weights"):
+        dtrain("merge", step, tmp_path / "out", "--weights", "0.5")
     dtrain("merge", step, tmp_path / "out")
     found = state(tmp_path / "out")
     assert torch.equal(found[embedding], trained) and torch.equal(found["lm_head.weight"], trained)
