@@ -12,7 +12,9 @@ from dtrain.cli.arguments import Overrides, RecipeAddress
 
 GpuName = Annotated[str, typer.Option(help="For example h100-80g, a100-40g, rtx4090.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
-GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of each node.")]
+GpusPerNode = Annotated[
+    int | None, typer.Option(min=1, help="GPUs of each node; as the recipe's launch says, else 8.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Plain values instead of a screen.")]
 
 
@@ -21,7 +23,7 @@ def plan(
     overrides: Overrides = None,
     gpu: GpuName = "h100-80g",
     nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = 8,
+    gpus_per_node: GpusPerNode = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether it fits, how long it takes, and which engine is best; needs no GPU."""
@@ -32,8 +34,9 @@ def plan(
     from dtrain.planning.setup import Cluster
     from dtrain.planning.show import lines_of
 
-    cluster = Cluster(find_gpu(gpu), nodes, gpus_per_node)
-    made = make_plan(load_recipe(recipe, overrides or []), cluster)
+    settings = load_recipe(recipe, overrides or [])
+    on_node = gpus_per_node or settings.launch.ranks_on_node(8)
+    made = make_plan(settings, Cluster(find_gpu(gpu), nodes, on_node))
     if as_json:
         print(json.dumps(plain(made), indent=2))
         return

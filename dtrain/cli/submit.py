@@ -95,8 +95,10 @@ def refuse_what_cannot_fit(
     A base whose shape the plan does not know is not refused.
 
     Raises:
-        UserError: it does not fit, and nobody insists; or the GPU is not known.
+        UserError: it does not fit, and nobody insists; the GPU is not known; or the recipe
+            cannot run on so many ranks.
     """
+    from dtrain.planning.bases import find_shape
     from dtrain.planning.gpus import GPUS, find_gpu
     from dtrain.planning.plan import make_plan
     from dtrain.planning.setup import Cluster
@@ -104,10 +106,12 @@ def refuse_what_cannot_fit(
 
     kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
     try:
-        stage = make_plan(recipe, Cluster(kind, nodes, gpus)).worst
+        find_shape(recipe.model.base)
     except UserError as error:
         print(f"not planned: {error.what}", file=sys.stderr)
         return
+    on_node = recipe.launch.ranks_on_node(gpus)
+    stage = make_plan(recipe, Cluster(kind, nodes, on_node)).worst
     verdict = stage.verdict
     if verdict.word != DOES_NOT_FIT or force:
         told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"

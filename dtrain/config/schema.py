@@ -90,6 +90,10 @@ class Launch(Group):
         description="ranks; auto: one a GPU, or one on a CPU",
     )
 
+    def ranks_on_node(self, otherwise: int) -> int:
+        """Ranks of each node of a job; `otherwise` where the recipe leaves it open."""
+        return otherwise if self.processes == "auto" else self.processes
+
 
 class Full(Group):
     """Every parameter trains."""

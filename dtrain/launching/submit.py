@@ -94,7 +94,7 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
     """
     run = Path(recipe.output.folder)
     gpus = 0 if recipe.device == "cpu" else resources.gpus
-    ranks = recipe.launch.processes if recipe.launch.processes != "auto" else gpus or 1
+    ranks = recipe.launch.ranks_on_node(gpus or 1)
     check_batches(recipe, resources.nodes, ranks)
     cores, memory = _share(resources, gpus)
     script = render(

@@ -144,6 +144,23 @@ def test_earlier_runs_correct_the_plan() -> None:
     assert plan_of("7b-lora", gpu="a100-80g").stages[0].measured is None
 
 
+@pytest.mark.parametrize("name", ["tiny", "quickstart"])
+def test_plan_and_job_run_as_many_ranks_as_the_recipe_says(name: str, tmp_path) -> None:
+    told = json.loads(invoke("plan", name, "--json").output)
+    assert (told["gpus_per_node"], told["verdict"]) == (2, FITS)
+    assert json.loads(invoke("plan", "7b-lora", "--json").output)["gpus_per_node"] == 8
+    job = invoke("submit", name, f"output.folder={tmp_path / 'run'}", "--dry-run")
+    assert f"plan: {FITS} on the largest GPUs" in job.output
+
+
+def test_submit_passes_over_an_unknown_shape_only(tmp_path) -> None:
+    place = f"output.folder={tmp_path / 'run'}"
+    unknown = invoke("submit", "7b-lora", place, f"model.base={tmp_path}/none", "--dry-run")
+    assert "not planned: " in unknown.output and "#SBATCH" in unknown.output
+    wrong = invoke("submit", "70b-qlora", place, "engine.shard=3", "--dry-run").exception
+    assert isinstance(wrong, UserError) and "do not divide into groups of 3" in str(wrong)
+
+
 def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
     place = f"output.folder={tmp_path / 'run'}"
     much = ["submit", "70b-lora-zero3", place, "--gpu", "rtx4090", "--dry-run"]
