@@ -11,13 +11,16 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from statistics import median
 
 from dtrain.core.folders import cache_folder
 
 NAME = "calibration.jsonl"
+FIGURES = ("peak", "speed", "planned_peak", "planned_speed")
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
@@ -55,12 +58,18 @@ class Measured:
     memory_ratio: float
     speed_ratio: float
 
+    @property
+    def memory_factor(self) -> float:
+        """What the plan's tensors are multiplied by: never less than they are."""
+        return max(1.0, self.memory_ratio)
+
 
 def calibration_file() -> Path:
     """Where the lines lie."""
     return cache_folder() / NAME
 
 
+@cache
 def versions(packages: Sequence[str] = PACKAGES) -> str:
     """Versions of what decides memory and speed, without importing any of it."""
     found = []
@@ -82,24 +91,31 @@ def append(line: Line) -> None:
         os.close(handle)
 
 
-def lines() -> list[Line]:
+def lines() -> tuple[Line, ...]:
     """All of them; those that cannot be read are passed over."""
+    path = calibration_file()
     try:
-        texts = calibration_file().read_text(encoding="utf-8").splitlines()
+        now = path.stat()
+        return _lines(path, (now.st_mtime_ns, now.st_size))
     except OSError:
-        return []
+        return ()
+
+
+@lru_cache(maxsize=1)  # a plan asks for each of its many variants
+def _lines(path: Path, stamp: tuple[int, int]) -> tuple[Line, ...]:
     found = []
-    for text in texts:
-        with suppress(ValueError, TypeError):
-            found.append(Line(**json.loads(text)))
-    return found
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError, OverflowError):
+            line = json.loads(text)
+            found.append(Line(**line | {name: float(line[name]) for name in FIGURES}))
+    return tuple(found)
 
 
 def measured(gpu: str, engine: str, method: str) -> Measured | None:
     """What earlier runs say; None if there were none."""
     key = (gpu, engine, method, versions())
     fit = [x for x in lines() if (x.gpu, x.engine, x.method, x.versions) == key]
-    fit = [x for x in fit if min(x.peak, x.speed, x.planned_peak, x.planned_speed) > 0]
+    fit = [x for x in fit if all(0 < getattr(x, name) < inf for name in FIGURES)]
     if not fit:
         return None
     return Measured(

@@ -16,7 +16,8 @@ class Gpu:
     """A kind of GPU.
 
     Attributes:
-        memory_gib: as its maker says; the driver keeps some (`usable_bytes`).
+        memory_gib: as its maker says, less the sixteenth that error correction takes of GDDR where
+            it is on as delivered; the driver keeps some (`usable_bytes`).
         tflops: dense bfloat16 with float32 sums, without sparsity.
         memory_gb_s: bandwidth of its memory.
         link_gb_s: to the other GPUs of a node, one direction.
@@ -39,19 +40,19 @@ class Gpu:
 DRIVER_GIB = 0.6
 
 _ROWS = (
-    Gpu("a10-24g", 24, 125, 600, 25, 3),
-    Gpu("a10g-24g", 24, 70, 600, 25, 3),
+    Gpu("a10-24g", 22.5, 125, 600, 25, 3),
+    Gpu("a10g-24g", 22.5, 70, 600, 25, 3),
     Gpu("a30-24g", 24, 165, 933, 100, 3),
-    Gpu("l4-24g", 24, 121, 300, 25, 3),
+    Gpu("l4-24g", 22.5, 121, 300, 25, 3),
     Gpu("rtx3090-24g", 24, 71, 936, 12, 3),
     Gpu("rtx4090-24g", 24, 165, 1008, 12, 3),
     Gpu("rtx5090-32g", 32, 210, 1792, 25, 3),
     Gpu("a100-40g", 40, 312, 1555, 250, 25),
     Gpu("a6000-48g", 48, 155, 768, 25, 3),
     Gpu("rtx6000ada-48g", 48, 364, 960, 25, 3),
-    Gpu("a40-48g", 48, 150, 696, 25, 12),
-    Gpu("l40-48g", 48, 181, 864, 25, 12),
-    Gpu("l40s-48g", 48, 362, 864, 25, 12),
+    Gpu("a40-48g", 45, 150, 696, 25, 12),
+    Gpu("l40-48g", 45, 181, 864, 25, 12),
+    Gpu("l40s-48g", 45, 362, 864, 25, 12),
     Gpu("a100-80g", 80, 312, 2039, 250, 25),
     Gpu("h100-80g", 80, 989, 3352, 400, 50),
     Gpu("h100-pcie-80g", 80, 756, 2000, 50, 25),

@@ -77,6 +77,13 @@ def memory_of(setup: Setup, habits: Habits = DTRAIN) -> Memory:
     return max(moments, key=lambda moment: moment.peak)
 
 
+def least_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+    """The peak that no data can make smaller: of logits there are as many as tokens are learnt."""
+    if setup.learns_all:
+        return memory_of(setup, habits).peak
+    return max(in_backward(setup, habits).peak, at_update(setup, habits).peak)
+
+
 def at_loss(setup: Setup, habits: Habits = DTRAIN) -> Memory:
     """The loss is computed: everything is saved, and the logits are there."""
     return _moment(

@@ -96,7 +96,7 @@ def _plan_stage(
     recipe: Recipe, stage: Stage, setup: Setup, cluster: Cluster, is_last: bool
 ) -> StagePlan:
     known = measured(cluster.gpu.name, setup.engine, setup.method)
-    verdict = verdict_of(setup, cluster, known.memory_ratio if known else None)
+    verdict = verdict_of(setup, cluster)
     speed = tokens_per_second(setup, cluster)
     if known:
         speed = speed.times(known.speed_ratio)

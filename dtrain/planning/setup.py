@@ -18,6 +18,7 @@ ZERO = ("zero2", "zero3")
 BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
 PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
+MOST_ELEMENTS = 2**63  # more are no number of elements
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Setup:
         accumulation: micro-batches in an optimizer step.
         bucket_elements, live_elements: of DeepSpeed's file.
         kernels: dtrain's own layers that stand in this model.
+        learns_all: every token is learnt; where answers only are, the logits may be few.
         casts: computes under autocast where what trains is wider; dtrain always does.
         foreach: torch's optimizer works on all parameters at once (on GPUs), with a copy of one.
     """
@@ -71,6 +73,7 @@ class Setup:
     live_elements: int = LIVE_ELEMENTS
     foreach: bool = True
     kernels: frozenset[str] = frozenset()
+    learns_all: bool = True
     casts: bool = True
 
     @property
@@ -149,6 +152,7 @@ def setup_of(
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and kind == "zero3",
         foreach=not on_cpu,
+        learns_all=stage.kind == "cpt",
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **_ds_sizes(recipe, kind),
     )
@@ -177,4 +181,5 @@ def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, Any]:
         "bucket_elements": zero.get("reduce_bucket_size"),
         "live_elements": zero.get("stage3_max_live_parameters"),
     }
-    return {name: int(value) for name, value in found.items() if value is not None}
+    numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}  # others: "auto"
+    return {name: int(value) for name, value in numbers.items() if 0 < value < MOST_ELEMENTS}

@@ -153,12 +153,37 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         hint = f"did you mean {close[0]}? " if close else ""
         fix = f"{hint}it knows {', '.join(ARCHITECTURES)}; dtrain run needs no plan"
         raise UserError(f"the plan does not know model_type {kind!r}", where=where, fix=fix)
+    _require_sizes(config, where)
     try:
         return ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _given(config))
     except KeyError as error:
         raise UserError(f"{error.args[0]} is missing in it", where=where) from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"a size in it is not a number: {error}", where=where) from error
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+)
+LARGEST = 2**40  # more is no size of a model
+
+
+def _require_sizes(config: dict[str, Any], where: str) -> None:
+    """Refuse sizes that are none, by their names."""
+    for key in SIZES:
+        value = config.get(key)
+        try:
+            is_size = value is None or 0 < int(value) < LARGEST
+        except (TypeError, ValueError, OverflowError):
+            is_size = False
+        if not is_size:
+            raise UserError(f"{key} is not a number above 0: {value!r}", where=where)
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:

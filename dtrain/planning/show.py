@@ -126,7 +126,7 @@ def told(measured: Measured) -> str:
     """What earlier runs corrected."""
     runs = "1 stage" if measured.stages == 1 else f"{measured.stages} stages"
     return (
-        f"corrected by {runs} run here: memory x {measured.memory_ratio:.2f}, "
+        f"corrected by {runs} run here: memory x {measured.memory_factor:.2f}, "
         f"speed x {measured.speed_ratio:.2f}"
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from dtrain.planning.calibration import measured
 from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import GPUS
-from dtrain.planning.memory import memory_of
+from dtrain.planning.memory import least_bytes, memory_of
 from dtrain.planning.setup import Cluster, Setup
 
 FITS, TIGHT, DOES_NOT_FIT = "FITS", "TIGHT", "DOES NOT FIT"
@@ -36,16 +37,13 @@ class Verdict:
         return TIGHT if self.lower <= self.usable else DOES_NOT_FIT
 
 
-def verdict_of(setup: Setup, cluster: Cluster, ratio: float | None = None) -> Verdict:
-    """Whether a stage fits.
-
-    Args:
-        ratio: measured peak against the plan's tensors, of earlier runs here.
-    """
-    peak = memory_of(setup).peak
-    factor = BUDGET_FACTOR if ratio is None else max(1.0, ratio) * MEASURED_MARGIN
-    budget = factor * peak + BUDGET_BYTES
-    return Verdict(LOWER_FACTOR * peak + LOWER_BYTES, budget, cluster.gpu.usable_bytes)
+def verdict_of(setup: Setup, cluster: Cluster) -> Verdict:
+    """Whether a stage fits, corrected by what earlier runs here took."""
+    known = measured(cluster.gpu.name, setup.engine, setup.method)
+    factor = known.memory_factor * MEASURED_MARGIN if known else BUDGET_FACTOR
+    lower = LOWER_FACTOR * least_bytes(setup) + LOWER_BYTES
+    budget = factor * memory_of(setup).peak + BUDGET_BYTES
+    return Verdict(lower, budget, cluster.gpu.usable_bytes)
 
 
 MEASURED_MARGIN = 1.05  # on a ratio that was measured here

@@ -101,6 +101,9 @@ def test_a_base_in_the_hub_cache_is_found(tmp_path, monkeypatch) -> None:
     assert shape.hidden == 64 and "abc" in where
 
 
+LLAMA = {"model_type": "llama"} | SMALL
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -109,6 +112,9 @@ def test_a_base_in_the_hub_cache_is_found(tmp_path, monkeypatch) -> None:
         ('{"model_type": "llamma"}', "did you mean llama"),
         ('{"model_type": "llama"}', "hidden_size is missing"),
         (json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}), "not a number"),
+        (json.dumps(LLAMA | {"vocab_size": 0}), "vocab_size is not a number above 0: 0"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_hidden_layers is not a number"),
+        (json.dumps(LLAMA | {"hidden_size": 7}).replace("7", "1e400"), "hidden_size is not a"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_told(tmp_path, content: str, told: str) -> None:

@@ -126,6 +126,39 @@ def test_where_one_change_is_not_enough_several_are_told() -> None:
     assert len(change.texts) > 1 and verdict_of(change.setup, change.cluster).word == FITS
 
 
+def test_answers_alone_may_need_no_logits() -> None:
+    """Of a long sequence a token may be learnt, so that the logits are no lower bound."""
+    every = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_tokens=16384)
+    answers = replace(every, learns_all=False)
+    cluster = Cluster(find_gpu("l4"), 1, 8)
+    assert memory_of(every).moment == "loss"
+    head = memory_of(every).working
+    assert verdict_of(answers, cluster).lower < verdict_of(every, cluster).lower - head / 2
+    assert verdict_of(answers, cluster).budget == verdict_of(every, cluster).budget
+    recipe = load_recipe("7b-lora")
+    kinds = {x.kind: setup_of(recipe, x, every.shape, cluster).learns_all for x in recipe.stages}
+    assert kinds == {"cpt": True, "sft": False}
+
+
+def test_what_error_correction_takes_is_no_ones() -> None:
+    gib = 2**30
+    for name in ("a40", "l40", "l40s"):
+        assert find_gpu(name).usable_bytes == pytest.approx(44.4 * gib)
+    for name in ("a10", "a10g", "l4"):
+        assert find_gpu(name).usable_bytes < 22 * gib
+    assert gpu_of_device("NVIDIA L40S", int(44.4 * gib)) is GPUS["l40s-48g"]
+
+
+def test_a_ds_file_may_leave_sizes_to_deepspeed(tmp_path) -> None:
+    file = tmp_path / "zero3.json"
+    zero = '"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 5e8'
+    file.write_text(f'{{"zero_optimization": {{{zero}}}}}')
+    recipe = load_recipe("7b-lora", [f"engine={{kind: zero3, config: {file}}}"])
+    shape, _ = find_shape("Qwen/Qwen2.5-7B")
+    one = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
+    assert (one.bucket_elements, one.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
+
+
 def test_gpus_are_found_by_their_names() -> None:
     assert find_gpu("H100_80GB").name == "h100-80g"
     assert find_gpu("rtx4090").name == "rtx4090-24g"

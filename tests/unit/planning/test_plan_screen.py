@@ -12,22 +12,17 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import calibration
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.memory import memory_of
 from dtrain.planning.plan import make_plan
 from dtrain.planning.resolve import resolved
 from dtrain.planning.setup import Cluster
 from dtrain.planning.show import lines_of
-from dtrain.planning.verdict import DOES_NOT_FIT, FITS, ORDER
+from dtrain.planning.verdict import DOES_NOT_FIT, FITS, ORDER, TIGHT, verdict_of
 from dtrain.recipes import shipped
 
 
 def invoke(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def plan_of(name: str, *overrides: str, gpu: str = "h100-80g", nodes: int = 1, gpus: int = 8):
@@ -159,6 +154,48 @@ def test_submit_passes_over_an_unknown_shape_only(tmp_path) -> None:
     assert "not planned: " in unknown.output and "#SBATCH" in unknown.output
     wrong = invoke("submit", "70b-qlora", place, "engine.shard=3", "--dry-run").exception
     assert isinstance(wrong, UserError) and "do not divide into groups of 3" in str(wrong)
+
+
+def measured_line(engine: str, method: str, ratio: float) -> None:
+    calibration.append(
+        calibration.Line(
+            gpu="h100-80g",
+            engine=engine,
+            method=method,
+            versions=calibration.versions(),
+            base="x",
+            peak=ratio * 1e9,
+            speed=1.0,
+            planned_peak=1e9,
+            planned_speed=1.0,
+        )
+    )
+
+
+def test_earlier_runs_correct_the_whole_screen() -> None:
+    """Options, advice and what `auto` takes are held to the ratio of the verdict."""
+    before = plan_of("7b-lora")
+    measured_line("ddp", "lora", 5.0)
+    after = plan_of("7b-lora")
+    assert (before.word, after.word) == (FITS, TIGHT)
+    assert after.options[0].engine != "ddp"
+    for change in after.stages[-1].changes:
+        assert verdict_of(change.setup, change.cluster).word == FITS
+    ddp = [x for x in after.options if (x.engine, x.setup.method) == ("ddp", "lora")]
+    assert ddp[0].verdict.budget > 3 * memory_of(ddp[0].setup).peak
+
+
+def test_the_screen_tells_the_factor_that_was_applied() -> None:
+    measured_line("ddp", "lora", 0.5)
+    assert "memory x 1.00" in "\n".join(lines_of(plan_of("7b-lora"), 200))
+
+
+def test_lines_that_are_none_are_passed_over() -> None:
+    measured_line("ddp", "lora", 1.5)
+    good = calibration.calibration_file().read_bytes()
+    torn = [b"\xff\xfe{", b'{"peak": null}', b"[1]", good.replace(b"1500000000.0", b"null").strip()]
+    calibration.calibration_file().write_bytes(b"\n".join([*torn, good]))
+    assert plan_of("7b-lora").stages[0].measured == calibration.Measured(1, 1.5, 1.0)
 
 
 def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
