@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from glob import has_magic
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, write_json
+from dtrain.core.files import FolderLock, read_json, write_json
 from dtrain.core.hashes import fingerprint
 from dtrain.core.imports import Late
 from dtrain.core.log import progress, say
@@ -30,12 +30,13 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
-def fetch(address: str, cache: Path) -> list[tuple[str, Path]]:
+def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list[tuple[str, Path]]:
     """Copy the files at an address into the cache, those that are not there yet.
 
     Args:
         address: of a file, a folder or a glob.
         cache: folder of the copies.
+        readable: whether a file of a folder is one to copy, by its name.
 
     Returns:
         Address and copy of each file, in order.
@@ -47,7 +48,9 @@ def fetch(address: str, cache: Path) -> list[tuple[str, Path]]:
     known = cache / "remote" / f"{fingerprint(address)[:32]}.json"
     try:
         store, path = fsspec.core.url_to_fs(address)
-        files = [(store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path)]
+        files = [
+            (store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path, readable)
+        ]
     except Exception as error:  # each store's client raises its own kinds
         if known.exists() and not isinstance(error, FileNotFoundError):
             say(f"{address}: cannot be reached, taking what was fetched before")
@@ -62,12 +65,13 @@ def fetch(address: str, cache: Path) -> list[tuple[str, Path]]:
     return copies
 
 
-def _found(store: Any, path: str) -> list[str]:
+def _found(store: Any, path: str, readable: Callable[[Path], object]) -> list[str]:
     if has_magic(path):
         return sorted(p for p in store.glob(path) if not store.isdir(p))
     if "http" in store.protocol or not store.isdir(path):  # a web server has pages, not folders
         return [path]
-    return sorted(p for p in store.find(path) if not Path(p).name.startswith("."))
+    found = (p for p in store.find(path) if readable(Path(p)))
+    return sorted(p for p in found if not Path(p).name.startswith("."))
 
 
 def _copy(
@@ -78,8 +82,14 @@ def _copy(
     copy = folder / Path(path).name
     if copy.exists() and marks:  # without a mark nothing tells whether it has changed
         return copy
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)
+    with FolderLock(folder):  # of several processes one fetches, and the others find the copy
+        if not (copy.exists() and marks):
+            _get(store, path, copy, address)
+    return copy
+
+
+def _get(store: Any, path: str, copy: Path, address: str) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=".", dir=copy.parent)
     os.close(handle)
     try:
         store.get_file(path, temporary)
@@ -87,17 +97,25 @@ def _copy(
     except Exception as error:
         os.unlink(temporary)
         raise _unreadable(address, error) from error
-    return copy
 
 
 def _refuse_secrets(address: str) -> None:
-    parts = urlsplit(address)
-    if "@" in parts.netloc or parts.query:
+    parts = [_without_secret(part) for part in address.split("::")]  # zip://a.jsonl::https://host/b
+    if any(secret for _, secret in parts):
         raise UserError(
             "the address holds a user, password or query, which would be logged",
-            where=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+            where="::".join(bare for bare, _ in parts),
             fix="give credentials where the store's client looks for them, such as AWS_PROFILE",
         )
+
+
+def _without_secret(part: str) -> tuple[str, bool]:
+    """One part of an address without what could be a secret, and whether it held any."""
+    place, _, query = part.partition("?")
+    scheme, mark, rest = place.rpartition("://")
+    host, slash, path = rest.partition("/")
+    _, at, bare = host.rpartition("@")
+    return f"{scheme}{mark}{bare}{slash}{path}", bool(at or query)
 
 
 def _unreadable(address: str, error: Exception) -> UserError:

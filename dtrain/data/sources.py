@@ -77,7 +77,7 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
         UserError: there is nothing at the address, or nothing that can be read.
     """
     if is_remote(source.path):
-        copies = fetch(source.path, cache)
+        copies = fetch(source.path, cache, kind_of)
         named = zip(_files([copy for _, copy in copies], source, cache), copies, strict=True)
         return [replace(part, name=name) for part, (name, _) in named]
     path = local_path(source.path)

@@ -9,9 +9,10 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
+from dtrain.core.files import FolderLock
 from dtrain.data import remote
 from dtrain.data.formats import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_parts, kind_of
 
 
 @pytest.fixture
@@ -40,6 +41,30 @@ def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
     assert texts("memory://bucket/a.jsonl", tmp_path) == first
     assert texts("memory://bucket", tmp_path) == first + deep
     assert texts("memory://bucket/**/b.jsonl", tmp_path) == deep
+
+
+def test_a_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
+    for name in ("a.jsonl", "README.md", "_SUCCESS", ".b.jsonl"):
+        bucket(name, ["one"])
+    assert texts("memory://bucket", tmp_path) == [("memory:///bucket/a.jsonl:1", "one")]
+    assert not list(tmp_path.rglob("README.md"))  # nor fetched
+    with pytest.raises(UserError, match="are not known"):
+        texts("memory://bucket/*", tmp_path)
+
+
+def test_what_another_process_fetched_meanwhile_is_not_fetched_again(
+    bucket, tmp_path, monkeypatch
+) -> None:
+    class Waiting(FolderLock):
+        def __enter__(self) -> FolderLock:
+            super().__enter__()
+            (self.path.parent / "a.jsonl").write_text('{"text": "of the other"}\n')
+            return self
+
+    bucket("a.jsonl", ["one"])
+    monkeypatch.setattr(remote, "FolderLock", Waiting)
+    found = texts("memory://bucket/a.jsonl", tmp_path)
+    assert found == [("memory:///bucket/a.jsonl:1", "of the other")]
 
 
 def test_a_changed_file_is_fetched_anew_and_an_unchanged_one_is_not(
@@ -75,17 +100,24 @@ def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
 
 
 @pytest.mark.parametrize(
-    "address", ["https://me:hunter2@host/a.jsonl", "s3://bucket/a.jsonl?signature=hunter2"]
+    "address",
+    [
+        "https://me:hunter2@host/a.jsonl",
+        "s3://bucket/a.jsonl?signature=hunter2",
+        "simplecache::https://me:hunter2@host/a.jsonl",
+        "zip://a.jsonl::https://me:hunter2@host/a.zip",
+        "zip://a.jsonl::s3://bucket/a.zip?signature=hunter2",
+    ],
 )
 def test_a_secret_in_an_address_is_refused_and_not_repeated(address, tmp_path) -> None:
     with pytest.raises(UserError, match="would be logged") as error:
-        remote.fetch(address, tmp_path)
+        remote.fetch(address, tmp_path, kind_of)
     assert "hunter2" not in str(error.value)
 
 
 def test_a_missing_file_and_an_unknown_store(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        remote.fetch("memory://nowhere/a.jsonl", tmp_path)
+        remote.fetch("memory://nowhere/a.jsonl", tmp_path, kind_of)
     with pytest.raises(UserError, match=r"Protocol not known: nostore") as error:
-        remote.fetch("nostore://a/b.jsonl", tmp_path)
+        remote.fetch("nostore://a/b.jsonl", tmp_path, kind_of)
     assert "s3fs" in error.value.fix
