@@ -23,9 +23,11 @@ def available_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that the machine and the control group leave free."""
+    """Bytes that the machine and the control group leave free, files in the page cache included."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):
         limit = int((CGROUP / "memory.max").read_text())
-        free = min(free, limit - int((CGROUP / "memory.current").read_text()))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])
+        free = min(free, limit - used)
     return max(0, free)

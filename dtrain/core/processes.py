@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import warn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -51,15 +52,15 @@ class Crew:
         Raises:
             UserError: the first that one of them raised.
         """
-        known, alive = 0, list(self._members)
+        known, alive = 0, list(self._members.values())
         while alive:
-            ended = wait(alive, LOOK_EVERY_SECONDS)
+            ended = wait([one for p, r in alive for one in (p.sentinel, r)], LOOK_EVERY_SECONDS)
             advance((now := sum(self._told)) - known)
             known = now
-            for sentinel in alive:
-                if sentinel in ended:
-                    _judge(*self._members[sentinel])
-            alive = [sentinel for sentinel in alive if sentinel not in ended]
+            for process, receiver in list(alive):
+                if process.sentinel in ended or receiver in ended:
+                    _judge(process, receiver)
+                    alive.remove((process, receiver))
 
     def end(self) -> None:
         """End those that are left."""
@@ -88,10 +89,11 @@ def crew(count: int, work: Callable[[int, Tell], None]) -> Iterator[Crew]:
 
 
 def _judge(process: ForkProcess, receiver: Connection) -> None:
+    with suppress(EOFError, OSError):  # OSError: killed while it was sending
+        if receiver.poll():  # before the join: a long message waits until it is read
+            what, where, fix, status = json.loads(receiver.recv_bytes())
+            raise UserError(what, where=where, fix=fix, status=Exit(status))
     process.join()
-    with suppress(EOFError):
-        what, where, fix = receiver.recv_bytes().decode().split("\0")
-        raise UserError(what, where=where, fix=fix)
     assert process.exitcode is not None
     if process.exitcode < 0:
         name = signal.Signals(-process.exitcode).name
@@ -118,7 +120,8 @@ def _member(
     try:
         work(number, tell)
     except UserError as error:
-        sender.send_bytes("\0".join((error.what, error.where, error.fix)).encode())
+        told = [error.what, error.where, error.fix, error.status]
+        sender.send_bytes(json.dumps(told).encode())
     os._exit(0)  # at once: what else this process was forked with is not its own to end
 
 

@@ -18,6 +18,7 @@ from dtrain.data.templates import SECONDS, Span, Template
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BEGIN, END = "\ue000dtrain-begin\ue001", "\ue000dtrain-end\ue001"  # private use characters
 PROBE = "dtrainprobe7f3a"  # for what a template may write as JSON: it reads the same there
+REASON_CHARACTERS = 300  # of what a template says when it refuses a conversation
 
 ROLES = {"all": "assistant", "last": "assistant"}  # else a part of `train_on` is the role itself
 
@@ -43,10 +44,16 @@ def render_answers(
         raise UserError(error.what, where=where, fix=error.fix) from error
     except (Exception, Limit) as error:  # a template is a program: it can raise anything
         raise UserError(
-            f"the chat template refuses this conversation: {error or type(error).__name__}",
+            f"the chat template refuses this conversation: {_reason(error)}",
             where=where,
             fix="mend the row, or choose another `template`",
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a template says, which may be the whole conversation."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= REASON_CHARACTERS else text[:REASON_CHARACTERS] + " …"
 
 
 def _rendered_answers(template: Template, talk: Talk, train_on: str) -> tuple[str, list[Span]]:

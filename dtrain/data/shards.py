@@ -89,7 +89,7 @@ class Shards:
         if count > 1:
             with crew(count, work) as members, progress(title, total, total - left) as meter:
                 members.join(meter.advance)
-        if count == 1 or (self.missing() and share.of == 1):  # those of who was killed
+        if count == 1 or self.missing():  # those of who was killed
             left = sum(map(self.rows, self.missing()))
             with progress(title, total, total - left) as meter:
                 start = len(self) * share.number // share.of

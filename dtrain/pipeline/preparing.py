@@ -27,12 +27,16 @@ def prepare_recipe(recipe: Recipe, share: Share, processes: int | None = None) -
 
 
 def share_of_array(environ: Mapping[str, str]) -> Share:
-    """The share of this task of a Slurm array; all of the work outside of one."""
+    """The share of this task of a Slurm array; all of the work outside of one.
+
+    Of an array with gaps (3,7) two tasks may begin at the same place: each makes what is left.
+    """
     try:
         number, first, count = (
             int(environ[f"SLURM_ARRAY_TASK_{n}"]) for n in ("ID", "MIN", "COUNT")
         )
-        return Share((number - first) // int(environ.get("SLURM_ARRAY_TASK_STEP", "1")), count)
+        step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+        return Share((number - first) // step % count, count)
     except (KeyError, ValueError, ZeroDivisionError):
         return Share()
 

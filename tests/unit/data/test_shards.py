@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from dtrain.config.schema import Data
 from dtrain.core import cores
 from dtrain.core.claims import Claims
-from dtrain.core.errors import UserError
+from dtrain.core.errors import Exit, UserError
 from dtrain.core.processes import crew
 from dtrain.data import cuts, shards
 from dtrain.data.formats import read
 from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.shards import Share
 from dtrain.data.sources import find_parts
+from dtrain.pipeline.preparing import share_of_array
 
 
 @pytest.fixture
@@ -124,6 +125,40 @@ def test_a_killed_process_is_told_and_its_shard_made(
     assert digests(tmp_path / "two") == digests(tmp_path / "alone")
 
 
+class Deadly(Murderous):
+    """A tokenizer that is killed in every process but the one that made it."""
+
+    def __call__(self, texts, **how):
+        if os.getpid() != int(self.mark.name):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.tokenizer(texts, **how)
+
+
+def test_a_share_makes_the_shards_of_its_killed_processes(
+    rows_of_all_kinds, tokenizer, tmp_path, capsys
+) -> None:
+    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    killer, cache = Deadly(tokenizer, Path(str(os.getpid()))), tmp_path / "shared"
+    assert prepare_share(rows_of_all_kinds, "cpt", killer, "t", cache, Share(1, 2), 2)
+    assert "was killed by SIGKILL" in capsys.readouterr().out
+    assert digests(cache) == digests(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("number", "first", "count", "share"),
+    [
+        (3, 3, 2, Share(0, 2)),
+        (5, 3, 2, Share(0, 2)),
+        (8, 3, 2, Share(1, 2)),
+        (2, 1, 4, Share(1, 4)),
+    ],
+)
+def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -> None:
+    names = {"ID": number, "MIN": first, "COUNT": count}
+    environ = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in names.items()}
+    assert share_of_array(environ) == share
+
+
 def test_the_mistake_that_a_process_finds_is_told_as_alone(
     tokenizer, tmp_path, write_rows, monkeypatch
 ) -> None:
@@ -142,6 +177,20 @@ def test_what_processes_tell_is_summed() -> None:
     with crew(3, lambda number, tell: [tell(number), tell(10)]) as members:
         members.join(told.append)
     assert sum(told) == 33
+
+
+@pytest.mark.timeout(60)
+def test_any_text_of_a_mistake_in_a_process_is_told() -> None:
+    long = "\0\ud800é" * 100_000  # more than a pipe holds
+
+    def work(number: int, tell: object) -> None:
+        raise UserError(long, where="a\0b", fix="\udfff", status=Exit.NON_FINITE)
+
+    with pytest.raises(UserError) as error, crew(2, work) as members:
+        members.join(lambda units: None)
+    told = error.value
+    assert (told.what, told.where, told.fix) == (long, "a\0b", "\udfff")
+    assert told.status is Exit.NON_FINITE
 
 
 def test_a_crash_in_a_process_is_a_crash() -> None:
@@ -199,6 +248,14 @@ def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch)
     assert cores.available_cores() == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert cores.available_cores() == 3
+
+
+def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{9 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{8 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {6 << 20}\nactive_file 7\n")
+    assert cores.available_memory() == 7 << 20
 
 
 def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:

@@ -149,6 +149,12 @@ def test_a_refused_conversation_names_its_row(answers) -> None:
         answers(BRACKETS, TWO_TURNS)
 
 
+def test_what_a_template_says_is_cut_where_it_repeats_the_conversation(answers) -> None:
+    with pytest.raises(UserError, match="refuses this conversation: xxx") as error:
+        answers("{{ raise_exception('x' * 99999) }}", TWO_TURNS)
+    assert len(str(error.value)) < 1000
+
+
 def test_a_template_that_alters_answers_is_refused_with_the_row(answers) -> None:
     shouting = THINKING.replace("message.content +", "message.content | upper +")
     with pytest.raises(UserError, match="f:1: the chat template changes the answer in message 3"):
