@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.log import Meter
@@ -21,7 +22,8 @@ class Asker:
     """Asks an endpoint and writes what it says.
 
     Attributes:
-        failed: requests without a reply; they are not in the journal, so the next run asks again.
+        failed: requests without a reply; the next run asks again. Those that cost something all
+            the same are in the journal, so that it counts.
         notes: the last of their faults.
         fault: why it stopped early, if it did.
     """
@@ -59,14 +61,16 @@ class Asker:
         try:
             reply = await self.endpoint.ask(messages, seed=copy)
             real = reply.spent
-            line = {"row": row.number, "copy": copy, "place": row.place, "finish": reply.finish}
-            tokens = [real.tokens_in, real.tokens_out]
-            self.journal.write({**line, "tokens": tokens, "text": reply.text})
+            told = {"finish": reply.finish, "text": reply.text}
+            self.journal.write(_line(row, copy, real) | told)
             self.in_a_row = 0
             self.meter.advance(1, f"{self.budget.spent.tokens_out:,} tokens out")
         except UserError as error:
             self.fault = self.fault or error
         except Failed as error:
+            real = error.spent
+            if real != Spent(1):
+                self.journal.write(_line(row, copy, real) | {"failed": str(error)})
             self._note(f"{row.place}: {error}")
         finally:
             await self.budget.settle(most, real)
@@ -79,3 +83,8 @@ class Asker:
             told = f"{GIVE_UP} requests failed one after another; the last: {what}"
             fix = "see to the endpoint; the same command goes on with what is missing"
             self.fault = UserError(told, where=self.endpoint.address, fix=fix)
+
+
+def _line(row: Row, copy: int, spent: Spent) -> dict[str, Any]:
+    tokens = [spent.tokens_in, spent.tokens_out]
+    return {"row": row.number, "copy": copy, "place": row.place, "tokens": tokens}

@@ -1,7 +1,8 @@
 """Augmentation: rows → requests → replies, kept as they come → made rows, filtered and labelled.
 
 FOLDER/settings.json   what was asked of whom, under a hash; another question wants another folder
-FOLDER/replies.jsonl   a line for each reply, in the order in which they came
+FOLDER/replies.jsonl   a line for each reply, in the order in which they came, and for each failure
+                       that was paid for
 FOLDER/made.jsonl      the rows made of them, in the order of the source, each with its `made_by`
 FOLDER/refused.jsonl   replies that make no good row, with the reason
 FOLDER/augment.json    counts and cost
@@ -73,10 +74,14 @@ def augment(task: Task, endpoint: Endpoint, limits: Limits, folder: Path) -> dic
         What augment.json holds.
 
     Raises:
-        UserError: the folder belongs to another task or is in use, or the endpoint fails; the
-            replies that came are kept, and the same call goes on from them.
+        UserError: the folder cannot be made, belongs to another task or is in use, or the
+            endpoint fails; the replies that came are kept, and the same call goes on from them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"cannot be a folder: {error.strerror}"
+        raise UserError(what, where=str(folder), fix="choose another --out") from error
     lock = FolderLock(folder)
     if not lock.acquire():
         raise UserError("is in use", where=str(folder), fix=f"wait for {lock.holder()}")
@@ -131,7 +136,7 @@ def _ask(task: Task, endpoint: Endpoint, limits: Limits, journal: Journal) -> As
 def _write(task: Task, model: str, journal: Journal, folder: Path) -> dict[str, Any]:
     """The made rows and the refused replies; all of them every time, so the same for any order."""
     replies: dict[int, dict[int, tuple[str, str]]] = {}
-    for line in journal.lines():
+    for line in journal.replies():
         replies.setdefault(line["row"], {})[line["copy"]] = (line["text"], line["finish"])
     good: list[str] = []
     bad: list[str] = []

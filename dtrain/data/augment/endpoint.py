@@ -20,7 +20,15 @@ FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFou
 
 
 class Failed(Exception):
-    """A request without a usable reply; the next may have one."""
+    """A request without a usable reply; the next may have one.
+
+    Attributes:
+        spent: what it cost all the same.
+    """
+
+    def __init__(self, what: str, spent: Spent) -> None:
+        super().__init__(what)
+        self.spent = spent
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Endpoint:
             UserError: key, model or address are refused.
         """
         asked: list[Any] = messages
+        spent = self.most(messages)
         try:
             answer: Any = await self._client.chat.completions.create(
                 model=self.model,
@@ -73,28 +82,15 @@ class Endpoint:
                 temperature=self.temperature,
                 seed=seed,
             )
-            return self._reply(answer, self.most(messages))
+            spent = _counted(answer, spent)
+            return _reply(answer, spent)
         except FATAL as error:
             fix = "set OPENAI_API_KEY, and look at --model and --endpoint"
             raise UserError(self._told(error), where=self.address, fix=fix) from None
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: no JSON
-            raise Failed(self._told(error)) from None
-
-    def _reply(self, answer: Any, most: Spent) -> Reply:
-        """Servers of many makers: nothing of what they send is taken for granted."""
-        try:
-            choice = answer.choices[0]
-            text, finish = choice.message.content, choice.finish_reason
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError("the reply holds no message") from error
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the reply is empty (it ended with: {finish})")
-        text = text.encode(errors="replace").decode().replace("\0", "")
-        used = getattr(answer, "usage", None)
-        names = ("prompt_tokens", "completion_tokens")
-        counts = [count for n in names if isinstance(count := getattr(used, n, None), int)]
-        told = len(counts) == 2 and min(counts) >= 0
-        return Reply(text, str(finish), Spent(1, *counts) if told else most)
+        except openai.OpenAIError as error:
+            raise Failed(self._told(error), Spent(1)) from None
+        except ValueError as error:  # no JSON, or no message in it: the model may have worked
+            raise Failed(self._told(error), spent) from None
 
     def _told(self, error: Exception) -> str:
         """The message without the key, which some servers repeat."""
@@ -104,6 +100,27 @@ class Endpoint:
     async def close(self) -> None:
         """Give the connections back."""
         await self._client.close()
+
+
+def _reply(answer: Any, spent: Spent) -> Reply:
+    """Servers of many makers: nothing of what they send is taken for granted."""
+    try:
+        choice = answer.choices[0]
+        text, finish = choice.message.content, choice.finish_reason
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError("the reply holds no message") from error
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the reply is empty (it ended with: {finish})")
+    text = text.encode(errors="replace").decode().replace("\0", "")
+    return Reply(text, str(finish), spent)
+
+
+def _counted(answer: Any, most: Spent) -> Spent:
+    """What the server says it cost; the most, if it says nothing of use."""
+    used = getattr(answer, "usage", None)
+    names = ("prompt_tokens", "completion_tokens")
+    counts = [count for n in names if isinstance(count := getattr(used, n, None), int)]
+    return Spent(1, *counts) if len(counts) == 2 and min(counts) >= 0 else most
 
 
 def _checked(address: str) -> str:

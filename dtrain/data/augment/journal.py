@@ -27,11 +27,11 @@ class Journal:
         with open(path, "rb+") as file:
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
-        self.done: set[Id] = {(line["row"], line["copy"]) for line in self.lines()}
+        self.done: set[Id] = {(line["row"], line["copy"]) for line in self.replies()}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines, in the order in which the replies came."""
+        """All lines, of replies and of failures that were paid for, in the order they came."""
         with open(self.path, encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 try:
@@ -42,11 +42,16 @@ class Journal:
                     fix = "remove the line: what it held is asked again"
                     raise UserError(what, where=f"{self.path}:{number}", fix=fix) from error
 
+    def replies(self) -> Iterator[dict[str, Any]]:
+        """The lines of replies; what failed is neither done nor of use."""
+        return (line for line in self.lines() if "failed" not in line)
+
     def write(self, line: dict[str, Any]) -> None:
         """Add a line, on the disk when this returns."""
         os.write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         os.fsync(self._file)
-        self.done.add((line["row"], line["copy"]))
+        if "failed" not in line:
+            self.done.add((line["row"], line["copy"]))
 
     def close(self) -> None:
         """Nothing is written any more."""

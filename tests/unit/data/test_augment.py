@@ -308,6 +308,35 @@ def test_a_server_that_counts_no_tokens_is_taken_at_the_worst(serve, make) -> No
     assert told["spent"]["tokens_out"] == 64 and told["spent"]["tokens_in"] > 300
 
 
+EMPTY = {
+    "counted": ((200, reply("  ", usage=(900, 60)), {}), [900, 60]),
+    "uncounted": ((200, b"{]", {}), None),
+}
+
+
+@pytest.mark.parametrize(("content", "tokens"), EMPTY.values(), ids=EMPTY)
+def test_a_reply_that_was_paid_for_in_vain_counts_in_every_later_run(
+    serve, make, tmp_path, content, tokens
+) -> None:
+    server = serve(lambda body, n: content)
+    first = make(server, ROWS[:1])["spent"]
+    assert [first["tokens_in"], first["tokens_out"]] == (tokens or [first["tokens_in"], 64])
+    paid = first["tokens_in"] + first["tokens_out"]
+    told = make(server, ROWS[:1], limits=Limits(tokens=paid + 100))
+    assert len(server.bodies) == 1 and told["limit_reached"]  # the next may pass the limit
+    server.answer = again
+    told = make(server, ROWS[:1])
+    assert told["counts"] == {"made": 1} and told["spent"]["requests"] == 2
+    assert told["spent"]["tokens_in"] == first["tokens_in"] + 10
+
+
+def test_a_file_is_no_folder_for_the_rows(serve, make, tmp_path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="cannot be a folder"):
+        make(serve())
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_no_more_requests_at_once_than_asked_for(serve, make) -> None:
     together = threading.Barrier(3)  # passes only when three requests are under way
 
