@@ -79,7 +79,7 @@ def remember(recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], wo
 
     Args:
         base: folder of the model that the stage started from.
-        facts: of the stage: peak_memory_bytes and tokens_per_second.
+        facts: peak_memory_bytes and tokens_per_second, of the start that finished the stage.
     """
     with suppress(UserError, OSError):
         cluster = cluster_of(world)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from dtrain.pipeline.evaluations import Evaluations, held_out_loader
 from dtrain.pipeline.inputs import Inputs
 from dtrain.pipeline.planned import remember
 from dtrain.pipeline.run_folder import StageFolder
-from dtrain.stages.loop import Job, Progress, fit
+from dtrain.stages.loop import Job, Progress, fit, speed_since
 from dtrain.stages.schedule import total_sequences
 from dtrain.stages.stop import StopFlag
 
@@ -69,6 +69,7 @@ class StageRun:
     stop: StopFlag
     watch: Watch
     counts: tuple[int, int] = (0, 0)  # parameters that train, and all
+    speed: float = 0.0  # tokens a second of this start; 0 if it made no step
 
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
@@ -105,7 +106,9 @@ class StageRun:
         if untrained and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
         job.wants_stop = lambda seconds: self.stop.is_set(seconds, saver.seconds)
+        before = replace(job.progress)
         reason = fit(job)
+        self.speed = speed_since(before, job.progress)
         self.watch.rest()
         saver.wait()
         if reason == "stop asked":
@@ -267,7 +270,9 @@ class StageRun:
             else:
                 self.merge_adapter()
         facts["checkpoint_bytes"] = checkpoint.size_bytes
-        remember(self.recipe, self.stage, self.base, facts, self.world)
+        if self.speed:
+            measured = facts | {"tokens_per_second": self.speed}
+            remember(self.recipe, self.stage, self.base, measured, self.world)
         self.folder.finish(facts)
         say(
             f"stage {self.stage.name}: {facts['steps']} steps in {duration(facts['seconds'])}, "

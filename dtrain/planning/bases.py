@@ -87,6 +87,9 @@ def find_shape(base: str) -> tuple[Shape, str]:
     if row is not None:
         config = {k: v for k, v in KNOWN[row]._asdict().items() if v is not None}
         return shape_of(config, base), f"dtrain's table of shapes ({row})"
+    if _is_path(base):
+        what = f"there is no such folder, so no config.json of {base!r}"
+        raise UserError(what, where=WHERE, fix="give a model's folder or a hub id")
     close = get_close_matches(base, KNOWN, n=1)
     hint = f"did you mean {close[0]}? else " if close else ""
     raise UserError(
@@ -113,9 +116,14 @@ def _stem(name: str) -> str:
 _BY_STEM = {_stem(name): name for name in KNOWN}
 
 
+def _is_path(base: str) -> bool:
+    """Whether it can be no hub id."""
+    return base.startswith(("/", ".", "~")) or base.count("/") > 1
+
+
 def _cached_config(base: str) -> Path | None:
     """config.json of a hub id in the hub client's cache; its import would cost half a second."""
-    if base.count("/") != 1 or base.startswith(("/", ".", "~")):
+    if "/" not in base or _is_path(base):
         return None
     home = os.environ.get("HF_HOME") or Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"

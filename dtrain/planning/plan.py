@@ -110,7 +110,7 @@ def _plan_stage(
         speed=speed,
         amount=amount,
         hours=_hours(amount, speed),
-        disk=disk_bytes(recipe, setup, is_last=is_last),
+        disk=disk_bytes(recipe, stage, setup, is_last=is_last),
         doubts=[] if known else doubts(setup, cluster),
         measured=known,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from glob import glob
+from math import lcm
 from pathlib import Path
 
 from dtrain.config.schema import Data, Recipe, Source, Stage
@@ -53,13 +54,22 @@ def checkpoint_bytes(setup: Setup) -> float:
     return (FLOAT32 + ADAM_BYTES[setup.optimizer]) * setup.trainable
 
 
-def disk_bytes(recipe: Recipe, setup: Setup, *, is_last: bool) -> float:
+def disk_bytes(recipe: Recipe, stage: Stage, setup: Setup, *, is_last: bool) -> float:
     """What a stage leaves behind, and the checkpoint that is being written beside those kept."""
     adapter = 0 if setup.is_full else FLOAT32 * setup.trainable
     merged = recipe.output.merge or not is_last
     model = setup.element_bytes * setup.shape.parameters if merged else 0
-    kept = recipe.output.keep_checkpoints + 1
+    kept = recipe.output.keep_checkpoints + 1 + _kept_for_good(recipe, stage)
     return kept * checkpoint_bytes(setup) + adapter + model
+
+
+def _kept_for_good(recipe: Recipe, stage: Stage) -> int:
+    """Checkpoints of every n-th step; 0 where the number of steps is not known."""
+    train, every, amount = stage.train, recipe.output.keep_every_steps, stage_tokens(stage)
+    if every is None or train.checkpoint_every_steps is None or amount is None:
+        return 0
+    steps = amount.tokens / (train.global_batch_sequences * stage.data.sequence_tokens)
+    return int(steps // lcm(every, train.checkpoint_every_steps))
 
 
 def stage_tokens(stage: Stage) -> Amount | None:
@@ -72,7 +82,8 @@ def stage_tokens(stage: Stage) -> Amount | None:
     passes = epoch_tokens(stage.data)
     if passes is None or train.epochs is None:
         return None
-    return Amount(passes * train.epochs, False)
+    replay = stage.data.replay
+    return Amount(passes * train.epochs / (1 - replay.share if replay else 1), False)
 
 
 def epoch_tokens(data: Data) -> float | None:

@@ -110,6 +110,13 @@ def fit(job: Job) -> str:
     return "early stop" if now.ended_early else "finished"
 
 
+def speed_since(before: Progress, now: Progress) -> float:
+    """Tokens a second of the steps in between; 0 if there was none."""
+    if now.step == before.step:
+        return 0.0
+    return (now.tokens - before.tokens) / max(now.seconds - before.seconds, 1e-9)
+
+
 def settle_if_due(job: Job) -> None:
     """Finish the save under way before a step counts as done that ends with a save of its own.
 

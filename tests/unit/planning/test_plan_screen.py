@@ -17,6 +17,7 @@ from dtrain.planning.plan import make_plan
 from dtrain.planning.resolve import resolved
 from dtrain.planning.setup import Cluster
 from dtrain.planning.show import lines_of
+from dtrain.planning.storage import checkpoint_bytes
 from dtrain.planning.verdict import DOES_NOT_FIT, FITS, ORDER, TIGHT, verdict_of
 from dtrain.recipes import shipped
 
@@ -85,6 +86,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     [
         (["7b-lora", "--gpu", "h10-80g"], "did you mean h100-80g"),
         (["7b-lora", "model.base=/nowhere"], "no config.json"),
+        (["7b-lora", "model.base=/models/mine"], "there is no such folder"),
         (["7b-lora", "--nodes", "3"], "do not divide among 24 ranks"),
         (["7b-lora", "stages.domain.method.targets=[q_prj]"], "no linear layer is named 'q_prj'"),
     ],
@@ -154,6 +156,25 @@ def test_submit_passes_over_an_unknown_shape_only(tmp_path) -> None:
     assert "not planned: " in unknown.output and "#SBATCH" in unknown.output
     wrong = invoke("submit", "70b-qlora", place, "engine.shard=3", "--dry-run").exception
     assert isinstance(wrong, UserError) and "do not divide into groups of 3" in str(wrong)
+
+
+def test_replayed_tokens_count(tmp_path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 1000)
+    data = f"sources: [{{path: {tmp_path}/text.jsonl, format: text}}]"
+    replay = f"replay: {{path: {tmp_path}/text.jsonl, format: text, share: 0.2}}"
+    train = "stages.domain.train={global_batch_sequences: 64, epochs: 2}"
+    amounts = [
+        plan_of("7b-lora", train, f"stages.domain.data={{{text}}}").stages[0].amount
+        for text in (data, f"{data}, {replay}")
+    ]
+    assert amounts[1].tokens == pytest.approx(amounts[0].tokens / 0.8)
+
+
+def test_checkpoints_that_are_kept_for_good_need_disk() -> None:
+    train = "{global_batch_sequences: 64, steps: 100, checkpoint_every_steps: 10}"
+    some = plan_of("7b-lora", f"stages.domain.train={train}").stages[0]
+    more = plan_of("7b-lora", f"stages.domain.train={train}", "output.keep_every_steps=20")
+    assert more.stages[0].disk - some.disk == pytest.approx(5 * checkpoint_bytes(some.setup))
 
 
 def measured_line(engine: str, method: str, ratio: float) -> None:
