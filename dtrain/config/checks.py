@@ -138,6 +138,7 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _watching(recipe, stage, (*at, "train"))
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
+    yield from _changing_weights(stage, at)
     if stage.train.optimizer != "adamw" and recipe.engine.kind not in REPLICATING:
         keys: list[Key] = [(*at, "train", "optimizer"), ("engine", "kind")]
         what = f"an 8-bit optimizer's state comes in blocks that {recipe.engine.kind} would cut up"
@@ -206,7 +207,38 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
             yield Clash(keys, what, "format=prompt_completion with columns={completion: chosen}")
 
 
+def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
+    """Weights by step: in order, of a stage of a known length, and never all 0."""
+    data, train, sources = stage.data, stage.train, (*at, "data", "sources")
+    lists = {n: s.weight for n, s in enumerate(data.sources) if isinstance(s.weight, list)}
+    for number, entries in lists.items():
+        after, here = [entry.after_steps for entry in entries], (*sources, number, "weight")
+        if after[0] != 0 or after != sorted(set(after)):
+            fix = "begin with after_steps: 0, and let each be more than the one before"
+            yield Clash([here], f"the steps are {after}", fix)
+            return
+        if train.steps is not None and after[-1] >= train.steps:
+            keys: list[Key] = [here, (*at, "train", "steps")]
+            what = f"the weight after {after[-1]} steps never holds in {train.steps}"
+            yield Clash(keys, what, "leave it out, or train longer")
+        if train.epochs is not None:
+            keys = [here, (*at, "train", "epochs")]
+            what = "how long an epoch is depends on the weights, and these change"
+            yield Clash(keys, what, "give train.steps or train.tokens instead")
+        if not any(entry.weight for entry in entries):
+            yield Clash([here], "the source never has a weight", "leave the source out")
+    for steps, weights in data.weights_by_step.items() if lists else ():
+        if not any(weights):
+            yield Clash(
+                [sources], f"after {steps} steps no source has a weight", "give one of them"
+            )
+
+
 def _evaluation(recipe: Recipe) -> Iterator[Clash]:
     for name, held_out in recipe.evaluation.sets.items():
         at = ("evaluation", "sets", name)
+        for number, source in enumerate(held_out.sources):
+            if isinstance(source.weight, list):
+                what = "a set is measured whole, and has no steps"
+                yield Clash([(*at, "sources", number, "weight")], what, "give one weight")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))

@@ -67,10 +67,10 @@ def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
         mark = "[]" if kind is list else ".NAME"
         return [(model, mark + inner) for model, inner in _groups(arguments[-1])]
     if kind in (Union, types.UnionType):
-        models = [model for part in arguments for model, _ in _groups(part)]
-        if len(models) > 1:  # a choice between groups: the kind tells which
-            return [(model, f", kind {' or '.join(_kinds(model))}") for model in models]
-        return [(model, "") for model in models]
+        found = [pair for part in arguments for pair in _groups(part)]
+        if len(found) > 1:  # a choice between groups: the kind tells which
+            return [(model, f", kind {' or '.join(_kinds(model))}") for model, _ in found]
+        return found
     return []
 
 
@@ -116,8 +116,9 @@ def _type(annotation: Any) -> str:
         return f"list of {'groups' if _groups(annotation) else _type(arguments[0]) + 's'}"
     if kind is dict:
         return "groups by name" if _groups(annotation) else f"{_type(arguments[-1])}s by name"
-    if kind in (Union, types.UnionType) and not _groups(annotation):
-        return " or ".join(_type(part) for part in arguments if part is not type(None))
+    if kind in (Union, types.UnionType):
+        parts = [_type(part) for part in arguments if part is not type(None)]
+        return " or ".join(dict.fromkeys(parts))
     return "group"
 
 

@@ -125,6 +125,15 @@ class Lora(Group):
 Method = Annotated[Full | Lora, Field(discriminator="kind")]
 
 
+class Weight(Group):
+    """A source's weight from a step on."""
+
+    after_steps: Annotated[int, Field(ge=0)] = Field(
+        description="optimizer steps before it holds; 0 for the first, then rising"
+    )
+    weight: Annotated[float, Field(ge=0)] = Field(description="0: no row of the source")
+
+
 class Source(Group):
     """One place rows come from."""
 
@@ -154,11 +163,20 @@ class Source(Group):
         default_factory=dict,
         description="what a column is called in the files, such as {instruction: question}",
     )
-    weight: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="share of the mixture, relative to the other sources' weights",
+    weight: Annotated[float, Field(gt=0)] | Annotated[list[Weight], Field(min_length=1)] | None = (
+        Field(
+            None,
+            description="share of the mixture, relative to the other sources' weights; a list of "
+            "`{after_steps: 1000, weight: 0.3}` where it changes",
+        )
     )
     split: str = Field("train", description="split of a hub dataset")
+
+    def weight_after(self, steps: int) -> float | None:
+        """The weight that holds after so many steps."""
+        if not isinstance(self.weight, list):
+            return self.weight
+        return [entry.weight for entry in self.weight if entry.after_steps <= steps][-1]
 
 
 Away = Literal["keep", "drop", "quarantine"]
@@ -234,6 +252,13 @@ class Data(Group):
     def all_sources(self) -> list[Source]:
         """The sources, and the replay behind them."""
         return [*self.sources, *([self.replay] if self.replay else [])]
+
+    @property
+    def weights_by_step(self) -> dict[int, list[float | None]]:
+        """The sources' weights, by the steps after which they hold: rising, the first 0."""
+        lists = [source.weight for source in self.sources if isinstance(source.weight, list)]
+        after = {0, *(entry.after_steps for entries in lists for entry in entries)}
+        return {steps: [s.weight_after(steps) for s in self.sources] for steps in sorted(after)}
 
 
 class Train(Group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,6 @@ class Prepared:
     """A source and its store."""
 
     name: str
-    weight: float | None
     parts: list[Part]
     store: Store
 
@@ -51,29 +51,27 @@ class Prepared:
 class Mixture:
     """All sources of a stage; what stands where is arithmetic of (position, seed)."""
 
-    def __init__(
-        self,
-        sources: list[Prepared],
-        mix: Mix,
-        sequence_tokens: int,
-        replay: float | None = None,
-    ) -> None:
+    def __init__(self, sources: list[Prepared], mix: Mix, sequence_tokens: int) -> None:
         self.sources, self.mix, self.sequence_tokens = sources, mix, sequence_tokens
-        self.replay = replay  # share of the last source
         self.first_rows = np.cumsum([0, *(source.store.rows for source in sources)])
 
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that shapes the stream, but the seed."""
-        stores = [[s.store.manifest["fingerprint"], s.weight] for s in self.sources]
-        replay = {} if self.replay is None else {"replay": self.replay}
-        shape = {"sources": stores, "sequence_tokens": self.sequence_tokens, **replay}
+        stores = [[s.store.manifest["fingerprint"], None] for s in self.sources]
+        shape: dict[str, Any] = {"sources": stores, "sequence_tokens": self.sequence_tokens}
+        if self.mix.phases:
+            shape["phases"] = [[phase.start, *phase.quotas] for phase in self.mix.phases]
         return fingerprint(shape)
 
     @property
     def rows_per_epoch(self) -> int:
         """All rows; of a weighted mixture, positions for one pass over the heaviest source."""
         return self.mix.rows_per_epoch
+
+    def rows_of(self, passes: float) -> int:
+        """Positions of so many passes."""
+        return self.mix.rows_of(passes)
 
     def rows_at(self, start: int, stop: int, seed: int) -> Int64s:
         """Global row numbers [stop - start] at positions start … stop-1 of the endless stream."""
@@ -131,7 +129,12 @@ class Mixture:
 
     def describe(self) -> str:
         """A line for each source: rows, tokens, how full the rows are, what was cut or left out."""
-        return "\n".join(self._describe(source) for source in self.sources)
+        lines = [self._describe(source) for source in self.sources]
+        if len(self.mix.rows) == len(lines):  # else the sources are one beside what is replayed
+            for phase in self.mix.phases:
+                shares = ", ".join(f"{share:.2%}" for share in phase.shares)
+                lines.append(f"from sequence {phase.start + 1:,} on: {shares} of the sequences")
+        return "\n".join(lines)
 
     def _describe(self, source: Prepared) -> str:
         facts = source.store.manifest

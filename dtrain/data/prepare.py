@@ -39,6 +39,7 @@ def prepare(
     tokenizer_fingerprint: str,
     cache: Path,
     processes: int | None = None,
+    global_batch: int = 1,
 ) -> Mixture:
     """Open the prepared data of a stage; prepare first what is not there yet.
 
@@ -54,13 +55,14 @@ def prepare(
         cache: folder for prepared data.
         processes: that tokenise; None for as many as cores and memory allow. The stores they make
             do not depend on it.
+        global_batch: sequences of a step, where weights change at steps.
 
     Raises:
         UserError: a source, a row or the tokenizer cannot be used.
     """
     check_tokenizer(tokenizer, kind)
     names = [source.path for source in data.all_sources]
-    weights = [source.weight for source in data.sources]
+    weights = {steps * global_batch: given for steps, given in data.weights_by_step.items()}
     replay = data.replay.share if data.replay else None
     mix([1] * len(names), weights, names, replay)  # fails at once
     prepared = [
@@ -68,7 +70,7 @@ def prepare(
         for source in data.all_sources
     ]
     shares = mix([source.store.rows for source in prepared], weights, names, replay)
-    return Mixture(prepared, shares, data.sequence_tokens, replay)
+    return Mixture(prepared, shares, data.sequence_tokens)
 
 
 def prepare_share(
@@ -152,7 +154,7 @@ class _Preparation:
                     shards = self._shards()
                     self._make(shards, Share(), processes)
                     self._finish(shards)
-        return Prepared(self.source.path, self.source.weight, self.parts, Store(self.folder))
+        return Prepared(self.source.path, self.parts, Store(self.folder))
 
     def run_share(self, share: Share, processes: int | None) -> None:
         """Make shards beside others that do the same; the last of them finishes the store."""

@@ -38,10 +38,11 @@ def sequences(
         colour: learnt tokens in green; else between ⟦ and ⟧.
     """
     numbers = mixture.rows_at(0, count, seed).tolist()
+    total = int(mixture.first_rows[-1])
     for place, number in enumerate(numbers[: mixture.rows_per_epoch], start=1):
         row = mixture.row(number)
         head = (
-            f"sequence {place}: row {number + 1:,} of {mixture.rows_per_epoch:,}, "
+            f"sequence {place}: row {number + 1:,} of {total:,}, "
             f"{row.input_ids.size:,} of {mixture.sequence_tokens:,} tokens, "
             f"{int(row.supervised.sum()):,} learnt, documents: {row.lengths.size}\n"
         )

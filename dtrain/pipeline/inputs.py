@@ -52,8 +52,8 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
 
-    def ready(data: Data, kind: Literal["cpt", "sft"]) -> Mixture:
-        mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes)
+    def ready(data: Data, kind: Literal["cpt", "sft"], global_batch: int = 1) -> Mixture:
+        mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes, global_batch)
         check_vocabulary(mixture, config.get_text_config().vocab_size)
         if verify:
             mixture.verify()
@@ -64,7 +64,10 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         base_fingerprint=cached_fingerprint(base),
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
-        stages={stage.name: ready(stage.data, stage.kind) for stage in recipe.stages},
+        stages={
+            stage.name: ready(stage.data, stage.kind, stage.train.global_batch_sequences)
+            for stage in recipe.stages
+        },
         sets={name: ready(data, data.kind) for name, data in recipe.evaluation.sets.items()},
     )
 

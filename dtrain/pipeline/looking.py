@@ -39,7 +39,9 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     """
     tokenizer = recipe_tokenizer(recipe)
     mark = tokenizer_fingerprint(tokenizer)
-    return prepare(stage.data, stage.kind, tokenizer, mark, cache_folder() / "stores"), tokenizer
+    batch, folder = stage.train.global_batch_sequences, cache_folder() / "stores"
+    mixture = prepare(stage.data, stage.kind, tokenizer, mark, folder, global_batch=batch)
+    return mixture, tokenizer
 
 
 def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:

@@ -191,7 +191,7 @@ class StageRun:
         """The loop's inputs, at the checkpoint's step or at the start."""
         train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
         progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
-        rows = total_sequences(train, mixture.rows_per_epoch, tokens_per_row(mixture))
+        rows = total_sequences(train, mixture.rows_of, tokens_per_row(mixture))
         batch = train.global_batch_sequences
         accumulation(batch, self.world.size, train.micro_batch)
         loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)

@@ -91,10 +91,9 @@ def epoch_tokens(data: Data) -> float | None:
     sizes = [source_bytes(source) for source in data.sources]
     if not all(sizes):
         return None
-    weights = [source.weight for source in data.sources]
-    if any(weight is None for weight in weights):
+    shares = [source.weight for source in data.sources if isinstance(source.weight, float)]
+    if len(shares) < len(sizes):
         return sum(sizes) / TEXT_BYTES_PER_TOKEN
-    shares = [weight or 0.0 for weight in weights]
     heaviest = shares.index(max(shares))
     return sizes[heaviest] / TEXT_BYTES_PER_TOKEN * sum(shares) / shares[heaviest]
 

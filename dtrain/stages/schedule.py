@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil, cos, pi
 
 from dtrain.config.schema import Train
@@ -17,11 +18,11 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
     return train.learning_rate * shape[train.schedule]
 
 
-def total_sequences(train: Train, rows_per_epoch: int, tokens_per_row: float) -> int:
+def total_sequences(train: Train, rows_of: Callable[[float], int], tokens_per_row: float) -> int:
     """Sequences that the stage trains on; only `epochs` may end inside a global batch.
 
     Args:
-        rows_per_epoch: sequences in one pass.
+        rows_of: sequences in so many passes.
         tokens_per_row: mean number of tokens in a sequence, padding not counted.
     """
     batch = train.global_batch_sequences
@@ -30,4 +31,4 @@ def total_sequences(train: Train, rows_per_epoch: int, tokens_per_row: float) ->
     if train.tokens is not None:
         return ceil(train.tokens / (tokens_per_row * batch)) * batch
     assert train.epochs is not None
-    return max(1, round(train.epochs * rows_per_epoch))
+    return rows_of(train.epochs)

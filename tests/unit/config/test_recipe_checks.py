@@ -57,6 +57,16 @@ TEXT = {"path": "a.txt", "format": "text"}
 STAGE = BASE["stages"][0]
 
 
+BY_STEP = [{"after_steps": 0, "weight": 1.0}]
+EPOCHS = {"stages__0__train__epochs": 2.0}
+
+
+def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
+    """Changes to a recipe: sources with these weights after these steps."""
+    lists = [[{"after_steps": a, "weight": w} for a, w in source] for source in sources]
+    return {"stages__0__data__sources": [TEXT | {"weight": entries} for entries in lists]}
+
+
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
@@ -94,6 +104,28 @@ STAGE = BASE["stages"][0]
         (
             {"stages__0__data__sources": [TEXT | {"weight": 1.0}, TEXT]},
             ["stages.0.data.sources.0.weight", "stages.0.data.sources.1.weight"],
+        ),
+        (
+            weights([(0, 1.0)], [(10, 1.0)]),
+            ["stages.0.data.sources.1.weight", "[10]", "begin with after_steps: 0"],
+        ),
+        (weights([(0, 1.0), (9, 1.0), (9, 2.0)]), ["stages.0.data.sources.0.weight", "[0, 9, 9]"]),
+        (
+            weights([(0, 1.0), (10**6, 2.0)]),
+            ["stages.0.data.sources.0.weight", "stages.0.train.steps", "1000000 steps never"],
+        ),
+        (
+            weights([(0, 1.0), (2, 2.0)]) | {"stages__0__train__steps": None, **EPOCHS},
+            ["stages.0.data.sources.0.weight", "stages.0.train.epochs"],
+        ),
+        (weights([(0, 1.0)], [(0, 0.0)]), ["stages.0.data.sources.1.weight", "never has a weight"]),
+        (
+            weights([(0, 1.0), (2, 0.0)], [(0, 1.0), (1, 0.0)]),
+            ["stages.0.data.sources", "after 2 steps no source"],
+        ),
+        (
+            {"evaluation__sets__domain__sources": [TEXT | {"weight": BY_STEP}]},
+            ["evaluation.sets.domain.sources.0.weight", "no steps"],
         ),
         ({"stages__0__kind": "sft"}, ["stages.0.kind", "stages.0.data.sources.0.format"]),
         (

@@ -72,7 +72,8 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> Mixture:
         own = settings.pop("tokenizer", tokenizer)
         cache = settings.pop("cache", tmp_path / "cache")
+        batch = settings.pop("global_batch", 1)
         data = Data.model_validate({"sources": sources, "sequence_tokens": 64, **settings})
-        return prepare(data, kind, own, "tokenizer-1", cache)
+        return prepare(data, kind, own, "tokenizer-1", cache, global_batch=batch)
 
     return run

@@ -17,9 +17,13 @@ class Simulated:
     """A mixture whose rows are made from their numbers: row n has documents of known tokens."""
 
     def __init__(
-        self, rows: list[int], weights: list[float | None], replay: float | None = None
+        self,
+        rows: list[int],
+        weights: list[float | None] | dict[int, list[float]],
+        replay: float | None = None,
     ) -> None:
-        self.mix = mix(rows, weights, ["s"] * len(rows), replay)
+        by_position = weights if isinstance(weights, dict) else {0: weights}
+        self.mix = mix(rows, by_position, ["s"] * len(rows), replay)
         self.rows_per_epoch = self.mix.rows_per_epoch
         self.rows_read = 0
 
@@ -87,18 +91,24 @@ def test_ranks_and_micro_batches_change_nothing(
     rows=st.lists(st.integers(1, 60), min_size=2, max_size=4),
     percent=st.integers(1, 60),
     weighted=st.booleans(),
+    changes_after=st.integers(0, 9),
     global_batch=st.integers(1, 24),
     ranks=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 2**63 - 1),
     data=st.data(),
 )
 def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
-    rows, percent, weighted, global_batch, ranks, seed, data
+    rows, percent, weighted, changes_after, global_batch, ranks, seed, data
 ) -> None:
-    weights = [float(i + 1) if weighted else None for i in range(len(rows) - 1)]
+    weights = {0: [float(i + 1) if weighted else None for i in range(len(rows) - 1)]}
+    if weighted and changes_after:
+        weights[changes_after * global_batch] = [1.0, *[0.0] * (len(rows) - 2)]
     mixture = Simulated(rows, weights, percent / 100)
     total = 2 * mixture.rows_per_epoch
     stream = mixture.rows_at(0, total, seed).tolist()
+    if len(weights) > 1:  # from that very step on there is none of the others
+        own = [row for row in stream[changes_after * global_batch :] if row < sum(rows[:-1])]
+        assert all(row < rows[0] for row in own)
     first = data.draw(st.integers(0, max(0, -(-total // global_batch) - 5)))
     loader = Loader(mixture, seed=seed, global_batch=global_batch, total_rows=total)
     for step in range(first, min(first + 5, loader.steps)):  # a resume at `first`
@@ -108,6 +118,14 @@ def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
     if not weighted:
         n = sum(rows[:-1])
         assert all(sorted(own[i : i + n]) == list(range(n)) for i in range(0, len(own) - n + 1, n))
+
+
+def test_1024_ranks_share_a_batch_of_a_mixture() -> None:
+    mixture = Simulated([900, 700], {0: [0.75, 0.25], 1024: [0.25, 0.75]})
+    loader = Loader(mixture, seed=1, global_batch=1024, total_rows=1500)
+    stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
+    assert stream == list(enumerate(mixture.rows_at(0, 1500, 1).tolist()))
+    assert sum(row < 900 for _, row in stream) == 768 + 119
 
 
 def test_1024_ranks_share_a_batch() -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.core.errors import UserError
-from dtrain.data.mixing import MAX_BLOCK, block_quotas, mix
+from dtrain.data.mixing import MAX_PATTERN, Mix, mix, pattern_quotas
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
 seeds = st.integers(0, 2**63 - 1)
 
 
 def plain(rows: list[int]):
-    return mix(rows, [None] * len(rows), [f"s{i}" for i in range(len(rows))])
+    return mix(rows, {0: [None] * len(rows)}, [f"s{i}" for i in range(len(rows))])
 
 
 @given(sizes, seeds, st.integers(0, 1000))
@@ -34,60 +33,98 @@ def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None
 def test_a_slice_is_the_same_alone_and_in_a_longer_one(rows, seed, a, b, c, weighted) -> None:
     start, middle, stop = sorted((a, b, c))
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
-    mixture = mix(rows, weights, ["s"] * len(rows))
+    mixture = mix(rows, {0: weights}, ["s"] * len(rows))
     whole = mixture.rows_at(np.arange(start, stop), seed)
     parts = [mixture.rows_at(np.arange(*ends), seed) for ends in ((start, middle), (middle, stop))]
     assert whole.tolist() == np.concatenate(parts).tolist()
 
 
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=5), seeds, st.integers(0, 10**6))
-def test_each_block_has_exact_shares(weights, seed, block) -> None:
-    rows = [7 * (i + 1) for i in range(len(weights))]
-    mixture = mix(rows, [w / 10 for w in weights], ["s"] * len(rows))
-    size = sum(mixture.quotas)
-    out = mixture.rows_at(np.arange(block * size, (block + 1) * size), seed)
-    source = np.searchsorted(mixture.first_rows, out, side="right") - 1
-    counts = np.bincount(source, minlength=len(rows))
-    assert (counts * sum(weights) == np.array(weights) * size).all()
+weight_lists = st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any)
 
 
-@given(st.integers(1, 60), st.integers(1, 60), seeds)
-def test_a_weighted_source_repeats_a_row_only_after_all_others(many, few, seed) -> None:
-    mixture = mix([many, few], [0.75, 0.25], ["a", "b"])
-    out = mixture.rows_at(np.arange(40 * max(many, few)), seed)  # whole blocks of four
-    for low, n in ((0, many), (many, few)):
-        times = Counter(out[(out >= low) & (out < low + n)].tolist())
-        assert len(times) == n
-        assert max(times.values()) - min(times.values()) <= 1
+def sources_of(mixture: Mix, rows: np.ndarray) -> np.ndarray:
+    return np.searchsorted(mixture.first_rows, rows, side="right") - 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 500), weight_lists), min_size=1, max_size=4),
+    st.tuples(*[st.integers(1, 60)] * 3),
+    seeds,
+)
+def test_shares_are_exact_in_each_phase_and_each_pass_holds_each_row_once(
+    phases, rows, seed
+) -> None:
+    starts = np.cumsum([0, *(length for length, _ in phases)])
+    weights = {int(a): [w / 10 for w in ws] for a, (_, ws) in zip(starts, phases, strict=False)}
+    mixture = mix(list(rows), weights, [*"abc"])
+    stream = mixture.rows_at(np.arange(starts[-1]), seed)
+    for start, (length, ws) in zip(starts, phases, strict=False):
+        found = sources_of(mixture, stream[start : start + length])[:, None] == np.arange(3)
+        wanted = np.arange(1, length + 1)[:, None] * np.array(ws) / sum(ws)
+        assert np.abs(np.cumsum(found, axis=0) - wanted).max() < 1  # at any place in it
+    for first, n in zip(mixture.first_rows, rows, strict=False):
+        own = stream[(stream >= first) & (stream < first + n)]
+        for begin in range(0, own.size - n + 1, n):
+            assert sorted(own[begin : begin + n]) == list(range(first, first + n))
+    a, b = np.sort(np.random.default_rng(seed).integers(0, starts[-1], 2))
+    assert mixture.rows_at(np.arange(a, b), seed).tolist() == stream[a:b].tolist()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=4),
+    st.integers(1, 5),
+    seeds,
+)
+def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
+    sources, epochs, seed
+) -> None:
+    rows, weights = [n for n, _ in sources], [w for _, w in sources]
+    mixture = mix(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
+    heaviest = max(range(len(rows)), key=lambda i: (weights[i], rows[i]))
+    stream = mixture.rows_at(np.arange(mixture.rows_of(epochs)), seed)
+    times = np.bincount(stream, minlength=sum(rows))
+    low, high = mixture.first_rows[heaviest : heaviest + 2]
+    assert (times[low:high] == epochs).all()
+    assert sources_of(mixture, stream)[-1] == heaviest  # and not a row more
+
+
+def test_shares_are_exact_far_away() -> None:
+    mixture = mix([10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"])
+    positions = 10**12 + np.arange(4000)
+    stream = mixture.rows_at(positions, 3)
+    assert (stream < 10**12).sum() == 1000
+    assert np.unique(stream[stream < 10**12]).size == 1000
+    assert mixture.used[1].tolist() == [63 * 10**10, 7 * 10**10]
+    assert mixture.rows_of(1) == 7 * 10**11 + 4 * 10**10  # the last 3e10 rows of b at 3 of 4
 
 
 def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
-    mixture = mix([95, 1000], [0.95, 0.05], ["a", "b"])
-    assert mixture.quotas == (19, 1)
-    assert mixture.rows_per_epoch == 100
-    out = mixture.rows_at(np.arange(100), 3)
+    mixture = mix([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
+    assert mixture.phases[0].quotas == (19, 1)
+    assert mixture.rows_per_epoch in (99, 100)  # the last row may be of the other source
+    out = mixture.rows_at(np.arange(mixture.rows_per_epoch), 3)
     assert sorted(out[out < 95].tolist()) == list(range(95))
-    assert mix([10, 3], [2.0, 1.0], ["a", "b"]).rows_per_epoch == 15
-    assert mix([11, 3], [3.0, 2.0], ["a", "b"]).rows_per_epoch == 19  # 18.3, rounded up
+    assert mixture.rows_of(0.4) < mixture.rows_per_epoch < mixture.rows_of(1.5)
 
 
 def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
     weights = ("1", "3.14159265", "2.7182818")
-    quotas = block_quotas([Fraction(weight) for weight in weights])
-    assert sum(quotas) == MAX_BLOCK
-    exact = np.array([1.0, 3.14159265, 2.7182818]) / 6.85987445 * MAX_BLOCK
+    quotas = pattern_quotas([Fraction(weight) for weight in weights])
+    assert sum(quotas) == MAX_PATTERN
+    exact = np.array([1.0, 3.14159265, 2.7182818]) / 6.85987445 * MAX_PATTERN
     assert np.abs(np.array(quotas) - exact).max() < 1
 
 
 def test_a_weight_for_some_sources_only_is_refused() -> None:
     with pytest.raises(UserError, match=r"some have none: b\.jsonl") as error:
-        mix([1, 1], [0.5, None], ["a.jsonl", "b.jsonl"])
+        mix([1, 1], {0: [0.5, None]}, ["a.jsonl", "b.jsonl"])
     assert "each source a weight" in error.value.fix
 
 
 def test_a_weight_too_small_to_ever_come_is_refused() -> None:
-    with pytest.raises(UserError, match="the weight of b is under one row in 1024"):
-        mix([1, 1], [1.0, 1.2345e-6], ["a", "b"])
+    with pytest.raises(UserError, match="the weight of b is under one row in 4096"):
+        mix([1, 1], {0: [1.0, 1.2345e-6]}, ["a", "b"])
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 40), seeds)
@@ -95,8 +132,8 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
     rows, percent, replayed, seed
 ) -> None:
     share = percent / 100
-    mixture = mix([*rows, replayed], [None] * len(rows), [*"abcde"[: len(rows)], "r"], share)
-    block = sum(mixture.quotas)
+    mixture = mix([*rows, replayed], {0: [None] * len(rows)}, [*"abcde"[: len(rows)], "r"], share)
+    block = sum(mixture.phases[0].quotas)
     out = mixture.rows_at(np.arange(7 * block), seed)
     assert (out >= sum(rows)).sum() * 100 == 7 * block * percent
     stream = mixture.rows_at(np.arange(3 * mixture.rows_per_epoch + block), seed).tolist()
@@ -110,19 +147,21 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
 
 @given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
 def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed) -> None:
-    mixture = mix([*rows, replayed], [None] * len(rows), ["s"] * len(rows) + ["r"], percent / 100)
+    mixture = mix(
+        [*rows, replayed], {0: [None] * len(rows)}, ["s"] * len(rows) + ["r"], percent / 100
+    )
     epochs = 3
-    out = mixture.rows_at(np.arange(epochs * mixture.rows_per_epoch), seed)
+    out = mixture.rows_at(np.arange(mixture.rows_of(epochs)), seed)
     first = set(out[: mixture.rows_per_epoch].tolist())
     assert first >= set(range(sum(rows)))
     times = np.bincount(out, minlength=sum(rows))[: sum(rows)]
-    assert times.min() >= epochs and times.max() - times.min() <= 1
-    blocks = -(-sum(rows) // mixture.quotas[0])
-    assert mixture.rows_per_epoch <= blocks * sum(mixture.quotas)  # none for nothing
+    assert (times == epochs).all()
+    blocks = -(-sum(rows) // mixture.phases[0].quotas[0])
+    assert mixture.rows_per_epoch <= blocks * sum(mixture.phases[0].quotas)  # none for nothing
 
 
 def test_replay_beside_weights_leaves_their_proportions() -> None:
-    mixture = mix([10, 10, 10], [3.0, 1.0], ["a", "b", "r"], 0.2)
-    assert mixture.quotas == (3, 1, 1)
+    mixture = mix([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
+    assert mixture.phases[0].quotas == (3, 1, 1)
     with pytest.raises(UserError, match="the weight of r is under one row"):
-        mix([1, 1], [None], ["a", "r"], 1e-7)
+        mix([1, 1], {0: [None]}, ["a", "r"], 1e-7)

@@ -16,7 +16,7 @@ from dtrain.core.errors import UserError
 from dtrain.data import cuts, sources
 from dtrain.data import prepare as module
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import check_vocabulary, prepare
+from dtrain.data.prepare import Mixture, check_vocabulary, prepare
 
 
 def conversation(question: str, *answers: str) -> dict:
@@ -244,6 +244,23 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
         ids = np.concatenate([mixed.row(number).input_ids for number in numbers])
         assert batch.input_ids[0].tolist() == ids.tolist()
     assert Loader(plain, seed=3, global_batch=8, total_rows=8).tokens_by_source(0) != {}
+
+
+def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
+    a, b = (write_rows(f"{n}.jsonl", [{"text": f"{n} " * 30}] * 40) for n in ("fox", "dog"))
+    later = [{"after_steps": 0, "weight": 0}, {"after_steps": 3, "weight": 3}]
+
+    def mixed(weight: object) -> Mixture:
+        sources = [{"path": a, "weight": 1.0}, {"path": b, "weight": weight}]
+        return prepared("cpt", [s | {"format": "text"} for s in sources], global_batch=8)
+
+    mixture = mixed(later)
+    loader = Loader(mixture, seed=1, global_batch=8, total_rows=48)
+    found = [loader.tokens_by_source(step)[b]["sequences"] for step in range(6)]
+    assert found == [0, 0, 0, 6, 6, 6]
+    assert "from sequence 25 on: 25.00%, 75.00%" in mixture.describe()
+    marks = {mixed(weight).fingerprint for weight in (1.0, 3.0, later)}
+    assert len(marks) == 3  # a checkpoint of another order is not gone on with
 
 
 def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
