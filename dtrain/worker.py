@@ -15,9 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from dtrain.checkpoints.identity import require_same
 from dtrain.config.load import dump, load_recipe
-from dtrain.config.schema import Recipe
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
+from dtrain.core.folders import local_path
 from dtrain.core.log import is_first_rank
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import end_world, start_world
@@ -75,7 +76,7 @@ def keep_libraries_quiet() -> None:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what only the launcher knows."""
+    """The recipe with what only the launcher knows, and places that hold from any folder."""
     kind: str = recipe.engine.kind
     if kind != "auto" or launcher_engine(os.environ):
         kind = resolve_engine(kind, os.environ)
@@ -84,8 +85,24 @@ def resolved(recipe: Recipe) -> Recipe:
         update={
             "engine": recipe.engine.model_copy(update={"kind": kind}),
             "output": recipe.output.model_copy(update={"folder": folder}),
+            "model": recipe.model.model_copy(update={"base": base_from_anywhere(recipe)}),
+            "stages": [template_from_anywhere(stage) for stage in recipe.stages],
         }
     )
+
+
+def base_from_anywhere(recipe: Recipe) -> str:
+    """The base; a folder's whole path, since who reads the run folder may stand elsewhere."""
+    folder = Path(recipe.model.base).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else recipe.model.base
+
+
+def template_from_anywhere(stage: Stage) -> Stage:
+    """The stage with the whole path of its template, if that is a file."""
+    if stage.data.template in ("auto", "instruction"):
+        return stage
+    path = local_path(stage.data.template).absolute()
+    return stage.model_copy(update={"data": stage.data.model_copy(update={"template": str(path)})})
 
 
 def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:

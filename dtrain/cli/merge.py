@@ -182,7 +182,7 @@ def _packing(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(origin.dtype, device) if origin and origin.dtype else None
-    return Packed(base, shapes, dtype)
+    return Packed(base, shapes, dtype, origin is not None and origin.trusts_code())
 
 
 def _base(address: str) -> Path:

@@ -131,6 +131,10 @@ class Adapter:
         """Every tensor of the base that changes."""
         return self.layers.keys() | self.replaced.keys() | self.first.keys()
 
+    def needs_whole(self, name: str) -> bool:
+        """Whether all rows of a base tensor are needed at once."""
+        return name in self.layers and self.layers[name].whole
+
     def step(self, name: str, weight: float = 1.0) -> Step:
         """What it does to blocks of rows of a base tensor, in float32."""
         if (key := self.replaced.get(name)) is not None:

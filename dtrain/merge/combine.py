@@ -55,6 +55,10 @@ class Combined:
         for name in sorted(self.names):
             self._check(name)
 
+    def needs_whole(self, name: str) -> bool:
+        """Whether all rows of a base tensor are needed at once."""
+        return any(adapter.needs_whole(name) for adapter, _ in self._parts)
+
     def step(self, name: str) -> Step:
         """What it does to blocks of rows of a base tensor, in float32."""
         parts = [(a, w, a.layers[name]) for a, w in self._parts if name in a.layers]

@@ -22,10 +22,9 @@ from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.merge.adapter import Adapter, Shapes
 from dtrain.merge.merge import replace
-from dtrain.merge.origin import Origin, origin_from, origin_of
+from dtrain.merge.origin import RECIPE, Origin, origin_from
 from dtrain.models.resolve import base_folder
 
-RECIPE = "recipe.yaml"
 SAVED_AS = ".default."  # PEFT's name of the adapter that trains, inside a parameter's name
 
 
@@ -56,9 +55,8 @@ def open_saved(folder: Path) -> Saved:
     inputs = checkpoint.state.get("inputs")
     if not isinstance(inputs, dict) or not (stage.parent / RECIPE).is_file():
         raise UserError("lies in no stage of a run", where=str(folder))
-    known = origin_of(stage)
-    dtype = known.dtype if known and known.dtype else inputs["dtype"]
-    origin = origin_from(inputs, fingerprint(inputs), dtype)
+    dtype = str(checkpoint.state.get("dtype", inputs["dtype"]))
+    origin = origin_from(inputs, fingerprint(inputs), dtype, stage.parent)
     return Saved(checkpoint, origin, stage.parent, stage.name)
 
 

@@ -24,7 +24,7 @@ from dtrain.merge.fingerprint import combine
 from dtrain.merge.methods import Step
 from dtrain.merge.stream import Change, rewrite_file
 from dtrain.merge.tied import with_tied
-from dtrain.merge.work import Work, work_folder
+from dtrain.merge.work import Work
 from dtrain.models.weights import INDEX, read_header, weight_files
 
 MANIFEST = "merge.json"
@@ -45,6 +45,9 @@ class Part(Protocol):
 
     def step(self, name: str) -> Step:
         """What it does to blocks of rows of a tensor."""
+
+    def needs_whole(self, name: str) -> bool:
+        """Whether all rows of a tensor are needed at once."""
 
 
 class Packing(Protocol):
@@ -82,16 +85,11 @@ class Applied:
             yield from blocks
             return
         step, at = self.part.step(name), 0
-        if self.needs_whole(name):
+        if self.part.needs_whole(name):
             blocks = iter([torch.cat(list(blocks))])
         for block in blocks:
             yield step(block.float(), at)
             at += len(block)
-
-    def needs_whole(self, name: str) -> bool:
-        """Whether all rows are needed at once."""
-        layers = getattr(self.part, "layers", {})
-        return name in layers and layers[name].whole
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,13 @@ class Weighted:
         """Every tensor that changes."""
         return self.adapter.names
 
-    @property
-    def layers(self) -> Mapping[str, Any]:
-        """The adapter's."""
-        return self.adapter.layers
-
     def step(self, name: str) -> Step:
         """What it does to blocks of rows of a tensor."""
         return self.adapter.step(name, self.weight)
+
+    def needs_whole(self, name: str) -> bool:
+        """Whether all rows of a tensor are needed at once."""
+        return self.adapter.needs_whole(name)
 
 
 def part_of(adapter: Adapter, weight: float = 1.0, packing: Packing | None = None) -> Applied:
@@ -240,9 +237,9 @@ def _write(
 ) -> None:
     files, changes = weight_files(base), with_tied(base, changes)
     plan = _plan(files, base, about)
-    if _is_made(out, fingerprint(plan)):
-        return
     work = Work(out, plan)
+    if _is_made(out, fingerprint(plan), work):
+        return
     _check_room(files, out, work)
     try:
         done = _rewrite(files, work, changes, processes, f"merging into {out.name}")
@@ -277,16 +274,16 @@ def file_head(path: Path) -> str:
     return fingerprint(read_header(path)[1].hex())
 
 
-def _is_made(out: Path, plan: str) -> bool:
+def _is_made(out: Path, plan: str, work: Work) -> bool:
     """Whether OUT was made by this very plan; then a stopped call had only its tidying left."""
     if not out.exists():
         return False
+    work.discard()
     manifest = out / MANIFEST
     made = read_json(manifest) if manifest.is_file() else None
     if not isinstance(made, dict) or made.get("plan") != plan:
         raise UserError("exists already", where=str(out), fix="choose another folder")
     say(f"{out} is complete already")
-    shutil.rmtree(work_folder(out), ignore_errors=True)
     return True
 
 

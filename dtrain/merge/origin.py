@@ -9,12 +9,13 @@ from typing import Any
 
 from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.checkpoints.names import step_of
+from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_sealed
 from dtrain.models.adapter_folder import COMBINED
 from dtrain.models.adapter_folder import origin as combined_origin
 
-RECORD = "stage.json"
+RECORD, RECIPE = "stage.json", "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Origin:
         dtype: that the base was loaded in, as torch calls it, or the recipe's word; None: not
             known, of adapters combined into one.
         method: the recipe's settings of the method.
+        run: the run's folder, where its recipe lies.
     """
 
     identity: str
@@ -35,6 +37,12 @@ class Origin:
     quantised: bool
     dtype: str | None
     method: dict[str, Any]
+    run: Path
+
+    def trusts_code(self) -> bool:
+        """Whether the run's recipe lets its base bring Python code."""
+        recipe = self.run / RECIPE
+        return recipe.is_file() and load_recipe(str(recipe)).model.trust_remote_code
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -52,7 +60,7 @@ def origin_of(stage: Path) -> Origin | None:
         return None
     record = read_sealed(stage / RECORD)
     dtype = record.get("facts", {}).get("dtype", record["inputs"]["dtype"])
-    return origin_from(record["inputs"], record["identity"], dtype)
+    return origin_from(record["inputs"], record["identity"], dtype, stage.parent)
 
 
 def adapter_origin(folder: Path) -> Origin | None:
@@ -66,13 +74,14 @@ def adapter_origin(folder: Path) -> Origin | None:
     found = combined_origin(folder)
     if found.identity is None or found.parent is None:
         return None
-    return Origin(found.identity, found.parent, found.quantised, None, {})
+    run = folder.resolve().parent
+    return Origin(found.identity, found.parent, found.quantised, None, {}, run)
 
 
-def origin_from(inputs: dict[str, Any], identity: str, dtype: str) -> Origin:
+def origin_from(inputs: dict[str, Any], identity: str, dtype: str, run: Path) -> Origin:
     """The same from what a checkpoint says it was made from."""
     method = inputs["method"]
-    return Origin(identity, inputs["parent"], method["kind"] == "qlora", dtype, method)
+    return Origin(identity, inputs["parent"], method["kind"] == "qlora", dtype, method, run)
 
 
 def known_bases(base: Path, origins: Sequence[Origin | None], manifest: str) -> list[str]:

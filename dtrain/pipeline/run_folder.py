@@ -142,6 +142,7 @@ def stage_folder(
     # In strict mode a micro-batch is the unit of the sums' fixed order.
     for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
         settings["train"].pop(key)
+    settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint
     made_from = {
         "parent": parent,

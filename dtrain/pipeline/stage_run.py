@@ -220,12 +220,17 @@ class StageRun:
         """Checkpoint this moment; the write itself goes on in the background."""
         engine, now = job.engine, job.progress
         state = {
+            "dtype": self.dtype_name(),
             "updates": engine.updates,
             "progress": asdict(now),
             "inputs": self.folder.inputs,
             "held_out_loss": job.held_out_loss(),
         }
         saver.save(now.step, share_of(engine.pieces(), *engine.copy), state)
+
+    def dtype_name(self) -> str:
+        """What the base is held in here, where the recipe may say `auto`."""
+        return str(resolve_dtype(self.recipe.model.dtype, self.world.device)).split(".")[-1]
 
     def facts(self, job: Job) -> dict[str, Any]:
         """What is worth knowing of the finished stage."""
@@ -234,7 +239,7 @@ class StageRun:
         return {
             "engine": self.recipe.engine.kind,
             "ranks": self.world.size,
-            "dtype": str(resolve_dtype(self.recipe.model.dtype, self.world.device)).split(".")[-1],
+            "dtype": self.dtype_name(),
             "steps": now.step,
             "non_finite_steps": now.non_finite,
             "tokens": now.tokens,

@@ -123,7 +123,11 @@ class Answers:
         except BlockingIOError as error:
             raise UserError("another process is writing it", where=str(path)) from error
         answers = cls(path, by, file)
-        answers.done = answers._check(read_prompts(prompts))
+        try:
+            answers.done = answers._check(read_prompts(prompts))
+        except UserError:
+            file.close()
+            raise
         return answers
 
     def _check(self, prompts: Iterator[Prompt | UserError]) -> int:

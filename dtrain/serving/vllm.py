@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dtrain.core.folders import local_path
 from dtrain.launching.quote import quote
 from dtrain.serving.adapters import AdapterInfo, list_adapters
 from dtrain.serving.run import Run
@@ -137,7 +138,7 @@ def _model_options(run: Run) -> list[tuple[str, ...]]:
     if run.recipe.model.trust_remote_code:
         options.append(("--trust-remote-code",))
     if run.template not in ("auto", "instruction"):
-        options.append(("--chat-template", str(Path(run.template).expanduser().absolute())))
+        options.append(("--chat-template", str(local_path(run.template).absolute())))
     return options
 
 

@@ -24,6 +24,7 @@ from dtrain.core.files import read_json, write_json, write_sealed
 from dtrain.core.hashes import fingerprint
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.weights import weight_files
+from dtrain.worker import resolved
 
 RANKS = 3
 
@@ -70,19 +71,23 @@ def adapter(base: Path, folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def trained_by(folder: Path, base: Path, kind: str = "lora") -> dict[str, Any]:
+def trained_by(
+    folder: Path, base: Path, kind: str = "lora", dtype: str = "float32"
+) -> dict[str, Any]:
     """A stage's record beside its adapter, and what its checkpoints say."""
     method = {"kind": kind, "r": 4, "alpha": 8.0}
-    inputs = {"parent": model_fingerprint(base), "dtype": "float32", "method": method}
+    inputs = {"parent": model_fingerprint(base), "dtype": dtype, "method": method}
     folder.mkdir(parents=True, exist_ok=True)
     record = {"identity": fingerprint(inputs), "inputs": inputs, "complete": True}
     write_sealed(folder / "stage.json", record | {"facts": {"dtype": "float32"}})
     return inputs
 
 
-def checkpoint(run: Path, base: Path, tensors: dict[str, Tensor], kind: str) -> Path:
-    """A checkpoint of the first stage, cut anyhow between three ranks."""
-    inputs = trained_by(run / "domain", base, kind)
+def checkpoint(
+    run: Path, base: Path, tensors: dict[str, Tensor], kind: str, dtype: str = "float32"
+) -> Path:
+    """A checkpoint of the first stage, cut anyhow between three ranks, trained in bfloat16."""
+    inputs = trained_by(run / "domain", base, kind, dtype)
     (run / "recipe.yaml").write_text(dump(load_recipe("tiny", [f"model.base={base}"])))
     folder = run / "domain" / "checkpoints"
     savers = [Saver(folder, rank=r, ranks=RANKS, attempt="a") for r in range(RANKS)]
@@ -93,7 +98,7 @@ def checkpoint(run: Path, base: Path, tensors: dict[str, Tensor], kind: str) -> 
             start, stop = total * rank // RANKS, total * (rank + 1) // RANKS
             part = tensor.detach().flatten()[start:stop].float()
             pieces.append(Piece(name, tuple(tensor.shape), start, stop, {"weight": part}))
-        saver.save(7, pieces, {"inputs": inputs})
+        saver.save(7, pieces, {"inputs": inputs, "dtype": "bfloat16"})
     for saver in savers:
         saver.wait()
     return folder / "step-000007"
@@ -239,13 +244,76 @@ def test_a_combined_adapter_goes_onto_the_form_of_its_origin(base: Path, tmp_pat
     assert equal(tmp_path / "found", state(tmp_path / "wanted"))
 
 
+def as_saved(adapter: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by the names that they have in a checkpoint."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {key.replace(".weight", ".default.weight"): tensors[key] for key in tensors}
+
+
 def test_an_adapters_checkpoint_becomes_a_model(base: Path, tmp_path: Path) -> None:
     one = adapter(base, tmp_path / "one")
-    tensors = {
-        key.replace(".weight", ".default.weight"): tensor
-        for key, tensor in load_file(one / "adapter_model.safetensors").items()
-    }
-    saved = checkpoint(tmp_path / "run", base, tensors, "lora")
+    saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
+    dtrain("merge", saved, tmp_path / "out")
+    assert equal(tmp_path / "out", by_peft(base, one))
+
+
+def test_a_checkpoint_of_dtype_auto_is_merged_in_what_it_was_trained_in(
+    base: Path, tmp_path: Path
+) -> None:
+    """A base packed in bfloat16, on a GPU, where this machine's `auto` is float32."""
+    one = adapter(base, tmp_path / "stage" / "adapter")
+    saved = checkpoint(tmp_path / "run", base, as_saved(one), "qlora", "auto")
+    dtrain("merge", saved, tmp_path / "out")
+    for dtype in ("bfloat16", "float32"):
+        inputs = trained_by(tmp_path / "stage", base, "qlora", dtype)
+        record = {"identity": fingerprint(inputs), "inputs": inputs, "facts": {"dtype": dtype}}
+        write_sealed(tmp_path / "stage" / "stage.json", record)
+        dtrain("merge", base, one, tmp_path / dtype)
+    assert equal(tmp_path / "out", state(tmp_path / "bfloat16"))
+    assert not equal(tmp_path / "out", state(tmp_path / "float32"))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_base_with_code_of_its_own_is_packed_if_the_runs_recipe_trusts_it(
+    base: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    one = adapter(base, run / "domain" / "adapter")
+    dtrain("merge", base, one, tmp_path / "known", "--qlora-base", "dequantised")
+    (base / "own.py").write_text(OWN_CODE)
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {"model_type": "own", "auto_map": names})
+    trained_by(run / "domain", base, "qlora")
+    for trusts in ("false", "true"):
+        recipe = load_recipe("tiny", [f"model.trust_remote_code={trusts}"])
+        (run / "recipe.yaml").write_text(dump(recipe))
+        if trusts == "false":
+            with pytest.raises(UserError, match="brings Python code of its own"):
+                dtrain("merge", base, one, tmp_path / "out")
+    dtrain("merge", base, one, tmp_path / "out")
+    assert equal(tmp_path / "out", state(tmp_path / "known"))
+
+
+def test_a_run_with_a_relative_base_is_read_from_any_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = adapter(base, tmp_path / "one")
+    saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
+    monkeypatch.chdir(base.parent)
+    recipe = resolved(load_recipe("tiny", ["model.base=base", "engine.kind=ddp"]))
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
+    monkeypatch.chdir("/")
     dtrain("merge", saved, tmp_path / "out")
     assert equal(tmp_path / "out", by_peft(base, one))
 

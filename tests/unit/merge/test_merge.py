@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
+from dtrain.core.files import FolderLock
 from dtrain.core.hashes import file_sha256
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.fingerprint import model_fingerprint
@@ -379,6 +382,57 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
     assert {p.name for p in out.iterdir()} == {p.name for p in (base.parent / "whole").iterdir()}
     assert not (base.parent / ".out.making").exists()
     assert do(base, adapter) == out  # it is there already, from the same
+
+
+def test_two_merges_to_one_folder(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends between this one's first look and its lock."""
+    acquire, others = FolderLock.acquire, []
+
+    def late(lock: FolderLock, *, wait: bool = False) -> bool:
+        if not others:
+            others.append(0)
+            others[0] = file_sha256(do(base, adapter) / "merge.json")
+        return acquire(lock, wait=wait)
+
+    monkeypatch.setattr(FolderLock, "acquire", late)
+    assert file_sha256(do(base, adapter) / "merge.json") == others[0]
+    others.clear()
+    edit_config(adapter, lora_alpha=99)
+    shutil.rmtree(base.parent / "out")
+
+    def late_with_another(lock: FolderLock, *, wait: bool = False) -> bool:
+        if not others:
+            others.append(0)
+            edit_config(adapter, lora_alpha=1)
+            do(base, adapter)
+        return acquire(lock, wait=wait)
+
+    monkeypatch.setattr(FolderLock, "acquire", late_with_another)
+    with pytest.raises(UserError, match="exists already"):
+        do(base, adapter)
+    assert not (base.parent / ".out.making").exists()
+
+
+def test_the_lock_of_a_folder_that_was_removed_is_none(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path / "work"), FolderLock(tmp_path / "work")
+    assert first.acquire()
+    flock, begun = fcntl.flock, []
+
+    def ends_first(file: Any, how: int) -> None:
+        if not begun:
+            begun.append(file)
+            shutil.rmtree(tmp_path / "work")
+            first.release()
+        flock(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcntl.flock", ends_first)
+        assert second.acquire()
+    assert (tmp_path / "work" / ".lock").is_file()
+    assert not FolderLock(tmp_path / "work").acquire()
+    second.release()
 
 
 def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(

@@ -50,6 +50,10 @@ class Convolutions(nn.Module):
         self.space = nn.Conv3d(4, 6, 2)
 
 
+def wide_convolution() -> nn.Module:
+    return nn.ModuleDict({"line": nn.Conv1d(8, 200, 3)})
+
+
 CONV = ["line", "plane", "point", "space"]
 SQUARES = ["c_attn", "c_fc", "c_proj"]
 CASES: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
@@ -239,9 +243,17 @@ def test_weights_are_factors_of_what_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "dare_ties"])
-def test_combined_as_peft_combines(how: str, tmp_path: Path) -> None:
-    model = made((llama, Lora(target_modules=["q_proj"])), torch.float32, tmp_path)
-    an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second", 2)
+@pytest.mark.parametrize(("make", "target"), [(llama, "q_proj"), (wide_convolution, "line")])
+def test_combined_as_peft_combines(
+    make: Callable[[], nn.Module],
+    target: str,
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream.row_blocks, "__defaults__", (1,))  # 64 rows at a time
+    model = made((make, Lora(target_modules=[target])), torch.float32, tmp_path)
+    an_adapter(model, Lora(target_modules=[target]), tmp_path / "second", 2)
     base, factors = tmp_path / "base", (0.7, -0.4)
     folders = [tmp_path / "adapter", tmp_path / "second"]
     shapes = check_places(base, folders, tmp_path / "out")

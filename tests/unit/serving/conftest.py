@@ -18,6 +18,7 @@ from dtrain.config.load import dump, load_recipe
 ROOT = Path(__file__).parents[3]
 QUICK = [
     "evaluation={}",
+    "model.dtype=auto",
     "stages.domain.train.steps=4",
     "stages.task.train.steps=3",
     "stages.domain.train.evaluate_every_steps=null",

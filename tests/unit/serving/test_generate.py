@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
+from dtrain.cli import app
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
 from dtrain.serving.generate import Answers, count_prompts, generate, read_prompts
@@ -98,6 +100,21 @@ def test_a_file_of_one_line_that_is_no_answer_is_left_alone(
     with pytest.raises(UserError, match="answers another prompt"):
         Answers.open(tmp_path / "mine.json", prompts, "tiny")
     assert (tmp_path / "mine.json").read_text() == text
+
+
+def test_answers_of_another_length_are_not_gone_on_with(prompts: Path, tmp_path: Path) -> None:
+    def dtrain(tokens: int) -> Result:
+        options = ["--in", str(prompts), "--out", str(tmp_path / "out.jsonl")]
+        options += ["--max-new-tokens", str(tokens)]
+        return CliRunner().invoke(app, ["generate", "dtrain:tiny-llama", *options])
+
+    assert dtrain(3).exit_code == 0
+    rows = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text("".join(rows[:2]), encoding="utf-8")
+    error = dtrain(5).exception
+    assert isinstance(error, UserError) and "was not answered by" in str(error)
+    assert dtrain(3).exit_code == 0
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "".join(rows)
 
 
 def test_two_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:

@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
+from dtrain.pipeline.run_folder import stage_folder
 from dtrain.serving.adapters import list_adapters, read_adapter, table
 from dtrain.serving.run import BASE, choices_of, open_run
 from dtrain.serving.vllm import max_rank, module, refusals, script
+from dtrain.worker import resolved
 
 Make = Callable[..., Path]
 Record = Callable[..., None]
@@ -119,6 +123,25 @@ def test_nf4_a_template_and_code_go_into_the_command(make_run: Callable[..., Pat
         assert "--trust-remote-code" in words and after(words, "--dtype") == ["bfloat16"]
     text = script(open_run(make_run("other", "stages.task.data.template=instruction")))
     assert "### Instruction:" in text and len(commands(text)) == 3
+
+
+def test_a_relative_template_is_found_from_any_folder(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stage is the same one wherever it was started from."""
+    run, stages = make_run(), []
+    for template in ("my chat.jinja", str(tmp_path / "my chat.jinja")):
+        monkeypatch.chdir(tmp_path)
+        recipe = resolved(load_recipe("tiny", [f"stages.task.data.template={template}"]))
+        (run / "recipe.yaml").write_text(dump(recipe))
+        monkeypatch.chdir("/")
+        _, _, task = commands(script(open_run(run)))
+        assert after(task, "--chat-template") == [str(tmp_path / "my chat.jinja")]
+        inputs: Any = SimpleNamespace(
+            stages={"task": SimpleNamespace(fingerprint="of the data")}, tokenizer_fingerprint="t"
+        )
+        stages.append(stage_folder(run, recipe, recipe.stages[1], inputs, "parent").identity)
+    assert stages[0] == stages[1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
 from dtrain.merge.stack import stack
@@ -50,6 +51,12 @@ def greedy(model: torch.nn.Module) -> list[int]:
 
 def state(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in weight_files(folder) for name, t in load_file(path).items()}
+
+
+def test_a_checkpoint_says_what_its_run_was_trained_in(run: Path) -> None:
+    assert open_run(run).recipe.model.dtype == "auto"
+    (step,) = (run / "domain" / "checkpoints").glob("step-*")
+    assert Checkpoint.open(step).state["dtype"] == "float32"
 
 
 def test_the_chain_ends_at_the_weights_of_pefts_own_two_merges(run: Path) -> None:
@@ -190,7 +197,7 @@ def test_generate_killed_goes_on_and_ends_as_undisturbed(
     choice = choices_of(str(run))["task"]
     speaker.switch(choice)
     for target, batch in ((killed, 5), (whole, 3)):
-        answers = Answers.open(target, prompts, f"{run} task {choice.mark}")
+        answers = Answers.open(target, prompts, f"{run} task {choice.mark}, up to 24 tokens")
         generate(speaker, prompts, answers, batch, 24)
     assert killed.read_bytes() == whole.read_bytes()
     answered = [json.loads(line) for line in whole.read_text().splitlines()]
