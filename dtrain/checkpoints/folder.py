@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.checkpoints.names import REMOVED_PREFIX, step_name, step_of, unfinished_step_of
+from dtrain.checkpoints.names import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.trust import Untrusted
 from dtrain.core.errors import UserError
@@ -95,7 +95,7 @@ def clean_leftovers(folder: Path) -> list[str]:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that half of one never looks complete."""
-    aside = path.with_name(f"{REMOVED_PREFIX}{step_name(step_of(path) or 0)}.{os.getpid()}")
+    aside = path.with_name(f"{REMOVED_PREFIX}{path.name.lstrip('.')}.{os.getpid()}")
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -95,10 +96,7 @@ def parse(path: Path) -> Manifest:
     if not text or head + _seal(head + b"}") != text:
         _refuse_format_1(text, path)
         raise UserError("the manifest was changed after it was written", where=str(path))
-    body = json.loads(head + b"}")
-    if body.get("format") != FORMAT:
-        _refuse_format(body.get("format"), path)
-    return _validated(body, path)
+    return _validated(head + b"}", path)
 
 
 def _refuse_format_1(text: bytes, path: Path) -> None:
@@ -120,7 +118,11 @@ def _refuse_format(found: object, path: Path) -> NoReturn:
     )
 
 
-def _validated(body: dict[str, Any], path: Path) -> Manifest:
+@lru_cache(maxsize=16)  # after each save the same few are looked at to see which may go
+def _validated(text: bytes, path: Path) -> Manifest:
+    body = json.loads(text)
+    if body.get("format") != FORMAT:
+        _refuse_format(body.get("format"), path)
     try:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:

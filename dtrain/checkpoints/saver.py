@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -23,15 +22,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.checkpoints.folder import remove
 from dtrain.checkpoints.manifest import File, Kind, Parameter, Record
 from dtrain.checkpoints.names import failed_name, record_name, shard_name, step_name, work_name
 from dtrain.checkpoints.pieces import Piece
 from dtrain.checkpoints.publish import publish, write_new
-from dtrain.checkpoints.shard import DTYPES, tensor_key, write_shard
+from dtrain.checkpoints.shard import DTYPES, HostShard, tensor_key
 from dtrain.core.errors import UserError
 
 PATIENCE_SECONDS = 600.0
 NICE = 5  # the training comes first, but must not wait for a save that never gets a core
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What this rank holds of one parameter."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    dtypes: dict[str, str]
+
+    def parameter(self, file: str) -> Parameter:
+        """As the manifest tells it."""
+        slices = [(self.start, self.stop, file)]
+        kinds = {kind: Kind(dtype=dtype, slices=slices) for kind, dtype in self.dtypes.items()}
+        return Parameter(shape=list(self.shape), kinds=kinds)
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,7 @@ class _Job:
     work: Path
     target: Path
     state: dict[str, Any]
-    parameters: dict[str, Parameter]
-    tensors: dict[str, Tensor]
+    held: dict[str, _Held]
 
 
 class Saver:
@@ -75,7 +90,7 @@ class Saver:
         self._published, self._patience = published, patience_seconds
         self.seconds = 0.0  # of the last save, from its call to the disk
         self._calls = 0
-        self._host: dict[str, Tensor] = {}
+        self._host = HostShard({})
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -97,9 +112,9 @@ class Saver:
         self._calls += 1  # before anything can fail: the folder's name must be one on all ranks
         self.wait()
         frozen = json.loads(json.dumps(state, allow_nan=False))
-        parameters, tensors = self._copy(pieces)
+        held = self._copy(pieces)
         work = self._folder / work_name(step, f"{self._attempt}x{self._calls}")
-        job = _Job(step, work, self._folder / step_name(step), frozen, parameters, tensors)
+        job = _Job(step, work, self._folder / step_name(step), frozen, held)
         # A daemon, so that a crash of the training does not wait for ranks that will never write.
         self._thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self._thread.start()
@@ -117,33 +132,24 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _copy(self, pieces: Iterable[Piece]) -> tuple[dict[str, Parameter], dict[str, Tensor]]:
-        parameters: dict[str, Parameter] = {}
-        tensors: dict[str, Tensor] = {}
+    def _copy(self, pieces: Iterable[Piece]) -> dict[str, _Held]:
+        """Copy all tensors into this rank's shard; tell what it holds."""
+        held: dict[str, _Held] = {}
+        taken: dict[str, Tensor] = {}
         for piece in pieces:
-            parameter = Parameter(shape=list(piece.shape), kinds={})
-            if parameters.setdefault(piece.name, parameter) is not parameter:
+            if piece.name in held:
                 raise ValueError(f"{piece.name}: two pieces on one rank")
-            for kind, tensor in piece.tensors.items():
-                if piece.start == piece.stop:
-                    continue
+            tensors = piece.tensors if piece.start < piece.stop else {}
+            dtypes = {kind: DTYPES[tensor.dtype] for kind, tensor in tensors.items()}
+            held[piece.name] = _Held(piece.shape, piece.start, piece.stop, dtypes)
+            for kind, tensor in tensors.items():
                 key = tensor_key(piece.name, kind, piece.start)
-                tensors[key] = self._to_host(key, tensor.detach())
-                parameter.kinds[kind] = Kind(
-                    dtype=DTYPES[tensor.dtype],
-                    slices=[(piece.start, piece.stop, shard_name(self._rank))],
-                )
+                taken[key] = self._host.take(key, tensor.detach())
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return parameters, tensors
-
-    def _to_host(self, key: str, tensor: Tensor) -> Tensor:
-        """Copy into a buffer that lives from save to save: a third of the time of a new one."""
-        buffer = self._host.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._host[key] = buffer
-        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        if not self._host.is_made_of(taken):
+            self._host = HostShard(taken, pinned=torch.cuda.is_initialized())
+        return held
 
     def _run(self, job: _Job) -> None:
         started = time.monotonic()
@@ -164,18 +170,20 @@ class Saver:
         """Write this rank's shard and, once it is on disk, its record."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         job.work.mkdir(exist_ok=True, mode=0o700)
-        files = {}
-        if job.tensors:
-            name = shard_name(self._rank)
-            size, digest = write_shard(job.work / name, job.tensors)
+        name, files = shard_name(self._rank), {}
+        if any(held.dtypes for held in job.held.values()):
+            size, digest = self._host.write(job.work / name)
             files[name] = File(bytes=size, sha256=digest)
-        record = Record(rank=self._rank, files=files, parameters=job.parameters)
+        parameters = {key: held.parameter(name) for key, held in job.held.items()}
+        record = Record(rank=self._rank, files=files, parameters=parameters)
         write_new(job.work / record_name(self._rank), record.model_dump_json())
 
     def _give_up(self, job: _Job) -> None:
         """Leave nothing half written, and tell rank 0, which would wait in vain."""
         if self._rank == 0:
-            shutil.rmtree(job.work, ignore_errors=True)
+            # Moved first: a rank that is still writing would put a file into what is being removed.
+            with suppress(OSError):
+                remove(job.work)
             return
         with suppress(OSError):
             (job.work / shard_name(self._rank)).unlink(missing_ok=True)
