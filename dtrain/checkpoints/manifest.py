@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dtrain.checkpoints.pieces import NEUTRAL_KINDS, elements
 from dtrain.checkpoints.trust import Untrusted
@@ -47,6 +47,9 @@ class Parameter(Part):
     kinds: dict[str, Kind]
 
 
+PARAMETERS = TypeAdapter(dict[str, Parameter])
+
+
 class File(Part):
     """One file beside the manifest."""
 
@@ -55,11 +58,11 @@ class File(Part):
 
 
 class Record(Part):
-    """What one rank wrote."""
+    """What one rank wrote; `held` is its parameters as JSON, the same text at every save."""
 
     rank: Natural
     files: dict[FileName, File]
-    parameters: dict[str, Parameter]
+    held: str
 
 
 class Manifest(Part):
@@ -138,11 +141,17 @@ def merge_records(records: Iterable[Record], step: int, state: dict[str, Any]) -
     Raises:
         RuntimeError: ranks disagree, or leave a hole or an overlap: a defect of the engine.
     """
-    files: dict[str, File] = {}
+    records = sorted(records, key=lambda record: record.rank)
+    files = {name: file for record in records for name, file in record.files.items()}
+    parameters = _merge(tuple(record.held for record in records))
+    return Manifest(step=step, state=state, files=files, parameters=parameters)
+
+
+@lru_cache(maxsize=1)  # from save to save nothing of it changes
+def _merge(held: tuple[str, ...]) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = {}
-    for record in records:
-        files.update(record.files)
-        for name, theirs in record.parameters.items():
+    for text in held:
+        for name, theirs in PARAMETERS.validate_json(text).items():
             ours = parameters.setdefault(name, Parameter(shape=theirs.shape, kinds={}))
             _join(name, ours, theirs)
     for parameter in parameters.values():
@@ -150,7 +159,7 @@ def merge_records(records: Iterable[Record], step: int, state: dict[str, Any]) -
             kind.slices.sort()
     if problems := cover_problems(parameters):
         raise RuntimeError("checkpoint pieces do not fit: " + "; ".join(problems[:5]))
-    return Manifest(step=step, state=state, files=files, parameters=parameters)
+    return parameters
 
 
 def _join(name: str, ours: Parameter, theirs: Parameter) -> None:

@@ -16,14 +16,15 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtrain.checkpoints.folder import remove
-from dtrain.checkpoints.manifest import File, Kind, Parameter, Record
+from dtrain.checkpoints.manifest import PARAMETERS, File, Kind, Parameter, Record
 from dtrain.checkpoints.names import failed_name, record_name, shard_name, step_name, work_name
 from dtrain.checkpoints.pieces import Piece
 from dtrain.checkpoints.publish import publish, write_new
@@ -34,20 +35,30 @@ PATIENCE_SECONDS = 600.0
 NICE = 5  # the training comes first, but must not wait for a save that never gets a core
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """What this rank holds of one parameter."""
 
+    name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    dtypes: dict[str, str]
+    kinds: tuple[tuple[str, str], ...]  # kind and dtype
 
-    def parameter(self, file: str) -> Parameter:
-        """As the manifest tells it."""
-        slices = [(self.start, self.stop, file)]
-        kinds = {kind: Kind(dtype=dtype, slices=slices) for kind, dtype in self.dtypes.items()}
-        return Parameter(shape=list(self.shape), kinds=kinds)
+
+@lru_cache(maxsize=1)  # from save to save nothing of it changes
+def _told(held: tuple[_Held, ...], file: str) -> str:
+    """What a rank holds, as its record tells it."""
+    parameters = {
+        one.name: Parameter(
+            shape=list(one.shape),
+            kinds={
+                kind: Kind(dtype=dtype, slices=[(one.start, one.stop, file)])
+                for kind, dtype in one.kinds
+            },
+        )
+        for one in held
+    }
+    return PARAMETERS.dump_json(parameters).decode()
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class _Job:
     work: Path
     target: Path
     state: dict[str, Any]
-    held: dict[str, _Held]
+    held: tuple[_Held, ...]
 
 
 class Saver:
@@ -132,7 +143,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _copy(self, pieces: Iterable[Piece]) -> dict[str, _Held]:
+    def _copy(self, pieces: Iterable[Piece]) -> tuple[_Held, ...]:
         """Copy all tensors into this rank's shard; tell what it holds."""
         held: dict[str, _Held] = {}
         taken: dict[str, Tensor] = {}
@@ -140,8 +151,8 @@ class Saver:
             if piece.name in held:
                 raise ValueError(f"{piece.name}: two pieces on one rank")
             tensors = piece.tensors if piece.start < piece.stop else {}
-            dtypes = {kind: DTYPES[tensor.dtype] for kind, tensor in tensors.items()}
-            held[piece.name] = _Held(piece.shape, piece.start, piece.stop, dtypes)
+            kinds = tuple((kind, DTYPES[tensor.dtype]) for kind, tensor in tensors.items())
+            held[piece.name] = _Held(piece.name, piece.shape, piece.start, piece.stop, kinds)
             for kind, tensor in tensors.items():
                 key = tensor_key(piece.name, kind, piece.start)
                 taken[key] = self._host.take(key, tensor.detach())
@@ -149,7 +160,7 @@ class Saver:
             torch.cuda.synchronize()
         if not self._host.is_made_of(taken):
             self._host = HostShard(taken, pinned=torch.cuda.is_initialized())
-        return held
+        return tuple(held.values())
 
     def _run(self, job: _Job) -> None:
         started = time.monotonic()
@@ -171,11 +182,10 @@ class Saver:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         job.work.mkdir(exist_ok=True, mode=0o700)
         name, files = shard_name(self._rank), {}
-        if any(held.dtypes for held in job.held.values()):
+        if any(held.kinds for held in job.held):
             size, digest = self._host.write(job.work / name)
             files[name] = File(bytes=size, sha256=digest)
-        parameters = {key: held.parameter(name) for key, held in job.held.items()}
-        record = Record(rank=self._rank, files=files, parameters=parameters)
+        record = Record(rank=self._rank, files=files, held=_told(job.held, name))
         write_new(job.work / record_name(self._rank), record.model_dump_json())
 
     def _give_up(self, job: _Job) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -90,8 +91,9 @@ class Engine(ABC):
         """Let go of the wrapper and what it holds."""
         self.model = None
 
+    @cached_property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of what trains."""
+        """Names and parameters of what trains; a walk over all modules, so it is made once."""
         return [(n, p) for n, p in self.bare.named_parameters() if p.requires_grad]
 
 
@@ -108,7 +110,7 @@ class TorchEngine(Engine):
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        parameters = [p for _, p in self.trainable()]
+        parameters = [p for _, p in self.trainable]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.train.clip_norm)
         value = float(_whole(norm))
         if isfinite(value):
@@ -119,7 +121,7 @@ class TorchEngine(Engine):
         return value
 
     def pieces(self) -> Iterator[Piece]:
-        for name, parameter in self.trainable():
+        for name, parameter in self.trainable:
             views = {"weight": parameter.data, **self.optimizer_tensors(parameter)}
             start, stop = self.flat_range(parameter)
             tensors = {kind: _local(view).reshape(-1) for kind, view in views.items()}
@@ -138,7 +140,7 @@ class TorchEngine(Engine):
 
     def set_updates(self, updates: int) -> None:
         self.updates = updates
-        for _, parameter in self.trainable():
+        for _, parameter in self.trainable:
             state = adam_state(self.optimizer, parameter)
             # torch counts in a tensor, bitsandbytes in a number
             state["step"] = (

@@ -79,7 +79,7 @@ class Zero(Engine):
 
     def marked(self) -> list[tuple[str, Any]]:
         """What trains, with the attributes that DeepSpeed puts on parameters."""
-        return list(self.trainable())
+        return list(self.trainable)
 
     def flat_masters(self) -> list[Tensor]:
         """The float32 tensors that DeepSpeed's inner optimizer updates."""
