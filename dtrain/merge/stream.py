@@ -26,32 +26,51 @@ from dtrain.models.weights import read_header
 # Blocks of rows as stored → the same blocks, new, any float; all of them, in order.
 Change = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 BLOCK_ELEMENTS = 1 << 19
+BEGUN_BYTES = 8 << 20
 ROWS = 64  # blocks are multiples of it: see merge/methods.py and merge/nf4.py
 
 
-class Hashed:
-    """A file whose bytes are hashed as they pass."""
+class Passage:
+    """Bytes on their way from one file to another, hashed on both sides: once while they agree."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest = file, hashlib.sha256()
+    def __init__(self, old: IO[bytes], new: IO[bytes]) -> None:
+        self._old, self._new = old, new
+        self._before = self._after = hashlib.sha256()
+        self._written = self._begun = 0
+
+    def part(self) -> None:
+        """What is written need not be what is read any more."""
+        if self._after is self._before:
+            self._after = self._before.copy()
 
     def read(self, size: int) -> bytearray:
         """Exactly `size` bytes."""
         block = bytearray(size)
-        read = self._file.readinto(block)  # type: ignore[attr-defined]
+        read = self._old.readinto(block)  # type: ignore[attr-defined]
         if read != size:
             raise EOFError
-        self._digest.update(block)
+        self._before.update(block)
         return block
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """All of `data`."""
-        self._digest.update(data)
-        self._file.write(data)
+        """All of `data`; the disk begins to take it at once, so that the fsync has little to do."""
+        self._new.write(data)
+        if self._after is not self._before:
+            self._after.update(data)
+        self._written += len(data)
+        if self._written - self._begun >= BEGUN_BYTES:
+            span = self._begun, self._written - self._begun
+            os.posix_fadvise(self._new.fileno(), *span, os.POSIX_FADV_DONTNEED)
+            self._begun = self._written
 
-    def sha256(self) -> str:
-        """Of all that passed, as hex."""
-        return self._digest.hexdigest()
+    def copy(self, size: int) -> None:
+        """Let `size` bytes pass as they are."""
+        for at in range(0, size, BLOCK_BYTES):
+            self.write(self.read(min(BLOCK_BYTES, size - at)))
+
+    def hashes(self) -> tuple[str, str]:
+        """SHA-256 of all that was read and of all that was written, as hex."""
+        return self._before.hexdigest(), self._after.hexdigest()
 
 
 def rewrite_file(
@@ -72,19 +91,20 @@ def rewrite_file(
     entries, head = read_header(source)
     try:
         with open(source, "rb") as old, open(target, "wb") as new:
-            reader, writer = Hashed(old), Hashed(new)
-            writer.write(reader.read(len(head)))
+            passage = Passage(old, new)
+            passage.copy(len(head))
             for name, entry in entries.items():
                 if name in changes:
-                    _change(reader, writer, name, entry, changes[name])
+                    _change(passage, name, entry, changes[name])
                 else:
-                    _copy(reader, writer, entry)
+                    start, stop = entry["data_offsets"]
+                    passage.copy(stop - start)
                 bar.advance()
             new.flush()
             os.fsync(new.fileno())
     except EOFError as error:
         raise UserError("changed while it was read", where=str(source)) from error
-    return reader.sha256(), writer.sha256()
+    return passage.hashes()
 
 
 def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -101,37 +121,23 @@ def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tup
         start = stop
 
 
-def _size(entry: dict[str, Any]) -> int:
-    start, stop = entry["data_offsets"]
-    return int(stop - start)
-
-
-def _copy(reader: Hashed, writer: Hashed, entry: dict[str, Any]) -> None:
-    left = _size(entry)
-    while left:
-        block = reader.read(min(left, BLOCK_BYTES))
-        writer.write(block)
-        left -= len(block)
-
-
-def _blocks(reader: Hashed, entry: dict[str, Any]) -> Iterator[Tensor]:
+def _blocks(passage: Passage, entry: dict[str, Any]) -> Iterator[Tensor]:
     dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
     width = prod(shape[1:]) * dtype.itemsize
     for start, stop in row_blocks(shape):
-        block = reader.read((stop - start) * width)
+        block = passage.read((stop - start) * width)
         yield torch.frombuffer(block, dtype=dtype).reshape(stop - start, *shape[1:])
 
 
-def _change(
-    reader: Hashed, writer: Hashed, name: str, entry: dict[str, Any], change: Change
-) -> None:
+def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) -> None:
     dtype, written = FLOATS[entry["dtype"]], 0
-    for block in change(_blocks(reader, entry)):
+    passage.part()
+    for block in change(_blocks(passage, entry)):
         value = block.to(dtype).contiguous()
         if not all_finite(value):
             raise UserError(
                 f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
             )
-        writer.write(value.view(-1).view(torch.uint8).numpy().data)
+        passage.write(value.view(-1).view(torch.uint8).numpy().data)
         written += value.numel()
     assert written == prod(entry["shape"]), name
