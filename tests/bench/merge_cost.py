@@ -1,10 +1,12 @@
 """What a merge costs: memory, bytes, and wall time against a copy of the same folder.
 
-    python tests/bench/merge_cost.py [--gigabytes 1 4] [--rounds 3] [--rank 16] [--peft 1]
+    python tests/bench/merge_cost.py [--gigabytes 1 4] [--rounds 3] [--rank 16] [--peft 1] [--cold]
 
 Random bfloat16 models, sharded; a LoRA adapter on every linear layer. Merges and copies
-(`cp`, then fsync of every file) take turns, and the ratio of each neighbouring pair is kept. PEFT's
-own way (load, merge_and_unload, save_pretrained) runs beside it where --peft names the size.
+(`cp`, then fsync of every file) take turns, and the ratio of each neighbouring pair is kept; with
+--cold the model is out of the page cache before each, as one that is larger than it. Bytes read
+are those beyond the imports and the adapter. PEFT's own way (load, merge_and_unload,
+save_pretrained) runs beside it where --peft names the size.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--peft", type=float, default=1.0)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     for gigabytes in arguments.gigabytes:
@@ -69,18 +72,22 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
     make_adapter(place / "adapter", gigabytes, arguments.rank)
     inputs = [str(place / "base"), str(place / "adapter")]
     command = [sys.executable, "-m", "dtrain", "merge", *inputs, str(place / "out")]
-    imports = watched([sys.executable, "-c", IMPORTS]).read
+    beside = watched([sys.executable, "-c", IMPORTS]).read
+    beside += (place / "adapter" / "adapter_model.safetensors").stat().st_size
     merges, copies = [], []
     for _ in range(arguments.rounds):
+        settle(place / "base", arguments.cold)
         copies.append(copy(place / "base", place / "copy"))
+        settle(place / "base", arguments.cold)
         merges.append(watched(command))
         shutil.rmtree(place / "out")
     ratios = [m.wall / c for m, c in zip(merges, copies, strict=True)]
     print(
         f"{size / 1e9:.2f} GB, {len(list((place / 'base').glob('*.safetensors')))} shards: "
         f"anonymous {max(m.anonymous for m in merges) / 1e6:.0f} MB, "
-        f"read {(merges[0].read - imports) / size:.3f}x, written {merges[0].written / size:.3f}x, "
-        f"wall {median(m.wall for m in merges):.1f} s ({median(m.cpu for m in merges):.1f} s CPU), "
+        f"read {(merges[0].read - beside) / size:.3f}x, written {merges[0].written / size:.3f}x, "
+        f"{'cold, ' * arguments.cold}wall {median(m.wall for m in merges):.1f} s "
+        f"({median(m.cpu for m in merges):.1f} s CPU), "
         f"cp + fsync {median(copies):.1f} s, ratio {median(ratios):.2f} "
         f"({', '.join(f'{r:.2f}' for r in ratios)})",
         flush=True,
@@ -92,6 +99,15 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
             f"wall {cost.wall:.1f} s ({cost.cpu:.1f} s CPU)",
             flush=True,
         )
+
+
+def settle(folder: Path, cold: bool) -> None:
+    """Let nothing be left to write; the folder's files out of the page cache, or all in it."""
+    os.sync()
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            advice = os.POSIX_FADV_DONTNEED if cold else os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(file.fileno(), 0, 0, advice)
 
 
 def copy(source: Path, target: Path) -> float:
