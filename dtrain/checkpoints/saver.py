@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from dtrain.checkpoints.folder import remove
+from dtrain.checkpoints.host import HostShard
 from dtrain.checkpoints.manifest import PARAMETERS, File, Kind, Parameter, Record
 from dtrain.checkpoints.names import failed_name, record_name, shard_name, step_name, work_name
 from dtrain.checkpoints.pieces import Piece
 from dtrain.checkpoints.publish import publish, write_new
-from dtrain.checkpoints.shard import DTYPES, HostShard, tensor_key
+from dtrain.checkpoints.shard import DTYPES, tensor_key
 from dtrain.core.errors import UserError
 
 PATIENCE_SECONDS = 600.0
