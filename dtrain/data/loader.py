@@ -91,6 +91,18 @@ class Loader:
         """Tokens in the global batch."""
         return int(self.mixture.tokens(self._real(step)).sum())
 
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources."""
+        return self.mixture.names
+
+    def target_sources(self, step: int, batch: MicroBatch) -> Int64s:
+        """Number of the source of each target [K] of a micro-batch of a step."""
+        places = np.array(batch.sequences) - step * self.global_batch
+        sources = self.mixture.sources_of(self.batch(step)[places])
+        ends = np.cumsum(batch.sequence_lengths)
+        return sources[ends.searchsorted(batch.predict.numpy(), side="right")]
+
     def tokens_by_source(self, step: int) -> dict[str, dict[str, int]]:
         """What each of several sources gives to the global batch; nothing to tell of one."""
         if len(self.mixture.sources) == 1:

@@ -87,7 +87,7 @@ class Mixture:
 
     def gather(self, numbers: Int64s) -> Pieces:
         """What the rows [n] with these global numbers are made of."""
-        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        which = self.sources_of(numbers)
         places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
         used = [(source, place) for source, place in enumerate(places) if place.size]
         used = used or [(0, places[0])]  # no rows: a rank's share of a short batch
@@ -105,17 +105,30 @@ class Mixture:
         """Tokens in each of these rows, [n]."""
         return self._look_up(numbers, "row_tokens")
 
+    @cached_property
+    def names(self) -> list[str]:
+        """What each source is called; one that is there twice gets a number."""
+        paths = [source.name for source in self.sources]
+        return [
+            f"{path} #{paths[:place].count(path) + 1}" if paths.count(path) > 1 else path
+            for place, path in enumerate(paths)
+        ]
+
+    def sources_of(self, numbers: Int64s) -> Int64s:
+        """Number of the source of each of these rows [n]."""
+        return np.searchsorted(self.first_rows, numbers, side="right") - 1
+
     def tokens_by_source(self, numbers: Int64s) -> dict[str, dict[str, int]]:
         """Of each source, its sequences, tokens and targets in these rows [n]."""
-        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        which = self.sources_of(numbers)
         tokens, targets = self.tokens(numbers), self.supervised_tokens(numbers)
         return {
-            source.name: {
+            name: {
                 "sequences": int((which == index).sum()),
                 "tokens": int(tokens[which == index].sum()),
                 "supervised_tokens": int(targets[which == index].sum()),
             }
-            for index, source in enumerate(self.sources)
+            for index, name in enumerate(self.names)
         }
 
     def verify(self) -> None:
@@ -161,7 +174,7 @@ class Mixture:
 
     def _look_up(self, numbers: Int64s, column: str) -> Int64s:
         out = np.empty(len(numbers), dtype=np.int64)
-        which = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        which = self.sources_of(numbers)
         for index, source in enumerate(self.sources):
             here = which == index
             out[here] = getattr(source.store, column)[numbers[here] - self.first_rows[index]]

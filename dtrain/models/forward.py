@@ -52,29 +52,40 @@ def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
     return _call(model, inner, micro_batch)[0, micro_batch.predict]
 
 
-def supervised_loss(model: nn.Module, micro_batch: Learnt) -> Tensor:
-    """Cross entropy of all targets of a micro-batch, summed, in float32.
+def supervised_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the targets of a micro-batch, in float32.
 
     Args:
         model: wrapped by an engine or not.
         micro_batch: as for `supervised_logits`, and its targets [K].
+
+    Returns:
+        Their sum, and the loss of each [K], which has no gradient.
     """
     inner, targets = _transformers_model(model), micro_batch.targets
     head = LearningHead.of(inner)
     if head is None:
-        return loss_sum(supervised_logits(model, micro_batch), targets)
+        losses = token_losses(supervised_logits(model, micro_batch), targets)
+        return losses.sum(), losses.detach()[: len(targets)]
     with head.learning(targets):
-        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict).squeeze()
+        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)
+    assert head.losses is not None
+    return output.squeeze(), head.losses
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of logits [K, V] and targets [K], summed, in float32.
+def supervised_loss(model: nn.Module, micro_batch: Learnt) -> Tensor:
+    """The sum of `supervised_losses`."""
+    return supervised_losses(model, micro_batch)[0]
 
-    With K = 0 it is a zero that still reaches the parameters, as engines wait for gradients.
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy [K] of logits [K, V] and targets [K], in float32.
+
+    With K = 0 it is one zero that still reaches the parameters, as engines wait for gradients.
     """
     if len(targets) == 0:
-        return logits.float().sum()
-    return cross_entropy(logits.float(), targets, reduction="sum")
+        return logits.float().sum().view(1)
+    return cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Tensor) -> Tensor:

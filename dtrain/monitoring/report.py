@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from dtrain.core.files import write_atomic
 from dtrain.core.imports import Late
 from dtrain.core.units import count, duration, size
+from dtrain.monitoring.by_source import source_rows
 from dtrain.monitoring.record import Record, read_record
 from dtrain.monitoring.summary import summary
 from dtrain.monitoring.words import REPORT, loss_text, short, tone
@@ -109,6 +110,7 @@ def _stage_view(record: Record, name: str) -> dict[str, Any]:
         "name": name,
         "facts": _facts(record.artefacts.get(name, {}), lines),
         "picture": plots.curves(lines),
+        "sources": source_rows(lines),
         "skipped": [line for line in lines if "skipped" in line][:20],
     }
 

@@ -168,12 +168,23 @@ def record(job: Job, result: StepResult, bar: Meter) -> None:
         "peak_memory_bytes": peak_memory_bytes(job.engine.world.device),
     }
     if sources := job.loader.tokens_by_source(number):
-        line["sources"] = sources
+        line["sources"] = with_losses(sources, result.source_losses)
     if not result.finite:
         line |= non_finite_line(job, number)
     result.seconds["other"] = time.perf_counter() - started
     write(job, line | {"seconds": {k: round(v, 4) for k, v in result.seconds.items()}})
     bar.advance(note=f"loss {result.loss:.4f}  {line['tokens_per_second']:.0f} tokens/s")
+
+
+def with_losses(
+    sources: dict[str, dict[str, int]], sums: list[float]
+) -> dict[str, dict[str, float]]:
+    """The counts of each source, and the loss of those that gave something to learn."""
+    return {
+        name: counts
+        | ({"loss": total / targets} if (targets := counts["supervised_tokens"]) else {})
+        for (name, counts), total in zip(sources.items(), sums, strict=True)
+    }
 
 
 def non_finite_line(job: Job, step: int) -> dict[str, Any]:

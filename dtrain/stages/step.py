@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from dtrain.data.loader import Loader, MicroBatch
@@ -18,7 +19,7 @@ from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_loss
+from dtrain.models.forward import supervised_losses
 
 
 @dataclass
@@ -29,6 +30,7 @@ class StepResult:
         loss: mean over the supervised tokens of the global batch, before the update.
         grad_norm: global, before clipping.
         stop_votes: ranks that ask to stop.
+        source_losses: summed over the supervised tokens of each of several sources.
         seconds: of this rank, by what they were spent on.
     """
 
@@ -38,6 +40,7 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     stop_votes: int
+    source_losses: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -65,20 +68,24 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     loaded = time.perf_counter()
     scale = world.size / max(1, supervised)  # engines average over ranks
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    losses: list[torch.Tensor] = []
     engine.model.train()
     for number, batch in enumerate(batches):
         job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
         set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
         last = number == len(batches) - 1
         engine.before_forward(last=last)
-        loss = poisoned(forward_loss(engine, batch))
+        loss, each = forward_losses(engine, batch)
+        loss = poisoned(loss)
         engine.backward(loss * scale, last=last)
         total += loss.detach().double()
+        losses.append(each)
     loss_here = total.item()
+    here_by_source = losses_by_source(loader, step, batches, losses)
     computed = time.perf_counter()
     job.watch.mark(f"step {step + 1}, update")
     norm = engine.step(rate)
-    loss_total, votes = world.sum([loss_here, float(wants_stop)])
+    loss_total, votes, *by_source = world.sum([loss_here, float(wants_stop), *here_by_source])
     return StepResult(
         loss=loss_total / max(1, supervised),
         grad_norm=norm,
@@ -86,6 +93,7 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
         tokens=loader.tokens(step),
         supervised_tokens=supervised,
         stop_votes=int(votes),
+        source_losses=by_source,
         seconds={
             "data": loaded - started,
             "compute": computed - loaded,
@@ -94,11 +102,33 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     )
 
 
+def losses_by_source(
+    loader: Loader, step: int, batches: list[MicroBatch], losses: list[torch.Tensor]
+) -> list[float]:
+    """This rank's sum of the losses of each source; nothing where there is one source.
+
+    Args:
+        losses: of each target [K], a tensor for each micro-batch.
+    """
+    names = loader.source_names
+    if len(names) == 1:
+        return []
+    which = np.concatenate([loader.target_sources(step, batch) for batch in batches])
+    each = torch.cat(losses).double().cpu().numpy()
+    found: list[float] = np.bincount(which, each, minlength=len(names)).tolist()
+    return found
+
+
 def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
     """Summed cross-entropy of a micro-batch, float32."""
+    return forward_losses(engine, batch)[0]
+
+
+def forward_losses(engine: Engine, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a micro-batch, summed, and of each target [K], which has no gradient."""
     batch = on_device(batch, engine.world.device)
     with engine.autocast():
-        return supervised_loss(engine.model, batch)
+        return supervised_losses(engine.model, batch)
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:

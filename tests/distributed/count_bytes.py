@@ -19,7 +19,7 @@ from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
-from dtrain.models.forward import loss_sum, supervised_logits
+from dtrain.models.forward import supervised_loss
 from dtrain.models.load import load_base
 from dtrain.models.resolve import base_folder
 from dtrain.samples.make import ensure
@@ -63,9 +63,7 @@ def main() -> None:
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice
-        engine.backward(
-            loss_sum(supervised_logits(engine.model, batch()), batch().targets), last=last
-        )
+        engine.backward(supervised_loss(engine.model, batch()), last=last)
     mesh = build_mesh(2, world)
     groups = {
         name: dist.get_process_group_ranks(mesh.get_group(name)) for name in mesh.mesh_dim_names

@@ -26,6 +26,7 @@ class LearningHead:
     def __init__(self, model: nn.Module, head: nn.Linear) -> None:
         self._head = head
         self._targets: Tensor | None = None
+        self.losses: Tensor | None = None  # of each target [K], of the last call; no gradient
         head.forward = self._forward  # type: ignore[assignment]
         setattr(model, _PLACE, self)
 
@@ -48,23 +49,29 @@ class LearningHead:
         weight, bias = self._head.weight, self._head.bias
         if self._targets is None:
             return linear(hidden, weight, bias)
-        return head_loss(hidden.flatten(0, -2), weight, bias, self._targets).view(1, 1, 1)
+        loss, self.losses = head_loss(hidden.flatten(0, -2), weight, bias, self._targets)
+        return loss.view(1, 1, 1)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Cross entropy of `hidden @ weight.T + bias` and targets, summed, float32.
+def head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of `hidden @ weight.T + bias` and targets, float32.
 
     Args:
         hidden: [K, h].
         weight: [V, h].
         bias: [V].
         targets: int64 [K].
+
+    Returns:
+        Their sum, and the loss of each [K], which has no gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _HeadLoss.apply(hidden, weight, bias, targets)
-    return loss
+        loss, losses = _HeadLoss.apply(hidden, weight, bias, targets)
+    return loss, losses
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -73,28 +80,29 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wants = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)
         gradients = [
             torch.zeros_like(t) if want and t is not None else None
             for want, t in zip(wants, (hidden, weight, bias), strict=True)
         ]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         rows = max(1, min(CHUNK_BYTES // (4 * weight.shape[0]), len(targets)))
         room = hidden.new_empty(rows, weight.shape[0])  # fresh memory for each chunk costs as much
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = room[: len(targets[part])]
             torch.mm(hidden[part], matrix.t(), out=logits)
-            loss += _chunk(logits, hidden, matrix, bias, targets, part, gradients)
+            _chunk(logits, losses[part], hidden, matrix, bias, targets, part, gradients)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wants = wants
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         known = iter(ctx.saved_tensors)
         scaled = (next(known) * gradient if want else None for want in ctx.wants)
         return *scaled, None
@@ -102,14 +110,15 @@ class _HeadLoss(torch.autograd.Function):
 
 def _chunk(
     logits: Tensor,
+    losses: Tensor,
     hidden: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     part: slice,
     gradients: list[Tensor | None],
-) -> Tensor:
-    """The loss of a chunk's logits [c, V], which it spends; its part of the gradients is added."""
+) -> None:
+    """Losses [c] of a chunk's logits [c, V], which it spends; adds its part of the gradients."""
     logits = logits.float()
     if bias is not None:
         logits += bias
@@ -118,12 +127,11 @@ def _chunk(
     greatest = logits.amax(1, keepdim=True)
     logits.sub_(greatest).exp_()
     total = logits.sum(1, keepdim=True)
-    loss = (total.log() + greatest - wanted).sum()
+    torch.sub(total.log() + greatest, wanted, out=losses.unsqueeze(1))
     if any(g is not None for g in gradients):
         dlogits = logits.div_(total)
         dlogits.scatter_add_(1, places, torch.full_like(wanted, -1.0))
         _add_gradients(dlogits.to(hidden.dtype), hidden[part], matrix, part, gradients)
-    return loss
 
 
 def _add_gradients(

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dtrain.config import schema
-from dtrain.models.forward import loss_sum, supervised_logits
+from dtrain.models.forward import supervised_logits, token_losses
 from dtrain.models.load import load_base
 
 LENGTHS = [5, 1, 17, 9]
@@ -80,7 +80,7 @@ def each(logits: Tensor, row: Row) -> list[Tensor]:
     """The loss of each document of a row."""
     counts = [n - 1 for n in row.document_lengths]
     parts = zip(logits.split(counts), row.targets.split(counts), strict=True)
-    return [loss_sum(x, targets) for x, targets in parts]
+    return [token_losses(x, targets).sum() for x, targets in parts]
 
 
 def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +150,7 @@ def test_no_supervised_token_gives_a_zero_with_a_graph(tmp_path: Path) -> None:
     model = load(saved(CONFIGS["llama"], tmp_path)).requires_grad_(True)
     logits = supervised_logits(model, pack([documents()[1]]))
     assert logits.shape == (0, 64)
-    loss = loss_sum(logits, torch.zeros(0, dtype=torch.int64))
+    loss = token_losses(logits, torch.zeros(0, dtype=torch.int64)).sum()
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -160,5 +160,5 @@ def test_loss_of_half_precision_logits_is_computed_in_float32() -> None:
     logits = torch.randn(300, 64, dtype=torch.bfloat16)
     targets = torch.randint(0, 64, (300,))
     exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
-    assert loss_sum(logits, targets).dtype == torch.float32
-    assert loss_sum(logits, targets).item() == pytest.approx(exact.item(), rel=1e-6)
+    assert token_losses(logits, targets).dtype == torch.float32
+    assert token_losses(logits, targets).sum().item() == pytest.approx(exact.item(), rel=1e-6)

@@ -23,7 +23,7 @@ from dtrain.config import schema
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_logits, supervised_loss
+from dtrain.models.forward import supervised_logits, supervised_loss, supervised_losses
 from dtrain.models.kernels import head
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base
@@ -209,3 +209,15 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
     supervised_loss(model, MicroBatch(token, token, none, none, [1], [0], [1])).backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("method", ["no dropout", "full"])
+def test_the_loss_of_each_target_is_known_too(method: str, tmp_path: Path, monkeypatch) -> None:
+    folder = saved(CONFIGS["llama-biased"], tmp_path)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 3)  # three tokens at once
+    fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "plain"))
+    (total, losses), (_, wanted) = (supervised_losses(m, batch()) for m in (fast, plain))
+    assert losses.shape == wanted.shape == batch().targets.shape
+    assert torch.allclose(losses, wanted, atol=1e-5)
+    assert total.item() == pytest.approx(losses.sum().item())
+    assert not losses.requires_grad and not wanted.requires_grad

@@ -1,0 +1,38 @@
+"""The training loss of each source of a mixture, the same under every engine and on any ranks."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+REPLAY = "{path: 'dtrain:tiny-text/domain-heldout.jsonl', format: text, share: 0.25}"
+SHORT = [
+    f"stages.domain.data.replay={REPLAY}",
+    "stages.domain.train.steps=3",
+    "stages.domain.train.checkpoint_every_steps=null",
+    "stages.task.train.steps=1",
+    "stages.task.train.evaluate_every_steps=null",
+    "stages.task.train.evaluate_on=null",
+    "stages.task.train.checkpoint_every_steps=null",
+]
+
+
+def test_losses_of_sources(run_tiny):
+    alone = run_tiny("engine.kind=ddp", *SHORT, ranks=1, folder="alone").records("domain")
+    own, old = alone[0]["sources"]
+    for line in (line for line in alone if "loss" in line):
+        both = line["sources"]
+        assert (both[own]["sequences"], both[old]["sequences"]) == (3, 1)
+        total = sum(source["loss"] * source["supervised_tokens"] for source in both.values())
+        assert total / line["supervised_tokens"] == pytest.approx(line["loss"], rel=1e-6)
+        assert abs(both[own]["loss"] - both[old]["loss"]) > 1e-4
+    for engine, kernels in (("fsdp2", "plain"), ("zero3", "auto")):
+        run = run_tiny(f"engine.kind={engine}", f"model.kernels={kernels}", *SHORT, folder=engine)
+        for line, first in zip(run.records("domain"), alone, strict=True):
+            for name, source in line.get("sources", {}).items():
+                wanted = first["sources"][name]
+                assert source["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
+                assert source["tokens"] == wanted["tokens"]
+        assert "training loss, first tenth" in (run.folder / "report.html").read_text()
+        shutil.rmtree(run.folder)
