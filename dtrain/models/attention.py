@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dtrain.models.kernels.causal import causal_attention, is_faster
+from dtrain.models.kernels.causal import causal_attention, fits
 
 NAME = "documents"
 
@@ -118,8 +118,11 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    # split, not slices: a slice's gradient is a zero tensor as large as the row, one a document.
     lengths, window = attention_mask.lengths, attention_mask.window
+    if window is None and dropout == 0.0 and fits(query, key, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return causal_attention(query, key, value, lengths, scale), None
+    # split, not slices: a slice's gradient is a zero tensor as large as the row, one a document.
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
         _one_document(q, k, v, dropout, scaling, window) for q, k, v in zip(*parts, strict=True)
@@ -137,9 +140,6 @@ def _one_document(
 ) -> Tensor:
     """[1, H, n, D], [1, K, n, D] twice → [1, n, H, D]."""
     tokens = query.shape[2]
-    if window is None and dropout == 0.0 and is_faster(query):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return causal_attention(query, key, value, scale).transpose(1, 2)
     mask = None
     if window is not None and tokens > window:
         square = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)

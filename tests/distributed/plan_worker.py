@@ -28,7 +28,7 @@ from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.kernels import causal
+from dtrain.models.kernels import native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
@@ -152,6 +152,7 @@ def built(recipe, stage, world):
         model, fill = load_base(base, recipe.model, **settings), lambda block: None
     model = attach(model, stage.method, seed=0, device=world.device)
     put_in(model, recipe.model)
+    native.switch(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)
     return build_engine(model, recipe, stage, world, fill), counts
 
@@ -207,7 +208,6 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
 
 def main() -> None:
     """One process group for all recipes; their overrides are parted by `+`."""
-    causal.FASTER = range(0)  # a CPU's own attention, which keeps less; the plan is for GPUs
     received: Counter[str] = Counter()
     world = start_world("cpu")
     counted(received)

@@ -1,104 +1,92 @@
 """Causal attention on a CPU, some queries at a time against the keys that they may see.
 
 torch's flash attention for CPUs takes keys 512 at a time and masks what lies ahead: a document
-shorter than that costs its whole square. Here it costs half, and backward makes the weights anew.
+shorter than that costs its whole square. Here it costs half, all documents of a row at once, and
+backward makes the weights anew.
 
-Letters: H query heads, K key/value heads, G = H / K, n tokens, D head size, b queries of a block.
+Letters: H query heads, K key/value heads, T tokens of a row, n of a document, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64
-FASTER = range(192, 769)  # tokens; measured against flash attention, both directions together
+from dtrain.models.kernels import native
 
 
-def is_faster(query: Tensor) -> bool:
-    """Whether `causal_attention` is the better way for queries [1, H, n, D]."""
-    fits = query.device.type == "cpu" and query.dtype == torch.float32
-    return fits and query.shape[2] in FASTER and not torch.is_autocast_enabled("cpu")
+def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` can compute a row [1, H, T, D] of documents."""
+    return query.shape[0] == 1 and native.fits(query, key, value)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale q kᵀ) v, each token seeing itself and those before it.
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """softmax(scale q kᵀ) v inside each document, each token seeing itself and those before it.
 
     Args:
-        query: [1, H, n, D].
-        key, value: [1, K, n, D]; H is a multiple of K.
+        query: [1, H, T, D].
+        key, value: [1, K, T, D]; H is a multiple of K.
+        lengths: n of each document; T in all.
 
     Returns:
-        [1, H, n, D].
+        [1, T, H, D].
     """
-    result: Tensor = _Causal.apply(query, key, value, scale)
+    result: Tensor = _Causal.apply(query, key, value, lengths, scale)
     return result
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        grouped, keys, values = _grouped(query * scale, key), key[0], value[0]
-        out = query.new_empty(query.shape[2], *grouped.shape[:2], value.shape[3])  # [n, K, G, D]
-        for start, stop in _blocks(query):
-            weights = _weights(_flat(grouped, start, stop), keys, start, stop)
-            block = torch.bmm(weights, values[:, :stop])
-            out[start:stop] = block.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3)
-        return out.flatten(1, 2).transpose(0, 1).unsqueeze(0)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        given = [_dense(tensor) for tensor in (query, key, value)]
+        _, heads, tokens, _ = query.shape
+        result = query.new_empty(1, tokens, heads, value.shape[3])
+        logsums = query.new_empty(heads, tokens)
+        native.call("attention", _places(given), result, logsums, *_sizes(given, lengths), scale)
+        ctx.save_for_backward(*given, result, logsums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value = ctx.saved_tensors
-        grouped, keys, values = _grouped(query * ctx.scale, key), key[0], value[0]
-        outer = _grouped(gradient, key)
-        dq, dk, dv = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
-        for start, stop in _blocks(query):
-            queries, dout = _flat(grouped, start, stop), _flat(outer, start, stop)
-            weights = _weights(queries, keys, start, stop)
-            dv[:, :stop].baddbmm_(weights.transpose(1, 2), dout)
-            dweights = torch.bmm(dout, values[:, :stop].transpose(1, 2))
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dq[:, :, start:stop] = torch.bmm(dscores, keys[:, :stop]).unflatten(
-                1, (-1, stop - start)
-            )
-            dk[:, :stop].baddbmm_(dscores.transpose(1, 2), queries)
-        return dq.mul_(ctx.scale).view(query.shape), dk[None], dv[None], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *given, out, logsums = ctx.saved_tensors
+        query, *shared = given
+        # keys and values meet several heads, whose gradients add up
+        found = [_by_tokens(query, torch.empty), *(_by_tokens(t, torch.zeros) for t in shared)]
+        native.call(
+            "attention_backward", _places(given), gradient.contiguous(), out, logsums,
+            _places(found), *_sizes(given, ctx.lengths), ctx.scale,
+        )  # fmt: skip
+        return *(tensor.transpose(1, 2) for tensor in found), None, None
 
 
-def _blocks(query: Tensor) -> Iterator[tuple[int, int]]:
-    """Where blocks of queries start and stop."""
-    tokens = query.shape[2]
-    for start in range(0, tokens, BLOCK):
-        yield start, min(start + BLOCK, tokens)
+def _by_tokens(tensor: Tensor, make: Callable[..., Tensor]) -> Tensor:
+    """A new [1, T, H, D] for a [1, H, T, D]."""
+    return make(1, tensor.shape[2], tensor.shape[1], tensor.shape[3])
 
 
-def _grouped(heads: Tensor, key: Tensor) -> Tensor:
-    """[1, H, n, D] as [K, G, n, D]."""
-    return heads[0].unflatten(0, (key.shape[1], -1)).contiguous()
+def _dense(tensor: Tensor) -> Tensor:
+    """With a dense last dimension, as the loops read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _flat(grouped: Tensor, start: int, stop: int) -> Tensor:
-    """A block of [K, G, n, D] as [K, G b, D]."""
-    return grouped[:, :, start:stop].flatten(1, 2)
+def _places(tensors: list[Tensor]) -> Tensor:
+    """Where tensors lie, as an array of pointers."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
 
 
-def _weights(queries: Tensor, keys: Tensor, start: int, stop: int) -> Tensor:
-    """What queries [K, G b, D], scaled, take of each key they may see: [K, G b, stop]."""
-    scores = torch.bmm(queries, keys[:, :stop].transpose(1, 2))
-    width = stop - start
-    scores.unflatten(1, (-1, width))[..., start:].add_(_ahead()[:width, :width])
-    return torch.softmax(scores, -1)
-
-
-@cache
-def _ahead() -> Tensor:
-    """Minus infinity above the diagonal [BLOCK, BLOCK]."""
-    return torch.full((BLOCK, BLOCK), float("-inf")).triu(1)
+def _sizes(given: list[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor | int, ...]:
+    query, key, value = given
+    strides = torch.tensor([t.stride(axis) for t in given for axis in (2, 1)])
+    _, heads, tokens, size = query.shape
+    each = torch.tensor(lengths)
+    return strides, each, len(lengths), tokens, heads, key.shape[1], size, value.shape[3]

@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from dtrain.config import schema
+from dtrain.models.kernels import native
 from dtrain.models.kernels.head import LearningHead
 from dtrain.models.kernels.layers import SharedInput, is_fast
 from dtrain.models.kernels.norm import norm_forward
@@ -41,12 +42,14 @@ def put_in(model: nn.Module, settings: schema.Model) -> str:
     """
     if settings.kernels == "plain":
         return "plain, as the recipe says"
+    why = native.switch(on=True)
     found = use_kernels(model)
     if not found:
         return "plain: nothing in this model computes as Llama does"
     without = [kind for kind in KINDS if kind not in found]
     told = ", ".join(f"{count} {kind}" for kind, count in found.items())
-    return told + (f"; plain: {', '.join(without)}" if without else "")
+    told += f"; plain: {', '.join(without)}" if without else ""
+    return told + (f"; loops by torch: {why}" if why else "")
 
 
 def use_kernels(model: nn.Module) -> dict[str, int]:

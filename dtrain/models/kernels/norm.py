@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dtrain.models.kernels import native
 from dtrain.models.kernels.recompute import made_by
 
 
@@ -20,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Args:
         x: [..., h]; the mean is taken in float32, the result has x's dtype.
     """
-    rstd = _reciprocal(x, epsilon)
-    result: Tensor = _RmsNorm.apply(x, weight, rstd)
+    result: Tensor
+    result, rstd = _RmsNorm.apply(x, weight, epsilon)
     if result.requires_grad and not weight.requires_grad:
         made_by(result, _normalised, x, rstd, weight)
     return result
@@ -34,11 +35,16 @@ def norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, weight, epsilon)
 
 
-def _reciprocal(x: Tensor, epsilon: float) -> Tensor:
-    """1 / root mean square [..., 1] in float32."""
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / root mean square [..., 1] in float32."""
+    if native.fits_flat(x, weight):
+        result, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        width = x.shape[-1]
+        native.call("rms_norm", x, weight, result, rstd, rstd.numel(), width, epsilon)
+        return result, rstd
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return _normalised(x, rstd, weight), rstd
 
 
 def _normalised(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
@@ -51,13 +57,16 @@ class _RmsNorm(torch.autograd.Function):
     """y = w x r with r = 1 / rms(x); dx = r (w dy) - x r³ mean(x w dy)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        result, rstd = _normed(x, weight, epsilon)
         ctx.save_for_backward(x, weight, rstd)
-        return _normalised(x, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        return result, rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
         wide = x.float()
         dw = None
@@ -65,6 +74,12 @@ class _RmsNorm(torch.autograd.Function):
             dw = (gradient * (wide * rstd)).flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, dw, None
+        if native.fits_flat(gradient, x, weight):
+            dx = torch.empty_like(x)
+            native.call(
+                "rms_norm_backward", gradient, x, weight, rstd, dx, rstd.numel(), x.shape[-1]
+            )
+            return dx, dw, None
         scaled = (gradient * weight).float()
         mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).div_(x.shape[-1])
         factor = mean.mul_(rstd).mul_(rstd).mul_(rstd)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtrain.models.kernels import native
+
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
@@ -27,16 +29,28 @@ def rotary(
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """The halves (a, b) of x as (a cos - sign b sin, b cos + sign a sin)."""
+    result = torch.empty_like(x)
+    if _fits(x, cos, sin):
+        _, heads, tokens, size = x.shape
+        strides = [(t.stride(2), t.stride(1)) for t in (x, result)]
+        native.call(
+            "rotary", x, *strides[0], cos, sin, result, *strides[1], tokens, heads, size, sign
+        )
+        return result
     a, b = x.chunk(2, dim=-1)
     cos_a, cos_b = cos.chunk(2, dim=-1)
     sin_a, sin_b = sin.chunk(2, dim=-1)
     if sign < 0:  # the transposed rotation: each half takes the sine that the other had
         sin_a, sin_b = sin_b, sin_a
-    result = torch.empty_like(x)
     first, second = result.chunk(2, dim=-1)
     torch.mul(a, cos_a, out=first).addcmul_(b, sin_a, value=-sign)
     torch.mul(b, cos_b, out=second).addcmul_(a, sin_b, value=sign)
     return result
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    one_row = x.shape[0] == 1 and cos.shape == sin.shape == (1, 1, *x.shape[2:])
+    return one_row and native.fits(x) and x.stride(-1) == 1 and native.fits_flat(cos, sin)
 
 
 class _Rotary(torch.autograd.Function):

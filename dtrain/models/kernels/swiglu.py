@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from dtrain.models.kernels import native
 from dtrain.models.kernels.recompute import made_by
 
 
@@ -28,7 +29,11 @@ def mlp_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    return silu(gate).mul_(up)
+    if not native.fits_flat(gate, up):
+        return silu(gate).mul_(up)
+    result = torch.empty_like(gate)
+    native.call("swiglu", gate, up, result, gate.numel())
+    return result
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -41,5 +46,9 @@ class _SwiGlu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if native.fits_flat(gradient, gate, up):
+            both = torch.empty_like(gate), torch.empty_like(up)
+            native.call("swiglu_backward", gradient, gate, up, *both, gate.numel())
+            return both
         dgate = torch.ops.aten.silu_backward(gradient * up, gate)
         return dgate, silu(gate).mul_(gradient)

@@ -24,7 +24,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.forward import supervised_logits, supervised_loss, supervised_losses
-from dtrain.models.kernels import head
+from dtrain.models.kernels import head, native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base
 
@@ -111,6 +111,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Four tokens a chunk of the loss, so that there are several and a rest."""
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 4 * 64)
     yield
+
+
+@pytest.fixture(autouse=True, params=["loops", "torch"])
+def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything holds with the compiled loops and where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_find", lambda: (None, ""))
+    yield
+    native.switch(on=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
