@@ -17,12 +17,18 @@ class Claims:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    def take(self, number: int, *, wait: bool = False) -> bool:
-        """Claim a number; without `wait`, return False at once if another process holds it."""
+    def take(self, number: int, *, wait: bool = False, shared: bool = False) -> bool:
+        """Claim a number; without `wait`, return False at once if another process holds it.
+
+        Args:
+            shared: with all others who claim it so.
+        """
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._file, kind | (0 if wait else fcntl.LOCK_NB), 1, number)
         except OSError as error:
             if wait or error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
@@ -33,6 +39,13 @@ class Claims:
         """Give a claim back."""
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
+    def is_there(self) -> bool:
+        """Whether the file is still what others find at its path."""
+        there = os.fstat(self._file)
+        return self._path.exists() and os.path.samestat(there, self._path.stat())
+
     def close(self) -> None:
         """Give all claims back."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

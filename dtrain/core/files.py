@@ -124,28 +124,18 @@ class FolderLock:
 
     def acquire(self, *, wait: bool = False) -> bool:
         """Take the lock; without `wait`, return False at once if another process holds it."""
-        while self._file is None:
-            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # who held it has just removed the folder
-                file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - until release()
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    file.close()
-                    return False
-                if self._is_there(file):
-                    self._file = file
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-        return True
-
-    def _is_there(self, file: IO[str]) -> bool:
-        """Whether this is the folder's lock still, not that of a folder that was removed."""
-        there = self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
-        if not there:
+        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             file.close()
-        return there
+            return False
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+        return True
 
     def keep_after_exec(self) -> None:
         """Let the program that this process becomes hold the lock until it ends."""

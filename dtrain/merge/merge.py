@@ -242,24 +242,33 @@ def _write(
         return
     _check_room(files, out, work)
     try:
-        done = _rewrite(files, work, changes, processes, f"merging into {out.name}")
-        prints = {
-            "base": combine([record["before"] for record in done.values()], base),
-            "result": combine([record["after"] for record in done.values()], base),
-        }
-        _check_base(base, prints["base"], known)
-        hashes = {name: record["after"] for name, record in done.items()}
-        for path in _beside(base):
-            shutil.copyfile(path, work.target / path.name)  # only content: may be read-only
-            hashes[path.name] = file_sha256(work.target / path.name)
-        manifest = about | {"plan": fingerprint(plan)} | prints
-        write_json(work.target / MANIFEST, manifest | {"files": dict(sorted(hashes.items()))})
-        work.publish({MANIFEST, *hashes})
+        _rewrite(files, work, changes, processes, f"merging into {out.name}")
+        if work.is_mine_to_publish():
+            _publish(files, base, work, about | {"plan": fingerprint(plan)}, known)
     except UserError:
         work.discard()
         raise
     finally:
         work.leave()
+
+
+def _publish(
+    files: Sequence[Path], base: Path, work: Work, about: dict[str, Any], known: Sequence[str]
+) -> None:
+    """Let OUT appear, with all that lies beside the weights and the manifest."""
+    done = {path.name: work.result(path.name) for path in files}
+    prints = {
+        "base": combine([record["before"] for record in done.values()], base),
+        "result": combine([record["after"] for record in done.values()], base),
+    }
+    _check_base(base, prints["base"], known)
+    hashes = {name: record["after"] for name, record in done.items()}
+    for path in _beside(base):
+        shutil.copyfile(path, work.target / path.name)  # only content: may be read-only
+        hashes[path.name] = file_sha256(work.target / path.name)
+    files_of_it = {"files": dict(sorted(hashes.items()))}
+    write_json(work.target / MANIFEST, about | prints | files_of_it)
+    work.publish({MANIFEST, *hashes})
 
 
 def _plan(files: Sequence[Path], base: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -289,25 +298,27 @@ def _is_made(out: Path, plan: str, work: Work) -> bool:
 
 def _rewrite(
     files: Sequence[Path], work: Work, changes: Mapping[str, Change], processes: int, title: str
-) -> dict[str, dict[str, Any]]:
-    """Every shard's hashes before and after, the finished ones' from their records."""
-    done = {path.name: record for path in files if (record := work.done(path.name))}
-    left = [path for path in files if path.name not in done]
-    with progress(title, sum(len(read_header(path)[0]) for path in left)) as bar:
+) -> None:
+    """Every shard, beside other processes that do the same; all are done when this returns."""
+    with progress(title, sum(len(read_header(path)[0]) for path in files)) as bar:
 
-        def one(path: Path) -> None:
-            before, after = rewrite_file(path, work.target / path.name, changes, bar)
-            record = {"before": before, "after": after}
-            work.finish(path.name, record)
-            done[path.name] = record
+        def one(number: int, wait: bool = False) -> None:
+            path = files[number]
+            if not work.take(number, wait=wait):
+                return
+            if not work.is_done(path.name):
+                before, after = rewrite_file(path, work.target / path.name, changes, bar)
+                work.finish(path.name, {"before": before, "after": after})
+            work.give_back(number)
 
         pool = ThreadPoolExecutor(processes)
         try:
-            for future in [pool.submit(one, path) for path in left]:
+            for future in [pool.submit(one, number) for number in range(len(files))]:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return {path.name: done[path.name] for path in files}
+        for number in range(len(files)):  # those of others: their end, or what they were killed at
+            one(number, wait=True)
 
 
 def _check_room(files: Sequence[Path], out: Path, work: Work) -> None:

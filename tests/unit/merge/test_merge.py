@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from dtrain.config import schema
+from dtrain.core.claims import Claims
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock
 from dtrain.core.hashes import file_sha256
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.fingerprint import model_fingerprint
@@ -384,55 +382,27 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
     assert do(base, adapter) == out  # it is there already, from the same
 
 
-def test_two_merges_to_one_folder(
-    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("alike", [True, False])
+def test_another_merge_ends_between_the_look_and_the_lock(
+    alike: bool, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one ends between this one's first look and its lock."""
-    acquire, others = FolderLock.acquire, []
+    take, out = Claims.take, base.parent / "out"
+    edit_config(adapter, lora_alpha=12)
 
-    def late(lock: FolderLock, *, wait: bool = False) -> bool:
-        if not others:
-            others.append(0)
-            others[0] = file_sha256(do(base, adapter) / "merge.json")
-        return acquire(lock, wait=wait)
-
-    monkeypatch.setattr(FolderLock, "acquire", late)
-    assert file_sha256(do(base, adapter) / "merge.json") == others[0]
-    others.clear()
-    edit_config(adapter, lora_alpha=99)
-    shutil.rmtree(base.parent / "out")
-
-    def late_with_another(lock: FolderLock, *, wait: bool = False) -> bool:
-        if not others:
-            others.append(0)
-            edit_config(adapter, lora_alpha=1)
-            do(base, adapter)
-        return acquire(lock, wait=wait)
-
-    monkeypatch.setattr(FolderLock, "acquire", late_with_another)
-    with pytest.raises(UserError, match="exists already"):
+    def late(claims: Claims, number: int, **how: bool) -> bool:
+        monkeypatch.setattr(Claims, "take", take)
+        edit_config(adapter, lora_alpha=12 if alike else 99)
         do(base, adapter)
-    assert not (base.parent / ".out.making").exists()
+        edit_config(adapter, lora_alpha=12)
+        return take(claims, number, **how)
 
-
-def test_the_lock_of_a_folder_that_was_removed_is_none(tmp_path: Path) -> None:
-    first, second = FolderLock(tmp_path / "work"), FolderLock(tmp_path / "work")
-    assert first.acquire()
-    flock, begun = fcntl.flock, []
-
-    def ends_first(file: Any, how: int) -> None:
-        if not begun:
-            begun.append(file)
-            shutil.rmtree(tmp_path / "work")
-            first.release()
-        flock(file, how)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fcntl.flock", ends_first)
-        assert second.acquire()
-    assert (tmp_path / "work" / ".lock").is_file()
-    assert not FolderLock(tmp_path / "work").acquire()
-    second.release()
+    monkeypatch.setattr(Claims, "take", late)
+    if alike:
+        do(base, adapter)
+    else:
+        with pytest.raises(UserError, match="exists already"):
+            do(base, adapter)
+    assert (out / "merge.json").is_file() and not (base.parent / ".out.making").exists()
 
 
 def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
