@@ -8,7 +8,7 @@ from dtrain.checkpoints.pieces import NEUTRAL_KINDS, Piece
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
-from dtrain.checkpoints.trust import Untrusted
+from dtrain.core.trust import Untrusted
 
 __all__ = [
     "CHANGEABLE",

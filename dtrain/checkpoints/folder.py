@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dtrain.checkpoints.names import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.checkpoints.trust import Untrusted
 from dtrain.core.errors import UserError
+from dtrain.core.trust import Untrusted
 
 LOSS = "held_out_loss"
 

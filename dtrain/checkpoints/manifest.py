@@ -15,9 +15,9 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dtrain.checkpoints.pieces import NEUTRAL_KINDS, elements
-from dtrain.checkpoints.trust import Untrusted
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.trust import Untrusted
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -16,10 +16,10 @@ from dtrain.checkpoints.manifest import MANIFEST, Kind, Manifest, parse
 from dtrain.checkpoints.names import step_of
 from dtrain.checkpoints.pieces import NEUTRAL_KINDS, Piece, is_finite
 from dtrain.checkpoints.shard import ShardReader, tensor_key
-from dtrain.checkpoints.trust import Untrusted, own_file, own_folder
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
 from dtrain.core.log import progress
+from dtrain.core.trust import Untrusted, own_file, own_folder
 
 SHOWN = 8  # keys of each sort in a message
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoints.identity import require_same
-from dtrain.checkpoints.trust import own_folder
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, read_json, read_sealed, write_sealed
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.log import warn
+from dtrain.core.trust import own_folder
 from dtrain.launching.commands import LOCKED_BY_LAUNCHER
 from dtrain.merge.merge import MANIFEST as MERGE_MANIFEST
 from dtrain.merge.origin import RECORD

@@ -18,10 +18,10 @@ from dtrain.checkpoints.pieces import share_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
-from dtrain.checkpoints.trust import own_folder
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.log import say
+from dtrain.core.trust import own_folder
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dtrain.core.errors import UserError
 from dtrain.core.folders import cache_folder
 from dtrain.core.hashes import fingerprint
+from dtrain.core.trust import own_file, own_folder
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -73,11 +75,15 @@ def _find() -> tuple[CDLL | None, str]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, "no C++ compiler"
-    path = cache_folder() / "loops" / f"{_identity(compiler)}.so"
+    path = cache_folder() / f"loops-{os.getuid()}" / f"{_identity(compiler)}.so"
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(path.parent)  # a cache may be shared, what runs from it may not
         if not path.exists():
             _build(compiler, path)
-        return _load(path), ""
+        return _load(own_file(path)), ""
+    except UserError as error:
+        return None, str(error)
     except (OSError, subprocess.SubprocessError):
         return None, f"{compiler} cannot build them"
 
@@ -93,7 +99,6 @@ def _identity(compiler: str) -> str:
 
 def _build(compiler: str, path: Path) -> None:
     """Written beside its place and moved there: ranks may build at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     libraries = Path(torch.__file__).parent / "lib"
     wide = (WIDE,) if platform.machine() == "x86_64" else ()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -10,7 +10,7 @@ from dtrain.core.errors import UserError
 
 
 class Untrusted(UserError):
-    """A checkpoint that must not be used, nor passed over in silence: a person has to look."""
+    """What must not be used, nor passed over in silence: a person has to look."""
 
 
 def own_folder(path: Path) -> Path:
