@@ -16,6 +16,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dtrain.models.kernels import native
+
 LANES = 4  # 16-bit numbers in one drawn int64: a quarter of the draws
 LEVELS = 1 << 16
 
@@ -76,11 +78,15 @@ class KeyedDropout(nn.Module):
         """Fill kept [n, h] for one sequence."""
         name = f"{self.key.seed} {self.key.step} {sequence} {self.layer}"
         number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+        least = self.threshold - LEVELS // 2
+        if kept.is_cpu and native.fits():  # the same numbers, drawn faster
+            native.call("keep", kept, kept.numel(), number >> 1 & 0xFFFFFFFF, least)
+            return
         generator = torch.Generator(kept.device).manual_seed(number >> 1)
         words = torch.empty(-(-kept.numel() // LANES), dtype=torch.int64, device=kept.device)
         words.random_(-(2**63), None, generator=generator)
         lanes = words.view(torch.int16)[: kept.numel()].view(kept.shape)
-        torch.ge(lanes, self.threshold - LEVELS // 2, out=kept)
+        torch.ge(lanes, least, out=kept)
 
     def extra_repr(self) -> str:
         """As torch's Dropout, plus the key."""

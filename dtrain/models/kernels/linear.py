@@ -19,6 +19,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dtrain.models.kernels import native
 from dtrain.models.kernels.recompute import parts_of
 
 
@@ -151,7 +152,22 @@ def _ranks(adapters: Sequence[Adapter]) -> list[int]:
 
 def _dropped(x: Tensor, adapter: Adapter, mask: Tensor) -> Tensor:
     """What dropout leaves of [T, h]; its own gradient too."""
-    return (x * adapter.kept_scale).mul_(mask.flatten(0, -2))
+    if not _is_plain(x, mask):
+        return (x * adapter.kept_scale).mul_(mask.flatten(0, -2))
+    result = torch.empty_like(x)
+    native.call("drop", x, mask, result, x.numel(), adapter.kept_scale)
+    return result
+
+
+def _add_dropped(to: Tensor, x: Tensor, adapter: Adapter, mask: Tensor) -> None:
+    if _is_plain(x, mask) and native.fits_flat(to):
+        native.call("add_dropped", x, mask, to, x.numel(), adapter.kept_scale)
+    else:
+        to.add_(_dropped(x, adapter, mask))
+
+
+def _is_plain(x: Tensor, mask: Tensor) -> bool:
+    return native.fits_flat(x) and mask.is_contiguous() and mask.dtype == torch.bool
 
 
 def _through_weights(gradients: Sequence[Tensor], layers: Layers) -> Tensor:
@@ -208,5 +224,5 @@ def _a_with_dropout(
     for gradient, adapter, mask in zip(inner, adapters, masks, strict=True):
         found.append(gradient.t() @ _dropped(x, adapter, mask))
         if dx is not None:
-            dx.add_(_dropped(gradient @ adapter.a.to(x.dtype), adapter, mask))
+            _add_dropped(dx, gradient @ adapter.a.to(x.dtype), adapter, mask)
     return found

@@ -190,9 +190,69 @@ std::vector<int64_t> starts_of(const int64_t *lengths, int64_t documents) {
     return starts;
 }
 
+// MT19937 (Matsumoto and Nishimura, 1998), seeded and read as torch's generator for CPUs does.
+struct Twister {
+    static constexpr int N = 624, M = 397;
+    uint32_t state[N], numbers[N];
+
+    explicit Twister(uint32_t seed) {
+        state[0] = seed;
+        for (int i = 1; i < N; i++)
+            state[i] = 1812433253u * (state[i - 1] ^ (state[i - 1] >> 30)) + i;
+    }
+
+    static uint32_t twisted(uint32_t far, uint32_t own, uint32_t next) {
+        const uint32_t y = (own & 0x80000000u) | (next & 0x7fffffffu);
+        return far ^ (y >> 1) ^ ((next & 1u) * 0x9908b0dfu);
+    }
+
+    void next() {
+#pragma omp simd
+        for (int i = 0; i < N - M; i++)
+            state[i] = twisted(state[i + M], state[i], state[i + 1]);
+#pragma omp simd safelen(128)
+        for (int i = N - M; i < N - 1; i++)
+            state[i] = twisted(state[i + M - N], state[i], state[i + 1]);
+        state[N - 1] = twisted(state[M - 1], state[N - 1], state[0]);
+#pragma omp simd
+        for (int i = 0; i < N; i++) {
+            uint32_t y = state[i];
+            y ^= y >> 11;
+            y ^= (y << 7) & 0x9d2c5680u;
+            y ^= (y << 15) & 0xefc60000u;
+            numbers[i ^ 1] = y ^ (y >> 18);  // the first of two is the upper half of 64 bits
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
+
+// Which of n elements stay: those whose 16 bits of `random_` are at least `least`.
+void keep(bool *kept, int64_t n, int64_t seed, int64_t least) {
+    Twister twister(static_cast<uint32_t>(seed));
+    const int16_t bound = static_cast<int16_t>(least);
+    for (int64_t done = 0; done < n; done += 2 * Twister::N) {
+        int16_t lanes[2 * Twister::N];
+        twister.next();
+        std::memcpy(lanes, twister.numbers, sizeof(lanes));
+        const int64_t left = n - done, here = left < 2 * Twister::N ? left : 2 * Twister::N;
+#pragma omp simd
+        for (int64_t i = 0; i < here; i++) kept[done + i] = lanes[i] >= bound;
+    }
+}
+
+// What dropout leaves of x.
+void drop(const float *x, const bool *kept, float *out, int64_t n, float factor) {
+#pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * static_cast<float>(kept[i]);
+}
+
+void add_dropped(const float *x, const bool *kept, float *out, int64_t n, float factor) {
+#pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) out[i] += x[i] * factor * static_cast<float>(kept[i]);
+}
 
 // silu(gate) up
 void swiglu(const float *gate, const float *up, float *out, int64_t n) {

@@ -29,6 +29,7 @@ SECONDS = 120  # a build that takes longer hangs
 
 # Arguments by letters: p a pointer, n an integer, f a float.
 SIGNATURES = {
+    "keep": "pnnn", "drop": "pppnf", "add_dropped": "pppnf",
     "swiglu": "pppn", "swiglu_backward": "pppppn",
     "rms_norm": "ppppnnf", "rms_norm_backward": "pppppnn",
     "rotary": "pnnpppnnnnnf", "cross_entropy": "pppnn",

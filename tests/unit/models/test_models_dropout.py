@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dtrain.config import schema
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key
+from dtrain.models.kernels import native
 
 LENGTHS = {7: 12, 8: 20}  # tokens of each sequence
 
@@ -127,3 +128,13 @@ def test_every_adapter_has_a_keyed_dropout() -> None:
     keyed = [m for m in model.modules() if isinstance(m, KeyedDropout)]
     assert len(keyed) == 2 * 7 and len({m.layer for m in keyed}) == 14
     assert not any(type(m) is nn.Dropout for m in model.modules())
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1249], [700]])
+def test_compiled_loops_draw_the_same_masks(lengths: list[int]) -> None:
+    tokens, found = sum(lengths), []
+    for on in (True, False):
+        assert not native.switch(on=on), "this machine has no compiler"
+        key = DropoutKey(7, 11, list(range(len(lengths))), lengths)
+        found.append(KeyedDropout(0.05, "layer", key).kept(torch.empty(1, tokens, 3)))
+    assert torch.equal(*found)
