@@ -1,7 +1,7 @@
 """What a training step costs against TRL's SFTTrainer, in alternating runs of one process each.
 
     python tests/bench/step_speed.py DATA [--method lora|full|qlora] [--kind sft|cpt]
-        [--tokens 1024] [--pairs 5] [--steps 3] [--peers packed padded]
+        [--tokens 1024] [--dropout 0] [--pairs 5] [--steps 3] [--peers packed padded]
 
 DATA is a file of instructions (sft) or of plain text (cpt). Each run trains SmolLM2-135M in float32
 on two threads; its first step warms up. "bound" is the time in which this machine's matrix products
@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--method", choices=["lora", "full", "qlora"], default="lora")
     parser.add_argument("--kind", choices=["sft", "cpt"], default="sft")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=["packed"], choices=list(RUNNERS)[1:])

@@ -86,7 +86,7 @@ def recipe(job: Found) -> str:
     """A recipe of one stage."""
     method = {"kind": job["method"]}
     if job["method"] != "full":
-        method |= {"r": 16, "dropout": 0.0}
+        method |= {"r": 16, "dropout": job["dropout"]}
     source = {"path": job["data"], "format": "alpaca" if job["kind"] == "sft" else "text"}
     stage = {
         "name": "stage", "kind": job["kind"], "method": method,

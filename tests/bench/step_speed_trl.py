@@ -75,7 +75,13 @@ def main(job: Found) -> None:
         disable_tqdm=True,
     )
     marks = Marks()
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=job["dropout"],
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     trainer = Counting(
         model=model(base, job["method"]),
         args=arguments,
