@@ -72,7 +72,8 @@ class Loader:
     def batch(self, step: int) -> Int64s:
         """Row numbers [global_batch] of a step; NO_ROW fills a short last one."""
         if steps := self._order.wanted(step):
-            self._rows = self._batches(step, steps)
+            self._rows = self._batches(step, min(steps, max(1, self.steps - step)))
+            self._order.stop = step + len(self._rows)
         return self._rows[step - self._order.first]
 
     def _batches(self, step: int, steps: int) -> Int64s:
@@ -130,7 +131,9 @@ class Loader:
         most = min(ROWS_AHEAD // share, ORDER_AHEAD // self.global_batch)
         plan = self._plans.get((rank, share)) or _Plan(max(1, most))
         if steps := plan.ahead.wanted(step):
-            rows = self._batches(step, min(steps, max(1, self.steps - step)))
+            self.batch(step)  # the order is worked out as far as the plan may go
+            stop = plan.ahead.stop = min(step + steps, self._order.stop)
+            rows = self._rows[step - self._order.first : stop - self._order.first]
             plan.fill(self.mixture, list(rows[:, rank * share : (rank + 1) * share]))
         self._plans = {(rank, share): plan}
         return plan
@@ -159,7 +162,8 @@ class Ahead:
 class _Plan:
     """Where the tokens of a rank's rows lie, some steps ahead.
 
-    Lists, for they are read one by one. Tokens are counted from the first row of the plan on.
+    What is asked for row by row is held in lists. Tokens are counted from the first row of the
+    plan on, and so are targets.
     """
 
     def __init__(self, most_steps: int) -> None:
@@ -170,16 +174,18 @@ class _Plan:
         real = [rows[rows != NO_ROW] for rows in steps]
         pieces = mixture.gather(np.concatenate(real))
         rows = np.arange(sum(len(part) for part in real) + 1)
-        sizes = np.array([view.size for view in pieces.views], dtype=np.int64)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.views = pieces.views
+        self.sizes = pieces.sizes
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.counts = pieces.run_stops - pieces.run_starts
+        before = np.concatenate([[0], np.cumsum(self.counts)])
+        # What to add to a target's number for the place that predicts it.
+        self.shifts = self.starts[pieces.run_pieces] + pieces.run_starts - 1 - before[:-1]
         first_pieces = pieces.rows.searchsorted(rows)
-        shift = starts[pieces.run_pieces]
+        runs = pieces.run_pieces.searchsorted(first_pieces)
         self.first_rows = np.cumsum([0, *(len(part) for part in real)]).tolist()
-        self.views, self.sizes = pieces.views, sizes.tolist()
-        self.pieces, self.tokens = first_pieces.tolist(), starts[first_pieces].tolist()
-        self.runs = pieces.run_pieces.searchsorted(first_pieces).tolist()
-        self.run_starts = (shift + pieces.run_starts).tolist()
-        self.run_stops = (shift + pieces.run_stops).tolist()
+        self.pieces, self.runs = first_pieces.tolist(), runs.tolist()
+        self.tokens, self.targets = self.starts[first_pieces].tolist(), before[runs].tolist()
 
     def micro_batch(self, step: int, start: int, stop: int, place: int) -> MicroBatch:
         """The rank's rows `start` … `stop` - 1 in a step, the first at `place` of the stream."""
@@ -187,31 +193,24 @@ class _Plan:
         first, last = min(low + start, high), min(low + stop, high)
         if first == last:
             return _nothing(place)
-        base, end = self.tokens[first], self.tokens[last]
-        numbers = _numbers(end - base)
-        pieces = slice(self.pieces[first], self.pieces[last])
-        runs = slice(self.runs[first], self.runs[last])
-        edges = [
-            (begin - base, stop - base)
-            for begin, stop in zip(self.run_starts[runs], self.run_stops[runs], strict=True)
-        ]
-        lengths = self.sizes[pieces]
+        base, pieces = self.tokens[first], slice(self.pieces[first], self.pieces[last])
+        before, runs = self.targets[first], slice(self.runs[first], self.runs[last])
+        numbers = _numbers(self.tokens[last] - base)
         ids = np.concatenate(self.views[pieces], dtype=np.int64)
-        predict = _concatenated([numbers[begin - 1 : stop - 1] for begin, stop in edges])
-        targets = _concatenated([ids[begin:stop] for begin, stop in edges])
+        sizes = self.sizes[pieces]
+        positions = np.repeat(self.starts[pieces] - base, sizes)
+        np.subtract(numbers[: ids.size], positions, out=positions)
+        predict = np.repeat(self.shifts[runs] + (before - base), self.counts[runs])
+        predict += numbers[: predict.size]
         return MicroBatch(
             torch.from_numpy(ids)[None],
-            torch.from_numpy(_concatenated([numbers[:length] for length in lengths]))[None],
+            torch.from_numpy(positions)[None],
             torch.from_numpy(predict),
-            torch.from_numpy(targets),
-            lengths,
+            torch.from_numpy(ids[1:].take(predict)),
+            sizes.tolist(),
             list(range(place, place + last - first)),
             [self.tokens[row + 1] - self.tokens[row] for row in range(first, last)],
         )
-
-
-def _concatenated(arrays: list[Int64s]) -> Int64s:
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
 
 
 @lru_cache(maxsize=1)

@@ -20,12 +20,14 @@ class Pieces:
 
     Attributes:
         views: tokens of each piece, int32, as views of the mapped files.
+        sizes: [P], of these.
         rows: [P], which of the rows (0, 1, …) a piece belongs to; never falls.
         run_pieces: [R], piece of each run of supervised tokens; never falls.
         run_starts, run_stops: [R], places in that piece; a run never starts at 0.
     """
 
     views: list[Int32s]
+    sizes: Int64s
     rows: Int64s
     run_pieces: Int64s
     run_starts: Int64s
@@ -52,6 +54,7 @@ def joined(parts: list[Pieces], places: list[Int64s]) -> Pieces:
     views = [view for part in parts for view in part.views]
     return Pieces(
         [views[place] for place in order.tolist()],
+        np.concatenate([part.sizes for part in parts])[order],
         rows[order],
         pieces[by_piece],
         np.concatenate([part.run_starts for part in parts])[by_piece],

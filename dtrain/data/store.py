@@ -127,7 +127,7 @@ class Store:
     def row(self, number: int) -> RowData:
         """Read one row, 0 … rows - 1."""
         pieces = self.gather(np.array([number]))
-        lengths = np.array([view.size for view in pieces.views], dtype=np.int32)
+        lengths = pieces.sizes.astype(np.int32)
         supervised = np.zeros(int(lengths.sum()), dtype=bool)
         first = (np.cumsum(lengths) - lengths)[pieces.run_pieces] + pieces.run_starts
         supervised[spread(first, pieces.run_stops - pieces.run_starts)] = True
@@ -148,12 +148,12 @@ class Store:
             columns, inside = self._inside(int(shards[here[0]]), pieces["document"][here])
             begins = columns.token_offsets[inside] + pieces["start"][here]
             ends = begins + pieces["tokens"][here]
-            for place, begin, end in zip(
-                here.tolist(), begins.tolist(), ends.tolist(), strict=True
-            ):
-                views[place] = columns.tokens[begin:end]
+            tokens, places = columns.tokens, (here.tolist(), begins.tolist(), ends.tolist())
+            for place, begin, end in zip(*places, strict=True):
+                views[place] = tokens[begin:end]
             runs.append(_runs(columns, inside, here))
-        return Pieces(views, rows, *_clipped(np.concatenate(runs), pieces))
+        sizes = pieces["tokens"].astype(np.int64)
+        return Pieces(views, sizes, rows, *_clipped(np.concatenate(runs), pieces))
 
     def _shards_of(self, documents: Int64s) -> Int64s:
         found: Int64s = self.shards["first_document"].searchsorted(documents, side="right") - 1

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +27,7 @@ from dtrain.data.prepare import prepare
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 
-BATCH, ROWS, ROW_TOKENS, ROUNDS = 8, 1024, 2048, 7
+BATCH, ROWS, ROW_TOKENS, ROUNDS, EPOCHS = 8, 1024, 2048, 7, 8
 KINDS = ("input_ids", "position_ids", "predict", "targets")
 STREAMING = """
 import json, sys, time
@@ -77,14 +78,14 @@ def prepared(folder: Path, sentences: int) -> Loader:
     tokenizer = load_tokenizer(ensure("tiny-llama"))
     mixture = prepare(data, "cpt", tokenizer, "bench", folder / f"cache{sentences}")
     rows = mixture.rows_per_epoch // BATCH * BATCH
-    return Loader(mixture, seed=0, global_batch=BATCH, total_rows=rows)
+    return Loader(mixture, seed=0, global_batch=BATCH, total_rows=EPOCHS * rows)
 
 
 class Raw:
     """The same tensors from memory maps that hold nothing else, row by row in the same order."""
 
     def __init__(self, folder: Path, loader: Loader) -> None:
-        whole = list(batches(loader))
+        whole = list(islice(batches(loader), loader.steps // EPOCHS))
         widths = {kind: max(b[kind].numel() for b in whole) for kind in KINDS}
         for kind in KINDS:
             rows = [np.resize(b[kind].numpy().reshape(-1), widths[kind]) for b in whole]
@@ -92,12 +93,13 @@ class Raw:
             np.save(folder / f"raw-{kind}.npy", np.asarray(kept, dtype=np.int32))
         load = np.load
         self.maps = {k: np.asarray(load(folder / f"raw-{k}.npy", mmap_mode="r")) for k in KINDS}
-        self.order = np.random.default_rng(0).permutation(len(self.maps["input_ids"]))
+        shuffle = np.random.default_rng(0).permutation
+        self.order = np.concatenate([shuffle(len(whole) * BATCH) for _ in range(EPOCHS)])
 
     def least(self) -> int:
         """The least a loader must do: the tokens, and the targets one further."""
         tokens, rows = 0, self.maps["input_ids"]
-        for start in range(0, len(rows), BATCH):
+        for start in range(0, len(self.order), BATCH):
             batch = rows[self.order[start : start + BATCH]].astype(np.int64).reshape(-1)
             ids, targets = torch.from_numpy(batch)[None], torch.from_numpy(batch[1:].copy())
             tokens += ids.numel() + 0 * targets.numel()
@@ -110,7 +112,8 @@ class Raw:
             rows = self.order[start : start + BATCH]
             made = {"input_ids": self.maps["input_ids"][rows].astype(np.int64).reshape(-1)}
             for kind in KINDS[1:]:
-                made[kind] = self.maps[kind][start // BATCH].astype(np.int64)
+                batch = self.maps[kind][start // BATCH % len(self.maps[kind])]
+                made[kind] = batch.astype(np.int64)
             given = [torch.from_numpy(made[kind]) for kind in KINDS]
             tokens += given[0][None].numel() + 0 * given[1][None].numel()
         return tokens
@@ -118,7 +121,8 @@ class Raw:
 
 def usual(loader: Loader) -> Callable[[], int]:
     """`datasets` and a collator; the one row that is not full is filled up."""
-    ids = torch.cat([batch["input_ids"].view(-1) for batch in batches(loader)])
+    epoch = islice(batches(loader), loader.steps // EPOCHS)
+    ids = torch.cat([batch["input_ids"].view(-1) for batch in epoch])
     rows = ids[: ids.numel() // ROW_TOKENS * ROW_TOKENS].view(-1, ROW_TOKENS).tolist()
     arrow = Dataset.from_dict({"input_ids": rows, "labels": rows})
 

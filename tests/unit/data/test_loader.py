@@ -39,7 +39,7 @@ class Simulated:
         sizes = np.array([view.size for view in views])
         learnt = np.flatnonzero(sizes > 1)  # all tokens but the first
         rows = np.repeat(np.arange(len(numbers)), 2)
-        return Pieces(views, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
+        return Pieces(views, sizes, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
 
     def tokens(self, numbers):
         return np.asarray(numbers) % 3 + 3
