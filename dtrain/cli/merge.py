@@ -63,6 +63,7 @@ def merge(
     """Write BASE with its ADAPTERs, or the model that a CHECKPOINT holds, to the new folder OUT.
 
     It streams, so a model of any size needs little memory; stopped, the same command goes on.
+    Started several times (srun, torchrun, two terminals), all take part and one publishes.
     """
     from dtrain.merge.origin import is_checkpoint
 

@@ -103,7 +103,7 @@ def rank(base: Path, kind: str) -> None:
     world.barrier()
     watch.over = True
     told = {"peak": watch.peak - watch.imports, "kept": kept, "read": read, "seconds": seconds}
-    print("TOLD " + json.dumps(told), flush=True)
+    os.write(1, f"TOLD {json.dumps(told)}\n".encode())  # at once: print may write the end apart
     world.barrier()
     del model
     end_world()
