@@ -51,8 +51,9 @@ def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list
         files = [
             (store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path, readable)
         ]
-    except Exception as error:  # each store's client raises its own kinds
-        if known.exists() and not isinstance(error, FileNotFoundError):
+    except Exception as raised:  # each store's client raises its own kinds
+        error = _root(raised)
+        if known.exists() and not _is_missing(raised, error):
             say(f"{address}: cannot be reached, taking what was fetched before")
             return [(name, Path(copy)) for name, copy in read_json(known)]
         raise _unreadable(address, error) from error
@@ -96,7 +97,7 @@ def _get(store: Any, path: str, copy: Path, address: str) -> None:
         os.replace(temporary, copy)
     except Exception as error:
         os.unlink(temporary)
-        raise _unreadable(address, error) from error
+        raise _unreadable(address, _root(error)) from error
 
 
 def _refuse_secrets(address: str) -> None:
@@ -118,7 +119,19 @@ def _without_secret(part: str) -> tuple[str, bool]:
     return f"{scheme}{mark}{bare}{slash}{path}", bool(at or query)
 
 
-def _unreadable(address: str, error: Exception) -> UserError:
+def _root(error: BaseException) -> BaseException:
+    """What lies behind: fsspec says that there is no file where there is no server either."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    return error if cause is None else _root(cause)
+
+
+def _is_missing(error: Exception, root: BaseException) -> bool:
+    """Whether the store answered that there is no such file."""
+    no_answer = isinstance(root, OSError) and not isinstance(root, FileNotFoundError)
+    return isinstance(error, FileNotFoundError) and not no_answer
+
+
+def _unreadable(address: str, error: BaseException) -> UserError:
     reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
     return UserError(
         f"cannot be read: {reason}",

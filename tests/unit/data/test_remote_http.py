@@ -1,0 +1,102 @@
+"""Rows from a web server: a real one, on this machine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import fsspec
+import pytest
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.data.formats import read
+from dtrain.data.sources import find_parts
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files, and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the address at which a server shows it."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    fsspec.filesystem("http").clear_instance_cache()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def texts(address: str, cache: Path) -> list[tuple[str, str]]:
+    parts = find_parts(Source(path=address), cache)
+    return [(parts[r.part].place(r.number), r.value) for r in read(parts, "auto")]
+
+
+def test_rows_of_a_web_server_are_read_and_named_by_their_address(site, tmp_path) -> None:
+    folder, address = site
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    expected = [(f"{address}/a.jsonl:1", "one"), (f"{address}/a.jsonl:2", "two")]
+    assert texts(f"{address}/a.jsonl", tmp_path) == expected
+    (folder / "a.jsonl").write_text('{"text": "another"}\n')
+    assert texts(f"{address}/a.jsonl", tmp_path) == [(f"{address}/a.jsonl:1", "another")]
+
+
+def test_what_a_server_does_not_have_is_told(site, tmp_path) -> None:
+    _, address = site
+    with pytest.raises(UserError, match="404") as error:
+        texts(f"{address}/none.jsonl", tmp_path)
+    assert error.value.where == f"{address}/none.jsonl" and "none.jsonl" in error.value.what
+    assert not list((tmp_path / "remote").rglob("none*"))
+
+
+def test_a_server_that_is_not_there_is_told(site, tmp_path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jsonl"
+    with pytest.raises(UserError, match="Cannot connect to host") as error:
+        texts(nobody, tmp_path)
+    assert error.value.where == nobody
+
+
+def test_what_was_fetched_serves_without_a_server_but_not_without_the_file(
+    site, tmp_path, capsys
+) -> None:
+    folder, address = site
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    before = texts(f"{address}/a.jsonl", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _refuse)
+        patch.setattr("aiohttp.connector.aiohappyeyeballs.start_connection", _refuse)
+        fsspec.filesystem("http").clear_instance_cache()
+        assert texts(f"{address}/a.jsonl", tmp_path) == before
+    assert "taking what was fetched before" in capsys.readouterr().out
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(UserError, match="404"):
+        texts(f"{address}/a.jsonl", tmp_path)
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise ConnectionRefusedError("nobody is there")
+
+
+def test_a_missing_package_is_named(tmp_path) -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; from pathlib import Path; "
+    code += "from dtrain.data.remote import fetch; fetch('http://127.0.0.1:9/a', Path('.'), str)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "UserError: http://127.0.0.1:9/a: cannot be read" in done.stderr
+    assert '"aiohttp" to be installed' in done.stderr
