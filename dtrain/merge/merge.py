@@ -300,24 +300,28 @@ def _rewrite(
     files: Sequence[Path], work: Work, changes: Mapping[str, Change], processes: int, title: str
 ) -> None:
     """Every shard, beside other processes that do the same; all are done when this returns."""
-    with progress(title, sum(len(read_header(path)[0]) for path in files)) as bar:
+    tensors = [len(read_header(path)[0]) for path in files]
+    with progress(title, sum(tensors)) as bar:
 
-        def one(number: int, wait: bool = False) -> None:
+        def one(number: int, wait: bool = False) -> bool:
             path = files[number]
             if not work.take(number, wait=wait):
-                return
-            if not work.is_done(path.name):
+                return False
+            if work.is_done(path.name):
+                bar.advance(tensors[number])
+            else:
                 before, after = rewrite_file(path, work.target / path.name, changes, bar)
                 work.finish(path.name, {"before": before, "after": after})
             work.give_back(number)
+            return True
 
         pool = ThreadPoolExecutor(processes)
         try:
-            for future in [pool.submit(one, number) for number in range(len(files))]:
-                future.result()
+            futures = [pool.submit(one, number) for number in range(len(files))]
+            others = [number for number, future in enumerate(futures) if not future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
-        for number in range(len(files)):  # those of others: their end, or what they were killed at
+        for number in others:  # until they are done, or free since their process was killed
             one(number, wait=True)
 
 

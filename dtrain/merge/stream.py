@@ -125,8 +125,8 @@ def _blocks(passage: Passage, entry: dict[str, Any]) -> Iterator[Tensor]:
     dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
     width = prod(shape[1:]) * dtype.itemsize
     for start, stop in row_blocks(shape):
-        block = passage.read((stop - start) * width)
-        yield torch.frombuffer(block, dtype=dtype).reshape(stop - start, *shape[1:])
+        rows = stop - start
+        yield torch.frombuffer(passage.read(rows * width), dtype=dtype).reshape(rows, *shape[1:])
 
 
 def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) -> None:
@@ -140,4 +140,5 @@ def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) 
             )
         passage.write(value.view(-1).view(torch.uint8).numpy().data)
         written += value.numel()
+        del block, value  # before the next block is read
     assert written == prod(entry["shape"]), name

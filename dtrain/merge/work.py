@@ -101,10 +101,12 @@ class Work:
         fsync_folder(self.target)
         os.rename(self.target, self._out)
         fsync_folder(self._out.parent)
+        self._claims.take(BEGIN, wait=True)  # nobody joins what is being removed
         self._remove()
 
     def discard(self) -> None:
         """Remove what is left, unless others are still at it."""
+        self._claims.take(BEGIN, wait=True)
         if self._is_alone():
             self._remove()
         self.leave()
