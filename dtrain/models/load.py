@@ -85,6 +85,13 @@ def configured(
     for path in weight_files(folder):
         read_header(path)  # a file cut short is said here, with its name
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
+    return for_training(config, settings, dtype, device)
+
+
+def for_training(
+    config: PretrainedConfig, settings: schema.Model, dtype: torch.dtype, device: torch.device
+) -> PretrainedConfig:
+    """A config without dropouts, with its attention chosen."""
     _switch_off_dropout(config)
     config._attn_implementation = resolve_attention(settings.attention, config, device, dtype)
     return config

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
@@ -107,18 +107,7 @@ def stream_base(
     Args and errors: as `load_base`.
     """
     config = configured(folder, settings, dtype, device)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-        )
-    if quantised:
-        for name in nf4_layers(config, settings.trust_remote_code):
-            _replace(model, name, dtype)
-        model.is_loaded_in_4bit = True  # PEFT asks
-    for name, buffer in list(model.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
-    made_ready(model, settings)
+    model = empty_model(config, settings, quantised=quantised, dtype=dtype, device=device)
     streamed = Streamed(folder, model, device)
     if not streamed.missing:
         return streamed
@@ -127,6 +116,34 @@ def stream_base(
         f"({streamed.missing[0]}, …): every rank loads the whole base before it is sharded"
     )
     return None
+
+
+def empty_model(
+    config: PretrainedConfig,
+    settings: schema.Model,
+    *,
+    quantised: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """A frozen model whose parameters have no storage; its buffers are on the device.
+
+    Args:
+        config: from `configured` or `for_training`; else as `load_base`.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+        )
+    model.tie_weights()  # accelerate made an empty parameter for each place
+    if quantised:
+        for name in nf4_layers(config, settings.trust_remote_code):
+            _replace(model, name, dtype)
+        model.is_loaded_in_4bit = True  # PEFT asks
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+    return made_ready(model, settings)
 
 
 def _replace(model: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtrain.core.errors import UserError
 from dtrain.core.folders import local_path
-from dtrain.planning.shapes import Shape, read_shape, shape_of
+from dtrain.planning.shapes import Shape, read_config, shape_of
 
 WHERE = "model.base"
 
@@ -74,19 +74,29 @@ def find_shape(base: str) -> tuple[Shape, str]:
     """The shape of `model.base`, and where it was read.
 
     Raises:
+        UserError: as `find_config`; its architecture is not known.
+    """
+    config, source = find_config(base)
+    return shape_of(config, source), source
+
+
+def find_config(base: str) -> tuple[dict[str, Any], str]:
+    """What config.json says of `model.base`, and where it was read.
+
+    Raises:
         UserError: there is no config.json of it on this machine, and it is not in the table.
     """
     folder = local_path(base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no config.json, so it is not a model", where=WHERE)
-        return read_shape(folder / "config.json"), str(folder / "config.json")
+        return read_config(folder / "config.json"), str(folder / "config.json")
     if cached := _cached_config(base):
-        return read_shape(cached), str(cached)
+        return read_config(cached), str(cached)
     row = known_name(base)
     if row is not None:
         config = {k: v for k, v in KNOWN[row]._asdict().items() if v is not None}
-        return shape_of(config, base), f"dtrain's table of shapes ({row})"
+        return config, f"dtrain's table of shapes ({row})"
     if _is_path(base):
         what = f"there is no such folder, so no config.json of {base!r}"
         raise UserError(what, where=WHERE, fix="give a model's folder or a hub id")

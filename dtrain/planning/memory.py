@@ -73,15 +73,14 @@ class Memory:
 
 def memory_of(setup: Setup, habits: Habits = DTRAIN) -> Memory:
     """The moment of a step that needs most."""
-    moments = (at_loss(setup, habits), in_backward(setup, habits), at_update(setup, habits))
-    return max(moments, key=lambda moment: moment.peak)
+    return max((at(setup, habits) for at in AT), key=lambda moment: moment.peak)
 
 
 def least_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """The peak that no data can make smaller: of logits there are as many as tokens are learnt."""
     if setup.learns_all:
         return memory_of(setup, habits).peak
-    return max(in_backward(setup, habits).peak, at_update(setup, habits).peak)
+    return max(at(setup, habits).peak for at in AT if at is not at_loss)
 
 
 def at_loss(setup: Setup, habits: Habits = DTRAIN) -> Memory:
@@ -112,8 +111,37 @@ def in_backward(setup: Setup, habits: Habits = DTRAIN) -> Memory:
         "backward",
         gathered=_outer_gathered(setup, habits) + layer + scatter,
         activations=saved_bytes(setup, habits),
-        working=recompute_bytes(setup, habits) + dequantised,
+        working=recompute_bytes(setup, habits) + dequantised + _head_gradient(setup, habits),
         buffers=_buffers(setup),
+    )
+
+
+def _head_gradient(setup: Setup, habits: Habits) -> float:
+    """Of the output matrix, where it waits for the end of the backward pass.
+
+    A tied one is added to that of the embeddings; FSDP2 reduces it with them.
+    """
+    shape, sharded = setup.shape, setup.engine == "fsdp2"
+    if not setup.is_full or setup.engine in ("zero2", "zero3") or not (sharded or shape.tied):
+        return 0.0
+    width = setup.element_bytes if sharded else habits.train_bytes
+    return float(width * shape.vocabulary * shape.hidden)
+
+
+def after_layers(setup: Setup, habits: Habits = DTRAIN) -> Memory:
+    """The backward pass ends: FSDP2 reduces, in float32, what lies outside the layers."""
+    shape, e = setup.shape, setup.element_bytes
+    if not setup.is_full or setup.engine != "fsdp2" or setup.shard == 1:
+        return in_backward(setup, habits)
+    sent = FLOAT32 * (shape.outer_parameters + shape.layer_parameters)
+    return _moment(
+        setup,
+        habits,
+        "backward",
+        gathered=_outer_gathered(setup, habits) + sent,
+        activations=0.0,
+        working=2.0 * e * shape.vocabulary * shape.hidden,  # of embeddings and output matrix
+        buffers=0.0,
     )
 
 
@@ -136,6 +164,9 @@ def at_update(setup: Setup, habits: Habits = DTRAIN) -> Memory:
         working=0.0 if setup.offload else copies,
         buffers=_buffers(setup) if setup.engine == "zero3" else 0.0,
     )
+
+
+AT = (at_loss, in_backward, after_layers, at_update)
 
 
 def _moment(

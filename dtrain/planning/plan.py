@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.planning.bases import find_shape
+from dtrain.planning.bases import find_config, find_shape
 from dtrain.planning.calibration import Measured, measured
 from dtrain.planning.choose import Option, options
+from dtrain.planning.exact import Exact, Told, simulate, steps_of
 from dtrain.planning.memory import Memory, memory_of
 from dtrain.planning.resolve import resolved
 from dtrain.planning.setup import Cluster, Setup, setup_of
@@ -25,6 +28,8 @@ from dtrain.planning.storage import (
 from dtrain.planning.verdict import FITS, ORDER, Change, Verdict, advice, verdict_of
 from dtrain.planning.wire import entering_bytes, received_bytes
 
+Meter = Callable[[str, int], AbstractContextManager[Told]]
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -35,6 +40,7 @@ class StagePlan:
         hours: None where the number of tokens is not known.
         doubts: why the figures are not to be relied on, in words.
         measured: of earlier runs here, if there were any.
+        exact: of a simulation, if one was asked for.
     """
 
     name: str
@@ -48,6 +54,7 @@ class StagePlan:
     disk: float
     doubts: list[str]
     measured: Measured | None
+    exact: Exact | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,25 @@ class Plan:
     def word(self) -> str:
         """The verdict on the whole recipe."""
         return max((stage.verdict.word for stage in self.stages), key=ORDER.index)
+
+
+def with_exact(plan: Plan, recipe: Recipe, meter: Meter) -> Plan:
+    """The plan with every stage simulated.
+
+    Args:
+        recipe: as `make_plan` had it.
+        meter: makes a progress bar, of a title and a number of units.
+
+    Raises:
+        UserError: as `exact.simulate`.
+    """
+    recipe, config = resolved(recipe, plan.cluster), find_config(recipe.model.base)[0]
+    stages = []
+    for stage in plan.stages:
+        with meter(f"simulating {stage.name}", steps_of(stage.setup)) as told:
+            found = simulate(recipe, stage.name, stage.setup, plan.cluster, config, told)
+        stages.append(replace(stage, exact=found))
+    return replace(plan, stages=stages)
 
 
 def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
@@ -179,6 +205,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "hours": asdict(stage.hours) if stage.hours else None,
         "low_confidence": stage.doubts,
         "measured": asdict(stage.measured) if stage.measured else None,
+        "exact": asdict(stage.exact) if stage.exact else None,
     }
 
 

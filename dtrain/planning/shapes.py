@@ -126,16 +126,16 @@ def adapter_parameters(shape: Shape, rank: int, targets: str | Sequence[str]) ->
     )
 
 
-def read_shape(path: Path) -> Shape:
-    """The shape that a config.json describes.
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config.json says.
 
     Raises:
-        UserError: it cannot be read, lacks a size, or is of an architecture not known here.
+        UserError: it cannot be read.
     """
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError("is not a model's config", where=str(path))
-    return shape_of(config, str(path))
+    return config
 
 
 def shape_of(config: dict[str, Any], where: str) -> Shape:
@@ -145,9 +145,12 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         where: for messages.
 
     Raises:
-        UserError: as `read_shape`.
+        UserError: it lacks a size, or is of an architecture not known here.
     """
     kind = str(config.get("model_type"))
+    if any(config.get(key) for key in EXPERTS):
+        what = f"{kind!r} is a mixture of experts; the plan counts dense models only"
+        raise UserError(what, where=where, fix="dtrain run needs no plan; dense models are tested")
     if kind not in ARCHITECTURES:
         close = get_close_matches(kind, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -162,6 +165,7 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         raise UserError(f"a size in it is not a number: {error}", where=where) from error
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 SIZES = (
     "num_hidden_layers",
     "hidden_size",

@@ -7,6 +7,7 @@ from textwrap import wrap
 
 from dtrain.core.units import count, duration, size
 from dtrain.planning.calibration import Measured
+from dtrain.planning.exact import Exact
 from dtrain.planning.plan import Plan, StagePlan
 from dtrain.planning.storage import checkpoint_bytes, host_load_bytes, host_merge_bytes
 from dtrain.planning.verdict import FITS
@@ -15,6 +16,12 @@ from dtrain.planning.wire import entering_bytes, received_bytes
 LABEL = 14
 MOMENTS = {
     "loss": "when the loss is computed",
+    "backward": "in the backward pass",
+    "update": "in the optimizer's update",
+}
+
+PHASES = {
+    "forward": "in the forward pass",
     "backward": "in the backward pass",
     "update": "in the optimizer's update",
 }
@@ -49,6 +56,8 @@ def stage_lines(stage: StagePlan, plan: Plan, columns: int) -> Iterator[str]:
     share = f"{setup.trainable:,} parameters ({setup.trainable / total:.2%})"
     yield from _item("trains", share, columns)
     yield from memory_lines(stage, columns)
+    if stage.exact:
+        yield from exact_lines(stage, stage.exact, columns)
     for change in stage.changes:
         yield from _item("would fit", f"{' '.join(change.texts)}  ({change.cost})", columns)
     if stage.verdict.word != FITS and not stage.changes:
@@ -89,6 +98,24 @@ def memory_lines(stage: StagePlan, columns: int) -> Iterator[str]:
     yield from _item("", text, columns)
     text = f"at least {size(verdict.lower)}, budget {size(verdict.budget)}"
     yield from _item("", f"{text} of {size(verdict.usable)}: {verdict.word}", columns)
+
+
+def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
+    """What the simulation found, beside the plan."""
+    peak, planned = exact.peak, stage.memory.peak
+    text = f"{size(peak.total)} of tensors; the plan's {size(planned)} are "
+    yield from _item("exact", f"{text}{planned / peak.total - 1:+.1%} off", columns)
+    named = f", {peak.module}" if peak.module else ""
+    yield from _item("", f"{PHASES[peak.phase]}, {peak.place}{named}", columns)
+    terms = sorted(peak.terms.items(), key=lambda item: -item[1])
+    listed = " + ".join(f"{name} {size(value)}" for name, value in terms if value >= 5e6)
+    yield from _item("", listed, columns)
+    *some, last = (str(count) for count in exact.layers)
+    layers = f"{', '.join(some)} and {last}" if some else last
+    ranks = f"one of {stage.setup.ranks} ranks"
+    yield from _item(
+        "", f"simulated: {layers} of {stage.setup.shape.layers} layers, {ranks}", columns
+    )
 
 
 def wire(stage: StagePlan) -> str:

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "checkpoints", "monitoring", "samples"},
     {"engines", "evaluation", "merge", "serving"},
     {"stages"},
-    {"pipeline"},
+    {"pipeline", "simulation"},
     {"cli", "train", "worker", "torchrun", "prepare"},
     {"__main__"},
 ]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.core.errors import UserError
 from dtrain.planning.bases import KNOWN, find_shape
-from dtrain.planning.shapes import adapter_parameters, read_shape, shape_of
+from dtrain.planning.shapes import adapter_parameters, shape_of
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
 SMALL = GQA | {"intermediate_size": 96, "num_hidden_layers": 2}
@@ -110,6 +110,7 @@ LLAMA = {"model_type": "llama"} | SMALL
         ("{", "cannot be read"),
         ("[]", "not a model's config"),
         ('{"model_type": "llamma"}', "did you mean llama"),
+        ('{"model_type": "mixtral", "num_local_experts": 8}', "'mixtral' is a mixture of experts"),
         ('{"model_type": "llama"}', "hidden_size is missing"),
         (json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}), "not a number"),
         (json.dumps(LLAMA | {"vocab_size": 0}), "vocab_size is not a number above 0: 0"),
@@ -118,10 +119,9 @@ LLAMA = {"model_type": "llama"} | SMALL
     ],
 )
 def test_a_config_that_cannot_be_read_is_told(tmp_path, content: str, told: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(content)
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=told):
-        read_shape(path)
+        find_shape(str(tmp_path))
 
 
 def test_what_is_not_there_is_told(tmp_path) -> None:

@@ -1,0 +1,1 @@
+"""A training step without memory: fake tensors and fake ranks, for `dtrain plan --exact`."""

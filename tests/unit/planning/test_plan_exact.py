@@ -1,0 +1,84 @@
+"""What a simulation of a few layers says of all of them, and what cannot be simulated."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.core.errors import UserError
+from dtrain.planning import exact
+from dtrain.planning.bases import find_config, find_shape
+from dtrain.planning.exact import Peak, at_depth, cut, layers_for, simulate, steps_of
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.setup import Cluster, setup_of
+
+
+def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[Peak]:
+    return [
+        Peak(phase, place, "", fixed + each * layers, {"weights": fixed, "kept": each * layers})
+        for phase, place, fixed, each in sizes
+    ]
+
+
+def test_the_greatest_peak_at_the_real_depth_is_found() -> None:
+    """With few layers another moment is the greatest."""
+    grows, large = ("backward", "last layer", 10.0, 5.0), ("forward", "outside", 100.0, 1.0)
+    found = at_depth([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
+    assert (found.phase, found.place, found.total) == ("backward", "last layer", 410.0)
+    assert found.terms == {"weights": 10.0, "kept": 400.0}
+
+
+def test_memory_that_grows_unevenly_is_told() -> None:
+    found = [peaks(n, ("forward", "outside", 10.0, 5.0 + (n == 5))) for n in (3, 4, 5)]
+    with pytest.raises(UserError, match=r"does not grow evenly.*\+5 and \+10 bytes.*forward"):
+        at_depth(found, (3, 4, 5), 80)
+
+
+def test_an_uneven_moment_that_does_not_matter_is_passed_over() -> None:
+    small = [peaks(n, ("update", "outside", 1.0, 0.1 * n)) for n in (3, 4, 5)]
+    large = [peaks(n, ("forward", "outside", 10.0, 50.0)) for n in (3, 4, 5)]
+    both = [a + b for a, b in zip(small, large, strict=True)]
+    assert at_depth(both, (3, 4, 5), 20).total == 1010.0
+
+
+def test_a_config_is_cut_with_its_lists_of_layers() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
+    cut_config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "a"], "eos_token_id": [1, 2]}
+    assert cut(config, 3) == cut_config
+    assert layers_for(4) == (4,), "few layers are simulated as they are"
+
+
+def asked(words: list[str], ranks: int) -> exact.Exact:
+    recipe = load_recipe("tiny", ["device=cpu", *words])
+    cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
+    setup = setup_of(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
+    done: list[int] = []
+    config = find_config(recipe.model.base)[0]
+    found = simulate(recipe, "domain", setup, cluster, config, done.append)
+    assert sum(done) == steps_of(setup)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_what_is_not_simulated_is_said(engine: str) -> None:
+    with pytest.raises(UserError, match=f"{engine} is not simulated"):
+        asked([f"engine.kind={engine}"], 2)
+
+
+def test_without_torch_it_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(exact, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="torch, which is not installed"):
+        asked([], 2)
+
+
+def test_what_the_child_finds_wrong_is_told() -> None:
+    with pytest.raises(UserError, match="'eager' cannot be simulated"):
+        asked(["model.attention=eager"], 2)
+
+
+def test_sixteen_ranks_are_simulated_by_one() -> None:
+    """Of a 16th of the weights less is left than is gathered."""
+    words = ["engine.kind=fsdp2", "stages.domain.train.global_batch_sequences=16"]
+    peak = asked(words, 16).peak
+    assert peak.total == sum(peak.terms.values()) > 0
+    assert peak.terms["weights"] < peak.terms["gathered"]
