@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.load import load_recipe
-from dtrain.planning.bases import find_config, find_shape
-from dtrain.planning.exact import simulate
+from dtrain.planning.bases import find_shape
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.memory import memory_of
 from dtrain.planning.setup import Cluster, setup_of
@@ -38,9 +37,6 @@ CASES = [
     ("zero2", QLORA, True),
     ("zero3", LORA, False),
 ]
-# A simulation of three, four and five layers says the same of all six.
-SIMULATED = (CASES[0], CASES[3], CASES[4])
-CLUSTER = Cluster(find_gpu("h100-80g"), 1, 2)
 # Which weights ZeRO-3 keeps follows from a trace of its own making: its bytes are not compared.
 TOLERANCE = {"zero3": 0.05}
 
@@ -69,14 +65,11 @@ def test_the_plan_is_what_real_ranks_take_and_send(start, base: Path) -> None:
     words = [word for case in CASES for word in ("+", *overrides(base, *case))][1:]
     lines = start(2, [str(WORKER), *words]).splitlines()
     facts = [json.loads(x.removeprefix("FACTS ")) for x in lines if x.startswith("FACTS ")]
-    shape, config = find_shape(str(base))[0], find_config(str(base))[0]
+    shape, _ = find_shape(str(base))
     for case, real in zip(CASES, facts, strict=True):
         recipe = load_recipe("tiny", overrides(base, *case))
-        setup = setup_of(recipe, recipe.stages[0], shape, CLUSTER)
+        setup = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 2))
         plan, peak = memory_of(setup), max(real["phases"].values())
-        if case in SIMULATED:
-            found = simulate(recipe, "domain", setup, CLUSTER, config, lambda done: None)
-            assert found.peak.total == pytest.approx(peak, rel=0.005), case
         assert plan.peak == pytest.approx(peak, rel=TOLERANCE.get(case[0], 0.03)), case
         if case[0] == "zero3":
             continue
