@@ -18,10 +18,10 @@ from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
-from dtrain.checkpoints.trust import own_folder
 from dtrain.cli.data import chosen_stage
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
+from dtrain.core.trust import own_folder
 from dtrain.data.quality.trove import Step, corpus, settle, steps
 from dtrain.pipeline.looking import held_out_of
 
