@@ -17,11 +17,11 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
 from dtrain.models.weights import read_header, weight_files
+from dtrain.planning import shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Layers whose state runs through a whole row: packed documents would leak into each other.
@@ -136,7 +136,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         UserError: it is missing or broken, it needs code that is not allowed, or transformers
             does not know it, or the model is not one that dtrain can train on packed rows.
     """
-    raw = _raw_config(folder)
+    raw = shapes.read_config(folder / "config.json")
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
@@ -189,14 +189,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError("is not a model's config", where=str(path))
-    return raw
 
 
 def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) -> None:

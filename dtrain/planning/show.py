@@ -15,13 +15,8 @@ from dtrain.planning.wire import entering_bytes, received_bytes
 
 LABEL = 14
 MOMENTS = {
-    "loss": "when the loss is computed",
-    "backward": "in the backward pass",
-    "update": "in the optimizer's update",
-}
-
-PHASES = {
     "forward": "in the forward pass",
+    "loss": "when the loss is computed",
     "backward": "in the backward pass",
     "update": "in the optimizer's update",
 }
@@ -106,7 +101,7 @@ def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
     text = f"{size(peak.total)} of tensors; the plan's {size(planned)} are "
     yield from _item("exact", f"{text}{planned / peak.total - 1:+.1%} off", columns)
     named = f", {peak.module}" if peak.module else ""
-    yield from _item("", f"{PHASES[peak.phase]}, {peak.place}{named}", columns)
+    yield from _item("", f"{MOMENTS[peak.phase]}, {peak.place}{named}", columns)
     terms = sorted(peak.terms.items(), key=lambda item: -item[1])
     listed = " + ".join(f"{name} {size(value)}" for name, value in terms if value >= 5e6)
     yield from _item("", listed, columns)

@@ -21,11 +21,10 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.processes import die_with_parent
 from dtrain.models.load import read_config
-from dtrain.simulation.ledger import Ledger
+from dtrain.planning.exact import MARK
+from dtrain.simulation.ledger import Ledger, hear_resizes
 from dtrain.simulation.model import build, fake_world, prepare
 from dtrain.simulation.steps import Places, Simulated
-
-MARK = "dtrain-simulation "
 
 
 def tell(line: dict[str, Any]) -> None:
@@ -67,7 +66,7 @@ def simulate(
     stage = next(stage for stage in recipe.stages if stage.name == name)
     places = Places()
     ledger, mode = Ledger(places.here), FakeTensorMode(allow_non_fake_inputs=True)
-    ledger.watch_resizes()
+    hear_resizes(ledger.resized)
     with fake_world(question["ranks"], question["on_node"]) as world:
         engine = build(
             recipe, stage, config, world, mode, ledger, places.follow, question["on_gpu"]

@@ -116,17 +116,6 @@ class Ledger(TorchDispatchMode):
             self._names.setdefault(number, GATHERED)
             self._grow(number, storage.nbytes())
 
-    def watch_resizes(self) -> None:
-        """Hear of every resize from now on; for a process that simulates and does nothing else."""
-        original = torch.UntypedStorage.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            result = original(storage, size)
-            self.resized(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
-
     def end_phase(self) -> None:
         """What lives on from a phase is what the phase makes to keep."""
         self.name_rest(KEPT_OF[self.phase])
@@ -142,6 +131,18 @@ class Ledger(TorchDispatchMode):
         for number, size in peak.sizes.items():
             found[self._names.get(number, WORKING)] += size
         return dict(found)
+
+
+def hear_resizes(told: Callable[[torch.UntypedStorage], None]) -> None:
+    """Tell of every storage that is resized from now on; for a process that only counts."""
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        result = original(storage, size)
+        told(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
 
 
 def one(tensor: Tensor) -> bool | int | float:

@@ -32,6 +32,7 @@ from dtrain.models.kernels import native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
+from dtrain.simulation.ledger import hear_resizes
 from dtrain.stages.step import forward_loss
 
 STEPS = 2
@@ -73,16 +74,6 @@ class Storages(TorchDispatchMode):
         if key in self.sizes:
             change, self.sizes[key] = size - self.sizes[key], size
             self.grow(change)
-
-    def watch_resizes(self) -> None:
-        original = torch.UntypedStorage.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            result = original(storage, size)
-            self.resized(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -161,7 +152,7 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
     """Steps under one recipe: counts, peaks by phase, bytes received in the last step."""
     recipe = load_recipe("tiny", overrides)
     stage, storages = recipe.stages[0], Storages()
-    storages.watch_resizes()
+    hear_resizes(storages.resized)
     with storages:
         engine, counts = built(recipe, stage, world)
     for tensor in [*engine.bare.parameters(), *engine.bare.buffers()]:
