@@ -155,9 +155,10 @@ def parse_json(line: bytes, part: Part, first_line: int) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
-        last = line.rstrip().count(10)  # what breaks off is missed behind the line break
-        where = f"{part.name}:{first_line + min(error.lineno - 1, last)}"
-        what = f"broken JSON: {error.msg} (column {error.colno})"
+        at = min(error.pos, len(error.doc.rstrip()))  # what breaks off is missed behind its line
+        before = error.doc[:at].split("\n")
+        where = f"{part.name}:{first_line + len(before) - 1}"
+        what = f"broken JSON: {error.msg} (column {len(before[-1]) + 1})"
         return UserError(what, where=where, fix="mend or remove the line")
     except UnicodeDecodeError as error:
         where = f"{part.name}:{first_line + line[: error.start].count(10)}"

@@ -161,6 +161,7 @@ def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
         (b'{"text": "a"}\n{"text": "b\n', 2, "broken JSON: Invalid control character"),
         (b'{"text": "a"}\n\n{"text"}\n', 3, "broken JSON: Expecting ':' delimiter (column 8)"),
         (b'{"text": "a"}\n{"text":\n', 2, "broken JSON: Expecting value"),
+        (b'{"text": "a"}\n{"text" \r\n', 2, "broken JSON: Expecting ':' delimiter (column 8)"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8"),
         (b'{"text": "a"}\n["b"]\n', 2, "a row must be an object, not a list"),
         (b'{"text": "a"}\n{"txt": "b"}\n', 2, "column `text` is missing; there is txt"),
