@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import OVERRIDES, Start
+from starts import OVERRIDES, Start
 
 from dtrain.checkpoints import newest_complete
 from dtrain.core.errors import UserError

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from runs import OVERRIDES, STAGES, STEPS, ForkedStart, Start, final_hash, steps_in
+from starts import OVERRIDES, STAGES, STEPS, ForkedStart, Start, final_hash, steps_in
 
 from dtrain.checkpoints import newest_complete
 
