@@ -1,10 +1,12 @@
 # One attempt of a training job; every script here sources this file, and so does what
-# `dtrain submit` writes. It is bash: begin → preflight → train → end, and the traps.
+# `dtrain submit` writes. It is bash: plan → begin → preflight → train → end, and the traps.
 #
 # From the environment, all optional but the first:
 #   DTRAIN_RECIPE        a recipe's file, or the name of a shipped one
 #   DTRAIN_ENV           folder of the Python environment; the checkout's .venv, else python3
 #   DTRAIN_PREFLIGHT     on (default), off, or exclude: submit anew without the nodes at fault
+#   DTRAIN_GPU           kind of GPU for the plan, where the node has no nvidia-smi: h100-80g
+#   DTRAIN_FORCE         1: start although it does not fit by the plan
 #   DTRAIN_INTERFACE     network interface between the nodes, for example ib0
 #   DTRAIN_MAX_FAILURES  tries in a row without a new checkpoint that end the job (3)
 #   DTRAIN_MAX_TRIES     starts of the job, whatever ended them (100)
@@ -21,6 +23,9 @@ if [[ -n "${DTRAIN_INTERFACE:-}" ]]; then
     export GLOO_SOCKET_IFNAME="$DTRAIN_INTERFACE" NCCL_SOCKET_IFNAME="$DTRAIN_INTERFACE"
 fi
 
+# A job's own script may have set them for bash alone.
+export DTRAIN_PREFLIGHT DTRAIN_FORCE
+
 warned='' signalled=0 step='' run=''
 ask_to_stop() {
     warned=--warned signalled=1
@@ -32,6 +37,7 @@ trap ask_to_stop USR1
 # Slurm ends the step by itself. Whether to go on is never decided here: it may be a scancel.
 trap 'signalled=1' TERM
 
+"$python" -m dtrain.planning.job "$DTRAIN_RECIPE" "$@" || exit
 mapfile -d '' -t begun < <(exec "$python" -m dtrain.launching.attempt begin "$DTRAIN_RECIPE" "$@")
 wait $! || exit
 run="${begun[0]}"

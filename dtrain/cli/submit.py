@@ -12,8 +12,6 @@ from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.cli.run import placed
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
-from dtrain.core.errors import UserError
-from dtrain.core.units import size
 
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node.")]
@@ -26,7 +24,10 @@ GpuName = Annotated[
     str | None,
     typer.Option(envvar="DTRAIN_GPU", help="Kind of GPU, to refuse what cannot fit: h100-80g."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Submit what does not fit by the plan.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", envvar="DTRAIN_FORCE", help="Submit what does not fit by the plan."),
+]
 Prepare = Annotated[
     bool, typer.Option("--prepare", help="Tokenise and pack in a job without GPUs before it.")
 ]
@@ -63,7 +64,7 @@ def submit(
     folder = Path(settings.output.folder).expanduser().absolute()
     settings, working = placed(settings, folder), Path.cwd()
     if gpus and settings.device != "cpu":
-        refuse_what_cannot_fit(settings, gpu, nodes, gpus, force)
+        plan_first(settings, gpu, nodes, gpus, force)
     resources = jobs.Resources(
         nodes=nodes,
         gpus=gpus,
@@ -75,6 +76,7 @@ def submit(
         qos=qos,
         after=after,
         preflight=preflight,
+        force=force,
     )
     if dry_run:
         if prepare:
@@ -87,9 +89,7 @@ def submit(
         print(f"  dtrain {verb} {jobs.quote(folder)}")
 
 
-def refuse_what_cannot_fit(
-    recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool
-) -> None:
+def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool) -> None:
     """Plan the recipe on the job's GPUs; without their name on the largest that the plan knows.
 
     A base whose shape the plan does not know is not refused.
@@ -98,28 +98,20 @@ def refuse_what_cannot_fit(
         UserError: it does not fit, and nobody insists; the GPU is not known; or the recipe
             cannot run on so many ranks.
     """
-    from dtrain.planning.bases import find_shape
     from dtrain.planning.gpus import GPUS, find_gpu
-    from dtrain.planning.plan import make_plan
+    from dtrain.planning.refuse import planned, refuse_what_cannot_fit
     from dtrain.planning.setup import Cluster
-    from dtrain.planning.verdict import DOES_NOT_FIT
 
     kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
-    try:
-        find_shape(recipe.model.base)
-    except UserError as error:
-        print(f"not planned: {error.what}", file=sys.stderr)
+    plan = planned(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), tell)
+    if plan is None:
         return
-    on_node = recipe.launch.ranks_on_node(gpus)
-    stage = make_plan(recipe, Cluster(kind, nodes, on_node)).worst
-    verdict = stage.verdict
-    if verdict.word != DOES_NOT_FIT or force:
-        told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
-        print(f"plan: {verdict.word} {told}", file=sys.stderr)
-        return
-    what = (
-        f"{DOES_NOT_FIT} on {kind.name}: at least {size(verdict.lower)} of {size(verdict.usable)}"
-    )
-    ways = [" ".join(change.texts) for change in stage.changes]
-    fix = "; or ".join([*ways, "--force"])
-    raise UserError(what, where=f"stage {stage.name}", fix=fix)
+    if not force:
+        refuse_what_cannot_fit(plan, "--force")
+    told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
+    tell(f"plan: {plan.word} {told}")
+
+
+def tell(line: str) -> None:
+    """Beside what is printed for a program."""
+    print(line, file=sys.stderr)

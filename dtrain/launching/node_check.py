@@ -13,7 +13,6 @@ import platform
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import dtrain
 from dtrain.config.load import load_recipe
 from dtrain.core.folders import cache_folder
 from dtrain.core.hashes import file_sha256
+from dtrain.core.nvidia import gpus
 from dtrain.launching.address import own_address
 from dtrain.launching.links import LinkServer, measure
 
@@ -33,7 +33,6 @@ SEE_SECONDS = 15.0
 WAIT_SECONDS = 25.0
 LINKS = 2  # each node measures so many; all of them together close a ring
 PROBE = bytes(1 << 20)
-_GPU = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,19 +78,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "missing"
     return found
-
-
-def gpus() -> list[dict[str, str]] | None:
-    """What nvidia-smi tells of each GPU of this job; None where there is no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return [{"problem": f"nvidia-smi failed: {error}"}]
-    lines = [line.split(", ") for line in done.stdout.strip().splitlines()]
-    return [dict(zip(_GPU, line, strict=False)) for line in lines]
 
 
 def free_bytes(place: Path) -> int:

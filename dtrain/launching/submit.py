@@ -41,6 +41,7 @@ class Resources:
         gpus: of each node; 0 for a recipe that trains on CPUs.
         time: longest run, in Slurm's notation.
         after: job whose success is waited for.
+        force: start although it does not fit by the plan.
     """
 
     nodes: int = 1
@@ -53,6 +54,7 @@ class Resources:
     qos: str | None = None
     after: str | None = None
     preflight: str = "on"
+    force: bool = False
 
     def __post_init__(self) -> None:
         for name, (form, meaning) in _FORMS.items():
@@ -110,6 +112,7 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
         recipe=run / FOLDER / "recipe.yaml",
         environment=sys.prefix,
         preflight=resources.preflight,
+        force=resources.force,
         shared=shared_script(),
     )
     return _submission(script, run, "job", working, resources.after)

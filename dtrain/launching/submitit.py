@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,9 @@ class Training:
 
     def _begin(self) -> tuple[Path, list[str]]:
         if "SLURM_JOB_ID" in os.environ:
+            plan = [sys.executable, "-m", "dtrain.planning.job", self.recipe, *self.overrides]
+            if subprocess.run(plan, check=False).returncode:
+                raise UserError("the plan refuses it", where=self.recipe, fix="see above")
             return begin(self.recipe, self.overrides, os.environ)
         recipe = load_recipe(self.recipe, self.overrides)
         run = Path(recipe.output.folder).expanduser().absolute()

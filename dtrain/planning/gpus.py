@@ -79,7 +79,7 @@ def find_gpu(name: str) -> Gpu:
         return GPUS[alike[0]]
     close = alike or get_close_matches(wanted, GPUS, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(GPUS)}"
-    raise UserError("the plan does not know this GPU", where=f"--gpu {name}", fix=hint)
+    raise UserError("the plan does not know this GPU", where=f"GPU {name}", fix=hint)
 
 
 def gpu_of_device(name: str, memory_bytes: int) -> Gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_mistake_fails_at_once_and_is_not_tried_again(cluster, submit, tmp_path)
     assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0"
     assert facts["ExitCode"] == "2:0"
     assert "did you mean" in cluster.log_of(job)
+
+
+def test_what_cannot_fit_ends_before_any_rank_starts(cluster, submit, tmp_path):
+    """The pretended GPUs get a driver that says which they are."""
+    driver = tmp_path / "bin/nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\necho '0, NVIDIA GeForce RTX 4090, 24564, 3, 0'\n")
+    driver.chmod(0o755)
+    environ = {"PATH": f"{driver.parent}:{os.environ['PATH']}", "DTRAIN_RECIPE": "70b-lora-zero3"}
+    keys = ["device=auto", f"output.folder={tmp_path}/run"]
+    job = submit("single-node", [], keys, **environ)
+    facts, log = cluster.wait(job, 20), cluster.log_of(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "on 1 x 8 rtx4090-24g: DOES NOT FIT" in log and "DTRAIN_FORCE=1" in log
+    assert attempts(tmp_path / "run") == []
 
 
 @pytest.mark.timeout(150)

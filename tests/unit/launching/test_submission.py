@@ -52,6 +52,26 @@ def test_script_of_every_recipe(recipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_submit_forces_the_job_does_not_refuse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    much = ["70b-lora-zero3", "--gpu", "rtx4090", "--force"]
+    lines = dry_run(*much).splitlines()
+    assert lines.index("DTRAIN_FORCE=1") < lines.index(f"source {ROOT}/slurm/job.sh")
+    assert "DTRAIN_FORCE" not in dry_run("70b-qlora")
+
+
+def test_what_a_script_sets_reaches_the_programs_it_starts(tmp_path):
+    """Lines of the script that `dtrain submit` writes, up to the first program."""
+    (tmp_path / "python").write_text("#!/bin/sh\nenv >seen\nexit 2\n")
+    (tmp_path / "python").chmod(0o755)
+    said = "DTRAIN_RECIPE=tiny\nDTRAIN_PREFLIGHT=exclude\nDTRAIN_FORCE=1\n"
+    (tmp_path / "bin").symlink_to(tmp_path)
+    script = f"DTRAIN_ENV={tmp_path}\n{said}source {ROOT}/slurm/job.sh\n"
+    assert subprocess.run(["bash"], input=script, text=True, cwd=tmp_path).returncode == 2
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert {"DTRAIN_PREFLIGHT=exclude", "DTRAIN_FORCE=1"} <= set(seen)
+
+
 def test_hostile_names_stay_names(tmp_path, monkeypatch):
     hostile = "a'; touch x; $(touch x)\n#SBATCH --uid=0\n`touch x`"
     working = tmp_path / hostile
