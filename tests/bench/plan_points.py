@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from dtrain.planning.activations import Habits
+from dtrain.planning.activations import DTRAIN, Habits
 from dtrain.planning.bases import KNOWN, Sizes
-from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR
+from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.memory import memory_of
+from dtrain.planning.kernels import MLPS, NORMS
+from dtrain.planning.memory import AT, gradient_bytes
 from dtrain.planning.setup import Setup
-from dtrain.planning.shapes import Shape, shape_of
+from dtrain.planning.shapes import Linear, Shape, shape_of
 from dtrain.planning.speed import flops_per_token
 
 GB, GIB = 1e9, 2**30
@@ -50,32 +51,77 @@ OTHERS = {
 }
 
 
-NARROW = Habits(attention_copies=False, train_bytes=2, head_bytes=14.0)
-
-
 @dataclass(frozen=True)
 class Trainer:
-    """How a source computes."""
+    """How a source computes: from its own code at the time of its figures.
 
-    rank: int
+    Attributes:
+        words: of a row, all of which must be there; the first trainer that answers is taken.
+        kernels: what torch.compile fuses, as dtrain's kernels do.
+        keeps_inputs: of NF4 layers, for a gradient of frozen weights that nobody asks for:
+            bitsandbytes before pull request 1270 (July 2024).
+        keeps_dequantised: weights of the layer that is computed again, by its graph: AutoGPTQ.
+        masters: DeepSpeed in 16 bits: float32 masters and moments, their gradients at an update,
+            two buckets of 2e8 elements going backward.
+    """
+
+    words: tuple[str, ...]
+    rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
     has_dropout: bool = False
     casts: bool = False
-    habits: Habits = NARROW
+    habits: Habits = DTRAIN
+    kernels: frozenset[str] = frozenset()
+    keeps_inputs: bool = False
+    keeps_dequantised: bool = False
+    masters: bool = False
 
 
-CHUNKED = Habits(attention_copies=False, train_bytes=2, head_bytes=5.5)
-WIDE = Habits(attention_copies=False, train_bytes=4, head_bytes=14.0)
-KBIT = Habits(attention_copies=False, train_bytes=4, head_bytes=14.0, residual_bytes=4)
-HABITS = {
-    "AnswerDotAI": Trainer(64, has_dropout=True),
-    "torchtune": Trainer(8, habits=CHUNKED),
-    "litgpt": Trainer(8, ("q_proj", "v_proj"), habits=CHUNKED),
-    "QwenLM": Trainer(64, has_dropout=True, habits=WIDE),
-    "unsloth": Trainer(32, habits=KBIT, casts=True),
-    "llama-cookbook": Trainer(8, ("q_proj", "v_proj")),
-    "peft": Trainer(8, has_dropout=True, casts=True, habits=WIDE),
-}
+def habits(head: float, train: int = 2, residual: int = 0) -> Habits:
+    """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
+    return Habits(
+        attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
+    )
+
+
+# Bytes of a logit at the peak of the loss. transformers until 4.44: logits in float32, shifted by a
+# copy, their log-softmax: 12, going backward 12 again; 16 where the loop keeps the model's output.
+# Qwen's own model does not widen them: 6 where no autocast does, 12 under it. Chunks (torchtune):
+# all logits in 16 bits and the gradient of an eighth of them, float32 only inside compiled loops.
+SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+WITHOUT_K = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRAINERS = (
+    # train.py: r 64, dropout 0.1, pure bfloat16, `output` is kept until the step is over.
+    Trainer(("AnswerDotAI",), 64, SIX, True, habits=habits(16), keeps_inputs=True),
+    # README and its configs: q, v, o and the MLP with r 8; loss in chunks, layers compiled.
+    Trainer(("torchtune", "(eager)"), habits=habits(12)),
+    Trainer(
+        ("torchtune", "compile"),
+        8,
+        WITHOUT_K,
+        habits=habits(2.25),
+        kernels=frozenset({NORMS, MLPS}),
+    ),
+    # Tutorial of LoRA: r 64 on every matrix, else q and v with r 8.
+    Trainer(("torchtune", "r64"), 64, habits=habits(12)),
+    Trainer(("torchtune",), 8, ("q_proj", "v_proj"), habits=habits(12)),
+    # finetune/lora.py: r 8 on q and v, dropout 0.05; logits in chunks of 128; bitsandbytes 0.41.1.
+    Trainer(("litgpt",), 8, ("q_proj", "v_proj"), True, habits=habits(5.5), keeps_inputs=True),
+    # finetune.py and its scripts: PEFT of 2023 made adapters in the base's dtype. QLoRA goes by way
+    # of DeepSpeed in float16 over GPTQ's weights, LoRA of autocast, 72B of ZeRO-3.
+    Trainer(
+        ("QwenLM", "qlora"),
+        64,
+        has_dropout=True,
+        habits=habits(6),
+        keeps_dequantised=True,
+        masters=True,
+    ),
+    Trainer(("QwenLM", "zero3"), 64, has_dropout=True, habits=habits(6)),
+    Trainer(("QwenLM",), 64, has_dropout=True, habits=habits(12)),
+    Trainer(("unsloth",), 32, habits=habits(14, 4, 4), casts=True),
+    Trainer(("peft",), 8, has_dropout=True, casts=True, habits=habits(12, 4), keeps_inputs=True),
+)
 # What is known to be wrong or is not computed here, with the reason.
 DOUBTFUL = {
     "LongLoRA": "second hand",
@@ -93,7 +139,14 @@ DOUBTFUL = {
 
 def shape_named(name: str) -> Shape:
     row = OTHERS.get(name) or KNOWN[MODELS[name]]
-    return shape_of({k: v for k, v in row._asdict().items() if v is not None}, name)
+    shape = shape_of({k: v for k, v in row._asdict().items() if v is not None}, name)
+    return fused(shape) if name.startswith("qwen1") else shape
+
+
+def fused(shape: Shape) -> Shape:
+    """Queries, keys and values from one matrix, with one adapter, as Qwen's own first model."""
+    one = Linear("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
+    return replace(shape, linears=(one, *shape.linears[3:]))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -111,7 +164,8 @@ def reason_against(row: dict[str, str]) -> str:
 
 
 def trainer_of(row: dict[str, str]) -> Trainer | None:
-    return next((t for name, t in HABITS.items() if name in row["source"]), None)
+    text = " ".join(row.values())
+    return next((t for t in TRAINERS if all(word in text for word in t.words)), None)
 
 
 def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
@@ -136,7 +190,44 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
         checkpointing=row["grad_ckpt"] == "True",
         optimizer="adamw_8bit" if "8bit" in row.get("optimizer", "") else "adamw",
         casts=trainer.casts,
+        kernels=trainer.kernels,
     )
+
+
+def tensors(setup: Setup, trainer: Trainer) -> float:
+    """Bytes at the moment that needs most, as the trainer computes it."""
+    moments = [at(setup, trainer.habits) for at in AT]
+    return max(one.peak + also_kept(one.moment, setup, trainer) for one in moments)
+
+
+def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
+    """What dtrain never keeps, less what is not there yet."""
+    shape, e, n = setup.shape, setup.element_bytes, setup.trainable
+    layers = 1 if setup.checkpointing else shape.layers
+    within = moment == "backward" or (moment == "loss" and not setup.checkpointing)
+    kept = 0.0
+    if trainer.keeps_inputs and setup.method == "qlora" and within:
+        kept += layers * setup.tokens * e * (2 * shape.hidden + shape.mlp)
+    if trainer.keeps_dequantised and moment == "backward":
+        kept += e * shape.linear_elements / shape.layers
+    if trainer.masters:
+        kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
+    if moment == "loss" and setup.ranks == 1:  # no gradients, where they are cleared at each step
+        kept -= gradient_bytes(setup, trainer.habits)
+    return kept
+
+
+ALLOCATED, RESERVED, PROCESS, CAPACITY = "allocated", "reserved", "process", "capacity"
+
+
+def what_of(row: dict[str, str]) -> str:
+    """What a figure counts: tensors, what torch's allocator holds, or all that a driver sees."""
+    text = row["measured_what"]
+    if "capacity" in text:
+        return CAPACITY
+    if "process" in text:
+        return PROCESS
+    return ALLOCATED if "allocated" in text or "active" in text else RESERVED
 
 
 @dataclass(frozen=True)
@@ -145,7 +236,13 @@ class Point:
     label: str
     planned: float
     real: float
-    is_capacity: bool = False
+    what: str
+
+    def guess(self, factor: float, extra: float) -> float:
+        """From tensors to what was counted; a driver sees the CUDA context too."""
+        if self.what == ALLOCATED:
+            return self.planned
+        return factor * self.planned + extra + LOWER_BYTES * (self.what == PROCESS)
 
 
 def short(source: str) -> str:
@@ -162,25 +259,23 @@ def memory_points(path: Path) -> tuple[list[Point], dict[str, int]]:
             continue
         unit = GIB if "GiB" in row["measured_what"] else GB
         label = f"{row['model']} {row['method']} {row['engine']} {row['gpus']}x{row['seq_len']}"
-        peak = memory_of(setup_of_row(row, trainer), trainer.habits).peak
-        capacity = "capacity" in row["measured_what"]
-        real = float(row["measured_peak_gb"]) * (GIB if capacity else unit)
-        points.append(Point(short(row["source"]), label, peak, real, capacity))
+        peak = tensors(setup_of_row(row, trainer), trainer)
+        what = what_of(row)
+        real = float(row["measured_peak_gb"]) * (GIB if what == CAPACITY else unit)
+        points.append(Point(short(row["source"]), label, peak, real, what))
     return points, left_out
 
 
 def fitted(points: list[Point]) -> tuple[float, float]:
     """The factor and the bytes, of tensors, that make the least median error."""
-    peaks = [p for p in points if not p.is_capacity]
+    peaks = [p for p in points if p.what in (RESERVED, PROCESS)]
     tries = [(0.90 + 0.01 * a, 0.1 * GB * b) for a in range(41) for b in range(41)]
-    return min(
-        tries, key=lambda t: median(abs((t[0] * p.planned + t[1]) / p.real - 1) for p in peaks)
-    )
+    return min(tries, key=lambda t: median(abs(p.guess(*t) / p.real - 1) for p in peaks))
 
 
 def quantile_factor(points: list[Point], share: float) -> float:
     """The factor that, beside the budget's bytes, covers this share of the points."""
-    ratios = sorted((p.real - BUDGET_BYTES) / p.planned for p in points if not p.is_capacity)
+    ratios = sorted((p.real - BUDGET_BYTES) / p.planned for p in points if p.what != CAPACITY)
     return ratios[min(len(ratios) - 1, int(share * len(ratios)))]
 
 
@@ -190,12 +285,12 @@ def tell_memory(points: list[Point]) -> None:
     print(f"{'median':>9}{'bias':>8}{'budget x':>10}{'covers':>8}{'plan':>7}")
     errors, fair, ours = [], [], []
     for source in sorted({p.source for p in points}):
-        mine = [p for p in points if p.source == source and not p.is_capacity]
+        mine = [p for p in points if p.source == source and p.what != CAPACITY]
         if not mine:
             continue
         others = [p for p in points if p.source != source]
         (factor, extra), cover = fitted(others), quantile_factor(others, 0.95)
-        off = [(factor * p.planned + extra) / p.real - 1 for p in mine]
+        off = [p.guess(factor, extra) / p.real - 1 for p in mine]
         covered = [p.real <= cover * p.planned + BUDGET_BYTES for p in mine]
         planned = [p.real <= BUDGET_FACTOR * p.planned + BUDGET_BYTES for p in mine]
         errors, fair, ours = errors + [abs(x) for x in off], fair + covered, ours + planned
@@ -204,7 +299,7 @@ def tell_memory(points: list[Point]) -> None:
         print(f"{line}{sum(covered):>8}{sum(planned):>7}")
     print(f"{len(errors)} rows: median {median(errors):.1%}, worst {max(errors):.1%}", end="; ")
     print(f"budgets of the others cover {sum(fair)}, the plan's {sum(ours)}")
-    roomy = [p for p in points if p.is_capacity]
+    roomy = [p for p in points if p.what == CAPACITY]
     print(f"longest rows that fit: tensors below capacity in {sum(map(below, roomy))}", end=" ")
     print(f"of {len(roomy)}, at {median(p.planned / p.real for p in roomy):.0%} of it")
 
@@ -225,7 +320,7 @@ def speed_points(path: Path) -> tuple[list[tuple[str, str, str, float]], dict[st
         if why:
             left_out[why] = left_out.get(why, 0) + 1
             continue
-        one = setup_of_row(row, trainer_of(row) or Trainer(16))
+        one = setup_of_row(row, trainer_of(row) or Trainer(()))
         gpu = find_gpu({"a100": "a100-80g", "h100": "h100-80g"}.get(family, family))
         rate = float(row["tokens_per_s_per_gpu"])
         share = flops_per_token(replace(one, ranks=1)) * rate / (gpu.tflops * 1e12)
