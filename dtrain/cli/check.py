@@ -8,5 +8,8 @@ from dtrain.cli.arguments import Overrides, RecipeAddress
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print the recipe with every default filled in, or every error in it."""
     from dtrain.config.load import dump, load_recipe
+    from dtrain.planning.bases import refuse_untrainable
 
-    print(dump(load_recipe(recipe, overrides or [])), end="")
+    settings = load_recipe(recipe, overrides or [])
+    refuse_untrainable(settings.model.base)
+    print(dump(settings), end="")

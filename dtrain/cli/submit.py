@@ -59,8 +59,10 @@ def submit(
 ) -> None:
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.launching import submit as jobs
+    from dtrain.planning.bases import refuse_untrainable
 
     settings = load_recipe(recipe, overrides or [])
+    refuse_untrainable(settings.model.base)
     folder = Path(settings.output.folder).expanduser().absolute()
     settings, working = placed(settings, folder), Path.cwd()
     if gpus and settings.device != "cpu":

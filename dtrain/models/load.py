@@ -137,6 +137,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             does not know it, or the model is not one that dtrain can train on packed rows.
     """
     raw = shapes.read_config(folder / "config.json")
+    shapes.refuse_experts(raw, str(folder / "config.json"))
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:

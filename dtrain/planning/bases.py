@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dtrain.core.errors import UserError
 from dtrain.core.folders import local_path
-from dtrain.planning.shapes import Shape, read_config, shape_of
+from dtrain.planning.shapes import Shape, read_config, refuse_experts, shape_of
 
 WHERE = "model.base"
 
@@ -107,6 +107,19 @@ def find_config(base: str) -> tuple[dict[str, Any], str]:
         where=WHERE,
         fix=f"{hint}give a folder, or: hf download {base} config.json",
     )
+
+
+def refuse_untrainable(base: str) -> None:
+    """Refuse what no engine trains, as far as this machine knows the base's config.json.
+
+    Raises:
+        UserError: it is a mixture of experts.
+    """
+    try:
+        config, source = find_config(base)
+    except UserError:  # fetched later, and looked at then
+        return
+    refuse_experts(config, source)
 
 
 def known_name(base: str) -> str | None:

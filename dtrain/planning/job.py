@@ -14,6 +14,7 @@ from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.nvidia import gpus
+from dtrain.planning.bases import refuse_untrainable
 from dtrain.planning.gpus import Gpu, find_gpu, gpu_of_device
 from dtrain.planning.refuse import planned, refuse_what_cannot_fit
 from dtrain.planning.setup import Cluster
@@ -27,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     """Plan; return 0 unless the job cannot fit, or its recipe is wrong."""
     address, *overrides = sys.argv[1:] if argv is None else argv
     try:
-        head_of_job(load_recipe(address, overrides), os.environ)
+        recipe = load_recipe(address, overrides)
+        refuse_untrainable(recipe.model.base)
+        head_of_job(recipe, os.environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -145,12 +145,10 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         where: for messages.
 
     Raises:
-        UserError: it lacks a size, or is of an architecture not known here.
+        UserError: it lacks a size, is a mixture of experts, or of an architecture not known here.
     """
     kind = str(config.get("model_type"))
-    if any(config.get(key) for key in EXPERTS):
-        what = f"{kind!r} is a mixture of experts; the plan counts dense models only"
-        raise UserError(what, where=where, fix="dtrain run needs no plan; dense models are tested")
+    refuse_experts(config, where)
     if kind not in ARCHITECTURES:
         close = get_close_matches(kind, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -165,7 +163,23 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         raise UserError(f"a size in it is not a number: {error}", where=where) from error
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def refuse_experts(config: dict[str, Any], where: str) -> None:
+    """Refuse a mixture of experts.
+
+    Its experts are one tensor of three dimensions, no linear layers: bitsandbytes leaves them as
+    they are, a merge has no place for their adapters, and nothing balances their load.
+
+    Raises:
+        UserError: the config names experts.
+    """
+    if any(config.get(key) for key in EXPERTS):
+        what = f"{config.get('model_type')!r} is a mixture of experts; dtrain trains dense models"
+        raise UserError(what, where=where, fix="choose a dense model: llama, mistral, qwen3, ...")
+
+
 SIZES = (
     "num_hidden_layers",
     "hidden_size",

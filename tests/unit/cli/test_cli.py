@@ -55,6 +55,17 @@ def test_what_a_login_node_runs_imports_no_torch(arguments: list[str], tmp_path:
     assert "typer" in modules and not modules & HEAVY
 
 
+@pytest.mark.parametrize("verb", ["check", "plan", "run", "submit"])
+def test_a_mixture_of_experts_is_refused_by_every_verb(verb: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 128}')
+    done = dtrain(verb, "tiny", f"model.base={base}", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "'qwen3_moe' is a mixture of experts; dtrain trains dense models" in done.stderr
+    assert str(base / "config.json") in done.stderr and "choose a dense model" in done.stderr
+
+
 def test_check_prints_what_reads_back_equal(tmp_path: Path) -> None:
     done = dtrain("check", "tiny", "seed=7", cwd=tmp_path)
     (tmp_path / "copy.yaml").write_text(done.stdout)
