@@ -24,6 +24,9 @@ UTILISATION_ELSEWHERE = (0.33, 0.56, 0.70)
 
 # NF4 to 16 bits, for each element and pass: bytes of memory bandwidth that it costs.
 DEQUANTISE_BYTES = 8.0
+# Share of a link's bandwidth in the slowest published case: two RTX 3090 on an older board, 7B in
+# 16 bits sharded between them, 3.4 of 12 GB/s (AnswerDotAI/fsdp_qlora, benchmarks of March 2024).
+SLOWEST_LINK = 0.3
 # Share of the lesser of computing and sending that is not hidden behind the other.
 EXPOSED = 0.2
 

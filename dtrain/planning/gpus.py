@@ -20,7 +20,7 @@ class Gpu:
             it is on as delivered; the driver keeps some (`usable_bytes`).
         tflops: dense bfloat16 with float32 sums, without sparsity.
         memory_gb_s: bandwidth of its memory.
-        link_gb_s: to the other GPUs of a node, one direction.
+        link_gb_s: to the other GPUs of a node, one direction, as collectives reach it.
         network_gb_s: share of the node's network, one direction; an assumption about the cluster.
     """
 

@@ -16,7 +16,7 @@ from dtrain.planning.memory import Memory, memory_of
 from dtrain.planning.resolve import resolved
 from dtrain.planning.setup import Cluster, Setup, setup_of
 from dtrain.planning.shapes import Shape
-from dtrain.planning.speed import Range, is_measured, tokens_per_second
+from dtrain.planning.speed import Range, is_measured, tokens_per_second, waits_for_links
 from dtrain.planning.storage import (
     Amount,
     checkpoint_bytes,
@@ -162,6 +162,8 @@ def doubts(setup: Setup, cluster: Cluster) -> list[str]:
         found.append(f"no published speed of {cluster.gpu.name} was at hand")
     if cluster.nodes > 1:
         found.append("speed between nodes depends on a network that the plan does not know")
+    if waits_for_links(setup, cluster):
+        found.append("sending takes longer than computing, so the links decide how long it takes")
     return found
 
 

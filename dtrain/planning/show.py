@@ -9,6 +9,7 @@ from dtrain.core.units import count, duration, size
 from dtrain.planning.calibration import Measured
 from dtrain.planning.exact import Exact
 from dtrain.planning.plan import Plan, StagePlan
+from dtrain.planning.setup import Cluster
 from dtrain.planning.storage import checkpoint_bytes, host_load_bytes, host_merge_bytes
 from dtrain.planning.verdict import FITS
 from dtrain.planning.wire import entering_bytes, received_bytes
@@ -63,7 +64,7 @@ def stage_lines(stage: StagePlan, plan: Plan, columns: int) -> Iterator[str]:
     yield from _item("host memory", host, columns)
     saved = f"{size(checkpoint_bytes(setup))} a checkpoint, {size(stage.disk)} in all"
     yield from _item("disk", saved, columns)
-    yield from _item("wire", wire(stage), columns)
+    yield from _item("wire", wire(stage, plan.cluster), columns)
     yield from _item("speed", speed(stage), columns)
     yield from _item("time", time(stage), columns)
     for doubt in stage.doubts:
@@ -113,11 +114,16 @@ def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
     )
 
 
-def wire(stage: StagePlan) -> str:
-    """Bytes of an optimizer step."""
+def wire(stage: StagePlan, cluster: Cluster) -> str:
+    """Bytes of an optimizer step, and the links that the plan takes for granted."""
     received, entering = received_bytes(stage.setup), entering_bytes(stage.setup)
+    if not received:
+        return "nothing"
+    gpu, network = cluster.gpu, cluster.gpu.network_gb_s * cluster.gpus_per_node
     between = f", {size(entering)} enter each node" if entering else ""
-    return f"a GPU receives {size(received)} in a step{between}" if received else "nothing"
+    into = f", {network:g} GB/s into it" if entering else ""
+    assumed = f"assumed: {gpu.link_gb_s:g} GB/s inside a node{into}"
+    return f"a GPU receives {size(received)} in a step{between} ({assumed})"
 
 
 def speed(stage: StagePlan) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dtrain.planning.constants import (
     DEQUANTISE_BYTES,
     EXPOSED,
+    SLOWEST_LINK,
     UTILISATION,
     UTILISATION_ELSEWHERE,
 )
@@ -59,18 +60,31 @@ def is_measured(gpu: Gpu) -> bool:
 
 
 def step_seconds(setup: Setup, cluster: Cluster) -> Range:
-    """One optimizer step, from the fastest to the slowest that is likely."""
-    gpu, share = cluster.gpu, utilisation(cluster.gpu)
-    micro = setup.accumulation
-    work = flops_per_token(setup) * setup.tokens * micro / (gpu.tflops * 1e12)
-    if setup.element_bytes == 4:
-        work *= 2  # TF32 at best
-    extra = dequantise_seconds(setup, gpu) * micro
+    """One optimizer step, from the fastest to the slowest that is likely.
+
+    Slowest: nothing overlaps, and links reach the least that was published.
+    """
+    share, work = utilisation(cluster.gpu), _full_rate_seconds(setup, cluster)
+    extra = dequantise_seconds(setup, cluster.gpu) * setup.accumulation
     send = sending_seconds(setup, cluster)
     fast = max(work / share.high + extra / 2, send)
     likely = _overlapped(work / share.middle + extra, send)
-    slow = work / share.low + 1.5 * extra + send
+    slow = work / share.low + 1.5 * extra + send / SLOWEST_LINK
     return Range(fast, likely, slow)
+
+
+def waits_for_links(setup: Setup, cluster: Cluster) -> bool:
+    """Whether sending is likely to take longer than computing."""
+    work = _full_rate_seconds(setup, cluster) / utilisation(cluster.gpu).middle
+    extra = dequantise_seconds(setup, cluster.gpu) * setup.accumulation
+    return sending_seconds(setup, cluster) > work + extra
+
+
+def _full_rate_seconds(setup: Setup, cluster: Cluster) -> float:
+    """Arithmetic of one optimizer step at the rate of the data sheet."""
+    flops = flops_per_token(setup) * setup.tokens * setup.accumulation
+    wider = 2 if setup.element_bytes == 4 else 1  # TF32 at best
+    return wider * flops / (cluster.gpu.tflops * 1e12)
 
 
 def _overlapped(compute: float, send: float) -> float:

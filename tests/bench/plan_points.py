@@ -19,7 +19,7 @@ from statistics import median
 
 from dtrain.planning.activations import DTRAIN, Habits
 from dtrain.planning.bases import KNOWN, Sizes
-from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES
+from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.kernels import MLPS, NORMS
 from dtrain.planning.memory import AT, gradient_bytes
@@ -58,6 +58,7 @@ class Trainer:
     Attributes:
         words: of a row, all of which must be there; the first trainer that answers is taken.
         kernels: what torch.compile fuses, as dtrain's kernels do.
+        fused: its optimizer makes no copy of all second moments.
         keeps_inputs: of NF4 layers, for a gradient of frozen weights that nobody asks for:
             bitsandbytes before pull request 1270 (July 2024).
         keeps_dequantised: weights of the layer that is computed again, by its graph: AutoGPTQ.
@@ -72,6 +73,7 @@ class Trainer:
     casts: bool = False
     habits: Habits = DTRAIN
     kernels: frozenset[str] = frozenset()
+    fused: bool = False
     keeps_inputs: bool = False
     keeps_dequantised: bool = False
     masters: bool = False
@@ -93,12 +95,13 @@ WITHOUT_K = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINERS = (
     # train.py: r 64, dropout 0.1, pure bfloat16, `output` is kept until the step is over.
     Trainer(("AnswerDotAI",), 64, SIX, True, habits=habits(16), keeps_inputs=True),
-    # README and its configs: q, v, o and the MLP with r 8; loss in chunks, layers compiled.
-    Trainer(("torchtune", "(eager)"), habits=habits(12)),
+    # README and its configs: q, v, o and the MLP with r 8; chunked, compiled, a fused AdamW.
+    Trainer(("torchtune", "(eager)"), fused=True, habits=habits(12)),
     Trainer(
         ("torchtune", "compile"),
         8,
         WITHOUT_K,
+        fused=True,
         habits=habits(2.25),
         kernels=frozenset({NORMS, MLPS}),
     ),
@@ -191,6 +194,7 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
         optimizer="adamw_8bit" if "8bit" in row.get("optimizer", "") else "adamw",
         casts=trainer.casts,
         kernels=trainer.kernels,
+        foreach=not trainer.fused,
     )
 
 
@@ -212,7 +216,7 @@ def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
         kept += e * shape.linear_elements / shape.layers
     if trainer.masters:
         kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
-    if moment == "loss" and setup.ranks == 1:  # no gradients, where they are cleared at each step
+    if moment != "update" and setup.ranks == 1:  # cleared at each step, so not there yet
         kept -= gradient_bytes(setup, trainer.habits)
     return kept
 
@@ -242,7 +246,7 @@ class Point:
         """From tensors to what was counted; a driver sees the CUDA context too."""
         if self.what == ALLOCATED:
             return self.planned
-        return factor * self.planned + extra + LOWER_BYTES * (self.what == PROCESS)
+        return factor * self.planned + extra + least_beside(self)
 
 
 def short(source: str) -> str:
@@ -299,9 +303,17 @@ def tell_memory(points: list[Point]) -> None:
         print(f"{line}{sum(covered):>8}{sum(planned):>7}")
     print(f"{len(errors)} rows: median {median(errors):.1%}, worst {max(errors):.1%}", end="; ")
     print(f"budgets of the others cover {sum(fair)}, the plan's {sum(ours)}")
+    peaks = [p for p in points if p.what != CAPACITY]
+    least = sum(p.real >= LOWER_FACTOR * p.planned + least_beside(p) for p in peaks)
+    print(f"the plan's `at least` is below {least} of them")
     roomy = [p for p in points if p.what == CAPACITY]
     print(f"longest rows that fit: tensors below capacity in {sum(map(below, roomy))}", end=" ")
     print(f"of {len(roomy)}, at {median(p.planned / p.real for p in roomy):.0%} of it")
+
+
+def least_beside(point: Point) -> float:
+    """Of the CUDA context, where the figure counts it."""
+    return LOWER_BYTES if point.what == PROCESS else 0.0
 
 
 def below(point: Point) -> bool:
