@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.forward import supervised_logits, supervised_loss, supervised_losses
-from dtrain.models.kernels import head, native
+from dtrain.models.kernels import head, layers, native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base
 
@@ -209,6 +210,25 @@ def test_a_layer_called_with_another_tensor_computes_alone(tmp_path: Path) -> No
         called = [("q_proj", x), ("k_proj", y), ("v_proj", x), ("v_proj", y), ("k_proj", x)]
         results.append(torch.cat([layers[name](value) for name, value in called], dim=-1))
     assert torch.allclose(*results, atol=1e-5)
+
+
+def test_aliases_of_one_tensor_are_computed_together(tmp_path: Path, monkeypatch) -> None:
+    """DeepSpeed's ZeRO-3 hands each module an alias; what is not taken must not stay."""
+    model = build(saved(CONFIGS["llama"], tmp_path), METHODS["no dropout"], "auto")
+    q, k, v, *_ = (
+        m for n, m in model.named_modules() if ".layers.1." in n and isinstance(m, LoraLayer)
+    )
+    computed, original = list[int](), layers._compute
+    monkeypatch.setattr(layers, "_compute", lambda m, x: computed.append(len(m)) or original(m, x))
+    x = torch.randn(1, 4, 64)
+    q(x.view_as(x)), k(x.view_as(x)), v(x.view_as(x))
+    assert computed == [3]
+    q(x.view_as(x))
+    x.add_(1.0)
+    left = [weakref.ref(result) for result in q.forward._group._waiting.values()]
+    k(x.view_as(x)), v(x.view_as(x))
+    assert computed == [3, 3, 1, 1]
+    assert [ref() for ref in left] == [None, None]
 
 
 def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: Path) -> None:
