@@ -38,10 +38,15 @@ DTRAIN = Habits()
 
 
 def stream_bytes(setup: Setup, habits: Habits = DTRAIN) -> int:
-    """Bytes of an element of the residual stream: full training embeds in float32."""
+    """Bytes of an element of the residual stream: full training under DDP embeds in float32."""
     if habits.residual_bytes:
         return habits.residual_bytes
-    return habits.train_bytes if setup.is_full and setup.autocasts else setup.element_bytes
+    return habits.train_bytes if keeps_wide(setup) else setup.element_bytes
+
+
+def keeps_wide(setup: Setup) -> bool:
+    """Weights compute from float32, which autocast copies; FSDP2 gathers them in 16 bits."""
+    return setup.is_full and setup.autocasts and setup.engine == "ddp"
 
 
 def layer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
@@ -80,7 +85,7 @@ def _copies(setup: Setup) -> bool:
 def _inputs(setup: Setup, habits: Habits) -> float:
     """Inputs of linear layers, once where several share one."""
     e, shape = setup.element_bytes, setup.shape
-    if setup.is_full and setup.autocasts:  # each layer casts the float32 stream for itself
+    if keeps_wide(setup):  # each layer casts the float32 stream for itself
         own = {"self_attn.o_proj": e * shape.q * habits.attention_copies, "mlp.down_proj": 0}
         casts = sum(own.get(x.name, e * x.inputs) for x in shape.linears)
         return casts + e * shape.mlp
@@ -102,6 +107,8 @@ def _made_anew(setup: Setup) -> set[str]:
     """Inputs that the kernels make again from what is kept anyway."""
     if LAYERS not in setup.kernels or setup.is_full:
         return set()
+    if setup.engine == "zero3":  # its hooks hand on a copy, which does not know what made it
+        return set()
     after_norms = {"self_attn", "mlp"} if NORMS in setup.kernels else set()
     return after_norms | ({"mlp.down_proj"} if MLPS in setup.kernels else set())
 
@@ -113,10 +120,27 @@ def _adapters(setup: Setup) -> float:
 
 def saved_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """Kept by all decoder layers of a micro-batch."""
+    rotary = 2 * setup.element_bytes * setup.shape.head_size * setup.tokens
     if setup.checkpointing:
         width = stream_bytes(setup, habits) * setup.shape.hidden
-        return setup.shape.layers * width * setup.tokens
-    return setup.shape.layers * layer_bytes(setup, habits) * setup.tokens
+        return setup.shape.layers * width * setup.tokens + rotary
+    return setup.shape.layers * layer_bytes(setup, habits) * setup.tokens + rotary
+
+
+def forward_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+    """Beside what is saved, while the forward pass is inside one decoder layer, at its MLP."""
+    shape = setup.shape
+    widths = 2 * shape.mlp + 2 * shape.hidden
+    if setup.checkpointing:  # the MLP's two inputs, which nobody saves
+        widths += 2 * shape.mlp
+    return setup.element_bytes * widths * setup.tokens + dequantised_bytes(setup)
+
+
+def dequantised_bytes(setup: Setup) -> float:
+    """A weight of NF4 while it computes."""
+    if setup.method != "qlora":
+        return 0.0
+    return float(setup.element_bytes * max(x.elements for x in setup.shape.linears))
 
 
 def recompute_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
@@ -126,7 +150,13 @@ def recompute_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     if LAYERS in setup.kernels and setup.has_dropout:  # inputs made anew, and what is left of them
         gradients += 2 * e * shape.mlp * setup.tokens
     again = layer_bytes(setup, habits) * setup.tokens if setup.checkpointing else 0.0
-    return again + gradients
+    return again + gradients + dequantised_bytes(setup)
+
+
+def attention_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+    """As `recompute_bytes`, once the backward pass has left the MLP and what it kept."""
+    of_mlp = 5 * setup.element_bytes * setup.shape.mlp * setup.tokens
+    return recompute_bytes(setup, habits) - of_mlp
 
 
 def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
@@ -145,9 +175,13 @@ def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
 def _chunked_head_bytes(setup: Setup, habits: Habits) -> float:
     """A chunk of logits, the states that are learnt from, their gradient, and the matrix's."""
     shape, e = setup.shape, setup.element_bytes
-    chunk = min(CHUNK_BYTES, 4 * setup.tokens * shape.vocabulary) * (1 + (e == 2) / 2)
-    states = setup.tokens * shape.hidden * (2 * stream_bytes(setup, habits) + 6 * e)
-    matrix = shape.vocabulary * shape.hidden
-    # Its gradient, what a chunk adds to it, and autocast's copy of it.
-    own = (4 + e + e * setup.autocasts) * matrix if setup.is_full else 0
-    return chunk + states + own
+    # In 16 bits: the product, in float32, and its gradient.
+    chunk = min(CHUNK_BYTES, 4 * setup.tokens * shape.vocabulary) * (1 + (e == 2))
+    # The last layer's output, normalised, and what is learnt of it; its gradient.
+    stream = stream_bytes(setup, habits)
+    states = setup.tokens * shape.hidden * (3 * stream + e + e * (stream != e))
+    matrix = float(shape.vocabulary * shape.hidden)
+    if not setup.is_full:
+        return chunk + states
+    # Its gradient and what a chunk adds to it; DDP's is float32, autocast's copy beside it.
+    return chunk + states + (2 * e + 2 * habits.train_bytes * keeps_wide(setup)) * matrix

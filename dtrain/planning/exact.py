@@ -123,7 +123,7 @@ def _question(recipe: Recipe, name: str, setup: Setup, cluster: Cluster) -> dict
         "stage": name,
         "ranks": setup.ranks,
         "on_node": setup.node_ranks,
-        "on_gpu": setup.foreach,
+        "on_gpu": setup.on_gpu,
         "micro_batches": micro_batches,
     }
 

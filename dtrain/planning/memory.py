@@ -1,33 +1,44 @@
 """Memory of one GPU, term by term, at the moment of a step that needs most.
 
-Sources: arXiv:1910.02054 (ZeRO), arXiv:2305.14314 (NF4), torch's FSDP2 and DeepSpeed as read and
-measured: sums of living tensors on real ranks under gloo (tests/distributed/test_plan_real.py).
+Each engine is gone through moment by moment, as torch and DeepSpeed were read and measured: sums of
+living tensors on real ranks under gloo (tests/distributed/test_plan_real.py), and on fake ones
+(dtrain/simulation).
 
-Letters: P parameters of the base, n that train, R ranks, S ranks that share one copy, e bytes of
-an element that computes.
+Letters: P parameters, n that train, R ranks, S ranks that share one copy, V vocabulary, h hidden
+size, e bytes of an element that computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dtrain.planning import zero3
 from dtrain.planning.activations import (
     DTRAIN,
     Habits,
+    attention_bytes,
+    forward_bytes,
     head_bytes,
     recompute_bytes,
     saved_bytes,
+    stream_bytes,
 )
-from dtrain.planning.setup import Setup
+from dtrain.planning.gathers import Gather, gathers
+from dtrain.planning.held import (
+    gradient_bytes,
+    largest_trained,
+    optimizer_bytes,
+    partition_bytes,
+    trained_bytes,
+    weight_bytes,
+)
+from dtrain.planning.parameters import FLOAT32
+from dtrain.planning.setup import ZERO, Setup
 
-# Of a linear layer held in NF4: 4 bits an element; for 64 elements one byte of scale; for 256 of
-# those a float32 of the second quantisation. The scales are no parameters: no engine shards them.
-NF4_BYTES = 0.5
-NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
-FLOAT32 = 4
-# Bytes of Adam's state for a parameter: two float32, or two bytes with a float32 for 256 of them.
-ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
-MOMENTS = ("loss", "backward", "update")
+PARTS = {"first": "forward", zero3.ARRIVAL: "forward", "attention": "backward"}
+FLOAT64 = 8
+SUB_GROUP_ELEMENTS = 1_000_000_000  # ZeRO-3 updates as many of a rank's at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Memory:
         activations: kept for the backward pass.
         working: what the moment itself needs: logits, a recomputed layer, an update's copies.
         buffers: an engine's own, for sending.
-        moment: loss, backward or update: when the peak is.
+        moment: forward, loss, backward or update: when the peak is.
     """
 
     weights: float
@@ -55,15 +66,7 @@ class Memory:
     @property
     def peak(self) -> float:
         """Sum of living tensors at the peak."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.gathered
-            + self.activations
-            + self.working
-            + self.buffers
-        )
+        return sum(self.terms().values())
 
     def terms(self) -> dict[str, float]:
         """Name → bytes, in the order that people read them."""
@@ -73,221 +76,184 @@ class Memory:
 
 def memory_of(setup: Setup, habits: Habits = DTRAIN) -> Memory:
     """The moment of a step that needs most."""
-    return max((at(setup, habits) for at in AT), key=lambda moment: moment.peak)
+    return max(moments(setup, habits), key=lambda moment: moment.peak)
 
 
 def least_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     """The peak that no data can make smaller: of logits there are as many as tokens are learnt."""
     if setup.learns_all:
         return memory_of(setup, habits).peak
-    return max(at(setup, habits).peak for at in AT if at is not at_loss)
+    return max(one.peak for one in moments(setup, habits) if one.moment != "loss")
 
 
-def at_loss(setup: Setup, habits: Habits = DTRAIN) -> Memory:
-    """The loss is computed: everything is saved, and the logits are there."""
-    return _moment(
-        setup,
-        habits,
-        "loss",
-        gathered=_outer_gathered(setup, habits),
-        activations=saved_bytes(setup, habits),
-        working=head_bytes(setup, habits),
-        buffers=_buffers(setup) if setup.engine == "zero3" else 0.0,
-    )
+def moments(setup: Setup, habits: Habits = DTRAIN) -> list[Memory]:
+    """Every moment of a step that could need most."""
+    held = _Held(setup, habits)
+    return [
+        *(held.at_gather(gather) for gather in gathers(setup, habits)),
+        *held.of_head_gradients(),
+        *held.of_reduction(),
+        *held.of_update(),
+    ]
 
 
-def in_backward(setup: Setup, habits: Habits = DTRAIN) -> Memory:
-    """The last decoder layer is gone through backwards."""
-    layer = _layer_gathered(setup, habits)
-    scatter = 0.0
-    if setup.is_full and setup.engine == "fsdp2":  # a layer's gradients, and their float32 copy
-        scatter = (setup.element_bytes + FLOAT32) * setup.shape.layer_parameters
-    dequantised = 0.0
-    if setup.method == "qlora":
-        dequantised = setup.element_bytes * max(x.elements for x in setup.shape.linears)
-    return _moment(
-        setup,
-        habits,
-        "backward",
-        gathered=_outer_gathered(setup, habits) + layer + scatter,
-        activations=saved_bytes(setup, habits),
-        working=recompute_bytes(setup, habits) + dequantised + _head_gradient(setup, habits),
-        buffers=_buffers(setup),
-    )
+class _Held:
+    """What a rank holds anyway, to which each moment adds."""
 
+    def __init__(self, setup: Setup, habits: Habits) -> None:
+        self.setup, self.habits = setup, habits
+        self.weights = weight_bytes(setup, habits)
+        self.gradients = gradient_bytes(setup, habits)
+        self.optimizer = optimizer_bytes(setup, habits)
+        self.saved = saved_bytes(setup, habits)
+        self.buffer = float(setup.element_bytes * setup.bucket_elements)
+        self.small = 0.0  # parameters that ZeRO-3 keeps whole for being small
+        if setup.engine == "zero3":
+            self.small = float(setup.element_bytes * zero3.gathered(setup).persistent)
+        self.matrix = float(setup.shape.vocabulary * setup.shape.hidden)
 
-def _head_gradient(setup: Setup, habits: Habits) -> float:
-    """Of the output matrix, where it waits for the end of the backward pass.
+    def at(
+        self,
+        moment: str,
+        *,
+        gathered: float = 0.0,
+        activations: float = 0.0,
+        working: float = 0.0,
+        gradients: float | None = None,
+        buffers: float | None = None,
+    ) -> Memory:
+        """One moment; what is not given is not there."""
+        return Memory(
+            weights=self.weights,
+            gradients=self.gradients if gradients is None else gradients,
+            optimizer=self.optimizer,
+            gathered=gathered + self.small,
+            activations=activations,
+            working=working,
+            buffers=self.buffers(moment) if buffers is None else buffers,
+            moment=moment,
+        )
 
-    A tied one is added to that of the embeddings; FSDP2 reduces it with them.
-    """
-    shape, sharded = setup.shape, setup.engine == "fsdp2"
-    if not setup.is_full or setup.engine in ("zero2", "zero3") or not (sharded or shape.tied):
-        return 0.0
-    width = setup.element_bytes if sharded else habits.train_bytes
-    return float(width * shape.vocabulary * shape.hidden)
+    def buffers(self, moment: str) -> float:
+        """DeepSpeed's, for gradients on their way.
 
+        ZeRO-2 has two in a backward pass, one that fills while the other is sent; ZeRO-3 keeps one.
+        """
+        if self.setup.engine == "zero2" and moment == "backward":
+            return 2 * self.buffer
+        return self.buffer if self.setup.engine == "zero3" else 0.0
 
-def after_layers(setup: Setup, habits: Habits = DTRAIN) -> Memory:
-    """The backward pass ends: FSDP2 reduces, in float32, what lies outside the layers."""
-    shape, e = setup.shape, setup.element_bytes
-    if not setup.is_full or setup.engine != "fsdp2" or setup.shard == 1:
-        return in_backward(setup, habits)
-    sent = FLOAT32 * (shape.outer_parameters + shape.layer_parameters)
-    return _moment(
-        setup,
-        habits,
-        "backward",
-        gathered=_outer_gathered(setup, habits) + sent,
-        activations=0.0,
-        working=2.0 * e * shape.vocabulary * shape.hidden,  # of embeddings and output matrix
-        buffers=0.0,
-    )
+    def at_gather(self, gather: Gather) -> Memory:
+        """A part of a micro-batch with what is gathered in it."""
+        setup, habits = self.setup, self.habits
+        working = {
+            "first": stream_bytes(setup, habits) * setup.shape.hidden * setup.tokens,
+            zero3.ARRIVAL: 0.0,
+            "forward": forward_bytes(setup, habits),
+            "loss": head_bytes(setup, habits),
+            "backward": recompute_bytes(setup, habits) + self.waiting(),
+            "attention": attention_bytes(setup, habits) + self.waiting(),
+        }[gather.part]
+        moment = PARTS.get(gather.part, gather.part)
+        gradients = self.gradients
+        if moment == "backward" and setup.engine == "zero2" and gather.depth < 1:
+            gradients += partition_bytes(setup)  # a bucket was full
+        return self.at(
+            moment,
+            gathered=gather.size,
+            activations=self.saved * gather.depth,
+            working=working,
+            gradients=gradients,
+        )
 
+    def width(self) -> int:
+        """Bytes of an element of a matrix's gradient as backward makes it."""
+        torch_whole = self.setup.engine == "ddp"
+        return self.habits.train_bytes if torch_whole else self.setup.element_bytes
 
-def at_update(setup: Setup, habits: Habits = DTRAIN) -> Memory:
-    """The optimizer works: activations are gone, gradients are whole."""
-    mine = setup.trainable / _update_shares(setup)
-    # torch: a root of the second moment for each parameter, of all at once on GPUs.
-    # DeepSpeed: float32 gradients beside those that were reduced, and the optimizer's own.
-    copies = (
-        16.0 * mine
-        if setup.engine in ("zero2", "zero3")
-        else habits.train_bytes * mine * setup.foreach
-    )
-    return _moment(
-        setup,
-        habits,
-        "update",
-        gathered=0.0,
-        activations=0.0,
-        working=0.0 if setup.offload else copies,
-        buffers=_buffers(setup) if setup.engine == "zero3" else 0.0,
-    )
+    def waiting(self) -> float:
+        """The output matrix's gradient: a tied one waits for that of the embeddings.
 
+        FSDP2 reduces one that is not tied with them too.
+        """
+        setup = self.setup
+        waits = setup.shape.tied or setup.engine == "fsdp2"
+        return self.width() * self.matrix if setup.is_full and waits else 0.0
 
-AT = (at_loss, in_backward, after_layers, at_update)
+    def of_head_gradients(self) -> Iterator[Memory]:
+        """Full training: gradients as large as the vocabulary, before and after the layers."""
+        setup = self.setup
+        if not setup.is_full:
+            return
+        outer = self.outer()
+        # What the loss made, and what backward scales it to; then ZeRO-2 gets itself buffers.
+        matrix, early = self.width() * self.matrix, 0.0 if setup.engine == "zero2" else None
+        kept = {"gathered": outer, "activations": self.saved}
+        yield self.at("backward", working=2 * matrix, buffers=early, **kept)
+        yield self.at("backward", working=matrix, **kept)
+        # The embeddings' own; a tied one beside it, and their sum.
+        extra = 3 if setup.shape.tied else 2 if setup.engine == "fsdp2" else 1
+        layer = 0.0
+        if setup.engine == "fsdp2" and setup.shard > 1:
+            layer = FLOAT32 * setup.shape.layer_parameters  # the last that was reduced
+        gradients = self.gradients
+        if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
+            gradients += partition_bytes(setup)
+        working = extra * matrix
+        yield self.at("backward", gathered=outer + layer, working=working, gradients=gradients)
 
+    def outer(self) -> float:
+        """Embeddings and output matrix, where they are gathered while gradients flow."""
+        setup = self.setup
+        if not setup.is_sharded or setup.shard == 1:
+            return 0.0
+        return float(setup.element_bytes * setup.shape.outer_parameters)
 
-def _moment(
-    setup: Setup,
-    habits: Habits,
-    moment: str,
-    *,
-    gathered: float,
-    activations: float,
-    working: float,
-    buffers: float,
-) -> Memory:
-    gradients = gradient_bytes(setup, habits)
-    if moment == "update" and setup.engine == "fsdp2":
-        gradients = habits.train_bytes * setup.trainable / setup.shard
-    return Memory(
-        weights=weight_bytes(setup, habits),
-        gradients=0.0 if setup.offload else gradients,
-        optimizer=0.0 if setup.offload else optimizer_bytes(setup, habits),
-        gathered=gathered,
-        activations=activations,
-        working=working,
-        buffers=buffers,
-        moment=moment,
-    )
+    def of_reduction(self) -> Iterator[Memory]:
+        """Gradients are copied together, reduced and scattered."""
+        setup, e = self.setup, self.setup.element_bytes
+        copies = 1 if setup.on_gpu else 2  # gloo works on a copy
+        together = min(setup.trainable, setup.bucket_elements)
+        if setup.engine == "fsdp2" and setup.is_full and setup.shard > 1:
+            outer = setup.shape.outer_parameters
+            yield self.at("backward", gathered=float((e + copies * FLOAT32) * outer))
+        done = min(1.0, setup.bucket_elements / setup.trainable)
+        if setup.engine == "zero3" and not setup.offload:
+            yield self.at(
+                "backward",
+                gathered=self.outer(),
+                activations=self.saved * (1 - done),
+                working=float(copies * e * together),
+            )
+        if setup.engine == "zero2":
+            # The first bucket that is full is copied before the partition is there.
+            copy, rest = float(e * together / setup.ranks), max(0.0, self.saved * (1 - 2 * done))
+            yield self.at("backward", activations=self.saved * (1 - done), working=copy)
+            gradients = self.gradients + partition_bytes(setup)
+            working = copy if done < 1 else 0.0
+            yield self.at("backward", activations=rest, working=working, gradients=gradients)
 
+    def of_update(self) -> Iterator[Memory]:
+        """The optimizer works: activations are gone, gradients are whole."""
+        setup, mine = self.setup, trained_bytes(self.setup, self.habits)
+        if setup.offload:
+            yield self.at("update")
+        elif setup.engine not in ZERO:
+            # torch: on GPUs a root of the second moment, of all parameters at once.
+            yield self.at("update", working=mine * setup.on_gpu, gradients=mine)
+        else:
+            yield from self.of_zero_update()
 
-def weight_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
-    """Weights that this rank keeps, and the copies that computing makes of all of them."""
-    shape, e = setup.shape, setup.element_bytes
-    shares = 1 if setup.engine in ("ddp", "zero2") else setup.shard
-    if setup.is_full:
-        return _full_weight_bytes(setup, shares, habits)
-    adapter = e if setup.engine in ("zero2", "zero3") else habits.train_bytes
-    trains = adapter * setup.trainable / shares
-    if setup.offload:
-        return _scales(setup)
-    if setup.method == "lora":
-        return e * shape.parameters / shares + trains
-    packed = NF4_BYTES * shape.linear_elements
-    others = e * (shape.parameters - shape.linear_elements)
-    return (packed + others) / shares + _scales(setup) + trains
-
-
-def _scales(setup: Setup) -> float:
-    return NF4_SCALE_BYTES * setup.shape.linear_elements if setup.method == "qlora" else 0.0
-
-
-def _full_weight_bytes(setup: Setup, shares: int, habits: Habits) -> float:
-    """float32 under torch's engines, and in 16 bits beside float32 masters under DeepSpeed."""
-    parameters, e = setup.shape.parameters, setup.element_bytes
-    if setup.offload:
-        return 0.0
-    if setup.engine in ("zero2", "zero3"):
-        return e * parameters / shares
-    # Under DDP autocast keeps a 16-bit copy of every matrix until the backward pass is over.
-    copies = e * setup.shape.linear_elements if setup.engine == "ddp" and setup.autocasts else 0
-    return habits.train_bytes * parameters / shares + copies
-
-
-def gradient_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
-    """From one micro-batch to the next, as far as this rank keeps them."""
-    n = setup.trainable
-    if setup.engine == "ddp":  # what is not sent yet lies beside the buckets
-        return habits.train_bytes * n * (2 if setup.accumulation > 1 and setup.ranks > 1 else 1)
-    if setup.engine == "fsdp2":
-        # An adapter's gradient stays whole until the last micro-batch, and is sent once.
-        whole = not setup.is_full and setup.accumulation > 1
-        return habits.train_bytes * n / (1 if whole else setup.shard)
-    if setup.engine == "zero2":  # what was reduced, and what it is added to
-        return (2 + (setup.accumulation > 1)) * FLOAT32 * n / setup.ranks
-    return setup.element_bytes * n / setup.shard
-
-
-def _update_shares(setup: Setup) -> int:
-    """Ranks among which the optimizer's state is divided."""
-    return {"ddp": 1, "zero2": setup.ranks}.get(setup.engine, setup.shard)
-
-
-def optimizer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
-    """Adam's two moments, and DeepSpeed's float32 masters, of this rank's share."""
-    masters = FLOAT32 if setup.engine in ("zero2", "zero3") else 0
-    mine = setup.trainable / _update_shares(setup)
-    moments = ADAM_BYTES[setup.optimizer]
-    if setup.optimizer == "adamw":
-        moments *= habits.train_bytes / FLOAT32
-    return (moments + masters) * mine
-
-
-def _gather_bytes(setup: Setup, habits: Habits) -> tuple[float, float]:
-    """A whole decoder layer, and what lies outside all of them, as it computes."""
-    shape, e = setup.shape, setup.element_bytes
-    layer = float(e * shape.layer_parameters)
-    if setup.method == "qlora":
-        linears = shape.linear_elements / shape.layers
-        layer = NF4_BYTES * linears + e * (shape.layer_parameters - linears)
-    adapter = e if setup.engine == "zero3" else habits.train_bytes
-    return layer + adapter * setup.trainable / shape.layers * (not setup.is_full), (
-        e * shape.outer_parameters
-    )
-
-
-def _outer_gathered(setup: Setup, habits: Habits) -> float:
-    """Embeddings and output matrix, whole while the decoder layers come and go."""
-    if setup.shard == 1 or not setup.is_sharded:
-        return 0.0
-    layer, outer = _gather_bytes(setup, habits)
-    if setup.engine == "fsdp2":
-        return outer
-    # ZeRO-3 lets go of nothing that it will need again within `live_elements`.
-    return min(outer + setup.shape.layers * layer, setup.element_bytes * setup.live_elements)
-
-
-def _layer_gathered(setup: Setup, habits: Habits) -> float:
-    """The decoder layer that computes, and the next one on its way."""
-    if setup.shard == 1 or not setup.is_sharded or setup.engine == "zero3":
-        return 0.0
-    return 2 * _gather_bytes(setup, habits)[0]
-
-
-def _buffers(setup: Setup) -> float:
-    """DeepSpeed's: gradients on their way; two for ZeRO-2, which sends one while it fills one."""
-    count = {"zero2": 2, "zero3": 1}.get(setup.engine, 0)
-    return float(count * setup.element_bytes * setup.bucket_elements)
+    def of_zero_update(self) -> Iterator[Memory]:
+        """DeepSpeed lays gradients end to end, in float32, and then updates."""
+        setup, whole = self.setup, trained_bytes(self.setup)
+        together, gradients, shares = whole, self.gradients, setup.shard
+        if setup.engine == "zero3":
+            together = min(whole, FLOAT32 * SUB_GROUP_ELEMENTS)
+        else:
+            gradients, shares = partition_bytes(setup), 1
+        norm = FLOAT64 * min(largest_trained(setup) / shares, whole / FLOAT32)
+        narrow = together / 2 if setup.element_bytes == 2 else 0.0
+        yield self.at("update", working=max(norm, narrow + together), gradients=gradients)
+        kept = 0.0 if setup.engine == "zero2" else gradients
+        yield self.at("update", working=together * (1 + setup.on_gpu), gradients=kept)

@@ -17,6 +17,7 @@ REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
 ZERO = ("zero2", "zero3")
 BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
+PREFETCH_ELEMENTS = 50_000_000  # stage3_prefetch_bucket_size there
 PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
 MOST_ELEMENTS = 2**63  # more are no number of elements
 
@@ -46,11 +47,13 @@ class Setup:
         element_bytes: of the dtype that computes: 2 or 4.
         micro_batch: sequences that a rank computes at once.
         accumulation: micro-batches in an optimizer step.
-        bucket_elements, live_elements: of DeepSpeed's file.
+        bucket_elements, live_elements, reuse_elements, prefetch_elements, persistent_elements:
+            of DeepSpeed's file.
         kernels: dtrain's own layers that stand in this model.
         learns_all: every token is learnt; where answers only are, the logits may be few.
         casts: computes under autocast where what trains is wider; dtrain always does.
-        foreach: torch's optimizer works on all parameters at once (on GPUs), with a copy of one.
+        on_gpu: there torch's optimizer works on all parameters at once, with a copy of one; on a
+            CPU gloo copies what it reduces and scatters.
     """
 
     shape: Shape
@@ -71,7 +74,10 @@ class Setup:
     offload: bool = False
     bucket_elements: int = BUCKET_ELEMENTS
     live_elements: int = LIVE_ELEMENTS
-    foreach: bool = True
+    reuse_elements: int = LIVE_ELEMENTS
+    prefetch_elements: int = PREFETCH_ELEMENTS
+    persistent_elements: int = PERSISTENT_ELEMENTS
+    on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
     learns_all: bool = True
     casts: bool = True
@@ -151,7 +157,7 @@ def setup_of(
         checkpointing=recipe.model.gradient_checkpointing,
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and kind == "zero3",
-        foreach=not on_cpu,
+        on_gpu=not on_cpu,
         learns_all=stage.kind == "cpt",
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **_ds_sizes(recipe, kind),
@@ -171,15 +177,21 @@ def _shard(recipe: Recipe, kind: str, cluster: Cluster) -> int:
     return group
 
 
+DS_KEYS = {
+    "bucket_elements": "reduce_bucket_size",
+    "live_elements": "stage3_max_live_parameters",
+    "reuse_elements": "stage3_max_reuse_distance",
+    "prefetch_elements": "stage3_prefetch_bucket_size",
+    "persistent_elements": "stage3_param_persistence_threshold",
+}
+
+
 def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, Any]:
     """Sizes of buckets from the recipe's own DeepSpeed file."""
     if kind not in ZERO or recipe.engine.kind != kind or recipe.engine.config is None:
         return {}
     path = Path(recipe.engine.config).expanduser()
     zero = ds_file.read(path, kind, recipe.engine.offload).get("zero_optimization", {})
-    found = {
-        "bucket_elements": zero.get("reduce_bucket_size"),
-        "live_elements": zero.get("stage3_max_live_parameters"),
-    }
+    found = {name: zero.get(key) for name, key in DS_KEYS.items()}
     numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}  # others: "auto"
     return {name: int(value) for name, value in numbers.items() if 0 < value < MOST_ELEMENTS}

@@ -10,7 +10,8 @@ from pathlib import Path
 from dtrain.config.schema import Data, Recipe, Source, Stage
 from dtrain.core.folders import local_path
 from dtrain.planning.constants import RANK_HOST_BYTES, TEXT_BYTES_PER_TOKEN
-from dtrain.planning.memory import ADAM_BYTES, FLOAT32
+from dtrain.planning.held import ADAM_BYTES
+from dtrain.planning.parameters import FLOAT32
 from dtrain.planning.setup import Setup
 
 MERGE_COPIES = 4  # of the largest tensor: as read, in float32, its delta, the result

@@ -11,8 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.memory import FLOAT32, NF4_BYTES
-from dtrain.planning.setup import PERSISTENT_ELEMENTS, Setup
+from dtrain.planning import zero3
+from dtrain.planning.parameters import (
+    FLOAT32,
+    layer_parameters,
+    outer_parameters,
+    padded_bytes,
+)
+from dtrain.planning.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -61,38 +67,23 @@ def _ddp(setup: Setup) -> list[Collective]:
 
 
 def _fsdp2(setup: Setup) -> list[Collective]:
-    n, shard, micro = setup.trainable, setup.shard, setup.accumulation
+    """Layers are gathered forward and backward, the rest once; padded to equal rows."""
+    shard, micro = setup.shard, setup.accumulation
+    layer, outer = layer_parameters(setup), outer_parameters(setup)
+    layers = setup.shape.layers
+    weights = 2 * layers * padded_bytes(layer, shard) + padded_bytes(outer, shard)
+    trains = [*[one for one in layer if one.trains] * layers, *[x for x in outer if x.trains]]
+    share = FLOAT32 * sum(one.row_share(shard) for one in trains)
     sends = micro if setup.is_full else 1
     groups = setup.ranks // shard
-    between = 2 * FLOAT32 * n / shard * (groups - 1) / groups * sends
+    between = 2 * share * (groups - 1) / groups * sends
     crosses = setup.ranks > setup.node_ranks and groups > 1
     entering = between * min(shard, setup.node_ranks) if crosses else 0.0
     return [
-        _ring(setup, "weights", shard, _gathered(setup) * micro),
-        _ring(setup, "gradients", shard, FLOAT32 * n * sends),
+        _ring(setup, "weights", shard, weights * micro),
+        _ring(setup, "gradients", shard, shard * share * sends),
         Collective("gradients of groups", between, groups, crosses, entering),
     ]
-
-
-def _gathered(setup: Setup) -> float:
-    """Bytes gathered for a micro-batch: layers forward and backward, the rest once."""
-    shape, e = setup.shape, setup.element_bytes
-    inner, outer = shape.parameters - shape.outer_parameters, shape.outer_parameters
-    layers = float(e * inner)
-    if setup.method == "qlora":
-        layers = NF4_BYTES * shape.linear_elements + e * (inner - shape.linear_elements)
-    if setup.engine == "zero3":
-        layers += e * _partitioned(setup)
-        stays = shape.parameters <= setup.live_elements
-        return layers * (1 if stays else 2) + e * outer
-    return 2 * (layers + FLOAT32 * setup.trainable * (not setup.is_full)) + e * outer
-
-
-def _partitioned(setup: Setup) -> int:
-    """Adapter weights that ZeRO-3 does not keep whole everywhere for being small."""
-    layers, r = setup.shape.layers, setup.rank
-    sizes = [r * side for x in setup.adapted for side in (x.inputs, x.outputs)]
-    return layers * sum(size for size in sizes if size > PERSISTENT_ELEMENTS)
 
 
 def _zero2(setup: Setup) -> list[Collective]:
@@ -105,12 +96,10 @@ def _zero2(setup: Setup) -> list[Collective]:
 
 
 def _zero3(setup: Setup) -> list[Collective]:
-    """Layers twice, or once where all of them stay alive until the backward pass.
-
-    Close, not exact: which weights stay depends on a trace that DeepSpeed makes.
-    """
-    size = setup.element_bytes * setup.trainable
+    """As DeepSpeed's rules have it; what is small and stays whole is gathered once a step."""
+    e, found = setup.element_bytes, zero3.gathered(setup)
+    weights = e * (found.received * setup.accumulation + found.persistent)
     return [
-        _ring(setup, "weights", setup.ranks, _gathered(setup) * setup.accumulation),
-        _ring(setup, "gradients", setup.ranks, size * setup.accumulation),
+        _ring(setup, "weights", setup.ranks, weights),
+        _ring(setup, "gradients", setup.ranks, e * setup.trainable * setup.accumulation),
     ]

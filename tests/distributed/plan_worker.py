@@ -51,6 +51,8 @@ class Storages(TorchDispatchMode):
         tensor = getattr(tensor, "_local_tensor", tensor)
         if type(tensor) is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter):
             return
+        if tensor.is_meta:  # a shape that ZeRO-2 remembers: it has a size, and no memory
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self.sizes.get(key)
@@ -163,7 +165,14 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
         received.clear()
         phases = one_step(engine, stage, storages, step)
     engine.close()
-    return {"counts": counts, "received": received, "phases": phases}
+    return {"counts": counts, "received": dict(received), "phases": of_the_fullest_rank(phases)}
+
+
+def of_the_fullest_rank(phases: dict[str, int]) -> dict[str, int]:
+    """The largest of each phase: ranks differ in whose parameters they update."""
+    most = torch.tensor(list(phases.values()))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return dict(zip(phases, most.tolist(), strict=True))
 
 
 def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str, int]:

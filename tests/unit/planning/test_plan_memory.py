@@ -12,17 +12,21 @@ from dtrain.launching.ds import load_ds_config
 from dtrain.planning.activations import Habits, layer_bytes
 from dtrain.planning.bases import find_shape
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
-from dtrain.planning.memory import gradient_bytes, memory_of, optimizer_bytes, weight_bytes
+from dtrain.planning.held import gradient_bytes, optimizer_bytes, weight_bytes
+from dtrain.planning.memory import memory_of
+from dtrain.planning.parameters import layer_parameters, padded_bytes
 from dtrain.planning.setup import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
     PERSISTENT_ELEMENTS,
+    PREFETCH_ELEMENTS,
     Cluster,
     Setup,
     setup_of,
 )
 from dtrain.planning.verdict import DOES_NOT_FIT, FITS, advice, verdict_of
 from dtrain.planning.wire import entering_bytes, received_bytes
+from dtrain.planning.zero3 import gathered
 
 GB = 1e9
 
@@ -72,6 +76,50 @@ def test_a_share_is_smaller_than_the_whole() -> None:
         halves = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
         eighths = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
         assert whole > halves > eighths
+
+
+def test_more_ranks_than_rows_pad() -> None:
+    """FSDP2 gives every rank a row of a matrix: with 1024 ranks 16 rows become 1024."""
+    some, many = (setup("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
+    h, r = some.shape.hidden, some.rank
+    up = next(x for x in layer_parameters(some) if (x.rows, x.columns) == (r, h) and x.trains)
+    assert (up.row_share(16), up.row_share(1024)) == (h, h)
+    wide, narrow = (padded_bytes(layer_parameters(one), one.shard) for one in (many, some))
+    padding = sum(4 * (1024 - r) * x.inputs for x in some.adapted)
+    assert padding <= wide - narrow < 1.5 * padding  # rows of the base do not divide either
+    assert memory_of(many).gathered - memory_of(some).gathered >= padding
+
+
+def test_a_step_of_fsdp2_begins_with_its_embeddings_twice() -> None:
+    """In what was received, and in what was copied out of it."""
+    one = setup("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_tokens=128)
+    peak = memory_of(one)
+    assert peak.moment == "forward"
+    assert peak.gathered > 2 * 2 * one.shape.outer_parameters
+
+
+def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
+    one = setup("Qwen/Qwen2.5-0.5B", "full", "zero3")
+    found = gathered(one)
+    inner = [x.elements for x in layer_parameters(one)]
+    whole = one.shape.parameters - found.persistent
+    assert found.received == pytest.approx(whole, rel=1e-4)  # padded
+    assert max(m.elements for m in found.moments) >= whole
+    assert found.persistent == pytest.approx(
+        one.shape.hidden + one.shape.layers * sum(n for n in inner if n <= PERSISTENT_ELEMENTS)
+    )
+
+
+def test_zero3_gathers_a_large_model_twice_and_keeps_what_it_may() -> None:
+    one = setup("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
+    found = gathered(one)
+    twice = 2 * one.shape.layers * one.shape.layer_parameters
+    assert found.received == pytest.approx(twice + one.shape.outer_parameters, rel=0.05)
+    most = max(m.elements for m in found.moments)
+    # What may live, and a layer in the buffer that it came in.
+    assert LIVE_ELEMENTS < most < LIVE_ELEMENTS + 1.3 * one.shape.layer_parameters
+    tight = gathered(replace(one, live_elements=10**8, prefetch_elements=10**7))
+    assert max(m.elements for m in tight.moments) < most
 
 
 def test_replicated_qlora_sends_adapters_only() -> None:
@@ -157,6 +205,7 @@ def test_a_ds_file_may_leave_sizes_to_deepspeed(tmp_path) -> None:
     shape, _ = find_shape("Qwen/Qwen2.5-7B")
     one = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
     assert (one.bucket_elements, one.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
+    assert (one.prefetch_elements, one.reuse_elements) == (PREFETCH_ELEMENTS, LIVE_ELEMENTS)
 
 
 def test_gpus_are_found_by_their_names() -> None:
@@ -177,9 +226,12 @@ def test_buckets_are_those_of_the_shipped_files() -> None:
     for kind, offload in (("zero2", False), ("zero3", False), ("zero3", True)):
         zero = load_ds_config(None, kind, offload)["zero_optimization"]
         assert zero["reduce_bucket_size"] == BUCKET_ELEMENTS
-        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENT_ELEMENTS)
-        assert threshold == PERSISTENT_ELEMENTS
-        assert zero.get("stage3_max_live_parameters", LIVE_ELEMENTS) == LIVE_ELEMENTS
+        if kind == "zero2":
+            continue
+        assert zero["stage3_param_persistence_threshold"] == PERSISTENT_ELEMENTS
+        assert zero["stage3_prefetch_bucket_size"] == PREFETCH_ELEMENTS
+        assert zero["stage3_max_live_parameters"] == LIVE_ELEMENTS
+        assert zero["stage3_max_reuse_distance"] == LIVE_ELEMENTS
 
 
 def test_a_recipe_becomes_a_setup() -> None:
