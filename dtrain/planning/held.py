@@ -5,8 +5,8 @@ Sources: arXiv:1910.02054 (ZeRO), arXiv:2305.14314 (NF4), torch's FSDP2 and Deep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import accumulate, chain
+from functools import lru_cache
+from itertools import chain
 
 from dtrain.planning.activations import DTRAIN, Habits, keeps_wide
 from dtrain.planning.parameters import (
@@ -80,24 +80,29 @@ def optimizer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
 
 def partition_bytes(setup: Setup) -> float:
     """ZeRO-2's gradients of one rank: of every parameter that its range touches, the whole."""
-    sizes = list(_trained(setup))
-    total, ranks = sum(sizes), setup.ranks
-    ends = list(accumulate(sizes))
-    whole = [0] * ranks
-    for end, size in zip(ends, sizes, strict=True):
-        touched = range((end - size) * ranks // total, (end - 1) * ranks // total + 1)
-        for rank in touched:
+    inner, outer = layer_parameters(setup), outer_parameters(setup)
+    layer, first, *rest = (
+        tuple(one.elements for one in some if one.trains) for some in (inner, outer[:1], outer[1:])
+    )
+    fullest = _fullest(layer, setup.shape.layers, first, rest[0], setup.ranks)
+    return float(setup.element_bytes * fullest)
+
+
+@lru_cache(maxsize=256)
+def _fullest(
+    layer: tuple[int, ...], layers: int, first: tuple[int, ...], last: tuple[int, ...], ranks: int
+) -> int:
+    """Elements of the parameters that a rank's equal range of all of them touches, at most."""
+    sizes = [*first, *layer * layers, *last]
+    total, end, whole = sum(sizes), 0, [0] * ranks
+    for size in sizes:
+        start, end = end, end + size
+        for rank in range(start * ranks // total, (end - 1) * ranks // total + 1):
             whole[rank] += size
-    return float(setup.element_bytes * max(whole))
-
-
-def _trained(setup: Setup) -> Iterator[int]:
-    """Elements of each parameter that trains, in the order of the model."""
-    outer = outer_parameters(setup)
-    inner = chain.from_iterable([layer_parameters(setup)] * setup.shape.layers)
-    return (one.elements for one in chain(outer[:1], inner, outer[1:]) if one.trains)
+    return max(whole)
 
 
 def largest_trained(setup: Setup) -> int:
     """Elements of the largest parameter that trains."""
-    return max(_trained(setup))
+    both = chain(layer_parameters(setup), outer_parameters(setup))
+    return max(one.elements for one in both if one.trains)

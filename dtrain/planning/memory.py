@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from dtrain.planning import zero3
 from dtrain.planning.activations import (
@@ -145,26 +146,30 @@ class _Held:
 
     def at_gather(self, gather: Gather) -> Memory:
         """A part of a micro-batch with what is gathered in it."""
-        setup, habits = self.setup, self.habits
-        working = {
-            "first": stream_bytes(setup, habits) * setup.shape.hidden * setup.tokens,
-            zero3.ARRIVAL: 0.0,
-            "forward": forward_bytes(setup, habits),
-            "loss": head_bytes(setup, habits),
-            "backward": recompute_bytes(setup, habits) + self.waiting(),
-            "attention": attention_bytes(setup, habits) + self.waiting(),
-        }[gather.part]
+        setup, gradients = self.setup, self.gradients
         moment = PARTS.get(gather.part, gather.part)
-        gradients = self.gradients
         if moment == "backward" and setup.engine == "zero2" and gather.depth < 1:
             gradients += partition_bytes(setup)  # a bucket was full
         return self.at(
             moment,
             gathered=gather.size,
             activations=self.saved * gather.depth,
-            working=working,
+            working=self.working[gather.part],
             gradients=gradients,
         )
+
+    @cached_property
+    def working(self) -> dict[str, float]:
+        """Part of a micro-batch → what computing in it needs."""
+        setup, habits = self.setup, self.habits
+        return {
+            "first": stream_bytes(setup, habits) * setup.shape.hidden * setup.tokens,
+            zero3.ARRIVAL: 0.0,
+            "forward": forward_bytes(setup, habits),
+            "loss": head_bytes(setup, habits),
+            "backward": recompute_bytes(setup, habits) + self.waiting(),
+            "attention": attention_bytes(setup, habits) + self.waiting(),
+        }
 
     def width(self) -> int:
         """Bytes of an element of a matrix's gradient as backward makes it."""

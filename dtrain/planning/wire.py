@@ -72,8 +72,8 @@ def _fsdp2(setup: Setup) -> list[Collective]:
     layer, outer = layer_parameters(setup), outer_parameters(setup)
     layers = setup.shape.layers
     weights = 2 * layers * padded_bytes(layer, shard) + padded_bytes(outer, shard)
-    trains = [*[one for one in layer if one.trains] * layers, *[x for x in outer if x.trains]]
-    share = FLOAT32 * sum(one.row_share(shard) for one in trains)
+    inner, rest = (sum(x.row_share(shard) for x in some if x.trains) for some in (layer, outer))
+    share = FLOAT32 * (layers * inner + rest)
     sends = micro if setup.is_full else 1
     groups = setup.ranks // shard
     between = 2 * share * (groups - 1) / groups * sends

@@ -117,7 +117,17 @@ def _played(
         for v in visits
     ]
     play = _Play(numbers, visits, ranks, sizes)
-    return Gathered(tuple(play.run()), play.received, sum(numbers[n] for n in small))
+    found = tuple(_greatest(list(play.run())))
+    return Gathered(found, play.received, sum(numbers[n] for n in small))
+
+
+def _greatest(moments: Sequence[Moment]) -> Iterator[Moment]:
+    """Of each phase, those with more gathered than any that is as deep."""
+    most: dict[str, int] = {}
+    for moment in sorted(moments, key=lambda one: (-one.depth, -one.elements)):
+        if moment.elements > most.get(moment.phase, -1):
+            most[moment.phase] = moment.elements
+            yield moment
 
 
 def _visits(
