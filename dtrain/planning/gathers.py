@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 from dtrain.planning import zero3
 from dtrain.planning.activations import Habits
-from dtrain.planning.parameters import FLOAT32, layer_parameters, outer_parameters, padded_bytes
+from dtrain.planning.parameters import (
+    layer_parameters,
+    outer_parameters,
+    padded_bytes,
+    sent_bytes,
+)
 from dtrain.planning.setup import Setup
 
 
@@ -58,16 +63,19 @@ def _fsdp2(setup: Setup, habits: Habits) -> Iterator[Gather]:
     yield Gather(zero3.ARRIVAL, last, rest + 2 * buffer)
     yield Gather("forward", 1.0, rest + buffer)
     yield Gather("loss", 1.0, outer + buffer)
-    if not setup.is_full:
-        yield Gather("backward", 1.0, rest + buffer)
-        return
-    # A layer's gradients as they come, and beside them what the layer after it sent, in float32.
-    e, parameters = setup.element_bytes, setup.shape.layer_parameters
-    sent = FLOAT32 * parameters if setup.shard > 1 else 0
-    first = max(linear.elements for linear in setup.shape.linears)
-    for depth, other in ((1.0, 0), (last, sent)):
-        yield Gather("backward", depth, rest + buffer + other + e * first)
-        yield Gather("attention", depth, rest + buffer + other + e * parameters)
+    # A layer's gradients as they come, and beside them what the layer after it sent.
+    e, sent = setup.element_bytes, 0.0
+    if setup.shard > 1:
+        sent = sent_bytes(layer_parameters(setup, habits.train_bytes), setup.shard)
+    first, every = (
+        max(linear.elements for linear in setup.shape.linears),
+        setup.shape.layer_parameters,
+    )
+    for depth, other in ((1.0, 0.0), (last, sent)):
+        own = e * first * setup.is_full
+        yield Gather("backward", depth, rest + buffer + other + own)
+        if setup.is_full:
+            yield Gather("attention", depth, rest + buffer + other + e * every)
 
 
 def _zero3(setup: Setup) -> Iterator[Gather]:

@@ -34,10 +34,16 @@ from dtrain.planning.held import (
     trained_bytes,
     weight_bytes,
 )
-from dtrain.planning.parameters import FLOAT32
+from dtrain.planning.parameters import (
+    FLOAT32,
+    layer_parameters,
+    outer_parameters,
+    padded_bytes,
+    sent_bytes,
+)
 from dtrain.planning.setup import ZERO, Setup
 
-PARTS = {"first": "forward", zero3.ARRIVAL: "forward", "attention": "backward"}
+PARTS = {"first": "gather", zero3.ARRIVAL: "forward", "attention": "backward"}
 FLOAT64 = 8
 SUB_GROUP_ELEMENTS = 1_000_000_000  # ZeRO-3 updates as many of a rank's at once
 
@@ -52,7 +58,7 @@ class Memory:
         activations: kept for the backward pass.
         working: what the moment itself needs: logits, a recomputed layer, an update's copies.
         buffers: an engine's own, for sending.
-        moment: forward, loss, backward or update: when the peak is.
+        moment: gather (the first), forward, loss, backward or update: when the peak is.
     """
 
     weights: float
@@ -200,7 +206,7 @@ class _Held:
         extra = 3 if setup.shape.tied else 2 if setup.engine == "fsdp2" else 1
         layer = 0.0
         if setup.engine == "fsdp2" and setup.shard > 1:
-            layer = FLOAT32 * setup.shape.layer_parameters  # the last that was reduced
+            layer = sent_bytes(layer_parameters(setup), setup.shard)  # the last that was reduced
         gradients = self.gradients
         if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
             gradients += partition_bytes(setup)
@@ -212,7 +218,8 @@ class _Held:
         setup = self.setup
         if not setup.is_sharded or setup.shard == 1:
             return 0.0
-        return float(setup.element_bytes * setup.shape.outer_parameters)
+        ranks = setup.shard if setup.engine == "fsdp2" else 1
+        return padded_bytes(outer_parameters(setup), ranks)
 
     def of_reduction(self) -> Iterator[Memory]:
         """Gradients are copied together, reduced and scattered."""
@@ -220,8 +227,8 @@ class _Held:
         copies = 1 if setup.on_gpu else 2  # gloo works on a copy
         together = min(setup.trainable, setup.bucket_elements)
         if setup.engine == "fsdp2" and setup.is_full and setup.shard > 1:
-            outer = setup.shape.outer_parameters
-            yield self.at("backward", gathered=float((e + copies * FLOAT32) * outer))
+            sent = copies * sent_bytes(outer_parameters(setup), setup.shard)
+            yield self.at("backward", gathered=e * setup.shape.outer_parameters + sent)
         done = min(1.0, setup.bucket_elements / setup.trainable)
         if setup.engine == "zero3" and not setup.offload:
             yield self.at(

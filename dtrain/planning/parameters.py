@@ -48,6 +48,12 @@ def padded_bytes(parameters: Sequence[Parameter], ranks: int) -> float:
     return float(sum(one.computed * one.row_share(ranks) * ranks for one in parameters))
 
 
+def sent_bytes(parameters: Sequence[Parameter], ranks: int) -> float:
+    """Of the gradients of what trains as FSDP2 reduces them, in float32 and padded."""
+    rows = sum(one.row_share(ranks) for one in parameters if one.trains)
+    return float(FLOAT32 * rows * ranks)
+
+
 def layer_parameters(setup: Setup, train_bytes: int = FLOAT32) -> list[Parameter]:
     """Of one decoder layer, adapters beside what they adapt.
 

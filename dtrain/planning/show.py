@@ -16,6 +16,7 @@ from dtrain.planning.wire import entering_bytes, received_bytes
 
 LABEL = 14
 MOMENTS = {
+    "gather": "as the first layer's weights arrive",
     "forward": "in the forward pass",
     "loss": "when the loss is computed",
     "backward": "in the backward pass",
