@@ -6,13 +6,10 @@ the first.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,11 @@ from torch import Tensor
 
 from dtrain.checkpoints.pieces import is_finite
 from dtrain.checkpoints.shard import DTYPES
+from dtrain.core.direct import BLOCK_BYTES, pass_cache, write_all
 from dtrain.core.errors import Exit, UserError
 
-BLOCK_BYTES = 1 << 22
 PAGE_BYTES = 1 << 12
 HEADER_ALIGNMENT = 8
-O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
 class HostShard:
@@ -87,11 +83,11 @@ class HostShard:
         data, digest = self._bytes.numpy().data, hashlib.sha256()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            _pass_cache(file.fileno(), True)
+            pass_cache(file.fileno(), True)
             for start in range(0, len(data), BLOCK_BYTES):
                 block = data[start : start + BLOCK_BYTES]
                 digest.update(block)
-                _write_all(file.fileno(), block)
+                write_all(file.fileno(), block)
             os.fsync(file.fileno())
         return len(data), digest.hexdigest()
 
@@ -130,27 +126,6 @@ def _header(ordered: list[tuple[str, Tensor]]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(handle: int, block: memoryview) -> None:
-    """Write a block whole: the kernel may take less at a time, and does when the disk fills up."""
-    while len(block):
-        try:
-            block = block[os.write(handle, block) :]
-        except OSError as error:
-            if error.errno != errno.EINVAL or not fcntl.fcntl(handle, fcntl.F_GETFL) & O_DIRECT:
-                raise
-            _pass_cache(handle, False)  # the last block is no whole number of pages
-
-
-def _pass_cache(handle: int, wanted: bool) -> None:
-    """Write from host memory to the disk, or no longer, where the file system can.
-
-    New pages of the page cache cost more than the rest of a save, and nobody reads them again.
-    """
-    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    with suppress(OSError):  # tmpfs knows of nothing past the page cache
-        fcntl.fcntl(handle, fcntl.F_SETFL, flags | O_DIRECT if wanted else flags & ~O_DIRECT)
 
 
 def _spoken(key: str) -> str:

@@ -86,9 +86,9 @@ class Applied:
             return
         step, at = self.part.step(name), 0
         if self.part.needs_whole(name):
-            blocks = iter([torch.cat(list(blocks))])
+            blocks = iter([torch.cat([block.clone() for block in blocks])])
         for block in blocks:
-            yield step(block.float(), at)
+            yield step(block, at)
             at += len(block)
 
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dtrain.models.kernels.merging import add_scaled
+
 Read = Callable[[str], Tensor]  # a key of the adapter's file → the tensor, float32
-Step = Callable[[Tensor, int], Tensor]  # old rows in float32, the first one's number → new rows
+# Old rows in any float, the first one's number → new rows, in float32; they hold until the next.
+Step = Callable[[Tensor, int], Tensor]
 ADALORA_EPSILON = 1e-5  # of peft's SVDLinear
 CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
@@ -55,10 +59,15 @@ class Layer:
         """
         parts = {role: read(key) for role, key in self.keys.items()}
         if "bias" in parts:
-            return lambda old, at: old + _rows(parts["bias"] * (self.scale * weight), old, at)
+            return lambda old, at: (
+                old.float() + _rows(parts["bias"] * (self.scale * weight), old, at)
+            )
         a = parts["a"] * parts["e"] if "e" in parts else parts["a"]
+        if not self.turned and self.dims == 2 and not {"e", "m"} & parts.keys():
+            return partial(_added, a, parts["b"], self.scale * weight, [])
 
         def changed(old: Tensor, at: int) -> Tensor:
+            old = old.float()
             delta = self._delta(a, parts["b"], old, at).mul_(self.scale * weight)
             if self.ranks is not None:
                 delta.div_(torch.tensor([float(self.ranks)]) + ADALORA_EPSILON)
@@ -87,6 +96,14 @@ class Layer:
             return (magnitude / torch.linalg.norm(new, dim=1)).view(-1, 1) * new
         norm = new.norm(p=2, dim=tuple(range(1, self.dims)))
         return (magnitude / norm).view(-1, *[1] * (self.dims - 1)) * new
+
+
+def _added(a: Tensor, b: Tensor, scale: float, room: list[Tensor], old: Tensor, at: int) -> Tensor:
+    """Plain LoRA, nearly all of what is merged, in memory that the next block uses again."""
+    if not room or room[0].numel() < old.numel():
+        room[:] = [torch.empty(old.numel())]
+    delta = torch.mm(b[at : at + len(old)], a, out=room[0][: old.numel()].view(old.shape))
+    return add_scaled(old, delta, scale)
 
 
 def _rows(values: Tensor, old: Tensor, at: int) -> Tensor:

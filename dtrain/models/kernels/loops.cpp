@@ -15,6 +15,15 @@ extern "C" void sgemm_(const char *, const char *, const int *, const int *, con
                        const float *, const float *, const int *, const float *, const int *,
                        const float *, float *, const int *);
 
+// A function that rounds a product before it is added, where others may fuse the two.
+#if defined(__clang__)
+#define SEPARATE
+#define SEPARATELY _Pragma("clang fp contract(off)")
+#else
+#define SEPARATE __attribute__((optimize("fp-contract=off")))
+#define SEPARATELY
+#endif
+
 namespace {
 
 // Cephes' expf: within 2 units of the last place; NaN stays NaN.
@@ -375,6 +384,31 @@ void attention_backward(const float *const *tensors, const float *gradient, cons
             attend_backward(q, k, v, o, logsums + head * tokens, gradients,
                             {starts[d], lengths[d]}, head, sizes);
     }
+}
+
+// added [n] becomes old + factor * added, the product rounded before the sum.
+SEPARATE void add_scaled(const uint16_t *old, float *added, int64_t n, float factor) {
+    SEPARATELY
+    for (int64_t i = 0; i < n; i++)
+        added[i] = std::bit_cast<float>(uint32_t{old[i]} << 16) + factor * added[i];
+}
+
+SEPARATE void add_scaled_wide(const float *old, float *added, int64_t n, float factor) {
+    SEPARATELY
+    for (int64_t i = 0; i < n; i++) added[i] = old[i] + factor * added[i];
+}
+
+// To the nearest bfloat16, to the even one of two; `odd` becomes 1 if one is not finite.
+void round_bfloat16(const float *x, uint16_t *rounded, int32_t *odd, int64_t n) {
+    int32_t found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = std::bit_cast<uint32_t>(x[i]);
+        const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        found |= (bits & 0x7f800000) == 0x7f800000 || (nearest & 0x7f80) == 0x7f80;
+        rounded[i] = static_cast<uint16_t>(nearest);
+    }
+    *odd = found;
 }
 
 }  // extern "C"

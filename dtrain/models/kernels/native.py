@@ -34,6 +34,7 @@ SIGNATURES = {
     "rms_norm": "ppppnnf", "rms_norm_backward": "pppppnn",
     "rotary": "pnnpppnnnnnf", "cross_entropy": "pppnn",
     "attention": "pppppnnnnnnf", "attention_backward": "pppppppnnnnnnf",
+    "add_scaled": "ppnf", "add_scaled_wide": "ppnf", "round_bfloat16": "pppn",
 }  # fmt: skip
 TYPES = {"p": c_void_p, "n": c_int64, "f": c_float}
 PLAIN = (Tensor, nn.Parameter)  # no other class: fakes and shards have no memory to point at
@@ -48,7 +49,7 @@ def switch(*, on: bool) -> str:
         Why they are not used; empty if they are.
     """
     global _library
-    _library, why = (None, "") if not on else _find()
+    _library, why = (None, "") if not on else find()
     return why
 
 
@@ -67,12 +68,18 @@ def fits_flat(*tensors: Tensor) -> bool:
 
 
 def call(name: str, *arguments: Tensor | float) -> None:
+    """Call a loop of those in use."""
+    call_of(_library, name, *arguments)
+
+
+def call_of(library: CDLL | None, name: str, *arguments: Tensor | float) -> None:
     """Call a loop; tensors are given as where they lie."""
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    getattr(_library, name)(*given)
+    getattr(library, name)(*given)
 
 
-def _find() -> tuple[CDLL | None, str]:
+def find() -> tuple[CDLL | None, str]:
+    """The loops, built if they are not there; or why there are none."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, "no C++ compiler"
