@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dtrain.checkpoints.pieces import is_finite
 from dtrain.checkpoints.shard import DTYPES
-from dtrain.core.direct import BLOCK_BYTES, pass_cache, write_all
+from dtrain.core.direct import pass_cache, write_all
 from dtrain.core.errors import Exit, UserError
 
+BLOCK_BYTES = 1 << 22
 PAGE_BYTES = 1 << 12
 HEADER_ALIGNMENT = 8
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dtrain.core.errors import UserError
+from dtrain.core.imports import import_fast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +66,7 @@ def merge(
     It streams, so a model of any size needs little memory; stopped, the same command goes on.
     Started several times (srun, torchrun, two terminals), all take part and one publishes.
     """
+    import_fast("dtrain.merge.merge")  # torch, which is most of what a small merge costs
     from dtrain.merge.origin import is_checkpoint
 
     at_once = _threads(processes)

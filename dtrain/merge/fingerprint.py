@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.known_hashes import sha256_of
 from dtrain.core.log import progress
 from dtrain.models.weights import weight_files
 
@@ -13,7 +14,7 @@ from dtrain.models.weights import weight_files
 def model_fingerprint(folder: Path) -> str:
     """Hash of a model's weights and config, whatever the folder's and the shards' names.
 
-    Reads every byte: about a second a gigabyte.
+    Weights are read at the first call on a machine, half a second a gigabyte, or when they changed.
 
     Raises:
         UserError: no safetensors weights.
@@ -22,7 +23,7 @@ def model_fingerprint(folder: Path) -> str:
     hashes = []
     with progress(f"hashing {folder.name}", len(files)) as bar:
         for path in files:
-            hashes.append(file_sha256(path))
+            hashes.append(sha256_of(path))
             bar.advance()
     return combine(hashes, folder)
 

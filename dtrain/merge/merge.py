@@ -17,6 +17,7 @@ from torch import Tensor
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
 from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.known_hashes import remember_sha256, state_of
 from dtrain.core.log import progress, say
 from dtrain.core.units import size
 from dtrain.merge.adapter import CONFIG, FLOATS, Adapter, Shapes
@@ -244,7 +245,7 @@ def _write(
     try:
         _rewrite(files, work, changes, processes, f"merging into {out.name}")
         if work.is_mine_to_publish():
-            _publish(files, base, work, about | {"plan": fingerprint(plan)}, known)
+            _publish(files, base, out, work, about | {"plan": fingerprint(plan)}, known)
     except UserError:
         work.discard()
         raise
@@ -253,7 +254,12 @@ def _write(
 
 
 def _publish(
-    files: Sequence[Path], base: Path, work: Work, about: dict[str, Any], known: Sequence[str]
+    files: Sequence[Path],
+    base: Path,
+    out: Path,
+    work: Work,
+    about: dict[str, Any],
+    known: Sequence[str],
 ) -> None:
     """Let OUT appear, with all that lies beside the weights and the manifest."""
     done = {path.name: work.result(path.name) for path in files}
@@ -269,6 +275,9 @@ def _publish(
     files_of_it = {"files": dict(sorted(hashes.items()))}
     write_json(work.target / MANIFEST, about | prints | files_of_it)
     work.publish({MANIFEST, *hashes})
+    for name, record in done.items():  # it may be the next one's base
+        path = out / name
+        remember_sha256(path, record["after"], state_of(path), ours=True)
 
 
 def _plan(files: Sequence[Path], base: Path, about: dict[str, Any]) -> dict[str, Any]:

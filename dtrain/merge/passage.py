@@ -1,31 +1,33 @@
 """Bytes on their way from one file to another, hashed on both sides by threads beside.
 
-SHA-256 is most of a merge's work, so a file keeps three threads busy: one reads and computes, one
-hashes what was read, one hashes and writes what is new. All work in a few blocks of memory that
-are used over and over: new ones would cost more than what is done in them.
+SHA-256 is most of a merge's work, so a file keeps up to three threads busy: one reads and computes,
+one hashes what was read, one hashes and writes what is new. They hand each other a few blocks of
+memory that are used over and over: new memory would cost more than what is done in it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dtrain.core.direct import DirectFile
-from dtrain.core.hashes import BLOCK_BYTES
+from dtrain.core.direct import pass_cache, write_all
 
 AHEAD_BYTES = 8 << 20  # that the kernel is asked to have read already
+WRITTEN_BYTES = 2 << 20  # at once, from a page's beginning
 
 
 class Room:
     """Memory for a block; given again when all that goes on with the last one is done."""
 
-    def __init__(self) -> None:
-        self._memory = bytearray()
+    def __init__(self, size: int = 0) -> None:
+        self._memory = memoryview(mmap.mmap(-1, size) if size else b"")
         self.users: list[Future[Any]] = []
 
     def claim(self, size: int) -> memoryview:
@@ -37,82 +39,145 @@ class Room:
         while self.users:
             self.users.pop().result()
         if len(self._memory) < size:
-            self._memory = bytearray(size)
-        return memoryview(self._memory)[:size]
+            self._memory = memoryview(mmap.mmap(-1, size))
+        return self._memory[:size]
 
 
-class Passage:
-    """Reads one file and writes another, both from the beginning to the end.
+class Source:
+    """A file that is read from the beginning to the end.
 
     Args:
-        target: replaced if it is there.
+        hashed: whether its SHA-256 is wanted.
     """
 
-    def __init__(self, source: Path, target: Path) -> None:
-        self._old = open(source, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._new = DirectFile(target)
-        self._before = self._after = hashlib.sha256()
-        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._rooms = [Room() for _ in range(4)]  # two on each side: one is filled meanwhile
-        self._inlet, self._outlet = cycle(self._rooms[:2]), cycle(self._rooms[2:])
-        self._reading = self._rooms[0]
+    def __init__(self, path: Path, hashed: bool) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._hashed, self._digest = hashed, hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._next = cycle([Room(), Room()])
         self._at = self._asked = 0
 
-    def part(self) -> None:
-        """What is written need not be what is read any more."""
-        if self._after is self._before:
-            self._after = self._hasher.submit(self._before.copy).result()
-
     def read(self, size: int) -> memoryview:
-        """Exactly `size` bytes, which stay what they are until the next but one is read.
+        """Exactly `size` bytes, which stay what they are until the next but one are read.
 
         Raises:
             EOFError: there are no more.
         """
-        self._reading = next(self._inlet)
-        block = self._reading.claim(size)
-        self._ask_ahead(size)
-        if self._old.readinto(block) != size:
-            raise EOFError
-        self._reading.users.append(self._hasher.submit(self._before.update, block))
+        room = next(self._next)
+        block = room.claim(size)
+        self.read_into(block, room)
         return block
 
-    def room(self, size: int) -> memoryview:
-        """Memory of `size` bytes, to be filled and then written by `write_room`."""
-        self._writing = next(self._outlet)
-        return self._writing.claim(size)
+    def read_into(self, block: memoryview, room: Room) -> None:
+        """Fill `block`, which is a part of `room`.
 
-    def write_room(self, data: memoryview) -> None:
-        """Write what `room` gave."""
-        self._write(data, self._writing)
+        Raises:
+            EOFError: there are not as many bytes any more.
+        """
+        self._ask_ahead(len(block))
+        if self._file.readinto(block) != len(block):
+            raise EOFError
+        if self._hashed:
+            room.users.append(self._pool.submit(self._digest.update, block))
 
-    def copy(self, size: int) -> None:
-        """Let `size` bytes pass as they are."""
-        for at in range(0, size, BLOCK_BYTES):
-            self._write(self.read(min(BLOCK_BYTES, size - at)), self._reading)
-
-    def finish(self) -> tuple[str, str]:
-        """All is on the disk; SHA-256 of what was read and of what was written, as hex."""
-        for room in self._rooms:
-            room.claim(0)
-        self._writer.submit(self._new.finish).result()
-        return self._before.hexdigest(), self._after.hexdigest()
-
-    def _write(self, data: memoryview, room: Room) -> None:
-        digest = None if self._after is self._before else self._after
-        room.users.append(self._writer.submit(self._put, data, digest))
-
-    def _put(self, data: memoryview, digest: Any) -> None:
-        if digest is not None:
-            digest.update(data)
-        self._new.write(data)
+    def sha256(self) -> str:
+        """Of what was read, as hex; empty if it is not wanted."""
+        return self._pool.submit(self._digest.hexdigest).result() if self._hashed else ""
 
     def _ask_ahead(self, size: int) -> None:
         self._at += size
         if self._at + AHEAD_BYTES > self._asked:
-            self._asked = max(self._asked, self._at) + AHEAD_BYTES
-            span = self._at, self._asked + AHEAD_BYTES - self._at
-            os.posix_fadvise(self._old.fileno(), *span, os.POSIX_FADV_WILLNEED)
+            self._asked = self._at + 2 * AHEAD_BYTES
+            span = self._at, self._asked - self._at
+            os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._pool.shutdown(cancel_futures=True)
+        self._file.close()
+
+
+class Target:
+    """A file that is written from the beginning to the end, past the page cache where that can be.
+
+    Args:
+        path: replaced if it is there.
+
+    Attributes:
+        room: what is being filled.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        pass_cache(self._handle, True)
+        self._pool, self._digest = ThreadPoolExecutor(1), hashlib.sha256()
+        self._rooms = [Room(WRITTEN_BYTES), Room(WRITTEN_BYTES)]
+        self._next = cycle(self._rooms)
+        self._filled = 0
+        self._take()
+
+    def spaces(self, size: int) -> Iterator[memoryview]:
+        """Memory of `size` bytes in one or more pieces, each to be filled before the next."""
+        while size:
+            space = self._block[self._filled : self._filled + size]
+            self._filled, size = self._filled + len(space), size - len(space)
+            yield space
+            if self._filled == WRITTEN_BYTES:
+                self._give()
+                self._take()
+
+    def is_at_multiple(self, size: int) -> bool:
+        """Whether elements of `size` bytes written now lie whole in the pieces of `spaces`."""
+        return self._filled % size == 0
+
+    def write(self, data: memoryview) -> None:
+        """Take all of `data`, bytes."""
+        for space in self.spaces(len(data)):
+            space[:], data = data[: len(space)], data[len(space) :]
+
+    def finish(self) -> str:
+        """All is on the disk; its SHA-256, as hex."""
+        self._give()
+        for room in self._rooms:
+            room.claim(0)
+        os.fsync(self._handle)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
+        self._pool.shutdown(cancel_futures=True)
+        os.close(self._handle)
+
+    def _take(self) -> None:
+        self.room = next(self._next)
+        self._block, self._filled = self.room.claim(WRITTEN_BYTES), 0
+
+    def _give(self) -> None:
+        self.room.users.append(self._pool.submit(self._put, self._block[: self._filled]))
+
+    def _put(self, block: memoryview) -> None:
+        self._digest.update(block)
+        write_all(self._handle, block)
+
+
+class Passage:
+    """One file on its way to another.
+
+    Args:
+        hashed: whether the source's SHA-256 is wanted too.
+    """
+
+    def __init__(self, source: Path, target: Path, hashed: bool) -> None:
+        self.old, self.new = Source(source, hashed), Target(target)
+
+    def copy(self, size: int) -> None:
+        """Let `size` bytes pass as they are."""
+        for space in self.new.spaces(size):
+            self.old.read_into(space, self.new.room)
+
+    def finish(self) -> tuple[str, str]:
+        """All is on the disk; SHA-256 of what was read, if wanted, and written, as hex."""
+        return self.old.sha256(), self.new.finish()
 
     def __enter__(self) -> Passage:
         return self
@@ -123,7 +188,5 @@ class Passage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for pool in (self._hasher, self._writer):
-            pool.shutdown(cancel_futures=True)
-        self._old.close()
-        self._new.close()
+        self.old.close()
+        self.new.close()

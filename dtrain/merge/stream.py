@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
 from dtrain.core.log import Meter
 from dtrain.merge.adapter import FLOATS
-from dtrain.merge.passage import Passage
+from dtrain.merge.passage import Passage, Source, Target
 from dtrain.models.kernels.merging import round_into
 from dtrain.models.weights import read_header
 
@@ -44,8 +45,10 @@ def rewrite_file(
         UserError: a new value that is not finite, a source that shrinks while it is read.
     """
     entries, head = read_header(source)
+    known, state = known_sha256(source), state_of(source)
+    changed = not changes.keys().isdisjoint(entries)
     try:
-        with Passage(source, target) as passage:
+        with Passage(source, target, changed and known is None) as passage:
             passage.copy(len(head))
             for name, entry in entries.items():
                 if name in changes:
@@ -54,9 +57,13 @@ def rewrite_file(
                     start, stop = entry["data_offsets"]
                     passage.copy(stop - start)
                 bar.advance()
-            return passage.finish()
+            before, after = passage.finish()
     except EOFError as error:
         raise UserError("changed while it was read", where=str(source)) from error
+    if known is None:
+        known = before if changed else after
+        remember_sha256(source, known, state)
+    return known, after
 
 
 def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -73,24 +80,35 @@ def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tup
         start = stop
 
 
-def _blocks(passage: Passage, entry: dict[str, Any]) -> Iterator[Tensor]:
+def _blocks(source: Source, entry: dict[str, Any]) -> Iterator[Tensor]:
     dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
     width = prod(shape[1:]) * dtype.itemsize
     for start, stop in row_blocks(shape):
         rows = stop - start
-        yield torch.frombuffer(passage.read(rows * width), dtype=dtype).reshape(rows, *shape[1:])
+        yield torch.frombuffer(source.read(rows * width), dtype=dtype).reshape(rows, *shape[1:])
 
 
 def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) -> None:
     dtype, written = FLOATS[entry["dtype"]], 0
-    passage.part()
-    for block in change(_blocks(passage, entry)):
-        room = passage.room(block.numel() * dtype.itemsize)
-        rounded = torch.frombuffer(room, dtype=dtype).view(block.shape)
-        if not round_into(block.contiguous(), rounded):
+    for block in change(_blocks(passage.old, entry)):
+        if not _write(passage.new, block.contiguous().view(-1), dtype):
             raise UserError(
                 f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
             )
-        passage.write_room(room)
         written += block.numel()
     assert written == prod(entry["shape"]), name
+
+
+def _write(target: Target, values: Tensor, dtype: torch.dtype) -> bool:
+    """Round values and write them; return whether all are finite."""
+    if not target.is_at_multiple(dtype.itemsize):  # an odd header, or an odd tensor before
+        rounded = torch.empty(len(values), dtype=dtype)
+        finite = round_into(values, rounded)
+        target.write(rounded.view(torch.uint8).numpy().data)
+        return finite
+    finite, at = True, 0
+    for space in target.spaces(len(values) * dtype.itemsize):
+        rounded = torch.frombuffer(space, dtype=dtype)
+        finite &= round_into(values[at : at + len(rounded)], rounded)
+        at += len(rounded)
+    return finite

@@ -9,9 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.files import FolderLock, read_json, write_json
 from dtrain.core.folders import cache_folder, local_path, sample_name
-from dtrain.core.hashes import fingerprint
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
 from dtrain.merge.fingerprint import model_fingerprint
@@ -61,7 +59,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
 
     return Inputs(
         base=base,
-        base_fingerprint=cached_fingerprint(base),
+        base_fingerprint=model_fingerprint(base),
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
         stages={
@@ -115,17 +113,3 @@ def samples_of(recipe: Recipe) -> set[str]:
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)
     return {name for address in addresses if (name := sample_name(address))}
-
-
-def cached_fingerprint(folder: Path) -> str:
-    """A model's fingerprint, hashed again only when a file's size or time has changed."""
-    cache = cache_folder() / "fingerprints"
-    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
-    state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    entry = cache / f"{fingerprint(str(folder.resolve()))[:32]}.json"
-    with FolderLock(cache):
-        if entry.exists() and (known := read_json(entry))["files"] == state:
-            return str(known["fingerprint"])
-        value = model_fingerprint(folder)
-        write_json(entry, {"folder": str(folder), "files": state, "fingerprint": value})
-    return value

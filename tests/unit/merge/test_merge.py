@@ -19,6 +19,7 @@ from dtrain.config import schema
 from dtrain.core.claims import Claims
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
+from dtrain.core.known_hashes import remember_sha256, state_of
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.merge.merge import check_places, merge, part_of, replace
@@ -421,3 +422,35 @@ def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
     with pytest.raises(UserError, match="exists already"):
         edit_config(adapter, lora_alpha=1)
         do(base, adapter)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) -> None:
+    """Bytes of an odd number lie before it, so elements lie across what is written at once."""
+    base, wide = tmp_path / "base", torch.randn(192, 8192)
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    save_file({"w.weight": wide.bfloat16()}, base / "model.safetensors")
+    path, length = base / "model.safetensors", wide.numel() * 2
+    header = {
+        "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "w.weight": {"dtype": "BF16", "shape": [192, 8192], "data_offsets": [3, 3 + length]},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"odd" + path.read_bytes()[-length:])
+    if known:
+        remember_sha256(path, file_sha256(path), state_of(path), ours=True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    a, b = torch.randn(4, 8192), torch.randn(192, 4)
+    key = "base_model.model.w.lora_"
+    save_file({f"{key}A.weight": a, f"{key}B.weight": b}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    out = do(base, adapter)
+    written = (out / path.name).read_bytes()
+    assert written[:-length] == path.read_bytes()[:-length]
+    found = torch.frombuffer(bytearray(written[-length:]), dtype=torch.bfloat16)
+    assert torch.equal(found.view(192, 8192), ((b @ a) * 2 + wide.bfloat16().float()).bfloat16())
+    manifest = json.loads((out / "merge.json").read_text())
+    assert manifest["base"] == model_fingerprint(base)
+    assert manifest["files"][path.name] == file_sha256(out / path.name)

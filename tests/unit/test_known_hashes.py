@@ -1,0 +1,58 @@
+"""Remembered hashes are used for as long as the file is the same, and no longer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dtrain.core import known_hashes
+from dtrain.core.hashes import file_sha256
+from dtrain.core.known_hashes import known_sha256, remember_sha256, sha256_of, state_of
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights" * 1000)
+    os.utime(path, (1e9, 1e9))
+    return path
+
+
+def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = file_sha256(file)
+    assert sha256_of(file) == wanted
+    monkeypatch.setattr(known_hashes, "file_sha256", None)
+    assert sha256_of(file) == wanted
+
+
+@pytest.mark.parametrize("how", ["time", "size", "replaced"])
+def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
+    before = sha256_of(file)
+    if how == "replaced":  # by one of the same size and time
+        file.rename(file.with_name("old"))
+    file.write_bytes(b"Weights" * (1001 if how == "size" else 1000))
+    os.utime(file, (1e9, 1e9 + 1 if how == "time" else 1e9))
+    assert sha256_of(file) == file_sha256(file) != before
+
+
+def test_what_was_just_written_may_change_again_unseen(file: Path) -> None:
+    os.utime(file)
+    sha256_of(file)
+    assert known_sha256(file) is None
+    remember_sha256(file, "of what was written here", state_of(file), ours=True)
+    assert known_sha256(file) == "of what was written here"
+
+
+def test_a_change_while_it_was_read_is_not_remembered(file: Path) -> None:
+    state = state_of(file)
+    os.utime(file, (2e9, 2e9))
+    remember_sha256(file, "old", state, ours=True)
+    assert known_sha256(file) is None
+
+
+def test_a_broken_entry_is_as_none(file: Path) -> None:
+    wanted = sha256_of(file)
+    known_hashes._place(file).write_text("[")
+    assert sha256_of(file) == wanted
