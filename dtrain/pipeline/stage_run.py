@@ -32,7 +32,7 @@ from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.consolidate import read_whole, replace_with
-from dtrain.merge.merge import check_places, merge, part_of, shards_at_once
+from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.counts import parameter_counts
@@ -42,6 +42,7 @@ from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
 from dtrain.pipeline.evaluations import Evaluations, held_out_loader
 from dtrain.pipeline.inputs import Inputs
+from dtrain.pipeline.merging import merge_together
 from dtrain.pipeline.planned import remember
 from dtrain.pipeline.run_folder import StageFolder
 from dtrain.stages.loop import Job, Progress, fit, speed_since
@@ -79,10 +80,19 @@ class StageRun:
         self.world.barrier()
         if trained is None:
             return False
+        model, facts = trained
+        checkpoint = self.last_checkpoint(facts["steps"])
         if self.world.is_first:
-            self.write_results(*trained)
-        del trained
+            self.write_adapter(model, checkpoint)
+        del trained, model
         free_memory()
+        self.world.barrier()
+        if self.wants_merge():
+            merge_together(
+                self.world, self.base, self.folder.path, lambda at: self.merge(checkpoint, at)
+            )
+        if self.world.is_first:
+            self.finish(facts, checkpoint)
         self.world.barrier()
         return True
 
@@ -251,29 +261,38 @@ class StageRun:
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
         }
 
-    def write_results(self, model: torch.nn.Module, facts: dict[str, Any]) -> None:
-        """Adapter and merged model, from the last checkpoint; then the stage is complete.
+    def last_checkpoint(self, steps: int) -> Checkpoint:
+        """The one that the results are made from; the first rank has looked that it is whole."""
+        name = ""
+        if self.world.is_first:
+            newest, _ = newest_complete(self.folder.checkpoints)
+            assert newest is not None and newest.step == steps
+            name = newest.folder.name
+        return Checkpoint.open(self.folder.checkpoints / self.world.share_text(name))
 
-        What is there already may be of fewer steps, or damaged: it is made again.
-        """
-        checkpoint, _ = newest_complete(self.folder.checkpoints)
-        assert checkpoint is not None and checkpoint.step == facts["steps"]
-        full, wants_merge = isinstance(self.stage.method, Full), self.wants_merge()
-        if not full:
+    def write_adapter(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+        """The adapter; what is there may be of fewer steps, or damaged, and is made again."""
+        if not isinstance(self.stage.method, Full):
             tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
             save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
-        if wants_merge:
+        if self.wants_merge():
             shutil.rmtree(self.folder.merged, ignore_errors=True)
-            if full:
-                replace_with(
-                    checkpoint,
-                    self.base,
-                    self.folder.merged,
-                    self.folder.identity,
-                    processes=shards_at_once(),
-                )
-            else:
-                self.merge_adapter()
+
+    def merge(self, checkpoint: Checkpoint, at_once: int) -> None:
+        """The merged model; over the 4-bit base if the adapter was trained over that."""
+        out, identity, packing = self.folder.merged, self.folder.identity, None
+        if isinstance(self.stage.method, Full):
+            replace_with(checkpoint, self.base, out, identity, processes=at_once)
+            return
+        shapes = check_places(self.base, [self.folder.adapter], out)
+        if self.stage.method.kind == "qlora":
+            dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
+            packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
+        part = part_of(Adapter.open(self.folder.adapter, shapes), packing=packing)
+        merge(self.base, [part], out, source=identity, processes=at_once)
+
+    def finish(self, facts: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """The stage is complete."""
         facts["checkpoint_bytes"] = checkpoint.size_bytes
         if self.speed:
             measured = facts | {"tokens_per_second": self.speed}
@@ -284,18 +303,6 @@ class StageRun:
             f"{facts['tokens_per_second']:.0f} tokens/s, peak {size(facts['peak_memory_bytes'])} "
             f"a rank, checkpoint {size(checkpoint.size_bytes)}"
         )
-
-    def merge_adapter(self) -> None:
-        """The merged model, from the adapter; over the 4-bit base if it was trained over that."""
-        out, packing = self.folder.merged, None
-        shapes = check_places(self.base, [self.folder.adapter], out)
-        if self.stage.method.kind == "qlora":
-            dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
-            packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
-        adapter = Adapter.open(self.folder.adapter, shapes)
-        part = part_of(adapter, packing=packing)
-        identity = self.folder.identity
-        merge(self.base, [part], out, source=identity, processes=shards_at_once())
 
     def wants_merge(self) -> bool:
         """Every stage but the last is merged for the next one; the last if the recipe says so."""

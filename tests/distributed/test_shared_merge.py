@@ -1,0 +1,60 @@
+"""Between two stages every rank merges shards of the base, and a killed one is no loss."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from dtrain.models.weights import weight_files
+from dtrain.samples.make import ensure
+
+WORKER = [str(Path(__file__).with_name("merge_worker.py"))]
+
+
+@pytest.fixture
+def base(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model of `tiny` in several shards."""
+    monkeypatch.setenv("DTRAIN_CACHE", str(cache))
+    whole, folder = ensure("tiny-llama"), tmp_path / "base"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(weight_files(folder)) > 4
+    return folder
+
+
+@pytest.mark.parametrize("method", ["{kind: lora, r: 8}", "{kind: full}"])
+def test_every_rank_merges_and_a_killed_one_is_no_loss(
+    run_tiny: Callable,
+    weights: Callable[[Path], str],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    settings = [f"model.base={base}", *(f"stages.{s}.method={method}" for s in ("domain", "task"))]
+    said = tmp_path / "said"
+    monkeypatch.setenv("SAID", str(said))
+    said.touch()
+    monkeypatch.setenv("VICTIM", "1")
+    killed = run_tiny(*settings, worker=WORKER, expect=None)
+    assert killed.status != 0
+    assert {line.split()[0] for line in said.read_text().splitlines()} == {"0", "1"}
+    monkeypatch.delenv("VICTIM")
+    said.write_text("")
+    done = run_tiny(*settings, worker=WORKER)
+    begun = [line.split() for line in said.read_text().splitlines()]
+    for stage in ("domain", "task"):
+        of_it = [(rank, shard) for rank, name, shard in begun if name == stage]
+        assert {rank for rank, _ in of_it} == {"0", "1"}
+        assert len({shard for _, shard in of_it}) == len(of_it), "no shard was made twice"
+    assert not [*done.folder.rglob(".merging"), *done.folder.rglob(".*.making")]
+    assert [path.name for path in weight_files(done.folder / "task" / "merged")] == [
+        path.name for path in weight_files(base)
+    ]
+    again = run_tiny(*settings, folder="again")
+    assert weights(done.folder) == weights(again.folder)
