@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 from stdnum import luhn
 from stdnum.cn import ric
 
 from dtrain.config.schema import Source
-from dtrain.data.quality.kinds import BIT
 from dtrain.data.quality.leaks import held_out
 from dtrain.data.quality.sample import Sample
 from dtrain.data.quality.scan import Input, scan
@@ -194,13 +194,16 @@ def measure(rows: int, folder: Path) -> dict[str, tuple[float, float]]:
     known = held_out((f"held-out:{n}", sample) for n, sample in enumerate(held))
     parts = find_parts(Source(path=str(path)), folder / "cache")
     found = scan([Input("planted", parts, "alpaca")], known=known)
+
+    def number(row: int) -> int:
+        return found.places.of(row)[2]
+
     scores = {}
     for kind, lines in truth.items():
         if kind == "broken":
-            read = set(found.all_numbers.tolist())
-            told = set(range(1, rows + 1)) - read
+            told = set(range(1, rows + 1)) - {number(row) for row in range(found.rows)}
         else:
-            told = set(found.all_numbers[(found.flags & BIT[kind]) > 0].tolist())
+            told = {number(row) for row in np.flatnonzero(found.having(kind)).tolist()}
         scores[kind] = (len(told & lines) / max(len(told), 1), len(told & lines) / len(lines))
         if "-v" in sys.argv:
             for line in sorted(told - lines)[:3]:

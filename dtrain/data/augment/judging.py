@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.data.augment.asking import How, Row, cleaned, made, side
-from dtrain.data.augment.likeness import Likeness
-from dtrain.data.quality import duplicates, wording
+from dtrain.data.augment.likeness import NONE, Likeness
+from dtrain.data.quality import wording
 from dtrain.data.quality.sample import Sample, sample_of
 
 UNWANTED = {
@@ -69,7 +69,7 @@ def _first_of_each(rows: list[Made], seen: Likeness, places: list[str], how: How
         if one.reason or not side(one.row, how):
             yield one
             continue
-        if earlier[number] == duplicates.NONE:
+        if earlier[number] == NONE:
             yield one
         else:
             same = alike[number] == 1

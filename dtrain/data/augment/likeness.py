@@ -9,18 +9,19 @@ from dtrain.data.order import mix64
 from dtrain.data.quality import duplicates
 from dtrain.data.quality.examine import key
 from dtrain.data.quality.scan import SIMILARITY
-from dtrain.data.quality.shingles import bands, plain, signatures
+from dtrain.data.quality.shingles import plain, signatures
 
 BATCH_TEXTS = 1000
+NONE = -1  # no earlier text is alike
 
 
 class Likeness:
-    """Texts in groups, 208 bytes each; texts of different groups are never alike."""
+    """Texts in groups, 136 bytes each; texts of different groups are never alike."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, str]] = []
         self._keys: list[NDArray[np.uint64]] = []
-        self._bands: list[NDArray[np.uint32]] = []
+        self._groups: list[NDArray[np.uint64]] = []
         self._sketches: list[NDArray[np.uint8]] = []
 
     def add_one(self, group: int, text: str) -> None:
@@ -34,21 +35,24 @@ class Likeness:
         self._sketch()
         if not self._keys:
             return np.empty(0, np.int64), np.empty(0, np.float32)
-        same = duplicates.exact(np.concatenate(self._keys))
-        tables = np.concatenate(self._bands), np.concatenate(self._sketches)
-        near, how = duplicates.near(*tables, SIMILARITY)
-        exact = same != duplicates.NONE
-        how = np.where(exact, 1, np.minimum(how, np.float32(0.999)))
-        return np.where(exact, same, near), how.astype(np.float32)
+        keys, groups = np.concatenate(self._keys), np.concatenate(self._groups)
+        earlier = np.full(len(keys), NONE)
+        how = np.zeros(len(keys), np.float32)
+        for later, first in duplicates.exact(keys ^ groups):
+            earlier[later], how[later] = first, 1
+        same = earlier != NONE
+        for later, first, alike in duplicates.near(
+            np.concatenate(self._sketches), SIMILARITY, same, groups
+        ):
+            earlier[later], how[later] = first, np.minimum(alike, np.float32(0.999))
+        return earlier, how
 
     def _sketch(self) -> None:
         if not self._waiting:
             return
         texts = [text for _, text in self._waiting]
         groups = mix64(np.array([group for group, _ in self._waiting], np.uint64))
-        matrix = signatures(texts)
-        own = (groups >> np.uint64(32)).astype(np.uint32)
-        self._keys.append(np.array([key(text) for text in texts], np.uint64) ^ groups)
-        self._bands.append(bands(matrix) ^ own[:, None])
-        self._sketches.append(matrix.astype(np.uint8))
+        self._keys.append(np.array([key(text) for text in texts], np.uint64))
+        self._groups.append(groups)
+        self._sketches.append(signatures(texts).astype(np.uint8))
         self._waiting = []

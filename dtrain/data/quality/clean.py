@@ -91,7 +91,8 @@ def _rows(found: Findings) -> Iterator[tuple[int, str, Record | Fault, list[str]
                 continue
             if row >= found.rows or found.place(row) != place:
                 raise UserError("the source changed since it was scanned", where=place)
-            yield source, place, item, [k for k, bit in BIT.items() if found.flags[row] & bit]
+            flags = int(found.flags[row])
+            yield source, place, item, [kind for kind, bit in BIT.items() if flags & bit]
             row += 1
 
 

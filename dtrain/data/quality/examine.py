@@ -16,7 +16,8 @@ from dtrain.data.quality.kinds import BIT, LEAK
 from dtrain.data.quality.languages import language
 from dtrain.data.quality.leaks import HeldOut, leaked
 from dtrain.data.quality.sample import Sample, sample_of
-from dtrain.data.quality.shingles import bands, plain, signatures
+from dtrain.data.quality.shingles import plain, signatures
+from dtrain.data.quality.table import ROW
 from dtrain.data.rows import Value
 
 NOTES = 20  # kept of each kind, the worst ones
@@ -30,23 +31,12 @@ class Examined:
     """What is known of a batch of rows.
 
     Attributes:
-        keys: whole, question and answer, without regard to case and blanks, [rows, 3].
-        bands, sketches: of `shingles.bands`, and the lowest byte of each signature value.
-        starts: key of how the question begins, [rows].
-        characters: of question and answer, [rows, 2].
-        flags: bits of `kinds.BIT`, [rows].
-        asked: rows that have a question, [rows].
+        rows: what is kept of each, `table.ROW` [rows].
         notes: by kind.
         languages, orders, openings: counts.
     """
 
-    keys: NDArray[np.uint64]
-    bands: NDArray[np.uint32]
-    sketches: NDArray[np.uint8]
-    starts: NDArray[np.uint64]
-    characters: NDArray[np.int32]
-    flags: NDArray[np.uint32]
-    asked: NDArray[np.bool_]
+    rows: NDArray[np.void]
     notes: dict[str, list[Note]]
     languages: Counter[str]
     orders: Counter[tuple[str, str] | str]
@@ -69,18 +59,19 @@ def examine_here(values: list[Value]) -> Examined:
 def examine(values: list[Value], known: HeldOut | None) -> Examined:
     """Check every row of a batch by itself, and sketch it for what only all rows show."""
     samples = [sample_of(value) for value in values]
-    matrix = signatures([plain(sample.whole) for sample in samples])
     openings = [variety.start(sample.question) for sample in samples]
     orders = (variety.verb_object(sample.question) for sample in samples)
-    flags, notes = _findings(samples, known)
+    rows = np.zeros(len(samples), ROW)
+    rows["flags"], notes = _findings(samples, known)
+    rows["sketch"] = signatures([plain(sample.whole) for sample in samples]).astype(np.uint8)
+    keys = np.array([_keys(sample) for sample in samples], np.uint64).reshape(-1, 3)
+    rows["whole"], rows["question"], rows["answer"] = keys.T
+    rows["start"] = [key(opening) for opening in openings]
+    rows["question_characters"] = [len(sample.question) for sample in samples]
+    rows["answer_characters"] = [len(sample.answer) for sample in samples]
+    rows["asked"] = [not sample.is_text for sample in samples]
     return Examined(
-        keys=np.array([_keys(sample) for sample in samples], np.uint64).reshape(-1, 3),
-        bands=bands(matrix),
-        sketches=matrix.astype(np.uint8),
-        starts=np.array([key(opening) for opening in openings], np.uint64),
-        characters=np.array([(len(s.question), len(s.answer)) for s in samples], np.int32),
-        flags=flags,
-        asked=np.array([not sample.is_text for sample in samples], bool),
+        rows,
         notes=notes,
         languages=Counter(language(sample.answer or sample.question) for sample in samples),
         orders=Counter(order for order in orders if order),

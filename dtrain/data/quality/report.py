@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dtrain.core.hashes import fingerprint
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Fault
+from dtrain.data.quality.duplicates import distinct
 from dtrain.data.quality.kinds import BIT, BROKEN, MEANINGS
 from dtrain.data.quality.personal import KINDS as PERSONAL
 from dtrain.data.quality.personal import mask
@@ -26,7 +27,7 @@ SAMENESS = 0.5  # share of one way to begin from which on a set is monotonous
 
 def report(found: Findings) -> dict[str, Any]:
     """Everything of a scan that is worth telling, as JSON values."""
-    kinds = {kind: int(((found.flags & BIT[kind]) > 0).sum()) for kind in MEANINGS if kind in BIT}
+    kinds = {kind: int(found.having(kind).sum()) for kind in MEANINGS if kind in BIT}
     kinds[BROKEN] = found.broken
     texts = _texts(found)
     findings = [_finding(found, kind, kinds[kind], texts) for kind in MEANINGS if kinds[kind]]
@@ -46,25 +47,32 @@ def report(found: Findings) -> dict[str, Any]:
 
 
 def _sources(found: Findings) -> list[dict[str, Any]]:
-    rows = np.bincount(found.all_sources, minlength=len(found.inputs)).tolist()
     return [
-        {"name": one.name, "format": one.form, "files": len(one.parts), "rows": count}
-        for one, count in zip(found.inputs, rows, strict=True)
+        {
+            "name": one.name,
+            "format": one.form,
+            "files": len(one.parts),
+            "rows": found.of_source[number],
+        }
+        for number, one in enumerate(found.inputs)
     ]
 
 
 def _lengths(found: Findings) -> dict[str, Any]:
     """Quantiles and a histogram of what has a length, by name."""
-    if not found.rows:
-        return {}
-    characters, asked = found.column("characters"), found.column("asked")
-    columns = {"characters of a text": characters[~asked, 1]}
-    columns["characters of a question"] = characters[asked, 0]
-    columns["characters of an answer"] = characters[asked, 1]
-    if found.tokens:
-        tokens = np.concatenate(found.tokens)
-        columns["tokens of a row"] = tokens[tokens != REFUSED]
-    return {name: _spread(values) for name, values in columns.items() if values.size}
+    asked = found.column("asked")
+    lengths = {
+        "characters of a text": ("answer_characters", ~asked),
+        "characters of a question": ("question_characters", asked),
+        "characters of an answer": ("answer_characters", asked),
+    }
+    if found.counted:
+        lengths["tokens of a row"] = ("tokens", found.column("tokens") != REFUSED)
+    return {
+        name: _spread(found.column(column)[which])
+        for name, (column, which) in lengths.items()
+        if which.any()
+    }
 
 
 def _spread(values: NDArray[Any]) -> dict[str, Any]:
@@ -81,11 +89,10 @@ def _spread(values: NDArray[Any]) -> dict[str, Any]:
 
 
 def _variety(found: Findings) -> dict[str, Any]:
-    asked = int(found.column("asked").sum()) if found.rows else 0
-    distinct = np.unique(found.column("starts")).size if asked else 0
+    asked = int(found.column("asked").sum())
     return {
         "questions": asked,
-        "distinct_openings": int(distinct),
+        "distinct_openings": distinct(found.column("start")) if asked else 0,
         "openings": found.openings.counter.most_common(MOST),
         "orders": [
             [f"{pair[0]} {pair[1]}", count]
@@ -157,7 +164,7 @@ def _verdict(found: Findings, findings: list[dict[str, Any]]) -> list[dict[str, 
 
 def _on_the_whole(found: Findings) -> list[dict[str, Any]]:
     lines = []
-    asked = int(found.column("asked").sum()) if found.rows else 0
+    asked = int(found.column("asked").sum())
     if 0 < asked < FEW_ROWS:
         text = f"{asked:,} rows with answers are few"
         lines.append(

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -42,7 +40,9 @@ from dtrain.data.quality.kinds import (
 )
 from dtrain.data.quality.leaks import HeldOut
 from dtrain.data.quality.sample import sample_of
+from dtrain.data.quality.table import Places, Table
 from dtrain.data.quality.variety import Counts
+from dtrain.data.quality.wording import EMPTY
 from dtrain.data.rows import Value
 from dtrain.data.sources import Part, find_parts
 
@@ -85,26 +85,23 @@ class Findings:
     """What a scan found; a row is known by its number among all rows that could be read.
 
     Attributes:
-        sources: source of each row.
-        parts, numbers: part and number of each row in its source.
-        tokens: of each row, or empty without a tokenizer.
+        counted: whether the tokens of the rows are known.
+        of_source: rows of each source.
         broken: rows that cannot be read.
     """
 
     inputs: list[Input]
     sequence_tokens: int | None
-    examined: list[Examined] = field(default_factory=list)
-    sources: list[NDArray[np.int32]] = field(default_factory=list)
-    parts: list[NDArray[np.int32]] = field(default_factory=list)
-    numbers: list[NDArray[np.int64]] = field(default_factory=list)
-    tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    counted: bool
+    table: Table = field(default_factory=Table)
+    places: Places = field(default_factory=Places)
+    of_source: Counter[int] = field(default_factory=Counter)
     notes: dict[str, list[Note]] = field(default_factory=dict)
     languages: Counter[str] = field(default_factory=Counter)
     orders: Counts = field(default_factory=Counts)
     openings: Counts = field(default_factory=Counts)
     broken: int = 0
     broken_notes: list[str] = field(default_factory=list)
-    rows: int = 0
 
     def add(self, records: list[tuple[int, Record]], examined: Examined) -> None:
         """Take in a batch: records with the number of their source."""
@@ -114,54 +111,43 @@ class Findings:
         self.languages.update(examined.languages)
         self.orders.update(examined.orders)
         self.openings.update(examined.openings)
-        examined.notes, examined.languages = {}, Counter()
-        examined.orders, examined.openings = Counter(), Counter()
-        self.examined.append(examined)
-        self.sources.append(np.array([source for source, _ in records], np.int32))
-        self.parts.append(np.array([record.part for _, record in records], np.int32))
-        self.numbers.append(np.array([record.number for _, record in records], np.int64))
-        self.rows += len(records)
+        self.of_source.update(source for source, _ in records)
+        self.table.add(examined.rows)
+        places = [(source, record.part, record.number) for source, record in records]
+        self.places.add(np.array(places, np.int64).reshape(-1, 3))
 
     def note(self, kind: str, notes: Iterable[Note]) -> None:
         """Keep the worst notes of a kind."""
         both = [*self.notes.get(kind, []), *notes]
         self.notes[kind] = heapq.nlargest(NOTES, both, key=lambda note: (note[0], -note[1]))
 
-    def column(self, name: str) -> NDArray[Any]:
-        """A column of all batches."""
-        return np.concatenate([getattr(batch, name) for batch in self.examined])
-
     def place(self, row: int) -> str:
         """file:line of a row."""
-        source, part = int(self.all_sources[row]), int(self.all_parts[row])
-        return self.inputs[source].parts[part].place(int(self.all_numbers[row]))
+        source, part, number = self.places.of(row)
+        return self.inputs[source].parts[part].place(number)
 
-    @cached_property
-    def all_sources(self) -> NDArray[np.int32]:
-        """Source of each row."""
-        return np.concatenate([*self.sources, np.empty(0, np.int32)])
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.table.rows)
 
-    @cached_property
-    def all_parts(self) -> NDArray[np.int32]:
-        """Part of each row."""
-        return np.concatenate([*self.parts, np.empty(0, np.int32)])
+    def column(self, name: str) -> NDArray[Any]:
+        """One of `table.ROW`, of all rows, as it lies in the table."""
+        return self.table.rows[name]
 
-    @cached_property
-    def all_numbers(self) -> NDArray[np.int64]:
-        """Number of each row in its part."""
-        return np.concatenate([*self.numbers, np.empty(0, np.int64)])
-
-    @cached_property
+    @property
     def flags(self) -> NDArray[np.uint32]:
-        """What was found in each row, bits of `kinds.BIT`; set by `_across`."""
-        return np.concatenate([*(e.flags for e in self.examined), np.empty(0, np.uint32)])
+        """What was found in each row, bits of `kinds.BIT`."""
+        return self.column("flags")
+
+    def having(self, *kinds: str) -> NDArray[np.bool_]:
+        """Whether one of these was found in a row, [rows]."""
+        bits = np.uint32(sum(BIT[kind] for kind in kinds))
+        return (self.flags & bits).astype(bool)
 
     def state_bytes(self) -> int:
         """Memory that grows with the rows."""
-        names = ("keys", "bands", "sketches", "starts", "characters", "flags", "asked")
-        batches = sum(getattr(batch, n).nbytes for batch in self.examined for n in names)
-        lists = (self.sources, self.parts, self.numbers, self.tokens)
-        return batches + sum(array.nbytes for arrays in lists for array in arrays)
+        return self.table.rows.nbytes + self.places.nbytes
 
 
 def scan(
@@ -181,14 +167,15 @@ def scan(
         sequence_tokens: tokens that a sequence holds.
         processes: that check rows beside this one, which reads; with 1 this one does both.
     """
-    found = Findings(inputs, sequence_tokens)
+    found = Findings(inputs, sequence_tokens, counted=tokens is not None)
     total = sum(part.path.stat().st_size for i in inputs for part in i.parts if part.path)
     with progress("scanning", total >> 20) as meter, ExitStack() as stack:
         work = _worker(processes, known, stack)
         for records, future in _ahead(_batches(inputs, found, meter), work, 2 * processes):
-            if tokens:
-                found.tokens.append(tokens([record.value for _, record in records]))
-            found.add(records, future())
+            counts = tokens([record.value for _, record in records]) if tokens else 0
+            examined = future()
+            examined.rows["tokens"] = counts
+            found.add(records, examined)
     _across(found)
     return found
 
@@ -261,41 +248,45 @@ def _size(value: Value) -> int:
 
 def _across(found: Findings) -> None:
     """What only all rows together show: duplicates, several answers, lengths."""
-    if not found.rows:
-        return
-    keys, flags = found.column("keys"), found.flags
-    empty = (flags & BIT["empty"]) > 0
-    same = duplicates.exact(keys[:, 0])
-    _mark(found, EXACT, np.where(empty, duplicates.NONE, same), None)
-    alike, how = duplicates.near(found.column("bands"), found.column("sketches"), SIMILARITY)
-    hidden = empty | (same != duplicates.NONE)
-    _mark(found, NEAR, np.where(hidden, duplicates.NONE, alike), how)
-    asked = found.column("asked") & ~hidden & (alike == duplicates.NONE)
-    _mark(found, INCONSISTENT, duplicates.inconsistent(keys[:, 1], keys[:, 2], asked), None)
-    if found.tokens:
+    column = found.column
+    empty = found.having(EMPTY)
+    for later, first in duplicates.exact(column("whole")):
+        full = ~empty[later]
+        _mark(found, EXACT, later[full], first[full])
+    hidden = found.having(EMPTY, EXACT)
+    for later, earlier, alike in duplicates.near(column("sketch"), SIMILARITY, hidden):
+        _mark(found, NEAR, later, earlier, alike)
+    asked = column("asked") & ~found.having(EMPTY, EXACT, NEAR)
+    for later, first in duplicates.inconsistent(column("question"), column("answer"), asked):
+        _mark(found, INCONSISTENT, later, first)
+    if found.counted:
         _lengths(found)
 
 
 def _mark(
-    found: Findings, kind: str, earlier: NDArray[np.int64], how: NDArray[np.float32] | None
+    found: Findings,
+    kind: str,
+    rows: NDArray[np.int64],
+    earlier: NDArray[np.int64],
+    alike: NDArray[np.float32] | None = None,
 ) -> None:
-    rows = np.flatnonzero(earlier != duplicates.NONE)
-    found.flags[rows] |= BIT[kind]
-    worst = rows if how is None else rows[np.argsort(-how[rows], kind="stable")]
-    for row in islice(worst.tolist(), NOTES):
-        alike = f", {how[row]:.0%} alike" if how is not None else ""
-        weight = float(how[row]) if how is not None else 0.0
-        found.note(kind, [(weight, row, f"as {found.place(int(earlier[row]))}{alike}")])
+    """Note that these rows are as earlier ones."""
+    found.flags[rows] |= np.uint32(BIT[kind])
+    how = np.zeros(len(rows), np.float32) if alike is None else alike
+    for place in np.lexsort((rows, -how))[:NOTES].tolist():
+        told = f"as {found.place(int(earlier[place]))}"
+        told += "" if alike is None else f", {how[place]:.0%} alike"
+        found.note(kind, [(float(how[place]), int(rows[place]), told)])
 
 
 def _lengths(found: Findings) -> None:
-    tokens = np.concatenate(found.tokens)
-    found.flags[tokens == REFUSED] |= BIT[TEMPLATE]
+    tokens = found.column("tokens")
+    found.flags[tokens == REFUSED] |= np.uint32(BIT[TEMPLATE])
     refused = np.flatnonzero(tokens == REFUSED)[:NOTES].tolist()
     found.note(TEMPLATE, [(0.0, row, "the template does not take it") for row in refused])
     if found.sequence_tokens:
         over = np.flatnonzero(tokens > found.sequence_tokens)
-        found.flags[over] |= BIT[OVERLONG]
+        found.flags[over] |= np.uint32(BIT[OVERLONG])
         worst = over[np.argsort(-tokens[over], kind="stable")][:NOTES].tolist()
         found.note(OVERLONG, [(float(tokens[r]), r, f"{tokens[r]:,} tokens") for r in worst])
 

@@ -19,7 +19,7 @@ UInt64s = NDArray[np.uint64]
 Int64s = NDArray[np.int64]
 
 WIDTH = 5  # characters of a run that near duplicates are measured by
-PERMUTATIONS, BANDS = 120, 20
+PERMUTATIONS = 120
 SEED = 17
 _BASE = 0x100000001B3
 _BLANKS = re.compile(r"\s+")
@@ -61,12 +61,3 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     hashes, offsets = run_hashes(texts, WIDTH)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32).reshape(-1, PERMUTATIONS)
-
-
-def bands(matrix: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """One hash for each group of PERMUTATIONS / BANDS values: uint32 [texts, BANDS]."""
-    groups = matrix.reshape(len(matrix), BANDS, -1).astype(np.uint64)
-    total = np.zeros(groups.shape[:2], dtype=np.uint64)
-    for place in range(groups.shape[2]):
-        total = mix64(total * np.uint64(_BASE) + groups[:, :, place])
-    return (total >> np.uint64(32)).astype(np.uint32)
