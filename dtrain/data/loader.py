@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ Int64s = NDArray[np.int64]
 
 NO_ROW = -1
 ORDER_AHEAD = 1 << 14  # rows whose numbers are worked out at once
-ROWS_AHEAD = 1024  # rows of a rank that are looked up at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,6 @@ class Loader:
         self.global_batch, self.total_rows = global_batch, total_rows
         self._order = Ahead(max(1, ORDER_AHEAD // global_batch))
         self._rows = np.empty((0, global_batch), dtype=np.int64)
-        self._plans: dict[tuple[int, int], _Plan] = {}
 
     @property
     def steps(self) -> int:
@@ -122,21 +119,26 @@ class Loader:
             micro_batch: sequences at once.
         """
         share = -(-self.global_batch // ranks)
-        plan = self._plan(step, rank, share)
+        mine = self.batch(step)[rank * share : (rank + 1) * share]
+        mine = mine if step + 1 < self.steps else mine[mine != NO_ROW]
+        place = step * self.global_batch + rank * share
         for start in range(0, share, micro_batch):
-            place = step * self.global_batch + rank * share + start
-            yield plan.micro_batch(step, start, min(start + micro_batch, share), place)
+            yield self._micro_batch(mine[start : start + micro_batch], place + start)
 
-    def _plan(self, step: int, rank: int, share: int) -> _Plan:
-        most = min(ROWS_AHEAD // share, ORDER_AHEAD // self.global_batch)
-        plan = self._plans.get((rank, share)) or _Plan(max(1, most))
-        if steps := plan.ahead.wanted(step):
-            self.batch(step)  # the order is worked out as far as the plan may go
-            stop = plan.ahead.stop = min(step + steps, self._order.stop)
-            rows = self._rows[step - self._order.first : stop - self._order.first]
-            plan.fill(self.mixture, list(rows[:, rank * share : (rank + 1) * share]))
-        self._plans = {(rank, share): plan}
-        return plan
+    def _micro_batch(self, rows: Int64s, place: int) -> MicroBatch:
+        """These rows, the first at `place` of the stream."""
+        if not rows.size:
+            return _nothing(place)
+        made = self.mixture.read(rows)
+        return MicroBatch(
+            torch.from_numpy(made.ids),
+            torch.from_numpy(made.positions),
+            torch.from_numpy(made.predict),
+            torch.from_numpy(made.targets),
+            made.lengths,
+            list(range(place, place + len(rows))),
+            made.row_tokens,
+        )
 
     def _real(self, step: int) -> Int64s:
         rows = self.batch(step)
@@ -157,70 +159,6 @@ class Ahead:
         size = min(4 * (self.stop - self.first), self.most) if goes_on else 1
         self.first, self.stop = step, step + size
         return size
-
-
-class _Plan:
-    """Where the tokens of a rank's rows lie, some steps ahead.
-
-    What is asked for row by row is held in lists. Tokens are counted from the first row of the
-    plan on, and so are targets.
-    """
-
-    def __init__(self, most_steps: int) -> None:
-        self.ahead = Ahead(most_steps)
-
-    def fill(self, mixture: Mixture, steps: list[Int64s]) -> None:
-        """Look up the rows of these steps."""
-        real = [rows[rows != NO_ROW] for rows in steps]
-        pieces = mixture.gather(np.concatenate(real))
-        rows = np.arange(sum(len(part) for part in real) + 1)
-        self.views = pieces.views
-        self.sizes = pieces.sizes
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.counts = pieces.run_stops - pieces.run_starts
-        before = np.concatenate([[0], np.cumsum(self.counts)])
-        # What to add to a target's number for the place that predicts it.
-        self.shifts = self.starts[pieces.run_pieces] + pieces.run_starts - 1 - before[:-1]
-        first_pieces = pieces.rows.searchsorted(rows)
-        runs = pieces.run_pieces.searchsorted(first_pieces)
-        self.first_rows = np.cumsum([0, *(len(part) for part in real)]).tolist()
-        self.pieces, self.runs = first_pieces.tolist(), runs.tolist()
-        self.tokens, self.targets = self.starts[first_pieces].tolist(), before[runs].tolist()
-
-    def micro_batch(self, step: int, start: int, stop: int, place: int) -> MicroBatch:
-        """The rank's rows `start` … `stop` - 1 in a step, the first at `place` of the stream."""
-        low, high = self.first_rows[step - self.ahead.first :][:2]
-        first, last = min(low + start, high), min(low + stop, high)
-        if first == last:
-            return _nothing(place)
-        base, pieces = self.tokens[first], slice(self.pieces[first], self.pieces[last])
-        before, runs = self.targets[first], slice(self.runs[first], self.runs[last])
-        numbers = _numbers(self.tokens[last] - base)
-        ids = np.concatenate(self.views[pieces], dtype=np.int64)
-        sizes = self.sizes[pieces]
-        positions = np.repeat(self.starts[pieces] - base, sizes)
-        np.subtract(numbers[: ids.size], positions, out=positions)
-        predict = np.repeat(self.shifts[runs] + (before - base), self.counts[runs])
-        predict += numbers[: predict.size]
-        return MicroBatch(
-            torch.from_numpy(ids)[None],
-            torch.from_numpy(positions)[None],
-            torch.from_numpy(predict),
-            torch.from_numpy(ids[1:].take(predict)),
-            sizes.tolist(),
-            list(range(place, place + last - first)),
-            [self.tokens[row + 1] - self.tokens[row] for row in range(first, last)],
-        )
-
-
-@lru_cache(maxsize=1)
-def _counted(size: int) -> Int64s:
-    return np.arange(size, dtype=np.int64)
-
-
-def _numbers(count: int) -> Int64s:
-    """0, 1, …, at least `count` of them."""
-    return _counted(1 << (count - 1).bit_length())
 
 
 def _nothing(position: int) -> MicroBatch:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dtrain.core import units
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.data.gather import Gathered, Gatherer, gathered, gatherer
 from dtrain.data.mixing import Mix
 from dtrain.data.pieces import Pieces, joined
 from dtrain.data.sources import Part
@@ -85,12 +86,19 @@ class Mixture:
         places = [parts[p].place(n) for p, n in zip(data.parts, data.numbers, strict=True)]
         return Row(data.tokens, data.supervised, data.lengths, places)
 
+    def read(self, numbers: Int64s) -> Gathered:
+        """The rows [n] with these global numbers, as a micro-batch has them."""
+        return self._gatherer(numbers) if self._gatherer else gathered(self.gather(numbers))
+
+    @cached_property
+    def _gatherer(self) -> Gatherer | None:
+        return gatherer([source.store for source in self.sources], self.sequence_tokens)
+
     def gather(self, numbers: Int64s) -> Pieces:
         """What the rows [n] with these global numbers are made of."""
         which = self.sources_of(numbers)
         places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
         used = [(source, place) for source, place in enumerate(places) if place.size]
-        used = used or [(0, places[0])]  # no rows: a rank's share of a short batch
         parts = [
             self.sources[source].store.gather(numbers[place] - self.first_rows[source])
             for source, place in used

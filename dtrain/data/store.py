@@ -70,7 +70,7 @@ def map_shard(path: Path) -> Columns:
             reader = pa.ipc.open_file(file)
             batch, metadata = reader.get_batch(0), reader.schema.metadata
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     tokens, runs = batch["tokens"], batch["runs"]
     return Columns(
         tokens.values.to_numpy(),
@@ -117,7 +117,7 @@ class Store:
             self._check_size(name, entry["bytes"])
         arrays = [_array(folder / name) for name in PLAN_FILES]
         self.pieces, self.row_offsets, self.row_tokens, self.row_supervised, self.shards = arrays
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map)
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
 
     @property
     def rows(self) -> int:
@@ -183,7 +183,12 @@ class Store:
             digest, name = line.split(maxsplit=1)
             self._check_hash(name, digest)
 
-    def _map(self, shard: int) -> Columns:
+    def map_shard(self, shard: int) -> Columns:
+        """Map a shard, anew at each call.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
         name = shard_name(shard)
         self._check_size(name, int(self.shards["bytes"][shard]))
         return map_shard(self.folder / name)
@@ -191,21 +196,21 @@ class Store:
     def _check_size(self, name: str, size: int) -> None:
         path = self.folder / name
         if not path.is_file():
-            raise _damaged(path, "it is missing")
+            raise damaged(path, "it is missing")
         if path.stat().st_size != size:
-            raise _damaged(path, f"{path.stat().st_size} bytes instead of {size}")
+            raise damaged(path, f"{path.stat().st_size} bytes instead of {size}")
 
     def _check_hash(self, name: str, digest: str) -> None:
         path = self.folder / name
         if not path.is_file() or file_sha256(path) != digest:
-            raise _damaged(path, "its content is not what was written")
+            raise damaged(path, "its content is not what was written")
 
 
 def _array(path: Path) -> NDArray[Any]:
     try:  # a plain view: each access to numpy's own memmap class costs microseconds
         found: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # numpy's reader of the head raises what its parsers raise
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     return found
 
 
@@ -213,7 +218,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         return read_sealed(path)
     except UserError as error:
-        raise _damaged(path, error.what) from error
+        raise damaged(path, error.what) from error
 
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -238,9 +243,11 @@ def _clipped(runs: Int64s, pieces: NDArray[np.void]) -> tuple[Int64s, Int64s, In
     return piece[keep], starts[keep], stops[keep]
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path, what: str) -> UserError:
+    """What to say of a store, or of a file in it, that is not what was written."""
+    folder = path if path.is_dir() else path.parent
     return UserError(
         f"the prepared data is damaged: {what}",
         where=str(path),
-        fix=f"delete the folder {path.parent}; the data is then prepared again",
+        fix=f"delete the folder {folder}; the data is then prepared again",
     )

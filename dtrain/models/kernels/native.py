@@ -1,4 +1,4 @@
-"""loops.cpp: built at the first use on a machine, kept in the cache, called through ctypes.
+"""loops.cpp: built at the first use on a machine, called through ctypes.
 
 No header of torch is needed, so it takes a second. Where there is no compiler, or the library does
 not link, or a tensor is not plain float32 in a CPU's memory, the same is computed by torch.
@@ -6,26 +6,15 @@ not link, or a tensor is not plain float32 in a CPU's memory, the same is comput
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from ctypes import CDLL, c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dtrain.core.errors import UserError
-from dtrain.core.folders import cache_folder
-from dtrain.core.hashes import fingerprint
-from dtrain.core.trust import own_file, own_folder
+from dtrain.core.native import library
 
 SOURCE = Path(__file__).with_name("loops.cpp")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-WIDE = "-mprefer-vector-width=512"  # a hint that only compilers for x86 know
-SECONDS = 120  # a build that takes longer hangs
 
 # Arguments by letters: p a pointer, n an integer, f a float.
 SIGNATURES = {
@@ -72,64 +61,21 @@ def call(name: str, *arguments: Tensor | float) -> None:
     call_of(_library, name, *arguments)
 
 
-def call_of(library: CDLL | None, name: str, *arguments: Tensor | float) -> None:
+def call_of(loops: CDLL | None, name: str, *arguments: Tensor | float) -> None:
     """Call a loop; tensors are given as where they lie."""
     given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    getattr(library, name)(*given)
+    getattr(loops, name)(*given)
 
 
 def find() -> tuple[CDLL | None, str]:
     """The loops, built if they are not there; or why there are none."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        return None, "no C++ compiler"
-    path = cache_folder() / f"loops-{os.getuid()}" / f"{_identity(compiler)}.so"
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        own_folder(path.parent)  # a cache may be shared, what runs from it may not
-        if not path.exists():
-            _build(compiler, path)
-        return _load(own_file(path)), ""
-    except UserError as error:
-        return None, str(error)
-    except (OSError, subprocess.SubprocessError):
-        return None, f"{compiler} cannot build them"
-
-
-def _identity(compiler: str) -> str:
-    """Of what a build depends on; a cache may be shared by machines of several kinds."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    resolved = str(Path(compiler).resolve())
-    return fingerprint([SOURCE.read_text(), FLAGS, resolved, torch.__version__, features])
-
-
-def _build(compiler: str, path: Path) -> None:
-    """Written beside its place and moved there: ranks may build at the same time."""
     libraries = Path(torch.__file__).parent / "lib"
-    wide = (WIDE,) if platform.machine() == "x86_64" else ()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run(
-            [
-                compiler, *FLAGS, *wide, "-shared", "-fPIC", "-o", str(built), str(SOURCE),
-                f"-L{libraries}", "-l:libtorch_cpu.so", *_openmp(libraries), "-Wl,-z,defs",
-            ],
-            check=True, capture_output=True, timeout=SECONDS,
-        )  # fmt: skip
-        os.replace(built, path)
-
-
-def _openmp(libraries: Path) -> list[str]:
-    """torch's own OpenMP: two of them would keep two pools of threads."""
-    return [f"-l:{own.name}" for own in sorted(libraries.glob("libgomp*.so*"))[:1]]
-
-
-def _load(path: Path) -> CDLL:
-    library = CDLL(str(path))
-    for name, letters in SIGNATURES.items():
-        function = getattr(library, name)
+    # torch's own OpenMP: two of them would keep two pools of threads.
+    openmp = [f"-l:{own.name}" for own in sorted(libraries.glob("libgomp*.so*"))[:1]]
+    links = ["-fopenmp", f"-L{libraries}", "-l:libtorch_cpu.so", *openmp]
+    found, why = library(SOURCE, links, torch.__version__)
+    for name, letters in SIGNATURES.items() if found else ():
+        function = getattr(found, name)
         function.argtypes = [TYPES[letter] for letter in letters]
         function.restype = None
-    return library
+    return found, why

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtrain.data.gather import Gathered, gathered
 from dtrain.data.loader import NO_ROW, Loader
 from dtrain.data.mixing import mix
 from dtrain.data.pieces import Pieces
@@ -30,7 +31,7 @@ class Simulated:
     def rows_at(self, start: int, stop: int, seed: int):
         return self.mix.rows_at(np.arange(start, stop), seed)
 
-    def gather(self, numbers) -> Pieces:
+    def read(self, numbers) -> Gathered:
         self.rows_read += len(numbers)
         views = []
         for number in numbers.tolist():
@@ -39,7 +40,8 @@ class Simulated:
         sizes = np.array([view.size for view in views])
         learnt = np.flatnonzero(sizes > 1)  # all tokens but the first
         rows = np.repeat(np.arange(len(numbers)), 2)
-        return Pieces(views, sizes, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
+        pieces = Pieces(views, sizes, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
+        return gathered(pieces)
 
     def tokens(self, numbers):
         return np.asarray(numbers) % 3 + 3

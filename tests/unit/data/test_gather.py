@@ -1,0 +1,80 @@
+"""The compiled loop reads what numpy reads, from any number of shards, and trusts no file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.data import cuts, gather
+from dtrain.data.gather import Gatherer, gathered
+from dtrain.data.loader import Loader
+
+
+@pytest.fixture
+def mixture(prepared, write_rows, monkeypatch):
+    """Two sources of many small shards."""
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", 3)
+    rows = [{"instruction": f"Say {n}", "output": "fox " * (n % 9 + 1)} for n in range(60)]
+    rows[7]["history"] = [["Who?", "Me."], ["Why?", "So."]]
+    sources = [{"path": write_rows(f"{n}.jsonl", rows[30 * n :][:30])} for n in (0, 1)]
+    return prepared("sft", sources, sequence_tokens=200)
+
+
+@pytest.fixture
+def stream(prepared, write_rows):
+    """Texts that are cut where a row is full."""
+    texts = [{"text": "fox " * n} for n in (3, 400, 1, 90, 9)]
+    return prepared("cpt", [{"path": write_rows("t.jsonl", texts), "format": "text"}])
+
+
+def same(one, other) -> bool:
+    arrays = all(
+        a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True)
+    )
+    return arrays and one[4:] == other[4:]
+
+
+@pytest.mark.parametrize("kind", ["mixture", "stream"])
+def test_both_ways_to_read_give_the_same(kind, request) -> None:
+    found = request.getfixturevalue(kind)
+    assert isinstance(found._gatherer, Gatherer)
+    rows = np.random.default_rng(0).permutation(found.rows_per_epoch)
+    for start in range(0, len(rows), 3):
+        some = rows[start : start + 3]
+        assert same(found.read(some), gathered(found.gather(some)))
+
+
+def test_few_shards_are_open_at_once(mixture, monkeypatch) -> None:
+    assert sum(len(source.store.shards) for source in mixture.sources) == 20
+    monkeypatch.setattr(gather, "OPEN_SHARDS", 1)
+    every = np.arange(mixture.rows_per_epoch)
+    assert same(mixture.read(every), gathered(mixture.gather(every)))
+    assert len(mixture._gatherer._open) == 1
+
+
+def test_without_a_compiler_the_batches_are_the_same(mixture, monkeypatch) -> None:
+    def batches():
+        loader = Loader(mixture, seed=0, global_batch=4, total_rows=mixture.rows_per_epoch)
+        return [b for step in range(loader.steps) for b in loader.micro_batches(step, 0, 1, 3)]
+
+    fast = batches()
+    monkeypatch.setattr(gather, "library", lambda *_: (None, "no C++ compiler"))
+    monkeypatch.setattr(gather, "_loops", gather._loops.__wrapped__)
+    del mixture.__dict__["_gatherer"]
+    slow = batches()
+    assert mixture._gatherer is None
+    for one, other in zip(fast, slow, strict=True):
+        for name, value in vars(one).items():
+            assert np.array_equal(value, getattr(other, name)), name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("document", 10**9), ("document", -1), ("tokens", 10**6), ("start", -5)]
+)
+def test_numbers_that_lead_elsewhere_are_refused(stream, field, value) -> None:
+    store = stream.sources[0].store
+    store.pieces = store.pieces.copy()
+    store.pieces[field][0] = value
+    with pytest.raises(UserError, match="damaged"):
+        stream.read(np.array([0]))
