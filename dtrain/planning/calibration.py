@@ -21,6 +21,7 @@ from dtrain.core.folders import cache_folder
 
 NAME = "calibration.jsonl"
 FIGURES = ("peak", "speed", "planned_peak", "planned_speed")
+LEAST_SHARE = 0.25  # of a stage's memory that an earlier one must have taken to tell of it
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
@@ -60,7 +61,7 @@ class Measured:
 
     @property
     def memory_factor(self) -> float:
-        """What the plan's tensors are multiplied by: never less than they are."""
+        """What the plan's tensors are multiplied by, before the allocator's factor; never less."""
         return max(1.0, self.memory_ratio)
 
 
@@ -111,11 +112,19 @@ def _lines(path: Path, stamp: tuple[int, int]) -> tuple[Line, ...]:
     return tuple(found)
 
 
-def measured(gpu: str, engine: str, method: str) -> Measured | None:
-    """What earlier runs say; None if there were none."""
+def measured(gpu: str, engine: str, method: str, planned_peak: float) -> Measured | None:
+    """What earlier runs say; None if there were none.
+
+    Runs of much smaller models are passed over: their memory is mostly libraries' workspaces, and
+    their speed that of launching kernels.
+
+    Args:
+        planned_peak: bytes that the plan says of the stage in question.
+    """
     key = (gpu, engine, method, versions())
     fit = [x for x in lines() if (x.gpu, x.engine, x.method, x.versions) == key]
     fit = [x for x in fit if all(0 < getattr(x, name) < inf for name in FIGURES)]
+    fit = [x for x in fit if x.planned_peak >= LEAST_SHARE * planned_peak]
     if not fit:
         return None
     return Measured(

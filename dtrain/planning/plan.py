@@ -121,7 +121,8 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
 def _plan_stage(
     recipe: Recipe, stage: Stage, setup: Setup, cluster: Cluster, is_last: bool
 ) -> StagePlan:
-    known = measured(cluster.gpu.name, setup.engine, setup.method)
+    memory = memory_of(setup)
+    known = measured(cluster.gpu.name, setup.engine, setup.method, memory.peak)
     verdict = verdict_of(setup, cluster)
     speed = tokens_per_second(setup, cluster)
     if known:
@@ -130,7 +131,7 @@ def _plan_stage(
     return StagePlan(
         name=stage.name,
         setup=setup,
-        memory=memory_of(setup),
+        memory=memory,
         verdict=verdict,
         changes=[] if verdict.word == FITS else advice(setup, cluster),
         speed=speed,

@@ -39,14 +39,12 @@ class Verdict:
 
 def verdict_of(setup: Setup, cluster: Cluster) -> Verdict:
     """Whether a stage fits, corrected by what earlier runs here took."""
-    known = measured(cluster.gpu.name, setup.engine, setup.method)
-    factor = known.memory_factor * MEASURED_MARGIN if known else BUDGET_FACTOR
+    peak = memory_of(setup).peak
+    known = measured(cluster.gpu.name, setup.engine, setup.method, peak)
+    tensors = peak * (known.memory_factor if known else 1)
     lower = LOWER_FACTOR * least_bytes(setup) + LOWER_BYTES
-    budget = factor * memory_of(setup).peak + BUDGET_BYTES
+    budget = BUDGET_FACTOR * tensors + BUDGET_BYTES
     return Verdict(lower, budget, cluster.gpu.usable_bytes)
-
-
-MEASURED_MARGIN = 1.05  # on a ratio that was measured here
 
 
 @dataclass(frozen=True)

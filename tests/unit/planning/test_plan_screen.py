@@ -185,9 +185,9 @@ def measured_line(engine: str, method: str, ratio: float) -> None:
             method=method,
             versions=calibration.versions(),
             base="x",
-            peak=ratio * 1e9,
+            peak=ratio * 40e9,
             speed=1.0,
-            planned_peak=1e9,
+            planned_peak=40e9,
             planned_speed=1.0,
         )
     )
@@ -211,10 +211,33 @@ def test_the_screen_tells_the_factor_that_was_applied() -> None:
     assert "memory x 1.00" in "\n".join(lines_of(plan_of("7b-lora"), 200))
 
 
+def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
+    before = plan_of("7b-lora")
+    calibration.append(
+        calibration.Line(
+            gpu="h100-80g",
+            engine="ddp",
+            method="lora",
+            versions=calibration.versions(),
+            base="dtrain:tiny-llama",
+            peak=60e6,  # nearly all of it a workspace of cuBLAS
+            speed=5e3,
+            planned_peak=1.5e6,
+            planned_speed=5e6,
+        )
+    )
+    assert plan_of("7b-lora") == before
+
+
 def test_lines_that_are_none_are_passed_over() -> None:
     measured_line("ddp", "lora", 1.5)
     good = calibration.calibration_file().read_bytes()
-    torn = [b"\xff\xfe{", b'{"peak": null}', b"[1]", good.replace(b"1500000000.0", b"null").strip()]
+    torn = [
+        b"\xff\xfe{",
+        b'{"peak": null}',
+        b"[1]",
+        good.replace(b"60000000000.0", b"null").strip(),
+    ]
     calibration.calibration_file().write_bytes(b"\n".join([*torn, good]))
     assert plan_of("7b-lora").stages[0].measured == calibration.Measured(1, 1.5, 1.0)
 

@@ -1,0 +1,57 @@
+"""The shipped recipes simulated, stage by stage, where each says it fits; the plan beside it.
+
+    python tests/bench/plan_recipes.py [RECIPE …]      # a minute or two a stage
+
+What `--exact` does not simulate is told, with the plan's figure alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.cli.plan import silent
+from dtrain.config.load import load_recipe
+from dtrain.core.errors import UserError
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.plan import StagePlan, make_plan, with_exact
+from dtrain.planning.setup import Cluster
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "planning"))
+
+from test_plan_golden import MADE_FOR
+
+GB = 1e9
+
+
+def lines_of(name: str) -> Iterator[str]:
+    """A line a stage."""
+    gpu, nodes, gpus = MADE_FOR[name]
+    recipe, cluster = load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus)
+    plan = make_plan(recipe, cluster)
+    try:
+        plan, why = with_exact(plan, recipe, silent), ""
+    except UserError as error:
+        why = error.what
+    for stage in plan.stages:
+        head = f"{name:<16}{stage.name:<8}{nodes} x {gpus} {gpu:<13}{stage.verdict.word:<6}"
+        yield f"{head}plan {stage.memory.peak / GB:6.2f}  {why or found(stage)}"
+
+
+def found(stage: StagePlan) -> str:
+    """What the simulation says."""
+    assert stage.exact
+    peak, planned = stage.exact.peak, stage.memory.peak
+    where = f"{stage.memory.moment} by plan, {peak.phase} ({peak.place}) by simulation"
+    return f"simulated {peak.total / GB:6.2f} GB  {planned / peak.total - 1:+6.1%}  {where}"
+
+
+def main() -> None:
+    for name in sys.argv[1:] or MADE_FOR:
+        for line in lines_of(name):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
