@@ -21,8 +21,9 @@ from dtrain.planning.activations import DTRAIN, Habits
 from dtrain.planning.bases import KNOWN, Sizes
 from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.held import gradient_bytes
 from dtrain.planning.kernels import MLPS, NORMS
-from dtrain.planning.memory import AT, gradient_bytes
+from dtrain.planning.memory import moments
 from dtrain.planning.setup import Setup
 from dtrain.planning.shapes import Linear, Shape, shape_of
 from dtrain.planning.speed import flops_per_token
@@ -194,14 +195,14 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
         optimizer="adamw_8bit" if "8bit" in row.get("optimizer", "") else "adamw",
         casts=trainer.casts,
         kernels=trainer.kernels,
-        foreach=not trainer.fused,
+        on_gpu=not trainer.fused,
     )
 
 
 def tensors(setup: Setup, trainer: Trainer) -> float:
     """Bytes at the moment that needs most, as the trainer computes it."""
-    moments = [at(setup, trainer.habits) for at in AT]
-    return max(one.peak + also_kept(one.moment, setup, trainer) for one in moments)
+    every = moments(setup, trainer.habits)
+    return max(one.peak + also_kept(one.moment, setup, trainer) for one in every)
 
 
 def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
@@ -277,10 +278,9 @@ def fitted(points: list[Point]) -> tuple[float, float]:
     return min(tries, key=lambda t: median(abs(p.guess(*t) / p.real - 1) for p in peaks))
 
 
-def quantile_factor(points: list[Point], share: float) -> float:
-    """The factor that, beside the budget's bytes, covers this share of the points."""
-    ratios = sorted((p.real - BUDGET_BYTES) / p.planned for p in points if p.what != CAPACITY)
-    return ratios[min(len(ratios) - 1, int(share * len(ratios)))]
+def covering(points: list[Point]) -> float:
+    """The factor that, beside the budget's bytes, covers every one of the points."""
+    return max((p.real - BUDGET_BYTES) / p.planned for p in points if p.what != CAPACITY)
 
 
 def tell_memory(points: list[Point]) -> None:
@@ -293,7 +293,7 @@ def tell_memory(points: list[Point]) -> None:
         if not mine:
             continue
         others = [p for p in points if p.source != source]
-        (factor, extra), cover = fitted(others), quantile_factor(others, 0.95)
+        (factor, extra), cover = fitted(others), covering(others)
         off = [p.guess(factor, extra) / p.real - 1 for p in mine]
         covered = [p.real <= cover * p.planned + BUDGET_BYTES for p in mine]
         planned = [p.real <= BUDGET_FACTOR * p.planned + BUDGET_BYTES for p in mine]
