@@ -1,4 +1,4 @@
-"""SHA-256 of large files, remembered for as long as a file's place, size and time stay the same.
+"""SHA-256 of large files, remembered for as long as a file's place, size and times stay the same.
 
 A base of 140 GB is hashed once on a machine, not at each run and each merge. What checks that
 files are whole (`verify`, resuming) hashes them anew.
@@ -20,9 +20,13 @@ State = list[int]
 
 
 def state_of(path: Path) -> State:
-    """What changes when a file's content does."""
+    """What changes when a file's content does.
+
+    The time of the last change of any kind is the last: unlike that of the content, nobody sets it,
+    so a copy that keeps times (`cp -p`, `rsync -t`) is not taken for what it overwrote.
+    """
     found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns]
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def known_sha256(path: Path) -> str | None:

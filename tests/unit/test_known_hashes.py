@@ -13,7 +13,8 @@ from dtrain.core.known_hashes import known_sha256, remember_sha256, sha256_of, s
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", 0)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights" * 1000)
     os.utime(path, (1e9, 1e9))
@@ -27,18 +28,22 @@ def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sha256_of(file) == wanted
 
 
-@pytest.mark.parametrize("how", ["time", "size", "replaced"])
+@pytest.mark.parametrize("how", ["time", "size", "replaced", "overwritten"])
 def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
-    before = sha256_of(file)
-    if how == "replaced":  # by one of the same size and time
+    """Replaced and overwritten: by one of the same size, with the same time of its content."""
+    before, changed = sha256_of(file), file.stat().st_ctime_ns
+    if how == "replaced":
         file.rename(file.with_name("old"))
-    file.write_bytes(b"Weights" * (1001 if how == "size" else 1000))
-    os.utime(file, (1e9, 1e9 + 1 if how == "time" else 1e9))
+    while not file.exists() or file.stat().st_ctime_ns == changed:  # clocks tick in milliseconds
+        file.write_bytes(b"Weights" * (1001 if how == "size" else 1000))
+        os.utime(file, (1e9, 1e9 + 1 if how == "time" else 1e9))
     assert sha256_of(file) == file_sha256(file) != before
 
 
-def test_what_was_just_written_may_change_again_unseen(file: Path) -> None:
-    os.utime(file)
+def test_what_was_just_written_may_change_again_unseen(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", 3600)
     sha256_of(file)
     assert known_sha256(file) is None
     remember_sha256(file, "of what was written here", state_of(file), ours=True)
