@@ -3,9 +3,9 @@
     python tests/bench/plan_points.py FOLDER      # memory_points.csv, throughput_points.csv
 
 The trainers of those figures compute otherwise than dtrain (logits of all tokens, adapters in 16
-bits, ...): `HABITS` says how each does, from its own code and papers, before any figure is looked
-at. What is fitted are a factor of the allocator and the share of a GPU's arithmetic; for a source
-they come from the other sources alone.
+bits, ...): `plan_trainers.py` says how each does, from its own code, which was read again after the
+first errors were seen. What is fitted are a factor of the allocator and the share of a GPU's
+arithmetic; for a source they come from the other sources alone.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from dtrain.planning.activations import DTRAIN, Habits
+from plan_trainers import Trainer, tensors, trainer_of
+
 from dtrain.planning.bases import KNOWN, Sizes
 from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.held import gradient_bytes
-from dtrain.planning.kernels import MLPS, NORMS
-from dtrain.planning.memory import moments
-from dtrain.planning.setup import Setup
+from dtrain.planning.setup import Cluster, Setup
 from dtrain.planning.shapes import Linear, Shape, shape_of
-from dtrain.planning.speed import flops_per_token
+from dtrain.planning.speed import Range, flops_per_token, tokens_per_second
 
 GB, GIB = 1e9, 2**30
 MODELS = {
@@ -52,80 +50,6 @@ OTHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """How a source computes: from its own code at the time of its figures.
-
-    Attributes:
-        words: of a row, all of which must be there; the first trainer that answers is taken.
-        kernels: what torch.compile fuses, as dtrain's kernels do.
-        fused: its optimizer makes no copy of all second moments.
-        keeps_inputs: of NF4 layers, for a gradient of frozen weights that nobody asks for:
-            bitsandbytes before pull request 1270 (July 2024).
-        keeps_dequantised: weights of the layer that is computed again, by its graph: AutoGPTQ.
-        masters: DeepSpeed in 16 bits: float32 masters and moments, their gradients at an update,
-            two buckets of 2e8 elements going backward.
-    """
-
-    words: tuple[str, ...]
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    has_dropout: bool = False
-    casts: bool = False
-    habits: Habits = DTRAIN
-    kernels: frozenset[str] = frozenset()
-    fused: bool = False
-    keeps_inputs: bool = False
-    keeps_dequantised: bool = False
-    masters: bool = False
-
-
-def habits(head: float, train: int = 2, residual: int = 0) -> Habits:
-    """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
-    return Habits(
-        attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
-    )
-
-
-# Bytes of a logit at the peak of the loss. transformers until 4.44: logits in float32, shifted by a
-# copy, their log-softmax: 12, going backward 12 again; 16 where the loop keeps the model's output.
-# Qwen's own model does not widen them: 6 where no autocast does, 12 under it. Chunks (torchtune):
-# all logits in 16 bits and the gradient of an eighth of them, float32 only inside compiled loops.
-SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-WITHOUT_K = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TRAINERS = (
-    # train.py: r 64, dropout 0.1, pure bfloat16, `output` is kept until the step is over.
-    Trainer(("AnswerDotAI",), 64, SIX, True, habits=habits(16), keeps_inputs=True),
-    # README and its configs: q, v, o and the MLP with r 8; chunked, compiled, a fused AdamW.
-    Trainer(("torchtune", "(eager)"), fused=True, habits=habits(12)),
-    Trainer(
-        ("torchtune", "compile"),
-        8,
-        WITHOUT_K,
-        fused=True,
-        habits=habits(2.25),
-        kernels=frozenset({NORMS, MLPS}),
-    ),
-    # Tutorial of LoRA: r 64 on every matrix, else q and v with r 8.
-    Trainer(("torchtune", "r64"), 64, habits=habits(12)),
-    Trainer(("torchtune",), 8, ("q_proj", "v_proj"), habits=habits(12)),
-    # finetune/lora.py: r 8 on q and v, dropout 0.05; logits in chunks of 128; bitsandbytes 0.41.1.
-    Trainer(("litgpt",), 8, ("q_proj", "v_proj"), True, habits=habits(5.5), keeps_inputs=True),
-    # finetune.py and its scripts: PEFT of 2023 made adapters in the base's dtype. QLoRA goes by way
-    # of DeepSpeed in float16 over GPTQ's weights, LoRA of autocast, 72B of ZeRO-3.
-    Trainer(
-        ("QwenLM", "qlora"),
-        64,
-        has_dropout=True,
-        habits=habits(6),
-        keeps_dequantised=True,
-        masters=True,
-    ),
-    Trainer(("QwenLM", "zero3"), 64, has_dropout=True, habits=habits(6)),
-    Trainer(("QwenLM",), 64, has_dropout=True, habits=habits(12)),
-    Trainer(("unsloth",), 32, habits=habits(14, 4, 4), casts=True),
-    Trainer(("peft",), 8, has_dropout=True, casts=True, habits=habits(12, 4), keeps_inputs=True),
-)
 # What is known to be wrong or is not computed here, with the reason.
 DOUBTFUL = {
     "LongLoRA": "second hand",
@@ -167,11 +91,6 @@ def reason_against(row: dict[str, str]) -> str:
     return next((why for word, why in DOUBTFUL.items() if word in text), "")
 
 
-def trainer_of(row: dict[str, str]) -> Trainer | None:
-    text = " ".join(row.values())
-    return next((t for t in TRAINERS if all(word in text for word in t.words)), None)
-
-
 def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
     engine, ranks = row["engine"], int(row["gpus"])
     kind = {"single": "ddp", "fsdp1": "fsdp2"}.get(engine, engine)
@@ -197,29 +116,6 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
         kernels=trainer.kernels,
         on_gpu=not trainer.fused,
     )
-
-
-def tensors(setup: Setup, trainer: Trainer) -> float:
-    """Bytes at the moment that needs most, as the trainer computes it."""
-    every = moments(setup, trainer.habits)
-    return max(one.peak + also_kept(one.moment, setup, trainer) for one in every)
-
-
-def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
-    """What dtrain never keeps, less what is not there yet."""
-    shape, e, n = setup.shape, setup.element_bytes, setup.trainable
-    layers = 1 if setup.checkpointing else shape.layers
-    within = moment == "backward" or (moment == "loss" and not setup.checkpointing)
-    kept = 0.0
-    if trainer.keeps_inputs and setup.method == "qlora" and within:
-        kept += layers * setup.tokens * e * (2 * shape.hidden + shape.mlp)
-    if trainer.keeps_dequantised and moment == "backward":
-        kept += e * shape.linear_elements / shape.layers
-    if trainer.masters:
-        kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
-    if moment != "update" and setup.ranks == 1:  # cleared at each step, so not there yet
-        kept -= gradient_bytes(setup, trainer.habits)
-    return kept
 
 
 ALLOCATED, RESERVED, PROCESS, CAPACITY = "allocated", "reserved", "process", "capacity"
@@ -320,8 +216,25 @@ def below(point: Point) -> bool:
     return point.planned < point.real
 
 
-def speed_points(path: Path) -> tuple[list[tuple[str, str, str, float]], dict[str, int]]:
-    """(source, GPU family, label, share of the GPU's arithmetic that was reached)."""
+@dataclass(frozen=True)
+class Rate:
+    """A published speed.
+
+    Attributes:
+        share: of the GPU's arithmetic that was reached.
+        planned: tokens a second of all ranks, as the plan says.
+        real: the same, published.
+    """
+
+    source: str
+    family: str
+    label: str
+    share: float
+    planned: Range
+    real: float
+
+
+def speed_points(path: Path) -> tuple[list[Rate], dict[str, int]]:
     points, left_out = [], {}
     for row in rows_of(path):
         if row["model"] not in MODELS and row["model"] not in OTHERS:
@@ -337,30 +250,43 @@ def speed_points(path: Path) -> tuple[list[tuple[str, str, str, float]], dict[st
         rate = float(row["tokens_per_s_per_gpu"])
         share = flops_per_token(replace(one, ranks=1)) * rate / (gpu.tflops * 1e12)
         label = f"{row['model']} {row['method']} {row['engine']}"
-        points.append((short(row["source"]), family, label, share))
+        planned = tokens_per_second(one, Cluster(gpu, one.ranks // one.node_ranks, one.node_ranks))
+        source, real = short(row["source"]), rate * one.ranks
+        points.append(Rate(source, family, label, share, planned, real))
     return points, left_out
 
 
-def tell_speed(points: list[tuple[str, str, str, float]]) -> None:
+def tell_speed(points: list[Rate]) -> None:
     print(f"\n{'speed, source left out':<36}{'rows':>5}{'median':>9}{'worst':>8}")
     errors = []
-    for source in sorted({p[0] for p in points}):
+    for source in sorted({p.source for p in points}):
+        others = [p for p in points if p.source != source]
         off = []
-        for own, family, label, share in points:
-            if own != source:
-                continue
-            like = [p[3] for p in points if p[0] != source and p[1] == family]
-            guess = median(like or [p[3] for p in points if p[0] != source])
-            off.append((abs(guess / share - 1), label))
+        for point in (p for p in points if p.source == source):
+            like = [p.share for p in others if p.family == point.family]
+            guess = median(like or [p.share for p in others])
+            off.append((abs(guess / point.share - 1), point.label))
         errors += off
         middle, worst = median(x for x, _ in off), max(off)
         print(f"{source:<36}{len(off):>5}{middle:>9.1%}{worst[0]:>8.1%}  {worst[1]}")
     print(f"median of {len(errors)} rows {median(x for x, _ in errors):.1%}; worst {max(errors)}")
     print(f"\n{'share of the data sheet':<24}{'rows':>5}{'low':>8}{'median':>8}{'high':>8}")
-    for family in sorted({p[1] for p in points}):
-        shares = sorted(p[3] for p in points if p[1] == family)
+    for family in sorted({p.family for p in points}):
+        shares = sorted(p.share for p in points if p.family == family)
         low, high = shares[0], shares[-1 - len(shares) // 6]
         print(f"{family:<24}{len(shares):>5}{low:>8.2f}{median(shares):>8.2f}{high:>8.2f}")
+
+
+def tell_ranges(points: list[Rate]) -> None:
+    """The plan as it stands, with sending: its shares are of these very points."""
+    off = [p.real / p.planned.middle - 1 for p in points]
+    inside = sum(p.planned.low <= p.real <= p.planned.high for p in points)
+    beyond = [p.real / p.planned.high - 1 for p in points if p.real > p.planned.high]
+    below = [p.real / p.planned.low - 1 for p in points if p.real < p.planned.low]
+    print(
+        f"\nthe plan's own: median {median(map(abs, off)):.1%}; {inside} within its range", end=""
+    )
+    print(f"; above it {[f'{x:.1%}' for x in beyond]}, below {[f'{x:.1%}' for x in below]}")
 
 
 def tell(
@@ -384,6 +310,7 @@ def main() -> None:
                 f"{p.source:<34}{p.label:<34}{p.planned / GB:>7.1f}{p.real / GB:>7.1f}{ratio:>7.2f}"
             )
     tell(arguments.folder / "throughput_points.csv", speed_points, tell_speed)
+    tell_ranges(speed_points(arguments.folder / "throughput_points.csv")[0])
 
 
 if __name__ == "__main__":

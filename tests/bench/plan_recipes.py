@@ -20,7 +20,7 @@ from dtrain.planning.setup import Cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "planning"))
 
-from test_plan_golden import MADE_FOR
+from test_plan_recipes import MADE_FOR
 
 GB = 1e9
 

@@ -1,0 +1,118 @@
+"""How the trainers behind published figures compute, from their own code at that time.
+
+What dtrain never does is counted here, beside the plan's own moments; `plan_points.py` compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtrain.planning.activations import DTRAIN, Habits
+from dtrain.planning.held import gradient_bytes
+from dtrain.planning.kernels import MLPS, NORMS
+from dtrain.planning.memory import moments
+from dtrain.planning.setup import Setup
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a source computes: from its own code at the time of its figures.
+
+    Attributes:
+        words: of a row, all of which must be there; the first trainer that answers is taken.
+        kernels: what torch.compile fuses, as dtrain's kernels do.
+        fused: its optimizer makes no copy of all second moments.
+        keeps_inputs: of NF4 layers, for a gradient of frozen weights that nobody asks for:
+            bitsandbytes before pull request 1270 (July 2024).
+        keeps_dequantised: weights of the layer that is computed again, by its graph: AutoGPTQ.
+        masters: DeepSpeed in 16 bits: float32 masters and moments, their gradients at an update,
+            two buckets of 2e8 elements going backward.
+    """
+
+    words: tuple[str, ...]
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    has_dropout: bool = False
+    casts: bool = False
+    habits: Habits = DTRAIN
+    kernels: frozenset[str] = frozenset()
+    fused: bool = False
+    keeps_inputs: bool = False
+    keeps_dequantised: bool = False
+    masters: bool = False
+
+
+def habits(head: float, train: int = 2, residual: int = 0) -> Habits:
+    """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
+    return Habits(
+        attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
+    )
+
+
+# Bytes of a logit at the peak of the loss. transformers until 4.44: logits in float32, shifted by a
+# copy, their log-softmax: 12, going backward 12 again; 16 where the loop keeps the model's output.
+# Qwen's own model does not widen them: 6 where no autocast does, 12 under it. Chunks (torchtune):
+# all logits in 16 bits and the gradient of an eighth of them, float32 only inside compiled loops.
+SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+WITHOUT_K = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRAINERS = (
+    # train.py: r 64, dropout 0.1, pure bfloat16, `output` is kept until the step is over.
+    Trainer(("AnswerDotAI",), 64, SIX, True, habits=habits(16), keeps_inputs=True),
+    # README and its configs: q, v, o and the MLP with r 8; chunked, compiled, a fused AdamW.
+    Trainer(("torchtune", "(eager)"), fused=True, habits=habits(12)),
+    Trainer(
+        ("torchtune", "compile"),
+        8,
+        WITHOUT_K,
+        fused=True,
+        habits=habits(2.25),
+        kernels=frozenset({NORMS, MLPS}),
+    ),
+    # Tutorial of LoRA: r 64 on every matrix, else q and v with r 8.
+    Trainer(("torchtune", "r64"), 64, habits=habits(12)),
+    Trainer(("torchtune",), 8, ("q_proj", "v_proj"), habits=habits(12)),
+    # finetune/lora.py: r 8 on q and v, dropout 0.05; logits in chunks of 128; bitsandbytes 0.41.1.
+    Trainer(("litgpt",), 8, ("q_proj", "v_proj"), True, habits=habits(5.5), keeps_inputs=True),
+    # finetune.py and its scripts: PEFT of 2023 made adapters in the base's dtype. QLoRA goes by way
+    # of DeepSpeed in float16 over GPTQ's weights, LoRA of autocast, 72B of ZeRO-3.
+    Trainer(
+        ("QwenLM", "qlora"),
+        64,
+        has_dropout=True,
+        habits=habits(6),
+        keeps_dequantised=True,
+        masters=True,
+    ),
+    Trainer(("QwenLM", "zero3"), 64, has_dropout=True, habits=habits(6)),
+    Trainer(("QwenLM",), 64, has_dropout=True, habits=habits(12)),
+    Trainer(("unsloth",), 32, habits=habits(14, 4, 4), casts=True),
+    Trainer(("peft",), 8, has_dropout=True, casts=True, habits=habits(12, 4), keeps_inputs=True),
+)
+
+
+def trainer_of(row: dict[str, str]) -> Trainer | None:
+    text = " ".join(row.values())
+    return next((t for t in TRAINERS if all(word in text for word in t.words)), None)
+
+
+def tensors(setup: Setup, trainer: Trainer) -> float:
+    """Bytes at the moment that needs most, as the trainer computes it."""
+    every = moments(setup, trainer.habits)
+    return max(one.peak + also_kept(one.moment, setup, trainer) for one in every)
+
+
+def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
+    """What dtrain never keeps, less what is not there yet."""
+    shape, e, n = setup.shape, setup.element_bytes, setup.trainable
+    layers = 1 if setup.checkpointing else shape.layers
+    within = moment == "backward" or (moment == "loss" and not setup.checkpointing)
+    kept = 0.0
+    if trainer.keeps_inputs and setup.method == "qlora" and within:
+        kept += layers * setup.tokens * e * (2 * shape.hidden + shape.mlp)
+    if trainer.keeps_dequantised and moment == "backward":
+        kept += e * shape.linear_elements / shape.layers
+    if trainer.masters:
+        kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
+    if moment != "update" and setup.ranks == 1:  # cleared at each step, so not there yet
+        kept -= gradient_bytes(setup, trainer.habits)
+    return kept

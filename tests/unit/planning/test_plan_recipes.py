@@ -1,0 +1,98 @@
+"""The shipped recipes on the GPUs that they name, and the table of slurm/README.md.
+
+A change that is meant to move the table: `python tests/unit/planning/test_plan_recipes.py` prints
+it anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.planning.gpus import find_gpu
+from dtrain.planning.plan import make_plan
+from dtrain.planning.setup import Cluster
+from dtrain.planning.verdict import FITS
+from dtrain.recipes import shipped
+
+GUIDE = Path(__file__).parents[3] / "slurm" / "README.md"
+
+# Shipped recipe → the smallest cluster that it says it is for.
+MADE_FOR = {
+    "7b-lora": ("a100-40g", 1, 8),
+    "7b-qlora": ("rtx4090-24g", 1, 1),
+    "8b-full": ("h100-80g", 1, 8),
+    "13b-lora": ("rtx4090-24g", 1, 8),
+    "13b-qlora": ("rtx4090-24g", 1, 1),
+    "32b-lora": ("l40s-48g", 1, 8),
+    "32b-qlora": ("rtx4090-24g", 1, 8),
+    "70b-qlora": ("l40s-48g", 2, 8),
+    "70b-lora-zero3": ("h100-80g", 2, 8),
+}
+SMALL = ("tiny", "quickstart")  # they run anywhere
+
+GPUS = ("rtx4090-24g", "l40s-48g", "h100-80g")
+CLUSTERS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))
+SEVEN = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B")
+THIRTEEN = ("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-14B")
+THIRTY = ("codellama/CodeLlama-34b-hf", "Qwen/Qwen2.5-32B")
+SEVENTY = ("meta-llama/Llama-3.1-70B", "Qwen/Qwen2.5-72B")
+ROWS = (
+    ("7b-lora", SEVEN),
+    ("7b-qlora", SEVEN),
+    ("8b-full", SEVEN),
+    ("13b-lora", THIRTEEN),
+    ("13b-qlora", THIRTEEN),
+    ("8b-full", THIRTEEN),
+    ("32b-lora", THIRTY),
+    ("32b-qlora", THIRTY),
+    ("8b-full", THIRTY),
+    ("70b-lora-zero3", SEVENTY),
+    ("70b-qlora", SEVENTY),
+)
+
+
+def row(name: str, bases: tuple[str, ...]) -> str:
+    """A line of the table: where a recipe fits, whichever of the bases it has."""
+    cells = [smallest(name, bases, gpu) for gpu in GPUS]
+    return f"| `{name}` | {', '.join(base.partition('/')[2] for base in bases)} | " + (
+        " | ".join(cells) + " |"
+    )
+
+
+def smallest(name: str, bases: tuple[str, ...], gpu: str) -> str:
+    """The first cluster on which all of them fit, as nodes x GPUs."""
+    for nodes, gpus in CLUSTERS:
+        cluster = Cluster(find_gpu(gpu), nodes, gpus)
+        if all(word(name, base, cluster) == FITS for base in bases):
+            return f"{nodes} x {gpus}"
+    return "no"
+
+
+def word(name: str, base: str, cluster: Cluster) -> str:
+    """The plan's verdict, the engine left to it."""
+    keys = [f"model.base={base}", "engine={kind: auto}"]
+    return make_plan(load_recipe(name, keys), cluster).word
+
+
+def test_every_shipped_recipe_names_its_gpus() -> None:
+    assert set(shipped()) == {*MADE_FOR, *SMALL}
+    assert {name for name, _ in ROWS} == set(MADE_FOR)
+
+
+@pytest.mark.parametrize("name", MADE_FOR)
+def test_shipped_recipes_fit_where_they_say(name: str) -> None:
+    gpu, nodes, gpus = MADE_FOR[name]
+    plan = make_plan(load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus))
+    assert plan.word == FITS, [(x.name, x.verdict) for x in plan.stages]
+
+
+@pytest.mark.parametrize(("name", "bases"), ROWS)
+def test_llama_and_qwen_fit_where_the_guide_says(name: str, bases: tuple[str, ...]) -> None:
+    assert row(name, bases) in GUIDE.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    print("\n".join(row(name, bases) for name, bases in ROWS))
