@@ -97,7 +97,7 @@ def moments(setup: Setup, habits: Habits = DTRAIN) -> list[Memory]:
     """Every moment of a step that could need most."""
     held = _Held(setup, habits)
     return [
-        *(held.at_gather(gather) for gather in gathers(setup, habits)),
+        *map(held.at_gather, held.gathers),
         *held.of_head_gradients(),
         *held.of_reduction(),
         *held.of_update(),
@@ -113,6 +113,7 @@ class _Held:
         self.gradients = gradient_bytes(setup, habits)
         self.optimizer = optimizer_bytes(setup, habits)
         self.saved = saved_bytes(setup, habits)
+        self.gathers = list(gathers(setup, habits))
         self.buffer = float(setup.element_bytes * setup.bucket_elements)
         self.small = 0.0  # parameters that ZeRO-3 keeps whole for being small
         if setup.engine == "zero3":
@@ -196,10 +197,9 @@ class _Held:
         setup = self.setup
         if not setup.is_full:
             return
-        outer = self.outer()
         # What the loss made, and what backward scales it to; then ZeRO-2 gets itself buffers.
         matrix, early = self.width() * self.matrix, 0.0 if setup.engine == "zero2" else None
-        kept = {"gathered": outer, "activations": self.saved}
+        kept = {"gathered": self.gathered_below(1.0), "activations": self.saved}
         yield self.at("backward", working=2 * matrix, buffers=early, **kept)
         yield self.at("backward", working=matrix, **kept)
         # The embeddings' own; a tied one beside it, and their sum.
@@ -210,8 +210,15 @@ class _Held:
         gradients = self.gradients
         if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
             gradients += partition_bytes(setup)
-        working = extra * matrix
-        yield self.at("backward", gathered=outer + layer, working=working, gradients=gradients)
+        outer, working = self.outer() + layer, extra * matrix
+        yield self.at("backward", gathered=outer, working=working, gradients=gradients)
+
+    def gathered_below(self, depth: float) -> float:
+        """The most that is gathered while so many of the layers are left to go back through."""
+        if self.setup.engine != "zero3":
+            return self.outer()
+        below = (x.size for x in self.gathers if x.part == zero3.BACKWARD and x.depth <= depth)
+        return max(below, default=self.outer())
 
     def outer(self) -> float:
         """Embeddings and output matrix, where they are gathered while gradients flow."""
@@ -233,7 +240,7 @@ class _Held:
         if setup.engine == "zero3" and not setup.offload:
             yield self.at(
                 "backward",
-                gathered=self.outer(),
+                gathered=self.gathered_below(1 - done),
                 activations=self.saved * (1 - done),
                 working=float(copies * e * together),
             )

@@ -1,9 +1,10 @@
 """`dtrain plan` against real ranks: tensor-level peaks and bytes sent, engine by engine.
 
-    python tests/bench/plan_real.py MODEL_FOLDER [--tokens 256] [--only ddp,fsdp2]
+    python tests/bench/plan_real.py MODEL_FOLDER [--tokens 256] [--only ddp,fsdp2] [--exact]
 
-Two ranks under gloo run two steps of two micro-batches each; the sum of living storages is
-compared with the plan's peak, and what the ranks received with the plan's bytes.
+Two ranks under gloo run two steps of two micro-batches each, one case after another; the sum of
+living storages of the fuller rank is compared with the plan's peak, and what the ranks received
+with the plan's bytes. `--exact` simulates each case of ddp and fsdp2 as well.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.planning.bases import find_shape
+from dtrain.planning.bases import find_config, find_shape
+from dtrain.planning.exact import simulate
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.memory import memory_of
 from dtrain.planning.setup import Cluster, setup_of
@@ -30,21 +33,7 @@ METHODS = {
     "lora": "{kind: lora, r: 16, dropout: 0.05}",
     "qlora": "{kind: qlora, r: 16, dropout: 0.0}",
 }
-
-
-def measure(overrides: list[str]) -> dict:
-    """What real ranks did."""
-    command = [sys.executable, "-m", "dtrain.torchrun", "--standalone", "--nproc-per-node"]
-    done = subprocess.run(
-        [*command, str(RANKS), str(WORKER), *overrides],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line = next(x for x in done.stdout.splitlines() if x.startswith("FACTS "))
-    return json.loads(line.removeprefix("FACTS "))
+Case = tuple[str, str, str]  # engine, method, checkpointing
 
 
 def main() -> None:
@@ -52,34 +41,73 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--tokens", default="256")
     parser.add_argument("--only", default="ddp,fsdp2,zero2,zero3")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("overrides", nargs="*", help="such as model.dtype=bfloat16")
     arguments = parser.parse_args()
+    cases = [
+        (engine, method, checkpointing)
+        for engine in arguments.only.split(",")
+        for method in METHODS
+        for checkpointing in ("false", "true")
+    ]
+    words = [overrides(arguments, case) for case in cases]
     print(f"{'engine':<8}{'method':<7}{'ckpt':<6}{'peak MB':>9}{'plan':>9}{'off':>8}", end="")
-    print(f"{'less buckets':>14}{'received MB':>13}{'plan':>9}{'off':>8}")
-    for engine in arguments.only.split(","):
-        for method, text in METHODS.items():
-            for checkpointing in ("false", "true"):
-                overrides = [
-                    f"model.base={arguments.model}",
-                    "device=cpu",
-                    f"engine.kind={engine}",
-                    f"model.gradient_checkpointing={checkpointing}",
-                    f"stages.domain.method={text}",
-                    f"stages.domain.data.sequence_tokens={arguments.tokens}",
-                    "stages.domain.train.global_batch_sequences=4",
-                ]
-                report(engine, method, checkpointing, overrides)
+    print(f"{'less buckets':>14}{'received MB':>13}{'plan':>9}{'off':>8}{'exact':>9}{'off':>8}")
+    for case, own, real in zip(cases, words, measured(words), strict=True):
+        report(case, own, real, exact=arguments.exact and case[0] in ("ddp", "fsdp2"))
 
 
-def report(engine: str, method: str, checkpointing: str, overrides: list[str]) -> None:
-    recipe, real = load_recipe("tiny", overrides), measure(overrides)
+def overrides(arguments: argparse.Namespace, case: Case) -> list[str]:
+    """A recipe's keys for a case."""
+    engine, method, checkpointing = case
+    return [
+        f"model.base={arguments.model}",
+        "device=cpu",
+        f"engine.kind={engine}",
+        f"model.gradient_checkpointing={checkpointing}",
+        f"stages.domain.method={METHODS[method]}",
+        f"stages.domain.data.sequence_tokens={arguments.tokens}",
+        "stages.domain.train.global_batch_sequences=4",
+        *arguments.overrides,
+    ]
+
+
+def measured(cases: list[list[str]]) -> Iterator[dict]:
+    """What real ranks did, case by case."""
+    command = [sys.executable, "-m", "dtrain.torchrun", "--standalone", "--nproc-per-node"]
+    words = [word for case in cases for word in ("+", *case)][1:]
+    child = subprocess.Popen(
+        [*command, str(RANKS), str(WORKER), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with child:
+        assert child.stdout
+        for line in child.stdout:
+            if line.startswith("FACTS "):
+                yield json.loads(line.removeprefix("FACTS "))
+    assert child.returncode == 0, child.returncode
+
+
+def report(case: Case, words: list[str], real: dict, *, exact: bool) -> None:
+    """A line of the table."""
+    recipe, (engine, method, checkpointing) = load_recipe("tiny", words), case
     shape, _ = find_shape(recipe.model.base)
-    setup = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, RANKS))
-    plan, peak = memory_of(setup), max(v for k, v in real["phases"].items() if k != "rest")
+    cluster = Cluster(find_gpu("h100-80g"), 1, RANKS)
+    setup = setup_of(recipe, recipe.stages[0], shape, cluster)
+    plan, peak = memory_of(setup), max(real["phases"].values())
     sent, planned = sum(real["received"].values()), received_bytes(setup)
     line = f"{engine:<8}{method:<7}{checkpointing:<6}{peak / 1e6:>9.1f}{plan.peak / 1e6:>9.1f}"
     line += f"{plan.peak / peak - 1:>8.2%}"
     line += f"{(plan.peak - plan.buffers) / (peak - plan.buffers) - 1:>14.2%}"
     line += f"{sent / 1e6:>13.2f}{planned / 1e6:>9.2f}{planned / sent - 1:>8.2%}"
+    if exact:
+        config = find_config(recipe.model.base)[0]
+        found = simulate(recipe, "domain", setup, cluster, config, lambda done: None).peak.total
+        line += f"{found / 1e6:>9.1f}{found / peak - 1:>8.2%}"
     print(line, flush=True)
 
 

@@ -218,7 +218,7 @@ def main() -> None:
         facts = measure(overrides, world, received)
         gc.collect()
         if world.is_first:
-            print("FACTS " + json.dumps(facts))
+            print("FACTS " + json.dumps(facts), flush=True)
     end_world()
 
 
