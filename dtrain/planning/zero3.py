@@ -185,7 +185,8 @@ class _Play:
         for step, visit in enumerate(self._visits):
             self._peak = self._held
             self._fetch(visit.wanted)
-            yield Moment(ARRIVAL, visit.depth, self._peak)
+            before = visit.depth - (visit.phase == FORWARD and visit.depth > 0)
+            yield Moment(ARRIVAL, before, self._peak)
             self._peak = self._held
             self._read(step, visit.wanted)
             for _ in range(visit.modules):
@@ -210,15 +211,15 @@ class _Play:
         self._hold(size)
 
     def _fetch(self, wanted: Sequence[int]) -> None:
+        """Wait for what a module asks for; in any order, so that no buffer goes before the last."""
         self._gather(wanted)
-        for number in wanted:
-            buffer = self._coming.pop(number, None)
-            if buffer is None:
-                continue
+        coming = [self._coming.pop(n) for n in wanted if n in self._coming]
+        for buffer in coming:
             if not buffer.is_copied_out:
                 self._hold(sum(self._elements[n] for n in buffer.numbers))
                 buffer.is_copied_out = True
             self._here.update(buffer.numbers)
+        for buffer in coming:
             buffer.left -= 1
             if not buffer.left and len(buffer.numbers) > 1:
                 self._held -= buffer.size
