@@ -87,6 +87,7 @@ class Shards:
             self._make_from(start, tell, wait=False)
 
         if count > 1:
+            _ = self.tokeniser.lengths  # once, before there are several processes
             with crew(count, work) as members, progress(title, total, total - left) as meter:
                 members.join(meter.advance)
         if count == 1 or self.missing():  # those of who was killed

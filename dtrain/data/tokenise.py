@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
@@ -15,6 +16,7 @@ from dtrain.data.answers import render_answers
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
+from dtrain.data.supervised import QUIET, Lengths, supervised_runs
 from dtrain.data.templates import Span, Template
 
 Int32s = NDArray[np.int32]
@@ -73,7 +75,7 @@ class Tokeniser:
             return []
         written = self.template is not None  # a template has written the special tokens
         chosen = [texts[i] for i in kept]
-        ids = self.tokenizer(chosen, add_special_tokens=not written, **_QUIET).input_ids
+        ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
         return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
     def _text(self, record: Record) -> str:
@@ -98,16 +100,30 @@ class Tokeniser:
             self._rendered(record, place, self.train_on)
             for record, place in zip(records, places, strict=True)
         ]
-        # The template has written the special tokens.
-        encoded = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, **_QUIET)
+        texts, spans = [text for text, _ in rendered], [own for _, own in rendered]
         documents = []
-        for index, record in enumerate(records):
-            runs = supervised_runs(encoded.encodings[index], *rendered[index])
-            tokens = np.array(encoded.input_ids[index], dtype=np.int32)
+        for index, (tokens, runs) in enumerate(self._encoded(texts, spans)):
+            record = records[index]
             document = Document(tokens, runs, record.part, record.number)
             if fitting := self._fit(document, places[index], counts):
                 documents.append(fitting)
         return documents
+
+    def _encoded(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[Int32s, Int32s]]:
+        """Tokens and supervised runs of each text; the template has written the special tokens."""
+        quick = self.lengths.encode(texts, spans) if self.lengths else repeat(None, len(texts))
+        found = dict(enumerate(quick))
+        if left := [index for index, one in found.items() if one is None]:
+            own = self.tokenizer([texts[i] for i in left], add_special_tokens=False, **QUIET)
+            for index, encoding in zip(left, own.encodings, strict=True):
+                runs = supervised_runs(encoding, texts[index], spans[index])
+                found[index] = np.array(encoding.ids, dtype=np.int32), runs
+        return [one for one in found.values() if one]
+
+    @cached_property
+    def lengths(self) -> Lengths | None:
+        """Where tokens start and end, if their lengths tell it."""
+        return Lengths.of(self.tokenizer)
 
     def _fit(self, document: Document, place: str, counts: Counter[str]) -> Document | None:
         limit = self.sequence_tokens
@@ -126,67 +142,12 @@ class Tokeniser:
         return document
 
 
-_QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-
-
 def _too_long(tokens: int, limit: int, place: str) -> UserError:
     return UserError(
         f"the conversation has {tokens} tokens, a sequence holds {limit}",
         where=place,
         fix="raise `sequence_tokens`, or write `overlong: truncate` or `overlong: drop`",
     )
-
-
-def supervised_runs(encoding: Encoding, text: str, spans: list[Span]) -> Int32s:
-    """Runs of the tokens that hold at least one character of an answer.
-
-    Args:
-        encoding: of the text.
-        spans: characters of the answers, one after the other.
-
-    Returns:
-        int32 [2 k]: start and stop of each run; token 0 cannot be predicted and is in none.
-    """
-    edges: list[int] = []
-    for start, stop in spans:
-        found = _edges(encoding, text, start, stop)
-        if found is None:
-            return _runs_of_offsets(encoding.offsets, spans)
-        first, end = max(found[0], 1), found[1]
-        if edges and first <= edges[-1]:  # a token that holds characters of two answers
-            edges[-1] = max(end, edges[-1])
-        elif first < end:
-            edges += first, end
-    return np.array(edges, dtype=np.int32)
-
-
-def _edges(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int] | None:
-    """First token of a span and the one behind its last; None where that takes all offsets."""
-    if start >= stop:
-        return None
-    first = encoding.char_to_token(start)
-    end = len(encoding) if stop == len(text) else encoding.char_to_token(stop)
-    if first is None or end is None or not first < end:
-        return None
-    opens, last, behind = (
-        encoding.token_to_chars(first),
-        encoding.token_to_chars(end - 1),
-        encoding.token_to_chars(end) if end < len(encoding) else (stop, stop),
-    )
-    # Tokens may share a character, hold none, or stand across the edge.
-    simple = opens and last and behind and last[0] < stop <= behind[0] and opens[1] > start
-    return (first, end) if simple else None
-
-
-def _runs_of_offsets(offsets: list[Span], spans: list[Span]) -> Int32s:
-    if not offsets or not spans:
-        return np.empty(0, dtype=np.int32)
-    edges = np.array(offsets, dtype=np.int64)
-    mask = np.zeros(len(offsets) + 2, dtype=bool)  # a false on either side ends every run
-    for start, stop in spans:
-        mask[1:-1] |= (edges[:, 0] < stop) & (edges[:, 1] > start)
-    mask[1] = False
-    return np.flatnonzero(mask[1:] != mask[:-1]).astype(np.int32)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
-from dtrain.data.tokenise import supervised_runs
+from dtrain.data.conversations import Talk
+from dtrain.data.formats import Record
+from dtrain.data.sources import Part
+from dtrain.data.supervised import Lengths, supervised_runs
+from dtrain.data.templates import resolve_template
+from dtrain.data.tokenise import Tokeniser
 
 PIECES = st.text(st.sampled_from("ab fox\n éß漢👩🏽‍🚀<|>\u0301"), max_size=12)
 
@@ -29,3 +38,45 @@ def test_every_token_with_a_character_of_an_answer_is_learnt(tokenizer, turns, c
         found[start:stop] = [True] * (stop - start)
     assert found == wanted
     assert runs == sorted(set(runs))  # no run touches the next
+    ((tokens, quick),) = Lengths.of(tokenizer).encode([text], [spans])
+    assert tokens.tolist() == encoding.ids and quick.tolist() == runs
+
+
+@pytest.mark.parametrize("change", ["blank in front", "composed", "trimmed"])
+def test_lengths_are_not_trusted_where_they_tell_something_else(make_tokenizer, change) -> None:
+    tokenizer = make_tokenizer()
+    core = tokenizer.backend_tokenizer
+    if change == "blank in front":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "composed":
+        core.normalizer = normalizers.NFKC()
+    else:
+        core.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert Lengths.of(tokenizer) is None
+
+
+def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer) -> None:
+    tokenizer = make_tokenizer()
+    greedy = AddedToken("<|greedy|>", lstrip=True, rstrip=True)
+    tokenizer.backend_tokenizer.add_special_tokens([greedy])
+    texts, spans = ["a <|greedy|> b", "a b"], [[(0, 3)], [(1, 3)]]
+    taken, plain = Lengths.of(tokenizer).encode(texts, spans)
+    assert taken is None and plain is not None
+
+
+def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
+    talks = [
+        Talk([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+        for q, a in [("Hi 漢", "so <|im_end|> é"), ("a", "👩🏽‍🚀"), ("b\n\n", "\n c ")]
+    ]
+    records = [Record(talk, 0, n) for n, talk in enumerate(talks)]
+    template, parts = resolve_template("auto", tokenizer), [Part("a.jsonl", ".jsonl", "")]
+
+    def documents():
+        own = Tokeniser(tokenizer, template, True, 999, "fail", parts)
+        made = own.documents(records, Counter())
+        return [(one.tokens.tolist(), one.runs.tolist()) for one in made]
+
+    quick = documents()
+    monkeypatch.setattr(Lengths, "of", lambda tokenizer: None)
+    assert documents() == quick and len(quick) == 3
