@@ -11,6 +11,7 @@ import typer
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
+    from dtrain.config.schema import Source
     from dtrain.data.augment.budget import Limits
 
 Bound = typer.Option(min=1, help="Of all runs into this folder together; no bound if not given.")
@@ -37,6 +38,10 @@ def augment(
     model: Annotated[str, typer.Option(help="Its name there.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Made, or gone on with.")],
     copies: Annotated[int, typer.Option(min=1, help="Replies to each row.")] = 1,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME=OWN", help="Such as instruction=question; repeat."),
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     most_requests: Annotated[int | None, Bound] = None,
     most_tokens: Annotated[int | None, Bound] = None,
@@ -63,14 +68,29 @@ def augment(
         if error.name != "openai":
             raise
         raise UserError("needs openai", fix="pip install 'dtrain[augment]'") from error
-    from dtrain.config.schema import Source
     from dtrain.data.quality.scan import source_input
 
     asked = Endpoint(endpoint, model, reply_tokens, temperature)
-    task = Task(source_input(Source(path=path)), how.value, copies, at_once, rows)
+    task = Task(source_input(_source(path, columns or [])), how.value, copies, at_once, rows)
     told = make(task, asked, limits, out)
     _print(told, prices is not None)
     print(f"made: {out / MADE}; refused, and why: {out / REFUSED}")
+
+
+def _source(path: str, columns: list[str]) -> Source:
+    from typing import get_args
+
+    from dtrain.config.schema import Column, Source
+
+    names: dict[Column, str] = {}
+    for given in columns:
+        name, _, own = given.partition("=")
+        known = next((column for column in get_args(Column) if column == name), None)
+        if known is None or not own:
+            fix = f"NAME=OWN, where NAME is one of {', '.join(get_args(Column))}"
+            raise UserError("no column of a format", where=f"--column {given}", fix=fix)
+        names[known] = own
+    return Source(path=path, columns=names)
 
 
 def _limits(

@@ -1,6 +1,7 @@
 """What is asked for a row, and the row that an answer makes.
 
-rewrite         the instruction in other words, with the answer that it has
+rewrite         the instruction in other words; all that follows it stays: an answer, calls of
+                tools with their results, or both answers of a pair
 answers         another answer to the same conversation
 backtranslate   the instruction that a text answers (Li et al., arXiv:2308.06259)
 """
@@ -11,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dtrain.data.conversations import Messages, Talk
+from dtrain.data.conversations import Messages, Pair, Talk
 from dtrain.data.quality.examine import key
 from dtrain.data.rows import Value
 
@@ -52,31 +53,49 @@ class Row:
 
 
 def request(value: Value, how: How) -> Messages | None:
-    """What to ask the model for a row; None if nothing can be made of it.
-
-    That are pairs, conversations with tools, and those that do not end with an answer to a person;
-    of texts, only backtranslate makes something.
-    """
-    if how == "backtranslate":
-        text = value if isinstance(value, str) else _answer(value)
-        return [_user(BACKTRANSLATE.format(text=text))] if text and text.strip() else None
-    if not isinstance(value, Talk) or _answer(value) is None:
+    """What to ask the model for a row; None where `unfit` says why not."""
+    if unfit(value, how):
         return None
     if how == "rewrite":
         return [_user(REWRITE.format(text=_instruction(value)))]
-    return [{"role": m["role"], "content": m["content"]} for m in value.messages[:-1]]
+    if how == "backtranslate":
+        return [_user(BACKTRANSLATE.format(text=value if isinstance(value, str) else _last(value)))]
+    return [{"role": m["role"], "content": m["content"]} for m in _sides(value)[0].messages[:-1]]
 
 
-def made(value: Value, how: How, reply: str) -> Talk:
+def unfit(value: Value, how: How) -> str:
+    """Why nothing can be made of a row; empty if something can.
+
+    A reply of the model is one text: it can be a new instruction to any row that has one, but no
+    calls of tools, and nobody has said which answer of a new pair is the better one.
+    """
+    if isinstance(value, str):
+        return "" if how == "backtranslate" and value.strip() else "a text without an instruction"
+    answered = all(talk.messages[-1]["role"] == "assistant" for talk in _sides(value))
+    if not answered or _place(value) is None:
+        return "no answer to a person at its end"
+    if how == "rewrite":
+        return ""
+    if isinstance(value, Pair):
+        return "preferences between answers"
+    if value.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in value.messages):
+        return "with tools"
+    if value.messages[-2]["role"] != "user":
+        return "no answer to a person at its end"
+    return "" if how == "answers" or _last(value).strip() else "an empty answer"
+
+
+def made(value: Value, how: How, reply: str) -> Value:
     """The row that the model's reply makes of a row that `request` took."""
     text = cleaned(reply, how)
     if isinstance(value, str):
         return Talk([_user(text), {"role": "assistant", "content": value}])
-    assert isinstance(value, Talk)
-    *earlier, question, answer = value.messages
+    if isinstance(value, Pair):
+        return Pair(*(side and _asked(side, _place(value), text) for side in _both(value)))
     if how == "answers":
-        return replace(value, messages=[*earlier, question, {**answer, "content": text}])
-    return replace(value, messages=[*earlier, _asked(question, text), answer])
+        *earlier, answer = value.messages
+        return replace(value, messages=[*earlier, {**answer, "content": text}])
+    return _asked(value, _place(value), text)
 
 
 def cleaned(reply: str, how: How) -> str:
@@ -92,37 +111,59 @@ def side(row: Row, how: How) -> tuple[int, str] | None:
     A question among those with the same input (alpaca), an answer among those to its row. None
     where there is no such part.
     """
-    if not isinstance(row.value, Talk) or _answer(row.value) is None:
+    if unfit(row.value, "rewrite"):
         return None
     if how == "answers":
-        return key(f"row {row.number}"), str(row.value.messages[-1]["content"])
-    question = row.value.messages[-2]
-    return key(str(question.get("input") or "")), _instruction(row.value)
+        return (key(f"row {row.number}"), _last(row.value)) if not unfit(row.value, how) else None
+    return key(str(_question(row.value).get("input") or "")), _instruction(row.value)
 
 
-def _answer(value: Value) -> str | None:
-    """The last answer of a conversation that a person began and no tool took part in."""
-    if not isinstance(value, Talk) or value.tools or len(value.messages) < 2:
-        return None
-    if [m["role"] for m in value.messages[-2:]] != ["user", "assistant"]:
-        return None
-    if any(m.get("tool_calls") or m["role"] == "tool" for m in value.messages):
-        return None
-    return str(value.messages[-1]["content"])
+def _both(pair: Pair) -> tuple[Talk | None, Talk | None]:
+    return pair.wanted, pair.unwanted
 
 
-def _instruction(value: Talk) -> str:
-    question = value.messages[-2]
+def _sides(value: Value) -> list[Talk]:
+    """The conversations of a row: both of a pair."""
+    if isinstance(value, Pair):
+        return [talk for talk in _both(value) if talk]
+    return [value] if isinstance(value, Talk) else []
+
+
+def _place(value: Value) -> int | None:
+    """Which message the last question of a person is, before all answers of a pair."""
+    sides = [talk.messages for talk in _sides(value)]
+    shared = 0
+    while all(len(m) > shared for m in sides) and all(m[shared] == sides[0][shared] for m in sides):
+        shared += 1
+    asked = [at for at in range(shared) if sides[0][at]["role"] == "user"]
+    return asked[-1] if asked else None
+
+
+def _question(value: Value) -> dict[str, Any]:
+    place = _place(value)
+    assert place is not None
+    return _sides(value)[0].messages[place]
+
+
+def _instruction(value: Value) -> str:
+    question = _question(value)
     return str(question.get("instruction") or question["content"])
 
 
-def _asked(question: dict[str, Any], text: str) -> dict[str, Any]:
-    """The question with another instruction; what alpaca calls its input stays."""
-    if "instruction" not in question:
-        return {**question, "content": text}
-    extra = question.get("input") or ""
-    content = f"{text}\n\n{extra}" if extra else text
-    return {**question, "content": content, "instruction": text}
+def _last(value: Value) -> str:
+    return str(_sides(value)[0].messages[-1]["content"])
+
+
+def _asked(talk: Talk, place: int | None, text: str) -> Talk:
+    """The conversation with another instruction; what alpaca calls its input stays."""
+    assert place is not None
+    question = talk.messages[place]
+    new = {**question, "content": text}
+    if "instruction" in question:
+        extra = question.get("input") or ""
+        content = f"{text}\n\n{extra}" if extra else text
+        new |= {"content": content, "instruction": text}
+    return replace(talk, messages=[*talk.messages[:place], new, *talk.messages[place + 1 :]])
 
 
 def _user(text: str) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, read_sealed, write_atomic, write_json, write_sealed
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.core.log import progress
+from dtrain.core.log import progress, say
 from dtrain.data.augment.asker import Asker
-from dtrain.data.augment.asking import How, Row, request
+from dtrain.data.augment.asking import How, Row, request, unfit
 from dtrain.data.augment.budget import Limits
 from dtrain.data.augment.endpoint import Endpoint
 from dtrain.data.augment.journal import Journal
@@ -35,6 +35,10 @@ from dtrain.data.quality.scan import Input
 
 SETTINGS, REPLIES, MADE, REFUSED = "settings.json", "replies.jsonl", "made.jsonl", "refused.jsonl"
 SUMMARY = "augment.json"
+TAKES = (
+    "rewrite takes all that have an instruction, pairs and tools too; answers and backtranslate "
+    "take conversations without tools, and backtranslate texts"
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def _settle_settings(task: Task, endpoint: Endpoint, folder: Path) -> None:
     settings = {
         "source": fingerprint([part.identity for part in task.source.parts]),
         "format": task.source.form,
+        **({"columns": task.source.columns} if task.source.columns else {}),
         "how": task.how,
         "model": endpoint.model,
         "temperature": endpoint.temperature,
@@ -122,15 +127,25 @@ def _settle_settings(task: Task, endpoint: Endpoint, folder: Path) -> None:
 
 
 def _ask(task: Task, endpoint: Endpoint, limits: Limits, journal: Journal) -> Asker:
-    total = task.copies * sum(1 for _ in task.asked())
-    if not total:
-        what = f"no row that `{task.how}` makes anything of"
-        fix = "backtranslate takes texts and answers; the others take conversations without tools"
-        raise UserError(what, where=task.source.name, fix=fix)
+    total = task.copies * _count(task)
     with progress("asking", total, min(len(journal.done), total)) as meter:
         asker = Asker(endpoint, limits, journal, meter)
         asyncio.run(asker.run(task.asked(), task.how, task.copies, task.at_once))
     return asker
+
+
+def _count(task: Task) -> int:
+    """Rows that something is made of; what is left out is told."""
+    reasons = Counter(unfit(row.value, task.how) for row in islice(task.rows(), task.first_rows))
+    count = reasons.pop("", 0)
+    left = ", ".join(f"{number:,} ({reason})" for reason, number in reasons.most_common())
+    if not count:
+        what = f"no row that `--how {task.how}` makes anything of: {left or 'it is empty'}"
+        fix = f"{TAKES}; `dtrain data show {task.source.name}` shows what is in it"
+        raise UserError(what, where=task.source.name, fix=fix)
+    if left:
+        say(f"{task.source.name}: rows that `--how {task.how}` leaves out: {left}")
+    return count
 
 
 def _write(task: Task, model: str, journal: Journal, folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dtrain.data.augment.asking import How, Row, cleaned, made, side
 from dtrain.data.augment.likeness import NONE, Likeness
+from dtrain.data.conversations import Pair
 from dtrain.data.quality import wording
 from dtrain.data.quality.sample import Sample, sample_of
 
@@ -81,8 +82,9 @@ def _first_of_each(rows: list[Made], seen: Likeness, places: list[str], how: How
 def _fault(row: Row, said: str, finish: str) -> tuple[str, str]:
     if finish == "length":
         return wording.CUT_OFF, "the reply reached its greatest length"
+    only_bad = isinstance(row.value, Pair) and row.value.wanted is None  # it is bad on purpose
     for kind, note, _ in wording.faults(sample_of(row.value)):
-        if kind in UNWANTED:
+        if kind in ({wording.EMPTY} if only_bad else UNWANTED):
             return kind, note
     for kind, note, _ in wording.faults(Sample("?", said)):
         if kind == wording.REFUSAL:  # of a model that was asked for an instruction

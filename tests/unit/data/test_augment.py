@@ -13,7 +13,9 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
+from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.augment import augment as module
@@ -437,3 +439,76 @@ def test_killed_in_the_middle_the_same_command_goes_on(serve, make, tmp_path) ->
     assert "10 requests, 100 tokens in, 50 out" in out and KEY not in out
     assert len(server.bodies) == 6
     assert (tmp_path / "cli" / "made.jsonl").read_bytes() == expected
+
+
+CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "Is it cold in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "-8"},
+        {"role": "assistant", "content": "Yes, it is eight below zero there."},
+    ],
+    "tools": TOOLS,
+}
+TALK = {"messages": [WITH_TOOLS["messages"][0], WITH_TOOLS["messages"][-1]]}
+PAIR = {"prompt": "Is it cold?", "chosen": "Yes, it is very cold.", "rejected": "No idea at all."}
+BAD = {"prompt": "Is it far?", "completion": "I'm sorry, I can't help.", "label": False}
+
+
+def test_a_rewriting_keeps_calls_of_tools_and_both_answers_of_a_pair(serve, make, tmp_path) -> None:
+    server = serve(lambda body, n: f"Tell me this: {asked(body)}")
+    make(server, [WITH_TOOLS])
+    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    assert row["messages"][0]["content"] == "Tell me this: Is it cold in Oslo?"
+    assert [m.get("tool_calls") is not None for m in row["messages"]] == [False, True, False, False]
+    assert row["messages"][-1] == WITH_TOOLS["messages"][-1] and row["tools"] == TOOLS
+
+
+def test_a_rewriting_keeps_what_is_preferred(serve, make, tmp_path, write_rows) -> None:
+    server = serve(lambda body, n: f"Tell me this: {asked(body)}")
+    make(server, [PAIR])
+    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    for side in ("chosen", "rejected"):
+        contents = [m["content"] for m in row[side]]
+        assert contents == ["Tell me this: Is it cold?", PAIR[side]]
+    source = source_input(Source(path=write_rows("kto.jsonl", [BAD])))
+    endpoint = Endpoint(server.url, "m", 64, 0.5)
+    augment(Task(source, "rewrite"), endpoint, Limits(), tmp_path / "kto")
+    (row,) = lines(tmp_path / "kto" / "made.jsonl")
+    assert row["label"] is False and row["messages"][0]["content"] == "Tell me this: Is it far?"
+
+
+@pytest.mark.parametrize("how", ["answers", "backtranslate"])
+@pytest.mark.parametrize(
+    ("row", "reason"), [(PAIR, "preferences between answers"), (WITH_TOOLS, "with tools")]
+)
+def test_what_cannot_be_made_is_refused_with_the_source(
+    serve, make, tmp_path, how, row, reason
+) -> None:
+    server = serve()
+    with pytest.raises(UserError) as told:
+        make(server, [row], how)
+    assert reason in told.value.what and told.value.where == str(tmp_path / "a.jsonl")
+    assert not server.bodies
+
+
+def test_rows_that_are_left_out_are_told(serve, make, capsys) -> None:
+    told = make(serve(), [{"messages": WITH_TOOLS["messages"]}, TALK], "answers")
+    assert told["counts"] == {"made": 1}
+    assert "leaves out: 1 (with tools)" in capsys.readouterr().out
+
+
+def test_columns_may_be_called_otherwise(serve, write_rows, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+    server = serve()
+    path = write_rows("q.jsonl", [{"question": r["instruction"], "a": r["output"]} for r in ROWS])
+    where = ["--endpoint", server.url, "--model", "m", "--out", str(tmp_path / "out")]
+    call = ["data", "augment", path, "--how", "rewrite", *where]
+    refused = CliRunner().invoke(app, [*call, "--column", "question=instruction"])
+    assert refused.exit_code != 0 and not server.bodies
+    done = CliRunner().invoke(
+        app, [*call, "--column", "instruction=question", "--column", "output=a"]
+    )
+    assert done.exit_code == 0 and len(lines(tmp_path / "out" / "made.jsonl")) == len(ROWS)
