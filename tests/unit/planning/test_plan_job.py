@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.core.errors import Exit
+from dtrain.core.errors import Exit, UserError
+from dtrain.launching.submitit import Training
 from dtrain.planning.job import main
 
 RTX4090, H100 = "NVIDIA GeForce RTX 4090, 24564", "NVIDIA H100 80GB HBM3, 81559"
@@ -86,6 +87,13 @@ def test_on_cpus_nothing_is_said(head, environ: dict[str, str]):
 def test_a_base_that_the_plan_does_not_know_is_not_refused(head):
     status, log = head("7b-lora", "model.base=/nowhere", DTRAIN_GPU="l4")
     assert status == 0 and log.startswith("not planned: ")
+
+
+def test_what_submitit_starts_is_refused_too(monkeypatch):
+    for name, value in (JOB | {"SLURM_JOB_ID": "1", "DTRAIN_GPU": "rtx4090"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the plan refuses it"):
+        Training(MUCH)()
 
 
 def test_it_is_started_as_the_job_starts_it():
