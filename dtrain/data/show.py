@@ -15,6 +15,7 @@ from dtrain.data.formats import Fault, Record
 from dtrain.data.mixture import Mixture, Row
 from dtrain.data.sources import Part
 
+SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
 HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
 # Data may hold what a terminal obeys; its pictures are printed instead.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -102,14 +103,21 @@ def _sides(value: Any) -> Iterator[tuple[str, str | Talk]]:
 
 def _turns(value: str | Talk) -> Text:
     if isinstance(value, str):
-        return Text(printable(value) + "\n")
+        return Text(_head(value) + "\n")
     text = Text()
     if value.tools:
         text.append("tools: ", style=NOTE).append(f"{[t['function'] for t in value.tools]}\n")
     for message in value.messages:
         text.append(f"{message['role']}: ", style=NOTE)
         style = LEARNT if message["role"] == "assistant" else ""
-        text.append(printable(message["content"]) + "\n", style=style)
+        text.append(_head(message["content"]) + "\n", style=style)
         for call in message.get("tool_calls", []):
             text.append(f"  calls {call['function']}\n", style=style)
     return text
+
+
+def _head(text: str) -> str:
+    """The head of a text, and how much follows."""
+    more = len(text) - SHOWN_CHARACTERS
+    end = f" … and {more:,} more characters" if more > 0 else ""
+    return printable(text[:SHOWN_CHARACTERS]) + end

@@ -33,3 +33,9 @@ def test_rows_as_brought_with_faults_and_without_orders_to_the_terminal(
     assert "user: a␛[2J\n" in told and "\x1b" not in told
     assert "not wanted\nuser: a␛[2J\nassistant: c" in told
     assert "a.jsonl:2: column `rejected` is missing" in told
+
+
+def test_of_a_book_the_head_is_shown(write_rows, tmp_path) -> None:
+    parts = find_parts(Source(path=write_rows("a.jsonl", [{"text": "ab" * 3000}])), tmp_path)
+    (_, shown) = as_brought(read_on(parts, "auto"), parts, 1)
+    assert shown.plain == "ab" * 2000 + " … and 2,000 more characters\n"
