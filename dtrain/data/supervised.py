@@ -23,25 +23,40 @@ QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbos
 PROBE = "x a  b\n\nc\t don't 12345\r\n ß é漢字 e\u0301 👩🏽‍🚀 \u00a0x  \n"
 
 
+def encode_without_places(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
+) -> list[Encoding]:
+    """Token ids of texts, without what tells the characters of each token.
+
+    Args:
+        tokenizer: of a model.
+        texts: to be encoded.
+        special: add what the tokenizer puts before and behind a text.
+    """
+    tokenizer(["a"], **QUIET)  # leaves no padding and no cutting set, as its files may ask for
+    found: list[Encoding] = tokenizer.backend_tokenizer.encode_batch_fast(
+        texts, add_special_tokens=special
+    )
+    return found
+
+
 class Lengths:
     """Bytes of each token of a vocabulary of bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.core = tokenizer.backend_tokenizer
-        self._configure = lambda: tokenizer(["a"], **QUIET)
-        vocabulary = self.core.get_vocab(with_added_tokens=True)
+        self.tokenizer, core = tokenizer, tokenizer.backend_tokenizer
+        vocabulary = core.get_vocab(with_added_tokens=True)
         self.sizes = np.zeros(max(vocabulary.values(), default=0) + 1, np.int32)
         for token, number in vocabulary.items():
             self.sizes[number] = len(token)  # a character stands for a byte
-        for number, added in self.core.get_added_tokens_decoder().items():
+        for number, added in core.get_added_tokens_decoder().items():
             self.sizes[number] = len(added.content.encode())
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Lengths | None:
         """None where the lengths do not tell what the tokenizer says of a probe."""
         own = cls(tokenizer)
-        own._configure()
-        (encoding,) = own.core.encode_batch([PROBE], add_special_tokens=False)
+        (encoding,) = tokenizer([PROBE], add_special_tokens=False, **QUIET).encodings
         bounds = np.cumsum([0, *(len(sign.encode()) for sign in PROBE)])
         ends = np.cumsum(own.sizes[encoding.ids])
         firsts = bounds.searchsorted(ends - own.sizes[encoding.ids], side="right") - 1
@@ -52,8 +67,7 @@ class Lengths:
         self, texts: list[str], spans: list[list[Span]]
     ) -> Iterator[tuple[Int32s, Int32s] | None]:
         """Tokens and supervised runs of each text; None where its bytes are not its tokens'."""
-        self._configure()  # no padding, no cutting, as any call of the tokenizer leaves it
-        encodings = self.core.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = encode_without_places(self.tokenizer, texts, special=False)
         for encoding, text, own in zip(encodings, texts, spans, strict=True):
             tokens = np.array(encoding.ids, dtype=np.int32)
             ends = np.cumsum(self.sizes[tokens])
