@@ -55,8 +55,8 @@ def gradient_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     n, again = setup.trainable, setup.accumulation > 1
     if setup.offload:
         return 0.0
-    if setup.engine == "ddp":  # what is not sent yet lies beside the buckets
-        return habits.train_bytes * n * (2 if again and setup.ranks > 1 else 1)
+    if setup.engine == "ddp":  # what is not sent yet lies beside the buckets, on one rank too
+        return habits.train_bytes * n * (2 if again else 1)
     if setup.engine == "fsdp2":
         # An adapter's gradient stays whole until the last micro-batch, and is sent once.
         whole = not setup.is_full and again

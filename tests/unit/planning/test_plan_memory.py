@@ -78,6 +78,14 @@ def test_a_share_is_smaller_than_the_whole() -> None:
         assert whole > halves > eighths
 
 
+def test_one_rank_accumulates_beside_its_buckets_as_many_do() -> None:
+    """DDP has buckets on a single rank too, and what is not sent yet is no part of them."""
+    for ranks in (1, 8):
+        one = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
+        assert gradient_bytes(one) == 2 * 4 * one.trainable
+        assert gradient_bytes(replace(one, accumulation=1)) == 4 * one.trainable
+
+
 def test_more_ranks_than_rows_pad() -> None:
     """FSDP2 gives every rank a row of a matrix: with 1024 ranks 16 rows become 1024."""
     some, many = (setup("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
