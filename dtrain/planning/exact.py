@@ -104,12 +104,16 @@ def _refuse(recipe: Recipe, setup: Setup, cluster: Cluster) -> None:
     if setup.ranks > MOST_RANKS:
         what = f"{cluster.ranks} ranks; at most {MOST_RANKS} are simulated"
         raise UserError(what, where="--exact", fix="plan without --exact")
-    if setup.engine in ZERO or recipe.determinism == "strict":
-        kind = "determinism: strict" if recipe.determinism == "strict" else setup.engine
+    if recipe.determinism == "strict":
+        what = "strict sums are not simulated"
+        raise UserError(what, where="--exact", fix="plan without --exact, or determinism=off")
+    if setup.engine in ZERO:
         raise UserError(
-            f"{kind} is not simulated; its figures stay those of the arithmetic",
+            f"{setup.engine} is not simulated: DeepSpeed looks at values, which simulated tensors "
+            "do not have, and what ZeRO-3 keeps does not grow evenly with the layers",
             where="--exact",
-            fix="plan without --exact, or engine.kind=ddp or fsdp2",
+            fix="plan without --exact, which plays DeepSpeed's rules through; "
+            "or engine.kind=ddp or fsdp2",
         )
 
 
