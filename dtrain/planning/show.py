@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from textwrap import wrap
 
 from dtrain.core.units import count, duration, size
@@ -15,6 +15,7 @@ from dtrain.planning.verdict import FITS
 from dtrain.planning.wire import entering_bytes, received_bytes
 
 LABEL = 14
+LEAST_SHARE = 0.002  # of a peak; terms below it are not listed
 MOMENTS = {
     "gather": "as the first layer's weights arrive",
     "forward": "in the forward pass",
@@ -78,7 +79,8 @@ def way(stage: StagePlan) -> str:
     """Method, engine and batch in words."""
     setup = stage.setup
     method = setup.method if setup.is_full else f"{setup.method} r {setup.rank}"
-    engine = setup.engine + (f", {setup.shard} ranks a copy" if setup.is_sharded else "")
+    ranks = "1 rank" if setup.shard == 1 else f"{setup.shard} ranks"
+    engine = setup.engine + (f", {ranks} a copy" if setup.is_sharded else "")
     engine += ", offload" if setup.offload else ""
     batch = f"{setup.micro_batch} x {setup.sequence_tokens} tokens at once"
     batch += f", {setup.accumulation} times" if setup.accumulation > 1 else ""
@@ -89,12 +91,17 @@ def way(stage: StagePlan) -> str:
 def memory_lines(stage: StagePlan, columns: int) -> Iterator[str]:
     """The terms of a GPU's memory and the verdict."""
     memory, verdict = stage.memory, stage.verdict
-    terms = [f"{name} {size(value)}" for name, value in memory.terms().items() if value >= 5e6]
-    yield from _item("GPU memory", " + ".join(terms), columns)
+    terms = " + ".join(_listed(memory.terms().items(), memory.peak))
+    yield from _item("GPU memory", terms, columns)
     text = f"= {size(memory.peak)} of tensors at the peak, {MOMENTS[memory.moment]}"
     yield from _item("", text, columns)
     text = f"at least {size(verdict.lower)}, budget {size(verdict.budget)}"
     yield from _item("", f"{text} of {size(verdict.usable)}: {verdict.word}", columns)
+
+
+def _listed(terms: Iterable[tuple[str, float]], total: float) -> Iterator[str]:
+    """Those that a rounded sum would miss."""
+    return (f"{name} {size(value)}" for name, value in terms if value >= LEAST_SHARE * total)
 
 
 def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
@@ -105,8 +112,7 @@ def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
     named = f", {peak.module}" if peak.module else ""
     yield from _item("", f"{MOMENTS[peak.phase]}, {peak.place}{named}", columns)
     terms = sorted(peak.terms.items(), key=lambda item: -item[1])
-    listed = " + ".join(f"{name} {size(value)}" for name, value in terms if value >= 5e6)
-    yield from _item("", listed, columns)
+    yield from _item("", " + ".join(_listed(terms, peak.total)), columns)
     *some, last = (str(count) for count in exact.layers)
     layers = f"{', '.join(some)} and {last}" if some else last
     ranks = f"one of {stage.setup.ranks} ranks"
@@ -140,6 +146,8 @@ def time(stage: StagePlan) -> str:
         return f"{duration(billion)} for 1B tokens (the data are not on this machine)"
     about = "" if stage.amount.is_exact else "about "
     hours, ranks = stage.hours, stage.setup.ranks
+    if hours.high * 3600 < 1:
+        return f"under a second, for {about}{count(stage.amount.tokens)} tokens"
     return (
         f"{spell(hours.middle)} ({spell(hours.low)} to {spell(hours.high)}), "
         f"{hours.middle * ranks:.3g} GPU-hours, for {about}{count(stage.amount.tokens)} tokens"
