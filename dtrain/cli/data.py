@@ -128,7 +128,7 @@ def clean(
 ) -> None:
     """Write a stage's rows without what its policy (`data.clean`) takes away, and that apart."""
     from dtrain.config.load import load_recipe
-    from dtrain.data.quality.clean import QUARANTINED
+    from dtrain.data.quality.clean import QUARANTINED, STRENGTH
     from dtrain.data.quality.clean import clean as write_clean
     from dtrain.pipeline.looking import scan_stage
 
@@ -137,12 +137,15 @@ def clean(
     settings = load_recipe(recipe, overrides or [])
     chosen = chosen_stage(settings, stage)
     summary = write_clean(scan_stage(settings, chosen, processes), chosen.data.clean, out)
-    for name, number in summary["counts"].items():
-        print(f"{name:16} {number:>10,}")
+    counts = dict(summary["counts"])
+    for action in STRENGTH:
+        print(f"{action:16} {counts.pop(action, 0):>10,}")
+    if counts:
+        print("reasons:", ", ".join(f"{reason} {number:,}" for reason, number in counts.items()))
     print(f"fingerprint {summary['fingerprint'][:16]}; what went, and why: {out / QUARANTINED}")
-    print("the recipe's sources are now:")
-    for name in summary["sources"]:
-        print(f"  - {{path: {out / name}}}")
+    print("the recipe's sources are now, each with the weight that it had:")
+    for name, source in summary["sources"].items():
+        print(f"  - {{path: {out / name}}}  # {source}")
 
 
 def _scanned(
