@@ -31,6 +31,12 @@ CODE_VERSION = 2  # raise it whenever the same input would give another store
 
 Kind = Literal["cpt", "sft"]
 
+WANTED_ALONE = {
+    "preference": "format: prompt_completion, columns: {completion: chosen, prompt: NAME}, where "
+    "NAME is the column of what was asked, such as prompt or conversations",
+    "kto": "keep the rows with a true label, format: messages or prompt_completion",
+}
+
 
 def prepare(
     data: Data,
@@ -217,10 +223,9 @@ def _check_form(form: str, source: Source, kind: Kind) -> None:
     if form == "text" and kind == "sft":
         fix = "write kind: cpt, or name rows that have answers"
         raise UserError("a text has no answers to learn", where=where, fix=fix)
-    if form in ("preference", "kto"):
+    if form in WANTED_ALONE:
         what = "preferences need a stage that compares two answers"
-        fix = "name the wanted answers alone: format: prompt_completion with columns: "
-        raise UserError(what, where=where, fix=f"{fix}{{completion: chosen}}")
+        raise UserError(what, where=where, fix=f"train on the wanted answers: {WANTED_ALONE[form]}")
 
 
 @contextmanager

@@ -283,3 +283,15 @@ def test_only_the_last_answer_is_learnt_if_asked(prepared, write_rows, tokenizer
     path = write_rows("a.jsonl", [{"messages": [ASKED, SAID, ASKED, {**SAID, "content": "c"}]}])
     row = prepared("sft", [{"path": path}], sequence_tokens=256, train_on="last").row(0)
     assert tokenizer.decode(row.input_ids[row.supervised]) == "c<|im_end|>"
+
+
+def test_what_is_advised_for_preferences_can_be_done(prepared, write_rows) -> None:
+    turn = {"from": "human", "value": "Who?"}
+    sides = {name: {"from": "gpt", "value": "It is me."} for name in ("chosen", "rejected")}
+    path = write_rows("a.jsonl", [{"conversations": [turn], **sides}])
+    with pytest.raises(UserError, match="compares two answers") as told:
+        prepared("sft", [{"path": path}])
+    assert "{completion: chosen, prompt: NAME}" in told.value.fix
+    columns = {"completion": "chosen", "prompt": "conversations"}
+    source = {"path": path, "format": "prompt_completion", "columns": columns}
+    assert prepared("sft", [source]).rows_per_epoch == 1
