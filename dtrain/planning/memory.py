@@ -210,6 +210,8 @@ class _Held:
         gradients = self.gradients
         if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
             gradients += partition_bytes(setup)
+        if setup.engine == "ddp" and setup.accumulation == 2:
+            gradients -= matrix  # the first micro-batch has not made it; the last sends as it goes
         outer, working = self.outer() + layer, extra * matrix
         yield self.at("backward", gathered=outer, working=working, gradients=gradients)
 
