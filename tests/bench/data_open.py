@@ -43,7 +43,7 @@ pa.array([1]).to_numpy()  # imports pandas at its first call
 before, started = resident(), time.process_time()
 store = Store(folder)
 part = Part("p", ".jsonl", "x")
-mixture = Mixture([Prepared("s", None, [part], store)], mix([store.rows], [None], ["s"]), 2048)
+mixture = Mixture([Prepared("s", [part], store)], mix([store.rows], {0: [None]}, ["s"]), 2048)
 loader = Loader(mixture, seed=1, global_batch=8, total_rows=store.rows)
 first = next(iter(loader.micro_batches(0, 0, 1, 8)))
 opened = time.process_time()
@@ -97,7 +97,7 @@ def plan(folder: Path, rows: int) -> None:
 
 def asked(rows: int) -> list[int]:
     """Numbers of the rows that the child reads."""
-    mixed, middle = mix([rows], [None], ["s"]), -(-rows // 8) // 2 * 8
+    mixed, middle = mix([rows], {0: [None]}, ["s"]), -(-rows // 8) // 2 * 8
     places = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
     return mixed.rows_at(places, 1).tolist()
 
