@@ -1,17 +1,58 @@
-"""CPU of what a worker imports against that of TRL's trainer, in alternating runs.
+"""What a start costs: imports against those of TRL's trainer, and the way to a run's first step.
 
-`python tests/bench/cold_start.py [PAIRS]`
+    python tests/bench/cold_start.py [PAIRS]
+
+The way of `tiny` from the command to its first step, and of the quickstart's stage where data,
+model and the base's losses are there already; the latter against as many processes as it has ranks,
+each of which imports torch, transformers and PEFT and loads the model. A way ends where the step
+begins.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 from statistics import median
+
+from dtrain.core.folders import sample_folder
 
 WORKER = "from dtrain.core.imports import import_fast; import_fast('dtrain.worker')"
 TRL = "from trl import SFTTrainer"
+BARE = (
+    "import sys, torch, transformers, peft\n"
+    "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)"
+)
+RANKS = 2
+LOOK_EVERY = 0.01  # seconds
+
+
+def main(pairs: int = 5) -> None:
+    imports(pairs)
+    with tempfile.TemporaryDirectory() as place:
+        show("tiny", [way("tiny", Path(place) / f"tiny-{n}") for n in range(pairs + 1)][1:])
+        run = Path(place) / "quickstart"
+        way("quickstart", run)  # data and model are made, the base is measured
+        found = [(way("quickstart", run), bare()) for _ in range(pairs)]
+        show("quickstart, again", [ours for ours, _ in found])
+        seconds = median(theirs for _, theirs in found)
+        ratio = median(ours["first step"] / theirs for ours, theirs in found)
+        print(f"imports and model alone {seconds:.2f} s: {ratio:.2f}x")
+
+
+def imports(pairs: int) -> None:
+    """CPU of what a worker imports against that of TRL's trainer, in alternating runs."""
+    cpu_seconds(WORKER), cpu_seconds(TRL)  # from now on all of it lies in memory
+    found = [(cpu_seconds(WORKER), cpu_seconds(TRL)) for _ in range(pairs)]
+    worker, trl = (median(times) for times in zip(*found, strict=True))
+    ratio = median(a / b for a, b in found)
+    print(f"imports of a worker {worker:.2f} CPU s, of TRL's trainer {trl:.2f}: {ratio:.2f}x")
 
 
 def cpu_seconds(program: str) -> float:
@@ -22,12 +63,57 @@ def cpu_seconds(program: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main(pairs: int = 5) -> None:
-    cpu_seconds(WORKER), cpu_seconds(TRL)  # from now on all of it lies in memory
-    found = [(cpu_seconds(WORKER), cpu_seconds(TRL)) for _ in range(pairs)]
-    worker, trl = (median(times) for times in zip(*found, strict=True))
-    ratio = median(a / b for a, b in found)
-    print(f"imports of a worker {worker:.2f} CPU s, of TRL's trainer {trl:.2f}: {ratio:.2f}x")
+def bare() -> float:
+    """Seconds until all of some processes have imported the libraries and loaded the model."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", BARE, str(sample_folder("smollm2-135m"))]
+    started = time.time()
+    several = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(RANKS)
+    ]
+    assert [process.wait() for process in several] == [0] * RANKS
+    return time.time() - started
+
+
+def way(recipe: str, run: Path) -> dict[str, float]:
+    """Seconds from the command to each mark on the way to the first step; the run is then killed.
+
+    Nothing was saved by then, so the same command starts at the same step again.
+    """
+    command = [str(Path(sys.executable).with_name("dtrain")), "run", recipe, f"output.folder={run}"]
+    command += [f"launch.processes={RANKS}"]
+    metrics = run / "domain" / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    log = run.with_suffix(".log")
+    with log.open("w") as out:
+        started = time.time()
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        marks = {}
+        while not (metrics.exists() and metrics.read_text().endswith("\n")):
+            assert process.poll() is None, log.read_text()[-2000:]
+            for text, mark in (("stage domain", "base loaded"), ("rows of", "engine built")):
+                if mark not in marks and text in log.read_text():
+                    marks[mark] = time.time() - started
+            time.sleep(LOOK_EVERY)
+    line = json.loads(metrics.read_text().splitlines()[0])
+    first = metrics.stat().st_mtime - started - sum(line["seconds"].values())
+    launched, imported = (
+        (run / name).stat().st_mtime - started for name in (".lock", "recipe.yaml")
+    )
+    end(process)
+    return {"recipe checked": launched, "ranks up": imported, **marks, "first step": first}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher; its ranks die with it."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def show(name: str, found: list[dict[str, float]]) -> None:
+    """The medians of some starts."""
+    told = ", ".join(f"{mark} {median(one[mark] for one in found):.2f}" for mark in found[0])
+    print(f"{name}, seconds after the command: {told}")
 
 
 if __name__ == "__main__":
