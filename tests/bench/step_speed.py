@@ -1,11 +1,13 @@
 """What a training step costs against TRL's SFTTrainer, in alternating runs of one process each.
 
     python tests/bench/step_speed.py DATA [--method lora|full|qlora] [--kind sft|cpt]
-        [--tokens 1024] [--dropout 0] [--pairs 5] [--steps 3] [--peers packed padded]
+        [--tokens 1024] [--dropout 0] [--checkpointing] [--pairs 5] [--steps 3]
+        [--peers packed padded]
 
 DATA is a file of instructions (sft) or of plain text (cpt). Each run trains SmolLM2-135M in float32
-on two threads; its first step warms up. "bound" is the time in which this machine's matrix products
-alone, each at the best rate seen here, do the arithmetic that no implementation can leave out.
+on two threads; its first step warms up, unless --steps is 0: then it is what is measured. "bound"
+is the time in which this machine's matrix products alone, each at the best rate seen here, do the
+arithmetic that no implementation can leave out.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kind", choices=["sft", "cpt"], default="sft")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters")
+    parser.add_argument("--checkpointing", action="store_true", help="of both sides")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=["packed"], choices=list(RUNNERS)[1:])
@@ -90,7 +93,7 @@ def finish(job: Found, marks: list[Found]) -> None:
     Args:
         marks: CPU and wall clock before each step and after the last, and the step's tokens.
     """
-    measured = marks[1:]  # the first step warms up
+    measured = marks[1:] if len(marks) > 2 else marks
     cpu, wall = (measured[-1][clock] - measured[0][clock] for clock in ("cpu", "wall"))
     tokens = sum(mark["tokens"] for mark in measured[:-1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

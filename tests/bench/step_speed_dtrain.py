@@ -31,8 +31,9 @@ def main(job: Found) -> None:
         mark(parts.loader.tokens(step))
         if step == job["steps"] + 1:
             finish(job, marks)
-            spent = marks[-1]["cpu"] - marks[1]["cpu"]
-            add(job, bound=least_seconds(parts, range(1, step)) / spent)
+            first = min(1, job["steps"])  # that is measured
+            spent = marks[-1]["cpu"] - marks[first]["cpu"]
+            add(job, bound=least_seconds(parts, range(first, step)) / spent)
             sys.exit(0)
         return plain(parts, step, rate, **more)
 
@@ -95,6 +96,7 @@ def recipe(job: Found) -> str:
     }  # fmt: skip
     kernels = "plain" if job["name"] == "plain" else "auto"
     model = {"base": "dtrain:smollm2-135m", "dtype": "float32", "kernels": kernels}
+    model |= {"gradient_checkpointing": job["checkpointing"]}
     whole = {
         "name": "bench", "device": "cpu", "model": model, "stages": [stage],
         "output": {"folder": job["folder"] + "/run", "merge": False},

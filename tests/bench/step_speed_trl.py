@@ -68,7 +68,7 @@ def main(job: Found) -> None:
         learning_rate=1e-4,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=job["checkpointing"],
         report_to="none",
         save_strategy="no",
         logging_steps=1,
