@@ -1,8 +1,10 @@
 # make quickstart: install, then train a real model in two stages.  make test, make check: as they say.
-# make bench DATA=alpaca.json: what a start and a step cost here, against TRL; twenty minutes.
+# make bench DATA=alpaca.json [TEXT=book.txt]: what a start and a step cost here, against TRL, into
+# tests/bench/results.txt; about an hour.
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RESULTS := tests/bench/results.txt
 
 # The first Python that dtrain runs on.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -27,14 +29,25 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One script's table on the terminal and in $(RESULTS); the script's status ends the whole.
+define measure
+@echo "== $(1)" | tee -a $(RESULTS)
+@$(BIN)/python tests/bench/$(1) | tee -a $(RESULTS)
+endef
+
+bench: SHELL := bash
+bench: .SHELLFLAGS := -eo pipefail -c
 bench: $(INSTALLED)
 	@test -f "$(DATA)" || { echo "error: name a file of instructions: make bench DATA=..." >&2; exit 2; }
-	$(BIN)/python tests/bench/cold_start.py
-	$(BIN)/python tests/bench/step_speed.py $(DATA) --peers packed padded
-	$(BIN)/python tests/bench/step_speed.py $(DATA) --method full
-	$(BIN)/python tests/bench/step_speed.py $(DATA) --method qlora
-	$(BIN)/python tests/bench/step_engines.py $(DATA)
-	$(BIN)/python tests/bench/step_losses.py $(DATA)
+	@{ date -u; grep -m1 "model name" /proc/cpuinfo; nproc; git rev-parse HEAD; } > $(RESULTS) || true
+	$(call measure,cold_start.py)
+	$(call measure,step_speed.py $(DATA) --peers packed padded)
+	$(call measure,step_speed.py $(DATA) --method full)
+	$(call measure,step_speed.py $(DATA) --method qlora)
+	$(call measure,step_speed.py $(DATA) --tokens 8192 --checkpointing --pairs 1 --steps 0)
+	$(if $(TEXT),$(call measure,step_speed.py $(TEXT) --kind cpt --tokens 2048))
+	$(call measure,step_engines.py $(DATA))
+	$(call measure,step_losses.py $(DATA))
 
 # torch comes first and from the constraints, so that no range can pull another.
 $(INSTALLED): pyproject.toml constraints.txt
