@@ -71,10 +71,12 @@ class Streamed:
             return self._made[empty]
         with safe_open(self._files[name], framework="pt") as file:
             values: Tensor = file.get_tensor(name)
-        values = values.to(self._device, empty.dtype)
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
+            # packed from what it computes in, so that it is unpacked to that, not to float32
+            values = values.to(self._device, module.compute_dtype)
             made: nn.Parameter = _packed(module, empty, values)
         else:
+            values = values.to(self._device, empty.dtype)
             made = nn.Parameter(values, requires_grad=empty.requires_grad)
         self._made[empty] = made
         return made

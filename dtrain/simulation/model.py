@@ -151,7 +151,7 @@ def _packed(module: Any, empty: Any) -> Tensor:
         code=torch.empty(16),
         blocksize=BLOCK,
         quant_type="nf4",
-        dtype=empty.dtype,
+        dtype=module.compute_dtype,
         offset=torch.empty(()),
         state2=second,
     )

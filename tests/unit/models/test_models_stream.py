@@ -1,4 +1,4 @@
-"""A base whose output matrix is its embeddings comes block by block as well."""
+"""A base that comes block by block: tied matrices, packed layers."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def test_a_tied_base_is_streamed(tmp_path: Path) -> None:
     streamed.fill(streamed.model)
     assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
     assert not streamed.model.lm_head.weight.is_meta
+
+
+def test_a_streamed_layer_is_unpacked_to_what_it_computes_in(tmp_path: Path) -> None:
+    """To float32 it would need three times the room, for the largest matrix of a large model."""
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(
+        tmp_path
+    )
+    settings, cpu = load_recipe("tiny").model, torch.device("cpu")
+    streamed = stream_base(tmp_path, settings, quantised=True, dtype=torch.bfloat16, device=cpu)
+    streamed.fill(streamed.model)
+    weight = streamed.model.model.layers[0].mlp.down_proj.weight
+    assert weight.quant_state.dtype == torch.bfloat16
