@@ -23,23 +23,6 @@ QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbos
 PROBE = "x a  b\n\nc\t don't 12345\r\n ß é漢字 e\u0301 👩🏽‍🚀 \u00a0x  \n"
 
 
-def encode_without_places(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
-) -> list[Encoding]:
-    """Token ids of texts, without what tells the characters of each token.
-
-    Args:
-        tokenizer: of a model.
-        texts: to be encoded.
-        special: add what the tokenizer puts before and behind a text.
-    """
-    tokenizer(["a"], **QUIET)  # leaves no padding and no cutting set, as its files may ask for
-    found: list[Encoding] = tokenizer.backend_tokenizer.encode_batch_fast(
-        texts, add_special_tokens=special
-    )
-    return found
-
-
 class Lengths:
     """Bytes of each token of a vocabulary of bytes."""
 
@@ -67,7 +50,9 @@ class Lengths:
         self, texts: list[str], spans: list[list[Span]]
     ) -> Iterator[tuple[Int32s, Int32s] | None]:
         """Tokens and supervised runs of each text; None where its bytes are not its tokens'."""
-        encodings = encode_without_places(self.tokenizer, texts, special=False)
+        self.tokenizer(["a"], **QUIET)  # leaves no padding and no cutting set, as files may ask for
+        core = self.tokenizer.backend_tokenizer
+        encodings = core.encode_batch_fast(texts, add_special_tokens=False)
         for encoding, text, own in zip(encodings, texts, spans, strict=True):
             tokens = np.array(encoding.ids, dtype=np.int32)
             ends = np.cumsum(self.sizes[tokens])

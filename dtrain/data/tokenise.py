@@ -16,7 +16,7 @@ from dtrain.data.answers import render_answers
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
-from dtrain.data.supervised import QUIET, Lengths, encode_without_places, supervised_runs
+from dtrain.data.supervised import QUIET, Lengths, supervised_runs
 from dtrain.data.templates import Span, Template
 
 Int32s = NDArray[np.int32]
@@ -75,8 +75,8 @@ class Tokeniser:
             return []
         written = self.template is not None  # a template has written the special tokens
         chosen = [texts[i] for i in kept]
-        found = encode_without_places(self.tokenizer, chosen, special=not written)
-        return [self._whole(one.ids, records[i]) for i, one in zip(kept, found, strict=True)]
+        ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
+        return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
     def _text(self, record: Record) -> str:
         if isinstance(record.value, str):
