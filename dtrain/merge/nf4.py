@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import FLOATS, Shapes
+from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import read_config
 from dtrain.models.quantise import nf4_layers
 
@@ -43,6 +44,7 @@ class Packed:
         config = read_config(base, trust_remote_code=trust_remote_code)
         self.names = {f"{name}.weight" for name in nf4_layers(config, trust_remote_code)}
         self.dtype = dtype
+        pack_fast()
         self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}
         for name in sorted(self.names):
             if name not in shapes or shapes[name][0] not in FLOATS:

@@ -19,6 +19,7 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
+from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
 from dtrain.models.weights import read_header, weight_files
 from dtrain.planning import shapes
@@ -59,6 +60,8 @@ def load_base(
             mixes documents of a packed row.
     """
     config = configured(folder, settings, dtype, device)
+    if quantised and settings.kernels != "plain":
+        pack_fast()
     model, info = _from_pretrained(
         folder,
         config=config,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
+from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import configured, made_ready
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.weights import read_header, weight_files
@@ -139,6 +140,8 @@ def empty_model(
         )
     model.tie_weights()  # accelerate made an empty parameter for each place
     if quantised:
+        if settings.kernels != "plain":
+            pack_fast()
         for name in nf4_layers(config, settings.trust_remote_code):
             _replace(model, name, dtype)
         model.is_loaded_in_4bit = True  # PEFT asks

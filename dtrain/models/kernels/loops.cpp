@@ -411,4 +411,38 @@ void round_bfloat16(const float *x, uint16_t *rounded, int32_t *odd, int64_t n) 
     *odd = found;
 }
 
+// Blocks of `size` elements in 4 bits, as bitsandbytes packs them: x [n] → packed [(n + 1) / 2] and
+// the greatest of each block. An element's code is that of how many of 15 bounds lie below it.
+void pack_4bit(const float *x, const float *bounds, const int32_t *codes, uint8_t *packed,
+               float *scales, int64_t n, int64_t size) {
+    std::vector<int32_t> found(size + 1);
+    for (int64_t start = 0; start < n; start += size) {
+        const int64_t count = n - start < size ? n - start : size;
+        const float *block = x + start;
+        float top = 0.0f;
+        int32_t odd = 0;
+#pragma omp simd reduction(max : top) reduction(| : odd)
+        for (int64_t i = 0; i < count; i++) {
+            const float a = std::fabs(block[i]);
+            top = a > top ? a : top;
+            odd |= a != a;
+        }
+        if (odd) top = NAN;
+        const float least = top < 1e-38f ? 1e-38f : top, inverse = 1.0f / least;
+        // A last block that is not full is divided, and its scale bounded.
+        scales[start / size] = count < size ? least : top;
+        for (int64_t i = 0; i < count; i++) {
+            float v = count < size ? block[i] / least : block[i] * inverse;
+            v = v < -1.0f ? -1.0f : v;
+            v = v > 1.0f ? 1.0f : v;
+            int32_t below = 0;
+            for (int k = 0; k < 15; k++) below += !(v <= bounds[k]);
+            found[i] = codes[below];
+        }
+        if (count % 2) found[count] = codes[7];  // of a zero
+        for (int64_t i = 0; i < count; i += 2)
+            packed[(start + i) / 2] = static_cast<uint8_t>(found[i] << 4 | found[i + 1]);
+    }
+}
+
 }  // extern "C"

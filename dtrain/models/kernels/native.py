@@ -24,6 +24,7 @@ SIGNATURES = {
     "rotary": "pnnpppnnnnnf", "cross_entropy": "pppnn",
     "attention": "pppppnnnnnnf", "attention_backward": "pppppppnnnnnnf",
     "add_scaled": "ppnf", "add_scaled_wide": "ppnf", "round_bfloat16": "pppn",
+    "pack_4bit": "pppppnn",
 }  # fmt: skip
 TYPES = {"p": c_void_p, "n": c_int64, "f": c_float}
 PLAIN = (Tensor, nn.Parameter)  # no other class: fakes and shards have no memory to point at
