@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.cli.run import placed
-from dtrain.config.load import load_recipe
-from dtrain.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from dtrain.config.schema import Recipe
 
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node.")]
@@ -58,6 +59,7 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
+    from dtrain.config.load import load_recipe
     from dtrain.launching import submit as jobs
     from dtrain.planning.bases import refuse_untrainable
 
