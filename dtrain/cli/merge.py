@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -67,9 +66,10 @@ def merge(
     Started several times (srun, torchrun, two terminals), all take part and one publishes.
     """
     import_fast("dtrain.merge.merge")  # torch, which is most of what a small merge costs
+    from dtrain.merge.merge import shards_at_once
     from dtrain.merge.origin import is_checkpoint
 
-    at_once = _threads(processes)
+    at_once = processes or shards_at_once()
     out, first = Path(places[-1]), Path(places[0])
     if len(places) == 2 and is_checkpoint(first):
         if weights or combine:
@@ -213,14 +213,3 @@ def _seed(combine: str, seed: int | None) -> int:
     if combine.startswith("dare") and seed is None:
         raise UserError(f"{combine} chooses at random", where="--combine", fix="--seed 0")
     return seed or 0
-
-
-def _threads(processes: int | None) -> int:
-    """Shards at once; each of them computes with its part of the cores."""
-    import torch
-
-    from dtrain.merge.merge import shards_at_once
-
-    at_once = processes or shards_at_once()
-    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // at_once, 1))
-    return at_once

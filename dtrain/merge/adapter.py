@@ -123,6 +123,9 @@ class Adapter:
     @classmethod
     def open(cls, folder: Path, base: Shapes) -> Adapter:
         """Open a folder in PEFT layout, for a base with tensors of these dtypes and shapes."""
+        if not (folder / CONFIG).is_file():
+            what = f"no {CONFIG} in it" if folder.is_dir() else "there is no such folder"
+            raise UserError(what, where=str(folder), fix="give an adapter's folder in PEFT layout")
         config = read_json(folder / CONFIG)
         return cls(config, AdapterFile(folder), base, folder)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.core.known_hashes import remember_sha256, state_of
+from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
 from dtrain.core.log import progress, say
 from dtrain.core.units import size
 from dtrain.merge.adapter import CONFIG, FLOATS, Adapter, Shapes
@@ -237,15 +237,35 @@ def _write(
     known: Sequence[str],
 ) -> None:
     files, changes = weight_files(base), with_tied(base, changes)
+    hashes = [known_sha256(path) for path in files]
+    if all(hashes):  # then another base is told before the work, not after it
+        _check_base(base, combine([str(one) for one in hashes], base), known)
     plan = _plan(files, base, about)
-    work = Work(out, plan)
-    if _is_made(out, fingerprint(plan), work):
-        return
+    try:
+        work = Work(out, plan)
+        if not _is_made(out, fingerprint(plan), work):
+            marked = about | {"plan": fingerprint(plan)}
+            _make(files, base, out, work, changes, marked, processes, known)
+    except OSError as error:  # no right to write, no room any more, a disk that fails
+        what = f"cannot be made: {error.strerror or error}"
+        raise UserError(what, where=str(out), fix="mend it; the same command goes on") from error
+
+
+def _make(
+    files: Sequence[Path],
+    base: Path,
+    out: Path,
+    work: Work,
+    changes: Mapping[str, Change],
+    about: dict[str, Any],
+    processes: int,
+    known: Sequence[str],
+) -> None:
     _check_room(files, out, work)
     try:
         _rewrite(files, work, changes, processes, f"merging into {out.name}")
         if work.is_mine_to_publish():
-            _publish(files, base, out, work, about | {"plan": fingerprint(plan)}, known)
+            _publish(files, base, out, work, about, known)
     except UserError:
         work.discard()
         raise
@@ -324,12 +344,15 @@ def _rewrite(
             work.give_back(number)
             return True
 
-        pool = ThreadPoolExecutor(processes)
+        # One core for each: teams of threads wait in spinning, and hashing needs the other cores.
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,))
         try:
             futures = [pool.submit(one, number) for number in range(len(files))]
             others = [number for number, future in enumerate(futures) if not future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)  # some of it holds for all threads that come after
         for number in others:  # until they are done, or free since their process was killed
             one(number, wait=True)
 
@@ -348,7 +371,8 @@ def _check_base(base: Path, found: str, known: Sequence[str]) -> None:
         raise UserError(
             "is not the base that the adapter was trained on",
             where=str(base),
-            fix="its stage.json and the base's merge.json say what was made from what",
+            fix="adapter_config.json names its base (base_model_name_or_path); its stage.json and "
+            "the base's merge.json say what was made from what",
         )
 
 

@@ -4,7 +4,8 @@ Letters: r rank, out and in a layer's sizes. A base weight lies as [out, in]; tu
 Conv1D, an embedding of `out` columns) as [in, out].
 
 Row blocks of 64 rows and more give, to the bit, the rows of the whole product; smaller ones do not,
-since they go through another BLAS kernel.
+since they go through another BLAS kernel. Convolutions equal PEFT's to the bit if that computes on
+one thread too: their last bit depends on how many there are.
 """
 
 from __future__ import annotations

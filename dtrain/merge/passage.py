@@ -1,8 +1,9 @@
 """Bytes on their way from one file to another, hashed on both sides by threads beside.
 
-SHA-256 is most of a merge's work, so a file keeps up to three threads busy: one reads and computes,
-one hashes what was read, one hashes and writes what is new. They hand each other a few blocks of
-memory that are used over and over: new memory would cost more than what is done in it.
+SHA-256 is most of a merge's work and the disk takes its time, so a file keeps up to four threads
+busy: one reads and computes, one hashes what was read, one what is new, one writes. They hand each
+other a few blocks of memory that are used over and over: new memory would cost more than all that
+is done in it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dtrain.core.direct import pass_cache, write_all
 
 AHEAD_BYTES = 8 << 20  # that the kernel is asked to have read already
 WRITTEN_BYTES = 2 << 20  # at once, from a page's beginning
+ROOMS = 3  # one is filled, one hashed, one written
 
 
 class Room:
@@ -110,8 +112,9 @@ class Target:
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         pass_cache(self._handle, True)
-        self._pool, self._digest = ThreadPoolExecutor(1), hashlib.sha256()
-        self._rooms = [Room(WRITTEN_BYTES), Room(WRITTEN_BYTES)]
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._digest = hashlib.sha256()
+        self._rooms = [Room(WRITTEN_BYTES) for _ in range(ROOMS)]
         self._next = cycle(self._rooms)
         self._filled = 0
         self._take()
@@ -145,7 +148,8 @@ class Target:
 
     def close(self) -> None:
         """Let go of the file, finished or not."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._hasher, self._writer):
+            pool.shutdown(cancel_futures=True)
         os.close(self._handle)
 
     def _take(self) -> None:
@@ -153,11 +157,9 @@ class Target:
         self._block, self._filled = self.room.claim(WRITTEN_BYTES), 0
 
     def _give(self) -> None:
-        self.room.users.append(self._pool.submit(self._put, self._block[: self._filled]))
-
-    def _put(self, block: memoryview) -> None:
-        self._digest.update(block)
-        write_all(self._handle, block)
+        block = self._block[: self._filled]
+        self.room.users.append(self._hasher.submit(self._digest.update, block))
+        self.room.users.append(self._writer.submit(write_all, self._handle, block))
 
 
 class Passage:

@@ -18,11 +18,13 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, sorted by name; the same choice as transformers makes.
 
     Raises:
-        UserError: there are none, one is missing, or the index points outside the folder.
+        UserError: no folder, none in it, one is missing, or the index points outside the folder.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     index = folder / INDEX
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder))
     if not index.is_file():
         raise UserError(
             f"no safetensors weights ({SINGLE} or {INDEX})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -20,6 +21,8 @@ from dtrain.core.claims import Claims
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
 from dtrain.core.known_hashes import remember_sha256, state_of
+from dtrain.merge import merge as module
+from dtrain.merge import passage
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.merge.merge import check_places, merge, part_of, replace
@@ -362,7 +365,7 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr("shutil.copyfile", full)
         do(base, adapter)
     assert sorted(p.name for p in base.parent.iterdir()) == [
@@ -412,7 +415,7 @@ def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr("shutil.copyfile", full)
         do(base, adapter)
     edit_config(adapter, lora_alpha=99)
@@ -454,3 +457,45 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["base"] == model_fingerprint(base)
     assert manifest["files"][path.name] == file_sha256(out / path.name)
+
+
+def test_a_place_that_cannot_be_written_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: Not a directory"):
+        do(base, adapter, out=tmp_path / "file" / "out")
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_the_same_call_goes_on(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, block: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(passage, "write_all", full)
+        with pytest.raises(UserError, match="cannot be made: No space left on device"):
+            do(base, adapter)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert state(do(base, adapter)).keys() == state(base).keys()
+
+
+def test_another_base_is_told_before_the_work(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in weight_files(base):
+        remember_sha256(path, file_sha256(path), state_of(path), ours=True)
+    monkeypatch.setattr(module, "rewrite_file", None)
+    parts = [part_of(Adapter.open(adapter, check_places(base, [], base.parent / "out")))]
+    with pytest.raises(UserError, match="is not the base that the adapter was trained on"):
+        merge(base, parts, base.parent / "out", source="a base", known=["another"])
+    assert not (base.parent / ".out.making").exists()
+
+
+def test_a_folder_that_is_not_there_is_told(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        do(base, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
+        do(base, base)
+    with pytest.raises(UserError, match="there is no such folder"):
+        weight_files(tmp_path / "nowhere")

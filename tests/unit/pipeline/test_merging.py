@@ -1,0 +1,65 @@
+"""Who takes part in a merge between stages; distributed/test_shared_merge.py has real ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.pipeline.merging import MEETING, _seen, merge_together
+
+HOLDS = """
+import sys
+from pathlib import Path
+from dtrain.core.claims import Claims
+Claims(Path(sys.argv[1])).take(0)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+class Rank:
+    """One rank's world, whose first rank sees `first`."""
+
+    def __init__(self, is_first: bool, first: str, local_size: int = 1) -> None:
+        self.is_first, self._first, self.local_size = is_first, first, local_size
+
+    def share_text(self, text: str) -> str:
+        return text if self.is_first else self._first
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path / "base"
+
+
+def calls(world: Rank, base: Path) -> list[int]:
+    called: list[int] = []
+    merge_together(world, base, base.parent, called.append)  # type: ignore[arg-type]
+    return called
+
+
+def test_the_first_rank_always_merges_and_leaves_nothing_behind(base: Path) -> None:
+    assert calls(Rank(True, "", local_size=10_000), base) == [1]
+    assert not (base.parent / MEETING).exists()
+
+
+@pytest.mark.parametrize(("first", "held"), [("same", True), ("same", False), ("other", True)])
+def test_another_rank_merges_if_it_sees_the_same_files_and_the_first_ones_lock(
+    base: Path, first: str, held: bool
+) -> None:
+    world = Rank(False, _seen(base) if first == "same" else "files of another node")
+    command = [sys.executable, "-c", HOLDS, str(base.parent / MEETING)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin and holder.stdout and holder.stdout.readline() == b"taken\n"
+    if not held:  # as on a file system that keeps locks to one node
+        holder.communicate()
+    assert bool(calls(world, base)) == (first == "same" and held)
+    holder.communicate()
