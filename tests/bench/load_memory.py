@@ -1,10 +1,12 @@
 """What loading a base costs: host memory of a rank, and bytes that a node reads.
 
-    python tests/bench/load_memory.py [--gigabytes 1] [--ranks 2 4] [--kinds fsdp2 zero3 nf4 plain]
+    python tests/bench/load_memory.py [--gigabytes 1] [--ranks 2 4]
+        [--kinds fsdp2 zero3 nf4 plain plain-nf4]
 
 A random bfloat16 model, out of the page cache at each start. `plain` is transformers'
-from_pretrained on every rank; `nf4` is ddp over a base in 4 bits. Memory is anonymous, over that of
-the imports; bytes are those that the ranks' reads brought from the disk, all ranks together.
+from_pretrained on every rank, each parameter then read once, since it only maps the files;
+`plain-nf4` the same in 4 bits; `nf4` is ddp over a base in 4 bits. Memory is anonymous, over that
+of the imports; bytes are those that the ranks' reads brought from the disk, all ranks together.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from dtrain.distributed.world import end_world, start_world
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base
+from dtrain.models.quantise import nf4_config
 from dtrain.models.stream import stream_base
 
 ALLOWED_BYTES = 300_000_000
+KINDS = ["fsdp2", "zero3", "nf4", "plain", "plain-nf4"]
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--kinds", nargs="+", default=["fsdp2", "zero3", "nf4", "plain"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--rank", nargs=2)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -67,7 +71,7 @@ def tell(kind: str, ranks: int, size: int, layer: int, told: list[dict[str, floa
     over = worst["peak"] - worst["kept"] - layer
     read = sum(one["read"] for one in told)
     print(
-        f"{kind:6} {ranks} ranks: keeps {worst['kept'] / 1e6:.0f} MB, peak "
+        f"{kind:9} {ranks} ranks: keeps {worst['kept'] / 1e6:.0f} MB, peak "
         f"{worst['peak'] / 1e6:.0f} MB, over share and a layer {over / 1e6:.0f} MB "
         f"({'within' if over <= ALLOWED_BYTES else 'above'} 300); "
         f"node reads {read / size:.2f}x; {max(one['seconds'] for one in told):.1f} s",
@@ -111,8 +115,14 @@ def rank(base: Path, kind: str) -> None:
 
 def load(base: Path, kind: str, world: Any) -> object:
     """The model as its engine holds it; what is returned keeps it alive."""
-    if kind == "plain":
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    if kind.startswith("plain"):
+        packing = nf4_config(torch.bfloat16) if kind == "plain-nf4" else None
+        plain: nn.Module = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.bfloat16, quantization_config=packing
+        )
+        for parameter in plain.parameters():
+            parameter.view(torch.uint8).amax()
+        return plain
     engine = "ddp" if kind == "nf4" else kind
     method = "qlora" if kind == "nf4" else "lora"
     changes = [f"model.base={base}", "model.dtype=bfloat16", f"engine.kind={engine}"]

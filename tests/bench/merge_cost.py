@@ -1,10 +1,12 @@
 """What a merge costs: memory, bytes, and wall time against a copy of the same folder.
 
     python tests/bench/merge_cost.py [--gigabytes 1 4] [--rounds 3] [--rank 16] [--peft 1] [--cold]
+        [--new-base]
 
 Random bfloat16 models, sharded; a LoRA adapter on every linear layer. Merges and copies
 (`cp`, then fsync of every file) take turns, and the ratio of each neighbouring pair is kept; with
---cold the model is out of the page cache before each, as one that is larger than it. Bytes read
+--cold the model is out of the page cache before each, as one that is larger than it. From the
+second merge on the base's hashes are remembered; with --new-base they never are. Bytes read
 are those beyond the imports and the adapter. PEFT's own way (load, merge_and_unload,
 save_pretrained) runs beside it where --peft names the size.
 """
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--peft", type=float, default=1.0)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--new-base", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     for gigabytes in arguments.gigabytes:
@@ -79,14 +82,18 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
         settle(place / "base", arguments.cold)
         copies.append(copy(place / "base", place / "copy"))
         settle(place / "base", arguments.cold)
+        if arguments.new_base:
+            for path in (place / "base").iterdir():
+                os.utime(path)
         merges.append(watched(command))
         shutil.rmtree(place / "out")
     ratios = [m.wall / c for m, c in zip(merges, copies, strict=True)]
+    how = "cold, " * arguments.cold + "new base, " * arguments.new_base
     print(
         f"{size / 1e9:.2f} GB, {len(list((place / 'base').glob('*.safetensors')))} shards: "
         f"anonymous {max(m.anonymous for m in merges) / 1e6:.0f} MB, "
         f"read {(merges[0].read - beside) / size:.3f}x, written {merges[0].written / size:.3f}x, "
-        f"{'cold, ' * arguments.cold}wall {median(m.wall for m in merges):.1f} s "
+        f"{how}wall {median(m.wall for m in merges):.1f} s "
         f"({median(m.cpu for m in merges):.1f} s CPU), "
         f"cp + fsync {median(copies):.1f} s, ratio {median(ratios):.2f} "
         f"({', '.join(f'{r:.2f}' for r in ratios)})",
