@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache, cached_property
+from inspect import signature
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from dtrain.models.kernels.causal import causal_attention, fits
 
 NAME = "documents"
+# What FlashAttention-2 was written for, where torch brings it along.
+VARLEN_CAPABILITY, VARLEN_HEAD_SIZE = (8, 0), 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Documents:
 
     lengths: tuple[int, ...]
     window: int | None
+
+    @cached_property
+    def borders(self) -> Tensor:
+        """Where documents begin, and where the last one ends: int32 [documents + 1]."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
 
 
 def document_mask(
@@ -122,12 +131,63 @@ def document_attention(
     if window is None and dropout == 0.0 and fits(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
+    if dropout == 0.0 and takes_varlen(query, value):
+        return varlen_attention(query, key, value, attention_mask, scaling), None
     # split, not slices: a slice's gradient is a zero tensor as large as the row, one a document.
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
         _one_document(q, k, v, dropout, scaling, window) for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's flash attention for rows of documents takes such tensors, by its papers."""
+    size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size % 8 == 0
+        and size <= VARLEN_HEAD_SIZE
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
+        and torch_has_varlen()
+    )
+
+
+@cache
+def torch_has_varlen() -> bool:
+    """Whether this torch has it, and in the form called here: older ones take no window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None
+) -> Tensor:
+    """All documents of a row in one call of torch's own flash attention; never run here.
+
+    Args:
+        query, key, value: as for `document_attention`.
+
+    Returns:
+        [1, T, H, D].
+    """
+    from torch.nn.attention.varlen import varlen_attn  # what it imports is for GPUs
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    borders, longest = documents.borders.to(query.device), max(documents.lengths)
+    before = -1 if documents.window is None else documents.window - 1
+    output: Any = varlen_attn(
+        q, k, v, borders, borders, longest, longest,
+        scale=scale, window_size=(before, 0), enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    return output.unsqueeze(0)
 
 
 def _one_document(

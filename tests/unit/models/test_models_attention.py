@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
@@ -20,6 +23,7 @@ from transformers import (
 )
 
 from dtrain.config import schema
+from dtrain.models import attention
 from dtrain.models.forward import supervised_logits, token_losses
 from dtrain.models.load import load_base
 
@@ -108,8 +112,8 @@ def test_packed_equals_alone(name: str, checkpointing: bool, tmp_path: Path) -> 
 def test_equals_eager_with_the_whole_mask(name: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS[name], tmp_path)
     results = []
-    for attention in ("auto", "eager"):
-        model = load(folder, attention=attention)
+    for kind in ("auto", "eager"):
+        model = load(folder, attention=kind)
         model.requires_grad_(True).train()
         results.append(losses_and_gradient(model, [pack(documents())]))
     for ours, eager in zip(*results, strict=True):
@@ -162,3 +166,45 @@ def test_loss_of_half_precision_logits_is_computed_in_float32() -> None:
     exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
     assert token_losses(logits, targets).dtype == torch.float32
     assert token_losses(logits, targets).sum().item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def varlen_as_documented(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor,
+    longest: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch says of its `varlen_attn`, which computes on GPUs only: [T, H, D] in and out."""
+    assert starts.dtype == torch.int32 and starts.equal(key_starts)
+    lengths = starts.diff().tolist()
+    assert longest == longest_key == max(lengths)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    before, after = window_size
+    outputs = []
+    for q, k, v in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
+        place = torch.arange(len(q))
+        ahead = place[None] - place[:, None]
+        seen = ahead <= after if after >= 0 else ahead > -len(q)
+        seen &= ahead >= -before if before >= 0 else ahead < len(q)
+        heads = [t.transpose(0, 1) for t in (q, k, v)]
+        found = scaled_dot_product_attention(*heads, seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "mistral-sliding"])
+def test_one_call_for_all_documents_gives_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, row = load(saved(CONFIGS[name], tmp_path)), pack(documents())
+    expected = supervised_logits(model, row)
+    calls = []
+
+    def counted(*args: Any, **named: Any) -> Tensor:
+        calls.append(args)
+        return varlen_as_documented(*args, **named)
+
+    assert attention.torch_has_varlen()
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    monkeypatch.setattr(attention, "takes_varlen", lambda query, value: True)
+    torch.testing.assert_close(supervised_logits(model, row), expected)
+    assert len(calls) == model.config.num_hidden_layers
