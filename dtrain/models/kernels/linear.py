@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dtrain.models.kernels import native
+from dtrain.models.kernels.fused import in_one_pass
 from dtrain.models.kernels.recompute import parts_of
 
 
@@ -153,10 +154,15 @@ def _ranks(adapters: Sequence[Adapter]) -> list[int]:
 def _dropped(x: Tensor, adapter: Adapter, mask: Tensor) -> Tensor:
     """What dropout leaves of [T, h]; its own gradient too."""
     if not _is_plain(x, mask):
-        return (x * adapter.kept_scale).mul_(mask.flatten(0, -2))
+        return _dropped_by_torch(x, adapter.kept_scale, mask.flatten(0, -2))
     result = torch.empty_like(x)
     native.call("drop", x, mask, result, x.numel(), adapter.kept_scale)
     return result
+
+
+@in_one_pass
+def _dropped_by_torch(x: Tensor, kept_scale: float, mask: Tensor) -> Tensor:
+    return (x * kept_scale).mul_(mask)
 
 
 def _add_dropped(to: Tensor, x: Tensor, adapter: Adapter, mask: Tensor) -> None:

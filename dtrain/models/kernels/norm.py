@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dtrain.models.kernels import native
+from dtrain.models.kernels.fused import in_one_pass
 from dtrain.models.kernels.recompute import made_by
 
 
@@ -42,15 +43,23 @@ def _normed(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
         native.call("rms_norm", x, weight, result, rstd, rstd.numel(), width, epsilon)
         return result, rstd
+    return _normed_by_torch(x, weight, epsilon)
+
+
+@in_one_pass
+def _normed_by_torch(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    return _normalised(x, rstd, weight), rstd
+    return _scaled(x, rstd, weight), rstd
 
 
-def _normalised(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+def _scaled(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return (x * rstd).mul_(weight)
     return (x.float() * rstd).to(x.dtype) * weight
+
+
+_normalised = in_one_pass(_scaled)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -68,10 +77,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
-        wide = x.float()
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = (gradient * (wide * rstd)).flatten(0, -2).sum(0).to(weight.dtype)
+        dw = _weight_gradient(gradient, x, weight, rstd) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, dw, None
         if native.fits_flat(gradient, x, weight):
@@ -80,8 +86,18 @@ class _RmsNorm(torch.autograd.Function):
                 "rms_norm_backward", gradient, x, weight, rstd, dx, rstd.numel(), x.shape[-1]
             )
             return dx, dw, None
-        scaled = (gradient * weight).float()
-        mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).div_(x.shape[-1])
-        factor = mean.mul_(rstd).mul_(rstd).mul_(rstd)
-        dx = scaled.mul_(rstd).addcmul_(wide, factor, value=-1)
-        return dx.to(x.dtype), dw, None
+        return _input_gradient(gradient, x, weight, rstd), dw, None
+
+
+@in_one_pass
+def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return (gradient * (x.float() * rstd)).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+@in_one_pass
+def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    wide = x.float()
+    scaled = (gradient * weight).float()
+    mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1).div_(x.shape[-1])
+    factor = mean.mul_(rstd).mul_(rstd).mul_(rstd)
+    return scaled.mul_(rstd).addcmul_(wide, factor, value=-1).to(x.dtype)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from dtrain.models.kernels import native
+from dtrain.models.kernels.fused import in_one_pass
 from dtrain.models.kernels.recompute import made_by
 
 
@@ -30,10 +31,15 @@ def mlp_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
     if not native.fits_flat(gate, up):
-        return silu(gate).mul_(up)
+        return _product_by_torch(gate, up)
     result = torch.empty_like(gate)
     native.call("swiglu", gate, up, result, gate.numel())
     return result
+
+
+@in_one_pass
+def _product_by_torch(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate).mul_(up)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -50,5 +56,10 @@ class _SwiGlu(torch.autograd.Function):
             both = torch.empty_like(gate), torch.empty_like(up)
             native.call("swiglu_backward", gradient, gate, up, *both, gate.numel())
             return both
-        dgate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return dgate, silu(gate).mul_(gradient)
+        return _gradients_by_torch(gradient, gate, up)
+
+
+@in_one_pass
+def _gradients_by_torch(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate = torch.ops.aten.silu_backward(gradient * up, gate)
+    return dgate, silu(gate).mul_(gradient)

@@ -1,0 +1,62 @@
+"""Element-wise passes of a GPU made into one kernel each, by torch.compile.
+
+Matrix products and attention have kernels of their own; what lies between them is bound by memory,
+and every pass that is saved counts. On a CPU the compiled loops do this. Never run on a GPU here;
+the same compilation for a CPU is what a test compares with. Rotary positions are left out: torch
+2.13 cannot compile them for sizes that vary, and they take but two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib.util import find_spec
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.core.log import warn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PLAIN = (Tensor, nn.Parameter)  # neither fakes nor shards
+# Round where the passes one by one would: the losses of `kernels: plain`, to the same digits.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
+
+
+def in_one_pass(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` of tensors, the first of which says where all of them are."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        chosen = _compiled(function) if compiles(args[0]) else function
+        result: R = chosen(*args, **kwargs)
+        return result
+
+    return call
+
+
+def compiles(tensor: Any) -> bool:
+    """Whether torch.compile works on this tensor's device: a GPU from Volta on, with triton."""
+    return type(tensor) in PLAIN and tensor.is_cuda and _gpu_compiles()
+
+
+@cache
+def _gpu_compiles() -> bool:
+    """Tried on a trifle: triton wants a C compiler and Python's headers beside it."""
+    if find_spec("triton") is None or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    try:
+        _compiled(torch.neg)(torch.zeros(8, device="cuda"))
+    except Exception as error:  # of torch, triton or a compiler
+        why = str(error).strip().split("\n")[0]
+        warn(f"kernels: torch.compile does not work here, passes stay apart: {why}")
+        return False
+    return True
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # of any size: rows differ in what is learnt, heads of queries and keys in number
+    return torch.compile(function, dynamic=True, options=OPTIONS)
