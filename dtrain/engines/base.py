@@ -180,9 +180,8 @@ def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # On a CPU the fused one makes one pass through memory where the other makes ten. On a GPU it
-    # wants its step counter there, and restored states have it elsewhere.
-    fits = train.optimizer == "adamw" and all(p.is_cpu for p in parameters)
+    # One pass through memory where the other makes ten, and one call on a GPU for many tensors.
+    fits = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
     own = {"fused": True} if fits else {}
     return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate, **own)
 
@@ -205,7 +204,9 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         optimizer.init_state(group, parameter, 0, 0)
     elif not state:
-        state["step"] = torch.tensor(0.0)
+        # the fused one reads its counter where the parameter lies
+        place = parameter.device if optimizer.defaults.get("fused") else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=place)
         for kind in ADAM_KINDS:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
