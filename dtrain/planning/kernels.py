@@ -8,7 +8,7 @@ from __future__ import annotations
 
 LAYERS, NORMS, MLPS, LOSS = "adapted layers", "norms", "MLPs", "chunked loss"
 
-CHUNK_BYTES = 1 << 26  # of float32 logits; dtrain/models/kernels/head.py
+CHUNK_BYTES = 1 << 28  # of float32 logits; dtrain/models/kernels/head.py
 
 _MOST = frozenset({LAYERS, NORMS, MLPS})
 KERNELS: dict[str, frozenset[str]] = {
