@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
@@ -153,18 +154,22 @@ def takes_varlen(query: Tensor, value: Tensor) -> bool:
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
-        and torch_has_varlen()
+        and torch_varlen() is not None
     )
 
 
 @cache
-def torch_has_varlen() -> bool:
-    """Whether this torch has it, and in the form called here: older ones take no window."""
+def torch_varlen() -> Callable[..., Any] | None:
+    """Torch's own, where it has the form called here: older ones take no window.
+
+    Looked for when a GPU asks, because what it imports is for GPUs.
+    """
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+        found: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    fits_here = {"scale", "window_size", "enable_gqa"} <= signature(found).parameters.keys()
+    return found if fits_here else None
 
 
 def varlen_attention(
@@ -178,12 +183,12 @@ def varlen_attention(
     Returns:
         [1, T, H, D].
     """
-    from torch.nn.attention.varlen import varlen_attn  # what it imports is for GPUs
-
+    attend = torch_varlen()
+    assert attend is not None, "ask takes_varlen first"
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     borders, longest = documents.borders.to(query.device), max(documents.lengths)
     before = -1 if documents.window is None else documents.window - 1
-    output: Any = varlen_attn(
+    output: Tensor = attend(
         q, k, v, borders, borders, longest, longest,
         scale=scale, window_size=(before, 0), enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip

@@ -6,8 +6,10 @@ onto a CPU and of merging into one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import CDLL
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -23,21 +25,28 @@ def pack_fast() -> bool:
     loops, _ = native.find()
     if loops is None or torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
         return False
-    try:
-        from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
-    except ImportError:  # of versions that pack in another way
+    if (bounds_of := _bounds_of()) is None:
         return False
 
     def pack(
         x: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        bounds, codes = _get_4bit_quantize_bounds(quant_type, x.device)
+        bounds, codes = bounds_of(quant_type, x.device)
         codes = torch.arange(16) if quant_type == "nf4" else codes
         packed, scales = _pack(loops, x, blocksize, bounds, codes.to(torch.int32))
         return packed.view(quant_storage).unsqueeze(1), scales
 
     torch.library.register_kernel(OPERATION, "cpu", pack)
     return True
+
+
+def _bounds_of() -> Callable[[str, torch.device], tuple[Tensor, Tensor]] | None:
+    """Where bitsandbytes rounds, by the kind of 4 bits; None if a version packs in another way."""
+    try:
+        ops = import_module("bitsandbytes.backends.default.ops")
+    except ImportError:
+        return None
+    return getattr(ops, "_get_4bit_quantize_bounds", None)
 
 
 def _pack(

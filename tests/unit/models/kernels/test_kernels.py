@@ -118,7 +118,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything holds with the compiled loops and where there is no compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_find", lambda: (None, ""))
+        monkeypatch.setattr(native, "find", lambda: (None, ""))
     yield
     native.switch(on=False)
 
