@@ -227,8 +227,9 @@ class _Held:
         setup = self.setup
         if not setup.is_sharded or setup.shard == 1:
             return 0.0
-        ranks = setup.shard if setup.engine == "fsdp2" else 1
-        return padded_bytes(outer_parameters(setup), ranks)
+        if setup.engine == "zero3":  # the output matrix was given back before the layers
+            return setup.element_bytes * self.matrix
+        return padded_bytes(outer_parameters(setup), setup.shard)
 
     def of_reduction(self) -> Iterator[Memory]:
         """Gradients are copied together, reduced and scattered."""
@@ -251,8 +252,7 @@ class _Held:
             copy, rest = float(e * together / setup.ranks), max(0.0, self.saved * (1 - 2 * done))
             yield self.at("backward", activations=self.saved * (1 - done), working=copy)
             gradients = self.gradients + partition_bytes(setup)
-            working = copy if done < 1 else 0.0
-            yield self.at("backward", activations=rest, working=working, gradients=gradients)
+            yield self.at("backward", activations=rest, working=copy, gradients=gradients)
 
     def of_update(self) -> Iterator[Memory]:
         """The optimizer works: activations are gone, gradients are whole."""
