@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from dtrain.models.kernels import native
 from dtrain.models.kernels.fused import in_one_pass
+from dtrain.models.kernels.products import times, times_transposed
 
 CHUNK_BYTES = 1 << 28  # each chunk reads the whole matrix: few rows at once wait for memory
 _PLACE = "_dtrain_head"
@@ -92,11 +93,9 @@ class _HeadLoss(torch.autograd.Function):
         ]
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         rows = max(1, min(CHUNK_BYTES // (4 * weight.shape[0]), len(targets)))
-        room = hidden.new_empty(rows, weight.shape[0])  # fresh memory for each chunk costs as much
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = room[: len(targets[part])]
-            torch.mm(hidden[part], matrix.t(), out=logits)
+            logits = times_transposed(hidden[part], matrix)
             _chunk(logits, losses[part], hidden, matrix, bias, targets, part, gradients)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wants = wants
@@ -161,7 +160,7 @@ def _add_gradients(
 ) -> None:
     dhidden, dweight, dbias = gradients
     if dhidden is not None:
-        torch.mm(dlogits, matrix, out=dhidden[part])
+        dhidden[part] = times(dlogits, matrix)
     if dweight is not None:
         dweight += (dlogits.t() @ hidden).to(dweight.dtype)
     if dbias is not None:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dtrain.models.kernels import native
 from dtrain.models.kernels.fused import in_one_pass
+from dtrain.models.kernels.products import add_times, times, times_transposed
 from dtrain.models.kernels.recompute import parts_of
 
 
@@ -125,8 +126,8 @@ def _adapters(layers: Layers) -> list[Adapter]:
 
 def _output(x: Tensor, layer: Layer, small: Tensor | None) -> Tensor:
     """y [T, o] from x [T, h] and the small product [T, r]."""
-    matrix, bias = layer.matrix(x.dtype), layer.bias
-    y = x @ matrix.t() if bias is None else torch.addmm(bias.to(x.dtype), x, matrix.t())
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    y = times_transposed(x, layer.matrix(x.dtype), bias)
     if layer.adapter is not None and small is not None:
         y.addmm_(small, layer.adapter.b.to(x.dtype).t(), alpha=layer.adapter.scale)
     return y
@@ -137,9 +138,10 @@ def _small_products(x: Tensor, adapters: Sequence[Adapter], masks: Masks) -> lis
     if not adapters:
         return []
     if not masks:
-        return list((x @ _stacked(adapters, x.dtype).t()).split(_ranks(adapters), dim=1))
+        together = times_transposed(x, _stacked(adapters, x.dtype))
+        return list(together.split(_ranks(adapters), dim=1))
     each = zip(adapters, masks, strict=True)
-    return [_dropped(x, adapter, mask) @ adapter.a.to(x.dtype).t() for adapter, mask in each]
+    return [times_transposed(_dropped(x, a, mask), a.a.to(x.dtype)) for a, mask in each]
 
 
 def _stacked(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
@@ -179,9 +181,9 @@ def _is_plain(x: Tensor, mask: Tensor) -> bool:
 def _through_weights(gradients: Sequence[Tensor], layers: Layers) -> Tensor:
     """The gradient of x [T, h] through the frozen weights."""
     first, *others = zip(gradients, layers, strict=True)
-    dx = first[0] @ first[1].matrix(first[0].dtype)
+    dx = times(first[0], first[1].matrix(first[0].dtype))
     for gradient, layer in others:
-        dx.addmm_(gradient, layer.matrix(gradient.dtype))
+        dx = add_times(dx, gradient, layer.matrix(gradient.dtype))
     return dx
 
 
@@ -196,9 +198,9 @@ def _adapter_gradients(
     """dA_1, dB_1, dA_2, …; what goes through the adapters is added to dx."""
     inner, db = list[Tensor](), list[Tensor]()
     for gradient, adapter, product in zip(gradients, adapters, small, strict=True):
-        inner.append((gradient @ adapter.b.to(x.dtype)).mul_(adapter.scale))
+        inner.append(times(gradient, adapter.b.to(x.dtype)).mul_(adapter.scale))
         # in this order: a tall thin product is several times as slow as a wide flat one
-        db.append((product.t() @ gradient).mul_(adapter.scale).t().to(adapter.b.dtype))
+        db.append(times(product.t(), gradient).mul_(adapter.scale).t().to(adapter.b.dtype))
     da = (
         _a_with_dropout(inner, x, dx, adapters, masks)
         if masks

@@ -72,8 +72,9 @@ def build(
     base = load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)
     model = attach(base, method, seed=3)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # it starts at zero
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+        if "lora_B" in name:  # it starts at zero; of 1.0, float32's own rounding would decide
+            seeded = torch.Generator().manual_seed(len(name))
+            nn.init.normal_(parameter, std=0.3, generator=seeded)
     put_in(model, chosen)
     return model.train()
 

@@ -68,8 +68,14 @@ def batched_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
     return left[0] * added_flops(to, left[1:], right[1:])
 
 
+def linear_flops(x: Any, weight: Any, *rest: Any, **named: Any) -> int:
+    """Of x Wᵀ; of x [T, h], the matrix it is added to, and W, too."""
+    return 2 * x[0] * x[1] * (rest[0] if isinstance(rest[0], tuple | list) else weight)[0]
+
+
 # What torch's counter does not know.
 COUNTED = {
+    torch.ops.mkldnn._linear_pointwise: linear_flops,
     torch.ops.aten.addmm_: added_flops,
     torch.ops.aten.baddbmm_: batched_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
