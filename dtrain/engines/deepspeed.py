@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
+from dtrain.distributed.memory import keep_freed_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
     ADAM_KINDS,
@@ -119,6 +120,7 @@ class Zero3(Zero):
     kind, stage_number = "zero3", 3
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
+        keep_freed_memory(self.world.device)
         where = "cpu" if self.recipe.engine.offload else None
         for block in filled_blocks(self.bare, fill):
             if block is not self.bare:  # the rest is partitioned by DeepSpeed itself

@@ -1,0 +1,103 @@
+"""Ranks that gather through shared memory; prints how often torch gathered instead.
+
+Every gather is checked when it is there and once more when it is let go of. Ranks hold some of them
+for longer than FSDP2 does, and one rank is always late.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from dtrain.distributed.world import World, end_world, start_world
+from dtrain.engines.shared_gather import SharedGather, share_gathers, shared_buffer
+
+GATHERS, GREATEST = 300, 40_000
+HELD = [
+    0,
+    1,
+    1,
+    1,
+    1,
+    1,
+    1,
+    3,
+]  # FSDP2 holds one at most in a forward pass, none in a backward pass
+CPU = torch.device("cpu")
+
+
+def count_torchs(calls: list[int]) -> None:
+    """Count torch's own gathers."""
+    original = dist.all_gather_single
+
+    def counted(*args: Any, **named: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **named)
+
+    dist.all_gather_single = counted
+
+
+def expected(number: int, size: int, ranks: int) -> Tensor:
+    return torch.cat([torch.full((size,), number + rank / 8) for rank in range(ranks)])
+
+
+def gathers(world: World) -> None:
+    group = dist.group.WORLD
+    gather, chance, held = SharedGather(group), random.Random(7), []
+    for number in range(GATHERS):
+        size = chance.randint(1, GREATEST)
+        output = gather.allocate((size * world.size,), dtype=torch.float32, device=CPU)
+        part = output.narrow(0, size * world.rank, size).fill_(number + world.rank / 8)
+        gather(output, part, group)
+        if world.rank == number % world.size:  # late: the others run ahead as far as they may
+            sum(range(20_000))
+        held.append((number, size, output))
+        del output, part
+        while len(held) > chance.choice(HELD):
+            then, length, found = held.pop(0)
+            assert torch.equal(found, expected(then, length, world.size)), then
+            del found
+
+
+def outputs_of_a_sharded_model(world: World) -> Tensor:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(33, 33) for _ in range(4)))
+    x = torch.randn(5, 33)
+    plain = model(x)
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+    for block in (*model, model):
+        fully_shard(block, mesh=mesh)
+    share_gathers(model, mesh.get_group("shard"), world)
+    found = model(x)
+    found.sum().backward()
+    assert torch.allclose(found, plain)
+    return found
+
+
+def main() -> None:
+    world, calls, facts = start_world("cpu"), [0], dict[str, int]()
+    count_torchs(calls)
+    gathers(world)
+    facts["held too long"], calls[0] = calls[0], 0
+    outputs_of_a_sharded_model(world)
+    facts["one node"], calls[0] = calls[0], 0
+    outputs_of_a_sharded_model(replace(world, local_rank=0))  # a node a rank
+    facts["two nodes"] = calls[0]
+    is_near = world.rank == 0
+    facts["buffers"] = int(shared_buffer(64, dist.group.WORLD, is_near=is_near) is not None)
+    assert world.sum(list(facts.values())) == [world.size * value for value in facts.values()]
+    if world.is_first:
+        print("FACTS " + json.dumps(facts), flush=True)
+    end_world()
+
+
+if __name__ == "__main__":
+    main()
