@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
-from dtrain.distributed.memory import keep_freed_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
     ADAM_KINDS,
@@ -120,7 +119,6 @@ class Zero3(Zero):
     kind, stage_number = "zero3", 3
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
-        keep_freed_memory(self.world.device)
         where = "cpu" if self.recipe.engine.offload else None
         for block in filled_blocks(self.bare, fill):
             if block is not self.bare:  # the rest is partitioned by DeepSpeed itself
@@ -160,7 +158,7 @@ def start_deepspeed(world: World) -> None:
     """Let DeepSpeed use the process group that is there.
 
     On a CPU its shared-memory collectives, a C++ extension compiled for a minute at the first
-    start, are left out: gloo carries everything, as on any CPU rank of another engine.
+    start, are left out: gloo carries everything.
     """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -19,7 +19,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
-from dtrain.distributed.memory import keep_freed_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import Fill, TorchEngine, build_optimizer, filled_blocks
 from dtrain.engines.shared_gather import share_gathers
@@ -38,7 +37,6 @@ class Fsdp2(TorchEngine):
         assert isinstance(bare, FSDPModule)
         self.model = bare
         share_gathers(bare, mesh.get_group("shard"), world)
-        keep_freed_memory(world.device)
         if mesh.ndim > 1:
             self.copy = (mesh.get_local_rank("replicate"), mesh.size(0))
         # An adapter's whole gradient is small: reduce it once a step. A full model's is not.

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from dtrain.distributed.world import World
 
@@ -42,32 +42,31 @@ def share_gathers(model: nn.Module, group: dist.ProcessGroup, world: World) -> N
             module.set_custom_all_gather(gather)
 
 
-class SharedGather(AllGather):
+class SharedGather(DefaultAllGather):
     """Three buffers in turn; all ranks ask for the same sizes in the same order, as FSDP2 does.
 
     Who writes into a buffer must know that no rank still reads what was gathered there. Gather n
-    takes the buffer of n - 3; every rank has by then entered the collective of n - 1. So it is
-    enough that each had done with n - 3 when it entered, which it knows by what is still held.
-    Otherwise, as when a backward pass prefetches what it does not use, gather n is an ordinary one.
+    takes the buffer of n - 3, and in the collective of n - 1 each rank says whether it still holds
+    what lies there. If one does, as when a backward pass prefetches what it uses late, gather n is
+    an ordinary one. Each buffer grows to the largest gather, that of the embeddings, and stays.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._buffers: list[Tensor | None] = [None] * BUFFERS
-        self._held: list[weakref.ref[Tensor] | None] = [None] * BUFFERS
+        self._held: list[weakref.ref[Tensor] | None] = [None] * BUFFERS  # what lies in each
         self._number = 0
-        self._is_free = True
-        self._is_shared = False
+        self._works, self._may_share, self._is_shared = True, True, False
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Room for what is gathered: shared, or this rank's own."""
         needed = int(prod(size)) * dtype.itemsize
-        room = self._shared(needed) if self._is_free else None
+        room = self._shared(needed) if self._works and self._may_share else None
         self._is_shared = room is not None
         if room is None:
-            room = torch.empty(needed, dtype=torch.uint8)
+            return super().allocate(size, dtype=dtype, device=device)
         result = room.view(dtype).view(*size)
         self._held[self._number % BUFFERS] = weakref.ref(result)
         return result
@@ -80,13 +79,13 @@ class SharedGather(AllGather):
         async_op: bool = False,
     ) -> None:
         """Return when every rank has written its part."""
+        if not self._is_shared:
+            super().__call__(output_tensor, input_tensor, group)
         self._number += 1
-        last = self._held[self._number % BUFFERS]  # who had the buffer that is next
-        self._is_free = last is None or last() is None
-        if self._is_shared:
-            dist.all_reduce(torch.zeros(1), group=self._group)
-        else:
-            dist.all_gather_single(output_tensor, input_tensor, group=self._group)
+        held = self._held[self._number % BUFFERS]
+        is_held = torch.tensor([float(held is not None and held() is not None)])
+        dist.all_reduce(is_held, group=group)
+        self._may_share = not is_held.item()
 
     def _shared(self, size: int) -> Tensor | None:
         place = self._number % BUFFERS
@@ -94,15 +93,17 @@ class SharedGather(AllGather):
         if buffer is None or buffer.numel() < size:
             largest = max(size, *(b.numel() for b in self._buffers if b is not None), 0)
             buffer = self._buffers[place] = shared_buffer(largest, self._group)
+            self._works = buffer is not None  # on all ranks or on none
         return None if buffer is None else buffer[:size]
 
 
 def shared_buffer(size: int, group: dist.ProcessGroup, *, is_near: bool = True) -> Tensor | None:
-    """uint8 [size] that every rank of `group` has mapped; None if one of them cannot.
+    """uint8, at least `size` long, that every rank of `group` has mapped; None if one cannot.
 
     Args:
-        is_near: whether this rank is on the node of the first.
+        is_near: whether this rank is on the node of the group's first.
     """
+    size = max(size, KEY_BYTES)
     first = dist.get_process_group_ranks(group)[0]
     file = _create(size) if dist.get_rank() == first else None
     found = torch.tensor(file or (0, 0, 0))
@@ -121,13 +122,16 @@ def shared_buffer(size: int, group: dist.ProcessGroup, *, is_near: bool = True) 
 
 def _create(size: int) -> tuple[int, int, int] | None:
     """This process, a file in memory that it has open, and what the file begins with."""
-    key = secrets.randbits(63)
-    with suppress(OSError, AttributeError):  # no Linux
-        file = os.memfd_create("dtrain-gather")
-        os.truncate(file, max(size, KEY_BYTES))
+    if not hasattr(os, "memfd_create"):  # no Linux
+        return None
+    key, file = secrets.randbits(63), os.memfd_create("dtrain-gather")
+    try:
+        os.truncate(file, size)
         os.pwrite(file, key.to_bytes(KEY_BYTES, "little"), 0)
-        return os.getpid(), file, key
-    return None
+    except OSError:
+        os.close(file)
+        return None
+    return os.getpid(), file, key
 
 
 def _map(path: str, size: int, key: int) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.shared_gather import SharedGather, share_gathers, shared_buffer
 
-GATHERS, GREATEST = 300, 40_000
-HELD = [
-    0,
-    1,
-    1,
-    1,
-    1,
-    1,
-    1,
-    3,
-]  # FSDP2 holds one at most in a forward pass, none in a backward pass
+GREATEST = 40_000
+# FSDP2 holds one gather while it asks for the next in a forward pass, none in a backward pass.
+HELD = [0, 1, 1, 1, 1, 1, 1, 3]
 CPU = torch.device("cpu")
 
 
@@ -52,7 +45,7 @@ def expected(number: int, size: int, ranks: int) -> Tensor:
 def gathers(world: World) -> None:
     group = dist.group.WORLD
     gather, chance, held = SharedGather(group), random.Random(7), []
-    for number in range(GATHERS):
+    for number in range(int(sys.argv[1])):
         size = chance.randint(1, GREATEST)
         output = gather.allocate((size * world.size,), dtype=torch.float32, device=CPU)
         part = output.narrow(0, size * world.rank, size).fill_(number + world.rank / 8)
@@ -62,7 +55,7 @@ def gathers(world: World) -> None:
         held.append((number, size, output))
         del output, part
         while len(held) > chance.choice(HELD):
-            then, length, found = held.pop(0)
+            then, length, found = held.pop(chance.randrange(len(held)))
             assert torch.equal(found, expected(then, length, world.size)), then
             del found
 

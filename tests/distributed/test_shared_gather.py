@@ -12,7 +12,7 @@ GATHERS = 300
 
 def test_what_is_gathered_is_whole_as_long_as_it_is_held(start: Callable) -> None:
     for ranks in (2, 3):
-        lines = start(ranks, [str(WORKER)]).splitlines()
+        lines = start(ranks, [str(WORKER), str(GATHERS)]).splitlines()
         facts = json.loads(next(li for li in lines if li.startswith("FACTS ")).split(" ", 1)[1])
         # some through memory, some, since an older one was still held, as torch does it
         assert 0 < facts["held too long"] < GATHERS / 2

@@ -95,8 +95,11 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, min(CHUNK_BYTES // (4 * weight.shape[0]), len(targets)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = times_transposed(hidden[part], matrix)
-            _chunk(logits, losses[part], hidden, matrix, bias, targets, part, gradients)
+            # without a name, which would hold one chunk while the next is made
+            _chunk(
+                times_transposed(hidden[part], matrix),
+                losses[part], hidden, matrix, bias, targets, part, gradients,
+            )  # fmt: skip
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wants = wants
         ctx.mark_non_differentiable(losses)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from dtrain.models.kernels import products
 from dtrain.models.kernels.products import add_times, times, times_transposed
 
 TOKENS, INNER, OUTER = 37, 48, 29
@@ -23,7 +22,14 @@ def filled(*shape: int) -> Tensor:
     "x", [filled(TOKENS, INNER), filled(INNER, TOKENS).t(), filled(1, INNER).expand(TOKENS, -1)],
     ids=["plain", "transposed", "expanded"],
 )  # fmt: skip
-@pytest.mark.parametrize("weight", [filled(OUTER, INNER), filled(INNER, OUTER).t()])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        filled(OUTER, INNER), filled(INNER, OUTER).t(),
+        filled(1, INNER).expand(OUTER, -1), filled(OUTER, 2 * INNER)[:, :INNER],
+    ],
+    ids=["plain", "transposed", "expanded", "part"],
+)  # fmt: skip
 def test_they_are_torchs_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     expected = torch.nn.functional.linear(x, weight, bias)
     assert_close(times_transposed(x, weight, bias), expected)
@@ -53,6 +59,6 @@ def test_what_onednn_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) 
     assert times(x[:0], weight.t()).shape == (0, OUTER)
     with FakeTensorMode() as fake:
         assert times_transposed(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
-    monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(times_transposed(x, weight), x @ weight.t())
     assert torch.equal(add_times(torch.zeros(37, 29), x, weight.t()), x @ weight.t())

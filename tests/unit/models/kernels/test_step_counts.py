@@ -69,8 +69,9 @@ def batched_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
 
 
 def linear_flops(x: Any, weight: Any, *rest: Any, **named: Any) -> int:
-    """Of x Wᵀ; of x [T, h], the matrix it is added to, and W, too."""
-    return 2 * x[0] * x[1] * (rest[0] if isinstance(rest[0], tuple | list) else weight)[0]
+    """Of x Wᵀ + b, given x, W, b; or of a sum, given x, what it is added to, W."""
+    matrix = rest[0] if rest[0] is not None and len(rest[0]) == 2 else weight
+    return 2 * x[0] * x[1] * matrix[0]
 
 
 # What torch's counter does not know.
