@@ -21,8 +21,19 @@ OWNED = {
     "scheduler": "train.schedule",
     "activation_checkpointing": "model.gradient_checkpointing",
 }
+PREFETCH = "stage3_prefetch_bucket_size"
+MOST_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
 STAGES = {"zero2": 2, "zero3": 3}
 _OFFLOADS = ("offload_param", "offload_optimizer")
+
+
+def prefetch_elements(hidden: int) -> int:
+    """What "auto" stands for as the bucket that ZeRO-3 gathers ahead, in elements.
+
+    0.9 h² of a model h wide, as in Hugging Face's Accelerate, and at most DeepSpeed's own 50M:
+    a bucket as large as many layers is new memory at each gather, and gains nothing.
+    """
+    return min(MOST_PREFETCHED, hidden * hidden * 9 // 10)
 
 
 def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.checks import accumulation
+from dtrain.config.ds_file import PREFETCH, prefetch_elements
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
@@ -119,6 +120,10 @@ class Zero3(Zero):
     kind, stage_number = "zero3", 3
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
+        zero = settings["zero_optimization"]
+        if zero.get(PREFETCH, "auto") == "auto":
+            config: Any = self.bare.config
+            zero[PREFETCH] = prefetch_elements(config.hidden_size)
         where = "cpu" if self.recipe.engine.offload else None
         for block in filled_blocks(self.bare, fill):
             if block is not self.bare:  # the rest is partitioned by DeepSpeed itself

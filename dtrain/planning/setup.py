@@ -17,7 +17,6 @@ REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
 ZERO = ("zero2", "zero3")
 BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
-PREFETCH_ELEMENTS = 50_000_000  # stage3_prefetch_bucket_size there
 PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
 MOST_ELEMENTS = 2**63  # more are no number of elements
 
@@ -75,7 +74,7 @@ class Setup:
     bucket_elements: int = BUCKET_ELEMENTS
     live_elements: int = LIVE_ELEMENTS
     reuse_elements: int = LIVE_ELEMENTS
-    prefetch_elements: int = PREFETCH_ELEMENTS
+    prefetch_elements: int = ds_file.MOST_PREFETCHED
     persistent_elements: int = PERSISTENT_ELEMENTS
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
@@ -160,7 +159,7 @@ def setup_of(
         on_gpu=not on_cpu,
         learns_all=stage.kind == "cpt",
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
-        **_ds_sizes(recipe, kind),
+        **{"prefetch_elements": ds_file.prefetch_elements(shape.hidden), **_ds_sizes(recipe, kind)},
     )
 
 
@@ -181,7 +180,7 @@ DS_KEYS = {
     "bucket_elements": "reduce_bucket_size",
     "live_elements": "stage3_max_live_parameters",
     "reuse_elements": "stage3_max_reuse_distance",
-    "prefetch_elements": "stage3_prefetch_bucket_size",
+    "prefetch_elements": ds_file.PREFETCH,
     "persistent_elements": "stage3_param_persistence_threshold",
 }
 

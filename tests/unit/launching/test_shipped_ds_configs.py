@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.ds_file import OWNED
+from dtrain.config.ds_file import OWNED, PREFETCH, prefetch_elements
 from dtrain.core.errors import UserError
 from dtrain.launching.ds import load_ds_config
 
@@ -28,7 +28,13 @@ def test_nothing_in_it_is_auto_that_nobody_fills(kind: str, offload: bool) -> No
     config = load_ds_config(None, kind, offload)
     left = [key for key, value in config.items() if value == "auto"]
     assert set(left) <= set(OWNED)
-    assert "auto" not in config["zero_optimization"].values()
+    zero = config["zero_optimization"]
+    assert {key for key, value in zero.items() if value == "auto"} <= {PREFETCH}
+
+
+def test_what_is_gathered_ahead_is_in_proportion_to_the_model() -> None:
+    assert prefetch_elements(576) == 298_598
+    assert prefetch_elements(8192) == 50_000_000
 
 
 def test_a_file_of_the_users_own(tmp_path: Path) -> None:

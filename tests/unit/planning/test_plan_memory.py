@@ -19,7 +19,6 @@ from dtrain.planning.setup import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
     PERSISTENT_ELEMENTS,
-    PREFETCH_ELEMENTS,
     Cluster,
     Setup,
     setup_of,
@@ -213,7 +212,7 @@ def test_a_ds_file_may_leave_sizes_to_deepspeed(tmp_path) -> None:
     shape, _ = find_shape("Qwen/Qwen2.5-7B")
     one = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
     assert (one.bucket_elements, one.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
-    assert (one.prefetch_elements, one.reuse_elements) == (PREFETCH_ELEMENTS, LIVE_ELEMENTS)
+    assert (one.prefetch_elements, one.reuse_elements) == (3584 * 3584 * 9 // 10, LIVE_ELEMENTS)
 
 
 def test_gpus_are_found_by_their_names() -> None:
@@ -237,7 +236,7 @@ def test_buckets_are_those_of_the_shipped_files() -> None:
         if kind == "zero2":
             continue
         assert zero["stage3_param_persistence_threshold"] == PERSISTENT_ELEMENTS
-        assert zero["stage3_prefetch_bucket_size"] == PREFETCH_ELEMENTS
+        assert zero["stage3_prefetch_bucket_size"] == "auto"
         assert zero["stage3_max_live_parameters"] == LIVE_ELEMENTS
         assert zero["stage3_max_reuse_distance"] == LIVE_ELEMENTS
 
