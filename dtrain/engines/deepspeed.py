@@ -10,6 +10,8 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
 from dtrain.checkpoints.pieces import Piece
@@ -27,7 +29,10 @@ from dtrain.engines.base import (
     filled_blocks,
     set_learning_rate,
 )
+from dtrain.engines.shared_gather import shared_gather
 from dtrain.launching.ds import load_ds_config
+
+_DEEPSPEEDS_OWN = partition_parameters._dist_allgather_fn
 
 
 class Zero(Engine):
@@ -120,6 +125,7 @@ class Zero3(Zero):
     kind, stage_number = "zero3", 3
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
+        share_partitions(self.world)
         zero = settings["zero_optimization"]
         if zero.get(PREFETCH, "auto") == "auto":
             config: Any = self.bare.config
@@ -157,6 +163,26 @@ class Zero3(Zero):
             flat = {"weight": masters[group].data, **{kind: state[kind] for kind in ADAM_KINDS}}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
             yield Piece(name, tuple(parameter.ds_shape), start, stop, tensors)
+
+
+def share_partitions(world: World) -> None:
+    """Let ZeRO-3 gather through shared memory where `shared_gather` can."""
+    assert dist.group.WORLD
+    gather = shared_gather(dist.group.WORLD, world)
+
+    def gather_partitions(part: Tensor, whole: Tensor, group: object = None) -> Done:
+        assert gather
+        gather.into(part.flatten(), whole)
+        return Done()
+
+    partition_parameters._dist_allgather_fn = gather_partitions if gather else _DEEPSPEEDS_OWN
+
+
+class Done:
+    """A handle of what is done already."""
+
+    def wait(self, **_: object) -> None:
+        """Nothing to wait for."""
 
 
 def start_deepspeed(world: World) -> None:

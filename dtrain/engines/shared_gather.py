@@ -1,4 +1,4 @@
-"""FSDP2's all-gather between the CPU ranks of one node, through memory that they share.
+"""All-gathers of FSDP2 and ZeRO-3 between the CPU ranks of one node, through shared memory.
 
 gloo sends every byte through sockets into memory that is new at each gather. NCCL would do neither,
 and a step on CPUs would tell little of one on GPUs. Here each rank copies its shard to its place in
@@ -29,17 +29,22 @@ KEY_BYTES = 8
 
 
 def share_gathers(model: nn.Module, group: dist.ProcessGroup, world: World) -> None:
-    """Gather a sharded model through shared memory, if the ranks of `group` are on one node."""
+    """Gather a model of FSDP2 through shared memory, if the ranks of `group` are on one node."""
+    gather = shared_gather(group, world)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and gather:
+            module.set_custom_all_gather(gather)
+
+
+def shared_gather(group: dist.ProcessGroup, world: World) -> SharedGather | None:
+    """One for CPU ranks of `group`, if they are on one node."""
     if world.device.type != "cpu" or dist.get_backend(group) != "gloo" or group.size() == 1:
-        return
+        return None
     first_on_node = world.rank - world.local_rank
     is_near = dist.get_process_group_ranks(group)[0] >= first_on_node
     if shared_buffer(mmap.PAGESIZE, group, is_near=is_near) is None:
-        return
-    gather = SharedGather(group)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(gather)
+        return None
+    return SharedGather(group)
 
 
 class SharedGather(DefaultAllGather):
@@ -86,6 +91,13 @@ class SharedGather(DefaultAllGather):
         is_held = torch.tensor([float(held is not None and held() is not None)])
         dist.all_reduce(is_held, group=group)
         self._may_share = not is_held.item()
+
+    def into(self, part: Tensor, whole: Tensor) -> None:
+        """Gather every rank's `part` [n] into `whole` [ranks x n]."""
+        room = self.allocate(whole.shape, dtype=whole.dtype, device=whole.device)
+        own = room.narrow(0, self._group.rank() * part.numel(), part.numel()).copy_(part)
+        self(room, own, self._group)
+        whole.copy_(room)
 
     def _shared(self, size: int) -> Tensor | None:
         place = self._number % BUFFERS

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import end_world, start_world
-from dtrain.engines import fsdp2
+from dtrain.engines import shared_gather
 from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.models.adapters import attach
@@ -52,7 +52,7 @@ def batch() -> MicroBatch:
 
 def main() -> None:
     recipe = load_recipe("tiny", ["engine={kind: fsdp2, shard: 2}"])
-    fsdp2.share_gathers = lambda *_: None  # as between nodes: all that is sent is counted
+    shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
     world = start_world("cpu")
     world.first_then_others(lambda: ensure("tiny-llama"))
     base = base_folder(recipe.model.base)

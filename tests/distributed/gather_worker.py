@@ -59,6 +59,11 @@ def gathers(world: World) -> None:
             assert torch.equal(found, expected(then, length, world.size)), then
             del found
 
+    for size in (5, GREATEST, 1):
+        whole = torch.empty(size * world.size)
+        gather.into(expected(9, size, world.size)[size * world.rank :][:size], whole)
+        assert torch.equal(whole, expected(9, size, world.size))
+
 
 def outputs_of_a_sharded_model(world: World) -> Tensor:
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World, end_world, start_world
-from dtrain.engines import fsdp2
+from dtrain.engines import shared_gather
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
@@ -212,7 +212,7 @@ def main() -> None:
     received: Counter[str] = Counter()
     world = start_world("cpu")
     counted(received)
-    fsdp2.share_gathers = lambda *_: None  # as between nodes: all that is sent is counted
+    shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
     words, recipes = sys.argv[1:], [[]]
     for word in words:
         recipes.append([]) if word == "+" else recipes[-1].append(word)
