@@ -169,13 +169,15 @@ def share_partitions(world: World) -> None:
     """Let ZeRO-3 gather through shared memory where `shared_gather` can."""
     assert dist.group.WORLD
     gather = shared_gather(dist.group.WORLD, world)
+    partition_parameters._dist_allgather_fn = _DEEPSPEEDS_OWN
+    if gather is None:
+        return
 
     def gather_partitions(part: Tensor, whole: Tensor, group: object = None) -> Done:
-        assert gather
         gather.into(part.flatten(), whole)
         return Done()
 
-    partition_parameters._dist_allgather_fn = gather_partitions if gather else _DEEPSPEEDS_OWN
+    partition_parameters._dist_allgather_fn = gather_partitions
 
 
 class Done:

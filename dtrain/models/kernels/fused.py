@@ -14,13 +14,12 @@ from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from dtrain.core.log import warn
+from dtrain.models.kernels.native import PLAIN
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PLAIN = (Tensor, nn.Parameter)  # neither fakes nor shards
 # Round where the passes one by one would: the losses of `kernels: plain`, to the same digits.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 

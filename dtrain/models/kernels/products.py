@@ -8,9 +8,9 @@ and for anything but plain tensors, it is `mm` after all; on a GPU that is cuBLA
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-PLAIN = (Tensor, nn.Parameter)  # neither fakes nor shards
+from dtrain.models.kernels.native import PLAIN
 
 
 def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
