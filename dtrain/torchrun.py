@@ -1,9 +1,10 @@
 """torchrun that ends with its workers' exit status, passes signals on, and keeps quiet.
 
-`python -m dtrain.torchrun …` takes torchrun's own options and differs from it in four things. Its
+`python -m dtrain.torchrun …` takes torchrun's own options and differs from it in five things. Its
 exit status is the workers', not 1. A signal reaches the workers, which save and end, and are not
 killed after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process
-on a machine without a GPU, not one a core. What a worker has said already is not said again.
+on a machine without a GPU, not one a core. What a worker has said already is not said again, and
+nothing is left in /tmp.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 import psutil
@@ -74,10 +78,23 @@ def main(argv: list[str] | None = None) -> int:
     signals = Signals()
     signals.listen()
     try:
-        torchrun.run(arguments)
+        with brief_logs(arguments):
+            torchrun.run(arguments)
     except ChildFailedError as error:
         return status_of(error.failures, signals.seen)
     return Exit.FINISHED
+
+
+@contextmanager
+def brief_logs(arguments: Namespace) -> Iterator[None]:
+    """Take away what torchrun otherwise leaves in /tmp at each start: folders of error files.
+
+    Whoever asks for logs keeps them.
+    """
+    with TemporaryDirectory(prefix="torchelastic_") as folder:
+        if arguments.redirects == arguments.tee == "0" and not arguments.log_dir:
+            arguments.log_dir = folder
+        yield
 
 
 def status_of(failures: Mapping[int, ProcessFailure], signals_seen: set[int]) -> int:

@@ -77,6 +77,16 @@ def test_a_workers_own_status_and_words_are_all_there_is(tmp_path: Path) -> None
     assert errors.strip() == "error: the worker's own words"
 
 
+def test_nothing_is_left_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    start(tmp_path, "user error").communicate(timeout=120)
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     process = start(tmp_path, "killed")
     _, errors = process.communicate(timeout=120)
