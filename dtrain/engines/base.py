@@ -17,6 +17,7 @@ import torch
 from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Recipe, Stage
@@ -102,6 +103,15 @@ class TorchEngine(Engine):
 
     optimizer: torch.optim.Optimizer
 
+    @cached_property
+    def owned(self) -> list[nn.Parameter]:
+        """What this rank's optimizer updates of each of `trainable`: all of it."""
+        return [p for _, p in self.trainable]
+
+    def norm_over_ranks(self, norm: Tensor) -> Tensor:
+        """The gradient's norm, from that of what this rank owns."""
+        return norm
+
     def autocast(self) -> AbstractContextManager[object]:
         dtype = self.compute_dtype
         return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
@@ -110,10 +120,10 @@ class TorchEngine(Engine):
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        parameters = [p for _, p in self.trainable]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.train.clip_norm)
-        value = float(_whole(norm))
+        norm = self.norm_over_ranks(get_total_norm(p.grad for p in self.owned if p.grad is not None))
+        value = float(norm)
         if isfinite(value):
+            clip_grads_with_norm_(self.owned, self.stage.train.clip_norm, norm)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             self.updates += 1
@@ -121,10 +131,10 @@ class TorchEngine(Engine):
         return value
 
     def pieces(self) -> Iterator[Piece]:
-        for name, parameter in self.trainable:
-            views = {"weight": parameter.data, **self.optimizer_tensors(parameter)}
+        for (name, parameter), own in zip(self.trainable, self.owned, strict=True):
+            views = {"weight": own.data, **self.optimizer_tensors(own)}
             start, stop = self.flat_range(parameter)
-            tensors = {kind: _local(view).reshape(-1) for kind, view in views.items()}
+            tensors = {kind: view.reshape(-1) for kind, view in views.items()}
             yield Piece(name, tuple(parameter.shape), start, stop, tensors)
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -140,8 +150,8 @@ class TorchEngine(Engine):
 
     def set_updates(self, updates: int) -> None:
         self.updates = updates
-        for _, parameter in self.trainable:
-            state = adam_state(self.optimizer, parameter)
+        for own in self.owned:
+            state = adam_state(self.optimizer, own)
             # torch counts in a tensor, bitsandbytes in a number
             state["step"] = (
                 torch.full_like(state["step"], updates)
@@ -171,10 +181,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in names]
 
 
-def build_optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over what trains; weight decay on matrices only."""
     train = stage.train
-    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if is_matrix(p)], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
@@ -210,11 +219,3 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         for kind in ADAM_KINDS:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

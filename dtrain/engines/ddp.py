@@ -19,7 +19,7 @@ class Ddp(TorchEngine):
         super().__init__(bare, recipe, stage, world)
         fill(bare)
         self.copy = (world.rank, world.size)
-        self.optimizer = build_optimizer(bare, stage)
+        self.optimizer = build_optimizer(self.owned, stage)
         # Every rank loaded the same base and drew the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(
             bare, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -51,10 +51,9 @@ class Zero(Engine):
             dtype=self.compute_dtype,
         )
         self.place(settings, fill)
+        optimizer = build_optimizer([p for _, p in self.trainable], stage)
         with brief_parameters():
-            self.model, *_ = deepspeed.initialize(
-                model=bare, optimizer=build_optimizer(bare, stage), config=settings
-            )
+            self.model, *_ = deepspeed.initialize(model=bare, optimizer=optimizer, config=settings)
         assert self.model.zero_optimization_stage() == self.stage_number
         assert self.model.dp_world_size == world.size
         self.zero = self.model.optimizer

@@ -39,7 +39,7 @@ class StrictDdp(TorchEngine):
         fill(bare)
         self.model = bare
         self.copy = (world.rank, world.size)
-        self.optimizer = build_optimizer(bare, stage)
+        self.optimizer = build_optimizer(self.owned, stage)
         train = stage.train
         self.leaves = accumulation(train.global_batch_sequences, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()

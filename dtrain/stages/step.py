@@ -69,7 +69,8 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     scale = world.size / max(1, supervised)  # engines average over ranks
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     losses: list[torch.Tensor] = []
-    engine.model.train()
+    if not engine.bare.training:  # after an evaluation; it walks over all modules
+        engine.model.train()
     for number, batch in enumerate(batches):
         job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
         set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
