@@ -2,8 +2,10 @@
 
     python tests/bench/step_engines.py DATA [ROUNDS] [STEPS]
 
-SmolLM2-135M, LoRA, float32, 512 tokens a rank and step; DATA is a file of instructions. Beside it
-what the loop itself takes of a step: all that is not loading, computing or updating.
+SmolLM2-135M, LoRA, float32, 512 tokens a rank and step; DATA is a file of instructions. Two steps
+warm up: ZeRO-3 records its trace in the first and works out from it in the second what to release
+when, once in a run; what they took is printed too. Beside it what the loop itself takes of a step:
+all that is not loading, computing or updating.
 """
 
 from __future__ import annotations
@@ -15,26 +17,29 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 ENGINES = ("ddp", "zero2", "fsdp2", "zero3")
+WARM_UP = 2
 MARK = "DTRAIN_BENCH"
 
 
 def main(data: str, rounds: int = 3, steps: int = 4) -> None:
-    found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in ENGINES}
+    found: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
     for _ in range(rounds):
         for engine in ENGINES:
             found[engine].append(run(engine, Path(data).absolute(), steps))
-            print(engine, *(f"{value:.4f}" for value in found[engine][-1]), flush=True)
+            own, loop, *first = found[engine][-1]
+            print(f"{engine}: {own:.2f} CPU s a step, loop {loop:.2%};", end=" ")
+            print("before:", *(f"{value:.2f}" for value in first), flush=True)
     for engine in ENGINES:
         ratios = [own[0] / ddp[0] for own, ddp in zip(found[engine], found["ddp"], strict=True)]
-        share = median(loop for _, loop in found[engine])
+        share = median(run[1] for run in found[engine])
         print(f"{engine}: {median(ratios):.3f}x the CPU of ddp; the loop {share:.2%} of a step")
 
 
-def run(engine: str, data: Path, steps: int) -> tuple[float, float]:
-    """CPU seconds of a step on both ranks, and the loop's share of it."""
+def run(engine: str, data: Path, steps: int) -> list[float]:
+    """CPU seconds of a step on both ranks, the loop's share of it, the steps that warm up."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         path = folder / "recipe.json"
@@ -48,7 +53,8 @@ def run(engine: str, data: Path, steps: int) -> tuple[float, float]:
         marks = [folder / f"rank-{rank}" for rank in range(2)]
         assert all(m.exists() for m in marks), done.stdout[-2000:] + done.stderr[-4000:]
         ranks = [json.loads(mark.read_text()) for mark in marks]
-    return sum(cpu for cpu, _ in ranks), median(loop for _, loop in ranks)
+    cpu, loop, *first = zip(*ranks, strict=True)
+    return [sum(cpu), median(loop), *map(sum, first)]
 
 
 def recipe(engine: str, data: Path, steps: int, folder: Path) -> dict[str, object]:
@@ -56,7 +62,7 @@ def recipe(engine: str, data: Path, steps: int, folder: Path) -> dict[str, objec
     stage = {
         "name": "stage", "kind": "sft", "method": {"kind": "lora", "dropout": 0.0},
         "data": {"sequence_tokens": 512, "sources": [{"path": str(data), "format": "alpaca"}]},
-        "train": {"global_batch_sequences": 2, "steps": steps + 2, "learning_rate": 1e-4},
+        "train": {"global_batch_sequences": 2, "steps": steps + WARM_UP + 1, "learning_rate": 1e-4},
     }  # fmt: skip
     return {
         "name": "engines", "device": "cpu", "stages": [stage], "engine": {"kind": engine},
@@ -66,7 +72,7 @@ def recipe(engine: str, data: Path, steps: int, folder: Path) -> dict[str, objec
 
 
 def rank(path: str) -> int:
-    """One rank of a run, with a mark at each step; the first step warms up."""
+    """One rank of a run, with a mark at each step."""
     import time
 
     from dtrain import train
@@ -80,11 +86,11 @@ def rank(path: str) -> int:
     def train_step(job, step, *args, **named):
         marks.append((time.process_time(), time.perf_counter()))
         if step == job.loader.steps - 1:
-            spans = [b - a for (_, a), (_, b) in pairwise(marks[1:])]
-            cpu = (marks[-1][0] - marks[1][0]) / len(spans)
-            outside = median(1 - own / all_ for own, all_ in zip(inside[1:], spans, strict=True))
+            cpu, wall = ([b - a for a, b in pairwise(clock)] for clock in zip(*marks, strict=True))
+            shares = [1 - own / whole for own, whole in zip(inside, wall, strict=True)]
+            measured = [mean(cpu[WARM_UP:]), median(shares[WARM_UP:])]
             place = Path(f"{os.environ[MARK]}-{os.environ['RANK']}")
-            place.write_text(json.dumps([cpu, outside]))
+            place.write_text(json.dumps([*measured, *cpu[:WARM_UP]]))
         result = plain(job, step, *args, **named)
         inside.append(sum(result.seconds.values()))
         return result
