@@ -120,8 +120,8 @@ class TorchEngine(Engine):
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        mine = get_total_norm(p.grad for p in self.owned if p.grad is not None)
-        norm = self.norm_over_ranks(mine)
+        gradients = [p.grad for p in self.owned if p.grad is not None]
+        norm = self.norm_over_ranks(get_total_norm(gradients))
         value = float(norm)
         if isfinite(value):
             clip_grads_with_norm_(self.owned, self.stage.train.clip_norm, norm)

@@ -66,14 +66,11 @@ class Fsdp2(TorchEngine):
         return [nn.Parameter(_local(p.data)) for _, p in self.trainable]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._reduce(last or self.reduce_every_micro_batch)
-        loss.backward()
-
-    def _reduce(self, reduces: bool) -> None:
-        """Whether backward passes reduce gradients; a walk over all modules, if it changes."""
-        if reduces != self.reduces:
+        reduces = last or self.reduce_every_micro_batch
+        if reduces != self.reduces:  # it walks over all modules
             self.model.set_requires_gradient_sync(reduces)
             self.reduces = reduces
+        loss.backward()
 
     def step(self, learning_rate: float) -> float:
         for (_, parameter), own in zip(self.trainable, self.owned, strict=True):

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
-from dtrain.distributed.world import end_world, start_world
+from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
+from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.models.adapters import attach
@@ -50,18 +51,23 @@ def batch() -> MicroBatch:
     return MicroBatch(ids, ids, every, every + 1, [TOKENS], [0], [TOKENS])
 
 
-def main() -> None:
-    recipe = load_recipe("tiny", ["engine={kind: fsdp2, shard: 2}"])
-    shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
-    world = start_world("cpu")
+def build(engine: str, world: World) -> Engine:
+    """`tiny`'s model and adapter under an engine."""
+    recipe = load_recipe("tiny", [f"engine={engine}"])
     world.first_then_others(lambda: ensure("tiny-llama"))
     base = base_folder(recipe.model.base)
     loaded = load_base(
         base, recipe.model, quantised=False, dtype=torch.float32, device=world.device
     )
     model = attach(loaded, recipe.stages[0].method, seed=0)
-    trainable, total = parameter_counts(model)
-    engine = build_engine(model, recipe, recipe.stages[0], world, lambda block: None)
+    return build_engine(model, recipe, recipe.stages[0], world, lambda block: None)
+
+
+def main() -> None:
+    shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
+    world = start_world("cpu")
+    engine = build("{kind: fsdp2, shard: 2}", world)
+    trainable, total = parameter_counts(engine.bare)
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from count_bytes import batch, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.shared_gather import SharedGather, share_gathers, shared_buffer
+from dtrain.models.counts import parameter_counts
+from dtrain.models.forward import supervised_loss
 
 GREATEST = 40_000
 # FSDP2 holds one gather while it asks for the next in a forward pass, none in a backward pass.
@@ -80,6 +83,20 @@ def outputs_of_a_sharded_model(world: World) -> Tensor:
     return found
 
 
+def elements_of_zero3(world: World) -> tuple[int, int]:
+    """What forward and backward gather through memory; what the model has."""
+    sizes, into = list[int](), SharedGather.into
+
+    def noted(self: SharedGather, part: Tensor, whole: Tensor) -> None:
+        sizes.append(whole.numel())
+        into(self, part, whole)
+
+    SharedGather.into = noted
+    engine = build("{kind: zero3}", world)
+    engine.backward(supervised_loss(engine.model, batch()), last=True)
+    return sum(sizes), parameter_counts(engine.bare)[1]
+
+
 def main() -> None:
     world, calls, facts = start_world("cpu"), [0], dict[str, int]()
     count_torchs(calls)
@@ -91,6 +108,7 @@ def main() -> None:
     facts["two nodes"] = calls[0]
     is_near = world.rank == 0
     facts["buffers"] = int(shared_buffer(64, dist.group.WORLD, is_near=is_near) is not None)
+    facts["zero3 gathers"], facts["zero3 has"] = elements_of_zero3(world)
     assert world.sum(list(facts.values())) == [world.size * value for value in facts.values()]
     if world.is_first:
         print("FACTS " + json.dumps(facts), flush=True)

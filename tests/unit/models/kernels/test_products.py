@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+from dtrain.models.kernels import products
 from dtrain.models.kernels.products import add_times, times, times_transposed
 
 TOKENS, INNER, OUTER = 37, 48, 29
+ONEDNN_PAYS = products.onednn_pays
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["onednn", "torch"])
+def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on each maker's processors."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_pays", lambda: request.param)
+    return bool(request.param)
 
 
 def filled(*shape: int) -> Tensor:
@@ -42,23 +55,30 @@ def test_the_same_product_twice_is_the_same_to_the_bit() -> None:
     assert torch.equal(times_transposed(x, weight), times_transposed(x.clone(), weight.clone()))
 
 
-def test_float32_is_multiplied_by_onednn() -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+def test_float32_is_multiplied_by_the_faster(by_onednn: bool) -> None:
     with torch.profiler.profile() as found:
         times(times_transposed(filled(TOKENS, INNER), filled(OUTER, INNER)), filled(OUTER, INNER))
     names = [event.key for event in found.key_averages()]
-    assert "mkldnn::_linear_pointwise" in names
-    assert "aten::mm" not in names
+    assert ("mkldnn::_linear_pointwise" in names) == by_onednn
+    assert ("aten::mm" in names) == (not by_onednn)
 
 
-def test_what_onednn_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_onednn_cannot_take_goes_to_torch() -> None:
     x, weight = filled(TOKENS, INNER), filled(OUTER, INNER)
     half = times_transposed(x.bfloat16(), weight.bfloat16())
     assert_close(half, x.bfloat16() @ weight.bfloat16().t())
     assert times(x[:0], weight.t()).shape == (0, OUTER)
     with FakeTensorMode() as fake:
         assert times_transposed(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert torch.equal(times_transposed(x, weight), x @ weight.t())
-    assert torch.equal(add_times(torch.zeros(37, 29), x, weight.t()), x @ weight.t())
+
+
+@pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", None])
+def test_onednn_is_for_amd(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path) -> str:
+        if maker is None:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nvendor_id\t: {maker}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    found = ONEDNN_PAYS.__wrapped__()
+    assert found == (maker == "AuthenticAMD" and torch.backends.mkldnn.is_available())
