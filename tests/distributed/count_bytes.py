@@ -28,6 +28,7 @@ from dtrain.samples.make import ensure
 
 COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_reduce")
 TOKENS = 32
+STAGES = ("domain", "task")
 
 
 def counted(sent: Counter[str]) -> None:
@@ -53,7 +54,9 @@ def batch() -> MicroBatch:
 
 def build(engine: str, world: World) -> Engine:
     """`tiny`'s model and adapter under an engine."""
-    recipe = load_recipe("tiny", [f"engine={engine}"])
+    stages = [f"stages.{name}.train.global_batch_sequences={world.size}" for name in STAGES]
+    launch = f"launch.processes={world.size}"
+    recipe = load_recipe("tiny", [f"engine={engine}", launch, *stages])
     world.first_then_others(lambda: ensure("tiny-llama"))
     base = base_folder(recipe.model.base)
     loaded = load_base(
