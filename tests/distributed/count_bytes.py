@@ -52,8 +52,8 @@ def batch() -> MicroBatch:
     return MicroBatch(ids, ids, every, every + 1, [TOKENS], [0], [TOKENS])
 
 
-def build(engine: str, world: World) -> Engine:
-    """`tiny`'s model and adapter under an engine."""
+def build(engine: str, world: World) -> tuple[Engine, int, int]:
+    """`tiny`'s model and adapter under an engine; elements that train, and all."""
     stages = [f"stages.{name}.train.global_batch_sequences={world.size}" for name in STAGES]
     launch = f"launch.processes={world.size}"
     recipe = load_recipe("tiny", [f"engine={engine}", launch, *stages])
@@ -63,14 +63,14 @@ def build(engine: str, world: World) -> Engine:
         base, recipe.model, quantised=False, dtype=torch.float32, device=world.device
     )
     model = attach(loaded, recipe.stages[0].method, seed=0)
-    return build_engine(model, recipe, recipe.stages[0], world, lambda block: None)
+    counts = parameter_counts(model)
+    return build_engine(model, recipe, recipe.stages[0], world, lambda block: None), *counts
 
 
 def main() -> None:
     shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
     world = start_world("cpu")
-    engine = build("{kind: fsdp2, shard: 2}", world)
-    trainable, total = parameter_counts(engine.bare)
+    engine, trainable, total = build("{kind: fsdp2, shard: 2}", world)
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice
