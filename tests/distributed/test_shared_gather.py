@@ -19,5 +19,5 @@ def test_what_is_gathered_is_whole_as_long_as_it_is_held(start: Callable) -> Non
         assert facts["one node"] == 0
         assert facts["two nodes"] > 0
         assert facts["buffers"] == 0  # none has one if one cannot
-        # Every frozen weight at least; adapters are small enough to stay gathered.
-        assert facts["zero3 gathers"] > 0.8 * facts["zero3 has"]
+        # Most are gathered once forward and once backward.
+        assert facts["zero3 gathers"] > 1.5 * facts["zero3 has"]
