@@ -42,7 +42,8 @@ class Fsdp2(TorchEngine):
         if mesh.ndim > 1:
             self.copy = (mesh.get_local_rank("replicate"), mesh.size(0))
         # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
-        self.reduce_every_micro_batch, self.reduces = isinstance(stage.method, Full), True
+        self.reduce_every_micro_batch = isinstance(stage.method, Full)
+        self.reduces = True
         self.optimizer = build_optimizer(self.owned, stage)
         unsharded = [n for n, p in bare.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"not sharded: {unsharded[:3]}"
@@ -60,10 +61,10 @@ class Fsdp2(TorchEngine):
     def owned(self) -> list[nn.Parameter]:
         """This rank's shards, sharing memory with the model's.
 
-        As DTensors they would go through torch's dispatch between ranks, which for some hundred
-        adapters costs each optimizer step a few percent and the first one seconds.
+        For DTensors torch works out how each operation of the optimizer is sharded, which for
+        some hundred adapters takes the first step seconds.
         """
-        return [nn.Parameter(_local(p.data)) for _, p in self.trainable]
+        return [nn.Parameter(_local(p)) for _, p in self.trainable]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         reduces = last or self.reduce_every_micro_batch

@@ -56,7 +56,7 @@ class StrictDdp(TorchEngine):
             self._leaf = 0
 
     def _take_gradient(self) -> Tensor:
-        parts = [p.grad.reshape(-1) for _, p in self.trainable if p.grad is not None]
+        parts = [p.grad.reshape(-1) for p in self.owned if p.grad is not None]
         self.optimizer.zero_grad()
         return torch.cat(parts)
 
@@ -68,9 +68,8 @@ class StrictDdp(TorchEngine):
         return parts[0]
 
     def _put_gradient(self, flat: Tensor) -> None:
-        parameters = [p for _, p in self.trainable]
-        parts = flat.split([p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
+        parts = flat.split([p.numel() for p in self.owned])
+        for parameter, part in zip(self.owned, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
 

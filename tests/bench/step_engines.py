@@ -34,7 +34,7 @@ def main(data: str, rounds: int = 3, steps: int = 4) -> None:
             print("before:", *(f"{value:.2f}" for value in first), flush=True)
     for engine in ENGINES:
         ratios = [own[0] / ddp[0] for own, ddp in zip(found[engine], found["ddp"], strict=True)]
-        share = median(run[1] for run in found[engine])
+        share = median(loop for _, loop, *_ in found[engine])
         print(f"{engine}: {median(ratios):.3f}x the CPU of ddp; the loop {share:.2%} of a step")
 
 

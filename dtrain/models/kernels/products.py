@@ -1,7 +1,7 @@
 """Products of float32 matrices on a CPU of AMD's, by the oneDNN that torch carries.
 
 torch's own `mm` goes to MKL, which knows no AVX-512 on these processors: by oneDNN x Wᵀ runs 7 to
-10 % faster there, g W 8 to 14 %. On Intel's MKL is the faster one, by 3 to 25 %, so there, as for
+10 % faster there, g W 8 to 14 %. On Intel's MKL is the faster one, by 3 to 26 %, so there, as for
 anything but plain tensors, it is `mm` after all; on a GPU that is cuBLAS.
 """
 

@@ -63,13 +63,16 @@ def test_float32_is_multiplied_by_the_faster(by_onednn: bool) -> None:
     assert ("aten::mm" in names) == (not by_onednn)
 
 
-def test_what_onednn_cannot_take_goes_to_torch() -> None:
+def test_what_onednn_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = filled(TOKENS, INNER), filled(OUTER, INNER)
     half = times_transposed(x.bfloat16(), weight.bfloat16())
     assert_close(half, x.bfloat16() @ weight.bfloat16().t())
     assert times(x[:0], weight.t()).shape == (0, OUTER)
     with FakeTensorMode() as fake:
         assert times_transposed(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
+    monkeypatch.setattr(products, "onednn_pays", lambda: False)
+    assert torch.equal(times_transposed(x, weight), x @ weight.t())
+    assert torch.equal(add_times(torch.zeros(37, 29), x, weight.t()), x @ weight.t())
 
 
 @pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", None])
