@@ -89,7 +89,7 @@ def _others(template: Template, talk: Talk, text: str, learnt: list[int]) -> lis
         stop = len(text) - len(after)
         if not (probe and text.startswith(before) and text.endswith(after) and len(before) <= stop):
             raise _lost(index)
-        ending = _end_of_turn(template)
+        ending = end_of_turn(template)
         spans.append((len(before), stop + len(ending) * text.startswith(ending, stop)))
     return spans
 
@@ -122,7 +122,7 @@ def _without_blank_end(answer: str, content: str) -> str:
 
 def _by_probe(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span]:
     """Each answer is found by rendering another one in its place; the end of turn is added."""
-    ending = _end_of_turn(template)
+    ending = end_of_turn(template)
     spans = []
     for index in learnt:
         has_calls = bool(talk.messages[index].get("tool_calls"))
@@ -173,7 +173,7 @@ def _lost(index: int) -> UserError:
 
 
 @lru_cache(maxsize=8)
-def _end_of_turn(template: Template) -> str:
+def end_of_turn(template: Template) -> str:
     """What the template writes behind an answer, without blanks at its end."""
     first = [{"role": "user", "content": BEGIN}, {"role": "assistant", "content": f"a{END}"}]
     last = template.render(Talk(first)).partition(END)[2].rstrip()
