@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import Problems, UserError
+from dtrain.core.files import read_text, unique_keys
 
 # knob of the file → key of the recipe that owns it
 OWNED = {
@@ -52,9 +53,7 @@ def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        config = json.loads(read_text(path), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         what = f"is not valid JSON: {error.msg}"
         raise UserError(what, where=f"{path}:{error.lineno}") from error
@@ -63,15 +62,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("is not a JSON object", where=str(path))
     return config
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key} is there twice")
-        found[key] = value
-    return found
 
 
 def _owned_knobs(config: dict[str, Any], path: Path) -> Iterator[UserError]:

@@ -13,6 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_text
 
 Key = tuple[str | int, ...]  # the way to a value: ("stages", 0, "name")
 
@@ -47,7 +48,7 @@ def read_document(path: Path) -> Document:
     Raises:
         UserError: it cannot be read, is not YAML, or is not a group of keys.
     """
-    values, origins = _parse(_read_text(path), str(path))
+    values, origins = _parse(read_text(path), str(path))
     if values is None:
         raise UserError("is empty", where=str(path), fix="`dtrain recipes copy tiny` gives a start")
     if not isinstance(values, dict):
@@ -58,19 +59,6 @@ def read_document(path: Path) -> Document:
 def parse_value(text: str, name: str) -> Any:
     """The value that a piece of YAML stands for, as plain Python; `name` is for messages."""
     return _parse(text, name)[0]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        what = f"is not UTF-8 text (byte 0x{data[error.start]:02x})"
-        raise UserError(what, where=f"{path}:{line}", fix="save the file as UTF-8") from error
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:

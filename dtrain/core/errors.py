@@ -45,6 +45,10 @@ def _rebuild(what: str, where: str, fix: str, status: Exit) -> UserError:
     return UserError(what, where=where, fix=fix, status=status)
 
 
+class EmptyData(UserError):
+    """Data without a row, or without a token to learn."""
+
+
 class Problems(UserError):
     """Several faults, told all at once."""
 

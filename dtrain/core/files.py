@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
 
 SEAL = "sha256"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 little-endian starts as the first
 
 
 def fsync_folder(folder: Path) -> None:
@@ -51,6 +53,57 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark at its head.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return decode_text(data, str(path))
+
+
+def open_text(path: Path) -> IO[str]:
+    """Open a UTF-8 file for reading line by line, behind a byte-order mark at its head.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: it is UTF-16; other bytes that are not UTF-8 raise UnicodeDecodeError when read.
+    """
+    with open(path, "rb") as file:
+        without_mark(file.read(4), str(path))
+    return open(path, encoding="utf-8-sig")
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The content of a UTF-8 file as text, without a byte-order mark at its head.
+
+    Raises:
+        UserError: it is not UTF-8, with `name` and the line.
+    """
+    try:
+        return without_mark(data, name).decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+        raise UserError(what, where=f"{name}:{line}", fix="save the file as UTF-8") from error
+
+
+def without_mark(head: bytes, name: str) -> bytes:
+    """The head of a UTF-8 file without its byte-order mark.
+
+    Raises:
+        UserError: the mark says UTF-16 or UTF-32.
+    """
+    if head.startswith(UTF_16):
+        fix = "save the file as UTF-8, such as by iconv -f UTF-16 -t UTF-8 OLD > NEW"
+        raise UserError("is UTF-16 text, not UTF-8", where=name, fix=fix)
+    return head.removeprefix(codecs.BOM_UTF8)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -58,9 +111,23 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or broken.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads(…, object_pairs_hook=unique_keys)`.
+
+    Raises:
+        ValueError: a key is there twice, and json alone would keep the last one.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key} is there twice")
+        found[key] = value
+    return found
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import unique_keys
 
 Messages = list[dict[str, Any]]
 
@@ -92,7 +93,7 @@ def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"{own}.arguments", where)
-        made = {"name": function["name"], "arguments": without_nulls(arguments)}
+        made = {"name": function["name"], "arguments": arguments}
         beside = {"id": call["id"]} if call.get("id") is not None else {}
         calls.append({**beside, "type": "function", "function": made})
     return calls
@@ -106,20 +107,12 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError("`tools` must be a list of JSON schemas", where=where)
-    schemas = [without_nulls(tool) for tool in value]
-    return [s if "function" in s else {"type": "function", "function": s} for s in schemas]
-
-
-def without_nulls(value: Any) -> Any:
-    """Without the nulls that Arrow fills in where objects of one column differ in their keys."""
-    if isinstance(value, dict):
-        return {key: without_nulls(v) for key, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+    return [s if "function" in s else {"type": "function", "function": s} for s in value]
 
 
 def _parsed(text: str, name: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"`{name}` is not JSON: {error}", where=where) from error
 
@@ -146,6 +139,4 @@ def checked_text(value: Any, name: str, where: str) -> str:
 def kind_of_value(value: Any) -> str:
     """'a list', 'null', …, for a message."""
     names = {type(None): "null", list: "a list", dict: "an object", str: "a text", bool: "a bool"}
-    if isinstance(value, UserError):  # an object that could not be read
-        return f"an object in which {value.what}"
     return names.get(type(value), "a number" if isinstance(value, int | float) else "this")

@@ -73,12 +73,15 @@ def _record(
 ) -> Record | Fault:
     place = part.place(number)
     if isinstance(raw, UserError):
-        error = raw if raw.where else UserError(raw.what, where=place, fix=raw.fix)
-        return Fault(error, index, number)
+        return Fault(_placed(raw, place), index, number)
     try:
         return Record(convert(raw, form, columns, place), index, number)
     except UserError as error:
         return Fault(error, index, number)
+
+
+def _placed(error: UserError, place: str) -> UserError:
+    return error if error.where else UserError(error.what, where=place, fix=error.fix)
 
 
 class Stretches:
@@ -134,11 +137,11 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
         if part.kind.startswith(".txt"):
             return "text"
         try:
-            for number, parse in rows(part):
+            for number, parse in rows(part, renamed=columns.values()):
                 raw = parse()
                 if not isinstance(raw, UserError):
                     return form_of(raw, columns, part.place(number))
-                first_fault = first_fault or raw
+                first_fault = first_fault or _placed(raw, part.place(number))
         except UserError as error:
             first_fault = first_fault or error
     if first_fault:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Source
-from dtrain.core.errors import UserError
+from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.files import FolderLock
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import Meter, progress, say
@@ -27,7 +27,7 @@ from dtrain.data.writer import Writer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 2  # raise it whenever the same input would give another store
+CODE_VERSION = 3  # raise it whenever the same input would give another store
 
 Kind = Literal["cpt", "sft"]
 
@@ -192,7 +192,7 @@ class _Preparation:
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
             cuts = cut(self._read(meter))
         if len(cuts) == 1:
-            raise UserError("the data set is empty", where=self.source.path, fix="correct `path`")
+            raise EmptyData("there is no row in it", where=self.source.path, fix="correct `path`")
         return cuts
 
     def _read(self, meter: Meter) -> Iterator[Record]:

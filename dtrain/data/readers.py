@@ -8,15 +8,18 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dtrain.config.schema import Column
 from dtrain.core.errors import UserError
+from dtrain.core.files import decode_text, without_mark
 from dtrain.data.sources import Part
 
 # Number of the row, from 1, and what parses it: into the row, or what is wrong with it.
@@ -27,12 +30,15 @@ MAX_LINE_BYTES = 1 << 25  # no row is this long; what is, is another kind of fil
 csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
 
 
-def rows(part: Part, wanted: tuple[str, ...] | None = None) -> Iterator[Raw]:
+def rows(
+    part: Part, wanted: tuple[str, ...] | None = None, renamed: Collection[str] = ()
+) -> Iterator[Raw]:
     """All rows of a part, each parsed only when it is asked for.
 
     Args:
         part: of a source.
         wanted: columns to read where a file can leave others out; None for all.
+        renamed: columns of the source that are called otherwise than the format calls them.
 
     Raises:
         UserError: nothing more of this part can be read.
@@ -44,7 +50,9 @@ def rows(part: Part, wanted: tuple[str, ...] | None = None) -> Iterator[Raw]:
         return _parquet(part, wanted)
     if kind == ".arrow":
         return _arrow(part)
-    return {".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}[kind](part)
+    if kind == ".json":
+        return _json(part, {*get_args(Column), *(wanted or ()), *renamed})
+    return {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind](part)
 
 
 def _parsed(rows: Iterable[tuple[int, Any]]) -> Iterator[Raw]:
@@ -59,13 +67,42 @@ def _same(row: Any) -> Any:
 
 def _of_batch(batch: pa.RecordBatch, first: int) -> Iterator[Raw]:
     """Rows of an Arrow batch, turned into Python's values once the first of them is asked for."""
-    known = lru_cache(maxsize=1)(batch.to_pylist)
+    known = lru_cache(maxsize=1)(partial(_values, batch))
     for place in range(batch.num_rows):
         yield first + place, partial(_at, known, place)
 
 
 def _at(known: Callable[[], list[Any]], place: int) -> Any:
     return known()[place]
+
+
+def _values(batch: pa.RecordBatch) -> list[Any]:
+    return list(map(_without_filled(pa.struct(batch.schema)), batch.to_pylist()))
+
+
+def _without_filled(kind: pa.DataType, column: bool = True) -> Callable[[Any], Any]:
+    """What takes from a value of an Arrow type the nulls of its structs.
+
+    Where objects of a column differ in their keys, Arrow gives each of them the keys of all, and
+    fills in nulls. A null of a list, of a map or of a whole column was written by someone.
+    """
+    if pa.types.is_struct(kind):
+        inner = {field.name: _without_filled(field.type, False) for field in kind}
+        return partial(_struct, inner, keep=column)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        item = _without_filled(kind.value_type, False)
+        return _same if item is _same else partial(_list, item)
+    return _same
+
+
+def _struct(inner: dict[str, Callable[[Any], Any]], value: Any, *, keep: bool) -> Any:
+    if value is None:
+        return None
+    return {k: inner[k](v) for k, v in value.items() if keep or v is not None}
+
+
+def _list(item: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else [item(one) for one in value]
 
 
 def _open(part: Part) -> IO[bytes]:
@@ -102,13 +139,7 @@ def _refuse_empty_zst(part: Part, has_content: bool) -> None:
 
 
 def _txt(part: Part) -> Iterator[Raw]:
-    try:
-        text = _content(part).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8: byte {error.start}", where=part.name, fix="convert the file to UTF-8"
-        ) from error
-    if text:
+    if text := decode_text(_content(part), part.name):
         yield from _parsed([(1, {"text": text})])
 
 
@@ -127,6 +158,8 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes | UserError]]:
         with _open(part) as file:
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
+                if number == 1 and not (line := without_mark(line, part.name)):
+                    return
                 if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                     yield number, _too_long(_skip_line(file) + len(line), part, number)
                 else:
@@ -168,7 +201,11 @@ def parse_json(line: bytes, part: Part, first_line: int) -> Any:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:
+    """An object of JSON, or what is wrong with it or with an object in it."""
     found = dict(pairs)
+    for value in found.values():
+        if fault := _fault_in(value):
+            return fault
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
@@ -176,20 +213,57 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:
     return found
 
 
-def _json(part: Part) -> Iterator[Raw]:
-    """A list of rows; or one row a line, as some call .json what is .jsonl."""
-    with _open(part) as file:
-        try:
-            head = file.read(4096)
-        except (OSError, EOFError, zlib.error) as error:
-            raise _broken_file(part, 1, error) from error
-    if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _jsonl(part)
-        return
-    whole = parse_json(_content(part), part, 1)
+def _fault_in(value: Any) -> UserError | None:
+    if isinstance(value, list):
+        return next((fault for one in value if (fault := _fault_in(one))), None)
+    return value if isinstance(value, UserError) else None
+
+
+def _json(part: Part, columns: Collection[str]) -> Iterator[Raw]:
+    """A list of rows, an object that holds such a list, or one row.
+
+    Or one row a line, as some call .json what is .jsonl.
+    """
+    filled = (line for _, line in _lines(part) if isinstance(line, UserError) or line.strip())
+    first = list(islice(filled, 2))
+    if len(first) == 2 and isinstance(first[0], bytes):
+        parsed = parse_json(first[0], part, 1)
+        if isinstance(parsed, dict):
+            yield from _jsonl(part)
+            return
+    whole = parse_json(without_mark(_content(part), part.name), part, 1) if first else []
     if isinstance(whole, UserError):
-        raise whole
-    yield from _parsed(enumerate(whole, start=1))
+        if len(first) == 2 and all(_is_object(line) for line in first):
+            yield from _jsonl(part)  # says which lines are broken
+            return
+        raise UserError(whole.what, where=whole.where or part.name, fix=whole.fix)
+    yield from _parsed(enumerate(_rows_in(whole, part, columns), start=1))
+
+
+def _is_object(line: bytes | UserError) -> bool:
+    """Whether a line looks like one row; what is too long to be looked at may be one."""
+    return isinstance(line, UserError) or line.lstrip().startswith(b"{")
+
+
+def _rows_in(whole: Any, part: Part, columns: Collection[str]) -> list[Any]:
+    """The rows of a JSON file: its list, or the only list of objects in its object.
+
+    Raises:
+        UserError: several of its keys hold rows.
+    """
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict) or any(column in whole for column in columns):
+        return [whole]
+    lists = {key: value for key, value in whole.items() if _is_rows(value)}
+    if len(lists) > 1:
+        what = f"several keys hold rows: {', '.join(lists)}"
+        raise UserError(what, where=part.name, fix="write each list into a file of its own")
+    return next(iter(lists.values()), [whole])
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict | UserError) for one in value)
 
 
 def _csv(part: Part) -> Iterator[Raw]:
@@ -205,10 +279,17 @@ def _csv(part: Part) -> Iterator[Raw]:
         if cells is None:
             return
         if header is None:
-            header = cells
+            header = _header(cells, part)
         elif cells:
             yield number, partial(_csv_row, header, cells)
         number = reader.line_num + 1
+
+
+def _header(cells: list[str], part: Part) -> list[str]:
+    if twice := [name for name in dict.fromkeys(cells) if cells.count(name) > 1]:
+        what = f"the column `{twice[0]}` is there twice"
+        raise UserError(what, where=part.place(1), fix="rename or remove one of them")
+    return cells
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
@@ -223,7 +304,7 @@ def _texts(part: Part) -> Iterator[str]:
         if isinstance(line, UserError):
             raise line
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.decode()
         except UnicodeDecodeError as error:
             fix = "convert the file to UTF-8"
             raise UserError("not UTF-8", where=part.place(number), fix=fix) from error
@@ -233,7 +314,7 @@ def _parquet(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
     number = 0
     try:
         with pq.ParquetFile(part.path) as file:
-            columns = _present(file.schema_arrow.names, wanted)
+            columns = _present(part, file.schema_arrow.names, wanted)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 yield from _of_batch(batch, number + 1)
                 number += batch.num_rows
@@ -248,6 +329,7 @@ def _arrow(part: Part) -> Iterator[Raw]:
     try:
         with pa.memory_map(str(part.path)) as file:
             for batch in _batches(file):
+                _header(batch.schema.names, part)
                 yield from _of_batch(batch, number + 1)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -267,10 +349,12 @@ def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
 
 def _dataset(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
     assert part.rows is not None
-    columns = _present(part.rows.column_names, wanted)
-    return _parsed(enumerate(part.rows.select_columns(columns), start=1))
+    chosen = part.rows.select_columns(_present(part, part.rows.column_names, wanted))
+    bare = _without_filled(pa.struct(chosen.features.arrow_schema))
+    return _parsed(enumerate(map(bare, chosen), start=1))
 
 
-def _present(names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+def _present(part: Part, names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
     """The columns to read; all, if none of those wanted is there, for a message that names them."""
+    _header(names, part)
     return [name for name in names if wanted is None or name in wanted] or names

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_text
 from dtrain.core.folders import local_path
 from dtrain.data.conversations import Messages, Talk
 from dtrain.data.limits import Limit, limits
@@ -126,12 +127,13 @@ def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if setting == "instruction":
         return _instruction(tokenizer)
     try:
-        return local_path(setting).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(local_path(setting))
+    except UserError as error:
         raise UserError(
-            f"the template cannot be read: {error}",
+            f"the template cannot be used: {error.what}",
             where=f"template: {setting}",
-            fix="name a jinja file, or write `template: auto` or `template: instruction`",
+            fix=error.fix
+            or "name a jinja file, or write `template: auto` or `template: instruction`",
         ) from error
 
 

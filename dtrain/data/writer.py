@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import EmptyData
 from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_sha256
 from dtrain.data.packing import Plan, keep_rows, one_each, pack_stream, pack_whole
@@ -153,14 +153,14 @@ class Writer:
         write_sealed(self.folder / MANIFEST, {**manifest, "shards": self.shards, "files": files})
 
 
-def _nothing_to_learn(counts: dict[str, int], where: str) -> UserError:
+def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyData:
     reasons = {
         MASKED: "{} without an answer that fits in a sequence",
         TOO_LONG: "{} longer than a sequence",
         EMPTY: "{} empty",
     }
     told = [text.format(f"{counts[key]:,}") for key, text in reasons.items() if counts.get(key)]
-    return UserError(
+    return EmptyData(
         f"there is nothing to learn in it: of its rows, {', '.join(told) or 'all too short'}",
         where=where,
         fix="check the answers (role: assistant, or `output`), `template` and `sequence_tokens`",

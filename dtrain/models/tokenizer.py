@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -31,7 +32,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         ) from error
     if len(tokenizer) == 0:
         raise UserError("the tokenizer has no tokens", where=str(folder))
+    tokenizer.chat_template = _without_mark(tokenizer.chat_template)
     return tokenizer
+
+
+def _without_mark(template: Any) -> Any:
+    """A chat template, or several by name, without the byte-order mark of the file it was in."""
+    if isinstance(template, dict):
+        return {name: _without_mark(text) for name, text in template.items()}
+    return template.removeprefix("\ufeff") if isinstance(template, str) else template
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

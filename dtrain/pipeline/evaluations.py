@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, write_json
+from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.folders import local_path
 from dtrain.core.log import progress, say
 from dtrain.data.loader import Loader
@@ -104,14 +104,16 @@ def read_questions(path: Path, count: int) -> list[dict[str, str]]:
     """The first `count` questions of a JSON-lines file.
 
     Raises:
-        UserError: it cannot be read, or a line lacks `question` or `answer`.
+        UserError: it cannot be read or is empty, or a line lacks `question` or `answer`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:count]
-    except OSError as error:
+        lines = read_text(path).rstrip().split("\n")[:count]
+    except UserError as error:
         raise UserError(
-            f"cannot be read: {error}", where=f"evaluation.questions.path: {path}"
+            error.what, where=f"evaluation.questions.path: {error.where}", fix=error.fix
         ) from error
+    if not any(lines):
+        raise UserError("holds no question", where=f"evaluation.questions.path: {path}")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
+from dtrain.core.errors import EmptyData
 from dtrain.core.folders import cache_folder, local_path, sample_name
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
@@ -50,8 +51,13 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
 
-    def ready(data: Data, kind: Literal["cpt", "sft"], global_batch: int = 1) -> Mixture:
-        mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes, global_batch)
+    def ready(name: str, data: Data, kind: Literal["cpt", "sft"], global_batch: int = 1) -> Mixture:
+        try:
+            mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes, global_batch)
+        except EmptyData as error:
+            raise EmptyData(
+                f"{name} is empty: {error.what}", where=error.where, fix=error.fix
+            ) from error
         check_vocabulary(mixture, config.get_text_config().vocab_size)
         if verify:
             mixture.verify()
@@ -63,10 +69,18 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
         stages={
-            stage.name: ready(stage.data, stage.kind, stage.train.global_batch_sequences)
+            stage.name: ready(
+                f"the data of stage {stage.name}",
+                stage.data,
+                stage.kind,
+                stage.train.global_batch_sequences,
+            )
             for stage in recipe.stages
         },
-        sets={name: ready(data, data.kind) for name, data in recipe.evaluation.sets.items()},
+        sets={
+            name: ready(f"the evaluation set {name}", data, data.kind)
+            for name, data in recipe.evaluation.sets.items()
+        },
     )
 
 

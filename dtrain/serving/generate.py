@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dtrain.core.errors import Problems, UserError
+from dtrain.core.files import open_text
 from dtrain.core.log import progress, say
 from dtrain.data.conversations import Messages, as_messages
 from dtrain.serving.speaker import Speaker
@@ -35,7 +36,7 @@ def read_prompts(path: Path) -> Iterator[Prompt | UserError]:
     A row has `messages`, or one of `prompt`, `question` and `instruction` (with `input`).
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _prompt(line, f"{path}:{number}")

@@ -8,10 +8,13 @@ and docs/features/lora.md.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dtrain.core.folders import local_path
+from dtrain.core.files import read_text, write_atomic
+from dtrain.core.folders import cache_folder, local_path
+from dtrain.core.hashes import fingerprint
 from dtrain.launching.quote import quote
 from dtrain.serving.adapters import AdapterInfo, list_adapters
 from dtrain.serving.run import Run
@@ -138,8 +141,18 @@ def _model_options(run: Run) -> list[tuple[str, ...]]:
     if run.recipe.model.trust_remote_code:
         options.append(("--trust-remote-code",))
     if run.template not in ("auto", "instruction"):
-        options.append(("--chat-template", str(local_path(run.template).absolute())))
+        options.append(("--chat-template", str(_template_file(local_path(run.template)))))
     return options
+
+
+def _template_file(path: Path) -> Path:
+    """The template, or a copy without its byte-order mark, which vLLM would write into prompts."""
+    if not (path.is_file() and path.read_bytes().startswith(BOM_UTF8)):
+        return path.absolute()
+    text = read_text(path)
+    copy = cache_folder() / "templates" / f"{fingerprint(text)[:32]}.jinja"
+    write_atomic(copy, text)
+    return copy
 
 
 def _notes(run: Run) -> list[str]:

@@ -219,4 +219,4 @@ def test_a_text_file_holds_no_conversations(fault, tmp_path) -> None:
 
 def test_a_text_file_that_is_not_utf8(fault, tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    assert "not UTF-8: byte 3" in fault(tmp_path / "a.txt")
+    assert "a.txt:1: is not UTF-8 text (byte 0xe9)" in fault(tmp_path / "a.txt")

@@ -125,6 +125,17 @@ def test_nf4_a_template_and_code_go_into_the_command(make_run: Callable[..., Pat
     assert "### Instruction:" in text and len(commands(text)) == 3
 
 
+def test_vllm_gets_a_template_without_its_byte_order_mark(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = tmp_path / "a.jinja"
+    template.write_text("\ufeff{{ 1 }}", encoding="utf-8")
+    run = make_run("run", f"stages.task.data.template={template}")
+    for words in commands(script(open_run(run))):
+        (path,) = after(words, "--chat-template")
+        assert Path(path).read_text(encoding="utf-8") == "{{ 1 }}"
+
+
 def test_a_relative_template_is_found_from_any_folder(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

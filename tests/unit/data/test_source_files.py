@@ -1,0 +1,288 @@
+"""What a file holds is what is read: nulls, byte-order marks, columns, rows inside an object."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.config.schema import Source
+from dtrain.core.errors import UserError
+from dtrain.data.conversations import Talk
+from dtrain.data.formats import Fault, read, read_on
+from dtrain.data.sources import find_parts
+from dtrain.data.templates import template_text
+from dtrain.models.tokenizer import load_tokenizer
+from dtrain.pipeline.evaluations import read_questions
+from dtrain.serving.generate import Prompt, read_prompts
+
+ASKED = {"role": "user", "content": "a"}
+SCHEMA = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"unit": {"type": "string", "default": None, "enum": ["C", None]}},
+        "const": None,
+    },
+}
+TOOLS = [{"type": "function", "function": SCHEMA}]
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+    }
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(path) → the values of all rows"""
+
+    def run(path: Path, form: str = "auto", **more: Any) -> list[Any]:
+        source = Source(path=str(path), format=form, **more)
+        parts = find_parts(source, tmp_path / "cache")
+        return [record.value for record in read(parts, form, source.columns)]
+
+    return run
+
+
+@pytest.fixture
+def fault(load):
+    """fault(path) → the message"""
+
+    def run(path: Path, form: str = "auto", **more: Any) -> str:
+        with pytest.raises(UserError) as error:
+            load(path, form, **more)
+        return str(error.value)
+
+    return run
+
+
+def arguments_of(talk: Talk) -> Any:
+    return talk.messages[1]["tool_calls"][0]["function"]["arguments"]
+
+
+ARGUMENTS = {"unit": None, "deep": {"none": None, "list": [None, {"x": None}]}}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_nulls_of_json_stay_in_schemas_and_arguments(load, tmp_path, suffix, as_text) -> None:
+    written = json.dumps if as_text else lambda value: value
+    row = {"messages": [ASKED, call(written(ARGUMENTS))], "tools": written(TOOLS)}
+    content = json.dumps([row] if suffix == ".json" else row).encode()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    (talk,) = load(path)
+    assert arguments_of(talk) == ARGUMENTS
+    assert talk.tools == TOOLS
+
+
+def arrow_file(path: Path, rows: list[Any]) -> Path:
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    else:
+        datasets.Dataset(table).save_to_disk(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "saved"])
+def test_of_arrow_only_what_it_filled_in_goes(load, tmp_path, name) -> None:
+    rows = [
+        {"messages": [ASKED, call({"city": "Paris", "list": [None, "x"]})], "tools": None},
+        {
+            "messages": [ASKED, call({"unit": "C"})],
+            "tools": [{"name": "f", "properties": {"a": 1}}],
+        },
+    ]
+    first, second = load(arrow_file(tmp_path / name, rows))
+    assert arguments_of(first) == {"city": "Paris", "list": [None, "x"]}
+    assert arguments_of(second) == {"unit": "C"}
+    assert first.tools is None
+    assert second.tools[0]["function"] == {"name": "f", "properties": {"a": 1}}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "saved"])
+def test_nulls_in_a_json_text_of_arrow_stay(load, tmp_path, name) -> None:
+    row = {"messages": [ASKED, call(json.dumps(ARGUMENTS))], "tools": json.dumps(TOOLS)}
+    (talk,) = load(arrow_file(tmp_path / name, [row]))
+    assert arguments_of(talk) == ARGUMENTS and talk.tools == TOOLS
+
+
+def test_a_key_twice_inside_a_row_is_refused(load, fault, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n')
+    assert fault(path).startswith(f"{path}:1: the key `content` is there twice")
+    row = {"messages": [ASKED, call('{"a": 1, "a": 2}')]}
+    path.write_text(json.dumps(row))
+    assert "the key a is there twice" in fault(path)
+
+
+BOM = "\ufeff"
+ROWS = {
+    "a.jsonl": '{"text": "x"}\n',
+    "a.json": '[{"text": "x"}]',
+    "b.json": '{"text": "x"}\n{"text": "x"}\n',
+    "c.json": '{"data": [\n{"text": "x"}]}',
+    "a.csv": "text\nx\n",
+    "a.txt": "x",
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_byte_order_mark_is_no_part_of_rows(load, fault, tmp_path, name, packed) -> None:
+    path = tmp_path / (name + ".gz" * packed)
+
+    def write(content: bytes) -> None:
+        path.write_bytes(gzip.compress(content) if packed else content)
+
+    write((BOM + ROWS[name]).encode())
+    assert set(load(path)) == {"x"}
+    for encoding in ("utf-16", "utf-32"):
+        write(ROWS[name].encode(encoding))
+        assert "is UTF-16 text, not UTF-8" in fault(path) and "iconv" in fault(path)
+
+
+def test_a_file_of_nothing_but_a_mark_has_no_row(load, tmp_path) -> None:
+    for name in ("a.jsonl", "a.csv", "a.txt", "a.json"):
+        (tmp_path / name).write_text(BOM, encoding="utf-8")
+        assert load(tmp_path / name, "text") == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tokenizer, tmp_path) -> None:
+    path = tmp_path / "a.jinja"
+    path.write_text(BOM + "{{ messages[0].content }}", encoding="utf-8")
+    assert template_text(str(path), tokenizer) == "{{ messages[0].content }}"
+    path.write_bytes("{{ x }}".encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16 text") as error:
+        template_text(str(path), tokenizer)
+    assert "iconv" in error.value.fix
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_byte_order_mark_is_no_part_of_the_tokenizers_template(
+    make_tokenizer, tmp_path, named
+) -> None:
+    make_tokenizer(template=BOM + "{{ 1 }}").save_pretrained(tmp_path)
+    if named:  # several templates, as older models keep them
+        (tmp_path / "chat_template.jinja").unlink()
+        path = tmp_path / "tokenizer_config.json"
+        several = [{"name": n, "template": BOM + "{{ 1 }}"} for n in ("default", "rag")]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert template_text("auto", tokenizer) == "{{ 1 }}"
+    assert BOM not in str(tokenizer.chat_template)
+
+
+def test_a_byte_order_mark_is_no_part_of_questions_and_prompts(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(BOM + '{"question": "a\u2028b", "answer": "c"}\n', encoding="utf-8")
+    assert read_questions(path, 3) == [{"question": "a\u2028b", "answer": "c"}]
+    (prompt,) = read_prompts(path)
+    assert isinstance(prompt, Prompt) and prompt.messages[0]["content"] == "a\u2028b"
+    path.write_bytes(codecs.BOM_UTF16_LE)
+    for use in (lambda: read_questions(path, 3), lambda: list(read_prompts(path))):
+        with pytest.raises(UserError, match="is UTF-16 text"):
+            use()
+
+
+def test_a_byte_order_mark_is_no_part_of_recipes_and_deepspeed_files(tmp_path) -> None:
+    recipe, deepspeed = tmp_path / "a.yaml", tmp_path / "ds.json"
+    known = Path("ds_configs/zero2.json").read_text(encoding="utf-8")
+    deepspeed.write_text(BOM + known, encoding="utf-8")
+    shipped = Path("dtrain/recipes/tiny.yaml").read_text(encoding="utf-8")
+    recipe.write_text(BOM + shipped, encoding="utf-8")
+    overrides = ["engine.kind=zero2", f"engine.config={deepspeed}"]
+    assert load_recipe(str(recipe), overrides) == load_recipe("tiny", overrides)
+    deepspeed.write_bytes(known.encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16 text"):
+        load_recipe("tiny", overrides)
+
+
+def test_questions_without_one_are_refused(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no question"):
+        read_questions(tmp_path / "a.jsonl", 3)
+
+
+@pytest.mark.parametrize("head", ["text,text", "a,text,b,text"])
+def test_a_column_twice_is_refused(fault, tmp_path, head) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"{head}\n" + ",".join("x" for _ in head.split(",")) + "\n")
+    assert fault(path).startswith(f"{path}:1: the column `text` is there twice")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_twice_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> None:
+    path = tmp_path / f"a{suffix}"
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    assert "the column `text` is there twice" in fault(path)
+
+
+def test_a_csv_row_of_another_length_is_refused_with_its_line(tmp_path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,b\n"two\nlines",1\nx\nx,1,2\ny,1\n')
+    parts = find_parts(Source(path=str(path)), tmp_path / "cache")
+    told = [str(item.error) if isinstance(item, Fault) else item for item in read_on(parts, "text")]
+    assert told[1].startswith(f"{path}:4: 1 cells, but the first line names 2 columns")
+    assert told[2].startswith(f"{path}:5: 3 cells")
+    assert told[0].value == "two\nlines" and told[3].value == "y"
+
+
+ROW = {"instruction": "q", "output": "a"}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("key", ["data", "rows", "train", "anything"])
+def test_an_object_that_holds_the_rows_is_read(load, tmp_path, key, indent) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", key: [ROW, ROW], "n": [1]}, indent=indent))
+    assert [talk.messages[1]["content"] for talk in load(path)] == ["a", "a"]
+    assert len(load(path, "alpaca")) == 2
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_that_is_a_row_is_one(load, tmp_path, indent) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"id": 1, "messages": [ASKED, ASKED]}, indent=indent))
+    assert [len(talk.messages) for talk in load(path)] == [2]
+    path.write_text(json.dumps({"turns": [ASKED, ASKED, ASKED]}, indent=indent))
+    for form in ("auto", "messages"):
+        (talk,) = load(path, form, columns={"messages": "turns"})
+        assert len(talk.messages) == 3
+
+
+def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": [ROW], "test": [ROW]}))
+    assert fault(path).startswith(f"{path}: several keys hold rows: train, test")
+    path.write_text(json.dumps({"a": 1}))
+    assert "no known format has the columns a" in fault(path)
+
+
+def test_a_row_of_a_list_has_its_own_fault(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "x"}, {"text": 1, "a": [{"b": 1, "b": 2}]}, {"text": "y"}]')
+    parts = find_parts(Source(path=str(path)), tmp_path / "cache")
+    told = [str(i.error) if isinstance(i, Fault) else i.value for i in read_on(parts, "text")]
+    assert told[0] == "x" and told[2] == "y"
+    assert told[1].startswith(f"{path}#2: the key `b` is there twice")
