@@ -131,6 +131,7 @@ class Zero3(Zero):
             zero[PREFETCH] = prefetch_elements(config.hidden_size)
         where = "cpu" if self.recipe.engine.offload else None
         for block in filled_blocks(self.bare, fill):
+            cast_parameters(block, self.compute_dtype)
             if block is not self.bare:  # the rest is partitioned by DeepSpeed itself
                 deepspeed.zero.Init(
                     module=block,
@@ -162,6 +163,18 @@ class Zero3(Zero):
             flat = {"weight": masters[group].data, **{kind: state[kind] for kind in ADAM_KINDS}}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
             yield Piece(name, tuple(parameter.ds_shape), start, stop, tensors)
+
+
+def cast_parameters(block: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters that DeepSpeed has not partitioned yet to the compute dtype.
+
+    DeepSpeed casts a model only if none of its parameters is partitioned: without this, ZeRO-3
+    holds and computes in float32 what was loaded in float32, whatever `bf16.enabled` says. The
+    float32 masters are the optimizer's own.
+    """
+    for parameter in block.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def share_partitions(world: World) -> None:

@@ -63,7 +63,7 @@ def gradient_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
         return habits.train_bytes * n / (1 if whole else setup.shard)
     if setup.engine == "zero2":  # made in each backward pass, added to what is there
         return partition_bytes(setup) if again else 0.0
-    return setup.element_bytes * n / setup.shard
+    return FLOAT32 * n / setup.shard
 
 
 def optimizer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
@@ -79,13 +79,13 @@ def optimizer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
 
 
 def partition_bytes(setup: Setup) -> float:
-    """ZeRO-2's gradients of one rank: of every parameter that its range touches, the whole."""
+    """ZeRO-2's gradients of one rank, float32: of every parameter in its range, the whole."""
     inner, outer = layer_parameters(setup), outer_parameters(setup)
     layer, first, *rest = (
         tuple(one.elements for one in some if one.trains) for some in (inner, outer[:1], outer[1:])
     )
     fullest = _fullest(layer, setup.shape.layers, first, rest[0], setup.ranks)
-    return float(setup.element_bytes * fullest)
+    return float(FLOAT32 * fullest)
 
 
 @lru_cache(maxsize=256)

@@ -114,7 +114,9 @@ class _Held:
         self.optimizer = optimizer_bytes(setup, habits)
         self.saved = saved_bytes(setup, habits)
         self.gathers = list(gathers(setup, habits))
-        self.buffer = float(setup.element_bytes * setup.bucket_elements)
+        # ZeRO-2 fills it in 16 bits and reduces a float32 copy; ZeRO-3 fills it in float32.
+        wide = setup.element_bytes if setup.engine == "zero2" else FLOAT32
+        self.buffer = float(wide * setup.bucket_elements)
         self.small = 0.0  # parameters that ZeRO-3 keeps whole for being small
         if setup.engine == "zero3":
             self.small = float(setup.element_bytes * zero3.gathered(setup).persistent)
@@ -245,11 +247,12 @@ class _Held:
                 "backward",
                 gathered=self.gathered_below(1 - done),
                 activations=self.saved * (1 - done),
-                working=float(copies * e * together),
+                working=float(copies * FLOAT32 * together),
             )
         if setup.engine == "zero2":
             # The first bucket that is full is copied before the partition is there.
-            copy, rest = float(e * together / setup.ranks), max(0.0, self.saved * (1 - 2 * done))
+            copy, rest = float(FLOAT32 * together / setup.ranks), max(0.0, self.saved * (1 - 2 * done))
+            copy += FLOAT32 * together if e < FLOAT32 else 0
             yield self.at("backward", activations=self.saved * (1 - done), working=copy)
             gradients = self.gradients + partition_bytes(setup)
             yield self.at("backward", activations=rest, working=copy, gradients=gradients)
@@ -274,7 +277,6 @@ class _Held:
         else:
             gradients, shares = partition_bytes(setup), 1
         norm = FLOAT64 * min(largest_trained(setup) / shares, whole / FLOAT32)
-        narrow = together / 2 if setup.element_bytes == 2 else 0.0
-        yield self.at("update", working=max(norm, narrow + together), gradients=gradients)
+        yield self.at("update", working=max(norm, together), gradients=gradients)
         kept = 0.0 if setup.engine == "zero2" else gradients
         yield self.at("update", working=together * (1 + setup.on_gpu), gradients=kept)

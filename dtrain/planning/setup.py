@@ -15,7 +15,7 @@ from dtrain.planning.shapes import Linear, Shape, adapted, adapter_parameters
 
 REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
 ZERO = ("zero2", "zero3")
-BUCKET_ELEMENTS = 200_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
+BUCKET_ELEMENTS = 100_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
 LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
 PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
 MOST_ELEMENTS = 2**63  # more are no number of elements

@@ -88,10 +88,10 @@ def _fsdp2(setup: Setup) -> list[Collective]:
 
 def _zero2(setup: Setup) -> list[Collective]:
     """Gradients are reduced after every micro-batch; weights are gathered after the update."""
-    size = setup.element_bytes * setup.trainable
+    gradients, weights = FLOAT32 * setup.trainable, setup.element_bytes * setup.trainable
     return [
-        _ring(setup, "gradients", setup.ranks, size * setup.accumulation, 2),
-        _ring(setup, "weights", setup.ranks, size),
+        _ring(setup, "gradients", setup.ranks, gradients * setup.accumulation, 2),
+        _ring(setup, "weights", setup.ranks, weights),
     ]
 
 
@@ -101,5 +101,5 @@ def _zero3(setup: Setup) -> list[Collective]:
     weights = e * (found.received * setup.accumulation + found.persistent)
     return [
         _ring(setup, "weights", setup.ranks, weights),
-        _ring(setup, "gradients", setup.ranks, e * setup.trainable * setup.accumulation),
+        _ring(setup, "gradients", setup.ranks, FLOAT32 * setup.trainable * setup.accumulation),
     ]
