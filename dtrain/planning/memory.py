@@ -251,8 +251,9 @@ class _Held:
             )
         if setup.engine == "zero2":
             # The first bucket that is full is copied before the partition is there.
-            copy, rest = float(FLOAT32 * together / setup.ranks), max(0.0, self.saved * (1 - 2 * done))
-            copy += FLOAT32 * together if e < FLOAT32 else 0
+            widened = FLOAT32 * together if e < FLOAT32 else 0
+            copy = float(FLOAT32 * together / setup.ranks + widened)
+            rest = max(0.0, self.saved * (1 - 2 * done))
             yield self.at("backward", activations=self.saved * (1 - done), working=copy)
             gradients = self.gradients + partition_bytes(setup)
             yield self.at("backward", activations=rest, working=copy, gradients=gradients)
