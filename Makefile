@@ -1,9 +1,11 @@
 # make quickstart: install, then train a real model in two stages.  make test, make check: as they say.
+# make test-lowest: the golden losses again in a second environment, of the oldest libraries allowed.
 # make bench DATA=alpaca.json [TEXT=book.txt]: what a start and a step cost here, against TRL, into
 # tests/bench/results.txt; about an hour.
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
 RESULTS := tests/bench/results.txt
 
 # The first Python that dtrain runs on.
@@ -11,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: quickstart test check bench install
+.PHONY: quickstart test test-lowest check bench install
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
@@ -23,6 +25,11 @@ test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit
 	$(BIN)/pytest -q tests/distributed tests/integration
 	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
+
+# The same losses from the oldest libraries that pyproject.toml allows, and from a newer torch.
+test-lowest: export OMP_NUM_THREADS = 1
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest -q tests/distributed/test_golden.py -k two_ranks
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -56,4 +63,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt tests/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e . pytest pytest-timeout
 	@touch $@
