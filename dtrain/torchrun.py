@@ -1,14 +1,16 @@
 """torchrun that ends with its workers' exit status, passes signals on, and keeps quiet.
 
-`python -m dtrain.torchrun …` takes torchrun's own options and differs from it in five things. Its
-exit status is the workers', not 1. A signal reaches the workers, which save and end, and are not
-killed after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process
-on a machine without a GPU, not one a core. What a worker has said already is not said again, and
+`python -m dtrain.torchrun …` takes torchrun's own options and differs from it in these. Its exit
+status is the workers', not 1. A signal reaches the workers, which save and end, and are not killed
+after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process on a
+machine without a GPU, not one a core. Ranks are bound to the cores near their GPU. The ranks of
+several nodes meet on DTRAIN_INTERFACE. What a worker has said already is not said again, and
 nothing is left in /tmp.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -24,8 +26,9 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dtrain.core.errors import Exit
+from dtrain.core.errors import Exit, UserError
 from dtrain.distributed.listen import listen_narrowly
+from dtrain.launching.address import is_host_of, own_address
 from dtrain.launching.commands import LAUNCHER, worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -62,6 +65,11 @@ class Signals:
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; return the workers' exit status."""
     arguments = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        meet_on_interface(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     has_gpu = torch.cuda.is_available()
     if arguments.nproc_per_node == "auto":
         arguments.nproc_per_node = str(max(1, torch.cuda.device_count()))
@@ -70,8 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[LAUNCHER] = str(os.getpid())
     # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
     arguments.signals_to_handle = "SIGQUIT"
-    if arguments.shutdown_timeout is None:
+    # Options that older or newer versions of torchrun have not are left alone.
+    if getattr(arguments, "shutdown_timeout", 0) is None:
         arguments.shutdown_timeout = SECONDS_FOR_THE_OTHERS
+    if getattr(arguments, "numa_binding", "") is None and can_bind_to_numa_nodes(processes):
+        arguments.numa_binding = "node"
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
     listen_narrowly()
@@ -83,6 +94,39 @@ def main(argv: list[str] | None = None) -> int:
     except ChildFailedError as error:
         return status_of(error.failures, signals.seen)
     return Exit.FINISHED
+
+
+def meet_on_interface(arguments: Namespace) -> None:
+    """Let the ranks of several nodes meet on DTRAIN_INTERFACE, if that is set.
+
+    MASTER_ADDR becomes the address there of the node that has the first rank.
+
+    Raises:
+        UserError: there is no such interface here.
+    """
+    if arguments.local_addr or (address := own_address(os.environ)) is None:
+        return
+    arguments.local_addr = address
+    # torchrun knows the addresses of this machine's name only, so nobody would open the store.
+    if "is_host" not in arguments.rdzv_conf and is_host_of(address, arguments.rdzv_endpoint):
+        arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, "is_host=true"]))
+
+
+def can_bind_to_numa_nodes(ranks: int) -> bool:
+    """Whether each rank can be bound to cores near its GPU; torchrun itself ends where it cannot.
+
+    It needs numactl, and cores of this job on the NUMA node of every GPU.
+    """
+    if not 0 < ranks <= torch.cuda.device_count():
+        return False
+    try:
+        binding = importlib.import_module("torch.numa.binding")
+        near = binding.NumaOptions(affinity_mode=binding.AffinityMode.NODE)
+        for gpu in range(ranks):
+            binding._get_validated_logical_cpus_to_bind_to(gpu_index=gpu, numa_options=near)
+    except Exception:  # torch's own, which may be anything in another version
+        return False
+    return True
 
 
 @contextmanager

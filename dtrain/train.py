@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from dtrain.core.errors import Exit
 from dtrain.core.imports import import_fast
-from dtrain.core.processes import die_with_parent
-from dtrain.launching.commands import LAUNCHER
+from dtrain.core.processes import die_with_parent, exit_at_once
+from dtrain.launching.commands import LAUNCHER, sees_gpu, worker_environment
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +19,17 @@ def main(argv: list[str] | None = None) -> int:
     die_with_launcher()
     status: int = import_fast("dtrain.worker").work(arguments)
     return status
+
+
+def run() -> NoReturn:
+    """Be the worker, whatever started it; end with its status."""
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
+    status = main()
+    if status not in (Exit.FINISHED, Exit.GO_ON):
+        # Python's own end would run destructors of libraries, which wait for the other ranks.
+        exit_at_once(status)
+    sys.exit(status)
 
 
 def die_with_launcher() -> None:
@@ -42,4 +54,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -20,8 +20,13 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.folders import local_path
 from dtrain.core.log import is_first_rank
-from dtrain.distributed.watch import Watch
-from dtrain.distributed.world import end_world, start_world
+from dtrain.distributed.watch import (
+    LEAST_LIMIT_SECONDS,
+    LEAST_LIMIT_SECONDS_GPU_OR_NODES,
+    Watch,
+    follow_compilations,
+)
+from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.detect import launcher_engine, resolve_engine
 from dtrain.pipeline.chain import run_chain
 from dtrain.pipeline.inputs import prepare_inputs
@@ -42,20 +47,36 @@ def work(arguments: argparse.Namespace) -> int:
     outcome, recipe = Outcome(), None
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
-        if train(recipe, set(arguments.allow_change), outcome):
-            return outcome.end(Exit.FINISHED)
-        return outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
+        finished = train(recipe, set(arguments.allow_change), outcome)
     except UserError as error:
         return outcome.fail(error.status, f"error: {error}")
     except Exception as error:
         if recipe is not None and is_out_of_memory(error):
-            return outcome.fail(Exit.OUT_OF_MEMORY, f"error: {out_of_memory_text(error, recipe)}")
+            text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
+            return outcome.fail(Exit.OUT_OF_MEMORY, text)
         if full := no_room(error):
             return outcome.fail(Exit.USER_ERROR, full)
         reason = traceback.format_exc(limit=-1)
-        return outcome.fail(Exit.CRASHED, traceback.format_exc(), reason)
-    finally:
-        end_world()
+        text = f"{this_rank()}{traceback.format_exc()}"
+        return outcome.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
+    if finished:
+        status = outcome.end(Exit.FINISHED)
+    else:
+        status = outcome.end(Exit.GO_ON, "asked to stop; start it again to go on")
+    end_world()  # never after a failure: under NCCL it waits for ranks that are in a collective
+    return status
+
+
+def this_rank() -> str:
+    """Which of several ranks an error comes from, as the head of its text."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "" if is_alone else f"rank {os.environ.get('RANK', '0')}: "
+
+
+def least_limit_seconds(world: World) -> float:
+    """The shortest time that a step may take before it is looked whether a rank hangs."""
+    is_slow = world.device.type == "cuda" or world.local_size < world.size
+    return LEAST_LIMIT_SECONDS_GPU_OR_NODES if is_slow else LEAST_LIMIT_SECONDS
 
 
 def no_room(error: BaseException) -> str | None:
@@ -124,12 +145,19 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
     stop = StopFlag(run, looks_at_file=world.is_first)
     stop.listen()
     watch = Watch(
-        run / ".watch", world.rank, world.size, lambda text: outcome.fail(Exit.HANG, text)
+        run / ".watch",
+        world.rank,
+        world.size,
+        report=lambda text: outcome.fail(Exit.HANG, text),
+        failure=outcome.failure_elsewhere,
+        least_limit_seconds=least_limit_seconds(world),
     )
+    follow_compilations(watch)
+    finished = None
     watch.start()
     try:
         finished = run_chain(recipe, inputs, world, stop, watch, allowed)
     finally:
-        watch.stop()
+        watch.stop(all_is_well=finished is not None)
     stop.forget_file()
     return finished

@@ -10,8 +10,10 @@ fi
 if [[ "${NNODES:-1}" == 1 ]]; then # loopback and a free port, so that two runs never meet
     rendezvous=(--local-addr=127.0.0.1 --rdzv-endpoint=127.0.0.1:0)
 else
+    first="${MASTER_ADDR:?name the first node}"
+    [[ "$first" == *:* ]] && first="[$first]" # IPv6
     rendezvous=(--nnodes="$NNODES" --rdzv-id="${RDZV_ID:-dtrain}"
-        --rdzv-endpoint="${MASTER_ADDR:?name the first node}:${MASTER_PORT:-29500}")
+        --rdzv-endpoint="$first:${MASTER_PORT:-29500}")
 fi
 exec python -m dtrain.torchrun --nproc-per-node="${NPROC:-auto}" --rdzv-backend=c10d \
     "${rendezvous[@]}" -m dtrain.train "$@"

@@ -19,9 +19,6 @@ fi
 python="${python:-python3}"
 # What lies in the working folder must not be taken for a module; a checkout is meant to be.
 [[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
-if [[ -n "${DTRAIN_INTERFACE:-}" ]]; then
-    export GLOO_SOCKET_IFNAME="$DTRAIN_INTERFACE" NCCL_SOCKET_IFNAME="$DTRAIN_INTERFACE"
-fi
 
 # A job's own script may have set them for bash alone.
 export DTRAIN_PREFLIGHT DTRAIN_FORCE

@@ -1,21 +1,88 @@
-"""What the driver tells of a node's GPUs, without torch."""
+"""What the driver reports of this job's GPUs, without torch."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 
-FIELDS = ("index", "name", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
+FIELDS = (
+    "index",
+    "name",
+    "memory.total",
+    "memory.used",
+    "ecc.errors.uncorrected.volatile.total",
+    "uuid",
+)
+_GPU = re.compile(r"^GPU \d+: .*\(UUID: (?P<uuid>[^)]+)\)")
+_MIG = re.compile(
+    r"^\s+MIG (?P<profile>\S*?(?P<gib>\d+)gb\S*).*\(UUID: (?P<uuid>MIG-[^)]+)\)", re.IGNORECASE
+)
+
+Row = dict[str, str]
 
 
-def gpus() -> list[dict[str, str]] | None:
-    """What nvidia-smi tells of each GPU of this job; None where there is no nvidia-smi."""
+def gpus() -> list[Row] | None:
+    """What nvidia-smi reports of each GPU of this job; None where there is no nvidia-smi.
+
+    Where the batch system does not hide them, nvidia-smi shows the GPUs of other jobs too; those
+    of this one are named in CUDA_VISIBLE_DEVICES, by index, UUID or as a MIG device.
+    """
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        text = _nvidia_smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+        rows = [dict(zip(FIELDS, line.split(", "), strict=False)) for line in text.splitlines()]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return rows if visible is None else _visible(rows, visible.split(","))
     except (OSError, subprocess.SubprocessError) as error:
         return [{"problem": f"nvidia-smi failed: {error}"}]
-    lines = [line.split(", ") for line in done.stdout.strip().splitlines()]
-    return [dict(zip(FIELDS, line, strict=False)) for line in lines]
+
+
+def _nvidia_smi(*options: str) -> str:
+    command = ["nvidia-smi", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
+
+
+def _visible(rows: list[Row], names: list[str]) -> list[Row]:
+    """The GPUs that CUDA sees: it ignores the first name that it does not know, and all after."""
+    found: list[Row] = []
+    parts = _mig_devices(rows) if any(name.strip().startswith("MIG-") for name in names) else []
+    for name in names:
+        row = _named([*rows, *parts], name.strip())
+        if row is None:
+            break
+        found.append(row)
+    return found
+
+
+def _named(rows: list[Row], name: str) -> Row | None:
+    for row in rows:
+        if name.isdecimal() and row["index"] == name:
+            return row
+        if name.startswith(("GPU-", "MIG-")) and row.get("uuid", "").startswith(name):
+            return row
+    return None
+
+
+def _mig_devices(rows: list[Row]) -> list[Row]:
+    """A row for each MIG device; what others use of its GPU is nothing to this job."""
+    found: list[Row] = []
+    gpu: Row = {}
+    for line in _nvidia_smi("-L").splitlines():
+        if head := _GPU.match(line):
+            gpu = next((row for row in rows if row.get("uuid") == head["uuid"]), {})
+        elif (part := _MIG.match(line)) and gpu:
+            found.append(
+                gpu
+                | {
+                    "index": f"{gpu['index']} MIG {part['profile']}",
+                    "name": f"{gpu['name']} MIG {part['profile']}",
+                    "memory.total": str(int(part["gib"]) * 1024),
+                    "memory.used": "0",
+                    "uuid": part["uuid"],
+                }
+            )
+    return found

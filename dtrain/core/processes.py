@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import warn
@@ -28,6 +28,14 @@ def die_with_parent() -> None:
     """Let the kernel kill this process when the one that started it dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process without destructors and exit handlers; what was printed is kept."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(status)
 
 
 class Crew:

@@ -23,7 +23,8 @@ def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPSt
     Takes what `TCPStore` takes, `is_master` by name, as torch's two callers do.
     """
     if settings.get("is_master") and not _is_only_known_here(host_name):
-        server = socket.create_server((host_name, port), backlog=2048)
+        family, _, _, _, address = _resolved(host_name, port)
+        server = socket.create_server(address[:2], family=family, backlog=2048)
         port = server.getsockname()[1]
         settings["master_listen_fd"] = server.detach()  # the store closes it
     return TCPStore(host_name, port, *args, **settings)
@@ -34,18 +35,28 @@ def _is_only_known_here(host_name: str) -> bool:
 
     Others know it by another address, so the store has to listen everywhere.
     """
-    return not _is_loopback(host_name) and _is_loopback(socket.gethostbyname(host_name))
+    return not _is_loopback(host_name) and _is_loopback(str(_resolved(host_name, 0)[4][0]))
+
+
+def _resolved(host_name: str, port: int) -> Any:
+    """The first of a name's TCP addresses, IPv4 or IPv6, as `getaddrinfo` gives it."""
+    return socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]
 
 
 def listen_narrowly() -> None:
-    """Let torchrun and the ranks of this process make such stores; gloo and NCCL follow.
-
-    On a single node, where the ranks meet at the loopback, nothing else is listened on.
-    """
+    """Let torchrun, or the rank that this process is, make such stores."""
     c10d_rendezvous_backend.TCPStore = bound_store  # type: ignore[assignment,misc]
     # `torch.distributed.rendezvous` by attribute is a function of the same name.
     importlib.import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore
-    if _is_loopback(os.environ.get("MASTER_ADDR", "")) and (name := loopback_interface()):
+
+
+def choose_interface() -> None:
+    """Let gloo and NCCL use the interface that the ranks meet on, unless the user chose others.
+
+    On a single node, where that is the loopback, nothing else is listened on.
+    """
+    is_local = _is_loopback(os.environ.get("MASTER_ADDR", ""))
+    if name := loopback_interface() if is_local else os.environ.get("DTRAIN_INTERFACE"):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, name)
 

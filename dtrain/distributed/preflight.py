@@ -1,7 +1,8 @@
 """All ranks add numbers up: `python -m dtrain.torchrun … -m dtrain.distributed.preflight RECIPE`.
 
-The first rank prints a line of JSON: the bus bandwidth of an all-reduce inside a node and over all
-nodes. A rank that got a wrong sum prints one with the name of its node.
+Each rank prints a line when it has imported what it needs. The first rank prints the bus bandwidth
+of an all-reduce inside a node and over all nodes, a rank that got a wrong sum the name of its node.
+All lines are JSON.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from dtrain.config.load import load_recipe
-from dtrain.distributed.listen import listen_narrowly
+from dtrain.core.errors import Exit
+from dtrain.core.processes import exit_at_once
 from dtrain.distributed.world import World, end_world, start_world
 
 GPU_BYTES, CPU_BYTES = 256 << 20, 8 << 20
@@ -27,19 +30,17 @@ ROUNDS = 3
 def main(argv: list[str] | None = None) -> int:
     """Add up on this rank."""
     recipe = load_recipe((sys.argv[1:] if argv is None else argv)[0])
-    listen_narrowly()
+    print(json.dumps({"up": node_name()}), flush=True)  # before anything that may hang
     world = start_world(recipe.device)
-    try:
-        speeds, is_right = {}, True
-        for where, group in groups(world):
-            speed, right = all_reduce(world, group)
-            speeds[where], is_right = round(speed / 1e9, 3), is_right and right
-        if not is_right:
-            print(json.dumps({"wrong": node_name()}), flush=True)
-        if world.is_first:
-            print(json.dumps({"gigabytes_per_second": speeds}), flush=True)
-    finally:
-        end_world()
+    speeds, is_right = {}, True
+    for where, group in groups(world):
+        speed, right = all_reduce(world, group)
+        speeds[where], is_right = round(speed / 1e9, 3), is_right and right
+    if not is_right:
+        print(json.dumps({"wrong": node_name()}), flush=True)
+    if world.is_first:
+        print(json.dumps({"gigabytes_per_second": speeds}), flush=True)
+    end_world()
     return 0
 
 
@@ -76,4 +77,10 @@ def node_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        # Not by Python's own end: under NCCL that may wait for ranks that are in a collective.
+        traceback.print_exc()
+        exit_at_once(Exit.CRASHED)
+    sys.exit(status)

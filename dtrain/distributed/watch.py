@@ -1,4 +1,4 @@
-"""Find a rank that does not move on, name it, and end the run so that a restart can follow.
+"""Find a rank that failed or hangs, name it, and end the run so that a restart can follow.
 
 Each rank's watching thread writes a small heartbeat file a second: how many marks its main thread
 has passed, where it is and its stack. A rank whose own marks stand still for too long looks at
@@ -6,12 +6,16 @@ all heartbeats: a file that no longer changes belongs to a stopped process (SIGS
 if all of them beat, the rank with the fewest marks is the one that the others wait for. The files
 lie in the run folder, so a rank needs no collective, which is what hangs, to look.
 
-Where no limit holds (a start, an evaluation, a save), a rank still looks at its neighbour, and at
-nothing but whether that is stopped or dead.
+A rank always looks at its neighbour too, and at nothing but whether that is stopped or dead: no
+limit holds in a start, an evaluation, a save, or while a rank compiles.
+
+A rank that fails leaves its status in the run folder. The others may be in a collective that
+will never return (NCCL has no closed connection to notice), so their watching threads end them.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -28,11 +32,16 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import Exit
+from dtrain.core.log import say
+from dtrain.core.processes import exit_at_once
 
 BEAT_SECONDS = 1.0
 LEAST_LIMIT_SECONDS = 10.0
+# On a GPU a step that allocates, connects or loads a kernel anew takes seconds. Ranks on other
+# nodes are seen late: a network file system may show a file as it was up to 60 seconds ago.
+LEAST_LIMIT_SECONDS_GPU_OR_NODES = 60.0
 NEIGHBOUR_EVERY_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # without a heartbeat from another machine; a long call may hold it up
+SILENT_SECONDS = 90.0  # without a heartbeat, of a process that may be alive: 60 and a long call
 STALL_SECONDS = 3.0  # for a heartbeat: the file system stands still, and with it the others'
 DEAD_OR_STOPPED = ("", "T", "t")
 BORN = 19  # place in /proc/PID/stat after the name: starttime
@@ -50,13 +59,32 @@ HOST = _host()
 
 
 class Watch:
-    """One rank's heartbeat, and its eye on the others."""
+    """One rank's heartbeat, and its eye on the others.
+
+    Args:
+        folder: of the heartbeats, which all ranks see.
+        rank: of this process.
+        ranks: of the run.
+        report: records that this run hangs, and why.
+        failure: rank and exit status of the first rank that failed; None while none has.
+        least_limit_seconds: a step is never called hanging before twice this time.
+    """
 
     def __init__(
-        self, folder: Path, rank: int, ranks: int, report: Callable[[str], object]
+        self,
+        folder: Path,
+        rank: int,
+        ranks: int,
+        report: Callable[[str], object],
+        failure: Callable[[], tuple[int, int] | None] = lambda: None,
+        least_limit_seconds: float | None = None,
     ) -> None:
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
+        self._failure = failure
+        self._least_limit = least_limit_seconds or LEAST_LIMIT_SECONDS
         self._marks, self._position, self._patient = 0, "start", True
+        self._compiling = self._finished = False
+        self._known: dict[int, dict[str, Any]] = {}  # the last heartbeat seen of each rank
         self._marked = self._stepped = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=MEDIAN_OVER_STEPS)
         self._seen: dict[int, tuple[str, float]] = {}
@@ -70,14 +98,24 @@ class Watch:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path(self.rank).unlink(missing_ok=True)  # of an earlier process
         with suppress(OSError):
-            self._beat()  # who has no heartbeat has ended, for the others
+            self._beat()
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread; who has ended is not missed."""
+    def stop(self, *, all_is_well: bool = True) -> None:
+        """End the thread, and say how to the others.
+
+        Args:
+            all_is_well: the run is over for this rank, and the others shall not miss it. If not,
+                the heartbeat goes, which also makes room on a full disk for the reason.
+        """
         self._ended.set()
         self._thread.join(STALL_SECONDS)
-        self._path(self.rank).unlink(missing_ok=True)
+        with suppress(OSError):
+            if all_is_well:
+                self._finished = True
+                self._beat()
+            else:
+                self._path(self.rank).unlink(missing_ok=True)
 
     def mark(self, position: str) -> None:
         """The main thread has come to `position`."""
@@ -107,15 +145,23 @@ class Watch:
             self.mark(f"after {position}")
             self._patient, self._stepped = before, self._marked
 
+    def compiling(self, now: bool) -> None:
+        """The main thread begins or ends a compilation, which other ranks may not have to do."""
+        self._compiling = now
+        if not now:
+            self.mark(self._position)
+
     def limit_seconds(self) -> float | None:
         """How long marks may stand still; None while that is not known."""
         if len(self._step_seconds) < STEPS_TO_KNOW:
             return None
-        return max(LEAST_LIMIT_SECONDS, 5 * statistics.median(self._step_seconds))
+        return max(self._least_limit, 5 * statistics.median(self._step_seconds))
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             began = time.monotonic()
+            if (failed := self._failure()) is not None:
+                self._end_with(*failed)
             with suppress(OSError):  # a full disk must not look like a hang
                 self._beat()
             if time.monotonic() - began > STALL_SECONDS:
@@ -129,9 +175,11 @@ class Watch:
         if stood < LEAST_LIMIT_SECONDS / 2:
             self._seen.clear()
             return []
-        if limit is None or self._patient:
-            return self._look_at_neighbour()
-        return self._look(limit) if stood >= limit else []
+        if culprits := self._look_at_neighbour():
+            return culprits
+        if limit is None or stood < limit or self._patient or self._compiling:
+            return []
+        return self._look(limit)
 
     def _look_at_neighbour(self) -> list[dict[str, Any]]:
         """The next rank, if it is stopped or dead."""
@@ -140,16 +188,25 @@ class Watch:
             return []
         self._looked = now
         beat = self._read((self.rank + 1) % self.ranks)
-        if not beat["beat"] or (is_here(beat) and state_of(beat) not in DEAD_OR_STOPPED):
-            return []
+        return [beat] if self._is_lost(beat) else []
+
+    def _is_lost(self, beat: dict[str, Any]) -> bool:
+        """Whether a rank has ended without a word, or is stopped."""
+        if beat["finished"] or not beat["beat"]:  # the second has not begun to beat
+            return False
         silent = self._silent_seconds(beat)
-        return [beat] if silent > (0 if is_here(beat) else SILENT_SECONDS) else []
+        if beat["gone"]:  # it failed, and may be about to leave its status
+            return silent > 2 * LEAST_LIMIT_SECONDS
+        if is_here(beat) and state_of(beat) in DEAD_OR_STOPPED:
+            return silent > LEAST_LIMIT_SECONDS / 4  # a debugger may have stopped it for a moment
+        return silent > SILENT_SECONDS
 
     def _silent_seconds(self, beat: dict[str, Any]) -> float:
         """How long this heartbeat was seen unchanged."""
         now, seen = time.monotonic(), self._seen.get(beat["rank"])
-        if seen is None or seen[0] != str(beat["beat"]):
-            seen = self._seen[beat["rank"]] = (str(beat["beat"]), now)
+        mark = f"{beat['beat']} {beat['gone']}"
+        if seen is None or seen[0] != mark:
+            seen = self._seen[beat["rank"]] = (mark, now)
         return now - seen[1]
 
     def _beat(self) -> None:
@@ -163,7 +220,8 @@ class Watch:
             "beat": time.monotonic_ns(),
             "marks": self._marks,
             "position": self._position,
-            "patient": self._patient,
+            "patient": self._patient or self._compiling,
+            "finished": self._finished,
             "stack": "".join(stack),
         }
         path = self._path(self.rank)
@@ -175,24 +233,28 @@ class Watch:
         """Ranks that are to blame; empty while it is too early to say."""
         beats = [self._read(rank) for rank in range(self.ranks)]
         now = time.monotonic()
-        stopped = [b for b in beats if self._silent_seconds(b) > LEAST_LIMIT_SECONDS / 2]
-        if stopped:
-            return stopped
+        if lost := [b for b in beats if self._is_lost(b)]:
+            return lost
         if any(b["patient"] for b in beats) or now - self._marked < 2 * limit:
             return []
         least = min(b["marks"] for b in beats)
         return [b for b in beats if b["marks"] == least]
 
     def _read(self, rank: int) -> dict[str, Any]:
-        with suppress(OSError, ValueError):
-            beat: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
-            return beat
-        return {"rank": rank, "beat": 0, "marks": 0, "position": "unknown", "patient": False}
+        """A rank's heartbeat; the last one known, marked as gone, if it is not there any more."""
+        for _ in range(2):  # a network file system may fail once for a file that is being replaced
+            with suppress(OSError, ValueError):
+                beat: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+                self._known[rank] = beat | {"gone": False}
+                return self._known[rank]
+        never = {"rank": rank, "beat": 0, "marks": 0, "position": "unknown", "patient": False}
+        return self._known.get(rank, never | {"finished": False}) | {"gone": True}
 
     def _end(self, culprits: list[dict[str, Any]]) -> None:
         lines = []
         for beat in culprits:
-            what = "has died" if is_here(beat) and not state_of(beat) else "does not move on"
+            has_ended = beat["gone"] or (is_here(beat) and not state_of(beat))
+            what = "has died" if has_ended else "does not move on"
             lines.append(f"rank {beat['rank']} {what}; last seen at: {beat['position']}")
             lines.append(str(beat.get("stack", "")).rstrip())
             # Its number may be another process's by now: then there is nobody to kill.
@@ -201,11 +263,22 @@ class Watch:
                     # A stopped process ignores SIGTERM; torchrun would wait for it in vain.
                     os.kill(int(beat["pid"]), signal.SIGKILL)
         self.report("\n".join(lines))
-        sys.stdout.flush()
-        os._exit(Exit.HANG)
+        exit_at_once(Exit.HANG)
+
+    def _end_with(self, rank: int, status: int) -> None:
+        """Another rank has failed: the collective that this one may be in never returns."""
+        say(f"rank {rank} has failed with status {status}; the others end with it")
+        exit_at_once(status)
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
+
+
+def follow_compilations(watch: Watch) -> None:
+    """Let torch say when this process compiles; on one rank alone that may take minutes."""
+    handler = importlib.import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(lambda *_: watch.compiling(True))
+    handler.register_end_callback(lambda *_: watch.compiling(False))
 
 
 def is_here(beat: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.listen import listen_narrowly
+from dtrain.distributed.listen import choose_interface, listen_narrowly
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NO_TIME_LIMIT = timedelta(days=30)
@@ -88,11 +88,14 @@ def start_world(device: str) -> World:
     if "RANK" not in os.environ:
         os.environ.update(_alone())
     listen_narrowly()
+    choose_interface()
+    # A communicator made at once, as `device_id` asks for, is a CUDA error where a rank is alone.
+    is_alone = os.environ["WORLD_SIZE"] == "1"
     # gloo carries the CPU tensors of `World`; NCCL carries those of the model.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=place if use_gpu else None,
+        device_id=place if use_gpu and not is_alone else None,
     )
     size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -103,7 +106,10 @@ def start_world(device: str) -> World:
 
 
 def end_world() -> None:
-    """Leave the process group."""
+    """Leave the process group; only for ranks that have all come to their end.
+
+    Under NCCL this waits until nothing is under way, so it must not follow a failure.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

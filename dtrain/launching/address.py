@@ -1,7 +1,8 @@
-"""This machine's addresses and free ports."""
+"""This machine's addresses and free ports, and where the ranks of several machines meet."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ from dtrain.core.errors import UserError
 
 
 def own_address(environ: Mapping[str, str]) -> str | None:
-    """This node's address on DTRAIN_INTERFACE; None if that is not set.
+    """This node's address on DTRAIN_INTERFACE, IPv4 if it has one; None if that is not set.
 
     Raises:
         UserError: there is no such interface, or it has no address.
@@ -20,11 +21,42 @@ def own_address(environ: Mapping[str, str]) -> str | None:
     if not name:
         return None
     known = psutil.net_if_addrs()
-    found = [a.address for a in known.get(name, []) if a.family == socket.AF_INET]
+    addresses = known.get(name, [])
+    found = [a.address for a in addresses if a.family == socket.AF_INET]
+    found += [a.address for a in addresses if a.family == socket.AF_INET6 and _is_routed(a.address)]
     if not found:
         fix = f"take one of {', '.join(sorted(known))}"
         raise UserError("no such interface, or no address on it", where=name, fix=fix)
     return found[0]
+
+
+def _is_routed(address: str) -> bool:
+    """Whether an IPv6 address means the same on every machine; a link-local one does not."""
+    return not ipaddress.ip_address(address.partition("%")[0]).is_link_local
+
+
+def rendezvous_endpoint(environ: Mapping[str, str], first_node: str) -> str:
+    """Host and port at which the ranks of several nodes meet; called on the first of them.
+
+    Raises:
+        UserError: there is no interface as DTRAIN_INTERFACE names.
+    """
+    return with_port(own_address(environ) or first_node, free_port())
+
+
+def with_port(host: str, port: int) -> str:
+    """`host:port`; an IPv6 address goes into brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_host_of(address: str, endpoint: str) -> bool:
+    """Whether an endpoint is at `address`, by number or by name."""
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return address in {str(info[4][0]) for info in found}
 
 
 def free_port() -> int:

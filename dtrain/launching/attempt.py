@@ -22,7 +22,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import FolderLock, read_json, write_atomic
 from dtrain.core.units import duration
 from dtrain.launching import slurm
-from dtrain.launching.address import free_port, own_address
+from dtrain.launching.address import rendezvous_endpoint
 from dtrain.launching.attempts import (
     Attempt,
     attempts_of,
@@ -88,7 +88,7 @@ def begin(address: str, overrides: list[str], environ: Mapping[str, str]) -> tup
         run / "recipe.yaml",
         nodes=len(nodes),
         ranks=ranks,
-        endpoint=f"{own_address(environ) or nodes[0]}:{free_port()}",
+        endpoint=rendezvous_endpoint(environ, nodes[0]),
         rendezvous=secrets.token_hex(8),
         cores=environ.get("SLURM_CPUS_PER_TASK"),
     )

@@ -12,6 +12,9 @@ STOP_FILE = "stop"  # in the run folder: asks the run to save and end
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
 # Variable: the run folder whose lock the launcher holds as long as it lives.
 LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
+MOST_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
+# Names of torch's variable, today's and those of before.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _CHECKOUT = Path(__file__).parent.parent.parent
 
 
@@ -61,8 +64,10 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         processes: ranks on this machine.
         has_gpu: whether this machine has a GPU.
     """
+    cores_of_a_rank = max(1, cores() // processes)
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, cores() // processes)),
+        "OMP_NUM_THREADS": str(cores_of_a_rank),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(MOST_COMPILE_THREADS, cores_of_a_rank)),
         # torchrun otherwise hangs at times when it restarts its workers.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -71,7 +76,18 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
     }
     if not has_gpu:
         wanted["DS_ACCELERATOR"] = "cpu"
+    elif not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
+        # Steps of many lengths otherwise leave gaps that no tensor fits into.
+        wanted[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     return {name: value for name, value in wanted.items() if not environ.get(name)}
+
+
+def sees_gpu() -> bool:
+    """Whether this machine has a GPU that a driver serves, without asking torch."""
+    devices = Path("/dev")
+    return any(devices.glob("nvidia[0-9]*")) or any(
+        (devices / name).exists() for name in ("kfd", "dxg")
+    )
 
 
 def cores() -> int:

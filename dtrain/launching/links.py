@@ -20,7 +20,8 @@ class LinkServer:
     """Answers the others' pings with the time, and takes in what they send."""
 
     def __init__(self, address: str) -> None:
-        self._socket = socket.create_server((address, 0), backlog=128)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.create_server((address, 0), family=family, backlog=128)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
 

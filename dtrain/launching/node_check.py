@@ -29,7 +29,7 @@ from dtrain.launching.address import own_address
 from dtrain.launching.links import LinkServer, measure
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy")
-SEE_SECONDS = 15.0
+SEE_SECONDS = 30.0  # nodes whose file systems are cold come late
 WAIT_SECONDS = 25.0
 LINKS = 2  # each node measures so many; all of them together close a ring
 PROBE = bytes(1 << 20)
@@ -119,7 +119,7 @@ def unreadable_base(base: str) -> str | None:
 
 def meet(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
     """Leave a file for the others, look whose files are seen, try the links to the next nodes."""
-    address = own_address(os.environ) or socket.gethostbyname(name)
+    address = own_address(os.environ) or str(socket.getaddrinfo(name, None)[0][4][0])
     server = LinkServer(address)
     card = {"address": address, "port": server.port}
     try:

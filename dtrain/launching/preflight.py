@@ -14,9 +14,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from dtrain.config.load import load_recipe
@@ -24,14 +26,16 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.launching import slurm
-from dtrain.launching.address import free_port, own_address
+from dtrain.launching.address import rendezvous_endpoint
 from dtrain.launching.attempt import node_names, ranks_of_a_node, say
 from dtrain.launching.attempts import FOLDER, attempts_of, write_attempts
 from dtrain.launching.commands import step_command
 from dtrain.launching.judge import Fault, Report, judge
 
-NODES_SECONDS = 55
-RANKS_SECONDS = 180
+NODES_SECONDS = 90
+START_SECONDS = 600  # until a rank is up: torch from a cold network file system takes minutes
+RANKS_SECONDS = 180  # from the last rank that is up to the sum
+_SPEEDS = "gigabytes_per_second"  # key of the first rank's line
 # Option of sbatch → what a running job knows of it, so that a successor asks for the same.
 _SAME = {
     "nodes": "SLURM_JOB_NUM_NODES",
@@ -112,18 +116,43 @@ def _report(line: str) -> Report | None:
     return value if isinstance(value, dict) and "node" in value else None
 
 
-def output_of(command: Sequence[str], seconds: float) -> str:
-    """What a command prints until it ends or the time is over; its stderr goes to the log."""
+def output_of(
+    command: Sequence[str], seconds: float, *, up: str = "", up_seconds: float = 0.0
+) -> str:
+    """What a command prints until it ends or the time is over; its stderr goes to the log.
+
+    Args:
+        command: to run.
+        seconds: that it may take.
+        up: beginning of the lines after each of which its time is counted anew.
+        up_seconds: the time from then on.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
+    lines: SimpleQueue[str] = SimpleQueue()  # an empty line is the end
+    threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
+    text, deadline = "", time.monotonic() + seconds
     try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
+        while line := lines.get(timeout=max(0.0, deadline - time.monotonic())):
+            text += line
+            if up and line.startswith(up):
+                deadline = time.monotonic() + up_seconds
+    except Empty:
         process.terminate()
-        try:
-            return process.communicate(timeout=10)[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.communicate()[0]
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    while line := lines.get():
+        text += line
+    return text
+
+
+def _pass_on(process: subprocess.Popen[str], lines: SimpleQueue[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put("")
+    lines.put("")  # for whoever reads on after the end
 
 
 def tell_links(reports: Sequence[Report], nodes: Sequence[str]) -> str:
@@ -147,20 +176,28 @@ def add_up(
         recipe_file,
         nodes=len(nodes),
         ranks=ranks,
-        endpoint=f"{own_address(environ) or nodes[0]}:{free_port()}",
+        endpoint=rendezvous_endpoint(environ, nodes[0]),
         rendezvous=secrets.token_hex(8),
         cores=environ.get("SLURM_CPUS_PER_TASK"),
         worker="dtrain.distributed.preflight",
     )
-    lines = output_of(command, RANKS_SECONDS).splitlines()
-    results: list[dict[str, Any]] = [json.loads(s) for s in lines if s.startswith('{"')]
-    speeds = next((r["gigabytes_per_second"] for r in results if "wrong" not in r), None)
+    text = output_of(command, START_SECONDS, up='{"up"', up_seconds=RANKS_SECONDS)
+    results: list[dict[str, Any]] = [json.loads(s) for s in text.splitlines() if s[:2] == '{"']
+    speeds = next((r[_SPEEDS] for r in results if _SPEEDS in r), None)
     if speeds is None:
-        return [Fault("", f"the ranks came to no sum within {RANKS_SECONDS} s")]
+        return [Fault("", _no_sum(results, nodes))]
     for where, speed in speeds.items():
         say(f"preflight: all-reduce {where}: {speed:.2f} GB/s")
     wrong = sorted({result["wrong"] for result in results if "wrong" in result})
     return [Fault(node, "its ranks add up wrongly") for node in wrong]
+
+
+def _no_sum(results: Sequence[Mapping[str, Any]], nodes: Sequence[str]) -> str:
+    """How far the ranks came that did not add up."""
+    silent = sorted(set(nodes) - {str(result.get("up")) for result in results})
+    if silent:
+        return f"no rank has started on {', '.join(silent)} (in at most {START_SECONDS} s)"
+    return f"the ranks came to no sum (in at most {RANKS_SECONDS} s)"
 
 
 def submit_without(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from contextlib import suppress
 
 import torch
@@ -16,8 +18,27 @@ from dtrain.planning.plan import StagePlan, make_plan
 from dtrain.planning.setup import Cluster
 from dtrain.planning.verdict import reductions
 
-# Words of torch's CPU allocator, which raises a bare RuntimeError.
-CPU_WORDS = ("DefaultCPUAllocator", "not enough memory: you tried to allocate")
+# What libraries say when an allocation outside torch's GPU allocator fails; most often in a bare
+# RuntimeError.
+WORDS = (
+    # Drivers of CUDA and HIP; NCCL ("Cuda failure 2 'out of memory'"), bitsandbytes, Triton.
+    r"\bout of memory\b",
+    r"\bcudaErrorMemoryAllocation\b|\bhipErrorOutOfMemory\b",
+    # cuBLAS, cuDNN ("…_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), and others of their kind.
+    r"\b[A-Z]+_(STATUS|ERROR)_\w*(ALLOC|ALLOCATION)_FAILED\b|\bCUDA_ERROR_OUT_OF_MEMORY\b",
+    r"\bFailed to (CUDA |HIP )?(host )?[cm]?alloc\b",  # NCCL, of a GPU or of the host
+    # Host memory: torch's two wordings, C++, the kernel's ENOMEM, numpy.
+    r"\bDefaultCPUAllocator: |\bnot enough memory: you tried to allocate\b",
+    r"\bstd::bad_alloc\b|\bcannot allocate memory\b|\bunable to allocate [\d.]+ \w*B\b",
+    # Pinned memory, for offloading and for saves.
+    r"\b(unable|failed) to (allocate|pin|lock|register)\b.{0,80}\bmemory\b",
+)
+_WORDS = re.compile("|".join(WORDS), re.IGNORECASE)
+# A kernel that wants more shared memory or registers than the GPU has: a defect, not a size.
+_OF_A_KERNEL = re.compile(r"\bout of resources?\b", re.IGNORECASE)
+# What cuBLAS and cuDNN say, among others, when their own workspace finds no room.
+_MAY_BE = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)")
+LEAST_FREE_BYTES = 512 << 20
 ALWAYS = (
     "train.micro_batch_sequences=1, model.gradient_checkpointing=true, "
     "a shorter data.sequence_tokens, method.kind=qlora, or engine={kind: fsdp2, shard: node}"
@@ -25,18 +46,59 @@ ALWAYS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the host."""
+    """Whether memory ran out, of a GPU or of the host, in this error or in what caused it."""
+    return _memory_error(error) is not None
+
+
+def _memory_error(error: BaseException) -> BaseException | None:
+    """The first error that says so: this one, its causes, or those of a group."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if _says_so(one):
+            return one
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+        before = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        waiting += [before] if before is not None else []
+    return None
+
+
+def _says_so(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in CPU_WORDS)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    from_library = type(error).__module__.partition(".")[0] not in ("builtins", "dtrain")
+    if not (from_library or isinstance(error, RuntimeError | OSError)):
+        return False  # a ValueError, say, that has the words from data
+    text = str(error)
+    if _MAY_BE.search(text) and _gpu_is_full():
+        return True
+    return bool(_WORDS.search(text)) and not _OF_A_KERNEL.search(text)
+
+
+def _gpu_is_full() -> bool:
+    """Whether the driver has no room left for a library's workspace."""
+    if not torch.cuda.is_available():
+        return False
+    with suppress(RuntimeError):
+        return torch.cuda.mem_get_info()[0] < LEAST_FREE_BYTES
+    return False
 
 
 def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
-    """What to tell: it is the same at another try, so a job is not requeued for it."""
-    said = str(error).strip().splitlines() or [type(error).__name__]  # Python's own says nothing
-    lines = [f"out of memory: {said[0]}", f"    now: {now()}"]
+    """The message: it is the same at another try, so a job is not requeued for it."""
+    first = _memory_error(error) or error
+    said = str(first).strip().splitlines() or [type(first).__name__]  # Python's own says nothing
     fix = ALWAYS
-    with suppress(UserError):  # an architecture that the plan does not know
+    lines = [f"out of memory: {said[0]}"]
+    with suppress(RuntimeError):  # of a GPU that answers nothing any more
+        lines.append(f"    now: {now()}")
+    with suppress(UserError, RuntimeError):  # UserError: the plan does not know the architecture
         stage, ways = planned(recipe)
         lines.append(f"    plan, stage {stage.name}: {terms(stage)}")
         fix = "; or ".join(ways) or ALWAYS

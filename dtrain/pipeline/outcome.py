@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ NAME = "outcome.json"
 WORDS = {Exit.FINISHED: "finished", Exit.GO_ON: "stopped-to-go-on"}
 PATIENCE_SECONDS = 2.0
 POLL_SECONDS = 0.05
+WRITE_TRIES = 5
 
 
 class Outcome:
@@ -30,6 +32,7 @@ class Outcome:
     def __init__(self) -> None:
         self.path: Path | None = None
         self._since = time.time()
+        self._lock = threading.Lock()  # the watching thread reports too
 
     def open(self, run: Path) -> None:
         """This start owns the folder `run`; the first rank forgets how the last one ended."""
@@ -56,33 +59,44 @@ class Outcome:
         waits = not is_first_rank() and status != Exit.CRASHED
         if self.path is None and os.environ.get("LOCAL_RANK", "0") != "0":
             return int(status)  # a wrong recipe is told once a machine
-        if not speaks and (told := self._told(PATIENCE_SECONDS if waits else 0)) is not None:
-            return told
-        print(text, file=sys.stderr, flush=True)
-        self._write(status, (reason or text).removeprefix("error: "))
-        say(f"ended with status {int(status)}")
+        with self._lock:
+            if not speaks and (told := self._told(PATIENCE_SECONDS if waits else 0)) is not None:
+                return told
+            print(text, file=sys.stderr, flush=True)
+            self._write(status, (reason or text).removeprefix("error: "))
+            say(f"ended with status {int(status)}")
         return int(status)
+
+    def failure_elsewhere(self) -> tuple[int, int] | None:
+        """Rank and exit status of the first failure of this start; None while there is none."""
+        known = self._read()
+        return None if known is None else (int(known.get("rank", 0)), int(known["status"]))
 
     def _told(self, patience_seconds: float) -> int | None:
         """The status that another rank has failed with."""
         deadline = time.monotonic() + patience_seconds
         while (known := self._read()) is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        return known
+        return None if known is None else int(known["status"])
 
-    def _read(self) -> int | None:
+    def _read(self) -> dict[str, Any] | None:
         """What another rank failed with; the word of an earlier start is not believed."""
         with suppress(OSError, ValueError, AttributeError, KeyError):
             if self.path.stat().st_mtime < self._since:  # type: ignore[union-attr]
                 return None
             known: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
-            return None if int(known["status"]) in WORDS else int(known["status"])
+            return None if int(known["status"]) in WORDS else known
         return None
 
     def _write(self, status: Exit, reason: str) -> None:
         if self.path is None:
             return
         word = WORDS.get(status, "failed")
-        with suppress(OSError):  # a full disk is told on the terminal all the same
-            content = {"outcome": word, "status": int(status), "reason": reason.strip()}
-            write_json(self.path, content)
+        content = {"outcome": word, "status": int(status), "reason": reason.strip()}
+        if word == "failed":
+            content["rank"] = int(os.environ.get("RANK", "0"))
+        for _ in range(WRITE_TRIES):  # other ranks write, too, where a disk is full
+            with suppress(OSError):
+                write_json(self.path, content)
+                return
+            time.sleep(POLL_SECONDS)

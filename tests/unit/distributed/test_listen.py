@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
+
+from dtrain.distributed.listen import bound_store, choose_interface, loopback_interface
+from dtrain.distributed.world import start_world
 
 RECIPE = Path(__file__).parents[3] / "dtrain/recipes/tiny.yaml"
 SECONDS = 60
@@ -24,6 +32,57 @@ def listeners(process: psutil.Process) -> set[str]:
             continue
         found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
     return found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_store_listens_on_its_address_alone(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, 0, flags=socket.AI_ADDRCONFIG)
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    before = listeners(psutil.Process())
+    store = bound_store(host, 0, is_master=True, wait_for_workers=False)
+    store.set("a", "b")
+    assert store.get("a") == b"b"
+    assert listeners(psutil.Process()) - before <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    ("master", "chosen", "expected"),
+    [
+        ("127.0.0.1", None, loopback_interface()),
+        ("::1", None, loopback_interface()),
+        ("10.0.0.5", None, "ib0"),
+        ("fd00::5", None, "ib0"),
+        ("10.0.0.5", "eth3", "eth3"),
+    ],
+)
+def test_gloo_and_nccl_use_the_interface_that_the_ranks_meet_on(
+    monkeypatch, master: str, chosen: str | None, expected: str
+) -> None:
+    environ = {"MASTER_ADDR": master, "DTRAIN_INTERFACE": "ib0"}
+    environ |= {"GLOO_SOCKET_IFNAME": chosen, "NCCL_SOCKET_IFNAME": chosen} if chosen else {}
+    monkeypatch.setattr(os, "environ", environ)
+    choose_interface()
+    assert environ["GLOO_SOCKET_IFNAME"] == environ["NCCL_SOCKET_IFNAME"] == expected
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, None), (2, torch.device("cuda", 0))])
+def test_a_communicator_is_made_at_once_only_for_several_ranks(
+    monkeypatch, ranks: int, expected: torch.device | None
+) -> None:
+    """NCCL's of a single rank ends in a CUDA error."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **words: seen.update(words))
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "new_group", lambda **words: None)
+    environ = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(os, "environ", dict(os.environ) | environ)
+    assert start_world("cuda").device == torch.device("cuda", 0)
+    assert seen["device_id"] == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dtrain.core.errors import Exit
 from dtrain.distributed import watch
@@ -31,13 +33,16 @@ if "step" in life:
 if life == "ends":
     time.sleep(0.2)
     one.stop()
+if life == "fails":
+    time.sleep(0.5)
+    one.stop(all_is_well=False)
 time.sleep(60)
 """
 
 
 @pytest.fixture
 def rank(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a rank of two with a life of its own: "steps and waits", "waits" or "ends"."""
+    """Start a rank of two with a life of its own; see RANK."""
     started: list[subprocess.Popen[str]] = []
 
     def start(number: int, life: str) -> subprocess.Popen[str]:
@@ -83,6 +88,114 @@ def test_a_rank_that_has_ended_is_not_missed(rank, tmp_path: Path) -> None:
     watching, _ = rank(0, "waits"), rank(1, "ends")
     with pytest.raises(subprocess.TimeoutExpired):
         watching.wait(3)
+
+
+def test_a_rank_whose_heartbeat_is_gone_is_named(rank, tmp_path: Path) -> None:
+    watching, _ = rank(0, "waits"), rank(1, "fails")
+    said, _ = watching.communicate(timeout=30)
+    assert watching.returncode == Exit.HANG and "rank 1 has died; last seen at: start" in said
+
+
+class Clock:
+    """time.monotonic, forwarded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ahead, real = 0.0, time.monotonic
+        monkeypatch.setattr(watch.time, "monotonic", lambda: real() + self._ahead)
+
+    def forward(self, seconds: float) -> None:
+        self._ahead += seconds
+
+
+def in_steps(folder: Path, least_limit_seconds: float | None = None) -> watch.Watch:
+    """The first of two ranks, which has made five steps; the test does what its thread would."""
+    one = watch.Watch(folder, 0, 2, print, least_limit_seconds=least_limit_seconds)
+    for number in range(5):
+        one.mark(f"step {number + 1}")
+        one.step()
+    one._beat()
+    return one
+
+
+def other_beats(folder: Path, **differs: Any) -> None:
+    """A heartbeat of the second rank, on another machine if not said otherwise."""
+    beat = {"rank": 1, "pid": 1, "born": "", "host": "elsewhere", "beat": 1, "marks": 5}
+    beat |= {"position": "step 5", "patient": False, "finished": False, "stack": ""}
+    (folder / "rank-00001.json").write_text(json.dumps(beat | differs))
+
+
+def ranks_named(one: watch.Watch) -> list[int]:
+    return [beat["rank"] for beat in one._culprits()]
+
+
+def test_a_rank_of_another_node_is_not_called_stopped_for_a_minute(tmp_path, monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    one = in_steps(tmp_path, 60.0)
+    other_beats(tmp_path)
+    for _ in range(12):  # its node's file system shows the same heartbeat for a minute
+        clock.forward(5)
+        assert ranks_named(one) == []
+    for _ in range(12):
+        clock.forward(5)
+        found = ranks_named(one)
+    assert found == [1]
+
+
+@pytest.mark.parametrize("least", [watch.LEAST_LIMIT_SECONDS, 60.0])
+def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: float) -> None:
+    clock = Clock(monkeypatch)
+    one = in_steps(tmp_path, least)
+    other_beats(tmp_path, beat=0.5, marks=3)
+    clock.forward(2 * least - 1)
+    assert ranks_named(one) == []
+    other_beats(tmp_path, beat=1.5, marks=3)
+    clock.forward(2)
+    assert ranks_named(one) == [1]
+
+
+def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    one = in_steps(tmp_path)
+    other_beats(tmp_path, marks=3, patient=True)
+    clock.forward(60)
+    assert ranks_named(one) == []
+    one.compiling(True)
+    other_beats(tmp_path, beat=2, marks=9)
+    clock.forward(60)
+    assert ranks_named(one) == []
+    one.compiling(False)
+    assert ranks_named(one) == []  # the limit begins anew
+    other_beats(tmp_path, beat=3, marks=9)
+    clock.forward(60)
+    assert ranks_named(one) == [0]
+
+
+def test_torch_says_when_it_compiles(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Noting(watch.Watch):
+        def compiling(self, now: bool) -> None:
+            seen.append(now)
+
+    watch.follow_compilations(Noting(tmp_path, 0, 1, print))
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert seen == [True, False]
+
+
+def test_a_failure_elsewhere_ends_a_rank_that_waits_with_its_status(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from dtrain.distributed import watch
+watch.BEAT_SECONDS = 0.02
+watch.Watch(Path(sys.argv[1]), 0, 2, print, failure=lambda: (1, 4)).start()
+time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 4
+    assert "rank 1 has failed with status 4" in done.stdout
 
 
 def test_another_process_with_the_same_number_is_left_alone(tmp_path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.numa.binding import NumaOptions
 
 from dtrain.core.errors import Exit
 from dtrain.launching.commands import launcher_environment, torchrun_command, worker_environment
-from dtrain.torchrun import status_of
+from dtrain.torchrun import SECONDS_FOR_THE_OTHERS, Signals, main, status_of
 
 WORKER = """
 import os, signal, sys, time
@@ -115,10 +121,97 @@ def test_the_workers_environment() -> None:
     assert found["OMP_NUM_THREADS"] == "1" and found["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_environment({}, 1, has_gpu=True)
     assert "OMP_NUM_THREADS" not in worker_environment({"OMP_NUM_THREADS": "7"}, 1, has_gpu=True)
+    assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert int(worker_environment({}, 1, has_gpu=True)["TORCHINDUCTOR_COMPILE_THREADS"]) <= 4
     assert (
         launcher_environment({"A": "b"}, "cpu").items()
         >= {"A": "b", "DS_ACCELERATOR": "cpu"}.items()
     )
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpus_get_segments_that_grow_unless_the_user_chose_otherwise(name: str) -> None:
+    found = worker_environment({}, 1, has_gpu=True)
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in worker_environment({}, 1, has_gpu=False)
+    chosen = {name: "max_split_size_mb:128"}
+    assert "PYTORCH_ALLOC_CONF" not in worker_environment(chosen, 1, has_gpu=True)
+
+
+def test_every_launchers_workers_get_that_environment(tmp_path: Path) -> None:
+    """`python -m dtrain.train` sets it itself, for launchers that are not dtrain's."""
+    code = """
+import os, sys
+import dtrain.train as train
+train.main = lambda: print(os.environ["TORCHINDUCTOR_COMPILE_THREADS"], "torch" in sys.modules) or 0
+train.run()
+"""
+    environ = {**os.environ, "LOCAL_SIZE": "1000"}  # deepspeed's name of it
+    environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1 False\n"  # torch reads some of them when it is imported
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, lacks: Sequence[str] = ()) -> Namespace:
+    """What torchrun would run with, in a version whose parser lacks some options."""
+    ran: list[Namespace] = []
+    whole = torchrun.parse_args
+
+    def parse(words: list[str]) -> Namespace:
+        arguments = whole(words)
+        for name in lacks:
+            delattr(arguments, name)
+        return arguments
+
+    monkeypatch.setattr(torchrun, "parse_args", parse)
+    monkeypatch.setattr(torchrun, "run", ran.append)
+    monkeypatch.setattr(Signals, "listen", lambda self: None)
+    monkeypatch.setattr("dtrain.torchrun.listen_narrowly", lambda: None)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main([*options, "-m", "dtrain.train", "x"]) == Exit.FINISHED
+    return ran[0]
+
+
+def test_a_torchrun_without_the_newer_options_is_used_without_them(monkeypatch) -> None:
+    assert parsed(monkeypatch, "--nnodes=1").shutdown_timeout == SECONDS_FOR_THE_OTHERS
+    found = parsed(monkeypatch, "--nnodes=1", lacks=["shutdown_timeout", "numa_binding"])
+    assert not {"shutdown_timeout", "numa_binding"} & set(vars(found))
+
+
+def test_ranks_are_bound_to_the_cores_near_their_gpus_where_all_can_be(monkeypatch) -> None:
+    near: dict[int, set[int]] = {0: {0}, 1: {1}}
+
+    def cores(*, gpu_index: int, numa_options: NumaOptions) -> set[int]:
+        if not near[gpu_index]:
+            raise RuntimeError("Must bind to a non-empty set of CPU indices")
+        return near[gpu_index]
+
+    monkeypatch.setattr("torch.numa.binding._get_validated_logical_cpus_to_bind_to", cores)
+    assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None  # no GPU
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding == "node"
+    assert parsed(monkeypatch, "--nproc-per-node=3").numa_binding is None
+    chosen = parsed(monkeypatch, "--nproc-per-node=2", "--numa-binding=socket")
+    assert chosen.numa_binding == "socket"
+    near[1] = set()  # the job has no core on that GPU's node: torchrun itself would end there
+    assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None
+
+
+def test_ranks_of_several_nodes_meet_on_the_interface(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DTRAIN_INTERFACE", "lo")
+    several = ["--nnodes=2", "--rdzv-backend=c10d"]
+    first = parsed(monkeypatch, *several, "--rdzv-endpoint=127.0.0.1:1234")
+    assert (first.local_addr, first.rdzv_conf) == ("127.0.0.1", "is_host=true")
+    other = parsed(monkeypatch, *several, "--rdzv-endpoint=10.9.8.7:1234", "--rdzv-conf=a=b")
+    assert (other.local_addr, other.rdzv_conf) == ("127.0.0.1", "a=b")
+    chosen = parsed(monkeypatch, "--nnodes=1", "--local-addr=127.0.0.9")
+    assert (chosen.local_addr, chosen.rdzv_conf) == ("127.0.0.9", "")
+    monkeypatch.setenv("DTRAIN_INTERFACE", "nothing7")
+    assert main(["-m", "dtrain.train", "x"]) == Exit.USER_ERROR
+    assert "nothing7: no such interface" in capsys.readouterr().err
 
 
 def test_python_is_the_one_that_runs_us() -> None:

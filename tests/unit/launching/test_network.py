@@ -1,0 +1,95 @@
+"""Addresses of the nodes: the interface that the user names, IPv4 and IPv6, and slow starts."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections import namedtuple
+
+import psutil
+import pytest
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from dtrain.core.errors import UserError
+from dtrain.launching import preflight
+from dtrain.launching.address import is_host_of, own_address, rendezvous_endpoint, with_port
+from dtrain.launching.links import LinkServer, measure
+
+Address = namedtuple("Address", "family address")
+INTERFACES = {
+    "eth0": [Address(socket.AF_INET, "10.0.0.5"), Address(socket.AF_INET6, "fe80::1%eth0")],
+    "ib0": [Address(socket.AF_INET6, "fe80::2%ib0"), Address(socket.AF_INET6, "fd00::5")],
+    "ib1": [Address(socket.AF_INET6, "fe80::3%ib1")],
+}
+
+
+@pytest.fixture
+def interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three, one of them with IPv6 alone, one with nothing that another node could reach."""
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: INTERFACES)
+
+
+@pytest.mark.usefixtures("interfaces")
+def test_the_address_is_that_of_the_interface() -> None:
+    assert own_address({}) is None
+    assert own_address({"DTRAIN_INTERFACE": "eth0"}) == "10.0.0.5"
+    assert own_address({"DTRAIN_INTERFACE": "ib0"}) == "fd00::5"
+    for name in ("ib1", "ib7"):
+        with pytest.raises(UserError, match="take one of eth0, ib0, ib1"):
+            own_address({"DTRAIN_INTERFACE": name})
+
+
+@pytest.mark.usefixtures("interfaces")
+@pytest.mark.parametrize(
+    ("interface", "host"), [("", "node7"), ("eth0", "10.0.0.5"), ("ib0", "fd00::5")]
+)
+def test_torchrun_understands_where_the_ranks_meet(interface: str, host: str) -> None:
+    endpoint = rendezvous_endpoint({"DTRAIN_INTERFACE": interface}, "node7")
+    found, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    assert found == host and port > 0
+
+
+def test_a_node_knows_that_an_endpoint_is_its_own_by_number_or_name() -> None:
+    assert with_port("::1", 5) == "[::1]:5" and with_port("n0", 5) == "n0:5"
+    assert is_host_of("::1", "[::1]:29500") and is_host_of("127.0.0.1", "127.0.0.1:29500")
+    assert is_host_of("127.0.0.1", "localhost:29500")
+    assert not is_host_of("127.0.0.1", "10.9.8.7:29500")
+    assert not is_host_of("127.0.0.1", "no-such-node.invalid:29500")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_links_are_measured_over_both_protocols(address: str) -> None:
+    if address == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    link = measure(address, LinkServer(address).port)
+    assert "problem" not in link and link["megabytes_per_second"] > 0
+
+
+def has_ipv6() -> bool:
+    """Whether there is an IPv6 loopback."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+SLOW_START = """
+import sys, time
+time.sleep(1)
+print("up 1", flush=True)
+time.sleep(float(sys.argv[1]))
+print("done", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def output(after_up: str, after_done: str = "0") -> str:
+    command = [sys.executable, "-c", SLOW_START, after_up, after_done]
+    return preflight.output_of(command, 60, up="up", up_seconds=0.5)
+
+
+def test_time_is_counted_from_the_moment_that_ranks_are_up() -> None:
+    assert output("0") == "up 1\ndone\n"
+    assert output("60") == "up 1\n"
+    assert output("0", "60") == "up 1\ndone\n"
