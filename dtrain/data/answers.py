@@ -1,52 +1,85 @@
-"""Where in a rendered conversation the answers stand, or the turns of other roles.
+"""The check of a rendered conversation: all of it is there, and each answer is learned to its end.
 
-Few chat templates mark their answers with `{% generation %}`; for the others the answers are found
-by rendering the conversation with and without them.
+A chat template is a program that may leave out what it does not know: reasoning, calls of tools,
+roles, whole turns. What it leaves out is refused with its row, or counted where templates mean it
+(the reasoning of earlier answers). Few templates mark their answers with `{% generation %}`, so
+where an answer begins is found from the prompt for it, and where it ends from what closes a turn;
+those that do are held to the same.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Talk
+from dtrain.data.conversations import Messages, Talk
+from dtrain.data.fields import (
+    ARGUMENT,
+    CALL,
+    CONTENT,
+    INPUT,
+    INSTRUCTION,
+    OF_TOOLS,
+    REASONING,
+    TOOLS,
+    Field,
+    Hidden,
+    Located,
+    Marked,
+    Place,
+    locate,
+)
 from dtrain.data.limits import Limit, limits
 from dtrain.data.templates import SECONDS, Span, Template
 
-MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-BEGIN, END = "\ue000dtrain-begin\ue001", "\ue000dtrain-end\ue001"  # private use characters
-PROBE = "dtrainprobe7f3a"  # for what a template may write as JSON: it reads the same there
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of those of `fields`
 REASON_CHARACTERS = 300  # of what a template says when it refuses a conversation
+REMEMBERED = 4096  # ways in which turns of a template begin and end
 
 ROLES = {"all": "assistant", "last": "assistant"}  # else a part of `train_on` is the role itself
 
+# What is counted, in rows or in answers.
+NO_REASONING = "reasoning_left_out"  # answers
+NO_END = "answers_without_end"
+AS_ROLE = "role "  # and the role, then the one that it is read as: rows
+
 
 def render_answers(
-    template: Template, talk: Talk, where: str, train_on: str = "all"
+    template: Template,
+    talk: Talk,
+    where: str,
+    train_on: str = "all",
+    counts: Counter[str] | None = None,
 ) -> tuple[str, list[Span]]:
-    """A conversation as text, with the spans of the answers, ends of turn included.
+    """A conversation as text, with the spans of what is learned, ends of turn included.
 
     Args:
         template: of `resolve_template`.
         talk: messages and tools.
         where: file and line, for the message.
-        train_on: of the recipe; `last` is the last answer, if the conversation ends with one.
+        train_on: of the recipe; `last` is the last answer, if the conversation ends with one; ""
+            for nothing.
+        counts: counts NO_REASONING, NO_END, and roles that are read as others.
 
     Raises:
-        UserError: the template refuses the conversation, or changes its answers.
+        UserError: the template refuses the conversation, leaves out some of it, changes its
+            answers, or marks them in part.
     """
     try:
         with limits(SECONDS):
-            return _rendered_answers(template, talk, train_on)
+            return _as_known(template, talk, train_on, Counter() if counts is None else counts)
     except UserError as error:
         raise UserError(error.what, where=where, fix=error.fix) from error
     except (Exception, Limit) as error:  # a template is a program: it can raise anything
         raise UserError(
             f"the chat template refuses this conversation: {_reason(error)}",
             where=where,
-            fix="mend the row, or choose another `template`",
+            fix="correct the row, or choose another `template`",
         ) from error
 
 
@@ -56,129 +89,292 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= REASON_CHARACTERS else text[:REASON_CHARACTERS] + " …"
 
 
-def _rendered_answers(template: Template, talk: Talk, train_on: str) -> tuple[str, list[Span]]:
-    roles = [ROLES.get(part, part) for part in train_on.split("+")]
-    learnt = [i for i, message in enumerate(talk.messages) if message["role"] in roles]
-    if train_on == "last":
-        learnt = [i for i in learnt if i == len(talk.messages) - 1]
-    answers = [i for i in learnt if talk.messages[i]["role"] == "assistant"]
-    others = [i for i in learnt if i not in answers]
-    text, spans = _answers(template, talk, answers, train_on == "last")
-    return text, sorted([*spans, *_others(template, talk, text, others)])
-
-
-def _answers(
-    template: Template, talk: Talk, learnt: list[int], last: bool
+def _as_known(
+    template: Template, talk: Talk, train_on: str, counts: Counter[str]
 ) -> tuple[str, list[Span]]:
-    """The text, and the spans of these answers: all there are, or the last alone."""
-    if MARK.search(template.text):
-        text, spans = template.render_marked(talk)
-        return text, (spans[-1:] if last else spans) if learnt else []
-    text = template.render(talk)
-    found = _by_prefix(template, talk, text, learnt)
-    return text, _by_probe(template, talk, text, learnt) if found is None else found
+    """Render with the row's own names of roles if the template has them, else the standard ones."""
+    written = {m["written_role"]: m["role"] for m in talk.messages if "written_role" in m}
+    if any(f"{quote}{role}{quote}" in template.text for role in written for quote in "'\""):
+        own = [{**m, "role": m.get("written_role", m["role"])} for m in talk.messages]
+        try:
+            return _Check(template, replace(talk, messages=own), talk).run(train_on, counts)
+        except Exception:  # such a name may stand in it as another word
+            pass
+    found = _Check(template, talk, talk).run(train_on, counts)
+    counts.update(f"{AS_ROLE}`{own}` read as `{role}`" for own, role in written.items())
+    return found
 
 
-def _others(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span]:
-    """What the user or a tool says, and the end of the turn where it ends as an answer does."""
-    spans = []
-    for index in learnt:
-        if not talk.messages[index]["content"]:
-            continue
-        before, probe, after = _with_content(template, talk, index, PROBE).partition(PROBE)
-        stop = len(text) - len(after)
-        if not (probe and text.startswith(before) and text.endswith(after) and len(before) <= stop):
-            raise _lost(index)
-        ending = end_of_turn(template)
-        spans.append((len(before), stop + len(ending) * text.startswith(ending, stop)))
-    return spans
+@dataclass(frozen=True)
+class _Turn:
+    """Where a message stands.
 
-
-def _by_prefix(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span] | None:
-    """Each answer is what a rendering with it has beyond the prompt for it.
-
-    None if the template writes earlier turns in another way once later ones follow.
+    Attributes:
+        first, last: from its first text to its last.
+        before, after: where the texts around it end and begin.
+        previous: number of the message before it in the text.
     """
-    spans = []
-    for index in learnt:
-        if index == 0:
-            return None  # few templates render a prompt from nothing
-        prompt = template.render(replace(talk, messages=talk.messages[:index]), prompt=True)
-        last = index == len(talk.messages) - 1
-        upto = text if last else template.render(replace(talk, messages=talk.messages[: index + 1]))
-        if not (upto.startswith(prompt) and text.startswith(upto)):
+
+    first: int
+    last: int
+    before: int
+    after: int
+    previous: int | None
+
+
+class _Check:
+    """One conversation under its template."""
+
+    def __init__(self, template: Template, rendered: Talk, talk: Talk) -> None:
+        self.template, self.talk = template, template.shaped(rendered)
+        self.messages = talk.messages
+        self.roles = [message["role"] for message in talk.messages]
+        self.generated: list[Span] | None = None
+        if GENERATION.search(template.text):
+            text, self.generated = template.render_marked(self.talk)
+        else:
+            text = template.render(self.talk)
+        try:
+            self.located: Located = locate(self.talk, self.roles, text, template.render)
+        except Hidden as hidden:
+            raise self._changed(hidden.message) from hidden
+        self.text = text
+
+    def run(self, train_on: str, counts: Counter[str]) -> tuple[str, list[Span]]:
+        """The text, and the spans of what is learned."""
+        learned = self._learned(train_on)
+        self._check_all_is_there()
+        left_out = self._check_reasoning(learned)
+        bounds = self._bounds()
+        spans: list[Span] = []
+        open_ended = 0
+        for number in learned:
+            if number in bounds:  # else an empty turn that the template writes nothing of
+                self._check_as_written(number)
+                own, closed = self._spans(number, self._turn(number, *bounds[number]))
+                spans += own
+                open_ended += not closed
+        counts.update({NO_REASONING: left_out, NO_END: open_ended})
+        return self.text, sorted(spans)
+
+    def _learned(self, train_on: str) -> list[int]:
+        """Numbers of the messages to learn: those of `train_on`, unless the row says otherwise."""
+        roles = [ROLES.get(part, part) for part in train_on.split("+")]
+        last = len(self.messages) - 1
+        learned = []
+        for number, message in enumerate(self.messages):
+            is_answer = message["role"] == "assistant"
+            chosen = message["role"] in roles and (train_on != "last" or number == last)
+            said = message.get("train") if train_on else None
+            if said is not False and (chosen or (said and not is_answer)):
+                learned.append(number)
+        return learned
+
+    def _check_all_is_there(self) -> None:
+        for kinds in ((CONTENT, INSTRUCTION, INPUT), (CALL, ARGUMENT), (TOOLS,)):
+            for field, place in self.located.fields:
+                if field.kind in kinds and not _is_there(field, place):
+                    if field.kind == CONTENT and self._has_instruction(field.message):
+                        continue
+                    if field.kind in (INSTRUCTION, INPUT) and self._has_content(field.message):
+                        continue
+                    raise self._left_out(field)
+
+    def _has(self, number: int, *kinds: str) -> bool:
+        own = [(f, p) for f, p in self.located.fields if f.message == number and f.kind in kinds]
+        return bool(own) and all(_is_there(field, place) for field, place in own)
+
+    def _has_content(self, number: int) -> bool:
+        return self._has(number, CONTENT)
+
+    def _has_instruction(self, number: int) -> bool:
+        """Whether instruction and input are there, which are the same text taken apart."""
+        return self._has(number, INSTRUCTION, INPUT)
+
+    def _left_out(self, field: Field) -> UserError:
+        fix = "choose a `template` that writes it, or change the row"
+        if field.message == OF_TOOLS:
+            return UserError("the chat template leaves out the row's tools", fix=fix)
+        message = self.messages[field.message]
+        role = message.get("written_role", message["role"])
+        what = "a call of a tool in" if field.kind in (CALL, ARGUMENT) else "the text of"
+        whose = f"message {field.message + 1} (role `{role}`)"
+        return UserError(f"the chat template leaves out {what} {whose}", fix=fix)
+
+    def _check_reasoning(self, learned: list[int]) -> int:
+        """Reasoning that is left out of earlier answers; the last one must keep its own."""
+        left_out = [f.message for f, p in self.located.fields if f.kind == REASONING and p is None]
+        answers = [number for number, role in enumerate(self.roles) if role == "assistant"]
+        if answers and answers[-1] in left_out and (not learned or answers[-1] in learned):
+            raise UserError(
+                f"the chat template leaves out the reasoning of the last answer, "
+                f"message {answers[-1] + 1}",
+                fix="choose a `template` that writes reasoning, or remove it from the row",
+            )
+        return len(set(left_out))
+
+    def _check_as_written(self, number: int) -> None:
+        """Refuse an answer that the template rewrites, or writes twice."""
+        if self.roles[number] != "assistant":
+            return
+        for field, place in self.located.fields:
+            said = field.message == number and field.kind in (CONTENT, REASONING)
+            if said and place and not (place.as_written and place.times == 1):
+                raise self._changed(number)
+
+    def _changed(self, number: int) -> UserError:
+        if number == OF_TOOLS:
+            what = "the chat template changes the row's tools, so they cannot be found in its text"
+            return UserError(what, fix="choose another `template`")
+        whose = "answer" if self.roles[number] == "assistant" else "text"
+        return UserError(
+            f"the chat template changes the {whose} in message {number + 1}, so it cannot be "
+            "told from the prompt",
+            fix="choose another `template`, or `train_on: last`",
+        )
+
+    def _bounds(self) -> dict[int, list[int]]:
+        """Of each message that has a text, the first and the last of its edges."""
+        bounds: dict[int, list[int]] = {}
+        for index, (_, number) in enumerate(self.located.edges):
+            if number is not None:
+                bounds.setdefault(number, [index, index])[1] = index
+        return bounds
+
+    def _turn(self, number: int, low: int, high: int) -> _Turn:
+        edges = self.located.edges
+        if any(owner not in (number, None) for _, owner in edges[low : high + 1]):
+            raise self._changed(number)
+        before, previous = edges[low - 1] if low else (0, None)
+        after = edges[high + 1][0] if high + 1 < len(edges) else len(self.text)
+        return _Turn(edges[low][0], edges[high][0], before, after, previous)
+
+    def _spans(self, number: int, turn: _Turn) -> tuple[list[Span], bool]:
+        """What is learned of a message, and whether its end is."""
+        if self.roles[number] != "assistant":
+            return [self._said(turn)], True
+        if self.generated is None:
+            start = turn.before + self._header(number, turn)
+            end, closed = self._end(number, turn)
+            return [(start, end)], closed
+        return self._generated(number, turn)
+
+    def _said(self, turn: _Turn) -> Span:
+        """What a user or a tool says, and the end of the turn where it ends as an answer does."""
+        rest, ending = self.text[turn.last : turn.after], end_of_turn(self.template)
+        blanks, found, _ = rest.partition(ending) if ending else ("", "", "")
+        closed = bool(found) and not blanks.strip()
+        return turn.first, turn.last + closed * (len(blanks) + len(ending))
+
+    def _header(self, number: int, turn: _Turn) -> int:
+        """Characters between the text before an answer and what the model itself must write."""
+        gap = self.text[turn.before : turn.first]
+        calls = bool(self.messages[number].get("tool_calls"))
+        previous = turn.previous is not None and turn.previous != OF_TOOLS
+        role = self.roles[turn.previous] if previous else None  # type: ignore[index]
+        key = "header", gap, role, calls, not number
+        return self._remembered(key, lambda: self._find_header(number, gap))
+
+    def _find_header(self, number: int, gap: str) -> int:
+        if number:  # few templates render a prompt from nothing
+            prompt = self._rest(self.located.marking.talk.messages[:number], prompt=True)
+            if prompt is not None and gap.startswith(prompt):
+                return len(prompt)
+        # The template writes something else behind a prompt than here: a plain answer shows what
+        # stands before any answer.
+        plain = {"role": self.talk.messages[number]["role"], "content": f"{ANSWER}a"}
+        if isinstance(self.talk.messages[number]["content"], list):
+            plain["content"] = [{"type": "text", "text": f"{ANSWER}a"}]
+        messages = [*self.located.marking.talk.messages[:number], plain]
+        return _common(gap, self._rest(messages, until=ANSWER) or "")
+
+    def _end(self, number: int, turn: _Turn) -> tuple[int, bool]:
+        """Where an answer ends, and whether with something that closes its turn."""
+        rest, ending = self.text[turn.last : turn.after], end_of_turn(self.template)
+        if ending and (place := rest.find(ending)) >= 0:
+            return turn.last + place + len(ending), True
+        if turn.after < len(self.text):  # such as a call, which some templates close otherwise
+            key = "end", rest, self.roles[number], bool(self.messages[number].get("tool_calls"))
+            size = self._remembered(key, lambda: self._find_end(number, rest))
+        else:
+            size = len(rest.rstrip())
+        return turn.last + size, bool(ending and size)
+
+    def _find_end(self, number: int, rest: str) -> int:
+        """Characters behind an answer that the template writes before it knows what follows."""
+        alone = self._rest(self.located.marking.talk.messages[: number + 1])
+        closing = (alone or "").rstrip()
+        return len(closing) if rest.startswith(closing) else 0
+
+    def _remembered(self, key: tuple[object, ...], find: Callable[[], int]) -> int:
+        memory = self.template.memory
+        if key not in memory:
+            if len(memory) >= REMEMBERED:
+                memory.clear()
+            memory[key] = find()
+        found: int = memory[key]
+        return found
+
+    def _rest(
+        self, messages: Messages, *, prompt: bool = False, until: str | None = None
+    ) -> str | None:
+        """What the template writes behind the last text of these messages, up to a mark if any."""
+        try:
+            rendering = self.template.render(Talk(messages, self.talk.tools), prompt=prompt)
+        except MemoryError:
+            raise
+        except Exception:  # a template may refuse half a conversation
             return None
-        answer = _without_blank_end(upto[len(prompt) :], talk.messages[index]["content"])
-        spans.append((len(prompt), len(prompt) + len(answer)))
-    return spans
+        if until is not None:
+            rendering = rendering.partition(until)[0]
+        marked = Marked.of(rendering, self.located.marking.fields)
+        return marked.text[marked.marks[-1][0] if marked.marks else 0 :]
+
+    def _generated(self, number: int, turn: _Turn) -> tuple[list[Span], bool]:
+        """What the template marks of an answer: all of it, and its end."""
+        spans = [
+            (max(start, turn.before), min(stop, turn.after))
+            for start, stop in self.generated or []
+            if start < turn.after and stop > turn.before
+        ]
+        inner = [
+            (place.start, place.stop)
+            for field, place in self.located.fields
+            if field.message == number and place
+        ]
+        end, closed = self._end(number, turn)
+        inner.append((turn.last, end))
+        for start, stop in inner:
+            if not any(low <= start and stop <= high for low, high in spans):
+                missed = self.text[start:stop][:80]
+                raise UserError(
+                    f"the template's {{% generation %}} marks leave out {missed!r} of the answer "
+                    f"in message {number + 1}",
+                    fix="put all of each answer, and what closes its turn, between the marks",
+                )
+        return spans, closed
 
 
-def _without_blank_end(answer: str, content: str) -> str:
-    """The answer without the line break behind its end of turn: a model stops before it."""
-    bare, core = answer.rstrip(), content.strip()
-    content_end = answer.rfind(core) + len(core) if core else 0
-    return bare if len(bare) > content_end else answer
+def _is_there(field: Field, place: Place | None) -> bool:
+    """Whether the template writes a field; a value that is no text, behind its key."""
+    return place is not None and (isinstance(field.core, str) or place.as_written)
 
 
-def _by_probe(template: Template, talk: Talk, text: str, learnt: list[int]) -> list[Span]:
-    """Each answer is found by rendering another one in its place; the end of turn is added."""
-    ending = end_of_turn(template)
-    spans = []
-    for index in learnt:
-        has_calls = bool(talk.messages[index].get("tool_calls"))
-        start, stop = (_replaced if has_calls else _marked)(template, talk, text, index)
-        blanks = len(text) - stop - len(text[stop:].lstrip())  # of an answer that ends with some
-        if text.startswith(ending, stop + blanks):
-            stop += blanks + len(ending)
-        spans.append((start, stop))
-    return spans
-
-
-def _marked(template: Template, talk: Talk, text: str, index: int) -> Span:
-    """Where an answer stands that is a text: rendered with marks around it, within its blanks."""
-    content = talk.messages[index]["content"]
-    core = content.strip()
-    head, tail = content.split(core, 1) if core else (content, "")
-    probed = _with_content(template, talk, index, f"{head}{BEGIN}{core}{END}{tail}")
-    before, _, rest = probed.partition(BEGIN)
-    answer, _, after = rest.partition(END)
-    if before + answer + after != text:
-        raise _lost(index)
-    return len(before), len(before) + len(answer)
-
-
-def _replaced(template: Template, talk: Talk, text: str, index: int) -> Span:
-    """Where an answer with calls of tools stands: between what surrounds a text in its place."""
-    before, _, after = _with_content(template, talk, index, BEGIN).partition(BEGIN)
-    stop = len(text) - len(after)
-    if not (text.startswith(before) and text.endswith(after) and len(before) <= stop):
-        raise _lost(index)
-    return len(before), stop
-
-
-def _with_content(template: Template, talk: Talk, index: int, content: str) -> str:
-    message = {**talk.messages[index], "content": content}
-    for beside in ("tool_calls", "instruction", "input"):  # some templates print these instead
-        message.pop(beside, None)
-    messages = [*talk.messages[:index], message, *talk.messages[index + 1 :]]
-    return template.render(replace(talk, messages=messages))
-
-
-def _lost(index: int) -> UserError:
-    return UserError(
-        f"the chat template changes the answer in message {index + 1}, so it cannot be "
-        "told from the prompt",
-        fix="choose another `template`, or one with {% generation %} marks, or `train_on: last`",
-    )
+def _common(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    size = 0
+    while size < min(len(one), len(other)) and one[size] == other[size]:
+        size += 1
+    return size
 
 
 @lru_cache(maxsize=8)
 def end_of_turn(template: Template) -> str:
-    """What the template writes behind an answer, without blanks at its end."""
-    first = [{"role": "user", "content": BEGIN}, {"role": "assistant", "content": f"a{END}"}]
-    last = template.render(Talk(first)).partition(END)[2].rstrip()
-    more = template.render(Talk([*first, {"role": "user", "content": BEGIN}]))
-    before, middle = more.partition(BEGIN)[0], more.partition(END)[2].partition(BEGIN)[0]
+    """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
+    first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
+    last = _probed(template, first).partition(ANSWER)[2].rstrip()
+    more = _probed(template, [*first, {"role": "user", "content": PROBE}])
+    before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
     if middle.startswith(last):
         return last
     # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
@@ -186,4 +382,11 @@ def end_of_turn(template: Template) -> str:
     same = 0
     while same < min(len(before), len(middle)) and before[-1 - same] == middle[-1 - same]:
         same += 1
-    return middle[: len(middle) - same].rstrip()
+    return middle[: len(middle) - same].rstrip() or last
+
+
+def _probed(template: Template, messages: Messages) -> str:
+    try:
+        return template.render(Talk(messages))
+    except Exception:  # such as one that takes a single exchange
+        return ""

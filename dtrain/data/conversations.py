@@ -11,21 +11,50 @@ from dtrain.core.files import unique_keys
 
 Messages = list[dict[str, Any]]
 
-# sharegpt's names of who speaks
+# Names of roles that rows use, and the standard ones that they mean.
 ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
-    "observation": "tool",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "developer": "system",
+    **{role: role for role in ("system", "user", "assistant", "tool")},
 }
+SHAREGPT = ("human", "gpt", "chatgpt", "bing", "bard", "observation", "function_call")  # its own
+CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, as JSON
+
+# Keys by which rows say whether a turn is learned: OpenAI, axolotl, ms-swift, LLaMA-Factory, …
+MARKS = ("weight", "train", "training", "loss", "loss_weight", "masked", "train_detail")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # transformers knows the same
+TEXT_TYPES = (None, "text", "input_text", "output_text")
+REASONING_TYPES = ("reasoning", "thinking")
+TEXTS_OF_PARTS = ("text", "value", "reasoning", "thinking", "content")
 
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation, and the tools that the model may call in it, as JSON schemas."""
+    """A conversation, and the tools that the model may call in it, as JSON schemas.
+
+    A message has `role` (a standard one where the row's own has a standard meaning), `content` (a
+    text), what else its row holds, and where they apply:
+
+    - `reasoning_content`, `tool_calls`;
+    - `train`: the row says that the turn is learned, or that it is not;
+    - `written_role`: the row's own name of the role, where it is not that of its format;
+    - `parts`: the texts of which `content` is joined, where there are several.
+    """
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
@@ -54,32 +83,154 @@ def as_messages(value: Any, column: str, where: str) -> Messages:
 def _message(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"`{name}` must be an object, not {kind_of_value(value)}", where=where)
-    if "from" in value and "role" not in value:
-        return _turn(value, name, where)
-    calls = value.get("tool_calls") or None
-    for field in ("role", "content"):
-        if field not in value and not (field == "content" and calls):
+    sharegpt = "from" in value and "role" not in value
+    role, content = ("from", "value") if sharegpt else ("role", "content")
+    calls = value.get("tool_calls") or _legacy_call(value.get("function_call"))
+    for field in (role, content):
+        if field not in value and not (field == content and calls):
             raise UserError(f"`{name}` has no `{field}`", where=where)
-    message = {key: v for key, v in value.items() if v is not None}
-    message["role"] = checked_text(value["role"], f"{name}.role", where)
-    content = "" if calls and value.get("content") is None else value.get("content")
-    message["content"] = checked_text(content, f"{name}.content", where)
+    left_out = {role, content, "tool_calls", "function_call", *MARKS, *REASONING_KEYS}
+    message = {key: v for key, v in value.items() if v is not None and key not in left_out}
+    message |= _role(checked_text(value[role], f"{name}.{role}", where), sharegpt)
+    text = "" if calls and value.get(content) is None else value.get(content)
+    read = _read_content(text, f"{name}.{content}", where)
     if calls:
-        message["tool_calls"] = _calls(calls, name, where)
-    return message
+        read.calls[:0] = calls if isinstance(calls, list) else [calls]
+    elif value[role].strip().lower() in CALL_ROLES:
+        call = _parsed("\n".join(read.texts), f"{name}.{content}", where)
+        read.calls.extend(call if isinstance(call, list) else [call])
+        read.texts.clear()
+    message["content"] = "\n".join(read.texts)
+    if len(read.texts) > 1:
+        message["parts"] = read.texts
+    reasoning = [*_reasoning(value, name, where), *read.reasoning]
+    return message | _optional(
+        reasoning_content="\n".join(reasoning) or None,
+        tool_calls=_calls(read.calls, name, where) or None,
+        train=_mark(value, name, where),
+    )
 
 
-def _turn(value: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    speaker = checked_text(value["from"], f"{name}.from", where)
-    if "value" not in value:
-        raise UserError(f"`{name}` has no `value`", where=where)
-    text = checked_text(value["value"], f"{name}.value", where)
-    role = ROLES.get(speaker, speaker)
-    if speaker != "function_call":
-        return {"role": role, "content": text}
-    call = _parsed(text, f"{name}.value", where)
-    calls = [{"function": one} for one in (call if isinstance(call, list) else [call])]
-    return {"role": role, "content": "", "tool_calls": _calls(calls, name, where)}
+def _optional(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _legacy_call(value: Any) -> Any:
+    """OpenAI's `function_call` of before `tool_calls`."""
+    return [{"function": value}] if value else None
+
+
+def _role(written: str, sharegpt: bool) -> dict[str, str]:
+    """The standard role, and the row's own where it is another."""
+    role = ROLES.get(written.strip().lower(), written)
+    if role == written or (sharegpt and written in SHAREGPT):
+        return {"role": role}
+    return {"role": role, "written_role": written}
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The content of a message: what it says, its reasoning, and its calls of tools."""
+
+    texts: list[str]
+    reasoning: list[str]
+    calls: list[Any]
+
+
+def _read_content(value: Any, name: str, where: str) -> _Content:
+    """A text, or a list of parts, each a text or an object with a type and a text.
+
+    Raises:
+        UserError: it is neither, or a part is an image, a sound, a video, …
+    """
+    read = _Content([], [], [])
+    if not isinstance(value, list) or not value:
+        read.texts.append(checked_text(value, name, where))
+        return read
+    for number, part in enumerate(value):
+        own = f"{name}[{number}]"
+        if isinstance(part, str):
+            read.texts.append(checked_text(part, own, where))
+            continue
+        if not isinstance(part, dict):
+            what = f"`{own}` must be a text or an object, not {kind_of_value(part)}"
+            raise UserError(what, where=where)
+        given = {key: v for key, v in part.items() if v is not None}
+        kind = given.get("type")
+        key = next((key for key in TEXTS_OF_PARTS if key in given), None)
+        if kind in TEXT_TYPES and key:
+            read.texts.append(checked_text(given[key], f"{own}.{key}", where))
+        elif kind in REASONING_TYPES and key:
+            read.reasoning.append(checked_text(given[key], f"{own}.{key}", where))
+        elif kind in CALL_ROLES:
+            text = checked_text(given.get("value"), f"{own}.value", where)
+            read.calls.append(_parsed(text, f"{own}.value", where))
+        else:
+            raise _not_text(own, kind or ", ".join(map(str, given)) or "nothing", where)
+    return read
+
+
+def _not_text(name: str, kind: object, where: str) -> UserError:
+    return UserError(
+        f"`{name}` is not a text: {kind}",
+        where=where,
+        fix="dtrain trains on text: remove the row, or its images, sounds, videos and files",
+    )
+
+
+def _reasoning(value: dict[str, Any], name: str, where: str) -> list[str]:
+    """What a message says of its reasoning; several keys may say the same."""
+    given = [
+        checked_text(value[key], f"{name}.{key}", where)
+        for key in REASONING_KEYS
+        if value.get(key) is not None
+    ]
+    return list(dict.fromkeys(text for text in given if text.strip()))
+
+
+def _mark(value: dict[str, Any], name: str, where: str) -> bool | None:
+    """Whether the row says that this turn is learned; None where it does not say.
+
+    `masked: false` says nothing: tables fill it in for every turn.
+
+    Raises:
+        UserError: a mark is no yes or no, or two of them disagree.
+    """
+    said: dict[str, bool] = {}
+    for key in MARKS:
+        given = value.get(key)
+        if given is None:
+            continue
+        if (
+            key == "train_detail"
+            or not isinstance(given, bool | int | float)
+            or given not in (0, 1)
+        ):
+            raise UserError(
+                f"`{name}.{key}` must be 0 or 1 (or false or true), not {str(given)[:40]}",
+                where=where,
+                fix="a turn is learned as a whole or not at all: change the mark or remove it",
+            )
+        if key != "masked":
+            said[key] = bool(given)
+        elif given:
+            said[key] = False
+    if len(set(said.values())) > 1:
+        what = f"`{name}` says both that it is learned and that it is not: {', '.join(said)}"
+        raise UserError(what, where=where, fix="keep one of these keys")
+    return next(iter(said.values()), None)
+
+
+def row_messages(messages: Messages) -> Messages:
+    """The messages as a row holds them: `as_messages` reads the same again."""
+    rows = []
+    for message in messages:
+        row = {k: v for k, v in message.items() if k not in ("written_role", "parts")}
+        row["role"] = message.get("written_role", message["role"])
+        if "parts" in message:
+            row["content"] = [{"type": "text", "text": text} for text in message["parts"]]
+        rows.append(row)
+    return rows
 
 
 def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dtrain.data.mixing import Mix
 from dtrain.data.pieces import Pieces, joined
 from dtrain.data.sources import Part
 from dtrain.data.store import Store
-from dtrain.data.tokenise import CUT, EMPTY, MASKED, TOO_LONG, UNLEARNABLE
+from dtrain.data.tokenise import notes
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -165,15 +165,7 @@ class Mixture:
             f"{self.sequence_tokens}, {units.count(facts['tokens'])} tokens "
             f"({units.count(facts['supervised_tokens'])} learnt), rows {fill:.2%} full"
         )
-        notes = {
-            CUT: "cut at the end of a sequence",
-            TOO_LONG: "left out, longer than a sequence",
-            MASKED: "left out, no answer in them",
-            EMPTY: "left out, empty",
-            UNLEARNABLE: "rows of a single token left out",
-        }
-        told = [f"{n:,} {text}" for key, text in notes.items() if (n := facts["counts"].get(key))]
-        return "; ".join([line, *told])
+        return "; ".join([line, *notes(facts["counts"])])
 
     def _locate(self, number: int) -> tuple[int, int]:
         first_rows = self.first_rows

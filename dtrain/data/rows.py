@@ -55,6 +55,10 @@ def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Valu
         for column in (*known.needs, *known.takes)
         if columns.get(column, column) in raw
     }
+    for column in MEDIA:
+        if named.get(column):
+            what = f"the row has {column}, and dtrain trains on text"
+            raise UserError(what, where=where, fix="remove the row, or the column")
     return known.make(named, where)
 
 
@@ -120,14 +124,19 @@ def _system(row: Row, where: str) -> Messages:
 def _talk(column: str) -> Callable[[Row, str], Talk]:
     def make(row: Row, where: str) -> Talk:
         messages = [*_system(row, where), *as_messages(row[column], column, where)]
-        return Talk(messages, read_tools(row.get("tools"), where))
+        return Talk(messages, _tools(row, where))
 
     return make
 
 
+def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+    """The row's `tools`, or OpenAI's `functions` of before."""
+    return read_tools(row.get("tools") or row.get("functions"), where)
+
+
 def _prompt_completion(row: Row, where: str) -> Talk:
     answer = _side(row["completion"], "completion", where)
-    return Talk([*_prompt(row, where), *answer], read_tools(row.get("tools"), where))
+    return Talk([*_prompt(row, where), *answer], _tools(row, where))
 
 
 def _prompt(row: Row, where: str) -> Messages:
@@ -149,7 +158,7 @@ def _side(value: Any, column: str, where: str) -> Messages:
 
 
 def _preference(row: Row, where: str) -> Pair:
-    prompt, tools = _prompt(row, where), read_tools(row.get("tools"), where)
+    prompt, tools = _prompt(row, where), _tools(row, where)
     chosen, rejected = (_side(row[c], c, where) for c in ("chosen", "rejected"))
     return Pair(Talk([*prompt, *chosen], tools), Talk([*prompt, *rejected], tools))
 
@@ -166,11 +175,12 @@ def _kto(row: Row, where: str) -> Pair:
         messages += _side(row["completion"], "completion", where)
     if not messages:
         raise UserError("no `messages`, and no `prompt` with a `completion`", where=where)
-    talk = Talk(messages, read_tools(row.get("tools"), where))
+    talk = Talk(messages, _tools(row, where))
     return Pair(talk, None) if value else Pair(None, talk)
 
 
-_BESIDE = ("system", "tools")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_BESIDE = ("system", "tools", "functions", *MEDIA)
 # In the order in which `auto` tries them.
 FORMS = {
     "preference": Form(
@@ -179,7 +189,7 @@ FORMS = {
     "kto": Form(("label",), ("messages", "prompt", "completion", "conversations", *_BESIDE), _kto),
     "messages": Form(("messages",), _BESIDE, _talk("messages")),
     "sharegpt": Form(("conversations",), _BESIDE, _talk("conversations")),
-    "alpaca": Form(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "alpaca": Form(("instruction", "output"), ("input", "system", "history", *MEDIA), _alpaca),
     "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
     "text": Form(("text",), (), _text),
 }

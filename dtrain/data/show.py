@@ -14,6 +14,7 @@ from dtrain.data.conversations import Pair, Talk
 from dtrain.data.formats import Fault, Record
 from dtrain.data.mixture import Mixture, Row
 from dtrain.data.sources import Part
+from dtrain.data.tokenise import notes
 
 SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
 HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
@@ -49,6 +50,9 @@ def sequences(
         )
         yield Text(head, style=HEAD)
         yield from _documents(row, tokenizer, colour)
+    for source in mixture.sources:
+        for note in notes(source.store.manifest["counts"]):
+            yield Text(f"{source.name}: {note}\n", style=NOTE)
 
 
 def _documents(row: Row, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Iterator[Text]:
@@ -110,6 +114,8 @@ def _turns(value: str | Talk) -> Text:
     for message in value.messages:
         text.append(f"{message['role']}: ", style=NOTE)
         style = LEARNT if message["role"] == "assistant" else ""
+        if reasoning := message.get("reasoning_content"):
+            text.append(f"(reasoning) {_head(reasoning)}\n", style=style)
         text.append(_head(message["content"]) + "\n", style=style)
         for call in message.get("tool_calls", []):
             text.append(f"  calls {call['function']}\n", style=style)

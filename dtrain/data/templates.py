@@ -7,7 +7,8 @@ somewhere else, so it renders within limits of time, memory and size.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,9 @@ from dtrain.data.conversations import Messages, Talk
 from dtrain.data.limits import Limit, limits
 
 Span = tuple[int, int]  # characters from … to (excluded)
+
+OWN_KEYS = ("train", "written_role", "parts")  # of messages, and no template's
+PROBES = ("dtrainprobe7f3a", "dtrainprobe9c1e")
 
 MAX_CHARACTERS = 1 << 24  # of a rendered conversation
 SECONDS = 1.5  # for a conversation in all its renderings
@@ -69,13 +73,56 @@ class Template:
         """The special tokens that the template can print; all else is work at each rendering."""
         return {name: token for name, token in self.specials if name in self.text}
 
+    @cached_property
+    def memory(self) -> dict[Any, Any]:
+        """What was found out about this template, for who renders many conversations with it."""
+        return {}
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether a content may be a list of parts, each with type and text."""
+        return self._writes([{"type": "text", "text": text} for text in PROBES])
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """Whether a content may be a text; where neither is seen to work, it is."""
+        return not self.takes_parts or self._writes("".join(PROBES))
+
+    def _writes(self, content: Any) -> bool:
+        """Whether both probes are in the text, and not the names of keys."""
+        turns = [{"role": role, "content": content} for role in ("user", "assistant")]
+        try:
+            text = self._render(Talk(turns), add_generation_prompt=False)[0]
+        except Exception:  # such as adding a list to a text
+            return False
+        between = re.findall(f"{PROBES[0]}(.*?){PROBES[1]}", text, re.DOTALL)
+        return len(between) == len(turns) and not any("type" in own for own in between)
+
+    def shaped(self, talk: Talk) -> Talk:
+        """The conversation as this template reads it: parts where it reads them, own keys gone."""
+        if self.takes_text and not any(key in m for m in talk.messages for key in OWN_KEYS):
+            return talk
+        return replace(talk, messages=[self._shaped(message) for message in talk.messages])
+
+    def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
+        shaped = {key: value for key, value in message.items() if key not in OWN_KEYS}
+        texts = message.get("parts")
+        if (
+            isinstance(shaped["content"], str)
+            and self.takes_parts
+            and (texts or not self.takes_text)
+        ):
+            texts = texts or [shaped["content"]]
+            shaped["content"] = [{"type": "text", "text": text} for text in texts]
+        return shaped
+
     def render(self, talk: Talk, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the next answer starts."""
-        return self._render(talk, add_generation_prompt=prompt)[0]
+        return self._render(self.shaped(talk), add_generation_prompt=prompt)[0]
 
     def render_marked(self, talk: Talk) -> tuple[str, list[Span]]:
         """The conversation as text, and what the template itself marks as generated."""
-        text, spans = self._render(talk, return_assistant_tokens_mask=True)
+        text, spans = self._render(self.shaped(talk), return_assistant_tokens_mask=True)
         return text, [(start, stop) for start, stop in spans[0]]
 
     def _render(self, talk: Talk, **how: bool) -> tuple[str, Any]:

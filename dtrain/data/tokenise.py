@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import render_answers
+from dtrain.data.answers import AS_ROLE, NO_END, NO_REASONING, render_answers
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
@@ -23,6 +24,25 @@ Int32s = NDArray[np.int32]
 
 EMPTY, CUT, TOO_LONG, MASKED = "empty", "cut", "too_long", "masked"  # counts of documents
 UNLEARNABLE = "unlearnable_rows"  # rows of one token
+
+
+NOTES = {
+    CUT: "cut at the end of a sequence",
+    TOO_LONG: "left out, longer than a sequence",
+    MASKED: "left out, no answer in them",
+    EMPTY: "left out, empty",
+    UNLEARNABLE: "rows of a single token left out",
+    NO_REASONING: "earlier answers without their reasoning: the chat template leaves it out",
+    NO_END: "answers after which nothing that ends a turn is learned: the model will not learn to "
+    "stop",
+}
+
+
+def notes(counts: Mapping[str, int]) -> list[str]:
+    """What was cut, left out or read in another way, for a person."""
+    known = [f"{counts[key]:,} {note}" for key, note in NOTES.items() if counts.get(key)]
+    renamed = sorted(key for key in counts if key.startswith(AS_ROLE))
+    return [*known, *(f"{key} in {counts[key]:,} rows" for key in renamed)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Tokeniser:
         """
         if self.answers_only:
             return self._answers(records, counts)
-        texts = [self._text(record) for record in records]
+        texts = [self._text(record, counts) for record in records]
         kept = [i for i, text in enumerate(texts) if text]
         counts[EMPTY] += len(texts) - len(kept)
         if not kept:
@@ -78,15 +98,17 @@ class Tokeniser:
         ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
         return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
-    def _text(self, record: Record) -> str:
+    def _text(self, record: Record, counts: Counter[str]) -> str:
         if isinstance(record.value, str):
             return record.value
-        where = self.parts[record.part].place(record.number)
-        return self._rendered(record, where, "last")[0]  # finding one answer is less work
+        return self._rendered(record, "", counts)[0]  # every token is learned, whoever says it
 
-    def _rendered(self, record: Record, place: str, train_on: str) -> tuple[str, list[Span]]:
+    def _rendered(
+        self, record: Record, train_on: str, counts: Counter[str]
+    ) -> tuple[str, list[Span]]:
         assert self.template is not None and isinstance(record.value, Talk)
-        return render_answers(self.template, record.value, place, train_on)
+        place = self.parts[record.part].place(record.number)
+        return render_answers(self.template, record.value, place, train_on, counts)
 
     def _whole(self, ids: list[int], record: Record) -> Document:
         eos = self.tokenizer.eos_token_id
@@ -96,10 +118,7 @@ class Tokeniser:
 
     def _answers(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         places = [self.parts[r.part].place(r.number) for r in records]
-        rendered = [
-            self._rendered(record, place, self.train_on)
-            for record, place in zip(records, places, strict=True)
-        ]
+        rendered = [self._rendered(record, self.train_on, counts) for record in records]
         texts, spans = [text for text, _ in rendered], [own for _, own in rendered]
         documents = []
         for index, (tokens, runs) in enumerate(self._encoded(texts, spans)):

@@ -50,7 +50,8 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
     Raises:
         UserError: base or data cannot be had at all; rows that are wrong are findings.
     """
-    tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template)
+    train_on = stage.data.train_on if stage.kind == "sft" else ""  # cpt learns every token
+    tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template, train_on)
     return scan(
         [source_input(source) for source in stage.data.all_sources],
         known=held_out_of(recipe),

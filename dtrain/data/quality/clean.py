@@ -19,7 +19,7 @@ from dtrain.config.schema import Clean
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.data.conversations import Pair, Talk
+from dtrain.data.conversations import Pair, Talk, row_messages
 from dtrain.data.formats import Fault, Record
 from dtrain.data.quality.kinds import BIT, BROKEN
 from dtrain.data.quality.personal import KINDS as PERSONAL
@@ -132,13 +132,15 @@ def as_row(value: Value) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, Talk):
-        return {"messages": value.messages, **_tools(value)}
+        return {"messages": row_messages(value.messages), **_tools(value)}
     if value.wanted and value.unwanted:
-        sides = {"chosen": value.wanted.messages, "rejected": value.unwanted.messages}
-        return {**sides, **_tools(value.wanted)}
+        sides = {"chosen": value.wanted, "rejected": value.unwanted}
+        rows = {name: row_messages(side.messages) for name, side in sides.items()}
+        return {**rows, **_tools(value.wanted)}
     talk = value.wanted or value.unwanted
     assert talk is not None
-    return {"messages": talk.messages, "label": value.wanted is not None, **_tools(talk)}
+    label = value.wanted is not None
+    return {"messages": row_messages(talk.messages), "label": label, **_tools(talk)}
 
 
 def _tools(talk: Talk) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.core.hashes import fingerprint
+from dtrain.data.answers import NO_END
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Fault
 from dtrain.data.quality.duplicates import distinct
@@ -17,6 +18,7 @@ from dtrain.data.quality.personal import mask
 from dtrain.data.quality.sample import sample_of
 from dtrain.data.quality.scan import REFUSED, Findings
 from dtrain.data.quality.wording import excerpt
+from dtrain.data.tokenise import notes
 
 EXAMPLES = 5  # of each kind
 BINS = 24
@@ -163,7 +165,11 @@ def _verdict(found: Findings, findings: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _on_the_whole(found: Findings) -> list[dict[str, Any]]:
-    lines = []
+    ends = {key: n for key, n in found.rendered.items() if key == NO_END}
+    rest = {key: n for key, n in found.rendered.items() if key != NO_END}
+    do = "let the `template` write the tokenizer's end of text behind each answer"
+    lines = [{"grave": True, "text": note, "do": do} for note in notes(ends)]
+    lines += [{"grave": False, "text": note, "do": ""} for note in notes(rest)]
     asked = int(found.column("asked").sum())
     if 0 < asked < FEW_ROWS:
         text = f"{asked:,} rows with answers are few"

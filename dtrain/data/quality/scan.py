@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,15 @@ BATCH_CHARACTERS = 1 << 22
 SIMILARITY = 0.8  # from here on two rows are nearly the same
 REFUSED = -1  # number of tokens of a row that the template refuses
 
-Tokens = Callable[[list[Value]], NDArray[np.int32]]
+
+class Tokens(Protocol):
+    """Counts the tokens of rows as a stage would make them (`lengths.TokenCounter`)."""
+
+    reasons: dict[int, str]
+    counts: Counter[str]
+
+    def __call__(self, values: list[Value], /) -> NDArray[np.int32]:
+        """Tokens of each row, REFUSED where the template refuses it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Findings:
         counted: whether the tokens of the rows are known.
         of_source: rows of each source.
         broken: rows that cannot be read.
+        rendered: what the chat template did to them, as `tokenise.notes` puts it into words.
     """
 
     inputs: list[Input]
@@ -101,6 +110,7 @@ class Findings:
     orders: Counts = field(default_factory=Counts)
     openings: Counts = field(default_factory=Counts)
     broken: int = 0
+    rendered: Counter[str] = field(default_factory=Counter)
     broken_notes: list[str] = field(default_factory=list)
 
     def add(self, records: list[tuple[int, Record]], examined: Examined) -> None:
@@ -175,6 +185,10 @@ def scan(
             counts = tokens([record.value for _, record in records]) if tokens else 0
             examined = future()
             examined.rows["tokens"] = counts
+            if tokens:
+                reasons = tokens.reasons.items()
+                found.note(TEMPLATE, [(0.0, found.rows + row, why) for row, why in reasons])
+                found.rendered = tokens.counts
             found.add(records, examined)
     _across(found)
     return found
@@ -282,8 +296,6 @@ def _mark(
 def _lengths(found: Findings) -> None:
     tokens = found.column("tokens")
     found.flags[tokens == REFUSED] |= np.uint32(BIT[TEMPLATE])
-    refused = np.flatnonzero(tokens == REFUSED)[:NOTES].tolist()
-    found.note(TEMPLATE, [(0.0, row, "the template does not take it") for row in refused])
     if found.sequence_tokens:
         over = np.flatnonzero(tokens > found.sequence_tokens)
         found.flags[over] |= np.uint32(BIT[OVERLONG])

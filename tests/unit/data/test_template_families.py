@@ -178,7 +178,6 @@ def test_training_on_all_is_the_same_with_a_role_that_nobody_has(template) -> No
 
 
 TOLD = {
-    "chatml": "4<|im_end|>",
     "llama3": "4",
     "qwen2.5": "4",
     "qwen3": "4",
@@ -193,6 +192,12 @@ def test_what_tools_say_is_learnt_when_asked(template, family) -> None:
     assert found[::2] == learnt(ready, CALLING, "all", TOOLS)
     everything = learnt(ready, CALLING, "all+user+tool", TOOLS)
     assert everything == [SAID[family].format("Two and two?"), *found]
+
+
+def test_what_tools_say_is_learnt_under_a_template_that_writes_any_role(template) -> None:
+    plain = [CALLING[0], {"role": "assistant", "content": "Adding."}, *CALLING[2:]]
+    found = learnt(template("chatml"), plain, "all+tool")
+    assert found == ["Adding.<|im_end|>", "4<|im_end|>", "Four.<|im_end|>"]
 
 
 def test_marks_of_the_template_are_taken_for_the_answers_alone(template) -> None:
