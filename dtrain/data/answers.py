@@ -261,7 +261,7 @@ class _Check:
 
     def _said(self, turn: _Turn) -> Span:
         """What a user or a tool says, and the end of the turn where it ends as an answer does."""
-        rest, ending = self.text[turn.last : turn.after], end_of_turn(self.template)
+        rest, ending = self.text[turn.last : turn.after], _endings(self.template)[0]
         blanks, found, _ = rest.partition(ending) if ending else ("", "", "")
         closed = bool(found) and not blanks.strip()
         return turn.first, turn.last + closed * (len(blanks) + len(ending))
@@ -290,15 +290,18 @@ class _Check:
 
     def _end(self, number: int, turn: _Turn) -> tuple[int, bool]:
         """Where an answer ends, and whether with something that closes its turn."""
-        rest, ending = self.text[turn.last : turn.after], end_of_turn(self.template)
-        if ending and (place := rest.find(ending)) >= 0:
+        rest, is_last = self.text[turn.last : turn.after], turn.after == len(self.text)
+        endings = set(_endings(self.template)) - {""}
+        found = [(at, ending) for ending in endings if (at := rest.find(ending)) >= 0]
+        if found:
+            place, ending = min(found)  # the shorter one of two at one place
             return turn.last + place + len(ending), True
-        if turn.after < len(self.text):  # such as a call, which some templates close otherwise
+        if is_last:  # such as a call, which some templates close in another way
+            size = len(rest.rstrip())
+        else:
             key = "end", rest, self.roles[number], bool(self.messages[number].get("tool_calls"))
             size = self._remembered(key, lambda: self._find_end(number, rest))
-        else:
-            size = len(rest.rstrip())
-        return turn.last + size, bool(ending and size)
+        return turn.last + size, bool(endings and size)
 
     def _find_end(self, number: int, rest: str) -> int:
         """Characters behind an answer that the template writes before it knows what follows."""
@@ -368,21 +371,34 @@ def _common(one: str, other: str) -> int:
     return size
 
 
-@lru_cache(maxsize=8)
 def end_of_turn(template: Template) -> str:
     """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
+    inner, last = _endings(template)
+    return inner if inner and (last.startswith(inner) or not last) else last
+
+
+@lru_cache(maxsize=8)
+def _endings(template: Template) -> tuple[str, str]:
+    """What closes an answer that another turn follows, and what closes the last one."""
     first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
-    last = _probed(template, first).partition(ANSWER)[2].rstrip()
+    text = _probed(template, first)
+    last = text.partition(ANSWER)[2].rstrip()
     more = _probed(template, [*first, {"role": "user", "content": PROBE}])
     before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
     if middle.startswith(last):
-        return last
+        return last, last
     # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
     # stands between an answer and the head of the next question.
-    same = 0
-    while same < min(len(before), len(middle)) and before[-1 - same] == middle[-1 - same]:
-        same += 1
-    return middle[: len(middle) - same].rstrip() or last
+    same = _common(before[::-1], middle[::-1])
+    if inner := middle[: len(middle) - same].rstrip():
+        return inner, last
+    # gpt-oss closes its own preface in the same way, so that all of it stands before the first
+    # question too; but a conversation begins as every turn does.
+    begin = text.removeprefix(dict(template.specials).get("bos_token", ""))
+    both = middle[: _common(middle, text.partition(PROBE)[2])]
+    sizes = range(len(both), 0, -1)
+    head = next((size for size in sizes if begin.startswith(both[-size:])), 0)
+    return both[: len(both) - head].rstrip(), last
 
 
 def _probed(template: Template, messages: Messages) -> str:
