@@ -39,6 +39,12 @@ ENDS = {
     "phi3": "{}<|end|>",
     "phi4": "{}<|im_end|>",
     "deepseek": "{}<｜end▁of▁sentence｜>",
+    "mistral-tools": " {}</s>",
+    "glm4": "{}",
+    "command-r": "{}<|END_OF_TURN_TOKEN|>",
+    "parts": "{}<|eot_id|>",
+    "parts-only": "{}<|im_end|>",
+    "reasoning": "{}<|im_end|>",
 }
 CLOSING = {"phi3": "\n</s>"}  # of the whole conversation
 
@@ -49,7 +55,7 @@ def template(make_tokenizer):
 
     def run(name):
         path = FAMILIES / f"{name}.jinja"
-        text = path.read_text(encoding="utf-8") if name in ENDS else name
+        text = path.read_text(encoding="utf-8") if name in (*ENDS, "harmony") else name
         tokenizer = make_tokenizer(text, bos_token="<s>", eos_token="</s>")
         return resolve_template("auto", tokenizer)
 
@@ -62,7 +68,8 @@ def learnt(template, messages, train_on="all", tools=None):
 
 
 def test_every_template_file_is_in_the_table() -> None:
-    assert {path.stem for path in FAMILIES.glob("*.jinja")} == set(ENDS)
+    stems = {path.stem for path in FAMILIES.glob("*.jinja")}
+    assert stems == {*ENDS, "harmony"}  # of gpt-oss, whose turns end in three ways
 
 
 def bare(answer: str) -> str:
@@ -157,6 +164,12 @@ SAID = {
     "phi3": "{}<|end|>",
     "phi4": "{}<|im_end|>",
     "deepseek": "{}",
+    "mistral-tools": "{}",
+    "glm4": "{}",
+    "command-r": "{}<|END_OF_TURN_TOKEN|>",
+    "parts": "{}<|eot_id|>",
+    "parts-only": "{}<|im_end|>",
+    "reasoning": "{}<|im_end|>",
 }
 QUESTIONS = ["Two and two?", "And two?"]
 
