@@ -14,10 +14,11 @@ from dtrain.core.imports import import_fast
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dtrain.merge.adapter import Adapter, Shapes
+    from dtrain.merge.adapter import Adapter
     from dtrain.merge.merge import Applied
     from dtrain.merge.nf4 import Packed
     from dtrain.merge.origin import Origin
+    from dtrain.merge.tied import Shapes
 
 Places = Annotated[
     list[str],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,27 +16,22 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.merge.adapter_config import check_config
 from dtrain.merge.methods import CONVOLUTIONS, Layer, Step
+from dtrain.merge.stream import row_blocks
+from dtrain.merge.tied import FLOATS, Shapes, is_outside_layers
+from dtrain.models.adapter_folder import file_keys
 from dtrain.models.finite import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"
 ROLES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "m",
     ".lora_embedding_A": "a", ".lora_embedding_B": "b",
     ".lora_A": "a", ".lora_B": "b", ".lora_E": "e",
     ".lora_B.bias": "bias",
 }  # fmt: skip
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-KINDS = ("LORA", "ADALORA")
-# Settings under which PEFT merges in another way, or changes the base itself.
-UNSUPPORTED = (
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-    "layer_replication", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
-# First weights that PEFT takes out of the base when it loads the adapter.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-Shapes = dict[str, tuple[str, list[int]]]
 
 
 class Tensors(Protocol):
@@ -54,7 +50,7 @@ class Tensors(Protocol):
 
 
 class AdapterFile:
-    """The tensors of an adapter folder.
+    """The tensors of an adapter folder, by their keys without the adapter's name.
 
     Raises:
         UserError: there is no whole safetensors file.
@@ -63,19 +59,21 @@ class AdapterFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / WEIGHTS
         with self._open() as file:
-            keys = list(file.keys())
-            self.shapes: dict[str, list[int]] = {k: file.get_slice(k).get_shape() for k in keys}
+            self._keys = file_keys(file.keys(), self._path)
+            self.shapes: dict[str, list[int]] = {
+                name: file.get_slice(key).get_shape() for name, key in self._keys.items()
+            }
 
     def get(self, key: str) -> Tensor:
         """A tensor in float32."""
         with self._open() as file:
-            tensor: Tensor = file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(self._keys[key])
         return tensor.float()
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor, as they are stored."""
         with self._open() as file:
-            tensor: Tensor = file.get_slice(key)[start:stop]
+            tensor: Tensor = file.get_slice(self._keys[key])[start:stop]
         return tensor
 
     def mark(self) -> str:
@@ -100,6 +98,8 @@ class Adapter:
         layers: tensors something is added to.
         replaced: tensors that were trained whole (modules_to_save, biases): base name → key.
         first: base weights that PEFT saved along with an adapted embedding: base name → key.
+        tokens: rows of an embedding that were trained alone: base name → key and row numbers.
+        unties: it changes an embedding and the head that is tied to it differently.
 
     Raises:
         UserError: not an adapter that can be merged exactly, half a layer, ranks that disagree
@@ -112,10 +112,12 @@ class Adapter:
         self.layers: dict[str, Layer] = {}
         self.replaced: dict[str, str] = {}
         self.first: dict[str, str] = {}
+        self.tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._base = base
         for module, keys in sorted(self._grouped().items()):
             self._take(module, keys)
         self._check_turned()
+        self.unties = self._tie()
         for key in tensors.shapes:
             if not all_finite(tensors.get(key)):
                 raise UserError(f"{key} is not finite", where=self.where, status=Exit.NON_FINITE)
@@ -132,7 +134,13 @@ class Adapter:
     @property
     def names(self) -> set[str]:
         """Every tensor of the base that changes."""
-        return self.layers.keys() | self.replaced.keys() | self.first.keys()
+        return self.layers.keys() | self.trained_whole
+
+    @property
+    def trained_whole(self) -> set[str]:
+        """Tensors, or rows of them, that are replaced and not added to."""
+        saved = self.first.keys() - self.layers.keys()
+        return saved | self.replaced.keys() | self.tokens.keys()
 
     def needs_whole(self, name: str) -> bool:
         """Whether all rows of a base tensor are needed at once."""
@@ -142,7 +150,11 @@ class Adapter:
         """What it does to blocks of rows of a base tensor, in float32."""
         if (key := self.replaced.get(name)) is not None:
             return lambda old, at: self.tensors.rows(key, at, at + len(old)).float()
-        add = self.layers[name].step(self.tensors.get, weight) if name in self.layers else None
+        add: Step | None = None
+        if name in self.layers:
+            add = self.layers[name].step(self.tensors.get, weight)
+        elif name in self.tokens:
+            add = partial(_with_rows, self.tensors.get, *self.tokens[name])
         if (first := self.first.get(name)) is None:
             assert add is not None
             return add
@@ -165,6 +177,8 @@ class Adapter:
             suffix = next((s for s in ROLES if name.endswith(s)), None)
             if suffix is not None:
                 modules.setdefault(name.removesuffix(suffix), {})[ROLES[suffix]] = key
+            elif name.endswith(TOKENS):
+                self._take_tokens(name.removesuffix(TOKENS), key)
             elif ".lora_" in name:
                 raise UserError(f"{key} is of a method that is not known here", where=self.where)
             else:
@@ -175,13 +189,64 @@ class Adapter:
         """A tensor that was saved whole: it replaces the base's, or lies below an adapter."""
         below = ".base_layer." in name
         found = self._find(name.replace(".base_layer.", "."), key)
-        shape = self.tensors.shapes[key]
-        if self._base[found][1] != shape:
+        shape, stored = self.tensors.shapes[key], self._base.shape_of(found)[1]
+        if stored != shape:
             raise UserError(
-                f"{found} is {self._base[found][1]} in the base, {shape} in the adapter",
-                where=self.where,
+                f"{found} is {stored} in the base, {shape} in the adapter", where=self.where
             )
         (self.first if below else self.replaced)[found] = key
+
+    def _take_tokens(self, module: str, key: str) -> None:
+        found, setting = self._find(f"{module}.weight", key), self.config["trainable_token_indices"]
+        if isinstance(setting, dict):
+            named = (v for k, v in setting.items() if f".{module}".endswith(f".{k}"))
+            setting = next(named, None)
+        shape, stored = self.tensors.shapes[key], self._base.shape_of(found)[1]
+        rows = tuple(setting) if isinstance(setting, list) else ()
+        if [len(rows), *stored[1:]] != shape or not all(0 <= row < stored[0] for row in rows):
+            raise UserError(
+                f"trainable_token_indices names {len(rows)} rows of {found} {stored}, "
+                f"{key} is {shape}",
+                where=self.where,
+            )
+        self.tokens[found] = key, rows
+
+    def _tie(self) -> bool:
+        """Do to a tied embedding and head what PEFT does; return whether they differ then.
+
+        A saved base weight is loaded into the one matrix, so both get it; two that differ are of a
+        model that an adapter before has untied. Adapters and modules_to_save are of one module,
+        unless `ensure_weight_tying`; trained rows of the embedding are the head's too, unless
+        that has its own.
+        """
+        pair = self._base.changes_tied(self.names)
+        if pair is None:
+            return False
+        for name in pair.names:
+            if name in self.replaced and not self._is_module_to_save(name):
+                self.first[name] = self.replaced.pop(name)
+        if self._are_equal(*(self.first.get(name) for name in pair.names)):
+            _follow(self.first, *pair.names)
+        if self.config.get("ensure_weight_tying"):
+            _follow(self.replaced, *pair.names)
+            scales = {self.layers[name].scale for name in pair.names if name in self.layers}
+            _follow(self.layers, *pair.names) if len(scales) == 1 else None
+        if pair.head not in self.tokens:
+            _follow(self.tokens, *pair.names)
+        kinds: tuple[dict[str, Any], ...] = (self.first, self.replaced, self.layers, self.tokens)
+        return any(kind.get(pair.embedding) != kind.get(pair.head) for kind in kinds)
+
+    def _are_equal(self, one: str | None, other: str | None) -> bool:
+        """Whether two tensors of the adapter are equal, or one of them is not there."""
+        if one is None or other is None:
+            return True
+        blocks = row_blocks(self.tensors.shapes[one])
+        read = self.tensors.rows
+        return all(torch.equal(read(one, *rows), read(other, *rows)) for rows in blocks)
+
+    def _is_module_to_save(self, name: str) -> bool:
+        module = name.removesuffix(".weight")
+        return any(module.endswith(saved) for saved in self.config.get("modules_to_save") or ())
 
     def _take(self, module: str, keys: dict[str, str]) -> None:
         bias = keys.pop("bias", None)
@@ -194,21 +259,21 @@ class Adapter:
             self.layers[found] = Layer({"bias": bias}, None, layer.scale, dims=1)
 
     def _find(self, name: str, key: str) -> str:
-        """The base's name of a tensor: some bases are stored without the outermost module's."""
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self._base:
-                if self._base[candidate][0] not in FLOATS:
-                    kind = self._base[candidate][0]
-                    what = f"{candidate} of the base is {kind}, not a plain float"
-                    raise UserError(what, where=self.where)
-                return candidate
-        fix = "merge into the base that the adapter was trained on"
-        if name.startswith("lm_head."):
-            fix = "a head tied to the embeddings has no weights of its own; untie the base first"
-        raise UserError(f"{key} matches nothing in the base (no {name})", where=self.where, fix=fix)
+        """The base's name of a tensor."""
+        found = self._base.stored_name(name)
+        if found is None and is_outside_layers(name) and (tied := self._base.tied):
+            found = tied.missing if tied.missing == name else None
+        if found is None:
+            fix = "merge into the base that the adapter was trained on"
+            what = f"{key} matches nothing in the base (no {name})"
+            raise UserError(what, where=self.where, fix=fix)
+        if (kind := self._base.shape_of(found)[0]) not in FLOATS:
+            what = f"{found} of the base is {kind}, not a plain float"
+            raise UserError(what, where=self.where)
+        return found
 
     def _layer(self, module: str, name: str, keys: dict[str, str]) -> Layer:
-        shape = self._base[name][1]
+        shape = self._base.shape_of(name)[1]
         a, b = (self.tensors.shapes[keys[role]] for role in "ab")
         embedding = "lora_embedding_" in keys["a"]
         turned = embedding or self._is_turned(a, b, shape)
@@ -232,7 +297,7 @@ class Adapter:
 
     def _check_turned(self) -> None:
         """PEFT writes one fan_in_fan_out for all layers, that of the last it put an adapter on."""
-        shapes = {name: self._base[name][1] for name in self.layers}
+        shapes = {name: self._base.shape_of(name)[1] for name in self.layers}
         flat = [n for n, layer in self.layers.items() if "a" in layer.keys and layer.dims == 2]
         flat = [n for n in flat if "lora_embedding_" not in self.layers[n].keys["a"]]
         square = [n for n in flat if shapes[n][0] == shapes[n][1]]
@@ -243,6 +308,24 @@ class Adapter:
                 where=self.where,
                 fix="merge it with PEFT, which builds the model to find out",
             )
+
+
+def _follow(changes: dict[str, Any], embedding: str, head: str) -> None:
+    """Let one change, the embedding's of two, be that of both."""
+    change = changes.get(embedding, changes.get(head))
+    if change is not None:
+        changes[embedding] = changes[head] = change
+
+
+def _with_rows(
+    read: Callable[[str], Tensor], key: str, rows: tuple[int, ...], old: Tensor, at: int
+) -> Tensor:
+    """A block of a table whose rows of these numbers were trained alone."""
+    new, trained = old.float().clone(), read(key)
+    for number, row in enumerate(rows):
+        if at <= row < at + len(old):
+            new[row - at] = trained[number]
+    return new
 
 
 def by_config(config: dict[str, Any], module: str, keys: dict[str, str], rank: int) -> Layer:
@@ -262,22 +345,3 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return otherwise
-
-
-def check_config(config: Any, path: Path) -> None:
-    if not isinstance(config, dict) or config.get("peft_type") not in KINDS:
-        raise UserError("is not the config of a LoRA adapter", where=str(path))
-    if used := [key for key in UNSUPPORTED if config.get(key)]:
-        raise UserError(f"an adapter with {used[0]} cannot be merged here", where=str(path))
-    first = str(config.get("init_lora_weights")).lower()
-    if any(first.startswith(kind) for kind in BASE_CHANGING):
-        raise UserError(
-            f"init_lora_weights {first!r} takes a part out of the base",
-            where=str(path),
-            fix="save_pretrained(…, path_initial_model_for_weight_conversion=…) makes a plain LoRA",
-        )
-    needed: Iterable[str] = ("r", "lora_alpha")
-    if config["peft_type"] == "ADALORA":
-        needed = ("init_r", "lora_alpha")
-    if missing := [key for key in needed if not isinstance(config.get(key), int | float)]:
-        raise UserError(f"no {missing[0]} in it", where=str(path))

@@ -52,6 +52,7 @@ class Combined:
         self._parts = list(zip(adapters, weights, strict=True))
         self._how, self._density, self._seed = how, density, seed
         self.names = {name for adapter in adapters for name in adapter.names}
+        self.unties = any(adapter.unties for adapter in adapters)
         for name in sorted(self.names):
             self._check(name)
 
@@ -82,7 +83,7 @@ class Combined:
     def _check(self, name: str) -> None:
         layers = [adapter.layers.get(name) for adapter, _ in self._parts]
         if any(layer is None for layer in layers) and any(
-            name in adapter.replaced or name in adapter.first for adapter, _ in self._parts
+            name in adapter.trained_whole for adapter, _ in self._parts
         ):
             raise UserError(f"{name} was trained whole; such adapters are merged one by one")
         found = [layer for layer in layers if layer is not None]

@@ -20,9 +20,10 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.merge.adapter import Adapter, Shapes
+from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import replace
 from dtrain.merge.origin import RECIPE, Origin, origin_from
+from dtrain.merge.tied import Shapes
 from dtrain.models.resolve import base_folder
 
 SAVED_AS = ".default."  # PEFT's name of the adapter that trains, inside a parameter's name

@@ -17,9 +17,10 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_sha256
 from dtrain.core.log import progress
-from dtrain.merge.adapter import FLOATS, WEIGHTS
+from dtrain.merge.adapter import WEIGHTS
 from dtrain.merge.merge import MANIFEST
 from dtrain.merge.stream import BLOCK_ELEMENTS
+from dtrain.merge.tied import FLOATS, Shapes, StoredTensor, stored_tensors
 from dtrain.models.finite import all_finite
 from dtrain.models.weights import INDEX, read_header, weight_files
 
@@ -104,7 +105,9 @@ def diff(old: Path, new: Path) -> Compared:
     Raises:
         UserError: there are no weights, or a file is no whole safetensors file.
     """
-    ours, theirs = _places(old), _places(new)
+    ours, theirs = _tensors(old), _tensors(new)
+    _add_tied(old, ours, theirs)
+    _add_tied(new, theirs, ours)
     unlike = [f"{name}: only in {old}" for name in sorted(ours.keys() - theirs.keys())]
     unlike += [f"{name}: only in {new}" for name in sorted(theirs.keys() - ours.keys())]
     shared = [name for name in ours if name in theirs]
@@ -125,38 +128,17 @@ def diff(old: Path, new: Path) -> Compared:
     return Compared(changes, same, unlike)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def blocks(self) -> Iterator[Tensor]:
-        """Its elements, flat, a block at a time; floats only."""
-        dtype = COMPARED[self.dtype]
-        for data in self.raw(BLOCK_ELEMENTS * dtype.itemsize):
-            yield torch.frombuffer(data, dtype=dtype)
-
-    def raw(self, size: int) -> Iterator[bytearray]:
-        """Its bytes, `size` at a time."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            for at in range(self.start, self.stop, size):
-                yield bytearray(file.read(min(size, self.stop - at)))
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    return {n: t for path in _weights(folder) for n, t in stored_tensors(path).items()}
 
 
-def _places(folder: Path) -> dict[str, _Place]:
-    places = {}
-    for path in _weights(folder):
-        entries, head = read_header(path)
-        for name, entry in entries.items():
-            start, stop = (len(head) + offset for offset in entry["data_offsets"])
-            places[name] = _Place(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-    return places
+def _add_tied(folder: Path, ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> None:
+    """The head of a tied model by its own name, where the other model has one of its own."""
+    if all(name in ours for name in theirs) or (folder / WEIGHTS).is_file():
+        return
+    pair = Shapes(folder).tied if (folder / "config.json").is_file() else None
+    if pair is not None and pair.missing in theirs:
+        ours[pair.missing] = ours[pair.stored]
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -164,7 +146,7 @@ def _weights(folder: Path) -> list[Path]:
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else weight_files(folder)
 
 
-def _compare(name: str, old: _Place, new: _Place) -> Change | str | None:
+def _compare(name: str, old: StoredTensor, new: StoredTensor) -> Change | str | None:
     """What changed; a word if it cannot be said in numbers; None if nothing did."""
     if old.dtype not in COMPARED or new.dtype not in COMPARED:
         pairs = zip(old.raw(COPIED_BYTES), new.raw(COPIED_BYTES), strict=False)
@@ -184,24 +166,21 @@ def _compare(name: str, old: _Place, new: _Place) -> Change | str | None:
     return Change(name, old.shape, sqrt(before), sqrt(squares), greatest)
 
 
-def _doubles(place: _Place) -> Iterator[Tensor]:
+def _doubles(place: StoredTensor) -> Iterator[Tensor]:
     """The blocks in float64, of one number of elements whatever the dtype."""
-    return (block.double() for block in place.blocks())
+    dtype = COMPARED[place.dtype]
+    for data in place.raw(BLOCK_ELEMENTS * dtype.itemsize):
+        yield torch.frombuffer(data, dtype=dtype).double()
 
 
 def _verify_weights(path: Path, digest: str | None, found: Verified) -> None:
-    entries, head = read_header(path)
-    hashed = hashlib.sha256(head)
-    for name, entry in entries.items():
-        start, stop = (len(head) + offset for offset in entry["data_offsets"])
-        place = _Place(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-        finite = True
-        size = BLOCK_ELEMENTS if entry["dtype"] in COMPARED else COPIED_BYTES
-        itemsize = COMPARED[entry["dtype"]].itemsize if entry["dtype"] in COMPARED else 1
-        for data in place.raw(size * itemsize):
+    hashed = hashlib.sha256(read_header(path)[1])
+    for name, tensor in stored_tensors(path).items():
+        finite, dtype = True, COMPARED.get(tensor.dtype)
+        for data in tensor.raw(BLOCK_ELEMENTS * dtype.itemsize if dtype else COPIED_BYTES):
             hashed.update(data)
-            if entry["dtype"] in COMPARED:
-                finite &= all_finite(torch.frombuffer(data, dtype=COMPARED[entry["dtype"]]))
+            if dtype:
+                finite &= all_finite(torch.frombuffer(data, dtype=dtype))
         if not finite:
             found.problems.append(f"{path.name}: {name} holds NaN or infinity")
         found.tensors += 1
@@ -218,7 +197,7 @@ def _check_index(folder: Path, found: Verified) -> None:
     if not index.is_file() or (folder / WEIGHTS).is_file():
         return
     named = dict(read_json(index)["weight_map"])
-    lies = {name: place.path.name for name, place in _places(folder).items()}
+    lies = {name: place.path.name for name, place in _tensors(folder).items()}
     for name in sorted(named.keys() | lies.keys()):
         if named.get(name) != lies.get(name):
             where = f"the index says {named.get(name)}, it lies in {lies.get(name)}"

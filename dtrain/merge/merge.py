@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +22,13 @@ from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
 from dtrain.core.log import progress, say
 from dtrain.core.units import size
-from dtrain.merge.adapter import CONFIG, FLOATS, Adapter, Shapes
+from dtrain.merge.adapter import CONFIG, Adapter
 from dtrain.merge.fingerprint import combine
 from dtrain.merge.methods import Step
-from dtrain.merge.stream import Change, rewrite_file
-from dtrain.merge.tied import with_tied
+from dtrain.merge.stream import Added, Change, rewrite_file
+from dtrain.merge.tied import FLOATS, Shapes, TiedPair, stored_tensor, untied_config
 from dtrain.merge.work import Work
-from dtrain.models.weights import INDEX, read_header, weight_files
+from dtrain.models.weights import INDEX, SINGLE, read_header, weight_files
 
 MANIFEST = "merge.json"
 # What makes a folder of weights a model: config, tokenizer, template, licence, the model's code.
@@ -34,7 +36,7 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENS
 NOT_BESIDE = (INDEX, MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
 MOST_AT_ONCE = 8  # shards; each needs about 20 MB
-FORMAT = 2  # of the result: another one is not gone on with
+FORMAT = 3  # of the result: another one is not gone on with
 
 
 class Part(Protocol):
@@ -46,6 +48,10 @@ class Part(Protocol):
 
     def step(self, name: str) -> Step:
         """What it does to blocks of rows of a tensor."""
+
+    @property
+    def unties(self) -> bool:
+        """Whether it changes an embedding and the head that is tied to it differently."""
 
     def needs_whole(self, name: str) -> bool:
         """Whether all rows of a tensor are needed at once."""
@@ -106,7 +112,7 @@ class Weighted:
 
     def __post_init__(self) -> None:
         layers = self.adapter.layers
-        whole = [*self.adapter.replaced, *(n for n in layers if "m" in layers[n].keys)]
+        whole = sorted(self.adapter.trained_whole) + [n for n in layers if "m" in layers[n].keys]
         if self.weight != 1 and whole:
             what = f"{whole[0]} is not a sum of base and adapter, so it takes no weight"
             raise UserError(what, where=self.adapter.where)
@@ -115,6 +121,11 @@ class Weighted:
     def names(self) -> set[str]:
         """Every tensor that changes."""
         return self.adapter.names
+
+    @property
+    def unties(self) -> bool:
+        """Whether it changes an embedding and the head that is tied to it differently."""
+        return self.adapter.unties
 
     def step(self, name: str) -> Step:
         """What it does to blocks of rows of a tensor."""
@@ -132,6 +143,34 @@ def part_of(adapter: Adapter, weight: float = 1.0, packing: Packing | None = Non
     return Applied(Weighted(adapter, weight), about, packing)
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a merge writes.
+
+    Attributes:
+        changes: of the base's tensors, by name.
+        added: tensors that the base does not have, by name.
+        files: text files that are written in place of the base's, or beside them, by name.
+        about: plain values that decide the content, for plan and manifest.
+    """
+
+    base: Path
+    changes: Mapping[str, Change]
+    added: Mapping[str, Added]
+    files: Mapping[str, str]
+    about: dict[str, Any]
+
+    @property
+    def weights(self) -> list[Path]:
+        """The base's weight files; the result's have the same names."""
+        return weight_files(self.base)
+
+    @property
+    def copied(self) -> list[Path]:
+        """What is copied from the base as it is."""
+        return [path for path in _beside(self.base) if path.name not in self.files]
+
+
 def merge(
     base: Path,
     parts: Sequence[Applied],
@@ -140,27 +179,36 @@ def merge(
     source: str,
     processes: int = 1,
     known: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Add adapters to a base, one after another; shards, dtypes and all other files stay.
 
     A tensor is computed in float32 and rounded once to its own dtype: to the bit what PEFT's
-    merge_and_unload gives for float32, bfloat16 and float16 bases with a float32 adapter. Stopped,
-    the same call goes on with the shards that are missing.
+    merge_and_unload gives for float32, bfloat16 and float16 bases with a float32 adapter. Tied
+    embedding and head are written apart, where PEFT ties them, if the adapters change them
+    differently. Stopped, the same call goes on with the shards that are missing.
 
     Args:
         out: a new folder; it appears whole or not at all.
         source: what made the model, for the manifest.
         processes: shards that are rewritten at once, each in a thread.
         known: fingerprints of which the base must have one; any base if there are none.
+        files: text of files that differ from the base's, by name.
 
     Raises:
         UserError: OUT is there, or is BASE; too little disk; another base; non-finite values.
     """
     shapes = check_places(base, [], out)
-    names = sorted(set().union(*(part.names for part in parts)))
-    changes = {name: partial(_merged, parts, name, FLOATS[shapes[name][0]]) for name in names}
-    adapters = [part.about for part in parts]
-    _write(base, out, changes, {"source": source, "adapters": adapters}, processes, known)
+    names = set().union(*(part.names for part in parts))
+    pair = shapes.tied if any(part.part.unties for part in parts) else None
+    about: dict[str, Any] = {"source": source, "adapters": [part.about for part in parts]}
+    added, beside = _untied(base, shapes, parts, pair) if pair else ({}, {})
+    changes = {
+        name: partial(_merged, parts, name, FLOATS[shapes[name][0]])
+        for name in sorted(names & shapes.keys())
+    }
+    model = Model(base, changes, added, {**(files or {}), **beside}, about)
+    _write(model, out, processes, known)
 
 
 def replace(
@@ -173,6 +221,7 @@ def replace(
     content: str,
     processes: int = 1,
     known: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write the model that full fine-tuning made, in its base's layout and dtypes.
 
@@ -180,6 +229,7 @@ def replace(
         tensors: shapes by `named_parameters()` name; of tied tensors one name is enough.
         read: gives elements [start, stop) of a flattened tensor.
         content: a hash of what `read` gives.
+        files: text of files that differ from the base's, by name.
 
     Raises:
         UserError: the base has no such tensor, or one of another shape; non-finite values.
@@ -189,8 +239,12 @@ def replace(
         if name not in shapes or shapes[name][1] != list(shape):
             raise UserError(f"{name} {list(shape)} is not in the base", where=str(base))
     changes = {name: partial(_replaced, read, name) for name in tensors}
+    pair = shapes.changes_tied(set(tensors))
+    if pair is not None and pair.missing is None:  # one matrix that is stored twice
+        changed = next(changes[name] for name in pair.names if name in changes)
+        changes |= {name: changes.get(name, changed) for name in pair.names}
     about = {"source": source, "adapters": [], "weights": content}
-    _write(base, out, changes, about, processes, known)
+    _write(Model(base, changes, {}, files or {}, about), out, processes, known)
 
 
 def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:
@@ -201,8 +255,30 @@ def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:
     """
     if out.resolve() in {path.resolve() for path in (base, *adapters)}:
         raise UserError("would be overwritten by what is made from it", where=str(out))
-    headers = (read_header(path)[0] for path in weight_files(base))
-    return {name: (e["dtype"], e["shape"]) for entries in headers for name, e in entries.items()}
+    return Shapes(base)
+
+
+def _untied(
+    base: Path, shapes: Shapes, parts: Sequence[Applied], pair: TiedPair
+) -> tuple[dict[str, Added], dict[str, str]]:
+    """The tensor that an untied model needs beside the base's, and config and index with it."""
+    files = {"config.json": untied_config(base)}
+    if pair.missing is None:
+        return {}, files
+    change = partial(_merged, parts, pair.missing, FLOATS[shapes[pair.stored][0]])
+    old = stored_tensor(base, pair.stored)
+    if old.path.name != SINGLE:
+        index = read_json(base / INDEX)
+        index["weight_map"][pair.missing] = old.path.name
+        about = index.get("metadata") or {}
+        for key, more in (
+            ("total_size", old.stop - old.start),
+            ("total_parameters", prod(old.shape)),
+        ):
+            if isinstance(about.get(key), int):
+                about[key] += more
+        files[INDEX] = json.dumps(index, indent=2) + "\n"
+    return {pair.missing: Added(old, change)}, files
 
 
 def shards_at_once() -> int:
@@ -228,44 +304,28 @@ def _replaced(
         at += block.numel()
 
 
-def _write(
-    base: Path,
-    out: Path,
-    changes: Mapping[str, Change],
-    about: dict[str, Any],
-    processes: int,
-    known: Sequence[str],
-) -> None:
-    files, changes = weight_files(base), with_tied(base, changes)
-    hashes = [known_sha256(path) for path in files]
+def _write(model: Model, out: Path, processes: int, known: Sequence[str]) -> None:
+    hashes = [known_sha256(path) for path in model.weights]
     if all(hashes):  # then another base is told before the work, not after it
-        _check_base(base, combine([str(one) for one in hashes], base), known)
-    plan = _plan(files, base, about)
+        _check_base(model.base, combine([str(one) for one in hashes], model.base), known)
+    plan = fingerprint(_plan(model))
     try:
-        work = Work(out, plan)
-        if not _is_made(out, fingerprint(plan), work):
-            marked = about | {"plan": fingerprint(plan)}
-            _make(files, base, out, work, changes, marked, processes, known)
+        work = Work(out, {"plan": plan})
+        if not _is_made(out, plan, work):
+            _make(model, plan, out, work, processes, known)
     except OSError as error:  # no right to write, no room any more, a disk that fails
         what = f"cannot be made: {error.strerror or error}"
         raise UserError(what, where=str(out), fix="mend it; the same command goes on") from error
 
 
 def _make(
-    files: Sequence[Path],
-    base: Path,
-    out: Path,
-    work: Work,
-    changes: Mapping[str, Change],
-    about: dict[str, Any],
-    processes: int,
-    known: Sequence[str],
+    model: Model, plan: str, out: Path, work: Work, processes: int, known: Sequence[str]
 ) -> None:
-    _check_room(files, out, work)
+    _check_room(model, out, work)
     try:
-        _rewrite(files, work, changes, processes, f"merging into {out.name}")
+        _rewrite(model, work, processes, f"merging into {out.name}")
         if work.is_mine_to_publish():
-            _publish(files, base, out, work, about, known)
+            _publish(model, plan, out, work, known)
     except UserError:
         work.discard()
         raise
@@ -273,38 +333,37 @@ def _make(
         work.leave()
 
 
-def _publish(
-    files: Sequence[Path],
-    base: Path,
-    out: Path,
-    work: Work,
-    about: dict[str, Any],
-    known: Sequence[str],
-) -> None:
+def _publish(model: Model, plan: str, out: Path, work: Work, known: Sequence[str]) -> None:
     """Let OUT appear, with all that lies beside the weights and the manifest."""
-    done = {path.name: work.result(path.name) for path in files}
-    prints = {
-        "base": combine([record["before"] for record in done.values()], base),
-        "result": combine([record["after"] for record in done.values()], base),
-    }
-    _check_base(base, prints["base"], known)
+    done = {path.name: work.result(path.name) for path in model.weights}
+    base_print = combine([record["before"] for record in done.values()], model.base)
+    _check_base(model.base, base_print, known)
     hashes = {name: record["after"] for name, record in done.items()}
-    for path in _beside(base):
+    for path in model.copied:
         shutil.copyfile(path, work.target / path.name)  # only content: may be read-only
-        hashes[path.name] = file_sha256(work.target / path.name)
-    files_of_it = {"files": dict(sorted(hashes.items()))}
-    write_json(work.target / MANIFEST, about | prints | files_of_it)
+    for name, text in model.files.items():
+        (work.target / name).write_text(text, encoding="utf-8")
+    for name in (*model.files, *(path.name for path in model.copied)):
+        hashes[name] = file_sha256(work.target / name)
+    made = {
+        "plan": plan,
+        "base": base_print,
+        "result": combine([record["after"] for record in done.values()], work.target),
+        "files": dict(sorted(hashes.items())),
+    }
+    write_json(work.target / MANIFEST, model.about | made)
     work.publish({MANIFEST, *hashes})
     for name, record in done.items():  # it may be the next one's base
         path = out / name
         remember_sha256(path, record["after"], state_of(path), ours=True)
 
 
-def _plan(files: Sequence[Path], base: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _plan(model: Model) -> dict[str, Any]:
     """Everything that decides the result; the base's weights by size, time and header."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns, file_head(p)) for p in files]
-    beside = {path.name: file_sha256(path) for path in _beside(base)}
-    return {"format": FORMAT, "base": found, "beside": beside, "about": about}
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns, file_head(p)) for p in model.weights]
+    beside = {path.name: file_sha256(path) for path in model.copied}
+    written = {"beside": beside, "files": dict(model.files), "added": sorted(model.added)}
+    return {"format": FORMAT, "base": found, "about": model.about, **written}
 
 
 def file_head(path: Path) -> str:
@@ -325,10 +384,9 @@ def _is_made(out: Path, plan: str, work: Work) -> bool:
     return True
 
 
-def _rewrite(
-    files: Sequence[Path], work: Work, changes: Mapping[str, Change], processes: int, title: str
-) -> None:
+def _rewrite(model: Model, work: Work, processes: int, title: str) -> None:
     """Every shard, beside other processes that do the same; all are done when this returns."""
+    files = model.weights
     tensors = [len(read_header(path)[0]) for path in files]
     with progress(title, sum(tensors)) as bar:
 
@@ -339,7 +397,8 @@ def _rewrite(
             if work.is_done(path.name):
                 bar.advance(tensors[number])
             else:
-                before, after = rewrite_file(path, work.target / path.name, changes, bar)
+                target = work.target / path.name
+                before, after = rewrite_file(path, target, model.changes, bar, model.added)
                 work.finish(path.name, {"before": before, "after": after})
             work.give_back(number)
             return True
@@ -357,8 +416,10 @@ def _rewrite(
             one(number, wait=True)
 
 
-def _check_room(files: Sequence[Path], out: Path, work: Work) -> None:
-    needed = sum(path.stat().st_size for path in files) + SPARE_BYTES - work.bytes_done()
+def _check_room(model: Model, out: Path, work: Work) -> None:
+    added = sum(one.old.stop - one.old.start for one in model.added.values())
+    whole = sum(path.stat().st_size for path in model.weights) + added
+    needed = whole + SPARE_BYTES - work.bytes_done()
     if (free := shutil.disk_usage(work.target).free) < needed:
         (work.leave if work.bytes_done() else work.discard)()
         raise UserError(

@@ -20,7 +20,7 @@ from bitsandbytes.functional import (
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.merge.adapter import FLOATS, Shapes
+from dtrain.merge.tied import FLOATS, Shapes
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import read_config
 from dtrain.models.quantise import nf4_layers

@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
-from dtrain.merge.adapter import PREFIX, AdapterFile, by_config, check_config
+from dtrain.merge.adapter import PREFIX, AdapterFile, by_config
+from dtrain.merge.adapter_config import check_config
 from dtrain.models.adapter_folder import (
     COMBINED,
     CONFIG,
@@ -36,7 +37,7 @@ from dtrain.models.finite import all_finite
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 # Settings that can be merged, but add something else than scale·B·A.
-NOT_PLAIN = ("use_dora", "modules_to_save", "lora_bias")
+NOT_PLAIN = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 Factors = tuple[Tensor, Tensor]  # A [r, in] and B [out, r], with every scale in B
 

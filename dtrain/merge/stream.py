@@ -6,7 +6,9 @@ as bytes, whatever its dtype, and of what is changed one block of rows is in mem
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
 from dtrain.core.log import Meter
-from dtrain.merge.adapter import FLOATS
 from dtrain.merge.passage import Passage, Source, Target
+from dtrain.merge.tied import FLOATS, StoredTensor
 from dtrain.models.kernels.merging import round_into
 from dtrain.models.weights import read_header
 
@@ -29,14 +31,27 @@ BLOCK_ELEMENTS = 1 << 19
 ROWS = 64  # blocks are multiples of it: see merge/methods.py and merge/nf4.py
 
 
+@dataclass(frozen=True)
+class Added:
+    """A tensor that is written behind the others of its file: an old one, and what changes it."""
+
+    old: StoredTensor
+    change: Change
+
+
 def rewrite_file(
-    source: Path, target: Path, changes: Mapping[str, Change], bar: Meter
+    source: Path,
+    target: Path,
+    changes: Mapping[str, Change],
+    bar: Meter,
+    added: Mapping[str, Added] | None = None,
 ) -> tuple[str, str]:
     """Write `source` to `target` with some tensors changed, each rounded once to its own dtype.
 
     Args:
         target: replaced if it is there; on the disk when this returns.
-        bar: advanced by one a tensor.
+        bar: advanced by one a tensor of the source.
+        added: by name; those made from a tensor of another file are none of this file's.
 
     Returns:
         SHA-256 of the source and of the target.
@@ -46,10 +61,12 @@ def rewrite_file(
     """
     entries, head = read_header(source)
     known, state = known_sha256(source), state_of(source)
-    changed = not changes.keys().isdisjoint(entries)
+    more = {name: one for name, one in (added or {}).items() if one.old.path == source}
+    changed = bool(more) or not changes.keys().isdisjoint(entries)
     try:
         with Passage(source, target, changed and known is None) as passage:
-            passage.copy(len(head))
+            passage.old.read(len(head))
+            passage.new.write(memoryview(_head(head, more) if more else head))
             for name, entry in entries.items():
                 if name in changes:
                     _change(passage, name, entry, changes[name])
@@ -57,6 +74,10 @@ def rewrite_file(
                     start, stop = entry["data_offsets"]
                     passage.copy(stop - start)
                 bar.advance()
+            for name, one in more.items():
+                blocks = (one.old.rows(*rows) for rows in row_blocks([*one.old.shape]))
+                written = _put(passage.new, name, one.old.dtype, one.change(blocks))
+                assert written == prod(one.old.shape), name
             before, after = passage.finish()
     except EOFError as error:
         raise UserError("changed while it was read", where=str(source)) from error
@@ -88,15 +109,34 @@ def _blocks(source: Source, entry: dict[str, Any]) -> Iterator[Tensor]:
         yield torch.frombuffer(source.read(rows * width), dtype=dtype).reshape(rows, *shape[1:])
 
 
+def _head(head: bytes, added: Mapping[str, Added]) -> bytes:
+    """A file's head that names these tensors too, behind the others."""
+    entries = json.loads(head[8:])
+    end = max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+    for name, one in added.items():
+        start, end = end, end + one.old.stop - one.old.start
+        entry = {"dtype": one.old.dtype, "shape": one.old.shape, "data_offsets": [start, end]}
+        entries[name] = entry
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
 def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) -> None:
-    dtype, written = FLOATS[entry["dtype"]], 0
-    for block in change(_blocks(passage.old, entry)):
-        if not _write(passage.new, block.contiguous().view(-1), dtype):
+    written = _put(passage.new, name, entry["dtype"], change(_blocks(passage.old, entry)))
+    assert written == prod(entry["shape"]), name
+
+
+def _put(target: Target, name: str, dtype: str, blocks: Iterator[Tensor]) -> int:
+    """Write the blocks that a tensor became; return how many elements they have."""
+    written = 0
+    for block in blocks:
+        if not _write(target, block.contiguous().view(-1), FLOATS[dtype]):
             raise UserError(
-                f"{name} is not finite in {entry['dtype']}", where="merge", status=Exit.NON_FINITE
+                f"{name} is not finite in {dtype}", where="merge", status=Exit.NON_FINITE
             )
         written += block.numel()
-    assert written == prod(entry["shape"]), name
+    return written
 
 
 def _write(target: Target, values: Tensor, dtype: torch.dtype) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,18 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Beside an adapter or a merged model: how it is talked to, and where an answer ends.
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 COMBINED = "combine.json"  # beside an adapter that was made of two
 STAGE = "stage.json"  # beside the folder of a stage's adapter
+
+# PEFT's names in memory hold the adapter's own name, which its files leave out.
+_NAMED = (
+    re.compile(r"(.*\.lora_(?:embedding_)?[ABE])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?"),
+    re.compile(r"(.*\.lora_magnitude_vector)\.([^.]+)()(?:\.weight)?"),
+    re.compile(r"(.*)\.modules_to_save\.([^.]+)(\..*)"),
+    re.compile(r"(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)()"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,3 +68,28 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError("is not the config of an adapter", where=str(folder / CONFIG))
     return config
+
+
+def file_key(key: str) -> str:
+    """A tensor's key as PEFT writes it to a file: without the adapter's name."""
+    for pattern in _NAMED:
+        if found := pattern.fullmatch(key):
+            return found[1] + (found[3] or "")
+    return key
+
+
+def file_keys(keys: Iterable[str], where: Path) -> dict[str, str]:
+    """The stored key of each tensor, by the key that PEFT gives it in a file.
+
+    Raises:
+        UserError: the file holds more than one adapter.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        if (other := found.setdefault(file_key(key), key)) != key:
+            raise UserError(
+                f"holds two adapters: {other} and {key}",
+                where=str(where),
+                fix="save one adapter with PEFT's save_pretrained(…, selected_adapters=[NAME])",
+            )
+    return found

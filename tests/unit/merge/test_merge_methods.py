@@ -301,13 +301,6 @@ def test_what_cannot_be_weighted_or_combined(tmp_path: Path) -> None:
         Combined([two, three], [1, 1], "linear", 0.5, 0)
 
 
-def test_a_tied_head_that_was_trained_whole_is_refused(tmp_path: Path) -> None:
-    case = (partial(llama, tied=True), Lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    made(case, torch.float32, tmp_path)
-    with pytest.raises(UserError, match="a head tied to the embeddings has no weights of its own"):
-        ours(tmp_path)
-
-
 def test_layers_that_lie_both_ways_are_refused_if_one_is_square(tmp_path: Path) -> None:
     config = Lora(target_modules=["c_attn", "c_proj", "lm_head"])
     case = (partial(gpt2, tied=False), config)

@@ -1,0 +1,292 @@
+"""A merged model computes what the adapter on its base does, in plain transformers and PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
+
+from dtrain.core.errors import UserError
+from dtrain.merge.adapter import Adapter
+from dtrain.merge.adapter_config import REFUSED, USED, WITHOUT_EFFECT
+from dtrain.merge.look import diff, verify
+from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.models.adapter_folder import file_key
+
+IDS = torch.arange(2, 42)[None]
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+BASES: dict[str, Any] = {
+    "llama": LlamaConfig(**SMALL),
+    "llama with biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "tied llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "tied gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "tied gemma": Gemma3TextConfig(**SMALL, head_dim=8, tie_word_embeddings=True),
+}
+EMBED, HEAD, Q = "embed_tokens", "lm_head", "q_proj"
+Lora = partial(LoraConfig, task_type="CAUSAL_LM", r=4, lora_alpha=6)
+# Case → base, adapter, whether the result has a head of its own that the base did not have.
+TIED = {
+    "embedding saved": (Lora(target_modules=[Q], modules_to_save=[EMBED]), True),
+    "head saved": (Lora(target_modules=[Q], modules_to_save=[HEAD]), True),
+    "both saved": (Lora(target_modules=[Q], modules_to_save=[EMBED, HEAD]), True),
+    "embedding adapted": (Lora(target_modules=[Q, EMBED]), True),
+    "head adapted": (Lora(target_modules=[Q, HEAD]), True),
+    "both adapted": (Lora(target_modules=[EMBED, HEAD]), True),
+    "embedding adapted, dora": (Lora(target_modules=[EMBED], use_dora=True), True),
+    "embedding saved, head follows": (
+        Lora(target_modules=[Q], modules_to_save=[EMBED], ensure_weight_tying=True), False,
+    ),
+    "head saved, embedding follows": (
+        Lora(target_modules=[Q], modules_to_save=[HEAD], ensure_weight_tying=True), False,
+    ),
+    "embedding adapted, head follows": (
+        Lora(target_modules=[EMBED], ensure_weight_tying=True), False,
+    ),
+    "head adapted, embedding follows": (
+        Lora(target_modules=[HEAD], ensure_weight_tying=True), False,
+    ),
+    "both adapted, scaled apart": (
+        Lora(target_modules=[EMBED], alpha_pattern={HEAD: 20}, ensure_weight_tying=True), True,
+    ),
+    "tokens": (Lora(target_modules=[Q], trainable_token_indices=[3, 299, 7]), False),
+    "tokens of the head": (Lora(target_modules=[Q], trainable_token_indices={HEAD: [3, 9]}), True),
+    "tokens apart": (
+        Lora(target_modules=[Q], trainable_token_indices={HEAD: [3], EMBED: [4, 5]}), True,
+    ),
+    "nothing of either": (Lora(target_modules="all-linear"), False),
+}  # fmt: skip
+OTHERS = {
+    "rank and alpha patterns": (
+        "llama",
+        Lora(
+            target_modules=[Q, "up_proj"], rank_pattern={"^model.layers.1.*up_proj": 3, Q: 9},
+            alpha_pattern={"layers.0.self_attn.q_proj": 40},
+        ),
+    ),
+    "rslora": ("llama", Lora(target_modules="all-linear", use_rslora=True)),
+    "rslora with patterns": (
+        "llama", Lora(target_modules=[Q], use_rslora=True, rank_pattern={"layers.1.*q_proj": 9}),
+    ),
+    "dora": ("llama", Lora(target_modules="all-linear", use_dora=True)),
+    "dora of conv1d": (
+        "tied gpt2", Lora(target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True),
+    ),
+    "fan in fan out": ("tied gpt2", Lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "bias all": ("llama with biases", Lora(target_modules=[Q], bias="all")),
+    "bias lora_only": ("llama with biases", Lora(target_modules=[Q], bias="lora_only")),
+    "lora bias": ("llama with biases", Lora(target_modules=[Q], lora_bias=True)),
+    "bias and lora bias": (
+        "llama with biases", Lora(target_modules=[Q], lora_bias=True, bias="lora_only"),
+    ),
+    "modules to save": (
+        "llama", Lora(target_modules=[Q], modules_to_save=[EMBED, HEAD, "norm", "up_proj"]),
+    ),
+    "exclude": ("llama", Lora(target_modules="all-linear", exclude_modules=["down_proj"])),
+    "some layers": (
+        "llama", Lora(target_modules=[Q], layers_to_transform=[1], layers_pattern="layers"),
+    ),
+    "by regex": ("llama", Lora(target_modules=r".*\.(1\.self_attn\.[qk]|0\.mlp\.up)_proj")),
+    "tokens": ("llama", Lora(target_modules=[Q], trainable_token_indices={EMBED: [1], HEAD: [5]})),
+    "embeddings": ("llama", Lora(target_modules=[EMBED, HEAD])),
+    "gaussian": ("llama", Lora(target_modules=[Q], init_lora_weights="gaussian")),
+    "orthogonal": ("llama", Lora(target_modules=[Q], init_lora_weights="orthogonal")),
+    "adalora": (
+        "llama",
+        AdaLoraConfig(init_r=6, target_r=4, lora_alpha=13, total_step=9, target_modules=[Q]),
+    ),
+    "tied gpt2": ("tied gpt2", Lora(target_modules=["c_attn"], modules_to_save=["wte"])),
+    "tied gemma": ("tied gemma", Lora(target_modules=[Q, EMBED])),
+}  # fmt: skip
+
+
+def make(folder: Path, config: Any, adapter: Any, shards: str = "5GB") -> None:
+    """`folder`/base, and `folder`/adapter with random values, as PEFT writes it."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base", max_shard_size=shards)
+    add_adapter(folder / "base", adapter, folder / "adapter")
+
+
+def add_adapter(base: Path, config: Any, folder: Path, seed: int = 1) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape) * 0.2
+    model.save_pretrained(folder)
+
+
+def merged(base: Path, out: Path, *adapters: Path) -> Path:
+    shapes = check_places(base, adapters, out)
+    merge(base, [part_of(Adapter.open(a, shapes)) for a in adapters], out, source="test")
+    assert not verify(out).problems
+    return out
+
+
+@torch.no_grad()
+def logits(folder: Path, adapter: Path | None = None) -> Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    result: Tensor = model.eval()(input_ids=IDS).logits.float()
+    return result
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / max(1.0, other.abs().max()))
+
+
+def has_own_head(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text())
+    heads = [HEAD in name for path in folder.glob("*.safetensors") for name in load_file(path)]
+    assert any(heads) == (config["tie_word_embeddings"] is False)
+    return any(heads)
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_head_computes_as_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
+    adapter, unties = TIED[case]
+    make(tmp_path, BASES["tied llama"], adapter)
+    out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+    wanted = logits(tmp_path / "base", tmp_path / "adapter")
+    assert gap(logits(tmp_path / "base"), wanted) > 1e-3
+    assert gap(logits(out), wanted) < 1e-5
+    assert has_own_head(out) == unties
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_merged_computes_as_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
+    base, adapter = OTHERS[case]
+    make(tmp_path, BASES[base], adapter)
+    out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+    wanted = logits(tmp_path / "base", tmp_path / "adapter")
+    assert gap(logits(tmp_path / "base"), wanted) > 1e-3
+    assert gap(logits(out), wanted) < 1e-5
+
+
+def test_a_sharded_base_gets_a_head_in_the_embeddings_shard(tmp_path: Path) -> None:
+    make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0], shards="20KB")
+    out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+    assert gap(logits(out), logits(tmp_path / "base", tmp_path / "adapter")) < 1e-5
+    old, new = (
+        json.loads((folder / "model.safetensors.index.json").read_text())
+        for folder in (tmp_path / "base", out)
+    )
+    embedding = "model.embed_tokens.weight"
+    assert new["weight_map"].pop("lm_head.weight") == old["weight_map"][embedding]
+    assert new["weight_map"] == old["weight_map"] and len(set(old["weight_map"].values())) > 2
+    assert new["metadata"]["total_size"] == old["metadata"]["total_size"] + 300 * 32 * 4
+
+
+def test_a_head_of_its_own_is_the_old_embedding_to_the_bit(tmp_path: Path) -> None:
+    make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    out = merged(base, tmp_path / "out", tmp_path / "adapter")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, out))
+    assert torch.equal(new["lm_head.weight"], old["model.embed_tokens.weight"])
+    found = diff(base, out)
+    assert not found.unlike and "lm_head.weight" not in {c.name for c in found.changes}
+    assert found.same == len(new) - len(found.changes)
+
+
+def test_a_pair_that_is_stored_twice_is_untied_too(tmp_path: Path) -> None:
+    make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+    assert gap(logits(out), logits(tmp_path / "base", tmp_path / "adapter")) < 1e-5
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_chain_over_an_untied_model(tmp_path: Path) -> None:
+    """The second adapter was trained on the untied model, or is put on with the first at once."""
+    make(tmp_path, BASES["tied llama"], TIED["embedding adapted"][0])
+    first = merged(tmp_path / "base", tmp_path / "first", tmp_path / "adapter")
+    add_adapter(first, Lora(target_modules=[Q, EMBED, HEAD]), tmp_path / "adapter2", 2)
+    wanted = logits(first, tmp_path / "adapter2")
+    second = merged(first, tmp_path / "second", tmp_path / "adapter2")
+    at_once = merged(
+        tmp_path / "base", tmp_path / "both", tmp_path / "adapter", tmp_path / "adapter2"
+    )
+    assert gap(logits(second), wanted) < 1e-5
+    assert gap(logits(at_once), wanted) < 1e-5
+
+
+def test_tied_tensors_of_a_model_that_cannot_be_built_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"nobody_knows_it"'))
+    with pytest.raises(UserError, match="embedding and head are tied, and which"):
+        merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["default", "task-1"])
+@pytest.mark.parametrize("case", ["embeddings", "dora", "modules to save", "adalora", "tokens"])
+def test_an_adapters_own_name_in_its_keys_is_read(case: str, name: str, tmp_path: Path) -> None:
+    base, adapter = OTHERS[case]
+    make(tmp_path, BASES[base], adapter)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter", name)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    in_memory = {key: t for key, t in model.state_dict().items() if file_key(key) in stored}
+    assert {file_key(key) for key in in_memory} == stored.keys()
+    assert any(f".{name}" in key for key in in_memory)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "named")
+    tensors = {key: tensor.contiguous() for key, tensor in in_memory.items()}
+    save_file(tensors, tmp_path / "named" / file.name)
+    plain = merged(tmp_path / "base", tmp_path / "plain", tmp_path / "adapter")
+    out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "named")
+    one, other = (load_file(folder / "model.safetensors") for folder in (plain, out))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, BASES["llama"], Lora(target_modules=[Q]))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    named = {key.replace(".weight", ".other.weight"): t.clone() for key, t in stored.items()}
+    save_file(stored | named, file)
+    with pytest.raises(UserError, match="holds two adapters"):
+        merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
+
+
+def test_every_field_of_peft_has_a_statement() -> None:
+    fields = {f.name for kind in (LoraConfig, AdaLoraConfig) for f in dataclasses.fields(kind)}
+    assert fields == USED | WITHOUT_EFFECT | REFUSED.keys()
+    assert not (USED & WITHOUT_EFFECT or (USED | WITHOUT_EFFECT) & REFUSED.keys())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, {"some": 1}) for field in REFUSED), ("of_a_later_peft", True),
+        *(("init_lora_weights", v) for v in ("pissa_niter_4", "olora", "loftq", "corda", "lora_ga",
+                                             "mica", "of_a_later_peft")),
+    ],
+)  # fmt: skip
+def test_what_peft_computes_in_another_way_is_refused(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    make(tmp_path, BASES["llama"], Lora(target_modules=[Q]))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=field):
+        merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
