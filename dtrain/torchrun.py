@@ -26,6 +26,7 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from dtrain.core.cores import oom_kills
 from dtrain.core.errors import Exit, UserError
 from dtrain.distributed.listen import listen_narrowly
 from dtrain.launching.address import is_host_of, own_address
@@ -36,6 +37,11 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 SECONDS_FOR_THE_OTHERS = 10
 # Statuses with which a worker has said all there is to say; the ones that tell most come first.
 _TOLD = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
+
+
+_OOM_KILLED = """\
+error: rank {rank} was killed by the kernel: the host memory of this job ran out
+    → ask for more memory (sbatch --mem), or start fewer processes on a node"""
 
 
 class Signals:
@@ -86,13 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
     listen_narrowly()
-    signals = Signals()
+    signals, killed_before = Signals(), oom_kills()
     signals.listen()
     try:
         with brief_logs(arguments):
             torchrun.run(arguments)
     except ChildFailedError as error:
-        return status_of(error.failures, signals.seen)
+        return status_of(error.failures, signals.seen, oom_kills() > killed_before)
     return Exit.FINISHED
 
 
@@ -141,15 +147,26 @@ def brief_logs(arguments: Namespace) -> Iterator[None]:
         yield
 
 
-def status_of(failures: Mapping[int, ProcessFailure], signals_seen: set[int]) -> int:
+def status_of(
+    failures: Mapping[int, ProcessFailure], signals_seen: set[int], memory_ran_out: bool = False
+) -> int:
     """One exit status out of those of the ranks that failed; says what no worker could say.
 
     A rank that ends for a reason takes the others down with it: the reason is what counts.
+
+    Args:
+        failures: by rank.
+        signals_seen: those that this process was sent.
+        memory_ran_out: the kernel has killed a process of this job for it since the start.
     """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     for status in _TOLD:
         if status in codes.values():
             return status
+    if memory_ran_out and -signal.SIGKILL in codes.values():
+        rank = min(rank for rank, code in codes.items() if code == -signal.SIGKILL)
+        print(_OOM_KILLED.format(rank=rank), file=sys.stderr)
+        return Exit.OUT_OF_MEMORY
     # torchrun ends the ranks that are left with SIGTERM, whatever ended the first.
     stopped = {Exit.GO_ON, -signal.SIGTERM} | {-number for number in signals_seen}
     if stopped.issuperset(codes.values()) and (signals_seen or Exit.GO_ON in codes.values()):

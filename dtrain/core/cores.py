@@ -1,4 +1,4 @@
-"""How many processes this one may start that compute."""
+"""Cores and memory that the machine, the control group and Slurm leave to this process."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def available_memory() -> int:
         used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])
         free = min(free, limit - used)
     return max(0, free)
+
+
+def oom_kills() -> int:
+    """Processes of this one's control group that the kernel has killed because memory ran out."""
+    count = 0
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own = path.lstrip("/")
+            if not controllers:  # version 2
+                count += _oom_kills(CGROUP / own / "memory.events")
+            elif controllers == "memory":
+                count += _oom_kills(CGROUP / "memory" / own / "memory.oom_control")
+    return count
+
+
+def _oom_kills(file: Path) -> int:
+    with suppress(OSError, ValueError, KeyError):
+        return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
+    return 0

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ if what == "user error" and rank == 1:
     sys.exit(2)
 if what == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "memory" and rank == 1:
+    bytearray(b"x" * (1 << 20)) * (4 << 10)
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda *_: asked.append(1))
@@ -38,12 +41,14 @@ sys.exit(75)
 """
 
 
-def start(tmp_path: Path, what: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, what: str, group: Path | None = None) -> subprocess.Popen[str]:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = torchrun_command(Path("unused"), 2)
     command = [*command[: command.index("dtrain.train") - 1], str(worker), what]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if group is not None:
+        command = ["sh", "-c", f'echo $$ >{group}/cgroup.procs; exec "$@"', "sh", *command]
     return subprocess.Popen(command, **streams)
 
 
@@ -98,6 +103,36 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == Exit.CRASHED
     assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group of 1 GiB inside this one."""
+    line = next((s for s in Path("/proc/self/cgroup").read_text().split() if ":memory:" in s), "")
+    root = Path("/sys/fs/cgroup")
+    own = root / "memory" / line.split(":")[2].lstrip("/") if line else root
+    group = own / f"dtrain-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = "memory.limit_in_bytes" if line else "memory.max"
+        (group / limit).write_text(str(1 << 30))
+    except OSError:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip("no control group with a limit of memory can be made here")
+    yield group
+    group.rmdir()
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_out_of_memory(
+    tmp_path: Path, small_memory: Path
+) -> None:
+    process = start(tmp_path, "memory", group=small_memory)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == Exit.OUT_OF_MEMORY
+    assert "rank 1 was killed by the kernel" in errors and "Traceback" not in errors
+    # A rank that hung was killed too, and memory had run out elsewhere before.
+    assert status_of(failures(-9, 5), set(), memory_ran_out=True) == Exit.HANG
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -1,0 +1,89 @@
+"""Two nodes that reach each other over a second interface, with IPv6 alone, as named by the user.
+
+Each node is a network namespace; the machine's own name has no address there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORKER = """
+import os
+from dtrain.distributed.world import end_world, start_world
+world = start_world("cpu")
+names = ("MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+print("sum", world.sum([1.0]), *(os.environ[name] for name in names), flush=True)
+end_world()
+"""
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[list[str]]]:
+    """Beginnings of commands that run on one node or the other."""
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("nsenter")):
+        pytest.skip("network namespaces need root and iproute2")
+    sleepers = [subprocess.Popen(["unshare", "--net", "sleep", "300"]) for _ in range(2)]
+    try:
+        first, second = (inside(one) for one in sleepers)
+        names = [str(one.pid) for one in sleepers]
+        link = ["ip", "link", "add", "ib0", "netns", names[0], "type", "veth"]
+        subprocess.run([*link, "peer", "name", "ib0", "netns", names[1]], check=True)
+        for number, node in enumerate([first, second]):
+            subprocess.run([*node, "ip", "link", "set", "lo", "up"], check=True)
+            subprocess.run([*node, "ip", "link", "set", "ib0", "up"], check=True)
+            address = ["ip", "addr", "add", f"fd77::{number + 1}/64", "dev", "ib0", "nodad"]
+            if subprocess.run([*node, *address], capture_output=True).returncode:
+                pytest.skip("this kernel has no IPv6")
+        yield [first, second]
+    finally:
+        for one in sleepers:
+            one.kill()
+            one.wait()
+
+
+def inside(sleeper: subprocess.Popen[bytes]) -> list[str]:
+    """The beginning of a command in the namespace of a process, once it has its own."""
+    own, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + 10
+    while os.readlink(f"/proc/{sleeper.pid}/ns/net") == own:
+        if sleeper.poll() is not None:
+            pytest.skip("no network namespace can be made here")
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return ["nsenter", "-t", str(sleeper.pid), "-n"]
+
+
+def test_ranks_meet_on_the_second_interface(nodes: list[list[str]], tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "dtrain.torchrun", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-id=one", "--rdzv-endpoint=[fd77::1]:29555"]
+    environ = {**os.environ, "DTRAIN_INTERFACE": "ib0", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [*node, *command, str(worker)],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in nodes
+    ]
+    try:
+        said = [one.communicate(timeout=100)[0] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0, 0]
+    for text in said:
+        words = text.split()
+        assert words[:2] == ["sum", "[2.0]"] and words[3:] == ["ib0", "ib0"]
+        assert words[2] in ("fd77::1", "fd77::2")
