@@ -39,8 +39,12 @@ def _is_only_known_here(host_name: str) -> bool:
 
 
 def _resolved(host_name: str, port: int) -> Any:
-    """The first of a name's TCP addresses, IPv4 or IPv6, as `getaddrinfo` gives it."""
-    return socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]
+    """A name's TCP address as `getaddrinfo` gives it: IPv4 if there is one.
+
+    A machine's own name may stand for a link-local IPv6 address, which others cannot use.
+    """
+    found = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)
+    return min(found, key=lambda info: info[0] != socket.AF_INET)
 
 
 def listen_narrowly() -> None:

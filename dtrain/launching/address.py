@@ -30,6 +30,16 @@ def own_address(environ: Mapping[str, str]) -> str | None:
     return found[0]
 
 
+def address_of(name: str) -> str:
+    """A node's address by its name: IPv4 if it has one, else one that others can use.
+
+    Raises:
+        OSError: nobody knows the name.
+    """
+    found = [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    return min(found, key=lambda address: (":" in address, not _is_routed(address)))
+
+
 def _is_routed(address: str) -> bool:
     """Whether an IPv6 address means the same on every machine; a link-local one does not."""
     return not ipaddress.ip_address(address.partition("%")[0]).is_link_local

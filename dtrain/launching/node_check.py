@@ -25,7 +25,7 @@ from dtrain.config.load import load_recipe
 from dtrain.core.folders import cache_folder
 from dtrain.core.hashes import file_sha256
 from dtrain.core.nvidia import gpus
-from dtrain.launching.address import own_address
+from dtrain.launching.address import address_of, own_address
 from dtrain.launching.links import LinkServer, measure
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy")
@@ -119,7 +119,7 @@ def unreadable_base(base: str) -> str | None:
 
 def meet(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
     """Leave a file for the others, look whose files are seen, try the links to the next nodes."""
-    address = own_address(os.environ) or str(socket.getaddrinfo(name, None)[0][4][0])
+    address = own_address(os.environ) or address_of(name)
     server = LinkServer(address)
     card = {"address": address, "port": server.port}
     try:

@@ -12,7 +12,13 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from dtrain.core.errors import UserError
 from dtrain.launching import preflight
-from dtrain.launching.address import is_host_of, own_address, rendezvous_endpoint, with_port
+from dtrain.launching.address import (
+    address_of,
+    is_host_of,
+    own_address,
+    rendezvous_endpoint,
+    with_port,
+)
 from dtrain.launching.links import LinkServer, measure
 
 Address = namedtuple("Address", "family address")
@@ -55,6 +61,19 @@ def test_a_node_knows_that_an_endpoint_is_its_own_by_number_or_name() -> None:
     assert is_host_of("127.0.0.1", "localhost:29500")
     assert not is_host_of("127.0.0.1", "10.9.8.7:29500")
     assert not is_host_of("127.0.0.1", "no-such-node.invalid:29500")
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (["fe80::1%eth0", "fd00::5", "10.0.0.5"], "10.0.0.5"),
+        (["fe80::1%eth0", "fd00::5"], "fd00::5"),
+    ],
+)
+def test_a_name_stands_for_an_address_that_others_can_use(monkeypatch, known, expected) -> None:
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in known]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
+    assert address_of("n0") == expected
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
