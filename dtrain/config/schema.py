@@ -204,6 +204,9 @@ class Clean(Group):
     short: Away = Field("keep", description="answers under 10 characters")
     long: Away = Field("keep", description="answers over 4,096 characters")
     overlong: Away = Field("keep", description="more tokens than a sequence holds")
+    special_tokens: Away = Field(
+        "keep", description="text that holds special tokens of the base, such as `<|im_end|>`"
+    )
 
 
 class Replay(Source):
@@ -244,6 +247,13 @@ class Data(Group):
         description=(
             "auto: the tokenizer's chat template; instruction: the '### Instruction' form; or "
             "a jinja file"
+        ),
+    )
+    split_special_tokens: bool = Field(
+        True,
+        description=(
+            "encode a special token that stands in the text of a row, such as `<|im_end|>`, as "
+            "plain text; false: as that token. What the template writes is always the token"
         ),
     )
     clean: Clean = Clean()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, write_atomic
 from dtrain.core.folders import cache_folder
 from dtrain.core.hashes import file_sha256, fingerprint
 
+REMEMBER_FROM_BYTES = 1 << 24  # a smaller file is hashed as fast as its hash is looked up
 SETTLED_SECONDS = 2.0  # a file younger than that may change again without a change of its time
 State = list[int]
 
@@ -61,6 +64,57 @@ def sha256_of(path: Path) -> str:
         digest = file_sha256(path)
         remember_sha256(path, digest, state)
     return digest
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """A file as it was before its content was hashed.
+
+    Attributes:
+        state: of `state_of`.
+        settled: a change after that moment shows in the state.
+    """
+
+    path: Path
+    sha256: str
+    state: tuple[int, ...]
+    settled: bool
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        """Hash a file; a large one only if its hash is not known.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            state = state_of(path)
+            settled = time.time() - state[-1] / 1e9 > SETTLED_SECONDS
+            large = path.stat().st_size >= REMEMBER_FROM_BYTES
+            digest = sha256_of(path) if large else file_sha256(path)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        return cls(path, digest, tuple(state), settled)
+
+    def check_unchanged(self, name: str, *, again: bool = False) -> None:
+        """Check that the file is the one that was hashed.
+
+        Args:
+            name: of the file, for the message.
+            again: hash it once more where its state alone cannot show a change.
+
+        Raises:
+            UserError: it was changed, replaced or removed.
+        """
+        try:
+            same = tuple(state_of(self.path)) == self.state
+            if same and again and not self.settled:
+                same = file_sha256(self.path) == self.sha256
+        except OSError:
+            same = False
+        if not same:
+            fix = "let whoever writes the file finish, then start again"
+            raise UserError("the file changed while it was read", where=name, fix=fix)
 
 
 def _place(path: Path) -> Path:

@@ -132,6 +132,7 @@ class _Preparation:
             data.overlong,
             self.parts,
             data.train_on,
+            data.split_special_tokens,
         )
         self.fingerprint = fingerprint(self._shape(tokenizer_fingerprint))
         self.folder = cache / self.fingerprint
@@ -148,6 +149,7 @@ class _Preparation:
             "tokenizer": tokenizer_fingerprint,
             "sequence_tokens": self.data.sequence_tokens,
             "packing": self.data.packing,
+            "split_special_tokens": self.data.split_special_tokens,
             "overlong": self.data.overlong if self.kind == "sft" else None,
             "train_on": self.data.train_on if self.kind == "sft" else None,
         }
@@ -184,6 +186,7 @@ class _Preparation:
             for stray in self.folder.glob("shard-*"):  # cut in another way
                 stray.unlink()
             cuts = self._cut()
+            self._check_unchanged()
             save_cuts(self.folder, cuts)
         return Shards(self.folder, cuts, self.parts, self.form, self.source.columns, self.tokeniser)
 
@@ -205,7 +208,12 @@ class _Preparation:
             say(f"{self.source.path}: {there:,} of {len(shards):,} shards are there, going on")
         shards.make(f"tokenising {self.source.path}", share, processes)
 
+    def _check_unchanged(self) -> None:
+        for part in self.parts:
+            part.check_unchanged(again=True)
+
     def _finish(self, shards: Shards) -> None:
+        self._check_unchanged()
         Writer(self.folder, len(shards)).finish(
             kind=self.kind,
             packing=self.data.packing,

@@ -1,6 +1,8 @@
 """Files at an address such as s3://bucket/rows/*.jsonl or https://host/rows.jsonl, by fsspec.
 
 They are copied into the cache once, so that every reader, process and later run finds plain files.
+A copy is compared with the length and the digests that the server gave, and with its own hash
+before each use.
 Credentials come from where the store's own client looks for them, never from the address.
 """
 
@@ -9,15 +11,23 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, read_json, write_json
+from dtrain.core.files import FolderLock, fsync_folder, read_json, write_json
 from dtrain.core.hashes import fingerprint
 from dtrain.core.imports import Late
+from dtrain.core.known_hashes import (
+    REMEMBER_FROM_BYTES,
+    FileIdentity,
+    remember_sha256,
+    state_of,
+)
 from dtrain.core.log import progress, say
+from dtrain.data.digests import Digests, digests_of, etag_md5, hash_file
 
 fsspec: Any = Late("fsspec")
 
@@ -55,7 +65,7 @@ def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list
         error = _root(raised)
         if known.exists() and not _is_missing(raised, error):
             say(f"{address}: cannot be reached, taking what was fetched before")
-            return [(name, Path(copy)) for name, copy in read_json(known)]
+            return _fetched_before(known, address)
         raise _unreadable(address, error) from error
     with progress(f"fetching {address}", sum(info.get("size") or 0 for _, info, _ in files)) as bar:
         copies = []
@@ -63,6 +73,15 @@ def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list
             copies.append((name, _copy(store, path, info, name, cache, address)))
             bar.advance(info.get("size") or 0)
     write_json(known, [[name, str(copy)] for name, copy in copies])
+    return copies
+
+
+def _fetched_before(known: Path, address: str) -> list[tuple[str, Path]]:
+    copies = [(name, Path(copy)) for name, copy in read_json(known)]
+    for name, copy in copies:
+        if not _is_whole(copy):
+            what = "cannot be reached, and what was fetched before is damaged"
+            raise UserError(f"{what}: {copy}", where=name, fix="start again when it can be reached")
     return copies
 
 
@@ -81,23 +100,85 @@ def _copy(
     marks = {key: str(info[key]) for key in MARKS if info.get(key) is not None}
     folder = cache / "remote" / fingerprint([name, info.get("size"), marks])[:32]
     copy = folder / Path(path).name
-    if copy.exists() and marks:  # without a mark nothing tells whether it has changed
+    if marks and _is_whole(copy):  # without a mark nothing shows whether it has changed
         return copy
     with FolderLock(folder):  # of several processes one fetches, and the others find the copy
-        if not (copy.exists() and marks):
-            _get(store, path, copy, address)
+        if not (marks and _is_whole(copy)):
+            try:
+                _get(store, path, copy, info, name)
+            except UserError:
+                raise
+            except Exception as error:
+                raise _unreadable(address, _root(error)) from error
     return copy
 
 
-def _get(store: Any, path: str, copy: Path, address: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=copy.parent)
-    os.close(handle)
-    try:
-        store.get_file(path, temporary)
-        os.replace(temporary, copy)
-    except Exception as error:
-        os.unlink(temporary)
-        raise _unreadable(address, _root(error)) from error
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy is there and holds what was fetched."""
+    with suppress(UserError, OSError, KeyError, TypeError):
+        record = read_json(_record(copy))
+        return (
+            copy.stat().st_size == record["bytes"]
+            and FileIdentity.of(copy).sha256 == record["sha256"]
+        )
+    return False
+
+
+def _record(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}.fetched")
+
+
+def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> None:
+    """Fetch a file; once more if what came is not what the server says it has.
+
+    Raises:
+        UserError: it is not that twice.
+    """
+    digests, etag = digests_of(store, path, info), etag_md5(info)
+    seen, fault = list[str](), ""
+    for _ in range(2):
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=copy.parent)
+        os.close(handle)
+        try:
+            store.get_file(path, temporary)
+            found = hash_file(Path(temporary), {"sha256", *digests, *(["md5"] if etag else [])})
+            fault = _difference(Path(temporary), found, info, digests)
+            # An ETag may look like an MD5 and be none: that of what comes twice the same.
+            if not fault and etag not in (None, found.get("md5")) and found["sha256"] not in seen:
+                fault = "its MD5 is not the ETag"
+            if not fault:
+                _keep(Path(temporary), copy, found["sha256"])
+                return
+            seen += [found["sha256"]]
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+    fix = "start again; if it stays so, ask whoever keeps the file"
+    raise UserError(f"what the server sends is damaged: {fault}", where=name, fix=fix)
+
+
+def _difference(path: Path, found: Digests, info: dict[str, Any], digests: Digests) -> str:
+    """What is other than the server said; empty if nothing is."""
+    size, came = info.get("size"), path.stat().st_size
+    if size is not None and came != size:
+        return f"{came:,} bytes came of {size:,}"
+    wrong = [name for name, digest in digests.items() if found[name] != digest]
+    return f"its {wrong[0]} is not the one that the server gave" if wrong else ""
+
+
+def _keep(temporary: Path, copy: Path, digest: str) -> None:
+    """Put a fetched file in place, on the disk before it has its name, and record its hash."""
+    if _is_whole(copy) and read_json(_record(copy))["sha256"] == digest:
+        return  # others may be reading it
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    _record(copy).unlink(missing_ok=True)
+    os.replace(temporary, copy)
+    fsync_folder(copy.parent)
+    size = copy.stat().st_size
+    if size >= REMEMBER_FROM_BYTES:
+        remember_sha256(copy, digest, state_of(copy), ours=True)
+    write_json(_record(copy), {"sha256": digest, "bytes": size})
 
 
 def _refuse_secrets(address: str) -> None:

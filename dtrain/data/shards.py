@@ -119,6 +119,8 @@ class Shards:
         while batch := list(islice(records, BATCH_ROWS)):
             documents += self.tokeniser.documents(batch, counts)
             tell(len(batch))
+        for read in self.parts[max(part, 0) : int(self.cuts["part"][shard + 1]) + 1]:
+            read.check_unchanged()  # nothing of another content is kept, even if this ends here
         write_shard(self.path(shard), documents, int(self.cuts["row"][shard + 1]), counts)
 
 

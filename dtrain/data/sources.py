@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
-import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.core.files import write_json
 from dtrain.core.folders import local_path
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import fingerprint
 from dtrain.core.imports import Late
+from dtrain.core.known_hashes import FileIdentity
 from dtrain.core.log import progress, say
 from dtrain.data.remote import fetch, is_remote
 
@@ -28,9 +25,7 @@ PACKERS = (".gz", ".zst")
 SUFFIXES = (*TEXTUAL, ".parquet", ".arrow")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2", ".xz")
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves
-REMEMBER_FROM_BYTES = 1 << 24
 SHOWN_FROM_BYTES = 1 << 30  # a second of hashing
-SETTLED_NANOSECONDS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -40,9 +35,10 @@ class Part:
     Attributes:
         name: as messages show it.
         kind: suffix of the file, or "dataset".
-        identity: SHA-256 of the content, or the data set's own fingerprint.
+        identity: SHA-256 of the content; of a data set, a hash of its files and its selection.
         path: the file, if it is one.
         rows: the data set, if it is one.
+        files: what it is read from, as it was when it was hashed.
     """
 
     name: str
@@ -50,12 +46,22 @@ class Part:
     identity: str
     path: Path | None = None
     rows: Any = None
+    files: tuple[FileIdentity, ...] = ()
 
     def place(self, number: int) -> str:
         """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""
         if self.kind.startswith(".txt"):
             return self.name
         return f"{self.name}{':' if self.kind.startswith(('.jsonl', '.csv')) else '#'}{number}"
+
+    def check_unchanged(self, *, again: bool = False) -> None:
+        """Check that what was read so far is what was hashed (`FileIdentity.check_unchanged`).
+
+        Raises:
+            UserError: a file changed.
+        """
+        for file in self.files:
+            file.check_unchanged(self.name if self.path else str(file.path), again=again)
 
 
 def kind_of(path: Path) -> str:
@@ -71,25 +77,25 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
 
     Args:
         source: of the recipe.
-        cache: folder that remembers the hashes of large files.
+        cache: folder of what is fetched.
 
     Raises:
         UserError: there is nothing at the address, or nothing that can be read.
     """
     if is_remote(source.path):
         copies = fetch(source.path, cache, kind_of)
-        named = zip(_files([copy for _, copy in copies], source, cache), copies, strict=True)
+        named = zip(_files([copy for _, copy in copies], source), copies, strict=True)
         return [replace(part, name=name) for part, (name, _) in named]
     path = local_path(source.path)
     if path.is_dir() and any((path / mark).exists() for mark in SAVED_MARKS):
         return [_saved(path, source)]
     if path.is_dir():
-        return _files(_in_folder(path), source, cache)
+        return _files(_in_folder(path), source)
     if path.exists():
-        return _files([path], source, cache)
+        return _files([path], source)
     if glob.has_magic(str(path)):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        return _files([file for file in found if file.is_file()], source, cache)
+        return _files([file for file in found if file.is_file()], source)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not kind_of(path):
         return [_from_hub(source)]
     raise UserError("no such file", where=source.path, fix="correct `path`, or put the file there")
@@ -107,7 +113,7 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
+def _files(paths: list[Path], source: Source) -> list[Part]:
     if not paths:
         raise UserError(
             f"no file here that can be read ({', '.join(SUFFIXES)})",
@@ -116,16 +122,15 @@ def _files(paths: list[Path], source: Source, cache: Path) -> list[Part]:
         )
     if strange := [path for path in paths if not kind_of(path)]:
         raise _strange(strange[0])
-    hashes = _Hashes(cache / "file-hashes.json")
     sizes = [path.stat().st_size for path in paths]
     long = sum(sizes) >= SHOWN_FROM_BYTES
     parts = []
     with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
         for path, size in zip(paths, sizes, strict=True):
-            parts.append(Part(str(path), kind_of(path), hashes.of(path), path))
+            file = FileIdentity.of(path)
+            parts.append(Part(str(path), kind_of(path), file.sha256, path, files=(file,)))
             if meter:
                 meter.advance(size)
-    hashes.save()
     return parts
 
 
@@ -152,8 +157,13 @@ def _saved(folder: Path, source: Source) -> Part:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=source.path) from error
-    files = [file_sha256(Path(file["filename"])) for file in rows.cache_files]
-    return Part(source.path, "dataset", fingerprint(files), rows=rows)
+    files = _cache_files(rows)
+    hashes = [file.sha256 for file in files]
+    return Part(source.path, "dataset", fingerprint(hashes), rows=rows, files=files)
+
+
+def _cache_files(rows: Any) -> tuple[FileIdentity, ...]:
+    return tuple(FileIdentity.of(Path(file["filename"])) for file in rows.cache_files)
 
 
 def _from_hub(source: Source) -> Part:
@@ -167,41 +177,7 @@ def _from_hub(source: Source) -> Part:
             where=source.path,
             fix="correct `path` or `split`, or download the data set where there is a network",
         ) from error
-    return Part(f"{source.path}[{source.split}]", "dataset", str(rows._fingerprint), rows=rows)
-
-
-class _Hashes:
-    """SHA-256 of files; those of large ones are remembered by path, size and time of change."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.fresh = path, {}  # type: tuple[Path, dict[str, list[Any]]]
-
-    @cached_property
-    def known(self) -> dict[str, list[Any]]:
-        with suppress(OSError, ValueError):  # a lost memory costs only time
-            return dict(json.loads(self.path.read_text(encoding="utf-8")))
-        return {}
-
-    def of(self, path: Path) -> str:
-        try:
-            return self._of(path)
-        except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-    def _of(self, path: Path) -> str:
-        status = path.stat()
-        if status.st_size < REMEMBER_FROM_BYTES:
-            return file_sha256(path)
-        state = [status.st_size, status.st_mtime_ns, status.st_ino]
-        entry = self.known.get(str(path.absolute()))
-        if entry and entry[:3] == state:
-            return str(entry[3])
-        digest = file_sha256(path)
-        # A file changed a moment ago may change again without a new time of change.
-        if time.time_ns() - status.st_mtime_ns > SETTLED_NANOSECONDS:
-            self.fresh[str(path.absolute())] = [*state, digest]
-        return digest
-
-    def save(self) -> None:
-        if self.fresh:
-            write_json(self.path, self.known | self.fresh)
+    files = _cache_files(rows)
+    identity = fingerprint([rows._fingerprint, *(file.sha256 for file in files)])
+    name = f"{source.path}[{source.split}]"
+    return Part(name, "dataset", identity, rows=rows, files=files)

@@ -17,6 +17,7 @@ from dtrain.data.answers import AS_ROLE, NO_END, NO_REASONING, render_answers
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
+from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data.supervised import QUIET, Lengths, supervised_runs
 from dtrain.data.templates import Span, Template
 
@@ -24,6 +25,7 @@ Int32s = NDArray[np.int32]
 
 EMPTY, CUT, TOO_LONG, MASKED = "empty", "cut", "too_long", "masked"  # counts of documents
 UNLEARNABLE = "unlearnable_rows"  # rows of one token
+SPECIAL = "special_tokens"  # documents whose text holds some
 
 
 NOTES = {
@@ -32,6 +34,7 @@ NOTES = {
     MASKED: "left out, no answer in them",
     EMPTY: "left out, empty",
     UNLEARNABLE: "rows of a single token left out",
+    SPECIAL: "with special tokens in their text, encoded as plain text",
     NO_REASONING: "earlier answers without their reasoning: the chat template leaves it out",
     NO_END: "answers after which nothing that ends a turn is learned: the model will not learn to "
     "stop",
@@ -70,6 +73,7 @@ class Tokeniser:
         answers_only: supervise answers (sft), or every token (cpt).
         sequence_tokens, overlong: limit for conversations of an sft stage, and what to do beyond.
         train_on: which answers are supervised: all, or last.
+        split_special_tokens: encode special tokens in the text of rows as plain text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +83,7 @@ class Tokeniser:
     overlong: str
     parts: list[Part]
     train_on: str = "all"
+    split_special_tokens: bool = True
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         """Tokenise a batch; what is left out or cut is counted in `counts`.
@@ -96,7 +101,36 @@ class Tokeniser:
         written = self.template is not None  # a template has written the special tokens
         chosen = [texts[i] for i in kept]
         ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
+        for place, index in enumerate(kept):
+            if plain := self._plain(records[index], texts[index], counts):
+                where = self._place(records[index])
+                ids[place], _ = self.special_tokens.encode(
+                    plain[0], where, add_special_tokens=not written
+                )
         return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
+
+    def _place(self, record: Record) -> str:
+        return self.parts[record.part].place(record.number)
+
+    def _plain(
+        self, record: Record, text: str, counts: Counter[str]
+    ) -> tuple[str, list[Span]] | None:
+        """What is encoded instead of a text, and its answers, if the row holds special tokens."""
+        if not (self.split_special_tokens and self.special_tokens.found(record.value)):
+            return None
+        counts[SPECIAL] += 1
+        place, hidden = self._place(record), self.special_tokens.hidden(record.value)
+        spans: list[Span] = []
+        if isinstance(hidden, Talk):
+            train_on = self.train_on if self.answers_only else ""
+            own = replace(record, value=hidden)
+            hidden, spans = self._rendered(own, train_on, Counter())  # counted already
+        return self.special_tokens.template_hidden(text, hidden, place), spans
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The tokenizer's, and how they are kept out of the text of rows."""
+        return SpecialTokens(self.tokenizer)
 
     def _text(self, record: Record, counts: Counter[str]) -> str:
         if isinstance(record.value, str):
@@ -107,8 +141,7 @@ class Tokeniser:
         self, record: Record, train_on: str, counts: Counter[str]
     ) -> tuple[str, list[Span]]:
         assert self.template is not None and isinstance(record.value, Talk)
-        place = self.parts[record.part].place(record.number)
-        return render_answers(self.template, record.value, place, train_on, counts)
+        return render_answers(self.template, record.value, self._place(record), train_on, counts)
 
     def _whole(self, ids: list[int], record: Record) -> Document:
         eos = self.tokenizer.eos_token_id
@@ -123,6 +156,12 @@ class Tokeniser:
         documents = []
         for index, (tokens, runs) in enumerate(self._encoded(texts, spans)):
             record = records[index]
+            if plain := self._plain(record, texts[index], counts):
+                ids, encoding = self.special_tokens.encode(
+                    plain[0], places[index], add_special_tokens=False
+                )
+                runs = supervised_runs(encoding, *plain)
+                tokens = np.array(ids, dtype=np.int32)
             document = Document(tokens, runs, record.part, record.number)
             if fitting := self._fit(document, places[index], counts):
                 documents.append(fitting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,11 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.errors import EmptyData
+from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.folders import cache_folder, local_path, sample_name
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
+from dtrain.distributed.world import World
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.load import read_config
 from dtrain.models.resolve import base_folder
@@ -36,6 +38,30 @@ class Inputs:
     tokenizer_fingerprint: str
     stages: dict[str, Mixture]
     sets: dict[str, Mixture]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What was read, by the key of the recipe that names it."""
+        return {
+            "model.base": self.base_fingerprint,
+            "the tokenizer of model.base": self.tokenizer_fingerprint,
+            **{f"stages.{name}.data": data.fingerprint for name, data in self.stages.items()},
+            **{f"evaluation.sets.{name}": data.fingerprint for name, data in self.sets.items()},
+        }
+
+
+def check_same_on_all_ranks(inputs: Inputs, world: World) -> None:
+    """Check that every rank has read what the first one has: files may differ from node to node.
+
+    Raises:
+        UserError: this rank has read something else.
+    """
+    own = inputs.fingerprints
+    first = json.loads(world.share_text(json.dumps(own)))
+    if others := [key for key in own if own[key] != first.get(key)]:
+        what = f"rank {world.rank} reads something else than rank 0 there"
+        fix = "put the same files on every node, and let nothing write to them during a run"
+        raise UserError(what, where=", ".join(others), fix=fix)
 
 
 def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | None = None) -> Inputs:

@@ -159,6 +159,7 @@ def _write(task: Task, model: str, journal: Journal, folder: Path) -> dict[str, 
     for one in judged(task.rows(), replies, task.how):
         counts[one.reason or "made"] += 1
         (bad if one.reason else good).append(_line(one, model, task.how))
+    task.source.check_unchanged()
     write_atomic(folder / MADE, "".join(good))
     write_atomic(folder / REFUSED, "".join(bad))
     sums = {name: file_sha256(folder / name) for name in (MADE, REFUSED)}

@@ -56,6 +56,8 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
             away = stack.enter_context(_new(work / QUARANTINED))
             for source, place, item, reasons in _rows(found):
                 _one(source, place, item, reasons, what, files, away, counts)
+        for one in found.inputs:
+            one.check_unchanged()
         if sum(counts[action] for action in STRENGTH) != found.rows + counts[BROKEN]:
             raise UserError("the rows changed while they were cleaned", where=str(folder))
         sums = {name: file_sha256(work / name) for name in (*names, QUARANTINED)}

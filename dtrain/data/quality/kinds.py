@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from dtrain.data.quality import personal, wording
 
 BROKEN, TEMPLATE, OVERLONG = "broken", "template", "overlong"
+SPECIAL = "special_tokens"
 EXACT, NEAR, INCONSISTENT, LEAK = "exact_duplicate", "near_duplicate", "inconsistent", "leak"
 
 # A row's flags are bits in this order.
-FLAGS = (TEMPLATE, OVERLONG, EXACT, NEAR, INCONSISTENT, LEAK, *wording.KINDS, *personal.KINDS)
+_ALL_ROWS = (TEMPLATE, OVERLONG, SPECIAL, EXACT, NEAR, INCONSISTENT, LEAK)
+FLAGS = (*_ALL_ROWS, *wording.KINDS, *personal.KINDS)
 BIT = {kind: 1 << number for number, kind in enumerate(FLAGS)}
 
 
@@ -55,6 +57,11 @@ MEANINGS = {
     wording.CUT_OFF: Meaning("answers that end in the middle", False, "clean.cut_off: quarantine"),
     OVERLONG: Meaning(
         "rows longer than a sequence", False, "raise sequence_tokens, or see overlong"
+    ),
+    SPECIAL: Meaning(
+        "special tokens in the text",
+        False,
+        "plain text to training; meant as tokens? then split_special_tokens: false",
     ),
     wording.SHORT: Meaning("very short answers", False, "fine for labels and facts; else look"),
     wording.LONG: Meaning("very long answers", False, "look at them"),

@@ -13,6 +13,7 @@ from dtrain.data.answers import render_answers
 from dtrain.data.conversations import Pair
 from dtrain.data.quality.scan import REFUSED
 from dtrain.data.rows import Value
+from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data.templates import Template, resolve_template
 from dtrain.data.tokenise import MASKED
 
@@ -37,6 +38,7 @@ class TokenCounter:
         self.template: Template | None = None
         self.reasons: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
+        self.special_tokens = SpecialTokens(tokenizer)
 
     def __call__(self, values: list[Value]) -> NDArray[np.int32]:
         """Tokens of each row, REFUSED where the template does not take it."""

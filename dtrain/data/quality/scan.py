@@ -36,6 +36,7 @@ from dtrain.data.quality.kinds import (
     LEAK,
     NEAR,
     OVERLONG,
+    SPECIAL,
     TEMPLATE,
 )
 from dtrain.data.quality.leaks import HeldOut
@@ -45,6 +46,7 @@ from dtrain.data.quality.variety import Counts
 from dtrain.data.quality.wording import EMPTY
 from dtrain.data.rows import Value
 from dtrain.data.sources import Part, find_parts
+from dtrain.data.special_tokens import SpecialTokens
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 22
@@ -57,6 +59,7 @@ class Tokens(Protocol):
 
     reasons: dict[int, str]
     counts: Counter[str]
+    special_tokens: SpecialTokens
 
     def __call__(self, values: list[Value], /) -> NDArray[np.int32]:
         """Tokens of each row, REFUSED where the template refuses it."""
@@ -74,6 +77,15 @@ class Input:
     def rows(self) -> Iterator[Record | Fault]:
         """All rows, those that cannot be used as faults."""
         return read_on(self.parts, self.form, self.columns)
+
+    def check_unchanged(self) -> None:
+        """Check that what was read is what the source's files were at first.
+
+        Raises:
+            UserError: a file changed.
+        """
+        for part in self.parts:
+            part.check_unchanged(again=True)
 
 
 def source_input(source: Source) -> Input:
@@ -189,9 +201,22 @@ def scan(
                 reasons = tokens.reasons.items()
                 found.note(TEMPLATE, [(0.0, found.rows + row, why) for row, why in reasons])
                 found.rendered = tokens.counts
+                _note_special_tokens(examined, records, tokens.special_tokens)
             found.add(records, examined)
+    for one in inputs:
+        one.check_unchanged()
     _across(found)
     return found
+
+
+def _note_special_tokens(
+    examined: Examined, records: list[tuple[int, Record]], special_tokens: SpecialTokens
+) -> None:
+    for row, (_, record) in enumerate(records):
+        if names := special_tokens.found(record.value):
+            examined.rows["flags"][row] |= BIT[SPECIAL]
+            note = (float(len(names)), row, " ".join(names))
+            examined.notes.setdefault(SPECIAL, []).append(note)
 
 
 def _worker(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from dtrain.config.schema import Data
+from dtrain.core import known_hashes
 from dtrain.core.errors import UserError
-from dtrain.data import cuts, sources
+from dtrain.data import cuts
 from dtrain.data import prepare as module
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
@@ -326,6 +327,7 @@ class TestFingerprint:
             {"sequence_tokens": 300},
             {"packing": False},
             {"overlong": "drop"},
+            {"split_special_tokens": False},
             {"template": "instruction"},
         ],
     )
@@ -355,11 +357,12 @@ class TestFingerprint:
     def test_large_files_are_hashed_once_until_they_change(
         self, prepared, source, tmp_path, monkeypatch
     ) -> None:
-        monkeypatch.setattr(sources, "REMEMBER_FROM_BYTES", 1)
-        monkeypatch.setattr(sources, "SETTLED_NANOSECONDS", -(10**12))
+        monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "hashes"))
+        monkeypatch.setattr(known_hashes, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", -(10**12))
         hashed = []
-        real = sources.file_sha256
-        monkeypatch.setattr(sources, "file_sha256", lambda p: hashed.append(p) or real(p))
+        real = known_hashes.file_sha256
+        monkeypatch.setattr(known_hashes, "file_sha256", lambda p: hashed.append(p) or real(p))
         first = prepared("sft", [source]).fingerprint
         assert prepared("sft", [source]).fingerprint == first
         assert len(hashed) == 1

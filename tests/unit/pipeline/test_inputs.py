@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.inputs import check_same_on_all_ranks, prepare_inputs
 
 LONG = "a long answer " * 40
 EMPTY = {
@@ -48,3 +51,17 @@ def test_an_empty_stage_is_called_empty_by_its_name(tmp_path: Path) -> None:
     recipe["stages"][1]["data"]["sources"] = [{"path": path, "format": "messages"}]
     with pytest.raises(UserError, match="the data of stage task is empty: there is no row in it"):
         prepare_inputs(Recipe.model_validate(recipe))
+
+
+def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny").model_dump()
+    first = prepare_inputs(Recipe.model_validate(recipe))
+    text = json.dumps(first.fingerprints)
+    world: Any = SimpleNamespace(rank=1, share_text=lambda own: text)
+    check_same_on_all_ranks(first, world)
+    recipe["stages"][1]["data"]["sequence_tokens"] = 96
+    other = prepare_inputs(Recipe.model_validate(recipe))
+    with pytest.raises(UserError, match=r"stages\.task\.data: rank 1 reads something else"):
+        check_same_on_all_ranks(other, world)
+    with pytest.raises(UserError, match=r"model\.base: rank 1 reads"):
+        check_same_on_all_ranks(replace(first, base_fingerprint="another"), world)
