@@ -1,0 +1,269 @@
+"""What dtrain makes of one case: trained right, refused with a reason, or at fault."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import forks
+import models
+import reference
+import runs
+import torch
+
+# Relative: float32 sums in another order; rounding to bfloat16, of weights when they are merged.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+SECONDS = 120
+QLORA = ("stages.domain.method.kind=qlora",)
+FULL = ("stages.domain.method={kind: full}", "stages.domain.train.learning_rate=1e-3")
+
+
+@dataclass
+class Row:
+    """The outcome of a case.
+
+    Attributes:
+        outcome: trains, refused, fault, or unbuilt (transformers cannot build or save the model).
+        reason: of a refusal, or why it is not built.
+        notes: how it trains, and what of it is refused.
+        faults: what is wrong, in words that do not change from run to run.
+        measures: the differences, and the details of faults.
+    """
+
+    case: str
+    outcome: str = "trains"
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def fault(self, what: str, detail: object = "") -> None:
+        self.outcome = "fault"
+        if what not in self.faults:
+            self.faults.append(what)
+        if detail != "":
+            self.measures[what] = str(detail)
+
+    def close(self, what: str, difference: float, tolerance: float) -> None:
+        """Note a difference; one above the tolerance is a fault."""
+        self.measures[what] = float(f"{difference:.1e}")
+        if not difference <= tolerance:
+            self.fault(f"{what} differ")
+
+
+class Checks:
+    """All checks of a case, in a folder of their own."""
+
+    def __init__(self, case: models.Case, folder: Path) -> None:
+        self.case, self.folder, self.row = case, folder, Row(case.name)
+        self.base, self.tolerance = folder / "base", TOLERANCE[case.dtype]
+
+    def all(self) -> dict[str, Any]:
+        """Make the model, run every check that its outcome leaves sense in."""
+        started = time.monotonic()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.base.mkdir(parents=True)
+        unbuilt = self.write()
+        chain = self.run("chain", ranks=2)
+        if not (self.base / "config.json").exists():
+            self.row.outcome, self.row.reason = "unbuilt", unbuilt
+        elif chain.refusal:
+            self.refused(chain)
+        elif unbuilt:
+            self.row.outcome, self.row.reason = "unbuilt", unbuilt
+        elif chain.crash:
+            self.row.fault("crash", chain.crash)
+        else:
+            self.trained(chain)
+        self.row.seconds = round(time.monotonic() - started, 1)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return asdict(self.row)
+
+    def trained(self, chain: runs.Run) -> None:
+        """A chain that ended: is what it made right?"""
+        row = self.row
+        row.measures["kernels"] = chain.said("kernels:")
+        self.attempt("the step alone", lambda: self.step(chain))
+        self.attempt("merging", lambda: self.results(chain))
+        for engine in ("fsdp2", "zero3"):
+            self.same_losses(engine, chain, (f"engine.kind={engine}",), ranks=2)
+        plain = ("model.kernels=plain", "stages.domain.train.micro_batch_sequences=2")
+        self.same_losses("plain kernels, micro-batch 2", chain, plain)
+        self.qlora()
+        self.full()
+
+    def write(self) -> str:
+        """Write the model; return why transformers could not, if so."""
+        try:
+            forks.call(
+                lambda: models.write(self.case, self.base), self.folder / "model.log", SECONDS
+            )
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def run(
+        self, name: str, overrides: tuple[str, ...] = (), ranks: int = 1, stages: int = 2
+    ) -> runs.Run:
+        return runs.run(
+            self.base,
+            self.folder / name,
+            overrides,
+            ranks=ranks,
+            stages=stages,
+            dtype=self.case.dtype,
+            attention=self.case.attention,
+        )
+
+    def refused(self, chain: runs.Run) -> None:
+        """A refusal is right before the first step; later it has cost a training."""
+        self.row.outcome, self.row.reason = "refused", self.without_folder(chain.refusal)
+        if chain.records():
+            self.row.fault("refused after training", self.row.reason)
+
+    def without_folder(self, text: str) -> str:
+        return text.replace(f"{self.folder}/", "").replace("base/config.json: ", "")
+
+    def timed(self, name: str, started: float) -> None:
+        print(f"{name:<30} {time.monotonic() - started:.1f} s", flush=True)
+
+    def attempt(self, what: str, check: Callable[[], None]) -> None:
+        """A check whose own failure is a fault to look at."""
+        try:
+            check()
+        except RuntimeError as error:
+            self.row.fault(f"{what} fails", error)
+
+    def compute(self, name: str, work: Callable[[], Any]) -> Any:
+        return forks.call(work, self.folder / f"{name}.log", SECONDS)
+
+    def step(self, chain: runs.Run, *, name: str = "", quantized: bool = False) -> None:
+        """The third step against documents alone in plain transformers and PEFT."""
+        noted, adapter = chain.observed(), chain.folder / "domain" / "adapter"
+
+        def differences() -> dict[str, Any]:
+            model = reference.adapted(self.base, adapter, self.case.dtype, quantized=quantized)
+            found: dict[str, Any] = {"keys": reference.key_differences(model, adapter)}
+            found["experts"] = reference.unadapted_experts(model)
+            ids = noted[0]["steps"][0][0]["ids"][:20]
+            found["later"] = reference.sees_later_tokens(model, ids)
+            return found | reference.step_differences(model, noted)
+
+        found = self.compute(f"alone{name}", differences)
+        row, prefix = self.row, f"{name} " if name else ""
+        row.close(f"{prefix}losses and documents alone", found["losses"], self.tolerance)
+        row.close(f"{prefix}gradients and documents alone", found["gradients"], self.tolerance)
+        if name:
+            return
+        row.notes.append("packed" if found["packed"] > 1 else "one document a sequence")
+        if found["later"] > 1e-3:
+            row.fault("not causal: tokens see later ones", f"{found['later']:.1e}")
+        if found["keys"]:
+            row.fault("adapter names are not PEFT's", found["keys"][:4])
+        if found["idle"]:
+            row.fault("adapters without gradient", found["idle"])
+        if found["experts"]:
+            row.fault("experts silently left out", found["experts"][:2])
+
+    def results(self, chain: runs.Run, *, name: str = "", quantized: bool = False) -> None:
+        """Each stage's merged model against its adapter on its base."""
+        base = self.base
+        for stage in ("domain", "task"):
+            folder = chain.folder / stage
+            if not (folder / "merged").exists():
+                continue
+
+            def difference(base: Path = base, folder: Path = folder) -> float:
+                one = reference.adapted(
+                    base, folder / "adapter", self.case.dtype, quantized=quantized
+                )
+                other = reference.plain(folder / "merged", self.case.dtype)
+                generator = torch.Generator().manual_seed(0)
+                texts = [
+                    torch.randint(4, 365, (length,), generator=generator) for length in (7, 45, 100)
+                ]
+                return reference.output_difference(one, other, texts)
+
+            what = f"{name}{' ' if name else ''}{stage}: merged model and adapter on its base"
+            self.row.close(what, self.compute(f"merged-{name}{stage}", difference), self.tolerance)
+            base = folder / "merged"
+
+    def same_losses(
+        self, name: str, chain: runs.Run, overrides: tuple[str, ...], ranks: int = 1
+    ) -> runs.Run:
+        """Another way to the same numbers; what it refuses is noted."""
+        other = self.run(slug(name), overrides, ranks, stages=1)
+        if other.refusal:
+            self.row.notes.append(f"{name}: refused: {self.without_folder(other.refusal)}")
+            if other.records():
+                self.row.fault(f"{name}: refused after training")
+        elif other.crash:
+            self.row.fault(f"{name}: crash", other.crash)
+        else:
+            self.row.close(f"{name}: losses", far(chain.losses(), other.losses()), self.tolerance)
+        return other
+
+    def qlora(self) -> None:
+        """Over NF4: every target is held in it under every engine, or the run is refused."""
+        first = self.run("qlora", (*QLORA, "output.merge=true"), stages=1)
+        if first.refusal:
+            self.row.notes.append(f"qlora: refused: {self.without_folder(first.refusal)}")
+        elif first.crash:
+            self.row.fault("qlora: crash", first.crash)
+        else:
+            self.quantized("qlora", first)
+            self.attempt("qlora", lambda: self.step(first, name="qlora", quantized=True))
+            self.attempt("qlora", lambda: self.results(first, name="qlora", quantized=True))
+        for engine in ("fsdp2", "zero3"):
+            name = f"qlora {engine}"
+            if first.refusal:
+                other = self.run(slug(name), (*QLORA, f"engine.kind={engine}"), 2, stages=1)
+                if not other.refusal:
+                    self.row.fault(f"{name}: runs where ddp refuses", other.crash)
+            elif not first.crash:
+                other = self.same_losses(name, first, (*QLORA, f"engine.kind={engine}"), ranks=2)
+                self.quantized(name, other)
+
+    def quantized(self, name: str, run: runs.Run) -> None:
+        for rank in run.observed():
+            kinds = set(rank["layers"].values())
+            if kinds != {"Linear4bit"}:
+                self.row.fault(f"{name}: targets that are not NF4", sorted(kinds))
+
+    def full(self) -> None:
+        """Every weight trains: losses of three steps against plain torch, documents alone."""
+        run = self.run("full", FULL, stages=1)
+        if run.refusal:
+            self.row.notes.append(f"full: refused: {self.without_folder(run.refusal)}")
+            return
+        if run.crash:
+            self.row.fault("full: crash", run.crash)
+            return
+
+        def losses() -> list[float]:
+            model = reference.plain(self.base, "float32")
+            return reference.full_losses(model, run.observed(), run.records())
+
+        def check() -> None:
+            expected = self.compute("full-alone", losses)
+            self.row.close(
+                "full: losses and plain torch", far(expected, run.losses()), self.tolerance
+            )
+
+        self.attempt("full", check)
+
+
+def far(expected: list[float], found: list[float]) -> float:
+    """Greatest relative difference; infinite where a step is missing."""
+    if len(expected) != len(found) or not expected:
+        return float("inf")
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found, strict=True))
+
+
+def slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")

@@ -1,0 +1,175 @@
+"""The same numbers by plain transformers, PEFT and torch: each document alone, no dtrain."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+Batch = dict[str, Any]
+
+
+def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
+    """The model by transformers alone, without dropout, its attention the plainest."""
+    own = getattr(torch, dtype)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=own,
+        bnb_4bit_compute_dtype=own,
+    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=own,
+        attn_implementation="eager",
+        quantization_config=nf4 if quantized else None,
+        device_map={"": "cpu"} if quantized else None,
+    )
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # else some CPUs repack it in evaluation, and round more
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def adapted(folder: Path, adapter: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
+    """The model with an adapter, by PEFT."""
+    base: Any = plain(folder, dtype, quantized=quantized)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=True)
+
+
+def key_differences(model: nn.Module, adapter: Path) -> list[str]:
+    """Names that only PEFT or only the file has."""
+    stored = load_file(adapter / "adapter_model.safetensors").keys()
+    return sorted(set(get_peft_model_state_dict(model)) ^ set(stored))
+
+
+def documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Each document's ids [n], the places of its targets, those targets, their losses by dtrain."""
+    start = 0
+    for length in batch["documents"]:
+        inside = (batch["predict"] >= start) & (batch["predict"] < start + length)
+        places = batch["predict"][inside] - start
+        ids = batch["ids"][start : start + length]
+        yield ids, places, batch["targets"][inside], batch["losses"][inside]
+        start += length
+
+
+def losses_alone(model: nn.Module, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of a document's targets, in float32."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return cross_entropy(logits[places].float(), targets, reduction="none")
+
+
+def step_differences(model: nn.Module, ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """How far the observed step is from the same documents alone.
+
+    Returns:
+        losses: greatest difference of a target's loss, relative to the greatest loss (at least 1);
+        gradients: greatest difference of an element, relative to the greatest element;
+        packed: most documents of a micro-batch; idle: adapters whose B has no gradient.
+    """
+    weights, gradients = ranks[0]["weights"], ranks[0]["gradients"]
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad or name in weights}
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+            own[name].requires_grad_(True)
+    batches = [batch for rank in ranks for batch in rank["steps"][-1]]
+    learned = sum(len(batch["targets"]) for batch in batches)
+    worst, scale, packed = 0.0, 1.0, 0
+    for batch in batches:
+        packed = max(packed, len(batch["documents"]))
+        for ids, places, targets, found in documents(batch):
+            if not len(targets):
+                continue
+            losses = losses_alone(model, ids, places, targets)
+            (losses.sum() / learned).backward()
+            worst = max(worst, float((losses.detach() - found).abs().max()))
+            scale = max(scale, float(losses.detach().abs().max()))
+    far, largest = 0.0, 0.0
+    for name, gradient in gradients.items():
+        expected = own[name].grad
+        expected = torch.zeros_like(gradient) if expected is None else expected
+        far = max(far, float((gradient - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    idle = sum(
+        name not in gradients or not gradients[name].any() for name in weights if "lora_B" in name
+    )
+    return {
+        "losses": worst / scale,
+        "gradients": far / max(largest, 1e-12),
+        "packed": packed,
+        "idle": idle,
+    }
+
+
+def unadapted_experts(model: nn.Module) -> list[str]:
+    """Matrices of experts that the model computes with and no adapter reaches."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() >= 2 and ".experts." in name and not re.search("lora_|base_layer", name)
+    ]
+
+
+@torch.no_grad()
+def output_difference(one: nn.Module, other: nn.Module, texts: list[Tensor]) -> float:
+    """Greatest difference of two models' logits, relative to the greatest logit (at least 1)."""
+    worst, scale = 0.0, 1.0
+    for ids in texts:
+        first = one(input_ids=ids[None], use_cache=False).logits.float()
+        second = other(input_ids=ids[None], use_cache=False).logits.float()
+        worst = max(worst, float((first - second).abs().max()))
+        scale = max(scale, float(first.abs().max()))
+    return worst / scale if math.isfinite(worst) else math.inf
+
+
+@torch.no_grad()
+def sees_later_tokens(model: nn.Module, ids: Tensor) -> float:
+    """How far the first logits move when the last token changes; nothing in a causal model."""
+    changed = ids.clone()
+    changed[-1] = changed[-1] % 100 + 20
+    first, second = (
+        model(input_ids=x[None], use_cache=False).logits[0, :-1] for x in (ids, changed)
+    )
+    return float((first - second).abs().max())
+
+
+def full_losses(
+    model: nn.Module, ranks: list[dict[str, Any]], records: list[dict[str, Any]]
+) -> list[float]:
+    """Losses of full fine-tuning by torch's AdamW, on each document alone."""
+    parameters = [p.requires_grad_(True) for p in model.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    losses = []
+    for number, record in enumerate(records):
+        batches = [batch for rank in ranks for batch in rank["steps"][number]]
+        learned, total = sum(len(batch["targets"]) for batch in batches), 0.0
+        for batch in batches:
+            for ids, places, targets, _ in documents(batch):
+                loss = losses_alone(model, ids, places, targets).sum() / learned
+                loss.backward()
+                total += float(loss.detach())
+        losses.append(total)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = record["learning_rate"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
