@@ -11,6 +11,7 @@ nothing is left in /tmp.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import signal
@@ -128,8 +129,10 @@ def can_bind_to_numa_nodes(ranks: int) -> bool:
     try:
         binding = importlib.import_module("torch.numa.binding")
         near = binding.NumaOptions(affinity_mode=binding.AffinityMode.NODE)
+        cores_near = binding._get_validated_logical_cpus_to_bind_to
+        index = next(iter(inspect.signature(cores_near).parameters))  # gpu_index or device_index
         for gpu in range(ranks):
-            binding._get_validated_logical_cpus_to_bind_to(gpu_index=gpu, numa_options=near)
+            cores_near(**{index: gpu}, numa_options=near)
     except Exception:  # torch's own, which may be anything in another version
         return False
     return True

@@ -276,9 +276,10 @@ class Watch:
 
 def follow_compilations(watch: Watch) -> None:
     """Let torch say when this process compiles; on one rank alone that may take minutes."""
-    handler = importlib.import_module("torch._dynamo.callback").callback_handler
-    handler.register_start_callback(lambda *_: watch.compiling(True))
-    handler.register_end_callback(lambda *_: watch.compiling(False))
+    with suppress(ImportError, AttributeError):  # not public: a version may be without it
+        handler = importlib.import_module("torch._dynamo.callback").callback_handler
+        handler.register_start_callback(lambda *_: watch.compiling(True))
+        handler.register_end_callback(lambda *_: watch.compiling(False))
 
 
 def is_here(beat: dict[str, Any]) -> bool:

@@ -10,7 +10,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from torch.distributed import run as torchrun
@@ -216,15 +218,27 @@ def test_a_torchrun_without_the_newer_options_is_used_without_them(monkeypatch) 
     assert not {"shutdown_timeout", "numa_binding"} & set(vars(found))
 
 
-def test_ranks_are_bound_to_the_cores_near_their_gpus_where_all_can_be(monkeypatch) -> None:
+@pytest.mark.parametrize("is_newer", [False, True])  # torch 2.14 renamed an argument
+def test_ranks_are_bound_to_the_cores_near_their_gpus_where_all_can_be(
+    monkeypatch, is_newer: bool
+) -> None:
     near: dict[int, set[int]] = {0: {0}, 1: {1}}
 
-    def cores(*, gpu_index: int, numa_options: NumaOptions) -> set[int]:
-        if not near[gpu_index]:
+    def cores(gpu: int) -> set[int]:
+        if not near[gpu]:
             raise RuntimeError("Must bind to a non-empty set of CPU indices")
-        return near[gpu_index]
+        return near[gpu]
 
-    monkeypatch.setattr("torch.numa.binding._get_validated_logical_cpus_to_bind_to", cores)
+    def older(*, gpu_index: int, numa_options: NumaOptions) -> set[int]:
+        return cores(gpu_index)
+
+    def newer(*, device_index: int, numa_options: NumaOptions) -> set[int]:
+        return cores(device_index)
+
+    name = "torch.numa.binding._get_validated_logical_cpus_to_bind_to"
+    installed = signature(resolve_name(name)).parameters
+    assert list(installed) in [list(signature(one).parameters) for one in (older, newer)]
+    monkeypatch.setattr(name, newer if is_newer else older)
     assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None  # no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding == "node"
