@@ -94,14 +94,17 @@ def _as_known(
 ) -> tuple[str, list[Span]]:
     """Render with the row's own names of roles if the template has them, else the standard ones."""
     written = {m["written_role"]: m["role"] for m in talk.messages if "written_role" in m}
-    if any(f"{quote}{role}{quote}" in template.text for role in written for quote in "'\""):
+    if written and any(
+        f"{quote}{role}{quote}" in template.text for role in written for quote in "'\""
+    ):
         own = [{**m, "role": m.get("written_role", m["role"])} for m in talk.messages]
         try:
             return _Check(template, replace(talk, messages=own), talk).run(train_on, counts)
         except Exception:  # such a name may stand in it as another word
             pass
     found = _Check(template, talk, talk).run(train_on, counts)
-    counts.update(f"{AS_ROLE}`{own}` read as `{role}`" for own, role in written.items())
+    for own, role in written.items():
+        counts[f"{AS_ROLE}`{own}` read as `{role}`"] += 1
     return found
 
 
@@ -130,7 +133,7 @@ class _Check:
         self.messages = talk.messages
         self.roles = [message["role"] for message in talk.messages]
         self.generated: list[Span] | None = None
-        if GENERATION.search(template.text):
+        if "generation" in template.text and GENERATION.search(template.text):
             text, self.generated = template.render_marked(self.talk)
         else:
             text = template.render(self.talk)
@@ -154,23 +157,26 @@ class _Check:
                 own, closed = self._spans(number, self._turn(number, *bounds[number]))
                 spans += own
                 open_ended += not closed
-        counts.update({NO_REASONING: left_out, NO_END: open_ended})
+        counts[NO_REASONING] += left_out
+        counts[NO_END] += open_ended
         return self.text, sorted(spans)
 
     def _learned(self, train_on: str) -> list[int]:
         """Numbers of the messages to learn: those of `train_on`, unless the row says otherwise."""
-        roles = [ROLES.get(part, part) for part in train_on.split("+")]
-        last = len(self.messages) - 1
+        roles, last = _roles_of(train_on), len(self.messages) - 1
         learned = []
         for number, message in enumerate(self.messages):
-            is_answer = message["role"] == "assistant"
             chosen = message["role"] in roles and (train_on != "last" or number == last)
-            said = message.get("train") if train_on else None
-            if said is not False and (chosen or (said and not is_answer)):
+            if "train" in message and train_on:
+                asked = message["train"] and message["role"] != "assistant"
+                chosen = bool(asked or (chosen and message["train"]))
+            if chosen:
                 learned.append(number)
         return learned
 
     def _check_all_is_there(self) -> None:
+        if all(_is_there(field, place) for field, place in self.located.fields):
+            return
         for kinds in ((CONTENT, INSTRUCTION, INPUT), (CALL, ARGUMENT), (TOOLS,)):
             for field, place in self.located.fields:
                 if field.kind in kinds and not _is_there(field, place):
@@ -273,11 +279,11 @@ class _Check:
         previous = turn.previous is not None and turn.previous != OF_TOOLS
         role = self.roles[turn.previous] if previous else None  # type: ignore[index]
         key = "header", gap, role, calls, not number
-        return self._remembered(key, lambda: self._find_header(number, gap))
+        return self._remembered(key, lambda: self._find_header(number, gap, turn.before))
 
-    def _find_header(self, number: int, gap: str) -> int:
+    def _find_header(self, number: int, gap: str, before: int) -> int:
         if number:  # few templates render a prompt from nothing
-            prompt = self._rest(self.located.marking.talk.messages[:number], prompt=True)
+            prompt = self._behind(before, number, prompt=True)
             if prompt is not None and gap.startswith(prompt):
                 return len(prompt)
         # The template writes something else behind a prompt than here: a plain answer shows what
@@ -286,7 +292,8 @@ class _Check:
         if isinstance(self.talk.messages[number]["content"], list):
             plain["content"] = [{"type": "text", "text": f"{ANSWER}a"}]
         messages = [*self.located.marking.talk.messages[:number], plain]
-        return _common(gap, self._rest(messages, until=ANSWER) or "")
+        rendering = self._rendering(messages) or ""
+        return _common(gap, self._behind_marks(rendering.partition(ANSWER)[0]))
 
     def _end(self, number: int, turn: _Turn) -> tuple[int, bool]:
         """Where an answer ends, and whether with something that closes its turn."""
@@ -300,13 +307,12 @@ class _Check:
             size = len(rest.rstrip())
         else:
             key = "end", rest, self.roles[number], bool(self.messages[number].get("tool_calls"))
-            size = self._remembered(key, lambda: self._find_end(number, rest))
+            size = self._remembered(key, lambda: self._find_end(number, rest, turn.last))
         return turn.last + size, bool(endings and size)
 
-    def _find_end(self, number: int, rest: str) -> int:
+    def _find_end(self, number: int, rest: str, last: int) -> int:
         """Characters behind an answer that the template writes before it knows what follows."""
-        alone = self._rest(self.located.marking.talk.messages[: number + 1])
-        closing = (alone or "").rstrip()
+        closing = (self._behind(last, number + 1) or "").rstrip()
         return len(closing) if rest.startswith(closing) else 0
 
     def _remembered(self, key: tuple[object, ...], find: Callable[[], int]) -> int:
@@ -318,20 +324,32 @@ class _Check:
         found: int = memory[key]
         return found
 
-    def _rest(
-        self, messages: Messages, *, prompt: bool = False, until: str | None = None
-    ) -> str | None:
-        """What the template writes behind the last text of these messages, up to a mark if any."""
+    def _behind(self, place: int, count: int, *, prompt: bool = False) -> str | None:
+        """What the template writes behind the last text of the first messages, if it takes them.
+
+        Args:
+            place: where that text ends in the whole conversation.
+            count: of the messages.
+            prompt: write what stands before the next answer too.
+        """
+        rendering = self._rendering(self.talk.messages[:count], prompt=prompt)
+        if rendering is None or rendering.startswith(self.text[:place]):
+            return rendering and rendering[place:]
+        # What stands before it depends on what follows, such as reasoning: find the text by marks.
+        marked = self._rendering(self.located.marking.talk.messages[:count], prompt=prompt)
+        return marked and self._behind_marks(marked)
+
+    def _behind_marks(self, rendering: str) -> str:
+        marked = Marked.of(rendering, self.located.marking.fields)
+        return marked.text[marked.marks[-1][0] if marked.marks else 0 :]
+
+    def _rendering(self, messages: Messages, *, prompt: bool = False) -> str | None:
         try:
-            rendering = self.template.render(Talk(messages, self.talk.tools), prompt=prompt)
+            return self.template.render(Talk(messages, self.talk.tools), prompt=prompt)
         except MemoryError:
             raise
         except Exception:  # a template may refuse half a conversation
             return None
-        if until is not None:
-            rendering = rendering.partition(until)[0]
-        marked = Marked.of(rendering, self.located.marking.fields)
-        return marked.text[marked.marks[-1][0] if marked.marks else 0 :]
 
     def _generated(self, number: int, turn: _Turn) -> tuple[list[Span], bool]:
         """What the template marks of an answer: all of it, and its end."""
@@ -356,6 +374,12 @@ class _Check:
                     fix="put all of each answer, and what closes its turn, between the marks",
                 )
         return spans, closed
+
+
+@lru_cache(maxsize=8)
+def _roles_of(train_on: str) -> frozenset[str]:
+    """Standard roles of the messages that a recipe's `train_on` names."""
+    return frozenset(ROLES.get(part, part) for part in train_on.split("+"))
 
 
 def _is_there(field: Field, place: Place | None) -> bool:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dtrain.data.conversations import Messages, Talk
 
@@ -29,8 +29,7 @@ ESCAPED = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})|\\U00(0f|10
 THINK = re.compile(r"(\s*<think>)?(.*)(</think>)(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One text of a conversation.
 
     Attributes:
@@ -49,8 +48,7 @@ class Field:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a field stands in a rendering.
 
     Attributes:
@@ -73,18 +71,21 @@ class Marking:
         talk: the copy.
     """
 
-    def __init__(self, talk: Talk, roles: list[str], style: Style, only: int | None = None) -> None:
+    def __init__(
+        self, talk: Talk, text: str, roles: list[str], style: Style, only: int | None = None
+    ) -> None:
         """Mark a conversation.
 
         Args:
             talk: in the form that its template reads.
+            text: its rendering.
             roles: standard role of each message.
             style: marks around each text, or a single one inside of it, which leaves its first and
                 last characters to a template that looks at them.
             only: number of the only message to mark, or OF_TOOLS; None for all.
         """
         self.fields: list[Field] = []
-        self._style, self._roles, self._marks = style, roles, _unused_marks(talk)
+        self._style, self._roles, self._marks = style, roles, _unused_marks(text)
         messages: Messages = [
             self._message(number, message) if only in (None, number) else message
             for number, message in enumerate(talk.messages)
@@ -101,12 +102,14 @@ class Marking:
                 number, REASONING, message["reasoning_content"]
             )
         content, calls = message["content"], message.get("tool_calls")
+        alone = not calls and not message.get("reasoning_content")
         if isinstance(content, list):
+            alone = alone and not any(part["text"].strip() for part in content)
             marked["content"] = [
-                {**part, "text": self._text(number, CONTENT, part["text"])} for part in content
+                {**part, "text": self._text(number, CONTENT, part["text"], alone)}
+                for part in content
             ]
         else:
-            alone = not calls and not message.get("reasoning_content")
             marked["content"] = self._content(number, content, alone)
         for kind in (INSTRUCTION, INPUT):
             if message.get(kind):
@@ -121,11 +124,12 @@ class Marking:
             opening, reasoning, closing, answer = found.groups(default="")
             reasoning = self._text(number, REASONING, reasoning)
             return opening + reasoning + closing + self._text(number, CONTENT, answer)
-        return self._text(number, CONTENT, content, even_empty=alone and self._style == "around")
+        return self._text(number, CONTENT, content, alone)
 
     def _text(self, number: int, kind: str, text: str, even_empty: bool = False) -> str:
         core = text.strip()
         if not core:
+            even_empty = even_empty and self._style == "around"
             return text + self._single(number, kind, "") if even_empty else text
         start = len(text) - len(text.lstrip())
         stop = start + len(core)
@@ -176,18 +180,11 @@ class Marking:
         }
 
 
-def _unused_marks(talk: Talk) -> Iterator[str]:
-    """Marks that no text of the conversation holds."""
-    used = _private_characters([talk.messages, talk.tools])
-    return (char for char in map(chr, range(FIRST_MARK, LAST_MARK + 1)) if char not in used)
-
-
-def _private_characters(value: Any) -> set[str]:
-    if isinstance(value, str):
-        return set() if value.isascii() else set(MARK.findall(value))
-    if isinstance(value, dict):
-        return set().union(*map(_private_characters, value.values()))
-    return set().union(*map(_private_characters, value)) if isinstance(value, list) else set()
+def _unused_marks(text: str) -> Iterator[str]:
+    """Marks that the text does not hold."""
+    used = frozenset() if text.isascii() else frozenset(MARK.findall(text))
+    marks = map(chr, range(FIRST_MARK, LAST_MARK + 1))
+    return (char for char in marks if char not in used) if used else marks
 
 
 @dataclass(frozen=True)
@@ -202,17 +199,38 @@ class Marked:
     text: str
     marks: list[tuple[int, str]]
 
+    def on(self, text: str, fields: list[Field]) -> Marked | None:
+        """The same marks on a text that differs in blanks at most; None if it differs in more.
+
+        Such as one of which a template removes words, and the blanks that then stand at its end.
+        """
+        if self.text == text:
+            return self
+        if "".join(self.text.split()) != "".join(text.split()):
+            return None
+        begins = {field.begin for field in fields if field.begin != field.end}
+        solid = [place for place, char in enumerate(text) if not char.isspace()] + [len(text)]
+        marks, count, done = [], 0, 0
+        for place, mark in self.marks:
+            count += len("".join(self.text[done:place].split()))
+            done = place
+            at = solid[count] if mark in begins else solid[count - 1] + 1 if count else 0
+            marks.append((at, mark))
+        return Marked(text, marks)
+
     @classmethod
     def of(cls, rendering: str, fields: list[Field]) -> Marked:
         """Take a rendering apart; characters that the conversation itself holds are no marks."""
         if "\\u" in rendering or "\\U" in rendering:
             rendering = ESCAPED.sub(_unescaped, rendering)
-        own = {mark for field in fields for mark in (field.begin, field.end)}
-        kept, marks, size = [], [], 0
-        for number, run in enumerate(MARK.split(rendering)):
-            if number % 2 and run in own:
-                marks.append((size, run))
-                continue
+        own = {*(field.begin for field in fields), *(field.end for field in fields)}
+        runs = MARK.split(rendering)
+        kept, marks, size = runs[:1], [], len(runs[0])
+        for mark, run in zip(runs[1::2], runs[2::2], strict=True):
+            if mark in own:
+                marks.append((size, mark))
+            else:
+                run = mark + run
             kept.append(run)
             size += len(run)
         return cls("".join(kept), marks)
@@ -266,16 +284,16 @@ def locate(talk: Talk, roles: list[str], text: str, render: Callable[[Talk], str
         Hidden: there is a message whose marks change what the template writes elsewhere too, or
             of whose text it writes a part alone.
     """
-    marking = Marking(talk, roles, "around")
+    marking = Marking(talk, text, roles, "around")
     if (marked := _try(marking, text, render)) is not None:
         return _located(text, [(marking, marked)], marking)
-    inside = Marking(talk, roles, "inside")
+    inside = Marking(talk, text, roles, "inside")
     if (marked := _try(inside, text, render)) is not None:
         return _located(text, [(inside, marked)], marking)
     single = []
     for number in range(OF_TOOLS, len(talk.messages)):  # one at a time: some text is looked at
         for style in STYLES:
-            own = Marking(talk, roles, style, number)
+            own = Marking(talk, text, roles, style, number)
             marked = _try(own, text, render) if own.fields else Marked(text, [])
             if marked is not None:
                 single.append((own, marked))
@@ -293,7 +311,7 @@ def _try(marking: Marking, text: str, render: Callable[[Talk], str]) -> Marked |
         raise
     except Exception:  # a template may raise for what it finds in a text
         return None
-    return marked if marked.text == text else None
+    return marked.on(text, marking.fields)
 
 
 def _located(text: str, found: list[tuple[Marking, Marked]], marking: Marking) -> Located:
@@ -343,6 +361,8 @@ def _place(field: Field, places: dict[str, list[int]], text: str) -> Place | Non
         fits = around in (None, len(written)) and start >= before
         if fits and text.startswith(written, start - before):
             return Place(start - before, start - before + len(written), len(begins), True)
+    if field.begin == field.end:  # it can have lost its head or its end
+        raise Hidden(field.message)
     return Place(start, stop, len(begins), False)
 
 

@@ -24,7 +24,7 @@ from dtrain.data.limits import Limit, limits
 
 Span = tuple[int, int]  # characters from … to (excluded)
 
-OWN_KEYS = ("train", "written_role", "parts")  # of messages, and no template's
+OWN_KEYS = frozenset(("train", "written_role", "parts"))  # of messages, and no template's
 PROBES = ("dtrainprobe7f3a", "dtrainprobe9c1e")
 
 MAX_CHARACTERS = 1 << 24  # of a rendered conversation
@@ -100,7 +100,7 @@ class Template:
 
     def shaped(self, talk: Talk) -> Talk:
         """The conversation as this template reads it: parts where it reads them, own keys gone."""
-        if self.takes_text and not any(key in m for m in talk.messages for key in OWN_KEYS):
+        if self.takes_text and all(map(OWN_KEYS.isdisjoint, talk.messages)):
             return talk
         return replace(talk, messages=[self._shaped(message) for message in talk.messages])
 

@@ -1,0 +1,551 @@
+"""What a row says is in its rendering and learned to its end, or the row is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dtrain.core.errors import UserError
+from dtrain.data.answers import end_of_turn, render_answers
+from dtrain.data.conversations import Talk, as_messages
+from dtrain.data.rows import convert
+from dtrain.data.templates import resolve_template
+
+FAMILIES = Path(__file__).with_name("templates")
+ASKED = {"role": "user", "content": "Two and two?"}
+AGAIN = {"role": "user", "content": "And two?"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "city": 'R "x"\n'}}}
+RESULT = {"role": "tool", "content": "4"}
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.fixture
+def template(make_tokenizer):
+    """template(family or jinja text) → the template."""
+
+    def run(name):
+        path = FAMILIES / f"{name}.jinja"
+        text = path.read_text(encoding="utf-8") if "{" not in name else name
+        return resolve_template("auto", make_tokenizer(text, bos_token="<s>", eos_token="</s>"))
+
+    return run
+
+
+@pytest.fixture
+def learned(template):
+    """learned(template, messages as a row has them) → (texts that are learned, what is counted)."""
+
+    def run(name, messages, tools=None, train_on="all"):
+        counts: Counter[str] = Counter()
+        talk = Talk(as_messages(messages, "messages", "f:1"), tools)
+        text, spans = render_answers(template(name), talk, "f:1", train_on, counts)
+        return [text[start:stop] for start, stop in spans], +counts
+
+    return run
+
+
+# Reasoning
+
+
+def thoughts(form, *answers):
+    """A conversation whose answers have reasoning R1, R2, … in one of the ways rows write it."""
+    turns = []
+    for number, answer in enumerate(answers, start=1):
+        thought = f"R{number}"
+        own = {"content": f"<think>\n{thought}\n</think>\n\n{answer}"}
+        if form == "parts":
+            own = {"content": [{"type": "reasoning", "value": thought}, answer]}
+        elif form != "inside":
+            own = {"content": answer, form: thought}
+        turns += [ASKED, {"role": "assistant", **own}]
+    return turns
+
+
+FORMS = ["reasoning_content", "reasoning", "thinking", "parts"]
+LAST = {
+    "reasoning": "<think>\nR2\n</think>\n\nSix.<|im_end|>",
+    "harmony": "<|channel|>analysis<|message|>R2<|end|><|start|>assistant<|channel|>final"
+    "<|message|>Six.<|return|>",
+}
+
+
+@pytest.mark.parametrize("family", LAST)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_last_reasoning_is_learned_and_earlier_ones_are_counted(learned, family, form) -> None:
+    turns = thoughts(form, "Four.", "Six.")
+    every, counts = learned(family, turns)
+    assert "R1" not in every[0] and "Four." in every[0]
+    assert every[1] == LAST[family]
+    assert counts["reasoning_left_out"] == 1
+    assert learned(family, turns, train_on="last")[0] == every[1:]
+
+
+def test_reasoning_inside_of_the_content(learned) -> None:
+    turns = thoughts("inside", "Four.", "Six.")
+    every, counts = learned("qwen3", turns)
+    assert every == ["Four.<|im_end|>", LAST["reasoning"]]
+    assert counts["reasoning_left_out"] == 1
+    kept, counts = learned("chatml", turns)
+    assert "R1" in kept[0] and "R2" in kept[1] and not counts
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("chatml", "reasoning_content"), ("llama3", "thinking"), ("deepseek", "inside")],
+)
+@pytest.mark.parametrize("turns", [("Four.",), ("Four.", "Six.")])
+def test_reasoning_cut_out_of_the_last_answer_is_refused(learned, family, form, turns) -> None:
+    with pytest.raises(UserError, match=r"f:1: .* leaves out the reasoning of the last answer"):
+        learned(family, thoughts(form, *turns))
+
+
+def test_reasoning_around_calls_of_tools_is_learned(learned) -> None:
+    turns = [
+        ASKED,
+        said("", reasoning_content="R1", tool_calls=[CALL]),
+        RESULT,
+        said("Four.", reasoning_content="R2"),
+    ]
+    for family in LAST:
+        (call, answer), counts = learned(family, turns, TOOLS)
+        assert "R1" in call and '"city"' in call and "R2" in answer and not counts
+
+
+def test_two_keys_of_reasoning_that_say_the_same_are_one(learned) -> None:
+    turns = [ASKED, said("Four.", reasoning="R", reasoning_content="R")]
+    assert learned("reasoning", turns)[0] == ["<think>\nR\n</think>\n\nFour.<|im_end|>"]
+
+
+# Calls of tools
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma", "phi3", "command-r", "smollm2", "parts"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        said("", tool_calls=[CALL]),
+        said(None, tool_calls=[CALL]),
+        said("Adding.", function_call={"name": "add", "arguments": '{"a": 2}'}),
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "add"}'}]},
+    ],
+)
+def test_a_call_under_a_template_that_knows_none_is_refused(learned, family, answer) -> None:
+    with pytest.raises(UserError, match=r"f:1: the chat template .*message 2"):
+        learned(family, [ASKED, answer])
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma", "deepseek"])
+def test_tools_that_the_template_leaves_out_are_refused(learned, family) -> None:
+    with pytest.raises(UserError, match=r"f:1: the chat template leaves out the row's tools"):
+        learned(family, [ASKED, said("Four.")], TOOLS)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "reasoning"])
+def test_parallel_calls_are_learned_with_their_text(learned, family) -> None:
+    other = {"function": {"name": "mul", "arguments": {"rows": ["a", 1, {"k": "v"}], "b": None}}}
+    turns = [ASKED, said("Let me see.", tool_calls=[CALL, other]), RESULT, RESULT, said("Four.")]
+    (calls, answer), counts = learned(family, turns, TOOLS)
+    assert calls.startswith("Let me see.") and calls.endswith("</tool_call><|im_end|>")
+    assert '"city": "R \\"x\\"\\n"' in calls and '"rows": ["a", 1, {"k": "v"}]' in calls
+    assert answer.endswith("Four.<|im_end|>") and not counts
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("mistral-tools", '[TOOL_CALLS] [{{"name": "add", "arguments": {}}}]</s>'),
+        ("glm4", "add\n{}"),
+        ("harmony", " to=functions.add<|channel|>commentary json<|message|>{}<|call|>"),
+        ("llama3", '{{"name": "add", "parameters": {}}}<|eot_id|>'),
+    ],
+)
+def test_calls_of_families(learned, family, call) -> None:
+    turns = [ASKED, said("", tool_calls=[CALL]), RESULT, said("Four.")]
+    texts, _ = learned(family, turns, TOOLS)
+    assert texts[0] == call.format('{"a": 2, "city": "R \\"x\\"\\n"}')
+    assert learned(family, turns, TOOLS, "last")[0] == texts[1:]
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral-tools", "harmony"])
+def test_text_left_out_beside_a_call_is_refused(learned, family) -> None:
+    turns = [ASKED, said("Let me see.", tool_calls=[CALL]), RESULT, said("Four.")]
+    with pytest.raises(UserError, match="leaves out the text of message 2"):
+        learned(family, turns, TOOLS)
+
+
+CALLS = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}"
+    "{%- for call in m.tool_calls or [] -%}<call>CALL</call>{%- endfor -%}"
+    "{{ '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("writes", "whole"),
+    [
+        ("{{ call.function }}", True),
+        ("{{ call.function | tojson(ensure_ascii=True) }}", True),
+        (
+            "{{ call.function.name }}{% for k, v in call.function.arguments.items() %}"
+            "<{{ k }}>{{ v }}</{{ k }}>{% endfor %}",
+            True,
+        ),
+        ("{{ call.function.name }}", False),
+        ("{{ call.function.arguments | tojson }}", False),
+        ("{{ call.function.name }}{{ call.function.arguments.city }}", False),
+        ("{{ call.function.name }}{{ call.function.arguments.keys() | list }}", False),
+        ("{{ call.function.name }}{{ (call.function.arguments | tojson)[:9] }}", False),
+    ],
+)
+def test_each_part_of_a_call_must_be_written(learned, writes, whole) -> None:
+    turns = [ASKED, said("", tool_calls=[CALL]), RESULT, said("é. Four.")]
+    own = CALLS.replace("CALL", writes)
+    if whole:
+        (call, answer), _ = learned(own, turns)
+        assert call.startswith("<call>") and call.endswith("</call><|im_end|>")
+        assert answer == "é. Four.<|im_end|>"
+    else:
+        with pytest.raises(UserError, match=r"f:1: the chat template .* message 2"):
+            learned(own, turns)
+
+
+# Roles
+
+SOME = (
+    "{%- for m in messages -%}{%- if m.role in ('system', 'user', 'assistant') -%}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("role", "standard"),
+    [("developer", "system"), ("User", "user"), ("human", "user"), ("SYSTEM", "system")],
+)
+@pytest.mark.parametrize("family", [SOME, "chatml", "qwen2.5", "llama3"])
+def test_a_role_with_a_standard_name_gets_it(template, family, role, standard) -> None:
+    counts: Counter[str] = Counter()
+    turns = as_messages([{"role": role, "content": "HEAR"}, ASKED, said("RED")], "messages", "f:1")
+    text, _ = render_answers(template(family), Talk(turns), "f:1", counts=counts)
+    same = [{"role": standard, "content": "HEAR"}, ASKED, said("RED")]
+    assert text == template(family).render(Talk(same))
+    assert counts[f"role `{role}` read as `{standard}`"] == 1
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "Assistant", "bot", "chatbot"])
+@pytest.mark.parametrize("family", [SOME, "chatml", "gemma", "mistral"])
+def test_an_answer_is_learned_whatever_its_role_is_called(learned, family, role) -> None:
+    (answer,), _ = learned(family, [ASKED, {"role": role, "content": "RED"}])
+    assert "RED" in answer
+
+
+def test_a_role_that_the_template_names_stays(template, learned) -> None:
+    own = SOME.replace("'system', ", "'developer', 'model', ")
+    turns = [{"role": "developer", "content": "HEAR"}, ASKED, {"role": "model", "content": "RED"}]
+    (answer,), counts = learned(own, turns)
+    assert answer == "RED<|im_end|>" and not counts
+    read = as_messages(turns, "messages", "f:1")
+    assert "<|im_start|>developer\nHEAR" in render_answers(template(own), Talk(read), "f:1")[0]
+
+
+@pytest.mark.parametrize("role", ["observation", "function", "tool_response", "ipython", "Tool"])
+def test_results_of_tools_under_other_names(learned, role) -> None:
+    result = {"role": role, "name": "add", "content": "RESULT"}
+    turns = [ASKED, said("", tool_calls=[CALL]), result, said("Four.")]
+    texts, _ = learned("qwen2.5", turns, TOOLS, "all+tool")
+    assert texts[1] == "RESULT"
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "narrator", "content": "Dusk."}, ASKED, said("RED")], "message 1 .*`narrator`"),
+        ([ASKED, {"role": "critic", "content": "No."}, said("RED")], "message 2 .*`critic`"),
+        ([ASKED, said("RED"), {"role": "tool", "content": "18"}], "message 3 .*`tool`"),
+    ],
+)
+def test_a_turn_that_the_template_skips_is_refused(learned, turns, message) -> None:
+    with pytest.raises(UserError, match=f"f:1: .* leaves out the text of {message}"):
+        learned(SOME, turns)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last", "user", ""])
+def test_a_system_message_that_is_dropped_is_refused(learned, train_on) -> None:
+    turns = [{"role": "system", "content": "HEAR"}, ASKED, said("RED")]
+    with pytest.raises(UserError, match="message 1"):
+        learned(SOME.replace("'system', ", ""), turns, train_on=train_on)
+    two = [turns[0], {"role": "system", "content": "AND SEE"}, *turns[1:]]
+    only_first = SOME.replace("if m.role", "if loop.index != 2 and m.role")
+    with pytest.raises(UserError, match="message 2"):
+        learned(only_first, two, train_on=train_on)
+
+
+# Turns that a row marks
+
+BAD, GOOD = "BAD", "GOOD<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ({"weight": 0}, {"weight": 1}),
+        ({"weight": 0.0}, {}),
+        ({"train": False}, {"train": True}),
+        ({"training": False}, {}),
+        ({"loss": False}, {"loss": True}),
+        ({"loss_weight": 0}, {"loss_weight": 1.0}),
+        ({"masked": True}, {"masked": False}),
+        ({"weight": 0, "train": False}, {"weight": None}),
+    ],
+)
+@pytest.mark.parametrize("sharegpt", [False, True])
+@pytest.mark.parametrize("family", ["chatml", MARKED], ids=["chatml", "marked"])
+def test_a_turn_that_the_row_masks_is_not_learned(learned, family, sharegpt, bad, good) -> None:
+    turns = [ASKED, said(BAD, **bad), AGAIN, said("GOOD", **good)]
+    if sharegpt:
+        names = {"user": "human", "assistant": "gpt"}
+        turns = [
+            {"from": names[t.pop("role")], "value": t.pop("content"), **t} for t in map(dict, turns)
+        ]
+    assert learned(family, turns)[0] == [GOOD]
+    assert learned(family, turns, train_on="last")[0] == [GOOD]
+    assert learned(family, turns[:2])[0] == []
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "loss"])
+def test_a_turn_that_the_row_wants_learned_is(learned, key) -> None:
+    turns = [{**ASKED, key: True}, said("Four.", **{key: True}), AGAIN, said("Six.")]
+    assert learned("chatml", turns)[0] == [
+        "Two and two?<|im_end|>",
+        "Four.<|im_end|>",
+        "Six.<|im_end|>",
+    ]
+    assert learned("chatml", turns[1:], train_on="last")[0] == ["Six.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"weight": 0.5}, r"`messages\[1\].weight` must be 0 or 1 .* not 0.5"),
+        ({"loss_weight": 2}, "must be 0 or 1"),
+        ({"train": "no"}, r"`messages\[1\].train` must be 0 or 1"),
+        ({"weight": 1, "train": False}, "both that it is learned and that it is not"),
+        ({"train_detail": [{"begin_offset": 0}]}, "train_detail"),
+    ],
+)
+def test_marks_that_cannot_be_obeyed_are_refused(marks, message) -> None:
+    with pytest.raises(UserError, match=message):
+        as_messages([ASKED, said("Four.", **marks)], "messages", "f:1")
+
+
+# Contents as lists of parts
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "Four."},
+        {"type": "text", "value": "Four."},
+        {"type": "text", "text": "Four.", "image_url": None},
+        {"text": "Four."},
+        {"type": "output_text", "text": "Four."},
+        "Four.",
+    ],
+)
+@pytest.mark.parametrize("family", ["chatml", "parts-only", "qwen3"])
+def test_a_part_of_text_is_a_text(learned, family, part) -> None:
+    turns = [
+        {"role": "system", "content": [part]},
+        {"role": "user", "content": [part]},
+        said([part]),
+    ]
+    (answer,), _ = learned(family, turns)
+    assert answer.endswith("Four.<|im_end|>") and "type" not in answer
+
+
+@pytest.mark.parametrize(
+    ("family", "joined"), [("chatml", "a\nb"), ("parts", "ab"), ("parts-only", "ab")]
+)
+def test_parts_are_joined_as_the_template_does(learned, family, joined) -> None:
+    parts = [{"type": "text", "text": text} for text in "ab"]
+    (asked, answer), _ = learned(
+        family, [{"role": "user", "content": parts}, said(parts)], None, "all+user"
+    )
+    assert asked.startswith(joined) and answer.startswith(joined)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
+        ({"type": "image"}, "image"),
+        ({"type": "input_audio", "input_audio": {}}, "input_audio"),
+        ({"type": "video", "text": "x"}, "video"),
+        ({"image": "x.png"}, "image"),
+        ({"type": "text", "text": None}, "text"),
+    ],
+)
+def test_other_parts_are_refused_by_name(part, kind) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "See"}, part]}, said("Four.")]
+    with pytest.raises(
+        UserError, match=rf"f:1: `messages\[0\].content\[1\]` is not a text: {kind}"
+    ):
+        as_messages(turns, "messages", "f:1")
+
+
+def test_a_row_with_images_is_refused() -> None:
+    turns = [{"role": "user", "content": "<image> What?"}, said("Four.")]
+    with pytest.raises(UserError, match="f:1: the row has images"):
+        convert({"messages": turns, "images": ["a.png"]}, "messages", {}, "f:1")
+    assert isinstance(convert({"messages": turns, "images": []}, "messages", {}, "f:1"), Talk)
+
+
+# Ends of turns
+
+
+def test_a_template_that_closes_no_turn_is_counted(learned, template) -> None:
+    open_ended = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    texts, counts = learned(open_ended, [ASKED, said("Four."), AGAIN, said("Six.")])
+    assert counts["answers_without_end"] == 2 and texts[-1].endswith("Six.")
+    assert end_of_turn(template(open_ended)) == ""
+
+
+def test_a_template_that_closes_the_last_turn_alone(learned, template) -> None:
+    once = SOME.replace(" + '<|im_end|>\n'", "") + "{{ eos_token }}"
+    texts, counts = learned(once, [ASKED, said("Four."), AGAIN, said("Six.")])
+    assert counts["answers_without_end"] == 1 and texts[-1].endswith("Six.</s>")
+    assert learned(once, [ASKED, said("Four.")])[1] == {}
+    assert end_of_turn(template(once)) == "</s>"
+
+
+def test_ends_of_turns_of_gpt_oss(learned, template) -> None:
+    texts, counts = learned("harmony", [ASKED, said("Four."), AGAIN, said("Six.")])
+    final = "<|channel|>final<|message|>"
+    assert texts == [f"{final}Four.<|end|>", f"{final}Six.<|return|>"] and not counts
+    assert end_of_turn(template("harmony")) == "<|return|>"
+
+
+# Marks of the template
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        MARKED.replace(
+            "{{ m.content + '<|im_end|>' }}{% endgen", "{{ m.content }}{% endgen", 1
+        ).replace("{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"),
+        MARKED.replace(
+            "{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"
+        ),
+        MARKED.replace("{% generation %}{{ m.content", "{{ m.content }}{% generation %}{{ ''"),
+        MARKED.replace(
+            "{% generation %}{{ m.content", "{{ m.content[:2] }}{% generation %}{{ m.content[2:]"
+        ),
+    ],
+    ids=["no end", "last only", "none", "half"],
+)
+def test_marks_that_miss_some_of_an_answer_are_refused(learned, marks) -> None:
+    with pytest.raises(UserError, match=r"f:1: .*marks leave out"):
+        learned(marks, [ASKED, said("Four."), AGAIN, said("Six.")])
+
+
+def test_marks_in_two_spans_of_an_answer(learned) -> None:
+    two = MARKED.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgen",
+        "{{ m.content }}{% endgeneration %}\n{% generation %}{{ m.tool_calls | tojson }}"
+        "{{ '<|im_end|>' }}{% endgen",
+        1,
+    )
+    texts, _ = learned(
+        two, [ASKED, said("See.", tool_calls=[CALL]), AGAIN, said("Six.", tool_calls=[CALL])]
+    )
+    assert [text[:5] for text in texts] == ["See.", '[{"ty', "Six.", '[{"ty']
+
+
+# Templates that change what they are given
+
+
+@pytest.mark.parametrize(
+    ("filter", "kept"),
+    [
+        ("trim", True),
+        ("replace('\n\n', '\n')", True),
+        ("replace('u', 'v')", False),
+        ("lower", False),
+    ],
+)
+def test_an_answer_that_is_changed_is_refused(learned, filter, kept) -> None:
+    own = SOME.replace("m.content", f"(m.content | {filter})")
+    turns = [ASKED, said("Four.")]
+    if kept:
+        assert learned(own, turns)[0][0].endswith("Four.<|im_end|>")
+    else:
+        with pytest.raises(UserError, match="changes the answer in message 2"):
+            learned(own, turns)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["m.content[:4]", "m.content[2:]", "m.content | truncate(3)", "m.content.split('d')[0]"],
+)
+@pytest.mark.parametrize("who", ["user", "assistant", "system"])
+def test_a_text_that_is_cut_is_refused(learned, change, who) -> None:
+    own = SOME.replace("m.content", f"(({change}) if m.role == '{who}' else m.content)")
+    turns = [
+        {"role": "system", "content": "Be kind and brief."},
+        ASKED,
+        said("Four and four and more."),
+    ]
+    with pytest.raises(UserError, match=r"f:1: the chat template (changes|leaves out)"):
+        learned(own, turns)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_looks_at_a_text_is_followed(learned, role) -> None:
+    """Qwen 3 does so: a question in these tags does not begin a new exchange."""
+    wrapped = "<tool_response>\n4\n</tool_response>"
+    turns = [
+        ASKED,
+        said("x"),
+        {"role": "user", "content": wrapped},
+        said("<think>\nR\n</think>\n\nSix."),
+    ]
+    assert learned("qwen3", turns)[0] == ["x<|im_end|>", "<think>\nR\n</think>\n\nSix.<|im_end|>"]
+    own = SOME.replace(
+        "m.content",
+        f"(m.content if m.content.startswith('Two') or m.role != '{role}' else m.content + '!')",
+    )
+    texts, _ = learned(own, [ASKED, said("Two is the answer."), AGAIN, said("Six.")])
+    assert texts[0].endswith("Two is the answer.<|im_end|>")
+
+
+def test_private_use_characters_of_a_row_are_no_marks(learned) -> None:
+    odd = "".join(map(chr, range(0xF0000, 0xF0040))) + "\ue000"
+    turns = [{"role": "user", "content": odd}, said(f"{odd} Four."), AGAIN, said(odd[::-1])]
+    for family in ("chatml", "llama3", "qwen3"):
+        texts, _ = learned(family, turns)
+        assert odd in texts[0] and odd[::-1] in texts[1]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\n"])
+@pytest.mark.parametrize("family", ["chatml", "llama3", "qwen3", "mistral", "parts-only"])
+def test_an_answer_without_text_teaches_its_end_alone(learned, template, family, blank) -> None:
+    (answer,), counts = learned(family, [ASKED, said(blank)])
+    assert answer.replace("<think>", "").replace("</think>", "").strip() == end_of_turn(
+        template(family)
+    )
+    first = learned(family, [ASKED, said(blank), AGAIN, said("Six.")])[0][0]
+    assert first.strip() == end_of_turn(template(family)) and not counts
