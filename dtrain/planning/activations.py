@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.kernels import CHUNK_BYTES, LAYERS, LOSS, MLPS, NORMS
+from dtrain.planning.kernels import LAYERS, LOSS, MLPS, NORMS, chunk_rows
 from dtrain.planning.setup import Setup
 
 
@@ -175,8 +175,10 @@ def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
 def _chunked_head_bytes(setup: Setup, habits: Habits) -> float:
     """A chunk of logits, the states that are learnt from, their gradient, and the matrix's."""
     shape, e = setup.shape, setup.element_bytes
-    # In 16 bits: the product, in float32, and its gradient.
-    chunk = min(CHUNK_BYTES, 4 * setup.tokens * shape.vocabulary) * (1 + (e == 2))
+    rows = min(chunk_rows(shape.vocabulary), setup.tokens)
+    # In 16 bits: the product, in float32, and its gradient. A soft cap: its tangent, what it
+    # makes of the product, and the gradient of that.
+    chunk = 4 * rows * shape.vocabulary * (1 + (e == 2) + 3 * shape.soft_cap)
     # The last layer's output, normalised, and what is learnt of it; its gradient.
     stream = stream_bytes(setup, habits)
     states = setup.tokens * shape.hidden * (3 * stream + e + e * (stream != e))

@@ -8,7 +8,7 @@ to do but to scale. Letters: K supervised tokens, h width, V vocabulary, c token
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,17 +18,23 @@ from torch.nn.functional import linear
 
 from dtrain.models.kernels import native
 from dtrain.models.kernels.fused import in_one_pass
+from dtrain.models.kernels.output_probe import Adjust
 from dtrain.models.kernels.products import times, times_transposed
+from dtrain.planning.kernels import chunk_rows
 
-CHUNK_BYTES = 1 << 28  # each chunk reads the whole matrix: few rows at once wait for memory
 _PLACE = "_dtrain_head"
 
 
 class LearningHead:
-    """A model's output layer that gives the loss instead of logits, while it is told targets."""
+    """A model's output layer that gives the loss instead of logits, while it has targets."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
-        self._head = head
+    def __init__(self, model: nn.Module, head: nn.Linear, adjust: Adjust | None = None) -> None:
+        """Replace the forward of `head`.
+
+        Args:
+            adjust: what the model does to the logits [c, V] afterwards.
+        """
+        self._model, self._head, self._adjust = model, head, adjust
         self._targets: Tensor | None = None
         self.losses: Tensor | None = None  # of each target [K], of the last call; no gradient
         head.forward = self._forward  # type: ignore[assignment]
@@ -44,21 +50,40 @@ class LearningHead:
     def learning(self, targets: Tensor) -> Iterator[None]:
         """Give the loss of targets [K] at the K tokens that the model keeps, as [1, 1, 1]."""
         self._targets = targets
-        try:
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_targets", None)
+            if self._adjust is not None:
+                self._pass_around(stack)
             yield
-        finally:
-            self._targets = None
+
+    def _pass_around(self, stack: ExitStack) -> None:
+        """Take the loss past what the model does to logits, which it has been through already."""
+        passed: list[Tensor] = []
+
+        def give(_: nn.Module, args: Any, output: Any) -> Any:
+            output.logits = passed.pop()
+            return output
+
+        # The head's loss as engines leave it, and before they see the model's output.
+        caught = self._head.register_forward_hook(lambda *call: passed.append(call[-1]))
+        stack.callback(caught.remove)
+        stack.callback(self._model.register_forward_hook(give, prepend=True).remove)
 
     def _forward(self, hidden: Tensor) -> Tensor:
         weight, bias = self._head.weight, self._head.bias
         if self._targets is None:
             return linear(hidden, weight, bias)
-        loss, self.losses = head_loss(hidden.flatten(0, -2), weight, bias, self._targets)
+        hidden = hidden.flatten(0, -2)
+        loss, self.losses = head_loss(hidden, weight, bias, self._targets, self._adjust)
         return loss.view(1, 1, 1)
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    adjust: Adjust | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T + bias` and targets, float32.
 
@@ -67,6 +92,7 @@ def head_loss(
         weight: [V, h].
         bias: [V].
         targets: int64 [K].
+        adjust: of the logits [c, V] of c rows, before the softmax.
 
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
@@ -74,7 +100,7 @@ def head_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, losses = _HeadLoss.apply(hidden, weight, bias, targets)
+        loss, losses = _HeadLoss.apply(hidden, weight, bias, targets, adjust)
     return loss, losses
 
 
@@ -83,7 +109,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        adjust: Adjust | None,
     ) -> tuple[Tensor, Tensor]:
         wants = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)
@@ -92,13 +123,11 @@ class _HeadLoss(torch.autograd.Function):
             for want, t in zip(wants, (hidden, weight, bias), strict=True)
         ]
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        rows = max(1, min(CHUNK_BYTES // (4 * weight.shape[0]), len(targets)))
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
+        for part in _chunks(len(targets), chunk_rows(weight.shape[0])):
             # without a name, which would hold one chunk while the next is made
             _chunk(
                 times_transposed(hidden[part], matrix),
-                losses[part], hidden, matrix, bias, targets, part, gradients,
+                losses[part], hidden, matrix, bias, targets, part, gradients, adjust,
             )  # fmt: skip
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wants = wants
@@ -110,7 +139,15 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         known = iter(ctx.saved_tensors)
         scaled = (next(known) * gradient if want else None for want in ctx.wants)
-        return *scaled, None
+        return *scaled, None, None
+
+
+def _chunks(targets: int, rows: int) -> Iterator[slice]:
+    """Ranges of that many rows; a single row left over, for which GPUs compile anew, joins one."""
+    starts = list(range(0, targets, rows))
+    if len(starts) > 1 and targets - starts[-1] == 1:
+        starts.pop()
+    return map(slice, starts, [*starts[1:], targets])
 
 
 def _chunk(
@@ -122,15 +159,30 @@ def _chunk(
     targets: Tensor,
     part: slice,
     gradients: list[Tensor | None],
+    adjust: Adjust | None,
 ) -> None:
     """Losses [c] of a chunk's logits [c, V], which it spends; adds its part of the gradients."""
     logits = logits.float()
     if bias is not None:
         logits += bias
     learns = any(g is not None for g in gradients)
-    _spend(logits, losses, targets[part], learns=learns)
+    if adjust is None:
+        _spend(logits, losses, targets[part], learns=learns)
+    else:
+        logits = _spend_adjusted(logits, losses, targets[part], adjust, learns=learns)
     if learns:
         _add_gradients(logits.to(hidden.dtype), hidden[part], matrix, part, gradients)
+
+
+def _spend_adjusted(
+    logits: Tensor, losses: Tensor, targets: Tensor, adjust: Adjust, *, learns: bool
+) -> Tensor:
+    """As `_spend`, of adjusted logits; return the gradient of those that were given."""
+    with torch.set_grad_enabled(learns):
+        adjusted = adjust(logits.requires_grad_(learns))
+    spent = adjusted.detach()
+    _spend(spent, losses, targets, learns=learns)
+    return torch.autograd.grad(adjusted, logits, spent)[0] if learns else spent
 
 
 def _spend(logits: Tensor, losses: Tensor, targets: Tensor, *, learns: bool) -> None:

@@ -1,19 +1,20 @@
-"""Putting the kernels into a model: what its own code says they stand for, and nothing else.
+"""Putting the kernels into a model, only where its own code computes what they compute.
 
-transformers copies Llama's code into many models. Where a module's forward is Llama's, instruction
-for instruction, a kernel may stand for it; any other keeps its own.
+transformers copies Llama's code into many models. A module whose forward is Llama's, instruction
+for instruction, gets a kernel; any other keeps its own. The chunked loss goes to every model whose
+forward returns what its output layer gives, or that adjusted row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from inspect import unwrap
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
@@ -22,12 +23,15 @@ from dtrain.models.kernels import native
 from dtrain.models.kernels.head import LearningHead
 from dtrain.models.kernels.layers import SharedInput, is_fast
 from dtrain.models.kernels.norm import norm_forward
+from dtrain.models.kernels.output_probe import OutputProbe
 from dtrain.models.kernels.rotary import rotary
+from dtrain.models.kernels.same_program import same_program
 from dtrain.models.kernels.swiglu import mlp_forward
 
 # Children that a module calls one after the other with the same tensor.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 KINDS = ("adapted layers", "norms", "MLPs", "rotary embeddings", "chunked loss")
+_same = cache(same_program)  # a model repeats its modules
 ROTARY = ("apply_rotary_pos_emb", "rotate_half")
 
 
@@ -47,9 +51,9 @@ def put_in(model: nn.Module, settings: schema.Model) -> str:
     if not found:
         return "plain: nothing in this model computes as Llama does"
     without = [kind for kind in KINDS if kind not in found]
-    told = ", ".join(f"{count} {kind}" for kind, count in found.items())
-    told += f"; plain: {', '.join(without)}" if without else ""
-    return told + (f"; loops by torch: {why}" if why else "")
+    text = ", ".join(f"{count} {kind}" for kind, count in found.items())
+    text += f"; plain: {', '.join(without)}" if without else ""
+    return text + (f"; loops by torch: {why}" if why else "")
 
 
 def use_kernels(model: nn.Module) -> dict[str, int]:
@@ -61,22 +65,8 @@ def use_kernels(model: nn.Module) -> dict[str, int]:
         if isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             found["MLPs"] += _stands_for(module, llama.LlamaMLP, mlp_forward)
         found["rotary embeddings"] += _rotate(module)
-        found["chunked loss"] += _learn(module)
+    found["chunked loss"] += _chunk_loss(model)
     return {kind: count for kind, count in found.items() if count}
-
-
-def same_program(one: Any, other: Any) -> bool:
-    """Whether two functions run the same instructions on the same names and constants."""
-    one, other = unwrap(one), unwrap(other)
-    if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
-        return False
-    return _program(one) == _program(other)
-
-
-def _program(function: FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    constants = tuple(c for c in code.co_consts if c != function.__doc__)
-    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 def _share_inputs(module: nn.Module) -> int:
@@ -98,7 +88,8 @@ def _share_inputs(module: nn.Module) -> int:
 
 def _stands_for(module: nn.Module, known: type[nn.Module], forward: Callable[..., Any]) -> bool:
     """Put `forward` in if the module's own is that of the class `known`."""
-    fits = same_program(type(module).forward, known.forward)
+    own = type(module)
+    fits = _same(own.forward, known.forward, (own, known))
     if fits:
         module.forward = partial(forward, module)
     return fits
@@ -110,7 +101,7 @@ def _rotate(module: nn.Module) -> bool:
     if not isinstance(forward, FunctionType) or ROTARY[0] not in forward.__code__.co_names:
         return False
     names = forward.__globals__
-    if not all(same_program(names.get(name), getattr(llama, name)) for name in ROTARY):
+    if not all(_same(names.get(name), getattr(llama, name)) for name in ROTARY):
         return False
     ours = FunctionType(
         forward.__code__,
@@ -124,11 +115,13 @@ def _rotate(module: nn.Module) -> bool:
     return True
 
 
-def _learn(module: nn.Module) -> bool:
-    head = getattr(module, "lm_head", None)
-    if type(head) is not nn.Linear:
+def _chunk_loss(model: nn.Module) -> bool:
+    """Let the output layer give the loss, if the model's logits follow from what it gives."""
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    head = inner.get_output_embeddings() if inner is not None else None
+    if inner is None or type(head) is not nn.Linear:
         return False
-    fits = same_program(type(module).forward, llama.LlamaForCausalLM.forward)
-    if fits:
-        LearningHead(module, head)
-    return fits
+    probe = OutputProbe(inner, head)
+    if probe.exact:
+        LearningHead(inner, head, probe.adjust)
+    return probe.exact

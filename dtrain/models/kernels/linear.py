@@ -86,7 +86,8 @@ def shared_input(x: Tensor, layers: Layers, masks: Masks = ()) -> tuple[Tensor, 
     trained = [t for adapter in _adapters(layers) for t in (adapter.a, adapter.b)]
     with torch.autocast(kind, enabled=False):
         outputs: tuple[Tensor, ...] = _SharedInput.apply(x, layers, masks, *trained)
-    return outputs
+    # Views made out here: autograd lets nobody write to a view that a function returns.
+    return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
 class _SharedInput(torch.autograd.Function):
@@ -95,29 +96,30 @@ class _SharedInput(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layers: Layers, masks: Masks, *trained: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return [T, o] of each layer."""
         flat = x.flatten(0, -2)
         small = _small_products(flat, _adapters(layers), masks)
         ctx.make, parts = parts_of(x)
         ctx.layers, ctx.counts = layers, (len(parts), len(masks), len(small))
         ctx.save_for_backward(*parts, *masks, *small)
         each = iter(small)
-        outputs = [_output(flat, layer, next(each) if layer.adapter else None) for layer in layers]
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        ctx.shape = x.shape
+        return tuple(
+            _output(flat, layer, next(each) if layer.adapter else None) for layer in layers
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *flat: Tensor) -> tuple[Tensor | None, ...]:
         saved, layers = iter(ctx.saved_tensors), ctx.layers
         parts, masks, small = ([next(saved) for _ in range(count)] for count in ctx.counts)
-        flat = [gradient.flatten(0, -2) for gradient in gradients]
         dx = _through_weights(flat, layers) if ctx.needs_input_grad[0] else None
         trained = list[Tensor]()
         if small:
             reaching = [g for g, layer in zip(flat, layers, strict=True) if layer.adapter]
             x = ctx.make(*parts).flatten(0, -2)
             trained = _adapter_gradients(reaching, x, dx, _adapters(layers), masks, small)
-        shape = (*gradients[0].shape[:-1], -1)
-        return dx if dx is None else dx.view(shape), None, None, *trained
+        return dx if dx is None else dx.view(ctx.shape), None, None, *trained
 
 
 def _adapters(layers: Layers) -> list[Adapter]:

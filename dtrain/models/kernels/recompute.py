@@ -19,13 +19,15 @@ Make = Callable[..., Tensor]
 
 def made_by(result: Tensor, make: Make, *parts: Any) -> None:
     """Note on `result` that it is `make(*parts)`; parts are tensors that autograd keeps anyway."""
-    setattr(result, _MARK, (make, parts))
+    setattr(result, _MARK, (make, parts, result._version))
 
 
 def parts_of(tensor: Tensor) -> tuple[Make, tuple[Any, ...]]:
-    """What `tensor` is made from; the tensor itself, where nothing is known of it."""
-    known: tuple[Make, tuple[Any, ...]] | None = getattr(tensor, _MARK, None)
-    return known if known is not None else (_itself, (tensor,))
+    """What `tensor` is made from; the tensor itself, where nothing is known or it was changed."""
+    known: tuple[Make, tuple[Any, ...], int] | None = getattr(tensor, _MARK, None)
+    if known is None or known[2] != tensor._version:
+        return _itself, (tensor,)
+    return known[:2]
 
 
 def _itself(tensor: Tensor) -> Tensor:

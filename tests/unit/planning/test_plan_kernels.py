@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dtrain.models.kernels.head import CHUNK_BYTES
 from dtrain.models.kernels.install import use_kernels
 from dtrain.planning import kernels
 from dtrain.planning.shapes import ARCHITECTURES
@@ -33,5 +32,8 @@ def test_the_table_names_what_is_put_in(kind: str) -> None:
     assert set(found) & MATTER == kernels.KERNELS[kind]
 
 
-def test_a_chunk_is_as_large_as_the_plan_says() -> None:
-    assert CHUNK_BYTES == kernels.CHUNK_BYTES
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"), [(32_000, 2048), (151_936, 256), (262_144, 256), (400_000, 128)]
+)
+def test_a_chunk_has_rows_that_matrix_products_like(vocabulary: int, rows: int) -> None:
+    assert kernels.chunk_rows(vocabulary) == rows

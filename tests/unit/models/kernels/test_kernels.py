@@ -12,8 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -41,7 +43,9 @@ CONFIGS = {
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
-    "gemma2": Gemma2Config(**SMALL, head_dim=16),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=2.0),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.5),
+    "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
 LORA = schema.Lora(kind="lora", r=4)  # with dropout
@@ -111,7 +115,7 @@ def assert_alike(fast: nn.Module, plain: nn.Module, tolerance: float = 2e-5) -> 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Four tokens a chunk of the loss, so that there are several and a rest."""
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 4 * 64)
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 4)
     yield
 
 
@@ -154,9 +158,9 @@ def test_what_is_put_in_is_told(tmp_path: Path) -> None:
         "14 adapted layers, 5 norms, 2 MLPs, 2 rotary embeddings, 1 chunked loss"
     )
     assert told["gemma2"] == (
-        "14 adapted layers, 2 rotary embeddings; plain: norms, MLPs, chunked loss"
+        "14 adapted layers, 2 rotary embeddings, 1 chunked loss; plain: norms, MLPs"
     )
-    assert told["gpt2"].startswith("plain")
+    assert told["gpt2"].startswith("1 chunked loss; plain")
 
 
 def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
@@ -244,7 +248,7 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
 @pytest.mark.parametrize("method", ["no dropout", "full"])
 def test_the_loss_of_each_target_is_known_too(method: str, tmp_path: Path, monkeypatch) -> None:
     folder = saved(CONFIGS["llama-biased"], tmp_path)
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 3)  # three tokens at once
+    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 3)
     fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "plain"))
     (total, losses), (_, wanted) = (supervised_losses(m, batch()) for m in (fast, plain))
     assert losses.shape == wanted.shape == batch().targets.shape

@@ -1,0 +1,156 @@
+"""What a causal language model does around its output layer, found by running its own forward.
+
+The model's children are replaced by stubs, so the probe needs no weights, works on a model on the
+meta device and takes milliseconds. Letters: T tokens, h width, V vocabulary, c rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+TOKENS, KEPT = 5, (1, 3)
+Adjust = Callable[[Tensor], Tensor]
+
+
+class OutputProbe:
+    """A model's own forward between its hidden states and its logits.
+
+    Attributes:
+        exact: whether logits are the output layer's, of the hidden states that the caller keeps.
+        adjust: what the model makes of them, row by row, such as a scale or a soft cap
+            ([c, V] → [c, V]); None if nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Linear) -> None:
+        self._width, self._vocabulary = head.in_features, head.out_features
+        self._states, self._head = _States(), _Head(head)
+        self._model = _with_stubs(model, head, self._states, self._head)
+        self.adjust: Adjust | None = None
+        self.exact = _stub_fits(model, head) and self._is_exact()
+
+    def _is_exact(self) -> bool:
+        try:
+            with torch.device("cpu"):  # whatever the caller builds on
+                return all(self._keeps_what_is_asked(training) for training in (False, True))
+        except Exception:  # a model that needs more than hidden states: any error, of any code
+            return False
+
+    def _keeps_what_is_asked(self, training: bool) -> bool:
+        self._model.training = training
+        rows = torch.arange(1, TOKENS + 1.0).expand(self._width, TOKENS).t()
+        raw = _numbers(len(KEPT), self._vocabulary)
+        before = raw.clone()
+        kept = torch.tensor(KEPT)
+        with torch.no_grad():
+            logits = self._run(rows, raw, logits_to_keep=kept)
+        calls = self._head.inputs
+        asked = len(calls) == 1 and torch.equal(calls[0][0], rows[kept])
+        if not asked or not torch.equal(raw, before):
+            return False
+        if logits is self._head.output:
+            return True
+        self.adjust = self._adjusted
+        return self._is_by_row(logits[0], raw)
+
+    def _is_by_row(self, logits: Tensor, raw: Tensor) -> bool:
+        """Whether each row of logits follows from the same row of the output layer alone."""
+        first = raw[:1].clone().requires_grad_()
+        alone = self._adjusted(first)
+        with torch.no_grad():
+            alone.detach().mul_(2.0)  # the loss spends them: backward must not need them
+        (gradient,) = torch.autograd.grad(alone, first, torch.ones_like(alone))
+        again = self._adjusted(raw[:1])
+        return (
+            logits.shape == raw.shape
+            and logits.dtype == raw.dtype
+            and torch.equal(again, logits[:1])
+            and bool(gradient.isfinite().all())
+        )
+
+    def _adjusted(self, raw: Tensor) -> Tensor:
+        """The model's logits for an output [c, V] of its output layer."""
+        states = torch.zeros(len(raw), self._width, device=raw.device)
+        return self._run(states, raw)[0]
+
+    def _run(self, states: Tensor, raw: Tensor, **more: Tensor) -> Tensor:
+        self._states.given, self._head.given = states.unsqueeze(0), raw.unsqueeze(0)
+        self._head.inputs.clear()
+        positions = torch.arange(len(states), device=states.device).unsqueeze(0)
+        output = type(self._model).forward(
+            self._model, input_ids=positions, position_ids=positions, use_cache=False, **more
+        )
+        logits: Tensor = output.logits
+        return logits
+
+
+def _stub_fits(model: PreTrainedModel, head: nn.Linear) -> bool:
+    return (
+        "forward" not in vars(model)
+        and "logits_to_keep" in signature(type(model).forward).parameters
+        and sum(child is head for child in model._modules.values()) == 1
+    )
+
+
+def _with_stubs(model: PreTrainedModel, head: nn.Linear, states: nn.Module, stub: nn.Module) -> Any:
+    """A copy that owns no weights; a forward that asks for one of its own fails."""
+    result = copy(model)
+    result._parameters, result._buffers = {}, {}
+    result._modules = {n: stub if m is head else states for n, m in model._modules.items()}
+    return result
+
+
+def _numbers(rows: int, width: int) -> Tensor:
+    """Different small numbers of either sign."""
+    return torch.linspace(-3.0, 3.0, rows * width).view(rows, width)
+
+
+class _Output:
+    """Hidden states as a model's output, and nothing that a model may report besides."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _States(nn.Module):
+    """Gives hidden states [1, T, h] in place of a model's layers, however they are reached."""
+
+    given: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(self.given)
+
+
+class _Head(nn.Module):
+    """Notes what an output layer is given, and gives logits [1, c, V]."""
+
+    given: Tensor
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.empty(0, dtype=head.weight.dtype)
+        self.inputs: list[Tensor] = []
+        self.output: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.inputs.append(hidden)
+        self.output = self.given
+        return self.given

@@ -1,0 +1,144 @@
+"""Two functions are the same program only if they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2MLP, Qwen2RMSNorm
+
+from dtrain.models.kernels.same_program import same_program
+
+HEAD = """
+import logging
+from functools import wraps
+logger = logging.getLogger("{name}")
+SCALE = {scale}
+def helper(x):
+    return x {operator} SCALE
+def decorated(function):
+    @wraps(function)
+    def call(*args):
+        return function(*args){after}
+    return call
+"""
+BODY = """
+def forward(self, x, factor={default}, *, shift={shift}):
+    {docstring}
+    if x is None:
+        logger.warning("none")
+    {local} = helper(x) * factor + shift
+    many = [value + {constant} for value in ({local},)]
+    for number in range(3):
+        many.append(number)
+    return (lambda found: found * {inner})(many[0])
+"""
+PLAIN = {
+    "name": "one", "scale": "2.0", "operator": "*", "after": "", "default": "1", "shift": "0",
+    "docstring": "pass", "local": "y", "constant": "1.0", "inner": "3",
+}  # fmt: skip
+
+
+def written(decorator: str = "", **changes: str) -> FunctionType:
+    names: dict[str, Any] = {}
+    parts = PLAIN | changes
+    exec(HEAD.format(**parts) + decorator + BODY.format(**parts), names)
+    found: FunctionType = names["forward"]
+    return found
+
+
+def test_names_docstrings_and_loggers_do_not_count() -> None:
+    other = written(name="two", docstring='"""Says something."""', local="elsewhere")
+    other.__doc__ = "replaced by a decorator"
+    assert same_program(written(), other)
+
+
+def test_a_docstring_that_is_used_counts_as_the_constant_that_it_is() -> None:
+    one, other = (written(docstring=f'"{text}"; x = x or "{text}"') for text in "ab")
+    assert not same_program(one, other)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("scale", "3.0"), ("operator", "+"), ("default", "2"), ("default", "1.0"), ("shift", "1"),
+        ("constant", "1"), ("constant", "-1.0"), ("inner", "4"),
+    ],
+)  # fmt: skip
+def test_what_computes_otherwise_counts(what: str, value: str) -> None:
+    assert not same_program(written(), written(**{what: value}))
+
+
+def test_decorators_count() -> None:
+    assert not same_program(written(), written("@decorated"))
+    assert same_program(written("@decorated"), written("@decorated"))
+    assert not same_program(written("@decorated"), written("@decorated", after=" * 2"))
+    assert not same_program(written("@decorated"), written("@decorated", scale="5.0"))
+
+
+def test_closures_count() -> None:
+    def scaled(by: float) -> Callable[[float], float]:
+        def call(x: float) -> float:
+            return x * by
+
+        return call
+
+    assert same_program(scaled(2.0), scaled(2.0))
+    assert not same_program(scaled(2.0), scaled(3.0))
+    assert not same_program(scaled(0.0), scaled(-0.0))
+
+
+def test_methods_of_the_class_count() -> None:
+    class Doubled(nn.Module):
+        def inner(self, x: Any) -> Any:
+            return x * 2
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x)
+
+    class Tripled(Doubled):
+        def inner(self, x: Any) -> Any:
+            return x * 3
+
+    assert same_program(Doubled.forward, Doubled.forward, (Doubled, Doubled))
+    assert not same_program(Tripled.forward, Doubled.forward, (Tripled, Doubled))
+
+
+def test_functions_that_call_themselves_end() -> None:
+    one, other = written(), written()
+    for function in (one, other):
+        function.__globals__["helper"] = function
+    assert same_program(one, other)
+
+
+def test_llamas_copies_in_transformers() -> None:
+    forward = llama.LlamaForCausalLM.forward
+    assert same_program(Qwen2ForCausalLM.forward, forward)
+    assert same_program(MistralForCausalLM.forward, forward)
+    assert same_program(Qwen2RMSNorm.forward, llama.LlamaRMSNorm.forward)
+    assert same_program(Qwen2MLP.forward, llama.LlamaMLP.forward)
+    assert not same_program(GemmaRMSNorm.forward, llama.LlamaRMSNorm.forward)
+    assert not same_program(Olmo2RMSNorm.forward, llama.LlamaRMSNorm.forward)
+
+
+def test_a_changed_helper_of_llamas_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = FunctionType(
+        llama.apply_rotary_pos_emb.__code__,
+        {**vars(llama), "rotate_half": lambda x: torch.roll(x, 1, -1)},
+        argdefs=llama.apply_rotary_pos_emb.__defaults__,
+    )
+    assert not same_program(copies, llama.apply_rotary_pos_emb)
+
+
+def test_what_is_no_function_is_never_the_same() -> None:
+    assert not same_program(len, len)
+    assert not same_program(wraps, None)
