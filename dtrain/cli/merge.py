@@ -97,6 +97,7 @@ def _merge(
     at_once: int,
 ) -> None:
     from dtrain.merge.adapter import Adapter
+    from dtrain.merge.chat_files import carried_files, merged_files
     from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
     from dtrain.merge.origin import adapter_origin, known_bases
 
@@ -109,7 +110,8 @@ def _merge(
         parts = [part_of(*one) for one in zip(adapters, factors, packings, strict=True)]
     else:
         parts = [_combined(adapters, factors, how, packings)]
-    merge(base, parts, out, source=str(base), processes=at_once, known=known)
+    files = merged_files(base, carried_files(base, folders))
+    merge(base, parts, out, source=str(base), processes=at_once, known=known, files=files)
 
 
 def _combined(
@@ -128,6 +130,7 @@ def _combined(
 
 
 def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) -> None:
+    from dtrain.merge.chat_files import checkpoint_files, merged_files
     from dtrain.merge.consolidate import base_of, open_saved, replace_with, saved_adapter
     from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
     from dtrain.merge.origin import known_bases
@@ -137,12 +140,15 @@ def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) 
     shapes = check_places(base, [folder], out)
     known = known_bases(base, [origin], MANIFEST)
     source = origin.identity
+    files = merged_files(base, checkpoint_files(saved.run, saved.stage, base))
     if origin.method["kind"] == "full":
-        replace_with(saved.checkpoint, base, out, source, processes=at_once, known=known)
+        replace_with(
+            saved.checkpoint, base, out, source, processes=at_once, known=known, files=files
+        )
         return
     packing = _packing(base, shapes, origin, qlora_base)
     part = part_of(saved_adapter(saved, shapes), packing=packing)
-    merge(base, [part], out, source=source, processes=at_once, known=known)
+    merge(base, [part], out, source=source, processes=at_once, known=known, files=files)
 
 
 def _packings(

@@ -6,7 +6,7 @@ is started, and one block of rows is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -87,6 +87,7 @@ def replace_with(
     *,
     processes: int = 1,
     known: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write the model that full fine-tuning made.
 
@@ -100,8 +101,17 @@ def replace_with(
             return checkpoint.read(name, "weight", start, stop)
 
     mark = file_sha256(checkpoint.folder / MANIFEST)
-    settings: dict[str, Any] = {"source": source, "processes": processes, "known": known}
-    replace(base, checkpoint.names, read, out, content=mark, **settings)
+    replace(
+        base,
+        checkpoint.names,
+        read,
+        out,
+        content=mark,
+        source=source,
+        processes=processes,
+        known=known,
+        files=files,
+    )
 
 
 def read_whole(checkpoint: Checkpoint, name: str) -> Tensor:

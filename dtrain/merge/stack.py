@@ -10,6 +10,7 @@ Letters: r rank, k sum of the ranks, out and in a layer's sizes; A [r, in], B [o
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from dtrain.core.log import progress
 from dtrain.merge.adapter import PREFIX, AdapterFile, by_config
 from dtrain.merge.adapter_config import check_config
 from dtrain.models.adapter_folder import (
+    CHAT_TEMPLATE,
     COMBINED,
     CONFIG,
+    GENERATION,
     WEIGHTS,
     Origin,
     origin,
@@ -97,6 +100,10 @@ def stack(first: Path, second: Path, out: Path, *, rank: int | None = None) -> S
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         write_json(target / CONFIG, config)
         write_json(target / COMBINED, about)
+        for folder in (first, second):  # a later one's name for what is in both
+            for name in (CHAT_TEMPLATE, GENERATION):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, target / name)
     size = (out / WEIGHTS).stat().st_size
     return Stacked(rank or whole, error, worst, size, str(config["base_model_name_or_path"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,11 @@ def _initialise(model: nn.Module, seed: int, device: torch.device | None) -> Non
 
 
 def save_adapter(
-    folder: Path, model: nn.Module, tensors: dict[str, Tensor], base: str | None = None
+    folder: Path,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    base: str | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter in PEFT layout; a folder that is there already is replaced at the end.
 
@@ -127,6 +132,7 @@ def save_adapter(
         model: the PEFT model, for its settings and the names of what trains.
         tensors: whole tensors by `named_parameters()` name.
         base: what PEFT shall load as the base; not named if None.
+        files: text of other files that belong beside it, by name.
 
     Raises:
         UserError: a value that is not finite, which is never saved.
@@ -139,6 +145,8 @@ def save_adapter(
         with atomic_folder(staging / "new") as target:
             save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
             write_json(target / CONFIG, adapter_config(model, base))
+            for name, text in (files or {}).items():
+                (target / name).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(staging / "old")
         (staging / "new").rename(folder)

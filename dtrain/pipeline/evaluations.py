@@ -10,13 +10,14 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.folders import local_path
-from dtrain.core.log import progress, say
+from dtrain.core.log import Meter, progress, say
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
-from dtrain.evaluation.answers import answer
 from dtrain.monitoring.metrics import finite
+from dtrain.serving.run import Choice, template_of
+from dtrain.serving.speaker import Speaker
 from dtrain.stages.step import held_out_loss
 
 BASE = "base"
@@ -70,12 +71,8 @@ class Evaluations:
         answered = {"model": identity, "questions": rows, "tokens": wanted.max_new_tokens}
         if self.known.get("answered") == answered:
             return
-        questions = [row["question"] for row in rows]
         with progress("answers", 2 * len(rows)) as bar:
-            both = [
-                answer(folder, questions, wanted.max_new_tokens, world.device, bar, self.trusts)
-                for folder in (base, final)
-            ]
+            both = [self.ask(folder, rows, world, bar) for folder in (base, final)]
         self.known["answers"] = [
             {"question": row["question"], "reference": row["answer"], "base": b, "final": f}
             for row, b, f in zip(rows, *both, strict=True)
@@ -83,10 +80,21 @@ class Evaluations:
         self.known["answered"] = answered
         self.write(world)
 
-    @property
-    def trusts(self) -> bool:
-        """Whether code beside a model may run."""
-        return self.recipe.model.trust_remote_code
+    def ask(self, folder: Path, rows: list[dict[str, str]], world: World, bar: Meter) -> list[str]:
+        """A model's answers, asked in the template that the recipe trains with.
+
+        On GPUs the model is spread over those of this node, so that a 70B model needs no engine
+        for three questions.
+        """
+        questions = self.recipe.evaluation.questions
+        assert questions is not None
+        choice = Choice(str(folder), template=template_of(self.recipe))
+        speaker, answers = Speaker(choice, self.recipe.model, world.device), list[str]()
+        for row in rows:
+            prompt = speaker.prompt([{"role": "user", "content": row["question"]}])
+            answers += speaker.answers([prompt], questions.max_new_tokens)
+            bar.advance()
+        return answers
 
     def write(self, world: World) -> None:
         """Write the file (first rank)."""

@@ -31,6 +31,7 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.adapter import Adapter
+from dtrain.merge.chat_files import adapter_files, merged_files
 from dtrain.merge.consolidate import read_whole, replace_with
 from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
@@ -274,22 +275,25 @@ class StageRun:
         """The adapter; what is there may be of fewer steps, or damaged, and is made again."""
         if not isinstance(self.stage.method, Full):
             tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
-            save_adapter(self.folder.adapter, model, tensors, base=str(self.base))
+            files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
+            save_adapter(self.folder.adapter, model, tensors, base=str(self.base), files=files)
         if self.wants_merge():
             shutil.rmtree(self.folder.merged, ignore_errors=True)
 
     def merge(self, checkpoint: Checkpoint, at_once: int) -> None:
         """The merged model; over the 4-bit base if the adapter was trained over that."""
         out, identity, packing = self.folder.merged, self.folder.identity, None
+        files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
+        files = merged_files(self.base, files)
         if isinstance(self.stage.method, Full):
-            replace_with(checkpoint, self.base, out, identity, processes=at_once)
+            replace_with(checkpoint, self.base, out, identity, processes=at_once, files=files)
             return
         shapes = check_places(self.base, [self.folder.adapter], out)
         if self.stage.method.kind == "qlora":
             dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
             packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
         part = part_of(Adapter.open(self.folder.adapter, shapes), packing=packing)
-        merge(self.base, [part], out, source=identity, processes=at_once)
+        merge(self.base, [part], out, source=identity, processes=at_once, files=files)
 
     def finish(self, facts: dict[str, Any], checkpoint: Checkpoint) -> None:
         """The stage is complete."""

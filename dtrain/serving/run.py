@@ -5,6 +5,7 @@ No torch: a login node asks this too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.folders import local_path, sample_name
 from dtrain.core.hashes import file_sha256
-from dtrain.models.adapter_folder import CONFIG, WEIGHTS, origin, read_adapter_config
+from dtrain.models.adapter_folder import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    WEIGHTS,
+    origin,
+    read_adapter_config,
+)
 
 RECIPE, MERGED_MARK = "recipe.yaml", "merge.json"
 BASE = "base"  # the name of the model without any adapter
@@ -66,9 +73,8 @@ class Run:
 
     @property
     def template(self) -> str:
-        """The template of conversations: that of the last stage that learnt from them."""
-        named = [s.data.template for s in self.recipe.stages if s.kind == "sft"]
-        return named[-1] if named else "auto"
+        """The template of conversations, as the recipe names it."""
+        return template_of(self.recipe)
 
     def adapter(self, stage: Stage) -> Path:
         """Where a stage's adapter lies, or will."""
@@ -110,16 +116,23 @@ class Run:
 
     def _after(self, stage: Stage, before: Choice | None) -> Choice | None:
         if isinstance(stage.method, Full):
-            merged = Choice(str(self.merged(stage)), template=self.template)
+            template = trained_template([self.merged(stage)], self.template)
+            merged = Choice(str(self.merged(stage)), template=template)
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
             return None
         quantised, first = stage.method.kind == "qlora", stage is self.recipe.stages[0]
-        own = Choice(self.base_of(stage), quantised, (self.adapter(stage),), self.template)
-        if first or quantised or before is None:
-            return own
-        stack = (*before.adapters, self.adapter(stage))
-        return Choice(before.base, before.quantised, stack, self.template)
+        base, folders = self.base_of(stage), [self.adapter(stage)]
+        if not (first or quantised or before is None):
+            base, quantised = before.base, before.quantised
+            folders = [*before.adapters, *folders]
+        return Choice(base, quantised, tuple(folders), trained_template(folders, self.template))
+
+
+def template_of(recipe: Recipe) -> str:
+    """The template of conversations: that of the last stage that trains on them."""
+    named = [stage.data.template for stage in recipe.stages if stage.kind == "sft"]
+    return named[-1] if named else "auto"
 
 
 def is_run(address: str) -> bool:
@@ -152,7 +165,14 @@ def adapter_choice(folder: Path, base: str | None = None, template: str = "auto"
             where=str(folder / CONFIG),
             fix="name the model, and this folder as --adapter",
         )
+    template = trained_template([folder], template)
     return Choice(base, origin(folder).quantised, (folder,), template)
+
+
+def trained_template(folders: Sequence[Path], otherwise: str) -> str:
+    """The template that the last of these results brings along; else what a recipe names."""
+    brought = [folder / CHAT_TEMPLATE for folder in folders]
+    return next((str(path) for path in reversed(brought) if path.is_file()), otherwise)
 
 
 def choices_of(address: str) -> dict[str, Choice]:
@@ -172,6 +192,6 @@ def choices_of(address: str) -> dict[str, Choice]:
 
 
 def _template_beside(result: Path) -> str:
-    """The template that a run's recipe names for a stage's adapter or merged model."""
+    """The template of a stage's adapter or merged model: its own, else its run's recipe's."""
     run = result.absolute().parent.parent
-    return open_run(run).template if is_run(str(run)) else "auto"
+    return trained_template([result], open_run(run).template if is_run(str(run)) else "auto")

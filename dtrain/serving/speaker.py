@@ -20,6 +20,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.folders import sample_name
 from dtrain.data.conversations import Messages, Talk
 from dtrain.data.limits import Limit, limits
+from dtrain.data.stops import stop_of
 from dtrain.data.templates import SECONDS, Template, resolve_template
 from dtrain.models.adapter_folder import WEIGHTS
 from dtrain.models.load import load_base, resolve_dtype
@@ -71,6 +72,7 @@ class Speaker:
         if choice.adapters:
             self._model.base_model.set_adapter([self._names[folder] for folder in choice.adapters])
         self._template = _template(choice.template, self.tokenizer)
+        self._stop = stop_of(self._template, self.tokenizer)
         self._choice = choice
 
     def _load(self, choice: Choice) -> None:
@@ -151,10 +153,12 @@ class Speaker:
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self._ends(),
+                stop_strings=self._stop_strings() or None,
+                tokenizer=self.tokenizer,
                 streamer=streamer,
             )
-        new = output[:, ids.shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [self._without_end(text).strip() for text in texts]
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
@@ -170,11 +174,20 @@ class Speaker:
             yield
 
     def _ends(self) -> list[int] | None:
-        """Tokens that end an answer: the model's own, and the tokenizer's."""
+        """Tokens that end an answer: the model's own, the tokenizer's, and the template's."""
         own = self._model.generation_config.eos_token_id
         ends = own if isinstance(own, list) else [own]
-        known = {end for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
-        return sorted(known) or None
+        ends = [*ends, self.tokenizer.eos_token_id, self._stop.token]
+        return sorted({end for end in ends if end is not None}) or None
+
+    def _stop_strings(self) -> list[str]:
+        return [*(self._model.generation_config.stop_strings or []), *self._stop.texts]
+
+    def _without_end(self, text: str) -> str:
+        """An answer up to the first stop string, which transformers leaves in it."""
+        for end in self._stop_strings():
+            text = text.partition(end)[0]
+        return text
 
 
 def _template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:

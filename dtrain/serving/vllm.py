@@ -1,8 +1,8 @@
 """The commands by which vLLM serves a run: merged, or adapters on their bases. No torch.
 
 What vLLM takes was read in vllm/config/lora.py (ranks), vllm/lora/peft_helper.py (features),
-vllm/lora/lora_model.py (names of tensors), vllm/entrypoints/openai/cli_args.py (--lora-modules)
-and docs/features/lora.md.
+vllm/lora/lora_model.py (names of tensors), vllm/entrypoints/openai/cli_args.py (--lora-modules),
+vllm/config/model.py (--generation-config) and docs/features/lora.md.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dtrain.core.files import read_text, write_atomic
+from dtrain.core.files import read_json, read_text, write_atomic
 from dtrain.core.folders import cache_folder, local_path
 from dtrain.core.hashes import fingerprint
 from dtrain.launching.quote import quote
+from dtrain.models.adapter_folder import CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapters import AdapterInfo, list_adapters
-from dtrain.serving.run import Run
+from dtrain.serving.run import Run, trained_template
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank takes no other
 # Settings of an adapter, and why vLLM does not serve it under them as it was trained.
@@ -51,7 +52,9 @@ def _merged(run: Run) -> Iterator[str]:
             model = str(run.merged(stage))
             options = [("--served-model-name", run.recipe.name), *_model_options(run)]
             head = f"# The merged model of stage {stage.name}: everything learnt up to it."
-            yield "\n".join([_comment(head), *_notes(run), command(model, options)])
+            folders = [run.merged(stage)]
+            notes, chat = _notes(run, folders), _chat_options(run, folders)
+            yield "\n".join([_comment(head), *notes, command(model, [*options, *chat])])
             return
 
 
@@ -78,7 +81,10 @@ def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
             "# Trained over this base in NF4: over the plain base they give other answers."
         )
     options = [*(("--quantization", "bitsandbytes") for _ in range(quantised)), *_lora(taken)]
-    return "\n".join([*lines, *_notes(run), command(base, [*options, *_model_options(run)])])
+    merged = [run.merged(stage) for stage in run.recipe.stages]
+    folders = [*(m for m in merged if str(m) == base), *(adapter.folder for adapter in taken)]
+    options += [*_model_options(run), *_chat_options(run, folders)]
+    return "\n".join([*lines, *_notes(run, folders), command(base, options)])
 
 
 def _lora(adapters: list[AdapterInfo]) -> list[tuple[str, ...]]:
@@ -135,13 +141,25 @@ def command(model: str, options: Sequence[tuple[str, ...]]) -> str:
 
 
 def _model_options(run: Run) -> list[tuple[str, ...]]:
-    """What the recipe says of the model: compute as in training, code, the chat template."""
+    """What the recipe says of the model: compute as in training, code."""
     dtype = "float32" if run.recipe.model.dtype == "float32" else "bfloat16"
     options: list[tuple[str, ...]] = [("--dtype", dtype)]
     if run.recipe.model.trust_remote_code:
         options.append(("--trust-remote-code",))
-    if run.template not in ("auto", "instruction"):
-        options.append(("--chat-template", str(_template_file(local_path(run.template)))))
+    return options
+
+
+def _chat_options(run: Run, folders: Sequence[Path]) -> list[tuple[str, ...]]:
+    """The chat template and the ends of an answer, where the model's own folder has others."""
+    options: list[tuple[str, ...]] = []
+    template = trained_template(folders, run.template)
+    own = [run.merged(stage) / CHAT_TEMPLATE for stage in run.recipe.stages]
+    if template not in ("auto", "instruction", *map(str, own)):
+        options.append(("--chat-template", str(_template_file(local_path(template)))))
+    ends = [folder for folder in folders if (folder / CONFIG).is_file()]
+    ends = [folder for folder in ends if (folder / GENERATION).is_file()]
+    if ends:
+        options.append(("--generation-config", str(ends[-1])))
     return options
 
 
@@ -155,13 +173,22 @@ def _template_file(path: Path) -> Path:
     return copy
 
 
-def _notes(run: Run) -> list[str]:
-    if run.template != "instruction":
-        return []
-    return [
-        "# Trained with the instruction template, which no chat template of the model's repeats:",
-        "# ask /v1/completions with '### Instruction:\\n…\\n\\n### Response:\\n'.",
-    ]
+def _notes(run: Run, folders: Sequence[Path]) -> list[str]:
+    notes = []
+    if trained_template(folders, run.template) == "instruction":
+        notes += [
+            "# Trained with the instruction template, which no chat template of the model's "
+            "repeats:",
+            "# ask /v1/completions with '### Instruction:\\n…\\n\\n### Response:\\n'.",
+        ]
+    for folder in folders:
+        known = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        if texts := known.get("stop_strings"):
+            stop = json.dumps({"stop": texts}, ensure_ascii=False)
+            notes.append(
+                _comment(f"# Its turns end with a text, so send {stop} with each request.")
+            )
+    return [*dict.fromkeys(notes)]
 
 
 def _comment(line: str) -> str:

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"planning", "launching", "distributed"},
     {"data", "models", "checkpoints", "monitoring", "samples"},
-    {"engines", "evaluation", "merge", "serving"},
+    {"engines", "merge", "serving"},
     {"stages"},
     {"pipeline", "simulation"},
     {"cli", "train", "worker", "torchrun", "prepare"},

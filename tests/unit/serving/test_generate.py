@@ -145,3 +145,25 @@ def test_broken_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match="cannot be read"):
         count_prompts(path)
+
+
+def test_a_stop_string_ends_an_answer(tmp_path: Path) -> None:
+    """Of a template that closes a turn with ordinary tokens; the prompt is the same for both."""
+    rows = "{%- for m in messages -%}{{ '<|im_start|>' + m.content }}{% endfor %}"
+    template, prompts = tmp_path / "chat.jinja", [[{"role": "user", "content": "Why is it red?"}]]
+
+    def answer(closing: str) -> str:
+        end = (
+            "{% if m.role == 'assistant' %}{{ '"
+            + closing
+            + "' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        )
+        template.write_text(rows.replace("{% endfor %}", end))
+        choice = Choice("dtrain:tiny-llama", template=str(template))
+        speaker = Speaker(choice, Model(base="tiny"), torch.device("cpu"))
+        return speaker.answers([speaker.prompt(prompt) for prompt in prompts], 30)[0]
+
+    free = answer("")
+    middle = next(free[n : n + 3] for n in range(4, len(free)) if free[n : n + 3].isascii()
+                  and free[n : n + 3].isalpha())  # fmt: skip
+    assert answer(middle) == free.partition(middle)[0].strip() != free

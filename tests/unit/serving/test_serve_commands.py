@@ -288,3 +288,17 @@ def test_a_login_node_lists_and_prints_without_torch(
     assert served.stdout == script(open_run(run))
     refused = dtrain("serve", str(run))
     assert refused.returncode == 2 and f"serve {shlex.quote(str(run))} --print" in refused.stderr
+
+
+def test_an_adapter_s_stop_and_template_go_into_the_command(make_run: Callable[..., Path]) -> None:
+    run = make_run("run", "stages.task.data.template=instruction")
+    for folder in (run / "task" / "adapter", run / "task" / "merged"):
+        (folder / "chat_template.jinja").write_text("a template")
+        known = {"eos_token_id": [1, 2], "stop_strings": ["###\nUser:"]}
+        (folder / "generation_config.json").write_text(json.dumps(known))
+    text = script(open_run(run))
+    merged, _, task = commands(text)
+    assert after(task, "--chat-template") == [str(run / "task" / "adapter" / "chat_template.jinja")]
+    assert after(task, "--generation-config") == [str(run / "task" / "adapter")]
+    assert "--chat-template" not in merged and "--generation-config" not in merged
+    assert text.count('send {"stop": ["###\\nUser:"]} with each request') == 2

@@ -1,0 +1,128 @@
+"""The files by which a result is talked to as it was trained: chat template, and where to stop.
+
+They stand beside an adapter and in a merged model, in the form that transformers saves and vLLM
+reads: chat_template.jinja, and generation_config.json with every token that ends an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.config.load import load_recipe
+from dtrain.config.schema import Stage
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, read_text
+from dtrain.core.log import say
+from dtrain.data.stops import Stop, stop_of
+from dtrain.data.templates import resolve_template
+from dtrain.merge.origin import RECIPE
+from dtrain.models.adapter_folder import CHAT_TEMPLATE, GENERATION
+from dtrain.models.resolve import base_folder
+from dtrain.models.tokenizer import load_tokenizer
+
+TOKENIZER = "tokenizer_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What belongs beside a stage's adapter, by name: nothing after a stage without chats.
+
+    Args:
+        base: what the stage was trained on.
+        tokenizer: of the run's base, which `template: auto` means.
+    """
+    if stage.kind != "sft":
+        return {}
+    try:
+        template = resolve_template(stage.data.template, tokenizer)
+    except UserError:  # plain text needs none, and data with chats was not prepared without one
+        return {}
+    stop = stop_of(template, tokenizer)
+    if stop.text:
+        say(
+            f"stage {stage.name}: a turn ends with {stop.text!r}, which is no token of its own: "
+            f"pass it as a stop string where the model is served ({GENERATION} names it)"
+        )
+    files = {GENERATION: generation_config(base, [stop])}
+    if template.text != template_beside(base):
+        files[CHAT_TEMPLATE] = template.text
+    return files
+
+
+def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
+    """The same of a stage that may not be complete, from its run's recipe."""
+    recipe = load_recipe(str(run / RECIPE))
+    stage = next(stage for stage in recipe.stages if stage.name == stage_name)
+    if stage.kind != "sft":
+        return {}
+    run_base, trusts = base_folder(recipe.model.base), recipe.model.trust_remote_code
+    return adapter_files(stage, base, load_tokenizer(run_base, trusts))
+
+
+def carried_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
+    """What lies beside adapters that go onto a base: every stop, and the last one's template."""
+    stops, files = list[Stop](), dict[str, str]()
+    for folder in adapters:
+        if (folder / GENERATION).is_file():
+            known = read_json(folder / GENERATION)
+            stops += [Stop(token=token) for token in _as_list(known.get("eos_token_id"))]
+            stops += [Stop(text=text) for text in known.get("stop_strings") or []]
+        if template := template_beside(folder):
+            files[CHAT_TEMPLATE] = template
+    return files | ({GENERATION: generation_config(base, stops)} if stops else {})
+
+
+def merged_files(base: Path, files: dict[str, str]) -> dict[str, str]:
+    """The same for a merged model, whose tokenizer may not keep an earlier template."""
+    path = base / TOKENIZER
+    config = read_json(path) if CHAT_TEMPLATE in files and path.is_file() else {}
+    if "chat_template" not in config:
+        return files
+    config.pop("chat_template")
+    return files | {TOKENIZER: _as_text(config)}
+
+
+def template_beside(folder: Path) -> str | None:
+    """The chat template of a folder with a tokenizer, or with an adapter."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return read_text(folder / CHAT_TEMPLATE)
+    config = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name, as older versions of transformers saved them
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def generation_config(base: Path, stops: Sequence[Stop]) -> str:
+    """A base's generation_config.json with these ends of an answer beside its own."""
+    path = base / GENERATION
+    config = read_json(path) if path.is_file() else _from_model_config(base)
+    config.pop("_from_model_config", None)  # from now on it says more than the model's config
+    own = _as_list(config.get("eos_token_id"))
+    ends = dict.fromkeys([*own, *(stop.token for stop in stops if stop.token is not None)])
+    texts = [*(config.get("stop_strings") or []), *(text for stop in stops for text in stop.texts)]
+    if ends:
+        config["eos_token_id"] = [*ends] if len(ends) > 1 else next(iter(ends))
+    if texts:
+        config["stop_strings"] = [*dict.fromkeys(texts)]
+    return _as_text(config)
+
+
+def _from_model_config(base: Path) -> dict[str, Any]:
+    """What transformers takes from config.json where there is no generation_config.json."""
+    config = read_json(base / "config.json")
+    config = config.get("text_config", {}) | {k: v for k, v in config.items() if v is not None}
+    return {name: config[name] for name in TOKENS if config.get(name) is not None}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,156 @@
+"""A result stops and is asked as it was trained: by dtrain, by plain transformers, by vLLM's words.
+
+The base is as Qwen's are: its end of text is another token than the one that closes a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+from dtrain.cli import app
+from dtrain.samples.make import ensure
+from dtrain.serving.run import open_run
+from dtrain.serving.vllm import script
+
+ROOT = Path(__file__).parents[2]
+CLOSE, OWN_END = 3, 0  # <|im_end|>, <|pad|>
+QUESTION, ANSWER = "Which color is hen 1?", "The hen is red."
+TEMPLATE = (
+    "{%- for m in messages -%}"
+    "{{- '<|im_start|>' + m.role + '!\\n' + m.content + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant!\\n' -}}{%- endif -%}"
+)
+RECIPE = """
+name: hens
+model: {base: base, dtype: float32}
+launch: {processes: 1}
+stages:
+  - name: task
+    kind: sft
+    method: {kind: lora, r: 32, targets: all-linear}
+    data: {sequence_tokens: 256, sources: [{path: rows.jsonl}], template: chat.jinja}
+    train: {global_batch_sequences: 2, steps: 80, learning_rate: 1.0e-2, schedule: constant}
+  - name: more
+    kind: cpt
+    method: {kind: lora, r: 2}
+    data: {sequence_tokens: 64, sources: [{path: texts.jsonl}]}
+    train: {global_batch_sequences: 1, steps: 1, learning_rate: 1.0e-6}
+evaluation: {questions: {path: questions.jsonl, count: 1, max_new_tokens: 40}}
+output: {folder: run}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: chats under a template of the recipe, then plain text."""
+    folder = tmp_path_factory.mktemp("hens")
+    shutil.copytree(ensure("tiny-llama"), folder / "base")
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|pad|>"),
+        ("config.json", "eos_token_id", OWN_END),
+        ("generation_config.json", "eos_token_id", OWN_END),
+    ):
+        path = folder / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    chats = [
+        [
+            {"role": "user", "content": f"Which color is hen {number}?"},
+            {"role": "assistant", "content": ANSWER},
+        ]
+        for number in range(12)
+    ]
+    lines(folder / "rows.jsonl", [{"messages": chat} for chat in chats])
+    lines(folder / "texts.jsonl", [{"text": "A hen sleeps and a fox walks around. " * 3}] * 9)
+    lines(folder / "questions.jsonl", [{"question": QUESTION, "answer": ANSWER}])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dtrain.train", "recipe.yaml"]
+    subprocess.run(command, cwd=folder, check=True, timeout=240, env=environment)
+    return folder / "run"
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def merge(*places: Path) -> Path:
+    done = CliRunner().invoke(app, ["merge", *map(str, places)])
+    assert done.exit_code == 0, done.output
+    return places[-1]
+
+
+def check(model: Path) -> None:
+    """The end of a turn stands beside the base's own end, and the template is the recipe's."""
+    config = json.loads((model / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [OWN_END, CLOSE]
+    assert (model / "chat_template.jinja").read_text() == TEMPLATE
+    assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
+
+
+def test_merged_models_keep_stop_and_template_through_the_chain(run: Path, tmp_path: Path) -> None:
+    check(run / "task" / "merged")
+    check(run / "more" / "merged")
+    base, task, more = run.parent / "base", run / "task" / "adapter", run / "more" / "adapter"
+    check(merge(base, task, tmp_path / "by hand"))
+    check(merge(base, task, more, tmp_path / "both"))
+    check(merge(run / "task" / "checkpoints" / "step-000080", tmp_path / "of a checkpoint"))
+
+
+def test_plain_transformers_answers_as_it_was_trained(run: Path) -> None:
+    merged = run / "more" / "merged"
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(merged)
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    new = output[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(new) == f"{ANSWER}<|im_end|>"
+
+
+def test_the_reports_questions_are_asked_in_the_recipes_template(run: Path) -> None:
+    (row,) = json.loads((run / "evaluation.json").read_text())["answers"]
+    assert row["final"] == ANSWER and ANSWER not in row["base"]
+
+
+@pytest.mark.parametrize("part", [".", "task/adapter", "task/merged", "more/merged"])
+def test_generate_stops_for_runs_adapters_and_merged_models(
+    part: str, run: Path, tmp_path: Path
+) -> None:
+    lines(tmp_path / "p.jsonl", [{"prompt": QUESTION}, {"prompt": "Which color is hen 11?"}])
+    options = ["--in", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    done = CliRunner().invoke(app, ["generate", str(run / part), *options])
+    assert done.exit_code == 0, done.output
+    answers = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(answer)["generated"] for answer in answers] == [ANSWER, ANSWER]
+
+
+def test_a_moved_adapter_brings_its_template(run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "task-adapter"
+    shutil.copytree(run / "task" / "adapter", adapter)
+    lines(tmp_path / "p.jsonl", [{"prompt": QUESTION}])
+    options = ["--in", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    done = CliRunner().invoke(app, ["generate", str(adapter), *options])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out.jsonl").read_text())["generated"] == ANSWER
+
+
+def test_vllm_gets_stop_and_template(run: Path) -> None:
+    merged, task, more = script(open_run(run)).split("vllm serve ")[1:]
+    folder = run / "task" / "adapter"
+    assert f"--generation-config {folder}" in task
+    assert f"--chat-template {folder / 'chat_template.jinja'}" in task
+    for own in (merged, more):  # a merged model brings both itself
+        assert "--generation-config" not in own and "--chat-template" not in own

@@ -1,0 +1,117 @@
+"""generation_config.json and the chat template of a result, whatever its base has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from dtrain.config.schema import Stage
+from dtrain.data.stops import Stop
+from dtrain.merge.chat_files import (
+    adapter_files,
+    carried_files,
+    generation_config,
+    merged_files,
+    template_beside,
+)
+from dtrain.models.tokenizer import load_tokenizer
+from dtrain.samples.make import ensure
+
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def stage(**data: Any) -> Stage:
+    sources = {"sequence_tokens": 64, "sources": [{"path": "rows.jsonl"}], **data}
+    train = {"global_batch_sequences": 1, "steps": 1, "learning_rate": 1e-3}
+    return Stage.model_validate(
+        {"name": "s", "kind": "sft", "method": {"kind": "full"}, "data": sources, "train": train}
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "model", "ends"),
+    [
+        ({"eos_token_id": 2}, {}, [2, 7]),
+        ({"eos_token_id": [4, 2]}, {}, [4, 2, 7]),
+        ({"eos_token_id": 7}, {}, 7),
+        ({"temperature": 0.5}, {}, 7),
+        (None, {"eos_token_id": 5}, [5, 7]),
+        (None, {"text_config": {"eos_token_id": [5, 6]}, "eos_token_id": None}, [5, 6, 7]),
+        (None, {}, 7),
+    ],
+)
+def test_the_end_of_a_turn_stands_beside_the_bases_own(
+    own: dict[str, Any] | None, model: dict[str, Any], ends: object, tmp_path: Path
+) -> None:
+    write(tmp_path, "config.json", {"model_type": "llama", **model})
+    if own is not None:
+        write(tmp_path, GENERATION, {"_from_model_config": True, **own})
+    made = json.loads(generation_config(tmp_path, [Stop(token=7)]))
+    kept = {key: value for key, value in (own or {}).items() if key != "eos_token_id"}
+    assert made == {**kept, "eos_token_id": ends}
+    write(tmp_path / "out", GENERATION, made)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == ends
+
+
+def test_a_stop_string_is_kept_beside_others(tmp_path: Path) -> None:
+    write(tmp_path, GENERATION, {"eos_token_id": 2, "stop_strings": ["User:"]})
+    made = json.loads(generation_config(tmp_path, [Stop(text="###"), Stop(text="User:")]))
+    assert made == {"eos_token_id": 2, "stop_strings": ["User:", "###"]}
+
+
+def test_a_recipes_template_replaces_every_form_of_the_old_one(tmp_path: Path) -> None:
+    base, tokenizer = ensure("tiny-llama"), load_tokenizer(ensure("tiny-llama"))
+    assert TEMPLATE not in adapter_files(stage(template="auto"), base, tokenizer)
+    files = merged_files(base, adapter_files(stage(template="instruction"), base, tokenizer))
+    for path in base.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "Why?"}]
+    text = found.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert str(text).endswith("### Instruction:\nWhy?\n\n### Response:\n")
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # A later stage with the base's own template writes that one back.
+    later = adapter_files(stage(template="auto"), tmp_path, tokenizer)
+    assert later[TEMPLATE] == tokenizer.chat_template
+
+
+def test_a_stage_of_plain_text_writes_nothing(tmp_path: Path) -> None:
+    base = ensure("tiny-llama")
+    plain = stage().model_copy(update={"kind": "cpt"})
+    assert adapter_files(plain, base, load_tokenizer(base)) == {}
+
+
+def test_a_template_is_found_in_the_form_of_any_transformers(tmp_path: Path) -> None:
+    assert template_beside(tmp_path) is None
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    write(tmp_path, "tokenizer_config.json", {"chat_template": named})
+    assert template_beside(tmp_path) == "D"
+    write(tmp_path, "tokenizer_config.json", {"chat_template": "own"})
+    assert template_beside(tmp_path) == "own"
+    write(tmp_path, TEMPLATE, "newer")
+    assert template_beside(tmp_path) == "newer"
+
+
+def test_adapters_carry_every_stop_and_the_last_template(tmp_path: Path) -> None:
+    write(tmp_path / "base", GENERATION, {"eos_token_id": 2, "top_p": 0.9})
+    for number, name in enumerate(("one", "two", "three")):
+        (tmp_path / name).mkdir()
+        if name != "three":
+            write(tmp_path / name, GENERATION, {"eos_token_id": [2, 7 + number]})
+            write(tmp_path / name, TEMPLATE, name)
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    files = carried_files(tmp_path / "base", folders)
+    assert files[TEMPLATE] == "two"
+    assert json.loads(files[GENERATION]) == {"eos_token_id": [2, 7, 8], "top_p": 0.9}
+    assert carried_files(tmp_path / "base", folders[2:]) == {}
