@@ -29,7 +29,7 @@ from dtrain.distributed.watch import (
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.detect import launcher_engine, resolve_engine
 from dtrain.pipeline.chain import run_chain
-from dtrain.pipeline.inputs import check_same_on_all_ranks, prepare_inputs
+from dtrain.pipeline.inputs import check_same_on_all_ranks, one_document_each, prepare_inputs
 from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
 from dtrain.pipeline.outcome import Outcome
 from dtrain.pipeline.planned import without_choice
@@ -142,6 +142,7 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
     recipe = chosen
     inputs = world.first_then_others(lambda: prepare_inputs(recipe, verify=world.is_first))
     check_same_on_all_ranks(inputs, world)
+    recipe = one_document_each(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
     stop = StopFlag(run, looks_at_file=world.is_first)
     stop.listen()

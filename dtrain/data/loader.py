@@ -27,7 +27,7 @@ class MicroBatch:
 
     Attributes:
         input_ids: int64 [1, T].
-        position_ids: int64 [1, T], from 0 in each document.
+        position_ids: int64 [1, T], from 0 in each document; none for one document alone.
         predict: int64 [K], places whose next token is a target of the same document.
         targets: int64 [K], those next tokens.
         document_lengths: tokens of each document, sum T.
@@ -36,7 +36,7 @@ class MicroBatch:
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     predict: torch.Tensor
     targets: torch.Tensor
     document_lengths: list[int]
@@ -47,7 +47,15 @@ class MicroBatch:
 class Loader:
     """The batches of a stage."""
 
-    def __init__(self, mixture: Mixture, *, seed: int, global_batch: int, total_rows: int) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        global_batch: int,
+        total_rows: int,
+        alone: bool = False,
+    ) -> None:
         """Lay `total_rows` rows of the stream out in steps.
 
         Args:
@@ -55,9 +63,11 @@ class Loader:
             seed: of the recipe.
             global_batch: rows of a step, over all ranks.
             total_rows: rows of the whole stage; the last step may be short.
+            alone: the model computes one document at once, so that each row holds one, and each
+                micro-batch one row.
         """
         self.mixture, self.seed = mixture, seed
-        self.global_batch, self.total_rows = global_batch, total_rows
+        self.global_batch, self.total_rows, self.alone = global_batch, total_rows, alone
         self._order = Ahead(max(1, ORDER_AHEAD // global_batch))
         self._rows = np.empty((0, global_batch), dtype=np.int64)
 
@@ -118,6 +128,7 @@ class Loader:
             ranks: how many share the global batch; each takes a contiguous slice of it.
             micro_batch: sequences at once.
         """
+        assert micro_batch == 1 or not self.alone
         share = -(-self.global_batch // ranks)
         mine = self.batch(step)[rank * share : (rank + 1) * share]
         mine = mine if step + 1 < self.steps else mine[mine != NO_ROW]
@@ -128,11 +139,12 @@ class Loader:
     def _micro_batch(self, rows: Int64s, place: int) -> MicroBatch:
         """These rows, the first at `place` of the stream."""
         if not rows.size:
-            return _nothing(place)
+            return _nothing(place, alone=self.alone)
         made = self.mixture.read(rows)
+        assert len(made.lengths) == 1 or not self.alone
         return MicroBatch(
             torch.from_numpy(made.ids),
-            torch.from_numpy(made.positions),
+            None if self.alone else torch.from_numpy(made.positions),
             torch.from_numpy(made.predict),
             torch.from_numpy(made.targets),
             made.lengths,
@@ -161,7 +173,8 @@ class Ahead:
         return size
 
 
-def _nothing(position: int) -> MicroBatch:
+def _nothing(position: int, *, alone: bool) -> MicroBatch:
     """One token and no target: a rank without rows still takes part in every collective."""
     token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(token, token.clone(), none, none.clone(), [1], [position], [1])
+    positions = None if alone else token.clone()
+    return MicroBatch(token, positions, none, none.clone(), [1], [position], [1])

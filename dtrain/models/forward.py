@@ -23,7 +23,7 @@ class Packed(Protocol):
     @property
     def input_ids(self) -> Tensor: ...
     @property
-    def position_ids(self) -> Tensor: ...
+    def position_ids(self) -> Tensor | None: ...
     @property
     def predict(self) -> Tensor: ...
     @property
@@ -44,7 +44,8 @@ def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
 
     Args:
         model: wrapped by an engine or not.
-        micro_batch: input_ids and position_ids [1, T], predict [K].
+        micro_batch: input_ids and position_ids [1, T], predict [K]; without position ids it is one
+            document, which the model computes by itself.
     """
     inner = _transformers_model(model)
     if _takes_positions(inner):
@@ -88,15 +89,11 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Tensor) -> Tensor:
+def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Any) -> Tensor:
     """The model's logits, or what stands in their place."""
-    output = model(
-        input_ids=micro_batch.input_ids,
-        position_ids=micro_batch.position_ids,
-        use_cache=False,
-        **more,
-        **_flash_arguments(inner, micro_batch),
-    )
+    if micro_batch.position_ids is not None:
+        more |= {"position_ids": micro_batch.position_ids, **_flash_arguments(inner, micro_batch)}
+    output = model(input_ids=micro_batch.input_ids, use_cache=False, **more)
     logits: Tensor = output.logits
     return logits
 

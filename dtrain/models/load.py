@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -21,12 +22,11 @@ from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
+from dtrain.models.rope import rotate_by_document
 from dtrain.models.weights import read_header, weight_files
 from dtrain.planning import shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Layers whose state runs through a whole row: packed documents would leak into each other.
-RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -57,7 +57,7 @@ def load_base(
 
     Raises:
         UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
-            mixes documents of a packed row.
+            dtrain does not train.
     """
     config = configured(folder, settings, dtype, device)
     if quantised and settings.kernels != "plain":
@@ -103,6 +103,7 @@ def for_training(
 def made_ready(model: PreTrainedModel, settings: schema.Model) -> PreTrainedModel:
     """Freeze, and set what holds for every model that is trained."""
     forbid_repacking(model)
+    rotate_by_document(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
@@ -120,7 +121,7 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with _quiet():
+    with quiet():
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
@@ -137,7 +138,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises:
         UserError: it is missing or broken, it needs code that is not allowed, or transformers
-            does not know it, or the model is not one that dtrain can train on packed rows.
+            does not know it, or the model is not one that dtrain trains.
     """
     raw = shapes.read_config(folder / "config.json")
     shapes.refuse_experts(raw, str(folder / "config.json"))
@@ -170,19 +171,45 @@ def resolve_attention(
     flash_attention_2 takes the documents' borders themselves; "documents" is ours; eager and sdpa
     mask a whole row, and are for models that the others do not compute rightly.
     """
+    usable = _attentions(config)
     if wanted != "auto":
+        if wanted not in usable:
+            raise UserError(
+                f"{config.model_type!r} has no attention {wanted!r}",
+                where="model.attention",
+                fix=f"auto, or one of: {', '.join(n for n in usable if n != attention.NAME)}",
+            )
         return wanted
-    if device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available():
+    on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
+    if on_flash and {"flash_attention_2", attention.NAME} <= usable.keys():
         return "flash_attention_2"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa has no soft cap
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    takes_ours = getattr(known, "_supports_attention_backend", False)
-    return attention.NAME if takes_ours and getattr(known, "_supports_sdpa", False) else "sdpa"
+    return next(name for name in (attention.NAME, "sdpa", "eager") if name in usable)
+
+
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM makes of a config that `read_config` allowed."""
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if known is None and reference is not None:
+        known = get_class_from_dynamic_module(reference, config._name_or_path)
+    found: type[PreTrainedModel] | None = known
+    return found
+
+
+def _attentions(config: PretrainedConfig) -> dict[str, None]:
+    """Attention implementations that a model's class says it has."""
+    known = causal_class(config)
+    has_sdpa = getattr(known, "_supports_sdpa", False)
+    takes_any = getattr(known, "_supports_attention_backend", False)
+    found = {"eager": True, "sdpa": has_sdpa, attention.NAME: has_sdpa and takes_any}
+    found["flash_attention_2"] = getattr(known, "_supports_flash_attn", False)
+    return {name: None for name, has in found.items() if has}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the bars and reports that transformers draws on every rank."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -200,17 +227,15 @@ def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) 
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if known is None and not has_code:
         raise UserError(f"{config.model_type!r} is not a causal language model", where=where)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{config.model_type!r} is an encoder-decoder model, and dtrain trains decoders",
+            where=where,
+            fix="choose a causal language model",
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             "the base is quantised already", where=where, fix="use the model it was made from"
-        )
-    layers = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
-    recurrent = [kind for kind in layers if any(name in kind for name in RECURRENT_LAYERS)]
-    if recurrent or getattr(known, "_is_stateful", False):
-        raise UserError(
-            f"{config.model_type!r} has recurrent layers, in which documents of a packed row mix",
-            where=where,
-            fix="choose a model with attention in every layer",
         )
 
 

@@ -35,7 +35,7 @@ def run_chain(
         allowed: keys that may differ from those a half-done stage was begun with.
     """
     run = Path(recipe.output.folder)
-    evaluations = Evaluations(run, recipe, inputs.sets)
+    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
     base, begun = inputs.base, list[StageFolder]()
     folders = stage_folders(run, recipe, inputs)
     done = stages_done(folders, world, wants_merged=recipe.output.merge)

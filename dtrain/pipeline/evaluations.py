@@ -15,6 +15,7 @@ from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
+from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
 from dtrain.serving.run import Choice, template_of
 from dtrain.serving.speaker import Speaker
@@ -26,8 +27,9 @@ BASE = "base"
 class Evaluations:
     """What was measured of a run's models so far; every rank measures, the first one writes."""
 
-    def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture]) -> None:
+    def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture], layout: Layout) -> None:
         self.path, self.recipe, self.sets = run / "evaluation.json", recipe, sets
+        self.layout = layout
         marks = {name: mixture.fingerprint for name, mixture in sets.items()}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}
         known = read_json(self.path) if self.path.exists() else {}
@@ -49,7 +51,7 @@ class Evaluations:
         rows = sum(m.rows_per_epoch for m in self.sets.values())
         with progress(f"held-out loss, {model}", rows) as bar:
             for name, mixture in self.sets.items():
-                loss = held_out_loss(engine, held_out_loader(mixture, engine))
+                loss = held_out_loss(engine, held_out_loader(mixture, engine, self.layout))
                 self.known["losses"].setdefault(name, {})[model] = loss
                 bar.advance(mixture.rows_per_epoch, note=f"{name} {loss:.4f}")
         if model not in self.known["models"]:
@@ -102,10 +104,16 @@ class Evaluations:
             write_json(self.path, finite(self.known))
 
 
-def held_out_loader(mixture: Mixture, engine: Engine) -> Loader:
+def held_out_loader(mixture: Mixture, engine: Engine, layout: Layout) -> Loader:
     """All rows of a held-out set once, in batches that every rank takes an equal part of."""
     batch = engine.world.size * engine.stage.train.micro_batch
-    return Loader(mixture, seed=0, global_batch=batch, total_rows=mixture.rows_per_epoch)
+    return Loader(
+        mixture,
+        seed=0,
+        global_batch=batch,
+        total_rows=mixture.rows_per_epoch,
+        alone=not layout.packed,
+    )
 
 
 def read_questions(path: Path, count: int) -> list[dict[str, str]]:

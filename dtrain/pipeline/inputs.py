@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.folders import cache_folder, local_path, sample_name
+from dtrain.core.log import say
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
 from dtrain.distributed.world import World
 from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.models.load import read_config
+from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.pipeline.evaluations import read_questions
@@ -28,6 +30,7 @@ class Inputs:
     """A run's base, tokenizer and packed data.
 
     Attributes:
+        layout: how documents go through the base, and so through what is made of it.
         stages: mixture of each stage, by the stage's name.
         sets: mixture of each evaluation set, by its name.
     """
@@ -36,6 +39,7 @@ class Inputs:
     base_fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
+    layout: Layout
     stages: dict[str, Mixture]
     sets: dict[str, Mixture]
 
@@ -45,6 +49,7 @@ class Inputs:
         return {
             "model.base": self.base_fingerprint,
             "the tokenizer of model.base": self.tokenizer_fingerprint,
+            "the code of model.base": repr(self.layout),
             **{f"stages.{name}.data": data.fingerprint for name, data in self.stages.items()},
             **{f"evaluation.sets.{name}": data.fingerprint for name, data in self.sets.items()},
         }
@@ -76,6 +81,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     """
     base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
+    layout = layout_of(recipe, config)
 
     def ready(name: str, data: Data, kind: Literal["cpt", "sft"], global_batch: int = 1) -> Mixture:
         try:
@@ -94,6 +100,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         base_fingerprint=model_fingerprint(base),
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
+        layout=layout,
         stages={
             stage.name: ready(
                 f"the data of stage {stage.name}",
@@ -138,6 +145,39 @@ def _base_of(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, str]:
     base = base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
+
+
+def layout_of(recipe: Recipe, config: PretrainedConfig) -> Layout:
+    """How documents must go through the base, after a look at what the recipe packs.
+
+    Raises:
+        UserError: it packs documents that the model would mix, or the model cannot be trained.
+    """
+    layout = probe_packing(config, recipe.model)
+    packs = [f"stages.{n}.data.packing" for n, s in enumerate(recipe.stages) if s.data.packing]
+    packs += [
+        f"evaluation.sets.{n}.packing" for n, d in recipe.evaluation.sets.items() if d.packing
+    ]
+    if packs and not layout.packed:
+        raise UserError(
+            f"{config.model_type!r} cannot be packed: {layout.reason}",
+            where=", ".join(packs),
+            fix="packing: false, one document in a row",
+        )
+    return layout
+
+
+def one_document_each(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe as it is run: a model that is not packed computes one sequence at once."""
+    if layout.packed:
+        return recipe
+    stages = []
+    for stage in recipe.stages:
+        if stage.train.micro_batch > 1:
+            say(f"stage {stage.name}: one sequence at once, as {layout.reason}")
+        train = stage.train.model_copy(update={"micro_batch_sequences": 1})
+        stages.append(stage.model_copy(update={"train": train}))
+    return recipe.model_copy(update={"stages": stages})
 
 
 def store_folder() -> Path:

@@ -205,13 +205,20 @@ class StageRun:
         rows = total_sequences(train, mixture.rows_of, tokens_per_row(mixture))
         batch = train.global_batch_sequences
         accumulation(batch, self.world.size, train.micro_batch)
-        loader = Loader(mixture, seed=self.recipe.seed, global_batch=batch, total_rows=rows)
+        layout = self.inputs.layout
+        loader = Loader(
+            mixture,
+            seed=self.recipe.seed,
+            global_batch=batch,
+            total_rows=rows,
+            alone=not layout.packed,
+        )
         say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
         sets = self.inputs.sets if train.evaluate_every_steps else {}
         return Job(
             engine=engine,
             loader=loader,
-            held_out={name: held_out_loader(m, engine) for name, m in sets.items()},
+            held_out={name: held_out_loader(m, engine, layout) for name, m in sets.items()},
             watched=train.evaluate_on or next(iter(sets), None),
             metrics=self.metrics(progress.step),
             progress=progress,

@@ -21,7 +21,7 @@ from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine
 from dtrain.engines.build import build_engine
-from dtrain.models import attention
+from dtrain.models import attention, rope
 from dtrain.models.adapters import attach
 from dtrain.models.kernels import layers, native
 from dtrain.models.kernels.install import put_in
@@ -50,7 +50,11 @@ def prepare(sequence_tokens: int) -> None:
     def whole_sequences(batch_size: int, q_length: int, *rest: Any, **more: Any) -> Any:
         return attention.Documents((sequence_tokens,) * (q_length // sequence_tokens), None)
 
+    def whole_lengths(position_ids: Tensor) -> list[int]:
+        return [sequence_tokens] * (position_ids.shape[-1] // sequence_tokens)
+
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
+    rope.document_lengths = whole_lengths
     layers.fix_4bit_weight_quant_state_from_module = _recall
     bnb_modules.fix_4bit_weight_quant_state_from_module = _recall
 

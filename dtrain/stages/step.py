@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -145,8 +145,12 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its tensors on `device`."""
     if device.type == "cpu":
         return batch
-    names = ("input_ids", "position_ids", "predict", "targets")
-    return replace(batch, **{n: getattr(batch, n).to(device, non_blocking=True) for n in names})
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if torch.is_tensor(value)
+    }
+    return replace(batch, **moved)
 
 
 @torch.no_grad()

@@ -1,0 +1,216 @@
+"""What the probe says of a model, held against the model itself in plain transformers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.models.forward import supervised_logits
+from dtrain.models.load import read_config, resolve_attention
+from dtrain.models.packing_probe import Row, probe_packing
+
+CPU = torch.device("cpu")
+SETTINGS = schema.Model(base="unused")
+LENGTHS = (7, 45, 1, 30)
+HIDDEN = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = HIDDEN | {"intermediate_size": 48, "num_key_value_heads": 2}
+GPT = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_expand": 2}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [float(n) for n in range(2, 6)]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SMALL),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 8}),
+    "mistral with a window": ("mistral", SMALL | {"sliding_window": 6}),
+    "gemma2": ("gemma2", SMALL | {"head_dim": 8, "sliding_window": 6}),
+    "gemma3_text": ("gemma3_text", SMALL | {"head_dim": 8, "sliding_window": 6}),
+    "gpt2": ("gpt2", GPT),
+    "gptj": ("gptj", GPT | {"rotary_dim": 4}),
+    "codegen": ("codegen", GPT | {"rotary_dim": 4}),
+    "gpt_neo": ("gpt_neo", {
+        "vocab_size": 256, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 6,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128,
+    }),
+    "phi3 with longrope": ("phi3", SMALL | {
+        "rope_parameters": LONG, "original_max_position_embeddings": 16, "pad_token_id": 0,
+        "max_position_embeddings": 128,
+    }),
+    "llama with dynamic rope": ("llama", SMALL | {
+        "rope_parameters": DYNAMIC, "max_position_embeddings": 16,
+    }),
+}  # fmt: skip
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("falcon", HIDDEN | {"multi_query": True}),
+    "falcon with alibi": ("falcon", HIDDEN | {"alibi": True}),
+    "opt": ("opt", HIDDEN | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("bloom", {"vocab_size": 256, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("mpt", {"vocab_size": 256, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "biogpt": ("biogpt", HIDDEN | {"intermediate_size": 48}),
+    "xglm": ("xglm", {
+        "vocab_size": 256, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+    }),
+    "bert": ("bert", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
+    "roberta": ("roberta", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
+    "qwen3_5_text": ("qwen3_5_text", SMALL | DELTA | {"head_dim": 8}),
+    "lfm2": ("lfm2", SMALL | {
+        "block_ff_dim": 48, "block_multiple_of": 16, "layer_types": ["conv", "full_attention"],
+    }),
+    "bamba": ("bamba", SMALL | MAMBA | {"attn_layer_indices": [1]}),
+    "granitemoehybrid, dense": ("granitemoehybrid", SMALL | MAMBA | {
+        "num_local_experts": 0, "shared_intermediate_size": 48,
+        "layer_types": ["mamba", "attention"],
+    }),
+    "mamba": ("mamba", {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2}),
+    "recurrent_gemma": ("recurrent_gemma", HIDDEN | {
+        "intermediate_size": 96, "lru_width": 32, "attention_window_size": 6,
+    }),
+}  # fmt: skip
+
+
+def configured(kind: str, values: dict[str, Any]) -> PretrainedConfig:
+    return AutoConfig.for_model(kind, **values)
+
+
+def plain(config: PretrainedConfig) -> PreTrainedModel:
+    """As transformers makes it, with weights that let what leaks through show."""
+    attention = resolve_attention("auto", config, CPU, torch.float32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@torch.no_grad()
+def leak(model: PreTrainedModel) -> float:
+    """By how much packing moves the logits, in parts of the largest one."""
+    documents = [torch.randint(3, 256, (n,)) for n in LENGTHS]
+    alone = [model(input_ids=d[None], use_cache=False).logits[0] for d in documents]
+    try:
+        packed = supervised_logits(model, Row.of(documents))
+    except Exception:
+        return float("inf")
+    expected = torch.cat(alone)
+    return float((packed - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_is_exact_in_a_row_is_packed(name: str) -> None:
+    config = configured(*PACKED[name])
+    assert probe_packing(config, SETTINGS).packed
+    if "rope" not in name:  # plain transformers mixes those; see test_rope.py
+        assert leak(plain(config)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_leaks_in_a_row_goes_alone(name: str) -> None:
+    config = configured(*ALONE[name])
+    layout = probe_packing(config, SETTINGS)
+    assert not layout.packed
+    assert layout.reason
+    assert leak(plain(config)) > 1e-3
+
+
+def test_the_recipes_attention_is_what_is_probed() -> None:
+    config = configured(*PACKED["llama"])
+    for attention in ("sdpa", "eager"):
+        assert probe_packing(config, SETTINGS.model_copy(update={"attention": attention})).packed
+
+
+def test_a_70b_model_is_probed_in_its_own_widths_without_its_memory() -> None:
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072,
+    )  # fmt: skip
+    started = time.process_time()
+    assert probe_packing(config, SETTINGS).packed
+    assert time.process_time() - started < 60  # in full widths it takes minutes and 280 GB
+
+
+def test_a_layer_of_another_kind_behind_many_is_seen() -> None:
+    kinds = ["full_attention"] * 11 + ["conv"]
+    values = ALONE["lfm2"][1] | {"num_hidden_layers": 12, "layer_types": kinds}
+    assert not probe_packing(configured("lfm2", values), SETTINGS).packed
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_model_that_sees_what_follows_is_refused(kind: str) -> None:
+    config = configured(kind, HIDDEN | {"intermediate_size": 48, "is_decoder": False})
+    with pytest.raises(UserError, match="predictions depend on tokens that follow"):
+        probe_packing(config, SETTINGS)
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class Odd(LlamaForCausalLM):
+    """Does one odd act in each forward pass."""
+
+    config_class = OddConfig
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        if self.config.act == "fail":
+            raise ValueError("no such kernel\nmore lines")
+        output = super().forward(*args, **more)
+        output.logits = output.logits + torch.rand(())
+        return output
+
+
+@pytest.mark.parametrize(
+    ("act", "why"), [("fail", "its code fails: no such kernel$"), ("draw", "it computes at random")]
+)
+def test_odd_code_is_refused_with_the_reason(act: str, why: str) -> None:
+    AutoModelForCausalLM.register(OddConfig, Odd, exist_ok=True)
+    with pytest.raises(UserError, match=f"'odd' cannot be trained: {why}"):
+        probe_packing(OddConfig(**SMALL, act=act), SETTINGS)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    configured("bart", {"d_model": 32}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'bart' is an encoder-decoder model"):
+        read_config(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "codegen", "bloom", "mpt", "xglm"])
+def test_a_model_without_sdpa_takes_eager(name: str) -> None:
+    config = configured(*(PACKED | ALONE)[name])
+    assert resolve_attention("auto", config, CPU, torch.float32) == "eager"
+    with pytest.raises(UserError, match="has no attention 'sdpa'") as refused:
+        resolve_attention("sdpa", config, CPU, torch.float32)
+    assert refused.value.where == "model.attention"
+    assert "eager" in refused.value.fix
+
+
+def test_flash_attention_is_for_models_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.models.load.is_flash_attn_2_available", lambda: True)
+    gpu = torch.device("cuda")
+    chosen = [
+        resolve_attention("auto", configured(*(PACKED | ALONE)[name]), gpu, torch.bfloat16)
+        for name in ("llama", "mpt")
+    ]
+    assert chosen == ["flash_attention_2", "eager"]
+    with pytest.raises(UserError, match="has no attention 'flash_attention_2'"):
+        config = configured(*ALONE["mpt"])
+        resolve_attention("flash_attention_2", config, gpu, torch.bfloat16)
