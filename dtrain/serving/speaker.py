@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -22,7 +25,7 @@ from dtrain.data.conversations import Messages, Talk
 from dtrain.data.limits import Limit, limits
 from dtrain.data.stops import stop_of
 from dtrain.data.templates import SECONDS, Template, resolve_template
-from dtrain.models.adapter_folder import WEIGHTS
+from dtrain.models.adapter_folder import CONFIG, WEIGHTS, file_keys
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer
@@ -117,7 +120,8 @@ class Speaker:
             if not self._names:
                 config = PeftConfig.from_pretrained(str(folder))
                 self._model = get_peft_model(self._model, config, name)
-            result = self._model.load_adapter(folder, name)
+            with _with_plain_keys(folder) as readable:
+                result = self._model.load_adapter(readable, name)
         own = [key for key in result.missing_keys if f".{name}" in key]
         return [*result.unexpected_keys, *own]
 
@@ -195,3 +199,17 @@ def _template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     if setting == "auto" and not tokenizer.chat_template:
         setting = "instruction"
     return resolve_template(setting, tokenizer)
+
+
+@contextmanager
+def _with_plain_keys(folder: Path) -> Iterator[Path]:
+    """An adapter's folder; a copy if its keys hold the adapter's name, which PEFT does not read."""
+    stored = file_keys(read_header(folder / WEIGHTS)[0], folder / WEIGHTS)
+    if all(key == name for key, name in stored.items()):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        shutil.copyfile(folder / CONFIG, Path(copy) / CONFIG)
+        tensors = load_file(folder / WEIGHTS)
+        save_file({key: tensors[name] for key, name in stored.items()}, Path(copy) / WEIGHTS)
+        yield Path(copy)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
@@ -137,9 +138,14 @@ def test_generate_stops_for_runs_adapters_and_merged_models(
     assert [json.loads(answer)["generated"] for answer in answers] == [ANSWER, ANSWER]
 
 
-def test_a_moved_adapter_brings_its_template(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", ".default"])
+def test_a_moved_adapter_brings_its_template(name: str, run: Path, tmp_path: Path) -> None:
+    """With its name in the keys too, as a state dict in memory has it."""
     adapter = tmp_path / "task-adapter"
     shutil.copytree(run / "task" / "adapter", adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k.replace(".weight", f"{name}.weight"): t for k, t in tensors.items()}, file)
     lines(tmp_path / "p.jsonl", [{"prompt": QUESTION}])
     options = ["--in", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     done = CliRunner().invoke(app, ["generate", str(adapter), *options])

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.adapter_config import REFUSED, USED, WITHOUT_EFFECT
+from dtrain.merge.combine import Combined
 from dtrain.merge.look import diff, verify
-from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.merge import Applied, check_places, merge, part_of, replace
 from dtrain.models.adapter_folder import file_key
 
 IDS = torch.arange(2, 42)[None]
@@ -226,6 +227,52 @@ def test_a_chain_over_an_untied_model(tmp_path: Path) -> None:
     )
     assert gap(logits(second), wanted) < 1e-5
     assert gap(logits(at_once), wanted) < 1e-5
+
+
+def test_adapters_combined_into_one_untie_the_head_too(tmp_path: Path) -> None:
+    """Linear, as PEFT's add_weighted_adapter combines them: A and B apart."""
+    make(tmp_path, BASES["tied llama"], Lora(target_modules=[Q, HEAD]))
+    base, folders = tmp_path / "base", [tmp_path / "adapter", tmp_path / "second"]
+    add_adapter(base, Lora(target_modules=[Q, HEAD]), folders[1], 2)
+    for folder in folders:  # without the base's weights that PEFT saves beside an adapted head
+        file = folder / "adapter_model.safetensors"
+        save_file({k: t for k, t in load_file(file).items() if "base_layer" not in k}, file)
+    shapes = check_places(base, [], tmp_path / "out")
+    opened = [Adapter.open(folder, shapes) for folder in folders]
+    both = Combined(opened, [0.7, 0.4], "linear", 1.0, 0)
+    merge(base, [Applied(both, {})], tmp_path / "out", source="test")
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), folders[0], "one"
+    )
+    model.load_adapter(folders[1], "two")
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "both", "linear")
+    model.set_adapter("both")
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=IDS).logits
+    assert gap(logits(tmp_path / "out"), wanted) < 1e-5 < gap(logits(base), wanted)
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_full_training_of_a_tied_model_keeps_one_matrix(stored: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(BASES["tied llama"])
+    base, out = tmp_path / "base", tmp_path / "out"
+    model.save_pretrained(base)
+    if stored == "twice":
+        tensors = load_file(base / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    new = {name: parameter.detach() * 1.5 for name, parameter in model.named_parameters()}
+    shapes = {name: list(tensor.shape) for name, tensor in new.items()}
+    assert "lm_head.weight" not in shapes
+    replace(base, shapes, lambda name, a, b: new[name].flatten()[a:b], out, source="t", content="c")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(new[name])
+        wanted = model(input_ids=IDS).logits
+    assert gap(logits(out), wanted) < 1e-5
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    again = load_file(out / "model.safetensors")
+    assert ("lm_head.weight" in again) == (stored == "twice")
 
 
 def test_tied_tensors_of_a_model_that_cannot_be_built_are_refused(tmp_path: Path) -> None:

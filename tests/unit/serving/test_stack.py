@@ -213,3 +213,16 @@ def test_broken_tensors_are_refused(tmp_path: Path, make_adapter: Make) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"not a whole safetensors file"):
         stack(first, second, tmp_path / "out")
+
+
+def test_the_stop_and_the_template_of_the_later_one_are_kept(
+    tmp_path: Path, make_adapter: Make
+) -> None:
+    for name in ("one", "two"):
+        folder = make_adapter(tmp_path / name, {"q_proj": (8, 8)}, 2, base_model_name_or_path="b")
+        (folder / "generation_config.json").write_text(name)
+        if name == "one":
+            (folder / "chat_template.jinja").write_text(name)
+    stack(tmp_path / "one", tmp_path / "two", tmp_path / "both")
+    assert (tmp_path / "both" / "generation_config.json").read_text() == "two"
+    assert (tmp_path / "both" / "chat_template.jinja").read_text() == "one"
