@@ -18,6 +18,7 @@ from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
 
 from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Recipe, Stage
@@ -175,11 +176,18 @@ def filled_blocks(model: nn.Module, fill: Fill) -> Iterator[nn.Module]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers says must not be split, outermost first."""
+    """The blocks that transformers says must not be split, outermost first.
+
+    Embeddings are not among them, though some types name theirs: the matrix may be the output
+    matrix too, and an engine that shards by block cannot put it into two.
+    """
     names = {
         name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
     }
-    return [m for m in model.modules() if type(m).__name__ in names]
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    embeddings = inner.get_input_embeddings() if inner else None
+    blocks = [m for m in model.modules() if type(m).__name__ in names]
+    return [m for m in blocks if all(child is not embeddings for child in m.modules())]
 
 
 def build_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
