@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -37,11 +38,14 @@ def plan(
     from dtrain.planning.gpus import find_gpu
     from dtrain.planning.plan import as_json as plain
     from dtrain.planning.plan import make_plan, with_exact
+    from dtrain.planning.positions import position_warnings
     from dtrain.planning.setup import Cluster
     from dtrain.planning.show import lines_of
 
     settings = load_recipe(recipe, overrides or [])
     on_node = gpus_per_node or settings.launch.ranks_on_node(8)
+    for line in position_warnings(settings):
+        print(f"warning: {line}", file=sys.stderr)
     made = make_plan(settings, Cluster(find_gpu(gpu), nodes, on_node))
     if exact:
         made = with_exact(made, settings, silent if as_json else shown)

@@ -62,9 +62,12 @@ def submit(
     from dtrain.config.load import load_recipe
     from dtrain.launching import submit as jobs
     from dtrain.planning.bases import refuse_untrainable
+    from dtrain.planning.positions import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     refuse_untrainable(settings.model.base)
+    for line in position_warnings(settings):
+        tell(f"warning: {line}")
     folder = Path(settings.output.folder).expanduser().absolute()
     settings, working = placed(settings, folder), Path.cwd()
     if gpus and settings.device != "cpu":

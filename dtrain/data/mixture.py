@@ -70,6 +70,11 @@ class Mixture:
         """All rows; of a weighted mixture, positions for one pass over the heaviest source."""
         return self.mix.rows_per_epoch
 
+    @property
+    def longest_segment(self) -> int:
+        """Tokens of the longest document, as far as it lies in one row."""
+        return max(int(source.store.manifest["longest_segment"]) for source in self.sources)
+
     def rows_of(self, passes: float) -> int:
         """Positions of so many passes."""
         return self.mix.rows_of(passes)

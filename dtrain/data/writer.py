@@ -97,7 +97,12 @@ class Writer:
             raise _nothing_to_learn(summary["counts"], where)
         self._write_plan(plan, learnt)
         tokens, targets = int(plan.pieces["tokens"].sum()), int(learnt.sum())
-        totals = {"rows": learnt.size, "tokens": tokens, "supervised_tokens": targets}
+        totals = {
+            "rows": learnt.size,
+            "tokens": tokens,
+            "supervised_tokens": targets,
+            "longest_segment": int(plan.pieces["tokens"].max()),
+        }
         self._seal({**about, "sequence_tokens": sequence_tokens, **totals, **summary})
 
     def _write_plan(self, plan: Plan, learnt: Int64s) -> None:

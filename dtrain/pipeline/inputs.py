@@ -22,6 +22,7 @@ from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.pipeline.evaluations import read_questions
+from dtrain.pipeline.positions import check_positions
 from dtrain.samples.make import ensure
 
 
@@ -77,7 +78,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         processes: that tokenise; None for as many as cores and memory allow.
 
     Raises:
-        UserError: base or data cannot be used.
+        UserError: base or data cannot be used, or the base has too few positions for the data.
     """
     base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
@@ -95,7 +96,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
             mixture.verify()
         return mixture
 
-    return Inputs(
+    inputs = Inputs(
         base=base,
         base_fingerprint=model_fingerprint(base),
         tokenizer=tokenizer,
@@ -115,6 +116,10 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
             for name, data in recipe.evaluation.sets.items()
         },
     )
+    stages = {f"stages.{name}.data": data for name, data in inputs.stages.items()}
+    sets = {f"evaluation.sets.{name}": data for name, data in inputs.sets.items()}
+    check_positions(recipe, config, tokenizer, stages | sets)
+    return inputs
 
 
 def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = None) -> bool:
