@@ -174,7 +174,11 @@ class Ahead:
 
 
 def _nothing(position: int, *, alone: bool) -> MicroBatch:
-    """One token and no target: a rank without rows still takes part in every collective."""
-    token, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    positions = None if alone else token.clone()
-    return MicroBatch(token, positions, none, none.clone(), [1], [position], [1])
+    """Two tokens and no target: a rank without rows still takes part in every collective.
+
+    Of one token, GPUs would compile their kernels anew, on this rank alone.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    positions = None if alone else torch.arange(2).unsqueeze(0)
+    return MicroBatch(tokens, positions, none, none.clone(), [2], [position], [2])

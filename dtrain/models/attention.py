@@ -10,9 +10,11 @@ Letters: T tokens of a row, n of a document, H query heads, K key/value heads, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from itertools import accumulate, pairwise
@@ -21,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dtrain.core.log import warn
+from dtrain.distributed.memory import send
 from dtrain.models.kernels.causal import causal_attention, fits
 
 NAME = "documents"
@@ -45,11 +49,72 @@ class Documents:
 
     lengths: tuple[int, ...]
     window: int | None
+    _borders: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    @cached_property
-    def borders(self) -> Tensor:
-        """Where documents begin, and where the last one ends: int32 [documents + 1]."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+    def borders(self, device: torch.device) -> Tensor:
+        """Where documents begin, and where the last one ends: int32 [documents + 1].
+
+        Copied once for all layers, masks and recomputations of a forward pass.
+        """
+        if device not in self._borders:
+            ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+            self._borders[device] = send(ends, device)
+        return self._borders[device]
+
+
+_row: ContextVar[Documents | None] = ContextVar("row", default=None)
+
+
+@contextmanager
+def row_of(lengths: Sequence[int]) -> Iterator[None]:
+    """Make the masks of the forward pass inside from what the caller knows of its row.
+
+    Without it transformers and `find_documents` ask the device, and wait for the answer.
+
+    Args:
+        lengths: tokens of each document of the row.
+    """
+    token = _row.set(Documents(tuple(lengths), None))
+    try:
+        yield
+    finally:
+        _row.reset(token)
+
+
+def known_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
+    """Tokens of each document, where the caller of the model said what its row [1, T] holds."""
+    row = _row.get()
+    known = row is not None and position_ids.shape == (1, sum(row.lengths))
+    return row.lengths if row is not None and known else None
+
+
+def _sequence_numbers(position_ids: Tensor) -> Tensor | None:
+    """In place of transformers' `find_packed_sequence_indices`, without its question."""
+    row = _row.get()
+    if row is None or known_lengths(position_ids) is None:
+        return _transformers_sequence_numbers(position_ids)
+    if len(row.lengths) == 1:
+        return None
+    places = torch.arange(position_ids.shape[1], device=position_ids.device)
+    inner_borders = row.borders(position_ids.device)[1:-1]
+    return torch.bucketize(places, inner_borders, right=True).unsqueeze(0)
+
+
+def _packed_mask_function(
+    mask_function: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Callable[..., Tensor]:
+    """As transformers' own, and says which mask it puts into each document."""
+    result = _transformers_packed_mask_function(mask_function, *args, **kwargs)
+    result.inside = mask_function  # type: ignore[attr-defined]
+    return result
+
+
+_transformers_sequence_numbers = masking_utils.find_packed_sequence_indices
+_transformers_packed_mask_function: Callable[..., Callable[..., Tensor]] = (
+    masking_utils.packed_sequence_compatibility_function
+)
+masking_utils.find_packed_sequence_indices = _sequence_numbers
+masking_utils.packed_sequence_compatibility_function = _packed_mask_function
 
 
 def document_mask(
@@ -68,13 +133,34 @@ def document_mask(
     a mask of the model's own making (generation, other people's calls) give sdpa's usual mask.
     """
     if batch_size == 1 and q_length == kv_length and attention_mask is None and not use_vmap:
-        documents = find_documents(mask_function, q_length, device)
+        documents = _documents_of_row(mask_function, q_length)
+        documents = documents or find_documents(mask_function, q_length, device)
         if documents is not None:
             return documents
     return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
         attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
     )  # fmt: skip
+
+
+def _documents_of_row(mask_function: Callable[..., Tensor], tokens: int) -> Documents | None:
+    """Read the window off a mask function, where the row is known; None if that does not do.
+
+    The mask inside a document knows positions alone, so that the host can ask it.
+    """
+    row = _row.get()
+    if row is None or sum(row.lengths) != tokens:
+        return None
+    alone = mask_function if len(row.lengths) == 1 else None
+    inside = getattr(mask_function, "inside", alone)
+    longest = max(row.lengths)
+    try:
+        found = find_documents(inside, longest, "cpu") if inside is not None else None
+    except RuntimeError:  # it holds tensors of a device
+        return None
+    if found is None or found.lengths != (longest,):
+        return None
+    return replace(row, window=found.window)
 
 
 def find_documents(
@@ -160,16 +246,18 @@ def takes_varlen(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def torch_varlen() -> Callable[..., Any] | None:
-    """Torch's own, where it has the form called here: older ones take no window.
+    """Torch's own, where it has the form called here; otherwise a warning, once.
 
     Looked for when a GPU asks, because what it imports is for GPUs.
     """
     try:
         found: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+        if {"scale", "window_size"} <= signature(found).parameters.keys():
+            return found
     except (ImportError, AttributeError):
-        return None
-    fits_here = {"scale", "window_size", "enable_gqa"} <= signature(found).parameters.keys()
-    return found if fits_here else None
+        pass
+    warn("attention: torch's varlen_attn takes no scale or window here; documents one by one")
+    return None
 
 
 def varlen_attention(
@@ -186,12 +274,17 @@ def varlen_attention(
     attend = torch_varlen()
     assert attend is not None, "ask takes_varlen first"
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    borders, longest = documents.borders.to(query.device), max(documents.lengths)
+    more: dict[str, Any] = {}
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        if "enable_gqa" in signature(attend).parameters:
+            more["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
+    borders, longest = documents.borders(query.device), max(documents.lengths)
     before = -1 if documents.window is None else documents.window - 1
     output: Tensor = attend(
-        q, k, v, borders, borders, longest, longest,
-        scale=scale, window_size=(before, 0), enable_gqa=k.shape[1] != q.shape[1],
-    )  # fmt: skip
+        q, k, v, borders, borders, longest, longest, scale=scale, window_size=(before, 0), **more
+    )
     return output.unsqueeze(0)
 
 

@@ -58,7 +58,7 @@ class KeyedDropout(nn.Module):
     def drops(self) -> bool:
         """Whether the next call drops anything: in training only.
 
-        A micro-batch of no sequences is one token that counts nowhere.
+        A micro-batch of no sequences is two tokens that count nowhere.
         """
         assert not self.training or self.key.lengths is not None, "set_dropout_key comes first"
         return self.training and self.threshold > 0 and bool(self.key.lengths)

@@ -6,14 +6,13 @@ Letters: T tokens of a row, K supervised tokens, V vocabulary.
 from __future__ import annotations
 
 from inspect import signature
-from itertools import accumulate
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from dtrain.models.attention import Documents, row_of
 from dtrain.models.kernels.head import LearningHead
 
 
@@ -93,7 +92,8 @@ def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more:
     """The model's logits, or what stands in their place."""
     if micro_batch.position_ids is not None:
         more |= {"position_ids": micro_batch.position_ids, **_flash_arguments(inner, micro_batch)}
-    output = model(input_ids=micro_batch.input_ids, use_cache=False, **more)
+    with row_of(micro_batch.document_lengths):
+        output = model(input_ids=micro_batch.input_ids, use_cache=False, **more)
     logits: Tensor = output.logits
     return logits
 
@@ -111,8 +111,7 @@ def _flash_arguments(model: PreTrainedModel, micro_batch: Packed) -> dict[str, A
     if not str(model.config._attn_implementation).startswith("flash_attention"):
         return {}
     lengths = micro_batch.document_lengths
-    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    borders = borders.to(micro_batch.input_ids.device)
+    borders = Documents(tuple(lengths), None).borders(micro_batch.input_ids.device)
     return {
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,

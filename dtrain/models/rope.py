@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.models.attention import known_lengths
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -39,6 +41,8 @@ def document_lengths(position_ids: Tensor) -> list[int]:
         position_ids: [1, T]; of several rows or axes it is no packed row.
     """
     tokens = position_ids.shape[-1]
+    if (known := known_lengths(position_ids)) is not None:
+        return list(known)
     if position_ids.shape[:-1] != (1,):
         return [tokens]
     starts = ((position_ids[0, 1:] == 0).nonzero()[:, 0] + 1).tolist()

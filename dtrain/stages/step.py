@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dtrain.data.loader import Loader, MicroBatch
+from dtrain.distributed.memory import send
 from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
@@ -146,9 +147,7 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     if device.type == "cpu":
         return batch
     moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if torch.is_tensor(value)
+        name: send(value, device) for name, value in vars(batch).items() if torch.is_tensor(value)
     }
     return replace(batch, **moved)
 

@@ -170,7 +170,7 @@ def test_loss_of_half_precision_logits_is_computed_in_float32() -> None:
 def varlen_as_documented(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor,
     longest: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """What torch says of its `varlen_attn`, which computes on GPUs only: [T, H, D] in and out."""
     assert starts.dtype == torch.int32 and starts.equal(key_starts)
