@@ -1,4 +1,5 @@
 # make quickstart: install, then train a real model in two stages.  make test, make check: as they say.
+# make test-gpu: the checks of one GPU.
 # make test-lowest: the golden losses again in a second environment, of the oldest libraries allowed.
 # make bench DATA=alpaca.json [TEXT=book.txt]: what a start and a step cost here, against TRL, into
 # tests/bench/results.txt; about an hour.
@@ -6,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
+GPU_PYTHON ?= $(BIN)/python
 RESULTS := tests/bench/results.txt
 
 # The first Python that dtrain runs on.
@@ -13,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: quickstart test test-lowest check bench install
+.PHONY: quickstart test test-lowest test-gpu check bench install
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
@@ -22,7 +24,7 @@ quickstart: $(INSTALLED)
 # One test file a core; the distributed ones start several processes each, so one after the other.
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
-	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit
+	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit tests/gpu
 	$(BIN)/pytest -q tests/distributed tests/integration
 	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
 
@@ -30,6 +32,10 @@ test: $(INSTALLED)
 test-lowest: export OMP_NUM_THREADS = 1
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest -q tests/distributed/test_golden.py -k two_ranks
+
+# For one GPU: tests/gpu/README.md.
+test-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q tests/gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,64 @@
+"""Worker: a run that prints how often each step waits for the GPU, and where.
+
+`torch.cuda.set_sync_debug_mode` warns of every call that blocks the process until the GPU is
+through: one in a micro-batch leaves the GPU idle while Python prepares what comes next.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+
+from dtrain import train
+from dtrain.stages import loop, step
+
+
+def place(caught: list[warnings.WarningMessage]) -> Counter[str]:
+    """Where each wait was asked for."""
+    return Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchron" in str(w.message))
+
+
+def watched(function: Any, name: str, found: dict[str, Counter[str]]) -> Any:
+    """`function`, with the waits in it counted under `name`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = function(*args, **kwargs)
+        found.setdefault(name, Counter()).update(place(caught))
+        return result
+
+    return call
+
+
+def main() -> int:
+    """Count in every step but the first two, which compile and allocate."""
+    steps: list[dict[str, Counter[str]]] = []
+    plain_step, plain_losses = loop.train_step, step.forward_losses
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        found: dict[str, Counter[str]] = {}
+        steps.append(found)
+        step.forward_losses = watched(plain_losses, "forward", found)
+        result = watched(plain_step, "step", found)(*args, **kwargs)
+        torch.cuda.set_sync_debug_mode("default")
+        return result
+
+    loop.train_step = train_step
+    status = train.main(sys.argv[1:])
+    worst = {
+        name: max((found.get(name, Counter()) for found in steps[2:]), key=Counter.total)
+        for name in ("forward", "step")
+    }
+    print("SYNCS " + json.dumps({name: dict(where) for name, where in worst.items()}), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Part 2, eight minutes at most: memory against the plan, waits, tokens a second."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.config.load import load_recipe
+from dtrain.planning.bases import find_shape
+from dtrain.planning.gpus import gpu_of_device
+from dtrain.planning.memory import memory_of
+from dtrain.planning.setup import Cluster, setup_of
+
+HERE = Path(__file__).parent
+STEPS, WARM_UP_STEPS = 10, 4
+LORA, QLORA, FULL = "{kind: lora, r: 16}", "{kind: qlora, r: 16}", "{kind: full}"
+PUBLISHED = 12_473  # tokens/s of an 8B LoRA at 4k on one H100, NeMo AutoModel
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, large_base: Path, long_texts: Path) -> Path:
+    """One stage of LoRA on packed texts."""
+    stage = {
+        "name": "stage", "kind": "cpt", "method": {"kind": "lora", "r": 16, "dropout": 0.0},
+        "data": {"sequence_tokens": 4096, "sources": [{"path": str(long_texts)}]},
+        "train": {"global_batch_sequences": 1, "steps": STEPS, "learning_rate": 1e-4},
+    }  # fmt: skip
+    model = {"base": str(large_base), "gradient_checkpointing": True}
+    whole = {
+        "name": "gpu", "model": model, "engine": {"kind": "ddp"}, "stages": [stage],
+        "output": {"folder": str(tmp_path / "run"), "merge": False},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(whole))  # JSON is YAML
+    return path
+
+
+def tokens_per_second(run: Any) -> float:
+    """Median over the steps after those that compile."""
+    rates = [r["tokens_per_second"] for r in run.records("stage") if "loss" in r]
+    return median(rates[WARM_UP_STEPS:])
+
+
+def this_gpu() -> Any:
+    name, (_, total) = torch.cuda.get_device_name(0), torch.cuda.mem_get_info()
+    return gpu_of_device(name, total)
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+def test_loading_takes_little_beyond_the_base(train, recipe, method, engine, figures) -> None:
+    settings = [f"stages.stage.method={method}", f"engine.kind={engine}"]
+    facts = train(recipe, *settings, "stages.stage.train.steps=2").facts("stage")
+    shape, _ = find_shape(str(load_recipe(str(recipe), settings).model.base))
+    linear = 0.516 if "qlora" in method else 2
+    base = shape.linear_elements * linear + (shape.parameters - shape.linear_elements) * 2
+    layer = 2 * shape.linear_elements / shape.layers
+    peak = facts["load_peak_memory_bytes"]
+    figures[f"load peak over the base, {method}, {engine}"] = peak / base
+    assert peak < 1.05 * base + 3 * layer
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.parametrize("tokens", [2048, 8192])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("method", [LORA, QLORA, FULL], ids=["lora", "qlora", "full"])
+def test_the_plan_is_what_a_gpu_takes(
+    train, recipe, method, checkpointing, tokens, figures
+) -> None:
+    settings = [
+        f"stages.stage.method={method}",
+        f"model.gradient_checkpointing={str(checkpointing).lower()}",
+        f"stages.stage.data.sequence_tokens={tokens}",
+        "stages.stage.train.steps=3",
+    ]
+    loaded = load_recipe(str(recipe), settings)
+    shape, _ = find_shape(loaded.model.base)
+    setup = setup_of(loaded, loaded.stages[0], shape, Cluster(this_gpu(), 1, 1))
+    planned = memory_of(setup).peak
+    if planned > 0.92 * this_gpu().usable_bytes:
+        pytest.skip(f"the plan says {planned / 2**30:.0f} GiB, more than this GPU has")
+    run = train(recipe, *settings)
+    measured = max(r["peak_memory_bytes"] for r in run.records("stage") if "loss" in r)
+    name = f"{method}, checkpointing {checkpointing}, rows of {tokens}"
+    figures[f"measured / planned peak, {name}"] = measured / planned
+    assert 0.9 <= measured / planned <= 1.05, (measured, planned)
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+def test_a_step_waits_for_the_gpu_four_times_at_most(recipe, tmp_path, method, figures) -> None:
+    command = [sys.executable, str(HERE / "count_syncs.py"), str(recipe)]
+    command += [f"stages.stage.method={method}", f"output.folder={tmp_path / 'syncs'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    (line,) = (x for x in done.stdout.split("\n") if x.startswith("SYNCS "))
+    waits = json.loads(line.removeprefix("SYNCS "))
+    figures[f"waits of a step, {method}"] = waits
+    assert not waits["forward"]
+    assert sum(waits["step"].values()) <= 4, waits
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
+def test_tokens_a_second(train, recipe, method, kernels, figures) -> None:
+    run = train(recipe, f"stages.stage.method={method}", f"model.kernels={kernels}")
+    speed = tokens_per_second(run)
+    shape, _ = find_shape(load_recipe(str(recipe), []).model.base)
+    mfu = 4 * shape.parameters * speed / (this_gpu().tflops * 1e12)
+    figures[f"tokens/s, {method}, kernels {kernels}"] = speed
+    figures[f"MFU by 4P, {method}, kernels {kernels}"] = mfu
+    figures["published tokens/s, NeMo AutoModel, H100"] = PUBLISHED
+    assert speed > 0
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not there")
+def test_beside_trl(train, recipe, large_base, long_texts, tmp_path, figures) -> None:
+    ours = tokens_per_second(train(recipe))
+    arguments = [large_base, long_texts, 4096, STEPS, tmp_path / "trl"]
+    command = [sys.executable, str(HERE / "train_trl.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    (line,) = (x for x in done.stdout.split("\n") if x.startswith("TRL "))
+    theirs = json.loads(line.removeprefix("TRL "))
+    figures["tokens/s, TRL packed"] = theirs["tokens_per_second"]
+    figures["dtrain / TRL, tokens a second"] = ours / theirs["tokens_per_second"]
+    assert ours > theirs["tokens_per_second"]
+
+
+@pytest.mark.measures_gpu
+@pytest.mark.parametrize("documents", [1, 8, 64])
+def test_rows_of_many_documents(train, recipe, tmp_path, documents, figures) -> None:
+    """A row of short documents computes less attention, and must not cost more."""
+    from dtrain.samples.tiny_text import document
+
+    texts, each = tmp_path / "texts.jsonl", max(1, round(4096 / documents / 48))  # 48 tokens a text
+    with open(texts, "w", encoding="utf-8") as file:
+        for number in range(documents * 2 * STEPS):
+            text = " ".join(document(number * each + i) for i in range(each))
+            file.write(json.dumps({"text": text}) + "\n")
+    run = train(recipe, f"stages.stage.data.sources=[{{path: {texts}}}]")
+    figures[f"tokens/s, rows of {documents} documents"] = tokens_per_second(run)
+
+
+@pytest.mark.measures_gpu
+def test_the_first_step_is_quick_with_a_warm_cache(train, recipe, tmp_path, figures) -> None:
+    env = {"DTRAIN_CACHE": str(tmp_path / "cache")}
+    for name in ("cold", "warm"):
+        run = train(recipe, "stages.stage.train.steps=2", folder=name, env=env)
+        first = next(r for r in run.records("stage") if "loss" in r)
+        figures[f"seconds of the first step, {name} cache"] = sum(first["seconds"].values())

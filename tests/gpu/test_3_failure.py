@@ -1,0 +1,83 @@
+"""Part 3, five minutes at most: what fails on a GPU ends as it does on a CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+QLORA = ["stages.domain.method={kind: qlora, r: 8}", "stages.task.method={kind: qlora, r: 4}"]
+TINY = ["model.dtype=bfloat16", "evaluation.questions=null"]
+EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("domain", "task")]
+
+
+def weights(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*/[am]*/*.safetensors")):
+        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def wait_for(path: Path, process, seconds: float = 120) -> None:
+    """Look until a file is there, while the run lives."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, path
+        time.sleep(0.005)
+
+
+@pytest.mark.measures_gpu
+def test_a_row_that_does_not_fit_ends_with_status_4(train, large_base, long_texts) -> None:
+    settings = [
+        f"model.base={large_base}",
+        "evaluation={sets: {}}",
+        "engine.kind=ddp",
+        "stages.domain.data={sequence_tokens: 131072, sources: [{path: " + f"{long_texts}" + "}]}",
+        "stages.domain.method={kind: full}",
+        "stages.domain.train={global_batch_sequences: 1, steps: 2, learning_rate: 1e-4}",
+    ]
+    run = train("tiny", *settings, expect=4, launched=True)
+    assert "out of memory" in run.output
+
+
+@pytest.mark.whole_run
+def test_a_signal_in_a_step_saves_and_the_next_start_goes_on(start, train) -> None:
+    whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
+    process, folder, log = start("tiny", *TINY, *EVERY_STEP)
+    wait_for(folder / "domain" / "checkpoints" / "step-000002", process)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait(60) == 75, log.read_text()
+    assert weights(train("tiny", *TINY, *EVERY_STEP).folder) == weights(whole.folder)
+
+
+@pytest.mark.whole_run
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_killed_it_goes_on_to_the_same_weights(start, train, moment) -> None:
+    whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
+    process, folder, _ = start("tiny", *TINY, *EVERY_STEP)
+    checkpoints = folder / "domain" / "checkpoints"
+    wait_for(checkpoints / "step-000002", process)
+    if moment == "save":
+        wait_for(checkpoints / "step-000003", process)  # the next save begins a step later
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert weights(train("tiny", *TINY, *EVERY_STEP).folder) == weights(whole.folder)
+
+
+@pytest.mark.whole_run
+def test_two_stages_of_qlora_and_their_merges(train) -> None:
+    run = train("tiny", *TINY, *QLORA)
+    assert run.losses("task")[-1] < run.losses("task")[0]
+    # The merge packs the base again: what evaluation saw after training is what was merged.
+    assert (run.folder / "task" / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.whole_run
+def test_offload(train) -> None:
+    run = train("tiny", *TINY, "engine={kind: zero3, offload: true}")
+    kept = train("tiny", *TINY, "engine={kind: zero3}", folder="kept")
+    assert run.losses("domain") == pytest.approx(kept.losses("domain"), abs=3e-2)
