@@ -267,7 +267,7 @@ class _Check:
 
     def _said(self, turn: _Turn) -> Span:
         """What a user or a tool says, and the end of the turn where it ends as an answer does."""
-        rest, ending = self.text[turn.last : turn.after], _endings(self.template)[0]
+        rest, ending = self.text[turn.last : turn.after], (endings(self.template) or ("",))[0]
         blanks, found, _ = rest.partition(ending) if ending else ("", "", "")
         closed = bool(found) and not blanks.strip()
         return turn.first, turn.last + closed * (len(blanks) + len(ending))
@@ -298,8 +298,10 @@ class _Check:
     def _end(self, number: int, turn: _Turn) -> tuple[int, bool]:
         """Where an answer ends, and whether with something that closes its turn."""
         rest, is_last = self.text[turn.last : turn.after], turn.after == len(self.text)
-        endings = set(_endings(self.template)) - {""}
-        found = [(at, ending) for ending in endings if (at := rest.find(ending)) >= 0]
+        known = endings(self.template)
+        found = [
+            (at, ending) for ending in known or () if ending and (at := rest.find(ending)) >= 0
+        ]
         if found:
             place, ending = min(found)  # the shorter one of two at one place
             return turn.last + place + len(ending), True
@@ -308,7 +310,7 @@ class _Check:
         else:
             key = "end", rest, self.roles[number], bool(self.messages[number].get("tool_calls"))
             size = self._remembered(key, lambda: self._find_end(number, rest, turn.last))
-        return turn.last + size, bool(endings and size)
+        return turn.last + size, bool(size) and known != ("", "")
 
     def _find_end(self, number: int, rest: str, last: int) -> int:
         """Characters behind an answer that the template writes before it knows what follows."""
@@ -397,19 +399,25 @@ def _common(one: str, other: str) -> int:
 
 def end_of_turn(template: Template) -> str:
     """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
-    inner, last = _endings(template)
+    inner, last = endings(template) or ("", "")
     return inner if inner and (last.startswith(inner) or not last) else last
 
 
 @lru_cache(maxsize=8)
-def _endings(template: Template) -> tuple[str, str]:
-    """What closes an answer that another turn follows, and what closes the last one."""
+def endings(template: Template) -> tuple[str, str] | None:
+    """What closes an answer that another turn follows, and what closes the last one.
+
+    Returns:
+        None of a template that refuses a plain exchange, so that it cannot be found out.
+    """
     first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
     text = _probed(template, first)
-    last = text.partition(ANSWER)[2].rstrip()
     more = _probed(template, [*first, {"role": "user", "content": PROBE}])
+    if not text and not more:
+        return None
+    last = text.partition(ANSWER)[2].rstrip()
     before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
-    if middle.startswith(last):
+    if text and middle.startswith(last):
         return last, last
     # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
     # stands between an answer and the head of the next question.

@@ -10,17 +10,21 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
 from dtrain.core.folders import local_path
+from dtrain.core.imports import Late
 from dtrain.data.conversations import Messages, Talk
 from dtrain.data.limits import Limit, limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+chat_template_utils = Late("transformers.utils.chat_template_utils")
 
 Span = tuple[int, int]  # characters from … to (excluded)
 
@@ -139,7 +143,9 @@ class Template:
         return texts[0], spans
 
     def _rendered(self, messages: Messages, settings: dict[str, Any]) -> Any:
-        return render_jinja_template([messages], chat_template=self.source, **settings)
+        return chat_template_utils.render_jinja_template(
+            [messages], chat_template=self.source, **settings
+        )
 
 
 def _with_texts(messages: Messages) -> Messages:

@@ -42,6 +42,7 @@ def sample_of(value: Value) -> Sample:
 
 
 def _said(message: dict[str, object]) -> str:
-    """An answer's text; of a call of tools, the call."""
+    """An answer's text; with its reasoning, and its calls of tools."""
+    reasoning = message.get("reasoning_content")
     calls = message.get("tool_calls")
-    return f"{message['content']}{calls}" if calls else str(message["content"])
+    return f"{reasoning}\n" * bool(reasoning) + f"{message['content']}{calls or ''}"

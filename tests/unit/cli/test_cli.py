@@ -55,6 +55,28 @@ def test_what_a_login_node_runs_imports_no_torch(arguments: list[str], tmp_path:
     assert "typer" in modules and not modules & HEAVY
 
 
+OPEN = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+CLOSED = OPEN.replace("m.content", "m.content + eos_token")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (OPEN, "nothing that ends a turn is learned: the model will not learn to stop"),
+        (CLOSED, ""),
+        ("{% generation %}" + OPEN + "{% endgeneration %}", "nothing that ends a turn"),
+        ("{% for m in messages %}{{ broken", "not looked at here; `dtrain data scan`"),
+    ],
+)
+def test_check_warns_of_a_template_that_closes_no_turn(tmp_path: Path, template, told) -> None:
+    (tmp_path / "own.jinja").write_text(template)
+    setting = "stages.task.data.template=own.jinja"
+    done = dtrain("check", "tiny", setting, cwd=tmp_path, code=IMPORTS)
+    assert done.returncode == 0 and told in done.stderr
+    assert bool(told) == ("own.jinja" in done.stderr)
+    assert not set(done.stdout.rpartition("MODULES")[2].split()) & HEAVY
+
+
 @pytest.mark.parametrize("verb", ["check", "plan", "run", "submit"])
 def test_a_mixture_of_experts_is_refused_by_every_verb(verb: str, tmp_path: Path) -> None:
     base = tmp_path / "base"

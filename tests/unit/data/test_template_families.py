@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import render_answers
+from dtrain.data.answers import end_of_turn, render_answers
 from dtrain.data.conversations import Talk
+from dtrain.data.light_template import LightTemplate
 from dtrain.data.templates import resolve_template
 
 FAMILIES = Path(__file__).with_name("templates")
@@ -70,6 +71,14 @@ def learnt(template, messages, train_on="all", tools=None):
 def test_every_template_file_is_in_the_table() -> None:
     stems = {path.stem for path in FAMILIES.glob("*.jinja")}
     assert stems == {*ENDS, "harmony"}  # of gpt-oss, whose turns end in three ways
+
+
+@pytest.mark.parametrize("family", [*ENDS, "harmony"])
+def test_a_login_node_sees_the_same_ends(template, family) -> None:
+    own = template(family)
+    light = LightTemplate(own.text, own.specials)
+    assert light.render(Talk([SYSTEM, *TURNS])) == own.render(Talk([SYSTEM, *TURNS]))
+    assert end_of_turn(light) == end_of_turn(own)
 
 
 def bare(answer: str) -> str:
