@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from dtrain.launching.commands import torchrun_command
+
+ROOT = Path(__file__).parents[2]
 WORKER = str(Path(__file__).with_name("failing_worker.py"))
 
 
@@ -27,3 +31,28 @@ def test_all_ranks_end_with_the_failing_ranks_status(
     assert run.output.count(reason) == 1
     if rank:  # the first rank was ended by its own watch, not by the launcher
         assert f"rank {rank} has failed with status {status}; the others end" in run.output
+
+
+PREFLIGHT = """
+import os, runpy, time
+import torch.distributed as dist
+dist.destroy_process_group = lambda *_: time.sleep(3600)
+dist.barrier = lambda group: 1 / int(os.environ["RANK"])  # fails on the first rank
+runpy.run_module("dtrain.distributed.preflight", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_rank_that_fails_in_the_preflight_ends_it(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(PREFLIGHT)
+    command = torchrun_command(ROOT / "dtrain/recipes/tiny.yaml", 2)
+    at = command.index("-m", command.index("-m") + 1)  # of the worker
+    done = subprocess.run(
+        [*command[:at], str(worker), *command[at + 2 :]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "gigabytes" not in done.stdout
