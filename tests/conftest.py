@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -25,3 +27,84 @@ def _hashes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Hashes of files that are gone tomorrow do not stay in the user's cache."""
     folder: Path = tmp_path_factory.mktemp("hashes")
     known_hashes._folder = lambda: folder  # type: ignore[assignment]
+
+
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+}
+IMAGES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512,
+          "num_kv_shared_layers": 0, "global_head_dim": 16}  # fmt: skip
+DEEPSEEK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+            "qk_nope_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "apertus": TEXT,
+    "bart": {"vocab_size": 512, "d_model": 64, "decoder_layers": 2, "decoder_ffn_dim": 128,
+             "decoder_attention_heads": 4, "max_position_embeddings": 256},
+    "dbrx": {"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v3": TEXT | DEEPSEEK,
+    "doge": TEXT,
+    "falcon": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2,
+               "num_attention_heads": 4},
+    "gemma3": {"text_config": TEXT, "vision_config": IMAGES, "mm_tokens_per_image": 4},
+    "gemma4": {"text_config": TEXT | GEMMA4, "audio_config": None,
+               "vision_config": IMAGES | {"num_key_value_heads": 2, "head_dim": 16,
+                                          "global_head_dim": 16}},
+    "gemma4_text": TEXT | GEMMA4,
+    "got_ocr2": {"text_config": TEXT | {"model_type": "qwen2"},
+                 "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "mlp_dim": 64,
+                                   "num_attention_heads": 2, "image_size": 64,
+                                   "output_channels": 32, "global_attn_indexes": [0]}},
+    "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    "granitemoehybrid": TEXT | {"layer_types": ["attention", "attention"],
+                                "shared_intermediate_size": 64},
+    "hrm_text": TEXT,
+    "llama": TEXT,
+    "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": IMAGES},
+    "qwen3": TEXT,
+}  # fmt: skip
+
+
+@pytest.fixture
+def save_small() -> Callable[..., Any]:
+    """Write a random model of any type of transformers, small, and give it back.
+
+    Every weight and buffer that is stored is changed: none is what the model begins with.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def save(kind: str, folder: Path, **changes: Any) -> Any:
+        settings = SMALL[kind] | changes
+        if "text_config" in settings:
+            settings["text_config"] = settings["text_config"] | changes.pop("text", {})
+        config = AutoConfig.for_model(kind, **settings)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        stored, generator = model.state_dict(keep_vars=True), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in {id(t): t for t in stored.values()}.values():
+                if tensor.is_floating_point():
+                    noise = torch.randn(tensor.shape, generator=generator)
+                    tensor.add_(noise, alpha=0.05)
+        model.save_pretrained(folder)
+        return model.eval()
+
+    return save

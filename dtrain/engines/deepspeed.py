@@ -128,7 +128,7 @@ class Zero3(Zero):
         zero = settings["zero_optimization"]
         if zero.get(PREFETCH, "auto") == "auto":
             config: Any = self.bare.config
-            zero[PREFETCH] = prefetch_elements(config.hidden_size)
+            zero[PREFETCH] = prefetch_elements(config.get_text_config().hidden_size)
         where = "cpu" if self.recipe.engine.offload else None
         for block in filled_blocks(self.bare, fill):
             cast_parameters(block, self.compute_dtype)

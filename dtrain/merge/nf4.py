@@ -23,6 +23,7 @@ from dtrain.core.errors import UserError
 from dtrain.merge.tied import FLOATS, Shapes
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import read_config
+from dtrain.models.outline import outline
 from dtrain.models.quantise import nf4_layers
 
 SCALES_BLOCK = 256  # of bitsandbytes' double quantisation
@@ -42,7 +43,7 @@ class Packed:
         self, base: Path, shapes: Shapes, dtype: torch.dtype | None, trust_remote_code: bool = False
     ) -> None:
         config = read_config(base, trust_remote_code=trust_remote_code)
-        self.names = {f"{name}.weight" for name in nf4_layers(config, trust_remote_code)}
+        self.names = {f"{name}.weight" for name in nf4_layers(outline(config, trust_remote_code))}
         self.dtype = dtype
         pack_fast()
         self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}

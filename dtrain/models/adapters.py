@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from dtrain.config import schema
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.log import say
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.finite import all_finite
-from dtrain.models.load import linear_layers
+from dtrain.models.outline import linear_layers, outline, unused_parameters
 
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -49,9 +50,10 @@ def attach(
     Raises:
         UserError: a target that no linear layer answers to.
     """
+    unused = unused_parameters(outline(model.config, trust_remote_code=model.is_custom_code()))
     if isinstance(method, schema.Full):
-        return _train_all(model)
-    targets = _resolve_targets(model, method.targets)
+        return _train_all(model, unused)
+    targets = _resolve_targets(model, method.targets, unused)
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.scale_alpha,  # type: ignore[arg-type] # PEFT divides it by r, so a float
@@ -71,20 +73,51 @@ def attach(
     return adapted
 
 
-def _train_all(model: PreTrainedModel) -> PreTrainedModel:
-    for parameter in model.parameters():
+def _train_all(model: PreTrainedModel, unused: set[str]) -> PreTrainedModel:
+    for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(name not in unused)
+    if unused:
+        say(f"{len(unused)} parameters stay frozen, as no text reaches them: {_groups(unused)}")
     model.train()
     return model
 
 
-def _resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
-    """PEFT itself is silent about a target that matches nothing beside one that does."""
-    if targets == "all-linear":
-        return targets
+def _groups(names: set[str]) -> str:
+    """The modules of parameters, where their names part from one another."""
+    stems = sorted({".".join(name.split(".")[:2]) for name in names})
+    return ", ".join(stems[:3]) + (", …" if len(stems) > 3 else "")
+
+
+def _resolve_targets(
+    model: PreTrainedModel, targets: str | list[str], unused: set[str]
+) -> str | list[str]:
+    """What PEFT is to adapt; it is silent about a target that matches nothing beside one that does.
+
+    Args:
+        unused: parameters that no text reaches; an adapter there would never get a gradient.
+    """
+    output = model.get_output_embeddings()
     layers = linear_layers(model)
+    if targets == "all-linear":
+        matched = {n for n, m in layers.items() if m is not output}
+    else:
+        _check_targets(model, targets, layers)
+        matched = {n for n in layers if any(n == t or n.endswith(f".{t}") for t in targets)}
+    used = {name for name in matched if f"{name}.weight" not in unused}
+    if not used:
+        raise UserError("no text reaches any of these layers", where="method.targets")
+    if used == matched:
+        return targets if isinstance(targets, str) else list(targets)
+    say(f"{len(matched - used)} layers get no adapter, as no text reaches them: "
+        f"{_groups(matched - used)}")  # fmt: skip
+    return sorted(used)
+
+
+def _check_targets(
+    model: PreTrainedModel, targets: str | list[str], layers: dict[str, nn.Module]
+) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
@@ -100,7 +133,6 @@ def _resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str | 
             "the output matrix is tied to the embeddings and cannot have an adapter of its own",
             where="method.targets",
         )
-    return list(targets)
 
 
 def _initialise(model: nn.Module, seed: int, device: torch.device | None) -> None:

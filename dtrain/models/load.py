@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
@@ -21,7 +19,9 @@ from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.kernels.packing import pack_fast
-from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config
+from dtrain.models.names import check_complete
+from dtrain.models.outline import check_dense, linear_layers, outline
+from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config, nf4_layers
 from dtrain.models.rope import rotate_by_document
 from dtrain.models.weights import read_header, weight_files
 from dtrain.planning import shapes
@@ -60,20 +60,26 @@ def load_base(
             dtrain does not train.
     """
     config = configured(folder, settings, dtype, device)
-    if quantised and settings.kernels != "plain":
-        pack_fast()
+    packed: set[str] = set()
+    spared: set[str] = set()
+    if quantised:
+        described = outline(config, settings.trust_remote_code)
+        packed = nf4_layers(described)
+        spared = linear_layers(described).keys() - packed
+        if settings.kernels != "plain":
+            pack_fast()
     model, info = _from_pretrained(
         folder,
         config=config,
         dtype=dtype,
         attn_implementation=config._attn_implementation,
         trust_remote_code=settings.trust_remote_code,
-        quantization_config=nf4_config(dtype) if quantised else None,
+        quantization_config=nf4_config(dtype, spared) if quantised else None,
         device_map="auto" if spread else {"": device},
     )
-    _check_complete(folder, info)
-    if quantised:
-        check_quantised(model)
+    reshaped = (str(name) for name, *_ in info["mismatched_keys"])
+    check_complete(folder, info["missing_keys"], info["unexpected_keys"], reshaped)
+    check_quantised(model, packed)
     return made_ready(model, settings)
 
 
@@ -104,7 +110,7 @@ def made_ready(model: PreTrainedModel, settings: schema.Model) -> PreTrainedMode
     """Freeze, and set what holds for every model that is trained."""
     forbid_repacking(model)
     rotate_by_document(model)
-    model.config.use_cache = False
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -117,7 +123,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         raise UserError("this model cannot do it", where="model.gradient_checkpointing")
     # the newer name; transformers warns of the older one
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    # the base has no dropout and an adapter's is keyed: no random state to keep
+    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -141,7 +148,6 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             does not know it, or the model is not one that dtrain trains.
     """
     raw = shapes.read_config(folder / "config.json")
-    shapes.refuse_experts(raw, str(folder / "config.json"))
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
@@ -160,6 +166,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         reason = str(error).strip().split("\n")[0]
         raise UserError(reason, where=str(folder / "config.json")) from error
     _check_trainable(folder, config, has_code=needs_code)
+    check_dense(outline(config, trust_remote_code), str(folder / "config.json"))
     return config
 
 
@@ -240,25 +247,11 @@ def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) 
 
 
 def _switch_off_dropout(config: PretrainedConfig) -> None:
+    inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    for one in inner:
+        _switch_off_dropout(one)
     for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value:
+        drops = "dropout" in name or name.endswith(("_pdrop", "layerdrop"))
+        if drops and isinstance(value, float) and value:
             warn(f"{name} {value} of the base is switched off; method.dropout is what counts")
             setattr(config, name, 0.0)
-
-
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and a warning."""
-    for kind, what in (("missing_keys", "missing"), ("mismatched_keys", "of another shape")):
-        if names := sorted(str(name) for name in info.get(kind) or ()):
-            raise UserError(
-                f"{len(names)} tensors are {what}: {', '.join(names[:3])}",
-                where=str(folder),
-                fix="weights and config.json must be of one model; fetch them again",
-            )
-    if names := sorted(str(name) for name in info.get("unexpected_keys") or ()):
-        warn(f"{folder}: {len(names)} tensors are not used: {', '.join(names[:3])}")
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of a model by name, quantised ones and GPT-2's transposed ones too."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
+from dtrain.models.outline import linear_layers, unused_parameters
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype, spared: Iterable[str]) -> BitsAndBytesConfig:
     """NF4 as dtrain uses it.
 
     Storage in the compute dtype, not in bytes: FSDP2 shards float tensors, and leaves a base
     held in uint8 whole on every rank without a word.
+
+    Args:
+        spared: names of the linear layers that stay as they are.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -28,6 +33,7 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_storage=dtype,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=sorted(spared),  # bitsandbytes' name, for 4 bits too
     )
 
 
@@ -43,17 +49,19 @@ def forbid_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def check_quantised(model: nn.Module) -> None:
-    """Refuse layers whose NF4 form could not be merged back.
+def check_quantised(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a model of which a layer is not in NF4 that should be.
+
+    Args:
+        names: from `nf4_layers`.
 
     Raises:
-        UserError: GPT-2's layers, which bitsandbytes packs transposed.
+        UserError: naming the layer.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and getattr(module, "source_cls", None) is Conv1D:
-            raise UserError(
-                f"{name} cannot be held in NF4", where="method.kind: qlora", fix="kind: lora"
-            )
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, Linear4bit) or not isinstance(module.weight, Params4bit):
+            raise _not_nf4(name, module)
 
 
 def through_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,19 +78,29 @@ def through_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(packed, state)
 
 
-def nf4_layers(config: PretrainedConfig, trust_remote_code: bool = False) -> set[str]:
-    """Names of the layers that `load_base` quantises: the linear ones but the output matrix.
+def nf4_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that NF4 holds: what is linear and used, but the output matrix.
 
-    The model is built without storage, so this costs no memory.
+    Args:
+        model: from `outline`, so that what cannot be packed is refused before anything is loaded.
 
     Raises:
-        UserError: it needs code that is not allowed.
+        UserError: a linear layer of another kind than torch's own; bitsandbytes would leave it as
+            it is, or pack it transposed, which no merge could undo.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise UserError(f"the model cannot be built: {str(error).splitlines()[0]}") from error
-    spared = get_keys_to_not_convert(model)
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    return {name for name in linear if should_convert_module(name, spared)}
+    spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+    unused = unused_parameters(model)
+    found = {
+        name: module
+        for name, module in linear_layers(model).items()
+        if should_convert_module(name, spared) and f"{name}.weight" not in unused
+    }
+    for name, module in found.items():
+        if type(module) is not nn.Linear:
+            raise _not_nf4(name, module)
+    return set(found)
+
+
+def _not_nf4(name: str, module: nn.Module) -> UserError:
+    what = f"{name} ({type(module).__name__}) cannot be held in NF4"
+    return UserError(what, where="method.kind: qlora", fix="kind: lora")

@@ -8,6 +8,7 @@ a node read each byte from disk once between them.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,21 +17,28 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.core.log import warn
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import configured, made_ready
+from dtrain.models.names import check_complete, file_names
+from dtrain.models.outline import outline
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.weights import read_header, weight_files
 
 
 class Streamed:
-    """Where the tensors of a model without storage lie.
+    """Where the tensors of a model without storage are stored.
+
+    Raises:
+        UserError: the files lack a parameter or a persistent buffer of the model, hold more than
+            it has, or hold one of another shape.
 
     Attributes:
         model: its parameters are on the meta device until `fill`.
+        converted: names in the files of what cannot be read one by one; empty in most models.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
@@ -38,49 +46,79 @@ class Streamed:
         headers = {path: read_header(path)[0] for path in weight_files(folder)}
         self._files = {name: path for path, entries in headers.items() for name in entries}
         shapes = {n: e["shape"] for entries in headers.values() for n, e in entries.items()}
+        names = file_names(model, self._files)
+        self.converted = names.converted
         # By module, not by name: adapters put modules around modules.
         self._names: dict[nn.Module, dict[str, str]] = {}
-        self._made: dict[nn.Parameter, nn.Parameter] = {}
-        tied: dict[nn.Parameter, str] = {}
-        self.missing = []
-        for prefix, module in model.named_modules():
-            for leaf, parameter in module._parameters.items():
-                if parameter is None:
+        self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
+        if self.converted:  # which entries they make is known once they are read
+            return
+        check_complete(folder, names.missing, names.unexpected)
+        self._untie(names.stored)
+        self._place(folder, names.stored, shapes)
+
+    def _untie(self, stored: dict[str, str]) -> None:
+        """Part tied parameters whose two stored values differ, as transformers does."""
+        seen: dict[nn.Parameter, str] = {}
+        for own, name in stored.items():
+            tensor = self.model.get_parameter_or_buffer(own)
+            first = seen.setdefault(tensor, name)
+            if first != name and not torch.equal(self._read(first), self._read(name)):
+                parent, _, leaf = own.rpartition(".")
+                alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
+                self.model.get_submodule(parent)._parameters[leaf] = alone
+
+    def _place(self, folder: Path, stored: dict[str, str], shapes: dict[str, list[int]]) -> None:
+        by_tensor = {self.model.get_parameter_or_buffer(own): n for own, n in stored.items()}
+        places: Counter[Tensor] = Counter()
+        for module in self.model.modules():
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None or tensor not in by_tensor:
                     continue
-                name = f"{prefix}.{leaf}"
-                if name in self._files:
-                    check_shape(folder, name, shapes[name], list(parameter.shape))
-                    tied.setdefault(parameter, name)
+                name = by_tensor[tensor]
+                check_shape(folder, name, shapes[name], list(tensor.shape))
                 self._names.setdefault(module, {})[leaf] = name
-        for names in self._names.values():
-            for leaf, name in names.items():
-                parameter = model.get_parameter(name)
-                names[leaf] = tied.get(parameter, name)
-                if parameter not in tied:
-                    self.missing.append(name)
+                places[tensor] += 1
+        self._shared = {p: None for p, count in places.items() if count > 1}  # type: ignore[misc]
 
     def fill(self, block: nn.Module) -> None:
-        """Give every parameter in `block` that has no storage yet its values, on the device."""
+        """Give what `block` has in the files its values, on the device; once to each.
+
+        An engine that shards a block frees what it replaces, so nothing here may refer to it:
+        only parameters that stand in several modules are kept, until the last block.
+        """
         for module in block.modules():
-            for leaf, name in self._names.get(module, {}).items():
-                parameter = module._parameters[leaf]
-                if parameter is not None and parameter.is_meta:
-                    module._parameters[leaf] = self._make(module, parameter, name)
+            for leaf, name in self._names.pop(module, {}).items():
+                if (buffer := module._buffers.get(leaf)) is not None:
+                    module._buffers[leaf] = self._on_device(name, buffer.dtype)
+                elif (parameter := module._parameters[leaf]) is not None:
+                    module._parameters[leaf] = self._fill_one(module, parameter, name)
+        if not self._names:
+            self._shared.clear()
+
+    def _fill_one(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
+        if empty not in self._shared:
+            return self._make(module, empty, name)
+        shared = self._shared[empty]
+        if shared is None:
+            shared = self._shared[empty] = self._make(module, empty, name)
+        return shared
 
     def _make(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
-        if empty in self._made:  # tied to one that was filled before
-            return self._made[empty]
-        with safe_open(self._files[name], framework="pt") as file:
-            values: Tensor = file.get_tensor(name)
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
             # packed from what it computes in, so that it is unpacked to that, not to float32
-            values = values.to(self._device, module.compute_dtype)
-            made: nn.Parameter = _packed(module, empty, values)
-        else:
-            values = values.to(self._device, empty.dtype)
-            made = nn.Parameter(values, requires_grad=empty.requires_grad)
-        self._made[empty] = made
-        return made
+            return _packed(module, empty, self._on_device(name, module.compute_dtype))
+        values = self._on_device(name, empty.dtype)
+        return nn.Parameter(values, requires_grad=empty.requires_grad)
+
+    def _on_device(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A stored tensor; it is moved in its own dtype, as a CPU converts slowly."""
+        return self._read(name).to(self._device).to(dtype)
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            values: Tensor = file.get_tensor(name)
+        return values
 
 
 def check_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> None:
@@ -104,21 +142,14 @@ def stream_base(
     quantised: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> Streamed | None:
-    """Open a base to be filled block by block; None if its files do not name tensors as it does.
+) -> Streamed:
+    """Open a base to be filled block by block, where its `converted` is empty.
 
     Args and errors: as `load_base`.
     """
     config = configured(folder, settings, dtype, device)
     model = empty_model(config, settings, quantised=quantised, dtype=dtype, device=device)
-    streamed = Streamed(folder, model, device)
-    if not streamed.missing:
-        return streamed
-    warn(
-        f"{folder}: {len(streamed.missing)} tensors have other names than the model's parameters "
-        f"({streamed.missing[0]}, …): every rank loads the whole base before it is sharded"
-    )
-    return None
+    return Streamed(folder, model, device)
 
 
 def empty_model(
@@ -139,16 +170,28 @@ def empty_model(
             config, dtype=dtype, trust_remote_code=settings.trust_remote_code
         )
     model.tie_weights()  # accelerate made an empty parameter for each place
+    _keep_precision(model, dtype)
     if quantised:
         if settings.kernels != "plain":
             pack_fast()
-        for name in nf4_layers(config, settings.trust_remote_code):
+        for name in nf4_layers(outline(config, settings.trust_remote_code)):
             _replace(model, name, dtype)
         model.is_loaded_in_4bit = True  # PEFT asks
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
     return made_ready(model, settings)
+
+
+def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in float32 that dtype, as `from_pretrained` does."""
+    dtypes = model._get_dtype_plan(dtype)
+    if not dtypes:
+        return
+    pattern, by_group, _ = build_glob_alternation(list(dtypes))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (match := pattern.search(name)) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[by_group[str(match.lastgroup)]])
 
 
 def _replace(model: nn.Module, name: str, dtype: torch.dtype) -> None:

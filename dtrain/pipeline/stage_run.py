@@ -20,7 +20,7 @@ from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
-from dtrain.core.log import say
+from dtrain.core.log import say, warn
 from dtrain.core.trust import own_folder
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
@@ -71,6 +71,7 @@ class StageRun:
     stop: StopFlag
     watch: Watch
     counts: tuple[int, int] = (0, 0)  # parameters that train, and all
+    load_peak: int = 0  # bytes, while base and engine were built
     speed: float = 0.0  # tokens a second of this start; 0 if it made no step
 
     def run(self) -> bool:
@@ -102,6 +103,9 @@ class StageRun:
         reset_peak_memory(self.world.device)
         checkpoint = self.newest_checkpoint()
         engine = self.build(checkpoint)
+        free_memory()
+        self.load_peak = peak_memory_bytes(self.world.device)
+        reset_peak_memory(self.world.device)  # what the steps need is compared with the plan
         keep = self.recipe.output.keep_checkpoints
         every = self.recipe.output.keep_every_steps
         job = self.job(engine, checkpoint)
@@ -168,6 +172,8 @@ class StageRun:
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
         base, fill = self.open_base(dtype)
         model = attach(base, method, seed=self.recipe.seed, device=world.device)
+        if self.recipe.engine.kind not in SHARDING:
+            fill(model)
         self.counts = trainable, total = parameter_counts(model)
         say(
             f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
@@ -185,17 +191,22 @@ class StageRun:
         return engine
 
     def open_base(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Fill]:
-        """The base, and what fills it: whole at once, or in blocks for an engine that shards."""
+        """The base without storage, and what fills it, block by block for an engine that shards."""
         settings: dict[str, Any] = {
             "quantised": self.stage.method.kind == "qlora",
             # What trains is kept in float32; the engine computes in the recipe's dtype.
             "dtype": torch.float32 if isinstance(self.stage.method, Full) else dtype,
             "device": self.world.device,
         }
+        streamed = stream_base(self.base, self.recipe.model, **settings)
+        if not streamed.converted:
+            return streamed.model, streamed.fill
         if self.recipe.engine.kind in SHARDING:
-            streamed = stream_base(self.base, self.recipe.model, **settings)
-            if streamed is not None:
-                return streamed.model, streamed.fill
+            warn(
+                f"{self.base}: {len(streamed.converted)} tensors are stored in another form "
+                f"({streamed.converted[0]}, …): every rank loads the whole base before it is "
+                "sharded"
+            )
         return load_base(self.base, self.recipe.model, **settings), lambda block: None
 
     def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
@@ -266,6 +277,7 @@ class StageRun:
             "tokens_per_second": round(now.tokens / max(now.seconds, 1e-9), 1),
             "trainable_parameters": trainable,
             "total_parameters": total,
+            "load_peak_memory_bytes": self.load_peak,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
         }
 

@@ -163,21 +163,32 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         raise UserError(f"a size in it is not a number: {error}", where=where) from error
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
 def refuse_experts(config: dict[str, Any], where: str) -> None:
-    """Refuse a mixture of experts.
+    """Refuse what its config alone shows to be a mixture of experts.
 
-    Its experts are one tensor of three dimensions, no linear layers: bitsandbytes leaves them as
-    they are, a merge has no place for their adapters, and nothing balances their load.
+    A quick look before torch is at hand; `dtrain.models.outline.check_dense` asks the model.
 
     Raises:
-        UserError: the config names experts.
+        UserError: the config, or one inside it, counts experts that its layers have.
     """
-    if any(config.get(key) for key in EXPERTS):
+    if _has_experts(config):
         what = f"{config.get('model_type')!r} is a mixture of experts; dtrain trains dense models"
         raise UserError(what, where=where, fix="choose a dense model: llama, mistral, qwen3, ...")
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    if any(isinstance(inner, dict) and _has_experts(inner) for inner in config.values()):
+        return True
+    if config.get("is_moe") is False or config.get("enable_moe_block") is False:
+        return False
+    dense, layers = config.get("first_k_dense_replace"), config.get("num_hidden_layers")
+    if isinstance(dense, int) and isinstance(layers, int) and dense >= layers:
+        return False
+    return any(
+        type(value) is int and value > 1
+        for key, value in config.items()
+        if key.endswith("experts") and "shared" not in key and not key.startswith("top_k")
+    )
 
 
 SIZES = (

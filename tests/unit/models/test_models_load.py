@@ -16,6 +16,7 @@ from dtrain.core.errors import UserError
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
 from dtrain.models.load import load_base, read_config, resolve_dtype
+from dtrain.models.outline import outline
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.resolve import base_folder
 from dtrain.models.weights import weight_files
@@ -82,7 +83,7 @@ def test_nf4_keeps_its_weights_through_evaluation(folder: Path) -> None:
 def test_nf4_layers_are_known_without_loading(folder: Path) -> None:
     model = load(folder, quantised=True)
     packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
-    assert nf4_layers(read_config(folder, trust_remote_code=False)) == packed
+    assert nf4_layers(outline(read_config(folder, trust_remote_code=False))) == packed
     assert len(packed) == 14 and "lm_head" not in packed
 
 

@@ -1,44 +1,164 @@
-"""A base that comes block by block: tied matrices, packed layers."""
+"""A base that comes block by block: every entry of its files, once, in its dtype."""
 
 from __future__ import annotations
 
+import gc
+import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from dtrain.config.load import load_recipe
-from dtrain.models.stream import stream_base
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.models.load import load_base
+from dtrain.models.stream import Streamed, stream_base
 
-SIZES = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "vocab_size": 32,
-}
+CPU = torch.device("cpu")
+FILE = "model.safetensors"
 
 
-def test_a_tied_base_is_streamed(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    settings = load_recipe("tiny").model
-    cpu = torch.device("cpu")
-    streamed = stream_base(tmp_path, settings, quantised=False, dtype=torch.float32, device=cpu)
-    assert streamed is not None, "every rank would load the whole base"
+def stream(
+    folder: Path, quantised: bool = False, dtype: torch.dtype = torch.float32, **more: Any
+) -> Streamed:
+    settings = schema.Model(base=str(folder), **more)
+    return stream_base(folder, settings, quantised=quantised, dtype=dtype, device=CPU)
+
+
+def filled(folder: Path, **settings: Any) -> Any:
+    streamed = stream(folder, **settings)
+    assert not streamed.converted
     streamed.fill(streamed.model)
-    assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
-    assert not streamed.model.lm_head.weight.is_meta
+    return streamed.model
 
 
-def test_a_streamed_layer_is_unpacked_to_what_it_computes_in(tmp_path: Path) -> None:
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(4, 24)[None], use_cache=False).logits
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+def test_a_tied_base_is_streamed(tmp_path: Path, save_small: Callable) -> None:
+    save_small("llama", tmp_path, tie_word_embeddings=True)
+    model = filled(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+
+
+def test_two_stored_matrices_that_differ_are_not_tied(tmp_path: Path, save_small: Callable) -> None:
+    save_small("llama", tmp_path, tie_word_embeddings=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    model = filled(tmp_path)
+    assert torch.equal(model.lm_head.weight, load_file(tmp_path / FILE)["lm_head.weight"])
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_a_streamed_layer_is_unpacked_to_what_it_computes_in(
+    tmp_path: Path, save_small: Callable
+) -> None:
     """To float32 it would need three times the room, for the largest matrix of a large model."""
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(
-        tmp_path
-    )
-    settings, cpu = load_recipe("tiny").model, torch.device("cpu")
-    streamed = stream_base(tmp_path, settings, quantised=True, dtype=torch.bfloat16, device=cpu)
-    streamed.fill(streamed.model)
-    weight = streamed.model.model.layers[0].mlp.down_proj.weight
-    assert weight.quant_state.dtype == torch.bfloat16
+    save_small("llama", tmp_path)
+    weight = filled(tmp_path, quantised=True, dtype=torch.bfloat16).model.layers[0].mlp.down_proj
+    assert weight.weight.quant_state.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "apertus", "gemma3", "gemma4", "got_ocr2", "gpt2"])
+def test_every_entry_of_the_files_is_loaded(
+    tmp_path: Path, save_small: Callable, kind: str
+) -> None:
+    """Buffers such as Gemma 4's layer_scalar too, under whatever names the files have."""
+    saved = save_small(kind, tmp_path)
+    model, wanted = filled(tmp_path, attention="eager"), saved.state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    for name, buffer in saved.named_buffers():  # those that no file has
+        assert torch.equal(model.get_buffer(name), buffer), name
+    torch.testing.assert_close(logits(model), logits(saved), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "apertus"])
+def test_buffers_are_loaded_beside_nf4_and_in_bfloat16(
+    tmp_path: Path, save_small: Callable, kind: str
+) -> None:
+    save_small(kind, tmp_path)
+    for settings in ({"quantised": True}, {"dtype": torch.bfloat16}):
+        model = filled(tmp_path, **settings)
+        dtype = settings.get("dtype", torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        for name, buffer in plain.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
+            assert model.get_buffer(name).dtype == buffer.dtype
+
+
+@pytest.mark.parametrize("load", [stream, "load_base"])
+def test_what_is_missing_or_left_over_is_refused(
+    tmp_path: Path, save_small: Callable, load: Any
+) -> None:
+    save_small("gemma4_text", tmp_path)
+    if load == "load_base":
+
+        def load(folder: Path) -> object:
+            settings = schema.Model(base=str(folder))
+            return load_base(folder, settings, quantised=False, dtype=torch.float32, device=CPU)
+
+    scalar = "model.layers.1.layer_scalar"
+    edit(tmp_path, lambda tensors: tensors.update({"model.layers.1.extra": torch.ones(2)}))
+    with pytest.raises(UserError, match=r"1 tensors are in the files but not .*1\.extra"):
+        load(tmp_path)
+    edit(tmp_path, lambda tensors: [tensors.pop("model.layers.1.extra"), tensors.pop(scalar)])
+    with pytest.raises(UserError, match=rf"1 tensors are missing: {scalar}"):
+        load(tmp_path)
+
+
+def test_what_transformers_passes_over_is_no_error(tmp_path: Path, save_small: Callable) -> None:
+    save_small("llama", tmp_path)
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(tmp_path, lambda tensors: tensors.update({old: torch.ones(8)}))
+    filled(tmp_path)
+
+
+def test_what_is_filled_is_free_once_an_engine_has_replaced_it(
+    tmp_path: Path, save_small: Callable
+) -> None:
+    """Else every rank would keep the whole base beside its shards of it."""
+    save_small("llama", tmp_path, tie_word_embeddings=True)
+    streamed = stream(tmp_path)
+    model, alive = streamed.model, []
+    for block in [*model.model.layers, model]:
+        streamed.fill(block)
+        for module in block.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.numel():
+                    alive.append(weakref.ref(parameter))
+                    module._parameters[leaf] = nn.Parameter(torch.empty(0), requires_grad=False)
+        del parameter
+    gc.collect()
+    assert alive and not [one for one in alive if one() is not None]
+
+
+def test_what_must_stay_precise_is_float32_in_a_bfloat16_base(
+    tmp_path: Path, save_small: Callable
+) -> None:
+    save_small("llama", tmp_path)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path).__class__
+    before = kept._keep_in_fp32_modules_strict
+    try:
+        kept._keep_in_fp32_modules_strict = {"norm"}
+        model = filled(tmp_path, dtype=torch.bfloat16)
+    finally:
+        kept._keep_in_fp32_modules_strict = before
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

@@ -1,0 +1,125 @@
+"""A model without storage, asked what it is: what its text forward uses, whether it has experts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dtrain.core.errors import UserError
+
+TOKENS = 8
+
+
+def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a config describes, parameters and buffers on the meta device.
+
+    Raises:
+        UserError: it cannot be built, or needs code that is not allowed.
+    """
+    own = deepcopy(config)  # building it writes dtype and attention into its config
+    own.__dict__.pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                own, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+    except Exception as error:  # each architecture checks its config in its own way
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"the model cannot be built: {reason}") from error
+
+
+def check_dense(model: PreTrainedModel, where: str) -> None:
+    """Refuse a mixture of experts.
+
+    Its experts are one tensor of three dimensions, no linear layers: bitsandbytes leaves them as
+    they are, a merge has no place for their adapters, and nothing balances their load.
+
+    Args:
+        model: from `outline`; its config may name experts that no layer of it has.
+
+    Raises:
+        UserError: one of its layers counts experts.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) and _counts_experts(module):
+            raise UserError(
+                f"{model.config.model_type!r} is a mixture of experts ({name}); dtrain trains "
+                "dense models",
+                where=where,
+                fix="choose a dense model: llama, mistral, qwen3, ...",
+            )
+
+
+def _counts_experts(module: nn.Module) -> bool:
+    return any("expert" in key and type(value) is int for key, value in vars(module).items())
+
+
+def unused_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that no text passes through: image towers, cross attention.
+
+    Read from the autograd graph of a forward pass, so that nothing depends on names.
+
+    Args:
+        model: from `outline`.
+
+    Returns:
+        An empty set where the forward pass does not run without values.
+    """
+    parameters = dict(model.named_parameters())
+    try:
+        with Undecided(), torch.enable_grad():
+            logits = _forward(model.requires_grad_(True))
+    except Exception:  # code of any model, on tensors without values
+        return set()
+    used = _leaves(logits)
+    return {name for name, parameter in parameters.items() if parameter not in used}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of a model by name, quantised ones and GPT-2's transposed ones too."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def _forward(model: PreTrainedModel) -> Tensor:
+    input_ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
+class Undecided(TorchFunctionMode):
+    """Answers what a model asks of values that a meta tensor does not have."""
+
+    ANSWERS: ClassVar[dict[Any, Any]] = {
+        torch.Tensor.__bool__: True,
+        torch.Tensor.__int__: 1,
+        torch.Tensor.__index__: 1,
+        torch.Tensor.__float__: 1.0,
+        torch.Tensor.item: 1,
+    }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.ANSWERS and args[0].is_meta:
+            return self.ANSWERS[func]
+        return func(*args, **(kwargs or {}))
+
+
+def _leaves(output: Tensor) -> set[Tensor]:
+    """The leaf tensors that an output's gradient reaches."""
+    found, seen, todo = set(), set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo.extend(following for following, _ in node.next_functions)
+    return found

@@ -1,0 +1,67 @@
+"""Ranks that build an engine; prints how much of what was filled the engine did not let go of."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import weakref
+from typing import Any
+
+from torch import nn
+
+from dtrain.config.load import load_recipe
+from dtrain.core.folders import sample_name
+from dtrain.distributed.world import end_world, start_world
+from dtrain.engines.build import SHARDING, build_engine
+from dtrain.models.adapters import attach
+from dtrain.models.kernels.install import put_in
+from dtrain.models.load import DTYPES
+from dtrain.models.resolve import base_folder
+from dtrain.models.stream import stream_base
+from dtrain.samples.make import ensure
+
+
+def kept(engine: Any, refs: list[Any]) -> list[str]:
+    """Shapes of filled parameters that live on, though the engine does not compute with them."""
+    own = {id(p) for p in engine.bare.parameters()}
+    alive = [parameter for one in refs if (parameter := one()) is not None]
+    sharded = engine.recipe.engine.kind in SHARDING
+    # ZeRO-3 empties the very parameter; where nothing is sharded it stays as it is
+    return [str(p.shape) for p in alive if id(p) not in own or (sharded and p.numel())]
+
+
+def main(kind: str, method: str) -> None:
+    recipe = load_recipe("tiny", [f"engine.kind={kind}", f"stages.domain.method.kind={method}"])
+    stage = recipe.stages[0]
+    with_world = start_world("cpu")
+    ensure(sample_name(recipe.model.base))
+    streamed = stream_base(
+        base_folder(recipe.model.base),
+        recipe.model,
+        quantised=method == "qlora",
+        dtype=DTYPES["float32"],
+        device=with_world.device,
+    )
+    refs: list[Any] = []
+
+    def fill(block: nn.Module) -> None:
+        empty = {id(p) for p in block.parameters() if p.is_meta}
+        places = [m for m in block.modules() if any(id(p) in empty for p in m.parameters(False))]
+        streamed.fill(block)
+        for module in places:
+            refs.extend(weakref.ref(p) for p in module.parameters(False))
+
+    model = attach(streamed.model, stage.method, seed=0, device=with_world.device)
+    put_in(model, recipe.model)
+    engine = build_engine(model, recipe, stage, with_world, fill)
+    gc.collect()
+    facts = {"filled": len(refs), "kept": kept(engine, refs)}
+    if with_world.is_first:
+        print("FACTS", json.dumps(facts), flush=True)
+    engine.close()
+    end_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
