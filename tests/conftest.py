@@ -84,18 +84,23 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def save_small() -> Callable[..., Any]:
-    """Write a random model of any type of transformers, small, and give it back.
+    """Write a small random model of any type of transformers, and give it back.
 
+    Without a folder it gives the config alone; `text` changes the text config of a wrapper.
     Every weight and buffer that is stored is changed: none is what the model begins with.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def save(kind: str, folder: Path, **changes: Any) -> Any:
+    def save(
+        kind: str, folder: Path | None, text: dict[str, Any] | None = None, **changes: Any
+    ) -> Any:
         settings = SMALL[kind] | changes
-        if "text_config" in settings:
-            settings["text_config"] = settings["text_config"] | changes.pop("text", {})
+        if text:
+            settings["text_config"] = settings["text_config"] | text
         config = AutoConfig.for_model(kind, **settings)
+        if folder is None:
+            return config
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         stored, generator = model.state_dict(keep_vars=True), torch.Generator().manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -235,16 +235,41 @@ def replace(
         UserError: the base has no such tensor, or one of another shape; non-finite values.
     """
     shapes = check_places(base, [], out)
+    changes: dict[str, Change] = {}
     for name, shape in tensors.items():
-        if name not in shapes or shapes[name][1] != list(shape):
+        stored = shapes.stored_name(name)
+        if stored is None or shapes[stored][1] != list(shape):
             raise UserError(f"{name} {list(shape)} is not in the base", where=str(base))
-    changes = {name: partial(_replaced, read, name) for name in tensors}
-    pair = shapes.changes_tied(set(tensors))
+        changes[stored] = partial(_replaced, read, name)
+    pair = shapes.changes_tied(set(changes))
     if pair is not None and pair.missing is None:  # one matrix that is stored twice
         changed = next(changes[name] for name in pair.names if name in changes)
         changes |= {name: changes.get(name, changed) for name in pair.names}
     about = {"source": source, "adapters": [], "weights": content}
     _write(Model(base, changes, {}, files or {}, about), out, processes, known)
+
+
+def check_mergeable(base: Path, changed: Iterable[str]) -> None:
+    """Refuse to train what a merge could not write back into the base's files.
+
+    Args:
+        changed: names that the model's modules give to the parameters that the merge changes.
+
+    Raises:
+        UserError: naming the first that no file holds as it is, or not as a plain float.
+    """
+    shapes = Shapes(base)
+    for name in sorted(changed):
+        stored = shapes.stored_name(name)
+        if stored is None and shapes.tied and name in shapes.tied.names:
+            stored = shapes.tied.stored
+        if stored is None or shapes[stored][0] not in FLOATS:
+            raise UserError(
+                f"{name} is trained, and the base's files hold it in another form, which a merge "
+                "cannot write",
+                where=str(base),
+                fix="leave it out of method.targets; or train one stage with output.merge=false",
+            )
 
 
 def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:

@@ -43,13 +43,16 @@ class Packed:
         self, base: Path, shapes: Shapes, dtype: torch.dtype | None, trust_remote_code: bool = False
     ) -> None:
         config = read_config(base, trust_remote_code=trust_remote_code)
-        self.names = {f"{name}.weight" for name in nf4_layers(outline(config, trust_remote_code))}
+        layers = nf4_layers(outline(config, trust_remote_code))
+        self.names = set()
         self.dtype = dtype
         pack_fast()
         self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}
-        for name in sorted(self.names):
-            if name not in shapes or shapes[name][0] not in FLOATS:
-                raise UserError(f"no plain {name}, which was held in NF4", where=str(base))
+        for layer in sorted(layers):
+            name = shapes.stored_name(f"{layer}.weight")
+            if name is None or shapes[name][0] not in FLOATS:
+                raise UserError(f"no plain {layer}, which was held in NF4", where=str(base))
+            self.names.add(name)
 
     def unpacked(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
         """Blocks of rows as the 4-bit base computes with them, in float32.

@@ -23,6 +23,7 @@ from dtrain.core.files import read_json
 from dtrain.core.imports import Late
 from dtrain.models.weights import read_header, weight_files
 
+model_names: Any = Late("dtrain.models.names")
 transformers: Any = Late("transformers")  # a second to import, and few merges need it
 COMPARED_BYTES = 1 << 22  # at once
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -78,8 +79,21 @@ class Shapes(dict[str, tuple[str, list[int]]]):
         return TiedPair(module_names[0], head, module_names[0]) if head else None
 
     def stored_name(self, name: str) -> str | None:
-        """The files' name of a parameter; some are stored without the outermost module's name."""
-        return next((n for n in (name, name.partition(".")[2]) if n in self), None)
+        """The files' name of a parameter: with or without the outermost module's name, or renamed.
+
+        None if no file has it, or in another form.
+        """
+        plain = next((n for n in (name, name.partition(".")[2]) if n in self), None)
+        return plain or self._renamed.get(name)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Files' names by those of the model's modules; empty if the model cannot be built."""
+        try:
+            model = _empty_model(self.folder)
+        except UserError:
+            return {}
+        return {} if model is None else model_names.file_names(model, self).stored
 
     def shape_of(self, name: str) -> tuple[str, list[int]]:
         """Dtype and shape, of the missing one of a tied pair too."""

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -104,8 +106,9 @@ def _resolve_targets(
         matched = {n for n, m in layers.items() if m is not output}
     else:
         _check_targets(model, targets, layers)
-        matched = {n for n in layers if any(n == t or n.endswith(f".{t}") for t in targets)}
-    used = {name for name in matched if f"{name}.weight" not in unused}
+        names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
+        matched = {n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)}
+    used = {name for name in matched & layers.keys() if f"{name}.weight" not in unused}
     if not used:
         raise UserError("no text reaches any of these layers", where="method.targets")
     if used == matched:
@@ -133,6 +136,18 @@ def _check_targets(
             "the output matrix is tied to the embeddings and cannot have an adapter of its own",
             where="method.targets",
         )
+
+
+def changed_tensors(model: nn.Module) -> set[str]:
+    """The base's parameters that a merge of what trains changes, as the base's modules name them.
+
+    NF4 changes all that it held: what was trained is written onto what it had made of them.
+    """
+    if not isinstance(model, PeftModel):
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    base = model.get_base_model()
+    changed = {n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer | Linear4bit)}
+    return {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
 
 
 def _initialise(model: nn.Module, seed: int, device: torch.device | None) -> None:

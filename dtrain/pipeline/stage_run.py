@@ -33,9 +33,9 @@ from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.chat_files import adapter_files, merged_files
 from dtrain.merge.consolidate import read_whole, replace_with
-from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.merge import check_mergeable, check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
-from dtrain.models.adapters import attach, save_adapter
+from dtrain.models.adapters import attach, changed_tensors, save_adapter
 from dtrain.models.counts import parameter_counts
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base, resolve_dtype
@@ -172,6 +172,7 @@ class StageRun:
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
         base, fill = self.open_base(dtype)
         model = attach(base, method, seed=self.recipe.seed, device=world.device)
+        self.check_merge(model)
         if self.recipe.engine.kind not in SHARDING:
             fill(model)
         self.counts = trainable, total = parameter_counts(model)
@@ -201,6 +202,7 @@ class StageRun:
         streamed = stream_base(self.base, self.recipe.model, **settings)
         if not streamed.converted:
             return streamed.model, streamed.fill
+        self.check_merge(attach(streamed.model, self.stage.method, seed=0))  # before the load
         if self.recipe.engine.kind in SHARDING:
             warn(
                 f"{self.base}: {len(streamed.converted)} tensors are stored in another form "
@@ -208,6 +210,11 @@ class StageRun:
                 "sharded"
             )
         return load_base(self.base, self.recipe.model, **settings), lambda block: None
+
+    def check_merge(self, model: torch.nn.Module) -> None:
+        """Refuse now what the merge after the training could not write."""
+        if self.wants_merge():
+            check_mergeable(self.base, changed_tensors(model))
 
     def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
         """The loop's inputs, at the checkpoint's step or at the start."""

@@ -134,7 +134,6 @@ def load(base: Path, kind: str, world: Any) -> object:
     fill: Any = lambda block: None  # noqa: E731
     if engine in SHARDING:
         streamed = stream_base(base, recipe.model, **settings)
-        assert streamed is not None
         model: nn.Module = streamed.model
         fill = streamed.fill
     else:

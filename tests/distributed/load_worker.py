@@ -8,15 +8,15 @@ import sys
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from dtrain.config.load import load_recipe
 from dtrain.core.folders import sample_name
-from dtrain.distributed.world import end_world, start_world
+from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.kernels.install import put_in
-from dtrain.models.load import DTYPES
 from dtrain.models.resolve import base_folder
 from dtrain.models.stream import stream_base
 from dtrain.samples.make import ensure
@@ -31,18 +31,14 @@ def kept(engine: Any, refs: list[Any]) -> list[str]:
     return [str(p.shape) for p in alive if id(p) not in own or (sharded and p.numel())]
 
 
-def main(kind: str, method: str) -> None:
-    recipe = load_recipe("tiny", [f"engine.kind={kind}", f"stages.domain.method.kind={method}"])
-    stage = recipe.stages[0]
-    with_world = start_world("cpu")
-    ensure(sample_name(recipe.model.base))
-    streamed = stream_base(
-        base_folder(recipe.model.base),
-        recipe.model,
-        quantised=method == "qlora",
-        dtype=DTYPES["float32"],
-        device=with_world.device,
-    )
+def facts(kind: str, method: str, world: World) -> dict[str, Any]:
+    """How many parameters were filled, and what still lives of them when the engine is built."""
+    own = [f"engine.kind={kind}", f"stages.domain.method={{kind: {method}}}"]
+    recipe = load_recipe("tiny", own)
+    stage, quantised = recipe.stages[0], method == "qlora"
+    base = base_folder(recipe.model.base)
+    settings = {"quantised": quantised, "dtype": torch.float32, "device": world.device}
+    streamed = stream_base(base, recipe.model, **settings)
     refs: list[Any] = []
 
     def fill(block: nn.Module) -> None:
@@ -52,16 +48,26 @@ def main(kind: str, method: str) -> None:
         for module in places:
             refs.extend(weakref.ref(p) for p in module.parameters(False))
 
-    model = attach(streamed.model, stage.method, seed=0, device=with_world.device)
+    model = attach(streamed.model, stage.method, seed=0, device=world.device)
     put_in(model, recipe.model)
-    engine = build_engine(model, recipe, stage, with_world, fill)
+    if kind not in SHARDING:
+        fill(model)
+    engine = build_engine(model, recipe, stage, world, fill)
     gc.collect()
-    facts = {"filled": len(refs), "kept": kept(engine, refs)}
-    if with_world.is_first:
-        print("FACTS", json.dumps(facts), flush=True)
+    found = {"filled": len(refs), "kept": kept(engine, refs)}
     engine.close()
+    return found
+
+
+def main(cases: list[str]) -> None:
+    world = start_world("cpu")
+    ensure(sample_name(load_recipe("tiny").model.base))
+    for case in cases:
+        found = facts(*case.split(":"), world)
+        if world.is_first:
+            print("FACTS", json.dumps({"case": case, **found}), flush=True)
     end_world()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""A merge finds its tensors whatever names the files have, or is refused before the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.merge.adapter import Adapter
+from dtrain.merge.merge import check_mergeable, check_places, merge, part_of, replace
+from dtrain.merge.nf4 import Packed
+from dtrain.models.adapters import attach, changed_tensors, save_adapter
+from dtrain.models.load import load_base
+
+WRAPPERS = ["gemma3", "gemma4", "got_ocr2"]
+IDS = torch.arange(4, 24)[None]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def plain(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def train(base: Path, folder: Path, kind: str) -> nn.Module:
+    settings = schema.Model(base=str(base), attention="eager")
+    quantised, cpu = kind == "qlora", torch.device("cpu")
+    model = load_base(base, settings, quantised=quantised, dtype=torch.float32, device=cpu)
+    adapted = attach(model, schema.Lora(kind=kind, r=4, dropout=0.0), seed=0)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    torch.manual_seed(3)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.05)
+    save_adapter(folder, adapted, {n: p.detach() for n, p in trained.items()})
+    return adapted
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_merged_wrapper_computes_as_the_adapter_on_its_base(
+    tmp_path: Path, save_small: Callable, wrapper: str, kind: str
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_small(wrapper, base)
+    adapted = train(base, tmp_path / "adapter", kind)
+    check_mergeable(base, changed_tensors(adapted))
+    shapes = check_places(base, [], out)
+    packing = Packed(base, shapes, torch.float32) if kind == "qlora" else None
+    adapter = Adapter.open(tmp_path / "adapter", shapes)
+    merge(base, [part_of(adapter, packing=packing)], out, source="test")
+    torch.testing.assert_close(logits(plain(out)), logits(adapted), atol=1e-5, rtol=1e-5)
+    if kind == "lora":
+        peft = PeftModel.from_pretrained(plain(base), tmp_path / "adapter")
+        torch.testing.assert_close(logits(peft), logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
+    tmp_path: Path, save_small: Callable, wrapper: str
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    save_small(wrapper, base)
+    model = attach(plain(base), schema.Full(kind="full"), seed=0)
+    trained = {n: p.detach().add_(0.01) for n, p in model.named_parameters() if p.requires_grad}
+    check_mergeable(base, changed_tensors(model))
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        return trained[name].flatten()[start:stop]
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    assert all(prod(shape) for shape in shapes.values())
+    replace(base, shapes, read, out, source="test", content="trained")
+    torch.testing.assert_close(logits(plain(out)), logits(model), atol=1e-5, rtol=1e-5)
+    for name, buffer in plain(base).named_buffers():
+        assert torch.equal(plain(out).get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("method", [schema.Lora(kind="lora", r=2), schema.Full(kind="full")])
+def test_targets_that_the_files_hold_in_another_form_are_refused(
+    tmp_path: Path, save_small: Callable, method: schema.Lora | schema.Full
+) -> None:
+    """HRM's queries, keys and values are one tensor in its files."""
+    save_small("hrm_text", tmp_path)
+    model = attach(plain(tmp_path), method, seed=0)
+    with pytest.raises(UserError, match=r"gate_proj.weight is trained, .* hold it in another form"):
+        check_mergeable(tmp_path, changed_tensors(model))

@@ -1,0 +1,132 @@
+"""What a model is, asked of the model: which layers text reaches, experts, what NF4 can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from dtrain.config import schema
+from dtrain.core.errors import UserError
+from dtrain.models.adapters import attach
+from dtrain.models.load import load_base, read_config
+from dtrain.models.outline import check_dense, outline, unused_parameters
+from dtrain.models.stream import stream_base
+
+CPU = torch.device("cpu")
+LORA = schema.Lora(kind="lora", r=2, dropout=0.0)
+GEMMA4_MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+              "moe_intermediate_size": 32}  # fmt: skip
+
+
+def loss(model: nn.Module) -> torch.Tensor:
+    return model(torch.arange(4, 24)[None], use_cache=False).logits.float().square().mean()
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "got_ocr2", "bart", "llama"])
+def test_what_no_text_reaches_is_what_gets_no_gradient(
+    tmp_path: Path, save_small: Callable, kind: str
+) -> None:
+    """Compared with a real backward pass; for a text-only model it is nothing."""
+    model = save_small(kind, tmp_path)
+    unused = unused_parameters(outline(model.config))
+    loss(model).backward()
+    assert unused == {name for name, p in model.named_parameters() if p.grad is None}
+    assert bool(unused) == (kind != "llama")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj"]])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "bart"])
+def test_every_adapter_gets_a_gradient(
+    tmp_path: Path, save_small: Callable, kind: str, targets: str | list[str]
+) -> None:
+    """One that never does would end DDP with a traceback."""
+    model = save_small(kind, tmp_path).requires_grad_(False)
+    adapted = attach(model, LORA.model_copy(update={"targets": targets}), seed=0)
+    loss(adapted).backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    assert not [name for name in adapted_names(adapted) if "lm_head" in name]
+
+
+def test_full_training_leaves_an_image_tower_frozen(
+    tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = attach(save_small("gemma3", tmp_path), schema.Full(kind="full"), seed=0)
+    loss(model).backward()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in model.named_parameters() if p.grad is None}
+    assert any("vision_tower" in name for name in frozen)
+    assert "stay frozen, as no text reaches them: model.multi_modal_projector, model.vision" in (
+        "".join(capsys.readouterr())
+    )
+
+
+def test_targets_in_an_image_tower_alone_are_refused(tmp_path: Path, save_small: Callable) -> None:
+    model = save_small("gemma3", tmp_path)
+    with pytest.raises(UserError, match="no text reaches"):
+        attach(model, LORA.model_copy(update={"targets": ["out_proj"]}), seed=0)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("dbrx", {}), ("llama4", {}), ("gemma4", {"text": GEMMA4_MOE}), ("gemma4_text", GEMMA4_MOE),
+     ("deepseek_v3", {"first_k_dense_replace": 1}), ("doge", {"is_moe": True, "num_experts": 16}),
+     ("granitemoehybrid", {"num_local_experts": 4})],
+)  # fmt: skip
+def test_a_mixture_of_experts_is_refused_wherever_its_config_says_so(
+    tmp_path: Path, save_small: Callable, kind: str, changes: dict[str, object]
+) -> None:
+    config = save_small(kind, None, **changes)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a mixture of experts .*; dtrain trains dense models"):
+        check_dense(outline(config), "config.json")
+    if kind != "granitemoehybrid":  # refused for its recurrent layers
+        with pytest.raises(UserError, match="is a mixture of experts"):
+            read_config(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("deepseek_v3", {"first_k_dense_replace": 2}), ("doge", {"is_moe": False}),
+     ("granitemoehybrid", {"num_local_experts": 0}), ("gemma4", {}), ("gemma4_text", {})],
+)  # fmt: skip
+def test_a_dense_model_of_a_family_with_experts_is_not_refused(
+    save_small: Callable, kind: str, changes: dict[str, object]
+) -> None:
+    check_dense(outline(save_small(kind, None, **changes)), "config.json")
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt2"])
+@pytest.mark.parametrize("load", [stream_base, load_base])
+def test_qlora_of_layers_that_nf4_cannot_hold_is_refused_before_the_load(
+    tmp_path: Path, save_small: Callable, kind: str, load: Callable
+) -> None:
+    save_small(kind, tmp_path)
+    settings = schema.Model(base=str(tmp_path))
+    with pytest.raises(UserError, match=r"transformer\.h\.0\..*cannot be held in NF4\n.*: lora"):
+        load(tmp_path, settings, quantised=True, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("load", [stream_base, load_base])
+def test_nf4_holds_what_text_passes_through_and_no_image_tower(
+    tmp_path: Path, save_small: Callable, kind: str, load: Callable
+) -> None:
+    save_small(kind, tmp_path)
+    settings = schema.Model(base=str(tmp_path))
+    found = load(tmp_path, settings, quantised=True, dtype=torch.float32, device=CPU)
+    model = found.model if load is stream_base else found
+    packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert packed and all("language_model" in name for name in packed)
+    adapted = attach(model, LORA.model_copy(update={"kind": "qlora"}), seed=0)
+    targets = {n.removeprefix("base_model.model.") for n in adapted_names(adapted)}
+    assert targets == packed
