@@ -286,7 +286,7 @@ def _csv(part: Part) -> Iterator[Raw]:
 
 
 def _header(cells: list[str], part: Part) -> list[str]:
-    if twice := [name for name in dict.fromkeys(cells) if cells.count(name) > 1]:
+    if twice := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
         what = f"the column `{twice[0]}` is there twice"
         raise UserError(what, where=part.place(1), fix="rename or remove one of them")
     return cells

@@ -34,7 +34,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        added = tokenizer.added_tokens_decoder
         self._added = {one.content: (n, one) for n, one in added.items() if one.special}
         self._names = sorted(
             filter(None, self._added), key=len, reverse=True

@@ -40,7 +40,7 @@ def check_positions(
     lengths = [*_documents(mixtures), *_questions(recipe, tokenizer)]
     longest = max(tokens for _, _, tokens, _ in lengths)
     limit = position_limit(config, longest, recipe.model.trust_remote_code)
-    known = trained_positions(config.to_dict())
+    known = trained_positions(config.get_text_config(decoder=True).to_dict())
     for where, what, tokens, fix in lengths:
         if limit is not None and tokens > limit:
             short = f"{what}, but the model has {limit:,} positions"
@@ -48,7 +48,7 @@ def check_positions(
         if limit is None and known is not None and tokens > known:
             warn(
                 f"{where}: {what}, but the model was trained for {known:,} positions "
-                f"(max_position_embeddings), and beyond them its rope is not scaled"
+                f"(max_position_embeddings), and its config scales no rope beyond them"
             )
 
 

@@ -226,6 +226,12 @@ def test_a_column_twice_is_refused(fault, tmp_path, head) -> None:
     assert fault(path).startswith(f"{path}:1: the column `text` is there twice")
 
 
+def test_columns_without_a_name_are_nobodys(load, tmp_path) -> None:
+    """As spreadsheets leave behind their last column."""
+    (tmp_path / "a.csv").write_text("text,,\nx,,\n")
+    assert load(tmp_path / "a.csv", "text") == ["x"]
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_column_twice_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> None:
     path = tmp_path / f"a{suffix}"

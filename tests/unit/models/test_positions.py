@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from dtrain.cli.check import check
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.folders import sample_folder
@@ -145,8 +146,11 @@ def test_a_document_beyond_an_unscaled_rope_is_a_warning(recipe, capsys) -> None
     assert "positions" not in capsys.readouterr().out
 
 
-def test_sequences_that_may_be_too_long_are_said_without_torch(recipe) -> None:
+def test_sequences_that_may_be_too_long_are_said_without_torch(recipe, tmp_path, capsys) -> None:
     (line,) = position_warnings(recipe("gpt2", 4))
+    capsys.readouterr()
+    check(str(tmp_path / "r.yaml"))
+    assert capsys.readouterr().err == f"warning: {line}\n"
     assert line.startswith("stages.domain.data: sequence_tokens 64, but the model has 24 positions")
     assert position_warnings(recipe("gpt2", 4, "stages.domain.data.sequence_tokens=24")) == []
     assert position_warnings(recipe("gpt2", 4, "model.base=/nowhere")) == []
