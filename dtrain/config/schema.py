@@ -239,7 +239,8 @@ class Data(Group):
         "all",
         description=(
             "sft: which turns of a conversation are learnt: all answers, the last one, what the "
-            "user says; or all answers and what tools or the user say"
+            "user says; or all answers and what tools or the user say; a turn that its row marks "
+            "(`weight`, `train`, `loss`, `loss_weight`: 0 or 1, `masked`) is learned as marked"
         ),
     )
     template: str = Field(

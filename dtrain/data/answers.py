@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -147,7 +147,7 @@ class _Check:
         """The text, and the spans of what is learned."""
         learned = self._learned(train_on)
         self._check_all_is_there()
-        left_out = self._check_reasoning(learned)
+        left_out = self._check_reasoning(learned if train_on else range(len(self.roles)))
         bounds = self._bounds()
         spans: list[Span] = []
         open_ended = 0
@@ -207,11 +207,11 @@ class _Check:
         whose = f"message {field.message + 1} (role `{role}`)"
         return UserError(f"the chat template leaves out {what} {whose}", fix=fix)
 
-    def _check_reasoning(self, learned: list[int]) -> int:
+    def _check_reasoning(self, learned: Container[int]) -> int:
         """Reasoning that is left out of earlier answers; the last one must keep its own."""
         left_out = [f.message for f, p in self.located.fields if f.kind == REASONING and p is None]
         answers = [number for number, role in enumerate(self.roles) if role == "assistant"]
-        if answers and answers[-1] in left_out and (not learned or answers[-1] in learned):
+        if answers and answers[-1] in left_out and answers[-1] in learned:
             raise UserError(
                 f"the chat template leaves out the reasoning of the last answer, "
                 f"message {answers[-1] + 1}",

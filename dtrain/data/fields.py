@@ -102,7 +102,7 @@ class Marking:
                 number, REASONING, message["reasoning_content"]
             )
         content, calls = message["content"], message.get("tool_calls")
-        alone = not calls and not message.get("reasoning_content")
+        alone = not calls
         if isinstance(content, list):
             alone = alone and not any(part["text"].strip() for part in content)
             marked["content"] = [
@@ -123,7 +123,7 @@ class Marking:
         if found and self._roles[number] == "assistant":
             opening, reasoning, closing, answer = found.groups(default="")
             reasoning = self._text(number, REASONING, reasoning)
-            return opening + reasoning + closing + self._text(number, CONTENT, answer)
+            return opening + reasoning + closing + self._text(number, CONTENT, answer, alone)
         return self._text(number, CONTENT, content, alone)
 
     def _text(self, number: int, kind: str, text: str, even_empty: bool = False) -> str:
