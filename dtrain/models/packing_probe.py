@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.forward import supervised_logits
+from dtrain.models.kernels import native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import for_training, made_ready, quiet
 
@@ -94,6 +95,7 @@ def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
     vocabulary = min(TOKENS, config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(vocabulary, (n,), generator=generator) for n in DOCUMENTS]
+    loops_are_on = native.is_on()
     for all_layers in (False, True):  # some code counts on the number of layers
         try:
             with quiet(), torch.no_grad():
@@ -103,6 +105,8 @@ def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
         except Exception as error:  # whatever a model's code raises
             why = str(error) if isinstance(error, Unfit) else f"its code fails: {_brief(error)}"
             failure = error
+        finally:
+            native.switch(on=loops_are_on)
     raise UserError(f"{config.model_type!r} cannot be trained: {why}", where="model") from failure
 
 

@@ -159,7 +159,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig) -> Layout:
         UserError: it packs documents that the model would mix, or the model cannot be trained.
     """
     layout = probe_packing(config, recipe.model)
-    packs = [f"stages.{n}.data.packing" for n, s in enumerate(recipe.stages) if s.data.packing]
+    packs = [f"stages.{s.name}.data.packing" for s in recipe.stages if s.data.packing]
     packs += [
         f"evaluation.sets.{n}.packing" for n, d in recipe.evaluation.sets.items() if d.packing
     ]

@@ -43,10 +43,15 @@ def switch(*, on: bool) -> str:
     return why
 
 
+def is_on() -> bool:
+    """Whether the loops are in use."""
+    return _library is not None
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether the loops may work on these tensors."""
     return (
-        _library is not None
+        is_on()
         and all(type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu for t in tensors)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ CONFIGS = {
 @dataclass
 class Row:
     input_ids: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     predict: Tensor
     targets: Tensor
     document_lengths: list[int]
@@ -105,6 +105,16 @@ def test_packed_equals_alone(name: str, checkpointing: bool, tmp_path: Path) -> 
     assert torch.allclose(logits, alone[0], atol=1e-5)
     assert torch.allclose(losses, alone[1], atol=1e-5)
     assert torch.allclose(gradient, alone[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_document_without_positions_is_computed_as_in_a_row(name: str, tmp_path: Path) -> None:
+    """As models are trained that take one document a forward pass."""
+    model = load(saved(CONFIGS[name], tmp_path)).requires_grad_(True).train()
+    packed = losses_and_gradient(model, [pack(documents())])
+    rows = [replace(pack([document]), position_ids=None) for document in documents()]
+    for one, other in zip(packed, losses_and_gradient(model, rows), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,11 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.pipeline.inputs import check_same_on_all_ranks, prepare_inputs
+from dtrain.models.packing_probe import Layout
+from dtrain.pipeline.inputs import (
+    check_same_on_all_ranks,
+    layout_of,
+    one_document_each,
+    prepare_inputs,
+)
 
 LONG = "a long answer " * 40
 EMPTY = {
@@ -65,3 +72,27 @@ def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path)
         check_same_on_all_ranks(other, world)
     with pytest.raises(UserError, match=r"model\.base: rank 1 reads"):
         check_same_on_all_ranks(replace(first, base_fingerprint="another"), world)
+
+
+def test_packing_what_would_mix_is_refused_at_each_key() -> None:
+    recipe = load_recipe("tiny").model_dump()
+    mixing = AutoConfig.for_model(
+        "opt", vocab_size=256, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
+        num_attention_heads=4, num_hidden_layers=2,
+    )  # fmt: skip
+    recipe["stages"][1]["data"]["packing"] = False
+    recipe["evaluation"]["sets"]["task"]["packing"] = False
+    with pytest.raises(UserError, match="'opt' cannot be packed: its predictions") as error:
+        layout_of(Recipe.model_validate(recipe), mixing)
+    assert error.value.where == "stages.domain.data.packing, evaluation.sets.domain.packing"
+    assert "packing: false" in error.value.fix
+    recipe["stages"][0]["data"]["packing"] = False
+    recipe["evaluation"]["sets"]["domain"]["packing"] = False
+    assert not layout_of(Recipe.model_validate(recipe), mixing).packed
+
+
+def test_a_model_that_is_not_packed_computes_one_sequence_at_once() -> None:
+    recipe = load_recipe("tiny", ["stages.task.train.micro_batch_sequences=2"])
+    assert one_document_each(recipe, Layout(packed=True)) == recipe
+    alone = one_document_each(recipe, Layout(packed=False, reason="of a test"))
+    assert [stage.train.micro_batch for stage in alone.stages] == [1, 1]
