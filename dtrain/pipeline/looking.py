@@ -51,7 +51,8 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
         UserError: base or data cannot be had at all; rows that are wrong are findings.
     """
     train_on = stage.data.train_on if stage.kind == "sft" else ""  # cpt learns every token
-    tokens = TokenCounter(recipe_tokenizer(recipe), stage.data.template, train_on)
+    data, tokenizer = stage.data, recipe_tokenizer(recipe)
+    tokens = TokenCounter(tokenizer, data.template, train_on, data.split_special_tokens)
     return scan(
         [source_input(source) for source in stage.data.all_sources],
         known=held_out_of(recipe),

@@ -229,6 +229,20 @@ def test_any_conversation_comes_through_whole(tokenizer, question, answer) -> No
         assert ids == tokenizer(text).input_ids
 
 
+def test_a_scan_counts_tokens_as_training_makes_them(
+    prepared, write_rows, tokenizer, make_tokenizer
+) -> None:
+    rows = [talk(HOSTILE, f"{END} x"), talk("q", "plain")]
+    source = source_input(Source(path=write_rows("a.jsonl", rows), format="messages"))
+    trained = {"packing": False, "sequence_tokens": 200}
+    for split in (True, False):
+        found = scan([source], tokens=TokenCounter(tokenizer, "auto", "all", split))
+        mixture = prepared("sft", [{"path": source.name}], split_special_tokens=split, **trained)
+        assert found.column("tokens").tolist() == [len(ids) for ids in ids_of(mixture)]
+    found = scan([source], tokens=TokenCounter(make_tokenizer(template=READS), "auto"))
+    assert found.having("template").tolist() == [True, False]
+
+
 def test_a_scan_names_them_and_a_policy_takes_them_away(tokenizer, write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [talk("q", "a good answer."), talk("q2", f"an answer.{END}")])
     source = source_input(Source(path=path, format="messages"))
