@@ -78,3 +78,17 @@ def test_a_merge_that_cannot_be_written_is_refused_before_the_first_step(
     run = start_ranks(*SHORT, f"model.base={base('hrm_text')}").wait(2)
     assert "hold it in another form" in run.output and "Traceback" not in run.output
     assert not (run.folder / "domain" / "metrics.jsonl").exists()
+
+
+def test_engines_agree_on_full_training_beside_a_frozen_tower(
+    start_ranks: Callable, base: Callable
+) -> None:
+    folder, losses = base("gemma3"), {}
+    full = [f"stages.{stage}.method={{kind: full}}" for stage in ("domain", "task")]
+    for engine in ("ddp", "fsdp2", "zero3"):
+        own = [*SHORT, *full, f"model.base={folder}", f"engine.kind={engine}"]
+        run = start_ranks(*own, folder=engine).wait(0)
+        losses[engine] = [float(line.split()[2]) for line in run.losses()]
+        assert "parameters stay frozen, as no text reaches them" in run.output
+    assert losses["fsdp2"] == pytest.approx(losses["ddp"], abs=1e-5)
+    assert losses["zero3"] == pytest.approx(losses["ddp"], abs=1e-5)

@@ -111,6 +111,18 @@ LLAMA = {"model_type": "llama"} | SMALL
         ("[]", "not a model's config"),
         ('{"model_type": "llamma"}', "did you mean llama"),
         ('{"model_type": "mixtral", "num_local_experts": 8}', "'mixtral' is a mixture of experts"),
+        ('{"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}', "mixture of experts"),
+        ('{"model_type": "llama4", "text_config": {"num_local_experts": 4}}', "mixture of experts"),
+        ('{"model_type": "doge", "is_moe": false, "num_experts": 9}', "does not know model_type"),
+        (
+            '{"model_type": "gemma4", "text_config": {"num_experts": null}}',
+            "does not know model_ty",
+        ),
+        (
+            '{"model_type": "deepseek_v3", "n_routed_experts": 256, "n_shared_experts": 2, '
+            '"first_k_dense_replace": 4, "num_hidden_layers": 4}',
+            "does not know model_type",
+        ),
         ('{"model_type": "llama"}', "hidden_size is missing"),
         (json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}), "not a number"),
         (json.dumps(LLAMA | {"vocab_size": 0}), "vocab_size is not a number above 0: 0"),
