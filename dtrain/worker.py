@@ -162,4 +162,6 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
     finally:
         watch.stop(all_is_well=finished is not None)
     stop.forget_file()
+    if lock:  # every rank has come to its end
+        shutil.rmtree(run / ".watch", ignore_errors=True)
     return finished
