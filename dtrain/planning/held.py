@@ -22,13 +22,14 @@ from dtrain.planning.setup import ZERO, Setup
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
 
 
-def weight_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
-    """Weights that this rank keeps, and the copies that computing makes of all of them."""
+def weight_bytes(setup: Setup, habits: Habits = DTRAIN, *, computing: bool = True) -> float:
+    """Weights that this rank keeps, and if `computing` the copies that are made of all of them."""
     scales = NF4_SCALE_BYTES * setup.shape.linear_elements if setup.method == "qlora" else 0.0
     if setup.offload:
         return scales
     # Under DDP autocast keeps a 16-bit copy of every matrix until the backward pass is over.
-    copies = setup.element_bytes * setup.shape.linear_elements if keeps_wide(setup) else 0
+    copied = computing and keeps_wide(setup)
+    copies = setup.element_bytes * setup.shape.linear_elements if copied else 0
     layer = sum(_kept(one, setup) for one in layer_parameters(setup, habits.train_bytes))
     outer = sum(_kept(one, setup) for one in outer_parameters(setup, habits.train_bytes))
     return setup.shape.layers * layer + outer + scales + copies

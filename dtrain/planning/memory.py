@@ -58,7 +58,7 @@ class Memory:
         activations: kept for the backward pass.
         working: what the moment itself needs: logits, a recomputed layer, an update's copies.
         buffers: an engine's own, for sending.
-        moment: gather (the first), forward, loss, backward or update: when the peak is.
+        moment: loading, gather (the first), forward, loss, backward or update: when the peak is.
     """
 
     weights: float
@@ -97,6 +97,7 @@ def moments(setup: Setup, habits: Habits = DTRAIN) -> list[Memory]:
     """Every moment of a step that could need most."""
     held = _Held(setup, habits)
     return [
+        *held.of_loading(),
         *map(held.at_gather, held.gathers),
         *held.of_head_gradients(),
         *held.of_reduction(),
@@ -152,6 +153,27 @@ class _Held:
         if self.setup.engine == "zero2" and moment == "backward":
             return 2 * self.buffer
         return self.buffer if self.setup.engine == "zero3" else 0.0
+
+    def of_loading(self) -> Iterator[Memory]:
+        """The base arrives: a block is whole until its share is cut out, a matrix until it is NF4.
+
+        Nothing else is there yet; the engine has its last share when the last block comes.
+        """
+        setup = self.setup
+        blocks = [layer_parameters(setup), outer_parameters(setup)]
+        whole = max(sum(one.kept * one.elements for one in block) for block in blocks)
+        packed = setup.method == "qlora" and max(x.elements for x in setup.shape.linears)
+        base = weight_bytes(setup, self.habits, computing=False)
+        yield Memory(
+            weights=base,
+            gradients=0.0,
+            optimizer=0.0,
+            gathered=float(whole) if setup.is_sharded and setup.shard > 1 else 0.0,
+            activations=0.0,
+            working=float(setup.element_bytes * packed),
+            buffers=0.0,
+            moment="loading",
+        )
 
     def at_gather(self, gather: Gather) -> Memory:
         """A part of a micro-batch with what is gathered in it."""
@@ -264,8 +286,7 @@ class _Held:
         if setup.offload:
             yield self.at("update")
         elif setup.engine not in ZERO:
-            # torch: on GPUs a root of the second moment, of all parameters at once.
-            yield self.at("update", working=mine * setup.on_gpu, gradients=mine)
+            yield self.at("update", gradients=mine)  # fused: no copy of any state
         else:
             yield from self.of_zero_update()
 
@@ -280,4 +301,4 @@ class _Held:
         norm = FLOAT64 * min(largest_trained(setup) / shares, whole / FLOAT32)
         yield self.at("update", working=max(norm, together), gradients=gradients)
         kept = 0.0 if setup.engine == "zero2" else gradients
-        yield self.at("update", working=together * (1 + setup.on_gpu), gradients=kept)
+        yield self.at("update", working=together, gradients=kept)

@@ -23,6 +23,7 @@ from dtrain.planning.storage import (
     disk_bytes,
     host_load_bytes,
     host_merge_bytes,
+    host_save_bytes,
     stage_tokens,
 )
 from dtrain.planning.verdict import FITS, ORDER, Change, Verdict, advice, verdict_of
@@ -197,6 +198,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "verdict": verdict.word,
         "changes": [{"change": list(x.texts), "cost": x.cost} for x in stage.changes],
         "host_load": host_load_bytes(setup),
+        "host_save": host_save_bytes(setup),
         "host_merge": host_merge_bytes(setup),
         "checkpoint": checkpoint_bytes(setup),
         "disk": stage.disk,

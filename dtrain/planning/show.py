@@ -10,13 +10,19 @@ from dtrain.planning.calibration import Measured
 from dtrain.planning.exact import Exact
 from dtrain.planning.plan import Plan, StagePlan
 from dtrain.planning.setup import Cluster
-from dtrain.planning.storage import checkpoint_bytes, host_load_bytes, host_merge_bytes
+from dtrain.planning.storage import (
+    checkpoint_bytes,
+    host_load_bytes,
+    host_merge_bytes,
+    host_save_bytes,
+)
 from dtrain.planning.verdict import FITS
 from dtrain.planning.wire import entering_bytes, received_bytes
 
 LABEL = 14
 LEAST_SHARE = 0.002  # of a peak; terms below it are not listed
 MOMENTS = {
+    "loading": "while the base is loaded",
     "gather": "as the first layer's weights arrive",
     "forward": "in the forward pass",
     "loss": "when the loss is computed",
@@ -61,7 +67,8 @@ def stage_lines(stage: StagePlan, plan: Plan, columns: int) -> Iterator[str]:
     if stage.verdict.word != FITS and not stage.changes:
         yield from _item("would fit", "nothing that the plan knows", columns)
     host = (
-        f"{size(host_load_bytes(setup))} a node at load, {size(host_merge_bytes(setup))} at merge"
+        f"{size(host_load_bytes(setup))} a node at load, {size(host_save_bytes(setup))} in "
+        f"training, {size(host_merge_bytes(setup))} at merge"
     )
     yield from _item("host memory", host, columns)
     saved = f"{size(checkpoint_bytes(setup))} a checkpoint, {size(stage.disk)} in all"

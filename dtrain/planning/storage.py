@@ -43,6 +43,12 @@ def host_load_bytes(setup: Setup) -> float:
     return ranks * (RANK_HOST_BYTES + block + held)
 
 
+def host_save_bytes(setup: Setup) -> float:
+    """Host memory of a node while it trains: each rank keeps its share of a checkpoint there."""
+    ranks = min(setup.node_ranks, setup.ranks)
+    return ranks * (RANK_HOST_BYTES + checkpoint_bytes(setup) / setup.ranks)
+
+
 def host_merge_bytes(setup: Setup) -> float:
     """Host memory of the merge: one tensor, whatever the model's size."""
     shape = setup.shape

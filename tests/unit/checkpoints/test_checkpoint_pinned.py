@@ -1,0 +1,39 @@
+"""Memory that is locked for a GPU's copies; the CUDA runtime is a stand-in that counts."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dtrain.checkpoints.host import PAGE_BYTES, HostShard
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Address → bytes of what is locked now."""
+    ranges: dict[int, int] = {}
+
+    def register(start: int, size: int, flags: int) -> int:
+        ranges[start] = size
+        return 0
+
+    def unregister(start: int) -> int:
+        del ranges[start]
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return ranges
+
+
+def test_no_more_is_locked_than_a_save_needs(locked) -> None:
+    elements = (1 << 18) + 1  # a little more than a power of two
+    shard = HostShard({"a|weight|0": torch.ones(elements)}, pinned=True)
+    (size,) = locked.values()
+    assert 0 < size - 4 * elements < 2 * PAGE_BYTES
+    del shard
+    gc.collect()
+    assert not locked, "memory that is freed must not stay locked"
