@@ -162,6 +162,14 @@ class Mixture:
                 lines.append(f"from sequence {phase.start + 1:,} on: {shares} of the sequences")
         return "\n".join(lines)
 
+    def notes(self) -> list[str]:
+        """What was cut, left out or read in another way, each with its source."""
+        return [
+            f"{source.name}: {note}"
+            for source in self.sources
+            for note in notes(source.store.manifest["counts"])
+        ]
+
     def _describe(self, source: Prepared) -> str:
         facts = source.store.manifest
         fill = facts["tokens"] / (facts["rows"] * self.sequence_tokens)

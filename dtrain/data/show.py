@@ -14,7 +14,6 @@ from dtrain.data.conversations import Pair, Talk
 from dtrain.data.formats import Fault, Record
 from dtrain.data.mixture import Mixture, Row
 from dtrain.data.sources import Part
-from dtrain.data.tokenise import notes
 
 SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
 HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
@@ -50,9 +49,8 @@ def sequences(
         )
         yield Text(head, style=HEAD)
         yield from _documents(row, tokenizer, colour)
-    for source in mixture.sources:
-        for note in notes(source.store.manifest["counts"]):
-            yield Text(f"{source.name}: {note}\n", style=NOTE)
+    for note in mixture.notes():
+        yield Text(f"{note}\n", style=NOTE)
 
 
 def _documents(row: Row, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Iterator[Text]:

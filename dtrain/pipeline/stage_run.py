@@ -233,6 +233,8 @@ class StageRun:
         )
         say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
         sets = self.inputs.sets if train.evaluate_every_steps else {}
+        for note in (note for held_out in sets.values() for note in held_out.notes()):
+            say(f"evaluation: {note}")
         return Job(
             engine=engine,
             loader=loader,
