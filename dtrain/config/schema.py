@@ -229,7 +229,10 @@ class Data(Group):
     )
     packing: bool = Field(
         True,
-        description="several documents in a sequence; attention never crosses them",
+        description=(
+            "several documents in a sequence, for models that keep them apart, which is probed; "
+            "false: one in each, for every model"
+        ),
     )
     overlong: Literal["truncate", "drop", "fail"] = Field(
         "truncate",

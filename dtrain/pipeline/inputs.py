@@ -131,7 +131,8 @@ def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = N
     Raises:
         UserError: base or data cannot be used.
     """
-    _, tokenizer, mark = _base_of(recipe)
+    base, tokenizer, mark = _base_of(recipe)
+    layout_of(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
     groups = [(stage.data, stage.kind) for stage in recipe.stages]
     groups += [(data, data.kind) for data in recipe.evaluation.sets.values()]
     done = [
