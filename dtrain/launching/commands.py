@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dtrain.core.folders import cache_folder
+
 WORKER = "dtrain.train"
 STOP_FILE = "stop"  # in the run folder: asks the run to save and end
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
@@ -68,6 +70,9 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
     wanted = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(MOST_COMPILE_THREADS, cores_of_a_rank)),
+        # On the file system that a requeued job finds again, so that it starts warm.
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
+        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
         # torchrun otherwise hangs at times when it restarts its workers.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -37,7 +37,9 @@ from dtrain.merge.merge import check_mergeable, check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, changed_tensors, save_adapter
 from dtrain.models.counts import parameter_counts
+from dtrain.models.kernels import fused
 from dtrain.models.kernels.install import put_in
+from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.stream import stream_base
 from dtrain.monitoring.metrics import Metrics
@@ -181,7 +183,10 @@ class StageRun:
             f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
             f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
         )
+        fused.switch(on=self.recipe.determinism != "strict")
         say(f"kernels: {put_in(model, self.recipe.model)}")
+        if self.recipe.model.kernels != "plain":
+            compile_ahead(world.device, dtype, full=isinstance(method, Full))
         if checkpoint is not None:
             load_trainable(model, checkpoint)
         engine = build_engine(model, self.recipe, self.stage, world, fill)

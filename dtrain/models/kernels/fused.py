@@ -8,12 +8,13 @@ the same compilation for a CPU is what a test compares with. Rotary positions ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from dtrain.core.log import warn
 from dtrain.models.kernels.native import PLAIN
@@ -23,22 +24,68 @@ R = TypeVar("R")
 # Round where the passes one by one would: the losses of `kernels: plain`, to the same digits.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 
+_failed: set[Callable[..., Any]] = set()
+_enabled = True
+
 
 def in_one_pass(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` of tensors, the first of which says where all of them are."""
+    """`function` of tensors, the first of which says where all of them are.
+
+    Where it does not compile, it runs pass by pass from then on, with one warning.
+    """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        chosen = _compiled(function) if compiles(args[0]) else function
-        result: R = chosen(*args, **kwargs)
-        return result
+        if function in _failed or not compiles(args[0]):
+            return function(*args, **kwargs)
+        return _try_compiled(function, args, kwargs)
 
     return call
 
 
+def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
+    before = list(_versions(args))
+    # Torch would compile anew for what requires a gradient, is a parameter or a view.
+    bare = (a.detach() if isinstance(a, Tensor) else a for a in args)
+    try:
+        result: R = _compiled(function)(*bare, **kwargs)
+    except Exception as error:  # of torch, triton or a compiler
+        if _is_out_of_memory(error) or before != list(_versions(args)):
+            raise
+        _failed.add(function)
+        why = str(error).strip().split("\n")[0]
+        warn(f"kernels: {function.__name__} does not compile here, its passes stay apart: {why}")
+        return function(*args, **kwargs)
+    return result
+
+
+def _versions(args: tuple[Any, ...]) -> Iterator[int]:
+    """Change where a tensor is written to: a function that began to write cannot start again."""
+    return (a._version for a in args if isinstance(a, Tensor) and not a.is_inference())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def switch(*, on: bool) -> None:
+    """Compile from now on, or never: what a compiled sum adds up first depends on shapes."""
+    global _enabled
+    _enabled = on
+
+
 def compiles(tensor: Any) -> bool:
-    """Whether torch.compile works on this tensor's device: a GPU from Volta on, with triton."""
-    return type(tensor) in PLAIN and tensor.is_cuda and _gpu_compiles()
+    """Whether torch.compile works on this tensor's device: a GPU from Volta on, with triton.
+
+    One token is left alone: torch compiles anew for it.
+    """
+    return (
+        _enabled
+        and type(tensor) in PLAIN
+        and tensor.is_cuda
+        and tensor.numel() > tensor.shape[-1]
+        and _gpu_compiles()
+    )
 
 
 @cache

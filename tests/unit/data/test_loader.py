@@ -173,12 +173,12 @@ def test_the_last_short_batch_is_kept() -> None:
     assert loader.supervised_tokens(2) == int((real % 3 + 1).sum())
 
 
-def test_a_rank_without_rows_gets_one_token_and_no_target() -> None:
+def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
     loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=9)
     (batch,) = loader.micro_batches(2, 3, 4, 1)
-    assert batch.input_ids.tolist() == batch.position_ids.tolist() == [[0]]
+    assert batch.input_ids.tolist() == [[0, 0]] and batch.position_ids.tolist() == [[0, 1]]
     assert batch.predict.numel() == batch.targets.numel() == 0
-    assert batch.document_lengths == batch.sequence_lengths == [1]
+    assert batch.document_lengths == batch.sequence_lengths == [2]
     assert batch.sequences == [11]
 
 
@@ -204,4 +204,4 @@ def test_a_rank_without_rows_of_a_store_looks_nothing_up(prepared, write_rows) -
     source = {"path": write_rows("a.jsonl", [{"text": "fox"}]), "format": "text"}
     loader = Loader(prepared("cpt", [source]), seed=0, global_batch=2, total_rows=1)
     (batch,) = loader.micro_batches(0, 1, 2, 1)
-    assert batch.input_ids.tolist() == [[0]] and batch.targets.numel() == 0
+    assert batch.input_ids.tolist() == [[0, 0]] and batch.targets.numel() == 0

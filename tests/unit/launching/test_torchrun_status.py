@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.numa.binding import NumaOptions
 
 from dtrain.core.errors import Exit
+from dtrain.core.folders import cache_folder
 from dtrain.launching.commands import launcher_environment, torchrun_command, worker_environment
 from dtrain.torchrun import SECONDS_FOR_THE_OTHERS, Signals, main, status_of
 
@@ -160,6 +161,9 @@ def test_the_workers_environment() -> None:
     assert "OMP_NUM_THREADS" not in worker_environment({"OMP_NUM_THREADS": "7"}, 1, has_gpu=True)
     assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     assert int(worker_environment({}, 1, has_gpu=True)["TORCHINDUCTOR_COMPILE_THREADS"]) <= 4
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # what is compiled is kept
+        assert Path(found[name]).parent == cache_folder()
+        assert name not in worker_environment({name: "/elsewhere"}, 1, has_gpu=True)
     assert (
         launcher_environment({"A": "b"}, "cpu").items()
         >= {"A": "b", "DS_ACCELERATOR": "cpu"}.items()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dtrain.config import schema
+from dtrain.data.loader import MicroBatch
+from dtrain.models.adapters import attach
+from dtrain.models.dropout import set_dropout_key
+from dtrain.models.forward import supervised_loss
 from dtrain.models.kernels import fused, head, norm, swiglu
+from dtrain.models.kernels.install import use_kernels
+from dtrain.models.kernels.warm_up import compile_ahead
 
 TOKENS, WIDTH, VOCABULARY = 7, 64, 96
 
@@ -57,3 +67,110 @@ def test_a_gpu_that_cannot_compile_is_told_and_computes_on(
     assert not fused._gpu_compiles()  # there is no GPU
     fused._gpu_compiles.cache_clear()
     assert "torch.compile does not work here" in capsys.readouterr().out
+
+
+def fails_at(number: int, error: Exception, *, after_writing: bool = False) -> Any:
+    """A compiler whose function raises an error when it is called for that time."""
+    calls = 0
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls < number:
+                return function(*args)
+            if after_writing:
+                args[0].add_(1.0)
+            raise error
+
+        call.calls = lambda: calls  # type: ignore[attr-defined]
+        return call
+
+    return cache(compiled)
+
+
+@pytest.fixture
+def everything_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "compiles", lambda tensor: True)
+    monkeypatch.setattr(fused, "_failed", set())
+
+
+@pytest.mark.usefixtures("everything_compiles")
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_stops_to_compile_goes_on_pass_by_pass(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = fails_at(number, RuntimeError("no such instruction\nmore"))
+    monkeypatch.setattr(fused, "_compiled", compiled)
+    expected = torch.nn.functional.silu(X) * GRADIENT
+    for _ in range(number + 3):
+        torch.testing.assert_close(swiglu._product_by_torch(X, GRADIENT), expected)
+    assert compiled(swiglu._product_by_torch.__wrapped__).calls() == number
+    out = capsys.readouterr().out
+    assert out.count("_product_by_torch does not compile here") == 1
+    assert "no such instruction" in out
+
+
+@pytest.mark.usefixtures("everything_compiles")
+@pytest.mark.parametrize(
+    ("error", "writes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("an illegal instruction"), True),
+    ],
+)
+def test_other_errors_are_raised(
+    error: Exception, writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_compiled", fails_at(1, error, after_writing=writes))
+    with pytest.raises(type(error)):
+        swiglu._product_by_torch(X.clone(), GRADIENT)
+
+
+def test_strict_runs_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_gpu_compiles", lambda: True)
+    tensor = SimpleNamespace(is_cuda=True, shape=(4, 8), numel=lambda: 32)
+    monkeypatch.setattr(fused, "PLAIN", (SimpleNamespace,))
+    assert fused.compiles(tensor)
+    fused.switch(on=False)
+    assert not fused.compiles(tensor)
+    fused.switch(on=True)
+    one_token = SimpleNamespace(is_cuda=True, shape=(1, 1, 8), numel=lambda: 8)
+    assert not fused.compiles(one_token)
+
+
+@pytest.mark.usefixtures("everything_compiles")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=True, backend=count)
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    graphs: list[Any] = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(fused, "compiles", lambda tensor: tensor.numel() > tensor.shape[-1])
+    monkeypatch.setattr(fused, "_compiled", cache(traced))
+    compile_ahead(torch.device("cpu"), torch.float32, full=full)
+    ahead = len(graphs)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=48, intermediate_size=112, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    method: Any = schema.Full(kind="full") if full else schema.Lora(kind="lora", r=4, dropout=0.1)
+    model = attach(base, method, seed=0).train()
+    use_kernels(model)
+    for tokens in (33, 2, 5):
+        positions = torch.arange(tokens)
+        set_dropout_key(model, 0, 0, [0], [tokens])
+        row = MicroBatch(
+            positions[None], positions[None], positions[:-1], positions[1:], [tokens], [0], [tokens]
+        )
+        supervised_loss(model, row).backward()
+    assert ahead == len(graphs) == (8 if full else 7)
