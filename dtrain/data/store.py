@@ -28,6 +28,8 @@ from dtrain.data.pieces import Pieces, spread
 
 MANIFEST, SUMS = "store.json", "SHA256SUMS"
 PLAN_FILES = ("pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "shards.npy")
+TOTALS = ("rows", "documents", "tokens", "supervised_tokens", "longest_segment", "largest_token")
+KEYS = {*TOTALS, "counts", "fingerprint", "files"}  # of the manifest, that readers count on
 SHARD = np.dtype([("first_document", "<i8"), ("bytes", "<i8")])
 OPEN_SHARDS = 512  # a kernel maps 65,530 files at most
 
@@ -108,8 +110,8 @@ class Store:
         """Open the store in `folder`.
 
         Raises:
-            UserError: the manifest was changed; a file of the plan is missing or has another size
-                than it was written with.
+            UserError: the manifest was changed, or is of another version of dtrain; a file of the
+                plan is missing or has another size than it was written with.
         """
         self.folder = folder
         self.manifest = _manifest(folder / MANIFEST)
@@ -216,9 +218,14 @@ def _array(path: Path) -> NDArray[Any]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return read_sealed(path)
+        found = read_sealed(path)
     except UserError as error:
         raise damaged(path, error.what) from error
+    if missing := sorted(KEYS - found.keys()):
+        raise damaged(
+            path, f"it has no {', '.join(missing)}, as another version of dtrain wrote it"
+        )
+    return found
 
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)

@@ -60,6 +60,16 @@ def test_a_broken_manifest_is_told(folder) -> None:
         Store(folder)
 
 
+@pytest.mark.parametrize("key", ["longest_segment", "largest_token", "counts", "files"])
+def test_a_manifest_of_another_version_does_not_open(folder, key) -> None:
+    manifest = read_sealed(folder / "store.json")
+    del manifest[key]
+    write_sealed(folder / "store.json", manifest)
+    with pytest.raises(UserError, match=rf"it has no {key}, as another version") as e:
+        Store(folder)
+    assert f"delete the folder {folder}" in e.value.fix
+
+
 def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None:
     monkeypatch.setattr(module, "map_shard", pytest.fail)
     store = Store(folder)
