@@ -192,7 +192,7 @@ def _packing(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(origin.dtype, device) if origin and origin.dtype else None
-    return Packed(base, shapes, dtype, origin is not None and origin.trusts_code())
+    return Packed(base, shapes, dtype, origin is not None and origin.trusts_code(), device)
 
 
 def _base(address: str) -> Path:

@@ -26,28 +26,40 @@ from dtrain.models.load import read_config
 from dtrain.models.outline import outline
 from dtrain.models.quantise import nf4_layers
 
+CPU = torch.device("cpu")
 SCALES_BLOCK = 256  # of bitsandbytes' double quantisation
 
 
 class Packed:
     """Which tensors of a base were held in NF4 for training, and in which dtype it was loaded.
 
+    A GPU packs the same weights into other bits now and then: bitsandbytes' kernel is compiled
+    with approximate division, and the mean of the scales is summed in another order.
+
     Args:
         dtype: None: as each tensor is stored.
+        device: where the base was packed for training.
 
     Raises:
         UserError: one of them is not a plain float in the base.
     """
 
     def __init__(
-        self, base: Path, shapes: Shapes, dtype: torch.dtype | None, trust_remote_code: bool = False
+        self,
+        base: Path,
+        shapes: Shapes,
+        dtype: torch.dtype | None,
+        trust_remote_code: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         config = read_config(base, trust_remote_code=trust_remote_code)
         layers = nf4_layers(outline(config, trust_remote_code))
         self.names = set()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         pack_fast()
         self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}
+        if device != CPU:
+            self.about["packed_on"] = device.type
         for layer in sorted(layers):
             name = shapes.stored_name(f"{layer}.weight")
             if name is None or shapes[name][0] not in FLOATS:
@@ -63,7 +75,8 @@ class Packed:
             stored: dtype of the base's file.
         """
         dtype = self.dtype or stored
-        packed = [quantize_4bit(b.to(stored).to(dtype), quant_type="nf4") for b in blocks]
+        loaded = (block.to(stored).to(dtype).to(self.device) for block in blocks)
+        packed = [quantize_4bit(block, quant_type="nf4") for block in loaded]
         scales = torch.cat([state.absmax for _, state in packed])
         offset = scales.mean()
         codes, outer = quantize_blockwise(scales - offset, blocksize=SCALES_BLOCK)
@@ -71,7 +84,7 @@ class Packed:
         at = 0
         for bits, state in packed:
             count = state.absmax.numel()
-            yield _unpacked(bits, state, scales[at : at + count])
+            yield _unpacked(bits, state, scales[at : at + count]).cpu()
             at += count
 
 

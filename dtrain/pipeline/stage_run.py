@@ -324,7 +324,8 @@ class StageRun:
         shapes = check_places(self.base, [self.folder.adapter], out)
         if self.stage.method.kind == "qlora":
             dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
-            packing = Packed(self.base, shapes, dtype, self.recipe.model.trust_remote_code)
+            trusts = self.recipe.model.trust_remote_code
+            packing = Packed(self.base, shapes, dtype, trusts, self.world.device)
         part = part_of(Adapter.open(self.folder.adapter, shapes), packing=packing)
         merge(self.base, [part], out, source=identity, processes=at_once, files=files)
 
