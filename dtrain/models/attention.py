@@ -61,6 +61,17 @@ class Documents:
             self._borders[device] = send(ends, device)
         return self._borders[device]
 
+    def __getitem__(self, places: Any) -> Tensor:
+        """A part of the mask that sdpa takes in its place, bool [1, 1, T, T], on the CPU.
+
+        Gemma 4 cuts queries out of it whose logits nobody asked for.
+        """
+        document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        seen = (document[:, None] == document).tril()
+        if self.window is not None:
+            seen = seen.triu(1 - self.window)
+        return seen[None, None][places]
+
 
 _row: ContextVar[Documents | None] = ContextVar("row", default=None)
 
@@ -210,8 +221,9 @@ def document_attention(
         [1, T, H, D], and no attention weights.
     """
     if not isinstance(attention_mask, Documents):
+        mask = None if attention_mask is None else attention_mask.to(query.device)
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
     lengths, window = attention_mask.lengths, attention_mask.window

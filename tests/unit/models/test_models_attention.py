@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -135,6 +136,23 @@ def test_llama_uses_documents_and_equals_sdpa(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "documents"
     row = pack(documents())
     assert torch.allclose(supervised_logits(model, row), supervised_logits(sdpa, row), atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_model_may_cut_queries_out_of_the_mask(kept: int, tmp_path: Path) -> None:
+    """Gemma 4 does where its last layers share keys, unless logits are asked for by place."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(
+        **SMALL | {"num_hidden_layers": 4}, head_dim=8, global_head_dim=8, sliding_window=4,
+        layer_types=kinds, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64,
+    )  # fmt: skip
+    folder, row = saved(config, tmp_path), pack(documents())
+    model, sdpa = load(folder), load(folder, attention="sdpa")
+    assert model.config._attn_implementation == "documents"
+    given = {"position_ids": row.position_ids, "use_cache": False, "logits_to_keep": kept}
+    ours, expected = (m(input_ids=row.input_ids, **given).logits for m in (model, sdpa))
+    assert torch.allclose(ours, expected, atol=1e-5)
 
 
 def test_softcap_falls_back_to_eager(tmp_path: Path) -> None:
