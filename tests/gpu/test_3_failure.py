@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 QLORA = ["stages.domain.method={kind: qlora, r: 8}", "stages.task.method={kind: qlora, r: 4}"]
 TINY = ["model.dtype=bfloat16", "evaluation.questions=null"]
@@ -72,8 +73,12 @@ def test_killed_it_goes_on_to_the_same_weights(start, train, moment) -> None:
 def test_two_stages_of_qlora_and_their_merges(train) -> None:
     run = train("tiny", *TINY, *QLORA)
     assert run.losses("task")[-1] < run.losses("task")[0]
-    # The merge packs the base again: what evaluation saw after training is what was merged.
-    assert (run.folder / "task" / "merged" / "model.safetensors").exists()
+    for stage in ("domain", "task"):
+        about = "".join(
+            path.read_text(encoding="utf-8")
+            for path in (run.folder / stage / "merged").glob("*.json")
+        )
+        assert ('"packed_on": "cuda"' in about) == torch.cuda.is_available(), stage
 
 
 @pytest.mark.whole_run
