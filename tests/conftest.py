@@ -64,6 +64,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "falcon": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2,
                "num_attention_heads": 4},
     "gemma3": {"text_config": TEXT, "vision_config": IMAGES, "mm_tokens_per_image": 4},
+    "gemma3n_text": TEXT | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512,
+                            "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0],
+                            "laurel_rank": 8},
     "gemma4": {"text_config": TEXT | GEMMA4, "audio_config": None,
                "vision_config": IMAGES | {"num_key_value_heads": 2, "head_dim": 16,
                                           "global_head_dim": 16}},
@@ -77,6 +80,7 @@ SMALL: dict[str, dict[str, Any]] = {
                                 "shared_intermediate_size": 64},
     "hrm_text": TEXT,
     "llama": TEXT,
+    "mamba": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": IMAGES},
     "qwen3": TEXT,
 }  # fmt: skip

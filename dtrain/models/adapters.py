@@ -24,7 +24,7 @@ from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.finite import all_finite
-from dtrain.models.outline import linear_layers, outline, unused_parameters
+from dtrain.models.outline import linear_layers, outline, unused_layers, unused_parameters
 
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,10 +52,10 @@ def attach(
     Raises:
         UserError: a target that no linear layer answers to.
     """
-    unused = unused_parameters(outline(model.config, trust_remote_code=model.is_custom_code()))
+    described = outline(model.config, trust_remote_code=model.is_custom_code())
     if isinstance(method, schema.Full):
-        return _train_all(model, unused)
-    targets = _resolve_targets(model, method.targets, unused)
+        return _train_all(model, unused_parameters(described))
+    targets = _resolve_targets(model, method.targets, unused_layers(described))
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.scale_alpha,  # type: ignore[arg-type] # PEFT divides it by r, so a float
@@ -67,11 +67,23 @@ def attach(
     # transformers and PEFT each hook the embeddings so that their output requires a gradient, for
     # the reentrant kind of checkpointing. Ours needs none: backward may end at the first adapter.
     model.disable_input_require_grads()
-    adapted = get_peft_model(model, config)
+    adapted = _with_adapter(model, config)
     model.disable_input_require_grads()
     _initialise(adapted, seed, device)
     key_dropouts(adapted)
     adapted.train()
+    return adapted
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """PEFT's model; what it does not adapt is refused in its words, such as Mamba's projections."""
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).removeprefix("[PEFT:PeftType.LORA] ")
+        fix = "name layers that PEFT adapts: method.targets: [in_proj, ...]"
+        raise UserError(reason, where="method.targets", fix=fix) from error
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 
@@ -98,7 +110,7 @@ def _resolve_targets(
     """What PEFT is to adapt; it is silent about a target that matches nothing beside one that does.
 
     Args:
-        unused: parameters that no text reaches; an adapter there would never get a gradient.
+        unused: layers that no text reaches; an adapter there would never get a gradient.
     """
     output = model.get_output_embeddings()
     layers = linear_layers(model)
@@ -108,7 +120,7 @@ def _resolve_targets(
         _check_targets(model, targets, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
         matched = {n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)}
-    used = {name for name in matched & layers.keys() if f"{name}.weight" not in unused}
+    used = (matched & layers.keys()) - unused
     if not used:
         raise UserError("no text reaches any of these layers", where="method.targets")
     if used == matched:

@@ -71,14 +71,41 @@ def unused_parameters(model: PreTrainedModel) -> set[str]:
     Returns:
         An empty set where the forward pass does not run without values.
     """
-    parameters = dict(model.named_parameters())
+    used = _used(model)
+    if used is None:
+        return set()
+    return {name for name, parameter in model.named_parameters() if parameter not in used}
+
+
+def unused_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that compute nothing of a text.
+
+    An adapter there would get no gradient, and NF4 be read as numbers: Gemma 3n takes the weight of
+    one of its layers without calling it.
+
+    Args and return: as for `unused_parameters`.
+    """
+    layers, called = linear_layers(model), set[nn.Module]()
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, _: called.add(module))
+        for layer in layers.values()
+    ]
+    used = _used(model)
+    for hook in hooks:
+        hook.remove()
+    if used is None:
+        return set()
+    return {n for n, layer in layers.items() if layer not in called or layer.weight not in used}
+
+
+def _used(model: PreTrainedModel) -> set[Tensor] | None:
+    """The parameters that the logits depend on; None where the forward pass needs values."""
     try:
         with Undecided(), torch.enable_grad():
             logits = _forward(model.requires_grad_(True))
     except Exception:  # code of any model, on tensors without values
-        return set()
-    used = _leaves(logits)
-    return {name for name, parameter in parameters.items() if parameter not in used}
+        return None
+    return _leaves(logits)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
-from dtrain.models.outline import linear_layers, unused_parameters
+from dtrain.models.outline import linear_layers, unused_layers
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,11 +89,11 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
             it is, or pack it transposed, which no merge could undo.
     """
     spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    unused = unused_parameters(model)
+    unused = unused_layers(model)
     found = {
         name: module
         for name, module in linear_layers(model).items()
-        if should_convert_module(name, spared) and f"{name}.weight" not in unused
+        if should_convert_module(name, spared) and name not in unused
     }
     for name, module in found.items():
         if type(module) is not nn.Linear:

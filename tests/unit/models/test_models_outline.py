@@ -44,16 +44,26 @@ def test_what_no_text_reaches_is_what_gets_no_gradient(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj"]])
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "bart"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma3n_text", "gemma4", "bart"])
 def test_every_adapter_gets_a_gradient(
     tmp_path: Path, save_small: Callable, kind: str, targets: str | list[str]
 ) -> None:
-    """One that never does would end DDP with a traceback."""
+    """One that never does would end DDP with a traceback.
+
+    No text reaches an image tower; Gemma 3n reads the weight of a layer that it never calls.
+    """
     model = save_small(kind, tmp_path).requires_grad_(False)
     adapted = attach(model, LORA.model_copy(update={"targets": targets}), seed=0)
     loss(adapted).backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
+
+
+def test_what_peft_does_not_adapt_is_refused(tmp_path: Path, save_small: Callable) -> None:
+    model = save_small("mamba", tmp_path).requires_grad_(False)
+    with pytest.raises(UserError, match="incompatible with Mamba-based models"):
+        attach(model, LORA, seed=0)
+    attach(model, LORA.model_copy(update={"targets": ["in_proj", "x_proj"]}), seed=0)
 
 
 def test_full_training_leaves_an_image_tower_frozen(
