@@ -23,8 +23,10 @@ from dtrain.core.files import read_json
 from dtrain.core.imports import Late
 from dtrain.models.weights import read_header, weight_files
 
+# A second to import, and few merges need them.
+models: Any = Late("dtrain.models.outline")
 model_names: Any = Late("dtrain.models.names")
-transformers: Any = Late("transformers")  # a second to import, and few merges need it
+transformers: Any = Late("transformers")
 COMPARED_BYTES = 1 << 22  # at once
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -68,7 +70,7 @@ class Shapes(dict[str, tuple[str, list[int]]]):
         Raises:
             UserError: the config ties them, and this transformers cannot build the model.
         """
-        module_names = _tied_parameters(self.folder)
+        module_names = _tied_parameters(self._model)
         if module_names is None:
             return None
         embedding, head = (self.stored_name(name) for name in module_names)
@@ -90,10 +92,14 @@ class Shapes(dict[str, tuple[str, list[int]]]):
     def _renamed(self) -> dict[str, str]:
         """Files' names by those of the model's modules; empty if the model cannot be built."""
         try:
-            model = _empty_model(self.folder)
+            model = self._model
         except UserError:
             return {}
         return {} if model is None else model_names.file_names(model, self).stored
+
+    @cached_property
+    def _model(self) -> Any:
+        return _outline(self.folder)
 
     def shape_of(self, name: str) -> tuple[str, list[int]]:
         """Dtype and shape, of the missing one of a tied pair too."""
@@ -180,7 +186,7 @@ def untied_config(folder: Path) -> str:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     with TemporaryDirectory() as probe:
         (Path(probe) / "config.json").write_text(text, encoding="utf-8")
-        if _tied_parameters(Path(probe)) is not None:
+        if _tied_parameters(_outline(Path(probe))) is not None:
             raise UserError(
                 f"embedding and head of a {config.get('model_type')} cannot be untied, and the "
                 "adapter changes them differently",
@@ -190,9 +196,12 @@ def untied_config(folder: Path) -> str:
     return text
 
 
-def _tied_parameters(folder: Path) -> tuple[str, str] | None:
-    """Names of the embedding and of the head that is the same parameter, as modules call them."""
-    model = _empty_model(folder)
+def _tied_parameters(model: Any) -> tuple[str, str] | None:
+    """Names of the embedding and of the head that is the same parameter, as modules call them.
+
+    Args:
+        model: from `_outline`.
+    """
     output = model.get_output_embeddings() if model is not None else None
     if model is None or output is None:
         return None
@@ -205,20 +214,18 @@ def _tied_parameters(folder: Path) -> tuple[str, str] | None:
     return (embedding, f"{head}.weight") if embedding else None
 
 
-def _empty_model(folder: Path) -> Any:
-    """The model on the meta device; None if there is none to build and nothing is tied."""
+def _outline(folder: Path) -> Any:
+    """The model without storage; None if there is none to build and nothing is tied."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            causal_model = transformers.AutoModelForCausalLM
-            return causal_model.from_config(config, trust_remote_code=False)
+        return models.outline(config)
     except Exception as error:  # code of its own, an architecture or a setting that is not known
         raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not raw.get("tie_word_embeddings"):
             return None
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"embedding and head are tied, and which tensors they are is not known: {reason}",
+            "embedding and head are tied, and which tensors they are is not known: "
+            f"{models.first_line(error)}",
             where=str(folder / "config.json"),
             fix="untie the base first, or leave embedding and head out of the adapter",
         ) from error

@@ -20,7 +20,7 @@ from dtrain.core.log import warn
 from dtrain.models import attention
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.names import check_complete
-from dtrain.models.outline import check_dense, linear_layers, outline
+from dtrain.models.outline import check_dense, first_line, linear_layers, outline
 from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config, nf4_layers
 from dtrain.models.rope import rotate_by_document
 from dtrain.models.weights import read_header, weight_files
@@ -163,8 +163,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             folder, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # each architecture checks its config in its own way
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(reason, where=str(folder / "config.json")) from error
+        raise UserError(first_line(error), where=str(folder / "config.json")) from error
     _check_trainable(folder, config, has_code=needs_code)
     check_dense(outline(config, trust_remote_code), str(folder / "config.json"))
     return config

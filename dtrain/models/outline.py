@@ -1,7 +1,9 @@
-"""A model without storage, asked what it is: what its text forward uses, whether it has experts."""
+"""Models without storage: built here, and asked what they use and whether they have experts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -16,22 +18,72 @@ from dtrain.core.errors import UserError
 TOKENS = 8
 
 
-def outline(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def outline(
+    config: PretrainedConfig, trust_remote_code: bool = False, attention: str | None = "eager"
+) -> PreTrainedModel:
     """The model that a config describes, parameters and buffers on the meta device.
+
+    Args:
+        attention: None for the one that transformers chooses.
 
     Raises:
         UserError: it cannot be built, or needs code that is not allowed.
     """
     own = deepcopy(config)  # building it writes dtype and attention into its config
     own.__dict__.pop("quantization_config", None)
+    chosen = {"attn_implementation": attention} if attention else {}
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                own, trust_remote_code=trust_remote_code, attn_implementation="eager"
+                own, trust_remote_code=trust_remote_code, **chosen
             )
     except Exception as error:  # each architecture checks its config in its own way
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"the model cannot be built: {reason}") from error
+        raise UserError(f"the model cannot be built: {first_line(error)}") from error
+
+
+def without_weights(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    kept_elements: int = 0,
+) -> PreTrainedModel:
+    """The model that a config describes: its buffers with their values, its parameters without.
+
+    Args:
+        config: the model keeps it.
+        kept_elements: parameters of at most so many are built as the model's code does; the others
+            are on the meta device.
+    """
+    with _parameters_on_meta(kept_elements):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+@contextmanager
+def _parameters_on_meta(kept_elements: int) -> Iterator[None]:
+    """Move each parameter to the meta device as a module registers it, so that few exist at once.
+
+    A module may register the parameter of another one, which ties the two: that one is moved once.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.numel() > kept_elements and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its class if it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_dense(model: PreTrainedModel, where: str) -> None:

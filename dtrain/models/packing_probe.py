@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.config import schema
@@ -32,6 +31,7 @@ from dtrain.models.forward import supervised_logits
 from dtrain.models.kernels import native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import for_training, made_ready, quiet
+from dtrain.models.outline import first_line, without_weights
 
 CPU = torch.device("cpu")
 DOCUMENTS = (9, 14)  # tokens of each
@@ -103,7 +103,7 @@ def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
         except UserError:
             raise
         except Exception as error:  # whatever a model's code raises
-            why = str(error) if isinstance(error, Unfit) else f"its code fails: {_brief(error)}"
+            why = str(error) if isinstance(error, Unfit) else f"its code fails: {first_line(error)}"
             failure = error
         finally:
             native.switch(on=loops_are_on)
@@ -133,7 +133,7 @@ def _layout(model: PreTrainedModel, documents: list[Tensor]) -> Layout:
         try:
             logits = supervised_logits(model, Row.of([document, second])).float()
         except Exception as error:
-            return Layout(packed=False, reason=f"it takes no row of documents: {_brief(error)}")
+            return Layout(packed=False, reason=f"it takes no row of documents: {first_line(error)}")
         if not same(logits, torch.cat([expected, alone[1]])):
             return Layout(packed=False, reason="its predictions depend on other documents of a row")
     return Layout(packed=True)
@@ -153,10 +153,6 @@ def _alone(model: PreTrainedModel, document: Tensor) -> Tensor:
     return logits.float()
 
 
-def _brief(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def thin_model(
     config: PretrainedConfig, settings: schema.Model, *, all_layers: bool
 ) -> PreTrainedModel:
@@ -168,10 +164,7 @@ def thin_model(
     if settings.attention == "flash_attention_2":  # what a GPU would take in the place of "auto"
         settings = settings.model_copy(update={"attention": "auto"})
     config = for_training(with_short_lengths(config), settings, torch.float32, CPU)
-    with _large_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-        )
+    model = without_weights(config, torch.float32, settings.trust_remote_code, kept_elements=SMALL)
     if not all_layers:
         _drop_repeated_layers(model)
     pool = Pool()
@@ -209,23 +202,6 @@ def _groups(config: PretrainedConfig | dict[str, Any]) -> Iterator[dict[str, Any
     for value in list(values.values()):
         if isinstance(value, dict | PretrainedConfig):
             yield from _groups(value)
-
-
-@contextmanager
-def _large_on_meta() -> Iterator[None]:
-    """Build modules with small parameters as their code does, and large ones without storage."""
-    register = nn.Module.register_parameter
-
-    def register_thin(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.numel() > SMALL:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_thin  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _drop_repeated_layers(model: nn.Module) -> None:

@@ -11,7 +11,9 @@ from bisect import bisect_left
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dtrain.models.outline import outline
 
 NEAR = 16  # positions that a table may lack of those that its config names, for padding
 
@@ -33,7 +35,7 @@ def position_limit(
         return None
     with torch.no_grad():
         try:
-            model = _without_storage(config, trust_remote_code)
+            model = _with_zeros(outline(config, trust_remote_code, attention=None))
         except Exception:  # whatever a model's code raises; training says it
             return None
         if _places(model, longest) or not _places(model, 1):
@@ -56,11 +58,9 @@ def _places(model: PreTrainedModel, count: int) -> bool:
     return True
 
 
-def _without_storage(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without its head; each tensor is one zero that all its elements are views of."""
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model: PreTrainedModel = whole.base_model
+def _with_zeros(outlined: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head, able to compute: each tensor is views of one zero."""
+    model: PreTrainedModel = outlined.base_model
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

@@ -12,11 +12,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
@@ -24,7 +23,7 @@ from dtrain.core.errors import UserError
 from dtrain.models.kernels.packing import pack_fast
 from dtrain.models.load import configured, made_ready
 from dtrain.models.names import check_complete, file_names
-from dtrain.models.outline import outline
+from dtrain.models.outline import outline, without_weights
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.weights import read_header, weight_files
 
@@ -165,18 +164,14 @@ def empty_model(
     Args:
         config: from `configured` or `for_training`; else as `load_base`.
     """
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-        )
-    model.tie_weights()  # accelerate made an empty parameter for each place
+    model = without_weights(config, dtype, settings.trust_remote_code)
     _keep_precision(model, dtype)
     if quantised:
         if settings.kernels != "plain":
             pack_fast()
         for name in nf4_layers(outline(config, settings.trust_remote_code)):
             _replace(model, name, dtype)
-        model.is_loaded_in_4bit = True  # PEFT asks
+        model.is_loaded_in_4bit = True  # type: ignore[assignment] # PEFT asks
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
