@@ -176,7 +176,7 @@ def filled_blocks(model: nn.Module, fill: Fill) -> Iterator[nn.Module]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers says must not be split, outermost first.
+    """The outermost blocks that transformers says must not be split.
 
     Embeddings are not among them, though some types name theirs: the matrix may be the output
     matrix too, and an engine that shards by block cannot put it into two.
@@ -187,7 +187,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     embeddings = inner.get_input_embeddings() if inner else None
     blocks = [m for m in model.modules() if type(m).__name__ in names]
-    return [m for m in blocks if all(child is not embeddings for child in m.modules())]
+    blocks = [m for m in blocks if all(child is not embeddings for child in m.modules())]
+    inner = {child for block in blocks for child in block.modules() if child is not block}
+    return [block for block in blocks if block not in inner]
 
 
 def build_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:

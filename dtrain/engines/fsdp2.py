@@ -22,7 +22,13 @@ from dtrain.checkpoints.pieces import Piece
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import Fill, TorchEngine, build_optimizer, filled_blocks
+from dtrain.engines.base import (
+    Fill,
+    TorchEngine,
+    build_optimizer,
+    decoder_layers,
+    filled_blocks,
+)
 from dtrain.engines.shared_gather import share_gathers
 
 
@@ -33,6 +39,7 @@ class Fsdp2(TorchEngine):
         self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
     ) -> None:
         super().__init__(bare, recipe, stage, world)
+        check_blocks(decoder_layers(bare))
         mesh = build_mesh(recipe.engine.shard, world)
         for block in filled_blocks(bare, fill):
             fully_shard(block, mesh=mesh, mp_policy=self.precision())
@@ -105,6 +112,24 @@ def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     with torch.no_grad():  # else a DTensor dispatches its way out
         return tensor.to_local()
+
+
+def check_blocks(blocks: list[nn.Module]) -> None:
+    """Refuse blocks that share weights: each is gathered and freed with one of them only.
+
+    Raises:
+        UserError: naming the engines that can.
+    """
+    owners: dict[nn.Parameter, nn.Module] = {}
+    for block in blocks:
+        for parameter in block.parameters():
+            if owners.setdefault(parameter, block) is not block:
+                raise UserError(
+                    f"layers of this model share weights ({type(block).__name__}), which fsdp2 "
+                    "cannot shard layer by layer",
+                    where="engine.kind: fsdp2",
+                    fix="engine.kind: zero3, or ddp",
+                )
 
 
 def build_mesh(shard: str | int, world: World) -> DeviceMesh:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
+from dtrain.core.errors import UserError
 from dtrain.engines.base import decoder_layers
+from dtrain.engines.fsdp2 import check_blocks
 
 SIZES = {
     "hidden_size": 16,
@@ -23,3 +33,23 @@ def test_a_block_never_holds_the_embeddings() -> None:
         llama = LlamaForCausalLM(LlamaConfig(**SIZES))
     assert [type(block).__name__ for block in decoder_layers(bert)] == ["BertLayer"] * 3
     assert [type(block).__name__ for block in decoder_layers(llama)] == ["LlamaDecoderLayer"] * 3
+
+
+def test_of_nested_blocks_the_outermost_count_and_shared_weights_are_refused() -> None:
+    """Zamba 2's hybrid layers hold a Mamba layer each, and one attention between them."""
+    kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+    with torch.device("meta"):
+        model = Zamba2ForCausalLM(
+            Zamba2Config(
+                **SIZES | {"num_hidden_layers": 4}, layers_block_type=kinds, mamba_headdim=8,
+                n_mamba_heads=4, num_key_value_heads=2, num_mem_blocks=1,
+            )
+        )  # fmt: skip
+    blocks = decoder_layers(model)
+    assert [type(block).__name__ for block in blocks] == [
+        "Zamba2MambaDecoderLayer",
+        "Zamba2HybridLayer",
+    ] * 2
+    with pytest.raises(UserError, match="share weights"):
+        check_blocks(blocks)
+    check_blocks(blocks[:2])
