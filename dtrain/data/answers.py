@@ -34,7 +34,7 @@ from dtrain.data.fields import (
     locate,
 )
 from dtrain.data.limits import Limit, limits
-from dtrain.data.templates import SECONDS, Span, Template
+from dtrain.data.templates import OWN_KEYS, SECONDS, Span, Template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of those of `fields`
@@ -47,6 +47,14 @@ ROLES = {"all": "assistant", "last": "assistant"}  # else a part of `train_on` i
 NO_REASONING = "reasoning_left_out"  # answers
 NO_END = "answers_without_end"
 AS_ROLE = "role "  # and the role, then the one that it is read as: rows
+UNREAD = "message key "  # and the key, which neither this program nor the template reads: rows
+
+STANDARD_ROLES = ("system", "user", "assistant", "tool")
+READ_KEYS = frozenset(
+    ("role", "content", "reasoning_content", "tool_calls", "instruction", "input")
+)
+CALLS = "a call of a tool in"
+NO_CONTENT = frozenset(("id", "name", "tool_call_id"))  # such keys only name the message
 
 
 def render_answers(
@@ -148,6 +156,7 @@ class _Check:
         learned = self._learned(train_on)
         self._check_all_is_there()
         left_out = self._check_reasoning(learned if train_on else range(len(self.roles)))
+        counts.update(self._oddities())
         bounds = self._bounds()
         spans: list[Span] = []
         open_ended = 0
@@ -173,6 +182,19 @@ class _Check:
             if chosen:
                 learned.append(number)
         return learned
+
+    def _oddities(self) -> set[str]:
+        """Roles that are written and mean nothing to dtrain, and keys that nobody reads."""
+        odd = {
+            f"{AS_ROLE}`{role}` is no standard one: written as it is, and no answer"
+            for role in self.roles
+            if role not in STANDARD_ROLES
+        }
+        for message in self.messages:
+            for key in message.keys() - READ_KEYS - NO_CONTENT - OWN_KEYS:
+                if message[key] not in (None, "", [], {}) and key not in self.template.text:
+                    odd.add(f"{UNREAD}`{key}` is not read")
+        return odd
 
     def _check_all_is_there(self) -> None:
         if all(_is_there(field, place) for field, place in self.located.fields):
@@ -203,13 +225,18 @@ class _Check:
             return UserError("the chat template leaves out the row's tools", fix=fix)
         message = self.messages[field.message]
         role = message.get("written_role", message["role"])
-        what = "a call of a tool in" if field.kind in (CALL, ARGUMENT) else "the text of"
+        what = {REASONING: "the reasoning of", CALL: CALLS, ARGUMENT: CALLS}.get(
+            field.kind, "the text of"
+        )
         whose = f"message {field.message + 1} (role `{role}`)"
         return UserError(f"the chat template leaves out {what} {whose}", fix=fix)
 
     def _check_reasoning(self, learned: Container[int]) -> int:
         """Reasoning that is left out of earlier answers; the last one must keep its own."""
-        left_out = [f.message for f, p in self.located.fields if f.kind == REASONING and p is None]
+        fields = [f for f, p in self.located.fields if f.kind == REASONING and p is None]
+        left_out = [field.message for field in fields]
+        if stray := [f for f in fields if self.roles[f.message] != "assistant"]:
+            raise self._left_out(stray[0])
         answers = [number for number, role in enumerate(self.roles) if role == "assistant"]
         if answers and answers[-1] in left_out and answers[-1] in learned:
             raise UserError(

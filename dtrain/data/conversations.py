@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dtrain.core.errors import UserError
@@ -17,6 +18,7 @@ ROLES = {
     "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "bot": "assistant",
@@ -33,13 +35,23 @@ ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
 }
 SHAREGPT = ("human", "gpt", "chatgpt", "bing", "bard", "observation", "function_call")  # its own
+ARGUMENTS = ("arguments", "parameters")
+KEYS_OF_CALLS = (*ARGUMENTS, "name", "id", "type", "index")
 CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, as JSON
 
 # Keys by which rows say whether a turn is learned: OpenAI, axolotl, ms-swift, LLaMA-Factory, …
-MARKS = ("weight", "train", "training", "loss", "loss_weight", "masked", "train_detail")
+MARKS = (
+    "weight", "train", "training", "trainable", "train_on_turn", "train_detail",
+    "loss", "loss_weight", "loss_mask", "masked",
+)  # fmt: skip
+WHOLE = "a turn is learned as a whole or not at all: change the mark or remove it"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # transformers knows the same
 TEXT_TYPES = (None, "text", "input_text", "output_text")
 REASONING_TYPES = ("reasoning", "thinking")
+MEDIA = (
+    "image", "images", "image_url", "input_image", "audio", "audios", "audio_url", "input_audio",
+    "video", "videos", "video_url",
+)  # fmt: skip
 TEXTS_OF_PARTS = ("text", "value", "reasoning", "thinking", "content")
 
 
@@ -85,7 +97,9 @@ def _message(value: Any, name: str, where: str) -> dict[str, Any]:
         raise UserError(f"`{name}` must be an object, not {kind_of_value(value)}", where=where)
     sharegpt = "from" in value and "role" not in value
     role, content = ("from", "value") if sharegpt else ("role", "content")
-    calls = value.get("tool_calls") or _legacy_call(value.get("function_call"))
+    if media := next((key for key in MEDIA if value.get(key)), None):
+        raise _not_text(f"{name}.{media}", media, where)
+    calls = _given_calls(value, name, where)
     for field in (role, content):
         if field not in value and not (field == content and calls):
             raise UserError(f"`{name}` has no `{field}`", where=where)
@@ -107,7 +121,7 @@ def _message(value: Any, name: str, where: str) -> dict[str, Any]:
     return message | _optional(
         reasoning_content="\n".join(reasoning) or None,
         tool_calls=_calls(read.calls, name, where) or None,
-        train=_mark(value, name, where),
+        train=_mark(value, name, where, read.marks),
     )
 
 
@@ -115,9 +129,13 @@ def _optional(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _legacy_call(value: Any) -> Any:
-    """OpenAI's `function_call` of before `tool_calls`."""
-    return [{"function": value}] if value else None
+def _given_calls(value: dict[str, Any], name: str, where: str) -> Any:
+    """`tool_calls`, or OpenAI's `function_call` of before them."""
+    calls, legacy = value.get("tool_calls"), value.get("function_call")
+    if calls and legacy:
+        what = f"`{name}` has both `tool_calls` and `function_call`"
+        raise UserError(what, where=where, fix="keep one of them")
+    return calls or ([{"function": legacy}] if legacy else None)
 
 
 def _role(written: str, sharegpt: bool) -> dict[str, str]:
@@ -135,6 +153,7 @@ class _Content:
     texts: list[str]
     reasoning: list[str]
     calls: list[Any]
+    marks: list[bool | None]  # of the parts
 
 
 def _read_content(value: Any, name: str, where: str) -> _Content:
@@ -143,7 +162,7 @@ def _read_content(value: Any, name: str, where: str) -> _Content:
     Raises:
         UserError: it is neither, or a part is an image, a sound, a video, …
     """
-    read = _Content([], [], [])
+    read = _Content([], [], [], [])
     if not isinstance(value, list) or not value:
         read.texts.append(checked_text(value, name, where))
         return read
@@ -151,12 +170,16 @@ def _read_content(value: Any, name: str, where: str) -> _Content:
         own = f"{name}[{number}]"
         if isinstance(part, str):
             read.texts.append(checked_text(part, own, where))
+            read.marks.append(None)
             continue
         if not isinstance(part, dict):
             what = f"`{own}` must be a text or an object, not {kind_of_value(part)}"
             raise UserError(what, where=where)
         given = {key: v for key, v in part.items() if v is not None}
+        read.marks.append(_mark(given, own, where))
         kind = given.get("type")
+        if kind in TEXT_TYPES and (media := next((key for key in MEDIA if given.get(key)), None)):
+            raise _not_text(own, media, where)
         key = next((key for key in TEXTS_OF_PARTS if key in given), None)
         if kind in TEXT_TYPES and key:
             read.texts.append(checked_text(given[key], f"{own}.{key}", where))
@@ -188,10 +211,15 @@ def _reasoning(value: dict[str, Any], name: str, where: str) -> list[str]:
     return list(dict.fromkeys(text for text in given if text.strip()))
 
 
-def _mark(value: dict[str, Any], name: str, where: str) -> bool | None:
+def _mark(
+    value: dict[str, Any], name: str, where: str, of_parts: Sequence[bool | None] = ()
+) -> bool | None:
     """Whether the row says that this turn is learned; None where it does not say.
 
     `masked: false` says nothing: tables fill it in for every turn.
+
+    Args:
+        of_parts: the same of each part of its content.
 
     Raises:
         UserError: a mark is no yes or no, or two of them disagree.
@@ -209,16 +237,32 @@ def _mark(value: dict[str, Any], name: str, where: str) -> bool | None:
             raise UserError(
                 f"`{name}.{key}` must be 0 or 1 (or false or true), not {str(given)[:40]}",
                 where=where,
-                fix="a turn is learned as a whole or not at all: change the mark or remove it",
+                fix=WHOLE,
             )
         if key != "masked":
             said[key] = bool(given)
         elif given:
             said[key] = False
+    if len(set(of_parts)) > 1:
+        what = f"the parts of `{name}` are not all marked as learned, or all as not learned"
+        raise UserError(what, where=where, fix=WHOLE)
+    if of_parts and of_parts[0] is not None:
+        said["content"] = of_parts[0]
     if len(set(said.values())) > 1:
         what = f"`{name}` says both that it is learned and that it is not: {', '.join(said)}"
         raise UserError(what, where=where, fix="keep one of these keys")
     return next(iter(said.values()), None)
+
+
+def marked_by_row(talk: Talk, row: Mapping[str, Any]) -> Talk:
+    """The conversation, none of it learned if its row says so; what a turn says counts more.
+
+    Such a column can mean something else, so any other value says nothing.
+    """
+    no = {key for key in MARKS if row.get(key) is not None and row[key] == (key == "masked")}
+    if not no:
+        return talk
+    return replace(talk, messages=[{"train": False, **message} for message in talk.messages])
 
 
 def row_messages(messages: Messages) -> Messages:
@@ -241,13 +285,32 @@ def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"`{own}` names no function", where=where)
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"{own}.arguments", where)
+        arguments = _arguments(function, own, where)
         made = {"name": function["name"], "arguments": arguments}
         beside = {"id": call["id"]} if call.get("id") is not None else {}
         calls.append({**beside, "type": "function", "function": made})
     return calls
+
+
+def _arguments(function: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The arguments of a call, which Llama 3 calls `parameters`.
+
+    Raises:
+        UserError: they are no object, or under another name.
+    """
+    key = next((key for key in ARGUMENTS if function.get(key) not in (None, "")), None)
+    if key is None:
+        if others := [k for k, v in function.items() if k not in KEYS_OF_CALLS and v]:
+            what = f"`{name}` has no `arguments`; there is {', '.join(others)}"
+            raise UserError(what, where=where, fix="call them `arguments`")
+        return {}
+    arguments = function[key]
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{name}.{key}", where)
+    if not isinstance(arguments, dict):
+        what = f"`{name}.{key}` must be an object, not {kind_of_value(arguments)}"
+        raise UserError(what, where=where, fix='name each argument: {"city": "Rome"}')
+    return arguments
 
 
 def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
@@ -258,7 +321,12 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError("`tools` must be a list of JSON schemas", where=where)
-    return [s if "function" in s else {"type": "function", "function": s} for s in value]
+    tools = [s if "function" in s else {"type": "function", "function": s} for s in value]
+    for number, tool in enumerate(tools):
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"`tools[{number}]` names no function", where=where)
+    return tools
 
 
 def _parsed(text: str, name: str, where: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import EmptyData, UserError
 from dtrain.data.readers import Raw, rows
 from dtrain.data.rows import FORMS, Messages, Pair, Value, convert, form_of
 from dtrain.data.sources import Part
@@ -57,7 +57,10 @@ def read_on(
     """As `read`, but a row that cannot be used is a fault, and reading goes on behind it."""
     columns = columns or {}
     if form == "auto" and parts:
-        form = detect(parts, columns)
+        try:
+            form = detect(parts, columns)
+        except EmptyData:
+            return
     for index, part in enumerate(parts):
         number = 0
         try:
@@ -130,6 +133,7 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
     """The format that the first row shows.
 
     Raises:
+        EmptyData: there is no row.
         UserError: no format has such columns, or nothing can be read.
     """
     first_fault: UserError | None = None
@@ -146,7 +150,7 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
             first_fault = first_fault or error
     if first_fault:
         raise first_fault
-    return "text"  # no row at all: whoever reads on finds that out
+    raise EmptyData("there is no row in it", where=parts[0].name, fix="correct `path`")
 
 
 def _check_kind(part: Part, form: str) -> None:

@@ -27,7 +27,7 @@ from dtrain.data.writer import Writer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 5  # raise it whenever the same input would give another store or manifest
+CODE_VERSION = 6  # raise it whenever the same input would give another store or manifest
 
 Kind = Literal["cpt", "sft"]
 

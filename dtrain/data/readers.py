@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from dtrain.config.schema import Column
 from dtrain.core.errors import UserError
 from dtrain.core.files import decode_text, without_mark
+from dtrain.data.conversations import MARKS
 from dtrain.data.sources import Part
 
 # Number of the row, from 1, and what parses it: into the row, or what is wrong with it.
@@ -51,7 +52,8 @@ def rows(
     if kind == ".arrow":
         return _arrow(part)
     if kind == ".json":
-        return _json(part, {*get_args(Column), *(wanted or ()), *renamed})
+        columns = {*get_args(Column), *(wanted or ()), *renamed}
+        return _json(part, columns.difference(MARKS))  # which hold no rows, as `train` can
     return {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind](part)
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import (
+    MARKS,
+    MEDIA,
     Messages,
     Pair,
     Talk,
     as_messages,
     checked_text,
     kind_of_value,
+    marked_by_row,
     read_tools,
 )
 
@@ -59,7 +62,8 @@ def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Valu
         if named.get(column):
             what = f"the row has {column}, and dtrain trains on text"
             raise UserError(what, where=where, fix="remove the row, or the column")
-    return known.make(named, where)
+    value = known.make(named, where)
+    return marked_by_row(value, named) if isinstance(value, Talk) else value
 
 
 def form_of(raw: Any, columns: Mapping[Any, str], where: str) -> str:
@@ -97,6 +101,8 @@ def _alpaca(row: Row, where: str) -> Talk:
     """One exchange; templates that know them see `instruction` and `input` apart as well."""
     instruction = checked_text(row["instruction"], "instruction", where)
     extra = checked_text(row.get("input") or "", "input", where)
+    if not instruction.strip():  # the task is in `input` alone
+        instruction, extra = extra, ""
     content = f"{instruction}\n\n{extra}" if extra else instruction
     user = {"role": "user", "content": content, "instruction": instruction, "input": extra}
     answer = checked_text(row["output"], "output", where)
@@ -179,8 +185,7 @@ def _kto(row: Row, where: str) -> Pair:
     return Pair(talk, None) if value else Pair(None, talk)
 
 
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_BESIDE = ("system", "tools", "functions", *MEDIA)
+_BESIDE = ("system", "tools", "functions", *MEDIA, *MARKS)
 # In the order in which `auto` tries them.
 FORMS = {
     "preference": Form(
@@ -189,7 +194,9 @@ FORMS = {
     "kto": Form(("label",), ("messages", "prompt", "completion", "conversations", *_BESIDE), _kto),
     "messages": Form(("messages",), _BESIDE, _talk("messages")),
     "sharegpt": Form(("conversations",), _BESIDE, _talk("conversations")),
-    "alpaca": Form(("instruction", "output"), ("input", "system", "history", *MEDIA), _alpaca),
+    "alpaca": Form(
+        ("instruction", "output"), ("input", "system", "history", *MEDIA, *MARKS), _alpaca
+    ),
     "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
     "text": Form(("text",), (), _text),
 }

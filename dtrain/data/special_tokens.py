@@ -50,11 +50,30 @@ class SpecialTokens:
         if self._any is None:
             return []
         if isinstance(value, str):
-            return list(dict.fromkeys(self._any.findall(value)))
+            return list(dict.fromkeys([*self._any.findall(value), *self._normalized_in(value)]))
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         if not isinstance(inner, list):
             return []
         return list(dict.fromkeys(name for one in inner for name in self.found(one)))
+
+    def _normalized_in(self, text: str) -> list[str]:
+        """The special tokens that a text becomes where the tokenizer normalizes it first."""
+        if not self._normalized:
+            return []
+        normal = self._normalizer.normalize_str(text)
+        return [name for name, written in self._normalized.items() if written in normal]
+
+    @property
+    def _normalizer(self) -> Any:
+        return self.tokenizer.backend_tokenizer.normalizer
+
+    @cached_property
+    def _normalized(self) -> dict[str, str]:
+        """The special tokens that the tokenizer looks for in normalized text, as they are there."""
+        if self._normalizer is None:
+            return {}
+        names = [name for name in self._names if self._added[name][1].normalized]
+        return {name: self._normalizer.normalize_str(name) for name in names}
 
     def hidden(self, value: Any) -> Any:
         """A text or a conversation with stand-ins for the special tokens in its texts."""

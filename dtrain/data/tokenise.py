@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import AS_ROLE, NO_END, NO_REASONING, render_answers
+from dtrain.data.answers import AS_ROLE, NO_END, NO_REASONING, UNREAD, render_answers
 from dtrain.data.conversations import Talk
 from dtrain.data.formats import Record
 from dtrain.data.sources import Part
@@ -44,7 +44,7 @@ NOTES = {
 def notes(counts: Mapping[str, int]) -> list[str]:
     """What was cut, left out or read in another way, for a person."""
     known = [f"{counts[key]:,} {note}" for key, note in NOTES.items() if counts.get(key)]
-    renamed = sorted(key for key in counts if key.startswith(AS_ROLE))
+    renamed = sorted(key for key in counts if key.startswith((AS_ROLE, UNREAD)))
     return [*known, *(f"{key} in {counts[key]:,} rows" for key in renamed)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.config.schema import Source
-from dtrain.core.errors import UserError
+from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.folders import cache_folder
 from dtrain.core.log import Meter, progress
 from dtrain.data.formats import Fault, Record, detect, read_on
@@ -96,7 +96,10 @@ def source_input(source: Source) -> Input:
     """
     parts = find_parts(source, cache_folder() / "stores")
     columns: dict[Any, str] = dict(source.columns)
-    form = detect(parts, columns) if source.format == "auto" else source.format
+    try:
+        form = detect(parts, columns) if source.format == "auto" else source.format
+    except EmptyData:
+        form = "text"  # a report of no rows is one too
     return Input(source.path, parts, form, columns)
 
 

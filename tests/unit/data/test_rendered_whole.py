@@ -395,6 +395,8 @@ def test_parts_are_joined_as_the_template_does(learned, family, joined) -> None:
         ({"type": "input_audio", "input_audio": {}}, "input_audio"),
         ({"type": "video", "text": "x"}, "video"),
         ({"image": "x.png"}, "image"),
+        ({"type": "text", "text": "x", "image": "x.png"}, "image"),
+        ({"text": "x", "image_url": {"url": "x"}}, "image_url"),
         ({"type": "text", "text": None}, "text"),
     ],
 )

@@ -141,6 +141,32 @@ def test_a_template_that_reads_special_tokens_is_told_apart(
     assert own.decode(ids) == f"s{END}!a{END}b{END}c{END}<|endoftext|>"
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.Lowercase(), "a<|IM_END|>b"),
+        (normalizers.NFKC(), "a＜｜im_end｜＞b"),
+        (normalizers.Replace("\u200b", ""), "a<|im_\u200bend|>b"),
+    ],
+)
+def test_what_a_normalizer_makes_a_special_token_is_text_too(
+    normalizer, text, prepared, write_rows, make_tokenizer
+) -> None:
+    own = make_tokenizer(CHATML)
+    raw = json.loads(own.backend_tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["normalized"] = True
+    core = Tokenizer.from_str(json.dumps(raw))
+    core.normalizer = normalizer
+    own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    own.chat_template = CHATML
+    path = write_rows("a.jsonl", [talk(text, text), talk("ab", "ab")])
+    mixture = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_tokens=256)
+    hostile, plain = ids_of(mixture)
+    assert specials(own, hostile) == specials(own, plain)
+    assert "1 with special tokens in their text" in mixture.describe()
+
+
 def test_stand_ins_in_a_row_are_refused(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": f"\U00100002 {END}"}])
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*special tokens in the row's text"):

@@ -1,0 +1,180 @@
+"""What rows say in unusual ways: it is read as meant, refused with its place, or said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.schema import Source
+from dtrain.core.errors import EmptyData, UserError
+from dtrain.data.conversations import as_messages, read_tools
+from dtrain.data.formats import detect, read
+from dtrain.data.rows import convert
+from dtrain.data.show import sequences
+from dtrain.data.sources import find_parts
+
+ASKED = {"role": "user", "content": "Two and two?"}
+BAD, GOOD = ({"role": "assistant", "content": text} for text in ("Five.", "Four."))
+
+
+@pytest.fixture
+def shown(prepared, write_rows, tokenizer):
+    """shown([row, …], kind of stage) → what `data show` prints, learned text in ⟦ ⟧."""
+
+    def run(rows, **settings):
+        source = {"path": write_rows("rows.jsonl", rows)}
+        mixture = prepared("sft", [source], **{"sequence_tokens": 256, **settings})
+        return "".join(str(text) for text in sequences(mixture, tokenizer, 0, 5, colour=False))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}, {"masked": 1}]
+)
+@pytest.mark.parametrize("kind", ["messages", "alpaca"])
+def test_a_row_that_is_marked_as_a_whole_is_not_learned(shown, mark, kind) -> None:
+    rows = {
+        "messages": [{"messages": [ASKED, BAD], **mark}, {"messages": [ASKED, GOOD]}],
+        "alpaca": [
+            {"instruction": "Two?", "output": "Five.", **mark},
+            {"instruction": "Two?", "output": "Four."},
+        ],
+    }
+    text = shown(rows[kind])
+    assert "Five." not in text and "⟦Four." in text
+    assert "1 left out, no answer in them" in text
+
+
+@pytest.mark.parametrize(
+    "other", [{"weight": 1}, {"weight": 0.3}, {"loss": 2.5}, {"train": None}, {"masked": False}]
+)
+def test_other_values_of_such_a_column_say_nothing(shown, other) -> None:
+    assert "⟦Four." in shown([{"messages": [ASKED, GOOD], **other}])
+
+
+def test_marks_of_turns_count_more_than_those_of_their_row(shown) -> None:
+    turns = [ASKED, BAD, ASKED, {**GOOD, "weight": 1}]
+    text = shown([{"messages": turns, "weight": 0}])
+    assert "⟦Five." not in text and "⟦Four." in text
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "trainable", "train_on_turn"])
+def test_more_keys_that_mask_a_turn(shown, key) -> None:
+    text = shown([{"messages": [ASKED, {**BAD, key: 0}, ASKED, {**GOOD, key: 1}]}])
+    assert "⟦Five." not in text and "⟦Four." in text
+
+
+def parts(*marks):
+    return [
+        {"type": "text", "text": f"t{n}", **({} if mark is None else {"train": mark})}
+        for n, mark in enumerate(marks)
+    ]
+
+
+def test_marks_of_parts_are_those_of_the_turn(shown) -> None:
+    masked = {"role": "assistant", "content": parts(False, False)}
+    text = shown([{"messages": [ASKED, masked, ASKED, GOOD]}])
+    assert "⟦t0" not in text and "⟦Four." in text
+
+
+@pytest.mark.parametrize("marks", [(True, False), (None, False)])
+def test_parts_that_are_marked_apart_are_refused(marks) -> None:
+    turns = [ASKED, {"role": "assistant", "content": parts(*marks)}]
+    with pytest.raises(UserError, match=r"f:1: the parts of `messages\[1\]` are not all marked"):
+        as_messages(turns, "messages", "f:1")
+
+
+def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
+    odd = {**GOOD, "thought": "R1", "prefix": None, "name": "bot", "quality": 0}
+    text = shown([{"messages": [{"role": "critic", "content": "Well."}, ASKED, odd]}])
+    assert "message key `thought` is not read in 1 rows" in text
+    assert "message key `quality` is not read in 1 rows" in text
+    assert "role `critic` is no standard one: written as it is, and no answer in 1 rows" in text
+    assert "`prefix`" not in text and "`name`" not in text
+
+
+def test_reasoning_of_a_question_that_is_left_out_is_refused(shown) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* leaves out the reasoning of message 1"):
+        shown([{"messages": [{**ASKED, "reasoning_content": "R"}, GOOD]}])
+
+
+@pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_arguments_under_both_of_their_names(key, arguments) -> None:
+    turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "add", key: arguments}]}]
+    (call,) = as_messages(turns, "messages", "f:1")[1]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": {"a": 2}}
+
+
+@pytest.mark.parametrize("none", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}])
+def test_a_call_without_arguments(none) -> None:
+    turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "now", "id": "1", **none}]}]
+    (call,) = as_messages(turns, "messages", "f:1")[1]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": {}}
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            {"tool_calls": [{"name": "add", "input": {"a": 2}}]},
+            "has no `arguments`; there is input",
+        ),
+        ({"tool_calls": [{"name": "add", "arguments": [2]}]}, "must be an object, not a list"),
+        ({"tool_calls": [{"name": "add", "arguments": 0}]}, "must be an object, not a number"),
+        ({"tool_calls": [{"name": "add", "arguments": '"a"'}]}, "must be an object, not a text"),
+        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "has both `tool_calls` and"),
+        ({"content": "See.", "images": ["x.png"]}, "is not a text: images"),
+    ],
+)
+def test_what_would_be_lost_of_a_message_is_refused(turn, message) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        as_messages([ASKED, {"role": "assistant", **turn}], "messages", "f:1")
+    assert "f:1: `messages[1]" in str(caught.value)
+
+
+@pytest.mark.parametrize("tool", [{"type": "function", "function": {}}, {"description": "d"}])
+def test_a_tool_without_a_name_is_refused(tool) -> None:
+    with pytest.raises(UserError, match=r"f:1: `tools\[0\]` names no function"):
+        read_tools([tool], "f:1")
+
+
+@pytest.mark.parametrize("instruction", ["", " \n"])
+def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
+    row = {"instruction": instruction, "input": "Two and two?", "output": "Four."}
+    asked = convert(row, "alpaca", {}, "f:1").messages[0]
+    assert (asked["content"], asked["instruction"], asked["input"]) == (
+        "Two and two?",
+        "Two and two?",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "instruction,output\n"),
+        ("a.csv", ""),
+        ("a.json", "[]"),
+        ("a.json", '{"data": []}'),
+        ("a.jsonl", "\n\n"),
+    ],
+)
+def test_a_source_without_a_row_is_called_empty(tmp_path: Path, name, content) -> None:
+    (tmp_path / name).write_text(content)
+    parts = find_parts(Source(path=str(tmp_path / name)), tmp_path)
+    with pytest.raises(EmptyData, match=f"{name}: there is no row in it"):
+        detect(parts, {})
+
+
+def test_rows_under_a_key_that_also_marks_turns(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"train": [{"messages": [ASKED, GOOD]}]}))
+    parts = find_parts(Source(path=str(tmp_path / "a.json")), tmp_path)
+    (record,) = read(parts, "auto")
+    assert [message["content"] for message in record.value.messages] == ["Two and two?", "Four."]
