@@ -113,7 +113,7 @@ class FileIdentity:
         except OSError:
             same = False
         if not same:
-            fix = "let whoever writes the file finish, then start again"
+            fix = "wait until the file is written, then start again"
             raise UserError("the file changed while it was read", where=name, fix=fix)
 
 

@@ -262,7 +262,7 @@ class _Check:
         whose = "answer" if self.roles[number] == "assistant" else "text"
         return UserError(
             f"the chat template changes the {whose} in message {number + 1}, so it cannot be "
-            "told from the prompt",
+            "distinguished from the prompt",
             fix="choose another `template`, or `train_on: last`",
         )
 

@@ -79,7 +79,7 @@ def closes_turns(setting: str, base: Path | None) -> bool | None:
         with limits(SECONDS):
             known = endings(LightTemplate(text, tuple(sorted(specials.items()))))
             return known and any(known)
-    except (Exception, Limit):  # whoever renders it with transformers says what is wrong
+    except (Exception, Limit):  # rendering it with transformers reports what is wrong
         return None
 
 

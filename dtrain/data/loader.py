@@ -176,7 +176,7 @@ class Ahead:
 def _nothing(position: int, *, alone: bool) -> MicroBatch:
     """Two tokens and no target: a rank without rows still takes part in every collective.
 
-    Of one token, GPUs would compile their kernels anew, on this rank alone.
+    Of one token, GPUs would compile their kernels again, on this rank alone.
     """
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.zeros(1, 2, dtype=torch.int64)

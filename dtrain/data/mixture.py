@@ -72,7 +72,7 @@ class Mixture:
 
     @property
     def longest_segment(self) -> int:
-        """Tokens of the longest document, as far as it lies in one row."""
+        """Tokens of the longest document, as far as one row holds it."""
         return max(int(source.store.manifest["longest_segment"]) for source in self.sources)
 
     def rows_of(self, passes: float) -> int:

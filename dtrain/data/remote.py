@@ -153,7 +153,7 @@ def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> 
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-    fix = "start again; if it stays so, ask whoever keeps the file"
+    fix = "start again; if it happens again, ask the owner of the file"
     raise UserError(f"what the server sends is damaged: {fault}", where=name, fix=fix)
 
 

@@ -135,7 +135,7 @@ class Tokeniser:
     def _text(self, record: Record, counts: Counter[str]) -> str:
         if isinstance(record.value, str):
             return record.value
-        return self._rendered(record, "", counts)[0]  # every token is learned, whoever says it
+        return self._rendered(record, "", counts)[0]  # every token is learned, of every role
 
     def _rendered(
         self, record: Record, train_on: str, counts: Counter[str]

@@ -37,7 +37,7 @@ from dtrain.core.processes import exit_at_once
 
 BEAT_SECONDS = 1.0
 LEAST_LIMIT_SECONDS = 10.0
-# On a GPU a step that allocates, connects or loads a kernel anew takes seconds. Ranks on other
+# On a GPU a step that allocates, connects or loads a new kernel takes seconds. Ranks on other
 # nodes are seen late: a network file system may show a file as it was up to 60 seconds ago.
 LEAST_LIMIT_SECONDS_GPU_OR_NODES = 60.0
 NEIGHBOUR_EVERY_SECONDS = 5.0

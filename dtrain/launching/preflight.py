@@ -124,7 +124,7 @@ def output_of(
     Args:
         command: to run.
         seconds: that it may take.
-        up: beginning of the lines after each of which its time is counted anew.
+        up: beginning of the lines after each of which its time is counted from zero.
         up_seconds: the time from then on.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
@@ -152,7 +152,7 @@ def _pass_on(process: subprocess.Popen[str], lines: SimpleQueue[str]) -> None:
     for line in process.stdout:
         lines.put(line)
     lines.put("")
-    lines.put("")  # for whoever reads on after the end
+    lines.put("")  # for a reader that continues after the end
 
 
 def tell_links(reports: Sequence[Report], nodes: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """The files by which a result is talked to as it was trained: chat template, and where to stop.
 
-They stand beside an adapter and in a merged model, in the form that transformers saves and vLLM
+They are saved with an adapter and in a merged model, in the form that transformers saves and vLLM
 reads: chat_template.jinja, and generation_config.json with every token that ends an answer.
 """
 
@@ -30,7 +30,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What belongs beside a stage's adapter, by name: nothing after a stage without chats.
+    """What is saved with a stage's adapter, by name: nothing after a stage without chats.
 
     Args:
         base: what the stage was trained on.
@@ -65,7 +65,7 @@ def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
 
 
 def carried_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
-    """What lies beside adapters that go onto a base: every stop, and the last one's template."""
+    """What is saved with adapters of one base: every stop, and the last one's template."""
     stops, files = list[Stop](), dict[str, str]()
     for folder in adapters:
         if (folder / GENERATION).is_file():
@@ -99,7 +99,7 @@ def template_beside(folder: Path) -> str | None:
 
 
 def generation_config(base: Path, stops: Sequence[Stop]) -> str:
-    """A base's generation_config.json with these ends of an answer beside its own."""
+    """A base's generation_config.json with these ends of an answer added to its own."""
     path = base / GENERATION
     config = read_json(path) if path.is_file() else _from_model_config(base)
     config.pop("_from_model_config", None)  # from now on it says more than the model's config

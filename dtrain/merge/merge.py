@@ -150,7 +150,7 @@ class Model:
     Attributes:
         changes: of the base's tensors, by name.
         added: tensors that the base does not have, by name.
-        files: text files that are written in place of the base's, or beside them, by name.
+        files: text files that are written in place of the base's, or with them, by name.
         about: plain values that decide the content, for plan and manifest.
     """
 
@@ -186,7 +186,7 @@ def merge(
     A tensor is computed in float32 and rounded once to its own dtype: to the bit what PEFT's
     merge_and_unload gives for float32, bfloat16 and float16 bases with a float32 adapter. Tied
     embedding and head are written apart, where PEFT ties them, if the adapters change them
-    differently. Stopped, the same call goes on with the shards that are missing.
+    differently. After an interruption the same call continues with the missing shards.
 
     Args:
         out: a new folder; it appears whole or not at all.
@@ -286,7 +286,7 @@ def check_places(base: Path, adapters: Sequence[Path], out: Path) -> Shapes:
 def _untied(
     base: Path, shapes: Shapes, parts: Sequence[Applied], pair: TiedPair
 ) -> tuple[dict[str, Added], dict[str, str]]:
-    """The tensor that an untied model needs beside the base's, and config and index with it."""
+    """The tensor that an untied model adds to the base's, and config and index with it."""
     files = {"config.json": untied_config(base)}
     if pair.missing is None:
         return {}, files

@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Beside an adapter or a merged model: how it is talked to, and where an answer ends.
+# In the folder of an adapter or merged model: its chat template, and where an answer ends.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 COMBINED = "combine.json"  # beside an adapter that was made of two
 STAGE = "stage.json"  # beside the folder of a stage's adapter

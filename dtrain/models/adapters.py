@@ -107,7 +107,7 @@ def _groups(names: set[str]) -> str:
 def _resolve_targets(
     model: PreTrainedModel, targets: str | list[str], unused: set[str]
 ) -> str | list[str]:
-    """What PEFT is to adapt; it is silent about a target that matches nothing beside one that does.
+    """What PEFT is to adapt; it is silent about a target that matches nothing if another one does.
 
     Args:
         unused: layers that no text reaches; an adapter there would never get a gradient.
@@ -191,7 +191,7 @@ def save_adapter(
         model: the PEFT model, for its settings and the names of what trains.
         tensors: whole tensors by `named_parameters()` name.
         base: what PEFT shall load as the base; not named if None.
-        files: text of other files that belong beside it, by name.
+        files: text of other files to save in its folder, by name.
 
     Raises:
         UserError: a value that is not finite, which is never saved.

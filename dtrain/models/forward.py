@@ -73,11 +73,6 @@ def supervised_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Te
     return output.squeeze(), head.losses
 
 
-def supervised_loss(model: nn.Module, micro_batch: Learnt) -> Tensor:
-    """The sum of `supervised_losses`."""
-    return supervised_losses(model, micro_batch)[0]
-
-
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy [K] of logits [K, V] and targets [K], in float32.
 

@@ -62,9 +62,9 @@ def file_names(model: PreTrainedModel, names: Iterable[str]) -> FileNames:
     filled = {id(entries[own]) for own in stored}  # a tied parameter is one
     missing = {own for own, tensor in entries.items() if id(tensor) not in filled}
     # what transformers itself passes over without a word
-    told = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-    model._adjust_missing_and_unexpected_keys(told)  # type: ignore[arg-type] # reads these two
-    return FileNames(stored, converted, sorted(told.missing_keys), sorted(told.unexpected_keys))
+    report = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
+    model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type] # reads these two
+    return FileNames(stored, converted, sorted(report.missing_keys), sorted(report.unexpected_keys))
 
 
 def check_complete(

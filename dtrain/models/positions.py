@@ -60,7 +60,8 @@ def _places(model: PreTrainedModel, count: int) -> bool:
 
 def _with_zeros(outlined: PreTrainedModel) -> PreTrainedModel:
     """The model without its head, able to compute: each tensor is views of one zero."""
-    model: PreTrainedModel = outlined.base_model
+    model = outlined.base_model
+    assert isinstance(model, PreTrainedModel)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
 from dtrain.models.outline import linear_layers, unused_layers
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def nf4_config(dtype: torch.dtype, spared: Iterable[str]) -> BitsAndBytesConfig:
@@ -62,20 +59,6 @@ def check_quantised(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, Linear4bit) or not isinstance(module.weight, Params4bit):
             raise _not_nf4(name, module)
-
-
-def through_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight matrix as a base that `load_base` quantised computes with it.
-
-    Args:
-        weight: [out, in] of the base's file.
-        dtype: that the base was loaded in.
-
-    Returns:
-        [out, in] in `dtype`.
-    """
-    packed, state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(packed, state)
 
 
 def nf4_layers(model: PreTrainedModel) -> set[str]:

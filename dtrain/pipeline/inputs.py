@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,43 +84,67 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     base, tokenizer, mark = _base_of(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = layout_of(recipe, config)
-
-    def ready(name: str, data: Data, kind: Literal["cpt", "sft"], global_batch: int = 1) -> Mixture:
-        try:
-            mixture = prepare(data, kind, tokenizer, mark, store_folder(), processes, global_batch)
-        except EmptyData as error:
-            raise EmptyData(
-                f"{name} is empty: {error.what}", where=error.where, fix=error.fix
-            ) from error
+    base_fingerprint = model_fingerprint(base)
+    mixtures: dict[str, Mixture] = {}
+    for group in _groups(recipe):
+        mixture = _prepared(group, tokenizer, mark, processes)
         check_vocabulary(mixture, config.get_text_config().vocab_size)
         if verify:
             mixture.verify()
-        return mixture
-
-    inputs = Inputs(
+        mixtures[group.key] = mixture
+    check_positions(recipe, config, tokenizer, mixtures)
+    return Inputs(
         base=base,
-        base_fingerprint=model_fingerprint(base),
+        base_fingerprint=base_fingerprint,
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
         layout=layout,
-        stages={
-            stage.name: ready(
-                f"the data of stage {stage.name}",
-                stage.data,
-                stage.kind,
-                stage.train.global_batch_sequences,
-            )
-            for stage in recipe.stages
-        },
-        sets={
-            name: ready(f"the evaluation set {name}", data, data.kind)
-            for name, data in recipe.evaluation.sets.items()
-        },
+        stages={stage.name: mixtures[f"stages.{stage.name}.data"] for stage in recipe.stages},
+        sets={name: mixtures[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
     )
-    stages = {f"stages.{name}.data": data for name, data in inputs.stages.items()}
-    sets = {f"evaluation.sets.{name}": data for name, data in inputs.sets.items()}
-    check_positions(recipe, config, tokenizer, stages | sets)
-    return inputs
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The data of a stage or of an evaluation set.
+
+    Attributes:
+        key: of the recipe.
+        name: for a message.
+        global_batch: sequences of a step.
+    """
+
+    key: str
+    name: str
+    data: Data
+    kind: Literal["cpt", "sft"]
+    global_batch: int = 1
+
+
+def _groups(recipe: Recipe) -> Iterator[_Group]:
+    """All data that a recipe names."""
+    for stage in recipe.stages:
+        key, name = f"stages.{stage.name}.data", f"the data of stage {stage.name}"
+        yield _Group(key, name, stage.data, stage.kind, stage.train.global_batch_sequences)
+    for name, data in recipe.evaluation.sets.items():
+        yield _Group(f"evaluation.sets.{name}", f"the evaluation set {name}", data, data.kind)
+
+
+def _prepared(
+    group: _Group, tokenizer: PreTrainedTokenizerBase, mark: str, processes: int | None
+) -> Mixture:
+    """The data of one group.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        return prepare(
+            group.data, group.kind, tokenizer, mark, store_folder(), processes, group.global_batch
+        )
+    except EmptyData as error:
+        what = f"{group.name} is empty: {error.what}"
+        raise EmptyData(what, where=error.where, fix=error.fix) from error
 
 
 def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = None) -> bool:
@@ -133,11 +158,9 @@ def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = N
     """
     base, tokenizer, mark = _base_of(recipe)
     layout_of(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
-    groups = [(stage.data, stage.kind) for stage in recipe.stages]
-    groups += [(data, data.kind) for data in recipe.evaluation.sets.values()]
     done = [
-        prepare_share(data, kind, tokenizer, mark, store_folder(), share, processes)
-        for data, kind in groups
+        prepare_share(one.data, one.kind, tokenizer, mark, store_folder(), share, processes)
+        for one in _groups(recipe)
     ]
     return all(done)
 
@@ -160,10 +183,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig) -> Layout:
         UserError: it packs documents that the model would mix, or the model cannot be trained.
     """
     layout = probe_packing(config, recipe.model)
-    packs = [f"stages.{s.name}.data.packing" for s in recipe.stages if s.data.packing]
-    packs += [
-        f"evaluation.sets.{n}.packing" for n, d in recipe.evaluation.sets.items() if d.packing
-    ]
+    packs = [f"{group.key}.packing" for group in _groups(recipe) if group.data.packing]
     if packs and not layout.packed:
         raise UserError(
             f"{config.model_type!r} cannot be packed: {layout.reason}",
@@ -194,8 +214,7 @@ def store_folder() -> Path:
 def samples_of(recipe: Recipe) -> set[str]:
     """Names of the shipped samples that a recipe asks for."""
     addresses = [recipe.model.base]
-    groups: list[Data] = [*(s.data for s in recipe.stages), *recipe.evaluation.sets.values()]
-    addresses += [source.path for data in groups for source in data.all_sources]
+    addresses += [source.path for one in _groups(recipe) for source in one.data.all_sources]
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)
     return {name for address in addresses if (name := sample_name(address))}

@@ -60,8 +60,11 @@ class Outcome:
         if self.path is None and os.environ.get("LOCAL_RANK", "0") != "0":
             return int(status)  # a wrong recipe is told once a machine
         with self._lock:
-            if not speaks and (told := self._told(PATIENCE_SECONDS if waits else 0)) is not None:
-                return told
+            if (
+                not speaks
+                and (other := self._other_status(PATIENCE_SECONDS if waits else 0)) is not None
+            ):
+                return other
             print(text, file=sys.stderr, flush=True)
             self._write(status, (reason or text).removeprefix("error: "))
             say(f"ended with status {int(status)}")
@@ -72,7 +75,7 @@ class Outcome:
         known = self._read()
         return None if known is None else (int(known.get("rank", 0)), int(known["status"]))
 
-    def _told(self, patience_seconds: float) -> int | None:
+    def _other_status(self, patience_seconds: float) -> int | None:
         """The status that another rank has failed with."""
         deadline = time.monotonic() + patience_seconds
         while (known := self._read()) is None and time.monotonic() < deadline:

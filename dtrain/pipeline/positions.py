@@ -12,10 +12,11 @@ from dtrain.core.folders import local_path
 from dtrain.core.log import warn
 from dtrain.data.conversations import Talk
 from dtrain.data.mixture import Mixture
-from dtrain.data.templates import resolve_template
 from dtrain.models.positions import position_limit
 from dtrain.pipeline.evaluations import read_questions
 from dtrain.planning.positions import trained_positions
+from dtrain.serving.run import template_of
+from dtrain.serving.speaker import answering_template
 
 # Where it is said in the recipe, what is placed, its tokens, what to do if that is too many.
 Length = tuple[str, str, int, str]
@@ -64,11 +65,7 @@ def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[L
     questions = recipe.evaluation.questions
     if questions is None:
         return
-    named = [stage.data.template for stage in recipe.stages if stage.kind == "sft"]
-    setting = named[-1] if named else "auto"
-    if setting == "auto" and not tokenizer.chat_template:
-        setting = "instruction"
-    template = resolve_template(setting, tokenizer)
+    template = answering_template(template_of(recipe), tokenizer)
     rows = read_questions(local_path(questions.path), questions.count)
     texts = [
         template.render(Talk([{"role": "user", "content": row["question"]}]), prompt=True)

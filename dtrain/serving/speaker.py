@@ -74,7 +74,7 @@ class Speaker:
                 self._add(folder)
         if choice.adapters:
             self._model.base_model.set_adapter([self._names[folder] for folder in choice.adapters])
-        self._template = _template(choice.template, self.tokenizer)
+        self._template = answering_template(choice.template, self.tokenizer)
         self._stop = stop_of(self._template, self.tokenizer)
         self._choice = choice
 
@@ -194,7 +194,7 @@ class Speaker:
         return text
 
 
-def _template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template of conversations; that of instructions for a model without one of its own."""
     if setting == "auto" and not tokenizer.chat_template:
         setting = "instruction"

@@ -45,7 +45,7 @@ def in_one_pass(function: Callable[P, R]) -> Callable[P, R]:
 
 def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
     before = list(_versions(args))
-    # Torch would compile anew for what requires a gradient, is a parameter or a view.
+    # Torch would compile again for what requires a gradient, is a parameter or a view.
     bare = (a.detach() if isinstance(a, Tensor) else a for a in args)
     try:
         result: R = _compiled(function)(*bare, **kwargs)
@@ -77,7 +77,7 @@ def switch(*, on: bool) -> None:
 def compiles(tensor: Any) -> bool:
     """Whether torch.compile works on this tensor's device: a GPU from Volta on, with triton.
 
-    One token is left alone: torch compiles anew for it.
+    One token is left alone: torch compiles again for it.
     """
     return (
         _enabled

@@ -143,7 +143,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunks(targets: int, rows: int) -> Iterator[slice]:
-    """Ranges of that many rows; a single row left over, for which GPUs compile anew, joins one."""
+    """Ranges of that many rows; a single row left over, for which GPUs compile again, joins one."""
     starts = list(range(0, targets, rows))
     if len(starts) > 1 and targets - starts[-1] == 1:
         starts.pop()

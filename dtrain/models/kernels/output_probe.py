@@ -112,7 +112,7 @@ def _numbers(rows: int, width: int) -> Tensor:
 
 
 class _Output:
-    """Hidden states as a model's output, and nothing that a model may report besides."""
+    """Hidden states as a model's output, and nothing else that a model may report."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states

@@ -94,7 +94,7 @@ class _Comparison:
             return len(one) == len(other) and all(self._values(a, b) for a, b in pairs)
         if isinstance(one, staticmethod | classmethod):
             return self._values(one.__func__, other.__func__)
-        # by their text, which tells 0.0 from -0.0
+        # by their text, which distinguishes 0.0 from -0.0
         return isinstance(one, Logger) or (isinstance(one, _LITERALS) and repr(one) == repr(other))
 
     def _named_values(self, one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from dtrain.config import schema
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_logits, supervised_loss, supervised_losses
+from dtrain.models.forward import supervised_logits, supervised_losses
 from dtrain.models.kernels import head, layers, native
 from dtrain.models.kernels.install import put_in
 from dtrain.models.load import load_base
@@ -97,7 +97,7 @@ def batch() -> MicroBatch:
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     row = batch()
     set_dropout_key(model, 1, 2, row.sequences, row.sequence_lengths)
-    loss = supervised_loss(model, row)
+    loss, _ = supervised_losses(model, row)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -197,7 +197,7 @@ def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None
     folder = saved(CONFIGS["llama"], tmp_path)
     fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "plain"))
     with torch.no_grad(), fast.disable_adapter(), plain.disable_adapter():
-        found, wanted = supervised_loss(fast, batch()), supervised_loss(plain, batch())
+        found, wanted = (supervised_losses(model, batch())[0] for model in (fast, plain))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -240,7 +240,8 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
     model = build(saved(CONFIGS["llama"], tmp_path), METHODS["no dropout"], "auto")
     none = torch.zeros(0, dtype=torch.int64)
     token = torch.zeros(1, 1, dtype=torch.int64)
-    supervised_loss(model, MicroBatch(token, token, none, none, [1], [0], [1])).backward()
+    nothing = MicroBatch(token, token, none, none, [1], [0], [1])
+    supervised_losses(model, nothing)[0].backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and not g.any() for g in gradients)
 
