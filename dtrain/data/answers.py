@@ -192,7 +192,7 @@ class _Check:
         }
         for message in self.messages:
             for key in message.keys() - READ_KEYS - NO_CONTENT - OWN_KEYS:
-                if message[key] not in (None, "", [], {}) and key not in self.template.text:
+                if message[key] not in (None, "", [], {}) and not _reads(self.template.text, key):
                     odd.add(f"{UNREAD}`{key}` is not read")
         return odd
 
@@ -409,6 +409,13 @@ class _Check:
 def _roles_of(train_on: str) -> frozenset[str]:
     """Standard roles of the messages that a recipe's `train_on` names."""
     return frozenset(ROLES.get(part, part) for part in train_on.split("+"))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _reads(template: str, key: str) -> bool:
+    """Whether a template seems to read a key of a message: `.key`, or the key in quotes."""
+    name = re.escape(key)
+    return re.search(rf"\.{name}\b|['\"]{name}['\"]", template) is not None
 
 
 def _is_there(field: Field, place: Place | None) -> bool:

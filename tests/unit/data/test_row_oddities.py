@@ -14,6 +14,7 @@ from dtrain.data.formats import detect, read
 from dtrain.data.rows import convert
 from dtrain.data.show import sequences
 from dtrain.data.sources import find_parts
+from tests.unit.data.conftest import CHATML
 
 ASKED = {"role": "user", "content": "Two and two?"}
 BAD, GOOD = ({"role": "assistant", "content": text} for text in ("Five.", "Four."))
@@ -26,7 +27,8 @@ def shown(prepared, write_rows, tokenizer):
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
         mixture = prepared("sft", [source], **{"sequence_tokens": 256, **settings})
-        return "".join(str(text) for text in sequences(mixture, tokenizer, 0, 5, colour=False))
+        own = settings.get("tokenizer", tokenizer)
+        return "".join(str(text) for text in sequences(mixture, own, 0, 5, colour=False))
 
     return run
 
@@ -94,6 +96,17 @@ def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
     assert "message key `quality` is not read in 1 rows" in text
     assert "role `critic` is no standard one: written as it is, and no answer in 1 rows" in text
     assert "`prefix`" not in text and "`name`" not in text
+
+
+@pytest.mark.parametrize(
+    ("reads", "silent"), [("m.tools", True), ("m['tools']", True), ("", False)]
+)
+def test_a_key_that_the_template_names_otherwise_is_not_read(
+    shown, make_tokenizer, reads, silent
+) -> None:
+    own = make_tokenizer("{% if tools %}<tools>{% endif %}" + CHATML + f"{{# {reads} #}}")
+    text = shown([{"messages": [{**ASKED, "tools": [{"name": "f"}]}, GOOD]}], tokenizer=own)
+    assert ("message key `tools` is not read in 1 rows" not in text) == silent
 
 
 def test_reasoning_of_a_question_that_is_left_out_is_refused(shown) -> None:
