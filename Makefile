@@ -1,4 +1,5 @@
 # make quickstart: install, then train a real model in two stages.  make test, make check: as they say.
+# make sweep: what each model type of transformers gets.
 # make test-gpu: the checks of one GPU.
 # make test-lowest: the golden losses again in a second environment, of the oldest libraries allowed.
 # make bench DATA=alpaca.json [TEXT=book.txt]: what a start and a step cost here, against TRL, into
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: quickstart test test-lowest test-gpu check bench install
+.PHONY: quickstart test test-lowest test-gpu sweep check bench install
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
@@ -25,13 +26,17 @@ quickstart: $(INSTALLED)
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit tests/gpu
-	$(BIN)/pytest -q tests/distributed tests/integration
+	$(BIN)/pytest -q tests/distributed tests/integration tests/architectures
 	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
 
 # The same losses from the oldest libraries that pyproject.toml allows, and from a newer torch.
 test-lowest: export OMP_NUM_THREADS = 1
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest -q tests/distributed/test_golden.py -k two_ranks
+
+# Every causal-LM type of the installed transformers, into tests/architectures/table.txt.
+sweep: $(INSTALLED)
+	$(BIN)/python tests/architectures/sweep.py --write
 
 # For one GPU: tests/gpu/README.md.
 test-gpu:

@@ -22,7 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dtrain.samples.quiet import quiet_transformers
 from dtrain.samples.tiny_llama import build_tokenizer
 
-HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, LAYERS = 64, 4, 2, 16, 4
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 64, 4, 2, 16
+LAYERS, SHARED_LAYERS = 2, 2  # those that share keys come on top
 VOCABULARY, POSITIONS, WINDOW = 512, 512, 24
 PAD, BOS, EOS = 0, 1, 3  # of dtrain's tiny tokenizer
 SEED = 20261130
@@ -37,8 +38,8 @@ RULES: list[tuple[str, int]] = [
      r"|max_(source|target)_positions", POSITIONS),
     (r"sliding_window(_size)?|window_size|local_attention|attention_window_size"
      r"|attention_chunk_size", WINDOW),
-    (r"num_hidden_layers|n_layers?|num_layers|num_(de|en)coder_layers|(de|en)coder_layers"
-     r"|num_blocks|max_window_layers|num_mem_blocks", LAYERS),
+    (r"num_(de|en)coder_layers|(de|en)coder_layers|num_blocks|num_mem_blocks", LAYERS),
+    (r"max_window_layers", 1),
     (r"(swa_|sliding_)?num_attention_heads|n_heads?|num_heads|num_(de|en)coder_attention_heads"
      r"|(de|en)coder_attention_heads|attention_heads", HEADS),
     (r"(swa_|num_global_)?(num_)?key_value_heads|num_kv_heads|swa_num_key_value_heads", KV_HEADS),
@@ -64,7 +65,7 @@ RULES: list[tuple[str, int]] = [
     (r"linear_num_(key|value)?_?heads|index_n_heads"
      r"|indexer_n_heads", HEADS),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 2 * HIDDEN // HEAD_SIZE),
-    (r"num_kv_shared_layers", 2),
+    (r"num_kv_shared_layers", SHARED_LAYERS),
     (r"index_head_dim|indexer_head_dim", HEAD_SIZE),
     (r"index_topk|indexer_budget", 64),
     (r"image_size", 32),
@@ -82,6 +83,7 @@ WHERE_NONE = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 TOKEN_KEYS = re.compile(r".*(_token_id|_token_index|_index|_id)$")
 
 INDEXER = {
@@ -110,7 +112,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     # A head is the sum of two parts.
     "dots3_note_text": {"head_dim": HEAD_SIZE + HEAD_SIZE // 2},
     # Its defaults have no layer types.
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     # `num_heads` are those of its states.
     "mamba2": {"num_heads": 2 * HIDDEN // HEAD_SIZE},
     # The indexer has no default sizes.
@@ -133,7 +135,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon+alibi": {"alibi": True},
     "falcon+new": {"new_decoder_architecture": True},
     "gemma4_text+noper": {"hidden_size_per_layer_input": 0},
-    "gemma4_text+shared": {"num_kv_shared_layers": 2},
+    "gemma4_text+shared": {
+        "num_kv_shared_layers": SHARED_LAYERS, "num_hidden_layers": LAYERS + SHARED_LAYERS,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gpt_neox+serial": {"use_parallel_residual": False},
     "llama+bias": {"attention_bias": True, "mlp_bias": True},
     "llama+dynamic": {
@@ -167,7 +172,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "phi3+partial": {"partial_rotary_factor": 0.5},
     "phi3+window": {"sliding_window": WINDOW},
-    "qwen2+window": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen2+window": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "stablelm+norm": {"qk_layernorm": True, "use_parallel_residual": True},
     "starcoder2+window": {"sliding_window": WINDOW},
 }  # fmt: skip
@@ -232,16 +237,17 @@ def merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def _shrunk(content: dict[str, Any]) -> dict[str, Any]:
     """The keys of a config that shrink, with their new values."""
-    layers = _layer_count(content)
+    layers, shares = _layer_count(content), bool(content.get("num_kv_shared_layers"))
+    few = LAYERS + SHARED_LAYERS * shares
     result: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and key.endswith("_config"):
             kind = {"model_type": value["model_type"]} if value.get("model_type") else {}
             result[key] = _shrunk(value) | kind
-        elif isinstance(value, list) and len(value) == layers and layers > LAYERS:
-            result[key] = [_small_or_same(key, one) for one in _covering(value)]
+        elif isinstance(value, list) and len(value) == layers and layers > few:
+            result[key] = [_small_or_same(key, one) for one in _covering(value, few)]
         elif isinstance(value, int) and not isinstance(value, bool):
-            small = _small(key, value)
+            small = few if key in LAYER_COUNTS and value > few else _small(key, value)
             if small is not None:
                 result[key] = small
         elif value is None and key in WHERE_NONE:
@@ -268,19 +274,16 @@ def _small_or_same(key: str, value: Any) -> Any:
 
 
 def _layer_count(content: dict[str, Any]) -> int:
-    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if isinstance(content.get(key), int):
-            return int(content[key])
-    return -1
+    return next((int(content[key]) for key in LAYER_COUNTS if content.get(key)), -1)
 
 
-def _covering(values: list[Any]) -> list[Any]:
-    """LAYERS of the values that a config has for each layer: each kind of them in turn."""
+def _covering(values: list[Any], count: int) -> list[Any]:
+    """Some of the values that a config has for each layer: each kind of them in turn."""
     kinds: list[Any] = []
     for value in values:
         if value not in kinds:
             kinds.append(value)
-    return (kinds * LAYERS)[:LAYERS]
+    return (kinds * count)[:count]
 
 
 def build(case: Case) -> nn.Module:
