@@ -17,7 +17,7 @@ import torch
 
 # Relative: float32 sums in another order; rounding to bfloat16, of weights when they are merged.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-SECONDS = 120
+SECONDS = 240
 QLORA = ("stages.domain.method.kind=qlora",)
 FULL = ("stages.domain.method={kind: full}", "stages.domain.train.learning_rate=1e-3")
 
@@ -62,6 +62,7 @@ class Checks:
     def __init__(self, case: models.Case, folder: Path) -> None:
         self.case, self.folder, self.row = case, folder, Row(case.name)
         self.base, self.tolerance = folder / "base", TOLERANCE[case.dtype]
+        self.packing = True
 
     def all(self) -> dict[str, Any]:
         """Make the model, run every check that its outcome leaves sense in."""
@@ -70,6 +71,9 @@ class Checks:
         self.base.mkdir(parents=True)
         unbuilt = self.write()
         chain = self.run("chain", ranks=2)
+        if runs.NOT_PACKED in chain.refusal:
+            self.packing = False
+            chain = self.run("alone", ranks=2)
         if not (self.base / "config.json").exists():
             self.row.outcome, self.row.reason = "unbuilt", unbuilt
         elif chain.refusal:
@@ -118,6 +122,7 @@ class Checks:
             stages=stages,
             dtype=self.case.dtype,
             attention=self.case.attention,
+            packing=self.packing,
         )
 
     def refused(self, chain: runs.Run) -> None:
@@ -128,9 +133,6 @@ class Checks:
 
     def without_folder(self, text: str) -> str:
         return text.replace(f"{self.folder}/", "").replace("base/config.json: ", "")
-
-    def timed(self, name: str, started: float) -> None:
-        print(f"{name:<30} {time.monotonic() - started:.1f} s", flush=True)
 
     def attempt(self, what: str, check: Callable[[], None]) -> None:
         """A check whose own failure is a fault to look at."""
@@ -154,7 +156,7 @@ class Checks:
             found["later"] = reference.sees_later_tokens(model, ids)
             return found | reference.step_differences(model, noted)
 
-        found = self.compute(f"alone{name}", differences)
+        found = self.compute(f"step-{name}", differences)
         row, prefix = self.row, f"{name} " if name else ""
         row.close(f"{prefix}losses and documents alone", found["losses"], self.tolerance)
         row.close(f"{prefix}gradients and documents alone", found["gradients"], self.tolerance)

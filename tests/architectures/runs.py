@@ -22,7 +22,8 @@ from dtrain.pipeline import chain
 from dtrain.planning.bases import refuse_untrainable
 from dtrain.stages import step as train_step
 
-SECONDS = 120
+SECONDS = 240
+NOT_PACKED = "cannot be packed"  # in dtrain's refusal of what it trains one document a sequence
 OBSERVED_UPDATES = 2  # updates before the observed one: B, which begins as zero, has grown
 RECIPE = """
 name: sweep
@@ -35,6 +36,7 @@ stages:
     method: {{kind: lora, r: 8, alpha: 16, dropout: 0.0}}
     data:
       sequence_tokens: 128
+      packing: {packing}
       sources: [{{path: "dtrain:tiny-text/domain.jsonl", format: text}}]
     train: &train {{global_batch_sequences: 4, steps: 3, learning_rate: 1.0e-2, warmup_share: 0.0}}
   - name: task
@@ -42,6 +44,7 @@ stages:
     method: {{kind: lora, r: 4, alpha: 8, dropout: 0.0}}
     data:
       sequence_tokens: 128
+      packing: {packing}
       sources: [{{path: "dtrain:tiny-text/task.json", format: alpaca}}]
     train: *train
 output: {{folder: {folder}}}
@@ -114,9 +117,16 @@ def run(
     stages: int = 2,
     dtype: str = "float32",
     attention: str = "auto",
+    packing: bool = True,
 ) -> Run:
     """Run the recipe as `dtrain run` does after its launcher, to its end or to its time limit."""
-    text = RECIPE.format(base=base, dtype=dtype, attention=attention, folder=folder)
+    text = RECIPE.format(
+        base=base,
+        dtype=dtype,
+        attention=attention,
+        packing="true" if packing else "false",
+        folder=folder,
+    )
     if stages == 1:
         head, rest = text.split("  - name: task")
         text = head + rest[rest.index("output:") :].replace("}", ", merge: false}")
