@@ -56,8 +56,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        status: of the rank that fared worst: a crash before a refusal before an end.
-        output: of all ranks.
+        status: a refusal by the first rank, else that of the rank that fared worst.
+        output: of all ranks, or of the one that refused.
     """
 
     folder: Path
@@ -139,6 +139,8 @@ def run(
     deadline = time.monotonic() + SECONDS
     statuses = [child.wait(deadline) for child in children]
     logs = [child.log.read_text(errors="replace") for child in children]
+    if statuses[0] == Exit.USER_ERROR:  # the others lose the store that it served
+        return Run(folder, statuses[0], logs[0])
     return Run(folder, max(statuses, key=severity), "".join(logs))
 
 
