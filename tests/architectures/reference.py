@@ -14,14 +14,20 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 Batch = dict[str, Any]
 
 
 def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
-    """The model by transformers alone, without dropout, its attention the plainest."""
+    """The model by transformers alone, without dropout.
+
+    Its attention is transformers' own choice (Falcon's eager adds its alibi twice), but eager where
+    scores are capped, which sdpa leaves out.
+    """
     own = getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -32,7 +38,7 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=own,
-        attn_implementation="eager",
+        attn_implementation="eager" if is_capped else None,
         quantization_config=nf4 if quantized else None,
         device_map={"": "cpu"} if quantized else None,
     )
