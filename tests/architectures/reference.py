@@ -72,8 +72,17 @@ def documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         start += length
 
 
+def forget_longest(model: nn.Module) -> None:
+    """Let no document be computed by the frequencies of a longer one before it (dynamic NTK)."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.clone()
+
+
 def losses_alone(model: nn.Module, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of a document's targets, in float32."""
+    forget_longest(model)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return cross_entropy(logits[places].float(), targets, reduction="none")
 
@@ -135,6 +144,8 @@ def output_difference(one: nn.Module, other: nn.Module, texts: list[Tensor]) -> 
     """Greatest difference of two models' logits, relative to the greatest logit (at least 1)."""
     worst, scale = 0.0, 1.0
     for ids in texts:
+        forget_longest(one)
+        forget_longest(other)
         first = one(input_ids=ids[None], use_cache=False).logits.float()
         second = other(input_ids=ids[None], use_cache=False).logits.float()
         worst = max(worst, float((first - second).abs().max()))
