@@ -25,7 +25,7 @@ from dtrain.models.kernels.layers import SharedInput, is_fast
 from dtrain.models.kernels.norm import norm_forward
 from dtrain.models.kernels.output_probe import OutputProbe
 from dtrain.models.kernels.rotary import rotary
-from dtrain.models.kernels.same_program import same_program
+from dtrain.models.kernels.same_program import runs_its_class, same_program
 from dtrain.models.kernels.swiglu import mlp_forward
 
 # Children that a module calls one after the other with the same tensor.
@@ -62,7 +62,7 @@ def use_kernels(model: nn.Module) -> dict[str, int]:
     for module in list(model.modules()):
         found["adapted layers"] += _share_inputs(module)
         found["norms"] += _stands_for(module, llama.LlamaRMSNorm, norm_forward)
-        if isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+        if _is_silu(getattr(module, "act_fn", None)):
             found["MLPs"] += _stands_for(module, llama.LlamaMLP, mlp_forward)
         found["rotary embeddings"] += _rotate(module)
     found["chunked loss"] += _chunk_loss(model)
@@ -89,10 +89,14 @@ def _share_inputs(module: nn.Module) -> int:
 def _stands_for(module: nn.Module, known: type[nn.Module], forward: Callable[..., Any]) -> bool:
     """Put `forward` in if the module's own is that of the class `known`."""
     own = type(module)
-    fits = _same(own.forward, known.forward, (own, known))
+    fits = runs_its_class(module) and _same(own.forward, known.forward, (own, known))
     if fits:
         module.forward = partial(forward, module)
     return fits
+
+
+def _is_silu(activation: Any) -> bool:
+    return type(activation) in (nn.SiLU, SiLUActivation) and runs_its_class(activation)
 
 
 def _rotate(module: nn.Module) -> bool:
@@ -101,7 +105,8 @@ def _rotate(module: nn.Module) -> bool:
     if not isinstance(forward, FunctionType) or ROTARY[0] not in forward.__code__.co_names:
         return False
     names = forward.__globals__
-    if not all(_same(names.get(name), getattr(llama, name)) for name in ROTARY):
+    known = all(_same(names.get(name), getattr(llama, name)) for name in ROTARY)
+    if not (known and runs_its_class(module)):
         return False
     ours = FunctionType(
         forward.__code__,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dtrain.models.dropout import KeyedDropout
 from dtrain.models.kernels.linear import Adapter, Layer, shared_input
+from dtrain.models.kernels.same_program import runs_its_class
 
 
 class SharedInput:
@@ -71,7 +72,7 @@ def is_fast(module: nn.Module) -> bool:
     base = module.base_layer if isinstance(module, LoraLayer) else module
     if not isinstance(base, nn.Linear) or any(p.requires_grad for p in base.parameters()):
         return False
-    if type(base) not in (nn.Linear, Linear4bit):
+    if type(base) not in (nn.Linear, Linear4bit) or not runs_its_class(base):
         return False
     return not isinstance(module, LoraLayer) or _is_plain_lora(module)
 

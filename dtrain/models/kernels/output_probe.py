@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dtrain.models.kernels.same_program import runs_its_class
+
 TOKENS, KEPT = 5, (1, 3)
 Adjust = Callable[[Tensor], Tensor]
 
@@ -48,7 +50,7 @@ class OutputProbe:
         raw = _numbers(len(KEPT), self._vocabulary)
         before = raw.clone()
         kept = torch.tensor(KEPT)
-        with torch.no_grad():
+        with torch.set_grad_enabled(training):
             logits = self._run(rows, raw, logits_to_keep=kept)
         calls = self._head.inputs
         asked = len(calls) == 1 and torch.equal(calls[0][0], rows[kept])
@@ -92,7 +94,8 @@ class OutputProbe:
 
 def _stub_fits(model: PreTrainedModel, head: nn.Linear) -> bool:
     return (
-        "forward" not in vars(model)
+        runs_its_class(model)
+        and runs_its_class(head)
         and "logits_to_keep" in signature(type(model).forward).parameters
         and sum(child is head for child in model._modules.values()) == 1
     )

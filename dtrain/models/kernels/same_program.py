@@ -13,6 +13,8 @@ from logging import Logger
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
 _MISSING = object()
 _JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _LOCALS = frozenset((*dis.haslocal, *dis.hasfree))
@@ -33,6 +35,16 @@ def same_program(one: Any, other: Any, owners: tuple[type, type] | None = None) 
     if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
         return False
     return _Comparison(owners).functions(one, other)
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward: no hook, no forward of its own."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    usual_call = type(module).__call__ is nn.Module.__call__
+    return usual_call and "forward" not in vars(module) and not any(hooks)
 
 
 class _Comparison:

@@ -125,3 +125,17 @@ def test_what_a_chunk_could_not_compute_is_not_exact(kind: type[Llama]) -> None:
     with torch.device("meta"):
         model: Any = kind(LlamaConfig(**SMALL))
     assert not probe(model).exact
+
+
+def test_what_happens_while_learning_alone_is_seen() -> None:
+    class ScalesWhileLearning(LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                output.logits = output.logits * 1.5
+            return output
+
+    with torch.device("meta"):
+        model: Any = ScalesWhileLearning(LlamaConfig(**SMALL))
+    found = probe(model)
+    assert not found.exact or found.adjust is not None

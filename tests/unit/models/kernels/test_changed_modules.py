@@ -1,0 +1,95 @@
+"""A module that somebody changed, by a hook, a patch or a subclass, keeps computing as it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dtrain.config import schema
+from dtrain.data.loader import MicroBatch
+from dtrain.models import attention
+from dtrain.models.adapters import attach
+from dtrain.models.dropout import set_dropout_key
+from dtrain.models.forward import supervised_loss
+from dtrain.models.kernels.install import use_kernels
+
+LORA = schema.Lora(kind="lora", r=4)
+PARTS = {
+    "norm": "model.layers.0.input_layernorm",
+    "MLP": "model.layers.0.mlp",
+    "activation": "model.layers.0.mlp.act_fn",
+    "attention": "model.layers.0.self_attn",
+    "adapted layer": "model.layers.0.self_attn.q_proj",
+    "output layer": "lm_head",
+    "model": "",
+}
+
+
+def larger(output: Any) -> Any:
+    """What a module gives, a little larger."""
+    if isinstance(output, Tensor):
+        return output * 1.3
+    if isinstance(output, tuple):
+        return output[0] * 1.3, *output[1:]
+    output.logits = output.logits * 1.3
+    return output
+
+
+def patched(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: larger(forward(*args, **kwargs))
+
+
+def hooked(module: nn.Module) -> None:
+    module.register_forward_hook(lambda _, args, output: larger(output))
+
+
+def subclassed(module: nn.Module) -> None:
+    own = type(module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return larger(own.forward(self, *args, **kwargs))
+
+    module.__class__ = type("Changed", (own,), {"forward": forward})
+
+
+def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> Tensor:
+    """The loss, and the gradients of all that trains."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, attn_implementation=attention.NAME,
+        )
+    ).requires_grad_(False)  # fmt: skip
+    change(model.get_submodule(PARTS[part]))
+    adapted = attach(model, LORA, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    if kernels:
+        use_kernels(adapted)
+    lengths = [9, 14]
+    ids = torch.arange(sum(lengths))[None] % 64
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    places = (positions > 0).nonzero()[:, 0]
+    row = MicroBatch(ids, positions[None], places - 1, ids[0, places], lengths, [3], [23])
+    set_dropout_key(adapted, 1, 2, row.sequences, row.sequence_lengths)
+    loss = supervised_loss(adapted, row)
+    loss.backward()
+    gradients = [p.grad.flatten() for p in adapted.parameters() if p.grad is not None]
+    return torch.cat([loss.detach().view(1), *gradients])
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("change", [patched, hooked, subclassed])
+def test_no_kernel_drops_a_change(change: Callable[[nn.Module], None], part: str) -> None:
+    plain, fast = (losses(change, part, kernels=kernels) for kernels in (False, True))
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+    unchanged = losses(lambda module: None, part, kernels=False)
+    assert not torch.allclose(plain, unchanged, rtol=1e-3)
