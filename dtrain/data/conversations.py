@@ -37,6 +37,7 @@ ROLES = {
 SHAREGPT = ("human", "gpt", "chatgpt", "bing", "bard", "observation", "function_call")  # its own
 ARGUMENTS = ("arguments", "parameters")
 KEYS_OF_CALLS = (*ARGUMENTS, "name", "id", "type", "index")
+NAME_FUNCTION = 'name it: {"function": {"name": …}}'
 CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, as JSON
 
 # Keys by which rows say whether a turn is learned: OpenAI, axolotl, ms-swift, LLaMA-Factory, …
@@ -174,7 +175,8 @@ def _read_content(value: Any, name: str, where: str) -> _Content:
             continue
         if not isinstance(part, dict):
             what = f"`{own}` must be a text or an object, not {kind_of_value(part)}"
-            raise UserError(what, where=where)
+            fix = 'write a text, or {"type": "text", "text": …}'
+            raise UserError(what, where=where, fix=fix)
         given = {key: v for key, v in part.items() if v is not None}
         read.marks.append(_mark(given, own, where))
         kind = given.get("type")
@@ -284,7 +286,7 @@ def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
         own = f"{name}.tool_calls[{number}]"
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"`{own}` names no function", where=where)
+            raise UserError(f"`{own}` names no function", where=where, fix=NAME_FUNCTION)
         arguments = _arguments(function, own, where)
         made = {"name": function["name"], "arguments": arguments}
         beside = {"id": call["id"]} if call.get("id") is not None else {}
@@ -325,7 +327,8 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(tools):
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"`tools[{number}]` names no function", where=where)
+            what = f"`tools[{number}]` names no function"
+            raise UserError(what, where=where, fix=NAME_FUNCTION)
     return tools
 
 

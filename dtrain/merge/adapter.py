@@ -208,6 +208,7 @@ class Adapter:
                 f"trainable_token_indices names {len(rows)} rows of {found} {stored}, "
                 f"{key} is {shape}",
                 where=self.where,
+                fix="config and weights must be of one adapter; save it again",
             )
         self.tokens[found] = key, rows
 
@@ -269,7 +270,8 @@ class Adapter:
             raise UserError(what, where=self.where, fix=fix)
         if (kind := self._base.shape_of(found)[0]) not in FLOATS:
             what = f"{found} of the base is {kind}, not a plain float"
-            raise UserError(what, where=self.where)
+            fix = "merge into the float32, bfloat16 or float16 weights that it was made from"
+            raise UserError(what, where=self.where, fix=fix)
         return found
 
     def _layer(self, module: str, name: str, keys: dict[str, str]) -> Layer:

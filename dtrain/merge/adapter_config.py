@@ -52,11 +52,13 @@ def check_config(config: Any, path: Path) -> None:
         UserError: no config of a LoRA adapter, or one with a setting that cannot be merged.
     """
     if not isinstance(config, dict) or config.get("peft_type") not in KINDS:
-        raise UserError("is not the config of a LoRA adapter", where=str(path))
+        fix = "name the folder of an adapter that PEFT saved, of peft_type LORA or ADALORA"
+        raise UserError("is not the config of a LoRA adapter", where=str(path), fix=fix)
     for name, value in config.items():
         if name not in USED and name not in WITHOUT_EFFECT and value:
             reason = REFUSED.get(name, f"this version of dtrain does not know {name}")
-            raise UserError(f"an adapter with {name} cannot be merged: {reason}", where=str(path))
+            what = f"an adapter with {name} cannot be merged: {reason}"
+            raise UserError(what, where=str(path), fix="serve base and adapter unmerged")
     first = config.get("init_lora_weights")
     if first not in FIRST_VALUES:
         raise UserError(
@@ -68,4 +70,5 @@ def check_config(config: Any, path: Path) -> None:
     if config["peft_type"] == "ADALORA":
         needed = ("init_r", "lora_alpha")
     if missing := [key for key in needed if not isinstance(config.get(key), int | float)]:
-        raise UserError(f"no {missing[0]} in it", where=str(path))
+        fix = "save the adapter again with PEFT's save_pretrained"
+        raise UserError(f"no {missing[0]} in it", where=str(path), fix=fix)

@@ -38,7 +38,11 @@ def outline(
                 own, trust_remote_code=trust_remote_code, **chosen
             )
     except Exception as error:  # each architecture checks its config in its own way
-        raise UserError(f"the model cannot be built: {first_line(error)}") from error
+        raise UserError(
+            f"the model cannot be built: {first_line(error)}",
+            where=f"config.json of {config._name_or_path or config.model_type}",
+            fix="correct its config, or choose a base that this version of transformers builds",
+        ) from error
 
 
 def without_weights(

@@ -107,7 +107,11 @@ def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
             failure = error
         finally:
             native.switch(on=loops_are_on)
-    raise UserError(f"{config.model_type!r} cannot be trained: {why}", where="model") from failure
+    raise UserError(
+        f"{config.model_type!r} cannot be trained: {why}",
+        where="model.base",
+        fix="choose a causal language model that transformers computes without errors",
+    ) from failure
 
 
 def _layout(model: PreTrainedModel, documents: list[Tensor]) -> Layout:
