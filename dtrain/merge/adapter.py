@@ -294,8 +294,13 @@ class Adapter:
     def _is_turned(self, a: list[int], b: list[int], shape: list[int]) -> bool:
         """By its shape; a square one by the config."""
         if len(a) != 2 or len(b) != 2 or a[1] == b[0]:
-            return bool(self.config.get("fan_in_fan_out"))
+            return self._says_turned
         return [a[1], b[0]] == shape
+
+    @property
+    def _says_turned(self) -> bool:
+        """What the config says, which PEFT puts right where the base has no such layers."""
+        return bool(self.config.get("fan_in_fan_out")) and self._base.has_turned_layers
 
     def _check_turned(self) -> None:
         """PEFT writes one fan_in_fan_out for all layers, that of the last it put an adapter on."""
@@ -304,7 +309,7 @@ class Adapter:
         flat = [n for n in flat if "lora_embedding_" not in self.layers[n].keys["a"]]
         square = [n for n in flat if shapes[n][0] == shapes[n][1]]
         sides = {self.layers[n].turned for n in flat if n not in square}
-        if square and len(sides | {bool(self.config.get("fan_in_fan_out"))}) > 1:
+        if square and len(sides | {self._says_turned}) > 1:
             raise UserError(
                 f"layers lie both ways, and nothing says how {square[0]} does",
                 where=self.where,

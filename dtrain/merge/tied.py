@@ -101,6 +101,15 @@ class Shapes(dict[str, tuple[str, list[int]]]):
     def _model(self) -> Any:
         return _outline(self.folder)
 
+    @cached_property
+    def has_turned_layers(self) -> bool:
+        """Whether layers keep their matrix as [in, out], or the model cannot be built to see it."""
+        try:
+            model = self._model
+        except UserError:
+            return True
+        return model is None or any(type(m).__name__ == "Conv1D" for m in model.modules())
+
     def shape_of(self, name: str) -> tuple[str, list[int]]:
         """Dtype and shape, of the missing one of a tied pair too."""
         is_missing = name not in self and self.tied is not None and name == self.tied.missing

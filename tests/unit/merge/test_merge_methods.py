@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -320,3 +321,15 @@ def test_shards_at_once_give_the_same_bytes(tmp_path: Path) -> None:
         merge(tmp_path / "sharded", [part_of(adapter)], out, source="t", processes=at_once)
         manifests.append(json.loads((out / "merge.json").read_text()))
     assert manifests[0] == manifests[1] and len(manifests[0]["files"]) > 4
+
+
+def test_fan_in_fan_out_counts_only_where_the_base_has_such_layers(tmp_path) -> None:
+    """PEFT sets it right when it loads the adapter of a model of plain layers."""
+    model = made((llama, Lora(target_modules=["q_proj"])), torch.float32, tmp_path)
+    model.config.save_pretrained(tmp_path / "base")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    plain = ours(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": True}))
+    turned = ours(tmp_path)
+    assert all(torch.equal(turned[name], plain[name]) for name in plain)
