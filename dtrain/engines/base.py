@@ -184,8 +184,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     names = {
         name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
     }
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    embeddings = inner.get_input_embeddings() if inner else None
+    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    embeddings = base.get_input_embeddings() if base else None
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     blocks = [m for m in blocks if all(child is not embeddings for child in m.modules())]
     inner = {child for block in blocks for child in block.modules() if child is not block}
