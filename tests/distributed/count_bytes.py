@@ -21,7 +21,7 @@ from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.models.adapters import attach
 from dtrain.models.counts import parameter_counts
-from dtrain.models.forward import supervised_loss
+from dtrain.models.forward import supervised_losses
 from dtrain.models.load import load_base
 from dtrain.models.resolve import base_folder
 from dtrain.samples.make import ensure
@@ -74,7 +74,7 @@ def main() -> None:
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice
-        engine.backward(supervised_loss(engine.model, batch()), last=last)
+        engine.backward(supervised_losses(engine.model, batch())[0], last=last)
     mesh = build_mesh(2, world)
     groups = {
         name: dist.get_process_group_ranks(mesh.get_group(name)) for name in mesh.mesh_dim_names

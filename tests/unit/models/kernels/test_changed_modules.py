@@ -15,7 +15,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_loss
+from dtrain.models.forward import supervised_losses
 from dtrain.models.kernels.install import use_kernels
 
 LORA = schema.Lora(kind="lora", r=4)
@@ -80,7 +80,7 @@ def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> 
     places = (positions > 0).nonzero()[:, 0]
     row = MicroBatch(ids, positions[None], places - 1, ids[0, places], lengths, [3], [23])
     set_dropout_key(adapted, 1, 2, row.sequences, row.sequence_lengths)
-    loss = supervised_loss(adapted, row)
+    loss = supervised_losses(adapted, row)[0]
     loss.backward()
     gradients = [p.grad.flatten() for p in adapted.parameters() if p.grad is not None]
     return torch.cat([loss.detach().view(1), *gradients])

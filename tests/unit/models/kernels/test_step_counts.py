@@ -27,7 +27,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_loss
+from dtrain.models.forward import supervised_losses
 from dtrain.models.kernels import native
 from dtrain.models.kernels.install import put_in
 
@@ -152,7 +152,7 @@ def measured(
 
     def forward() -> Tensor:
         set_dropout_key(model, 0, 0, row.sequences, row.sequence_lengths)
-        return supervised_loss(model, row)
+        return supervised_losses(model, row)[0]
 
     saved = saved_bytes(model, forward)
     model.zero_grad()
