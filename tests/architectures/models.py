@@ -305,6 +305,10 @@ def randomize(model: nn.Module) -> None:
             parameter.normal_(0.0, 0.5)
         else:
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    for module in model.modules():
+        # Youtu's code zeroes this row whenever transformers loads it, whatever the file says.
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0.0
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved and buffer.is_floating_point():
