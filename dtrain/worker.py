@@ -50,7 +50,7 @@ def work(arguments: argparse.Namespace) -> int:
         finished = train(recipe, set(arguments.allow_change), outcome)
     except UserError as error:
         return outcome.fail(error.status, f"error: {error}")
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # code of a model may exit
         if recipe is not None and is_out_of_memory(error):
             text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
             return outcome.fail(Exit.OUT_OF_MEMORY, text)

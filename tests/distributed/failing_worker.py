@@ -1,7 +1,8 @@
 """A worker that fails in its first step on one rank, as under NCCL.
 
 There the other ranks stay in a collective that never returns, and so does whoever leaves the
-process group while they are. `failing_worker.py FAILING_RANK crash|memory RECIPE [key=value …]`
+process group while they are.
+`failing_worker.py FAILING_RANK crash|memory|exit|interrupt RECIPE [key=value …]`
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import torch.distributed as dist
 
 import dtrain.stages.loop
 
-ERRORS = {"crash": RuntimeError("boom"), "memory": torch.OutOfMemoryError("CUDA out of memory")}
+ERRORS = {
+    "crash": RuntimeError("boom"),
+    "memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "exit": SystemExit(0),
+    "interrupt": KeyboardInterrupt(),
+}
 
 
 def never_returns(*_: object, **__: object) -> Any:

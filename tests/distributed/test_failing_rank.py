@@ -19,6 +19,8 @@ WORKER = str(Path(__file__).with_name("failing_worker.py"))
         (1, "memory", 4, "rank 1: out of memory: CUDA out of memory"),
         (0, "memory", 4, "rank 0: out of memory: CUDA out of memory"),
         (1, "crash", 1, "rank 1: Traceback"),
+        (1, "exit", 1, "rank 1: Traceback"),
+        (0, "interrupt", 1, "rank 0: Traceback"),
     ],
 )
 def test_all_ranks_end_with_the_failing_ranks_status(
