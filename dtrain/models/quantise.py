@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -13,6 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
 from dtrain.models.outline import linear_layers, unused_layers
+
+PER_FLOAT = 8  # weights of four bits in a float32
 
 
 def nf4_config(dtype: torch.dtype, spared: Iterable[str]) -> BitsAndBytesConfig:
@@ -69,7 +72,8 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
 
     Raises:
         UserError: a linear layer of another kind than torch's own; bitsandbytes would leave it as
-            it is, or pack it transposed, which no merge could undo.
+            it is, or pack it transposed, which no merge could undo. Or one whose packed weight
+            does not fill whole floats, in which it is stored.
     """
     spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     unused = unused_layers(model)
@@ -79,11 +83,12 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
         if should_convert_module(name, spared) and name not in unused
     }
     for name, module in found.items():
-        if type(module) is not nn.Linear:
+        if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:
             raise _not_nf4(name, module)
     return set(found)
 
 
-def _not_nf4(name: str, module: nn.Module) -> UserError:
-    what = f"{name} ({type(module).__name__}) cannot be held in NF4"
+def _not_nf4(name: str, module: Any) -> UserError:
+    kind, shape = type(module).__name__, list(module.weight.shape)
+    what = f"{name} ({kind} {shape}) cannot be held in NF4"
     return UserError(what, where="method.kind: qlora", fix="kind: lora")

@@ -115,14 +115,17 @@ def test_a_dense_model_of_a_family_with_experts_is_not_refused(
     check_dense(outline(save_small(kind, None, **changes)), "config.json")
 
 
-@pytest.mark.parametrize("kind", ["falcon", "gpt2"])
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("falcon", {}), ("gpt2", {}), ("llama", {"hidden_size": 36, "intermediate_size": 37})],
+)
 @pytest.mark.parametrize("load", [stream_base, load_base])
 def test_qlora_of_layers_that_nf4_cannot_hold_is_refused_before_the_load(
-    tmp_path: Path, save_small: Callable, kind: str, load: Callable
+    tmp_path: Path, save_small: Callable, kind: str, changes: dict[str, int], load: Callable
 ) -> None:
-    save_small(kind, tmp_path)
+    save_small(kind, tmp_path, **changes)
     settings = schema.Model(base=str(tmp_path))
-    with pytest.raises(UserError, match=r"transformer\.h\.0\..*cannot be held in NF4\n.*: lora"):
+    with pytest.raises(UserError, match=r"\.0\..*cannot be held in NF4\n.*: lora"):
         load(tmp_path, settings, quantised=True, dtype=torch.float32, device=CPU)
 
 
