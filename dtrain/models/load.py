@@ -185,6 +185,13 @@ def resolve_attention(
                 where="model.attention",
                 fix=f"auto, or one of: {', '.join(n for n in usable if n != attention.NAME)}",
             )
+        runs_flash = device.type == "cuda" and is_flash_attn_2_available()
+        if wanted == "flash_attention_2" and not runs_flash:
+            raise UserError(
+                "flash_attention_2 needs a GPU and the package flash-attn",
+                where="model.attention",
+                fix="auto, which chooses what this machine has",
+            )
         return wanted
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     if on_flash and {"flash_attention_2", attention.NAME} <= usable.keys():

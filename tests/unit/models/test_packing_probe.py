@@ -215,3 +215,10 @@ def test_flash_attention_is_for_models_that_have_it(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="has no attention 'flash_attention_2'"):
         config = configured(*ALONE["mpt"])
         resolve_attention("flash_attention_2", config, gpu, torch.bfloat16)
+
+
+def test_flash_attention_that_this_machine_lacks_is_refused() -> None:
+    config = configured(*PACKED["llama"])
+    with pytest.raises(UserError, match="needs a GPU and the package flash-attn") as refused:
+        resolve_attention("flash_attention_2", config, CPU, torch.bfloat16)
+    assert refused.value.where == "model.attention"
