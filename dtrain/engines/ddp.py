@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Fill, TorchEngine, build_optimizer
 
@@ -30,3 +31,21 @@ class Ddp(TorchEngine):
         # DDP decides in the forward pass whether the backward pass sends: `no_sync` around the
         # latter alone sends the gradient of every micro-batch.
         self.model.require_backward_grad_sync = last
+
+    def step(self, learning_rate: float) -> float:
+        self.check_reached()
+        return super().step(learning_rate)
+
+    def check_reached(self) -> None:
+        """Refuse what trains and gets no gradient: DDP would wait for it in the next pass.
+
+        Raises:
+            UserError: naming the parameters.
+        """
+        if unreached := [name for name, p in self.trainable if p.grad is None]:
+            what = f"the loss does not depend on {len(unreached)} of the parameters that train"
+            raise UserError(
+                f"{what}: {', '.join(unreached[:3])}",
+                where="method.targets",
+                fix="name layers that the forward pass of a text uses",
+            )

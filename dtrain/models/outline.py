@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -152,6 +152,73 @@ def unused_layers(model: PreTrainedModel) -> set[str]:
     if used is None:
         return set()
     return {n for n, layer in layers.items() if layer not in called or layer.weight not in used}
+
+
+def layers_read_by_others(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers whose weight the model's code reads or changes by itself.
+
+    It then takes the bits of a packed weight for numbers: Gemma 3n clamps one, RWKV divides some
+    when it is evaluated.
+
+    Args:
+        model: from `outline`.
+
+    Returns:
+        What was seen until the forward pass asked for values, in training and in evaluation.
+    """
+    layers = linear_layers(model)
+    reads = Reads({layer.weight: layer for layer in layers.values()})
+    hooks = [
+        hook
+        for layer in layers.values()
+        for hook in (
+            layer.register_forward_pre_hook(lambda module, _: reads.open.add(module)),
+            layer.register_forward_hook(lambda module, *_: reads.open.discard(module)),
+        )
+    ]
+    for training in (False, True):
+        model.train(training)
+        reads.open.clear()
+        with suppress(Exception), reads, Undecided(), torch.no_grad():  # as in `_used`
+            _forward(model)
+    for hook in hooks:
+        hook.remove()
+    return {name for name, layer in layers.items() if layer in reads.found}
+
+
+class Reads(TorchFunctionMode):
+    """Notes whose weight is used while its own layer is not computing.
+
+    Attributes:
+        open: layers that are computing.
+        found: layers whose weight something else used.
+    """
+
+    ABOUT: ClassVar[set[Any]] = {  # as true of a packed weight
+        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.size,
+        torch.Tensor.dim,
+    }
+
+    def __init__(self, owners: dict[Tensor, nn.Module]) -> None:
+        super().__init__()
+        self._owners = owners
+        self.open: set[nn.Module] = set()
+        self.found: set[nn.Module] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in self.ABOUT:
+            for value in (*args, *(kwargs or {}).values()):
+                owner = self._owners.get(value) if isinstance(value, nn.Parameter) else None
+                if owner is not None and owner not in self.open:
+                    self.found.add(owner)
+        return func(*args, **(kwargs or {}))
 
 
 def _used(model: PreTrainedModel) -> set[Tensor] | None:

@@ -13,7 +13,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
-from dtrain.models.outline import linear_layers, unused_layers
+from dtrain.models.outline import layers_read_by_others, linear_layers, unused_layers
 
 PER_FLOAT = 8  # weights of four bits in a float32
 
@@ -73,18 +73,26 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
     Raises:
         UserError: a linear layer of another kind than torch's own; bitsandbytes would leave it as
             it is, or pack it transposed, which no merge could undo. Or one whose packed weight
-            does not fill whole floats, in which it is stored.
+            does not fill whole floats, in which it is stored, or is read by other code.
     """
-    spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    unused = unused_layers(model)
+    output, unused = model.get_output_embeddings(), unused_layers(model)
+    # transformers spares whatever module is last too: one of Gemma 3n's projections, not its head.
+    spared = [] if output is not None else get_keys_to_not_convert(model)
+    spared += model._keep_in_fp32_modules or ()
     found = {
         name: module
         for name, module in linear_layers(model).items()
-        if should_convert_module(name, spared) and name not in unused
+        if module is not output and should_convert_module(name, spared) and name not in unused
     }
     for name, module in found.items():
         if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:
             raise _not_nf4(name, module)
+    if read := sorted(found.keys() & layers_read_by_others(model)):
+        raise UserError(
+            f"the model's code reads the weight of {read[0]} itself, which NF4 would hide from it",
+            where="method.kind: qlora",
+            fix="kind: lora",
+        )
     return set(found)
 
 

@@ -1,4 +1,4 @@
-"""A dozen families, each unlike the others, get what table.txt says; all types are in it."""
+"""A dozen families or so, each unlike the others, get what table.txt says; all types are in it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ FOLDER = Path(__file__).parent
 SECONDS = 600
 # What is unlike: fused matrices, tied and capped heads, two kinds of attention, alibi, rope by
 # length, no sdpa, transposed layers, nested experts, states over a sequence, an image tower, a
-# decoder that is none, a low-rank attention.
+# decoder that is none, parts that the loss does not reach.
 FAMILIES = [
     "bert",
     "bloom",
+    "blt",
     "dbrx",
     "falcon+alibi",
     "gemma2",

@@ -9,12 +9,14 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AutoConfig
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base, read_config
 from dtrain.models.outline import check_dense, outline, unused_parameters
+from dtrain.models.quantise import nf4_layers
 from dtrain.models.stream import stream_base
 
 CPU = torch.device("cpu")
@@ -143,3 +145,13 @@ def test_nf4_holds_what_text_passes_through_and_no_image_tower(
     adapted = attach(model, LORA.model_copy(update={"kind": "qlora"}), seed=0)
     targets = {n.removeprefix("base_model.model.") for n in adapted_names(adapted)}
     assert targets == packed
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("gemma3n_text", "prediction_coefs"), ("rwkv", "attention.output")]
+)
+def test_no_nf4_where_code_takes_the_weight_for_numbers(kind: str, layer: str) -> None:
+    """One clamps it in training, one divides it in evaluation: both would change packed bits."""
+    with pytest.raises(UserError, match=f"reads the weight of .*{layer} itself") as refused:
+        nf4_layers(outline(AutoConfig.for_model(kind, num_hidden_layers=10)))
+    assert "qlora" in str(refused.value)
