@@ -167,7 +167,7 @@ def layers_read_by_others(model: PreTrainedModel) -> set[str]:
         What was seen until the forward pass asked for values, in training and in evaluation.
     """
     layers = linear_layers(model)
-    reads = Reads({layer.weight: layer for layer in layers.values()})
+    reads = Reads({layer.get_parameter("weight"): layer for layer in layers.values()})
     hooks = [
         hook
         for layer in layers.values()
@@ -196,7 +196,7 @@ class Reads(TorchFunctionMode):
 
     ABOUT: ClassVar[set[Any]] = {  # as true of a packed weight
         torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
         torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
         torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
         torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -27,13 +28,15 @@ from dtrain.models.outline import outline, without_weights
 from dtrain.models.quantise import nf4_layers
 from dtrain.models.weights import read_header, weight_files
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; smaller ones mean little without scales
+
 
 class Streamed:
     """Where the tensors of a model without storage are stored.
 
     Raises:
         UserError: the files lack a parameter or a persistent buffer of the model, hold more than
-            it has, or hold one of another shape.
+            it has, or hold one of another shape or of no plain float.
 
     Attributes:
         model: its parameters are on the meta device until `fill`.
@@ -44,7 +47,7 @@ class Streamed:
         self.model, self._device = model, device
         headers = {path: read_header(path)[0] for path in weight_files(folder)}
         self._files = {name: path for path, entries in headers.items() for name in entries}
-        shapes = {n: e["shape"] for entries in headers.values() for n, e in entries.items()}
+        entries = {n: e for found in headers.values() for n, e in found.items()}
         names = file_names(model, self._files)
         self.converted = names.converted
         # By module, not by name: adapters put modules around modules.
@@ -54,7 +57,7 @@ class Streamed:
             return
         check_complete(folder, names.missing, names.unexpected)
         self._untie(names.stored)
-        self._place(folder, names.stored, shapes)
+        self._place(folder, names.stored, entries)
 
     def _untie(self, stored: dict[str, str]) -> None:
         """Part tied parameters whose two stored values differ, as transformers does."""
@@ -67,7 +70,9 @@ class Streamed:
                 alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
-    def _place(self, folder: Path, stored: dict[str, str], shapes: dict[str, list[int]]) -> None:
+    def _place(
+        self, folder: Path, stored: dict[str, str], entries: dict[str, dict[str, Any]]
+    ) -> None:
         by_tensor = {self.model.get_parameter_or_buffer(own): n for own, n in stored.items()}
         places: Counter[Tensor] = Counter()
         for module in self.model.modules():
@@ -75,7 +80,8 @@ class Streamed:
                 if tensor is None or tensor not in by_tensor:
                     continue
                 name = by_tensor[tensor]
-                check_shape(folder, name, shapes[name], list(tensor.shape))
+                check_shape(folder, name, entries[name]["shape"], list(tensor.shape))
+                check_dtype(folder, name, entries[name]["dtype"], tensor)
                 self._names.setdefault(module, {})[leaf] = name
                 places[tensor] += 1
         self._shared = {p: None for p, count in places.items() if count > 1}  # type: ignore[misc]
@@ -131,6 +137,20 @@ def check_shape(folder: Path, name: str, found: list[int], wanted: list[int]) ->
             f"{name} is {found} in the file, {wanted} by config.json",
             where=str(folder),
             fix="weights and config.json must be of one model; fetch them again",
+        )
+
+
+def check_dtype(folder: Path, name: str, stored: str, wanted: Tensor) -> None:
+    """Refuse quantized numbers where weights belong: a plain cast would take them for values.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    if wanted.is_floating_point() and stored not in FLOATS:
+        raise UserError(
+            f"{name} is stored as {stored}, so this base is quantized",
+            where=str(folder),
+            fix="use the model that it was made from",
         )
 
 

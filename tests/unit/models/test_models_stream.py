@@ -123,6 +123,17 @@ def test_what_is_missing_or_left_over_is_refused(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_numbers_are_not_taken_for_weights(
+    tmp_path: Path, save_small: Callable, dtype: torch.dtype
+) -> None:
+    save_small("llama", tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UserError, match=rf"{name} is stored as .*8.*quantized"):
+        stream(tmp_path)
+
+
 def test_what_transformers_passes_over_is_no_error(tmp_path: Path, save_small: Callable) -> None:
     save_small("llama", tmp_path)
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
