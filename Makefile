@@ -81,5 +81,5 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt tests/lowest.py
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt torch
-	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e . pytest pytest-timeout
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt -e . hypothesis pytest pytest-timeout
 	@touch $@
