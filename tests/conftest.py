@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def _hashes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Hashes of files that are gone tomorrow do not stay in the user's cache."""
     folder: Path = tmp_path_factory.mktemp("hashes")
     known_hashes._folder = lambda: folder  # type: ignore[assignment]
+
+
+def _as_before() -> Iterator[None]:
+    """Leave the kernels' compiled loops, which the whole process uses or not, as they were."""
+    name = "dtrain.models.kernels.native"
+    native = sys.modules.get(name)
+    was_on = native is not None and native.is_on()
+    yield
+    if (native := sys.modules.get(name)) is not None and native.is_on() != was_on:
+        native.switch(on=was_on)
+
+
+_loops_of_a_file = pytest.fixture(scope="module", autouse=True)(_as_before)
+_loops_of_a_test = pytest.fixture(autouse=True)(_as_before)
 
 
 TEXT = {

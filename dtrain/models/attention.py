@@ -115,17 +115,19 @@ def _packed_mask_function(
     mask_function: Callable[..., Tensor], *args: Any, **kwargs: Any
 ) -> Callable[..., Tensor]:
     """As transformers' own, and says which mask it puts into each document."""
+    assert _transformers_packed_mask_function is not None
     result = _transformers_packed_mask_function(mask_function, *args, **kwargs)
     result.inside = mask_function  # type: ignore[attr-defined]
     return result
 
 
 _transformers_sequence_numbers = masking_utils.find_packed_sequence_indices
-_transformers_packed_mask_function: Callable[..., Callable[..., Tensor]] = (
-    masking_utils.packed_sequence_compatibility_function
+_transformers_packed_mask_function: Callable[..., Callable[..., Tensor]] | None = getattr(
+    masking_utils, "packed_sequence_compatibility_function", None
 )
 masking_utils.find_packed_sequence_indices = _sequence_numbers
-masking_utils.packed_sequence_compatibility_function = _packed_mask_function
+if _transformers_packed_mask_function is not None:  # older versions: `find_documents` asks
+    masking_utils.packed_sequence_compatibility_function = _packed_mask_function
 
 
 def document_mask(
