@@ -27,7 +27,7 @@ class Child:
     """A running function.
 
     Attributes:
-        log: what it prints; its result lies beside it.
+        log: what it prints; its result is in the same folder.
     """
 
     pid: int

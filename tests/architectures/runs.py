@@ -213,7 +213,7 @@ def observe(noted: Path) -> None:
 
 
 def base_layers(model: torch.nn.Module) -> dict[str, str]:
-    """The class of what each adapter stands on; NF4 that was never quantised is told."""
+    """The class of the layer under each adapter; it shows NF4 that was never quantized."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

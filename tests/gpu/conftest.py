@@ -77,7 +77,7 @@ def dtype(device: torch.device) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def figures() -> Iterator[dict[str, Any]]:
-    """What is measured, by name; a JSON file at the end, beside what earlier parts measured."""
+    """What is measured, by name; at the end added to a JSON file of earlier parts."""
     found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
     if ON_GPU:
         free, total = torch.cuda.mem_get_info()

@@ -92,7 +92,7 @@ def merge(*places: Path) -> Path:
 
 
 def check(model: Path) -> None:
-    """The end of a turn stands beside the base's own end, and the template is the recipe's."""
+    """The end of a turn is added to the base's own end, and the template is the recipe's."""
     config = json.loads((model / "generation_config.json").read_text())
     assert config["eos_token_id"] == [OWN_END, CLOSE]
     assert (model / "chat_template.jinja").read_text() == TEMPLATE

@@ -164,7 +164,7 @@ def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
     clock.forward(60)
     assert ranks_named(one) == []
     one.compiling(False)
-    assert ranks_named(one) == []  # the limit begins anew
+    assert ranks_named(one) == []  # the limit starts again
     other_beats(tmp_path, beat=3, marks=9)
     clock.forward(60)
     assert ranks_named(one) == [0]

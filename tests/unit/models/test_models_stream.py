@@ -144,7 +144,7 @@ def test_what_transformers_passes_over_is_no_error(tmp_path: Path, save_small: C
 def test_what_is_filled_is_free_once_an_engine_has_replaced_it(
     tmp_path: Path, save_small: Callable
 ) -> None:
-    """Else every rank would keep the whole base beside its shards of it."""
+    """Else every rank would keep the whole base in addition to its shards."""
     save_small("llama", tmp_path, tie_word_embeddings=True)
     streamed = stream(tmp_path)
     model, alive = streamed.model, []
