@@ -27,11 +27,11 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dtrain.core.cores import oom_kills
+from dtrain.core.cpu_resources import oom_kills
 from dtrain.core.errors import Exit, UserError
-from dtrain.distributed.listen import listen_narrowly
-from dtrain.launching.address import is_host_of, own_address
+from dtrain.distributed.rendezvous_binding import listen_narrowly
 from dtrain.launching.commands import LAUNCHER, worker_environment
+from dtrain.launching.network import is_host_of, own_address
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # A rank has failed, and the others wait for it: whatever they were about is lost.
@@ -64,7 +64,7 @@ class Signals:
         self.seen.add(number)
         workers = [child for child in psutil.Process().children() if _leads_session(child.pid)]
         if not workers:
-            raise SystemExit(Exit.GO_ON)  # nothing has begun, or all has ended
+            raise SystemExit(Exit.INTERRUPTED)  # nothing has begun, or all has ended
         for worker in workers:
             worker.send_signal(number)
 
@@ -171,9 +171,9 @@ def status_of(
         print(_OOM_KILLED.format(rank=rank), file=sys.stderr)
         return Exit.OUT_OF_MEMORY
     # torchrun ends the ranks that are left with SIGTERM, whatever ended the first.
-    stopped = {Exit.GO_ON, -signal.SIGTERM} | {-number for number in signals_seen}
-    if stopped.issuperset(codes.values()) and (signals_seen or Exit.GO_ON in codes.values()):
-        return Exit.GO_ON
+    stopped = {Exit.INTERRUPTED, -signal.SIGTERM} | {-number for number in signals_seen}
+    if stopped.issuperset(codes.values()) and (signals_seen or Exit.INTERRUPTED in codes.values()):
+        return Exit.INTERRUPTED
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     if killed and Exit.CRASHED not in codes.values():  # a crash has left its traceback
         print(_killed(killed), file=sys.stderr)

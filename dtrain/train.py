@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from dtrain.core.errors import Exit
-from dtrain.core.imports import import_fast
+from dtrain.core.lazy_import import import_fast
 from dtrain.core.processes import die_with_parent, exit_at_once
 from dtrain.launching.commands import LAUNCHER, sees_gpu, worker_environment
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe on this rank; return the exit status."""
     arguments = parse(argv)
     die_with_launcher()
-    status: int = import_fast("dtrain.worker").work(arguments)
+    status: int = import_fast("dtrain.rank_main").work(arguments)
     return status
 
 
@@ -26,7 +26,7 @@ def run() -> NoReturn:
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
     status = main()
-    if status not in (Exit.FINISHED, Exit.GO_ON):
+    if status not in (Exit.FINISHED, Exit.INTERRUPTED):
         # Python's own end would run destructors of libraries, which wait for the other ranks.
         exit_at_once(status)
     sys.exit(status)

@@ -21,9 +21,9 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from dtrain.cli.data import chosen_stage
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.core.trust import own_folder
-from dtrain.data.quality.trove import Step, corpus, settle, steps
-from dtrain.pipeline.looking import held_out_of
+from dtrain.core.ownership import own_folder
+from dtrain.data_quality.datatrove_pipeline import Step, corpus, settle, steps
+from dtrain.pipeline.data_inspection import held_out_of
 
 
 def main(arguments: list[str]) -> int:

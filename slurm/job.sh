@@ -34,7 +34,7 @@ trap ask_to_stop USR1
 # Slurm ends the step by itself. Whether to go on is never decided here: it may be a scancel.
 trap 'signalled=1' TERM
 
-"$python" -m dtrain.planning.job "$DTRAIN_RECIPE" "$@" || exit
+"$python" -m dtrain.planning.fit_gate "$DTRAIN_RECIPE" "$@" || exit
 mapfile -d '' -t begun < <(exec "$python" -m dtrain.launching.attempt begin "$DTRAIN_RECIPE" "$@")
 wait $! || exit
 run="${begun[0]}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from dtrain.core import known_hashes
+from dtrain.core import hash_cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,7 +27,7 @@ settings.load_profile("dtrain")
 def _hashes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Hashes of files that are gone tomorrow do not stay in the user's cache."""
     folder: Path = tmp_path_factory.mktemp("hashes")
-    known_hashes._folder = lambda: folder  # type: ignore[assignment]
+    hash_cache._folder = lambda: folder  # type: ignore[assignment]
 
 
 def _as_before() -> Iterator[None]:

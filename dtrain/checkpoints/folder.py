@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.checkpoints.names import REMOVED_PREFIX, step_of, unfinished_step_of
+from dtrain.checkpoints.file_names import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.errors import UserError
-from dtrain.core.trust import Untrusted
+from dtrain.core.ownership import Untrusted
 
 LOSS = "held_out_loss"
 

@@ -11,13 +11,13 @@ from dtrain.core.errors import UserError
 CHANGEABLE = frozenset(
     {
         "train.learning_rate",
-        "train.schedule",
-        "train.warmup_share",
+        "train.lr_scheduler",
+        "train.warmup_ratio",
         "train.epochs",
         "train.steps",
         "train.tokens",
         "train.weight_decay",
-        "train.clip_norm",
+        "train.max_grad_norm",
         "train.evaluate_every_steps",
         "train.evaluate_on",
         "train.early_stopping_patience",

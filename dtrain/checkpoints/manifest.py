@@ -14,10 +14,10 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dtrain.checkpoints.pieces import NEUTRAL_KINDS, elements
+from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, elements
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
-from dtrain.core.trust import Untrusted
+from dtrain.core.ownership import Untrusted
 
 FORMAT = 2
 MANIFEST = "manifest.json"

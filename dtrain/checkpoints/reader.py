@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.checkpoints.file_names import step_of
 from dtrain.checkpoints.manifest import MANIFEST, Kind, Manifest, parse
-from dtrain.checkpoints.names import step_of
-from dtrain.checkpoints.pieces import NEUTRAL_KINDS, Piece, is_finite
-from dtrain.checkpoints.shard import ShardReader, tensor_key
+from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard, is_finite
+from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
 from dtrain.core.log import progress
-from dtrain.core.trust import Untrusted, own_file, own_folder
+from dtrain.core.ownership import Untrusted, own_file, own_folder
 
 SHOWN = 8  # keys of each sort in a message
 
@@ -117,7 +117,7 @@ class Checkpoint:
             self._copy(name, kind, start, stop, result)
             return result
 
-    def restore(self, pieces: Iterable[Piece]) -> None:
+    def restore(self, pieces: Iterable[ParameterShard]) -> None:
         """Copy into the pieces' tensors, in place.
 
         The pieces have to name every parameter of the checkpoint and no other, with the same
@@ -139,7 +139,7 @@ class Checkpoint:
                 self._restore(piece)
                 meter.advance()
 
-    def _restore(self, piece: Piece) -> None:
+    def _restore(self, piece: ParameterShard) -> None:
         for kind, target in piece.tensors.items():
             if piece.start == piece.stop:
                 continue
@@ -180,7 +180,7 @@ class Checkpoint:
             fix="resume with the same engine and number of ranks, or train.optimizer: adamw",
         )
 
-    def _copy_opaque(self, piece: Piece, kind: str, target: Tensor) -> None:
+    def _copy_opaque(self, piece: ParameterShard, kind: str, target: Tensor) -> None:
         saved = self._read_opaque(piece.name, kind, piece.start, piece.stop)
         if saved.shape != target.shape or saved.dtype != target.dtype:
             raise UserError(
@@ -203,7 +203,7 @@ class Checkpoint:
                 f"{name} {kind} holds NaN or infinity (from element {at})", where=str(self.folder)
             )
 
-    def _misfits(self, wanted: list[Piece]) -> list[str]:
+    def _misfits(self, wanted: list[ParameterShard]) -> list[str]:
         saved, now = self.names, {piece.name: piece.shape for piece in wanted}
         both = [name for name in now if name in saved]
         kinds = self.kinds

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtrain.checkpoints.file_names import step_of
 from dtrain.checkpoints.folder import LOSS, complete_folders, remove
-from dtrain.checkpoints.names import step_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.errors import UserError
-from dtrain.core.trust import Untrusted
+from dtrain.core.ownership import Untrusted
 
 
 def retain(folder: Path, keep_newest: int, best: bool, every: int | None) -> list[int]:

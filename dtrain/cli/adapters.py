@@ -14,7 +14,7 @@ def adapters(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List adapters: their base, rank, layers, stage and size."""
-    from dtrain.serving.adapters import list_adapters, table
+    from dtrain.serving.adapter_list import list_adapters, table
 
     found = list_adapters(folder.expanduser())
     if as_json:
@@ -36,7 +36,7 @@ def combine(
 ) -> None:
     """Make one adapter that changes the base as A and then B do, to serve both without a merge."""
     from dtrain.core.units import size
-    from dtrain.merge.stack import stack
+    from dtrain.merge.combine_adapters import stack
 
     made = stack(first.expanduser(), second.expanduser(), out.expanduser(), rank=rank)
     error = "exact" if rank is None else f"relative error {made.error:.2e}"

@@ -11,8 +11,8 @@ import typer
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
+    from dtrain.augmentation.budget import Limits
     from dtrain.config.schema import Source
-    from dtrain.data.augment.budget import Limits
 
 Bound = typer.Option(min=1, help="Of all runs into this folder together; no bound if not given.")
 
@@ -61,14 +61,14 @@ def augment(
     """
     limits = _limits(most_requests, most_tokens, most_cost, prices, per_minute)
     try:
-        from dtrain.data.augment.augment import MADE, REFUSED, Task
-        from dtrain.data.augment.augment import augment as make
-        from dtrain.data.augment.endpoint import Endpoint
+        from dtrain.augmentation.augment import MADE, REFUSED, Task
+        from dtrain.augmentation.augment import augment as make
+        from dtrain.augmentation.endpoint import Endpoint
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise
         raise UserError("needs openai", fix="pip install 'dtrain[augment]'") from error
-    from dtrain.data.quality.scan import source_input
+    from dtrain.data_quality.scan import source_input
 
     asked = Endpoint(endpoint, model, reply_tokens, temperature)
     task = Task(source_input(_source(path, columns or [])), how.value, copies, at_once, rows)
@@ -100,7 +100,7 @@ def _limits(
     prices: str | None,
     per_minute: float | None,
 ) -> Limits:
-    from dtrain.data.augment.budget import Limits
+    from dtrain.augmentation.budget import Limits
 
     if cost is not None and prices is None:
         raise UserError("--most-cost needs --prices", fix="--prices IN,OUT of a million tokens")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print the recipe with every default filled in, or every error in it."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.planning.bases import refuse_untrainable
+    from dtrain.planning.known_models import refuse_untrainable
     from dtrain.planning.positions import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
@@ -32,7 +32,7 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
 def template_notes(recipe: Recipe) -> Iterator[str]:
     """What is wrong with how the chat templates of the stages end a turn, as far as seen here."""
     from dtrain.data.light_template import closes_turns
-    from dtrain.planning.bases import find_config
+    from dtrain.planning.known_models import find_config
 
     try:
         config = Path(find_config(recipe.model.base)[1])  # or words, of a base that is not here

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dtrain.config.schema import Recipe, Stage
-    from dtrain.data.quality.scan import Findings
+    from dtrain.data_quality.scan import Findings
 
 app = typer.Typer(help="Look at data, check it, clean it, make more.", no_args_is_help=True)
 app.command("augment")(augment)
@@ -77,7 +77,7 @@ def prepare(
     import os
 
     from dtrain.config.load import load_recipe
-    from dtrain.pipeline.preparing import parse_share, prepare_recipe, share_of_array
+    from dtrain.pipeline.data_preparation import parse_share, prepare_recipe, share_of_array
 
     share = parse_share(shard) if shard else share_of_array(os.environ)
     prepare_recipe(load_recipe(recipe, overrides or []), share, processes)
@@ -102,9 +102,9 @@ def scan(
     """
     from dtrain.core.files import write_json
     from dtrain.core.log import console
-    from dtrain.data.quality.page import write_page
-    from dtrain.data.quality.report import report
-    from dtrain.data.quality.terminal import tables
+    from dtrain.data_quality.html_report import write_page
+    from dtrain.data_quality.report import report
+    from dtrain.data_quality.terminal import tables
 
     found = _scanned(address, overrides or [], stage, against or [], processes)
     told = report(found)
@@ -128,9 +128,9 @@ def clean(
 ) -> None:
     """Write a stage's rows without what its policy (`data.clean`) takes away, and that apart."""
     from dtrain.config.load import load_recipe
-    from dtrain.data.quality.clean import QUARANTINED, STRENGTH
-    from dtrain.data.quality.clean import clean as write_clean
-    from dtrain.pipeline.looking import scan_stage
+    from dtrain.data_quality.clean import QUARANTINED, STRENGTH
+    from dtrain.data_quality.clean import clean as write_clean
+    from dtrain.pipeline.data_inspection import scan_stage
 
     if out.exists():
         raise UserError("exists already", where=str(out), fix="choose another --out")
@@ -151,7 +151,7 @@ def clean(
 def _scanned(
     address: str, overrides: list[str], stage: str | None, against: list[str], processes: int
 ) -> Findings:
-    from dtrain.pipeline.looking import scan_path, scan_stage
+    from dtrain.pipeline.data_inspection import scan_path, scan_stage
 
     if not is_recipe(address):
         return scan_path(address, against, processes)
@@ -163,7 +163,7 @@ def _scanned(
 
 def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> Iterator[Text]:
     from dtrain.data.show import sequences
-    from dtrain.pipeline.looking import stage_mixture
+    from dtrain.pipeline.data_inspection import stage_mixture
 
     mixture, tokenizer = stage_mixture(recipe, stage)
     yield from sequences(mixture, tokenizer, recipe.seed, count, colour)
@@ -171,8 +171,8 @@ def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> It
 
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:
     from dtrain.config.schema import Source
-    from dtrain.core.folders import cache_folder
-    from dtrain.data.formats import read_on
+    from dtrain.core.cache_paths import cache_folder
+    from dtrain.data.records import read_on
     from dtrain.data.show import as_brought
     from dtrain.data.sources import find_parts
 

@@ -20,8 +20,8 @@ def diff(
 ) -> None:
     """List the tensors that differ, the greatest relative change first."""
     from dtrain.core.files import write_json
-    from dtrain.merge.look import as_json, elements, overall
-    from dtrain.merge.look import diff as compare
+    from dtrain.merge.verify import as_json, elements, overall
+    from dtrain.merge.verify import diff as compare
 
     found = compare(old, new)
     if found.changes:

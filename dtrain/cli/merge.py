@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dtrain.core.errors import UserError
-from dtrain.core.imports import import_fast
+from dtrain.core.lazy_import import import_fast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dtrain.merge.adapter import Adapter
     from dtrain.merge.merge import Applied
     from dtrain.merge.nf4 import Packed
-    from dtrain.merge.origin import Origin
-    from dtrain.merge.tied import Shapes
+    from dtrain.merge.provenance import Origin
+    from dtrain.merge.tied_weights import Shapes
 
 Places = Annotated[
     list[str],
@@ -68,7 +68,7 @@ def merge(
     """
     import_fast("dtrain.merge.merge")  # torch, which is most of what a small merge costs
     from dtrain.merge.merge import shards_at_once
-    from dtrain.merge.origin import is_checkpoint
+    from dtrain.merge.provenance import is_checkpoint
 
     at_once = processes or shards_at_once()
     out, first = Path(places[-1]), Path(places[0])
@@ -99,7 +99,7 @@ def _merge(
     from dtrain.merge.adapter import Adapter
     from dtrain.merge.chat_files import carried_files, merged_files
     from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
-    from dtrain.merge.origin import adapter_origin, known_bases
+    from dtrain.merge.provenance import adapter_origin, known_bases
 
     shapes = check_places(base, folders, out)
     origins = [adapter_origin(folder) for folder in folders]
@@ -120,8 +120,8 @@ def _combined(
     how: tuple[str, float, int],
     packings: Sequence[Packed | None],
 ) -> Applied:
-    from dtrain.merge.combine import Combined
     from dtrain.merge.merge import Applied
+    from dtrain.merge.weighted_merge import Combined
 
     about = {"combine": list(how), "weights": list(factors)}
     about |= {"adapters": [adapter.tensors.mark() for adapter in adapters]}
@@ -131,9 +131,9 @@ def _combined(
 
 def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) -> None:
     from dtrain.merge.chat_files import checkpoint_files, merged_files
-    from dtrain.merge.consolidate import base_of, open_saved, replace_with, saved_adapter
+    from dtrain.merge.from_checkpoint import base_of, open_saved, replace_with, saved_adapter
     from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
-    from dtrain.merge.origin import known_bases
+    from dtrain.merge.provenance import known_bases
 
     saved = open_saved(folder)
     base, origin = base_of(saved), saved.origin
@@ -199,7 +199,7 @@ def _base(address: str) -> Path:
     """A folder as it is; else a hub id or a sample."""
     if (Path(address) / "config.json").is_file():
         return Path(address)
-    from dtrain.models.resolve import base_folder
+    from dtrain.models.hub import base_folder
 
     return base_folder(address)
 

@@ -39,8 +39,8 @@ def plan(
     from dtrain.planning.plan import as_json as plain
     from dtrain.planning.plan import make_plan, with_exact
     from dtrain.planning.positions import position_warnings
-    from dtrain.planning.setup import Cluster
-    from dtrain.planning.show import lines_of
+    from dtrain.planning.render import lines_of
+    from dtrain.planning.workload import Cluster
 
     settings = load_recipe(recipe, overrides or [])
     on_node = gpus_per_node or settings.launch.ranks_on_node(8)

@@ -9,6 +9,7 @@ import typer
 
 from dtrain.cli import (
     adapters,
+    chat,
     check,
     checkpoints,
     data,
@@ -23,7 +24,6 @@ from dtrain.cli import (
     run,
     serve,
     submit,
-    talk,
     verify,
 )
 from dtrain.core.errors import Exit, UserError
@@ -46,8 +46,8 @@ app.command("diff")(diff.diff)
 app.command("adapters")(adapters.adapters)
 app.command("combine")(adapters.combine)
 app.command("serve")(serve.serve)
-app.command("chat")(talk.chat)
-app.command("generate")(talk.generate)
+app.command("chat")(chat.chat)
+app.command("generate")(chat.generate)
 app.command("submit")(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)

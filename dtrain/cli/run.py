@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Train, here and now; run again, it goes on where it was."""
     from dtrain.config.load import load_recipe
-    from dtrain.planning.bases import refuse_untrainable
+    from dtrain.planning.known_models import refuse_untrainable
 
     settings = load_recipe(recipe, overrides or [])
     refuse_untrainable(settings.model.base)

@@ -18,7 +18,7 @@ def serve(
     if not write:
         what = "dtrain writes the commands of a server, and runs none"
         raise UserError(what, where="serve", fix=f"dtrain serve {run} --print")
-    from dtrain.serving.run import open_run
+    from dtrain.serving.run_models import open_run
     from dtrain.serving.vllm import script
 
     print(script(open_run(run.expanduser())), end="")

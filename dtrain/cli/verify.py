@@ -18,7 +18,7 @@ def verify(
 
     A model that dtrain did not write carries no hashes: of that one, only the values are checked.
     """
-    from dtrain.merge.look import verify as look
+    from dtrain.merge.verify import verify as look
 
     found = look(model)
     for problem in found.problems:

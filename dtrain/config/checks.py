@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dtrain.config import ds_file
+from dtrain.config import deepspeed_file
 from dtrain.config.schema import Data, Recipe, Stage
-from dtrain.config.source import Key, dotted
+from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import Problems, UserError
 
 # What lies in a run folder beside the stages' own folders, and the name of the untrained model
@@ -65,21 +65,21 @@ def accumulation(global_batch: int, ranks: int, micro_batch: int) -> int:
         return global_batch // together
     what = f"{global_batch} sequences do not divide among {ranks} ranks x {micro_batch} at once"
     raise UserError(
-        what, where="train.global_batch_sequences", fix=_what_divides(global_batch, ranks, together)
+        what, where="train.global_batch_size", fix=_what_divides(global_batch, ranks, together)
     )
 
 
 def _what_divides(global_batch: int, ranks: int, together: int) -> str:
     below, above = global_batch // together * together, -(-global_batch // together) * together
     batches = " or ".join(str(n) for n in (below, above) if n)
-    proposals = [f"global_batch_sequences {batches}"]
+    proposals = [f"global_batch_size {batches}"]
     if global_batch % ranks == 0:
         share, old = global_batch // ranks, together // ranks
         micro = max(n for n in range(1, min(share, old) + 1) if share % n == 0)
-        proposals.append(f"micro_batch_sequences {micro}")
+        proposals.append(f"micro_batch_size {micro}")
     else:
         fewer = max(n for n in range(1, min(ranks, global_batch) + 1) if global_batch % n == 0)
-        proposals.append(f"{fewer} ranks with micro_batch_sequences 1")
+        proposals.append(f"{fewer} ranks with micro_batch_size 1")
     return "take " + ", or ".join(proposals)
 
 
@@ -101,7 +101,7 @@ def _engine(recipe: Recipe) -> Iterator[Clash]:
         yield Clash([("engine", "config"), kind], what, "leave engine.config out")
         return
     try:
-        ds_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
+        deepspeed_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
     except UserError as error:
         faults = error.problems if isinstance(error, Problems) else [error]
         for fault in faults:
@@ -177,11 +177,11 @@ def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     if ranks == "auto":
         ranks = 1  # whatever the number will be, one micro-batch must go into the step
     try:
-        accumulation(train.global_batch_sequences, ranks, train.micro_batch)
+        accumulation(train.global_batch_size, ranks, train.micro_batch)
     except UserError as error:
         keys: list[Key] = [
-            (*at, "train", "global_batch_sequences"),
-            (*at, "train", "micro_batch_sequences"),
+            (*at, "train", "global_batch_size"),
+            (*at, "train", "micro_batch_size"),
         ]
         if recipe.launch.processes != "auto":
             keys.append(("launch", "processes"))

@@ -14,9 +14,8 @@ from ruamel.yaml import YAML
 
 from dtrain.config.checks import Clash, check
 from dtrain.config.messages import problems
-from dtrain.config.overrides import apply_overrides
 from dtrain.config.schema import Recipe
-from dtrain.config.source import Document, Key, read_document
+from dtrain.config.yaml_document import Document, Key, dotted, parse_value, read_document
 from dtrain.core.errors import Problems, UserError
 from dtrain.recipes import shipped
 
@@ -110,3 +109,71 @@ def _leave_out(values: Any, key: Key) -> None:
         values = values[part]
     if key and isinstance(values, dict):
         values.pop(key[-1], None)
+
+
+_FORM = "write key=value or group.key=value, for example engine.kind=zero3"
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> list[UserError]:
+    """Put each `key=value` into the document, in order; what cannot be put there is returned.
+
+    A list is entered by number (`stages.0.…`) or by the name of an entry (`stages.domain.…`).
+    """
+    problems = []
+    for override in overrides:
+        try:
+            _apply(document, override)
+        except UserError as problem:
+            problems.append(problem)
+    return problems
+
+
+def _apply(document: Document, override: str) -> None:
+    origin = f"override {override}"
+    address, equals, text = override.partition("=")
+    parts = address.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError("is not of the form key=value", where=origin, fix=_FORM)
+    value = parse_value(text, origin)
+    holder: Any = document.values
+    key: Key = ()
+    for part in parts[:-1]:
+        holder, key = _enter(holder, key, part, origin)
+        document.origins.setdefault(key, origin)
+    last = _index(holder, key, parts[-1], origin)
+    holder[last] = value
+    _forget(document, (*key, last))
+    document.origins[(*key, last)] = origin
+
+
+def _enter(holder: Any, key: Key, part: str, origin: str) -> tuple[Any, Key]:
+    index = _index(holder, key, part, origin)
+    if isinstance(holder, dict) and holder.get(part) is None:
+        holder[part] = {}
+    return holder[index], (*key, index)
+
+
+def _index(holder: Any, key: Key, part: str, origin: str) -> str | int:
+    if isinstance(holder, dict):
+        return part
+    if not isinstance(holder, list):
+        raise UserError(f"{dotted(key)} has no keys: it is {holder!r}", where=origin)
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in holder]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(holder):
+        return int(part)
+    known = [str(name) for name in names if name]
+    close = get_close_matches(part, known, n=1)
+    fix = f"did you mean {close[0]}?" if close else f"take one of {_choices(known, len(holder))}"
+    raise UserError(f"{dotted(key)} has no entry {part}", where=origin, fix=fix)
+
+
+def _choices(names: list[str], count: int) -> str:
+    return ", ".join([*names, *(str(number) for number in range(count))]) or "none: it is empty"
+
+
+def _forget(document: Document, key: Key) -> None:
+    """The lines of what was replaced say nothing any more."""
+    for old in [k for k in document.origins if k[: len(key)] == key]:
+        del document.origins[old]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from dtrain.config.schema import Recipe
-from dtrain.config.source import Document, Key, dotted
+from dtrain.config.yaml_document import Document, Key, dotted
 from dtrain.core.errors import UserError
 
 _LONGEST_VALUE = 60

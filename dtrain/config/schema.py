@@ -50,10 +50,10 @@ class Model(Group):
         "auto",
         description="attention implementation of transformers",
     )
-    kernels: Literal["auto", "plain"] = Field(
+    kernels: Literal["auto", "off"] = Field(
         "auto",
         description=(
-            "auto: exact layers that compute and keep less, where the model's code allows; plain: "
+            "auto: exact layers that compute and keep less, where the model's code allows; off: "
             "those of transformers and PEFT"
         ),
     )
@@ -111,7 +111,7 @@ class Lora(Group):
         description="scale is alpha / r; 2 r if not given",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
-    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
         description="linear layers that get an adapter, by name",
     )
@@ -212,8 +212,8 @@ class Clean(Group):
 class Replay(Source):
     """Rows of what the model knows already, mixed in so that it is not forgotten."""
 
-    weight: None = Field(None, description="none: `share` says how much")
-    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+    weight: None = Field(None, description="none: `ratio` says how much")
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="of all sequences; the sources keep their proportions in the rest"
     )
 
@@ -223,7 +223,7 @@ class Data(Group):
 
     sources: list[Source] = Field(min_length=1)
     replay: Replay | None = Field(None, description="rows that are mixed in against forgetting")
-    sequence_tokens: Annotated[int, Field(ge=8)] = Field(
+    sequence_length: Annotated[int, Field(ge=8)] = Field(
         2048,
         description="tokens in a packed sequence",
     )
@@ -278,10 +278,10 @@ class Data(Group):
 class Train(Group):
     """How long, how fast."""
 
-    global_batch_sequences: Count = Field(
+    global_batch_size: Count = Field(
         description="sequences in one optimizer step, over all ranks",
     )
-    micro_batch_sequences: Literal["auto"] | Count = Field(
+    micro_batch_size: Literal["auto"] | Count = Field(
         1, description="sequences a rank computes at once; auto: as many as the plan says"
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
@@ -296,16 +296,16 @@ class Train(Group):
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-4, description="greatest, after the warm-up; lower it when the loss oscillates"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
     )
-    warmup_share: Share = Field(0.03, description="share of the steps with a rising learning rate")
+    warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw",
         description="8bit: a quarter of the state; paged: it leaves the GPU when memory is short",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
-    clip_norm: Annotated[float, Field(gt=0)] = Field(
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
         1.0,
         description="greatest global gradient norm",
     )
@@ -330,7 +330,7 @@ class Train(Group):
     @property
     def micro_batch(self) -> int:
         """Sequences at once; 1, which any choice is a multiple of, as long as it is `auto`."""
-        return 1 if self.micro_batch_sequences == "auto" else self.micro_batch_sequences
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class Stage(Group):

@@ -14,7 +14,7 @@ class Exit(IntEnum):
     NON_FINITE = 3  # loss or gradients stayed NaN or infinite: another try cannot help
     OUT_OF_MEMORY = 4  # another try cannot help
     HANG = 5  # a rank did not reach its step: another try can help
-    GO_ON = 75  # stopped after saving (EX_TEMPFAIL): start again to go on
+    INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to go on
 
 
 class UserError(Exception):

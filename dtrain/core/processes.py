@@ -38,7 +38,7 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-class Crew:
+class WorkerPool:
     """Processes that do the same work; see `crew`."""
 
     def __init__(self, count: int, work: Callable[[int, Tell], None]) -> None:
@@ -78,7 +78,7 @@ class Crew:
 
 
 @contextmanager
-def crew(count: int, work: Callable[[int, Tell], None]) -> Iterator[Crew]:
+def worker_pool(count: int, work: Callable[[int, Tell], None]) -> Iterator[WorkerPool]:
     """Run `work(number, tell)` for number 0 … count - 1, each in a process of its own.
 
     The processes are forked: they start at once and need no copy of their inputs. So `work` must
@@ -89,7 +89,7 @@ def crew(count: int, work: Callable[[int, Tell], None]) -> Iterator[Crew]:
         count: of processes.
         work: what each of them does; it calls `tell(units)` for what it has done.
     """
-    members = Crew(count, work)
+    members = WorkerPool(count, work)
     try:
         yield members
     finally:

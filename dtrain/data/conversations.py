@@ -57,7 +57,7 @@ TEXTS_OF_PARTS = ("text", "value", "reasoning", "thinking", "content")
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A conversation, and the tools that the model may call in it, as JSON schemas.
 
     A message has `role` (a standard one where the row's own has a standard meaning), `content` (a
@@ -77,8 +77,8 @@ class Talk:
 class Pair:
     """A wanted and an unwanted conversation with the same prompt; one of them may be missing."""
 
-    wanted: Talk | None
-    unwanted: Talk | None
+    wanted: Conversation | None
+    unwanted: Conversation | None
 
 
 def as_messages(value: Any, column: str, where: str) -> Messages:
@@ -256,7 +256,7 @@ def _mark(
     return next(iter(said.values()), None)
 
 
-def marked_by_row(talk: Talk, row: Mapping[str, Any]) -> Talk:
+def marked_by_row(talk: Conversation, row: Mapping[str, Any]) -> Conversation:
     """The conversation, none of it learned if its row says so; what a turn says counts more.
 
     Such a column can mean something else, so any other value says nothing.

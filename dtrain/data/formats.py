@@ -1,164 +1,204 @@
-"""Rows of a source as texts or conversations, every fault with its file and line."""
+"""One row of a known format into a text, a conversation, or a pair of conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from dtrain.core.errors import EmptyData, UserError
-from dtrain.data.readers import Raw, rows
-from dtrain.data.rows import FORMS, Messages, Pair, Value, convert, form_of
-from dtrain.data.sources import Part
+from dtrain.core.errors import UserError
+from dtrain.data.conversations import (
+    MARKS,
+    MEDIA,
+    Conversation,
+    Messages,
+    Pair,
+    as_messages,
+    checked_text,
+    kind_of_value,
+    marked_by_row,
+    read_tools,
+)
 
-__all__ = ["Fault", "Messages", "Pair", "Record", "detect", "read", "read_on"]
+__all__ = ["FORMS", "Conversation", "Messages", "Pair", "Value", "convert", "form_of"]
+
+Value = str | Conversation | Pair
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Record:
-    """One row: a text, a conversation or a pair of them, and its number in its part, from 1."""
+class Form:
+    """A format: the columns that it needs, those it takes besides, and what it makes of a row."""
 
-    value: Value
-    part: int
-    number: int
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row that cannot be used; or a part, from this row on."""
-
-    error: UserError
-    part: int
-    number: int
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    make: Callable[[Row, str], Value]
 
 
-def read(
-    parts: list[Part], form: str, columns: Mapping[Any, str] | None = None
-) -> Iterator[Record]:
-    """All rows of all parts, in order.
+def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Value:
+    """What a row holds.
 
     Args:
-        parts: of one source.
-        form: a format of the recipe.
-        columns: what a column of the format is called in the files, where it is called otherwise.
+        raw: the row as parsed.
+        form: a format of the recipe, not auto.
+        columns: format's name of a column → the file's own.
+        where: file and line.
 
     Raises:
-        UserError: a row cannot be used, with its file and line.
+        UserError: the row is not of that format.
     """
-    for item in read_on(parts, form, columns):
-        if isinstance(item, Fault):
-            raise item.error
-        yield item
-
-
-def read_on(
-    parts: list[Part], form: str, columns: Mapping[Any, str] | None = None
-) -> Iterator[Record | Fault]:
-    """As `read`, but a row that cannot be used is a fault, and reading goes on behind it."""
-    columns = columns or {}
-    if form == "auto" and parts:
-        try:
-            form = detect(parts, columns)
-        except EmptyData:
-            return
-    for index, part in enumerate(parts):
-        number = 0
-        try:
-            _check_kind(part, form)
-            for number, parse in rows(part, _wanted(form, columns)):
-                yield _record(parse(), form, columns, index, number, part)
-        except UserError as error:  # nothing more can be read of this part
-            yield Fault(error, index, number + 1)
-
-
-def _record(
-    raw: object, form: str, columns: Mapping[Any, str], index: int, number: int, part: Part
-) -> Record | Fault:
-    place = part.place(number)
-    if isinstance(raw, UserError):
-        return Fault(_placed(raw, place), index, number)
-    try:
-        return Record(convert(raw, form, columns, place), index, number)
-    except UserError as error:
-        return Fault(error, index, number)
-
-
-def _placed(error: UserError, place: str) -> UserError:
-    return error if error.where else UserError(error.what, where=place, fix=error.fix)
-
-
-class Stretches:
-    """Stretches of a source; those in ascending order are read in one pass over its files."""
-
-    def __init__(self, parts: list[Part], form: str, columns: Mapping[Any, str]) -> None:
-        self.parts, self.form, self.columns = parts, form, columns
-        self._part, self._read, self._rows = -1, 0, cast(Iterator[Raw], iter(()))
-
-    def records(self, part: int, skip: int, count: int) -> Iterator[Record]:
-        """`count` rows, over the edges of parts, from row `skip` (from 0) of a part on.
-
-        Raises:
-            UserError: there are not as many, or one cannot be used.
-        """
-        if part != self._part or skip < self._read:
-            self._open(part)
-        for _ in range(skip - self._read):
-            self._next()  # not parsed
-        for _ in range(count):
-            number, parse = self._next()
-            item = _record(
-                parse(), self.form, self.columns, self._part, number, self.parts[self._part]
-            )
-            if isinstance(item, Fault):
-                raise item.error
-            yield item
-
-    def _open(self, part: int) -> None:
-        self._part, self._read = part, 0
-        self._rows = (
-            rows(self.parts[part], _wanted(self.form, self.columns)) if part >= 0 else iter(())
-        )
-
-    def _next(self) -> Raw:
-        while (found := next(self._rows, None)) is None:
-            if self._part + 1 == len(self.parts):
-                what, fix = "there are fewer rows than a moment ago", "leave the files as they are"
-                raise UserError(what, where=self.parts[-1].name, fix=fix)
-            self._open(self._part + 1)
-        self._read += 1
-        return found
-
-
-def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
-    """The format that the first row shows.
-
-    Raises:
-        EmptyData: there is no row.
-        UserError: no format has such columns, or nothing can be read.
-    """
-    first_fault: UserError | None = None
-    for part in parts:
-        if part.kind.startswith(".txt"):
-            return "text"
-        try:
-            for number, parse in rows(part, renamed=columns.values()):
-                raw = parse()
-                if not isinstance(raw, UserError):
-                    return form_of(raw, columns, part.place(number))
-                first_fault = first_fault or _placed(raw, part.place(number))
-        except UserError as error:
-            first_fault = first_fault or error
-    if first_fault:
-        raise first_fault
-    raise EmptyData("there is no row in it", where=parts[0].name, fix="correct `path`")
-
-
-def _check_kind(part: Part, form: str) -> None:
-    if part.kind.startswith(".txt") and form != "text":
-        what = f"a {part.kind} file holds a text, not rows of {form}"
-        raise UserError(what, where=part.name, fix="format: text")
-
-
-def _wanted(form: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
+    if not isinstance(raw, dict):
+        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
     known = FORMS[form]
-    return tuple(columns.get(name, name) for name in (*known.needs, *known.takes))
+    for column in known.needs:
+        if columns.get(column, column) not in raw:
+            raise _missing(columns.get(column, column), list(raw), form, where)
+    named = {
+        column: raw[columns.get(column, column)]
+        for column in (*known.needs, *known.takes)
+        if columns.get(column, column) in raw
+    }
+    for column in MEDIA:
+        if named.get(column):
+            what = f"the row has {column}, and dtrain trains on text"
+            raise UserError(what, where=where, fix="remove the row, or the column")
+    value = known.make(named, where)
+    return marked_by_row(value, named) if isinstance(value, Conversation) else value
+
+
+def form_of(raw: Any, columns: Mapping[Any, str], where: str) -> str:
+    """The format whose columns a row has; the one with more structure where several fit.
+
+    Raises:
+        UserError: none fits.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
+    for name, form in FORMS.items():
+        has = {c for c in (*form.needs, *form.takes) if columns.get(c, c) in raw}
+        if has.issuperset(form.needs) and (name != "kto" or has & {"messages", "prompt"}):
+            return name
+    raise UserError(
+        f"no known format has the columns {', '.join(map(str, raw)) or '(none)'}",
+        where=where,
+        fix="name `format`, and what the columns are called: `columns: {instruction: question}`",
+    )
+
+
+def _missing(column: str, names: list[Any], form: str, where: str) -> UserError:
+    return UserError(
+        f"column `{column}` is missing; there is {', '.join(map(str, names)) or 'nothing'}",
+        where=where,
+        fix=f"format: {form} needs {', '.join(FORMS[form].needs)}; `columns` renames them",
+    )
+
+
+def _text(row: Row, where: str) -> str:
+    return checked_text(row["text"], "text", where)
+
+
+def _alpaca(row: Row, where: str) -> Conversation:
+    """One exchange; templates that know them see `instruction` and `input` apart as well."""
+    instruction = checked_text(row["instruction"], "instruction", where)
+    extra = checked_text(row.get("input") or "", "input", where)
+    if not instruction.strip():  # the task is in `input` alone
+        instruction, extra = extra, ""
+    content = f"{instruction}\n\n{extra}" if extra else instruction
+    user = {"role": "user", "content": content, "instruction": instruction, "input": extra}
+    answer = checked_text(row["output"], "output", where)
+    earlier = _history(row.get("history") or [], where)
+    return Conversation(
+        [*_system(row, where), *earlier, user, {"role": "assistant", "content": answer}]
+    )
+
+
+def _history(value: Any, where: str) -> Messages:
+    """Earlier exchanges as lists of two texts."""
+    messages: Messages = []
+    for number, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"`history[{number}]` must be a question and an answer", where=where)
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            name = f"history[{number}]"
+            messages.append({"role": role, "content": checked_text(text, name, where)})
+    return messages
+
+
+def _system(row: Row, where: str) -> Messages:
+    text = checked_text(row.get("system") or "", "system", where)
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _talk(column: str) -> Callable[[Row, str], Conversation]:
+    def make(row: Row, where: str) -> Conversation:
+        messages = [*_system(row, where), *as_messages(row[column], column, where)]
+        return Conversation(messages, _tools(row, where))
+
+    return make
+
+
+def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+    """The row's `tools`, or OpenAI's `functions` of before."""
+    return read_tools(row.get("tools") or row.get("functions"), where)
+
+
+def _prompt_completion(row: Row, where: str) -> Conversation:
+    answer = _side(row["completion"], "completion", where)
+    return Conversation([*_prompt(row, where), *answer], _tools(row, where))
+
+
+def _prompt(row: Row, where: str) -> Messages:
+    """What comes before the answer: a text, messages, or a conversation that has not ended."""
+    column = next((c for c in ("prompt", "messages", "conversations") if row.get(c)), None)
+    if column is None:
+        return _system(row, where)
+    if isinstance(row[column], str):
+        question = {"role": "user", "content": checked_text(row[column], column, where)}
+        return [*_system(row, where), question]
+    return [*_system(row, where), *as_messages(row[column], column, where)]
+
+
+def _side(value: Any, column: str, where: str) -> Messages:
+    """An answer: a text, one message, or a list of messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": checked_text(value, column, where)}]
+    return as_messages([value] if isinstance(value, dict) else value, column, where)
+
+
+def _preference(row: Row, where: str) -> Pair:
+    prompt, tools = _prompt(row, where), _tools(row, where)
+    chosen, rejected = (_side(row[c], c, where) for c in ("chosen", "rejected"))
+    return Pair(Conversation([*prompt, *chosen], tools), Conversation([*prompt, *rejected], tools))
+
+
+def _kto(row: Row, where: str) -> Pair:
+    value = row["label"]
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as csv has it
+        value = value.lower() == "true"
+    if not isinstance(value, bool):
+        what = f"`label` must be true or false, not {kind_of_value(value)}"
+        raise UserError(what, where=where)
+    messages = _prompt(row, where)
+    if "completion" in row:
+        messages += _side(row["completion"], "completion", where)
+    if not messages:
+        raise UserError("no `messages`, and no `prompt` with a `completion`", where=where)
+    talk = Conversation(messages, _tools(row, where))
+    return Pair(talk, None) if value else Pair(None, talk)
+
+
+_BESIDE = ("system", "tools", "functions", *MEDIA, *MARKS)
+# In the order in which `auto` tries them.
+FORMS = {
+    "preference": Form(
+        ("chosen", "rejected"), ("prompt", "messages", "conversations", *_BESIDE), _preference
+    ),
+    "kto": Form(("label",), ("messages", "prompt", "completion", "conversations", *_BESIDE), _kto),
+    "messages": Form(("messages",), _BESIDE, _talk("messages")),
+    "sharegpt": Form(("conversations",), _BESIDE, _talk("conversations")),
+    "alpaca": Form(
+        ("instruction", "output"), ("input", "system", "history", *MEDIA, *MARKS), _alpaca
+    ),
+    "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
+    "text": Form(("text",), (), _text),
+}

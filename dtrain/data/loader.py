@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.mixture import Mixture
+from dtrain.data.packed_dataset import Mixture
 
 Int64s = NDArray[np.int64]
 

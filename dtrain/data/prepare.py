@@ -14,16 +14,16 @@ from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.files import FolderLock
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import Meter, progress, say
-from dtrain.data.cuts import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
-from dtrain.data.formats import Record, detect, read
-from dtrain.data.mixing import mix
-from dtrain.data.mixture import Mixture, Prepared, Row, check_vocabulary
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.packed_dataset import Mixture, Prepared, Row, check_vocabulary
+from dtrain.data.records import Record, detect, read
+from dtrain.data.sampling import mix
+from dtrain.data.shard_boundaries import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
 from dtrain.data.shards import Shards, Share
 from dtrain.data.sources import find_parts
 from dtrain.data.store import MANIFEST, Store
-from dtrain.data.templates import resolve_template
-from dtrain.data.tokenise import Tokeniser, check_tokenizer
-from dtrain.data.writer import Writer
+from dtrain.data.store_writer import Writer
+from dtrain.data.tokenize import Tokeniser, check_tokenizer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
@@ -69,14 +69,14 @@ def prepare(
     check_tokenizer(tokenizer, kind)
     names = [source.path for source in data.all_sources]
     weights = {steps * global_batch: given for steps, given in data.weights_by_step.items()}
-    replay = data.replay.share if data.replay else None
+    replay = data.replay.ratio if data.replay else None
     mix([1] * len(names), weights, names, replay)  # fails at once
     prepared = [
         _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run(processes)
         for source in data.all_sources
     ]
     shares = mix([source.store.rows for source in prepared], weights, names, replay)
-    return Mixture(prepared, shares, data.sequence_tokens)
+    return Mixture(prepared, shares, data.sequence_length)
 
 
 def prepare_share(
@@ -128,7 +128,7 @@ class _Preparation:
             tokenizer,
             self.template,
             kind == "sft",
-            data.sequence_tokens,
+            data.sequence_length,
             data.overlong,
             self.parts,
             data.train_on,
@@ -147,7 +147,7 @@ class _Preparation:
             "kind": self.kind,
             "template": self.template.source if self.template else None,
             "tokenizer": tokenizer_fingerprint,
-            "sequence_tokens": self.data.sequence_tokens,
+            "sequence_length": self.data.sequence_length,
             "packing": self.data.packing,
             "split_special_tokens": self.data.split_special_tokens,
             "overlong": self.data.overlong if self.kind == "sft" else None,
@@ -217,7 +217,7 @@ class _Preparation:
         Writer(self.folder, len(shards)).finish(
             kind=self.kind,
             packing=self.data.packing,
-            sequence_tokens=self.data.sequence_tokens,
+            sequence_length=self.data.sequence_length,
             about={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
             where=self.source.path,
         )

@@ -13,16 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtrain.core.claims import Claims
-from dtrain.core.cores import available_cores, available_memory
+from dtrain.core.cpu_resources import available_cores, available_memory
 from dtrain.core.log import progress
-from dtrain.core.processes import Tell, crew
-from dtrain.data.cuts import Cuts
-from dtrain.data.formats import Stretches
+from dtrain.core.processes import Tell, worker_pool
+from dtrain.core.shard_locks import Claims
+from dtrain.data.records import RecordReader
+from dtrain.data.shard_boundaries import Cuts
 from dtrain.data.sources import Part
 from dtrain.data.store import shard_name
-from dtrain.data.tokenise import Document, Tokeniser
-from dtrain.data.writer import write_shard
+from dtrain.data.store_writer import write_shard
+from dtrain.data.tokenize import Document, Tokeniser
 
 BATCH_ROWS = 500  # in one call of the tokenizer
 PROCESS_BYTES = 1 << 30  # of a process with a shard of long texts
@@ -88,7 +88,7 @@ class Shards:
 
         if count > 1:
             _ = self.tokeniser.lengths  # once, before there are several processes
-            with crew(count, work) as members, progress(title, total, total - left) as meter:
+            with worker_pool(count, work) as members, progress(title, total, total - left) as meter:
                 members.join(meter.advance)
         if count == 1 or self.missing():  # those of who was killed
             left = sum(map(self.rows, self.missing()))
@@ -98,18 +98,18 @@ class Shards:
 
     def _make_from(self, start: int, tell: Tell, *, wait: bool) -> None:
         claims = Claims(self.folder / CLAIMS_FILE)
-        stretches = Stretches(self.parts, self.form, self.columns)
+        stretches = RecordReader(self.parts, self.form, self.columns)
         around = [*range(start, len(self)), *range(start)]
         try:
-            for patient in (False, wait):
+            for gloo_group in (False, wait):
                 for shard in around:
-                    if not self.path(shard).exists() and claims.take(shard, wait=patient):
+                    if not self.path(shard).exists() and claims.take(shard, wait=gloo_group):
                         self._make_one(shard, stretches, tell)
                         claims.give_back(shard)
         finally:
             claims.close()
 
-    def _make_one(self, shard: int, stretches: Stretches, tell: Tell) -> None:
+    def _make_one(self, shard: int, stretches: RecordReader, tell: Tell) -> None:
         if self.path(shard).exists():  # made by who held the claim
             return
         counts: Counter[str] = Counter()

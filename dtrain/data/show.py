@@ -10,9 +10,9 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.data.conversations import Pair, Talk
-from dtrain.data.formats import Fault, Record
-from dtrain.data.mixture import Mixture, Row
+from dtrain.data.conversations import Conversation, Pair
+from dtrain.data.packed_dataset import Mixture, Row
+from dtrain.data.records import Fault, Record
 from dtrain.data.sources import Part
 
 SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
@@ -44,7 +44,7 @@ def sequences(
         row = mixture.row(number)
         head = (
             f"sequence {place}: row {number + 1:,} of {total:,}, "
-            f"{row.input_ids.size:,} of {mixture.sequence_tokens:,} tokens, "
+            f"{row.input_ids.size:,} of {mixture.sequence_length:,} tokens, "
             f"{int(row.supervised.sum()):,} learnt, documents: {row.lengths.size}\n"
         )
         yield Text(head, style=HEAD)
@@ -93,7 +93,7 @@ def as_brought(records: Iterator[Record | Fault], parts: list[Part], count: int)
             yield (Text(f"{title}\n", style=HEAD) if title else Text()) + _turns(value)
 
 
-def _sides(value: Any) -> Iterator[tuple[str, str | Talk]]:
+def _sides(value: Any) -> Iterator[tuple[str, str | Conversation]]:
     if not isinstance(value, Pair):
         yield "", value
         return
@@ -103,7 +103,7 @@ def _sides(value: Any) -> Iterator[tuple[str, str | Talk]]:
         yield "not wanted", value.unwanted
 
 
-def _turns(value: str | Talk) -> Text:
+def _turns(value: str | Conversation) -> Text:
     if isinstance(value, str):
         return Text(_head(value) + "\n")
     text = Text()

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Source
+from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
-from dtrain.core.folders import local_path
+from dtrain.core.hash_cache import FileIdentity
 from dtrain.core.hashes import fingerprint
-from dtrain.core.imports import Late
-from dtrain.core.known_hashes import FileIdentity
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import progress, say
 from dtrain.data.remote import fetch, is_remote
 
-datasets: Any = Late("datasets")  # with pandas: a second that most runs need not pay
+datasets: Any = LazyModule("datasets")  # with pandas: a second that most runs need not pay
 
 TEXTUAL = (".txt", ".jsonl", ".json", ".csv")
 PACKERS = (".gz", ".zst")

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Pair, Talk
+from dtrain.data.conversations import Conversation, Pair
 
 # Characters of plane 16, which is for private use and which no font or file is known to use.
 TEMPLATE_FIRST, ROW_FIRST, FILLER = 0x100000, 0x108000, "\U0010fffd"
@@ -43,7 +43,7 @@ class SpecialTokens:
 
     def found(self, value: object) -> list[str]:
         """The special tokens in a row's texts, or in those of lists and objects; each once."""
-        if isinstance(value, Talk):
+        if isinstance(value, Conversation):
             return self.found([value.messages, value.tools])
         if isinstance(value, Pair):
             return self.found([value.wanted, value.unwanted])
@@ -77,7 +77,7 @@ class SpecialTokens:
 
     def hidden(self, value: Any) -> Any:
         """A text or a conversation with stand-ins for the special tokens in its texts."""
-        if isinstance(value, Talk):
+        if isinstance(value, Conversation):
             return replace(
                 value, messages=self.hidden(value.messages), tools=self.hidden(value.tools)
             )

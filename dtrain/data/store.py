@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.core.hashes import file_sha256
-from dtrain.data.pieces import Pieces, spread
+from dtrain.data.segments import Pieces, spread
 
 MANIFEST, SUMS = "store.json", "SHA256SUMS"
 PLAN_FILES = ("pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "shards.npy")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.listen import choose_interface, listen_narrowly
+from dtrain.distributed.rendezvous_binding import choose_interface, listen_narrowly
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NO_TIME_LIMIT = timedelta(days=30)
@@ -30,7 +30,7 @@ class World:
     local_rank: int
     local_size: int  # ranks on this node
     device: torch.device
-    patient: dist.ProcessGroup  # gloo, without a time limit
+    gloo_group: dist.ProcessGroup  # gloo, without a time limit
 
     @property
     def is_first(self) -> bool:
@@ -40,23 +40,23 @@ class World:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64; every rank gets the same."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.patient)
+        dist.all_reduce(total, group=self.gloo_group)
         return [float(v) for v in total]
 
-    def share_text(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """The first rank's `text`, on every rank."""
         data = text.encode()
         length = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(length, 0, group=self.patient)
+        dist.broadcast(length, 0, group=self.gloo_group)
         if not length.item():
             return ""
         buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
         if self.is_first:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, 0, group=self.patient)
+        dist.broadcast(buffer, 0, group=self.gloo_group)
         return bytes(buffer.tolist()).decode()
 
-    def first_then_others(self, work: Callable[[], Result]) -> Result:
+    def rank0_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank, then on the others, which find what it left behind.
 
         They wait at the rendezvous' store, without a collective that would time out.
@@ -101,8 +101,8 @@ def start_world(device: str) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     # What one rank does alone, a merge of 70B say, takes longer than a collective should; a rank
     # that dies or hangs is found by its closed connection and by `Watch`.
-    patient = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
-    return World(dist.get_rank(), size, local_rank, local_size, place, patient)
+    gloo_group = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
+    return World(dist.get_rank(), size, local_rank, local_size, place, gloo_group)
 
 
 def end_world() -> None:

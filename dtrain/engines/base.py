@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from dtrain.checkpoints.pieces import Piece
+from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
@@ -78,7 +78,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         """This rank's range of every parameter that trains, with its optimizer state (views)."""
 
     @abstractmethod
@@ -125,19 +125,19 @@ class TorchEngine(Engine):
         norm = self.norm_over_ranks(get_total_norm(gradients))
         value = float(norm)
         if isfinite(value):
-            clip_grads_with_norm_(self.owned, self.stage.train.clip_norm, norm)
+            clip_grads_with_norm_(self.owned, self.stage.train.max_grad_norm, norm)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
         return value
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         for (name, parameter), own in zip(self.trainable, self.owned, strict=True):
             views = {"weight": own.data, **self.optimizer_tensors(own)}
             start, stop = self.flat_range(parameter)
             tensors = {kind: view.reshape(-1) for kind, view in views.items()}
-            yield Piece(name, tuple(parameter.shape), start, stop, tensors)
+            yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """This rank's range of the flattened parameter."""

@@ -46,6 +46,6 @@ class Ddp(TorchEngine):
             what = f"the loss does not depend on {len(unreached)} of the parameters that train"
             raise UserError(
                 f"{what}: {', '.join(unreached[:3])}",
-                where="method.targets",
+                where="method.target_modules",
                 fix="name layers that the forward pass of a text uses",
             )

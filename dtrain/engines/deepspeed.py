@@ -14,9 +14,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
-from dtrain.checkpoints.pieces import Piece
+from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import accumulation
-from dtrain.config.ds_file import PREFETCH, prefetch_elements
+from dtrain.config.deepspeed_file import PREFETCH, prefetch_elements
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
@@ -30,7 +30,7 @@ from dtrain.engines.base import (
     set_learning_rate,
 )
 from dtrain.engines.shared_gather import shared_gather
-from dtrain.launching.ds import load_ds_config
+from dtrain.launching.deepspeed_config import load_ds_config
 
 _DEEPSPEEDS_OWN = partition_parameters._dist_allgather_fn
 
@@ -102,12 +102,12 @@ class Zero2(Zero):
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
         for name, parameter in self.marked():
             mapping = parameter._hp_mapping
             if mapping is None:  # other ranks hold all of it
-                yield Piece(name, tuple(parameter.shape), 0, 0, {})
+                yield ParameterShard(name, tuple(parameter.shape), 0, 0, {})
                 continue
             master = masters[mapping.param_group_index]
             state = adam_state(self.zero.optimizer, master)
@@ -115,7 +115,7 @@ class Zero2(Zero):
             held, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
             tensors = {k: v.narrow(0, held.start, held.numel) for k, v in flat.items()}
             stop = whole.start + whole.numel
-            yield Piece(name, tuple(parameter.shape), whole.start, stop, tensors)
+            yield ParameterShard(name, tuple(parameter.shape), whole.start, stop, tensors)
 
 
 class Zero3(Zero):
@@ -153,7 +153,7 @@ class Zero3(Zero):
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
         for name, parameter in self.marked():
             group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -162,7 +162,7 @@ class Zero3(Zero):
             state = adam_state(self.zero.optimizer, masters[group])
             flat = {"weight": masters[group].data, **{kind: state[kind] for kind in ADAM_KINDS}}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
-            yield Piece(name, tuple(parameter.ds_shape), start, stop, tensors)
+            yield ParameterShard(name, tuple(parameter.ds_shape), start, stop, tensors)
 
 
 def cast_parameters(block: nn.Module, dtype: torch.dtype) -> None:
@@ -240,10 +240,8 @@ def fill_ds_config(
     bf16 = {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True}
     return kept | {
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation(
-            train.global_batch_sequences, world.size, micro
-        ),
-        "gradient_clipping": train.clip_norm,
+        "gradient_accumulation_steps": accumulation(train.global_batch_size, world.size, micro),
+        "gradient_clipping": train.max_grad_norm,
         "bf16": settings.get("bf16", {}) | bf16,
     }
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dtrain.checkpoints.pieces import Piece
+from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
@@ -91,7 +91,7 @@ class Fsdp2(TorchEngine):
         dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         # After an evaluation the root's parameters are still gathered.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):

@@ -41,7 +41,7 @@ class StrictDdp(TorchEngine):
         self.copy = (world.rank, world.size)
         self.optimizer = build_optimizer(self.owned, stage)
         train = stage.train
-        self.leaves = accumulation(train.global_batch_sequences, world.size, train.micro_batch)
+        self.leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

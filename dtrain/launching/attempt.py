@@ -22,7 +22,6 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import FolderLock, read_json, write_atomic
 from dtrain.core.units import duration
 from dtrain.launching import slurm
-from dtrain.launching.address import rendezvous_endpoint
 from dtrain.launching.attempts import (
     Attempt,
     attempts_of,
@@ -32,7 +31,8 @@ from dtrain.launching.attempts import (
     write_attempts,
 )
 from dtrain.launching.commands import step_command
-from dtrain.launching.decide import Bounds, Ended, Verdict, decide
+from dtrain.launching.network import rendezvous_endpoint
+from dtrain.launching.requeue_policy import Bounds, Ended, Verdict, decide
 
 LOCK_SECONDS = 120  # a worker whose agent was killed may take a while to end
 REQUEUE_SECONDS = 600
@@ -120,7 +120,7 @@ def check_batches(recipe: Recipe, nodes: int, ranks: int | str) -> None:
         return
     for stage in recipe.stages:
         train = stage.train
-        accumulation(train.global_batch_sequences, nodes * ranks, train.micro_batch)
+        accumulation(train.global_batch_size, nodes * ranks, train.micro_batch)
 
 
 def take(run: Path, recipe: Recipe) -> None:

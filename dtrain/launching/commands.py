@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dtrain.core.folders import cache_folder
+from dtrain.core.cache_paths import cache_folder
 
 WORKER = "dtrain.train"
 STOP_FILE = "stop"  # in the run folder: asks the run to save and end

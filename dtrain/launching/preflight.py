@@ -1,8 +1,8 @@
 """Every node looked at before the first step, from a job's script: `… preflight job RUN SCRIPT …`.
 
-First without torch, in seconds: srun starts node_check on each node, judge.py compares what they
-say. Then all ranks add numbers up (dtrain/distributed/preflight.py). A fault ends the job; with
-DTRAIN_PREFLIGHT=exclude another one takes its place, without the nodes that are to blame.
+First without torch, in seconds: srun starts node_probe.py on each node, node_checks.py compares the
+reports. Then all ranks do an all-reduce (distributed/all_reduce_check.py). A fault ends the job;
+with DTRAIN_PREFLIGHT=exclude another one takes its place, without the nodes that are to blame.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.launching import slurm
-from dtrain.launching.address import rendezvous_endpoint
 from dtrain.launching.attempt import node_names, ranks_of_a_node, say
 from dtrain.launching.attempts import FOLDER, attempts_of, write_attempts
 from dtrain.launching.commands import step_command
-from dtrain.launching.judge import Fault, Report, judge
+from dtrain.launching.network import rendezvous_endpoint
+from dtrain.launching.node_checks import Fault, Report, judge
 
 NODES_SECONDS = 90
 START_SECONDS = 600  # until a rank is up: torch from a cold network file system takes minutes
@@ -99,7 +99,7 @@ def look_at_nodes(recipe_file: Path, folder: Path, nodes: Sequence[str]) -> list
     """What each node says of itself and its links; a node that says nothing is left out."""
     meeting = folder / f"preflight-{secrets.token_hex(4)}"
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
-    command += [sys.executable, "-m", "dtrain.launching.node_check"]
+    command += [sys.executable, "-m", "dtrain.launching.node_probe"]
     command += [str(recipe_file), str(meeting), *nodes]
     try:
         text = output_of(command, NODES_SECONDS)
@@ -179,7 +179,7 @@ def add_up(
         endpoint=rendezvous_endpoint(environ, nodes[0]),
         rendezvous=secrets.token_hex(8),
         cores=environ.get("SLURM_CPUS_PER_TASK"),
-        worker="dtrain.distributed.preflight",
+        worker="dtrain.distributed.all_reduce_check",
     )
     text = output_of(command, START_SECONDS, up='{"up"', up_seconds=RANKS_SECONDS)
     results: list[dict[str, Any]] = [json.loads(s) for s in text.splitlines() if s[:2] == '{"']

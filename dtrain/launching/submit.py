@@ -15,7 +15,7 @@ from dtrain.core.files import FolderLock, read_json, write_atomic, write_json
 from dtrain.launching import slurm
 from dtrain.launching.attempt import check_batches
 from dtrain.launching.attempts import FOLDER
-from dtrain.launching.quote import quote, render
+from dtrain.launching.shell_quote import quote, render
 
 COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
 WARN_SECONDS = 300

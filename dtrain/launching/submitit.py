@@ -64,7 +64,7 @@ class Training:
 
     def _begin(self) -> tuple[Path, list[str]]:
         if "SLURM_JOB_ID" in os.environ:
-            plan = [sys.executable, "-m", "dtrain.planning.job", self.recipe, *self.overrides]
+            plan = [sys.executable, "-m", "dtrain.planning.fit_gate", self.recipe, *self.overrides]
             if subprocess.run(plan, check=False).returncode:
                 raise UserError("the plan refuses it", where=self.recipe, fix="see above")
             return begin(self.recipe, self.overrides, os.environ)
@@ -97,7 +97,7 @@ class Training:
 def says_go_on(run: Path) -> bool:
     """Whether the ranks saved and ended because they were asked to."""
     outcome = run / "outcome.json"
-    return outcome.exists() and bool(read_json(outcome)["status"] == Exit.GO_ON)
+    return outcome.exists() and bool(read_json(outcome)["status"] == Exit.INTERRUPTED)
 
 
 def submit(

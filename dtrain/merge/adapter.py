@@ -17,11 +17,11 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.merge.adapter_config import check_config
-from dtrain.merge.methods import CONVOLUTIONS, Layer, Step
 from dtrain.merge.stream import row_blocks
-from dtrain.merge.tied import FLOATS, Shapes, is_outside_layers
-from dtrain.models.adapter_folder import file_keys
-from dtrain.models.finite import all_finite
+from dtrain.merge.tied_weights import FLOATS, Shapes, is_outside_layers
+from dtrain.merge.weight_delta import CONVOLUTIONS, Layer, Step
+from dtrain.models.peft_format import file_keys
+from dtrain.models.tensor_utils import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -18,11 +18,10 @@ from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text
 from dtrain.core.log import say
-from dtrain.data.stops import Stop, stop_of
-from dtrain.data.templates import resolve_template
-from dtrain.merge.origin import RECIPE
-from dtrain.models.adapter_folder import CHAT_TEMPLATE, GENERATION
-from dtrain.models.resolve import base_folder
+from dtrain.data.chat_templates import Stop, resolve_template, stop_of
+from dtrain.merge.provenance import RECIPE
+from dtrain.models.hub import base_folder
+from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
 from dtrain.models.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer_config.json"

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
+from dtrain.core.hash_cache import known_sha256, remember_sha256, state_of
 from dtrain.core.hashes import file_sha256, fingerprint
-from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
 from dtrain.core.log import progress, say
 from dtrain.core.units import size
 from dtrain.merge.adapter import CONFIG, Adapter
-from dtrain.merge.fingerprint import combine
-from dtrain.merge.methods import Step
+from dtrain.merge.provenance import combine
+from dtrain.merge.resumable_dir import Work
 from dtrain.merge.stream import Added, Change, rewrite_file
-from dtrain.merge.tied import FLOATS, Shapes, TiedPair, stored_tensor, untied_config
-from dtrain.merge.work import Work
-from dtrain.models.weights import INDEX, SINGLE, read_header, weight_files
+from dtrain.merge.tied_weights import FLOATS, Shapes, TiedPair, stored_tensor, untied_config
+from dtrain.merge.weight_delta import Step
+from dtrain.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
 MANIFEST = "merge.json"
 # What makes a folder of weights a model: config, tokenizer, template, licence, the model's code.
@@ -268,7 +268,8 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
                 f"{name} is trained, and the base's files hold it in another form, which a merge "
                 "cannot write",
                 where=str(base),
-                fix="leave it out of method.targets; or train one stage with output.merge=false",
+                fix="leave it out of method.target_modules; or train one stage with "
+                "output.merge=false",
             )
 
 

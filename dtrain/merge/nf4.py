@@ -20,11 +20,11 @@ from bitsandbytes.functional import (
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.merge.tied import FLOATS, Shapes
-from dtrain.models.kernels.packing import pack_fast
+from dtrain.merge.tied_weights import FLOATS, Shapes
+from dtrain.models.kernels.nf4_pack import pack_fast
 from dtrain.models.load import read_config
 from dtrain.models.outline import outline
-from dtrain.models.quantise import nf4_layers
+from dtrain.models.quantize import nf4_layers
 
 CPU = torch.device("cpu")
 SCALES_BLOCK = 256  # of bitsandbytes' double quantisation

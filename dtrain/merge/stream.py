@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.known_hashes import known_sha256, remember_sha256, state_of
+from dtrain.core.hash_cache import known_sha256, remember_sha256, state_of
 from dtrain.core.log import Meter
-from dtrain.merge.passage import Passage, Source, Target
-from dtrain.merge.tied import FLOATS, StoredTensor
-from dtrain.models.kernels.merging import round_into
-from dtrain.models.weights import read_header
+from dtrain.merge.hashing_copy import HashingCopy, Source, Target
+from dtrain.merge.tied_weights import FLOATS, StoredTensor
+from dtrain.models.kernels.merge_rounding import round_into
+from dtrain.models.weight_files import read_header
 
 # Blocks of rows as stored → the same blocks, new, any float; all of them, in order.
 # A block's memory is soon used again: whoever needs several at once copies them.
@@ -64,7 +64,7 @@ def rewrite_file(
     more = {name: one for name, one in (added or {}).items() if one.old.path == source}
     changed = bool(more) or not changes.keys().isdisjoint(entries)
     try:
-        with Passage(source, target, changed and known is None) as passage:
+        with HashingCopy(source, target, changed and known is None) as passage:
             passage.old.read(len(head))
             passage.new.write(memoryview(_head(head, more) if more else head))
             for name, entry in entries.items():
@@ -122,7 +122,7 @@ def _head(head: bytes, added: Mapping[str, Added]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _change(passage: Passage, name: str, entry: dict[str, Any], change: Change) -> None:
+def _change(passage: HashingCopy, name: str, entry: dict[str, Any], change: Change) -> None:
     written = _put(passage.new, name, entry["dtype"], change(_blocks(passage.old, entry)))
     assert written == prod(entry["shape"]), name
 

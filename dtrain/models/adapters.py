@@ -23,8 +23,8 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.finite import all_finite
 from dtrain.models.outline import linear_layers, outline, unused_layers, unused_parameters
+from dtrain.models.tensor_utils import all_finite
 
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,12 +55,12 @@ def attach(
     described = outline(model.config, trust_remote_code=model.is_custom_code())
     if isinstance(method, schema.Full):
         return _train_all(model, unused_parameters(described))
-    targets = _resolve_targets(model, method.targets, unused_layers(described))
+    target_modules = _resolve_targets(model, method.target_modules, unused_layers(described))
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.scale_alpha,  # type: ignore[arg-type] # PEFT divides it by r, so a float
         lora_dropout=method.dropout,
-        target_modules=targets,
+        target_modules=target_modules,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -81,8 +81,8 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).removeprefix("[PEFT:PeftType.LORA] ")
-        fix = "name layers that PEFT adapts: method.targets: [in_proj, ...]"
-        raise UserError(reason, where="method.targets", fix=fix) from error
+        fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
+        raise UserError(reason, where="method.target_modules", fix=fix) from error
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -105,7 +105,7 @@ def _groups(names: set[str]) -> str:
 
 
 def _resolve_targets(
-    model: PreTrainedModel, targets: str | list[str], unused: set[str]
+    model: PreTrainedModel, target_modules: str | list[str], unused: set[str]
 ) -> str | list[str]:
     """What PEFT is to adapt; it is silent about a target that matches nothing if another one does.
 
@@ -114,39 +114,41 @@ def _resolve_targets(
     """
     output = model.get_output_embeddings()
     layers = linear_layers(model)
-    if targets == "all-linear":
+    if target_modules == "all-linear":
         matched = {n for n, m in layers.items() if m is not output}
     else:
-        _check_targets(model, targets, layers)
+        _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
-        matched = {n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)}
+        matched = {n for n in names if any(n == t or n.endswith(f".{t}") for t in target_modules)}
     used = (matched & layers.keys()) - unused
     if not used:
-        raise UserError("no text reaches any of these layers", where="method.targets")
+        raise UserError("no text reaches any of these layers", where="method.target_modules")
     if used == matched:
-        return targets if isinstance(targets, str) else list(targets)
+        return target_modules if isinstance(target_modules, str) else list(target_modules)
     say(f"{len(matched - used)} layers get no adapter, as no text reaches them: "
         f"{_groups(matched - used)}")  # fmt: skip
     return sorted(used)
 
 
 def _check_targets(
-    model: PreTrainedModel, targets: str | list[str], layers: dict[str, nn.Module]
+    model: PreTrainedModel, target_modules: str | list[str], layers: dict[str, nn.Module]
 ) -> None:
-    for target in targets:
+    for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
                 f"no linear layer is named {target!r}",
-                where="method.targets",
+                where="method.target_modules",
                 fix=f"choose from: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers}))}",
             )
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
-    matched = [m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)]
+    matched = [
+        m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in target_modules)
+    ]
     if tied and any(module is output for module in matched):
         raise UserError(
             "the output matrix is tied to the embeddings and cannot have an adapter of its own",
-            where="method.targets",
+            where="method.target_modules",
         )
 
 

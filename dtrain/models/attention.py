@@ -29,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dtrain.core.log import warn
 from dtrain.distributed.memory import send
-from dtrain.models.kernels.causal import causal_attention, fits
+from dtrain.models.kernels.causal_attention import causal_attention, fits
 
 NAME = "documents"
 # What FlashAttention-2 was written for, where torch brings it along.

@@ -18,12 +18,11 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
-from dtrain.models.kernels.packing import pack_fast
-from dtrain.models.names import check_complete
+from dtrain.models.kernels.nf4_pack import pack_fast
 from dtrain.models.outline import check_dense, first_line, linear_layers, outline
-from dtrain.models.quantise import check_quantised, forbid_repacking, nf4_config, nf4_layers
-from dtrain.models.rope import rotate_by_document
-from dtrain.models.weights import read_header, weight_files
+from dtrain.models.positions import rotate_by_document
+from dtrain.models.quantize import check_quantised, forbid_repacking, nf4_config, nf4_layers
+from dtrain.models.weight_files import check_complete, read_header, weight_files
 from dtrain.planning import shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +65,7 @@ def load_base(
         described = outline(config, settings.trust_remote_code)
         packed = nf4_layers(described)
         spared = linear_layers(described).keys() - packed
-        if settings.kernels != "plain":
+        if settings.kernels != "off":
             pack_fast()
     model, info = _from_pretrained(
         folder,
@@ -80,7 +79,7 @@ def load_base(
     reshaped = (str(name) for name, *_ in info["mismatched_keys"])
     check_complete(folder, info["missing_keys"], info["unexpected_keys"], reshaped)
     check_quantised(model, packed)
-    return made_ready(model, settings)
+    return freeze_for_training(model, settings)
 
 
 def configured(
@@ -106,7 +105,7 @@ def for_training(
     return config
 
 
-def made_ready(model: PreTrainedModel, settings: schema.Model) -> PreTrainedModel:
+def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTrainedModel:
     """Freeze, and set what holds for every model that is trained."""
     forbid_repacking(model)
     rotate_by_document(model)

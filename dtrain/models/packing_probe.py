@@ -27,10 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.models.forward import supervised_logits
 from dtrain.models.kernels import native
-from dtrain.models.kernels.install import put_in
-from dtrain.models.load import for_training, made_ready, quiet
+from dtrain.models.kernels.patch import apply_kernels
+from dtrain.models.load import for_training, freeze_for_training, quiet
+from dtrain.models.loss import supervised_logits
 from dtrain.models.outline import first_line, without_weights
 
 CPU = torch.device("cpu")
@@ -178,8 +178,8 @@ def thin_model(
             if parameter is not None and parameter.is_floating_point():
                 value = _weight(module, parameter, pool)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    made_ready(model, settings)
-    put_in(model, settings)
+    freeze_for_training(model, settings)
+    apply_kernels(model, settings)
     return model
 
 

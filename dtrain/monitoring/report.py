@@ -9,16 +9,18 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from dtrain.core.files import write_atomic
-from dtrain.core.imports import Late
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.units import count, duration, size
-from dtrain.monitoring.by_source import source_rows
-from dtrain.monitoring.record import Record, read_record
+from dtrain.monitoring.formatting import REPORT, loss_text, short, tone
+from dtrain.monitoring.run_record import Record, read_record
+from dtrain.monitoring.source_stats import source_rows
 from dtrain.monitoring.summary import summary
-from dtrain.monitoring.words import REPORT, loss_text, short, tone
 
 __all__ = ["render", "summary", "write_report"]
 
-plots: Any = Late("dtrain.monitoring.plots")  # matplotlib: for the rank that draws, at the end
+plots: Any = LazyModule(
+    "dtrain.monitoring.plots"
+)  # matplotlib: for the rank that draws, at the end
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 

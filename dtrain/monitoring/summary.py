@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from dtrain.monitoring.record import Losses, Record, read_record
-from dtrain.monitoring.words import REPORT, loss_text, tone
+from dtrain.monitoring.formatting import REPORT, loss_text, tone
+from dtrain.monitoring.run_record import Losses, Record, read_record
 
 WIDTH = 100
 

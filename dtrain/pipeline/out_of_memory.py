@@ -13,10 +13,10 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.core.units import size
 from dtrain.distributed.memory import peak_memory_bytes
-from dtrain.pipeline.planned import gpu_of, simplest
+from dtrain.pipeline.auto_settings import gpu_of, simplest
+from dtrain.planning.fit import reductions
 from dtrain.planning.plan import StagePlan, make_plan
-from dtrain.planning.setup import Cluster
-from dtrain.planning.verdict import reductions
+from dtrain.planning.workload import Cluster
 
 # What libraries say when an allocation outside torch's GPU allocator fails; most often in a bare
 # RuntimeError.
@@ -40,8 +40,8 @@ _OF_A_KERNEL = re.compile(r"\bout of resources?\b", re.IGNORECASE)
 _MAY_BE = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)")
 LEAST_FREE_BYTES = 512 << 20
 ALWAYS = (
-    "train.micro_batch_sequences=1, model.gradient_checkpointing=true, "
-    "a shorter data.sequence_tokens, method.kind=qlora, or engine={kind: fsdp2, shard: node}"
+    "train.micro_batch_size=1, model.gradient_checkpointing=true, "
+    "a shorter data.sequence_length, method.kind=qlora, or engine={kind: fsdp2, shard: node}"
 )
 
 

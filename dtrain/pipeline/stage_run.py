@@ -14,43 +14,43 @@ from transformers import PreTrainedModel
 
 from dtrain.checkpoints.folder import clean_leftovers, newest_complete
 from dtrain.checkpoints.identity import require_same
-from dtrain.checkpoints.pieces import share_of
+from dtrain.checkpoints.parameter_shards import share_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Full, Recipe, Stage
 from dtrain.core.log import say, warn
-from dtrain.core.trust import own_folder
+from dtrain.core.ownership import own_folder
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
+from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
-from dtrain.distributed.watch import Watch
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.chat_files import adapter_files, merged_files
-from dtrain.merge.consolidate import read_whole, replace_with
+from dtrain.merge.from_checkpoint import read_whole, replace_with
 from dtrain.merge.merge import check_mergeable, check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
 from dtrain.models.adapters import attach, changed_tensors, save_adapter
-from dtrain.models.counts import parameter_counts
-from dtrain.models.kernels import fused
-from dtrain.models.kernels.install import put_in
+from dtrain.models.kernels import compiled
+from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.load import load_base, resolve_dtype
-from dtrain.models.stream import stream_base
+from dtrain.models.sharded_loading import stream_base
+from dtrain.models.tensor_utils import parameter_counts
 from dtrain.monitoring.metrics import Metrics
-from dtrain.pipeline.evaluations import Evaluations, held_out_loader
-from dtrain.pipeline.inputs import Inputs
-from dtrain.pipeline.merging import merge_together
-from dtrain.pipeline.planned import remember
-from dtrain.pipeline.run_folder import StageFolder
-from dtrain.stages.loop import Job, Progress, fit, speed_since
-from dtrain.stages.schedule import total_sequences
-from dtrain.stages.stop import StopFlag
+from dtrain.pipeline.auto_settings import remember
+from dtrain.pipeline.distributed_merge import merge_together
+from dtrain.pipeline.evaluator import Evaluations, held_out_loader
+from dtrain.pipeline.run_dir import StageFolder
+from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.training.lr_schedule import total_sequences
+from dtrain.training.preemption import StopFlag
+from dtrain.training.trainer import Job, Progress, fit, speed_since
 
 ROWS_TO_MEASURE = 4096
 
@@ -115,7 +115,7 @@ class StageRun:
             self.folder.checkpoints,
             rank=self.world.rank,
             ranks=self.world.size,
-            attempt=self.world.share_text(uuid.uuid4().hex[:8]),
+            attempt=self.world.broadcast_text(uuid.uuid4().hex[:8]),
             published=lambda path: retain(path.parent, keep, best=True, every=every),
         )
         job.save, job.settle = lambda now: self.save(saver, job), saver.wait
@@ -163,7 +163,7 @@ class StageRun:
             for reason in passed_over:
                 say(f"passed over: {reason}")
             chosen = checkpoint.folder.name if checkpoint else ""
-        chosen = self.world.share_text(chosen)
+        chosen = self.world.broadcast_text(chosen)
         if checkpoint is None and chosen:
             checkpoint = Checkpoint.open(self.folder.checkpoints / chosen)
         return checkpoint
@@ -183,9 +183,9 @@ class StageRun:
             f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
             f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
         )
-        fused.switch(on=self.recipe.determinism != "strict")
-        say(f"kernels: {put_in(model, self.recipe.model)}")
-        if self.recipe.model.kernels != "plain":
+        compiled.switch(on=self.recipe.determinism != "strict")
+        say(f"kernels: {apply_kernels(model, self.recipe.model)}")
+        if self.recipe.model.kernels != "off":
             compile_ahead(world.device, dtype, full=isinstance(method, Full))
         if checkpoint is not None:
             load_trainable(model, checkpoint)
@@ -226,7 +226,7 @@ class StageRun:
         train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
         progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
         rows = total_sequences(train, mixture.rows_of, tokens_per_row(mixture))
-        batch = train.global_batch_sequences
+        batch = train.global_batch_size
         accumulation(batch, self.world.size, train.micro_batch)
         layout = self.inputs.layout
         loader = Loader(
@@ -302,7 +302,7 @@ class StageRun:
             newest, _ = newest_complete(self.folder.checkpoints)
             assert newest is not None and newest.step == steps
             name = newest.folder.name
-        return Checkpoint.open(self.folder.checkpoints / self.world.share_text(name))
+        return Checkpoint.open(self.folder.checkpoints / self.world.broadcast_text(name))
 
     def write_adapter(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         """The adapter; what is there may be of fewer steps, or damaged, and is made again."""

@@ -4,7 +4,7 @@ Letters: T tokens of a micro-batch, K of them supervised, h hidden size, q and k
 and of keys, f width of the MLP, V vocabulary, e bytes of an element that computes (2 or 4).
 
 The terms are what autograd saves in transformers' decoder layers with attention per document
-(dtrain/models/attention.py), logits of supervised tokens only (dtrain/models/forward.py), PEFT's
+(dtrain/models/attention.py), logits of supervised tokens only (dtrain/models/loss.py), PEFT's
 LoRA layers and keyed dropout (dtrain/models/dropout.py). Measured layer by layer on a CPU they are
 exact to 0.5 % (tests/distributed/test_plan_real.py).
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.kernels import LAYERS, LOSS, MLPS, NORMS, chunk_rows
-from dtrain.planning.setup import Setup
+from dtrain.planning.kernel_sizes import LAYERS, LOSS, MLPS, NORMS, chunk_rows
+from dtrain.planning.workload import Setup
 
 
 @dataclass(frozen=True)
-class Habits:
+class TrainerProfile:
     """How a trainer computes; the defaults are dtrain's, the others exist for comparisons.
 
     Attributes:
@@ -34,10 +34,10 @@ class Habits:
     residual_bytes: int = 0
 
 
-DTRAIN = Habits()
+DTRAIN = TrainerProfile()
 
 
-def stream_bytes(setup: Setup, habits: Habits = DTRAIN) -> int:
+def stream_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> int:
     """Bytes of an element of the residual stream: full training under DDP embeds in float32."""
     if habits.residual_bytes:
         return habits.residual_bytes
@@ -49,17 +49,17 @@ def keeps_wide(setup: Setup) -> bool:
     return setup.is_full and setup.autocasts and setup.engine == "ddp"
 
 
-def layer_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def layer_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """Saved by one decoder layer for each token, without checkpointing."""
     shape, e = setup.shape, setup.element_bytes
     attention = e * (2 * shape.q + 2 * shape.kv) + 4 * shape.heads
     if shape.soft_cap:  # the quadratic kind: scores capped, softmax in float32, dropout's input
-        attention += (2 * e + 4) * shape.heads * setup.sequence_tokens
+        attention += (2 * e + 4) * shape.heads * setup.sequence_length
     mlp = (2 if MLPS in setup.kernels else 3) * e * shape.mlp
     return _norms(setup, habits) + attention + mlp + _inputs(setup, habits) + _adapters(setup)
 
 
-def _norms(setup: Setup, habits: Habits) -> float:
+def _norms(setup: Setup, habits: TrainerProfile) -> float:
     """A norm computes in float32 from a copy; a weight that trains keeps what it multiplies.
 
     dtrain's own keeps its input as it is.
@@ -82,7 +82,7 @@ def _copies(setup: Setup) -> bool:
     return not setup.is_full and (setup.has_dropout or casts)
 
 
-def _inputs(setup: Setup, habits: Habits) -> float:
+def _inputs(setup: Setup, habits: TrainerProfile) -> float:
     """Inputs of linear layers, once where several share one."""
     e, shape = setup.element_bytes, setup.shape
     if keeps_wide(setup):  # each layer casts the float32 stream for itself
@@ -118,7 +118,7 @@ def _adapters(setup: Setup) -> float:
     return setup.element_bytes * setup.rank * sum(x.name != "lm_head" for x in setup.adapted)
 
 
-def saved_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def saved_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """Kept by all decoder layers of a micro-batch."""
     rotary = 2 * setup.element_bytes * setup.shape.head_size * setup.tokens
     if setup.checkpointing:
@@ -127,7 +127,7 @@ def saved_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     return setup.shape.layers * layer_bytes(setup, habits) * setup.tokens + rotary
 
 
-def forward_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def forward_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """Beside what is saved, while the forward pass is inside one decoder layer, at its MLP."""
     shape = setup.shape
     widths = 2 * shape.mlp + 2 * shape.hidden
@@ -143,7 +143,7 @@ def dequantised_bytes(setup: Setup) -> float:
     return float(setup.element_bytes * max(x.elements for x in setup.shape.linears))
 
 
-def recompute_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def recompute_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """Beside what is saved, while the backward pass is inside one decoder layer."""
     shape, e = setup.shape, setup.element_bytes
     gradients = (2 * e * shape.mlp + stream_bytes(setup, habits) * shape.hidden) * setup.tokens
@@ -153,13 +153,13 @@ def recompute_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     return again + gradients + dequantised_bytes(setup)
 
 
-def attention_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def attention_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """As `recompute_bytes`, once the backward pass has left the MLP and what it kept."""
     of_mlp = 5 * setup.element_bytes * setup.shape.mlp * setup.tokens
     return recompute_bytes(setup, habits) - of_mlp
 
 
-def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def head_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """At the peak of the loss: log-softmax, its gradient and the logits' gradient, in float32.
 
     Every token counts as supervised: how many are is not known before the data are read.
@@ -172,7 +172,7 @@ def head_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
     return setup.tokens * (habits.head_bytes * shape.vocabulary + last_norm + capped)
 
 
-def _chunked_head_bytes(setup: Setup, habits: Habits) -> float:
+def _chunked_head_bytes(setup: Setup, habits: TrainerProfile) -> float:
     """A chunk of logits, the states that are learnt from, their gradient, and the matrix's."""
     shape, e = setup.shape, setup.element_bytes
     rows = min(chunk_rows(shape.vocabulary), setup.tokens)

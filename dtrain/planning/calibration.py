@@ -17,7 +17,7 @@ from math import inf
 from pathlib import Path
 from statistics import median
 
-from dtrain.core.folders import cache_folder
+from dtrain.core.cache_paths import cache_folder
 
 NAME = "calibration.jsonl"
 FIGURES = ("peak", "speed", "planned_peak", "planned_speed")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dtrain.config.checks import accumulation
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.units import size
+from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.fit import FITS, ORDER, TIGHT, Verdict, verdict_of
+from dtrain.planning.known_models import find_shape
 from dtrain.planning.memory import memory_of
-from dtrain.planning.setup import Cluster, Setup
+from dtrain.planning.shapes import Shape
 from dtrain.planning.speed import tokens_per_second
-from dtrain.planning.verdict import FITS, ORDER, TIGHT, Verdict, verdict_of
-from dtrain.planning.wire import entering_bytes, received_bytes
+from dtrain.planning.workload import Cluster, Setup, setup_of
 
 METHODS = ("full", "lora", "qlora")
 NEARLY = 0.97  # of the best speed: less memory is better then
@@ -77,7 +81,7 @@ def _engines(setup: Setup, cluster: Cluster) -> list[Setup]:
 def micro_batches(setup: Setup) -> list[int]:
     """Sequences at once that divide a rank's share of the global batch, the smallest first."""
     share = setup.micro_batch * setup.accumulation
-    most = max(1, MOST_MICRO_TOKENS // setup.sequence_tokens)
+    most = max(1, MOST_MICRO_TOKENS // setup.sequence_length)
     return [n for n in range(1, share + 1) if share % n == 0 and n <= most]
 
 
@@ -110,7 +114,7 @@ def _reason(setup: Setup, cluster: Cluster, verdict: Verdict) -> str:
 
 
 def choose(setup: Setup, cluster: Cluster, *, any_engine: bool, any_micro: bool) -> Setup:
-    """What `engine.kind: auto` and `micro_batch_sequences: auto` become.
+    """What `engine.kind: auto` and `micro_batch_size: auto` become.
 
     Of what fits, the simplest engine that is nearly the fastest; if nothing does, the smallest.
     """
@@ -125,3 +129,64 @@ def choose(setup: Setup, cluster: Cluster, *, any_engine: bool, any_micro: bool)
             best = max(one.speed for one in fitting)
             return next(one.setup for one in fitting if one.speed >= NEARLY * best)
     return min(tried, key=lambda one: one.verdict.budget).setup
+
+
+def has_choice(recipe: Recipe) -> bool:
+    """Whether the plan has something to choose."""
+    return _free_engine(recipe) or any(_free_micro(stage) for stage in recipe.stages)
+
+
+def resolved(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with nothing left to choose.
+
+    One engine runs all stages: it is chosen for the one that needs most memory.
+
+    Raises:
+        UserError: the base's shape is not known, or a batch cannot be shared among the ranks.
+    """
+    shape, _ = find_shape(recipe.model.base)
+    check_batches(recipe, cluster)
+    if _free_engine(recipe):
+        recipe = _with_engine(recipe, shape, cluster)
+    return _with_micro_batches(recipe, shape, cluster)
+
+
+def check_batches(recipe: Recipe, cluster: Cluster) -> None:
+    """Refuse a batch that the ranks cannot share."""
+    for stage in recipe.stages:
+        train = stage.train
+        accumulation(train.global_batch_size, cluster.ranks, train.micro_batch)
+
+
+def _free_engine(recipe: Recipe) -> bool:
+    plain = all(stage.train.optimizer == "adamw" for stage in recipe.stages)
+    return recipe.engine.kind == "auto" and recipe.determinism == "off" and plain
+
+
+def _free_micro(stage: Stage) -> bool:
+    return stage.train.micro_batch_size == "auto"
+
+
+def _with_engine(recipe: Recipe, shape: Shape, cluster: Cluster) -> Recipe:
+    setups = [(setup_of(recipe, x, shape, cluster, "ddp"), _free_micro(x)) for x in recipe.stages]
+    setup, free = max(setups, key=lambda item: memory_of(item[0]).peak)
+    chosen = choose(setup, cluster, any_engine=True, any_micro=free)
+    update = {"kind": chosen.engine, "shard": _shard_word(chosen)}
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=update)})
+
+
+def _shard_word(setup: Setup) -> str:
+    nodes = setup.engine == "fsdp2" and setup.shard == setup.node_ranks < setup.ranks
+    return "node" if nodes else "all"
+
+
+def _with_micro_batches(recipe: Recipe, shape: Shape, cluster: Cluster) -> Recipe:
+    stages = []
+    for stage in recipe.stages:
+        if _free_micro(stage):
+            setup = setup_of(recipe, stage, shape, cluster)
+            setup = choose(setup, cluster, any_engine=False, any_micro=True)
+            update = {"micro_batch_size": setup.micro_batch}
+            stage = stage.model_copy(update={"train": stage.train.model_copy(update=update)})
+        stages.append(stage)
+    return recipe.model_copy(update={"stages": stages})

@@ -17,7 +17,7 @@ from functools import cached_property
 from dtrain.planning import zero3
 from dtrain.planning.activations import (
     DTRAIN,
-    Habits,
+    TrainerProfile,
     attention_bytes,
     forward_bytes,
     head_bytes,
@@ -25,15 +25,7 @@ from dtrain.planning.activations import (
     saved_bytes,
     stream_bytes,
 )
-from dtrain.planning.gathers import Gather, gathers
-from dtrain.planning.held import (
-    gradient_bytes,
-    largest_trained,
-    optimizer_bytes,
-    partition_bytes,
-    trained_bytes,
-    weight_bytes,
-)
+from dtrain.planning.all_gathers import Gather, gathers
 from dtrain.planning.parameters import (
     FLOAT32,
     layer_parameters,
@@ -41,7 +33,15 @@ from dtrain.planning.parameters import (
     padded_bytes,
     sent_bytes,
 )
-from dtrain.planning.setup import ZERO, Setup
+from dtrain.planning.static_memory import (
+    gradient_bytes,
+    largest_trained,
+    optimizer_bytes,
+    partition_bytes,
+    trained_bytes,
+    weight_bytes,
+)
+from dtrain.planning.workload import ZERO, Setup
 
 PARTS = {"first": "gather", zero3.ARRIVAL: "forward", "attention": "backward"}
 FLOAT64 = 8
@@ -81,19 +81,19 @@ class Memory:
         return {name: getattr(self, name) for name in (*names, "working", "buffers")}
 
 
-def memory_of(setup: Setup, habits: Habits = DTRAIN) -> Memory:
+def memory_of(setup: Setup, habits: TrainerProfile = DTRAIN) -> Memory:
     """The moment of a step that needs most."""
     return max(moments(setup, habits), key=lambda moment: moment.peak)
 
 
-def least_bytes(setup: Setup, habits: Habits = DTRAIN) -> float:
+def least_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
     """The peak that no data can make smaller: of logits there are as many as tokens are learnt."""
     if setup.learns_all:
         return memory_of(setup, habits).peak
     return max(one.peak for one in moments(setup, habits) if one.moment != "loss")
 
 
-def moments(setup: Setup, habits: Habits = DTRAIN) -> list[Memory]:
+def moments(setup: Setup, habits: TrainerProfile = DTRAIN) -> list[Memory]:
     """Every moment of a step that could need most."""
     held = _Held(setup, habits)
     return [
@@ -108,7 +108,7 @@ def moments(setup: Setup, habits: Habits = DTRAIN) -> list[Memory]:
 class _Held:
     """What a rank holds anyway, to which each moment adds."""
 
-    def __init__(self, setup: Setup, habits: Habits) -> None:
+    def __init__(self, setup: Setup, habits: TrainerProfile) -> None:
         self.setup, self.habits = setup, habits
         self.weights = weight_bytes(setup, habits)
         self.gradients = gradient_bytes(setup, habits)

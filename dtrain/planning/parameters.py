@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dtrain.planning.setup import ZERO, Setup
 from dtrain.planning.shapes import Linear
+from dtrain.planning.workload import ZERO, Setup
 
 # Of a linear layer held in NF4: 4 bits an element; for 64 elements one byte of scale; for 256 of
 # those a float32 of the second quantisation. The scales are no parameters: no engine shards them.

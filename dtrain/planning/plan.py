@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.planning.bases import find_config, find_shape
 from dtrain.planning.calibration import Measured, measured
-from dtrain.planning.choose import Option, options
-from dtrain.planning.exact import Exact, Told, simulate, steps_of
+from dtrain.planning.choose import Option, options, resolved
+from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.fit import FITS, ORDER, Change, Verdict, advice, verdict_of
+from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.memory import Memory, memory_of
-from dtrain.planning.resolve import resolved
-from dtrain.planning.setup import Cluster, Setup, setup_of
 from dtrain.planning.shapes import Shape
+from dtrain.planning.simulated_peak import Exact, Told, simulate, steps_of
 from dtrain.planning.speed import Range, is_measured, tokens_per_second, waits_for_links
 from dtrain.planning.storage import (
     Amount,
@@ -26,8 +26,7 @@ from dtrain.planning.storage import (
     host_save_bytes,
     stage_tokens,
 )
-from dtrain.planning.verdict import FITS, ORDER, Change, Verdict, advice, verdict_of
-from dtrain.planning.wire import entering_bytes, received_bytes
+from dtrain.planning.workload import Cluster, Setup, setup_of
 
 Meter = Callable[[str, int], AbstractContextManager[Told]]
 
@@ -219,7 +218,7 @@ def _way(setup: Setup) -> dict[str, Any]:
         "engine": setup.engine,
         "shard": setup.shard,
         "method": setup.method,
-        "micro_batch_sequences": setup.micro_batch,
+        "micro_batch_size": setup.micro_batch,
         "gradient_checkpointing": setup.checkpointing,
         "offload": setup.offload,
     }

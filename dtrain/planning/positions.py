@@ -7,7 +7,7 @@ from typing import Any
 
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.errors import UserError
-from dtrain.planning.bases import find_config
+from dtrain.planning.known_models import find_config
 
 KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 ROPES = ("rope_parameters", "rope_scaling")
@@ -51,8 +51,8 @@ def position_warnings(recipe: Recipe) -> list[str]:
     groups: dict[str, Data] = {f"stages.{s.name}.data": s.data for s in recipe.stages}
     groups |= {f"evaluation.sets.{name}": one for name, one in recipe.evaluation.sets.items()}
     return [
-        f"{key}: sequence_tokens {data.sequence_tokens}, but the model has {known} positions "
+        f"{key}: sequence_length {data.sequence_length}, but the model has {known} positions "
         f"({source}); a longer document in a sequence goes beyond them"
         for key, data in groups.items()
-        if known is not None and data.sequence_tokens > known
+        if known is not None and data.sequence_length > known
     ]

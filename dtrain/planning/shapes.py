@@ -93,34 +93,36 @@ class Shape:
         return self.layers * self.layer_parameters + self.outer_parameters
 
 
-def adapted(shape: Shape, targets: str | Sequence[str]) -> tuple[Linear, ...]:
+def adapted(shape: Shape, target_modules: str | Sequence[str]) -> tuple[Linear, ...]:
     """The linear layers of one decoder layer that get an adapter, and lm_head where it is named.
 
     Args:
-        targets: as `method.targets` of a recipe; a name matches whole or after a dot, as in PEFT.
+        target_modules: as in a recipe; a name matches whole or after a dot, as in PEFT.
 
     Raises:
         UserError: no linear layer is named so, or only some decoder layers are meant.
     """
-    if isinstance(targets, str):
+    if isinstance(target_modules, str):
         return shape.linears
     head = Linear("lm_head", shape.hidden, shape.vocabulary)
     known = [*shape.linears, *([] if shape.tied else [head])]
-    for target in targets:
+    for target in target_modules:
         if not any(_answers(linear.name, target) for linear in known):
             names = sorted({linear.name.rpartition(".")[2] for linear in known})
             fix = f"choose from: {', '.join(names)}"
-            raise UserError(f"no linear layer is named {target!r}", where="method.targets", fix=fix)
-    return tuple(x for x in known if any(_answers(x.name, target) for target in targets))
+            raise UserError(
+                f"no linear layer is named {target!r}", where="method.target_modules", fix=fix
+            )
+    return tuple(x for x in known if any(_answers(x.name, target) for target in target_modules))
 
 
 def _answers(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def adapter_parameters(shape: Shape, rank: int, targets: str | Sequence[str]) -> int:
+def adapter_parameters(shape: Shape, rank: int, target_modules: str | Sequence[str]) -> int:
     """Parameters of a LoRA adapter: r (inputs + outputs) of every adapted layer."""
-    chosen = adapted(shape, targets)
+    chosen = adapted(shape, target_modules)
     return sum(
         rank * (x.inputs + x.outputs) * (1 if x.name == "lm_head" else shape.layers) for x in chosen
     )

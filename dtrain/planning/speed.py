@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtrain.planning.communication import collectives_of
 from dtrain.planning.constants import (
     DEQUANTISE_BYTES,
     EXPOSED,
@@ -15,8 +16,7 @@ from dtrain.planning.constants import (
     UTILISATION_ELSEWHERE,
 )
 from dtrain.planning.gpus import Gpu
-from dtrain.planning.setup import Cluster, Setup
-from dtrain.planning.wire import collectives_of
+from dtrain.planning.workload import Cluster, Setup
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def flops_per_token(setup: Setup) -> float:
     passes = 2 + setup.is_full
     linear = 2 * (passes + again) * shape.linear_elements
     head = 2 * passes * shape.vocabulary * shape.hidden
-    attention = 2 * shape.q * setup.sequence_tokens * shape.layers * (3 + again)
+    attention = 2 * shape.q * setup.sequence_length * shape.layers * (3 + again)
     adapters = 0 if setup.is_full else 2 * (3 + again) * setup.trainable
     return float(linear + head + attention + adapters)
 

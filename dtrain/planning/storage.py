@@ -8,11 +8,11 @@ from math import lcm
 from pathlib import Path
 
 from dtrain.config.schema import Data, Recipe, Source, Stage
-from dtrain.core.folders import local_path
+from dtrain.core.cache_paths import local_path
 from dtrain.planning.constants import RANK_HOST_BYTES, TEXT_BYTES_PER_TOKEN
-from dtrain.planning.held import ADAM_BYTES
 from dtrain.planning.parameters import FLOAT32
-from dtrain.planning.setup import Setup
+from dtrain.planning.static_memory import ADAM_BYTES
+from dtrain.planning.workload import Setup
 
 MERGE_COPIES = 4  # of the largest tensor: as read, in float32, its delta, the result
 
@@ -75,22 +75,22 @@ def _kept_for_good(recipe: Recipe, stage: Stage) -> int:
     train, every, amount = stage.train, recipe.output.keep_every_steps, stage_tokens(stage)
     if every is None or train.checkpoint_every_steps is None or amount is None:
         return 0
-    steps = amount.tokens / (train.global_batch_sequences * stage.data.sequence_tokens)
+    steps = amount.tokens / (train.global_batch_size * stage.data.sequence_length)
     return int(steps // lcm(every, train.checkpoint_every_steps))
 
 
 def stage_tokens(stage: Stage) -> Amount | None:
     """How many tokens a stage trains on; None where its data are not on this machine."""
-    train, row = stage.train, stage.data.sequence_tokens
+    train, row = stage.train, stage.data.sequence_length
     if train.tokens is not None:
         return Amount(train.tokens, True)
     if train.steps is not None:
-        return Amount(train.steps * train.global_batch_sequences * row, True)
+        return Amount(train.steps * train.global_batch_size * row, True)
     passes = epoch_tokens(stage.data)
     if passes is None or train.epochs is None:
         return None
     replay = stage.data.replay
-    return Amount(passes * train.epochs / (1 - replay.share if replay else 1), False)
+    return Amount(passes * train.epochs / (1 - replay.ratio if replay else 1), False)
 
 
 def epoch_tokens(data: Data) -> float | None:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from dtrain.planning.parameters import layer_parameters, outer_parameters
-from dtrain.planning.setup import Setup
+from dtrain.planning.workload import Setup
 
 MODULES = 12  # in a decoder layer: each begins, and so prefetches
 ROOTS = {True: 2, False: 4}  # modules around the embeddings in full training, and with PEFT's

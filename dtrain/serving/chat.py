@@ -10,9 +10,9 @@ from transformers import TextStreamer
 
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Messages
-from dtrain.models.adapter_folder import CONFIG
-from dtrain.serving.run import Choice, adapter_choice
-from dtrain.serving.speaker import Speaker
+from dtrain.models.peft_format import CONFIG
+from dtrain.serving.generator import Speaker
+from dtrain.serving.run_models import Choice, adapter_choice
 
 HELP = "/adapter NAME switches, /adapter lists, /reset forgets the conversation, /quit ends"
 

@@ -15,7 +15,7 @@ from dtrain.core.errors import Problems, UserError
 from dtrain.core.files import open_text
 from dtrain.core.log import progress, say
 from dtrain.data.conversations import Messages, as_messages
-from dtrain.serving.speaker import Speaker
+from dtrain.serving.generator import Speaker
 
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWER, BY = "generated", "generated_by"

@@ -12,13 +12,13 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dtrain.core.cache_paths import cache_folder, local_path
 from dtrain.core.files import read_json, read_text, write_atomic
-from dtrain.core.folders import cache_folder, local_path
 from dtrain.core.hashes import fingerprint
-from dtrain.launching.quote import quote
-from dtrain.models.adapter_folder import CHAT_TEMPLATE, CONFIG, GENERATION
-from dtrain.serving.adapters import AdapterInfo, list_adapters
-from dtrain.serving.run import Run, trained_template
+from dtrain.launching.shell_quote import quote
+from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, GENERATION
+from dtrain.serving.adapter_list import AdapterInfo, list_adapters
+from dtrain.serving.run_models import Run, trained_template
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank takes no other
 # Settings of an adapter, and why vLLM does not serve it under them as it was trained.

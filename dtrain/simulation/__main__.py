@@ -21,7 +21,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.processes import die_with_parent
 from dtrain.models.load import read_config
-from dtrain.planning.exact import MARK
+from dtrain.planning.simulated_peak import MARK
 from dtrain.simulation.ledger import Ledger, hear_resizes
 from dtrain.simulation.model import build, fake_world, prepare
 from dtrain.simulation.steps import Places, Simulated
@@ -44,7 +44,7 @@ def main() -> None:
     question = json.load(sys.stdin)
     recipe = Recipe.model_validate(question["recipe"])
     stage = next(stage for stage in recipe.stages if stage.name == question["stage"])
-    prepare(stage.data.sequence_tokens)
+    prepare(stage.data.sequence_length)
     try:
         for config in question["configs"]:
             tell({"peaks": simulate(recipe, stage.name, config_of(config, recipe), question)})

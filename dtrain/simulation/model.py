@@ -21,12 +21,12 @@ from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine
 from dtrain.engines.build import build_engine
-from dtrain.models import attention, rope
+from dtrain.models import attention, positions
 from dtrain.models.adapters import attach
-from dtrain.models.kernels import layers, native
-from dtrain.models.kernels.install import put_in
+from dtrain.models.kernels import lora_linear, native
+from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import for_training, resolve_dtype
-from dtrain.models.stream import empty_model
+from dtrain.models.sharded_loading import empty_model
 from dtrain.simulation.ledger import GRADIENTS, WEIGHTS, Ledger
 
 CPU = torch.device("cpu")  # autograd aborts on fake tensors of a GPU that is not there
@@ -44,18 +44,18 @@ def fake_world(ranks: int, on_node: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def prepare(sequence_tokens: int) -> None:
+def prepare(sequence_length: int) -> None:
     """Replace what looks at numbers, in this process, which simulates and does nothing else."""
 
     def whole_sequences(batch_size: int, q_length: int, *rest: Any, **more: Any) -> Any:
-        return attention.Documents((sequence_tokens,) * (q_length // sequence_tokens), None)
+        return attention.Documents((sequence_length,) * (q_length // sequence_length), None)
 
     def whole_lengths(position_ids: Tensor) -> list[int]:
-        return [sequence_tokens] * (position_ids.shape[-1] // sequence_tokens)
+        return [sequence_length] * (position_ids.shape[-1] // sequence_length)
 
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
-    rope.document_lengths = whole_lengths
-    layers.fix_4bit_weight_quant_state_from_module = _recall
+    positions.document_lengths = whole_lengths
+    lora_linear.fix_4bit_weight_quant_state_from_module = _recall
     bnb_modules.fix_4bit_weight_quant_state_from_module = _recall
 
 
@@ -96,7 +96,7 @@ def build(
     quantised = stage.method.kind == "qlora"
     base = empty_model(settled, recipe.model, quantised=quantised, dtype=width, device=CPU)
     model = attach(base, stage.method, seed=0, device=torch.device("meta"))
-    put_in(model, recipe.model)
+    apply_kernels(model, recipe.model)
     native.switch(on=False)  # a CPU's own loops, which keep less and look at numbers
     _fake_buffers(model, mode)
     follow(model)

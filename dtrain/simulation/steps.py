@@ -16,7 +16,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.engines.base import Engine, decoder_layers
 from dtrain.models.dropout import set_dropout_key
 from dtrain.simulation.ledger import GRADIENTS, OPTIMIZER, Ledger
-from dtrain.stages.step import forward_loss
+from dtrain.training.train_step import forward_loss
 
 OUTSIDE, FIRST, INNER, LAST = "outside", "first layer", "inner layers", "last layer"
 
@@ -113,7 +113,7 @@ class Simulated:
 
     def micro_batch(self, number: int, last: bool) -> None:
         """Forward and backward."""
-        train, tokens = self.stage.train, self.stage.data.sequence_tokens
+        train, tokens = self.stage.train, self.stage.data.sequence_length
         count = train.micro_batch
         numbers = [number * count + i for i in range(count)]
         set_dropout_key(self.engine.bare, 0, 0, numbers, [tokens] * count)

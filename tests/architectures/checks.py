@@ -96,7 +96,7 @@ class Checks:
         self.attempt("merging", lambda: self.results(chain))
         for engine in ("fsdp2", "zero3"):
             self.same_losses(engine, chain, (f"engine.kind={engine}",), ranks=2)
-        plain = ("model.kernels=plain", "stages.domain.train.micro_batch_sequences=2")
+        plain = ("model.kernels=off", "stages.domain.train.micro_batch_size=2")
         self.same_losses("plain kernels, micro-batch 2", chain, plain)
         self.qlora()
         self.full()

@@ -14,13 +14,13 @@ import forks
 import torch
 from peft.tuners.lora import LoraLayer
 
-from dtrain import worker
+from dtrain import rank_main
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
 from dtrain.engines.ddp import Ddp
-from dtrain.pipeline import chain
-from dtrain.planning.bases import refuse_untrainable
-from dtrain.stages import step as train_step
+from dtrain.pipeline import runner
+from dtrain.planning.known_models import refuse_untrainable
+from dtrain.training import train_step
 
 SECONDS = 240
 NOT_PACKED = "cannot be packed"  # in dtrain's refusal of what it trains one document a sequence
@@ -35,15 +35,15 @@ stages:
     kind: cpt
     method: {{kind: lora, r: 8, alpha: 16, dropout: 0.0}}
     data:
-      sequence_tokens: 128
+      sequence_length: 128
       packing: {packing}
       sources: [{{path: "dtrain:tiny-text/domain.jsonl", format: text}}]
-    train: &train {{global_batch_sequences: 4, steps: 3, learning_rate: 1.0e-2, warmup_share: 0.0}}
+    train: &train {{global_batch_size: 4, steps: 3, learning_rate: 1.0e-2, warmup_ratio: 0.0}}
   - name: task
     kind: sft
     method: {{kind: lora, r: 4, alpha: 8, dropout: 0.0}}
     data:
-      sequence_tokens: 128
+      sequence_length: 128
       packing: {packing}
       sources: [{{path: "dtrain:tiny-text/task.json", format: alpaca}}]
     train: *train
@@ -161,8 +161,10 @@ def rank_of_run(recipe: Path, overrides: list[str], noted: Path) -> int:
         print(f"error: {error}")
         return int(Exit.USER_ERROR)
     observe(noted)
-    chain.write_report = lambda run: None  # type: ignore[assignment] # a second of drawing
-    return worker.work(argparse.Namespace(recipe=str(recipe), overrides=overrides, allow_change=[]))
+    runner.write_report = lambda run: None  # type: ignore[assignment] # a second of drawing
+    return rank_main.work(
+        argparse.Namespace(recipe=str(recipe), overrides=overrides, allow_change=[])
+    )
 
 
 def observe(noted: Path) -> None:

@@ -32,8 +32,8 @@ import transformers
 from dtrain.config import schema
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base
+from dtrain.rank_main import keep_libraries_quiet
 from dtrain.samples.make import ensure
-from dtrain.worker import keep_libraries_quiet
 
 # What ranks import when they need it; pandas by pyarrow, where it is installed.
 IMPORTED_LATE = ["dtrain.engines.deepspeed", "dtrain.engines.fsdp2", "pandas"]

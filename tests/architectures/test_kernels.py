@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dtrain.models.kernels.install import KINDS, use_kernels
+from dtrain.models.kernels.patch import KINDS, use_kernels
 
 LATER_LAYER = re.compile(r"\.([1-9]|\d\d+)\.")  # what one layer gets, the others get
 TABLE = Path(__file__).with_name("kernels.txt")

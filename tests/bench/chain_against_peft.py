@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dtrain.merge.stack import stack
-from dtrain.models.weights import weight_files
-from dtrain.serving.run import open_run
+from dtrain.merge.combine_adapters import stack
+from dtrain.models.weight_files import weight_files
+from dtrain.serving.run_models import open_run
 
 QUESTION = {"role": "user", "content": "What does `itertools.pairwise` return?"}
 NEW_TOKENS = 32

@@ -84,11 +84,11 @@ def rank(argv: list[str]) -> int:
     """One rank: the run itself, with saves in every other block, and a mark after each step."""
     from dtrain import train
     from dtrain.pipeline import stage_run
-    from dtrain.stages import loop
+    from dtrain.training import trainer
 
     block, phase = (int(os.environ[f"DTRAIN_BENCH_{name}"]) for name in ("STEPS", "PHASE"))
     path = Path(f"{os.environ['DTRAIN_BENCH']}-{os.environ['RANK']}")
-    plain_train_step, plain_save, savers = loop.train_step, stage_run.StageRun.save, list[Any]()
+    plain_train_step, plain_save, savers = trainer.train_step, stage_run.StageRun.save, list[Any]()
 
     def saves(step: int) -> bool:
         number = (step - 1) // block  # step counts from 1; the first block warms up
@@ -112,7 +112,7 @@ def rank(argv: list[str]) -> int:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"wall": time.perf_counter(), "cpu": sum(os.times()[:2])}) + "\n")
 
-    loop.train_step, stage_run.StageRun.save = train_step, save  # type: ignore[assignment]
+    trainer.train_step, stage_run.StageRun.save = train_step, save  # type: ignore[assignment]
     return train.main(argv)
 
 

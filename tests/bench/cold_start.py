@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from dtrain.core.folders import sample_folder
+from dtrain.core.cache_paths import sample_folder
 
-WORKER = "from dtrain.core.imports import import_fast; import_fast('dtrain.worker')"
+WORKER = "from dtrain.core.lazy_import import import_fast; import_fast('dtrain.rank_main')"
 TRL = "from trl import SFTTrainer"
 BARE = (
     "import sys, torch, transformers, peft\n"

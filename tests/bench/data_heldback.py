@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrain.config.schema import Source
-from dtrain.data.formats import Fault
-from dtrain.data.quality.kinds import BIT, BROKEN
-from dtrain.data.quality.leaks import held_out
-from dtrain.data.quality.sample import Sample
-from dtrain.data.quality.scan import Input, scan
+from dtrain.data.records import Fault
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.decontamination import held_out
+from dtrain.data_quality.finding_types import BIT, BROKEN
+from dtrain.data_quality.sample import Sample
+from dtrain.data_quality.scan import Input, scan
 
 Row = tuple[str, str]
 EXACT = {"broken", "exact_duplicate", "leak", "empty", "same", "e_mail", "id_number", "bank_card"}

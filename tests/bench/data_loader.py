@@ -74,7 +74,7 @@ def prepared(folder: Path, sentences: int) -> Loader:
     documents = ROWS * ROW_TOKENS // (10 * sentences)
     (folder / "a.jsonl").write_text(f'{{"text": "{text}"}}\n' * documents)
     source = {"path": str(folder / "a.jsonl"), "format": "text"}
-    data = Data.model_validate({"sources": [source], "sequence_tokens": ROW_TOKENS})
+    data = Data.model_validate({"sources": [source], "sequence_length": ROW_TOKENS})
     tokenizer = load_tokenizer(ensure("tiny-llama"))
     mixture = prepare(data, "cpt", tokenizer, "bench", folder / f"cache{sentences}")
     rows = mixture.rows_per_epoch // BATCH * BATCH

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.files import write_sealed
-from dtrain.data.mixing import mix
 from dtrain.data.packing import PIECE
+from dtrain.data.sampling import mix
 from dtrain.data.store import PLAN_FILES, SHARD, SUMS, shard_name
 
 ROW_TOKENS = 2048
@@ -29,8 +29,8 @@ import json, sys, time
 from pathlib import Path
 import pyarrow as pa
 from dtrain.data.loader import Loader
-from dtrain.data.mixing import mix
-from dtrain.data.mixture import Mixture, Prepared
+from dtrain.data.sampling import mix
+from dtrain.data.packed_dataset import Mixture, Prepared
 from dtrain.data.sources import Part
 from dtrain.data.store import Store
 

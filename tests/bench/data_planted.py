@@ -19,10 +19,10 @@ from stdnum import luhn
 from stdnum.cn import ric
 
 from dtrain.config.schema import Source
-from dtrain.data.quality.leaks import held_out
-from dtrain.data.quality.sample import Sample
-from dtrain.data.quality.scan import Input, scan
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.decontamination import held_out
+from dtrain.data_quality.sample import Sample
+from dtrain.data_quality.scan import Input, scan
 
 EACH = 40  # rows of every kind of fault, half of them Chinese
 ENGLISH = sorted(set(re.findall(r"\b[a-z]{3,9}\b", " ".join(topics.values()))))

@@ -18,9 +18,9 @@ from datasets import Dataset, disable_progress_bars
 from trl.data_utils import pack_dataset
 
 from dtrain.config.schema import Data
-from dtrain.data.conversations import Talk
-from dtrain.data.formats import read
+from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import prepare
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
@@ -40,13 +40,13 @@ def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = load_tokenizer(ensure("tiny-llama"))
-        data = Data.model_validate({"sources": [{"path": path}], "sequence_tokens": TOKENS})
+        data = Data.model_validate({"sources": [{"path": path}], "sequence_length": TOKENS})
         parts = find_parts(data.sources[0], folder)
-        talks = [r.value.messages for r in read(parts, "auto") if isinstance(r.value, Talk)]
+        talks = [r.value.messages for r in read(parts, "auto") if isinstance(r.value, Conversation)]
         talks = (talks * (ROWS // len(talks) + 1))[:ROWS]
         many = folder / "many.jsonl"
         many.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-        data = Data.model_validate({"sources": [{"path": str(many)}], "sequence_tokens": TOKENS})
+        data = Data.model_validate({"sources": [{"path": str(many)}], "sequence_length": TOKENS})
         plain = [[{k: m[k] for k in ("role", "content")} for m in talk] for talk in talks]
         rows = Dataset.from_dict({"messages": plain})
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from dtrain.config.schema import Source
-from dtrain.data.quality.report import report
-from dtrain.data.quality.scan import Input, scan
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.report import report
+from dtrain.data_quality.scan import Input, scan
 
 WORDS = [
     f"{a}{b}"

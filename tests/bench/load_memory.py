@@ -34,8 +34,8 @@ from dtrain.distributed.world import end_world, start_world
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base
-from dtrain.models.quantise import nf4_config
-from dtrain.models.stream import stream_base
+from dtrain.models.quantize import nf4_config
+from dtrain.models.sharded_loading import stream_base
 
 ALLOWED_BYTES = 300_000_000
 KINDS = ["fsdp2", "zero3", "nf4", "plain", "plain-nf4"]

@@ -28,7 +28,9 @@ from merge_models import make_adapter, make_model
 
 POLL_SECONDS = 0.004
 SHARD_BYTES = 500_000_000
-IMPORTS = "import dtrain.cli, dtrain.merge.merge, dtrain.merge.origin"  # read on top of the model
+IMPORTS = (
+    "import dtrain.cli, dtrain.merge.merge, dtrain.merge.provenance"  # read on top of the model
+)
 PEFT = """
 import sys, torch
 from peft import PeftModel

@@ -22,8 +22,8 @@ from dtrain.config.load import load_recipe
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
+from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
-from dtrain.models.resolve import base_folder
 
 TEXT = Path(__file__).parents[2] / "README.md"
 

@@ -19,12 +19,12 @@ from statistics import median
 
 from plan_trainers import Trainer, tensors, trainer_of
 
-from dtrain.planning.bases import KNOWN, Sizes
 from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.setup import Cluster, Setup
+from dtrain.planning.known_models import KNOWN, Sizes
 from dtrain.planning.shapes import Linear, Shape, shape_of
 from dtrain.planning.speed import Range, flops_per_token, tokens_per_second
+from dtrain.planning.workload import Cluster, Setup
 
 GB, GIB = 1e9, 2**30
 MODELS = {
@@ -100,14 +100,14 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
         shape=shape_named(row["model"]),
         method=row["method"],
         rank=0 if row["method"] == "full" else trainer.rank,
-        targets=trainer.targets,
+        target_modules=trainer.target_modules,
         has_dropout=trainer.has_dropout and row["method"] != "full",
         engine=kind,
         ranks=ranks,
         node_ranks=min(ranks, 8),
         shard=1 if kind in ("ddp", "zero2") else ranks,
         element_bytes=2,
-        sequence_tokens=int(row["seq_len"]),
+        sequence_length=int(row["seq_len"]),
         micro_batch=int(row["micro_batch"]),
         accumulation=1,
         checkpointing=row["grad_ckpt"] == "True",

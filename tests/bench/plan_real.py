@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.planning.bases import find_config, find_shape
-from dtrain.planning.exact import simulate
+from dtrain.planning.communication import received_bytes
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.memory import memory_of
-from dtrain.planning.setup import Cluster, setup_of
-from dtrain.planning.wire import received_bytes
+from dtrain.planning.simulated_peak import simulate
+from dtrain.planning.workload import Cluster, setup_of
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "plan_worker.py"
@@ -66,8 +66,8 @@ def overrides(arguments: argparse.Namespace, case: Case) -> list[str]:
         f"engine.kind={engine}",
         f"model.gradient_checkpointing={checkpointing}",
         f"stages.domain.method={METHODS[method]}",
-        f"stages.domain.data.sequence_tokens={arguments.tokens}",
-        "stages.domain.train.global_batch_sequences=4",
+        f"stages.domain.data.sequence_length={arguments.tokens}",
+        "stages.domain.train.global_batch_size=4",
         *arguments.overrides,
     ]
 

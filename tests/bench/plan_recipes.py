@@ -16,7 +16,7 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.plan import StagePlan, make_plan, with_exact
-from dtrain.planning.setup import Cluster
+from dtrain.planning.workload import Cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "planning"))
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.activations import DTRAIN, Habits
-from dtrain.planning.held import gradient_bytes
-from dtrain.planning.kernels import MLPS, NORMS
+from dtrain.planning.activations import DTRAIN, TrainerProfile
+from dtrain.planning.kernel_sizes import MLPS, NORMS
 from dtrain.planning.memory import moments
-from dtrain.planning.setup import Setup
+from dtrain.planning.static_memory import gradient_bytes
+from dtrain.planning.workload import Setup
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Trainer:
 
     words: tuple[str, ...]
     rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
+    target_modules: str | tuple[str, ...] = "all-linear"
     has_dropout: bool = False
     casts: bool = False
-    habits: Habits = DTRAIN
+    habits: TrainerProfile = DTRAIN
     kernels: frozenset[str] = frozenset()
     fused: bool = False
     keeps_inputs: bool = False
@@ -42,9 +42,9 @@ class Trainer:
     masters: bool = False
 
 
-def habits(head: float, train: int = 2, residual: int = 0) -> Habits:
+def habits(head: float, train: int = 2, residual: int = 0) -> TrainerProfile:
     """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
-    return Habits(
+    return TrainerProfile(
         attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
     )
 

@@ -61,8 +61,8 @@ def recipe(engine: str, data: Path, steps: int, folder: Path) -> dict[str, objec
     """A recipe of one stage."""
     stage = {
         "name": "stage", "kind": "sft", "method": {"kind": "lora", "dropout": 0.0},
-        "data": {"sequence_tokens": 512, "sources": [{"path": str(data), "format": "alpaca"}]},
-        "train": {"global_batch_sequences": 2, "steps": steps + WARM_UP + 1, "learning_rate": 1e-4},
+        "data": {"sequence_length": 512, "sources": [{"path": str(data), "format": "alpaca"}]},
+        "train": {"global_batch_size": 2, "steps": steps + WARM_UP + 1, "learning_rate": 1e-4},
     }  # fmt: skip
     return {
         "name": "engines", "device": "cpu", "stages": [stage], "engine": {"kind": engine},
@@ -76,12 +76,12 @@ def rank(path: str) -> int:
     import time
 
     from dtrain import train
-    from dtrain.core.imports import import_fast
+    from dtrain.core.lazy_import import import_fast
 
-    import_fast("dtrain.worker")
-    from dtrain.stages import loop
+    import_fast("dtrain.rank_main")
+    from dtrain.training import trainer
 
-    plain, marks, inside = loop.train_step, list[tuple[float, float]](), list[float]()
+    plain, marks, inside = trainer.train_step, list[tuple[float, float]](), list[float]()
 
     def train_step(job, step, *args, **named):
         marks.append((time.process_time(), time.perf_counter()))
@@ -95,7 +95,7 @@ def rank(path: str) -> int:
         inside.append(sum(result.seconds.values()))
         return result
 
-    loop.train_step = train_step
+    trainer.train_step = train_step
     return train.main([path])
 
 

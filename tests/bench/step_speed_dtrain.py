@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from step_speed import Found, add, finish
 
-from dtrain.core.imports import import_fast
+from dtrain.core.lazy_import import import_fast
 
-import_fast("dtrain.worker")
+import_fast("dtrain.rank_main")
 from dtrain import train  # noqa: E402
-from dtrain.stages import loop  # noqa: E402
+from dtrain.training import trainer  # noqa: E402
 
 REPEATS = 7
 
 
 def main(job: Found) -> None:
     marks: list[Found] = []
-    plain = loop.train_step
+    plain = trainer.train_step
 
     def mark(tokens: int) -> None:
         marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": tokens})
@@ -37,7 +37,7 @@ def main(job: Found) -> None:
             sys.exit(0)
         return plain(parts, step, rate, **more)
 
-    loop.train_step = train_step
+    trainer.train_step = train_step
     status = train.main([recipe(job)])
     assert Path(job["result"]).exists(), status
 
@@ -96,10 +96,10 @@ def recipe(job: Found) -> str:
     source = {"path": job["data"], "format": "alpaca" if job["kind"] == "sft" else "text"}
     stage = {
         "name": "stage", "kind": job["kind"], "method": method,
-        "data": {"sequence_tokens": job["tokens"], "sources": [source]},
-        "train": {"global_batch_sequences": 1, "steps": job["steps"] + 2, "learning_rate": 1e-4},
+        "data": {"sequence_length": job["tokens"], "sources": [source]},
+        "train": {"global_batch_size": 1, "steps": job["steps"] + 2, "learning_rate": 1e-4},
     }  # fmt: skip
-    kernels = "plain" if job["name"] == "plain" else "auto"
+    kernels = "off" if job["name"] == "plain" else "auto"
     model = {"base": "dtrain:smollm2-135m", "dtype": "float32", "kernels": kernels}
     model |= {"gradient_checkpointing": job["checkpointing"]}
     whole = {

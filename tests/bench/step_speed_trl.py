@@ -18,7 +18,7 @@ from step_speed import Found, finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from dtrain.core.folders import cache_folder
+from dtrain.core.cache_paths import cache_folder
 
 PADDED_DOCUMENTS = 8  # a batch of TRL's default
 

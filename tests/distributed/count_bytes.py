@@ -20,10 +20,10 @@ from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.models.adapters import attach
-from dtrain.models.counts import parameter_counts
-from dtrain.models.forward import supervised_losses
+from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
-from dtrain.models.resolve import base_folder
+from dtrain.models.loss import supervised_losses
+from dtrain.models.tensor_utils import parameter_counts
 from dtrain.samples.make import ensure
 
 COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_reduce")
@@ -54,10 +54,10 @@ def batch() -> MicroBatch:
 
 def build(engine: str, world: World) -> tuple[Engine, int, int]:
     """`tiny`'s model and adapter under an engine; elements that train, and all."""
-    stages = [f"stages.{name}.train.global_batch_sequences={world.size}" for name in STAGES]
+    stages = [f"stages.{name}.train.global_batch_size={world.size}" for name in STAGES]
     launch = f"launch.processes={world.size}"
     recipe = load_recipe("tiny", [f"engine={engine}", launch, *stages])
-    world.first_then_others(lambda: ensure("tiny-llama"))
+    world.rank0_first(lambda: ensure("tiny-llama"))
     base = base_folder(recipe.model.base)
     loaded = load_base(
         base, recipe.model, quantised=False, dtype=torch.float32, device=world.device

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import dtrain.stages.loop
+import dtrain.training.trainer
 
 ERRORS = {
     "crash": RuntimeError("boom"),

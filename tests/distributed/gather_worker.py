@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.shared_gather import SharedGather, share_gathers, shared_buffer
-from dtrain.models.forward import supervised_losses
+from dtrain.models.loss import supervised_losses
 
 GREATEST = 40_000
 # FSDP2 holds one gather while it asks for the next in a forward pass, none in a backward pass.

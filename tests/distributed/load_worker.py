@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from dtrain.config.load import load_recipe
-from dtrain.core.folders import sample_name
+from dtrain.core.cache_paths import sample_name
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
-from dtrain.models.kernels.install import put_in
-from dtrain.models.resolve import base_folder
-from dtrain.models.stream import stream_base
+from dtrain.models.hub import base_folder
+from dtrain.models.kernels.patch import apply_kernels
+from dtrain.models.sharded_loading import stream_base
 from dtrain.samples.make import ensure
 
 
@@ -49,7 +49,7 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
             refs.extend(weakref.ref(p) for p in module.parameters(False))
 
     model = attach(streamed.model, stage.method, seed=0, device=world.device)
-    put_in(model, recipe.model)
+    apply_kernels(model, recipe.model)
     if kind not in SHARDING:
         fill(model)
     engine = build_engine(model, recipe, stage, world, fill)

@@ -27,14 +27,14 @@ from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
 from dtrain.engines.build import SHARDING, build_engine
 from dtrain.models.adapters import attach
-from dtrain.models.counts import parameter_counts
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
-from dtrain.models.kernels.install import put_in
+from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import load_base, resolve_dtype
-from dtrain.models.stream import stream_base
+from dtrain.models.sharded_loading import stream_base
+from dtrain.models.tensor_utils import parameter_counts
 from dtrain.simulation.ledger import hear_resizes
-from dtrain.stages.step import forward_loss
+from dtrain.training.train_step import forward_loss
 
 STEPS = 2
 
@@ -145,7 +145,7 @@ def built(recipe, stage, world):
     else:
         model, fill = load_base(base, recipe.model, **settings), lambda block: None
     model = attach(model, stage.method, seed=0, device=world.device)
-    put_in(model, recipe.model)
+    apply_kernels(model, recipe.model)
     native.switch(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)
     return build_engine(model, recipe, stage, world, fill), counts
@@ -179,8 +179,8 @@ def of_the_fullest_rank(phases: dict[str, int]) -> dict[str, int]:
 def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str, int]:
     """The peak of forward, backward and update."""
     train = stage.train
-    micro = train.global_batch_sequences // engine.world.size // train.micro_batch
-    tokens = train.micro_batch * stage.data.sequence_tokens
+    micro = train.global_batch_size // engine.world.size // train.micro_batch
+    tokens = train.micro_batch * stage.data.sequence_length
     vocabulary = engine.bare.get_input_embeddings().num_embeddings
     phases = {"forward": 0, "backward": 0, "update": 0}
 

@@ -40,7 +40,7 @@ import os, runpy, time
 import torch.distributed as dist
 dist.destroy_process_group = lambda *_: time.sleep(3600)
 dist.barrier = lambda group: 1 / int(os.environ["RANK"])  # fails on the first rank
-runpy.run_module("dtrain.distributed.preflight", run_name="__main__", alter_sys=True)
+runpy.run_module("dtrain.distributed.all_reduce_check", run_name="__main__", alter_sys=True)
 """
 
 

@@ -84,7 +84,7 @@ def nothing(place: Path) -> None:
         (change_base, "seed=0", "parent: "),
         (change_tokenizer, "seed=0", "tokenizer: "),
         (nothing, "seed=1", "seed: 0 in the checkpoint, 1 now"),
-        (nothing, "stages.domain.train.global_batch_sequences=8", "global_batch_sequences: 4"),
+        (nothing, "stages.domain.train.global_batch_size=8", "global_batch_size: 4"),
         (open_to_all("."), "seed=0", "anyone may write to it"),
         (open_to_all("domain"), "seed=0", "anyone may write to it"),
         (open_to_all("domain/checkpoints"), "seed=0", "anyone may write to it"),

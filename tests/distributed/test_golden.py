@@ -60,14 +60,14 @@ def test_two_ranks(run_tiny, engine, method):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_micro_batch_of_two(run_tiny, engine, ranks):
-    micro = [f"stages.{stage}.train.micro_batch_sequences=2" for stage in ("domain", "task")]
+    micro = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
     run = run_tiny(f"engine.kind={engine}", *micro, ranks=ranks)
     run.assert_golden("lora")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_kernels_give_the_same(run_tiny, method):
-    run = run_tiny("model.kernels=plain", "engine.kind=zero3", *METHODS[method])
+    run = run_tiny("model.kernels=off", "engine.kind=zero3", *METHODS[method])
     run.assert_golden(method)
 
 

@@ -48,7 +48,7 @@ def test_losses_are_the_same_on_any_ranks(start_ranks, hybrid, tmp_path):
     ]
 
     def run(engine: str, ranks: int, micro: int):
-        batch = [f"stages.{s}.train.micro_batch_sequences={micro}" for s in ("domain", "task")]
+        batch = [f"stages.{s}.train.micro_batch_size={micro}" for s in ("domain", "task")]
         return start_ranks(
             f"engine.kind={engine}", *overrides, *batch, ranks=ranks, folder=f"{engine}-{ranks}"
         ).wait(0)

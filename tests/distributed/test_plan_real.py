@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.load import load_recipe
-from dtrain.launching.ds import load_ds_config
-from dtrain.planning.bases import find_config, find_shape
-from dtrain.planning.exact import simulate
+from dtrain.launching.deepspeed_config import load_ds_config
+from dtrain.planning.communication import received_bytes
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.memory import memory_of
-from dtrain.planning.setup import Cluster, setup_of
-from dtrain.planning.wire import received_bytes
+from dtrain.planning.simulated_peak import simulate
+from dtrain.planning.workload import Cluster, setup_of
 
 WORKER = Path(__file__).with_name("plan_worker.py")
 SIZES = {
@@ -78,8 +78,8 @@ def overrides(base: Path, engine: str, method: str, checkpointing: bool) -> list
         f"engine.kind={engine}",
         f"model.gradient_checkpointing={str(checkpointing).lower()}",
         f"stages.domain.method={method}",
-        "stages.domain.data.sequence_tokens=256",
-        "stages.domain.train.global_batch_sequences=4",
+        "stages.domain.data.sequence_length=256",
+        "stages.domain.train.global_batch_size=4",
     ]
 
 

@@ -35,7 +35,7 @@ def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
     for engine, ranks in legs:
         run = start_ranks(f"engine.kind={engine}", ranks=ranks, env=STOP_AT_ONCE).wait(75)
         assert run.json("outcome.json")["outcome"] == "stopped-to-go-on"
-    micro = [f"stages.{stage}.train.micro_batch_sequences=2" for stage in ("domain", "task")]
+    micro = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
     run = start_ranks("engine.kind=ddp", *micro, ranks=2).wait(0)
     assert f"going on from step {len(legs)}" in run.output
     run.assert_golden("lora")
@@ -107,7 +107,7 @@ def test_a_killed_worker_comes_back_under_a_launcher_that_restarts(
 def test_a_finished_stage_may_be_lengthened_and_its_results_are_made_again(
     start_ranks, weights
 ) -> None:
-    settings = ["stages.domain.train.schedule=constant", "evaluation={sets: {}}"]
+    settings = ["stages.domain.train.lr_scheduler=constant", "evaluation={sets: {}}"]
     settings += [
         f"stages.{stage}.train.{key}=null"
         for stage in ("domain", "task")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dtrain.models.weights import weight_files
+from dtrain.models.weight_files import weight_files
 from dtrain.samples.make import ensure
 
 WORKER = [str(Path(__file__).with_name("merge_worker.py"))]

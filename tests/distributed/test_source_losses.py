@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-REPLAY = "{path: 'dtrain:tiny-text/domain-heldout.jsonl', format: text, share: 0.25}"
+REPLAY = "{path: 'dtrain:tiny-text/domain-heldout.jsonl', format: text, ratio: 0.25}"
 SHORT = [
     f"stages.domain.data.replay={REPLAY}",
     "stages.domain.train.steps=3",
@@ -27,7 +27,7 @@ def test_losses_of_sources(run_tiny):
         total = sum(source["loss"] * source["supervised_tokens"] for source in both.values())
         assert total / line["supervised_tokens"] == pytest.approx(line["loss"], rel=1e-6)
         assert abs(both[own]["loss"] - both[old]["loss"]) > 1e-4
-    for engine, kernels in (("fsdp2", "plain"), ("zero3", "auto")):
+    for engine, kernels in (("fsdp2", "off"), ("zero3", "auto")):
         run = run_tiny(f"engine.kind={engine}", f"model.kernels={kernels}", *SHORT, folder=engine)
         for line, first in zip(run.records("domain"), alone, strict=True):
             for name, source in line.get("sources", {}).items():

@@ -14,10 +14,6 @@ from typing import Any
 import deepspeed  # noqa: F401 - imported once for all ranks
 import matplotlib.pyplot  # noqa: F401
 
-import dtrain.engines.deepspeed
-import dtrain.engines.fsdp2
-import dtrain.engines.strict
-import dtrain.worker  # noqa: F401
 from dtrain.train import main
 
 

@@ -23,7 +23,7 @@ from dtrain.checkpoints import newest_complete
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.data.store import Store
-from dtrain.pipeline.run_folder import StageFolder
+from dtrain.pipeline.run_dir import StageFolder
 
 Look = Callable[[Path], str]  # what a start says of a damaged file; empty if it sees nothing
 

@@ -29,7 +29,7 @@ from merge_models import make_adapter, make_model
 from dtrain.core.hashes import file_sha256, fingerprint
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_places, merge, part_of
-from dtrain.merge.work import MODEL, work_folder
+from dtrain.merge.resumable_dir import MODEL, work_folder
 
 COMMANDS = 5  # started as a user does
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dtrain import train
-from dtrain.stages import loop, step
+from dtrain.training import train_step, trainer
 
 
 def place(caught: list[warnings.WarningMessage]) -> Counter[str]:
@@ -40,17 +40,17 @@ def watched(function: Any, name: str, found: dict[str, Counter[str]]) -> Any:
 def main() -> int:
     """Count in every step but the first two, which compile and allocate."""
     steps: list[dict[str, Counter[str]]] = []
-    plain_step, plain_losses = loop.train_step, step.forward_losses
+    plain_step, plain_losses = trainer.train_step, train_step.forward_losses
 
-    def train_step(*args: Any, **kwargs: Any) -> Any:
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
         found: dict[str, Counter[str]] = {}
         steps.append(found)
-        step.forward_losses = watched(plain_losses, "forward", found)
+        train_step.forward_losses = watched(plain_losses, "forward", found)
         result = watched(plain_step, "step", found)(*args, **kwargs)
         torch.cuda.set_sync_debug_mode("default")
         return result
 
-    loop.train_step = train_step
+    trainer.train_step = counted_step
     status = train.main(sys.argv[1:])
     worst = {
         name: max((found.get(name, Counter()) for found in steps[2:]), key=Counter.total)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.models.attention import Documents, document_attention
 from dtrain.models.dropout import DropoutKey, KeyedDropout
-from dtrain.models.kernels.install import use_kernels
+from dtrain.models.kernels.patch import use_kernels
 
 LENGTHS = (1, 2, 77, 129, 500, 777)  # tokens of the documents of a row
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the end of the job is past: one step, a checkpoint
@@ -126,7 +126,7 @@ def test_the_whole_chain_runs(train, launched, figures) -> None:
 def test_kernels_give_plain_losses_over_twenty_steps(train, method, figures) -> None:
     settings = [*TINY_16, f"stages.domain.method={METHODS[method]}"]
     settings += ["stages.domain.train.steps=20", "stages.task.train.steps=1"]
-    plain = train("tiny", *settings, "model.kernels=plain", folder="plain").losses("domain")
+    plain = train("tiny", *settings, "model.kernels=off", folder="plain").losses("domain")
     fast = train("tiny", *settings, folder="auto").losses("domain")
     worst = max(abs(a - b) for a, b in zip(plain, fast, strict=True))
     figures[f"kernels against plain, {method}: largest difference of a loss"] = worst

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dtrain.config.load import load_recipe
-from dtrain.planning.bases import find_shape
 from dtrain.planning.gpus import gpu_of_device
+from dtrain.planning.known_models import find_shape
 from dtrain.planning.memory import memory_of
-from dtrain.planning.setup import Cluster, setup_of
+from dtrain.planning.workload import Cluster, setup_of
 
 HERE = Path(__file__).parent
 STEPS, WARM_UP_STEPS = 10, 4
@@ -30,8 +30,8 @@ def recipe(tmp_path: Path, large_base: Path, long_texts: Path) -> Path:
     """One stage of LoRA on packed texts."""
     stage = {
         "name": "stage", "kind": "cpt", "method": {"kind": "lora", "r": 16, "dropout": 0.0},
-        "data": {"sequence_tokens": 4096, "sources": [{"path": str(long_texts)}]},
-        "train": {"global_batch_sequences": 1, "steps": STEPS, "learning_rate": 1e-4},
+        "data": {"sequence_length": 4096, "sources": [{"path": str(long_texts)}]},
+        "train": {"global_batch_size": 1, "steps": STEPS, "learning_rate": 1e-4},
     }  # fmt: skip
     model = {"base": str(large_base), "gradient_checkpointing": True}
     whole = {
@@ -79,7 +79,7 @@ def test_the_plan_is_what_a_gpu_takes(
     settings = [
         f"stages.stage.method={method}",
         f"model.gradient_checkpointing={str(checkpointing).lower()}",
-        f"stages.stage.data.sequence_tokens={tokens}",
+        f"stages.stage.data.sequence_length={tokens}",
         "stages.stage.train.steps=3",
     ]
     loaded = load_recipe(str(recipe), settings)
@@ -109,7 +109,7 @@ def test_a_step_waits_for_the_gpu_four_times_at_most(recipe, tmp_path, method, f
 
 
 @pytest.mark.measures_gpu
-@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
 def test_tokens_a_second(train, recipe, method, kernels, figures) -> None:
     run = train(recipe, f"stages.stage.method={method}", f"model.kernels={kernels}")

@@ -37,9 +37,9 @@ def test_a_row_that_does_not_fit_ends_with_status_4(train, large_base, long_text
         f"model.base={large_base}",
         "evaluation={sets: {}}",
         "engine.kind=ddp",
-        "stages.domain.data={sequence_tokens: 131072, sources: [{path: " + f"{long_texts}" + "}]}",
+        "stages.domain.data={sequence_length: 131072, sources: [{path: " + f"{long_texts}" + "}]}",
         "stages.domain.method={kind: full}",
-        "stages.domain.train={global_batch_sequences: 1, steps: 2, learning_rate: 1e-4}",
+        "stages.domain.train={global_batch_size: 1, steps: 2, learning_rate: 1e-4}",
     ]
     run = train("tiny", *settings, expect=4, launched=True)
     assert "out of memory" in run.output

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dtrain.cli import app
 from dtrain.samples.make import ensure
-from dtrain.serving.run import open_run
+from dtrain.serving.run_models import open_run
 from dtrain.serving.vllm import script
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +38,14 @@ launch: {processes: 1}
 stages:
   - name: task
     kind: sft
-    method: {kind: lora, r: 32, targets: all-linear}
-    data: {sequence_tokens: 256, sources: [{path: rows.jsonl}], template: chat.jinja}
-    train: {global_batch_sequences: 2, steps: 80, learning_rate: 1.0e-2, schedule: constant}
+    method: {kind: lora, r: 32, target_modules: all-linear}
+    data: {sequence_length: 256, sources: [{path: rows.jsonl}], template: chat.jinja}
+    train: {global_batch_size: 2, steps: 80, learning_rate: 1.0e-2, lr_scheduler: constant}
   - name: more
     kind: cpt
     method: {kind: lora, r: 2}
-    data: {sequence_tokens: 64, sources: [{path: texts.jsonl}]}
-    train: {global_batch_sequences: 1, steps: 1, learning_rate: 1.0e-6}
+    data: {sequence_length: 64, sources: [{path: texts.jsonl}]}
+    train: {global_batch_size: 1, steps: 1, learning_rate: 1.0e-6}
 evaluation: {questions: {path: questions.jsonl, count: 1, max_new_tokens: 40}}
 output: {folder: run}
 """

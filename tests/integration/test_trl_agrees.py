@@ -14,22 +14,22 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from dtrain.config.load import load_recipe
-from dtrain.core.folders import cache_folder
+from dtrain.core.cache_paths import cache_folder
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.models.adapters import attach
+from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
-from dtrain.models.resolve import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, MICRO = 8, 4, 2
 STAGE = (
     "stages=[{name: task, kind: sft, method: {kind: lora, r: 4, dropout: 0.0},"
-    " data: {sequence_tokens: 128, packing: false,"
+    " data: {sequence_length: 128, packing: false,"
     " sources: [{path: 'dtrain:tiny-text/task.json', format: alpaca}]},"
-    f" train: {{global_batch_sequences: {BATCH}, micro_batch_sequences: {MICRO}, steps: {STEPS},"
-    " learning_rate: 0.01, schedule: linear, warmup_share: 0.0, clip_norm: 1.0}}]"
+    f" train: {{global_batch_size: {BATCH}, micro_batch_size: {MICRO}, steps: {STEPS},"
+    " learning_rate: 0.01, lr_scheduler: linear, warmup_ratio: 0.0, max_grad_norm: 1.0}}]"
 )
 LOSS_TOLERANCE = 1e-4
 
@@ -80,7 +80,7 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
         learning_rate=stage.train.learning_rate,
         lr_scheduler_type="linear",
         weight_decay=stage.train.weight_decay,
-        max_grad_norm=stage.train.clip_norm,
+        max_grad_norm=stage.train.max_grad_norm,
         train_sampling_strategy="sequential",
         completion_only_loss=True,
         max_length=None,

@@ -11,8 +11,8 @@ NOT_AT_START = ["datasets", "pandas", "matplotlib", "deepspeed", "trl", "sklearn
 NOT_AT_START += ["torch._inductor.compile_fx", "dtrain.engines.fsdp2", "dtrain.samples.stdlib"]
 PROGRAM = """
 import gc, json, os, sys
-from dtrain.core.imports import import_fast
-import_fast("dtrain.worker")
+from dtrain.core.lazy_import import import_fast
+import_fast("dtrain.rank_main")
 print(json.dumps([sorted(sys.modules), gc.isenabled(), os.environ.get("TORCHDYNAMO_DISABLE")]))
 """
 
@@ -20,6 +20,6 @@ print(json.dumps([sorted(sys.modules), gc.isenabled(), os.environ.get("TORCHDYNA
 def test_a_worker_imports_what_it_needs_and_leaves_no_trace() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     modules, collects, compiler = json.loads(done.stdout.splitlines()[-1])
-    assert "dtrain.stages.loop" in modules
+    assert "dtrain.training.trainer" in modules
     assert not set(NOT_AT_START) & set(modules)
     assert collects and compiler is None

@@ -19,10 +19,11 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"planning", "launching", "distributed"},
     {"data", "models", "checkpoints", "monitoring", "samples"},
-    {"engines", "merge", "serving"},
-    {"stages"},
+    {"data_quality"},
+    {"augmentation", "engines", "merge", "serving"},
+    {"training"},
     {"pipeline", "simulation"},
-    {"cli", "train", "worker", "torchrun", "prepare"},
+    {"cli", "train", "rank_main", "torchrun", "prepare"},
     {"__main__"},
 ]
 HEIGHT = {part: number for number, floor in enumerate(FLOORS) for part in floor}

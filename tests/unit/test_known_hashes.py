@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.core import known_hashes
+from dtrain.core import hash_cache
+from dtrain.core.hash_cache import known_sha256, remember_sha256, sha256_of, state_of
 from dtrain.core.hashes import file_sha256
-from dtrain.core.known_hashes import known_sha256, remember_sha256, sha256_of, state_of
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", 0)
+    monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 0)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights" * 1000)
     os.utime(path, (1e9, 1e9))
@@ -24,7 +24,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = file_sha256(file)
     assert sha256_of(file) == wanted
-    monkeypatch.setattr(known_hashes, "file_sha256", None)
+    monkeypatch.setattr(hash_cache, "file_sha256", None)
     assert sha256_of(file) == wanted
 
 
@@ -43,7 +43,7 @@ def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
 def test_what_was_just_written_may_change_again_unseen(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", 3600)
+    monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 3600)
     sha256_of(file)
     assert known_sha256(file) is None
     remember_sha256(file, "of what was written here", state_of(file), ours=True)
@@ -59,5 +59,5 @@ def test_a_change_while_it_was_read_is_not_remembered(file: Path) -> None:
 
 def test_a_broken_entry_is_as_none(file: Path) -> None:
     wanted = sha256_of(file)
-    known_hashes._place(file).write_text("[")
+    hash_cache._place(file).write_text("[")
     assert sha256_of(file) == wanted

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.core.native import library
+from dtrain.core.cpp_build import library
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 

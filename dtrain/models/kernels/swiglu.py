@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from dtrain.models.kernels import native
-from dtrain.models.kernels.fused import in_one_pass
-from dtrain.models.kernels.recompute import made_by
+from dtrain.models.kernels.compiled import compile_on_gpu
+from dtrain.models.kernels.rematerialize import made_by
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
     return result
 
 
-@in_one_pass
+@compile_on_gpu
 def _product_by_torch(gate: Tensor, up: Tensor) -> Tensor:
     return silu(gate).mul_(up)
 
@@ -59,7 +59,7 @@ class _SwiGlu(torch.autograd.Function):
         return _gradients_by_torch(gradient, gate, up)
 
 
-@in_one_pass
+@compile_on_gpu
 def _gradients_by_torch(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate = torch.ops.aten.silu_backward(gradient * up, gate)
     return dgate, silu(gate).mul_(gradient)

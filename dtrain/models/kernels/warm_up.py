@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dtrain.models.kernels import fused
-from dtrain.models.kernels.head import head_loss
-from dtrain.models.kernels.linear import Adapter, Layer, shared_input
-from dtrain.models.kernels.norm import rms_norm
+from dtrain.models.kernels import compiled
+from dtrain.models.kernels.fused_cross_entropy import head_loss
+from dtrain.models.kernels.lora_linear import Adapter, Layer, shared_input
+from dtrain.models.kernels.rms_norm import rms_norm
 from dtrain.models.kernels.swiglu import swiglu
 
 TOKENS = (77, 2)  # sizes vary, but torch may compile small ones apart
@@ -29,7 +29,7 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, *, full: bool) -> No
         dtype: what the model computes in.
         full: whether all weights train.
     """
-    if not fused.compiles(torch.empty(2, 2, device=device)):
+    if not compiled.compiles(torch.empty(2, 2, device=device)):
         return
 
     def draw(*shape: int, trains: bool = True) -> Tensor:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.checkpoints import Checkpoint, Piece, Saver
-from dtrain.checkpoints.pieces import elements
+from dtrain.checkpoints import Checkpoint, ParameterShard, Saver
+from dtrain.checkpoints.parameter_shards import elements
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SHAPES = {"layers.0.a": (5, 8), "layers.0.b": (64, 3), "layers.1.gate": (), "head|odd": (1, 41)}
@@ -41,7 +41,7 @@ class Kit:
         ranks: int,
         shapes: dict[str, tuple[int, ...]] = SHAPES,
         edges: dict[str, list[int]] | None = None,
-    ) -> list[Piece]:
+    ) -> list[ParameterShard]:
         """Rank's pieces: even ranges, or those between `edges` (ranks + 1 positions a name)."""
         found = []
         for name, kinds in whole.items():
@@ -49,7 +49,7 @@ class Kit:
             cuts = edges[name] if edges else [total * i // ranks for i in range(ranks + 1)]
             start, stop = cuts[rank], cuts[rank + 1]
             tensors = {kind: tensor[start:stop] for kind, tensor in kinds.items()}
-            found.append(Piece(name, shapes[name], start, stop, tensors))
+            found.append(ParameterShard(name, shapes[name], start, stop, tensors))
         return found
 
     def save(self, folder: Path, step: int, *, ranks: int = 2, **state: Any) -> Path:

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.checkpoints import Checkpoint, Piece, Saver, clean_leftovers, newest_complete, retain
+from dtrain.checkpoints import (
+    Checkpoint,
+    ParameterShard,
+    Saver,
+    clean_leftovers,
+    newest_complete,
+    retain,
+)
 from dtrain.core.errors import Exit, UserError
 
 FLIPS, CUTS, KILLS = 300, 100, 25
@@ -193,7 +200,7 @@ def test_nan_in_a_shard_with_right_hashes_is_refused(
 ) -> None:
     whole = kit.whole(1)
     whole["layers.0.b"]["weight"][120] = float("nan")
-    monkeypatch.setattr("dtrain.checkpoints.host.is_finite", lambda tensor: True)
+    monkeypatch.setattr("dtrain.checkpoints.host_shards.is_finite", lambda tensor: True)
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
     saver.save(1, kit.pieces(whole, 0, 1), {})
     saver.wait()
@@ -229,7 +236,9 @@ def test_holes_and_overlaps_never_become_a_checkpoint(
 ) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
     for saver, (first, last) in zip(savers, ranges, strict=True):
-        saver.save(1, [Piece("w", (10,), first, last, {"weight": torch.ones(last - first)})], {})
+        saver.save(
+            1, [ParameterShard("w", (10,), first, last, {"weight": torch.ones(last - first)})], {}
+        )
     savers[1].wait()
     with pytest.raises(RuntimeError, match=said):
         savers[0].wait()

@@ -13,8 +13,8 @@ from dtrain.core.errors import UserError
 SAVED = {
     "kind": "cpt",
     "data": "f00d",
-    "method": {"r": 8, "targets": ["q", "v"]},
-    "train": {"learning_rate": 2e-4, "global_batch_sequences": 8, "steps": None},
+    "method": {"r": 8, "target_modules": ["q", "v"]},
+    "train": {"learning_rate": 2e-4, "global_batch_size": 8, "steps": None},
 }
 
 
@@ -23,17 +23,22 @@ def _changed(**train: Any) -> dict[str, Any]:
 
 
 def test_the_same_is_the_same() -> None:
-    assert differences(SAVED, {**SAVED, "method": {"targets": ("q", "v"), "r": 8}}) == []
+    assert differences(SAVED, {**SAVED, "method": {"target_modules": ("q", "v"), "r": 8}}) == []
     assert require_same(SAVED, SAVED, set()) == []
 
 
 def test_every_difference_is_told_with_both_values() -> None:
-    now = {"kind": "cpt", "data": "beef", "method": {"r": 8, "targets": ["q", "k"]}, "seed": 1}
+    now = {
+        "kind": "cpt",
+        "data": "beef",
+        "method": {"r": 8, "target_modules": ["q", "k"]},
+        "seed": 1,
+    }
     assert differences(SAVED, now) == [
         "data: 'f00d' in the checkpoint, 'beef' now",
-        "method.targets.1: 'v' in the checkpoint, 'k' now",
+        "method.target_modules.1: 'v' in the checkpoint, 'k' now",
         "seed: absent in the checkpoint, 1 now",
-        "train: {'learning_rate': 0.0002, 'global_batch_sequences': 8, 'ste… in the checkpoint, "
+        "train: {'learning_rate': 0.0002, 'global_batch_size': 8, 'ste… in the checkpoint, "
         "absent now",
     ]
 
@@ -49,15 +54,15 @@ def test_what_may_change_is_proposed_and_then_told() -> None:
 
 
 def test_what_must_not_change_means_starting_anew() -> None:
-    now = _changed(learning_rate=1e-4, global_batch_sequences=4)
+    now = _changed(learning_rate=1e-4, global_batch_size=4)
     with pytest.raises(UserError) as refused:
         require_same(SAVED, now, {"train.learning_rate"})
     assert "--fresh" in refused.value.fix and "--allow-change" not in refused.value.fix
 
 
 def test_a_key_that_cannot_change_is_not_let_through() -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_sequences, typo cannot change"):
-        require_same(SAVED, SAVED, {"train.global_batch_sequences", "typo", "train.steps"})
+    with pytest.raises(UserError, match=r"train\.global_batch_size, typo cannot change"):
+        require_same(SAVED, SAVED, {"train.global_batch_size", "typo", "train.steps"})
 
 
 def test_every_changeable_key_is_one_of_the_recipe() -> None:

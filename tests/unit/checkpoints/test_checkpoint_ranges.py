@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dtrain.checkpoints import Checkpoint, Piece, Saver, shard
-from dtrain.checkpoints.pieces import elements, share_of
+from dtrain.checkpoints import Checkpoint, ParameterShard, Saver, shard_file
+from dtrain.checkpoints.parameter_shards import elements, share_of
 from dtrain.core.errors import UserError
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_was_read_frees_its_room_when_it_is_removed(
 def test_large_ranges_are_read_in_bounded_parts(
     kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "READ_ELEMENTS", 7)
+    monkeypatch.setattr(shard_file, "READ_ELEMENTS", 7)
     kit.assert_holds(Checkpoint.open(kit.save(tmp_path, 3)), kit.whole(3))
 
 
@@ -122,13 +122,13 @@ def test_what_is_saved_is_the_moment_of_the_call(kit: Any, tmp_path: Path) -> No
 
 
 def test_pieces_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
-    def gathered() -> Iterator[Piece]:
+    def gathered() -> Iterator[ParameterShard]:
         room = torch.empty(200)  # one buffer for all, as a gather would have
         for piece in kit.pieces(kit.whole(5), 0, 1):
             for kind, tensor in piece.tensors.items():
                 room[: tensor.numel()] = tensor
                 if kind == "weight":
-                    yield Piece(
+                    yield ParameterShard(
                         piece.name, piece.shape, 0, piece.stop, {kind: room[: tensor.numel()]}
                     )
 
@@ -182,13 +182,13 @@ def test_everything_that_does_not_fit_is_told_at_once(kit: Any, tmp_path: Path) 
     assert all(not t.any() for kinds in blank.values() for t in kinds.values())
 
 
-def _quantised(start: int, stop: int, fill: int) -> Piece:
+def _quantised(start: int, stop: int, fill: int) -> ParameterShard:
     tensors = {
         "weight": torch.full((stop - start,), float(fill)),
         "bnb_state1": torch.full((stop - start,), fill, dtype=torch.uint8),
         "bnb_absmax1": torch.full((1,), fill, dtype=torch.bfloat16),
     }
-    return Piece("w", (10,), start, stop, tensors)
+    return ParameterShard("w", (10,), start, stop, tensors)
 
 
 def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> Non
 )
 def test_a_piece_that_contradicts_itself_is_refused(tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="layer"):
-        Piece("layer", (4,), 1, 3, tensors)
+        ParameterShard("layer", (4,), 1, 3, tensors)
 
 
 def test_copies_share_a_save_and_leave_no_hole(kit: Any, tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from dtrain.checkpoints import Piece, Saver
+from dtrain.checkpoints import ParameterShard, Saver
 from dtrain.cli import app
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json, write_sealed
 from dtrain.core.hashes import fingerprint
-from dtrain.merge.fingerprint import model_fingerprint
-from dtrain.models.weights import weight_files
-from dtrain.worker import resolved
+from dtrain.merge.provenance import model_fingerprint
+from dtrain.models.weight_files import weight_files
+from dtrain.rank_main import resolved
 
 RANKS = 3
 
@@ -97,7 +97,7 @@ def checkpoint(
             total = prod(tensor.shape)
             start, stop = total * rank // RANKS, total * (rank + 1) // RANKS
             part = tensor.detach().flatten()[start:stop].float()
-            pieces.append(Piece(name, tuple(tensor.shape), start, stop, {"weight": part}))
+            pieces.append(ParameterShard(name, tuple(tensor.shape), start, stop, {"weight": part}))
         saver.save(7, pieces, {"inputs": inputs, "dtype": "bfloat16"})
     for saver in savers:
         saver.wait()

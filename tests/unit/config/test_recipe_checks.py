@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
             "kind": "cpt",
             "method": {"kind": "lora"},
             "data": {"sources": [{"path": "a.txt", "format": "text"}]},
-            "train": {"global_batch_sequences": 8, "steps": 10},
+            "train": {"global_batch_size": 8, "steps": 10},
         }
     ],
     "evaluation": {"sets": {"domain": HELD_OUT}},
@@ -134,9 +134,9 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         ),
         (
             {"launch": {"processes": 3}},
-            ["global_batch_sequences", "micro_batch_sequences", "launch.processes"],
+            ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),
-        ({"stages__0__train__micro_batch_sequences": 16}, ["micro_batch_sequences"]),
+        ({"stages__0__train__micro_batch_sequences": 16}, ["micro_batch_size"]),
         (
             {"model__attention": "flash_attention_2", "device": "cpu"},
             ["model.attention", "device"],
@@ -171,7 +171,7 @@ def test_all_clashes_come_at_once() -> None:
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but the recipe's model.dtype"),
         ({"bf16": True}, "bf16 is not a JSON object"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is"),
-        ({"gradient_clipping": 1.0}, "train.clip_norm decides it"),
+        ({"gradient_clipping": 1.0}, "train.max_grad_norm decides it"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer is set, but engine.offload is false",
@@ -195,9 +195,9 @@ def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micr
     except UserError as error:
         assert batch % (ranks * micro)
         proposals = error.fix.removeprefix("take ").split(", or ")
-        for number in proposals[0].removeprefix("global_batch_sequences ").split(" or "):
+        for number in proposals[0].removeprefix("global_batch_size ").split(" or "):
             assert int(number) % (ranks * micro) == 0 and int(number) > 0
-        if proposals[1].startswith("micro_batch_sequences"):
+        if proposals[1].startswith("micro_batch_size"):
             assert accumulation(batch, ranks, int(proposals[1].split()[-1])) >= 1
         else:
             assert accumulation(batch, int(proposals[1].split()[0]), 1) >= 1

@@ -25,7 +25,7 @@ stages:
     data:
       sources: [{path: a.txt, format: text}]
     train:
-      global_batch_sequences: 4
+      global_batch_size: 4
       learning_rate: 2e-4
       steps: 10
   - name: task
@@ -33,7 +33,7 @@ stages:
     method: {kind: qlora}
     data:
       sources: [{path: b.json, format: alpaca}]
-    train: {global_batch_sequences: 4, epochs: 1}
+    train: {global_batch_size: 4, epochs: 1}
 output: {folder: runs/small}
 """
 
@@ -166,7 +166,7 @@ def test_a_left_out_wrong_value_makes_no_clash_of_its_own(write) -> None:
         ("2e-4", "-1", "learning_rate must be more than 0, not -1"),
         ("steps: 10", "steps: 1.5", "steps must be a whole number, not 1.5"),
         ("{kind: zero3}", "{shard: 0}", "engine.shard must be one of all, node or at least 1"),
-        ("r: 8", "targets: [1]", "stages.0.method.targets.0 must be a text, not 1"),
+        ("r: 8", "target_modules: [1]", "stages.0.method.target_modules.0 must be a text, not 1"),
         ("[{path: a.txt, format: text}]", "[]", "sources must be a list with at least one entry"),
         ("name: domain", "name: ../x", "stages.0.name must be letters, digits"),
         ("some/folder", "", "model.base must be a text, not empty"),

@@ -67,13 +67,13 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Mixture]:
-    """prepared(kind, [source, …], sequence_tokens=…) → the mixture, made in tmp_path/cache."""
+    """prepared(kind, [source, …], sequence_length=…) → the mixture, made in tmp_path/cache."""
 
     def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> Mixture:
         own = settings.pop("tokenizer", tokenizer)
         cache = settings.pop("cache", tmp_path / "cache")
         batch = settings.pop("global_batch", 1)
-        data = Data.model_validate({"sources": sources, "sequence_tokens": 64, **settings})
+        data = Data.model_validate({"sources": sources, "sequence_length": 64, **settings})
         return prepare(data, kind, own, "tokenizer-1", cache, global_batch=batch)
 
     return run

@@ -15,16 +15,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from typer.testing import CliRunner
 
+from dtrain.augmentation import augment as module
+from dtrain.augmentation.augment import Task, augment
+from dtrain.augmentation.budget import Limits
+from dtrain.augmentation.endpoint import Endpoint
 from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.augment import augment as module
-from dtrain.data.augment.augment import Task, augment
-from dtrain.data.augment.budget import Limits
-from dtrain.data.augment.endpoint import Endpoint
-from dtrain.data.formats import read
-from dtrain.data.quality.scan import source_input
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.scan import source_input
 
 KEY = "sk-of-nobody-0123456789"
 
@@ -357,7 +357,7 @@ def test_requests_are_paced(serve, make, monkeypatch) -> None:
     async def sleep(seconds):
         waits.append(seconds)
 
-    monkeypatch.setattr("dtrain.data.augment.budget.asyncio.sleep", sleep)
+    monkeypatch.setattr("dtrain.augmentation.budget.asyncio.sleep", sleep)
     make(serve(), ROWS[:4], limits=Limits(per_minute=6), at_once=1)
     assert [round(wait, -1) for wait in waits] == [0, 10, 20, 30]
 

@@ -11,8 +11,8 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.quality.clean import clean
-from dtrain.data.quality.scan import scan, source_input
+from dtrain.data_quality.clean import clean
+from dtrain.data_quality.scan import scan, source_input
 
 LINE_BYTES = 50_000_000
 GOOD = b'{"instruction": "Name a %s that people keep.", "output": "It is kept by many people."}'

@@ -13,14 +13,14 @@ import pytest
 from datasets import Dataset
 
 from dtrain.config.schema import Data
-from dtrain.core import known_hashes
+from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
-from dtrain.data import cuts
+from dtrain.data import shard_boundaries
 from dtrain.data.prepare import prepare
-from dtrain.data.quality.clean import clean
-from dtrain.data.quality.scan import scan, source_input
 from dtrain.data.shards import Shards
-from dtrain.data.tokenise import Tokeniser
+from dtrain.data.tokenize import Tokeniser
+from dtrain.data_quality.clean import clean
+from dtrain.data_quality.scan import scan, source_input
 
 BEFORE, AFTER = [f"text {n:03} a" for n in range(90)], [f"text {n:03} b" for n in range(90)]
 
@@ -72,8 +72,8 @@ def test_a_file_of_the_same_size_and_time_is_other_data(
 ) -> None:
     if large:
         monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "hashes"))
-        monkeypatch.setattr(known_hashes, "REMEMBER_FROM_BYTES", 1)
-        monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", -1e9)
+        monkeypatch.setattr(hash_cache, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -1e9)
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
     before = prepared(path).fingerprint
@@ -96,7 +96,7 @@ def at_first_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change
 
 
 MOMENTS = {
-    "while it is cut": (cuts, "_size"),
+    "while it is cut": (shard_boundaries, "_size"),
     "while it is tokenized": (Tokeniser, "documents"),
     "after the last shard": (Shards, "make"),
 }
@@ -107,7 +107,7 @@ MOMENTS = {
 def test_a_change_in_the_middle_is_refused_and_nothing_is_sealed(
     prepared, tmp_path, monkeypatch, name, moment
 ) -> None:
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 30)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 30)
     path = tmp_path / name
     write(path, BEFORE)
     owner, method = MOMENTS[moment]
@@ -129,8 +129,8 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
     """A file written a moment ago may change again within one tick of the clock."""
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
-    state = known_hashes.state_of(path)
-    monkeypatch.setattr(known_hashes, "state_of", lambda path: state)
+    state = hash_cache.state_of(path)
+    monkeypatch.setattr(hash_cache, "state_of", lambda path: state)
     at_first_call(monkeypatch, Shards, "make", lambda: write(path, AFTER))
     with pytest.raises(UserError, match="the file changed while it was read"):
         prepared(path)

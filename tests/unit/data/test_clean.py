@@ -8,10 +8,10 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.formats import read
-from dtrain.data.quality.clean import as_row, clean, masked
-from dtrain.data.quality.scan import Input, scan
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.clean import as_row, clean, masked
+from dtrain.data_quality.scan import Input, scan
 
 ROWS = [
     {"instruction": "Explain the moon.", "output": "It is a rock that goes around the earth."},

@@ -11,8 +11,8 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Talk
-from dtrain.data.formats import read
+from dtrain.data.conversations import Conversation
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
 
 QUESTION = {"role": "user", "content": "a"}
@@ -23,7 +23,7 @@ def load(tmp_path):
     """load(path, format) → [(text or messages or pair, place), …]"""
 
     def plain(value):
-        return value.messages if isinstance(value, Talk) else value
+        return value.messages if isinstance(value, Conversation) else value
 
     def run(path, form="text", **more):
         parts = find_parts(Source(path=str(path), format=form, **more), tmp_path / "cache")

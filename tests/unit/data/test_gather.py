@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data import cuts, gather
-from dtrain.data.gather import Gatherer, gathered
+from dtrain.data import collate, shard_boundaries
+from dtrain.data.collate import Gatherer, gathered
 from dtrain.data.loader import Loader
 
 
 @pytest.fixture
 def mixture(prepared, write_rows, monkeypatch):
     """Two sources of many small shards."""
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 3)
     rows = [{"instruction": f"Say {n}", "output": "fox " * (n % 9 + 1)} for n in range(60)]
     rows[7]["history"] = [["Who?", "Me."], ["Why?", "So."]]
     sources = [{"path": write_rows(f"{n}.jsonl", rows[30 * n :][:30])} for n in (0, 1)]
-    return prepared("sft", sources, sequence_tokens=200)
+    return prepared("sft", sources, sequence_length=200)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_both_ways_to_read_give_the_same(kind, request) -> None:
 
 def test_few_shards_are_open_at_once(mixture, monkeypatch) -> None:
     assert sum(len(source.store.shards) for source in mixture.sources) == 20
-    monkeypatch.setattr(gather, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(collate, "OPEN_SHARDS", 1)
     every = np.arange(mixture.rows_per_epoch)
     assert same(mixture.read(every), gathered(mixture.gather(every)))
     assert len(mixture._gatherer._open) == 1
@@ -59,8 +59,8 @@ def test_without_a_compiler_the_batches_are_the_same(mixture, monkeypatch) -> No
         return [b for step in range(loader.steps) for b in loader.micro_batches(step, 0, 1, 3)]
 
     fast = batches()
-    monkeypatch.setattr(gather, "library", lambda *_: (None, "no C++ compiler"))
-    monkeypatch.setattr(gather, "_loops", gather._loops.__wrapped__)
+    monkeypatch.setattr(collate, "library", lambda *_: (None, "no C++ compiler"))
+    monkeypatch.setattr(collate, "_loops", collate._loops.__wrapped__)
     del mixture.__dict__["_gatherer"]
     slow = batches()
     assert mixture._gatherer is None

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.gather import Gathered, gathered
+from dtrain.data.collate import Gathered, gathered
 from dtrain.data.loader import NO_ROW, Loader
-from dtrain.data.mixing import mix
-from dtrain.data.pieces import Pieces
+from dtrain.data.sampling import mix
+from dtrain.data.segments import Pieces
 
 
 class Simulated:

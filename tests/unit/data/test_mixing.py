@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.core.errors import UserError
-from dtrain.data.mixing import MAX_PATTERN, Mix, mix, pattern_quotas
+from dtrain.data.sampling import MAX_PATTERN, Mix, mix, pattern_quotas
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
 seeds = st.integers(0, 2**63 - 1)

@@ -17,7 +17,7 @@ from dtrain.config.schema import Source
 from dtrain.core.errors import Problems, UserError
 from dtrain.data import readers
 from dtrain.data.conversations import Pair
-from dtrain.data.formats import Fault, detect, read, read_on
+from dtrain.data.records import Fault, detect, read, read_on
 from dtrain.data.sources import find_parts
 
 ASKED = {"role": "user", "content": "a"}
@@ -281,7 +281,7 @@ class TestBroken:
 
 def test_only_the_last_answer_is_learnt_if_asked(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"messages": [ASKED, SAID, ASKED, {**SAID, "content": "c"}]}])
-    row = prepared("sft", [{"path": path}], sequence_tokens=256, train_on="last").row(0)
+    row = prepared("sft", [{"path": path}], sequence_length=256, train_on="last").row(0)
     assert tokenizer.decode(row.input_ids[row.supervised]) == "c<|im_end|>"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.order import MAX_ITEMS, permute, stream_key
+from dtrain.data.permutation import MAX_ITEMS, permute, stream_key
 
 keys = st.integers(0, 2**64 - 1)
 epochs = st.integers(0, 2**40)

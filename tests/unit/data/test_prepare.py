@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from dtrain.config.schema import Data
-from dtrain.core import known_hashes
+from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
-from dtrain.data import cuts
 from dtrain.data import prepare as module
+from dtrain.data import shard_boundaries
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
 
@@ -49,7 +49,7 @@ def learnt_text(tokenizer, ids, supervised):
 def test_sft_learns_answers_and_nothing_else(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [conversation("Who?", "Me, é 😀", "You."), conversation("a", "a")])
     source = {"path": path, "format": "messages"}
-    mixture = prepared("sft", [source], sequence_tokens=256)
+    mixture = prepared("sft", [source], sequence_length=256)
     found = {place: learnt_text(tokenizer, i, s) for place, i, s in documents(mixture)}
     assert found == {
         f"{path}:1": "Me, é 😀<|im_end|>You.<|im_end|>",
@@ -98,9 +98,9 @@ def begin_processor(begin: int):
 def test_without_packing_a_row_is_a_document(prepared, write_rows) -> None:
     rows = [conversation("Who?", f"Number {n}.") for n in range(5)]
     source = {"path": write_rows("a.jsonl", rows), "format": "messages"}
-    mixture = prepared("sft", [source], packing=False, sequence_tokens=256)
+    mixture = prepared("sft", [source], packing=False, sequence_length=256)
     assert [row.lengths.size for row in all_rows(mixture)] == [1] * 5
-    packed = prepared("sft", [source], sequence_tokens=256)
+    packed = prepared("sft", [source], sequence_length=256)
     assert sorted(documents(packed)) == sorted(documents(mixture))
     assert packed.rows_per_epoch < 5
 
@@ -129,7 +129,7 @@ def long_rows(write_rows):
 
 
 def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
-    mixture = prepared("sft", [long_rows], sequence_tokens=80)
+    mixture = prepared("sft", [long_rows], sequence_length=80)
     assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(mixture)) == ["1", "2"]
     assert {len(ids) for place, ids, _ in documents(mixture) if place.endswith(":2")} == {80}
     told = mixture.describe()
@@ -138,15 +138,15 @@ def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
 
 
 def test_overlong_drop_leaves_out_and_counts(prepared, long_rows) -> None:
-    mixture = prepared("sft", [long_rows], sequence_tokens=80, overlong="drop")
+    mixture = prepared("sft", [long_rows], sequence_length=80, overlong="drop")
     assert len(list(documents(mixture))) == 1
     assert "2 left out, longer than a sequence" in mixture.describe()
 
 
 def test_overlong_fail_names_the_row(prepared, long_rows) -> None:
     with pytest.raises(UserError, match=r"long\.jsonl:2: the conversation has \d+ tokens") as e:
-        prepared("sft", [long_rows], sequence_tokens=80, overlong="fail")
-    assert "sequence_tokens" in e.value.fix
+        prepared("sft", [long_rows], sequence_length=80, overlong="fail")
+    assert "sequence_length" in e.value.fix
 
 
 def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
@@ -204,7 +204,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
 
 
 def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch) -> None:
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 1)
     path = write_rows("a.jsonl", [{"text": "fox"}, {"txt": "dog"}])
     with pytest.raises(UserError, match=r"a\.jsonl:2: column `text` is missing"):
         prepared("cpt", [{"path": path, "format": "text"}])
@@ -215,7 +215,7 @@ def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
     many = write_rows("a.jsonl", [conversation("Who?", "Me. " * n) for n in range(1, 30)])
     few = write_rows("b.jsonl", [conversation("What?", "That.")])
     sources = [{"path": path, "format": "messages"} for path in (many, few)]
-    mixture = prepared("sft", sources, sequence_tokens=200)
+    mixture = prepared("sft", sources, sequence_length=200)
     rows = all_rows(mixture)
     numbers = np.arange(len(rows))[::-1]
     assert mixture.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
@@ -228,9 +228,9 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
     old = write_rows("old.jsonl", [{"text": "dog " * 30}] * 9)
     sources = [{"path": path, "format": "text"} for path in own]
     plain = prepared("cpt", sources)
-    mixed = prepared("cpt", sources, replay={"path": old, "format": "text", "share": 0.25})
+    mixed = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.25})
     assert mixed.fingerprint != plain.fingerprint
-    other = prepared("cpt", sources, replay={"path": old, "format": "text", "share": 0.5})
+    other = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.5})
     assert mixed.fingerprint != other.fingerprint
     loader = Loader(mixed, seed=3, global_batch=8, total_rows=mixed.rows_per_epoch // 8 * 8)
     for step in range(loader.steps):
@@ -268,12 +268,12 @@ def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkey
     path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
     source = {"path": path, "format": "text"}
     one = prepared("cpt", [source], cache=tmp_path / "one")
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 7)
     many = prepared("cpt", [source], cache=tmp_path / "many")
     assert len(list((tmp_path / "many").rglob("*.arrow"))) == 8
     assert list(documents(one)) == list(documents(many))
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 1000)
-    monkeypatch.setattr(cuts, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_CHARACTERS", 100)
     long = prepared("cpt", [source], cache=tmp_path / "long")
     assert len(list((tmp_path / "long").rglob("*.arrow"))) > 8
     assert list(documents(one)) == list(documents(long))
@@ -289,7 +289,7 @@ def test_any_conversations_come_through_whole(
 ) -> None:
     path = write_rows("a.jsonl", [conversation("q", *answers) for answers in rows])
     source = {"path": path, "format": "messages"}
-    mixture = prepared("sft", [source], sequence_tokens=capacity, overlong="drop")
+    mixture = prepared("sft", [source], sequence_length=capacity, overlong="drop")
     for place, ids, supervised in documents(mixture):
         answers = rows[int(place.rsplit(":", 1)[1]) - 1]
         messages = conversation("q", *answers)["messages"]
@@ -324,7 +324,7 @@ class TestFingerprint:
     @pytest.mark.parametrize(
         "change",
         [
-            {"sequence_tokens": 300},
+            {"sequence_length": 300},
             {"packing": False},
             {"overlong": "drop"},
             {"split_special_tokens": False},
@@ -332,7 +332,7 @@ class TestFingerprint:
         ],
     )
     def test_settings_count(self, prepared, source, change) -> None:
-        base = {"sequence_tokens": 256}
+        base = {"sequence_length": 256}
         first = prepared("sft", [source], **base).fingerprint
         assert prepared("sft", [source], **{**base, **change}).fingerprint != first
 
@@ -358,11 +358,11 @@ class TestFingerprint:
         self, prepared, source, tmp_path, monkeypatch
     ) -> None:
         monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "hashes"))
-        monkeypatch.setattr(known_hashes, "REMEMBER_FROM_BYTES", 1)
-        monkeypatch.setattr(known_hashes, "SETTLED_SECONDS", -(10**12))
+        monkeypatch.setattr(hash_cache, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -(10**12))
         hashed = []
-        real = known_hashes.file_sha256
-        monkeypatch.setattr(known_hashes, "file_sha256", lambda p: hashed.append(p) or real(p))
+        real = hash_cache.file_sha256
+        monkeypatch.setattr(hash_cache, "file_sha256", lambda p: hashed.append(p) or real(p))
         first = prepared("sft", [source]).fingerprint
         assert prepared("sft", [source]).fingerprint == first
         assert len(hashed) == 1

@@ -11,7 +11,7 @@ import pytest
 
 import dtrain
 from dtrain.config.schema import Data
-from dtrain.data import cuts
+from dtrain.data import shard_boundaries
 from dtrain.data.prepare import prepare
 
 # The tokenizer of a worker counts its batches, and can die or wait for the test in one of them.
@@ -37,7 +37,7 @@ class Watched(PreTrainedTokenizerFast):
         return super().__call__(*args, **how)
 
 tokenizer = Watched.from_pretrained(folder / "tokenizer")
-data = Data(sources=[{"path": str(folder / "a.jsonl"), "format": "text"}], sequence_tokens=64)
+data = Data(sources=[{"path": str(folder / "a.jsonl"), "format": "text"}], sequence_length=64)
 mixture = module.prepare(data, "cpt", tokenizer, "t", folder / "cache")
 print("batches", Watched.batches, mixture.fingerprint, flush=True)
 """
@@ -78,7 +78,7 @@ def expected(tmp_path, tokenizer):
 
     def run():
         data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
-        data = Data.model_validate({**data, "sequence_tokens": 64})
+        data = Data.model_validate({**data, "sequence_length": 64})
         return prepare(data, "cpt", tokenizer, "t", tmp_path / "undisturbed")
 
     return run
@@ -110,9 +110,9 @@ def test_a_killed_preparation_goes_on(start, expected, tmp_path, tokenizer, monk
     kept = {p: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
     assert len(kept) == (batch - 1) // 2
     (folder / ".shard-00009.arrow.torn").write_bytes(b"half")  # as a kill while writing leaves it
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 10)
     data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
-    data = Data.model_validate({**data, "sequence_tokens": 64})
+    data = Data.model_validate({**data, "sequence_length": 64})
     mixture = prepare(data, "cpt", tokenizer, "t", tmp_path / "cache")
     assert contents(mixture) == contents(expected())
     assert {p: p.stat().st_mtime_ns for p in kept} == kept

@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock
 from dtrain.core.hashes import file_sha256
 from dtrain.data import remote
-from dtrain.data.formats import read
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts, kind_of
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.formats import read
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
 
 GOOD = b"".join(json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(100))

@@ -16,7 +16,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.formats import read
+from dtrain.data.records import read
 from dtrain.data.sources import find_parts
 
 

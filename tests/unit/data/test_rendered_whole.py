@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import end_of_turn, render_answers
-from dtrain.data.conversations import Talk, as_messages
-from dtrain.data.rows import convert
-from dtrain.data.templates import resolve_template
+from dtrain.data.assistant_spans import end_of_turn, render_answers
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.conversations import Conversation, as_messages
+from dtrain.data.formats import convert
 
 FAMILIES = Path(__file__).with_name("templates")
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -48,7 +48,7 @@ def learned(template):
 
     def run(name, messages, tools=None, train_on="all"):
         counts: Counter[str] = Counter()
-        talk = Talk(as_messages(messages, "messages", "f:1"), tools)
+        talk = Conversation(as_messages(messages, "messages", "f:1"), tools)
         text, spans = render_answers(template(name), talk, "f:1", train_on, counts)
         return [text[start:stop] for start, stop in spans], +counts
 
@@ -239,9 +239,9 @@ SOME = (
 def test_a_role_with_a_standard_name_gets_it(template, family, role, standard) -> None:
     counts: Counter[str] = Counter()
     turns = as_messages([{"role": role, "content": "HEAR"}, ASKED, said("RED")], "messages", "f:1")
-    text, _ = render_answers(template(family), Talk(turns), "f:1", counts=counts)
+    text, _ = render_answers(template(family), Conversation(turns), "f:1", counts=counts)
     same = [{"role": standard, "content": "HEAR"}, ASKED, said("RED")]
-    assert text == template(family).render(Talk(same))
+    assert text == template(family).render(Conversation(same))
     assert counts[f"role `{role}` read as `{standard}`"] == 1
 
 
@@ -258,7 +258,9 @@ def test_a_role_that_the_template_names_stays(template, learned) -> None:
     (answer,), counts = learned(own, turns)
     assert answer == "RED<|im_end|>" and not counts
     read = as_messages(turns, "messages", "f:1")
-    assert "<|im_start|>developer\nHEAR" in render_answers(template(own), Talk(read), "f:1")[0]
+    assert (
+        "<|im_start|>developer\nHEAR" in render_answers(template(own), Conversation(read), "f:1")[0]
+    )
 
 
 @pytest.mark.parametrize("role", ["observation", "function", "tool_response", "ipython", "Tool"])
@@ -412,7 +414,9 @@ def test_a_row_with_images_is_refused() -> None:
     turns = [{"role": "user", "content": "<image> What?"}, said("Four.")]
     with pytest.raises(UserError, match="f:1: the row has images"):
         convert({"messages": turns, "images": ["a.png"]}, "messages", {}, "f:1")
-    assert isinstance(convert({"messages": turns, "images": []}, "messages", {}, "f:1"), Talk)
+    assert isinstance(
+        convert({"messages": turns, "images": []}, "messages", {}, "f:1"), Conversation
+    )
 
 
 # Ends of turns

@@ -10,8 +10,8 @@ import pytest
 from dtrain.config.schema import Source
 from dtrain.core.errors import EmptyData, UserError
 from dtrain.data.conversations import as_messages, read_tools
-from dtrain.data.formats import detect, read
-from dtrain.data.rows import convert
+from dtrain.data.formats import convert
+from dtrain.data.records import detect, read
 from dtrain.data.show import sequences
 from dtrain.data.sources import find_parts
 from tests.unit.data.conftest import CHATML
@@ -26,7 +26,7 @@ def shown(prepared, write_rows, tokenizer):
 
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
-        mixture = prepared("sft", [source], **{"sequence_tokens": 256, **settings})
+        mixture = prepared("sft", [source], **{"sequence_length": 256, **settings})
         own = settings.get("tokenizer", tokenizer)
         return "".join(str(text) for text in sequences(mixture, own, 0, 5, colour=False))
 

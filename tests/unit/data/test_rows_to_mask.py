@@ -9,14 +9,14 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Talk
-from dtrain.data.formats import read
-from dtrain.data.quality.clean import clean
-from dtrain.data.quality.lengths import TokenCounter
-from dtrain.data.quality.report import report
-from dtrain.data.quality.scan import scan, source_input
+from dtrain.data.conversations import Conversation
+from dtrain.data.records import read
 from dtrain.data.show import sequences
 from dtrain.data.sources import find_parts
+from dtrain.data_quality.clean import clean
+from dtrain.data_quality.report import report
+from dtrain.data_quality.scan import scan, source_input
+from dtrain.pipeline.data_inspection import TokenCounter
 
 FAMILIES = Path(__file__).with_name("templates")
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -52,7 +52,7 @@ def shown(prepared, tokenizer, write_rows):
 
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
-        mixture = prepared("sft", [source], sequence_tokens=512, **settings)
+        mixture = prepared("sft", [source], sequence_length=512, **settings)
         own = settings.get("tokenizer", tokenizer)
         return "".join(map(str, sequences(mixture, own, 0, 9, False))), mixture
 
@@ -113,7 +113,7 @@ def test_what_the_template_leaves_out_is_refused_with_its_line(
     )
     path = write_rows("rows.jsonl", [plain, plain, rows[2]])
     with pytest.raises(UserError, match=r"rows\.jsonl:3: the chat template leaves out"):
-        prepared(kind, [{"path": path}], sequence_tokens=512)
+        prepared(kind, [{"path": path}], sequence_length=512)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def scanned(tokenizer, write_rows):
 
     def run(rows, own=tokenizer, train_on="all"):
         one = source_input(Source(path=write_rows("rows.jsonl", rows)))
-        return scan([one], tokens=TokenCounter(own, "auto", train_on), sequence_tokens=512)
+        return scan([one], tokens=TokenCounter(own, "auto", train_on), sequence_length=512)
 
     return run
 
@@ -168,6 +168,6 @@ def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> N
         return [record.value for record in read(parts, "messages")]
 
     kept = values(tmp_path / "out" / "rows-1.jsonl")
-    assert kept == values(tmp_path / "rows.jsonl")[:3] and isinstance(kept[0], Talk)
+    assert kept == values(tmp_path / "rows.jsonl")[:3] and isinstance(kept[0], Conversation)
     away = (tmp_path / "out" / "quarantine.jsonl").read_text()
     assert '"add"' in away and away.count("\n") == 2

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dtrain.config.schema import Source
-from dtrain.data.quality import duplicates, personal, shingles
-from dtrain.data.quality.kinds import BIT, MEANINGS
-from dtrain.data.quality.lengths import TokenCounter
-from dtrain.data.quality.page import write_page
-from dtrain.data.quality.report import report
-from dtrain.data.quality.sample import Sample
-from dtrain.data.quality.scan import Input, scan
-from dtrain.data.quality.terminal import tables
-from dtrain.data.quality.wording import faults, is_cut_off
 from dtrain.data.sources import find_parts
+from dtrain.data_quality import duplicates, pii, shingles
+from dtrain.data_quality.finding_types import BIT, MEANINGS
+from dtrain.data_quality.html_report import write_page
+from dtrain.data_quality.report import report
+from dtrain.data_quality.sample import Sample
+from dtrain.data_quality.scan import Input, scan
+from dtrain.data_quality.terminal import tables
+from dtrain.data_quality.text_checks import faults, is_cut_off
+from dtrain.pipeline.data_inspection import TokenCounter
 
 SCRIPTS = Path(__file__).parents[2] / "bench"
 
@@ -107,16 +107,16 @@ class TestPersonal:
         ],
     )
     def test_found_and_masked(self, text, kind) -> None:
-        (one,) = personal.find(text)
+        (one,) = pii.find(text)
         assert one.kind == kind
-        masked = personal.mask(text)
+        masked = pii.mask(text)
         assert masked == f"{text[: one.start]}[{kind}]{text[one.stop :]}"
-        assert not personal.find(masked)
-        assert text[one.start : one.stop] not in personal.hidden(text, one)
+        assert not pii.find(masked)
+        assert text[one.start : one.stop] not in pii.hidden(text, one)
 
     def test_a_mask_leaves_the_words_beside_it(self) -> None:
         text = "请写信到lin@mail.com.cn谢谢，或+8613812345678找müller@web.de。"
-        assert personal.mask(text) == "请写信到[email]谢谢，或[phone]找[email]。"
+        assert pii.mask(text) == "请写信到[email]谢谢，或[phone]找[email]。"
 
     @pytest.mark.parametrize(
         "text",
@@ -133,11 +133,11 @@ class TestPersonal:
         ],
     )
     def test_left_alone(self, text) -> None:
-        assert personal.find(text) == []
+        assert pii.find(text) == []
 
     @given(st.text(alphabet="0123456789 -.()+@aX:/", max_size=60))
     def test_finds_never_overlap_and_masking_is_final(self, text) -> None:
-        found = personal.find(text)
+        found = pii.find(text)
         assert all(a.stop <= b.start for a, b in pairwise(found))
         assert all(0 <= one.start < one.stop <= len(text) for one in found)
 
@@ -162,9 +162,9 @@ def test_every_kind_has_a_meaning() -> None:
 def test_tokens_are_counted_as_a_stage_makes_them(scanned, tokenizer, prepared, tmp_path) -> None:
     rows = [{"instruction": "Who?", "output": "Me. " * n} for n in range(1, 20)]
     counter = TokenCounter(tokenizer, "auto")
-    found = scanned(rows, tokens=counter, sequence_tokens=80)
+    found = scanned(rows, tokens=counter, sequence_length=80)
     source = {"path": str(tmp_path / "a.jsonl")}
-    mixture = prepared("sft", [source], packing=False, sequence_tokens=512)
+    mixture = prepared("sft", [source], packing=False, sequence_length=512)
     numbers = np.arange(mixture.rows_per_epoch)
     assert sorted(found.column("tokens")) == sorted(mixture.tokens(numbers))
     over = int((mixture.tokens(numbers) > 80).sum())

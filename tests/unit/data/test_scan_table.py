@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.quality import duplicates
-from dtrain.data.quality.table import ROOM, ROW, Places, Table
+from dtrain.data_quality import duplicates
+from dtrain.data_quality.table import ROOM, ROW, Places, Table
 
 places = st.lists(
     st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=30

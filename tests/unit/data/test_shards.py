@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.schema import Data
-from dtrain.core import cores
-from dtrain.core.claims import Claims
+from dtrain.core import cpu_resources
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.processes import crew
-from dtrain.data import cuts, shards
-from dtrain.data.formats import read
+from dtrain.core.processes import worker_pool
+from dtrain.core.shard_locks import Claims
+from dtrain.data import shard_boundaries, shards
 from dtrain.data.prepare import prepare, prepare_share
+from dtrain.data.records import read
 from dtrain.data.shards import Share
 from dtrain.data.sources import find_parts
-from dtrain.pipeline.preparing import share_of_array
+from dtrain.pipeline.data_preparation import share_of_array
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def rows_of_all_kinds(tmp_path, write_rows, monkeypatch) -> Data:
     table = pa.table({"text": texts[60:100]})
     pq.write_table(table, tmp_path / "rows" / "b.parquet", row_group_size=9)
     (tmp_path / "rows" / "c.csv").write_text("text\n" + "".join(f"{t}\n" for t in texts[100:]))
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 20)
     monkeypatch.setattr(shards, "BATCH_ROWS", 7)
     source = {"path": str(tmp_path / "rows"), "format": "text"}
-    return Data.model_validate({"sources": [source], "sequence_tokens": 64})
+    return Data.model_validate({"sources": [source], "sequence_length": 64})
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -162,11 +162,11 @@ def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -
 def test_the_mistake_that_a_process_finds_is_told_as_alone(
     tokenizer, tmp_path, write_rows, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cuts, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 2)
     long = {"messages": [{"role": role, "content": "x" * 900} for role in ("user", "assistant")]}
     short = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]}
     source = {"path": write_rows("a.jsonl", [*[short] * 20, long, short])}
-    settings = {"sources": [source], "sequence_tokens": 64, "overlong": "fail"}
+    settings = {"sources": [source], "sequence_length": 64, "overlong": "fail"}
     with pytest.raises(UserError, match=r"a\.jsonl:21: the conversation has \d+ tokens") as error:
         prepare(Data.model_validate(settings), "sft", tokenizer, "t", tmp_path / "c", 3)
     assert "overlong: truncate" in error.value.fix
@@ -174,7 +174,7 @@ def test_the_mistake_that_a_process_finds_is_told_as_alone(
 
 def test_what_processes_tell_is_summed() -> None:
     told: list[int] = []
-    with crew(3, lambda number, tell: [tell(number), tell(10)]) as members:
+    with worker_pool(3, lambda number, tell: [tell(number), tell(10)]) as members:
         members.join(told.append)
     assert sum(told) == 33
 
@@ -186,7 +186,7 @@ def test_any_text_of_a_mistake_in_a_process_is_told() -> None:
     def work(number: int, tell: object) -> None:
         raise UserError(long, where="a\0b", fix="\udfff", status=Exit.NON_FINITE)
 
-    with pytest.raises(UserError) as error, crew(2, work) as members:
+    with pytest.raises(UserError) as error, worker_pool(2, work) as members:
         members.join(lambda units: None)
     told = error.value
     assert (told.what, told.where, told.fix) == (long, "a\0b", "\udfff")
@@ -194,7 +194,7 @@ def test_any_text_of_a_mistake_in_a_process_is_told() -> None:
 
 
 def test_a_crash_in_a_process_is_a_crash() -> None:
-    with pytest.raises(RuntimeError, match="ended with status 1"), crew(2, crash) as members:
+    with pytest.raises(RuntimeError, match="ended with status 1"), worker_pool(2, crash) as members:
         members.join(lambda units: None)
 
 
@@ -209,13 +209,13 @@ def crash(number: int, tell: object) -> None:
 )
 def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
     records = [
-        cuts.Record("x" * size, index * parts // len(sizes), index)
+        shard_boundaries.Record("x" * size, index * parts // len(sizes), index)
         for index, size in enumerate(sizes)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "BLOCK_ROWS", block)
-        patch.setattr(cuts, "BLOCK_CHARACTERS", 500)
-        found = cuts.cut(iter(records))
+        patch.setattr(shard_boundaries, "BLOCK_ROWS", block)
+        patch.setattr(shard_boundaries, "BLOCK_CHARACTERS", 500)
+        found = shard_boundaries.cut(iter(records))
     assert found["row"][0] == 0
     assert found["row"][-1] == len(sizes)
     rows = found["row"].tolist()
@@ -238,30 +238,30 @@ def test_half_made_shards_of_other_cuts_are_not_used(
 
 
 def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(cpu_resources, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert cores.available_cores() == 16
+    assert cpu_resources.available_cores() == 16
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cores.available_cores() == 16
+    assert cpu_resources.available_cores() == 16
     (tmp_path / "cpu.max").write_text("450000 100000\n")
-    assert cores.available_cores() == 4
+    assert cpu_resources.available_cores() == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    assert cores.available_cores() == 3
+    assert cpu_resources.available_cores() == 3
 
 
 def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(cpu_resources, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{9 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{8 << 20}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {6 << 20}\nactive_file 7\n")
-    assert cores.available_memory() == 7 << 20
+    assert cpu_resources.available_memory() == 7 << 20
 
 
 def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:
     parts = find_parts(rows_of_all_kinds.sources[0], tmp_path)
     whole = list(read(parts, "text"))
-    stretches = shards.Stretches(parts, "text", {})
+    stretches = shards.RecordReader(parts, "text", {})
     found = []
     for part, skip, row in ((0, 0, 0), (0, 55, 55), (1, 38, 98), (0, 10, 10)):  # on, over, back
         found = list(stretches.records(part, skip, 9))

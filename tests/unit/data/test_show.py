@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.config.schema import Source
-from dtrain.data.formats import read_on
+from dtrain.data.records import read_on
 from dtrain.data.show import as_brought, sequences
 from dtrain.data.sources import find_parts
 
@@ -12,7 +12,7 @@ TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "
 
 def test_the_learnt_tokens_are_marked(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"messages": TURNS}, {"messages": TURNS}])
-    mixture = prepared("sft", [{"path": path}], sequence_tokens=200)
+    mixture = prepared("sft", [{"path": path}], sequence_length=200)
     told = "".join(text.plain for text in sequences(mixture, tokenizer, 0, 5, colour=False))
     assert told.count("⟦Me, é.<|im_end|>⟧") == 2 and "⟦" not in told.split("Who?")[0]
     assert told.count("sequence") == 1 and f"{path}:1: tokens 0–" in told

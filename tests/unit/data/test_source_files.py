@@ -16,12 +16,12 @@ import pytest
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Talk
-from dtrain.data.formats import Fault, read, read_on
+from dtrain.data.chat_templates import template_text
+from dtrain.data.conversations import Conversation
+from dtrain.data.records import Fault, read, read_on
 from dtrain.data.sources import find_parts
-from dtrain.data.templates import template_text
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.pipeline.evaluations import read_questions
+from dtrain.pipeline.evaluator import read_questions
 from dtrain.serving.generate import Prompt, read_prompts
 
 ASKED = {"role": "user", "content": "a"}
@@ -67,7 +67,7 @@ def fault(load):
     return run
 
 
-def arguments_of(talk: Talk) -> Any:
+def arguments_of(talk: Conversation) -> Any:
     return talk.messages[1]["tool_calls"][0]["function"]["arguments"]
 
 

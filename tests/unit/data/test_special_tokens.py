@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Pair, Talk
-from dtrain.data.quality.clean import clean
-from dtrain.data.quality.kinds import SPECIAL
-from dtrain.data.quality.lengths import TokenCounter
-from dtrain.data.quality.scan import scan, source_input
+from dtrain.data.conversations import Conversation, Pair
 from dtrain.data.special_tokens import SpecialTokens
+from dtrain.data_quality.clean import clean
+from dtrain.data_quality.finding_types import SPECIAL
+from dtrain.data_quality.scan import scan, source_input
+from dtrain.pipeline.data_inspection import TokenCounter
 from tests.unit.data.conftest import CHATML
 
 END = "<|im_end|>"
@@ -88,7 +88,7 @@ def test_a_conversation_has_the_tokens_of_its_template_only(
 ) -> None:
     path = write_rows("a.jsonl", [row, talk("q", "plain")])
     source = {"path": path, "format": "messages"}
-    settings = {"packing": False, "sequence_tokens": 200}
+    settings = {"packing": False, "sequence_length": 200}
     mixture = prepared(kind, [source], **settings)
     hostile, plain = ids_of(mixture)
     ending = ["<|endoftext|>"] if kind == "cpt" else []
@@ -117,10 +117,10 @@ def test_names_and_arguments_of_calls_and_schemas_are_text_too(tokenizer) -> Non
     tools = [{"function": {"description": "<|eot_id|>"}}]
     own = SpecialTokens(tokenizer)
     found = {END, "<|im_start|>", "<|eot_id|>"}
-    assert set(own.found(Talk([message], tools))) == found
-    assert set(own.found(Pair(None, Talk([message], tools)))) == found
-    assert not own.found(own.hidden(Talk([message], tools)))
-    assert own.found(Talk([{"role": "user", "content": "<|im_en|>"}])) == []
+    assert set(own.found(Conversation([message], tools))) == found
+    assert set(own.found(Pair(None, Conversation([message], tools)))) == found
+    assert not own.found(own.hidden(Conversation([message], tools)))
+    assert own.found(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
 
 
 READS = (
@@ -161,7 +161,7 @@ def test_what_a_normalizer_makes_a_special_token_is_text_too(
     own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
     own.chat_template = CHATML
     path = write_rows("a.jsonl", [talk(text, text), talk("ab", "ab")])
-    mixture = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_tokens=256)
+    mixture = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_length=256)
     hostile, plain = ids_of(mixture)
     assert specials(own, hostile) == specials(own, plain)
     assert "1 with special tokens in their text" in mixture.describe()
@@ -241,10 +241,10 @@ PIECES = st.lists(
 def test_any_conversation_comes_through_whole(tokenizer, question, answer) -> None:
     own, row = SpecialTokens(tokenizer), talk("".join(question), "".join(answer))
 
-    def rendered(one: Talk) -> str:
+    def rendered(one: Conversation) -> str:
         return tokenizer.apply_chat_template(one.messages, chat_template=CHATML, tokenize=False)
 
-    value = Talk(row["messages"])
+    value = Conversation(row["messages"])
     text = rendered(value)
     hidden = own.template_hidden(text, rendered(own.hidden(value)), "")
     ids, encoding = own.encode(hidden, "", add_special_tokens=False)
@@ -260,7 +260,7 @@ def test_a_scan_counts_tokens_as_training_makes_them(
 ) -> None:
     rows = [talk(HOSTILE, f"{END} x"), talk("q", "plain")]
     source = source_input(Source(path=write_rows("a.jsonl", rows), format="messages"))
-    trained = {"packing": False, "sequence_tokens": 200}
+    trained = {"packing": False, "sequence_length": 200}
     for split in (True, False):
         found = scan([source], tokens=TokenCounter(tokenizer, "auto", "all", split))
         mixture = prepared("sft", [{"path": source.name}], split_special_tokens=split, **trained)

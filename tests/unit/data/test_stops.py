@@ -6,8 +6,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.data.stops import Stop, stop_of
-from dtrain.data.templates import Template, resolve_template
+from dtrain.data.chat_templates import Stop, Template, resolve_template, stop_of
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 

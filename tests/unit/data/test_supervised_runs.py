@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
-from dtrain.data.conversations import Talk
-from dtrain.data.formats import Record
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.conversations import Conversation
+from dtrain.data.loss_mask import Lengths, supervised_runs
+from dtrain.data.records import Record
 from dtrain.data.sources import Part
-from dtrain.data.supervised import Lengths, supervised_runs
-from dtrain.data.templates import resolve_template
-from dtrain.data.tokenise import Tokeniser
+from dtrain.data.tokenize import Tokeniser
 
 PIECES = st.text(st.sampled_from("ab fox\n éß漢👩🏽‍🚀<|>\u0301"), max_size=12)
 
@@ -66,7 +66,7 @@ def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer
 
 def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
     talks = [
-        Talk([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
+        Conversation([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
         for q, a in [("Hi 漢", "so <|im_end|> é"), ("a", "👩🏽‍🚀"), ("b\n\n", "\n c ")]
     ]
     records = [Record(talk, 0, n) for n, talk in enumerate(talks)]

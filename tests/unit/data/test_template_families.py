@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import end_of_turn, render_answers
-from dtrain.data.conversations import Talk
+from dtrain.data.assistant_spans import end_of_turn, render_answers
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.conversations import Conversation
 from dtrain.data.light_template import LightTemplate
-from dtrain.data.templates import resolve_template
 
 FAMILIES = Path(__file__).with_name("templates")
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -64,7 +64,7 @@ def template(make_tokenizer):
 
 
 def learnt(template, messages, train_on="all", tools=None):
-    text, spans = render_answers(template, Talk(messages, tools), "f:1", train_on)
+    text, spans = render_answers(template, Conversation(messages, tools), "f:1", train_on)
     return [text[start:stop] for start, stop in spans]
 
 
@@ -77,7 +77,9 @@ def test_every_template_file_is_in_the_table() -> None:
 def test_a_login_node_sees_the_same_ends(template, family) -> None:
     own = template(family)
     light = LightTemplate(own.text, own.specials)
-    assert light.render(Talk([SYSTEM, *TURNS])) == own.render(Talk([SYSTEM, *TURNS]))
+    assert light.render(Conversation([SYSTEM, *TURNS])) == own.render(
+        Conversation([SYSTEM, *TURNS])
+    )
     assert end_of_turn(light) == end_of_turn(own)
 
 
@@ -122,12 +124,12 @@ def test_calls_of_tools_are_learnt_and_what_tools_say_is_not(template, family) -
     call, answer = learnt(ready, CALLING, tools=TOOLS)
     assert call.strip() == CALLS[family]
     assert bare(answer) == ENDS[family].format("Four.")
-    text, _ = render_answers(ready, Talk(CALLING, TOOLS), "f:1")
+    text, _ = render_answers(ready, Conversation(CALLING, TOOLS), "f:1")
     assert '"type": "object"' in text and "4" in text
 
 
 def test_a_template_that_wants_arguments_as_text_gets_them_so(template) -> None:
-    text, _ = render_answers(template("deepseek"), Talk(CALLING[:2]), "f:1", "last")
+    text, _ = render_answers(template("deepseek"), Conversation(CALLING[:2]), "f:1", "last")
     assert '```json\n{"a": 2, "b": 2}\n```' in text
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data.answers import render_answers
-from dtrain.data.conversations import Talk
-from dtrain.data.templates import resolve_template, template_text
+from dtrain.data.assistant_spans import render_answers
+from dtrain.data.chat_templates import resolve_template, template_text
+from dtrain.data.conversations import Conversation
 
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -52,7 +52,9 @@ def answers(make_tokenizer):
 
     def run(template, messages, **special):
         tokenizer = make_tokenizer(template, bos_token="<|begin_of_text|>", **special)
-        text, spans = render_answers(resolve_template("auto", tokenizer), Talk(messages), "f:1")
+        text, spans = render_answers(
+            resolve_template("auto", tokenizer), Conversation(messages), "f:1"
+        )
         return [text[start:stop] for start, stop in spans]
 
     return run
@@ -109,7 +111,7 @@ def test_no_answer_no_span(answers, tokenizer) -> None:
 def test_todays_date_is_not_rendered(make_tokenizer) -> None:
     dated = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     template = resolve_template("auto", make_tokenizer(dated))
-    assert template.render(Talk([{"role": "user", "content": "x"}])) == "26 Jul 2024x"
+    assert template.render(Conversation([{"role": "user", "content": "x"}])) == "26 Jul 2024x"
     assert template.text == dated
 
 
@@ -119,11 +121,11 @@ def test_the_instruction_form(make_tokenizer) -> None:
         {"role": "user", "content": "Add.\n\n1 1", "instruction": "Add.", "input": "1 1"},
         {"role": "assistant", "content": "2"},
     ]
-    text, spans = render_answers(template, Talk(row), "f:1")
+    text, spans = render_answers(template, Conversation(row), "f:1")
     assert text == ("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n2<|endoftext|>")
     assert [text[a:b] for a, b in spans] == ["2<|endoftext|>"]
-    assert template.render(Talk(row[:1]), prompt=True) == text[: spans[0][0]]
-    turns, spans = render_answers(template, Talk(TWO_TURNS), "f:1")
+    assert template.render(Conversation(row[:1]), prompt=True) == text[: spans[0][0]]
+    turns, spans = render_answers(template, Conversation(TWO_TURNS), "f:1")
     assert turns.startswith("Be brief.\n\n### Instruction:\nTwo and two?\n\n### Response:\nFour.")
     assert [turns[a:b] for a, b in spans] == ["Four.<|endoftext|>", "Six.<|endoftext|>"]
 

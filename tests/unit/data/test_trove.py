@@ -15,9 +15,9 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.quality.clean import clean
-from dtrain.data.quality.scan import scan, source_input
-from dtrain.data.quality.trove import corpus
+from dtrain.data_quality.clean import clean
+from dtrain.data_quality.datatrove_pipeline import corpus
+from dtrain.data_quality.scan import scan, source_input
 
 SCRIPT = Path(__file__).parents[3] / "slurm" / "clean_corpus.py"
 FILES = 5
@@ -31,7 +31,7 @@ stages:
     data:
       sources: [{{path: {path}, format: text}}]
       clean: {{{clean}}}
-    train: {{global_batch_sequences: 1, steps: 1}}
+    train: {{global_batch_size: 1, steps: 1}}
 output: {{folder: out}}
 """
 

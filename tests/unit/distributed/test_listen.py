@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.listen import bound_store, choose_interface, loopback_interface
+from dtrain.distributed.rendezvous_binding import bound_store, choose_interface, loopback_interface
 from dtrain.distributed.world import start_world
 
 RECIPE = Path(__file__).parents[3] / "dtrain/recipes/tiny.yaml"
@@ -89,7 +89,7 @@ def test_a_communicator_is_made_at_once_only_for_several_ranks(
 def test_single_node_listens_on_the_loopback_alone():
     command = [sys.executable, "-m", "dtrain.torchrun", "--nproc-per-node=2"]
     command += ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command += ["-m", "dtrain.distributed.preflight", str(RECIPE)]
+    command += ["-m", "dtrain.distributed.all_reduce_check", str(RECIPE)]
     started, seen = time.monotonic(), set()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         process = psutil.Process(run.pid)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dtrain.core.errors import Exit
-from dtrain.distributed import watch
+from dtrain.distributed import hang_watchdog
 
 RANK = """
 import sys, time
@@ -101,15 +101,15 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._ahead, real = 0.0, time.monotonic
-        monkeypatch.setattr(watch.time, "monotonic", lambda: real() + self._ahead)
+        monkeypatch.setattr(hang_watchdog.time, "monotonic", lambda: real() + self._ahead)
 
     def forward(self, seconds: float) -> None:
         self._ahead += seconds
 
 
-def in_steps(folder: Path, least_limit_seconds: float | None = None) -> watch.Watch:
+def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_watchdog.Watch:
     """The first of two ranks, which has made five steps; the test does what its thread would."""
-    one = watch.Watch(folder, 0, 2, print, least_limit_seconds=least_limit_seconds)
+    one = hang_watchdog.Watch(folder, 0, 2, print, least_limit_seconds=least_limit_seconds)
     for number in range(5):
         one.mark(f"step {number + 1}")
         one.step()
@@ -120,11 +120,11 @@ def in_steps(folder: Path, least_limit_seconds: float | None = None) -> watch.Wa
 def other_beats(folder: Path, **differs: Any) -> None:
     """A heartbeat of the second rank, on another machine if not said otherwise."""
     beat = {"rank": 1, "pid": 1, "born": "", "host": "elsewhere", "beat": 1, "marks": 5}
-    beat |= {"position": "step 5", "patient": False, "finished": False, "stack": ""}
+    beat |= {"position": "step 5", "gloo_group": False, "finished": False, "stack": ""}
     (folder / "rank-00001.json").write_text(json.dumps(beat | differs))
 
 
-def ranks_named(one: watch.Watch) -> list[int]:
+def ranks_named(one: hang_watchdog.Watch) -> list[int]:
     return [beat["rank"] for beat in one._culprits()]
 
 
@@ -141,7 +141,7 @@ def test_a_rank_of_another_node_is_not_called_stopped_for_a_minute(tmp_path, mon
     assert found == [1]
 
 
-@pytest.mark.parametrize("least", [watch.LEAST_LIMIT_SECONDS, 60.0])
+@pytest.mark.parametrize("least", [hang_watchdog.LEAST_LIMIT_SECONDS, 60.0])
 def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: float) -> None:
     clock = Clock(monkeypatch)
     one = in_steps(tmp_path, least)
@@ -156,7 +156,7 @@ def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: flo
 def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
     one = in_steps(tmp_path)
-    other_beats(tmp_path, marks=3, patient=True)
+    other_beats(tmp_path, marks=3, gloo_group=True)
     clock.forward(60)
     assert ranks_named(one) == []
     one.compiling(True)
@@ -173,11 +173,11 @@ def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
 def test_torch_says_when_it_compiles(tmp_path: Path) -> None:
     seen: list[bool] = []
 
-    class Noting(watch.Watch):
+    class Noting(hang_watchdog.Watch):
         def compiling(self, now: bool) -> None:
             seen.append(now)
 
-    watch.follow_compilations(Noting(tmp_path, 0, 1, print))
+    hang_watchdog.follow_compilations(Noting(tmp_path, 0, 1, print))
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
     assert seen == [True, False]
 
@@ -199,7 +199,7 @@ time.sleep(60)
 
 
 def test_another_process_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
-    beat = {"pid": os.getpid(), "born": watch.born(os.getpid()), "host": watch.HOST}
-    assert watch.is_here(beat) and watch.state_of(beat) == "R"
-    assert watch.state_of(beat | {"born": "1"}) == ""  # who had it before is dead
-    assert not watch.is_here(json.loads(json.dumps(beat | {"host": "other"})))
+    beat = {"pid": os.getpid(), "born": hang_watchdog.born(os.getpid()), "host": hang_watchdog.HOST}
+    assert hang_watchdog.is_here(beat) and hang_watchdog.state_of(beat) == "R"
+    assert hang_watchdog.state_of(beat | {"born": "1"}) == ""  # who had it before is dead
+    assert not hang_watchdog.is_here(json.loads(json.dumps(beat | {"host": "other"})))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dtrain.core.errors import Exit
-from dtrain.launching.decide import Bounds, Ended, decide
+from dtrain.launching.requeue_policy import Bounds, Ended, decide
 from dtrain.launching.slurm import JobState, parse_state
 
 RUNNING = JobState("RUNNING")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from dtrain.launching.judge import judge
+from dtrain.launching.node_checks import judge
 
 NODES = ["n0", "n1", "n2"]
 LINK = {"milliseconds": 0.1, "megabytes_per_second": 2000.0, "clock_seconds": 0.0}

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from dtrain.core.errors import UserError
-from dtrain.launching.detect import launcher_engine, resolve_engine
+from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
 
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no"}  # what `accelerate launch` sets in any case
 FSDP = PLAIN | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -12,14 +12,14 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from dtrain.core.errors import UserError
 from dtrain.launching import preflight
-from dtrain.launching.address import (
+from dtrain.launching.network import (
     address_of,
     is_host_of,
     own_address,
     rendezvous_endpoint,
     with_port,
 )
-from dtrain.launching.links import LinkServer, measure
+from dtrain.launching.node_probe import LinkServer, measure
 
 Address = namedtuple("Address", "family address")
 INTERFACES = {

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.ds_file import OWNED, PREFETCH, prefetch_elements
+from dtrain.config.deepspeed_file import OWNED, PREFETCH, prefetch_elements
 from dtrain.core.errors import UserError
-from dtrain.launching.ds import load_ds_config
+from dtrain.launching.deepspeed_config import load_ds_config
 
 CASES = [("zero2", False), ("zero3", False), ("zero3", True)]
 

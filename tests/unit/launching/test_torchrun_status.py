@@ -19,8 +19,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.numa.binding import NumaOptions
 
+from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import Exit
-from dtrain.core.folders import cache_folder
 from dtrain.launching.commands import launcher_environment, torchrun_command, worker_environment
 from dtrain.torchrun import SECONDS_FOR_THE_OTHERS, Signals, main, status_of
 
@@ -69,12 +69,12 @@ def failures(*codes: int) -> dict[int, ProcessFailure]:
         ((0, 2), (), Exit.USER_ERROR),
         ((1, 2), (), Exit.USER_ERROR),  # the others lost their connection
         ((-15, 3), (), Exit.NON_FINITE),
-        ((75, -15), (), Exit.GO_ON),
-        ((0, 75), (), Exit.GO_ON),
+        ((75, -15), (), Exit.INTERRUPTED),
+        ((0, 75), (), Exit.INTERRUPTED),
         ((1, 75), (), Exit.CRASHED),  # the second was ended because the first had crashed
         ((75, -9), (), Exit.CRASHED),
-        ((75, -9), (9, 2), Exit.GO_ON),  # Ctrl-C twice
-        ((-15, -15), (15,), Exit.GO_ON),  # asked to stop before it listened
+        ((75, -9), (9, 2), Exit.INTERRUPTED),  # Ctrl-C twice
+        ((-15, -15), (15,), Exit.INTERRUPTED),  # asked to stop before it listened
         ((-15, -9), (), Exit.CRASHED),
         ((1, -15), (), Exit.CRASHED),
         ((17, 0), (), Exit.CRASHED),
@@ -145,7 +145,7 @@ def test_a_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == Exit.GO_ON
+    assert process.returncode == Exit.INTERRUPTED
     assert errors == ""
 
 

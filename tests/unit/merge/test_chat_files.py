@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from dtrain.config.schema import Stage
-from dtrain.data.stops import Stop
+from dtrain.data.chat_templates import Stop
 from dtrain.merge.chat_files import (
     adapter_files,
     carried_files,
@@ -30,8 +30,8 @@ def write(folder: Path, name: str, content: object) -> None:
 
 
 def stage(**data: Any) -> Stage:
-    sources = {"sequence_tokens": 64, "sources": [{"path": "rows.jsonl"}], **data}
-    train = {"global_batch_sequences": 1, "steps": 1, "learning_rate": 1e-3}
+    sources = {"sequence_length": 64, "sources": [{"path": "rows.jsonl"}], **data}
+    train = {"global_batch_size": 1, "steps": 1, "learning_rate": 1e-3}
     return Stage.model_validate(
         {"name": "s", "kind": "sft", "method": {"kind": "full"}, "data": sources, "train": train}
     )

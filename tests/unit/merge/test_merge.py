@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from dtrain.config import schema
-from dtrain.core.claims import Claims
 from dtrain.core.errors import UserError
+from dtrain.core.hash_cache import remember_sha256, state_of
 from dtrain.core.hashes import file_sha256
-from dtrain.core.known_hashes import remember_sha256, state_of
+from dtrain.core.shard_locks import Claims
+from dtrain.merge import hashing_copy
 from dtrain.merge import merge as module
-from dtrain.merge import passage
 from dtrain.merge.adapter import Adapter
-from dtrain.merge.fingerprint import model_fingerprint
 from dtrain.merge.merge import check_places, merge, part_of, replace
 from dtrain.merge.nf4 import Packed
+from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.load import load_base
-from dtrain.models.weights import weight_files
+from dtrain.models.weight_files import weight_files
 
 IDS = torch.arange(20)[None]
 SMALL = {
@@ -173,7 +173,7 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
     model = load_base(
         base, settings, quantised=True, dtype=torch.float32, device=torch.device("cpu")
     )
-    method = schema.Lora(kind="qlora", r=8, dropout=0.0, targets=["q_proj", "down_proj"])
+    method = schema.Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     adapted = attach(model, method, seed=2)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -472,7 +472,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_the_same_call_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(passage, "write_all", full)
+        patched.setattr(hashing_copy, "write_all", full)
         with pytest.raises(UserError, match="cannot be made: No space left on device"):
             do(base, adapter)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtrain.core.files import write_json
 from dtrain.core.hashes import file_sha256
-from dtrain.merge.look import diff, verify
+from dtrain.merge.verify import diff, verify
 
 SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
 
@@ -66,7 +66,7 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
 def test_differences_are_sorted_and_measured(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.merge.look.BLOCK_ELEMENTS", 100)  # many blocks, a rest
+    monkeypatch.setattr("dtrain.merge.verify.BLOCK_ELEMENTS", 100)  # many blocks, a rest
     old = model(tmp_path / "old", dtype)
     was = {n: load_file(p)[n] for n in SHAPES for p in [old / f"model-{n[0]}.safetensors"]}
     a, b = was["a.weight"].clone(), was["b.weight"] * 3

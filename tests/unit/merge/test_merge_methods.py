@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from dtrain.core.errors import UserError
 from dtrain.merge import stream
 from dtrain.merge.adapter import Adapter
-from dtrain.merge.combine import Combined
 from dtrain.merge.merge import Applied, check_places, merge, part_of
+from dtrain.merge.weighted_merge import Combined
 
 ALL = "all-linear"
 Lora = partial(LoraConfig, r=6, lora_alpha=13)

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.adapter_config import REFUSED, USED, WITHOUT_EFFECT
-from dtrain.merge.combine import Combined
-from dtrain.merge.look import diff, verify
 from dtrain.merge.merge import Applied, check_places, merge, part_of, replace
-from dtrain.models.adapter_folder import file_key
+from dtrain.merge.verify import diff, verify
+from dtrain.merge.weighted_merge import Combined
+from dtrain.models.peft_format import file_key
 
 IDS = torch.arange(2, 42)[None]
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dtrain.config import schema
 from dtrain.core.errors import Exit, UserError
 from dtrain.models.adapters import attach, save_adapter
-from dtrain.models.counts import parameter_counts
+from dtrain.models.tensor_utils import parameter_counts
 
 LORA = schema.Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
 
@@ -78,15 +78,15 @@ def test_no_gradient_is_asked_below_the_first_adapter() -> None:
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
-def test_wrong_target_names_the_linear_layers(targets: list[str]) -> None:
+@pytest.mark.parametrize("target_modules", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
+def test_wrong_target_names_the_linear_layers(target_modules: list[str]) -> None:
     with pytest.raises(UserError, match="no linear layer is named") as caught:
-        attach(base(), schema.Lora(kind="lora", targets=targets), seed=0)
+        attach(base(), schema.Lora(kind="lora", target_modules=target_modules), seed=0)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught)
 
 
 def test_tied_output_matrix_gets_no_adapter() -> None:
-    method = schema.Lora(kind="lora", targets=["lm_head"])
+    method = schema.Lora(kind="lora", target_modules=["lm_head"])
     with pytest.raises(UserError, match="tied"):
         attach(base(tie_word_embeddings=True), method, seed=0)
     untied = trainable(attach(base(tie_word_embeddings=False), method, seed=0))

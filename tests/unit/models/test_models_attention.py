@@ -24,8 +24,8 @@ from transformers import (
 
 from dtrain.config import schema
 from dtrain.models import attention
-from dtrain.models.forward import supervised_logits, token_losses
 from dtrain.models.load import load_base
+from dtrain.models.loss import supervised_logits, token_losses
 
 LENGTHS = [5, 1, 17, 9]
 SMALL = {

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.adapters import attach
-from dtrain.models.counts import parameter_counts
+from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, read_config, resolve_dtype
 from dtrain.models.outline import outline
-from dtrain.models.quantise import nf4_layers
-from dtrain.models.resolve import base_folder
-from dtrain.models.weights import weight_files
+from dtrain.models.quantize import nf4_layers
+from dtrain.models.tensor_utils import parameter_counts
+from dtrain.models.weight_files import weight_files
 
 CPU = torch.device("cpu")
 
@@ -190,7 +190,7 @@ def test_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     def offline(*_: object, **__: object) -> str:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("dtrain.models.resolve.snapshot_download", offline)
+    monkeypatch.setattr("dtrain.models.hub.snapshot_download", offline)
     with pytest.raises(UserError, match="cannot be fetched from the hub") as caught:
         base_folder("owner/model")
     assert "HF_HOME" in str(caught.value)

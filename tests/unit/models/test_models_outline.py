@@ -16,8 +16,8 @@ from dtrain.core.errors import UserError
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base, read_config
 from dtrain.models.outline import check_dense, outline, unused_parameters
-from dtrain.models.quantise import nf4_layers
-from dtrain.models.stream import stream_base
+from dtrain.models.quantize import nf4_layers
+from dtrain.models.sharded_loading import stream_base
 
 CPU = torch.device("cpu")
 LORA = schema.Lora(kind="lora", r=2, dropout=0.0)
@@ -45,17 +45,17 @@ def test_what_no_text_reaches_is_what_gets_no_gradient(
     assert bool(unused) == (kind != "llama")
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj"]])
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "k_proj"]])
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3n_text", "gemma4", "bart"])
 def test_every_adapter_gets_a_gradient(
-    tmp_path: Path, save_small: Callable, kind: str, targets: str | list[str]
+    tmp_path: Path, save_small: Callable, kind: str, target_modules: str | list[str]
 ) -> None:
     """One that never does would end DDP with a traceback.
 
     No text reaches an image tower; Gemma 3n reads the weight of a layer that it never calls.
     """
     model = save_small(kind, tmp_path).requires_grad_(False)
-    adapted = attach(model, LORA.model_copy(update={"targets": targets}), seed=0)
+    adapted = attach(model, LORA.model_copy(update={"target_modules": target_modules}), seed=0)
     loss(adapted).backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
@@ -65,7 +65,7 @@ def test_what_peft_does_not_adapt_is_refused(tmp_path: Path, save_small: Callabl
     model = save_small("mamba", tmp_path).requires_grad_(False)
     with pytest.raises(UserError, match="incompatible with Mamba-based models"):
         attach(model, LORA, seed=0)
-    attach(model, LORA.model_copy(update={"targets": ["in_proj", "x_proj"]}), seed=0)
+    attach(model, LORA.model_copy(update={"target_modules": ["in_proj", "x_proj"]}), seed=0)
 
 
 def test_full_training_leaves_an_image_tower_frozen(
@@ -84,7 +84,7 @@ def test_full_training_leaves_an_image_tower_frozen(
 def test_targets_in_an_image_tower_alone_are_refused(tmp_path: Path, save_small: Callable) -> None:
     model = save_small("gemma3", tmp_path)
     with pytest.raises(UserError, match="no text reaches"):
-        attach(model, LORA.model_copy(update={"targets": ["out_proj"]}), seed=0)
+        attach(model, LORA.model_copy(update={"target_modules": ["out_proj"]}), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_nf4_holds_what_text_passes_through_and_no_image_tower(
     packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
     assert packed and all("language_model" in name for name in packed)
     adapted = attach(model, LORA.model_copy(update={"kind": "qlora"}), seed=0)
-    targets = {n.removeprefix("base_model.model.") for n in adapted_names(adapted)}
-    assert targets == packed
+    target_modules = {n.removeprefix("base_model.model.") for n in adapted_names(adapted)}
+    assert target_modules == packed
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.load import load_base
-from dtrain.models.stream import Streamed, stream_base
+from dtrain.models.sharded_loading import Streamed, stream_base
 
 CPU = torch.device("cpu")
 FILE = "model.safetensors"

@@ -19,8 +19,8 @@ from transformers import (
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.models.forward import supervised_logits
 from dtrain.models.load import read_config, resolve_attention
+from dtrain.models.loss import supervised_logits
 from dtrain.models.packing_probe import Row, probe_packing
 
 CPU = torch.device("cpu")

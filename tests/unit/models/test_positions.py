@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from dtrain.cli.check import check
 from dtrain.config.load import load_recipe
+from dtrain.core.cache_paths import sample_folder
 from dtrain.core.errors import UserError
-from dtrain.core.folders import sample_folder
 from dtrain.models.positions import position_limit
-from dtrain.pipeline.inputs import prepare_inputs
+from dtrain.pipeline.stage_inputs import prepare_inputs
 from dtrain.planning.positions import position_warnings, trained_positions
 from dtrain.samples.make import ensure
 
@@ -99,8 +99,8 @@ def recipe(tmp_path: Path):
             "model": {"base": str(tmp_path / "base"), "dtype": "float32"},
             "stages": [{
                 "name": "domain", "kind": "cpt", "method": {"kind": "lora"},
-                "data": {"sequence_tokens": 64, "sources": [{"path": f"{tmp_path}/rows.jsonl"}]},
-                "train": {"global_batch_sequences": 1, "steps": 1},
+                "data": {"sequence_length": 64, "sources": [{"path": f"{tmp_path}/rows.jsonl"}]},
+                "train": {"global_batch_size": 1, "steps": 1},
             }],
             "output": {"folder": str(tmp_path / "run")},
         }  # fmt: skip
@@ -114,9 +114,9 @@ def test_a_document_beyond_learned_positions_is_refused_before_anything_starts(r
     with pytest.raises(UserError) as error:
         prepare_inputs(recipe("gpt2", 200))
     assert error.value.where == "stages.domain.data"
-    assert "sequence_tokens 64" in error.value.what
+    assert "sequence_length 64" in error.value.what
     assert "the model has 24 positions" in error.value.what
-    assert error.value.fix == "sequence_tokens: 24 or less"
+    assert error.value.fix == "sequence_length: 24 or less"
 
 
 def test_short_documents_in_a_long_row_are_placed(recipe) -> None:
@@ -126,9 +126,9 @@ def test_short_documents_in_a_long_row_are_placed(recipe) -> None:
 
 
 def test_documents_of_an_evaluation_set_and_answers_count_too(recipe, tmp_path) -> None:
-    held = f"{{kind: cpt, sequence_tokens: 64, sources: [{{path: {tmp_path}/rows.jsonl}}]}}"
+    held = f"{{kind: cpt, sequence_length: 64, sources: [{{path: {tmp_path}/rows.jsonl}}]}}"
     sets = f"evaluation.sets={{mine: {held}}}"
-    short = "stages.domain.data.sequence_tokens=16"
+    short = "stages.domain.data.sequence_length=16"
     with pytest.raises(UserError, match="24 positions") as error:
         prepare_inputs(recipe("gpt2", 200, short, sets))
     assert error.value.where == "evaluation.sets.mine"
@@ -151,6 +151,6 @@ def test_sequences_that_may_be_too_long_are_said_without_torch(recipe, tmp_path,
     capsys.readouterr()
     check(str(tmp_path / "r.yaml"))
     assert capsys.readouterr().err == f"warning: {line}\n"
-    assert line.startswith("stages.domain.data: sequence_tokens 64, but the model has 24 positions")
-    assert position_warnings(recipe("gpt2", 4, "stages.domain.data.sequence_tokens=24")) == []
+    assert line.startswith("stages.domain.data: sequence_length 64, but the model has 24 positions")
+    assert position_warnings(recipe("gpt2", 4, "stages.domain.data.sequence_length=24")) == []
     assert position_warnings(recipe("gpt2", 4, "model.base=/nowhere")) == []

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel
 
 from dtrain.config import schema
-from dtrain.models.forward import supervised_logits
 from dtrain.models.load import load_base
+from dtrain.models.loss import supervised_logits
 from dtrain.models.packing_probe import Row
-from dtrain.models.rope import document_lengths
+from dtrain.models.positions import document_lengths
 
 ORIGINAL = 64
 ROWS = [[100, 20, 50], [20, 64, 65], [50], [64, 100]]

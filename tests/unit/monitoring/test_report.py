@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from dtrain.monitoring.formatting import tone
 from dtrain.monitoring.metrics import Metrics
 from dtrain.monitoring.report import summary, write_report
-from dtrain.monitoring.words import tone
 
 RECIPE = """\
 name: {name}

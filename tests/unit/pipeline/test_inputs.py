@@ -15,7 +15,7 @@ from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.models.packing_probe import Layout
-from dtrain.pipeline.inputs import (
+from dtrain.pipeline.stage_inputs import (
     check_same_on_all_ranks,
     layout_of,
     one_document_each,
@@ -28,7 +28,7 @@ EMPTY = {
     "no answer": ([[("user", "q")]], {}, "there is nothing to learn"),
     "all too long": (
         [[("user", "q"), ("assistant", LONG)]],
-        {"overlong": "drop", "sequence_tokens": 32},
+        {"overlong": "drop", "sequence_length": 32},
         "1 longer than a sequence",
     ),
 }
@@ -64,9 +64,9 @@ def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path)
     recipe = load_recipe("tiny").model_dump()
     first = prepare_inputs(Recipe.model_validate(recipe))
     text = json.dumps(first.fingerprints)
-    world: Any = SimpleNamespace(rank=1, share_text=lambda own: text)
+    world: Any = SimpleNamespace(rank=1, broadcast_text=lambda own: text)
     check_same_on_all_ranks(first, world)
-    recipe["stages"][1]["data"]["sequence_tokens"] = 96
+    recipe["stages"][1]["data"]["sequence_length"] = 96
     other = prepare_inputs(Recipe.model_validate(recipe))
     with pytest.raises(UserError, match=r"stages\.task\.data: rank 1 reads something else"):
         check_same_on_all_ranks(other, world)
@@ -92,7 +92,7 @@ def test_packing_what_would_mix_is_refused_at_each_key() -> None:
 
 
 def test_a_model_that_is_not_packed_computes_one_sequence_at_once() -> None:
-    recipe = load_recipe("tiny", ["stages.task.train.micro_batch_sequences=2"])
+    recipe = load_recipe("tiny", ["stages.task.train.micro_batch_size=2"])
     assert one_document_each(recipe, Layout(packed=True)) == recipe
     alone = one_document_each(recipe, Layout(packed=False, reason="of a test"))
     assert [stage.train.micro_batch for stage in alone.stages] == [1, 1]

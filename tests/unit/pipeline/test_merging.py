@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.pipeline.merging import MEETING, _seen, merge_together
+from dtrain.pipeline.distributed_merge import MEETING, _seen, merge_together
 
 HOLDS = """
 import sys
 from pathlib import Path
-from dtrain.core.claims import Claims
+from dtrain.core.shard_locks import Claims
 Claims(Path(sys.argv[1])).take(0)
 print("taken", flush=True)
 sys.stdin.read()
@@ -26,7 +26,7 @@ class Rank:
     def __init__(self, is_first: bool, first: str, local_size: int = 1) -> None:
         self.is_first, self._first, self.local_size = is_first, first, local_size
 
-    def share_text(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         return text if self.is_first else self._first
 
     def barrier(self) -> None:

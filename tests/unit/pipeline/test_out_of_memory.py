@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from dtrain import train, worker
+from dtrain import rank_main, train
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
-from dtrain.launching.decide import HOPELESS
+from dtrain.launching.requeue_policy import HOPELESS
 from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
 
 
@@ -106,12 +106,12 @@ def test_a_library_without_room_for_its_workspace_is_recognized_by_a_full_gpu(mo
 
 
 def test_the_plans_numbers_and_what_would_help_are_told() -> None:
-    recipe = load_recipe("7b-lora", ["stages.task.train.micro_batch_sequences=16"])
+    recipe = load_recipe("7b-lora", ["stages.task.train.micro_batch_size=16"])
     text = out_of_memory_text(allocator_error(), recipe)
     assert text.startswith("out of memory: ") and "tried to allocate" in text
     assert "now: peak of this rank" in text
     assert "plan, stage task: weights 1" in text and "tensors at the peak" in text
-    assert "train.micro_batch_sequences=" in text.rpartition("→")[2]
+    assert "train.micro_batch_size=" in text.rpartition("→")[2]
 
 
 def test_a_base_that_the_plan_does_not_know_gets_general_advice(tmp_path) -> None:
@@ -132,7 +132,7 @@ def test_a_run_ends_with_its_own_status(tmp_path, monkeypatch, capsys) -> None:
     def out_of_memory(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(worker, "start_world", out_of_memory)
+    monkeypatch.setattr(rank_main, "start_world", out_of_memory)
     run = tmp_path / "run"
     assert train.main(["tiny", f"output.folder={run}"]) == Exit.OUT_OF_MEMORY
     told = json.loads((run / "outcome.json").read_text())

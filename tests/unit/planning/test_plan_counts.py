@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.core.errors import UserError
-from dtrain.planning.bases import KNOWN, find_shape
+from dtrain.planning.known_models import KNOWN, find_shape
 from dtrain.planning.shapes import adapter_parameters, shape_of
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}

@@ -6,11 +6,11 @@ import pytest
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.planning import exact
-from dtrain.planning.bases import find_config, find_shape
-from dtrain.planning.exact import Peak, at_depth, cut, layers_for, simulate, steps_of
+from dtrain.planning import simulated_peak
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.setup import Cluster, setup_of
+from dtrain.planning.known_models import find_config, find_shape
+from dtrain.planning.simulated_peak import Peak, at_depth, cut, layers_for, simulate, steps_of
+from dtrain.planning.workload import Cluster, setup_of
 
 
 def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[Peak]:
@@ -48,7 +48,7 @@ def test_a_config_is_cut_with_its_lists_of_layers() -> None:
     assert layers_for(4) == (4,), "few layers are simulated as they are"
 
 
-def asked(words: list[str], ranks: int) -> exact.Exact:
+def asked(words: list[str], ranks: int) -> simulated_peak.Exact:
     recipe = load_recipe("tiny", ["device=cpu", *words])
     cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
     setup = setup_of(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
@@ -66,7 +66,7 @@ def test_what_is_not_simulated_is_said(engine: str) -> None:
 
 
 def test_without_torch_it_is_said(monkeypatch) -> None:
-    monkeypatch.setattr(exact, "find_spec", lambda name: None)
+    monkeypatch.setattr(simulated_peak, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="torch, which is not installed"):
         asked([], 2)
 
@@ -78,7 +78,7 @@ def test_what_the_child_finds_wrong_is_told() -> None:
 
 def test_sixteen_ranks_are_simulated_by_one() -> None:
     """Of a 16th of the weights less is left than is gathered."""
-    words = ["engine.kind=fsdp2", "stages.domain.train.global_batch_sequences=16"]
+    words = ["engine.kind=fsdp2", "stages.domain.train.global_batch_size=16"]
     peak = asked(words, 16).peak
     assert peak.total == sum(peak.terms.values()) > 0
     assert peak.terms["weights"] < peak.terms["gathered"]

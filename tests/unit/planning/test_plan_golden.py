@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtrain.core.units import duration, size
-from dtrain.planning.bases import find_shape
 from dtrain.planning.choose import Option, choose, option_of
+from dtrain.planning.fit import FITS
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.kernels import KERNELS
-from dtrain.planning.setup import Cluster, Setup
-from dtrain.planning.verdict import FITS
+from dtrain.planning.kernel_sizes import KERNELS
+from dtrain.planning.known_models import find_shape
+from dtrain.planning.workload import Cluster, Setup
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "plan.txt"
 BASES = {
@@ -37,14 +37,14 @@ def asked(base: str, method: str, cluster: Cluster) -> Setup:
         shape=shape,
         method=method,
         rank=16,
-        targets="all-linear",
+        target_modules="all-linear",
         has_dropout=True,
         engine="ddp",
         ranks=cluster.ranks,
         node_ranks=cluster.gpus_per_node,
         shard=1,
         element_bytes=2,
-        sequence_tokens=2048,
+        sequence_length=2048,
         micro_batch=1,
         accumulation=GLOBAL_BATCH // cluster.ranks,
         checkpointing=True,

@@ -12,7 +12,7 @@ import pytest
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.launching.submitit import Training
-from dtrain.planning.job import main
+from dtrain.planning.fit_gate import main
 
 RTX4090, H100 = "NVIDIA GeForce RTX 4090, 24564", "NVIDIA H100 80GB HBM3, 81559"
 JOB = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
@@ -98,7 +98,7 @@ def test_what_submitit_starts_is_refused_too(monkeypatch):
 
 def test_it_is_started_as_the_job_starts_it():
     environ = os.environ | JOB | {"DTRAIN_GPU": "rtx4090"}
-    command = [sys.executable, "-m", "dtrain.planning.job", MUCH]
+    command = [sys.executable, "-m", "dtrain.planning.fit_gate", MUCH]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (Exit.USER_ERROR, "")
     wrong = subprocess.run(

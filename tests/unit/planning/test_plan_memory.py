@@ -8,14 +8,16 @@ import pytest
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.launching.ds import load_ds_config
-from dtrain.planning.activations import Habits, layer_bytes
-from dtrain.planning.bases import find_shape
+from dtrain.launching.deepspeed_config import load_ds_config
+from dtrain.planning.activations import TrainerProfile, layer_bytes
+from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.fit import DOES_NOT_FIT, FITS, advice, verdict_of
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
-from dtrain.planning.held import gradient_bytes, optimizer_bytes, weight_bytes
+from dtrain.planning.known_models import find_shape
 from dtrain.planning.memory import memory_of
 from dtrain.planning.parameters import layer_parameters, padded_bytes
-from dtrain.planning.setup import (
+from dtrain.planning.static_memory import gradient_bytes, optimizer_bytes, weight_bytes
+from dtrain.planning.workload import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
     PERSISTENT_ELEMENTS,
@@ -23,8 +25,6 @@ from dtrain.planning.setup import (
     Setup,
     setup_of,
 )
-from dtrain.planning.verdict import DOES_NOT_FIT, FITS, advice, verdict_of
-from dtrain.planning.wire import entering_bytes, received_bytes
 from dtrain.planning.zero3 import gathered
 
 GB = 1e9
@@ -36,14 +36,14 @@ def setup(base: str, method: str, engine: str, ranks: int = 8, **more: object) -
         "shape": shape,
         "method": method,
         "rank": 0 if method == "full" else 16,
-        "targets": "all-linear",
+        "target_modules": "all-linear",
         "has_dropout": False,
         "engine": engine,
         "ranks": ranks,
         "node_ranks": min(8, ranks),
         "shard": 1 if engine in ("ddp", "zero2") else ranks,
         "element_bytes": 2,
-        "sequence_tokens": 2048,
+        "sequence_length": 2048,
         "micro_batch": 1,
         "accumulation": 4,
         "checkpointing": True,
@@ -65,7 +65,7 @@ def test_weights_are_those_of_the_literature() -> None:
 
 def test_saved_activations_are_those_of_a_trace() -> None:
     """16h + 4q + 4kv + 8f + 4 heads + 8 bytes a token, as traced on a bfloat16 Llama-2-7B."""
-    flash = Habits(attention_copies=False)
+    flash = TrainerProfile(attention_copies=False)
     one = setup("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
     assert layer_bytes(one, flash) == 186_504
 
@@ -100,7 +100,7 @@ def test_more_ranks_than_rows_pad() -> None:
 
 def test_a_step_of_fsdp2_begins_with_its_embeddings_twice() -> None:
     """In what was received, and in what was copied out of it."""
-    one = setup("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_tokens=128)
+    one = setup("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
     peak = memory_of(one)
     assert peak.moment == "gather"
     assert peak.gathered > 2 * 2 * one.shape.outer_parameters
@@ -170,7 +170,7 @@ def test_advice_fits_and_begins_with_the_cheapest() -> None:
     much = setup("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
     assert verdict_of(much, cluster).word == DOES_NOT_FIT
     changes = advice(much, cluster)
-    assert changes[0].texts == ("train.micro_batch_sequences=4",)
+    assert changes[0].texts == ("train.micro_batch_size=4",)
     for change in changes:
         assert verdict_of(change.setup, change.cluster).word == FITS
 
@@ -184,7 +184,7 @@ def test_where_one_change_is_not_enough_several_are_told() -> None:
 
 def test_answers_alone_may_need_no_logits() -> None:
     """Of a long sequence a token may be learnt, so that the logits are no lower bound."""
-    every = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_tokens=16384)
+    every = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_length=16384)
     answers = replace(every, learns_all=False)
     cluster = Cluster(find_gpu("l4"), 1, 8)
     assert memory_of(every).moment == "loss"

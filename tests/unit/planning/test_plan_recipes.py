@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.config.load import load_recipe
+from dtrain.planning.fit import FITS
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.plan import make_plan
-from dtrain.planning.setup import Cluster
-from dtrain.planning.verdict import FITS
+from dtrain.planning.workload import Cluster
 from dtrain.recipes import shipped
 
 GUIDE = Path(__file__).parents[3] / "slurm" / "README.md"

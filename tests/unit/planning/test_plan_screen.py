@@ -11,14 +11,14 @@ from dtrain.cli.root import app
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import calibration
+from dtrain.planning.choose import resolved
+from dtrain.planning.fit import DOES_NOT_FIT, FITS, ORDER, TIGHT, verdict_of
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.memory import memory_of
 from dtrain.planning.plan import make_plan
-from dtrain.planning.resolve import resolved
-from dtrain.planning.setup import Cluster
-from dtrain.planning.show import lines_of
+from dtrain.planning.render import lines_of
 from dtrain.planning.storage import checkpoint_bytes
-from dtrain.planning.verdict import DOES_NOT_FIT, FITS, ORDER, TIGHT, verdict_of
+from dtrain.planning.workload import Cluster
 from dtrain.recipes import shipped
 
 
@@ -39,7 +39,7 @@ def test_no_line_is_wider_than_the_screen(columns: int, gpu: str) -> None:
 
 
 def test_the_screen_says_what_is_wanted() -> None:
-    length = "stages.task.train={global_batch_sequences: 32, tokens: 1000000000}"
+    length = "stages.task.train={global_batch_size: 32, tokens: 1000000000}"
     done = invoke("plan", "70b-qlora", length, "--nodes", "2", "--gpu", "h100-80g")
     assert done.exit_code == 0
     for word in ("70b-qlora on 2 x 8 h100-80g: FITS", "828,375,040 parameters", "for 1B tokens"):
@@ -88,7 +88,10 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
         (["7b-lora", "model.base=/nowhere"], "no config.json"),
         (["7b-lora", "model.base=/models/mine"], "there is no such folder"),
         (["7b-lora", "--nodes", "3"], "do not divide among 24 ranks"),
-        (["7b-lora", "stages.domain.method.targets=[q_prj]"], "no linear layer is named 'q_prj'"),
+        (
+            ["7b-lora", "stages.domain.method.target_modules=[q_prj]"],
+            "no linear layer is named 'q_prj'",
+        ),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], told: str) -> None:
@@ -97,13 +100,13 @@ def test_mistakes_are_told(arguments: list[str], told: str) -> None:
 
 
 def test_auto_takes_what_fits_and_what_is_fast() -> None:
-    auto = ["engine={kind: auto}", "stages.domain.train.micro_batch_sequences=auto"]
+    auto = ["engine={kind: auto}", "stages.domain.train.micro_batch_size=auto"]
     wide, narrow = (Cluster(find_gpu(name), 2, 8) for name in ("h100-80g", "a6000"))
     # 70B in 4 bits: one copy on each 80 GB card; on 48 GB shared among the ranks of a node.
     for cluster, engine in ((wide, "ddp"), (narrow, "fsdp2")):
         recipe = resolved(load_recipe("70b-qlora", auto), cluster)
         assert recipe.engine.kind == engine
-        assert isinstance(recipe.stages[0].train.micro_batch_sequences, int)
+        assert isinstance(recipe.stages[0].train.micro_batch_size, int)
         plan = make_plan(recipe, cluster)
         assert plan.word != DOES_NOT_FIT
     assert recipe.engine.shard == "node"
@@ -161,8 +164,8 @@ def test_submit_passes_over_an_unknown_shape_only(tmp_path) -> None:
 def test_replayed_tokens_count(tmp_path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 1000)
     data = f"sources: [{{path: {tmp_path}/text.jsonl, format: text}}]"
-    replay = f"replay: {{path: {tmp_path}/text.jsonl, format: text, share: 0.2}}"
-    train = "stages.domain.train={global_batch_sequences: 64, epochs: 2}"
+    replay = f"replay: {{path: {tmp_path}/text.jsonl, format: text, ratio: 0.2}}"
+    train = "stages.domain.train={global_batch_size: 64, epochs: 2}"
     amounts = [
         plan_of("7b-lora", train, f"stages.domain.data={{{text}}}").stages[0].amount
         for text in (data, f"{data}, {replay}")
@@ -171,7 +174,7 @@ def test_replayed_tokens_count(tmp_path) -> None:
 
 
 def test_checkpoints_that_are_kept_for_good_need_disk() -> None:
-    train = "{global_batch_sequences: 64, steps: 100, checkpoint_every_steps: 10}"
+    train = "{global_batch_size: 64, steps: 100, checkpoint_every_steps: 10}"
     some = plan_of("7b-lora", f"stages.domain.train={train}").stages[0]
     more = plan_of("7b-lora", f"stages.domain.train={train}", "output.keep_every_steps=20")
     assert more.stages[0].disk - some.disk == pytest.approx(5 * checkpoint_bytes(some.setup))

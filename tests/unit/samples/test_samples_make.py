@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from dtrain.core.cache_paths import sample_folder
 from dtrain.core.errors import UserError
-from dtrain.core.folders import sample_folder
 from dtrain.samples import ensure, make
 
 

@@ -13,8 +13,8 @@ from dtrain.cli import app
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
 from dtrain.serving.generate import Answers, count_prompts, generate, read_prompts
-from dtrain.serving.run import Choice
-from dtrain.serving.speaker import Speaker
+from dtrain.serving.generator import Speaker
+from dtrain.serving.run_models import Choice
 
 ROWS = [
     {"prompt": "short"},

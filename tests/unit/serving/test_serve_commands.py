@@ -16,11 +16,11 @@ import pytest
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
-from dtrain.pipeline.run_folder import stage_folder
-from dtrain.serving.adapters import list_adapters, read_adapter, table
-from dtrain.serving.run import BASE, choices_of, open_run
+from dtrain.pipeline.run_dir import stage_folder
+from dtrain.rank_main import resolved
+from dtrain.serving.adapter_list import list_adapters, read_adapter, table
+from dtrain.serving.run_models import BASE, choices_of, open_run
 from dtrain.serving.vllm import max_rank, module, refusals, script
-from dtrain.worker import resolved
 
 Make = Callable[..., Path]
 Record = Callable[..., None]

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
-from dtrain.merge.stack import stack
-from dtrain.models.weights import weight_files
-from dtrain.serving.adapters import list_adapters
+from dtrain.merge.combine_adapters import stack
+from dtrain.models.weight_files import weight_files
+from dtrain.serving.adapter_list import list_adapters
 from dtrain.serving.chat import Chat
 from dtrain.serving.generate import Answers, generate
-from dtrain.serving.run import choices_of, open_run
-from dtrain.serving.speaker import Speaker
+from dtrain.serving.generator import Speaker
+from dtrain.serving.run_models import choices_of, open_run
 
 IDS = torch.arange(5, 45)[None]
 TOLERANCE = 1e-4

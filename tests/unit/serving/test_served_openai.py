@@ -19,8 +19,8 @@ from dtrain.config.schema import Model
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.samples.make import ensure
-from dtrain.serving.run import Choice
-from dtrain.serving.speaker import Speaker
+from dtrain.serving.generator import Speaker
+from dtrain.serving.run_models import Choice
 
 TALK = [{"role": "user", "content": "What is a number?"}]
 START_SECONDS = 180

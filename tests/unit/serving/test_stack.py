@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import Adapter
+from dtrain.merge.combine_adapters import nearest, stack
 from dtrain.merge.merge import check_places, merge, part_of
-from dtrain.merge.stack import nearest, stack
 
 Make = Callable[..., Path]
 Record = Callable[..., None]

@@ -15,8 +15,8 @@ from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_losses
-from dtrain.models.kernels.install import use_kernels
+from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.loss import supervised_losses
 
 LORA = schema.Lora(kind="lora", r=4)
 PARTS = {

@@ -16,10 +16,10 @@ from dtrain.config import schema
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_losses
-from dtrain.models.kernels import fused, head, norm, swiglu
-from dtrain.models.kernels.install import use_kernels
+from dtrain.models.kernels import compiled, fused_cross_entropy, rms_norm, swiglu
+from dtrain.models.kernels.patch import use_kernels
 from dtrain.models.kernels.warm_up import compile_ahead
+from dtrain.models.loss import supervised_losses
 
 TOKENS, WIDTH, VOCABULARY = 7, 64, 96
 
@@ -31,15 +31,15 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def spent() -> tuple[Tensor, Tensor]:
     logits, losses = drawn(TOKENS, VOCABULARY, dtype=torch.float32), torch.empty(TOKENS)
-    head._spend_by_torch(logits, losses, torch.arange(TOKENS), True)
+    fused_cross_entropy._spend_by_torch(logits, losses, torch.arange(TOKENS), True)
     return logits, losses
 
 
 X, GRADIENT, WEIGHT = drawn(TOKENS, WIDTH), drawn(TOKENS, WIDTH + 1)[:, 1:], drawn(WIDTH)
 RSTD = drawn(TOKENS, 1, dtype=torch.float32).abs()
 PASSES: dict[str, Callable[[], Any]] = {
-    "norm": lambda: norm._normed_by_torch(X, WEIGHT, 1e-5),
-    "norm, backward": lambda: norm._input_gradient(GRADIENT, X, WEIGHT, RSTD),
+    "norm": lambda: rms_norm._normed_by_torch(X, WEIGHT, 1e-5),
+    "norm, backward": lambda: rms_norm._input_gradient(GRADIENT, X, WEIGHT, RSTD),
     "swiglu": lambda: swiglu._product_by_torch(X, GRADIENT),
     "swiglu, backward": lambda: swiglu._gradients_by_torch(GRADIENT, X, X),
     "loss": spent,
@@ -50,22 +50,22 @@ PASSES: dict[str, Callable[[], Any]] = {
 def test_compiled_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = PASSES[name]
     expected = compute()
-    monkeypatch.setattr(fused, "compiles", lambda tensor: True)
-    before = fused._compiled.cache_info().misses
+    monkeypatch.setattr(compiled, "compiles", lambda tensor: True)
+    before = compiled._compiled.cache_info().misses
     with torch.no_grad():
         found = compute()
-    assert fused._compiled.cache_info().misses == before + 1
+    assert compiled._compiled.cache_info().misses == before + 1
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_gpu_that_cannot_compile_is_told_and_computes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fused, "find_spec", lambda name: object())
+    monkeypatch.setattr(compiled, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    fused._gpu_compiles.cache_clear()
-    assert not fused._gpu_compiles()  # there is no GPU
-    fused._gpu_compiles.cache_clear()
+    compiled._gpu_compiles.cache_clear()
+    assert not compiled._gpu_compiles()  # there is no GPU
+    compiled._gpu_compiles.cache_clear()
     assert "torch.compile does not work here" in capsys.readouterr().out
 
 
@@ -73,7 +73,7 @@ def fails_at(number: int, error: Exception, *, after_writing: bool = False) -> A
     """A compiler whose function raises an error when it is called for that time."""
     calls = 0
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             nonlocal calls
             calls += 1
@@ -86,13 +86,13 @@ def fails_at(number: int, error: Exception, *, after_writing: bool = False) -> A
         call.calls = lambda: calls  # type: ignore[attr-defined]
         return call
 
-    return cache(compiled)
+    return cache(failing)
 
 
 @pytest.fixture
 def everything_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "compiles", lambda tensor: True)
-    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(compiled, "compiles", lambda tensor: True)
+    monkeypatch.setattr(compiled, "_failed", set())
 
 
 @pytest.mark.usefixtures("everything_compiles")
@@ -100,12 +100,12 @@ def everything_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_stops_to_compile_goes_on_pass_by_pass(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled = fails_at(number, RuntimeError("no such instruction\nmore"))
-    monkeypatch.setattr(fused, "_compiled", compiled)
+    failing = fails_at(number, RuntimeError("no such instruction\nmore"))
+    monkeypatch.setattr(compiled, "_compiled", failing)
     expected = torch.nn.functional.silu(X) * GRADIENT
     for _ in range(number + 3):
         torch.testing.assert_close(swiglu._product_by_torch(X, GRADIENT), expected)
-    assert compiled(swiglu._product_by_torch.__wrapped__).calls() == number
+    assert failing(swiglu._product_by_torch.__wrapped__).calls() == number
     out = capsys.readouterr().out
     assert out.count("_product_by_torch does not compile here") == 1
     assert "no such instruction" in out
@@ -123,21 +123,21 @@ def test_what_stops_to_compile_goes_on_pass_by_pass(
 def test_other_errors_are_raised(
     error: Exception, writes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_compiled", fails_at(1, error, after_writing=writes))
+    monkeypatch.setattr(compiled, "_compiled", fails_at(1, error, after_writing=writes))
     with pytest.raises(type(error)):
         swiglu._product_by_torch(X.clone(), GRADIENT)
 
 
 def test_strict_runs_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_gpu_compiles", lambda: True)
+    monkeypatch.setattr(compiled, "_gpu_compiles", lambda: True)
     tensor = SimpleNamespace(is_cuda=True, shape=(4, 8), numel=lambda: 32)
-    monkeypatch.setattr(fused, "PLAIN", (SimpleNamespace,))
-    assert fused.compiles(tensor)
-    fused.switch(on=False)
-    assert not fused.compiles(tensor)
-    fused.switch(on=True)
+    monkeypatch.setattr(compiled, "PLAIN", (SimpleNamespace,))
+    assert compiled.compiles(tensor)
+    compiled.switch(on=False)
+    assert not compiled.compiles(tensor)
+    compiled.switch(on=True)
     one_token = SimpleNamespace(is_cuda=True, shape=(1, 1, 8), numel=lambda: 8)
-    assert not fused.compiles(one_token)
+    assert not compiled.compiles(one_token)
 
 
 @pytest.mark.usefixtures("everything_compiles")
@@ -154,8 +154,8 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
 
     graphs: list[Any] = []
     torch._dynamo.reset()
-    monkeypatch.setattr(fused, "compiles", lambda tensor: tensor.numel() > tensor.shape[-1])
-    monkeypatch.setattr(fused, "_compiled", cache(traced))
+    monkeypatch.setattr(compiled, "compiles", lambda tensor: tensor.numel() > tensor.shape[-1])
+    monkeypatch.setattr(compiled, "_compiled", cache(traced))
     compile_ahead(torch.device("cpu"), torch.float32, full=full)
     ahead = len(graphs)
     config = LlamaConfig(

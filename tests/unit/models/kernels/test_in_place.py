@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
 from dtrain.models.kernels import native
-from dtrain.models.kernels.install import use_kernels
+from dtrain.models.kernels.patch import use_kernels
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

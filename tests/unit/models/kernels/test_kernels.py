@@ -26,10 +26,10 @@ from dtrain.config import schema
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.forward import supervised_logits, supervised_losses
-from dtrain.models.kernels import head, layers, native
-from dtrain.models.kernels.install import put_in
+from dtrain.models.kernels import fused_cross_entropy, lora_linear, native
+from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import load_base
+from dtrain.models.loss import supervised_logits, supervised_losses
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 1, 17, 9]
@@ -52,7 +52,7 @@ LORA = schema.Lora(kind="lora", r=4)  # with dropout
 METHODS = {
     "lora": LORA,
     "no dropout": LORA.model_copy(update={"dropout": 0.0}),
-    "some layers": LORA.model_copy(update={"targets": ["q_proj", "v_proj", "up_proj"]}),
+    "some layers": LORA.model_copy(update={"target_modules": ["q_proj", "v_proj", "up_proj"]}),
     "qlora": LORA.model_copy(update={"kind": "qlora"}),
     "full": schema.Full(kind="full"),
 }
@@ -79,7 +79,7 @@ def build(
         if "lora_B" in name:  # it starts at zero; of 1.0, float32's own rounding would decide
             seeded = torch.Generator().manual_seed(len(name))
             nn.init.normal_(parameter, std=0.3, generator=seeded)
-    put_in(model, chosen)
+    apply_kernels(model, chosen)
     return model.train()
 
 
@@ -90,7 +90,13 @@ def batch() -> MicroBatch:
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     targets = (positions > 0).nonzero()[:, 0]
     return MicroBatch(
-        ids, positions[None], targets - 1, ids[0, targets], LENGTHS, [7, 8], [23, tokens - 23]
+        ids,
+        positions[None],
+        targets - 1,
+        ids[0, targets],
+        LENGTHS,
+        [7, 8],
+        [23, tokens - 23],
     )
 
 
@@ -115,7 +121,7 @@ def assert_alike(fast: nn.Module, plain: nn.Module, tolerance: float = 2e-5) -> 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Four tokens a chunk of the loss, so that there are several and a rest."""
-    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda vocabulary: 4)
     yield
 
 
@@ -131,20 +137,20 @@ def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gets_the_same_loss_and_gradients(method: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    assert_alike(*(build(folder, METHODS[method], k) for k in ("auto", "plain")))
+    assert_alike(*(build(folder, METHODS[method], k) for k in ("auto", "off")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_gets_the_same(name: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS[name], tmp_path)
-    assert_alike(*(build(folder, LORA, k) for k in ("auto", "plain")))
+    assert_alike(*(build(folder, LORA, k) for k in ("auto", "off")))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_recomputed_layers_get_the_same(method: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
     recomputed = build(folder, METHODS[method], "auto", gradient_checkpointing=True)
-    assert_alike(recomputed, build(folder, METHODS[method], "plain"))
+    assert_alike(recomputed, build(folder, METHODS[method], "off"))
 
 
 def test_what_is_put_in_is_told(tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_what_is_put_in_is_told(tmp_path: Path) -> None:
         folder = saved(CONFIGS[name], tmp_path / name)
         chosen = schema.Model(base=str(folder))
         base = load_base(folder, chosen, quantised=False, dtype=torch.float32, device=CPU)
-        told[name] = put_in(attach(base, LORA, seed=0), chosen)
+        told[name] = apply_kernels(attach(base, LORA, seed=0), chosen)
     assert told["llama"] == (
         "14 adapted layers, 5 norms, 2 MLPs, 2 rotary embeddings, 1 chunked loss"
     )
@@ -165,9 +171,9 @@ def test_what_is_put_in_is_told(tmp_path: Path) -> None:
 
 def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    exact, wanted = loss_and_gradients(build(folder, METHODS["no dropout"], "plain"))
+    exact, wanted = loss_and_gradients(build(folder, METHODS["no dropout"], "off"))
     errors = []
-    for kernels in ("auto", "plain"):
+    for kernels in ("auto", "off"):
         model = build(folder, METHODS["no dropout"], kernels)
         for name, parameter in model.named_parameters():
             if "lora" not in name:
@@ -183,7 +189,7 @@ def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
 
 def test_generation_and_logits_do_not_change(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "plain"))
+    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "off"))
     ids = batch().input_ids[:, :8]
     with torch.no_grad():
         assert torch.allclose(
@@ -195,7 +201,7 @@ def test_generation_and_logits_do_not_change(tmp_path: Path) -> None:
 
 def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "plain"))
+    fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "off"))
     with torch.no_grad(), fast.disable_adapter(), plain.disable_adapter():
         found, wanted = (supervised_losses(model, batch())[0] for model in (fast, plain))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -203,17 +209,17 @@ def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None
 
 def test_a_layer_called_with_another_tensor_computes_alone(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    fast, plain = (build(folder, METHODS["no dropout"], k) for k in ("auto", "plain"))
+    fast, plain = (build(folder, METHODS["no dropout"], k) for k in ("auto", "off"))
     x, y = torch.randn(2, 1, 4, 64)
     results = []
     for model in (fast, plain):
-        layers = {
+        adapted = {
             n.rsplit(".", 1)[-1]: m
             for n, m in model.named_modules()
             if isinstance(m, LoraLayer) and ".layers.1." in n
         }
         called = [("q_proj", x), ("k_proj", y), ("v_proj", x), ("v_proj", y), ("k_proj", x)]
-        results.append(torch.cat([layers[name](value) for name, value in called], dim=-1))
+        results.append(torch.cat([adapted[name](value) for name, value in called], dim=-1))
     assert torch.allclose(*results, atol=1e-5)
 
 
@@ -223,8 +229,10 @@ def test_aliases_of_one_tensor_are_computed_together(tmp_path: Path, monkeypatch
     q, k, v, *_ = (
         m for n, m in model.named_modules() if ".layers.1." in n and isinstance(m, LoraLayer)
     )
-    computed, original = list[int](), layers._compute
-    monkeypatch.setattr(layers, "_compute", lambda m, x: computed.append(len(m)) or original(m, x))
+    computed, original = list[int](), lora_linear._compute
+    monkeypatch.setattr(
+        lora_linear, "_compute", lambda m, x: computed.append(len(m)) or original(m, x)
+    )
     x = torch.randn(1, 4, 64)
     q(x.view_as(x)), k(x.view_as(x)), v(x.view_as(x))
     assert computed == [3]
@@ -249,8 +257,8 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
 @pytest.mark.parametrize("method", ["no dropout", "full"])
 def test_the_loss_of_each_target_is_known_too(method: str, tmp_path: Path, monkeypatch) -> None:
     folder = saved(CONFIGS["llama-biased"], tmp_path)
-    monkeypatch.setattr(head, "chunk_rows", lambda vocabulary: 3)
-    fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "plain"))
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda vocabulary: 3)
+    fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "off"))
     (total, losses), (_, wanted) = (supervised_losses(m, batch()) for m in (fast, plain))
     assert losses.shape == wanted.shape == batch().targets.shape
     assert torch.allclose(losses, wanted, atol=1e-5)

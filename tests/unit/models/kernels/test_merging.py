@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.models.kernels import merging
+from dtrain.models.kernels import merge_rounding
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -14,9 +14,9 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def _loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(merging, "_found", lambda: None)
+        monkeypatch.setattr(merge_rounding, "_found", lambda: None)
     else:
-        assert merging._loops() is not None
+        assert merge_rounding._loops() is not None
 
 
 def values(count: int = 10_007) -> Tensor:
@@ -28,7 +28,7 @@ def values(count: int = 10_007) -> Tensor:
 def test_a_product_is_rounded_before_the_sum(dtype: torch.dtype) -> None:
     old, added = values().to(dtype), values().flip(0)
     wanted = added.mul(1.7).add(old.float())
-    found = merging.add_scaled(old, added.clone(), 1.7)
+    found = merge_rounding.add_scaled(old, added.clone(), 1.7)
     assert torch.equal(found, wanted)
 
 
@@ -37,7 +37,7 @@ def test_rounding(dtype: torch.dtype) -> None:
     anything = torch.randint(-(2**31), 2**31 - 1, (200_001,)).int().view(torch.float32)
     finite = anything[anything.to(dtype).isfinite()]
     rounded = torch.empty(len(finite), dtype=dtype)
-    assert merging.round_into(finite, rounded)
+    assert merge_rounding.round_into(finite, rounded)
     assert torch.equal(rounded.view(torch.uint8), finite.to(dtype).view(torch.uint8))
 
 
@@ -46,4 +46,4 @@ def test_rounding(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_once_rounded_is_found(odd: float, place: int) -> None:
     tensor = values()
     tensor[place] = odd
-    assert not merging.round_into(tensor, torch.empty(len(tensor), dtype=torch.bfloat16))
+    assert not merge_rounding.round_into(tensor, torch.empty(len(tensor), dtype=torch.bfloat16))

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dtrain.models.kernels.head import head_loss
+from dtrain.models.kernels.fused_cross_entropy import head_loss
 from dtrain.models.kernels.output_probe import OutputProbe
 
 SMALL = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from dtrain.models.kernels.packing import pack_fast
+from dtrain.models.kernels.nf4_pack import pack_fast
 
 # bitsandbytes' own, in a process where nothing stands in for it.
 PLAIN = """

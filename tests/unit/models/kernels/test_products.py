@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from dtrain.models.kernels import products
-from dtrain.models.kernels.products import add_times, times, times_transposed
+from dtrain.models.kernels import matmul
+from dtrain.models.kernels.matmul import add_times, times, times_transposed
 
 TOKENS, INNER, OUTER = 37, 48, 29
-ONEDNN_PAYS = products.onednn_pays
+ONEDNN_PAYS = matmul.onednn_pays
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["onednn", "torch"])
@@ -22,7 +22,7 @@ def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """As on each maker's processors."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_pays", lambda: request.param)
+    monkeypatch.setattr(matmul, "onednn_pays", lambda: request.param)
     return bool(request.param)
 
 
@@ -70,7 +70,7 @@ def test_what_onednn_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) 
     assert times(x[:0], weight.t()).shape == (0, OUTER)
     with FakeTensorMode() as fake:
         assert times_transposed(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
-    monkeypatch.setattr(products, "onednn_pays", lambda: False)
+    monkeypatch.setattr(matmul, "onednn_pays", lambda: False)
     assert torch.equal(times_transposed(x, weight), x @ weight.t())
     assert torch.equal(add_times(torch.zeros(37, 29), x, weight.t()), x @ weight.t())
 

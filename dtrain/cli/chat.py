@@ -1,0 +1,79 @@
+"""`dtrain chat` and `dtrain generate`: models and adapters answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.core.errors import UserError
+from dtrain.core.log import say
+
+if TYPE_CHECKING:
+    from dtrain.serving.generator import Speaker
+    from dtrain.serving.run_models import Choice
+
+Address = Annotated[
+    str, typer.Argument(metavar="MODEL|RUN", help="A model, an adapter's folder, or a run folder.")
+]
+AdapterName = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="NAME", help="A stage's, `base`, or a folder; the last one."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+
+
+def chat(address: Address, adapter: AdapterName = None, max_new_tokens: MaxNewTokens = 512) -> None:
+    """Talk with a model, and switch its adapters meanwhile; /help says how."""
+    from dtrain.serving.chat import Chat, typed
+
+    choices, name = _chosen(address, adapter)
+    speaker = _speaker(address, choices[name])
+    Chat(speaker, choices, name, max_new_tokens).run(typed())
+
+
+def generate(
+    address: Address,
+    prompts: Annotated[Path, typer.Option("--in", metavar="FILE", help="Prompts, JSON lines.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers, JSON lines.")],
+    adapter: AdapterName = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
+    max_new_tokens: MaxNewTokens = 256,
+) -> None:
+    """Answer a file of prompts by greedy decoding; stopped, it goes on where it was."""
+    from dtrain.serving.generate import Answers, count_prompts
+    from dtrain.serving.generate import generate as answer_all
+
+    if out.exists() and prompts.exists() and out.samefile(prompts):
+        raise UserError("would be overwritten", where=str(prompts), fix="name another --out")
+    choices, name = _chosen(address, adapter)
+    total = count_prompts(prompts)
+    by = f"{address} {name} {choices[name].mark}".strip() + f", up to {max_new_tokens} tokens"
+    answers = Answers.open(out, prompts, by)
+    if answers.done < total:
+        speaker = _speaker(address, choices[name])
+        answer_all(speaker, prompts, answers, batch_size, max_new_tokens)
+    say(f"{out}: {answers.done} of {total} answered")
+
+
+def _chosen(address: str, name: str | None) -> tuple[dict[str, Choice], str]:
+    """What can answer, and the name of what shall."""
+    from dtrain.serving.chat import chosen
+    from dtrain.serving.run_models import choices_of
+
+    choices = choices_of(address)
+    name = name or list(choices)[-1]
+    return choices | {name: chosen(choices, name)}, name
+
+
+def _speaker(address: str, choice: Choice) -> Speaker:
+    import torch
+
+    from dtrain.config.schema import Model
+    from dtrain.serving.generator import Speaker
+    from dtrain.serving.run_models import is_run, open_run
+
+    path = Path(address).expanduser()
+    settings = open_run(path).recipe.model if is_run(address) else Model(base=address)
+    return Speaker(choice, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,107 @@
+"""DeepSpeed's JSON file: what it may set, and what belongs to the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import Problems, UserError
+from dtrain.core.files import read_text, unique_keys
+
+# knob of the file → key of the recipe that owns it
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.lr_scheduler",
+    "activation_checkpointing": "model.gradient_checkpointing",
+}
+PREFETCH = "stage3_prefetch_bucket_size"
+MOST_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
+STAGES = {"zero2": 2, "zero3": 3}
+_OFFLOADS = ("offload_param", "offload_optimizer")
+
+
+def prefetch_elements(hidden: int) -> int:
+    """What "auto" stands for as the bucket that ZeRO-3 gathers ahead, in elements.
+
+    0.9 h² of a model h wide, as in Hugging Face's Accelerate, and at most DeepSpeed's own 50M:
+    a bucket as large as many layers is new memory at each gather, and gains nothing.
+    """
+    return min(MOST_PREFETCHED, hidden * hidden * 9 // 10)
+
+
+def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:
+    """A DeepSpeed file, as it stands, that goes with the engine `kind` and with `offload`.
+
+    Raises:
+        UserError: it cannot be read or is no JSON object.
+        Problems: it sets what the recipe owns, or is for another engine.
+    """
+    config = _parse(path)
+    faults = [*_owned_knobs(config, path), *_zero(config, path, kind, offload)]
+    if faults:
+        raise Problems(faults)
+    return config
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(path), object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        what = f"is not valid JSON: {error.msg}"
+        raise UserError(what, where=f"{path}:{error.lineno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not valid JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise UserError("is not a JSON object", where=str(path))
+    return config
+
+
+def _owned_knobs(config: dict[str, Any], path: Path) -> Iterator[UserError]:
+    for knob, owner in OWNED.items():
+        group, _, name = knob.rpartition(".")
+        holder = config.get(group, {}) if group else config
+        if not isinstance(holder, dict):
+            yield UserError(f"{group} is not a JSON object", where=str(path))
+        elif holder.get(name, "auto") != "auto":
+            what = f"{knob} is {json.dumps(holder[name])}, but the recipe's {owner} decides it"
+            yield UserError(what, where=str(path), fix='set it to "auto", or leave it out')
+
+
+def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Iterator[UserError]:
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        yield UserError("has no zero_optimization group", where=str(path))
+        return
+    stage = zero.get("stage")
+    if stage != STAGES[kind]:
+        what = f"zero_optimization.stage is {json.dumps(stage)}, but engine.kind is {kind}"
+        yield UserError(what, where=str(path), fix=f"set it to {STAGES[kind]}")
+    offloaded = [name for name in _OFFLOADS if _device(zero.get(name)) != "none"]
+    if offloaded and not offload:
+        what = f"zero_optimization.{offloaded[0]} is set, but engine.offload is false"
+        yield UserError(what, where=str(path), fix="engine.offload=true, or leave it out")
+    elif offload and not offloaded:
+        what = "zero_optimization has no offload_param, but engine.offload is true"
+        yield UserError(what, where=str(path), fix="engine.offload=false, or add the group")
+
+
+def _device(group: Any) -> str:
+    return str(group.get("device", "none")) if isinstance(group, dict) else "none"
+
+
+def read_stage(path: Path) -> str:
+    """The ZeRO stage that a DeepSpeed file names, as text; empty if it names none.
+
+    Raises:
+        UserError: it cannot be read or is no JSON object.
+    """
+    zero = _parse(path).get("zero_optimization")
+    return str(zero.get("stage", "")) if isinstance(zero, dict) else ""

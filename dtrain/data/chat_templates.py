@@ -1,0 +1,274 @@
+"""Conversations into the text a model sees.
+
+Chat templates are jinja (transformers renders them in its sandbox). A template is a program from
+somewhere else, so it renders within limits of time, memory and size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.core.cache_paths import local_path
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_text
+from dtrain.core.lazy_import import LazyModule
+from dtrain.data.assistant_spans import end_of_turn
+from dtrain.data.conversations import Conversation, Messages
+from dtrain.data.sandbox import Limit, limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+chat_template_utils = LazyModule("transformers.utils.chat_template_utils")
+
+Span = tuple[int, int]  # characters from … to (excluded)
+
+OWN_KEYS = frozenset(("train", "written_role", "parts"))  # of messages, and no template's
+PROBES = ("dtrainprobe7f3a", "dtrainprobe9c1e")
+
+MAX_CHARACTERS = 1 << 24  # of a rendered conversation
+SECONDS = 1.5  # for a conversation in all its renderings
+
+INSTRUCTION = """\
+{%- if tools -%}{{ raise_exception('the instruction template knows no tools') }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}
+{{ message.content + '\\n\\n' }}
+{%- elif message.role == 'user' -%}
+{{ '### Instruction:\\n' + (message.instruction or message.content) + '\\n\\n' }}
+{%- if message.input -%}{{ '### Input:\\n' + message.input + '\\n\\n' }}{%- endif -%}
+{%- elif message.role == 'assistant' -%}
+{{ '### Response:\\n' + message.content + eos_token }}
+{%- if not loop.last -%}{{ '\\n\\n' }}{%- endif -%}
+{%- else -%}
+{{ raise_exception('the instruction template knows the roles system, user and assistant') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
+"""
+# Some templates print today's date; data prepared tomorrow must not differ from today's.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and the special tokens it may print.
+
+    Attributes:
+        text: jinja, as a tokenizer would keep it.
+        specials: (name, token) pairs, such as ("eos_token", "</s>").
+    """
+
+    text: str
+    specials: tuple[tuple[str, str], ...]
+
+    @property
+    def source(self) -> str:
+        """The jinja text that is rendered: `text` with its date fixed."""
+        return FIXED_DATE + self.text if "strftime_now" in self.text else self.text
+
+    @cached_property
+    def _mentioned(self) -> dict[str, str]:
+        """The special tokens that the template can print; all else is work at each rendering."""
+        return {name: token for name, token in self.specials if name in self.text}
+
+    @cached_property
+    def memory(self) -> dict[Any, Any]:
+        """What was found out about this template, for who renders many conversations with it."""
+        return {}
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether a content may be a list of parts, each with type and text."""
+        return self._writes([{"type": "text", "text": text} for text in PROBES])
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """Whether a content may be a text; where neither is seen to work, it is."""
+        return not self.takes_parts or self._writes("".join(PROBES))
+
+    def _writes(self, content: Any) -> bool:
+        """Whether both probes are in the text, and not the names of keys."""
+        turns = [{"role": role, "content": content} for role in ("user", "assistant")]
+        try:
+            text = self._render(Conversation(turns), add_generation_prompt=False)[0]
+        except Exception:  # such as adding a list to a text
+            return False
+        between = re.findall(f"{PROBES[0]}(.*?){PROBES[1]}", text, re.DOTALL)
+        return len(between) == len(turns) and not any("type" in own for own in between)
+
+    def shaped(self, talk: Conversation) -> Conversation:
+        """The conversation as this template reads it: parts where it reads them, own keys gone."""
+        if self.takes_text and all(map(OWN_KEYS.isdisjoint, talk.messages)):
+            return talk
+        return replace(talk, messages=[self._shaped(message) for message in talk.messages])
+
+    def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
+        shaped = {key: value for key, value in message.items() if key not in OWN_KEYS}
+        texts = message.get("parts")
+        if (
+            isinstance(shaped["content"], str)
+            and self.takes_parts
+            and (texts or not self.takes_text)
+        ):
+            texts = texts or [shaped["content"]]
+            shaped["content"] = [{"type": "text", "text": text} for text in texts]
+        return shaped
+
+    def render(self, talk: Conversation, *, prompt: bool = False) -> str:
+        """The conversation as text; with `prompt`, up to where the next answer starts."""
+        return self._render(self.shaped(talk), add_generation_prompt=prompt)[0]
+
+    def render_marked(self, talk: Conversation) -> tuple[str, list[Span]]:
+        """The conversation as text, and what the template itself marks as generated."""
+        text, spans = self._render(self.shaped(talk), return_assistant_tokens_mask=True)
+        return text, [(start, stop) for start, stop in spans[0]]
+
+    def _render(self, talk: Conversation, **how: bool) -> tuple[str, Any]:
+        settings: dict[str, Any] = {**self._mentioned, **how, "tools": talk.tools}
+        try:
+            texts, spans = self._rendered(talk.messages, settings)
+        except TypeError:
+            if not any("tool_calls" in message for message in talk.messages):
+                raise
+            # Most templates take the arguments of a call as an object, some (DeepSeek) as a text.
+            texts, spans = self._rendered(_with_texts(talk.messages), settings)
+        if len(texts[0]) > MAX_CHARACTERS:
+            raise Limit(f"the text has more than {MAX_CHARACTERS:,} characters")
+        return texts[0], spans
+
+    def _rendered(self, messages: Messages, settings: dict[str, Any]) -> Any:
+        return chat_template_utils.render_jinja_template(
+            [messages], chat_template=self.source, **settings
+        )
+
+
+def _with_texts(messages: Messages) -> Messages:
+    """The messages with the arguments of every call as JSON text."""
+    out = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
+            for call in message.get("tool_calls", [])
+        ]
+        out.append({**message, "tool_calls": calls} if calls else message)
+    return out
+
+
+def _json(function: dict[str, Any]) -> str:
+    arguments = function["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The jinja text that the recipe's `template` stands for with this tokenizer.
+
+    Args:
+        setting: auto, instruction, or the path of a jinja file.
+        tokenizer: of the base model.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    if setting == "auto":
+        return _own_template(tokenizer)
+    if setting == "instruction":
+        return _instruction(tokenizer)
+    try:
+        return read_text(local_path(setting))
+    except UserError as error:
+        raise UserError(
+            f"the template cannot be used: {error.what}",
+            where=f"template: {setting}",
+            fix=error.fix
+            or "name a jinja file, or write `template: auto` or `template: instruction`",
+        ) from error
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not own:
+        raise UserError(
+            "the tokenizer has no chat template",
+            where="data.template: auto",
+            fix="write `template: instruction` (a base model), or name a jinja file",
+        )
+    return str(own)
+
+
+def _instruction(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.eos_token is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token, so an answer would have no end",
+            where="data.template: instruction",
+            fix="set `eos_token` in the model's tokenizer_config.json",
+        )
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return ("{{ bos_token }}" if adds_bos else "") + INSTRUCTION
+
+
+def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template a recipe asks for, ready to render.
+
+    Raises:
+        UserError: there is none, or it is not jinja.
+    """
+    specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    template = Template(template_text(setting, tokenizer), tuple(sorted(specials.items())))
+    try:
+        with limits(SECONDS):
+            template.render(Conversation([{"role": "user", "content": "a"}]))
+    except Limit as error:
+        fix = "use another template: this one never ends, or is made to do harm"
+        raise UserError(f"the template: {error}", where=f"template: {setting}", fix=fix) from error
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
+        ) from error
+    except Exception:  # a template may refuse this conversation and take others
+        return template
+    return template
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer; neither, if the template closes no turn.
+
+    Attributes:
+        token: id of a token that stands for nothing else.
+        text: for a template that closes a turn with ordinary tokens.
+    """
+
+    token: int | None = None
+    text: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The stop strings, none or one."""
+        return [self.text] if self.text else []
+
+
+def stop_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> Stop:
+    """What closes a turn under a template, as a tokenizer reads it."""
+    try:
+        with limits(SECONDS):
+            ending = end_of_turn(template)
+    except (Exception, Limit):  # a template is a program; this one refuses a plain exchange
+        return Stop()
+    if not ending:
+        return Stop()
+    known = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    ids = tokenizer(ending, add_special_tokens=False).input_ids
+    # Some tokenizers add runs of blanks as tokens, which stand inside answers too.
+    token = next((i for i in ids if i in known and str(tokenizer.decode([i])).strip()), None)
+    return Stop(token=token) if token is not None else Stop(text=ending)

@@ -1,0 +1,236 @@
+"""One node's part of the preflight, without torch: `python -m dtrain.launching.node_probe …`.
+
+Prints one line of JSON: the node's versions, GPUs, free space, whose files it sees in the run
+folder, and how it reaches the next nodes. `judge.py` compares the lines of all nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import dtrain
+from dtrain.config.load import load_recipe
+from dtrain.core.cache_paths import cache_folder
+from dtrain.core.hashes import file_sha256
+from dtrain.core.nvidia import gpus
+from dtrain.launching.network import address_of, own_address
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy")
+SEE_SECONDS = 30.0  # nodes whose file systems are cold come late
+WAIT_SECONDS = 25.0
+LINKS = 2  # each node measures so many; all of them together close a ring
+PROBE = bytes(1 << 20)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look, print the report."""
+    parser = argparse.ArgumentParser(prog="dtrain.launching.node_probe")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("meeting", type=Path, help="a folder that all nodes should see")
+    parser.add_argument("nodes", nargs="+")
+    arguments = parser.parse_args(argv)
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    report = {"node": name, **look(arguments.recipe)}
+    report |= meet(name, arguments.nodes, arguments.meeting)
+    # One write, so that the lines of several nodes do not mix.
+    sys.stdout.write(f"{json.dumps(report)}\n")
+    return 0
+
+
+def look(recipe: Path) -> dict[str, Any]:
+    """What this node can tell alone."""
+    found: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
+    try:
+        found["versions"]["recipe"] = file_sha256(recipe)[:12]
+        base = load_recipe(str(recipe)).model.base
+    except Exception as error:  # whatever it is, the report must come
+        return found | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}
+    places = {"run folder": recipe.parent, "cache": cache_folder(), "temporary files": _temporary()}
+    found["free"] = {name: free_bytes(place) for name, place in places.items()}
+    problems = (could_not_write(place, name) for name, place in places.items())
+    found["problems"] = [p for p in (*problems, unreadable_base(base)) if p]
+    return found
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every node."""
+    found = {"python": platform.python_version(), "dtrain": dtrain.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def free_bytes(place: Path) -> int:
+    """Free space for this user where `place` is or will be."""
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def could_not_write(place: Path, name: str) -> str | None:
+    """Whether a megabyte can be written and kept there; a quota shows only so."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"{name} {place}: {error.strerror or error}"
+    return None
+
+
+def unreadable_base(base: str) -> str | None:
+    """What is wrong with a base model that is a folder; its tensors' heads are read."""
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        looks_like_path = base.startswith(("/", "~", "."))
+        return f"base model {base}: there is no such folder" if looks_like_path else None
+    try:
+        for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+            with open(path, "rb") as file:
+                head = file.read(8)
+                if path.suffix == ".safetensors":
+                    json.loads(file.read(struct.unpack("<Q", head)[0]))
+    except (OSError, ValueError, struct.error) as error:
+        return f"base model: {path}: {error}"
+    return None
+
+
+def meet(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
+    """Leave a file for the others, look whose files are seen, try the links to the next nodes."""
+    address = own_address(os.environ) or address_of(name)
+    server = LinkServer(address)
+    card = {"address": address, "port": server.port}
+    try:
+        meeting.mkdir(parents=True, exist_ok=True)
+        _leave(meeting / f"{name}.here", card)
+        seen = await_files(meeting, ".here", nodes, SEE_SECONDS)
+        cards = {node: json.loads((meeting / f"{node}.here").read_text()) for node in seen}
+    except OSError as error:
+        return {"seen": [], "links": {}, "meeting_problem": str(error)}
+    at = nodes.index(name)
+    next_nodes = [nodes[(at + i) % len(nodes)] for i in range(1, min(LINKS, len(nodes) - 1) + 1)]
+    links = {node: measure(**cards[node]) for node in next_nodes if node in cards}
+    _leave(meeting / f"{name}.done", {})
+    await_files(meeting, ".done", seen, WAIT_SECONDS)  # they may still be talking to this node
+    return {"seen": seen, "links": links}
+
+
+def _leave(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def await_files(folder: Path, suffix: str, nodes: list[str], seconds: float) -> list[str]:
+    """The nodes whose file is there, as soon as all are, or when the time is over."""
+    deadline = time.monotonic() + seconds
+    while True:
+        names = set(os.listdir(folder))  # a listing makes a network file system look again
+        seen = [node for node in nodes if f"{node}{suffix}" in names]
+        if len(seen) == len(nodes) or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+TIMEOUT_SECONDS = 5.0
+SEND_SECONDS = 1.0
+SEND_BYTES = 64 << 20
+CHUNK = bytes(256 << 10)
+PINGS = 5
+TIME = struct.Struct("!d")
+
+
+class LinkServer:
+    """Answers the others' pings with the time, and takes in what they send."""
+
+    def __init__(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.create_server((address, 0), family=family, backlog=128)
+        self.port = int(self._socket.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._socket.accept()
+            threading.Thread(target=_answer, args=(connection,), daemon=True).start()
+
+
+def _answer(connection: socket.socket) -> None:
+    """Each single byte is a ping; the first longer message begins what is only taken in."""
+    with connection, suppress(OSError):
+        connection.settimeout(TIMEOUT_SECONDS * 2)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(PINGS):
+            if not connection.recv(1):
+                return
+            connection.sendall(TIME.pack(time.time()))
+        while connection.recv(len(CHUNK)):
+            pass
+        connection.sendall(b"!")
+
+
+def measure(address: str, port: int) -> dict[str, float | str]:
+    """One link.
+
+    Returns:
+        milliseconds (round trip), megabytes_per_second, clock_seconds (the other's clock minus
+        ours); or `problem`.
+    """
+    try:
+        with socket.create_connection((address, port), timeout=TIMEOUT_SECONDS) as link:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            trip, clock = min(_ping(link) for _ in range(PINGS))
+            speed = _send(link)
+    except OSError as error:
+        return {"problem": str(error) or type(error).__name__}
+    return {
+        "milliseconds": round(trip * 1e3, 3),
+        "megabytes_per_second": round(speed / 1e6, 1),
+        "clock_seconds": round(clock, 3),
+    }
+
+
+def _ping(link: socket.socket) -> tuple[float, float]:
+    wall, started = time.time(), time.perf_counter()
+    link.sendall(b"?")
+    there = TIME.unpack(link.recv(TIME.size, socket.MSG_WAITALL))[0]
+    trip = time.perf_counter() - started
+    return trip, there - (wall + trip / 2)
+
+
+def _send(link: socket.socket) -> float:
+    """Bytes a second that arrive, over a second at most."""
+    link.settimeout(TIMEOUT_SECONDS * 3)  # what lies in the buffers of a slow link
+    sent, started = 0, time.perf_counter()
+    while sent < SEND_BYTES and time.perf_counter() - started < SEND_SECONDS:
+        sent += link.send(CHUNK)
+    link.shutdown(socket.SHUT_WR)
+    link.recv(1)
+    return sent / (time.perf_counter() - started)

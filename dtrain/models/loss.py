@@ -1,0 +1,115 @@
+"""From a packed micro-batch to the loss of its supervised tokens.
+
+Letters: T tokens of a row, K supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from dtrain.models.attention import Documents, row_of
+from dtrain.models.kernels.fused_cross_entropy import FusedLossHead
+
+
+class Packed(Protocol):
+    """What is read of a micro-batch."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor | None: ...
+    @property
+    def predict(self) -> Tensor: ...
+    @property
+    def document_lengths(self) -> list[int]: ...
+
+
+class Learnt(Packed, Protocol):
+    """A micro-batch with its targets."""
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
+    """Logits [K, V] at the positions whose next token is learnt.
+
+    The output matrix, the largest of a small model, meets those positions only.
+
+    Args:
+        model: wrapped by an engine or not.
+        micro_batch: input_ids and position_ids [1, T], predict [K]; without position ids it is one
+            document, which the model computes by itself.
+    """
+    inner = _transformers_model(model)
+    if _takes_positions(inner):
+        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)[0]
+    return _call(model, inner, micro_batch)[0, micro_batch.predict]
+
+
+def supervised_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the targets of a micro-batch, in float32.
+
+    Args:
+        model: wrapped by an engine or not.
+        micro_batch: as for `supervised_logits`, and its targets [K].
+
+    Returns:
+        Their sum, and the loss of each [K], which has no gradient.
+    """
+    inner, targets = _transformers_model(model), micro_batch.targets
+    head = FusedLossHead.of(inner)
+    if head is None:
+        losses = token_losses(supervised_logits(model, micro_batch), targets)
+        return losses.sum(), losses.detach()[: len(targets)]
+    with head.learning(targets):
+        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)
+    assert head.losses is not None
+    return output.squeeze(), head.losses
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy [K] of logits [K, V] and targets [K], in float32.
+
+    With K = 0 it is one zero that still reaches the parameters, as engines wait for gradients.
+    """
+    if len(targets) == 0:
+        return logits.float().sum().view(1)
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Any) -> Tensor:
+    """The model's logits, or what stands in their place."""
+    if micro_batch.position_ids is not None:
+        more |= {"position_ids": micro_batch.position_ids, **_flash_arguments(inner, micro_batch)}
+    with row_of(micro_batch.document_lengths):
+        output = model(input_ids=micro_batch.input_ids, use_cache=False, **more)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _takes_positions(inner: PreTrainedModel) -> bool:
+    return "logits_to_keep" in signature(inner.forward).parameters
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
+def _flash_arguments(model: PreTrainedModel, micro_batch: Packed) -> dict[str, Any]:
+    """Document borders as flash attention takes them, so that it need not find them per layer."""
+    if not str(model.config._attn_implementation).startswith("flash_attention"):
+        return {}
+    lengths = micro_batch.document_lengths
+    borders = Documents(tuple(lengths), None).borders(micro_batch.input_ids.device)
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

@@ -1,0 +1,179 @@
+"""What the verbs that look at data need of a recipe: its tokenizer, its rows, its held-out sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.config.schema import Recipe, Source, Stage
+from dtrain.core.cache_paths import cache_folder
+from dtrain.core.errors import UserError
+from dtrain.data.assistant_spans import render_answers
+from dtrain.data.chat_templates import Template, resolve_template
+from dtrain.data.conversations import Conversation, Pair
+from dtrain.data.formats import Value
+from dtrain.data.prepare import Mixture, prepare
+from dtrain.data.records import Record
+from dtrain.data.special_tokens import SpecialTokens
+from dtrain.data.tokenize import MASKED
+from dtrain.data_quality.decontamination import HeldOut, held_out
+from dtrain.data_quality.sample import Sample, sample_of
+from dtrain.data_quality.scan import REFUSED, Findings, scan, source_input
+from dtrain.models.hub import base_folder
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.pipeline.stage_inputs import samples_of
+from dtrain.samples.make import ensure
+
+
+def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; the recipe's samples are made first.
+
+    Raises:
+        UserError: the base cannot be had.
+    """
+    for name in sorted(samples_of(recipe)):
+        ensure(name)
+    return load_tokenizer(base_folder(recipe.model.base), recipe.model.trust_remote_code)
+
+
+def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedTokenizerBase]:
+    """A stage's prepared data, as training opens it.
+
+    Raises:
+        UserError: base or data cannot be used.
+    """
+    tokenizer = recipe_tokenizer(recipe)
+    mark = tokenizer_fingerprint(tokenizer)
+    batch, folder = stage.train.global_batch_size, cache_folder() / "stores"
+    mixture = prepare(stage.data, stage.kind, tokenizer, mark, folder, global_batch=batch)
+    return mixture, tokenizer
+
+
+def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
+    """Scan a stage's rows, against the recipe's held-out sets, in tokens of its base.
+
+    Raises:
+        UserError: base or data cannot be had at all; rows that are wrong are findings.
+    """
+    train_on = stage.data.train_on if stage.kind == "sft" else ""  # cpt learns every token
+    data, tokenizer = stage.data, recipe_tokenizer(recipe)
+    tokens = TokenCounter(tokenizer, data.template, train_on, data.split_special_tokens)
+    return scan(
+        [source_input(source) for source in stage.data.all_sources],
+        known=held_out_of(recipe),
+        tokens=tokens,
+        sequence_length=stage.data.sequence_length,
+        processes=processes,
+    )
+
+
+def scan_path(path: str, against: list[str], processes: int) -> Findings:
+    """Scan files, whatever their format, against held-out files.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    held = [Source(path=address) for address in against]
+    return scan([source_input(Source(path=path))], known=read_held_out(held), processes=processes)
+
+
+def held_out_of(recipe: Recipe) -> HeldOut | None:
+    """What a recipe's evaluation sets and questions are known by; None without any."""
+    held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
+    if recipe.evaluation.questions:
+        columns = {"instruction": "question", "output": "answer"}
+        path = recipe.evaluation.questions.path
+        held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
+    return read_held_out(held)
+
+
+def read_held_out(sources: list[Source]) -> HeldOut | None:
+    """What held-out rows are known by; None without any."""
+
+    def samples() -> Iterator[tuple[str, Sample]]:
+        for source in sources:
+            one = source_input(source)
+            for item in one.rows():
+                if isinstance(item, Record):
+                    yield one.parts[item.part].place(item.number), sample_of(item.value)
+
+    return held_out(samples()) if sources else None
+
+
+class TokenCounter:
+    """Renders, checks and tokenises rows, and keeps only how many tokens came out.
+
+    Attributes:
+        reasons: of the last batch, why the template refuses a row, by its number.
+        counts: of all batches, what `tokenise.notes` puts into words.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        train_on: str = "all",
+        split_special_tokens: bool = True,
+    ) -> None:
+        """Count with the recipe's settings; `train_on` is "" where every token is learned.
+
+        Raises:
+            UserError: there is no such template, and a conversation comes (see `__call__`).
+        """
+        self.tokenizer, self.setting, self.train_on = tokenizer, template, train_on
+        self.template: Template | None = None
+        self.reasons: dict[int, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
+
+    def __call__(self, values: list[Value]) -> NDArray[np.int32]:
+        """Tokens of each row, REFUSED where the template does not take it."""
+        self.reasons = {}
+        texts = [self._text(number, value) for number, value in enumerate(values)]
+        known = [text for text in texts if text is not None]
+        special = any(isinstance(value, str) for value in values)
+        encoded = self.tokenizer(known, add_special_tokens=special, verbose=False) if known else {}
+        lengths = iter([len(ids) for ids in encoded.get("input_ids", [])])
+        counts = np.array([REFUSED if t is None else next(lengths) for t in texts], np.int32)
+        for number, (value, text) in enumerate(zip(values, texts, strict=True)):
+            if self.split and text is not None and self.special_tokens.found(value):
+                counts[number] = self._split(number, value, text)
+        return counts
+
+    def _split(self, number: int, value: Value, text: str) -> int:
+        """Tokens of a row whose special tokens are encoded as plain text."""
+        own = (value.wanted or value.unwanted) if isinstance(value, Pair) else value
+        hidden = self.special_tokens.hidden(own)
+        try:
+            if isinstance(hidden, Conversation):
+                assert self.template is not None
+                hidden = render_answers(self.template, hidden, "", self.train_on, Counter())[0]
+            plain = self.special_tokens.template_hidden(text, hidden, "")
+            adds = isinstance(value, str)
+            return len(self.special_tokens.encode(plain, "", add_special_tokens=adds)[0])
+        except UserError as error:
+            self.reasons[number] = error.what
+            return REFUSED
+
+    def _text(self, number: int, value: Value) -> str | None:
+        if isinstance(value, str):
+            return value
+        if self.template is None:
+            self.template = resolve_template(self.setting, self.tokenizer)
+        sides = (value.wanted, value.unwanted) if isinstance(value, Pair) else (value,)
+        texts = []
+        for talk in sides:
+            if talk is None:
+                continue
+            try:
+                text, spans = render_answers(self.template, talk, "", self.train_on, self.counts)
+            except UserError as error:
+                self.reasons[number] = error.what
+                return None
+            self.counts[MASKED] += bool(self.train_on) and not spans
+            texts.append(text)
+        return texts[0]

@@ -1,0 +1,144 @@
+"""evaluation.json: held-out losses of the base and after each stage, and questions answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.schema import Recipe
+from dtrain.core.cache_paths import local_path
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, read_text, write_json
+from dtrain.core.log import Meter, progress, say
+from dtrain.data.loader import Loader
+from dtrain.data.prepare import Mixture
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+from dtrain.models.packing_probe import Layout
+from dtrain.monitoring.metrics import finite
+from dtrain.serving.generator import Speaker
+from dtrain.serving.run_models import Choice, template_of
+from dtrain.training.train_step import held_out_loss
+
+BASE = "base"
+
+
+class Evaluations:
+    """What was measured of a run's models so far; every rank measures, the first one writes."""
+
+    def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture], layout: Layout) -> None:
+        self.path, self.recipe, self.sets = run / "evaluation.json", recipe, sets
+        self.layout = layout
+        marks = {name: mixture.fingerprint for name, mixture in sets.items()}
+        self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}
+        known = read_json(self.path) if self.path.exists() else {}
+        if known.get("sets") == marks:  # losses on other rows cannot be compared
+            self.known = known
+
+    def wants_base(self) -> bool:
+        """Whether the untrained base was not measured yet."""
+        return bool(self.sets) and BASE not in self.known["models"]
+
+    def record_base(self, engine: Engine, world: World) -> None:
+        """Measure the base: a fresh adapter changes nothing yet."""
+        self.record(BASE, engine, world)
+
+    def record(self, model: str, engine: Engine, world: World) -> None:
+        """Measure every set with the engine's model as it is now."""
+        if not self.sets:
+            return
+        rows = sum(m.rows_per_epoch for m in self.sets.values())
+        with progress(f"held-out loss, {model}", rows) as bar:
+            for name, mixture in self.sets.items():
+                loss = held_out_loss(engine, held_out_loader(mixture, engine, self.layout))
+                self.known["losses"].setdefault(name, {})[model] = loss
+                bar.advance(mixture.rows_per_epoch, note=f"{name} {loss:.4f}")
+        if model not in self.known["models"]:
+            self.known["models"].append(model)
+        losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
+        say(f"held-out loss, {model}: {losses}")
+        self.write(world)
+
+    def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
+        """Let base and final model answer the recipe's questions (first rank).
+
+        Args:
+            identity: of the final model.
+        """
+        wanted = self.recipe.evaluation.questions
+        if wanted is None or not world.is_first:
+            return
+        rows = read_questions(local_path(wanted.path), wanted.count)
+        answered = {"model": identity, "questions": rows, "tokens": wanted.max_new_tokens}
+        if self.known.get("answered") == answered:
+            return
+        with progress("answers", 2 * len(rows)) as bar:
+            both = [self.ask(folder, rows, world, bar) for folder in (base, final)]
+        self.known["answers"] = [
+            {"question": row["question"], "reference": row["answer"], "base": b, "final": f}
+            for row, b, f in zip(rows, *both, strict=True)
+        ]
+        self.known["answered"] = answered
+        self.write(world)
+
+    def ask(self, folder: Path, rows: list[dict[str, str]], world: World, bar: Meter) -> list[str]:
+        """A model's answers, asked in the template that the recipe trains with.
+
+        On GPUs the model is spread over those of this node, so that a 70B model needs no engine
+        for three questions.
+        """
+        questions = self.recipe.evaluation.questions
+        assert questions is not None
+        choice = Choice(str(folder), template=template_of(self.recipe))
+        speaker, answers = Speaker(choice, self.recipe.model, world.device), list[str]()
+        for row in rows:
+            prompt = speaker.prompt([{"role": "user", "content": row["question"]}])
+            answers += speaker.answers([prompt], questions.max_new_tokens)
+            bar.advance()
+        return answers
+
+    def write(self, world: World) -> None:
+        """Write the file (first rank)."""
+        if world.is_first:
+            write_json(self.path, finite(self.known))
+
+
+def held_out_loader(mixture: Mixture, engine: Engine, layout: Layout) -> Loader:
+    """All rows of a held-out set once, in batches that every rank takes an equal part of."""
+    batch = engine.world.size * engine.stage.train.micro_batch
+    return Loader(
+        mixture,
+        seed=0,
+        global_batch=batch,
+        total_rows=mixture.rows_per_epoch,
+        alone=not layout.packed,
+    )
+
+
+def read_questions(path: Path, count: int) -> list[dict[str, str]]:
+    """The first `count` questions of a JSON-lines file.
+
+    Raises:
+        UserError: it cannot be read or is empty, or a line lacks `question` or `answer`.
+    """
+    try:
+        lines = read_text(path).rstrip().split("\n")[:count]
+    except UserError as error:
+        raise UserError(
+            error.what, where=f"evaluation.questions.path: {error.where}", fix=error.fix
+        ) from error
+    if not any(lines):
+        raise UserError("holds no question", where=f"evaluation.questions.path: {path}")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"question": str(row["question"]), "answer": str(row["answer"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"not a question: {error!r}",
+                where=f"{path}:{number}",
+                fix='one {"question": …, "answer": …} a line',
+            ) from error
+    return rows

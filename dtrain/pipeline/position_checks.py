@@ -1,0 +1,78 @@
+"""Whether the base can place the documents of a run, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dtrain.config.schema import Recipe
+from dtrain.core.cache_paths import local_path
+from dtrain.core.errors import UserError
+from dtrain.core.log import warn
+from dtrain.data.conversations import Conversation
+from dtrain.data.packed_dataset import Mixture
+from dtrain.models.positions import position_limit
+from dtrain.pipeline.evaluator import read_questions
+from dtrain.planning.positions import trained_positions
+from dtrain.serving.generator import answering_template
+from dtrain.serving.run_models import template_of
+
+# Where it is said in the recipe, what is placed, its tokens, what to do if that is too many.
+Length = tuple[str, str, int, str]
+
+
+def check_positions(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    mixtures: dict[str, Mixture],
+) -> None:
+    """Check that the base places all that is trained, measured and asked.
+
+    Of a packed row it is each document that counts, not the row.
+
+    Args:
+        mixtures: prepared data, by the key of the recipe.
+
+    Raises:
+        UserError: positions are learned, or of a fixed number, and there are too few.
+    """
+    lengths = [*_documents(mixtures), *_questions(recipe, tokenizer)]
+    longest = max(tokens for _, _, tokens, _ in lengths)
+    limit = position_limit(config, longest, recipe.model.trust_remote_code)
+    known = trained_positions(config.get_text_config(decoder=True).to_dict())
+    for where, what, tokens, fix in lengths:
+        if limit is not None and tokens > limit:
+            short = f"{what}, but the model has {limit:,} positions"
+            raise UserError(short, where=where, fix=fix.format(limit))
+        if limit is None and known is not None and tokens > known:
+            warn(
+                f"{where}: {what}, but the model was trained for {known:,} positions "
+                f"(max_position_embeddings), and its config scales no rope beyond them"
+            )
+
+
+def _documents(mixtures: dict[str, Mixture]) -> Iterator[Length]:
+    for key, mixture in mixtures.items():
+        longest = mixture.longest_segment
+        what = f"a document of {longest:,} tokens (sequence_length {mixture.sequence_length})"
+        yield key, what, longest, "sequence_length: {} or less"
+
+
+def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Length]:
+    """The longest question of the report, with its answer."""
+    questions = recipe.evaluation.questions
+    if questions is None:
+        return
+    template = answering_template(template_of(recipe), tokenizer)
+    rows = read_questions(local_path(questions.path), questions.count)
+    texts = [
+        template.render(Conversation([{"role": "user", "content": row["question"]}]), prompt=True)
+        for row in rows
+    ]
+    prompt = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    answer = f"an answer of max_new_tokens {questions.max_new_tokens}"
+    what = f"a question of {prompt:,} tokens and {answer}"
+    tokens = prompt + questions.max_new_tokens
+    yield "evaluation.questions", what, tokens, "shorter questions, or less max_new_tokens"

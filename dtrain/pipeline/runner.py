@@ -1,0 +1,149 @@
+"""All stages of a recipe, one after another, in the same processes."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.schema import Recipe
+from dtrain.core.files import write_json
+from dtrain.core.log import say, warn
+from dtrain.distributed.hang_watchdog import Watch
+from dtrain.distributed.world import World
+from dtrain.monitoring.report import summary, write_report
+from dtrain.pipeline.evaluator import Evaluations
+from dtrain.pipeline.run_dir import StageFolder, stage_folder
+from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.pipeline.stage_run import StageRun
+from dtrain.recipes import shipped
+from dtrain.training.preemption import StopFlag
+
+
+def run_chain(
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    stop: StopFlag,
+    watch: Watch,
+    allowed: set[str],
+) -> bool:
+    """Run what is not complete yet; return False if it was stopped to go on later.
+
+    Args:
+        allowed: keys that may differ from those a half-done stage was begun with.
+    """
+    run = Path(recipe.output.folder)
+    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
+    base, begun = inputs.base, list[StageFolder]()
+    folders = stage_folders(run, recipe, inputs)
+    done = stages_done(folders, world, wants_merged=recipe.output.merge)
+    for stage, folder in zip(recipe.stages, folders, strict=True):
+        if folder in done:
+            say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
+        else:
+            folder.begin(allowed) if world.is_first else None
+            world.barrier()
+            stage_run = StageRun(
+                recipe, stage, folder, base, inputs, evaluations, world, stop, watch
+            )
+            if not stage_run.run():
+                return False
+        begun.append(folder)
+        base = folder.merged
+        if world.is_first:
+            write_lineage(run, recipe, inputs, begun)
+    finish(run, recipe, inputs, folders[-1], evaluations, world)
+    return True
+
+
+def stage_folders(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageFolder]:
+    """The folder of each stage; the identity of one is part of the next one's."""
+    folders: list[StageFolder] = []
+    for stage in recipe.stages:
+        parent = folders[-1].identity if folders else inputs.base_fingerprint
+        folders.append(stage_folder(run, recipe, stage, inputs, parent))
+    return folders
+
+
+def stages_done(
+    folders: list[StageFolder], world: World, *, wants_merged: bool
+) -> list[StageFolder]:
+    """The complete stages whose results are what was written.
+
+    A merged model is hashed where it is needed: as the run's result, or the next stage's base.
+
+    Args:
+        wants_merged: whether the last stage's merged model is wanted.
+    """
+    done: list[StageFolder] = []
+    needed = wants_merged
+    for folder in reversed(folders):
+        complete = folder.is_complete()
+        if complete:
+            damage = folder.damage(with_merged=needed) if world.is_first else ""
+            if damage := world.broadcast_text(damage):
+                warn(f"stage {folder.path.name}: {damage}; made again from the last checkpoint")
+                complete = False
+        if complete:
+            done.append(folder)
+        needed = not complete
+    return done
+
+
+def finish(
+    run: Path,
+    recipe: Recipe,
+    inputs: Inputs,
+    last: StageFolder,
+    evaluations: Evaluations,
+    world: World,
+) -> None:
+    """Answers, report and the summary on the terminal."""
+    if recipe.output.merge:
+        evaluations.record_answers(inputs.base, last.merged, last.identity, world)
+    if world.is_first:
+        write_report(run)
+        say(summary(run))
+        say(next_step(recipe))
+    world.barrier()  # torchrun gives ranks of other nodes only minutes after the first has ended
+
+
+def next_step(recipe: Recipe) -> str:
+    """What to type next."""
+    command = Path(sys.executable).with_name("dtrain")
+    with suppress(ValueError):
+        command = command.relative_to(Path.cwd())
+    if recipe.name in shipped():
+        return f"next           {command} recipes copy {recipe.name} my.yaml, edit it, run it"
+    return f"next           {command} report {recipe.output.folder}"
+
+
+def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
+    """Record what every artefact was made from."""
+    base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
+    artefacts: list[dict[str, Any]] = []
+    for folder in done:
+        known = folder.known() or {}
+        made_from = {
+            "parent": folder.inputs["parent"],
+            "data": folder.inputs["data"]["content"],
+            "settings": folder.inputs,
+        }
+        artefacts.append(
+            {
+                "name": folder.path.name,
+                "kind": "stage",
+                "identity": folder.identity,
+                "made_from": made_from,
+                **known.get("facts", {}),
+                "adapter": _inside(run, folder.adapter),
+                "merged": _inside(run, folder.merged),
+            }
+        )
+    write_json(run / "lineage.json", {"name": recipe.name, "base": base, "artefacts": artefacts})
+
+
+def _inside(run: Path, path: Path) -> str | None:
+    return str(path.relative_to(run)) if path.exists() else None

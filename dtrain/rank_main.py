@@ -1,0 +1,167 @@
+"""What a worker does once its libraries are there: one rank of a run, from recipe to status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import shutil
+import traceback
+import warnings
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from dtrain.checkpoints.identity import require_same
+from dtrain.config.load import dump, load_recipe
+from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import local_path
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
+from dtrain.core.log import is_first_rank
+from dtrain.distributed.hang_watchdog import (
+    LEAST_LIMIT_SECONDS,
+    LEAST_LIMIT_SECONDS_GPU_OR_NODES,
+    Watch,
+    follow_compilations,
+)
+from dtrain.distributed.world import World, end_world, start_world
+from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
+from dtrain.pipeline.auto_settings import without_choice
+from dtrain.pipeline.exit_report import Outcome
+from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
+from dtrain.pipeline.run_dir import lock_run
+from dtrain.pipeline.runner import run_chain
+from dtrain.pipeline.stage_inputs import check_same_on_all_ranks, one_document_each, prepare_inputs
+from dtrain.training.preemption import StopFlag
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run the recipe on this rank; return the exit status.
+
+    Args:
+        arguments: recipe, overrides and allow_change, from the command line.
+    """
+    keep_libraries_quiet()
+    outcome, recipe = Outcome(), None
+    try:
+        recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
+        finished = train(recipe, set(arguments.allow_change), outcome)
+    except UserError as error:
+        return outcome.fail(error.status, f"error: {error}")
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # code of a model may exit
+        if recipe is not None and is_out_of_memory(error):
+            text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
+            return outcome.fail(Exit.OUT_OF_MEMORY, text)
+        if full := no_room(error):
+            return outcome.fail(Exit.USER_ERROR, full)
+        reason = traceback.format_exc(limit=-1)
+        text = f"{this_rank()}{traceback.format_exc()}"
+        return outcome.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
+    if finished:
+        status = outcome.end(Exit.FINISHED)
+    else:
+        status = outcome.end(Exit.INTERRUPTED, "asked to stop; start it again to go on")
+    end_world()  # never after a failure: under NCCL it waits for ranks that are in a collective
+    return status
+
+
+def this_rank() -> str:
+    """Which of several ranks an error comes from, as the head of its text."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "" if is_alone else f"rank {os.environ.get('RANK', '0')}: "
+
+
+def least_limit_seconds(world: World) -> float:
+    """The shortest time that a step may take before it is looked whether a rank hangs."""
+    is_slow = world.device.type == "cuda" or world.local_size < world.size
+    return LEAST_LIMIT_SECONDS_GPU_OR_NODES if is_slow else LEAST_LIMIT_SECONDS
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to say of a full disk; None of any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}\n    → make room, then start it again to go on"
+    return None
+
+
+def keep_libraries_quiet() -> None:
+    """Their warnings are about code that a user of dtrain did not write."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    disable_progress_bar()
+    for name in ("bitsandbytes", "DeepSpeed", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with what only the launcher knows, and places that hold from any folder."""
+    kind: str = recipe.engine.kind
+    if kind != "auto" or launcher_engine(os.environ):
+        kind = resolve_engine(kind, os.environ)
+    folder = str(Path(recipe.output.folder).expanduser().absolute())
+    return recipe.model_copy(
+        update={
+            "engine": recipe.engine.model_copy(update={"kind": kind}),
+            "output": recipe.output.model_copy(update={"folder": folder}),
+            "model": recipe.model.model_copy(update={"base": base_from_anywhere(recipe)}),
+            "stages": [template_from_anywhere(stage) for stage in recipe.stages],
+        }
+    )
+
+
+def base_from_anywhere(recipe: Recipe) -> str:
+    """The base; a folder's whole path, since who reads the run folder may stand elsewhere."""
+    folder = Path(recipe.model.base).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else recipe.model.base
+
+
+def template_from_anywhere(stage: Stage) -> Stage:
+    """The stage with the whole path of its template, if that is a file."""
+    if stage.data.template in ("auto", "instruction"):
+        return stage
+    path = local_path(stage.data.template).absolute()
+    return stage.model_copy(update={"data": stage.data.model_copy(update={"template": str(path)})})
+
+
+def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
+    """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
+    run = Path(recipe.output.folder)
+    require_same({}, {}, allowed)  # a key that may not change is said before it is kept
+    lock = lock_run(run) if is_first_rank() else None
+    outcome.open(run)
+    if lock:
+        write_atomic(run / "recipe.yaml", dump(recipe))
+        shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
+    world = start_world(recipe.device)
+    chosen = without_choice(recipe, world)
+    if lock and chosen != recipe:
+        write_atomic(run / "recipe.yaml", dump(chosen))
+    recipe = chosen
+    inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
+    check_same_on_all_ranks(inputs, world)
+    recipe = one_document_each(recipe, inputs.layout)
+    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
+    stop = StopFlag(run, looks_at_file=world.is_first)
+    stop.listen()
+    watch = Watch(
+        run / ".watch",
+        world.rank,
+        world.size,
+        report=lambda text: outcome.fail(Exit.HANG, text),
+        failure=outcome.failure_elsewhere,
+        least_limit_seconds=least_limit_seconds(world),
+    )
+    follow_compilations(watch)
+    finished = None
+    watch.start()
+    try:
+        finished = run_chain(recipe, inputs, world, stop, watch, allowed)
+    finally:
+        watch.stop(all_is_well=finished is not None)
+    stop.forget_file()
+    if lock:  # every rank has come to its end
+        shutil.rmtree(run / ".watch", ignore_errors=True)
+    return finished

@@ -1,0 +1,153 @@
+"""The adapters of a run or a folder: what each is, of which base, how large. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.units import count, size
+from dtrain.models.peft_format import CONFIG, WEIGHTS, Origin, origin, read_adapter_config
+from dtrain.models.weight_files import read_header
+from dtrain.serving.run_models import Run, is_run, open_run
+
+LORA_DOWN = ".lora_A.weight"  # [r, in]
+COLUMNS = ("adapter", "stage", "method", "rank", "targets", "trains", "size", "base")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter.
+
+    Attributes:
+        base: folder or hub id of the model it was trained on.
+        shapes: of every tensor, by its key.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    origin: Origin
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+    size_bytes: int
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of its layers, each once, rising; empty if it is no LoRA."""
+        return sorted({shape[0] for key, shape in self.shapes.items() if key.endswith(LORA_DOWN)})
+
+    @property
+    def targets(self) -> list[str]:
+        """The last part of the names of the layers it changes, each once."""
+        layers = (key.partition(".lora_")[0] for key in self.shapes if ".lora_" in key)
+        return sorted({layer.rpartition(".")[2] for layer in layers})
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in it."""
+        total = 0
+        for shape in self.shapes.values():
+            product = 1
+            for length in shape:
+                product *= length
+            total += product
+        return total
+
+    @property
+    def method(self) -> str:
+        """For example lora, qlora, or qlora+dora."""
+        kind = str(self.config["peft_type"]).lower()
+        kind = f"q{kind}" if self.origin.quantised else kind
+        return "+".join([kind, *(n for n in ("dora", "rslora") if self.config.get(f"use_{n}"))])
+
+    def as_json(self) -> dict[str, Any]:
+        """What `dtrain adapters --json` prints."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "base": self.base,
+            "base_in_nf4": self.origin.quantised,
+            "stage": self.origin.kind or None,
+            "method": self.method,
+            "ranks": self.ranks,
+            "alpha": self.config.get("lora_alpha"),
+            "targets": self.targets,
+            "trainable_parameters": self.parameters,
+            "size_bytes": self.size_bytes,
+        }
+
+
+def list_adapters(address: Path) -> list[AdapterInfo]:
+    """The adapters of a run in the order of its stages, or those in a folder.
+
+    Raises:
+        UserError: there is no such folder, or an adapter in it is broken.
+    """
+    if not address.is_dir():
+        raise UserError("there is no such folder", where=str(address))
+    if is_run(str(address)):
+        return list(_of_run(open_run(address)))
+    address = address.absolute()
+    places = [address, *sorted(address.glob("*")), *sorted(address.glob("*/adapter"))]
+    return [read_adapter(place) for place in places if (place / CONFIG).is_file()]
+
+
+def _of_run(run: Run) -> Iterator[AdapterInfo]:
+    for stage in run.recipe.stages:
+        if (run.adapter(stage) / CONFIG).is_file():
+            yield read_adapter(run.adapter(stage), base=run.base_of(stage))
+    for folder in run.extra_adapters():
+        yield read_adapter(folder, base=run.base)
+
+
+def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
+    """An adapter from its folder; only the head of its weights is read.
+
+    Args:
+        base: the model it was trained on, if that is known better than the adapter says.
+
+    Raises:
+        UserError: no adapter, or one without safetensors.
+    """
+    config = read_adapter_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"no {WEIGHTS}", where=str(folder), fix="pickled adapters are not read")
+    entries, _ = read_header(weights)
+    return AdapterInfo(
+        name=folder.parent.name if folder.name == "adapter" else folder.name,
+        folder=folder,
+        base=str(base or config.get("base_model_name_or_path") or "?"),
+        origin=origin(folder),
+        config=config,
+        shapes={key: entry["shape"] for key, entry in entries.items()},
+        size_bytes=weights.stat().st_size,
+    )
+
+
+def table(adapters: list[AdapterInfo]) -> str:
+    """A line for each, under a head; the base stands last, since it is long."""
+    rows = [COLUMNS, *map(_row, adapters)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def _row(adapter: AdapterInfo) -> tuple[str, ...]:
+    ranks = adapter.ranks
+    return (
+        adapter.name,
+        adapter.origin.kind or "-",
+        adapter.method,
+        "-" if not ranks else "-".join(str(r) for r in sorted({ranks[0], ranks[-1]})),
+        ",".join(adapter.targets) or "-",
+        count(adapter.parameters),
+        size(adapter.size_bytes),
+        adapter.base + (" (in NF4)" if adapter.origin.quantised else ""),
+    )

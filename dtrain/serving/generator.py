@@ -1,0 +1,214 @@
+"""A model in memory that answers, with adapters on it that can be exchanged."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from dtrain.config.schema import Model
+from dtrain.core.cache_paths import sample_name
+from dtrain.core.errors import UserError
+from dtrain.data.chat_templates import SECONDS, Template, resolve_template, stop_of
+from dtrain.data.conversations import Conversation, Messages
+from dtrain.data.sandbox import Limit, limits
+from dtrain.models.hub import base_folder
+from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
+from dtrain.models.tokenizer import load_tokenizer
+from dtrain.models.weight_files import read_header
+from dtrain.samples.make import ensure
+from dtrain.serving.run_models import Choice
+
+
+class Speaker:
+    """Answers by greedy decoding, as one `Choice` at a time.
+
+    Args:
+        choice: what answers first.
+        settings: how the base computes; its `base` is not read, the choice names it.
+        device: where; on GPUs the model is spread over those of this machine.
+    """
+
+    def __init__(self, choice: Choice, settings: Model, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        self._dtype = resolve_dtype(settings.dtype, device)
+        self._model: Any = None
+        self._held: tuple[str, bool] | None = None  # base in memory, and whether it is in NF4
+        self._names: dict[Path, str] = {}
+        self._choice = choice
+        self._become(choice)
+
+    def switch(self, choice: Choice) -> None:
+        """Answer as `choice` from now on; the base is loaded anew only if it is another one.
+
+        Raises:
+            UserError: base or adapter cannot be used; what answered before still does.
+        """
+        try:
+            self._become(choice)
+        except BaseException as error:
+            if not isinstance(error, UserError):  # Ctrl-C leaves half a model, or half an adapter
+                self._held = None
+            self._become(self._choice)
+            raise
+
+    def _become(self, choice: Choice) -> None:
+        if self._held != (choice.base, choice.quantised):
+            self._load(choice)
+        for folder in choice.adapters:
+            if folder not in self._names:
+                self._add(folder)
+        if choice.adapters:
+            self._model.base_model.set_adapter([self._names[folder] for folder in choice.adapters])
+        self._template = answering_template(choice.template, self.tokenizer)
+        self._stop = stop_of(self._template, self.tokenizer)
+        self._choice = choice
+
+    def _load(self, choice: Choice) -> None:
+        if (sample := sample_name(choice.base)) is not None:
+            ensure(sample)
+        folder = base_folder(choice.base)
+        self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
+        self._model, self._held, self._names = None, None, {}  # two would not fit into memory
+        model = load_base(
+            folder,
+            self._settings,
+            quantised=choice.quantised,
+            dtype=self._dtype,
+            device=self._device,
+            spread=self._device.type == "cuda",
+        )
+        model.config.use_cache = True
+        self._model, self._held = model.eval(), (choice.base, choice.quantised)
+
+    def _add(self, folder: Path) -> None:
+        """Put an adapter on the base; PEFT itself is silent about one that fits only in part."""
+        name = f"adapter{len(self._names)}"  # PEFT takes no dots, a stage's name may have some
+        read_header(folder / WEIGHTS)  # a file cut short is said here, with its name
+        try:
+            if odd := self._put_on(folder, name):
+                raise ValueError(f"{odd[0]} has no counterpart")
+        except (RuntimeError, ValueError, KeyError) as error:
+            self._held = None  # what is half put on cannot be taken off
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"does not fit this base: {reason}",
+                where=str(folder),
+                fix="put it on the base that it was trained on",
+            ) from error
+        self._model.eval()
+        self._names[folder] = name
+
+    def _put_on(self, folder: Path, name: str) -> list[str]:
+        """Load an adapter; return the tensors that base and adapter do not both have."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+            if not self._names:
+                config = PeftConfig.from_pretrained(str(folder))
+                self._model = get_peft_model(self._model, config, name)
+            with _with_plain_keys(folder) as readable:
+                result = self._model.load_adapter(readable, name)
+        own = [key for key in result.missing_keys if f".{name}" in key]
+        return [*result.unexpected_keys, *own]
+
+    def prompt(self, messages: Messages) -> str:
+        """The text that the model goes on from.
+
+        Raises:
+            UserError: the chat template refuses the conversation.
+        """
+        try:
+            with limits(SECONDS):
+                return self._template.render(Conversation(messages), prompt=True)
+        except (TemplateError, TypeError, Limit) as error:
+            raise UserError(f"the chat template refuses it: {error}") from error
+
+    @torch.inference_mode()
+    def answers(
+        self, prompts: Sequence[str], max_new_tokens: int, streamer: BaseStreamer | None = None
+    ) -> list[str]:
+        """An answer to each prompt, in one batch, padded on the left."""
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        batch = self.tokenizer(
+            list(prompts), return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        ids: Tensor = batch["input_ids"].to(self._model.device)
+        with self._as_chosen():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=batch["attention_mask"].to(ids.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._ends(),
+                stop_strings=self._stop_strings() or None,
+                tokenizer=self.tokenizer,
+                streamer=streamer,
+            )
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [self._without_end(text).strip() for text in texts]
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[batch, tokens, vocabulary] in float32, of token ids [batch, tokens]."""
+        with self._as_chosen():
+            logits: Tensor = self._model(input_ids=ids.to(self._model.device)).logits
+        return logits.float()
+
+    @contextmanager
+    def _as_chosen(self) -> Iterator[None]:
+        plain = self._names and not self._choice.adapters
+        with self._model.disable_adapter() if plain else nullcontext():
+            yield
+
+    def _ends(self) -> list[int] | None:
+        """Tokens that end an answer: the model's own, the tokenizer's, and the template's."""
+        own = self._model.generation_config.eos_token_id
+        ends = own if isinstance(own, list) else [own]
+        ends = [*ends, self.tokenizer.eos_token_id, self._stop.token]
+        return sorted({end for end in ends if end is not None}) or None
+
+    def _stop_strings(self) -> list[str]:
+        return [*(self._model.generation_config.stop_strings or []), *self._stop.texts]
+
+    def _without_end(self, text: str) -> str:
+        """An answer up to the first stop string, which transformers leaves in it."""
+        for end in self._stop_strings():
+            text = text.partition(end)[0]
+        return text
+
+
+def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of conversations; that of instructions for a model without one of its own."""
+    if setting == "auto" and not tokenizer.chat_template:
+        setting = "instruction"
+    return resolve_template(setting, tokenizer)
+
+
+@contextmanager
+def _with_plain_keys(folder: Path) -> Iterator[Path]:
+    """An adapter's folder; a copy if its keys hold the adapter's name, which PEFT does not read."""
+    stored = file_keys(read_header(folder / WEIGHTS)[0], folder / WEIGHTS)
+    if all(key == name for key, name in stored.items()):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        shutil.copyfile(folder / CONFIG, Path(copy) / CONFIG)
+        tensors = load_file(folder / WEIGHTS)
+        save_file({key: tensors[name] for key, name in stored.items()}, Path(copy) / WEIGHTS)
+        yield Path(copy)

@@ -1,0 +1,191 @@
+"""What a run folder has to answer with: its base, and the adapter and merged model of each stage.
+
+No torch: a login node asks this too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.config.load import load_recipe
+from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.core.cache_paths import local_path, sample_name
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
+from dtrain.core.hashes import file_sha256
+from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, WEIGHTS, origin, read_adapter_config
+
+RECIPE, MERGED_MARK = "recipe.yaml", "merge.json"
+BASE = "base"  # the name of the model without any adapter
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What answers: a model, with adapters one on top of the other.
+
+    Attributes:
+        base: folder or hub id.
+        quantised: the base is held in NF4.
+        adapters: folders; the later ones were trained on the earlier ones' results.
+        template: of conversations, as a recipe names it.
+    """
+
+    base: str
+    quantised: bool = False
+    adapters: tuple[Path, ...] = ()
+    template: str = "auto"
+
+    @property
+    def mark(self) -> str:
+        """Tells it from what lay in the same place before; empty for a base that says nothing."""
+        if self.adapters:
+            last = self.adapters[-1]
+            return (origin(last).identity or file_sha256(last / WEIGHTS))[:12]
+        manifest = Path(self.base).expanduser() / MERGED_MARK
+        return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, where it lies now."""
+
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def base(self) -> str:
+        """The first stage's base: the folder that was used, else what the recipe names."""
+        lineage = self.folder / "lineage.json"
+        used = read_json(lineage)["base"]["path"] if lineage.is_file() else ""
+        if Path(used or "-").is_dir():
+            return str(used)
+        path = local_path(self.recipe.model.base)
+        known = path.is_dir() or sample_name(self.recipe.model.base) is not None
+        return str(path.absolute()) if known else self.recipe.model.base
+
+    @property
+    def template(self) -> str:
+        """The template of conversations, as the recipe names it."""
+        return template_of(self.recipe)
+
+    def adapter(self, stage: Stage) -> Path:
+        """Where a stage's adapter lies, or will."""
+        return self.folder / stage.name / "adapter"
+
+    def merged(self, stage: Stage) -> Path:
+        """Where a stage's merged model lies, or will."""
+        return self.folder / stage.name / "merged"
+
+    def has_merged(self, stage: Stage) -> bool:
+        """Whether the stage's merged model is there, whole."""
+        return (self.merged(stage) / MERGED_MARK).is_file()
+
+    def base_of(self, stage: Stage) -> str:
+        """What a stage was trained on: the base, or the merged model of the stage before."""
+        place = self.recipe.stages.index(stage)
+        return str(self.merged(self.recipe.stages[place - 1])) if place else self.base
+
+    def extra_adapters(self) -> list[Path]:
+        """Adapters right in the run folder, such as combined ones."""
+        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG}"))
+
+    def choices(self) -> dict[str, Choice]:
+        """What can answer, by name: the base, the extras, then each stage that is there.
+
+        A stage's adapter goes on top of the earlier ones', so that one base in memory serves all;
+        it stands on the merged model before it where that is another model than base + adapters:
+        after full fine-tuning, or if it was itself trained over that model in NF4.
+        """
+        found = {BASE: Choice(self.base, template=self.template)}
+        for folder in self.extra_adapters():
+            found[folder.name] = adapter_choice(folder, self.base, self.template)
+        before: Choice | None = found[BASE]
+        for stage in self.recipe.stages:
+            before = self._after(stage, before)
+            if before is not None:
+                found[stage.name] = before
+        return found
+
+    def _after(self, stage: Stage, before: Choice | None) -> Choice | None:
+        if isinstance(stage.method, Full):
+            template = trained_template([self.merged(stage)], self.template)
+            merged = Choice(str(self.merged(stage)), template=template)
+            return merged if self.has_merged(stage) else None
+        if not (self.adapter(stage) / CONFIG).is_file():
+            return None
+        quantised, first = stage.method.kind == "qlora", stage is self.recipe.stages[0]
+        base, folders = self.base_of(stage), [self.adapter(stage)]
+        if not (first or quantised or before is None):
+            base, quantised = before.base, before.quantised
+            folders = [*before.adapters, *folders]
+        return Choice(base, quantised, tuple(folders), trained_template(folders, self.template))
+
+
+def template_of(recipe: Recipe) -> str:
+    """The template of conversations: that of the last stage that trains on them."""
+    named = [stage.data.template for stage in recipe.stages if stage.kind == "sft"]
+    return named[-1] if named else "auto"
+
+
+def is_run(address: str) -> bool:
+    """Whether an address is a run folder's."""
+    return (Path(address).expanduser() / RECIPE).is_file()
+
+
+def open_run(folder: Path) -> Run:
+    """A run folder.
+
+    Raises:
+        UserError: it is none, or its recipe cannot be read.
+    """
+    if not (folder / RECIPE).is_file():
+        fix = "give the folder that output.folder named"
+        raise UserError(f"is not a run folder: no {RECIPE} in it", where=str(folder), fix=fix)
+    return Run(folder.absolute(), load_recipe(str(folder / RECIPE)))
+
+
+def adapter_choice(folder: Path, base: str | None = None, template: str = "auto") -> Choice:
+    """An adapter's folder on `base`; on the base that its config names if None.
+
+    Raises:
+        UserError: it is no adapter, or names no base.
+    """
+    base = base or read_adapter_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            "does not say which base it belongs to",
+            where=str(folder / CONFIG),
+            fix="name the model, and this folder as --adapter",
+        )
+    template = trained_template([folder], template)
+    return Choice(base, origin(folder).quantised, (folder,), template)
+
+
+def trained_template(folders: Sequence[Path], otherwise: str) -> str:
+    """The template that the last of these results brings along; else what a recipe names."""
+    brought = [folder / CHAT_TEMPLATE for folder in folders]
+    return next((str(path) for path in reversed(brought) if path.is_file()), otherwise)
+
+
+def choices_of(address: str) -> dict[str, Choice]:
+    """What can answer at an address: of a run, of an adapter's folder, or of a model.
+
+    The last one is what is meant if none is named.
+    """
+    path = Path(address).expanduser()
+    if is_run(address):
+        return open_run(path).choices()
+    template = _template_beside(path)
+    if (path / CONFIG).is_file() and not (path / "config.json").is_file():
+        own = adapter_choice(path, template=template)
+        name = path.absolute().parent.name if path.name == "adapter" else path.name
+        return {BASE: Choice(own.base, template=template), name: own}
+    return {BASE: Choice(address, template=template)}
+
+
+def _template_beside(result: Path) -> str:
+    """The template of a stage's adapter or merged model: its own, else its run's recipe's."""
+    run = result.absolute().parent.parent
+    return trained_template([result], open_run(run).template if is_run(str(run)) else "auto")

@@ -1,1 +1,0 @@
-"""A stage of the chain: one training loop for every kind, method and engine."""

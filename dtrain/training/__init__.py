@@ -1,0 +1,1 @@
+"""Training one stage: the loop, its step, the learning rate, and stopping before preemption."""

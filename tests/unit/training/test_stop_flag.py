@@ -1,0 +1,58 @@
+"""When a process asks to stop: signals, the file, the end of the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtrain.training.preemption import SPARE_SECONDS, STOP_SIGNALS, StopFlag, end_time
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No job's end from outside; the handlers of the test runner come back."""
+    for name in ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_asks_and_more_of_them_do_no_harm(tmp_path: Path, number: int) -> None:
+    flag = StopFlag(tmp_path, looks_at_file=True)
+    flag.listen()
+    assert not flag.is_set(1.0, 1.0)
+    for _ in range(3):
+        os.kill(os.getpid(), number)
+    assert flag.is_set(1.0, 1.0)
+
+
+def test_the_file_asks_the_rank_that_looks_and_is_gone_when_it_was_heeded(tmp_path: Path) -> None:
+    looks, other = (StopFlag(tmp_path, looks_at_file=looks) for looks in (True, False))
+    (tmp_path / "stop").touch()
+    assert looks.is_set(0, 0) and not other.is_set(0, 0)
+    looks.forget_file()
+    assert not looks.is_set(0, 0)
+
+
+@pytest.mark.parametrize(("left", "stops"), [(-1, True), (1, False)])
+def test_it_stops_while_there_is_time_for_a_step_and_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, stops: bool
+) -> None:
+    step, save, now = 100.0, 50.0, 1_000_000.0
+    needed = 2 * step + 2 * save + SPARE_SECONDS
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + needed + left)))
+    assert StopFlag(tmp_path, looks_at_file=False).is_set(step, save) == stops
+
+
+def test_our_own_variable_counts_more_than_slurms() -> None:
+    assert end_time({"DTRAIN_END_TIME": "5", "SLURM_JOB_END_TIME": "9"}) == 5.0
+    assert end_time({"DTRAIN_END_TIME": "soon"}) is None
