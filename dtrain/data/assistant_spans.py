@@ -18,6 +18,7 @@ from functools import lru_cache
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import OWN_KEYS, SECONDS, Span, Template
 from dtrain.data.conversations import Conversation, Messages
+from dtrain.data.end_of_turn import ANSWER, common_prefix_length, endings
 from dtrain.data.sandbox import Limit, limits
 from dtrain.data.template_fields import (
     ARGUMENT,
@@ -37,7 +38,6 @@ from dtrain.data.template_fields import (
 )
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of those of `fields`
 REASON_CHARACTERS = 300  # of what a template says when it refuses a conversation
 REMEMBERED = 4096  # ways in which turns of a template begin and end
 
@@ -320,7 +320,7 @@ class _Check:
             plain["content"] = [{"type": "text", "text": f"{ANSWER}a"}]
         messages = [*self.located.marking.talk.messages[:number], plain]
         rendering = self._rendering(messages) or ""
-        return _common(gap, self._behind_marks(rendering.partition(ANSWER)[0]))
+        return common_prefix_length(gap, self._behind_marks(rendering.partition(ANSWER)[0]))
 
     def _end(self, number: int, turn: _Turn) -> tuple[int, bool]:
         """Where an answer ends, and whether with something that closes its turn."""
@@ -421,54 +421,3 @@ def _reads(template: str, key: str) -> bool:
 def _is_there(field: Field, place: Place | None) -> bool:
     """Whether the template writes a field; a value that is no text, behind its key."""
     return place is not None and (isinstance(field.core, str) or place.as_written)
-
-
-def _common(one: str, other: str) -> int:
-    """Characters with which both begin."""
-    size = 0
-    while size < min(len(one), len(other)) and one[size] == other[size]:
-        size += 1
-    return size
-
-
-def end_of_turn(template: Template) -> str:
-    """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
-    inner, last = endings(template) or ("", "")
-    return inner if inner and (last.startswith(inner) or not last) else last
-
-
-@lru_cache(maxsize=8)
-def endings(template: Template) -> tuple[str, str] | None:
-    """What closes an answer that another turn follows, and what closes the last one.
-
-    Returns:
-        None of a template that refuses a plain exchange, so that it cannot be found out.
-    """
-    first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
-    text = _probed(template, first)
-    more = _probed(template, [*first, {"role": "user", "content": PROBE}])
-    if not text and not more:
-        return None
-    last = text.partition(ANSWER)[2].rstrip()
-    before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
-    if text and middle.startswith(last):
-        return last, last
-    # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
-    # stands between an answer and the head of the next question.
-    same = _common(before[::-1], middle[::-1])
-    if inner := middle[: len(middle) - same].rstrip():
-        return inner, last
-    # gpt-oss closes its own preface in the same way, so that all of it stands before the first
-    # question too; but a conversation begins as every turn does.
-    begin = text.removeprefix(dict(template.specials).get("bos_token", ""))
-    both = middle[: _common(middle, text.partition(PROBE)[2])]
-    sizes = range(len(both), 0, -1)
-    head = next((size for size in sizes if begin.startswith(both[-size:])), 0)
-    return both[: len(both) - head].rstrip(), last
-
-
-def _probed(template: Template, messages: Messages) -> str:
-    try:
-        return template.render(Conversation(messages))
-    except Exception:  # such as one that takes a single exchange
-        return ""

@@ -15,9 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.data.assistant_spans import endings
 from dtrain.data.chat_templates import SECONDS, Template
 from dtrain.data.conversations import Messages
+from dtrain.data.end_of_turn import endings
 from dtrain.data.sandbox import Limit, limits
 
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -18,7 +18,8 @@ from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text
 from dtrain.core.log import say
-from dtrain.data.chat_templates import Stop, resolve_template, stop_of
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.end_of_turn import Stop, stop_of
 from dtrain.merge.provenance import RECIPE
 from dtrain.models.hub import base_folder
 from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION

@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import SECONDS, Template, resolve_template, stop_of
+from dtrain.data.chat_templates import SECONDS, Template, resolve_template
 from dtrain.data.conversations import Conversation, Messages
+from dtrain.data.end_of_turn import stop_of
 from dtrain.data.sandbox import Limit, limits
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype

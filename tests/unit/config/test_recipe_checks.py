@@ -136,7 +136,7 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             {"launch": {"processes": 3}},
             ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),
-        ({"stages__0__train__micro_batch_sequences": 16}, ["micro_batch_size"]),
+        ({"stages__0__train__micro_batch_size": 16}, ["micro_batch_size"]),
         (
             {"model__attention": "flash_attention_2", "device": "cpu"},
             ["model.attention", "device"],

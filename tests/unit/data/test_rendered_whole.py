@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data.assistant_spans import end_of_turn, render_answers
+from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.conversations import Conversation, as_messages
+from dtrain.data.end_of_turn import end_of_turn
 from dtrain.data.formats import convert
 
 FAMILIES = Path(__file__).with_name("templates")

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.data.chat_templates import Stop, Template, resolve_template, stop_of
+from dtrain.data.chat_templates import Template, resolve_template
+from dtrain.data.end_of_turn import Stop, stop_of
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from dtrain.config.schema import Stage
-from dtrain.data.chat_templates import Stop
+from dtrain.data.end_of_turn import Stop
 from dtrain.merge.chat_files import (
     adapter_files,
     carried_files,

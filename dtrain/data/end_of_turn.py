@@ -1,0 +1,101 @@
+"""What a chat template writes to end a turn, and how a tokenizer reads it: a token or a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from dtrain.data.chat_templates import SECONDS, Template
+from dtrain.data.conversations import Conversation, Messages
+from dtrain.data.sandbox import Limit, limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of `template_fields`
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer; neither, if the template closes no turn.
+
+    Attributes:
+        token: id of a token that stands for nothing else.
+        text: for a template that closes a turn with ordinary tokens.
+    """
+
+    token: int | None = None
+    text: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The stop strings, none or one."""
+        return [self.text] if self.text else []
+
+
+def stop_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> Stop:
+    """What closes a turn under a template, as a tokenizer reads it."""
+    try:
+        with limits(SECONDS):
+            ending = end_of_turn(template)
+    except (Exception, Limit):  # a template is a program; this one refuses a plain exchange
+        return Stop()
+    if not ending:
+        return Stop()
+    known = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    ids = tokenizer(ending, add_special_tokens=False).input_ids
+    # Some tokenizers add runs of blanks as tokens, which stand inside answers too.
+    token = next((i for i in ids if i in known and str(tokenizer.decode([i])).strip()), None)
+    return Stop(token=token) if token is not None else Stop(text=ending)
+
+
+def end_of_turn(template: Template) -> str:
+    """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
+    inner, last = endings(template) or ("", "")
+    return inner if inner and (last.startswith(inner) or not last) else last
+
+
+@lru_cache(maxsize=8)
+def endings(template: Template) -> tuple[str, str] | None:
+    """What closes an answer that another turn follows, and what closes the last one.
+
+    Returns:
+        None of a template that refuses a plain exchange, so that it cannot be found out.
+    """
+    first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
+    text = _probed(template, first)
+    more = _probed(template, [*first, {"role": "user", "content": PROBE}])
+    if not text and not more:
+        return None
+    last = text.partition(ANSWER)[2].rstrip()
+    before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
+    if text and middle.startswith(last):
+        return last, last
+    # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
+    # stands between an answer and the head of the next question.
+    same = common_prefix_length(before[::-1], middle[::-1])
+    if inner := middle[: len(middle) - same].rstrip():
+        return inner, last
+    # gpt-oss closes its own preface in the same way, so that all of it stands before the first
+    # question too; but a conversation begins as every turn does.
+    begin = text.removeprefix(dict(template.specials).get("bos_token", ""))
+    both = middle[: common_prefix_length(middle, text.partition(PROBE)[2])]
+    sizes = range(len(both), 0, -1)
+    head = next((size for size in sizes if begin.startswith(both[-size:])), 0)
+    return both[: len(both) - head].rstrip(), last
+
+
+def _probed(template: Template, messages: Messages) -> str:
+    try:
+        return template.render(Conversation(messages))
+    except Exception:  # such as one that takes a single exchange
+        return ""
+
+
+def common_prefix_length(a: str, b: str) -> int:
+    """Number of characters that both texts start with."""
+    size = 0
+    while size < min(len(a), len(b)) and a[size] == b[size]:
+        size += 1
+    return size
