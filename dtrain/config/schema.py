@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from dtrain.config.group import Count, Group, Share, Text
+from dtrain.config.methods import Method
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 Column = Literal[
     "text",
@@ -27,12 +27,6 @@ Column = Literal[
     "rejected",
     "label",
 ]
-
-
-class Group(BaseModel):
-    """A group of keys: unknown keys and silent conversions are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Group):
@@ -93,36 +87,6 @@ class Launch(Group):
     def ranks_on_node(self, otherwise: int) -> int:
         """Ranks of each node of a job; `otherwise` where the recipe leaves it open."""
         return otherwise if self.processes == "auto" else self.processes
-
-
-class Full(Group):
-    """Every parameter trains."""
-
-    kind: Literal["full"]
-
-
-class Lora(Group):
-    """Low-rank adapters (arXiv:2106.09685); qlora: over a base held in NF4 (arXiv:2305.14314)."""
-
-    kind: Literal["lora", "qlora"]
-    r: Count = Field(16, description="rank; 8 for simple tasks, 32 to 64 for domain knowledge")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="scale is alpha / r; 2 r if not given",
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
-    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
-        "all-linear",
-        description="linear layers that get an adapter, by name",
-    )
-
-    @property
-    def scale_alpha(self) -> float:
-        """Alpha as used: given, or twice the rank."""
-        return self.alpha if self.alpha is not None else 2.0 * self.r
-
-
-Method = Annotated[Full | Lora, Field(discriminator="kind")]
 
 
 class Weight(Group):

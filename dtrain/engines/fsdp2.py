@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
-from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.config.methods import Full
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import (

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
@@ -32,7 +32,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def attach(
     model: PreTrainedModel,
-    method: schema.Full | schema.Lora,
+    method: Full | Lora,
     *,
     seed: int,
     device: torch.device | None = None,
@@ -53,7 +53,7 @@ def attach(
         UserError: a target that no linear layer answers to.
     """
     described = outline(model.config, trust_remote_code=model.is_custom_code())
-    if isinstance(method, schema.Full):
+    if isinstance(method, Full):
         return _train_all(model, unused_parameters(described))
     target_modules = _resolve_targets(model, method.target_modules, unused_layers(described))
     config = LoraConfig(

@@ -19,7 +19,8 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
-from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.config.methods import Full
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import say, warn
 from dtrain.core.ownership import own_folder
 from dtrain.core.units import count, duration, size

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import deepspeed_file
-from dtrain.config.schema import Lora, Recipe, Stage
+from dtrain.config.methods import Lora
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.kernel_sizes import KERNELS

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.config.methods import Full
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionMaskInterface, PretrainedConfig
 
-from dtrain.config.schema import Full, Recipe, Stage
+from dtrain.config.methods import Full
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine

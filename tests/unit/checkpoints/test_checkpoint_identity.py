@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoints import CHANGEABLE, differences, require_same
-from dtrain.config.schema import Full, Lora, Train
+from dtrain.config.methods import Full, Lora
+from dtrain.config.schema import Train
 from dtrain.core.errors import UserError
 
 SAVED = {

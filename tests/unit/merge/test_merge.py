@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from dtrain.config import schema
+from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.core.hash_cache import remember_sha256, state_of
 from dtrain.core.hashes import file_sha256
@@ -173,7 +174,7 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
     model = load_base(
         base, settings, quantised=True, dtype=torch.float32, device=torch.device("cpu")
     )
-    method = schema.Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
+    method = Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     adapted = attach(model, method, seed=2)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_mergeable, check_places, merge, part_of, replace
@@ -37,7 +38,7 @@ def train(base: Path, folder: Path, kind: str) -> nn.Module:
     settings = schema.Model(base=str(base), attention="eager")
     quantised, cpu = kind == "qlora", torch.device("cpu")
     model = load_base(base, settings, quantised=quantised, dtype=torch.float32, device=cpu)
-    adapted = attach(model, schema.Lora(kind=kind, r=4, dropout=0.0), seed=0)
+    adapted = attach(model, Lora(kind=kind, r=4, dropout=0.0), seed=0)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     torch.manual_seed(3)
     for parameter in trained.values():
@@ -71,7 +72,7 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     save_small(wrapper, base)
-    model = attach(plain(base), schema.Full(kind="full"), seed=0)
+    model = attach(plain(base), Full(kind="full"), seed=0)
     trained = {n: p.detach().add_(0.01) for n, p in model.named_parameters() if p.requires_grad}
     check_mergeable(base, changed_tensors(model))
 
@@ -86,9 +87,9 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
         assert torch.equal(plain(out).get_buffer(name), buffer)
 
 
-@pytest.mark.parametrize("method", [schema.Lora(kind="lora", r=2), schema.Full(kind="full")])
+@pytest.mark.parametrize("method", [Lora(kind="lora", r=2), Full(kind="full")])
 def test_targets_that_the_files_hold_in_another_form_are_refused(
-    tmp_path: Path, save_small: Callable, method: schema.Lora | schema.Full
+    tmp_path: Path, save_small: Callable, method: Lora | Full
 ) -> None:
     """HRM's queries, keys and values are one tensor in its files."""
     save_small("hrm_text", tmp_path)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
 from dtrain.models.adapters import attach, save_adapter
 from dtrain.models.tensor_utils import parameter_counts
 
-LORA = schema.Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
+LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
 
 
 def base(dtype: torch.dtype = torch.float32, **settings: object) -> LlamaForCausalLM:
@@ -55,7 +55,7 @@ def test_no_two_layers_start_alike() -> None:
 
 
 def test_first_weights_are_distributed_as_in_peft() -> None:
-    first = trainable(attach(base(), schema.Lora(kind="lora", r=64), seed=5))
+    first = trainable(attach(base(), Lora(kind="lora", r=64), seed=5))
     assert all(not t.any() for n, t in first.items() if "lora_B" in n)
     for name, tensor in first.items():
         if "lora_A" in name:
@@ -67,7 +67,7 @@ def test_first_weights_are_distributed_as_in_peft() -> None:
 def test_no_gradient_is_asked_below_the_first_adapter() -> None:
     model = base()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    adapted = attach(model, schema.Lora(kind="lora", dropout=0.0), seed=0)
+    adapted = attach(model, Lora(kind="lora", dropout=0.0), seed=0)
     seen = []
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(output.requires_grad)
@@ -81,12 +81,12 @@ def test_no_gradient_is_asked_below_the_first_adapter() -> None:
 @pytest.mark.parametrize("target_modules", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
 def test_wrong_target_names_the_linear_layers(target_modules: list[str]) -> None:
     with pytest.raises(UserError, match="no linear layer is named") as caught:
-        attach(base(), schema.Lora(kind="lora", target_modules=target_modules), seed=0)
+        attach(base(), Lora(kind="lora", target_modules=target_modules), seed=0)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught)
 
 
 def test_tied_output_matrix_gets_no_adapter() -> None:
-    method = schema.Lora(kind="lora", target_modules=["lm_head"])
+    method = Lora(kind="lora", target_modules=["lm_head"])
     with pytest.raises(UserError, match="tied"):
         attach(base(tie_word_embeddings=True), method, seed=0)
     untied = trainable(attach(base(tie_word_embeddings=False), method, seed=0))
@@ -94,7 +94,7 @@ def test_tied_output_matrix_gets_no_adapter() -> None:
 
 
 def test_full_trains_everything_in_float32() -> None:
-    model = attach(base(torch.bfloat16), schema.Full(kind="full"), seed=0)
+    model = attach(base(torch.bfloat16), Full(kind="full"), seed=0)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.training
     total = sum(p.numel() for p in model.parameters())

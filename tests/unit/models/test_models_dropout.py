@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config import schema
+from dtrain.config.methods import Lora
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key
 from dtrain.models.kernels import native
@@ -86,7 +86,7 @@ def adapted(checkpointing: bool) -> nn.Module:
     model = LlamaForCausalLM(config).requires_grad_(False)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    method = schema.Lora(kind="lora", r=4, dropout=0.2)
+    method = Lora(kind="lora", r=4, dropout=0.2)
     return with_live_b(attach(model, method, seed=3))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base, read_config
@@ -20,7 +21,7 @@ from dtrain.models.quantize import nf4_layers
 from dtrain.models.sharded_loading import stream_base
 
 CPU = torch.device("cpu")
-LORA = schema.Lora(kind="lora", r=2, dropout=0.0)
+LORA = Lora(kind="lora", r=2, dropout=0.0)
 GEMMA4_MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
               "moe_intermediate_size": 32}  # fmt: skip
 
@@ -71,7 +72,7 @@ def test_what_peft_does_not_adapt_is_refused(tmp_path: Path, save_small: Callabl
 def test_full_training_leaves_an_image_tower_frozen(
     tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = attach(save_small("gemma3", tmp_path), schema.Full(kind="full"), seed=0)
+    model = attach(save_small("gemma3", tmp_path), Full(kind="full"), seed=0)
     loss(model).backward()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, p in model.named_parameters() if p.grad is None}

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
@@ -115,8 +116,8 @@ def forward_backward(job: Any, lengths: list[int]) -> int:
 
 
 METHODS = {
-    "lora": schema.Lora(kind="lora", r=4, dropout=0.0),
-    "full": schema.Full(kind="full"),
+    "lora": Lora(kind="lora", r=4, dropout=0.0),
+    "full": Full(kind="full"),
 }
 
 

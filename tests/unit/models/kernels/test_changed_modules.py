@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config import schema
+from dtrain.config.methods import Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
@@ -18,7 +18,7 @@ from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels.patch import use_kernels
 from dtrain.models.loss import supervised_losses
 
-LORA = schema.Lora(kind="lora", r=4)
+LORA = Lora(kind="lora", r=4)
 PARTS = {
     "norm": "model.layers.0.input_layernorm",
     "MLP": "model.layers.0.mlp",

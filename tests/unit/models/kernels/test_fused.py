@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
@@ -163,7 +163,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     base = LlamaForCausalLM(config).requires_grad_(False)
-    method: Any = schema.Full(kind="full") if full else schema.Lora(kind="lora", r=4, dropout=0.1)
+    method: Any = Full(kind="full") if full else Lora(kind="lora", r=4, dropout=0.1)
     model = attach(base, method, seed=0).train()
     use_kernels(model)
     for tokens in (33, 2, 5):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
@@ -48,13 +49,13 @@ CONFIGS = {
     "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
-LORA = schema.Lora(kind="lora", r=4)  # with dropout
+LORA = Lora(kind="lora", r=4)  # with dropout
 METHODS = {
     "lora": LORA,
     "no dropout": LORA.model_copy(update={"dropout": 0.0}),
     "some layers": LORA.model_copy(update={"target_modules": ["q_proj", "v_proj", "up_proj"]}),
     "qlora": LORA.model_copy(update={"kind": "qlora"}),
-    "full": schema.Full(kind="full"),
+    "full": Full(kind="full"),
 }
 
 
@@ -68,9 +69,7 @@ def saved(config: PretrainedConfig, folder: Path) -> Path:
     return folder
 
 
-def build(
-    folder: Path, method: schema.Full | schema.Lora, kernels: str, **settings: object
-) -> nn.Module:
+def build(folder: Path, method: Full | Lora, kernels: str, **settings: object) -> nn.Module:
     chosen = schema.Model(base=str(folder), kernels=kernels, **settings)  # type: ignore[arg-type]
     quantised = method.kind == "qlora"
     base = load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)

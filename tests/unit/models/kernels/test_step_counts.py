@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config import schema
+from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.models import attention
 from dtrain.models.adapters import attach
@@ -39,11 +40,11 @@ CONFIG = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=2,
     num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
-LORA = schema.Lora(kind="lora", r=RANK, dropout=0.0)
-METHODS: dict[str, schema.Full | schema.Lora] = {
+LORA = Lora(kind="lora", r=RANK, dropout=0.0)
+METHODS: dict[str, Full | Lora] = {
     "lora": LORA,
     "lora with dropout": LORA.model_copy(update={"dropout": 0.05}),
-    "full": schema.Full(kind="full"),
+    "full": Full(kind="full"),
 }
 
 
@@ -107,7 +108,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def build(method: schema.Full | schema.Lora, kernels: str, attention_name: str) -> nn.Module:
+def build(method: Full | Lora, kernels: str, attention_name: str) -> nn.Module:
     torch.manual_seed(0)
     base = LlamaForCausalLM(CONFIG).requires_grad_(False)
     base.set_attn_implementation(attention_name)
