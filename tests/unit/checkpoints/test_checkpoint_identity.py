@@ -39,7 +39,7 @@ def test_every_difference_is_told_with_both_values() -> None:
         "data: 'f00d' in the checkpoint, 'beef' now",
         "method.target_modules.1: 'v' in the checkpoint, 'k' now",
         "seed: absent in the checkpoint, 1 now",
-        "train: {'learning_rate': 0.0002, 'global_batch_size': 8, 'ste… in the checkpoint, "
+        "train: {'learning_rate': 0.0002, 'global_batch_size': 8, 'steps': … in the checkpoint, "
         "absent now",
     ]
 

@@ -21,7 +21,7 @@ from dtrain.distributed import hang_watchdog
 RANK = """
 import sys, time
 from pathlib import Path
-from dtrain.distributed import watch
+from dtrain.distributed import hang_watchdog as watch
 watch.BEAT_SECONDS, watch.LEAST_LIMIT_SECONDS, watch.NEIGHBOUR_EVERY_SECONDS = 0.02, 0.4, 0.1
 folder, rank, life = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 one = watch.Watch(folder, rank, 2, print)
@@ -186,7 +186,7 @@ def test_a_failure_elsewhere_ends_a_rank_that_waits_with_its_status(tmp_path: Pa
     code = """
 import sys, time
 from pathlib import Path
-from dtrain.distributed import watch
+from dtrain.distributed import hang_watchdog as watch
 watch.BEAT_SECONDS = 0.02
 watch.Watch(Path(sys.argv[1]), 0, 2, print, failure=lambda: (1, 4)).start()
 time.sleep(60)
