@@ -1,9 +1,4 @@
-# make quickstart: install, then train a real model in two stages.  make test, make check: as they say.
-# make sweep: what each model type of transformers gets.
-# make test-gpu: the checks of one GPU.
-# make test-lowest: the golden losses again in a second environment, of the oldest libraries allowed.
-# make bench DATA=alpaca.json [TEXT=book.txt]: what a start and a step cost here, against TRL, into
-# tests/bench/results.txt; about an hour.
+# `make help` lists the targets.
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,44 +6,46 @@ LOWEST := .venv-lowest
 GPU_PYTHON ?= $(BIN)/python
 RESULTS := tests/bench/results.txt
 
-# The first Python that dtrain runs on.
+# The first supported Python on the PATH.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-.PHONY: quickstart test test-lowest test-gpu sweep check bench install
-install: $(INSTALLED)
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-lowest test-gpu sweep check bench
 
-quickstart: $(INSTALLED)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv with dtrain and its dependencies
+
+quickstart: $(INSTALLED) ## install, then train a real model in two stages (about five minutes)
 	$(BIN)/dtrain run quickstart
 
-# One test file a core; the distributed ones start several processes each, so one after the other.
+# Unit tests run one file per core; distributed tests start several processes each, so they run alone.
 test: export OMP_NUM_THREADS = 1
-test: $(INSTALLED)
+test: $(INSTALLED) ## install, then run all tests that need no GPU
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit tests/gpu
 	$(BIN)/pytest -q tests/distributed tests/integration tests/architectures
 	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
 
-# The same losses from the oldest libraries that pyproject.toml allows, and from a newer torch.
 test-lowest: export OMP_NUM_THREADS = 1
-test-lowest: $(LOWEST)/.installed
+test-lowest: $(LOWEST)/.installed ## golden losses with the oldest allowed libraries and a newer torch
 	$(LOWEST)/bin/pytest -q tests/distributed/test_golden.py \
 		-k "two_ranks and (ddp or lora and not qlora)"
 
-# Every causal-LM type of the installed transformers, into tests/architectures/table.txt.
-sweep: $(INSTALLED)
+sweep: $(INSTALLED) ## train each causal-LM type of transformers, write tests/architectures/table.txt
 	$(BIN)/python tests/architectures/sweep.py --write
 
-# For one GPU: tests/gpu/README.md.
-test-gpu:
+test-gpu: ## run the checks for one GPU (GPU_PYTHON=python3 for an image's own Python)
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q tests/gpu
 
-check: $(INSTALLED)
+check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One script's table on the terminal and in $(RESULTS); the script's status ends the whole.
+# Run one script, append its table to $(RESULTS), and stop at the first that fails.
 define measure
 @echo "== $(1)" | tee -a $(RESULTS)
 @$(BIN)/python tests/bench/$(1) | tee -a $(RESULTS)
@@ -56,7 +53,7 @@ endef
 
 bench: SHELL := bash
 bench: .SHELLFLAGS := -eo pipefail -c
-bench: $(INSTALLED)
+bench: $(INSTALLED) ## measure speed against TRL (DATA=alpaca.json, TEXT=book.txt; about an hour)
 	@test -f "$(DATA)" || { echo "error: name a file of instructions: make bench DATA=..." >&2; exit 2; }
 	@{ date -u; grep -m1 "model name" /proc/cpuinfo; nproc; git rev-parse HEAD; } > $(RESULTS) || true
 	$(call measure,cold_start.py)
@@ -68,7 +65,7 @@ bench: $(INSTALLED)
 	$(call measure,step_engines.py $(DATA))
 	$(call measure,step_losses.py $(DATA))
 
-# torch comes first and from the constraints, so that no range can pull another.
+# torch is installed first, from the constraints, so that no range can pull another build.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "error: dtrain needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=..." >&2; exit 2; }
