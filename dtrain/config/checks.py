@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config import deepspeed_file
+from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import Problems, UserError
@@ -35,13 +36,15 @@ class Clash(UserError):
         super().__init__(f"{names}: {what}", fix=fix)
 
 
-REPLICATING = ("auto", "ddp")
+CHOSEN_BY_AUTO = ("strict", "eight_bit_optimizer")
+"""Capabilities that `engine.kind: auto` respects; others are settings of a named engine."""
 
 
 def check(recipe: Recipe) -> list[Clash]:
     """Every fault that one key alone does not show; no file but `engine.config` is opened."""
     return [
-        *_engine(recipe),
+        *unsupported_by_engine(recipe),
+        *_deepspeed_file(recipe),
         *_device(recipe),
         *_stage_names(recipe),
         *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
@@ -83,22 +86,35 @@ def _what_divides(global_batch: int, ranks: int, together: int) -> str:
     return "take " + ", or ".join(proposals)
 
 
-def _engine(recipe: Recipe) -> Iterator[Clash]:
-    engine, kind = recipe.engine, ("engine", "kind")
-    if recipe.determinism == "strict" and engine.kind not in REPLICATING:
-        what = f"strict is for ddp; {engine.kind} sums gradients in an order of its own"
-        yield Clash([("determinism",), kind], what, "engine.kind=ddp, or determinism=off")
-    if engine.offload and engine.kind != "zero3":
-        what = f"only zero3 offloads, and this is {engine.kind}"
-        yield Clash([("engine", "offload"), kind], what, "engine.kind=zero3, or offload=false")
-    if engine.shard != "all" and engine.kind != "fsdp2":
-        what = f"only fsdp2 takes the size of its shards, and this is {engine.kind}"
-        yield Clash([("engine", "shard"), kind], what, "engine.kind=fsdp2, or shard=all")
-    if engine.config is None:
-        return
-    if engine.kind not in ("zero2", "zero3"):
-        what = f"a DeepSpeed file is for zero2 and zero3, and this is {engine.kind}"
-        yield Clash([("engine", "config"), kind], what, "leave engine.config out")
+def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
+    """Settings that the recipe's engine does not support, according to the table of engines."""
+    engine = recipe.engine
+    uses: list[tuple[Key, str, str, str]] = []
+    if recipe.determinism == "strict":
+        uses.append((("determinism",), "strict", "determinism: strict", "determinism=off"))
+    for number, stage in enumerate(recipe.stages):
+        if (optimizer := stage.train.optimizer) != "adamw":
+            key = ("stages", number, "train", "optimizer")
+            uses.append((key, "eight_bit_optimizer", optimizer, "optimizer=adamw"))
+    if engine.offload:
+        uses.append((("engine", "offload"), "offload", "offload", "offload=false"))
+    if engine.shard != "all":
+        uses.append((("engine", "shard"), "shard_group", "shard groups", "shard=all"))
+    if engine.config is not None:
+        fix = "leave engine.config out"
+        uses.append((("engine", "config"), "zero_stage", "a DeepSpeed file", fix))
+    for key, capability, feature, alternative in uses:
+        able = engines_with(capability)
+        if engine.kind in able or (engine.kind == "auto" and capability in CHOSEN_BY_AUTO):
+            continue
+        what = f"only {' and '.join(able)} can use {feature}, and this is {engine.kind}"
+        fix = f"engine.kind={' or '.join(able)}, or {alternative}"
+        yield Clash([key, ("engine", "kind")], what, fix)
+
+
+def _deepspeed_file(recipe: Recipe) -> Iterator[Clash]:
+    engine = recipe.engine
+    if engine.config is None or engine.kind == "auto" or not ENGINES[engine.kind].is_deepspeed:
         return
     try:
         deepspeed_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
@@ -139,10 +155,6 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
-    if stage.train.optimizer != "adamw" and recipe.engine.kind not in REPLICATING:
-        keys: list[Key] = [(*at, "train", "optimizer"), ("engine", "kind")]
-        what = f"an 8-bit optimizer's state comes in blocks that {recipe.engine.kind} would cut up"
-        yield Clash(keys, what, "optimizer=adamw, or engine.kind=ddp")
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.engines import ENGINES
 from dtrain.core.errors import Problems, UserError
 from dtrain.core.files import read_text, unique_keys
 
@@ -24,7 +25,6 @@ OWNED = {
 }
 PREFETCH = "stage3_prefetch_bucket_size"
 MOST_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
-STAGES = {"zero2": 2, "zero3": 3}
 _OFFLOADS = ("offload_param", "offload_optimizer")
 
 
@@ -81,9 +81,9 @@ def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Itera
         yield UserError("has no zero_optimization group", where=str(path))
         return
     stage = zero.get("stage")
-    if stage != STAGES[kind]:
+    if stage != ENGINES[kind].zero_stage:
         what = f"zero_optimization.stage is {json.dumps(stage)}, but engine.kind is {kind}"
-        yield UserError(what, where=str(path), fix=f"set it to {STAGES[kind]}")
+        yield UserError(what, where=str(path), fix=f"set it to {ENGINES[kind].zero_stage}")
     offloaded = [name for name in _OFFLOADS if _device(zero.get(name)) != "none"]
     if offloaded and not offload:
         what = f"zero_optimization.{offloaded[0]} is set, but engine.offload is false"

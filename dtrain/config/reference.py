@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe
 
 _HEAD = """# Recipes
@@ -34,7 +35,7 @@ _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 def reference() -> str:
     """The page."""
-    return _HEAD + "".join(_sections(Recipe, "", {}))
+    return _HEAD + "".join([*_sections(Recipe, "", {}), *_engine_table()])
 
 
 def _sections(group: type[BaseModel], path: str, told: dict[type, str]) -> Iterator[str]:
@@ -54,6 +55,26 @@ def _sections(group: type[BaseModel], path: str, told: dict[type, str]) -> Itera
         way = f"{path}.{name}" if path else name
         for model, mark in _groups(field.annotation):
             yield from _sections(model, way + mark, told)
+
+
+def _engine_table() -> Iterator[str]:
+    """What each engine supports."""
+    yield "\n## Engines\n\n"
+    columns = {
+        "base sharded": "shards_base",
+        "gradients sharded": "shards_gradients",
+        "optimizer sharded": "shards_optimizer",
+        "`shard`": "shard_group",
+        "`offload`": "offload",
+        "`config`": "is_deepspeed",
+        "8-bit optimizers": "eight_bit_optimizer",
+        "`determinism: strict`": "strict",
+        "`plan --exact`": "simulated",
+    }
+    yield f"| engine | use it for | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|\n"
+    for kind, engine in ENGINES.items():
+        cells = ["yes" if getattr(engine, field) else "no" for field in columns.values()]
+        yield f"| `{kind}` | {engine.use_case} ({engine.title}) | {' | '.join(cells)} |\n"
 
 
 def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.group import Count, Group, Share, Text
 from dtrain.config.methods import Method
 
@@ -58,21 +59,27 @@ class Model(Group):
     trust_remote_code: bool = Field(False, description="run Python code that lies beside the model")
 
 
+def _for(capability: str, meaning: str) -> str:
+    return f"{', '.join(engines_with(capability))}: {meaning}"
+
+
 class Engine(Group):
     """Who holds which part of the model."""
 
-    kind: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = Field(
+    kind: Literal["auto", EngineKind] = Field(
         "auto",
         description="auto: the launcher's own if it names one, else the plan's choice; ddp on CPUs",
     )
     shard: Literal["all", "node"] | Count = Field(
         "all",
-        description="fsdp2: ranks that share one copy of the model",
+        description=_for("shard_group", "ranks that share one copy of the model"),
     )
-    offload: bool = Field(False, description="zero3: keep parameters and optimizer in host memory")
+    offload: bool = Field(
+        False, description=_for("offload", "keep parameters and optimizer in host memory")
+    )
     config: str | None = Field(
         None,
-        description="zero2, zero3: a DeepSpeed JSON file instead of the one in ds_configs/",
+        description=_for("zero_stage", "a DeepSpeed JSON file instead of the one in ds_configs/"),
     )
 
 

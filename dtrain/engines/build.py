@@ -1,4 +1,4 @@
-"""From the recipe's `engine.kind` to an engine."""
+"""Build the engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ from importlib import import_module
 
 from torch import nn
 
+from dtrain.config.checks import unsupported_by_engine
+from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
-from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
-
-# By name, so that a run under ddp does not pay for importing DeepSpeed.
-ENGINES = {
-    "strict": ("dtrain.engines.strict", "StrictDdp"),
-    "ddp": ("dtrain.engines.ddp", "Ddp"),
-    "fsdp2": ("dtrain.engines.fsdp2", "Fsdp2"),
-    "zero2": ("dtrain.engines.deepspeed", "Zero2"),
-    "zero3": ("dtrain.engines.deepspeed", "Zero3"),
-}
-
-
-SHARDING = ("fsdp2", "zero3")  # what keeps a share of the base only, and so takes it in blocks
 
 
 def build_engine(
@@ -30,26 +19,19 @@ def build_engine(
     """Wrap `model` in the engine that the resolved recipe names.
 
     Args:
-        fill: gives blocks of the model their values, if it has none yet.
+        fill: materializes blocks of the model that have no storage yet.
 
     Raises:
-        UserError: the ranks do not fit the engine, or strict sums are asked of one without them.
+        UserError: the engine does not support what the recipe asks for, or the number of ranks.
     """
-    kind: str = recipe.engine.kind
-    if stage.train.optimizer != "adamw" and kind != "ddp":
-        raise UserError(
-            f"{stage.train.optimizer} keeps its state in blocks that {kind} would cut up",
-            where="train.optimizer, engine.kind",
-            fix="train.optimizer=adamw, or engine.kind=ddp",
-        )
+    for clash in unsupported_by_engine(recipe):  # a launcher may have chosen the engine
+        raise clash
+    capabilities = ENGINES[recipe.engine.kind]
+    path = capabilities.implementation
     if recipe.determinism == "strict":
-        if kind != "ddp":
-            raise UserError(
-                f"strict is for ddp; {kind} sums gradients in an order of its own",
-                where="determinism, engine.kind",
-                fix="engine.kind=ddp, or determinism=off",
-            )
-        kind = "strict"
-    module, name = ENGINES[kind]
+        assert capabilities.strict_implementation
+        path = capabilities.strict_implementation
+    # Imported by name, so that a run under ddp does not pay for importing DeepSpeed.
+    module, _, name = path.partition(":")
     engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, fill)
     return engine

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import accumulation
 from dtrain.config.deepspeed_file import PREFETCH, prefetch_elements
+from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
@@ -44,7 +45,7 @@ class Zero(Engine):
         super().__init__(bare, recipe, stage, world)
         start_deepspeed(world)
         settings = fill_ds_config(
-            load_ds_config(_own_file(recipe), self.kind, recipe.engine.offload),
+            load_ds_config(_own_file(recipe), recipe.engine.kind, recipe.engine.offload),
             recipe,
             stage,
             world,
@@ -54,12 +55,9 @@ class Zero(Engine):
         optimizer = build_optimizer([p for _, p in self.trainable], stage)
         with brief_parameters():
             self.model, *_ = deepspeed.initialize(model=bare, optimizer=optimizer, config=settings)
-        assert self.model.zero_optimization_stage() == self.stage_number
+        assert self.model.zero_optimization_stage() == ENGINES[recipe.engine.kind].zero_stage
         assert self.model.dp_world_size == world.size
         self.zero = self.model.optimizer
-
-    kind: str
-    stage_number: int
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
         """Fill the model before DeepSpeed takes it."""
@@ -97,8 +95,6 @@ class Zero(Engine):
 class Zero2(Zero):
     """Gradients and optimizer state partitioned as ranges of all parameters laid end to end."""
 
-    kind, stage_number = "zero2", 2
-
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
@@ -120,8 +116,6 @@ class Zero2(Zero):
 
 class Zero3(Zero):
     """Parameters partitioned too: each rank holds an equal range of every parameter."""
-
-    kind, stage_number = "zero3", 3
 
     def place(self, settings: dict[str, Any], fill: Fill) -> None:
         share_partitions(self.world)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.config.engines import engines_with
 from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
@@ -129,7 +130,7 @@ def check_blocks(blocks: list[nn.Module]) -> None:
                     f"layers of this model share weights ({type(block).__name__}), which fsdp2 "
                     "cannot shard layer by layer",
                     where="engine.kind: fsdp2",
-                    fix="engine.kind: zero3, or ddp",
+                    fix=f"engine.kind: {', '.join(engines_with('shared_layers'))}",
                 )
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain.config.deepspeed_file import read_stage
+from dtrain.config.engines import DEFAULT_ENGINE, ENGINES
 from dtrain.core.errors import UserError
 
-_ZERO_KINDS = {"2": "zero2", "3": "zero3"}
+_ZERO_KINDS = {
+    str(engine.zero_stage): kind for kind, engine in ENGINES.items() if engine.is_deepspeed
+}
 
 
 def launcher_engine(environ: Mapping[str, str]) -> str | None:
@@ -31,7 +34,7 @@ def resolve_engine(recipe_kind: str, environ: Mapping[str, str]) -> str:
     """
     named = _named(environ)
     if named is None:
-        return "ddp" if recipe_kind == "auto" else recipe_kind
+        return DEFAULT_ENGINE if recipe_kind == "auto" else recipe_kind
     kind, source = named
     if recipe_kind not in ("auto", kind):
         what = f"the recipe says {recipe_kind}, but accelerate's file says {kind} ({source})"

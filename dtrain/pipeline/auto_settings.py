@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dtrain.config.engines import DEFAULT_ENGINE
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
@@ -51,7 +52,7 @@ def simplest(recipe: Recipe) -> Recipe:
     """What is still `auto` becomes ddp and one sequence at once."""
     engine = recipe.engine
     if engine.kind == "auto":
-        engine = engine.model_copy(update={"kind": "ddp"})
+        engine = engine.model_copy(update={"kind": DEFAULT_ENGINE})
     stages = []
     for stage in recipe.stages:
         update = {"micro_batch_size": stage.train.micro_batch}

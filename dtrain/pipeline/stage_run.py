@@ -19,6 +19,7 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
+from dtrain.config.engines import ENGINES
 from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import say, warn
@@ -30,7 +31,7 @@ from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
-from dtrain.engines.build import SHARDING, build_engine
+from dtrain.engines.build import build_engine
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.chat_files import adapter_files, merged_files
 from dtrain.merge.from_checkpoint import read_whole, replace_with
@@ -176,7 +177,7 @@ class StageRun:
         base, fill = self.open_base(dtype)
         model = attach(base, method, seed=self.recipe.seed, device=world.device)
         self.check_merge(model)
-        if self.recipe.engine.kind not in SHARDING:
+        if not ENGINES[self.recipe.engine.kind].shards_base:
             fill(model)
         self.counts = trainable, total = parameter_counts(model)
         say(
@@ -209,7 +210,7 @@ class StageRun:
         if not streamed.converted:
             return streamed.model, streamed.fill
         self.check_merge(attach(streamed.model, self.stage.method, seed=0))  # before the load
-        if self.recipe.engine.kind in SHARDING:
+        if ENGINES[self.recipe.engine.kind].shards_base:
             warn(
                 f"{self.base}: {len(streamed.converted)} tensors are stored in another form "
                 f"({streamed.converted[0]}, …): every rank loads the whole base before it is "

@@ -29,9 +29,10 @@ from merge_models import layer_shapes, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.distributed.world import end_world, start_world
-from dtrain.engines.build import SHARDING, build_engine
+from dtrain.engines.build import build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.load import load_base
 from dtrain.models.quantize import nf4_config
@@ -132,7 +133,7 @@ def load(base: Path, kind: str, world: Any) -> object:
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": world.device}
     settings["quantised"] = method == "qlora"
     fill: Any = lambda block: None  # noqa: E731
-    if engine in SHARDING:
+    if ENGINES[engine].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
         model: nn.Module = streamed.model
         fill = streamed.fill

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import sample_name
 from dtrain.distributed.world import World, end_world, start_world
-from dtrain.engines.build import SHARDING, build_engine
+from dtrain.engines.build import build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
@@ -26,7 +27,7 @@ def kept(engine: Any, refs: list[Any]) -> list[str]:
     """Shapes of filled parameters that live on, though the engine does not compute with them."""
     own = {id(p) for p in engine.bare.parameters()}
     alive = [parameter for one in refs if (parameter := one()) is not None]
-    sharded = engine.recipe.engine.kind in SHARDING
+    sharded = ENGINES[engine.recipe.engine.kind].shards_base
     # ZeRO-3 empties the very parameter; where nothing is sharded it stays as it is
     return [str(p.shape) for p in alive if id(p) not in own or (sharded and p.numel())]
 
@@ -50,7 +51,7 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
 
     model = attach(streamed.model, stage.method, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
-    if kind not in SHARDING:
+    if not ENGINES[kind].shards_base:
         fill(model)
     engine = build_engine(model, recipe, stage, world, fill)
     gc.collect()

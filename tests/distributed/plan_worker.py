@@ -21,11 +21,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
-from dtrain.engines.build import SHARDING, build_engine
+from dtrain.engines.build import build_engine
 from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
@@ -139,7 +140,7 @@ def built(recipe, stage, world):
         "device": world.device,
     }
     base = Path(recipe.model.base)
-    if recipe.engine.kind in SHARDING:
+    if ENGINES[recipe.engine.kind].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
         model, fill = streamed.model, streamed.fill
     else:

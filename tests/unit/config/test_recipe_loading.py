@@ -148,7 +148,7 @@ def test_clashes_are_told_beside_wrong_values(write) -> None:
     bad = GOOD.replace("r: 8", "r: lots").replace("engine: {", "engine: {shard: 2, ")
     text = faults(write(bad))
     assert "stages.0.method.r must be a whole number" in text
-    assert "FILE:4: engine.shard and engine.kind: only fsdp2" in text
+    assert "FILE:4: engine.shard and engine.kind: only fsdp2 can use shard groups" in text
 
 
 def test_a_left_out_wrong_value_makes_no_clash_of_its_own(write) -> None:
