@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print the recipe with every default filled in, or every error in it."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.planning.known_models import refuse_untrainable
+    from dtrain.planning.known_models import check_trainable
     from dtrain.planning.positions import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
-    refuse_untrainable(settings.model.base)
+    check_trainable(settings.model.base)
     for line in position_warnings(settings):
         print(f"warning: {line}", file=sys.stderr)
     print(dump(settings), end="")

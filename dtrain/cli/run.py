@@ -39,10 +39,10 @@ def run(
 ) -> None:
     """Train, here and now; run again, it goes on where it was."""
     from dtrain.config.load import load_recipe
-    from dtrain.planning.known_models import refuse_untrainable
+    from dtrain.planning.known_models import check_trainable
 
     settings = load_recipe(recipe, overrides or [])
-    refuse_untrainable(settings.model.base)
+    check_trainable(settings.model.base)
     folder = Path(settings.output.folder).expanduser().absolute()
     if fresh:
         folder = free_folder(folder)

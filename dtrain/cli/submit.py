@@ -61,11 +61,11 @@ def submit(
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.config.load import load_recipe
     from dtrain.launching import submit as jobs
-    from dtrain.planning.known_models import refuse_untrainable
+    from dtrain.planning.known_models import check_trainable
     from dtrain.planning.positions import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
-    refuse_untrainable(settings.model.base)
+    check_trainable(settings.model.base)
     for line in position_warnings(settings):
         tell(f"warning: {line}")
     folder = Path(settings.output.folder).expanduser().absolute()
@@ -105,7 +105,7 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
         UserError: it does not fit, and nobody insists; the GPU is not known; or the recipe
             cannot run on so many ranks.
     """
-    from dtrain.planning.fit_gate import planned, refuse_what_cannot_fit
+    from dtrain.planning.fit_gate import check_plan_fits, planned
     from dtrain.planning.gpus import GPUS, find_gpu
     from dtrain.planning.workload import Cluster
 
@@ -114,9 +114,9 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
     if plan is None:
         return
     if not force:
-        refuse_what_cannot_fit(plan, "--force")
+        check_plan_fits(plan, "--force")
     told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
-    tell(f"plan: {plan.word} {told}")
+    tell(f"plan: {plan.verdict} {told}")
 
 
 def tell(line: str) -> None:

@@ -13,13 +13,13 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
 from dtrain.distributed.world import World
-from dtrain.planning.calibration import Line, append, versions
+from dtrain.planning.calibration import CalibrationRecord, append, versions
 from dtrain.planning.choose import has_choice, resolved
 from dtrain.planning.gpus import Gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import memory_of
+from dtrain.planning.memory import estimate_memory
 from dtrain.planning.speed import tokens_per_second
-from dtrain.planning.workload import Cluster, setup_of
+from dtrain.planning.workload import Cluster, build_workload
 
 CPU = Gpu("cpu", 16, 0.1, 10, 1, 1)  # its figures only serve to compare runs with each other
 
@@ -84,17 +84,17 @@ def remember(recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], wo
     """
     with suppress(UserError, OSError):
         cluster = cluster_of(world)
-        setup = setup_of(recipe, stage, find_shape(str(base))[0], cluster)
+        workload = build_workload(recipe, stage, find_shape(str(base))[0], cluster)
         append(
-            Line(
+            CalibrationRecord(
                 gpu=cluster.gpu.name,
-                engine=setup.engine,
-                method=setup.method,
+                engine=workload.engine,
+                method=workload.method,
                 versions=versions(),
                 base=recipe.model.base,
                 peak=float(facts["peak_memory_bytes"]),
                 speed=float(facts["tokens_per_second"]),
-                planned_peak=memory_of(setup).peak,
-                planned_speed=tokens_per_second(setup, cluster).middle,
+                planned_peak=estimate_memory(workload).peak,
+                planned_speed=tokens_per_second(workload, cluster).middle,
             )
         )

@@ -14,7 +14,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.units import size
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.pipeline.auto_settings import gpu_of, simplest
-from dtrain.planning.fit import reductions
+from dtrain.planning.fit import suggest_reductions
 from dtrain.planning.plan import StagePlan, make_plan
 from dtrain.planning.workload import Cluster
 
@@ -132,8 +132,8 @@ def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     cluster = Cluster(gpu_of(device), max(1, ranks // on_node), on_node)
     stage = make_plan(recipe, cluster).worst
-    changes = reductions(stage.setup, cluster)
-    return stage, [f"{' '.join(x.texts)} ({x.cost})" for x in changes]
+    changes = suggest_reductions(stage.workload, cluster)
+    return stage, [f"{' '.join(x.settings)} ({x.cost})" for x in changes]
 
 
 def terms(stage: StagePlan) -> str:

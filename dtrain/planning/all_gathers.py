@@ -20,7 +20,7 @@ from dtrain.planning.parameters import (
     padded_bytes,
     sent_bytes,
 )
-from dtrain.planning.workload import Setup
+from dtrain.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -39,48 +39,48 @@ class Gather:
     size: float
 
 
-def gathers(setup: Setup, habits: TrainerProfile) -> Iterator[Gather]:
+def gathers(workload: Workload, profile: TrainerProfile) -> Iterator[Gather]:
     """The parts that could need most."""
-    if setup.engine == "fsdp2":
-        yield from _fsdp2(setup, habits)
-    elif setup.engine == "zero3":
-        yield from _zero3(setup)
+    if workload.engine == "fsdp2":
+        yield from _fsdp2(workload, profile)
+    elif workload.engine == "zero3":
+        yield from _zero3(workload)
     else:
         yield from (Gather(part, 1.0, 0.0) for part in ("forward", "loss", "backward"))
-        if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
-            yield Gather("backward", 1 - setup.bucket_elements / setup.trainable, 0.0)
+        if workload.engine == "zero2" and workload.trainable > workload.bucket_elements:
+            yield Gather("backward", 1 - workload.bucket_elements / workload.trainable, 0.0)
 
 
-def _fsdp2(setup: Setup, habits: TrainerProfile) -> Iterator[Gather]:
-    outer = padded_bytes(outer_parameters(setup, habits.train_bytes), setup.shard)
-    layer = padded_bytes(layer_parameters(setup, habits.train_bytes), setup.shard)
+def _fsdp2(workload: Workload, profile: TrainerProfile) -> Iterator[Gather]:
+    outer = padded_bytes(outer_parameters(workload, profile.train_bytes), workload.shard)
+    layer = padded_bytes(layer_parameters(workload, profile.train_bytes), workload.shard)
     buffer, rest = layer, outer + layer
-    if setup.shard == 1:  # nothing arrives, but weights are copied
+    if workload.shard == 1:  # nothing arrives, but weights are copied
         buffer = 0.0
     else:
         yield Gather("first", 0.0, 2 * outer + 2 * layer)
-    last = 1 - 1 / setup.shape.layers
+    last = 1 - 1 / workload.shape.layers
     yield Gather(zero3.ARRIVAL, last, rest + 2 * buffer)
     yield Gather("forward", 1.0, rest + buffer)
     yield Gather("loss", 1.0, outer + buffer)
     # A layer's gradients as they come, and beside them what the layer after it sent.
-    e, sent = setup.element_bytes, 0.0
-    if setup.shard > 1:
-        sent = sent_bytes(layer_parameters(setup, habits.train_bytes), setup.shard)
+    e, sent = workload.element_bytes, 0.0
+    if workload.shard > 1:
+        sent = sent_bytes(layer_parameters(workload, profile.train_bytes), workload.shard)
     first, every = (
-        max(linear.elements for linear in setup.shape.linears),
-        setup.shape.layer_parameters,
+        max(linear.elements for linear in workload.shape.linears),
+        workload.shape.layer_parameters,
     )
     for depth, other in ((1.0, 0.0), (last, sent)):
-        own = e * first * setup.is_full
+        own = e * first * workload.is_full
         yield Gather("backward", depth, rest + buffer + other + own)
-        if setup.is_full:
+        if workload.is_full:
             yield Gather("attention", depth, rest + buffer + other + e * every)
 
 
-def _zero3(setup: Setup) -> Iterator[Gather]:
-    for moment in zero3.gathered(setup).moments:
+def _zero3(workload: Workload) -> Iterator[Gather]:
+    for moment in zero3.gathered(workload).moments:
         part = "first" if moment.phase == zero3.FORWARD and not moment.depth else moment.phase
         if part != zero3.END:
-            depth = moment.depth / setup.shape.layers
-            yield Gather(part, depth, float(setup.element_bytes * moment.elements))
+            depth = moment.depth / workload.shape.layers
+            yield Gather(part, depth, float(workload.element_bytes * moment.elements))

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Line:
+class CalibrationRecord:
     """One stage of one run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Correction:
     """Earlier runs on the same GPU, engine and versions.
 
     Attributes:
@@ -80,7 +80,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> str:
     return ", ".join(found)
 
 
-def append(line: Line) -> None:
+def append(line: CalibrationRecord) -> None:
     """Add a line; whole or not at all, since a line is one write."""
     path = calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def append(line: Line) -> None:
         os.close(handle)
 
 
-def lines() -> tuple[Line, ...]:
+def lines() -> tuple[CalibrationRecord, ...]:
     """All of them; those that cannot be read are passed over."""
     path = calibration_file()
     try:
@@ -103,16 +103,16 @@ def lines() -> tuple[Line, ...]:
 
 
 @lru_cache(maxsize=1)  # a plan asks for each of its many variants
-def _lines(path: Path, stamp: tuple[int, int]) -> tuple[Line, ...]:
+def _lines(path: Path, stamp: tuple[int, int]) -> tuple[CalibrationRecord, ...]:
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError, OverflowError):
             line = json.loads(text)
-            found.append(Line(**line | {name: float(line[name]) for name in FIGURES}))
+            found.append(CalibrationRecord(**line | {name: float(line[name]) for name in FIGURES}))
     return tuple(found)
 
 
-def measured(gpu: str, engine: str, method: str, planned_peak: float) -> Measured | None:
+def measured(gpu: str, engine: str, method: str, planned_peak: float) -> Correction | None:
     """What earlier runs say; None if there were none.
 
     Runs of much smaller models are passed over: their memory is mostly libraries' workspaces, and
@@ -127,7 +127,7 @@ def measured(gpu: str, engine: str, method: str, planned_peak: float) -> Measure
     fit = [x for x in fit if x.planned_peak >= LEAST_SHARE * planned_peak]
     if not fit:
         return None
-    return Measured(
+    return Correction(
         len(fit),
         max(x.peak / x.planned_peak for x in fit),
         median(x.speed / x.planned_speed for x in fit),

@@ -18,7 +18,7 @@ from dtrain.planning.parameters import (
     outer_parameters,
     padded_bytes,
 )
-from dtrain.planning.workload import Setup
+from dtrain.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -39,67 +39,72 @@ class Collective:
     entering: float
 
 
-def collectives_of(setup: Setup) -> list[Collective]:
+def collectives_of(workload: Workload) -> list[Collective]:
     """What an engine sends for one optimizer step; what moves nothing is left out."""
     kinds = {"ddp": _ddp, "fsdp2": _fsdp2, "zero2": _zero2, "zero3": _zero3}
-    return [one for one in kinds[setup.engine](setup) if one.received]
+    return [one for one in kinds[workload.engine](workload) if one.received]
 
 
-def received_bytes(setup: Setup) -> float:
+def received_bytes(workload: Workload) -> float:
     """That a rank receives in an optimizer step."""
-    return sum(one.received for one in collectives_of(setup))
+    return sum(one.received for one in collectives_of(workload))
 
 
-def entering_bytes(setup: Setup) -> float:
+def entering_bytes(workload: Workload) -> float:
     """That enter a node in an optimizer step."""
-    return sum(one.entering for one in collectives_of(setup))
+    return sum(one.entering for one in collectives_of(workload))
 
 
-def _ring(setup: Setup, name: str, group: int, size: float, passes: int = 1) -> Collective:
+def _ring(workload: Workload, name: str, group: int, size: float, passes: int = 1) -> Collective:
     """A collective of `size` bytes among `group` neighbouring ranks."""
     received = passes * size * (group - 1) / group
-    crosses = group > setup.node_ranks
+    crosses = group > workload.node_ranks
     return Collective(name, received, group, crosses, received if crosses else 0.0)
 
 
-def _ddp(setup: Setup) -> list[Collective]:
-    return [_ring(setup, "gradients", setup.ranks, FLOAT32 * setup.trainable, 2)]
+def _ddp(workload: Workload) -> list[Collective]:
+    return [_ring(workload, "gradients", workload.ranks, FLOAT32 * workload.trainable, 2)]
 
 
-def _fsdp2(setup: Setup) -> list[Collective]:
+def _fsdp2(workload: Workload) -> list[Collective]:
     """Layers are gathered forward and backward, the rest once; padded to equal rows."""
-    shard, micro = setup.shard, setup.accumulation
-    layer, outer = layer_parameters(setup), outer_parameters(setup)
-    layers = setup.shape.layers
+    shard, micro = workload.shard, workload.accumulation
+    layer, outer = layer_parameters(workload), outer_parameters(workload)
+    layers = workload.shape.layers
     weights = 2 * layers * padded_bytes(layer, shard) + padded_bytes(outer, shard)
     inner, rest = (sum(x.row_share(shard) for x in some if x.trains) for some in (layer, outer))
     share = FLOAT32 * (layers * inner + rest)
-    sends = micro if setup.is_full else 1
-    groups = setup.ranks // shard
+    sends = micro if workload.is_full else 1
+    groups = workload.ranks // shard
     between = 2 * share * (groups - 1) / groups * sends
-    crosses = setup.ranks > setup.node_ranks and groups > 1
-    entering = between * min(shard, setup.node_ranks) if crosses else 0.0
+    crosses = workload.ranks > workload.node_ranks and groups > 1
+    entering = between * min(shard, workload.node_ranks) if crosses else 0.0
     return [
-        _ring(setup, "weights", shard, weights * micro),
-        _ring(setup, "gradients", shard, shard * share * sends),
+        _ring(workload, "weights", shard, weights * micro),
+        _ring(workload, "gradients", shard, shard * share * sends),
         Collective("gradients of groups", between, groups, crosses, entering),
     ]
 
 
-def _zero2(setup: Setup) -> list[Collective]:
+def _zero2(workload: Workload) -> list[Collective]:
     """Gradients are reduced after every micro-batch; weights are gathered after the update."""
-    gradients, weights = FLOAT32 * setup.trainable, setup.element_bytes * setup.trainable
+    gradients, weights = FLOAT32 * workload.trainable, workload.element_bytes * workload.trainable
     return [
-        _ring(setup, "gradients", setup.ranks, gradients * setup.accumulation, 2),
-        _ring(setup, "weights", setup.ranks, weights),
+        _ring(workload, "gradients", workload.ranks, gradients * workload.accumulation, 2),
+        _ring(workload, "weights", workload.ranks, weights),
     ]
 
 
-def _zero3(setup: Setup) -> list[Collective]:
+def _zero3(workload: Workload) -> list[Collective]:
     """As DeepSpeed's rules have it; what is small and stays whole is gathered once a step."""
-    e, found = setup.element_bytes, zero3.gathered(setup)
-    weights = e * (found.received * setup.accumulation + found.persistent)
+    e, found = workload.element_bytes, zero3.gathered(workload)
+    weights = e * (found.received * workload.accumulation + found.persistent)
     return [
-        _ring(setup, "weights", setup.ranks, weights),
-        _ring(setup, "gradients", setup.ranks, FLOAT32 * setup.trainable * setup.accumulation),
+        _ring(workload, "weights", workload.ranks, weights),
+        _ring(
+            workload,
+            "gradients",
+            workload.ranks,
+            FLOAT32 * workload.trainable * workload.accumulation,
+        ),
     ]

@@ -14,16 +14,16 @@ BUDGET_FACTOR, BUDGET_BYTES = 1.20, 2.5e9
 
 # Share of the arithmetic of a data sheet that a training step reaches: lowest published, median,
 # highest sixth of NVIDIA's, MosaicML's, torchtune's, Qwen's and Answer.AI's figures (34 rows).
-UTILISATION = {
+UTILIZATION = {
     "a100": (0.39, 0.56, 0.64),
     "h100": (0.33, 0.44, 0.52),
     "rtx4090": (0.55, 0.66, 0.86),
     "rtx3090": (0.51, 0.60, 0.68),
 }
-UTILISATION_ELSEWHERE = (0.33, 0.56, 0.70)
+UTILIZATION_ELSEWHERE = (0.33, 0.56, 0.70)
 
 # NF4 to 16 bits, for each element and pass: bytes of memory bandwidth that it costs.
-DEQUANTISE_BYTES = 8.0
+DEQUANTIZE_BYTES = 8.0
 # Share of a link's bandwidth in the slowest published case: two RTX 3090 on an older board, 7B in
 # 16 bits sharded between them, 3.4 of 12 GB/s (AnswerDotAI/fsdp_qlora, benchmarks of March 2024).
 SLOWEST_LINK = 0.3

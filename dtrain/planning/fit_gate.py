@@ -13,13 +13,13 @@ from dtrain.core.nvidia import gpus
 from dtrain.core.units import size
 from dtrain.planning.fit import DOES_NOT_FIT
 from dtrain.planning.gpus import Gpu, find_gpu, gpu_of_device
-from dtrain.planning.known_models import find_shape, refuse_untrainable
-from dtrain.planning.plan import Plan, StagePlan, make_plan
+from dtrain.planning.known_models import check_trainable, find_shape
+from dtrain.planning.plan import RecipePlan, StagePlan, make_plan
 from dtrain.planning.render import lines_of
 from dtrain.planning.workload import Cluster
 
 
-def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> Plan | None:
+def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> RecipePlan | None:
     """The plan; None for a base whose shape the plan does not know, which is said.
 
     Raises:
@@ -33,7 +33,7 @@ def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> Pla
     return make_plan(recipe, cluster)
 
 
-def refuse_what_cannot_fit(plan: Plan, insist: str) -> None:
+def check_plan_fits(plan: RecipePlan, insist: str) -> None:
     """Raise where a stage needs more than the GPUs have.
 
     Args:
@@ -42,10 +42,10 @@ def refuse_what_cannot_fit(plan: Plan, insist: str) -> None:
     Raises:
         UserError: it does not fit; with what would.
     """
-    if plan.word != DOES_NOT_FIT:
+    if plan.verdict != DOES_NOT_FIT:
         return
-    stage = next(x for x in plan.stages if x.verdict.word == DOES_NOT_FIT)
-    ways = [" ".join(change.texts) for change in stage.changes]
+    stage = next(x for x in plan.stages if x.fit.verdict == DOES_NOT_FIT)
+    ways = [" ".join(change.settings) for change in stage.changes]
     raise UserError(
         f"{DOES_NOT_FIT} on {plan.cluster.gpu.name}: {_least(stage)}",
         where=f"stage {stage.name}",
@@ -54,7 +54,7 @@ def refuse_what_cannot_fit(plan: Plan, insist: str) -> None:
 
 
 def _least(stage: StagePlan) -> str:
-    return f"at least {size(stage.verdict.lower)} of {size(stage.verdict.usable)}"
+    return f"at least {size(stage.fit.lower)} of {size(stage.fit.usable)}"
 
 
 COLUMNS = 100
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     address, *overrides = sys.argv[1:] if argv is None else argv
     try:
         recipe = load_recipe(address, overrides)
-        refuse_untrainable(recipe.model.base)
+        check_trainable(recipe.model.base)
         head_of_job(recipe, os.environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,7 +88,7 @@ def head_of_job(recipe: Recipe, environ: Mapping[str, str]) -> None:
     for line in [next(lines)] if environ.get("SLURM_RESTART_COUNT", "0") != "0" else lines:
         say(line)
     if environ.get("DTRAIN_FORCE") != "1":
-        refuse_what_cannot_fit(plan, "DTRAIN_FORCE=1")
+        check_plan_fits(plan, "DTRAIN_FORCE=1")
 
 
 def say(line: str) -> None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
-from dtrain.planning.shapes import Shape, read_config, refuse_experts, shape_of
+from dtrain.planning.shapes import ModelShape, check_not_experts, read_config, shape_of
 
 WHERE = "model.base"
 
 
-class Sizes(NamedTuple):
+class ModelSizes(NamedTuple):
     """A row of the table, as config.json names them."""
 
     model_type: str
@@ -30,47 +30,47 @@ class Sizes(NamedTuple):
 
 # So that a plan needs no download: the config.json of each model's hub page, its sizes only.
 KNOWN = {
-    "dtrain:tiny-llama": Sizes("llama", 2, 64, 4, 2, 128, 512),
-    "HuggingFaceTB/SmolLM2-135M": Sizes("llama", 30, 576, 9, 3, 1536, 49152, True),
-    "HuggingFaceTB/SmolLM2-360M": Sizes("llama", 32, 960, 15, 5, 2560, 49152, True),
-    "HuggingFaceTB/SmolLM2-1.7B": Sizes("llama", 24, 2048, 32, 32, 8192, 49152, True),
-    "meta-llama/Llama-2-7b": Sizes("llama", 32, 4096, 32, 32, 11008, 32000),
-    "meta-llama/Llama-2-13b": Sizes("llama", 40, 5120, 40, 40, 13824, 32000),
-    "meta-llama/Llama-2-70b": Sizes("llama", 80, 8192, 64, 8, 28672, 32000),
-    "codellama/CodeLlama-34b": Sizes("llama", 48, 8192, 64, 8, 22016, 32000),
-    "01-ai/Yi-34B": Sizes("llama", 60, 7168, 56, 8, 20480, 64000),
-    "meta-llama/Meta-Llama-3-8B": Sizes("llama", 32, 4096, 32, 8, 14336, 128256),
-    "meta-llama/Meta-Llama-3-70B": Sizes("llama", 80, 8192, 64, 8, 28672, 128256),
-    "meta-llama/Llama-3.1-8B": Sizes("llama", 32, 4096, 32, 8, 14336, 128256),
-    "meta-llama/Llama-3.1-70B": Sizes("llama", 80, 8192, 64, 8, 28672, 128256),
-    "meta-llama/Llama-3.1-405B": Sizes("llama", 126, 16384, 128, 8, 53248, 128256),
-    "meta-llama/Llama-3.2-1B": Sizes("llama", 16, 2048, 32, 8, 8192, 128256, True, 64),
-    "meta-llama/Llama-3.2-3B": Sizes("llama", 28, 3072, 24, 8, 8192, 128256, True, 128),
-    "meta-llama/Llama-3.3-70B": Sizes("llama", 80, 8192, 64, 8, 28672, 128256),
-    "mistralai/Mistral-7B-v0.1": Sizes("mistral", 32, 4096, 32, 8, 14336, 32000),
-    "mistralai/Mistral-7B-v0.3": Sizes("mistral", 32, 4096, 32, 8, 14336, 32768),
-    "Qwen/Qwen2.5-0.5B": Sizes("qwen2", 24, 896, 14, 2, 4864, 151936, True),
-    "Qwen/Qwen2.5-1.5B": Sizes("qwen2", 28, 1536, 12, 2, 8960, 151936, True),
-    "Qwen/Qwen2.5-3B": Sizes("qwen2", 36, 2048, 16, 2, 11008, 151936, True),
-    "Qwen/Qwen2.5-7B": Sizes("qwen2", 28, 3584, 28, 4, 18944, 152064),
-    "Qwen/Qwen2.5-14B": Sizes("qwen2", 48, 5120, 40, 8, 13824, 152064),
-    "Qwen/Qwen2.5-32B": Sizes("qwen2", 64, 5120, 40, 8, 27648, 152064),
-    "Qwen/Qwen2.5-72B": Sizes("qwen2", 80, 8192, 64, 8, 29568, 152064),
-    "Qwen/Qwen3-0.6B": Sizes("qwen3", 28, 1024, 16, 8, 3072, 151936, True, 128),
-    "Qwen/Qwen3-8B": Sizes("qwen3", 36, 4096, 32, 8, 12288, 151936, False, 128),
-    "Qwen/Qwen3-14B": Sizes("qwen3", 40, 5120, 40, 8, 17408, 151936, False, 128),
-    "Qwen/Qwen3-32B": Sizes("qwen3", 64, 5120, 64, 8, 25600, 151936, False, 128),
-    "google/gemma-7b": Sizes("gemma", 28, 3072, 16, 16, 24576, 256000, True, 256),
-    "google/gemma-2-9b": Sizes("gemma2", 42, 3584, 16, 8, 14336, 256000, True, 256),
-    "google/gemma-2-27b": Sizes("gemma2", 46, 4608, 32, 16, 36864, 256000, True, 128),
-    "microsoft/Phi-3-mini-4k": Sizes("phi3", 32, 3072, 32, 32, 8192, 32064),
-    "microsoft/Phi-3-medium-4k": Sizes("phi3", 40, 5120, 40, 10, 17920, 32064),
-    "microsoft/phi-4": Sizes("phi3", 40, 5120, 40, 10, 17920, 100352),
+    "dtrain:tiny-llama": ModelSizes("llama", 2, 64, 4, 2, 128, 512),
+    "HuggingFaceTB/SmolLM2-135M": ModelSizes("llama", 30, 576, 9, 3, 1536, 49152, True),
+    "HuggingFaceTB/SmolLM2-360M": ModelSizes("llama", 32, 960, 15, 5, 2560, 49152, True),
+    "HuggingFaceTB/SmolLM2-1.7B": ModelSizes("llama", 24, 2048, 32, 32, 8192, 49152, True),
+    "meta-llama/Llama-2-7b": ModelSizes("llama", 32, 4096, 32, 32, 11008, 32000),
+    "meta-llama/Llama-2-13b": ModelSizes("llama", 40, 5120, 40, 40, 13824, 32000),
+    "meta-llama/Llama-2-70b": ModelSizes("llama", 80, 8192, 64, 8, 28672, 32000),
+    "codellama/CodeLlama-34b": ModelSizes("llama", 48, 8192, 64, 8, 22016, 32000),
+    "01-ai/Yi-34B": ModelSizes("llama", 60, 7168, 56, 8, 20480, 64000),
+    "meta-llama/Meta-Llama-3-8B": ModelSizes("llama", 32, 4096, 32, 8, 14336, 128256),
+    "meta-llama/Meta-Llama-3-70B": ModelSizes("llama", 80, 8192, 64, 8, 28672, 128256),
+    "meta-llama/Llama-3.1-8B": ModelSizes("llama", 32, 4096, 32, 8, 14336, 128256),
+    "meta-llama/Llama-3.1-70B": ModelSizes("llama", 80, 8192, 64, 8, 28672, 128256),
+    "meta-llama/Llama-3.1-405B": ModelSizes("llama", 126, 16384, 128, 8, 53248, 128256),
+    "meta-llama/Llama-3.2-1B": ModelSizes("llama", 16, 2048, 32, 8, 8192, 128256, True, 64),
+    "meta-llama/Llama-3.2-3B": ModelSizes("llama", 28, 3072, 24, 8, 8192, 128256, True, 128),
+    "meta-llama/Llama-3.3-70B": ModelSizes("llama", 80, 8192, 64, 8, 28672, 128256),
+    "mistralai/Mistral-7B-v0.1": ModelSizes("mistral", 32, 4096, 32, 8, 14336, 32000),
+    "mistralai/Mistral-7B-v0.3": ModelSizes("mistral", 32, 4096, 32, 8, 14336, 32768),
+    "Qwen/Qwen2.5-0.5B": ModelSizes("qwen2", 24, 896, 14, 2, 4864, 151936, True),
+    "Qwen/Qwen2.5-1.5B": ModelSizes("qwen2", 28, 1536, 12, 2, 8960, 151936, True),
+    "Qwen/Qwen2.5-3B": ModelSizes("qwen2", 36, 2048, 16, 2, 11008, 151936, True),
+    "Qwen/Qwen2.5-7B": ModelSizes("qwen2", 28, 3584, 28, 4, 18944, 152064),
+    "Qwen/Qwen2.5-14B": ModelSizes("qwen2", 48, 5120, 40, 8, 13824, 152064),
+    "Qwen/Qwen2.5-32B": ModelSizes("qwen2", 64, 5120, 40, 8, 27648, 152064),
+    "Qwen/Qwen2.5-72B": ModelSizes("qwen2", 80, 8192, 64, 8, 29568, 152064),
+    "Qwen/Qwen3-0.6B": ModelSizes("qwen3", 28, 1024, 16, 8, 3072, 151936, True, 128),
+    "Qwen/Qwen3-8B": ModelSizes("qwen3", 36, 4096, 32, 8, 12288, 151936, False, 128),
+    "Qwen/Qwen3-14B": ModelSizes("qwen3", 40, 5120, 40, 8, 17408, 151936, False, 128),
+    "Qwen/Qwen3-32B": ModelSizes("qwen3", 64, 5120, 64, 8, 25600, 151936, False, 128),
+    "google/gemma-7b": ModelSizes("gemma", 28, 3072, 16, 16, 24576, 256000, True, 256),
+    "google/gemma-2-9b": ModelSizes("gemma2", 42, 3584, 16, 8, 14336, 256000, True, 256),
+    "google/gemma-2-27b": ModelSizes("gemma2", 46, 4608, 32, 16, 36864, 256000, True, 128),
+    "microsoft/Phi-3-mini-4k": ModelSizes("phi3", 32, 3072, 32, 32, 8192, 32064),
+    "microsoft/Phi-3-medium-4k": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 32064),
+    "microsoft/phi-4": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 100352),
 }
 SUFFIXES = ("-instruct", "-chat", "-hf", "-it", "-base")
 
 
-def find_shape(base: str) -> tuple[Shape, str]:
+def find_shape(base: str) -> tuple[ModelShape, str]:
     """The shape of `model.base`, and where it was read.
 
     Raises:
@@ -109,7 +109,7 @@ def find_config(base: str) -> tuple[dict[str, Any], str]:
     )
 
 
-def refuse_untrainable(base: str) -> None:
+def check_trainable(base: str) -> None:
     """Refuse what no engine trains, as far as this machine knows the base's config.json.
 
     Raises:
@@ -119,7 +119,7 @@ def refuse_untrainable(base: str) -> None:
         config, source = find_config(base)
     except UserError:  # fetched later, and looked at then
         return
-    refuse_experts(config, source)
+    check_not_experts(config, source)
 
 
 def known_name(base: str) -> str | None:

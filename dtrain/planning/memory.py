@@ -41,7 +41,7 @@ from dtrain.planning.static_memory import (
     trained_bytes,
     weight_bytes,
 )
-from dtrain.planning.workload import ZERO, Setup
+from dtrain.planning.workload import ZERO, Workload
 
 PARTS = {"first": "gather", zero3.ARRIVAL: "forward", "attention": "backward"}
 FLOAT64 = 8
@@ -49,7 +49,7 @@ SUB_GROUP_ELEMENTS = 1_000_000_000  # ZeRO-3 updates as many of a rank's at once
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one GPU.
 
     Attributes:
@@ -81,21 +81,21 @@ class Memory:
         return {name: getattr(self, name) for name in (*names, "working", "buffers")}
 
 
-def memory_of(setup: Setup, habits: TrainerProfile = DTRAIN) -> Memory:
+def estimate_memory(workload: Workload, profile: TrainerProfile = DTRAIN) -> MemoryEstimate:
     """The moment of a step that needs most."""
-    return max(moments(setup, habits), key=lambda moment: moment.peak)
+    return max(moments(workload, profile), key=lambda moment: moment.peak)
 
 
-def least_bytes(setup: Setup, habits: TrainerProfile = DTRAIN) -> float:
+def least_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     """The peak that no data can make smaller: of logits there are as many as tokens are learnt."""
-    if setup.learns_all:
-        return memory_of(setup, habits).peak
-    return max(one.peak for one in moments(setup, habits) if one.moment != "loss")
+    if workload.trains_on_all_tokens:
+        return estimate_memory(workload, profile).peak
+    return max(one.peak for one in moments(workload, profile) if one.moment != "loss")
 
 
-def moments(setup: Setup, habits: TrainerProfile = DTRAIN) -> list[Memory]:
+def moments(workload: Workload, profile: TrainerProfile = DTRAIN) -> list[MemoryEstimate]:
     """Every moment of a step that could need most."""
-    held = _Held(setup, habits)
+    held = _Held(workload, profile)
     return [
         *held.of_loading(),
         *map(held.at_gather, held.gathers),
@@ -108,20 +108,20 @@ def moments(setup: Setup, habits: TrainerProfile = DTRAIN) -> list[Memory]:
 class _Held:
     """What a rank holds anyway, to which each moment adds."""
 
-    def __init__(self, setup: Setup, habits: TrainerProfile) -> None:
-        self.setup, self.habits = setup, habits
-        self.weights = weight_bytes(setup, habits)
-        self.gradients = gradient_bytes(setup, habits)
-        self.optimizer = optimizer_bytes(setup, habits)
-        self.saved = saved_bytes(setup, habits)
-        self.gathers = list(gathers(setup, habits))
+    def __init__(self, workload: Workload, profile: TrainerProfile) -> None:
+        self.workload, self.profile = workload, profile
+        self.weights = weight_bytes(workload, profile)
+        self.gradients = gradient_bytes(workload, profile)
+        self.optimizer = optimizer_bytes(workload, profile)
+        self.saved = saved_bytes(workload, profile)
+        self.gathers = list(gathers(workload, profile))
         # ZeRO-2 fills it in 16 bits and reduces a float32 copy; ZeRO-3 fills it in float32.
-        wide = setup.element_bytes if setup.engine == "zero2" else FLOAT32
-        self.buffer = float(wide * setup.bucket_elements)
+        wide = workload.element_bytes if workload.engine == "zero2" else FLOAT32
+        self.buffer = float(wide * workload.bucket_elements)
         self.small = 0.0  # parameters that ZeRO-3 keeps whole for being small
-        if setup.engine == "zero3":
-            self.small = float(setup.element_bytes * zero3.gathered(setup).persistent)
-        self.matrix = float(setup.shape.vocabulary * setup.shape.hidden)
+        if workload.engine == "zero3":
+            self.small = float(workload.element_bytes * zero3.gathered(workload).persistent)
+        self.matrix = float(workload.shape.vocabulary * workload.shape.hidden)
 
     def at(
         self,
@@ -132,9 +132,9 @@ class _Held:
         working: float = 0.0,
         gradients: float | None = None,
         buffers: float | None = None,
-    ) -> Memory:
+    ) -> MemoryEstimate:
         """One moment; what is not given is not there."""
-        return Memory(
+        return MemoryEstimate(
             weights=self.weights,
             gradients=self.gradients if gradients is None else gradients,
             optimizer=self.optimizer,
@@ -150,37 +150,37 @@ class _Held:
 
         ZeRO-2 has two in a backward pass, one that fills while the other is sent; ZeRO-3 keeps one.
         """
-        if self.setup.engine == "zero2" and moment == "backward":
+        if self.workload.engine == "zero2" and moment == "backward":
             return 2 * self.buffer
-        return self.buffer if self.setup.engine == "zero3" else 0.0
+        return self.buffer if self.workload.engine == "zero3" else 0.0
 
-    def of_loading(self) -> Iterator[Memory]:
+    def of_loading(self) -> Iterator[MemoryEstimate]:
         """The base arrives: a block is whole until its share is cut out, a matrix until it is NF4.
 
         Nothing else is there yet; the engine has its last share when the last block comes.
         """
-        setup = self.setup
-        blocks = [layer_parameters(setup), outer_parameters(setup)]
+        workload = self.workload
+        blocks = [layer_parameters(workload), outer_parameters(workload)]
         whole = max(sum(one.kept * one.elements for one in block) for block in blocks)
-        packed = setup.method == "qlora" and max(x.elements for x in setup.shape.linears)
-        base = weight_bytes(setup, self.habits, computing=False)
-        yield Memory(
+        packed = workload.method == "qlora" and max(x.elements for x in workload.shape.linears)
+        base = weight_bytes(workload, self.profile, computing=False)
+        yield MemoryEstimate(
             weights=base,
             gradients=0.0,
             optimizer=0.0,
-            gathered=float(whole) if setup.is_sharded and setup.shard > 1 else 0.0,
+            gathered=float(whole) if workload.is_sharded and workload.shard > 1 else 0.0,
             activations=0.0,
-            working=float(setup.element_bytes * packed),
+            working=float(workload.element_bytes * packed),
             buffers=0.0,
             moment="loading",
         )
 
-    def at_gather(self, gather: Gather) -> Memory:
+    def at_gather(self, gather: Gather) -> MemoryEstimate:
         """A part of a micro-batch with what is gathered in it."""
-        setup, gradients = self.setup, self.gradients
+        workload, gradients = self.workload, self.gradients
         moment = PARTS.get(gather.part, gather.part)
-        if moment == "backward" and setup.engine == "zero2" and gather.depth < 1:
-            gradients += partition_bytes(setup)  # a bucket was full
+        if moment == "backward" and workload.engine == "zero2" and gather.depth < 1:
+            gradients += partition_bytes(workload)  # a bucket was full
         return self.at(
             moment,
             gathered=gather.size,
@@ -192,113 +192,115 @@ class _Held:
     @cached_property
     def working(self) -> dict[str, float]:
         """Part of a micro-batch → what computing in it needs."""
-        setup, habits = self.setup, self.habits
+        workload, profile = self.workload, self.profile
         return {
-            "first": stream_bytes(setup, habits) * setup.shape.hidden * setup.tokens,
+            "first": stream_bytes(workload, profile) * workload.shape.hidden * workload.tokens,
             zero3.ARRIVAL: 0.0,
-            "forward": forward_bytes(setup, habits),
-            "loss": head_bytes(setup, habits),
-            "backward": recompute_bytes(setup, habits) + self.waiting(),
-            "attention": attention_bytes(setup, habits) + self.waiting(),
+            "forward": forward_bytes(workload, profile),
+            "loss": head_bytes(workload, profile),
+            "backward": recompute_bytes(workload, profile) + self.waiting(),
+            "attention": attention_bytes(workload, profile) + self.waiting(),
         }
 
     def width(self) -> int:
         """Bytes of an element of a matrix's gradient as backward makes it."""
-        torch_whole = self.setup.engine == "ddp"
-        return self.habits.train_bytes if torch_whole else self.setup.element_bytes
+        torch_whole = self.workload.engine == "ddp"
+        return self.profile.train_bytes if torch_whole else self.workload.element_bytes
 
     def waiting(self) -> float:
         """The output matrix's gradient: a tied one waits for that of the embeddings.
 
         FSDP2 reduces one that is not tied with them too.
         """
-        setup = self.setup
-        waits = setup.shape.tied or setup.engine == "fsdp2"
-        return self.width() * self.matrix if setup.is_full and waits else 0.0
+        workload = self.workload
+        waits = workload.shape.tied or workload.engine == "fsdp2"
+        return self.width() * self.matrix if workload.is_full and waits else 0.0
 
-    def of_head_gradients(self) -> Iterator[Memory]:
+    def of_head_gradients(self) -> Iterator[MemoryEstimate]:
         """Full training: gradients as large as the vocabulary, before and after the layers."""
-        setup = self.setup
-        if not setup.is_full:
+        workload = self.workload
+        if not workload.is_full:
             return
         # What the loss made, and what backward scales it to; then ZeRO-2 gets itself buffers.
-        matrix, early = self.width() * self.matrix, 0.0 if setup.engine == "zero2" else None
+        matrix, early = self.width() * self.matrix, 0.0 if workload.engine == "zero2" else None
         kept = {"gathered": self.gathered_below(1.0), "activations": self.saved}
         yield self.at("backward", working=2 * matrix, buffers=early, **kept)
         yield self.at("backward", working=matrix, **kept)
         # The embeddings' own; a tied one beside it, and their sum.
-        extra = 3 if setup.shape.tied else 2 if setup.engine == "fsdp2" else 1
+        extra = 3 if workload.shape.tied else 2 if workload.engine == "fsdp2" else 1
         layer = 0.0
-        if setup.engine == "fsdp2" and setup.shard > 1:
-            layer = sent_bytes(layer_parameters(setup), setup.shard)  # the last that was reduced
+        if workload.engine == "fsdp2" and workload.shard > 1:
+            layer = sent_bytes(
+                layer_parameters(workload), workload.shard
+            )  # the last that was reduced
         gradients = self.gradients
-        if setup.engine == "zero2" and setup.trainable > setup.bucket_elements:
-            gradients += partition_bytes(setup)
-        if setup.engine == "ddp" and setup.accumulation == 2:
+        if workload.engine == "zero2" and workload.trainable > workload.bucket_elements:
+            gradients += partition_bytes(workload)
+        if workload.engine == "ddp" and workload.accumulation == 2:
             gradients -= matrix  # the first micro-batch has not made it; the last sends as it goes
         outer, working = self.outer() + layer, extra * matrix
         yield self.at("backward", gathered=outer, working=working, gradients=gradients)
 
     def gathered_below(self, depth: float) -> float:
         """The most that is gathered while so many of the layers are left to go back through."""
-        if self.setup.engine != "zero3":
+        if self.workload.engine != "zero3":
             return self.outer()
         below = (x.size for x in self.gathers if x.part == zero3.BACKWARD and x.depth <= depth)
         return max(below, default=self.outer())
 
     def outer(self) -> float:
         """Embeddings and output matrix, where they are gathered while gradients flow."""
-        setup = self.setup
-        if not setup.is_sharded or setup.shard == 1:
+        workload = self.workload
+        if not workload.is_sharded or workload.shard == 1:
             return 0.0
-        if setup.engine == "zero3":  # the output matrix was given back before the layers
-            return setup.element_bytes * self.matrix
-        return padded_bytes(outer_parameters(setup), setup.shard)
+        if workload.engine == "zero3":  # the output matrix was given back before the layers
+            return workload.element_bytes * self.matrix
+        return padded_bytes(outer_parameters(workload), workload.shard)
 
-    def of_reduction(self) -> Iterator[Memory]:
+    def of_reduction(self) -> Iterator[MemoryEstimate]:
         """Gradients are copied together, reduced and scattered."""
-        setup, e = self.setup, self.setup.element_bytes
-        copies = 1 if setup.on_gpu else 2  # gloo works on a copy
-        together = min(setup.trainable, setup.bucket_elements)
-        if setup.engine == "fsdp2" and setup.is_full and setup.shard > 1:
-            sent = copies * sent_bytes(outer_parameters(setup), setup.shard)
-            yield self.at("backward", gathered=e * setup.shape.outer_parameters + sent)
-        done = min(1.0, setup.bucket_elements / setup.trainable)
-        if setup.engine == "zero3" and not setup.offload:
+        workload, e = self.workload, self.workload.element_bytes
+        copies = 1 if workload.on_gpu else 2  # gloo works on a copy
+        together = min(workload.trainable, workload.bucket_elements)
+        if workload.engine == "fsdp2" and workload.is_full and workload.shard > 1:
+            sent = copies * sent_bytes(outer_parameters(workload), workload.shard)
+            yield self.at("backward", gathered=e * workload.shape.outer_parameters + sent)
+        done = min(1.0, workload.bucket_elements / workload.trainable)
+        if workload.engine == "zero3" and not workload.offload:
             yield self.at(
                 "backward",
                 gathered=self.gathered_below(1 - done),
                 activations=self.saved * (1 - done),
                 working=float(copies * FLOAT32 * together),
             )
-        if setup.engine == "zero2":
+        if workload.engine == "zero2":
             # The first bucket that is full is copied before the partition is there.
             widened = FLOAT32 * together if e < FLOAT32 else 0
-            copy = float(FLOAT32 * together / setup.ranks + widened)
+            copy = float(FLOAT32 * together / workload.ranks + widened)
             rest = max(0.0, self.saved * (1 - 2 * done))
             yield self.at("backward", activations=self.saved * (1 - done), working=copy)
-            gradients = self.gradients + partition_bytes(setup)
+            gradients = self.gradients + partition_bytes(workload)
             yield self.at("backward", activations=rest, working=copy, gradients=gradients)
 
-    def of_update(self) -> Iterator[Memory]:
+    def of_update(self) -> Iterator[MemoryEstimate]:
         """The optimizer works: activations are gone, gradients are whole."""
-        setup, mine = self.setup, trained_bytes(self.setup, self.habits)
-        if setup.offload:
+        workload, mine = self.workload, trained_bytes(self.workload, self.profile)
+        if workload.offload:
             yield self.at("update")
-        elif setup.engine not in ZERO:
+        elif workload.engine not in ZERO:
             yield self.at("update", gradients=mine)  # fused: no copy of any state
         else:
             yield from self.of_zero_update()
 
-    def of_zero_update(self) -> Iterator[Memory]:
+    def of_zero_update(self) -> Iterator[MemoryEstimate]:
         """DeepSpeed lays gradients end to end, in float32, and then updates."""
-        setup, whole = self.setup, trained_bytes(self.setup)
-        together, gradients, shares = whole, self.gradients, setup.shard
-        if setup.engine == "zero3":
+        workload, whole = self.workload, trained_bytes(self.workload)
+        together, gradients, shares = whole, self.gradients, workload.shard
+        if workload.engine == "zero3":
             together = min(whole, FLOAT32 * SUB_GROUP_ELEMENTS)
         else:
-            gradients, shares = partition_bytes(setup), 1
-        norm = FLOAT64 * min(largest_trained(setup) / shares, whole / FLOAT32)
+            gradients, shares = partition_bytes(workload), 1
+        norm = FLOAT64 * min(largest_trained(workload) / shares, whole / FLOAT32)
         yield self.at("update", working=max(norm, together), gradients=gradients)
-        kept = 0.0 if setup.engine == "zero2" else gradients
+        kept = 0.0 if workload.engine == "zero2" else gradients
         yield self.at("update", working=together, gradients=kept)

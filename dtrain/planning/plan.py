@@ -8,17 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.planning.calibration import Measured, measured
+from dtrain.planning.calibration import Correction, measured
 from dtrain.planning.choose import Option, options, resolved
 from dtrain.planning.communication import entering_bytes, received_bytes
-from dtrain.planning.fit import FITS, ORDER, Change, Verdict, advice, verdict_of
+from dtrain.planning.fit import FITS, ORDER, MemoryFit, Suggestion, assess_fit, suggest_changes
 from dtrain.planning.known_models import find_config, find_shape
-from dtrain.planning.memory import Memory, memory_of
-from dtrain.planning.shapes import Shape
-from dtrain.planning.simulated_peak import Exact, Told, simulate, steps_of
-from dtrain.planning.speed import Range, is_measured, tokens_per_second, waits_for_links
+from dtrain.planning.memory import MemoryEstimate, estimate_memory
+from dtrain.planning.shapes import ModelShape
+from dtrain.planning.simulated_peak import SimulationResult, Told, simulate, steps_of
+from dtrain.planning.speed import (
+    Estimate,
+    has_published_speed,
+    is_communication_bound,
+    tokens_per_second,
+)
 from dtrain.planning.storage import (
-    Amount,
+    TokenCount,
     checkpoint_bytes,
     disk_bytes,
     host_load_bytes,
@@ -26,7 +31,7 @@ from dtrain.planning.storage import (
     host_save_bytes,
     stage_tokens,
 )
-from dtrain.planning.workload import Cluster, Setup, setup_of
+from dtrain.planning.workload import Cluster, Workload, build_workload
 
 Meter = Callable[[str, int], AbstractContextManager[Told]]
 
@@ -44,26 +49,26 @@ class StagePlan:
     """
 
     name: str
-    setup: Setup
-    memory: Memory
-    verdict: Verdict
-    changes: list[Change]
-    speed: Range
-    amount: Amount | None
-    hours: Range | None
+    workload: Workload
+    memory: MemoryEstimate
+    fit: MemoryFit
+    changes: list[Suggestion]
+    speed: Estimate
+    amount: TokenCount | None
+    hours: Estimate | None
     disk: float
     doubts: list[str]
-    measured: Measured | None
-    exact: Exact | None = None
+    measured: Correction | None
+    exact: SimulationResult | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipePlan:
     """A recipe on a cluster."""
 
     name: str
     base: str
-    shape: Shape
+    shape: ModelShape
     shape_source: str
     cluster: Cluster
     stages: list[StagePlan]
@@ -72,15 +77,15 @@ class Plan:
     @property
     def worst(self) -> StagePlan:
         """The stage that needs most."""
-        return max(self.stages, key=lambda stage: stage.verdict.budget)
+        return max(self.stages, key=lambda stage: stage.fit.budget)
 
     @property
-    def word(self) -> str:
+    def verdict(self) -> str:
         """The verdict on the whole recipe."""
-        return max((stage.verdict.word for stage in self.stages), key=ORDER.index)
+        return max((stage.fit.verdict for stage in self.stages), key=ORDER.index)
 
 
-def with_exact(plan: Plan, recipe: Recipe, meter: Meter) -> Plan:
+def with_exact(plan: RecipePlan, recipe: Recipe, meter: Meter) -> RecipePlan:
     """The plan with every stage simulated.
 
     Args:
@@ -93,13 +98,13 @@ def with_exact(plan: Plan, recipe: Recipe, meter: Meter) -> Plan:
     recipe, config = resolved(recipe, plan.cluster), find_config(recipe.model.base)[0]
     stages = []
     for stage in plan.stages:
-        with meter(f"simulating {stage.name}", steps_of(stage.setup)) as told:
-            found = simulate(recipe, stage.name, stage.setup, plan.cluster, config, told)
+        with meter(f"simulating {stage.name}", steps_of(stage.workload)) as told:
+            found = simulate(recipe, stage.name, stage.workload, plan.cluster, config, told)
         stages.append(replace(stage, exact=found))
     return replace(plan, stages=stages)
 
 
-def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
+def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
     """Plan every stage; what the recipe leaves to choose is chosen first.
 
     Raises:
@@ -110,65 +115,69 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     last = recipe.stages[-1].name
     stages = [
         _plan_stage(
-            recipe, stage, setup_of(recipe, stage, shape, cluster), cluster, stage.name == last
+            recipe,
+            stage,
+            build_workload(recipe, stage, shape, cluster),
+            cluster,
+            stage.name == last,
         )
         for stage in recipe.stages
     ]
-    plan = Plan(recipe.name, recipe.model.base, shape, source, cluster, stages, [])
-    return replace(plan, options=options(plan.worst.setup, cluster))
+    plan = RecipePlan(recipe.name, recipe.model.base, shape, source, cluster, stages, [])
+    return replace(plan, options=options(plan.worst.workload, cluster))
 
 
 def _plan_stage(
-    recipe: Recipe, stage: Stage, setup: Setup, cluster: Cluster, is_last: bool
+    recipe: Recipe, stage: Stage, workload: Workload, cluster: Cluster, is_last: bool
 ) -> StagePlan:
-    memory = memory_of(setup)
-    known = measured(cluster.gpu.name, setup.engine, setup.method, memory.peak)
-    verdict = verdict_of(setup, cluster)
-    speed = tokens_per_second(setup, cluster)
+    memory = estimate_memory(workload)
+    known = measured(cluster.gpu.name, workload.engine, workload.method, memory.peak)
+    fit = assess_fit(workload, cluster)
+    speed = tokens_per_second(workload, cluster)
     if known:
         speed = speed.times(known.speed_ratio)
     amount = stage_tokens(stage)
     return StagePlan(
         name=stage.name,
-        setup=setup,
+        workload=workload,
         memory=memory,
-        verdict=verdict,
-        changes=[] if verdict.word == FITS else advice(setup, cluster),
+        fit=fit,
+        changes=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
         speed=speed,
         amount=amount,
         hours=_hours(amount, speed),
-        disk=disk_bytes(recipe, stage, setup, is_last=is_last),
-        doubts=[] if known else doubts(setup, cluster),
+        disk=disk_bytes(recipe, stage, workload, is_last=is_last),
+        doubts=[] if known else doubts(workload, cluster),
         measured=known,
     )
 
 
-def _hours(amount: Amount | None, speed: Range) -> Range | None:
+def _hours(amount: TokenCount | None, speed: Estimate) -> Estimate | None:
     if amount is None:
         return None
     low, middle, high = (
         amount.tokens / rate / 3600 for rate in (speed.high, speed.middle, speed.low)
     )
-    return Range(low, middle, high)
+    return Estimate(low, middle, high)
 
 
-def doubts(setup: Setup, cluster: Cluster) -> list[str]:
+def doubts(workload: Workload, cluster: Cluster) -> list[str]:
     """Where the plan is not to be trusted."""
     found = []
-    if setup.offload:
+    if workload.offload:
         found.append("memory with offload could not be predicted from published figures")
-    if setup.shape.soft_cap:
+    if workload.shape.soft_cap:
         found.append("attention with capped scores takes memory that grows with the square")
-    if not is_measured(cluster.gpu):
+    if not has_published_speed(cluster.gpu):
         found.append(f"no published speed of {cluster.gpu.name} was at hand")
     if cluster.nodes > 1:
         found.append("speed between nodes depends on a network that the plan does not know")
-    if waits_for_links(setup, cluster):
+    if is_communication_bound(workload, cluster):
         found.append("sending takes longer than computing, so the links decide how long it takes")
     return found
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: RecipePlan) -> dict[str, Any]:
     """The plan as plain values; bytes and seconds, no units inside texts."""
     return {
         "recipe": plan.name,
@@ -178,31 +187,31 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu": plan.cluster.gpu.name,
         "nodes": plan.cluster.nodes,
         "gpus_per_node": plan.cluster.gpus_per_node,
-        "verdict": plan.word,
+        "verdict": plan.verdict,
         "stages": [_stage_json(stage) for stage in plan.stages],
         "options": [_option_json(option) for option in plan.options],
     }
 
 
 def _stage_json(stage: StagePlan) -> dict[str, Any]:
-    setup, verdict = stage.setup, stage.verdict
+    workload, fit = stage.workload, stage.fit
     return {
         "name": stage.name,
-        **_way(setup),
-        "trainable": setup.trainable,
+        **_way(workload),
+        "trainable": workload.trainable,
         "memory": stage.memory.terms() | {"peak": stage.memory.peak, "moment": stage.memory.moment},
-        "lower": verdict.lower,
-        "budget": verdict.budget,
-        "usable": verdict.usable,
-        "verdict": verdict.word,
-        "changes": [{"change": list(x.texts), "cost": x.cost} for x in stage.changes],
-        "host_load": host_load_bytes(setup),
-        "host_save": host_save_bytes(setup),
-        "host_merge": host_merge_bytes(setup),
-        "checkpoint": checkpoint_bytes(setup),
+        "lower": fit.lower,
+        "budget": fit.budget,
+        "usable": fit.usable,
+        "verdict": fit.verdict,
+        "changes": [{"change": list(x.settings), "cost": x.cost} for x in stage.changes],
+        "host_load": host_load_bytes(workload),
+        "host_save": host_save_bytes(workload),
+        "host_merge": host_merge_bytes(workload),
+        "checkpoint": checkpoint_bytes(workload),
         "disk": stage.disk,
-        "received_per_step": received_bytes(setup),
-        "entering_node_per_step": entering_bytes(setup),
+        "received_per_step": received_bytes(workload),
+        "entering_node_per_step": entering_bytes(workload),
         "tokens_per_second": asdict(stage.speed),
         "tokens": stage.amount.tokens if stage.amount else None,
         "tokens_exact": bool(stage.amount and stage.amount.is_exact),
@@ -213,21 +222,21 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
     }
 
 
-def _way(setup: Setup) -> dict[str, Any]:
+def _way(workload: Workload) -> dict[str, Any]:
     return {
-        "engine": setup.engine,
-        "shard": setup.shard,
-        "method": setup.method,
-        "micro_batch_size": setup.micro_batch,
-        "gradient_checkpointing": setup.checkpointing,
-        "offload": setup.offload,
+        "engine": workload.engine,
+        "shard": workload.shard,
+        "method": workload.method,
+        "micro_batch_size": workload.micro_batch,
+        "gradient_checkpointing": workload.checkpointing,
+        "offload": workload.offload,
     }
 
 
 def _option_json(option: Option) -> dict[str, Any]:
-    return _way(option.setup) | {
-        "budget": option.verdict.budget,
-        "verdict": option.verdict.word,
+    return _way(option.workload) | {
+        "budget": option.fit.budget,
+        "verdict": option.fit.verdict,
         "tokens_per_second": option.speed,
         "reason": option.reason,
     }

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from textwrap import wrap
 
 from dtrain.core.units import count, duration, size
-from dtrain.planning.calibration import Measured
+from dtrain.planning.calibration import Correction
 from dtrain.planning.communication import entering_bytes, received_bytes
 from dtrain.planning.fit import FITS
-from dtrain.planning.plan import Plan, StagePlan
-from dtrain.planning.simulated_peak import Exact
+from dtrain.planning.plan import RecipePlan, StagePlan
+from dtrain.planning.simulated_peak import SimulationResult
 from dtrain.planning.storage import (
     checkpoint_bytes,
     host_load_bytes,
@@ -31,11 +31,11 @@ MOMENTS = {
 }
 
 
-def lines_of(plan: Plan, columns: int) -> Iterator[str]:
+def lines_of(plan: RecipePlan, columns: int) -> Iterator[str]:
     """The whole screen."""
     cluster = plan.cluster
     where = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
-    yield f"{plan.name} on {where}: {plan.word}"
+    yield f"{plan.name} on {where}: {plan.verdict}"
     yield from _item("base", f"{plan.base}, {count(plan.shape.parameters)} parameters", columns)
     for stage in plan.stages:
         yield ""
@@ -51,27 +51,27 @@ def _item(label: str, text: str, columns: int) -> Iterator[str]:
         yield f"  {label if number == 0 else '':<{LABEL}}{line}"
 
 
-def stage_lines(stage: StagePlan, plan: Plan, columns: int) -> Iterator[str]:
+def stage_lines(stage: StagePlan, plan: RecipePlan, columns: int) -> Iterator[str]:
     """What the plan says of one stage."""
-    setup = stage.setup
-    yield f"stage {stage.name}: {stage.verdict.word}"
+    workload = stage.workload
+    yield f"stage {stage.name}: {stage.fit.verdict}"
     yield from _item("way", way(stage), columns)
-    total = plan.shape.parameters + (0 if setup.is_full else setup.trainable)
-    share = f"{setup.trainable:,} parameters ({setup.trainable / total:.2%})"
+    total = plan.shape.parameters + (0 if workload.is_full else workload.trainable)
+    share = f"{workload.trainable:,} parameters ({workload.trainable / total:.2%})"
     yield from _item("trains", share, columns)
     yield from memory_lines(stage, columns)
     if stage.exact:
         yield from exact_lines(stage, stage.exact, columns)
     for change in stage.changes:
-        yield from _item("would fit", f"{' '.join(change.texts)}  ({change.cost})", columns)
-    if stage.verdict.word != FITS and not stage.changes:
+        yield from _item("would fit", f"{' '.join(change.settings)}  ({change.cost})", columns)
+    if stage.fit.verdict != FITS and not stage.changes:
         yield from _item("would fit", "nothing that the plan knows", columns)
     host = (
-        f"{size(host_load_bytes(setup))} a node at load, {size(host_save_bytes(setup))} in "
-        f"training, {size(host_merge_bytes(setup))} at merge"
+        f"{size(host_load_bytes(workload))} a node at load, {size(host_save_bytes(workload))} in "
+        f"training, {size(host_merge_bytes(workload))} at merge"
     )
     yield from _item("host memory", host, columns)
-    saved = f"{size(checkpoint_bytes(setup))} a checkpoint, {size(stage.disk)} in all"
+    saved = f"{size(checkpoint_bytes(workload))} a checkpoint, {size(stage.disk)} in all"
     yield from _item("disk", saved, columns)
     yield from _item("wire", wire(stage, plan.cluster), columns)
     yield from _item("speed", speed(stage), columns)
@@ -84,26 +84,26 @@ def stage_lines(stage: StagePlan, plan: Plan, columns: int) -> Iterator[str]:
 
 def way(stage: StagePlan) -> str:
     """Method, engine and batch in words."""
-    setup = stage.setup
-    method = setup.method if setup.is_full else f"{setup.method} r {setup.rank}"
-    ranks = "1 rank" if setup.shard == 1 else f"{setup.shard} ranks"
-    engine = setup.engine + (f", {ranks} a copy" if setup.is_sharded else "")
-    engine += ", offload" if setup.offload else ""
-    batch = f"{setup.micro_batch} x {setup.sequence_length} tokens at once"
-    batch += f", {setup.accumulation} times" if setup.accumulation > 1 else ""
-    kept = ", activations recomputed" if setup.checkpointing else ""
+    workload = stage.workload
+    method = workload.method if workload.is_full else f"{workload.method} r {workload.rank}"
+    ranks = "1 rank" if workload.shard == 1 else f"{workload.shard} ranks"
+    engine = workload.engine + (f", {ranks} a copy" if workload.is_sharded else "")
+    engine += ", offload" if workload.offload else ""
+    batch = f"{workload.micro_batch} x {workload.sequence_length} tokens at once"
+    batch += f", {workload.accumulation} times" if workload.accumulation > 1 else ""
+    kept = ", activations recomputed" if workload.checkpointing else ""
     return f"{method}; {engine}; {batch}{kept}"
 
 
 def memory_lines(stage: StagePlan, columns: int) -> Iterator[str]:
     """The terms of a GPU's memory and the verdict."""
-    memory, verdict = stage.memory, stage.verdict
+    memory, fit = stage.memory, stage.fit
     terms = " + ".join(_listed(memory.terms().items(), memory.peak))
     yield from _item("GPU memory", terms, columns)
     text = f"= {size(memory.peak)} of tensors at the peak, {MOMENTS[memory.moment]}"
     yield from _item("", text, columns)
-    text = f"at least {size(verdict.lower)}, budget {size(verdict.budget)}"
-    yield from _item("", f"{text} of {size(verdict.usable)}: {verdict.word}", columns)
+    text = f"at least {size(fit.lower)}, budget {size(fit.budget)}"
+    yield from _item("", f"{text} of {size(fit.usable)}: {fit.verdict}", columns)
 
 
 def _listed(terms: Iterable[tuple[str, float]], total: float) -> Iterator[str]:
@@ -111,7 +111,7 @@ def _listed(terms: Iterable[tuple[str, float]], total: float) -> Iterator[str]:
     return (f"{name} {size(value)}" for name, value in terms if value >= LEAST_SHARE * total)
 
 
-def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
+def exact_lines(stage: StagePlan, exact: SimulationResult, columns: int) -> Iterator[str]:
     """What the simulation found, beside the plan."""
     peak, planned = exact.peak, stage.memory.peak
     text = f"{size(peak.total)} of tensors; the plan's {size(planned)} are "
@@ -122,15 +122,15 @@ def exact_lines(stage: StagePlan, exact: Exact, columns: int) -> Iterator[str]:
     yield from _item("", " + ".join(_listed(terms, peak.total)), columns)
     *some, last = (str(count) for count in exact.layers)
     layers = f"{', '.join(some)} and {last}" if some else last
-    ranks = f"one of {stage.setup.ranks} ranks"
+    ranks = f"one of {stage.workload.ranks} ranks"
     yield from _item(
-        "", f"simulated: {layers} of {stage.setup.shape.layers} layers, {ranks}", columns
+        "", f"simulated: {layers} of {stage.workload.shape.layers} layers, {ranks}", columns
     )
 
 
 def wire(stage: StagePlan, cluster: Cluster) -> str:
     """Bytes of an optimizer step, and the links that the plan takes for granted."""
-    received, entering = received_bytes(stage.setup), entering_bytes(stage.setup)
+    received, entering = received_bytes(stage.workload), entering_bytes(stage.workload)
     if not received:
         return "nothing"
     gpu, network = cluster.gpu, cluster.gpu.network_gb_s * cluster.gpus_per_node
@@ -152,7 +152,7 @@ def time(stage: StagePlan) -> str:
         billion = 1e9 / stage.speed.middle
         return f"{duration(billion)} for 1B tokens (the data are not on this machine)"
     about = "" if stage.amount.is_exact else "about "
-    hours, ranks = stage.hours, stage.setup.ranks
+    hours, ranks = stage.hours, stage.workload.ranks
     if hours.high * 3600 < 1:
         return f"under a second, for {about}{count(stage.amount.tokens)} tokens"
     return (
@@ -166,7 +166,7 @@ def spell(hours: float) -> str:
     return duration(hours * 3600) if hours < 48 else f"{hours / 24:.1f} days"
 
 
-def told(measured: Measured) -> str:
+def told(measured: Correction) -> str:
     """What earlier runs corrected."""
     runs = "1 stage" if measured.stages == 1 else f"{measured.stages} stages"
     return (
@@ -175,7 +175,7 @@ def told(measured: Measured) -> str:
     )
 
 
-def option_lines(plan: Plan, columns: int) -> Iterator[str]:
+def option_lines(plan: RecipePlan, columns: int) -> Iterator[str]:
     """Engines and methods side by side."""
     stage = plan.worst
     yield f"engines and methods for stage {stage.name}, best first;"
@@ -183,9 +183,9 @@ def option_lines(plan: Plan, columns: int) -> Iterator[str]:
     head = f"  {'engine':<11}{'method':<7}{'micro':>5}{'budget':>9}  {'verdict':<13}{'tokens/s':>8}"
     yield f"{head}  a step sends"
     for option in plan.options:
-        setup = option.setup
+        workload = option.workload
         line = (
-            f"  {option.engine:<11}{setup.method:<7}{setup.micro_batch:>5}"
-            f"{size(option.verdict.budget):>9}  {option.verdict.word:<13}{count(option.speed):>8}"
+            f"  {option.engine:<11}{workload.method:<7}{workload.micro_batch:>5}"
+            f"{size(option.fit.budget):>9}  {option.fit.verdict:<13}{count(option.speed):>8}"
         )
         yield f"{line}  {option.reason}"

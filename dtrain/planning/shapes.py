@@ -17,7 +17,7 @@ from dtrain.core.files import read_json
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """A linear layer; `name` inside its decoder layer, such as self_attn.q_proj."""
 
     name: str
@@ -37,7 +37,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What memory, time and bytes depend on.
 
     Attributes:
@@ -57,7 +57,7 @@ class Shape:
     mlp: int
     vocabulary: int
     tied: bool
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
     norm_elements: int
     norms: int
     soft_cap: bool = False
@@ -93,7 +93,7 @@ class Shape:
         return self.layers * self.layer_parameters + self.outer_parameters
 
 
-def adapted(shape: Shape, target_modules: str | Sequence[str]) -> tuple[Linear, ...]:
+def adapted(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[LinearShape, ...]:
     """The linear layers of one decoder layer that get an adapter, and lm_head where it is named.
 
     Args:
@@ -104,7 +104,7 @@ def adapted(shape: Shape, target_modules: str | Sequence[str]) -> tuple[Linear, 
     """
     if isinstance(target_modules, str):
         return shape.linears
-    head = Linear("lm_head", shape.hidden, shape.vocabulary)
+    head = LinearShape("lm_head", shape.hidden, shape.vocabulary)
     known = [*shape.linears, *([] if shape.tied else [head])]
     for target in target_modules:
         if not any(_answers(linear.name, target) for linear in known):
@@ -120,7 +120,7 @@ def _answers(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def adapter_parameters(shape: Shape, rank: int, target_modules: str | Sequence[str]) -> int:
+def adapter_parameters(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> int:
     """Parameters of a LoRA adapter: r (inputs + outputs) of every adapted layer."""
     chosen = adapted(shape, target_modules)
     return sum(
@@ -140,7 +140,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def shape_of(config: dict[str, Any], where: str) -> Shape:
+def shape_of(config: dict[str, Any], where: str) -> ModelShape:
     """The shape of a config as transformers writes it.
 
     Args:
@@ -150,7 +150,7 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         UserError: it lacks a size, is a mixture of experts, or of an architecture not known here.
     """
     kind = str(config.get("model_type"))
-    refuse_experts(config, where)
+    check_not_experts(config, where)
     if kind not in ARCHITECTURES:
         close = get_close_matches(kind, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -165,7 +165,7 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         raise UserError(f"a size in it is not a number: {error}", where=where) from error
 
 
-def refuse_experts(config: dict[str, Any], where: str) -> None:
+def check_not_experts(config: dict[str, Any], where: str) -> None:
     """Refuse what its config alone shows to be a mixture of experts.
 
     A quick look before torch is at hand; `dtrain.models.outline.check_dense` asks the model.
@@ -233,7 +233,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> Shape:
+def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> ModelShape:
     """A Llama-like decoder; `choices` say in what a kind differs.
 
     Args:
@@ -245,7 +245,7 @@ def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> Shape:
     size = int(config.get("head_dim", hidden // heads))
     mlp = int(config["intermediate_size"])
     norms = choices.get("norms", 2)
-    return Shape(
+    return ModelShape(
         kind=kind,
         layers=int(config["num_hidden_layers"]),
         hidden=hidden,
@@ -262,64 +262,64 @@ def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> Shape:
     )
 
 
-def _linears(h: int, q: int, kv: int, f: int, choices: dict[str, Any]) -> tuple[Linear, ...]:
+def _linears(h: int, q: int, kv: int, f: int, choices: dict[str, Any]) -> tuple[LinearShape, ...]:
     in_bias = bool(choices.get("qkv_bias"))
     out_bias, mlp_bias = bool(choices.get("o_bias")), bool(choices.get("mlp_bias"))
-    output = Linear("self_attn.o_proj", q, h, out_bias)
-    down = Linear("mlp.down_proj", f, h, mlp_bias)
+    output = LinearShape("self_attn.o_proj", q, h, out_bias)
+    down = LinearShape("mlp.down_proj", f, h, mlp_bias)
     if choices.get("fused"):
-        into = Linear("self_attn.qkv_proj", h, q + 2 * kv, in_bias)
-        return into, output, Linear("mlp.gate_up_proj", h, 2 * f, mlp_bias), down
+        into = LinearShape("self_attn.qkv_proj", h, q + 2 * kv, in_bias)
+        return into, output, LinearShape("mlp.gate_up_proj", h, 2 * f, mlp_bias), down
     return (
-        Linear("self_attn.q_proj", h, q, in_bias),
-        Linear("self_attn.k_proj", h, kv, in_bias),
-        Linear("self_attn.v_proj", h, kv, in_bias),
+        LinearShape("self_attn.q_proj", h, q, in_bias),
+        LinearShape("self_attn.k_proj", h, kv, in_bias),
+        LinearShape("self_attn.v_proj", h, kv, in_bias),
         output,
-        Linear("mlp.gate_proj", h, f, mlp_bias),
-        Linear("mlp.up_proj", h, f, mlp_bias),
+        LinearShape("mlp.gate_proj", h, f, mlp_bias),
+        LinearShape("mlp.up_proj", h, f, mlp_bias),
         down,
     )
 
 
-def _llama(kind: str, config: dict[str, Any]) -> Shape:
+def _llama(kind: str, config: dict[str, Any]) -> ModelShape:
     bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     return _decoder(kind, config, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
 
 
-def _plain(kind: str, config: dict[str, Any]) -> Shape:
+def _plain(kind: str, config: dict[str, Any]) -> ModelShape:
     return _decoder(kind, config)
 
 
-def _qwen2(kind: str, config: dict[str, Any]) -> Shape:
+def _qwen2(kind: str, config: dict[str, Any]) -> ModelShape:
     return _decoder(kind, config, qkv_bias=True)
 
 
-def _qwen3(kind: str, config: dict[str, Any]) -> Shape:
+def _qwen3(kind: str, config: dict[str, Any]) -> ModelShape:
     bias = config.get("attention_bias", False)
     return _decoder(kind, config, qkv_bias=bias, o_bias=bias, head_norms=2)
 
 
-def _gemma(kind: str, config: dict[str, Any]) -> Shape:
+def _gemma(kind: str, config: dict[str, Any]) -> ModelShape:
     bias = config.get("attention_bias", False)
     return _decoder(kind, config, qkv_bias=bias, o_bias=bias)
 
 
-def _gemma2(kind: str, config: dict[str, Any]) -> Shape:
+def _gemma2(kind: str, config: dict[str, Any]) -> ModelShape:
     bias = config.get("attention_bias", False)
     capped = {"attn_logit_softcapping": 50.0} | config
     return _decoder(kind, capped, qkv_bias=bias, o_bias=bias, norms=4)
 
 
-def _gemma3(kind: str, config: dict[str, Any]) -> Shape:
+def _gemma3(kind: str, config: dict[str, Any]) -> ModelShape:
     bias = config.get("attention_bias", False)
     return _decoder(kind, config, qkv_bias=bias, o_bias=bias, norms=4, head_norms=2)
 
 
-def _phi3(kind: str, config: dict[str, Any]) -> Shape:
+def _phi3(kind: str, config: dict[str, Any]) -> ModelShape:
     return _decoder(kind, config, fused=True)
 
 
-ARCHITECTURES: dict[str, Callable[[str, dict[str, Any]], Shape]] = {
+ARCHITECTURES: dict[str, Callable[[str, dict[str, Any]], ModelShape]] = {
     "llama": _llama,
     "mistral": _plain,
     "qwen2": _qwen2,

@@ -19,7 +19,7 @@ from typing import Any
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.planning.workload import ZERO, Cluster, Setup
+from dtrain.planning.workload import ZERO, Cluster, Workload
 
 CHILD, MARK = "dtrain.simulation", "dtrain-simulation "
 LAYERS = (3, 4, 5)  # a first, a last, and others between them
@@ -49,7 +49,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Exact:
+class SimulationResult:
     """The peak at the real depth.
 
     Attributes:
@@ -60,10 +60,10 @@ class Exact:
     layers: tuple[int, ...]
 
 
-def steps_of(setup: Setup) -> int:
+def steps_of(workload: Workload) -> int:
     """Units of progress that `simulate` tells of: building, and each phase of two steps."""
-    micro_batches = min(setup.accumulation, MOST_MICRO_BATCHES)
-    return len(layers_for(setup.shape.layers)) * (5 + 2 * micro_batches)
+    micro_batches = min(workload.accumulation, MOST_MICRO_BATCHES)
+    return len(layers_for(workload.shape.layers)) * (5 + 2 * micro_batches)
 
 
 def layers_for(depth: int) -> tuple[int, ...]:
@@ -72,8 +72,13 @@ def layers_for(depth: int) -> tuple[int, ...]:
 
 
 def simulate(
-    recipe: Recipe, name: str, setup: Setup, cluster: Cluster, config: dict[str, Any], told: Told
-) -> Exact:
+    recipe: Recipe,
+    name: str,
+    workload: Workload,
+    cluster: Cluster,
+    config: dict[str, Any],
+    told: Told,
+) -> SimulationResult:
     """Simulate a stage of a resolved recipe.
 
     Args:
@@ -86,48 +91,48 @@ def simulate(
         UserError: no torch, an engine that is not simulated, more ranks than are simulated,
             memory that does not grow evenly with the layers.
     """
-    _refuse(recipe, setup, cluster)
-    depth = setup.shape.layers
+    _refuse(recipe, workload, cluster)
+    depth = workload.shape.layers
     layers = layers_for(depth)
-    question = _question(recipe, name, setup, cluster)
+    question = _question(recipe, name, workload, cluster)
     question["configs"] = [cut(config, count) for count in layers]
     found = list(_answers(question, told))
-    return Exact(at_depth(found, layers, depth), layers)
+    return SimulationResult(at_depth(found, layers, depth), layers)
 
 
-def _refuse(recipe: Recipe, setup: Setup, cluster: Cluster) -> None:
+def _refuse(recipe: Recipe, workload: Workload, cluster: Cluster) -> None:
     if find_spec("torch") is None:
         raise UserError(
             "--exact simulates with torch, which is not installed here",
             fix="plan without --exact, which needs none, or where dtrain is installed whole",
         )
-    if setup.ranks > MOST_RANKS:
+    if workload.ranks > MOST_RANKS:
         what = f"{cluster.ranks} ranks; at most {MOST_RANKS} are simulated"
         raise UserError(what, where="--exact", fix="plan without --exact")
     if recipe.determinism == "strict":
         what = "strict sums are not simulated"
         raise UserError(what, where="--exact", fix="plan without --exact, or determinism=off")
-    if setup.engine in ZERO:
+    if workload.engine in ZERO:
         raise UserError(
-            f"{setup.engine} is not simulated: DeepSpeed looks at values, which simulated tensors "
-            "do not have, and what ZeRO-3 keeps does not grow evenly with the layers",
+            f"{workload.engine} is not simulated: DeepSpeed reads the values of tensors, which "
+            "simulated tensors lack, and what ZeRO-3 keeps does not grow evenly with the layers",
             where="--exact",
             fix="plan without --exact, which plays DeepSpeed's rules through; "
             "or engine.kind=ddp or fsdp2",
         )
 
 
-def _question(recipe: Recipe, name: str, setup: Setup, cluster: Cluster) -> dict[str, Any]:
+def _question(recipe: Recipe, name: str, workload: Workload, cluster: Cluster) -> dict[str, Any]:
     """What the child reads."""
-    micro_batches = min(setup.accumulation, MOST_MICRO_BATCHES)
+    micro_batches = min(workload.accumulation, MOST_MICRO_BATCHES)
     plain = recipe.model_dump(mode="json")
-    plain["model"]["dtype"] = "float32" if setup.element_bytes == 4 else "bfloat16"
+    plain["model"]["dtype"] = "float32" if workload.element_bytes == 4 else "bfloat16"
     return {
         "recipe": plain,
         "stage": name,
-        "ranks": setup.ranks,
-        "on_node": setup.node_ranks,
-        "on_gpu": setup.on_gpu,
+        "ranks": workload.ranks,
+        "on_node": workload.node_ranks,
+        "on_gpu": workload.on_gpu,
         "micro_batches": micro_batches,
     }
 

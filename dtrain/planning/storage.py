@@ -12,13 +12,13 @@ from dtrain.core.cache_paths import local_path
 from dtrain.planning.constants import RANK_HOST_BYTES, TEXT_BYTES_PER_TOKEN
 from dtrain.planning.parameters import FLOAT32
 from dtrain.planning.static_memory import ADAM_BYTES
-from dtrain.planning.workload import Setup
+from dtrain.planning.workload import Workload
 
 MERGE_COPIES = 4  # of the largest tensor: as read, in float32, its delta, the result
 
 
 @dataclass(frozen=True)
-class Amount:
+class TokenCount:
     """Tokens of a stage.
 
     Attributes:
@@ -29,45 +29,45 @@ class Amount:
     is_exact: bool
 
 
-def host_load_bytes(setup: Setup) -> float:
+def host_load_bytes(workload: Workload) -> float:
     """Host memory of a node while the base is loaded, beside the files' page cache.
 
     A rank reads one block at a time; offloading keeps what trains and the base in host memory.
     """
-    shape, e = setup.shape, setup.element_bytes
-    ranks = min(setup.node_ranks, setup.ranks)
+    shape, e = workload.shape, workload.element_bytes
+    ranks = min(workload.node_ranks, workload.ranks)
     block = e * max(shape.layer_parameters, shape.vocabulary * shape.hidden)
     held = 0.0
-    if setup.offload:
-        held = (e * shape.parameters + 16.0 * setup.trainable) / setup.ranks
+    if workload.offload:
+        held = (e * shape.parameters + 16.0 * workload.trainable) / workload.ranks
     return ranks * (RANK_HOST_BYTES + block + held)
 
 
-def host_save_bytes(setup: Setup) -> float:
+def host_save_bytes(workload: Workload) -> float:
     """Host memory of a node while it trains: each rank keeps its share of a checkpoint there."""
-    ranks = min(setup.node_ranks, setup.ranks)
-    return ranks * (RANK_HOST_BYTES + checkpoint_bytes(setup) / setup.ranks)
+    ranks = min(workload.node_ranks, workload.ranks)
+    return ranks * (RANK_HOST_BYTES + checkpoint_bytes(workload) / workload.ranks)
 
 
-def host_merge_bytes(setup: Setup) -> float:
+def host_merge_bytes(workload: Workload) -> float:
     """Host memory of the merge: one tensor, whatever the model's size."""
-    shape = setup.shape
+    shape = workload.shape
     largest = max(shape.vocabulary * shape.hidden, *(x.elements for x in shape.linears))
     return RANK_HOST_BYTES + MERGE_COPIES * FLOAT32 * largest
 
 
-def checkpoint_bytes(setup: Setup) -> float:
+def checkpoint_bytes(workload: Workload) -> float:
     """One checkpoint: what trains in float32, and its optimizer state; never the frozen base."""
-    return (FLOAT32 + ADAM_BYTES[setup.optimizer]) * setup.trainable
+    return (FLOAT32 + ADAM_BYTES[workload.optimizer]) * workload.trainable
 
 
-def disk_bytes(recipe: Recipe, stage: Stage, setup: Setup, *, is_last: bool) -> float:
+def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload, *, is_last: bool) -> float:
     """What a stage leaves behind, and the checkpoint that is being written beside those kept."""
-    adapter = 0 if setup.is_full else FLOAT32 * setup.trainable
+    adapter = 0 if workload.is_full else FLOAT32 * workload.trainable
     merged = recipe.output.merge or not is_last
-    model = setup.element_bytes * setup.shape.parameters if merged else 0
+    model = workload.element_bytes * workload.shape.parameters if merged else 0
     kept = recipe.output.keep_checkpoints + 1 + _kept_for_good(recipe, stage)
-    return kept * checkpoint_bytes(setup) + adapter + model
+    return kept * checkpoint_bytes(workload) + adapter + model
 
 
 def _kept_for_good(recipe: Recipe, stage: Stage) -> int:
@@ -79,18 +79,18 @@ def _kept_for_good(recipe: Recipe, stage: Stage) -> int:
     return int(steps // lcm(every, train.checkpoint_every_steps))
 
 
-def stage_tokens(stage: Stage) -> Amount | None:
+def stage_tokens(stage: Stage) -> TokenCount | None:
     """How many tokens a stage trains on; None where its data are not on this machine."""
     train, row = stage.train, stage.data.sequence_length
     if train.tokens is not None:
-        return Amount(train.tokens, True)
+        return TokenCount(train.tokens, True)
     if train.steps is not None:
-        return Amount(train.steps * train.global_batch_size * row, True)
+        return TokenCount(train.steps * train.global_batch_size * row, True)
     passes = epoch_tokens(stage.data)
     if passes is None or train.epochs is None:
         return None
     replay = stage.data.replay
-    return Amount(passes * train.epochs / (1 - replay.ratio if replay else 1), False)
+    return TokenCount(passes * train.epochs / (1 - replay.ratio if replay else 1), False)
 
 
 def epoch_tokens(data: Data) -> float | None:

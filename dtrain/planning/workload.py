@@ -12,7 +12,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.kernel_sizes import KERNELS
-from dtrain.planning.shapes import Linear, Shape, adapted, adapter_parameters
+from dtrain.planning.shapes import LinearShape, ModelShape, adapted, adapter_parameters
 
 REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
 ZERO = ("zero2", "zero3")
@@ -37,7 +37,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Workload:
     """A stage as it would run.
 
     Attributes:
@@ -56,7 +56,7 @@ class Setup:
             CPU gloo copies what it reduces and scatters.
     """
 
-    shape: Shape
+    shape: ModelShape
     method: str
     rank: int
     target_modules: str | tuple[str, ...]
@@ -79,7 +79,7 @@ class Setup:
     persistent_elements: int = PERSISTENT_ELEMENTS
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
-    learns_all: bool = True
+    trains_on_all_tokens: bool = True
     casts: bool = True
 
     @property
@@ -103,7 +103,7 @@ class Setup:
         return self.casts and self.element_bytes == 2 and self.engine not in ZERO
 
     @property
-    def adapted(self) -> tuple[Linear, ...]:
+    def adapted(self) -> tuple[LinearShape, ...]:
         """Linear layers of a decoder layer that have an adapter."""
         return () if self.is_full else adapted(self.shape, self.target_modules)
 
@@ -120,9 +120,9 @@ class Setup:
         return self.engine not in REPLICATED
 
 
-def setup_of(
-    recipe: Recipe, stage: Stage, shape: Shape, cluster: Cluster, engine: str | None = None
-) -> Setup:
+def build_workload(
+    recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster, engine: str | None = None
+) -> Workload:
     """The stage of a recipe on a cluster.
 
     Args:
@@ -140,7 +140,7 @@ def setup_of(
         target_modules = tuple(lora.target_modules)
     on_cpu = recipe.device == "cpu"
     wide = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
-    return Setup(
+    return Workload(
         shape=shape,
         method=method.kind,
         rank=lora.r if lora else 0,
@@ -158,7 +158,7 @@ def setup_of(
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and kind == "zero3",
         on_gpu=not on_cpu,
-        learns_all=stage.kind == "cpt",
+        trains_on_all_tokens=stage.kind == "cpt",
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),

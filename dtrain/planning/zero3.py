@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from dtrain.planning.parameters import layer_parameters, outer_parameters
-from dtrain.planning.workload import Setup
+from dtrain.planning.workload import Workload
 
 MODULES = 12  # in a decoder layer: each begins, and so prefetches
 ROOTS = {True: 2, False: 4}  # modules around the embeddings in full training, and with PEFT's
@@ -28,7 +28,7 @@ ARRIVAL = "arrival"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """DeepSpeed's, by their names in its file without `stage3_`."""
 
     prefetch: int
@@ -65,20 +65,20 @@ class Gathered:
     persistent: int
 
 
-def gathered(setup: Setup) -> Gathered:
+def gathered(workload: Workload) -> Gathered:
     """What ZeRO-3 gathers for a micro-batch of this stage."""
     return _played(
-        tuple(one.elements for one in layer_parameters(setup)),
-        tuple(one.elements for one in outer_parameters(setup)),
-        setup.shape.layers,
-        setup.shape.tied,
-        setup.is_full,
-        setup.shard,
-        Sizes(
-            setup.prefetch_elements,
-            setup.persistent_elements,
-            setup.live_elements,
-            setup.reuse_elements,
+        tuple(one.elements for one in layer_parameters(workload)),
+        tuple(one.elements for one in outer_parameters(workload)),
+        workload.shape.layers,
+        workload.shape.tied,
+        workload.is_full,
+        workload.shard,
+        ModelSizes(
+            workload.prefetch_elements,
+            workload.persistent_elements,
+            workload.live_elements,
+            workload.reuse_elements,
         ),
     )
 
@@ -101,7 +101,7 @@ def _played(
     tied: bool,
     is_full: bool,
     ranks: int,
-    sizes: Sizes,
+    sizes: ModelSizes,
 ) -> Gathered:
     embedding, norm, *rest = range(len(outer))
     head = tuple(rest) if not tied else (embedding, *rest)
@@ -167,7 +167,7 @@ class _Play:
     """The state of DeepSpeed's coordinator while a micro-batch goes by."""
 
     def __init__(
-        self, numbers: Sequence[int], visits: Sequence[_Visit], ranks: int, sizes: Sizes
+        self, numbers: Sequence[int], visits: Sequence[_Visit], ranks: int, sizes: ModelSizes
     ) -> None:
         self._elements, self._visits, self._ranks, self._sizes = numbers, visits, ranks, sizes
         self._queue = deque((n, step) for step, v in enumerate(visits) for n in v.wanted)

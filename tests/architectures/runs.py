@@ -19,7 +19,7 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
 from dtrain.engines.ddp import Ddp
 from dtrain.pipeline import runner
-from dtrain.planning.known_models import refuse_untrainable
+from dtrain.planning.known_models import check_trainable
 from dtrain.training import train_step
 
 SECONDS = 240
@@ -156,7 +156,7 @@ def rank_of_run(recipe: Path, overrides: list[str], noted: Path) -> int:
     from dtrain.core.errors import UserError
 
     try:
-        refuse_untrainable(load_recipe(str(recipe), overrides).model.base)
+        check_trainable(load_recipe(str(recipe), overrides).model.base)
     except UserError as error:
         print(f"error: {error}")
         return int(Exit.USER_ERROR)

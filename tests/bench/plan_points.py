@@ -21,10 +21,10 @@ from plan_trainers import Trainer, tensors, trainer_of
 
 from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.known_models import KNOWN, Sizes
-from dtrain.planning.shapes import Linear, Shape, shape_of
-from dtrain.planning.speed import Range, flops_per_token, tokens_per_second
-from dtrain.planning.workload import Cluster, Setup
+from dtrain.planning.known_models import KNOWN, ModelSizes
+from dtrain.planning.shapes import LinearShape, ModelShape, shape_of
+from dtrain.planning.speed import Estimate, flops_per_token, tokens_per_second
+from dtrain.planning.workload import Cluster, Workload
 
 GB, GIB = 1e9, 2**30
 MODELS = {
@@ -40,13 +40,13 @@ MODELS = {
     "qwen2.5-32b": "Qwen/Qwen2.5-32B",
 }
 OTHERS = {
-    "qwen1-7b": Sizes("qwen2", 32, 4096, 32, 32, 11008, 151936),
-    "qwen1-14b": Sizes("qwen2", 40, 5120, 40, 40, 13696, 152064),
-    "qwen1-72b": Sizes("qwen2", 80, 8192, 64, 64, 24576, 152064),
+    "qwen1-7b": ModelSizes("qwen2", 32, 4096, 32, 32, 11008, 151936),
+    "qwen1-14b": ModelSizes("qwen2", 40, 5120, 40, 40, 13696, 152064),
+    "qwen1-72b": ModelSizes("qwen2", 80, 8192, 64, 64, 24576, 152064),
     # Two matrices of width 4h instead of three: the same arithmetic as 8/3 h.
-    "mpt-7b": Sizes("llama", 32, 4096, 32, 32, 10923, 50432, True),
-    "mpt-13b": Sizes("llama", 40, 5120, 40, 40, 13653, 50432, True),
-    "mpt-70b": Sizes("llama", 80, 8192, 64, 64, 21845, 50432, True),
+    "mpt-7b": ModelSizes("llama", 32, 4096, 32, 32, 10923, 50432, True),
+    "mpt-13b": ModelSizes("llama", 40, 5120, 40, 40, 13653, 50432, True),
+    "mpt-70b": ModelSizes("llama", 80, 8192, 64, 64, 21845, 50432, True),
 }
 
 
@@ -65,15 +65,15 @@ DOUBTFUL = {
 }
 
 
-def shape_named(name: str) -> Shape:
+def shape_named(name: str) -> ModelShape:
     row = OTHERS.get(name) or KNOWN[MODELS[name]]
     shape = shape_of({k: v for k, v in row._asdict().items() if v is not None}, name)
     return fused(shape) if name.startswith("qwen1") else shape
 
 
-def fused(shape: Shape) -> Shape:
+def fused(shape: ModelShape) -> ModelShape:
     """Queries, keys and values from one matrix, with one adapter, as Qwen's own first model."""
-    one = Linear("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
+    one = LinearShape("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
     return replace(shape, linears=(one, *shape.linears[3:]))
 
 
@@ -91,12 +91,12 @@ def reason_against(row: dict[str, str]) -> str:
     return next((why for word, why in DOUBTFUL.items() if word in text), "")
 
 
-def setup_of_row(row: dict[str, str], trainer: Trainer) -> Setup:
+def setup_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
     engine, ranks = row["engine"], int(row["gpus"])
     kind = {"single": "ddp", "fsdp1": "fsdp2"}.get(engine, engine)
     if kind not in ("ddp", "fsdp2", "zero2", "zero3"):
         kind = "fsdp2"
-    return Setup(
+    return Workload(
         shape=shape_named(row["model"]),
         method=row["method"],
         rank=0 if row["method"] == "full" else trainer.rank,
@@ -230,7 +230,7 @@ class Rate:
     family: str
     label: str
     share: float
-    planned: Range
+    planned: Estimate
     real: float
 
 

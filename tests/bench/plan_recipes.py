@@ -35,7 +35,7 @@ def lines_of(name: str) -> Iterator[str]:
     except UserError as error:
         why = error.what
     for stage in plan.stages:
-        head = f"{name:<16}{stage.name:<8}{nodes} x {gpus} {gpu:<13}{stage.verdict.word:<6}"
+        head = f"{name:<16}{stage.name:<8}{nodes} x {gpus} {gpu:<13}{stage.fit.verdict:<6}"
         yield f"{head}plan {stage.memory.peak / GB:6.2f}  {why or found(stage)}"
 
 

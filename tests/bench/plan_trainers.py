@@ -11,7 +11,7 @@ from dtrain.planning.activations import DTRAIN, TrainerProfile
 from dtrain.planning.kernel_sizes import MLPS, NORMS
 from dtrain.planning.memory import moments
 from dtrain.planning.static_memory import gradient_bytes
-from dtrain.planning.workload import Setup
+from dtrain.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Trainer:
     target_modules: str | tuple[str, ...] = "all-linear"
     has_dropout: bool = False
     casts: bool = False
-    habits: TrainerProfile = DTRAIN
+    profile: TrainerProfile = DTRAIN
     kernels: frozenset[str] = frozenset()
     fused: bool = False
     keeps_inputs: bool = False
@@ -42,7 +42,7 @@ class Trainer:
     masters: bool = False
 
 
-def habits(head: float, train: int = 2, residual: int = 0) -> TrainerProfile:
+def profile(head: float, train: int = 2, residual: int = 0) -> TrainerProfile:
     """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
     return TrainerProfile(
         attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
@@ -57,36 +57,36 @@ SIX = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 WITHOUT_K = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINERS = (
     # train.py: r 64, dropout 0.1, pure bfloat16, `output` is kept until the step is over.
-    Trainer(("AnswerDotAI",), 64, SIX, True, habits=habits(16), keeps_inputs=True),
+    Trainer(("AnswerDotAI",), 64, SIX, True, profile=profile(16), keeps_inputs=True),
     # README and its configs: q, v, o and the MLP with r 8; chunked, compiled, a fused AdamW.
-    Trainer(("torchtune", "(eager)"), fused=True, habits=habits(12)),
+    Trainer(("torchtune", "(eager)"), fused=True, profile=profile(12)),
     Trainer(
         ("torchtune", "compile"),
         8,
         WITHOUT_K,
         fused=True,
-        habits=habits(2.25),
+        profile=profile(2.25),
         kernels=frozenset({NORMS, MLPS}),
     ),
     # Tutorial of LoRA: r 64 on every matrix, else q and v with r 8.
-    Trainer(("torchtune", "r64"), 64, habits=habits(12)),
-    Trainer(("torchtune",), 8, ("q_proj", "v_proj"), habits=habits(12)),
+    Trainer(("torchtune", "r64"), 64, profile=profile(12)),
+    Trainer(("torchtune",), 8, ("q_proj", "v_proj"), profile=profile(12)),
     # finetune/lora.py: r 8 on q and v, dropout 0.05; logits in chunks of 128; bitsandbytes 0.41.1.
-    Trainer(("litgpt",), 8, ("q_proj", "v_proj"), True, habits=habits(5.5), keeps_inputs=True),
+    Trainer(("litgpt",), 8, ("q_proj", "v_proj"), True, profile=profile(5.5), keeps_inputs=True),
     # finetune.py and its scripts: PEFT of 2023 made adapters in the base's dtype. QLoRA goes by way
     # of DeepSpeed in float16 over GPTQ's weights, LoRA of autocast, 72B of ZeRO-3.
     Trainer(
         ("QwenLM", "qlora"),
         64,
         has_dropout=True,
-        habits=habits(6),
+        profile=profile(6),
         keeps_dequantised=True,
         masters=True,
     ),
-    Trainer(("QwenLM", "zero3"), 64, has_dropout=True, habits=habits(6)),
-    Trainer(("QwenLM",), 64, has_dropout=True, habits=habits(12)),
-    Trainer(("unsloth",), 32, habits=habits(14, 4, 4), casts=True),
-    Trainer(("peft",), 8, has_dropout=True, casts=True, habits=habits(12, 4), keeps_inputs=True),
+    Trainer(("QwenLM", "zero3"), 64, has_dropout=True, profile=profile(6)),
+    Trainer(("QwenLM",), 64, has_dropout=True, profile=profile(12)),
+    Trainer(("unsloth",), 32, profile=profile(14, 4, 4), casts=True),
+    Trainer(("peft",), 8, has_dropout=True, casts=True, profile=profile(12, 4), keeps_inputs=True),
 )
 
 
@@ -95,24 +95,24 @@ def trainer_of(row: dict[str, str]) -> Trainer | None:
     return next((t for t in TRAINERS if all(word in text for word in t.words)), None)
 
 
-def tensors(setup: Setup, trainer: Trainer) -> float:
+def tensors(workload: Workload, trainer: Trainer) -> float:
     """Bytes at the moment that needs most, as the trainer computes it."""
-    every = moments(setup, trainer.habits)
-    return max(one.peak + also_kept(one.moment, setup, trainer) for one in every)
+    every = moments(workload, trainer.profile)
+    return max(one.peak + also_kept(one.moment, workload, trainer) for one in every)
 
 
-def also_kept(moment: str, setup: Setup, trainer: Trainer) -> float:
+def also_kept(moment: str, workload: Workload, trainer: Trainer) -> float:
     """What dtrain never keeps, less what is not there yet."""
-    shape, e, n = setup.shape, setup.element_bytes, setup.trainable
-    layers = 1 if setup.checkpointing else shape.layers
-    within = moment == "backward" or (moment == "loss" and not setup.checkpointing)
+    shape, e, n = workload.shape, workload.element_bytes, workload.trainable
+    layers = 1 if workload.checkpointing else shape.layers
+    within = moment == "backward" or (moment == "loss" and not workload.checkpointing)
     kept = 0.0
-    if trainer.keeps_inputs and setup.method == "qlora" and within:
-        kept += layers * setup.tokens * e * (2 * shape.hidden + shape.mlp)
+    if trainer.keeps_inputs and workload.method == "qlora" and within:
+        kept += layers * workload.tokens * e * (2 * shape.hidden + shape.mlp)
     if trainer.keeps_dequantised and moment == "backward":
         kept += e * shape.linear_elements / shape.layers
     if trainer.masters:
         kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
-    if moment != "update" and setup.ranks == 1:  # cleared at each step, so not there yet
-        kept -= gradient_bytes(setup, trainer.habits)
+    if moment != "update" and workload.ranks == 1:  # cleared at each step, so not there yet
+        kept -= gradient_bytes(workload, trainer.profile)
     return kept

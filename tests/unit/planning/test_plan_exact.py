@@ -10,7 +10,7 @@ from dtrain.planning import simulated_peak
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.simulated_peak import Peak, at_depth, cut, layers_for, simulate, steps_of
-from dtrain.planning.workload import Cluster, setup_of
+from dtrain.planning.workload import Cluster, build_workload
 
 
 def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[Peak]:
@@ -48,14 +48,14 @@ def test_a_config_is_cut_with_its_lists_of_layers() -> None:
     assert layers_for(4) == (4,), "few layers are simulated as they are"
 
 
-def asked(words: list[str], ranks: int) -> simulated_peak.Exact:
+def asked(words: list[str], ranks: int) -> simulated_peak.SimulationResult:
     recipe = load_recipe("tiny", ["device=cpu", *words])
     cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
-    setup = setup_of(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
+    workload = build_workload(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
     done: list[int] = []
     config = find_config(recipe.model.base)[0]
-    found = simulate(recipe, "domain", setup, cluster, config, done.append)
-    assert sum(done) == steps_of(setup)
+    found = simulate(recipe, "domain", workload, cluster, config, done.append)
+    assert sum(done) == steps_of(workload)
     return found
 
 

@@ -17,7 +17,7 @@ from dtrain.planning.fit import FITS
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.kernel_sizes import KERNELS
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.workload import Cluster, Setup
+from dtrain.planning.workload import Cluster, Workload
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "plan.txt"
 BASES = {
@@ -30,10 +30,10 @@ BILLION = 1e9
 GLOBAL_BATCH = 128  # sequences of 2048 tokens
 
 
-def asked(base: str, method: str, cluster: Cluster) -> Setup:
+def asked(base: str, method: str, cluster: Cluster) -> Workload:
     """A stage with r 16 on all linear layers, activations recomputed."""
     shape, _ = find_shape(base)
-    return Setup(
+    return Workload(
         shape=shape,
         method=method,
         rank=16,
@@ -66,15 +66,15 @@ def lines() -> Iterator[str]:
 
 
 def _best(base: str, method: str, cluster: Cluster) -> Option:
-    setup = asked(base, method, cluster)
-    return option_of(choose(setup, cluster, any_engine=True, any_micro=True), cluster)
+    workload = asked(base, method, cluster)
+    return option_of(choose(workload, cluster, any_engine=True, any_micro=True), cluster)
 
 
 def _line(name: str, method: str, cluster: Cluster, best: Option) -> str:
     head = f"{name:<5}{cluster.gpu.name:<13}{cluster.nodes:>5}  {method:<7}{best.engine:<11}"
-    verdict = f"{size(best.verdict.budget):>9}  {best.verdict.word:<13}"
+    verdict = f"{size(best.fit.budget):>9}  {best.fit.verdict:<13}"
     time = duration(BILLION / best.speed)
-    return f"{head}{best.setup.micro_batch:>5}{verdict}{time:>12}"
+    return f"{head}{best.workload.micro_batch:>5}{verdict}{time:>12}"
 
 
 def test_the_choices_are_those_of_the_table() -> None:
@@ -88,10 +88,10 @@ def test_no_choice_is_beaten_by_another_that_fits() -> None:
             cluster = Cluster(find_gpu(gpu), 2, 8)
             best = _best(base, "qlora", cluster)
             ddp = option_of(asked(base, "qlora", cluster), cluster)
-            if ddp.verdict.word == FITS:
-                assert best.verdict.word == FITS and best.speed >= ddp.speed
-            larger = replace(best.setup, micro_batch=2 * best.setup.micro_batch)
-            assert option_of(larger, cluster).verdict.budget > best.verdict.budget
+            if ddp.fit.verdict == FITS:
+                assert best.fit.verdict == FITS and best.speed >= ddp.speed
+            larger = replace(best.workload, micro_batch=2 * best.workload.micro_batch)
+            assert option_of(larger, cluster).fit.budget > best.fit.budget
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from dtrain.core.errors import UserError
 from dtrain.launching.deepspeed_config import load_ds_config
 from dtrain.planning.activations import TrainerProfile, layer_bytes
 from dtrain.planning.communication import entering_bytes, received_bytes
-from dtrain.planning.fit import DOES_NOT_FIT, FITS, advice, verdict_of
+from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import memory_of
+from dtrain.planning.memory import estimate_memory
 from dtrain.planning.parameters import layer_parameters, padded_bytes
 from dtrain.planning.static_memory import gradient_bytes, optimizer_bytes, weight_bytes
 from dtrain.planning.workload import (
@@ -22,15 +22,15 @@ from dtrain.planning.workload import (
     LIVE_ELEMENTS,
     PERSISTENT_ELEMENTS,
     Cluster,
-    Setup,
-    setup_of,
+    Workload,
+    build_workload,
 )
 from dtrain.planning.zero3 import gathered
 
 GB = 1e9
 
 
-def setup(base: str, method: str, engine: str, ranks: int = 8, **more: object) -> Setup:
+def workload(base: str, method: str, engine: str, ranks: int = 8, **more: object) -> Workload:
     shape, _ = find_shape(base)
     given = {
         "shape": shape,
@@ -48,17 +48,17 @@ def setup(base: str, method: str, engine: str, ranks: int = 8, **more: object) -
         "accumulation": 4,
         "checkpointing": True,
     }
-    return Setup(**(given | more))
+    return Workload(**(given | more))
 
 
 def test_weights_are_those_of_the_literature() -> None:
     # 70B in NF4 with double quantisation: 0.516 bytes of each linear weight, the rest in 16 bits.
-    assert weight_bytes(setup("meta-llama/Llama-2-70b", "qlora", "ddp")) == pytest.approx(
+    assert weight_bytes(workload("meta-llama/Llama-2-70b", "qlora", "ddp")) == pytest.approx(
         37.0 * GB, rel=0.01
     )
     # ZeRO (arXiv:1910.02054): 2 + 2 + 12 bytes a parameter, and 2 more since gradients are summed
     # in float32; stage 3 on R ranks: a share of each.
-    full = setup("meta-llama/Llama-2-7b", "full", "zero3")
+    full = workload("meta-llama/Llama-2-7b", "full", "zero3")
     held = weight_bytes(full) + gradient_bytes(full) + optimizer_bytes(full)
     assert held == pytest.approx(18 * full.shape.parameters / 8)
 
@@ -66,48 +66,48 @@ def test_weights_are_those_of_the_literature() -> None:
 def test_saved_activations_are_those_of_a_trace() -> None:
     """16h + 4q + 4kv + 8f + 4 heads + 8 bytes a token, as traced on a bfloat16 Llama-2-7B."""
     flash = TrainerProfile(attention_copies=False)
-    one = setup("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
+    one = workload("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
     assert layer_bytes(one, flash) == 186_504
 
 
 def test_a_share_is_smaller_than_the_whole() -> None:
     for method in ("full", "lora", "qlora"):
-        whole = memory_of(setup("Qwen/Qwen2.5-7B", method, "ddp")).peak
-        halves = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
-        eighths = memory_of(setup("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
+        whole = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "ddp")).peak
+        halves = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
+        eighths = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
         assert whole > halves > eighths
 
 
 def test_one_rank_accumulates_beside_its_buckets_as_many_do() -> None:
     """DDP has buckets on a single rank too, and what is not sent yet is no part of them."""
     for ranks in (1, 8):
-        one = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
+        one = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
         assert gradient_bytes(one) == 2 * 4 * one.trainable
         assert gradient_bytes(replace(one, accumulation=1)) == 4 * one.trainable
 
 
 def test_more_ranks_than_rows_pad() -> None:
     """FSDP2 gives every rank a row of a matrix: with 1024 ranks 16 rows become 1024."""
-    some, many = (setup("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
+    some, many = (workload("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
     h, r = some.shape.hidden, some.rank
     up = next(x for x in layer_parameters(some) if (x.rows, x.columns) == (r, h) and x.trains)
     assert (up.row_share(16), up.row_share(1024)) == (h, h)
     wide, narrow = (padded_bytes(layer_parameters(one), one.shard) for one in (many, some))
     padding = sum(4 * (1024 - r) * x.inputs for x in some.adapted)
     assert padding <= wide - narrow < 1.5 * padding  # rows of the base do not divide either
-    assert memory_of(many).gathered - memory_of(some).gathered >= padding
+    assert estimate_memory(many).gathered - estimate_memory(some).gathered >= padding
 
 
 def test_a_step_of_fsdp2_begins_with_its_embeddings_twice() -> None:
     """In what was received, and in what was copied out of it."""
-    one = setup("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
-    peak = memory_of(one)
+    one = workload("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
+    peak = estimate_memory(one)
     assert peak.moment == "gather"
     assert peak.gathered > 2 * 2 * one.shape.outer_parameters
 
 
 def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
-    one = setup("Qwen/Qwen2.5-0.5B", "full", "zero3")
+    one = workload("Qwen/Qwen2.5-0.5B", "full", "zero3")
     found = gathered(one)
     inner = [x.elements for x in layer_parameters(one)]
     whole = one.shape.parameters - found.persistent
@@ -119,7 +119,7 @@ def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
 
 
 def test_zero3_gathers_a_large_model_twice_and_keeps_what_it_may() -> None:
-    one = setup("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
+    one = workload("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
     found = gathered(one)
     twice = 2 * one.shape.layers * one.shape.layer_parameters
     assert found.received == pytest.approx(twice + one.shape.outer_parameters, rel=0.05)
@@ -133,15 +133,15 @@ def test_zero3_gathers_a_large_model_twice_and_keeps_what_it_may() -> None:
 def test_replicated_qlora_sends_adapters_only() -> None:
     """What goes between nodes depends on the adapter, not on the base or the accumulation."""
     two_nodes = {"ranks": 16, "node_ranks": 8}
-    small = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", **two_nodes)
+    small = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", **two_nodes)
     n = small.trainable
     assert entering_bytes(small) == pytest.approx(2 * 15 / 16 * 4 * n)
     assert entering_bytes(replace(small, accumulation=64)) == entering_bytes(small)
-    node = setup("Qwen/Qwen2.5-7B", "qlora", "fsdp2", shard=8, **two_nodes)
+    node = workload("Qwen/Qwen2.5-7B", "qlora", "fsdp2", shard=8, **two_nodes)
     assert entering_bytes(node) == pytest.approx(2 * 1 / 2 * 4 * n)
     assert entering_bytes(replace(node, accumulation=64)) == entering_bytes(node)
     # Over the 4-bit base 74 GB a micro-batch for 70B on 16 ranks, over bfloat16 265 GB.
-    wide = setup("meta-llama/Llama-3.1-70B", "qlora", "fsdp2", accumulation=1, **two_nodes)
+    wide = workload("meta-llama/Llama-3.1-70B", "qlora", "fsdp2", accumulation=1, **two_nodes)
     assert received_bytes(wide) == pytest.approx(74 * GB, rel=0.05)
     wide = replace(wide, method="lora")
     assert received_bytes(wide) == pytest.approx(265 * GB, rel=0.05)
@@ -161,38 +161,41 @@ def test_replicated_qlora_sends_adapters_only() -> None:
 )
 def test_what_users_know_to_fit(base: str, method: str, gpu: str, gpus: int, fits: bool) -> None:
     cluster = Cluster(find_gpu(gpu), 1, gpus)
-    verdict = verdict_of(setup(base, method, "ddp", gpus), cluster)
-    assert (verdict.word == FITS) == fits, verdict
+    fit = assess_fit(workload(base, method, "ddp", gpus), cluster)
+    assert (fit.verdict == FITS) == fits, fit
 
 
 def test_advice_fits_and_begins_with_the_cheapest() -> None:
     cluster = Cluster(find_gpu("a100-40g"), 1, 8)
-    much = setup("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
-    assert verdict_of(much, cluster).word == DOES_NOT_FIT
-    changes = advice(much, cluster)
-    assert changes[0].texts == ("train.micro_batch_size=4",)
+    much = workload("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
+    assert assess_fit(much, cluster).verdict == DOES_NOT_FIT
+    changes = suggest_changes(much, cluster)
+    assert changes[0].settings == ("train.micro_batch_size=4",)
     for change in changes:
-        assert verdict_of(change.setup, change.cluster).word == FITS
+        assert assess_fit(change.workload, change.cluster).verdict == FITS
 
 
 def test_where_one_change_is_not_enough_several_are_told() -> None:
     cluster = Cluster(find_gpu("rtx4090"), 1, 8)
-    much = setup("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
-    (change,) = advice(much, cluster)
-    assert len(change.texts) > 1 and verdict_of(change.setup, change.cluster).word == FITS
+    much = workload("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
+    (change,) = suggest_changes(much, cluster)
+    assert len(change.settings) > 1 and assess_fit(change.workload, change.cluster).verdict == FITS
 
 
 def test_answers_alone_may_need_no_logits() -> None:
     """Of a long sequence a token may be learnt, so that the logits are no lower bound."""
-    every = setup("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_length=16384)
-    answers = replace(every, learns_all=False)
+    every = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_length=16384)
+    answers = replace(every, trains_on_all_tokens=False)
     cluster = Cluster(find_gpu("l4"), 1, 8)
-    assert memory_of(every).moment == "loss"
-    head = memory_of(every).working
-    assert verdict_of(answers, cluster).lower < verdict_of(every, cluster).lower - head / 2
-    assert verdict_of(answers, cluster).budget == verdict_of(every, cluster).budget
+    assert estimate_memory(every).moment == "loss"
+    head = estimate_memory(every).working
+    assert assess_fit(answers, cluster).lower < assess_fit(every, cluster).lower - head / 2
+    assert assess_fit(answers, cluster).budget == assess_fit(every, cluster).budget
     recipe = load_recipe("7b-lora")
-    kinds = {x.kind: setup_of(recipe, x, every.shape, cluster).learns_all for x in recipe.stages}
+    kinds = {
+        x.kind: build_workload(recipe, x, every.shape, cluster).trains_on_all_tokens
+        for x in recipe.stages
+    }
     assert kinds == {"cpt": True, "sft": False}
 
 
@@ -211,7 +214,7 @@ def test_a_ds_file_may_leave_sizes_to_deepspeed(tmp_path) -> None:
     file.write_text(f'{{"zero_optimization": {{{zero}}}}}')
     recipe = load_recipe("7b-lora", [f"engine={{kind: zero3, config: {file}}}"])
     shape, _ = find_shape("Qwen/Qwen2.5-7B")
-    one = setup_of(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
+    one = build_workload(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
     assert (one.bucket_elements, one.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
     assert (one.prefetch_elements, one.reuse_elements) == (3584 * 3584 * 9 // 10, LIVE_ELEMENTS)
 
@@ -246,9 +249,9 @@ def test_a_recipe_becomes_a_setup() -> None:
     recipe = load_recipe("70b-qlora")
     shape, _ = find_shape(recipe.model.base)
     cluster = Cluster(find_gpu("h100-80g"), 2, 8)
-    one = setup_of(recipe, recipe.stages[0], shape, cluster)
+    one = build_workload(recipe, recipe.stages[0], shape, cluster)
     assert (one.shard, one.ranks, one.accumulation, one.tokens) == (8, 16, 4, 2048)
     assert one.step_tokens == 64 * 2048
     bad = load_recipe("70b-qlora", ["engine.shard=3"])
     with pytest.raises(UserError, match="do not divide into groups of 3"):
-        setup_of(bad, bad.stages[0], shape, cluster)
+        build_workload(bad, bad.stages[0], shape, cluster)

@@ -74,7 +74,7 @@ def smallest(name: str, bases: tuple[str, ...], gpu: str) -> str:
 def word(name: str, base: str, cluster: Cluster) -> str:
     """The plan's verdict, the engine left to it."""
     keys = [f"model.base={base}", "engine={kind: auto}"]
-    return make_plan(load_recipe(name, keys), cluster).word
+    return make_plan(load_recipe(name, keys), cluster).verdict
 
 
 def test_every_shipped_recipe_names_its_gpus() -> None:
@@ -86,7 +86,7 @@ def test_every_shipped_recipe_names_its_gpus() -> None:
 def test_shipped_recipes_fit_where_they_say(name: str) -> None:
     gpu, nodes, gpus = MADE_FOR[name]
     plan = make_plan(load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus))
-    assert plan.word == FITS, [(x.name, x.verdict) for x in plan.stages]
+    assert plan.verdict == FITS, [(x.name, x.fit) for x in plan.stages]
 
 
 @pytest.mark.parametrize(("name", "bases"), ROWS)

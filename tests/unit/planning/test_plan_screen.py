@@ -12,9 +12,9 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import calibration
 from dtrain.planning.choose import resolved
-from dtrain.planning.fit import DOES_NOT_FIT, FITS, ORDER, TIGHT, verdict_of
+from dtrain.planning.fit import DOES_NOT_FIT, FITS, ORDER, TIGHT, assess_fit
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.memory import memory_of
+from dtrain.planning.memory import estimate_memory
 from dtrain.planning.plan import make_plan
 from dtrain.planning.render import lines_of
 from dtrain.planning.storage import checkpoint_bytes
@@ -58,7 +58,7 @@ def test_the_screen_says_what_is_wanted() -> None:
 def test_json_says_the_same() -> None:
     done = invoke("plan", "7b-lora", "--json", "--gpu", "a100-40g")
     told, plan = json.loads(done.output), plan_of("7b-lora", gpu="a100-40g")
-    assert told["parameters"] == 7_615_616_512 and told["verdict"] == plan.word
+    assert told["parameters"] == 7_615_616_512 and told["verdict"] == plan.verdict
     stage = told["stages"][0]
     memory = {k: v for k, v in stage["memory"].items() if k not in ("peak", "moment")}
     assert sum(memory.values()) == pytest.approx(stage["memory"]["peak"])
@@ -67,16 +67,16 @@ def test_json_says_the_same() -> None:
 
 def test_options_are_sorted_and_none_is_missing() -> None:
     plan = plan_of("70b-qlora", nodes=2)
-    words = [ORDER.index(option.verdict.word) for option in plan.options]
+    words = [ORDER.index(option.fit.verdict) for option in plan.options]
     assert words == sorted(words)
-    assert {option.setup.method for option in plan.options} == {"full", "lora", "qlora"}
+    assert {option.workload.method for option in plan.options} == {"full", "lora", "qlora"}
     assert len(plan.options) == 15
-    assert plan.options[0].setup.method == "qlora"
+    assert plan.options[0].workload.method == "qlora"
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     plan = plan_of("70b-lora-zero3", gpu="rtx4090")
-    assert plan.word == DOES_NOT_FIT
+    assert plan.verdict == DOES_NOT_FIT
     text = "\n".join(lines_of(plan, 100))
     assert "would fit     method.kind=qlora" in text
 
@@ -108,7 +108,7 @@ def test_auto_takes_what_fits_and_what_is_fast() -> None:
         assert recipe.engine.kind == engine
         assert isinstance(recipe.stages[0].train.micro_batch_size, int)
         plan = make_plan(recipe, cluster)
-        assert plan.word != DOES_NOT_FIT
+        assert plan.verdict != DOES_NOT_FIT
     assert recipe.engine.shard == "node"
 
 
@@ -121,7 +121,7 @@ def test_auto_leaves_what_is_said_alone() -> None:
 
 def test_earlier_runs_correct_the_plan() -> None:
     before = plan_of("7b-lora").stages[0]
-    line = calibration.Line(
+    line = calibration.CalibrationRecord(
         gpu="h100-80g",
         engine="ddp",
         method="lora",
@@ -133,13 +133,15 @@ def test_earlier_runs_correct_the_plan() -> None:
         planned_speed=100.0,
     )
     calibration.append(line)
-    calibration.append(calibration.Line(**(vars(line) | {"versions": "torch 1.0", "peak": 9e9})))
+    calibration.append(
+        calibration.CalibrationRecord(**(vars(line) | {"versions": "torch 1.0", "peak": 9e9}))
+    )
     with calibration.calibration_file().open("a") as file:
         file.write("{broken\n")
     after = plan_of("7b-lora").stages[0]
-    assert after.measured == calibration.Measured(1, pytest.approx(1.2), pytest.approx(0.5))
+    assert after.measured == calibration.Correction(1, pytest.approx(1.2), pytest.approx(0.5))
     assert after.speed.middle == pytest.approx(before.speed.middle / 2)
-    assert after.verdict.budget > before.verdict.budget
+    assert after.fit.budget > before.fit.budget
     assert "corrected by 1 stage" in "\n".join(lines_of(plan_of("7b-lora"), 200))
     assert plan_of("7b-lora", gpu="a100-80g").stages[0].measured is None
 
@@ -177,12 +179,12 @@ def test_checkpoints_that_are_kept_for_good_need_disk() -> None:
     train = "{global_batch_size: 64, steps: 100, checkpoint_every_steps: 10}"
     some = plan_of("7b-lora", f"stages.domain.train={train}").stages[0]
     more = plan_of("7b-lora", f"stages.domain.train={train}", "output.keep_every_steps=20")
-    assert more.stages[0].disk - some.disk == pytest.approx(5 * checkpoint_bytes(some.setup))
+    assert more.stages[0].disk - some.disk == pytest.approx(5 * checkpoint_bytes(some.workload))
 
 
 def measured_line(engine: str, method: str, ratio: float) -> None:
     calibration.append(
-        calibration.Line(
+        calibration.CalibrationRecord(
             gpu="h100-80g",
             engine=engine,
             method=method,
@@ -201,12 +203,12 @@ def test_earlier_runs_correct_the_whole_screen() -> None:
     before = plan_of("7b-lora")
     measured_line("ddp", "lora", 5.0)
     after = plan_of("7b-lora")
-    assert (before.word, after.word) == (FITS, TIGHT)
+    assert (before.verdict, after.verdict) == (FITS, TIGHT)
     assert after.options[0].engine != "ddp"
     for change in after.stages[-1].changes:
-        assert verdict_of(change.setup, change.cluster).word == FITS
-    ddp = [x for x in after.options if (x.engine, x.setup.method) == ("ddp", "lora")]
-    assert ddp[0].verdict.budget > 3 * memory_of(ddp[0].setup).peak
+        assert assess_fit(change.workload, change.cluster).verdict == FITS
+    ddp = [x for x in after.options if (x.engine, x.workload.method) == ("ddp", "lora")]
+    assert ddp[0].fit.budget > 3 * estimate_memory(ddp[0].workload).peak
 
 
 def test_the_screen_tells_the_factor_that_was_applied() -> None:
@@ -217,7 +219,7 @@ def test_the_screen_tells_the_factor_that_was_applied() -> None:
 def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
     before = plan_of("7b-lora")
     calibration.append(
-        calibration.Line(
+        calibration.CalibrationRecord(
             gpu="h100-80g",
             engine="ddp",
             method="lora",
@@ -242,7 +244,7 @@ def test_lines_that_are_none_are_passed_over() -> None:
         good.replace(b"60000000000.0", b"null").strip(),
     ]
     calibration.calibration_file().write_bytes(b"\n".join([*torn, good]))
-    assert plan_of("7b-lora").stages[0].measured == calibration.Measured(1, 1.5, 1.0)
+    assert plan_of("7b-lora").stages[0].measured == calibration.Correction(1, 1.5, 1.0)
 
 
 def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
