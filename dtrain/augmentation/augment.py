@@ -26,7 +26,7 @@ from dtrain.augmentation.reply_filter import Made, judged
 from dtrain.augmentation.request_pool import Asker, Journal
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, read_sealed, write_atomic, write_json, write_sealed
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
 from dtrain.data.records import Record
 from dtrain.data_quality.clean import as_row
@@ -161,8 +161,8 @@ def _write(task: Task, model: str, journal: Journal, folder: Path) -> dict[str, 
     task.source.check_unchanged()
     write_atomic(folder / MADE, "".join(good))
     write_atomic(folder / REFUSED, "".join(bad))
-    sums = {name: file_sha256(folder / name) for name in (MADE, REFUSED)}
-    return {"counts": dict(sorted(counts.items())), "sha256": sums}
+    sums = {name: file_hash(folder / name) for name in (MADE, REFUSED)}
+    return {"counts": dict(sorted(counts.items())), "blake3": sums}
 
 
 def _line(one: Made, model: str, how: How) -> str:

@@ -6,7 +6,6 @@ the first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import weakref
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dtrain.checkpoints.parameter_shards import is_finite
@@ -76,14 +76,14 @@ class HostShard:
         """Write a new safetensors file (mode 0600) and fsync it.
 
         Returns:
-            The file's bytes and SHA-256.
+            The file's bytes and BLAKE3 hash.
 
         Raises:
             UserError: a tensor holds NaN or infinity.
             OSError: the file cannot be written.
         """
         self._check_finite()
-        data, digest = self._bytes.numpy().data, hashlib.sha256()
+        data, digest = self._bytes.numpy().data, blake3()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
             pass_cache(file.fileno(), True)

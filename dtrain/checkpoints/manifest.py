@@ -5,21 +5,21 @@ It is written last, and carries a hash of itself. A folder without a valid one i
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, elements
 from dtrain.core.errors import UserError
-from dtrain.core.hashes import fingerprint
 from dtrain.core.ownership import Untrusted
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 FILE_PATTERN = r"^rank-\d{5,}\.safetensors$"  # no way out of the folder
 
@@ -54,7 +54,7 @@ class File(Part):
     """One file beside the manifest."""
 
     bytes: Natural
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    blake3: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(Part):
@@ -75,13 +75,13 @@ class Manifest(Part):
     parameters: dict[str, Parameter]
 
     def render(self) -> str:
-        """The manifest as text; its last field is the SHA-256 of the text without that field."""
+        """The manifest as text; its last field is the BLAKE3 hash of the text before it."""
         body = self.model_dump_json()
         return body[:-1] + _seal(body.encode()).decode()
 
 
 def _seal(body: bytes) -> bytes:
-    return b',"sha256":"%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+    return b',"blake3":"%s"}\n' % blake3(body).hexdigest().encode()
 
 
 def parse(path: Path) -> Manifest:
@@ -97,27 +97,28 @@ def parse(path: Path) -> Manifest:
         raise UserError(f"no valid manifest: {error!r}", where=str(path)) from error
     head = text[: -len(_seal(b""))]
     if not text or head + _seal(head + b"}") != text:
-        _refuse_format_1(text, path)
+        _check_not_older(text, path)
         raise UserError("the manifest was changed after it was written", where=str(path))
     return _validated(head + b"}", path)
 
 
-def _refuse_format_1(text: bytes, path: Path) -> None:
-    """An earlier dtrain's manifest is whole: to be kept for it, not to be passed over."""
-    try:
+def _check_not_older(text: bytes, path: Path) -> None:
+    """Formats 1 and 2 carry a SHA-256: such a checkpoint is not skipped as a broken one."""
+    with suppress(ValueError, RecursionError):
         body = json.loads(text)
-        whole = body.pop("sha256") == fingerprint(body) and body["format"] == 1
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return
-    if whole:
-        _refuse_format(1, path)
+        if isinstance(body, dict) and "sha256" in body and body.get("format") in (1, 2):
+            _refuse_format(body["format"], path)
 
 
 def _refuse_format(found: object, path: Path) -> NoReturn:
+    older = isinstance(found, int) and found < FORMAT
     raise Untrusted(
-        f"this checkpoint has format {found}, this dtrain reads {FORMAT}",
+        f"the checkpoint has format {found}, this dtrain reads {FORMAT}",
         where=str(path),
-        fix="go on with the dtrain that wrote it",
+        fix="it was written by an older dtrain: finish the stage with that version, or start again "
+        "in a new folder"
+        if older
+        else "resume with the dtrain version that wrote it",
     )
 
 

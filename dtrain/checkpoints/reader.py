@@ -17,7 +17,7 @@ from dtrain.checkpoints.manifest import MANIFEST, Kind, Manifest, parse
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard, is_finite
 from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, own_file, own_folder
 
@@ -95,11 +95,11 @@ class Checkpoint:
         workers = max(1, min(len(files), os.cpu_count() or 1))
         title = f"verifying {self.folder.name}"
         with ThreadPoolExecutor(workers) as pool, progress(title, len(files)) as meter:
-            hashes = {pool.submit(file_sha256, self.folder / name): name for name in files}
+            hashes = {pool.submit(file_hash, self.folder / name): name for name in files}
             for done in as_completed(hashes):
                 path = self.folder / hashes[done]
-                if _result(done, path) != files[hashes[done]].sha256:
-                    raise UserError("its SHA-256 is not the one that was saved", where=str(path))
+                if _result(done, path) != files[hashes[done]].blake3:
+                    raise UserError("its hash is not the one that was saved", where=str(path))
                 meter.advance()
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:

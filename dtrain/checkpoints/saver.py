@@ -202,7 +202,7 @@ class Saver:
         name, files = shard_name(self._rank), {}
         if any(held.kinds for held in job.held):
             size, digest = self._host.write(job.work / name)
-            files[name] = File(bytes=size, sha256=digest)
+            files[name] = File(bytes=size, blake3=digest)
         record = Record(rank=self._rank, files=files, held=_told(job.held, name))
         write_new(job.work / record_name(self._rank), record.model_dump_json())
 

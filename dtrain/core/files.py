@@ -17,7 +17,7 @@ from typing import IO, Any
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
 
-SEAL = "sha256"
+SEAL, OLD_SEAL = "blake3", "sha256"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 little-endian starts as the first
 
 
@@ -130,6 +130,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class OldFormat(UserError):
+    """A file in the format of an older dtrain."""
+
+
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
     """Replace `path` by `value` as JSON that carries a hash of itself in its last field."""
     write_atomic(path, _sealed(value))
@@ -140,8 +144,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: it is missing or broken, or a single bit of it was changed.
+        OldFormat: an older dtrain wrote it.
     """
     content = read_json(path)
+    if isinstance(content, dict) and OLD_SEAL in content and SEAL not in content:
+        fix = "start again in a new folder, or finish with the version that wrote it"
+        raise OldFormat("was written by an older dtrain", where=str(path), fix=fix)
     value = {k: v for k, v in content.items() if k != SEAL} if isinstance(content, dict) else {}
     if path.read_bytes() != _sealed(value).encode():
         raise UserError("was changed after it was written", where=str(path))

@@ -1,4 +1,4 @@
-"""SHA-256 of large files, remembered for as long as a file's place, size and times stay the same.
+"""Hashes of large files, remembered for as long as a file's place, size and times stay the same.
 
 A base of 140 GB is hashed once on a machine, not at each run and each merge. What checks that
 files are whole (`verify`, resuming) hashes them anew.
@@ -15,14 +15,14 @@ from pathlib import Path
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, write_atomic
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 
 REMEMBER_FROM_BYTES = 1 << 24  # a smaller file is hashed as fast as its hash is looked up
 SETTLED_SECONDS = 2.0  # a file younger than that may change again without a change of its time
 State = list[int]
 
 
-def state_of(path: Path) -> State:
+def file_state(path: Path) -> State:
     """What changes when a file's content does.
 
     The time of the last change of any kind is the last: unlike that of the content, nobody sets it,
@@ -32,16 +32,16 @@ def state_of(path: Path) -> State:
     return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def known_sha256(path: Path) -> str | None:
+def lookup_hash(path: Path) -> str | None:
     """A file's hash, if it is known."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(_place(path).read_text())
-        if entry["state"] == state_of(path):
-            return str(entry["sha256"])
+        if entry["state"] == file_state(path):
+            return str(entry["blake3"])
     return None
 
 
-def remember_sha256(path: Path, digest: str, state: State, *, ours: bool = False) -> None:
+def remember_hash(path: Path, digest: str, state: State, *, ours: bool = False) -> None:
     """Keep a file's hash, unless the file was changed meanwhile, or may have been.
 
     Args:
@@ -49,20 +49,20 @@ def remember_sha256(path: Path, digest: str, state: State, *, ours: bool = False
         ours: nobody else can have written to it.
     """
     settled = ours or time.time() - state[-1] / 1e9 > SETTLED_SECONDS
-    if settled and state == state_of(path):
-        entry = {"file": str(path.resolve()), "state": state, "sha256": digest}
+    if settled and state == file_state(path):
+        entry = {"file": str(path.resolve()), "state": state, "blake3": digest}
         with suppress(OSError):  # it is a matter of speed only
             write_atomic(_place(path), json.dumps(entry))
 
 
-def sha256_of(path: Path) -> str:
+def cached_hash(path: Path) -> str:
     """A file's hash, read only if it is not known."""
     with FolderLock(_folder()):  # of all ranks of a node one reads
-        if (known := known_sha256(path)) is not None:
+        if (known := lookup_hash(path)) is not None:
             return known
-        state = state_of(path)
-        digest = file_sha256(path)
-        remember_sha256(path, digest, state)
+        state = file_state(path)
+        digest = file_hash(path)
+        remember_hash(path, digest, state)
     return digest
 
 
@@ -76,7 +76,7 @@ class FileIdentity:
     """
 
     path: Path
-    sha256: str
+    digest: str
     state: tuple[int, ...]
     settled: bool
 
@@ -88,10 +88,10 @@ class FileIdentity:
             UserError: it cannot be read.
         """
         try:
-            state = state_of(path)
+            state = file_state(path)
             settled = time.time() - state[-1] / 1e9 > SETTLED_SECONDS
             large = path.stat().st_size >= REMEMBER_FROM_BYTES
-            digest = sha256_of(path) if large else file_sha256(path)
+            digest = cached_hash(path) if large else file_hash(path)
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
         return cls(path, digest, tuple(state), settled)
@@ -107,9 +107,9 @@ class FileIdentity:
             UserError: it was changed, replaced or removed.
         """
         try:
-            same = tuple(state_of(self.path)) == self.state
+            same = tuple(file_state(self.path)) == self.state
             if same and again and not self.settled:
-                same = file_sha256(self.path) == self.sha256
+                same = file_hash(self.path) == self.digest
         except OSError:
             same = False
         if not same:

@@ -20,14 +20,17 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock, fsync_folder, read_json, write_json
-from dtrain.core.hash_cache import REMEMBER_FROM_BYTES, FileIdentity, remember_sha256, state_of
+from dtrain.core.hash_cache import REMEMBER_FROM_BYTES, FileIdentity, file_state, remember_hash
 from dtrain.core.hashes import BLOCK_BYTES, fingerprint
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import progress, say
 
 fsspec: Any = LazyModule("fsspec")
+OWN = "blake3"  # the hash that dtrain records; servers publish others
 
 # What tells one version of a file from the next, in the words of the various stores.
 MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "generation", "md5")
@@ -116,8 +119,7 @@ def _is_whole(copy: Path) -> bool:
     with suppress(UserError, OSError, KeyError, TypeError):
         record = read_json(_record(copy))
         return (
-            copy.stat().st_size == record["bytes"]
-            and FileIdentity.of(copy).sha256 == record["sha256"]
+            copy.stat().st_size == record["bytes"] and FileIdentity.of(copy).digest == record[OWN]
         )
     return False
 
@@ -139,15 +141,15 @@ def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> 
         os.close(handle)
         try:
             store.get_file(path, temporary)
-            found = hash_file(Path(temporary), {"sha256", *digests, *(["md5"] if etag else [])})
+            found = hash_file(Path(temporary), {OWN, *digests, *(["md5"] if etag else [])})
             fault = _difference(Path(temporary), found, info, digests)
             # An ETag may look like an MD5 and be none: that of what comes twice the same.
-            if not fault and etag not in (None, found.get("md5")) and found["sha256"] not in seen:
+            if not fault and etag not in (None, found.get("md5")) and found[OWN] not in seen:
                 fault = "its MD5 is not the ETag"
             if not fault:
-                _keep(Path(temporary), copy, found["sha256"])
+                _keep(Path(temporary), copy, found[OWN])
                 return
-            seen += [found["sha256"]]
+            seen += [found[OWN]]
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -166,7 +168,7 @@ def _difference(path: Path, found: Digests, info: dict[str, Any], digests: Diges
 
 def _keep(temporary: Path, copy: Path, digest: str) -> None:
     """Put a fetched file in place, on the disk before it has its name, and record its hash."""
-    if _is_whole(copy) and read_json(_record(copy))["sha256"] == digest:
+    if _is_whole(copy) and read_json(_record(copy))[OWN] == digest:
         return  # others may be reading it
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -175,8 +177,8 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
     fsync_folder(copy.parent)
     size = copy.stat().st_size
     if size >= REMEMBER_FROM_BYTES:
-        remember_sha256(copy, digest, state_of(copy), ours=True)
-    write_json(_record(copy), {"sha256": digest, "bytes": size})
+        remember_hash(copy, digest, file_state(copy), ours=True)
+    write_json(_record(copy), {OWN: digest, "bytes": size})
 
 
 def _refuse_secrets(address: str) -> None:
@@ -254,7 +256,10 @@ def etag_md5(info: dict[str, Any]) -> str | None:
 
 def hash_file(path: Path, algorithms: set[str]) -> Digests:
     """Several hashes of a file in one reading."""
-    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
+    hashes = {
+        name: blake3() if name == OWN else hashlib.new(name, usedforsecurity=False)
+        for name in algorithms
+    }
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             for one in hashes.values():

@@ -128,7 +128,7 @@ def _files(paths: list[Path], source: Source) -> list[Part]:
     with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
         for path, size in zip(paths, sizes, strict=True):
             file = FileIdentity.of(path)
-            parts.append(Part(str(path), kind_of(path), file.sha256, path, files=(file,)))
+            parts.append(Part(str(path), kind_of(path), file.digest, path, files=(file,)))
             if meter:
                 meter.advance(size)
     return parts
@@ -158,7 +158,7 @@ def _saved(folder: Path, source: Source) -> Part:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=source.path) from error
     files = _cache_files(rows)
-    hashes = [file.sha256 for file in files]
+    hashes = [file.digest for file in files]
     return Part(source.path, "dataset", fingerprint(hashes), rows=rows, files=files)
 
 
@@ -178,6 +178,6 @@ def _from_hub(source: Source) -> Part:
             fix="correct `path` or `split`, or download the data set where there is a network",
         ) from error
     files = _cache_files(rows)
-    identity = fingerprint([rows._fingerprint, *(file.sha256 for file in files)])
+    identity = fingerprint([rows._fingerprint, *(file.digest for file in files)])
     name = f"{source.path}[{source.split}]"
     return Part(name, "dataset", identity, rows=rows, files=files)

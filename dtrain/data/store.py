@@ -4,7 +4,7 @@
     pieces.npy rows.npy   which pieces make which row (packing.Plan)
     row_tokens.npy row_supervised.npy   counts of each row
     shards.npy            first document and bytes of each shard
-    SHA256SUMS            of all of these, as `sha256sum -c` reads it
+    B3SUMS                of all of these, as `b3sum --check` reads it
     store.json            totals, the hashes of the plan and of itself: without it there is no store
 
 Everything is memory-mapped where it is used, so opening costs the same at any size.
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.data.segments import Pieces, spread
 
-MANIFEST, SUMS = "store.json", "SHA256SUMS"
+MANIFEST, SUMS = "store.json", "B3SUMS"
 PLAN_FILES = ("pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "shards.npy")
 TOTALS = ("rows", "documents", "tokens", "supervised_tokens", "longest_segment", "largest_token")
 KEYS = {*TOTALS, "counts", "fingerprint", "files"}  # of the manifest, that readers count on
@@ -180,7 +180,7 @@ class Store:
             UserError: naming the first file that differs.
         """
         for name, entry in self.manifest["files"].items():
-            self._check_hash(name, entry["sha256"])
+            self._check_hash(name, entry["blake3"])
         for line in (self.folder / SUMS).read_text(encoding="utf-8").splitlines():
             digest, name = line.split(maxsplit=1)
             self._check_hash(name, digest)
@@ -204,7 +204,7 @@ class Store:
 
     def _check_hash(self, name: str, digest: str) -> None:
         path = self.folder / name
-        if not path.is_file() or file_sha256(path) != digest:
+        if not path.is_file() or file_hash(path) != digest:
             raise damaged(path, "its content is not what was written")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dtrain.core.errors import EmptyData
 from dtrain.core.files import fsync_folder, write_atomic, write_sealed
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.data.packing import Plan, keep_rows, one_each, pack_stream, pack_whole
 from dtrain.data.store import (
     MANIFEST,
@@ -146,12 +146,12 @@ class Writer:
 
     def _seal(self, manifest: dict[str, Any]) -> None:
         names = [*PLAN_FILES, *(shard_name(shard) for shard in range(self.shards))]
-        sums = {name: file_sha256(self.folder / name) for name in names}
+        sums = {name: file_hash(self.folder / name) for name in names}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
         write_atomic(self.folder / SUMS, listing)
-        sums[SUMS] = file_sha256(self.folder / SUMS)
+        sums[SUMS] = file_hash(self.folder / SUMS)
         files = {
-            name: {"bytes": (self.folder / name).stat().st_size, "sha256": sums[name]}
+            name: {"bytes": (self.folder / name).stat().st_size, "blake3": sums[name]}
             for name in (*PLAN_FILES, SUMS)
         }
         fsync_folder(self.folder)

@@ -18,7 +18,7 @@ from typing import IO, Any
 from dtrain.config.schema import Clean
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, write_json
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.data.conversations import Conversation, Pair, row_messages
 from dtrain.data.formats import Value
 from dtrain.data.records import Fault, Record
@@ -60,12 +60,12 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
             one.check_unchanged()
         if sum(counts[action] for action in STRENGTH) != found.rows + counts[BROKEN]:
             raise UserError("the rows changed while they were cleaned", where=str(folder))
-        sums = {name: file_sha256(work / name) for name in (*names, QUARANTINED)}
+        sums = {name: file_hash(work / name) for name in (*names, QUARANTINED)}
         summary = {
             "policy": policy.model_dump(),
             "counts": dict(sorted(counts.items())),
             "sources": {n: i.name for n, i in zip(names, found.inputs, strict=True)},
-            "sha256": sums,
+            "blake3": sums,
             "fingerprint": fingerprint(sums),
         }
         write_json(work / SUMMARY, summary)

@@ -25,7 +25,7 @@ from typing import Any
 import dtrain
 from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import cache_folder
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.core.nvidia import gpus
 from dtrain.launching.network import address_of, own_address
 
@@ -55,7 +55,7 @@ def look(recipe: Path) -> dict[str, Any]:
     """What this node can tell alone."""
     found: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
     try:
-        found["versions"]["recipe"] = file_sha256(recipe)[:12]
+        found["versions"]["recipe"] = file_hash(recipe)[:12]
         base = load_recipe(str(recipe)).model.base
     except Exception as error:  # whatever it is, the report must come
         return found | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}

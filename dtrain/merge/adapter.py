@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.merge.adapter_config import check_config
 from dtrain.merge.stream import row_blocks
 from dtrain.merge.tied_weights import FLOATS, Shapes, is_outside_layers
@@ -78,7 +78,7 @@ class AdapterFile:
 
     def mark(self) -> str:
         """Hash of the folder's two files."""
-        return fingerprint({n: file_sha256(self._path.with_name(n)) for n in (CONFIG, WEIGHTS)})
+        return fingerprint({n: file_hash(self._path.with_name(n)) for n in (CONFIG, WEIGHTS)})
 
     def _open(self) -> Any:
         try:

@@ -19,7 +19,7 @@ from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import replace
 from dtrain.merge.provenance import RECIPE, Origin, origin_from
@@ -100,7 +100,7 @@ def replace_with(
         with one_at_a_time:
             return checkpoint.read(name, "weight", start, stop)
 
-    mark = file_sha256(checkpoint.folder / MANIFEST)
+    mark = file_hash(checkpoint.folder / MANIFEST)
     replace(
         base,
         checkpoint.names,
@@ -140,7 +140,7 @@ class AdapterSaved:
 
     def mark(self) -> str:
         """Hash of the content."""
-        return file_sha256(self._checkpoint.folder / MANIFEST)
+        return file_hash(self._checkpoint.folder / MANIFEST)
 
 
 def saved_adapter(saved: Saved, shapes: Shapes) -> Adapter:

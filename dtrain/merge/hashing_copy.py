@@ -1,6 +1,6 @@
 """Bytes on their way from one file to another, hashed on both sides by threads beside.
 
-SHA-256 is most of a merge's work and the disk takes its time, so a file keeps up to four threads
+Hashing is most of a merge's work and the disk takes its time, so a file keeps up to four threads
 busy: one reads and computes, one hashes what was read, one what is new, one writes. They hand each
 other a few blocks of memory that are used over and over: new memory would cost more than all that
 is done in it.
@@ -8,7 +8,6 @@ is done in it.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from blake3 import blake3
 
 from dtrain.core.direct_io import pass_cache, write_all
 
@@ -49,12 +50,12 @@ class Source:
     """A file that is read from the beginning to the end.
 
     Args:
-        hashed: whether its SHA-256 is wanted.
+        hashed: whether its hash is wanted.
     """
 
     def __init__(self, path: Path, hashed: bool) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._hashed, self._digest = hashed, hashlib.sha256()
+        self._hashed, self._digest = hashed, blake3()
         self._pool = ThreadPoolExecutor(1)
         self._next = cycle([Buffer(), Buffer()])
         self._at = self._asked = 0
@@ -82,7 +83,7 @@ class Source:
         if self._hashed:
             room.users.append(self._pool.submit(self._digest.update, block))
 
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """Of what was read, as hex; empty if it is not wanted."""
         return self._pool.submit(self._digest.hexdigest).result() if self._hashed else ""
 
@@ -113,7 +114,7 @@ class Target:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         pass_cache(self._handle, True)
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._rooms = [Buffer(WRITTEN_BYTES) for _ in range(ROOMS)]
         self._next = cycle(self._rooms)
         self._filled = 0
@@ -139,7 +140,7 @@ class Target:
             space[:], data = data[: len(space)], data[len(space) :]
 
     def finish(self) -> str:
-        """All is on the disk; its SHA-256, as hex."""
+        """All is on the disk; its hash, as hex."""
         self._give()
         for room in self._rooms:
             room.claim(0)
@@ -166,7 +167,7 @@ class HashingCopy:
     """One file on its way to another.
 
     Args:
-        hashed: whether the source's SHA-256 is wanted too.
+        hashed: whether the source's hash is wanted too.
     """
 
     def __init__(self, source: Path, target: Path, hashed: bool) -> None:
@@ -178,8 +179,8 @@ class HashingCopy:
             self.old.read_into(space, self.new.room)
 
     def finish(self) -> tuple[str, str]:
-        """All is on the disk; SHA-256 of what was read, if wanted, and written, as hex."""
-        return self.old.sha256(), self.new.finish()
+        """All is on the disk; hashes of what was read, if wanted, and written, as hex."""
+        return self.old.digest(), self.new.finish()
 
     def __enter__(self) -> HashingCopy:
         return self

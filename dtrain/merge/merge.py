@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
-from dtrain.core.hash_cache import known_sha256, remember_sha256, state_of
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
 from dtrain.core.units import size
 from dtrain.merge.adapter import CONFIG, Adapter
@@ -36,7 +36,7 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENS
 NOT_BESIDE = (INDEX, MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
 MOST_AT_ONCE = 8  # shards; each needs about 20 MB
-FORMAT = 3  # of the result: another one is not gone on with
+FORMAT = 4  # of the result: a merge of another format is not continued
 
 
 class Part(Protocol):
@@ -331,7 +331,7 @@ def _replaced(
 
 
 def _write(model: Model, out: Path, processes: int, known: Sequence[str]) -> None:
-    hashes = [known_sha256(path) for path in model.weights]
+    hashes = [lookup_hash(path) for path in model.weights]
     if all(hashes):  # then another base is told before the work, not after it
         _check_base(model.base, combine([str(one) for one in hashes], model.base), known)
     plan = fingerprint(_plan(model))
@@ -370,8 +370,9 @@ def _publish(model: Model, plan: str, out: Path, work: Work, known: Sequence[str
     for name, text in model.files.items():
         (work.target / name).write_text(text, encoding="utf-8")
     for name in (*model.files, *(path.name for path in model.copied)):
-        hashes[name] = file_sha256(work.target / name)
+        hashes[name] = file_hash(work.target / name)
     made = {
+        "format": FORMAT,
         "plan": plan,
         "base": base_print,
         "result": combine([record["after"] for record in done.values()], work.target),
@@ -381,13 +382,13 @@ def _publish(model: Model, plan: str, out: Path, work: Work, known: Sequence[str
     work.publish({MANIFEST, *hashes})
     for name, record in done.items():  # it may be the next one's base
         path = out / name
-        remember_sha256(path, record["after"], state_of(path), ours=True)
+        remember_hash(path, record["after"], file_state(path), ours=True)
 
 
 def _plan(model: Model) -> dict[str, Any]:
     """Everything that decides the result; the base's weights by size, time and header."""
     found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns, file_head(p)) for p in model.weights]
-    beside = {path.name: file_sha256(path) for path in model.copied}
+    beside = {path.name: file_hash(path) for path in model.copied}
     written = {"beside": beside, "files": dict(model.files), "added": sorted(model.added)}
     return {"format": FORMAT, "base": found, "about": model.about, **written}
 

@@ -12,8 +12,8 @@ from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_sealed
-from dtrain.core.hash_cache import sha256_of
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hash_cache import cached_hash
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
 from dtrain.models.peft_format import COMBINED
 from dtrain.models.peft_format import origin as combined_origin
@@ -129,11 +129,11 @@ def model_fingerprint(folder: Path) -> str:
     hashes = []
     with progress(f"hashing {folder.name}", len(files)) as bar:
         for path in files:
-            hashes.append(sha256_of(path))
+            hashes.append(cached_hash(path))
             bar.advance()
     return combine(hashes, folder)
 
 
 def combine(hashes: Iterable[str], folder: Path) -> str:
-    """The fingerprint from the SHA-256 of each weight file and the folder's config."""
-    return fingerprint({"weights": sorted(hashes), "config": file_sha256(folder / "config.json")})
+    """The fingerprint from the hash of each weight file and the folder's config."""
+    return fingerprint({"weights": sorted(hashes), "config": file_hash(folder / "config.json")})

@@ -18,7 +18,7 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import fsync_folder, read_sealed, write_sealed
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import say
 from dtrain.core.shard_locks import Claims
 
@@ -71,7 +71,7 @@ class Work:
         return self._record(name).is_file() or self._out.exists()
 
     def finish(self, name: str, record: dict[str, Any]) -> None:
-        """Record a file that is on the disk; `after` is its SHA-256."""
+        """Record a file that is on the disk; `after` is its hash."""
         write_sealed(self._record(name), record)
 
     def result(self, name: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Work:
         """Remove a record if its file is not what was written."""
         path = self.target / record.name.removesuffix(RECORD)
         with suppress(UserError):
-            if path.is_file() and file_sha256(path) == read_sealed(record)["after"]:
+            if path.is_file() and file_hash(path) == read_sealed(record)["after"]:
                 say(f"{path.name} is done already")
                 return
         record.unlink()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.hash_cache import known_sha256, remember_sha256, state_of
+from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.log import Meter
 from dtrain.merge.hashing_copy import HashingCopy, Source, Target
 from dtrain.merge.tied_weights import FLOATS, StoredTensor
@@ -54,13 +54,13 @@ def rewrite_file(
         added: by name; those made from a tensor of another file are none of this file's.
 
     Returns:
-        SHA-256 of the source and of the target.
+        Hashes of the source and of the target.
 
     Raises:
         UserError: a new value that is not finite, a source that shrinks while it is read.
     """
     entries, head = read_header(source)
-    known, state = known_sha256(source), state_of(source)
+    known, state = lookup_hash(source), file_state(source)
     more = {name: one for name, one in (added or {}).items() if one.old.path == source}
     changed = bool(more) or not changes.keys().isdisjoint(entries)
     try:
@@ -83,7 +83,7 @@ def rewrite_file(
         raise UserError("changed while it was read", where=str(source)) from error
     if known is None:
         known = before if changed else after
-        remember_sha256(source, known, state)
+        remember_hash(source, known, state)
     return known, after
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.merge.adapter import WEIGHTS
-from dtrain.merge.merge import MANIFEST
+from dtrain.merge.merge import FORMAT, MANIFEST
 from dtrain.merge.stream import BLOCK_ELEMENTS
 from dtrain.merge.tied_weights import FLOATS, Shapes, StoredTensor, stored_tensors
 from dtrain.models.tensor_utils import all_finite
@@ -93,7 +93,7 @@ def verify(folder: Path) -> Verified:
     for name, digest in listed.items():
         if not (folder / name).is_file():
             found.problems.append(f"{name}: is missing")
-        elif file_sha256(folder / name) != digest:
+        elif file_hash(folder / name) != digest:
             found.problems.append(f"{name}: is not what was written")
         found.hashed += 1
     return found
@@ -174,7 +174,7 @@ def _doubles(place: StoredTensor) -> Iterator[Tensor]:
 
 
 def _verify_weights(path: Path, digest: str | None, found: Verified) -> None:
-    hashed = hashlib.sha256(read_header(path)[1])
+    hashed = blake3(read_header(path)[1])
     for name, tensor in stored_tensors(path).items():
         finite, dtype = True, COMPARED.get(tensor.dtype)
         for data in tensor.raw(BLOCK_ELEMENTS * dtype.itemsize if dtype else COPIED_BYTES):
@@ -206,7 +206,12 @@ def _check_index(folder: Path, found: Verified) -> None:
 
 def _listed(manifest: Path) -> dict[str, str]:
     try:
-        files = read_json(manifest)["files"]
+        content = read_json(manifest)
+        if content.get("format") != FORMAT:
+            fix = "merge again; files of another format cannot be compared"
+            what = f"has format {content.get('format', 'of an older dtrain')}, expected {FORMAT}"
+            raise UserError(what, where=str(manifest), fix=fix)
+        files = content["files"]
         return {str(name): str(digest) for name, digest in files.items() if Path(name).name == name}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError("names no files", where=str(manifest)) from error

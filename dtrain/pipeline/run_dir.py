@@ -13,8 +13,8 @@ from typing import Any
 from dtrain.checkpoints.identity import require_same
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, read_json, read_sealed, write_sealed
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.files import FolderLock, OldFormat, read_json, read_sealed, write_sealed
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
 from dtrain.core.ownership import own_folder
 from dtrain.launching.commands import LOCKED_BY_LAUNCHER
@@ -64,9 +64,14 @@ class StageFolder:
         """What the stage's own record says; None if it was never begun, or the record is damaged.
 
         A damaged record is no loss: every checkpoint holds the inputs that it was made from.
+
+        Raises:
+            OldFormat: an older dtrain wrote it.
         """
         try:
             return read_sealed(self.path / RECORD)
+        except OldFormat:
+            raise
         except UserError:
             return None
 
@@ -87,7 +92,7 @@ class StageFolder:
         for path, digest in self._results(known.get("files", {}), with_merged):
             if not path.is_file():
                 return f"{path} is missing"
-            if file_sha256(path) != digest:
+            if file_hash(path) != digest:
                 return f"{path} is not what was written"
         return ""
 
@@ -124,7 +129,7 @@ class StageFolder:
         """Record the stage as complete, with what is worth knowing of it."""
         found = [*self.adapter.glob("*"), self.merged / MERGE_MANIFEST]
         files = {
-            str(path.relative_to(self.path)): file_sha256(path) for path in found if path.is_file()
+            str(path.relative_to(self.path)): file_hash(path) for path in found if path.is_file()
         }
         allowed = sorted(self.allowed())
         self._write({"complete": True, "allowed": allowed, "files": files, "facts": facts})

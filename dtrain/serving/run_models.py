@@ -15,7 +15,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, WEIGHTS, origin, read_adapter_config
 
 RECIPE, MERGED_MARK = "recipe.yaml", "merge.json"
@@ -43,7 +43,7 @@ class Choice:
         """Tells it from what lay in the same place before; empty for a base that says nothing."""
         if self.adapters:
             last = self.adapters[-1]
-            return (origin(last).identity or file_sha256(last / WEIGHTS))[:12]
+            return (origin(last).identity or file_hash(last / WEIGHTS))[:12]
         manifest = Path(self.base).expanduser() / MERGED_MARK
         return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
 

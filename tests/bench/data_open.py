@@ -72,7 +72,7 @@ def make(folder: Path, rows: int) -> None:
     plan(folder, rows)
     names = (*PLAN_FILES, SUMS)
     (folder / SUMS).write_text("")
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": ""} for name in names}
+    files = {name: {"bytes": (folder / name).stat().st_size, "blake3": ""} for name in names}
     totals = {"rows": rows, "fingerprint": "x", "largest_token": ROW_TOKENS, "files": files}
     write_sealed(folder / "store.json", totals)
 

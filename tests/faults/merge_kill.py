@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from merge_models import make_adapter, make_model
 
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_places, merge, part_of
 from dtrain.merge.resumable_dir import MODEL, work_folder
@@ -80,8 +80,8 @@ def after(place: Path, out: Path, wanted: str) -> str:
     if status := run(place, out):
         return f"exit status {status}"
     if content(out) != wanted:
-        whole = {path.name: file_sha256(path) for path in (place / "whole").iterdir()}
-        found = {path.name: file_sha256(path) for path in out.iterdir()}
+        whole = {path.name: file_hash(path) for path in (place / "whole").iterdir()}
+        found = {path.name: file_hash(path) for path in out.iterdir()}
         return f"differs in {sorted(n for n, _ in whole.items() ^ found.items())}"
     return "leftovers" if work_folder(out).exists() else ""
 
@@ -150,7 +150,7 @@ def what_is_there(out: Path) -> str:
 
 def content(folder: Path) -> str:
     """Hash of every file."""
-    return fingerprint({path.name: file_sha256(path) for path in sorted(folder.iterdir())})
+    return fingerprint({path.name: file_hash(path) for path in sorted(folder.iterdir())})
 
 
 if __name__ == "__main__":

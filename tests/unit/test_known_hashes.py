@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.core import hash_cache
-from dtrain.core.hash_cache import known_sha256, remember_sha256, sha256_of, state_of
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hash_cache import cached_hash, file_state, lookup_hash, remember_hash
+from dtrain.core.hashes import file_hash
 
 
 @pytest.fixture
@@ -22,42 +22,42 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = file_sha256(file)
-    assert sha256_of(file) == wanted
-    monkeypatch.setattr(hash_cache, "file_sha256", None)
-    assert sha256_of(file) == wanted
+    wanted = file_hash(file)
+    assert cached_hash(file) == wanted
+    monkeypatch.setattr(hash_cache, "file_hash", None)
+    assert cached_hash(file) == wanted
 
 
 @pytest.mark.parametrize("how", ["time", "size", "replaced", "overwritten"])
 def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
     """Replaced and overwritten: by one of the same size, with the same time of its content."""
-    before, changed = sha256_of(file), file.stat().st_ctime_ns
+    before, changed = cached_hash(file), file.stat().st_ctime_ns
     if how == "replaced":
         file.rename(file.with_name("old"))
     while not file.exists() or file.stat().st_ctime_ns == changed:  # clocks tick in milliseconds
         file.write_bytes(b"Weights" * (1001 if how == "size" else 1000))
         os.utime(file, (1e9, 1e9 + 1 if how == "time" else 1e9))
-    assert sha256_of(file) == file_sha256(file) != before
+    assert cached_hash(file) == file_hash(file) != before
 
 
 def test_what_was_just_written_may_change_again_unseen(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 3600)
-    sha256_of(file)
-    assert known_sha256(file) is None
-    remember_sha256(file, "of what was written here", state_of(file), ours=True)
-    assert known_sha256(file) == "of what was written here"
+    cached_hash(file)
+    assert lookup_hash(file) is None
+    remember_hash(file, "of what was written here", file_state(file), ours=True)
+    assert lookup_hash(file) == "of what was written here"
 
 
 def test_a_change_while_it_was_read_is_not_remembered(file: Path) -> None:
-    state = state_of(file)
+    state = file_state(file)
     os.utime(file, (2e9, 2e9))
-    remember_sha256(file, "old", state, ours=True)
-    assert known_sha256(file) is None
+    remember_hash(file, "old", state, ours=True)
+    assert lookup_hash(file) is None
 
 
 def test_a_broken_entry_is_as_none(file: Path) -> None:
-    wanted = sha256_of(file)
+    wanted = cached_hash(file)
     hash_cache._place(file).write_text("[")
-    assert sha256_of(file) == wanted
+    assert cached_hash(file) == wanted

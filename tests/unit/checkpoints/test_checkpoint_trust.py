@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from dtrain.checkpoints import Checkpoint, Untrusted, newest_complete
 from dtrain.core.errors import UserError
-from dtrain.core.hashes import fingerprint
 
 
 def _sealed(body: dict[str, Any]) -> str:
     text = json.dumps(body)
-    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}\n'
+    return f'{text[:-1]},"blake3":"{blake3(text.encode()).hexdigest()}"}}\n'
 
 
 def _rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest, as one who knows how to hash it again."""
     body = json.loads((folder / "manifest.json").read_text())
-    del body["sha256"]
+    del body["blake3"]
     change(body)
     (folder / "manifest.json").write_text(_sealed(body))
 
@@ -44,15 +44,16 @@ def _linked_folder(folder: Path) -> None:
 
 
 def _newer(body: dict[str, Any]) -> None:
-    body["format"] = 3
+    body["format"] = 4
 
 
-def _of_format_1(folder: Path) -> None:
-    """As it was sealed then: by the hash of its content, whatever the text."""
-    body = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
-    del body["sha256"]
-    text = json.dumps({**body, "sha256": fingerprint(body)}, indent=1)
-    (folder / "manifest.json").write_text(text + "\n")
+def _older(folder: Path, version: int) -> None:
+    """Formats 1 and 2 carried a SHA-256."""
+    body = json.loads((folder / "manifest.json").read_text()) | {"format": version}
+    del body["blake3"]
+    text = json.dumps(body)
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": seal}) + "\n")
 
 
 def _outside(body: dict[str, Any]) -> None:
@@ -76,8 +77,9 @@ def _nonsense(body: dict[str, Any]) -> None:
         (_pickle, "optimizer.pt: this file is not part of the checkpoint"),
         (_link, "is a link"),
         (_linked_folder, "is a link"),
-        (lambda folder: _rewritten(folder, _newer), "format 3, this dtrain reads 2"),
-        (lambda folder: _of_format_1(folder), "format 1, this dtrain reads 2"),
+        (lambda folder: _rewritten(folder, _newer), "format 4, this dtrain reads 3"),
+        (lambda folder: _older(folder, 1), r"format 1, this dtrain reads 3\n.*an older dtrain"),
+        (lambda folder: _older(folder, 2), r"format 2, this dtrain reads 3\n.*an older dtrain"),
         (lambda folder: _rewritten(folder, _outside), "not a manifest of dtrain"),
         (lambda folder: _rewritten(folder, _hole), "are missing"),
         (lambda folder: _rewritten(folder, _nonsense), "not a manifest of dtrain"),
@@ -123,7 +125,7 @@ def test_slices_that_point_at_another_tensor_are_refused(kit: Any, tmp_path: Pat
         Checkpoint.open(folder).read("layers.1.gate", "weight", 0, 9)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"sha256": 1}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"blake3": 1}', "[" * 100_000])
 def test_a_manifest_of_rubbish_is_no_checkpoint(kit: Any, tmp_path: Path, text: str) -> None:
     folder = kit.save(tmp_path, 1)
     (folder / "manifest.json").write_text(text)

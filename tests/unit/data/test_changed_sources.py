@@ -129,8 +129,8 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
     """A file written a moment ago may change again within one tick of the clock."""
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
-    state = hash_cache.state_of(path)
-    monkeypatch.setattr(hash_cache, "state_of", lambda path: state)
+    state = hash_cache.file_state(path)
+    monkeypatch.setattr(hash_cache, "file_state", lambda path: state)
     at_first_call(monkeypatch, Shards, "make", lambda: write(path, AFTER))
     with pytest.raises(UserError, match="the file changed while it was read"):
         prepared(path)

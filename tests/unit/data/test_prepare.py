@@ -361,8 +361,8 @@ class TestFingerprint:
         monkeypatch.setattr(hash_cache, "REMEMBER_FROM_BYTES", 1)
         monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -(10**12))
         hashed = []
-        real = hash_cache.file_sha256
-        monkeypatch.setattr(hash_cache, "file_sha256", lambda p: hashed.append(p) or real(p))
+        real = hash_cache.file_hash
+        monkeypatch.setattr(hash_cache, "file_hash", lambda p: hashed.append(p) or real(p))
         first = prepared("sft", [source]).fingerprint
         assert prepared("sft", [source]).fingerprint == first
         assert len(hashed) == 1

@@ -10,7 +10,7 @@ import pytest
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.core.files import FolderLock
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.data import remote
 from dtrain.data.records import read
 from dtrain.data.sources import find_parts, kind_of
@@ -61,7 +61,7 @@ def test_what_another_process_fetched_meanwhile_is_not_fetched_again(
             super().__enter__()
             copy = self.path.parent / "a.jsonl"
             copy.write_text('{"text": "of the other"}\n')
-            record = {"sha256": file_sha256(copy), "bytes": copy.stat().st_size}
+            record = {"blake3": file_hash(copy), "bytes": copy.stat().st_size}
             copy.with_name(".a.jsonl.fetched").write_text(json.dumps(record))
             return self
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from dtrain.config import schema
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
-from dtrain.core.hash_cache import remember_sha256, state_of
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hash_cache import file_state, remember_hash
+from dtrain.core.hashes import file_hash
 from dtrain.core.shard_locks import Claims
 from dtrain.merge import hashing_copy
 from dtrain.merge import merge as module
@@ -153,7 +153,7 @@ def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter
     assert [(a["weight"], a["quantised"]) for a in manifest["adapters"]] == [(1.0, False)]
     assert manifest["base"] == model_fingerprint(base)
     assert manifest["result"] == model_fingerprint(out) != manifest["base"]
-    files = {p.name: file_sha256(p) for p in out.iterdir() if p.name != "merge.json"}
+    files = {p.name: file_hash(p) for p in out.iterdir() if p.name != "merge.json"}
     assert manifest["files"] == files
 
 
@@ -443,7 +443,7 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"odd" + path.read_bytes()[-length:])
     if known:
-        remember_sha256(path, file_sha256(path), state_of(path), ours=True)
+        remember_hash(path, file_hash(path), file_state(path), ours=True)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     a, b = torch.randn(4, 8192), torch.randn(192, 4)
@@ -457,7 +457,7 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
     assert torch.equal(found.view(192, 8192), ((b @ a) * 2 + wide.bfloat16().float()).bfloat16())
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["base"] == model_fingerprint(base)
-    assert manifest["files"][path.name] == file_sha256(out / path.name)
+    assert manifest["files"][path.name] == file_hash(out / path.name)
 
 
 def test_a_place_that_cannot_be_written_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_another_base_is_told_before_the_work(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in weight_files(base):
-        remember_sha256(path, file_sha256(path), state_of(path), ours=True)
+        remember_hash(path, file_hash(path), file_state(path), ours=True)
     monkeypatch.setattr(module, "rewrite_file", None)
     parts = [part_of(Adapter.open(adapter, check_places(base, [], base.parent / "out")))]
     with pytest.raises(UserError, match="is not the base that the adapter was trained on"):

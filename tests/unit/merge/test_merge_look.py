@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dtrain.core.files import write_json
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
+from dtrain.merge.merge import FORMAT
 from dtrain.merge.verify import diff, verify
 
 SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
@@ -27,8 +28,8 @@ def model(folder: Path, dtype: torch.dtype = torch.float32, **changed: Tensor) -
         save_file({name: tensor}, folder / weight_map[name])
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     (folder / "config.json").write_text("{}")
-    files = {path.name: file_sha256(path) for path in folder.iterdir()}
-    write_json(folder / "merge.json", {"files": files})
+    files = {path.name: file_hash(path) for path in folder.iterdir()}
+    write_json(folder / "merge.json", {"format": FORMAT, "files": files})
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 
 ROOT = Path(__file__).parents[3]
 SHARDS, PROCESSES = 7, 3
@@ -91,7 +91,7 @@ def lines(said: Path) -> list[list[str]]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in folder.iterdir()}
+    return {path.name: file_hash(path) for path in folder.iterdir()}
 
 
 def test_three_share_a_merge_and_one_is_killed(base: Path, adapter: Path, tmp_path: Path) -> None:

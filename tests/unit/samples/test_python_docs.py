@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.samples import python_docs
 
 
@@ -25,7 +25,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
 def test_made_twice_is_the_same(folder: Path, tmp_path: Path) -> None:
     python_docs.make(tmp_path)
     for path in folder.iterdir():
-        assert file_sha256(path) == file_sha256(tmp_path / path.name), path.name
+        assert file_hash(path) == file_hash(tmp_path / path.name), path.name
 
 
 def test_packages_are_on_one_side_only(folder: Path) -> None:

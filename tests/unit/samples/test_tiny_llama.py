@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dtrain.core.hashes import file_sha256
+from dtrain.core.hashes import file_hash
 from dtrain.samples import tiny_llama
 
 WEIGHTS_SHA256 = "fad4067bc4c9d21450b106b167fc922b916771a1e29da5f5e414ff0ea5da83f1"
@@ -36,7 +36,7 @@ def test_made_twice_is_the_same_to_the_byte(folder: Path, tmp_path: Path) -> Non
     names = {path.name for path in folder.iterdir()}
     assert names == {path.name for path in tmp_path.iterdir()}
     for name in names:
-        assert file_sha256(folder / name) == file_sha256(tmp_path / name), name
+        assert file_hash(folder / name) == file_hash(tmp_path / name), name
 
 
 def test_making_it_leaves_torchs_random_state_to_the_caller(tmp_path: Path) -> None:

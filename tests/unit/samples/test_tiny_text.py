@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dtrain.core.hashes import file_sha256, fingerprint
+from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.samples import tiny_text
 
-FILES_SHA256 = "4a3dd80a9178a91cbd6021a80cf2c090ac0d1ecbfca57dc474f4b3934da405a3"
+FILES_HASH = "bc4bf3a600c104ef2844787982c1c14f33aa84533682d1bc30f64dfe9eb479bc"
 
 
 def test_the_files_are_the_known_ones(tmp_path: Path) -> None:
     tiny_text.make(tmp_path)
-    found = {path.name: file_sha256(path) for path in tmp_path.iterdir()}
+    found = {path.name: file_hash(path) for path in tmp_path.iterdir()}
     assert set(found) == {
         "domain.jsonl",
         "domain-heldout.jsonl",
@@ -21,7 +21,7 @@ def test_the_files_are_the_known_ones(tmp_path: Path) -> None:
         "task-heldout.json",
         "questions.jsonl",
     }
-    assert fingerprint(found) == FILES_SHA256
+    assert fingerprint(found) == FILES_HASH
 
 
 def test_answers_follow_from_what_is_told(tmp_path: Path) -> None:
