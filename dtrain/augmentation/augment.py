@@ -61,7 +61,7 @@ class Task:
         """All rows that can be read."""
         readable = (item for item in self.source.rows() if isinstance(item, Record))
         for number, item in enumerate(readable):
-            place = self.source.parts[item.part].place(item.number)
+            place = self.source.parts[item.file_index].location(item.row_number)
             yield Row(number, place, item.value)
 
     def asked(self) -> Iterator[Row]:

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dtrain.data.conversations import Conversation, Messages, Pair
-from dtrain.data.formats import Value
+from dtrain.data.conversations import Conversation, Messages, Preference
+from dtrain.data.formats import RowContent
 from dtrain.data_quality.row_checks import key
 
 How = Literal["rewrite", "answers", "backtranslate"]
@@ -49,10 +49,10 @@ class Row:
 
     number: int
     place: str
-    value: Value
+    value: RowContent
 
 
-def request(value: Value, how: How) -> Messages | None:
+def request(value: RowContent, how: How) -> Messages | None:
     """What to ask the model for a row; None where `unfit` says why not."""
     if unfit(value, how):
         return None
@@ -63,7 +63,7 @@ def request(value: Value, how: How) -> Messages | None:
     return [{"role": m["role"], "content": m["content"]} for m in _sides(value)[0].messages[:-1]]
 
 
-def unfit(value: Value, how: How) -> str:
+def unfit(value: RowContent, how: How) -> str:
     """Why nothing can be made of a row; empty if something can.
 
     A reply of the model is one text: it can be a new instruction to any row that has one, but no
@@ -76,7 +76,7 @@ def unfit(value: Value, how: How) -> str:
         return "no answer to a person at its end"
     if how == "rewrite":
         return ""
-    if isinstance(value, Pair):
+    if isinstance(value, Preference):
         return "preferences between answers"
     if value.tools or any(m.get("tool_calls") or m["role"] == "tool" for m in value.messages):
         return "with tools"
@@ -85,13 +85,13 @@ def unfit(value: Value, how: How) -> str:
     return "" if how == "answers" or _last(value).strip() else "an empty answer"
 
 
-def made(value: Value, how: How, reply: str) -> Value:
+def made(value: RowContent, how: How, reply: str) -> RowContent:
     """The row that the model's reply makes of a row that `request` took."""
     text = cleaned(reply, how)
     if isinstance(value, str):
         return Conversation([_user(text), {"role": "assistant", "content": value}])
-    if isinstance(value, Pair):
-        return Pair(*(side and _asked(side, _place(value), text) for side in _both(value)))
+    if isinstance(value, Preference):
+        return Preference(*(side and _asked(side, _place(value), text) for side in _both(value)))
     if how == "answers":
         *earlier, answer = value.messages
         return replace(value, messages=[*earlier, {**answer, "content": text}])
@@ -118,18 +118,18 @@ def side(row: Row, how: How) -> tuple[int, str] | None:
     return key(str(_question(row.value).get("input") or "")), _instruction(row.value)
 
 
-def _both(pair: Pair) -> tuple[Conversation | None, Conversation | None]:
-    return pair.wanted, pair.unwanted
+def _both(pair: Preference) -> tuple[Conversation | None, Conversation | None]:
+    return pair.chosen, pair.rejected
 
 
-def _sides(value: Value) -> list[Conversation]:
+def _sides(value: RowContent) -> list[Conversation]:
     """The conversations of a row: both of a pair."""
-    if isinstance(value, Pair):
+    if isinstance(value, Preference):
         return [talk for talk in _both(value) if talk]
     return [value] if isinstance(value, Conversation) else []
 
 
-def _place(value: Value) -> int | None:
+def _place(value: RowContent) -> int | None:
     """Which message the last question of a person is, before all answers of a pair."""
     sides = [talk.messages for talk in _sides(value)]
     shared = 0
@@ -139,18 +139,18 @@ def _place(value: Value) -> int | None:
     return asked[-1] if asked else None
 
 
-def _question(value: Value) -> dict[str, Any]:
+def _question(value: RowContent) -> dict[str, Any]:
     place = _place(value)
     assert place is not None
     return _sides(value)[0].messages[place]
 
 
-def _instruction(value: Value) -> str:
+def _instruction(value: RowContent) -> str:
     question = _question(value)
     return str(question.get("instruction") or question["content"])
 
 
-def _last(value: Value) -> str:
+def _last(value: RowContent) -> str:
     return str(_sides(value)[0].messages[-1]["content"])
 
 

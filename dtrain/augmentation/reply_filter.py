@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from dtrain.augmentation.near_duplicates import NONE, Likeness
 from dtrain.augmentation.prompts import How, Row, cleaned, made, side
-from dtrain.data.conversations import Pair
+from dtrain.data.conversations import Preference
 from dtrain.data_quality import text_checks
 from dtrain.data_quality.sample import Sample, sample_of
 
@@ -82,7 +82,9 @@ def _first_of_each(rows: list[Made], seen: Likeness, places: list[str], how: How
 def _fault(row: Row, said: str, finish: str) -> tuple[str, str]:
     if finish == "length":
         return text_checks.CUT_OFF, "the reply reached its greatest length"
-    only_bad = isinstance(row.value, Pair) and row.value.wanted is None  # it is bad on purpose
+    only_bad = (
+        isinstance(row.value, Preference) and row.value.chosen is None
+    )  # it is bad on purpose
     for kind, note, _ in text_checks.faults(sample_of(row.value)):
         if kind in ({text_checks.EMPTY} if only_bad else UNWANTED):
             return kind, note

@@ -172,12 +172,12 @@ def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> It
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:
     from dtrain.config.schema import Source
     from dtrain.core.cache_paths import cache_folder
-    from dtrain.data.records import read_on
-    from dtrain.data.show import as_brought
-    from dtrain.data.sources import find_parts
+    from dtrain.data.records import iter_records
+    from dtrain.data.show import render_records
+    from dtrain.data.sources import find_source_files
 
-    parts = find_parts(Source(path=path), cache_folder() / "stores")
-    yield from as_brought(read_on(parts, "auto"), parts, count)
+    parts = find_source_files(Source(path=path), cache_folder() / "stores")
+    yield from render_records(iter_records(parts, "auto"), parts, count)
 
 
 def is_recipe(address: str) -> bool:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import OWN_KEYS, SECONDS, Span, Template
+from dtrain.data.chat_templates import OWN_KEYS, SECONDS, ChatTemplate, Span
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import ANSWER, common_prefix_length, endings
-from dtrain.data.sandbox import Limit, limits
+from dtrain.data.sandbox import LimitExceeded, resource_limits
 from dtrain.data.template_fields import (
     ARGUMENT,
     CALL,
@@ -58,7 +58,7 @@ NO_CONTENT = frozenset(("id", "name", "tool_call_id"))  # such keys only name th
 
 
 def render_answers(
-    template: Template,
+    template: ChatTemplate,
     talk: Conversation,
     where: str,
     train_on: str = "all",
@@ -79,11 +79,11 @@ def render_answers(
             answers, or marks them in part.
     """
     try:
-        with limits(SECONDS):
+        with resource_limits(SECONDS):
             return _as_known(template, talk, train_on, Counter() if counts is None else counts)
     except UserError as error:
         raise UserError(error.what, where=where, fix=error.fix) from error
-    except (Exception, Limit) as error:  # a template is a program: it can raise anything
+    except (Exception, LimitExceeded) as error:  # a template is a program: it can raise anything
         raise UserError(
             f"the chat template refuses this conversation: {_reason(error)}",
             where=where,
@@ -98,7 +98,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _as_known(
-    template: Template, talk: Conversation, train_on: str, counts: Counter[str]
+    template: ChatTemplate, talk: Conversation, train_on: str, counts: Counter[str]
 ) -> tuple[str, list[Span]]:
     """Render with the row's own names of roles if the template has them, else the standard ones."""
     written = {m["written_role"]: m["role"] for m in talk.messages if "written_role" in m}
@@ -136,7 +136,7 @@ class _Turn:
 class _Check:
     """One conversation under its template."""
 
-    def __init__(self, template: Template, rendered: Conversation, talk: Conversation) -> None:
+    def __init__(self, template: ChatTemplate, rendered: Conversation, talk: Conversation) -> None:
         self.template, self.talk = template, template.shaped(rendered)
         self.messages = talk.messages
         self.roles = [message["role"] for message in talk.messages]

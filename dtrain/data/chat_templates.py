@@ -19,7 +19,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
 from dtrain.core.lazy_import import LazyModule
 from dtrain.data.conversations import Conversation, Messages
-from dtrain.data.sandbox import Limit, limits
+from dtrain.data.sandbox import LimitExceeded, resource_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """A chat template and the special tokens it may print.
 
     Attributes:
@@ -139,7 +139,7 @@ class Template:
             # Most templates take the arguments of a call as an object, some (DeepSeek) as a text.
             texts, spans = self._rendered(_with_texts(talk.messages), settings)
         if len(texts[0]) > MAX_CHARACTERS:
-            raise Limit(f"the text has more than {MAX_CHARACTERS:,} characters")
+            raise LimitExceeded(f"the text has more than {MAX_CHARACTERS:,} characters")
         return texts[0], spans
 
     def _rendered(self, messages: Messages, settings: dict[str, Any]) -> Any:
@@ -215,18 +215,18 @@ def _instruction(tokenizer: PreTrainedTokenizerBase) -> str:
     return ("{{ bos_token }}" if adds_bos else "") + INSTRUCTION
 
 
-def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template a recipe asks for, ready to render.
 
     Raises:
         UserError: there is none, or it is not jinja.
     """
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    template = Template(template_text(setting, tokenizer), tuple(sorted(specials.items())))
+    template = ChatTemplate(template_text(setting, tokenizer), tuple(sorted(specials.items())))
     try:
-        with limits(SECONDS):
+        with resource_limits(SECONDS):
             template.render(Conversation([{"role": "user", "content": "a"}]))
-    except Limit as error:
+    except LimitExceeded as error:
         fix = "use another template: this one never ends, or is made to do harm"
         raise UserError(f"the template: {error}", where=f"template: {setting}", fix=fix) from error
     except TemplateSyntaxError as error:

@@ -74,28 +74,28 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Preference:
     """A wanted and an unwanted conversation with the same prompt; one of them may be missing."""
 
-    wanted: Conversation | None
-    unwanted: Conversation | None
+    chosen: Conversation | None
+    rejected: Conversation | None
 
 
-def as_messages(value: Any, column: str, where: str) -> Messages:
+def parse_messages(value: Any, column: str, where: str) -> Messages:
     """A list of messages with role and content, or of turns with from and value.
 
     Raises:
         UserError: it is not one, naming the message at fault.
     """
     if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else kind_of_value(value)
+        what = "an empty list" if value == [] else type_name(value)
         raise UserError(f"`{column}` must be a list of messages, not {what}", where=where)
     return [_message(item, f"{column}[{n}]", where) for n, item in enumerate(value)]
 
 
 def _message(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"`{name}` must be an object, not {kind_of_value(value)}", where=where)
+        raise UserError(f"`{name}` must be an object, not {type_name(value)}", where=where)
     sharegpt = "from" in value and "role" not in value
     role, content = ("from", "value") if sharegpt else ("role", "content")
     if media := next((key for key in MEDIA if value.get(key)), None):
@@ -106,7 +106,7 @@ def _message(value: Any, name: str, where: str) -> dict[str, Any]:
             raise UserError(f"`{name}` has no `{field}`", where=where)
     left_out = {role, content, "tool_calls", "function_call", *MARKS, *REASONING_KEYS}
     message = {key: v for key, v in value.items() if v is not None and key not in left_out}
-    message |= _role(checked_text(value[role], f"{name}.{role}", where), sharegpt)
+    message |= _role(check_text(value[role], f"{name}.{role}", where), sharegpt)
     text = "" if calls and value.get(content) is None else value.get(content)
     read = _read_content(text, f"{name}.{content}", where)
     if calls:
@@ -165,16 +165,16 @@ def _read_content(value: Any, name: str, where: str) -> _Content:
     """
     read = _Content([], [], [], [])
     if not isinstance(value, list) or not value:
-        read.texts.append(checked_text(value, name, where))
+        read.texts.append(check_text(value, name, where))
         return read
     for number, part in enumerate(value):
         own = f"{name}[{number}]"
         if isinstance(part, str):
-            read.texts.append(checked_text(part, own, where))
+            read.texts.append(check_text(part, own, where))
             read.marks.append(None)
             continue
         if not isinstance(part, dict):
-            what = f"`{own}` must be a text or an object, not {kind_of_value(part)}"
+            what = f"`{own}` must be a text or an object, not {type_name(part)}"
             fix = 'write a text, or {"type": "text", "text": …}'
             raise UserError(what, where=where, fix=fix)
         given = {key: v for key, v in part.items() if v is not None}
@@ -184,11 +184,11 @@ def _read_content(value: Any, name: str, where: str) -> _Content:
             raise _not_text(own, media, where)
         key = next((key for key in TEXTS_OF_PARTS if key in given), None)
         if kind in TEXT_TYPES and key:
-            read.texts.append(checked_text(given[key], f"{own}.{key}", where))
+            read.texts.append(check_text(given[key], f"{own}.{key}", where))
         elif kind in REASONING_TYPES and key:
-            read.reasoning.append(checked_text(given[key], f"{own}.{key}", where))
+            read.reasoning.append(check_text(given[key], f"{own}.{key}", where))
         elif kind in CALL_ROLES:
-            text = checked_text(given.get("value"), f"{own}.value", where)
+            text = check_text(given.get("value"), f"{own}.value", where)
             read.calls.append(_parsed(text, f"{own}.value", where))
         else:
             raise _not_text(own, kind or ", ".join(map(str, given)) or "nothing", where)
@@ -206,7 +206,7 @@ def _not_text(name: str, kind: object, where: str) -> UserError:
 def _reasoning(value: dict[str, Any], name: str, where: str) -> list[str]:
     """What a message says of its reasoning; several keys may say the same."""
     given = [
-        checked_text(value[key], f"{name}.{key}", where)
+        check_text(value[key], f"{name}.{key}", where)
         for key in REASONING_KEYS
         if value.get(key) is not None
     ]
@@ -256,7 +256,7 @@ def _mark(
     return next(iter(said.values()), None)
 
 
-def marked_by_row(talk: Conversation, row: Mapping[str, Any]) -> Conversation:
+def apply_row_train_flag(talk: Conversation, row: Mapping[str, Any]) -> Conversation:
     """The conversation, none of it learned if its row says so; what a turn says counts more.
 
     Such a column can mean something else, so any other value says nothing.
@@ -267,7 +267,7 @@ def marked_by_row(talk: Conversation, row: Mapping[str, Any]) -> Conversation:
     return replace(talk, messages=[{"train": False, **message} for message in talk.messages])
 
 
-def row_messages(messages: Messages) -> Messages:
+def messages_to_row(messages: Messages) -> Messages:
     """The messages as a row holds them: `as_messages` reads the same again."""
     rows = []
     for message in messages:
@@ -310,12 +310,12 @@ def _arguments(function: dict[str, Any], name: str, where: str) -> dict[str, Any
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{name}.{key}", where)
     if not isinstance(arguments, dict):
-        what = f"`{name}.{key}` must be an object, not {kind_of_value(arguments)}"
+        what = f"`{name}.{key}` must be an object, not {type_name(arguments)}"
         raise UserError(what, where=where, fix='name each argument: {"city": "Rome"}')
     return arguments
 
 
-def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+def parse_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     """The column `tools`: a list of JSON schemas, or the same as a text of JSON."""
     if isinstance(value, str):
         value = _parsed(value, "tools", where) if value.strip() else None
@@ -339,14 +339,14 @@ def _parsed(text: str, name: str, where: str) -> Any:
         raise UserError(f"`{name}` is not JSON: {error}", where=where) from error
 
 
-def checked_text(value: Any, name: str, where: str) -> str:
+def check_text(value: Any, name: str, where: str) -> str:
     """The value, if it is a text that a tokenizer takes.
 
     Raises:
         UserError: naming it.
     """
     if not isinstance(value, str):
-        raise UserError(f"`{name}` must be a text, not {kind_of_value(value)}", where=where)
+        raise UserError(f"`{name}` must be a text, not {type_name(value)}", where=where)
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a character; no tokenizer takes it
@@ -358,7 +358,7 @@ def checked_text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def kind_of_value(value: Any) -> str:
+def type_name(value: Any) -> str:
     """'a list', 'null', …, for a message."""
     names = {type(None): "null", list: "a list", dict: "an object", str: "a text", bool: "a bool"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else "this")

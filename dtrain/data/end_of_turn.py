@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dtrain.data.chat_templates import SECONDS, Template
+from dtrain.data.chat_templates import SECONDS, ChatTemplate
 from dtrain.data.conversations import Conversation, Messages
-from dtrain.data.sandbox import Limit, limits
+from dtrain.data.sandbox import LimitExceeded, resource_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of `t
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopCriterion:
     """What ends an answer; neither, if the template closes no turn.
 
     Attributes:
@@ -34,30 +34,32 @@ class Stop:
         return [self.text] if self.text else []
 
 
-def stop_of(template: Template, tokenizer: PreTrainedTokenizerBase) -> Stop:
+def find_stop_criterion(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> StopCriterion:
     """What closes a turn under a template, as a tokenizer reads it."""
     try:
-        with limits(SECONDS):
+        with resource_limits(SECONDS):
             ending = end_of_turn(template)
-    except (Exception, Limit):  # a template is a program; this one refuses a plain exchange
-        return Stop()
+    except (Exception, LimitExceeded):  # a template is a program; this one refuses a plain exchange
+        return StopCriterion()
     if not ending:
-        return Stop()
+        return StopCriterion()
     known = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     ids = tokenizer(ending, add_special_tokens=False).input_ids
     # Some tokenizers add runs of blanks as tokens, which stand inside answers too.
     token = next((i for i in ids if i in known and str(tokenizer.decode([i])).strip()), None)
-    return Stop(token=token) if token is not None else Stop(text=ending)
+    return StopCriterion(token=token) if token is not None else StopCriterion(text=ending)
 
 
-def end_of_turn(template: Template) -> str:
+def end_of_turn(template: ChatTemplate) -> str:
     """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
     inner, last = endings(template) or ("", "")
     return inner if inner and (last.startswith(inner) or not last) else last
 
 
 @lru_cache(maxsize=8)
-def endings(template: Template) -> tuple[str, str] | None:
+def endings(template: ChatTemplate) -> tuple[str, str] | None:
     """What closes an answer that another turn follows, and what closes the last one.
 
     Returns:
@@ -86,7 +88,7 @@ def endings(template: Template) -> tuple[str, str] | None:
     return both[: len(both) - head].rstrip(), last
 
 
-def _probed(template: Template, messages: Messages) -> str:
+def _probed(template: ChatTemplate, messages: Messages) -> str:
     try:
         return template.render(Conversation(messages))
     except Exception:  # such as one that takes a single exchange

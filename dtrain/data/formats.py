@@ -12,17 +12,25 @@ from dtrain.data.conversations import (
     MEDIA,
     Conversation,
     Messages,
-    Pair,
-    as_messages,
-    checked_text,
-    kind_of_value,
-    marked_by_row,
-    read_tools,
+    Preference,
+    apply_row_train_flag,
+    check_text,
+    parse_messages,
+    parse_tools,
+    type_name,
 )
 
-__all__ = ["FORMS", "Conversation", "Messages", "Pair", "Value", "convert", "form_of"]
+__all__ = [
+    "ROW_FORMATS",
+    "Conversation",
+    "Messages",
+    "Preference",
+    "RowContent",
+    "convert",
+    "detect_format",
+]
 
-Value = str | Conversation | Pair
+RowContent = str | Conversation | Preference
 Row = Mapping[str, Any]
 
 
@@ -32,10 +40,10 @@ class Form:
 
     needs: tuple[str, ...]
     takes: tuple[str, ...]
-    make: Callable[[Row, str], Value]
+    make: Callable[[Row, str], RowContent]
 
 
-def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Value:
+def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> RowContent:
     """What a row holds.
 
     Args:
@@ -48,8 +56,8 @@ def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Valu
         UserError: the row is not of that format.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
-    known = FORMS[form]
+        raise UserError(f"a row must be an object, not {type_name(raw)}", where=where)
+    known = ROW_FORMATS[form]
     for column in known.needs:
         if columns.get(column, column) not in raw:
             raise _missing(columns.get(column, column), list(raw), form, where)
@@ -63,18 +71,18 @@ def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> Valu
             what = f"the row has {column}, and dtrain trains on text"
             raise UserError(what, where=where, fix="remove the row, or the column")
     value = known.make(named, where)
-    return marked_by_row(value, named) if isinstance(value, Conversation) else value
+    return apply_row_train_flag(value, named) if isinstance(value, Conversation) else value
 
 
-def form_of(raw: Any, columns: Mapping[Any, str], where: str) -> str:
+def detect_format(raw: Any, columns: Mapping[Any, str], where: str) -> str:
     """The format whose columns a row has; the one with more structure where several fit.
 
     Raises:
         UserError: none fits.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"a row must be an object, not {kind_of_value(raw)}", where=where)
-    for name, form in FORMS.items():
+        raise UserError(f"a row must be an object, not {type_name(raw)}", where=where)
+    for name, form in ROW_FORMATS.items():
         has = {c for c in (*form.needs, *form.takes) if columns.get(c, c) in raw}
         if has.issuperset(form.needs) and (name != "kto" or has & {"messages", "prompt"}):
             return name
@@ -89,23 +97,23 @@ def _missing(column: str, names: list[Any], form: str, where: str) -> UserError:
     return UserError(
         f"column `{column}` is missing; there is {', '.join(map(str, names)) or 'nothing'}",
         where=where,
-        fix=f"format: {form} needs {', '.join(FORMS[form].needs)}; `columns` renames them",
+        fix=f"format: {form} needs {', '.join(ROW_FORMATS[form].needs)}; `columns` renames them",
     )
 
 
 def _text(row: Row, where: str) -> str:
-    return checked_text(row["text"], "text", where)
+    return check_text(row["text"], "text", where)
 
 
 def _alpaca(row: Row, where: str) -> Conversation:
     """One exchange; templates that know them see `instruction` and `input` apart as well."""
-    instruction = checked_text(row["instruction"], "instruction", where)
-    extra = checked_text(row.get("input") or "", "input", where)
+    instruction = check_text(row["instruction"], "instruction", where)
+    extra = check_text(row.get("input") or "", "input", where)
     if not instruction.strip():  # the task is in `input` alone
         instruction, extra = extra, ""
     content = f"{instruction}\n\n{extra}" if extra else instruction
     user = {"role": "user", "content": content, "instruction": instruction, "input": extra}
-    answer = checked_text(row["output"], "output", where)
+    answer = check_text(row["output"], "output", where)
     earlier = _history(row.get("history") or [], where)
     return Conversation(
         [*_system(row, where), *earlier, user, {"role": "assistant", "content": answer}]
@@ -120,18 +128,18 @@ def _history(value: Any, where: str) -> Messages:
             raise UserError(f"`history[{number}]` must be a question and an answer", where=where)
         for role, text in zip(("user", "assistant"), pair, strict=True):
             name = f"history[{number}]"
-            messages.append({"role": role, "content": checked_text(text, name, where)})
+            messages.append({"role": role, "content": check_text(text, name, where)})
     return messages
 
 
 def _system(row: Row, where: str) -> Messages:
-    text = checked_text(row.get("system") or "", "system", where)
+    text = check_text(row.get("system") or "", "system", where)
     return [{"role": "system", "content": text}] if text else []
 
 
 def _talk(column: str) -> Callable[[Row, str], Conversation]:
     def make(row: Row, where: str) -> Conversation:
-        messages = [*_system(row, where), *as_messages(row[column], column, where)]
+        messages = [*_system(row, where), *parse_messages(row[column], column, where)]
         return Conversation(messages, _tools(row, where))
 
     return make
@@ -139,7 +147,7 @@ def _talk(column: str) -> Callable[[Row, str], Conversation]:
 
 def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
     """The row's `tools`, or OpenAI's `functions` of before."""
-    return read_tools(row.get("tools") or row.get("functions"), where)
+    return parse_tools(row.get("tools") or row.get("functions"), where)
 
 
 def _prompt_completion(row: Row, where: str) -> Conversation:
@@ -153,30 +161,32 @@ def _prompt(row: Row, where: str) -> Messages:
     if column is None:
         return _system(row, where)
     if isinstance(row[column], str):
-        question = {"role": "user", "content": checked_text(row[column], column, where)}
+        question = {"role": "user", "content": check_text(row[column], column, where)}
         return [*_system(row, where), question]
-    return [*_system(row, where), *as_messages(row[column], column, where)]
+    return [*_system(row, where), *parse_messages(row[column], column, where)]
 
 
 def _side(value: Any, column: str, where: str) -> Messages:
     """An answer: a text, one message, or a list of messages."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": checked_text(value, column, where)}]
-    return as_messages([value] if isinstance(value, dict) else value, column, where)
+        return [{"role": "assistant", "content": check_text(value, column, where)}]
+    return parse_messages([value] if isinstance(value, dict) else value, column, where)
 
 
-def _preference(row: Row, where: str) -> Pair:
+def _preference(row: Row, where: str) -> Preference:
     prompt, tools = _prompt(row, where), _tools(row, where)
     chosen, rejected = (_side(row[c], c, where) for c in ("chosen", "rejected"))
-    return Pair(Conversation([*prompt, *chosen], tools), Conversation([*prompt, *rejected], tools))
+    return Preference(
+        Conversation([*prompt, *chosen], tools), Conversation([*prompt, *rejected], tools)
+    )
 
 
-def _kto(row: Row, where: str) -> Pair:
+def _kto(row: Row, where: str) -> Preference:
     value = row["label"]
     if isinstance(value, str) and value.lower() in ("true", "false"):  # as csv has it
         value = value.lower() == "true"
     if not isinstance(value, bool):
-        what = f"`label` must be true or false, not {kind_of_value(value)}"
+        what = f"`label` must be true or false, not {type_name(value)}"
         raise UserError(what, where=where)
     messages = _prompt(row, where)
     if "completion" in row:
@@ -184,12 +194,12 @@ def _kto(row: Row, where: str) -> Pair:
     if not messages:
         raise UserError("no `messages`, and no `prompt` with a `completion`", where=where)
     talk = Conversation(messages, _tools(row, where))
-    return Pair(talk, None) if value else Pair(None, talk)
+    return Preference(talk, None) if value else Preference(None, talk)
 
 
 _BESIDE = ("system", "tools", "functions", *MEDIA, *MARKS)
 # In the order in which `auto` tries them.
-FORMS = {
+ROW_FORMATS = {
     "preference": Form(
         ("chosen", "rejected"), ("prompt", "messages", "conversations", *_BESIDE), _preference
     ),

@@ -15,10 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.data.chat_templates import SECONDS, Template
+from dtrain.data.chat_templates import SECONDS, ChatTemplate
 from dtrain.data.conversations import Messages
 from dtrain.data.end_of_turn import endings
-from dtrain.data.sandbox import Limit, limits
+from dtrain.data.sandbox import LimitExceeded, resource_limits
 
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -34,7 +34,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class LightTemplate(Template):
+class LightTemplate(ChatTemplate):
     """A template that renders with jinja alone; enough to see how it closes a turn."""
 
     @cached_property
@@ -76,10 +76,10 @@ def closes_turns(setting: str, base: Path | None) -> bool | None:
         return None
     specials = {name: _token(config.get(name)) or f"<{name}>" for name in SPECIALS}
     try:
-        with limits(SECONDS):
+        with resource_limits(SECONDS):
             known = endings(LightTemplate(text, tuple(sorted(specials.items()))))
             return known and any(known)
-    except (Exception, Limit):  # rendering it with transformers reports what is wrong
+    except (Exception, LimitExceeded):  # rendering it with transformers reports what is wrong
         return None
 
 

@@ -15,7 +15,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.data.collate import Gathered, Gatherer, gathered, gatherer
 from dtrain.data.sampling import Mix
 from dtrain.data.segments import Pieces, joined
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 from dtrain.data.store import Store
 from dtrain.data.tokenize import notes
 
@@ -45,7 +45,7 @@ class Prepared:
     """A source and its store."""
 
     name: str
-    parts: list[Part]
+    parts: list[SourceFile]
     store: Store
 
 
@@ -88,7 +88,7 @@ class Mixture:
         source, local = self._locate(number)
         data = self.sources[source].store.row(local)
         parts = self.sources[source].parts
-        places = [parts[p].place(n) for p, n in zip(data.parts, data.numbers, strict=True)]
+        places = [parts[p].location(n) for p, n in zip(data.parts, data.numbers, strict=True)]
         return Row(data.tokens, data.supervised, data.lengths, places)
 
     def read(self, numbers: Int64s) -> Gathered:

@@ -20,7 +20,7 @@ from dtrain.data.records import Record, detect, read
 from dtrain.data.sampling import mix
 from dtrain.data.shard_boundaries import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
 from dtrain.data.shards import Shards, Share
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data.store import MANIFEST, Store
 from dtrain.data.store_writer import Writer
 from dtrain.data.tokenize import Tokeniser, check_tokenizer
@@ -120,7 +120,7 @@ class _Preparation:
         cache: Path,
     ) -> None:
         self.data, self.source, self.kind = data, source, kind
-        self.parts = find_parts(source, cache)
+        self.parts = find_source_files(source, cache)
         self.form = source.format if source.format != "auto" else detect(self.parts, source.columns)
         _check_form(self.form, source, kind)
         self.template = None if self.form == "text" else resolve_template(data.template, tokenizer)
@@ -200,7 +200,7 @@ class _Preparation:
 
     def _read(self, meter: Meter) -> Iterator[Record]:
         for record in read(self.parts, self.form, self.source.columns):
-            meter.advance(record.part - meter.done)
+            meter.advance(record.file_index - meter.done)
             yield record
 
     def _make(self, shards: Shards, share: Share, processes: int | None) -> None:

@@ -21,7 +21,7 @@ from dtrain.config.schema import Column
 from dtrain.core.errors import UserError
 from dtrain.core.files import decode_text, without_mark
 from dtrain.data.conversations import MARKS
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 
 # Number of the row, from 1, and what parses it: into the row, or what is wrong with it.
 Raw = tuple[int, Callable[[], Any]]
@@ -32,7 +32,7 @@ csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
 
 
 def rows(
-    part: Part, wanted: tuple[str, ...] | None = None, renamed: Collection[str] = ()
+    part: SourceFile, wanted: tuple[str, ...] | None = None, renamed: Collection[str] = ()
 ) -> Iterator[Raw]:
     """All rows of a part, each parsed only when it is asked for.
 
@@ -107,7 +107,7 @@ def _list(item: Callable[[Any], Any], value: Any) -> Any:
     return None if value is None else [item(one) for one in value]
 
 
-def _open(part: Part) -> IO[bytes]:
+def _open(part: SourceFile) -> IO[bytes]:
     assert part.path is not None
     if part.kind.endswith(".gz"):
         return cast(IO[bytes], gzip.open(part.path, "rb"))
@@ -117,14 +117,14 @@ def _open(part: Part) -> IO[bytes]:
     return open(part.path, "rb")
 
 
-def _broken_file(part: Part, number: int, error: Exception) -> UserError:
+def _broken_file(part: SourceFile, number: int, error: Exception) -> UserError:
     """A file whose bytes end or go wrong in the middle."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     what = f"the file is cut short or damaged: {reason}"
-    return UserError(what, where=part.place(number), fix="fetch the file again")
+    return UserError(what, where=part.location(number), fix="fetch the file again")
 
 
-def _content(part: Part) -> bytes:
+def _content(part: SourceFile) -> bytes:
     try:
         with _open(part) as file:
             content = file.read()
@@ -134,18 +134,18 @@ def _content(part: Part) -> bytes:
     return content
 
 
-def _refuse_empty_zst(part: Part, has_content: bool) -> None:
+def _refuse_empty_zst(part: SourceFile, has_content: bool) -> None:
     """The decoder takes a frame that ends before its first block for an empty one."""
     if part.kind.endswith(".zst") and not has_content and Path(str(part.path)).stat().st_size > 16:
         raise _broken_file(part, 1, EOFError("no complete block in it"))
 
 
-def _txt(part: Part) -> Iterator[Raw]:
+def _txt(part: SourceFile) -> Iterator[Raw]:
     if text := decode_text(_content(part), part.name):
         yield from _parsed([(1, {"text": text})])
 
 
-def _jsonl(part: Part) -> Iterator[Raw]:
+def _jsonl(part: SourceFile) -> Iterator[Raw]:
     for number, line in _lines(part):
         if isinstance(line, UserError):
             yield from _parsed([(number, line)])
@@ -153,7 +153,7 @@ def _jsonl(part: Part) -> Iterator[Raw]:
             yield number, partial(parse_json, line, part, number)
 
 
-def _lines(part: Part) -> Iterator[tuple[int, bytes | UserError]]:
+def _lines(part: SourceFile) -> Iterator[tuple[int, bytes | UserError]]:
     """Lines with their numbers; one that is too long is skipped without being held in memory."""
     number = 0
     try:
@@ -180,12 +180,12 @@ def _skip_line(file: IO[bytes]) -> int:
     return skipped
 
 
-def _too_long(size: int, part: Part, number: int) -> UserError:
+def _too_long(size: int, part: SourceFile, number: int) -> UserError:
     what = f"a line of {size:,} bytes; the longest that is read has {MAX_LINE_BYTES:,}"
-    return UserError(what, where=part.place(number), fix="split the row, or remove it")
+    return UserError(what, where=part.location(number), fix="split the row, or remove it")
 
 
-def parse_json(line: bytes, part: Part, first_line: int) -> Any:
+def parse_json(line: bytes, part: SourceFile, first_line: int) -> Any:
     """JSON that starts in `first_line` of a part; what is wrong with it is returned."""
     try:
         return json.loads(line, object_pairs_hook=_no_key_twice)
@@ -221,7 +221,7 @@ def _fault_in(value: Any) -> UserError | None:
     return value if isinstance(value, UserError) else None
 
 
-def _json(part: Part, columns: Collection[str]) -> Iterator[Raw]:
+def _json(part: SourceFile, columns: Collection[str]) -> Iterator[Raw]:
     """A list of rows, an object that holds such a list, or one row.
 
     Or one row a line, as some call .json what is .jsonl.
@@ -247,7 +247,7 @@ def _is_object(line: bytes | UserError) -> bool:
     return isinstance(line, UserError) or line.lstrip().startswith(b"{")
 
 
-def _rows_in(whole: Any, part: Part, columns: Collection[str]) -> list[Any]:
+def _rows_in(whole: Any, part: SourceFile, columns: Collection[str]) -> list[Any]:
     """The rows of a JSON file: its list, or the only list of objects in its object.
 
     Raises:
@@ -268,7 +268,7 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, dict | UserError) for one in value)
 
 
-def _csv(part: Part) -> Iterator[Raw]:
+def _csv(part: SourceFile) -> Iterator[Raw]:
     reader = csv.reader(_texts(part), strict=True)
     header: list[str] | None = None
     number = 1
@@ -277,7 +277,7 @@ def _csv(part: Part) -> Iterator[Raw]:
             cells = next(reader, None)
         except csv.Error as error:
             what = f"broken CSV: {error}"
-            raise UserError(what, where=part.place(number), fix="mend the file") from error
+            raise UserError(what, where=part.location(number), fix="mend the file") from error
         if cells is None:
             return
         if header is None:
@@ -287,10 +287,10 @@ def _csv(part: Part) -> Iterator[Raw]:
         number = reader.line_num + 1
 
 
-def _header(cells: list[str], part: Part) -> list[str]:
+def _header(cells: list[str], part: SourceFile) -> list[str]:
     if twice := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
         what = f"the column `{twice[0]}` is there twice"
-        raise UserError(what, where=part.place(1), fix="rename or remove one of them")
+        raise UserError(what, where=part.location(1), fix="rename or remove one of them")
     return cells
 
 
@@ -301,7 +301,7 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
     return dict(zip(header, cells, strict=True))
 
 
-def _texts(part: Part) -> Iterator[str]:
+def _texts(part: SourceFile) -> Iterator[str]:
     for number, line in _lines(part):
         if isinstance(line, UserError):
             raise line
@@ -309,10 +309,10 @@ def _texts(part: Part) -> Iterator[str]:
             yield line.decode()
         except UnicodeDecodeError as error:
             fix = "convert the file to UTF-8"
-            raise UserError("not UTF-8", where=part.place(number), fix=fix) from error
+            raise UserError("not UTF-8", where=part.location(number), fix=fix) from error
 
 
-def _parquet(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
+def _parquet(part: SourceFile, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
     number = 0
     try:
         with pq.ParquetFile(part.path) as file:
@@ -322,10 +322,10 @@ def _parquet(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"broken parquet: {reason}", where=part.place(number + 1)) from error
+        raise UserError(f"broken parquet: {reason}", where=part.location(number + 1)) from error
 
 
-def _arrow(part: Part) -> Iterator[Raw]:
+def _arrow(part: SourceFile) -> Iterator[Raw]:
     """Arrow's file format, or its stream format, which `datasets` writes."""
     number = 0
     try:
@@ -336,7 +336,7 @@ def _arrow(part: Part) -> Iterator[Raw]:
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"broken arrow file: {reason}", where=part.place(number + 1)) from error
+        raise UserError(f"broken arrow file: {reason}", where=part.location(number + 1)) from error
 
 
 def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
@@ -349,14 +349,14 @@ def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(file)
 
 
-def _dataset(part: Part, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
+def _dataset(part: SourceFile, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
     assert part.rows is not None
     chosen = part.rows.select_columns(_present(part, part.rows.column_names, wanted))
     bare = _without_filled(pa.struct(chosen.features.arrow_schema))
     return _parsed(enumerate(map(bare, chosen), start=1))
 
 
-def _present(part: Part, names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
+def _present(part: SourceFile, names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
     """The columns to read; all, if none of those wanted is there, for a message that names them."""
     _header(names, part)
     return [name for name in names if wanted is None or name in wanted] or names

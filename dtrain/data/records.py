@@ -7,33 +7,40 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dtrain.core.errors import EmptyData, UserError
-from dtrain.data.formats import FORMS, Messages, Pair, Value, convert, form_of
+from dtrain.data.formats import (
+    ROW_FORMATS,
+    Messages,
+    Preference,
+    RowContent,
+    convert,
+    detect_format,
+)
 from dtrain.data.readers import Raw, rows
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 
-__all__ = ["Fault", "Messages", "Pair", "Record", "detect", "read", "read_on"]
+__all__ = ["BadRecord", "Messages", "Preference", "Record", "detect", "iter_records", "read"]
 
 
 @dataclass(frozen=True)
 class Record:
     """One row: a text, a conversation or a pair of them, and its number in its part, from 1."""
 
-    value: Value
-    part: int
-    number: int
+    value: RowContent
+    file_index: int
+    row_number: int
 
 
 @dataclass(frozen=True)
-class Fault:
+class BadRecord:
     """A row that cannot be used; or a part, from this row on."""
 
     error: UserError
-    part: int
-    number: int
+    file_index: int
+    row_number: int
 
 
 def read(
-    parts: list[Part], form: str, columns: Mapping[Any, str] | None = None
+    parts: list[SourceFile], form: str, columns: Mapping[Any, str] | None = None
 ) -> Iterator[Record]:
     """All rows of all parts, in order.
 
@@ -45,15 +52,15 @@ def read(
     Raises:
         UserError: a row cannot be used, with its file and line.
     """
-    for item in read_on(parts, form, columns):
-        if isinstance(item, Fault):
+    for item in iter_records(parts, form, columns):
+        if isinstance(item, BadRecord):
             raise item.error
         yield item
 
 
-def read_on(
-    parts: list[Part], form: str, columns: Mapping[Any, str] | None = None
-) -> Iterator[Record | Fault]:
+def iter_records(
+    parts: list[SourceFile], form: str, columns: Mapping[Any, str] | None = None
+) -> Iterator[Record | BadRecord]:
     """As `read`, but a row that cannot be used is a fault, and reading goes on behind it."""
     columns = columns or {}
     if form == "auto" and parts:
@@ -68,19 +75,19 @@ def read_on(
             for number, parse in rows(part, _wanted(form, columns)):
                 yield _record(parse(), form, columns, index, number, part)
         except UserError as error:  # nothing more can be read of this part
-            yield Fault(error, index, number + 1)
+            yield BadRecord(error, index, number + 1)
 
 
 def _record(
-    raw: object, form: str, columns: Mapping[Any, str], index: int, number: int, part: Part
-) -> Record | Fault:
-    place = part.place(number)
+    raw: object, form: str, columns: Mapping[Any, str], index: int, number: int, part: SourceFile
+) -> Record | BadRecord:
+    place = part.location(number)
     if isinstance(raw, UserError):
-        return Fault(_placed(raw, place), index, number)
+        return BadRecord(_placed(raw, place), index, number)
     try:
         return Record(convert(raw, form, columns, place), index, number)
     except UserError as error:
-        return Fault(error, index, number)
+        return BadRecord(error, index, number)
 
 
 def _placed(error: UserError, place: str) -> UserError:
@@ -90,7 +97,7 @@ def _placed(error: UserError, place: str) -> UserError:
 class RecordReader:
     """Stretches of a source; those in ascending order are read in one pass over its files."""
 
-    def __init__(self, parts: list[Part], form: str, columns: Mapping[Any, str]) -> None:
+    def __init__(self, parts: list[SourceFile], form: str, columns: Mapping[Any, str]) -> None:
         self.parts, self.form, self.columns = parts, form, columns
         self._part, self._read, self._rows = -1, 0, cast(Iterator[Raw], iter(()))
 
@@ -109,7 +116,7 @@ class RecordReader:
             item = _record(
                 parse(), self.form, self.columns, self._part, number, self.parts[self._part]
             )
-            if isinstance(item, Fault):
+            if isinstance(item, BadRecord):
                 raise item.error
             yield item
 
@@ -129,7 +136,7 @@ class RecordReader:
         return found
 
 
-def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
+def detect(parts: list[SourceFile], columns: Mapping[Any, str]) -> str:
     """The format that the first row shows.
 
     Raises:
@@ -144,8 +151,8 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
             for number, parse in rows(part, renamed=columns.values()):
                 raw = parse()
                 if not isinstance(raw, UserError):
-                    return form_of(raw, columns, part.place(number))
-                first_fault = first_fault or _placed(raw, part.place(number))
+                    return detect_format(raw, columns, part.location(number))
+                first_fault = first_fault or _placed(raw, part.location(number))
         except UserError as error:
             first_fault = first_fault or error
     if first_fault:
@@ -153,12 +160,12 @@ def detect(parts: list[Part], columns: Mapping[Any, str]) -> str:
     raise EmptyData("there is no row in it", where=parts[0].name, fix="correct `path`")
 
 
-def _check_kind(part: Part, form: str) -> None:
+def _check_kind(part: SourceFile, form: str) -> None:
     if part.kind.startswith(".txt") and form != "text":
         what = f"a {part.kind} file holds a text, not rows of {form}"
         raise UserError(what, where=part.name, fix="format: text")
 
 
 def _wanted(form: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
-    known = FORMS[form]
+    known = ROW_FORMATS[form]
     return tuple(columns.get(name, name) for name in (*known.needs, *known.takes))

@@ -12,13 +12,13 @@ EXTRA_BYTES = 1 << 28  # beyond what the process maps already
 _PAGE = resource.getpagesize()
 
 
-class Limit(BaseException):
+class LimitExceeded(BaseException):
     """The code took too long, or too much; foreign code that catches exceptions misses it."""
 
 
 @contextmanager
-def limits(seconds: float) -> Iterator[None]:
-    """Run a block within bounds; one that never ends, or asks for all memory, ends in `Limit`.
+def resource_limits(seconds: float) -> Iterator[None]:
+    """Run a block within bounds; one that exceeds them raises `LimitExceeded`.
 
     Seconds of work, not of the clock: a busy machine must not change what is refused.
 
@@ -30,7 +30,7 @@ def limits(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise Limit(f"takes more than {seconds:g} seconds")
+        raise LimitExceeded(f"takes more than {seconds:g} seconds")
 
     earlier = signal.signal(signal.SIGPROF, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -39,7 +39,7 @@ def limits(seconds: float) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise Limit("asks for too much memory") from error
+        raise LimitExceeded("asks for too much memory") from error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

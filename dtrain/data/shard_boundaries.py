@@ -34,7 +34,7 @@ def cut(records: Iterator[Record]) -> Cuts:
     blocks: list[tuple[int, int, int]] = []
     part = skip = rows = in_block = characters = 0
     for record in records:
-        part, skip = (part, skip) if record.part == part else (record.part, 0)
+        part, skip = (part, skip) if record.file_index == part else (record.file_index, 0)
         if not blocks or in_block == BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
             blocks.append((part, skip, rows))
             in_block = characters = 0

@@ -19,7 +19,7 @@ from dtrain.core.processes import Tell, worker_pool
 from dtrain.core.shard_locks import Claims
 from dtrain.data.records import RecordReader
 from dtrain.data.shard_boundaries import Cuts
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 from dtrain.data.store import shard_name
 from dtrain.data.store_writer import write_shard
 from dtrain.data.tokenize import Document, Tokeniser
@@ -48,7 +48,7 @@ class Shards:
 
     folder: Path
     cuts: Cuts
-    parts: list[Part]
+    parts: list[SourceFile]
     form: str
     columns: Mapping[Any, str]
     tokeniser: Tokeniser

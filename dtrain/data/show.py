@@ -10,10 +10,10 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.data.conversations import Conversation, Pair
+from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.packed_dataset import Mixture, Row
-from dtrain.data.records import Fault, Record
-from dtrain.data.sources import Part
+from dtrain.data.records import BadRecord, Record
+from dtrain.data.sources import SourceFile
 
 SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
 HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
@@ -81,11 +81,13 @@ def _coloured(
     return text
 
 
-def as_brought(records: Iterator[Record | Fault], parts: list[Part], count: int) -> Iterator[Text]:
+def render_records(
+    records: Iterator[Record | BadRecord], parts: list[SourceFile], count: int
+) -> Iterator[Text]:
     """The first rows as conversations, before any template; a row at fault as its message."""
     for item in islice(records, count):
-        place = parts[item.part].place(item.number)
-        if isinstance(item, Fault):
+        place = parts[item.file_index].location(item.row_number)
+        if isinstance(item, BadRecord):
             yield Text(f"── {item.error}\n", style="red")
             continue
         yield Text(f"── {place}\n", style=HEAD)
@@ -94,13 +96,13 @@ def as_brought(records: Iterator[Record | Fault], parts: list[Part], count: int)
 
 
 def _sides(value: Any) -> Iterator[tuple[str, str | Conversation]]:
-    if not isinstance(value, Pair):
+    if not isinstance(value, Preference):
         yield "", value
         return
-    if value.wanted:
-        yield "wanted", value.wanted
-    if value.unwanted:
-        yield "not wanted", value.unwanted
+    if value.chosen:
+        yield "wanted", value.chosen
+    if value.rejected:
+        yield "not wanted", value.rejected
 
 
 def _turns(value: str | Conversation) -> Text:

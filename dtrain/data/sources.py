@@ -29,7 +29,7 @@ SHOWN_FROM_BYTES = 1 << 30  # a second of hashing
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceFile:
     """One file, or one split of a data set.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
     rows: Any = None
     files: tuple[FileIdentity, ...] = ()
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""
         if self.kind.startswith(".txt"):
             return self.name
@@ -64,7 +64,7 @@ class Part:
             file.check_unchanged(self.name if self.path else str(file.path), again=again)
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """'a/b.jsonl.gz' → '.jsonl.gz'; '' for files that are not read."""
     last = path.suffix.lower()
     if last in PACKERS and path.with_suffix("").suffix.lower() in TEXTUAL:
@@ -72,7 +72,7 @@ def kind_of(path: Path) -> str:
     return last if last in SUFFIXES else ""
 
 
-def find_parts(source: Source, cache: Path) -> list[Part]:
+def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
     """The files or the data set behind a source, in a fixed order, with their identities.
 
     Args:
@@ -83,7 +83,7 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
         UserError: there is nothing at the address, or nothing that can be read.
     """
     if is_remote(source.path):
-        copies = fetch(source.path, cache, kind_of)
+        copies = fetch(source.path, cache, file_kind)
         named = zip(_files([copy for _, copy in copies], source), copies, strict=True)
         return [replace(part, name=name) for part, (name, _) in named]
     path = local_path(source.path)
@@ -96,13 +96,13 @@ def find_parts(source: Source, cache: Path) -> list[Part]:
     if glob.has_magic(str(path)):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         return _files([file for file in found if file.is_file()], source)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not kind_of(path):
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
         return [_from_hub(source)]
     raise UserError("no such file", where=source.path, fix="correct `path`, or put the file there")
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if kind_of(p) and p.is_file())
+    found = sorted(p for p in folder.rglob("*") if file_kind(p) and p.is_file())
     found = [path for path in found if not path.name.startswith(".")]
     inside = folder.resolve()
     for path in found:  # whoever can write into the folder must not choose what is read elsewhere
@@ -113,14 +113,14 @@ def _in_folder(folder: Path) -> list[Path]:
     return found
 
 
-def _files(paths: list[Path], source: Source) -> list[Part]:
+def _files(paths: list[Path], source: Source) -> list[SourceFile]:
     if not paths:
         raise UserError(
             f"no file here that can be read ({', '.join(SUFFIXES)})",
             where=source.path,
             fix="correct `path`; ** in it reaches folders below",
         )
-    if strange := [path for path in paths if not kind_of(path)]:
+    if strange := [path for path in paths if not file_kind(path)]:
         raise _strange(strange[0])
     sizes = [path.stat().st_size for path in paths]
     long = sum(sizes) >= SHOWN_FROM_BYTES
@@ -128,7 +128,7 @@ def _files(paths: list[Path], source: Source) -> list[Part]:
     with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
         for path, size in zip(paths, sizes, strict=True):
             file = FileIdentity.of(path)
-            parts.append(Part(str(path), kind_of(path), file.digest, path, files=(file,)))
+            parts.append(SourceFile(str(path), file_kind(path), file.digest, path, files=(file,)))
             if meter:
                 meter.advance(size)
     return parts
@@ -145,7 +145,7 @@ def _strange(path: Path) -> UserError:
     )
 
 
-def _saved(folder: Path, source: Source) -> Part:
+def _saved(folder: Path, source: Source) -> SourceFile:
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
         rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
@@ -159,14 +159,14 @@ def _saved(folder: Path, source: Source) -> Part:
         raise UserError(f"cannot be read: {error}", where=source.path) from error
     files = _cache_files(rows)
     hashes = [file.digest for file in files]
-    return Part(source.path, "dataset", fingerprint(hashes), rows=rows, files=files)
+    return SourceFile(source.path, "dataset", fingerprint(hashes), rows=rows, files=files)
 
 
 def _cache_files(rows: Any) -> tuple[FileIdentity, ...]:
     return tuple(FileIdentity.of(Path(file["filename"])) for file in rows.cache_files)
 
 
-def _from_hub(source: Source) -> Part:
+def _from_hub(source: Source) -> SourceFile:
     say(f"{source.path}: no such file or folder here, asking the hub")
     try:
         rows: Any = datasets.load_dataset(source.path, split=source.split)
@@ -180,4 +180,4 @@ def _from_hub(source: Source) -> Part:
     files = _cache_files(rows)
     identity = fingerprint([rows._fingerprint, *(file.digest for file in files)])
     name = f"{source.path}[{source.split}]"
-    return Part(name, "dataset", identity, rows=rows, files=files)
+    return SourceFile(name, "dataset", identity, rows=rows, files=files)

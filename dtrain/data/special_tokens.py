@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Conversation, Pair
+from dtrain.data.conversations import Conversation, Preference
 
 # Characters of plane 16, which is for private use and which no font or file is known to use.
 TEMPLATE_FIRST, ROW_FIRST, FILLER = 0x100000, 0x108000, "\U0010fffd"
@@ -45,8 +45,8 @@ class SpecialTokens:
         """The special tokens in a row's texts, or in those of lists and objects; each once."""
         if isinstance(value, Conversation):
             return self.found([value.messages, value.tools])
-        if isinstance(value, Pair):
-            return self.found([value.wanted, value.unwanted])
+        if isinstance(value, Preference):
+            return self.found([value.chosen, value.rejected])
         if self._any is None:
             return []
         if isinstance(value, str):

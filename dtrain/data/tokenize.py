@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import AS_ROLE, NO_END, NO_REASONING, UNREAD, render_answers
-from dtrain.data.chat_templates import Span, Template
+from dtrain.data.chat_templates import ChatTemplate, Span
 from dtrain.data.conversations import Conversation
 from dtrain.data.loss_mask import QUIET, Lengths, supervised_runs
 from dtrain.data.records import Record
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 from dtrain.data.special_tokens import SpecialTokens
 
 Int32s = NDArray[np.int32]
@@ -77,11 +77,11 @@ class Tokeniser:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template: Template | None
+    template: ChatTemplate | None
     answers_only: bool
     sequence_length: int
     overlong: str
-    parts: list[Part]
+    parts: list[SourceFile]
     train_on: str = "all"
     split_special_tokens: bool = True
 
@@ -110,7 +110,7 @@ class Tokeniser:
         return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
     def _place(self, record: Record) -> str:
-        return self.parts[record.part].place(record.number)
+        return self.parts[record.file_index].location(record.row_number)
 
     def _plain(
         self, record: Record, text: str, counts: Counter[str]
@@ -147,10 +147,10 @@ class Tokeniser:
         eos = self.tokenizer.eos_token_id
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
         runs = np.array([1, tokens.size], dtype=np.int32)
-        return Document(tokens, runs, record.part, record.number)
+        return Document(tokens, runs, record.file_index, record.row_number)
 
     def _answers(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        places = [self.parts[r.part].place(r.number) for r in records]
+        places = [self.parts[r.file_index].location(r.row_number) for r in records]
         rendered = [self._rendered(record, self.train_on, counts) for record in records]
         texts, spans = [text for text, _ in rendered], [own for _, own in rendered]
         documents = []
@@ -162,7 +162,7 @@ class Tokeniser:
                 )
                 runs = supervised_runs(encoding, *plain)
                 tokens = np.array(ids, dtype=np.int32)
-            document = Document(tokens, runs, record.part, record.number)
+            document = Document(tokens, runs, record.file_index, record.row_number)
             if fitting := self._fit(document, places[index], counts):
                 documents.append(fitting)
         return documents

@@ -19,9 +19,9 @@ from dtrain.config.schema import Clean
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.data.conversations import Conversation, Pair, row_messages
-from dtrain.data.formats import Value
-from dtrain.data.records import Fault, Record
+from dtrain.data.conversations import Conversation, Preference, messages_to_row
+from dtrain.data.formats import RowContent
+from dtrain.data.records import BadRecord, Record
 from dtrain.data_quality.finding_types import BIT, BROKEN
 from dtrain.data_quality.pii import KINDS as PERSONAL
 from dtrain.data_quality.pii import mask
@@ -65,7 +65,7 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
             "policy": policy.model_dump(),
             "counts": dict(sorted(counts.items())),
             "sources": {n: i.name for n, i in zip(names, found.inputs, strict=True)},
-            "blake3": sums,
+            "sha256": sums,
             "fingerprint": fingerprint(sums),
         }
         write_json(work / SUMMARY, summary)
@@ -82,13 +82,13 @@ def _new(path: Path) -> IO[str]:
     return open(path, "x", encoding="utf-8", newline="\n")
 
 
-def _rows(found: Findings) -> Iterator[tuple[int, str, Record | Fault, list[str]]]:
+def _rows(found: Findings) -> Iterator[tuple[int, str, Record | BadRecord, list[str]]]:
     """Every row again: its source, its place, itself, and what was found in it."""
     row = 0
     for source, one in enumerate(found.inputs):
         for item in one.rows():
-            place = one.parts[item.part].place(item.number)
-            if isinstance(item, Fault):
+            place = one.parts[item.file_index].location(item.row_number)
+            if isinstance(item, BadRecord):
                 yield source, place, item, [BROKEN]
                 continue
             if row >= found.rows or found.place(row) != place:
@@ -101,14 +101,14 @@ def _rows(found: Findings) -> Iterator[tuple[int, str, Record | Fault, list[str]
 def _one(
     source: int,
     place: str,
-    item: Record | Fault,
+    item: Record | BadRecord,
     reasons: list[str],
     what: dict[str, str],
     files: list[IO[str]],
     away: IO[str],
     counts: Counter[str],
 ) -> None:
-    if isinstance(item, Fault) and what[BROKEN] == "stop":
+    if isinstance(item, BadRecord) and what[BROKEN] == "stop":
         raise UserError(item.error.what, where=item.error.where, fix="or clean.broken: quarantine")
     telling = [reason for reason in reasons if what[reason] != KEEP]
     action = max((what[reason] for reason in telling), key=STRENGTH.index, default=KEEP)
@@ -118,7 +118,7 @@ def _one(
         files[source].write(_line(as_row(value)))
         return
     note: dict[str, Any] = {"reasons": telling, "action": action, "place": place}
-    if isinstance(item, Fault):
+    if isinstance(item, BadRecord):
         note["fault"] = item.error.what
     elif action == QUARANTINE:
         note["row"] = as_row(item.value)
@@ -129,27 +129,27 @@ def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def as_row(value: Value) -> dict[str, Any]:
+def as_row(value: RowContent) -> dict[str, Any]:
     """A row in a format that reads back as the same value."""
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, Conversation):
-        return {"messages": row_messages(value.messages), **_tools(value)}
-    if value.wanted and value.unwanted:
-        sides = {"chosen": value.wanted, "rejected": value.unwanted}
-        rows = {name: row_messages(side.messages) for name, side in sides.items()}
-        return {**rows, **_tools(value.wanted)}
-    talk = value.wanted or value.unwanted
+        return {"messages": messages_to_row(value.messages), **_tools(value)}
+    if value.chosen and value.rejected:
+        sides = {"chosen": value.chosen, "rejected": value.rejected}
+        rows = {name: messages_to_row(side.messages) for name, side in sides.items()}
+        return {**rows, **_tools(value.chosen)}
+    talk = value.chosen or value.rejected
     assert talk is not None
-    label = value.wanted is not None
-    return {"messages": row_messages(talk.messages), "label": label, **_tools(talk)}
+    label = value.chosen is not None
+    return {"messages": messages_to_row(talk.messages), "label": label, **_tools(talk)}
 
 
 def _tools(talk: Conversation) -> dict[str, Any]:
     return {"tools": talk.tools} if talk.tools else {}
 
 
-def masked(value: Value) -> Value:
+def masked(value: RowContent) -> RowContent:
     """The row without its personal data."""
     if isinstance(value, str):
         return mask(value)
@@ -157,9 +157,9 @@ def masked(value: Value) -> Value:
         return Conversation(_masked(value.messages), value.tools)
     sides = (
         talk and Conversation(_masked(talk.messages), talk.tools)
-        for talk in (value.wanted, value.unwanted)
+        for talk in (value.chosen, value.rejected)
     )
-    return Pair(*sides)
+    return Preference(*sides)
 
 
 def _masked(value: Any) -> Any:

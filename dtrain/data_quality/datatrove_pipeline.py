@@ -44,8 +44,8 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed, write_sealed
 from dtrain.core.hashes import fingerprint
-from dtrain.data.records import Fault, Record
-from dtrain.data.sources import Part, kind_of
+from dtrain.data.records import BadRecord, Record
+from dtrain.data.sources import SourceFile, file_kind
 from dtrain.data_quality.clean import KEEP, MASK, QUARANTINE, STRENGTH, actions, as_row, masked
 from dtrain.data_quality.decontamination import HeldOut
 from dtrain.data_quality.finding_types import BROKEN, EXACT, NEAR
@@ -73,7 +73,7 @@ def _input(source: Source) -> Input:
     inside = path.resolve()
     if path.is_dir():  # whoever can write into it must not choose what is read elsewhere
         found = [file for file in found if file.resolve().is_relative_to(inside)]
-    parts = [Part(str(f), kind_of(f), "", f) for f in found if kind_of(f) and f.is_file()]
+    parts = [SourceFile(str(f), file_kind(f), "", f) for f in found if file_kind(f) and f.is_file()]
     if not parts:
         raise UserError("no file here that can be read", where=source.path, fix="correct `path`")
     if source.format == "auto":
@@ -238,10 +238,10 @@ class Rows(PipelineStep):
                         self.away.write(document, rank)
 
 
-def _document(item: Record | Fault, source: int, part: Part) -> Document:
-    place = part.place(item.number)
+def _document(item: Record | BadRecord, source: int, part: SourceFile) -> Document:
+    place = part.location(item.row_number)
     more: dict[str, Any] = {"source": source, "place": place}
-    if isinstance(item, Fault):
+    if isinstance(item, BadRecord):
         more |= {"reasons": [BROKEN], "action": QUARANTINE, "fault": item.error.what}
         return Document(text="", id=place, metadata=more)
     return Document(text="", id=place, metadata={**more, "value": item.value})

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dtrain.core.hashes import fingerprint
 from dtrain.data.assistant_spans import NO_END
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import Fault
+from dtrain.data.records import BadRecord
 from dtrain.data.tokenize import notes
 from dtrain.data_quality.duplicates import distinct
 from dtrain.data_quality.finding_types import BIT, BROKEN, MEANINGS
@@ -135,7 +135,7 @@ def _texts(found: Findings) -> dict[int, str]:
     row = 0
     for one in found.inputs if wanted else ():
         for item in one.rows():
-            if isinstance(item, Fault):
+            if isinstance(item, BadRecord):
                 continue
             if row in wanted:
                 sample = sample_of(item.value)

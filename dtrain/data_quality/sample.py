@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.data.conversations import Conversation, Pair
-from dtrain.data.formats import Value
+from dtrain.data.conversations import Conversation, Preference
+from dtrain.data.formats import RowContent
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Sample:
         return self.answer if self.is_text else f"{self.question}\n{self.answer}"
 
 
-def sample_of(value: Value) -> Sample:
+def sample_of(value: RowContent) -> Sample:
     """The sample of a row; of a pair, the wanted side, or the only one."""
     if isinstance(value, str):
         return Sample("", value, is_text=True)
     talk = value
-    if isinstance(value, Pair):
-        talk = value.wanted or value.unwanted or Conversation([])
+    if isinstance(value, Preference):
+        talk = value.chosen or value.rejected or Conversation([])
     assert isinstance(talk, Conversation)
     answers = [_said(m) for m in talk.messages if m["role"] == "assistant"]
     questions = [m["content"] for m in talk.messages if m["role"] != "assistant"]

@@ -18,9 +18,9 @@ from dtrain.config.schema import Source
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.log import Meter, progress
-from dtrain.data.formats import Value
-from dtrain.data.records import Fault, Record, detect, read_on
-from dtrain.data.sources import Part, find_parts
+from dtrain.data.formats import RowContent
+from dtrain.data.records import BadRecord, Record, detect, iter_records
+from dtrain.data.sources import SourceFile, find_source_files
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data_quality import duplicates
 from dtrain.data_quality.decontamination import HeldOut
@@ -54,7 +54,7 @@ class Tokens(Protocol):
     counts: Counter[str]
     special_tokens: SpecialTokens
 
-    def __call__(self, values: list[Value], /) -> NDArray[np.int32]:
+    def __call__(self, values: list[RowContent], /) -> NDArray[np.int32]:
         """Tokens of each row, REFUSED where the template refuses it."""
 
 
@@ -63,13 +63,13 @@ class Input:
     """A source to be scanned: its files, and how they are read."""
 
     name: str
-    parts: list[Part]
+    parts: list[SourceFile]
     form: str
     columns: dict[str, str] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[Record | Fault]:
+    def rows(self) -> Iterator[Record | BadRecord]:
         """All rows, those that cannot be used as faults."""
-        return read_on(self.parts, self.form, self.columns)
+        return iter_records(self.parts, self.form, self.columns)
 
     def check_unchanged(self) -> None:
         """Check that what was read is what the source's files were at first.
@@ -87,7 +87,7 @@ def source_input(source: Source) -> Input:
     Raises:
         UserError: there is nothing to read.
     """
-    parts = find_parts(source, cache_folder() / "stores")
+    parts = find_source_files(source, cache_folder() / "stores")
     columns: dict[Any, str] = dict(source.columns)
     try:
         form = detect(parts, columns) if source.format == "auto" else source.format
@@ -131,7 +131,7 @@ class Findings:
         self.openings.update(examined.openings)
         self.of_source.update(source for source, _ in records)
         self.table.add(examined.rows)
-        places = [(source, record.part, record.number) for source, record in records]
+        places = [(source, record.file_index, record.row_number) for source, record in records]
         self.places.add(np.array(places, np.int64).reshape(-1, 3))
 
     def note(self, kind: str, notes: Iterable[Note]) -> None:
@@ -142,7 +142,7 @@ class Findings:
     def place(self, row: int) -> str:
         """file:line of a row."""
         source, part, number = self.places.of(row)
-        return self.inputs[source].parts[part].place(number)
+        return self.inputs[source].parts[part].location(number)
 
     @property
     def rows(self) -> int:
@@ -256,7 +256,7 @@ def _batches(
     characters = seen = 0
     for source, one in enumerate(inputs):
         for item in one.rows():
-            if isinstance(item, Fault):
+            if isinstance(item, BadRecord):
                 found.broken += 1
                 if len(found.broken_notes) < NOTES:
                     found.broken_notes.append(_told(item.error))
@@ -276,7 +276,7 @@ def _told(error: UserError) -> str:
     return f"{error.where}: {error.what}"
 
 
-def _size(value: Value) -> int:
+def _size(value: RowContent) -> int:
     sample = sample_of(value)
     return len(sample.question) + len(sample.answer)
 

@@ -49,10 +49,10 @@ _NOT_WORDS = re.compile(r"[\W_]+")
 _MAYBE_BAD = re.compile(r"[^\x00-\x7f\u2e80-\uffff]{2}|[ÃÂâ]")
 
 # Kind, what was seen, and how bad it is among its kind.
-Fault = tuple[str, str, float]
+BadRecord = tuple[str, str, float]
 
 
-def faults(sample: Sample) -> Iterator[Fault]:
+def faults(sample: Sample) -> Iterator[BadRecord]:
     """The faults of a row."""
     answer = sample.answer.strip()
     answered = not _BLANK.fullmatch(answer)
@@ -70,7 +70,7 @@ def faults(sample: Sample) -> Iterator[Fault]:
         yield from _answered(sample.question.strip(), answer)
 
 
-def _length(answer: str, sample: Sample) -> Iterator[Fault]:
+def _length(answer: str, sample: Sample) -> Iterator[BadRecord]:
     weight = _width(answer[:SHORT_CHARACTERS])
     if len(answer) < SHORT_CHARACTERS and weight < SHORT_CHARACTERS:
         yield SHORT, f"{len(answer)} characters: “{answer}”", -len(answer)
@@ -78,7 +78,7 @@ def _length(answer: str, sample: Sample) -> Iterator[Fault]:
         yield LONG, f"{len(answer):,} characters", len(answer)
 
 
-def _garbled(text: str) -> Iterator[Fault]:
+def _garbled(text: str) -> Iterator[BadRecord]:
     if text.isascii():
         return
     if place := text.find("\ufffd") + 1:
@@ -87,14 +87,14 @@ def _garbled(text: str) -> Iterator[Fault]:
         yield GARBLED, "text decoded with the wrong table (mojibake)", 0
 
 
-def _repeated(sample: Sample) -> Iterator[Fault]:
+def _repeated(sample: Sample) -> Iterator[BadRecord]:
     """Each side by itself: an answer over and over is not hidden by a long question."""
     sides = (_repeated_in(side[:LOOKED_AT]) for side in (sample.answer, sample.question))
     if fault := next((fault for fault in sides if fault), None):
         yield fault
 
 
-def _repeated_in(text: str) -> Fault | None:
+def _repeated_in(text: str) -> BadRecord | None:
     lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 3]
     if len(lines) >= 4:
         line, times = Counter(lines).most_common(1)[0]
@@ -111,7 +111,7 @@ def _repeated_in(text: str) -> Fault | None:
     return None
 
 
-def _symbols(text: str) -> Iterator[Fault]:
+def _symbols(text: str) -> Iterator[BadRecord]:
     dense = "".join(text[:SYMBOLS_LOOKED_AT].split())
     if len(dense) < 20:
         return
@@ -120,7 +120,7 @@ def _symbols(text: str) -> Iterator[Fault]:
         yield SYMBOLS, f"{1 - share:.0%} of it are neither letters nor digits", -share
 
 
-def _answered(question: str, answer: str) -> Iterator[Fault]:
+def _answered(question: str, answer: str) -> Iterator[BadRecord]:
     if abs(len(question) - len(answer)) < 20 and _plain(question) == _plain(answer):
         yield SAME, f"the answer is the question: “{answer[:60]}”", len(answer)
         return

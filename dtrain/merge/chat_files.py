@@ -19,7 +19,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text
 from dtrain.core.log import say
 from dtrain.data.chat_templates import resolve_template
-from dtrain.data.end_of_turn import Stop, stop_of
+from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
 from dtrain.merge.provenance import RECIPE
 from dtrain.models.hub import base_folder
 from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
@@ -42,7 +42,7 @@ def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) 
         template = resolve_template(stage.data.template, tokenizer)
     except UserError:  # plain text needs none, and data with chats was not prepared without one
         return {}
-    stop = stop_of(template, tokenizer)
+    stop = find_stop_criterion(template, tokenizer)
     if stop.text:
         say(
             f"stage {stage.name}: a turn ends with {stop.text!r}, which is no token of its own: "
@@ -66,12 +66,12 @@ def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
 
 def carried_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
     """What is saved with adapters of one base: every stop, and the last one's template."""
-    stops, files = list[Stop](), dict[str, str]()
+    stops, files = list[StopCriterion](), dict[str, str]()
     for folder in adapters:
         if (folder / GENERATION).is_file():
             known = read_json(folder / GENERATION)
-            stops += [Stop(token=token) for token in _as_list(known.get("eos_token_id"))]
-            stops += [Stop(text=text) for text in known.get("stop_strings") or []]
+            stops += [StopCriterion(token=token) for token in _as_list(known.get("eos_token_id"))]
+            stops += [StopCriterion(text=text) for text in known.get("stop_strings") or []]
         if template := template_beside(folder):
             files[CHAT_TEMPLATE] = template
     return files | ({GENERATION: generation_config(base, stops)} if stops else {})
@@ -98,7 +98,7 @@ def template_beside(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def generation_config(base: Path, stops: Sequence[Stop]) -> str:
+def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
     """A base's generation_config.json with these ends of an answer added to its own."""
     path = base / GENERATION
     config = read_json(path) if path.is_file() else _from_model_config(base)

@@ -13,9 +13,9 @@ from dtrain.config.schema import Recipe, Source, Stage
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import render_answers
-from dtrain.data.chat_templates import Template, resolve_template
-from dtrain.data.conversations import Conversation, Pair
-from dtrain.data.formats import Value
+from dtrain.data.chat_templates import ChatTemplate, resolve_template
+from dtrain.data.conversations import Conversation, Preference
+from dtrain.data.formats import RowContent
 from dtrain.data.prepare import Mixture, prepare
 from dtrain.data.records import Record
 from dtrain.data.special_tokens import SpecialTokens
@@ -99,7 +99,10 @@ def read_held_out(sources: list[Source]) -> HeldOut | None:
             one = source_input(source)
             for item in one.rows():
                 if isinstance(item, Record):
-                    yield one.parts[item.part].place(item.number), sample_of(item.value)
+                    yield (
+                        one.parts[item.file_index].location(item.row_number),
+                        sample_of(item.value),
+                    )
 
     return held_out(samples()) if sources else None
 
@@ -125,12 +128,12 @@ class TokenCounter:
             UserError: there is no such template, and a conversation comes (see `__call__`).
         """
         self.tokenizer, self.setting, self.train_on = tokenizer, template, train_on
-        self.template: Template | None = None
+        self.template: ChatTemplate | None = None
         self.reasons: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
         self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
 
-    def __call__(self, values: list[Value]) -> NDArray[np.int32]:
+    def __call__(self, values: list[RowContent]) -> NDArray[np.int32]:
         """Tokens of each row, REFUSED where the template does not take it."""
         self.reasons = {}
         texts = [self._text(number, value) for number, value in enumerate(values)]
@@ -144,9 +147,9 @@ class TokenCounter:
                 counts[number] = self._split(number, value, text)
         return counts
 
-    def _split(self, number: int, value: Value, text: str) -> int:
+    def _split(self, number: int, value: RowContent, text: str) -> int:
         """Tokens of a row whose special tokens are encoded as plain text."""
-        own = (value.wanted or value.unwanted) if isinstance(value, Pair) else value
+        own = (value.chosen or value.rejected) if isinstance(value, Preference) else value
         hidden = self.special_tokens.hidden(own)
         try:
             if isinstance(hidden, Conversation):
@@ -159,12 +162,12 @@ class TokenCounter:
             self.reasons[number] = error.what
             return REFUSED
 
-    def _text(self, number: int, value: Value) -> str | None:
+    def _text(self, number: int, value: RowContent) -> str | None:
         if isinstance(value, str):
             return value
         if self.template is None:
             self.template = resolve_template(self.setting, self.tokenizer)
-        sides = (value.wanted, value.unwanted) if isinstance(value, Pair) else (value,)
+        sides = (value.chosen, value.rejected) if isinstance(value, Preference) else (value,)
         texts = []
         for talk in sides:
             if talk is None:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from dtrain.core.errors import Problems, UserError
 from dtrain.core.files import open_text
 from dtrain.core.log import progress, say
-from dtrain.data.conversations import Messages, as_messages
+from dtrain.data.conversations import Messages, parse_messages
 from dtrain.serving.generator import Speaker
 
 QUESTIONS = ("prompt", "question", "instruction")
@@ -58,7 +58,7 @@ def _prompt(line: str, where: str) -> Prompt | UserError:
         return UserError(f"has a `{ANSWER}` already", where=where, fix="rename it")
     if "messages" in row:
         try:
-            return Prompt(row, as_messages(row["messages"], "messages", where))
+            return Prompt(row, parse_messages(row["messages"], "messages", where))
         except UserError as error:
             return error
     key = next((key for key in QUESTIONS if isinstance(row.get(key), str)), None)

@@ -21,10 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import SECONDS, Template, resolve_template
+from dtrain.data.chat_templates import SECONDS, ChatTemplate, resolve_template
 from dtrain.data.conversations import Conversation, Messages
-from dtrain.data.end_of_turn import stop_of
-from dtrain.data.sandbox import Limit, limits
+from dtrain.data.end_of_turn import find_stop_criterion
+from dtrain.data.sandbox import LimitExceeded, resource_limits
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
@@ -75,7 +75,7 @@ class Speaker:
         if choice.adapters:
             self._model.base_model.set_adapter([self._names[folder] for folder in choice.adapters])
         self._template = answering_template(choice.template, self.tokenizer)
-        self._stop = stop_of(self._template, self.tokenizer)
+        self._stop = find_stop_criterion(self._template, self.tokenizer)
         self._choice = choice
 
     def _load(self, choice: Choice) -> None:
@@ -132,9 +132,9 @@ class Speaker:
             UserError: the chat template refuses the conversation.
         """
         try:
-            with limits(SECONDS):
+            with resource_limits(SECONDS):
                 return self._template.render(Conversation(messages), prompt=True)
-        except (TemplateError, TypeError, Limit) as error:
+        except (TemplateError, TypeError, LimitExceeded) as error:
             raise UserError(f"the chat template refuses it: {error}") from error
 
     @torch.inference_mode()
@@ -194,7 +194,7 @@ class Speaker:
         return text
 
 
-def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template of conversations; that of instructions for a model without one of its own."""
     if setting == "auto" and not tokenizer.chat_template:
         setting = "instruction"

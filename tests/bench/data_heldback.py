@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrain.config.schema import Source
-from dtrain.data.records import Fault
-from dtrain.data.sources import find_parts
+from dtrain.data.records import BadRecord
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.decontamination import held_out
 from dtrain.data_quality.finding_types import BIT, BROKEN
 from dtrain.data_quality.sample import Sample
@@ -424,14 +424,14 @@ def measure(rows: int, seed: int, folder: Path) -> Iterator[tuple[str, float, fl
     names = {"e_mail": "email"}
     inputs = []
     for path in sorted(folder.iterdir()):
-        parts = find_parts(Source(path=str(path)), folder / ".cache")
+        parts = find_source_files(Source(path=str(path)), folder / ".cache")
         inputs.append(Input(path.name, parts, "auto"))
     found = scan(inputs, known=held_out((f"held-out:{n}", one) for n, one in enumerate(held)))
     told: dict[str, set[str]] = defaultdict(set)
     for one in inputs:
         for item in one.rows():
-            if isinstance(item, Fault):
-                told[BROKEN].add(one.parts[item.part].place(item.number))
+            if isinstance(item, BadRecord):
+                told[BROKEN].add(one.parts[item.file_index].location(item.row_number))
     for row in range(found.rows):
         for kind, bit in BIT.items():
             if found.flags[row] & bit:

@@ -19,7 +19,7 @@ from stdnum import luhn
 from stdnum.cn import ric
 
 from dtrain.config.schema import Source
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.decontamination import held_out
 from dtrain.data_quality.sample import Sample
 from dtrain.data_quality.scan import Input, scan
@@ -192,7 +192,7 @@ def measure(rows: int, folder: Path) -> dict[str, tuple[float, float]]:
     path = folder / "planted.jsonl"
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     known = held_out((f"held-out:{n}", sample) for n, sample in enumerate(held))
-    parts = find_parts(Source(path=str(path)), folder / "cache")
+    parts = find_source_files(Source(path=str(path)), folder / "cache")
     found = scan([Input("planted", parts, "alpaca")], known=known)
 
     def number(row: int) -> int:

@@ -21,7 +21,7 @@ from dtrain.config.schema import Data
 from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import prepare
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 
@@ -41,7 +41,7 @@ def main(path: str) -> None:
         folder = Path(name)
         tokenizer = load_tokenizer(ensure("tiny-llama"))
         data = Data.model_validate({"sources": [{"path": path}], "sequence_length": TOKENS})
-        parts = find_parts(data.sources[0], folder)
+        parts = find_source_files(data.sources[0], folder)
         talks = [r.value.messages for r in read(parts, "auto") if isinstance(r.value, Conversation)]
         talks = (talks * (ROWS // len(talks) + 1))[:ROWS]
         many = folder / "many.jsonl"

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from dtrain.config.schema import Source
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.report import report
 from dtrain.data_quality.scan import Input, scan
 
@@ -35,7 +35,7 @@ def main(rows: int, processes: int) -> None:
                 file.write(
                     json.dumps({"instruction": f"{ask} {number}?", "output": f"{say}."}) + "\n"
                 )
-        parts = find_parts(Source(path=str(path)), Path(name) / "cache")
+        parts = find_source_files(Source(path=str(path)), Path(name) / "cache")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
         found = scan([Input("rows", parts, "alpaca")], processes=processes)

@@ -23,7 +23,7 @@ from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.scan import source_input
 
 KEY = "sk-of-nobody-0123456789"
@@ -163,7 +163,7 @@ def test_rows_are_made_in_the_order_of_the_source_and_labelled(serve, make, tmp_
         ROWS[1]["output"],
     ]
     assert told["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
-    parts = find_parts(Source(path=str(tmp_path / "out" / "made.jsonl")), tmp_path)
+    parts = find_source_files(Source(path=str(tmp_path / "out" / "made.jsonl")), tmp_path)
     assert len(list(read(parts, "auto"))) == 20
 
 

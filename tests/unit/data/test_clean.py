@@ -9,7 +9,7 @@ import pytest
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import as_row, clean, masked
 from dtrain.data_quality.scan import Input, scan
 
@@ -28,7 +28,7 @@ def cleaned(tmp_path, write_rows):
 
     def run(rows, name="out", **policy):
         path = write_rows("in.jsonl", rows)
-        parts = find_parts(Source(path=path), tmp_path / "cache")
+        parts = find_source_files(Source(path=path), tmp_path / "cache")
         found = scan([Input(path, parts, "alpaca")])
         summary = clean(found, Clean.model_validate(policy), tmp_path / name)
         return summary, *(lines(tmp_path / name / f) for f in ("rows-1.jsonl", "quarantine.jsonl"))
@@ -102,7 +102,7 @@ def test_broken_rows_stop_or_are_told(cleaned, tmp_path, write_rows) -> None:
 )
 def test_what_is_written_reads_back_equal(write_rows, tmp_path, row) -> None:
     def value(rows):
-        parts = find_parts(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
+        parts = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
         return next(iter(read(parts, "auto"))).value
 
     before = value([row])

@@ -13,7 +13,7 @@ from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 
 QUESTION = {"role": "user", "content": "a"}
 
@@ -26,9 +26,9 @@ def load(tmp_path):
         return value.messages if isinstance(value, Conversation) else value
 
     def run(path, form="text", **more):
-        parts = find_parts(Source(path=str(path), format=form, **more), tmp_path / "cache")
+        parts = find_source_files(Source(path=str(path), format=form, **more), tmp_path / "cache")
         rows = read(parts, form, more.get("columns"))
-        return [(plain(row.value), parts[row.part].place(row.number)) for row in rows]
+        return [(plain(row.value), parts[row.file_index].location(row.row_number)) for row in rows]
 
     return run
 

@@ -16,9 +16,9 @@ from dtrain.config.load import load_recipe
 from dtrain.config.schema import Source
 from dtrain.core.errors import Problems, UserError
 from dtrain.data import readers
-from dtrain.data.conversations import Pair
-from dtrain.data.records import Fault, detect, read, read_on
-from dtrain.data.sources import find_parts
+from dtrain.data.conversations import Preference
+from dtrain.data.records import BadRecord, detect, iter_records, read
+from dtrain.data.sources import find_source_files
 
 ASKED = {"role": "user", "content": "a"}
 SAID = {"role": "assistant", "content": "b"}
@@ -31,7 +31,7 @@ def load(tmp_path):
 
     def run(path, form="auto", **more):
         source = Source(path=str(path), format=form, **more)
-        parts = find_parts(source, tmp_path / "cache")
+        parts = find_source_files(source, tmp_path / "cache")
         return [record.value for record in read(parts, form, source.columns)]
 
     return run
@@ -42,10 +42,10 @@ def seen(tmp_path):
     """seen(path) → every row's value or fault, and none is left out"""
 
     def run(path, form="text"):
-        parts = find_parts(Source(path=str(path)), tmp_path / "cache")
+        parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
         return [
-            str(item.error).splitlines()[0] if isinstance(item, Fault) else item.value
-            for item in read_on(parts, form)
+            str(item.error).splitlines()[0] if isinstance(item, BadRecord) else item.value
+            for item in iter_records(parts, form)
         ]
 
     return run
@@ -111,9 +111,9 @@ def test_preferences_in_three_ways(load, write_rows) -> None:
     ]
     for number, row in enumerate(rows):
         (pair,) = load(write_rows(f"{number}.jsonl", [row]))
-        assert isinstance(pair, Pair)
-        assert pair.wanted.messages == [ASKED, SAID]
-        assert [m["content"] for m in pair.unwanted.messages] == ["a", "c"]
+        assert isinstance(pair, Preference)
+        assert pair.chosen.messages == [ASKED, SAID]
+        assert [m["content"] for m in pair.rejected.messages] == ["a", "c"]
 
 
 def test_kto_rows_are_wanted_or_not(load, write_rows) -> None:
@@ -123,8 +123,8 @@ def test_kto_rows_are_wanted_or_not(load, write_rows) -> None:
         {"prompt": "a", "completion": "b", "label": "false"},
     ]
     good, bad, also = load(write_rows("a.jsonl", rows))
-    assert good.wanted.messages == bad.unwanted.messages == [ASKED, SAID]
-    assert good.unwanted is None and bad.wanted is None and also == bad
+    assert good.chosen.messages == bad.rejected.messages == [ASKED, SAID]
+    assert good.rejected is None and bad.chosen is None and also == bad
 
 
 @pytest.mark.parametrize("form", ["preference", "kto"])
@@ -159,7 +159,7 @@ def test_a_column_that_no_format_has_is_refused(tmp_path) -> None:
 
 def test_auto_says_what_it_found(write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [{"title": "x", "body": "y"}])
-    parts = find_parts(Source(path=path), tmp_path / "cache")
+    parts = find_source_files(Source(path=path), tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no known format has the columns title, body"):
         detect(parts, {})
     assert detect(parts, {"text": "body"}) == "text"

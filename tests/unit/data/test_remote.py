@@ -13,7 +13,7 @@ from dtrain.core.files import FolderLock
 from dtrain.core.hashes import file_hash
 from dtrain.data import remote
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts, kind_of
+from dtrain.data.sources import file_kind, find_source_files
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def bucket():
 
 
 def texts(address: str, cache) -> list[tuple[str, str]]:
-    parts = find_parts(Source(path=address), cache)
-    return [(parts[r.part].place(r.number), r.value) for r in read(parts, "auto")]
+    parts = find_source_files(Source(path=address), cache)
+    return [(parts[r.file_index].location(r.row_number), r.value) for r in read(parts, "auto")]
 
 
 def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
@@ -75,15 +75,15 @@ def test_a_changed_file_is_fetched_anew_and_an_unchanged_one_is_not(
     bucket, tmp_path, monkeypatch
 ) -> None:
     bucket("a.jsonl", ["one"])
-    before = find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
+    before = find_source_files(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
     store = type(fsspec.filesystem("memory"))
     fetched = []
     get = store.get_file
     monkeypatch.setattr(store, "get_file", lambda *a, **k: fetched.append(a) or get(*a, **k))
-    assert find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0] == before
+    assert find_source_files(Source(path="memory://bucket/a.jsonl"), tmp_path)[0] == before
     assert not fetched
     bucket("a.jsonl", ["two"])
-    after = find_parts(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
+    after = find_source_files(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
     assert len(fetched) == 1 and after.identity != before.identity
 
 
@@ -115,13 +115,13 @@ def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
 )
 def test_a_secret_in_an_address_is_refused_and_not_repeated(address, tmp_path) -> None:
     with pytest.raises(UserError, match="would be logged") as error:
-        remote.fetch(address, tmp_path, kind_of)
+        remote.fetch(address, tmp_path, file_kind)
     assert "hunter2" not in str(error.value)
 
 
 def test_a_missing_file_and_an_unknown_store(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        remote.fetch("memory://nowhere/a.jsonl", tmp_path, kind_of)
+        remote.fetch("memory://nowhere/a.jsonl", tmp_path, file_kind)
     with pytest.raises(UserError, match=r"Protocol not known: nostore") as error:
-        remote.fetch("nostore://a/b.jsonl", tmp_path, kind_of)
+        remote.fetch("nostore://a/b.jsonl", tmp_path, file_kind)
     assert "s3fs" in error.value.fix

@@ -18,7 +18,7 @@ import pytest
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import read
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 
 GOOD = b"".join(json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(100))
 TEXTS = [f"row {n}" for n in range(100)]
@@ -69,7 +69,7 @@ def site() -> Iterator[Site]:
 
 
 def texts(site: Site, cache: Path) -> list[str]:
-    parts = find_parts(Source(path=site.address), cache)
+    parts = find_source_files(Source(path=site.address), cache)
     return [str(record.value) for record in read(parts, "text")]
 
 
@@ -160,7 +160,7 @@ def _refuse(*_: object, **__: object) -> None:
 
 def test_what_comes_again_the_same_is_not_replaced_under_its_readers(site, tmp_path) -> None:
     """Without a mark every start fetches; another one may still read the copy."""
-    parts = find_parts(Source(path=site.address), tmp_path)
-    find_parts(Source(path=site.address), tmp_path)
+    parts = find_source_files(Source(path=site.address), tmp_path)
+    find_source_files(Source(path=site.address), tmp_path)
     assert site.sent == 2
     parts[0].check_unchanged(again=True)

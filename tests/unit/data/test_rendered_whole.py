@@ -10,7 +10,7 @@ import pytest
 from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import resolve_template
-from dtrain.data.conversations import Conversation, as_messages
+from dtrain.data.conversations import Conversation, parse_messages
 from dtrain.data.end_of_turn import end_of_turn
 from dtrain.data.formats import convert
 
@@ -49,7 +49,7 @@ def learned(template):
 
     def run(name, messages, tools=None, train_on="all"):
         counts: Counter[str] = Counter()
-        talk = Conversation(as_messages(messages, "messages", "f:1"), tools)
+        talk = Conversation(parse_messages(messages, "messages", "f:1"), tools)
         text, spans = render_answers(template(name), talk, "f:1", train_on, counts)
         return [text[start:stop] for start, stop in spans], +counts
 
@@ -73,7 +73,7 @@ def thoughts(form, *answers):
     return turns
 
 
-FORMS = ["reasoning_content", "reasoning", "thinking", "parts"]
+ROW_FORMATS = ["reasoning_content", "reasoning", "thinking", "parts"]
 LAST = {
     "reasoning": "<think>\nR2\n</think>\n\nSix.<|im_end|>",
     "harmony": "<|channel|>analysis<|message|>R2<|end|><|start|>assistant<|channel|>final"
@@ -82,7 +82,7 @@ LAST = {
 
 
 @pytest.mark.parametrize("family", LAST)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ROW_FORMATS)
 def test_the_last_reasoning_is_learned_and_earlier_ones_are_counted(learned, family, form) -> None:
     turns = thoughts(form, "Four.", "Six.")
     every, counts = learned(family, turns)
@@ -239,7 +239,9 @@ SOME = (
 @pytest.mark.parametrize("family", [SOME, "chatml", "qwen2.5", "llama3"])
 def test_a_role_with_a_standard_name_gets_it(template, family, role, standard) -> None:
     counts: Counter[str] = Counter()
-    turns = as_messages([{"role": role, "content": "HEAR"}, ASKED, said("RED")], "messages", "f:1")
+    turns = parse_messages(
+        [{"role": role, "content": "HEAR"}, ASKED, said("RED")], "messages", "f:1"
+    )
     text, _ = render_answers(template(family), Conversation(turns), "f:1", counts=counts)
     same = [{"role": standard, "content": "HEAR"}, ASKED, said("RED")]
     assert text == template(family).render(Conversation(same))
@@ -258,7 +260,7 @@ def test_a_role_that_the_template_names_stays(template, learned) -> None:
     turns = [{"role": "developer", "content": "HEAR"}, ASKED, {"role": "model", "content": "RED"}]
     (answer,), counts = learned(own, turns)
     assert answer == "RED<|im_end|>" and not counts
-    read = as_messages(turns, "messages", "f:1")
+    read = parse_messages(turns, "messages", "f:1")
     assert (
         "<|im_start|>developer\nHEAR" in render_answers(template(own), Conversation(read), "f:1")[0]
     )
@@ -351,7 +353,7 @@ def test_a_turn_that_the_row_wants_learned_is(learned, key) -> None:
 )
 def test_marks_that_cannot_be_obeyed_are_refused(marks, message) -> None:
     with pytest.raises(UserError, match=message):
-        as_messages([ASKED, said("Four.", **marks)], "messages", "f:1")
+        parse_messages([ASKED, said("Four.", **marks)], "messages", "f:1")
 
 
 # Contents as lists of parts
@@ -408,7 +410,7 @@ def test_other_parts_are_refused_by_name(part, kind) -> None:
     with pytest.raises(
         UserError, match=rf"f:1: `messages\[0\].content\[1\]` is not a text: {kind}"
     ):
-        as_messages(turns, "messages", "f:1")
+        parse_messages(turns, "messages", "f:1")
 
 
 def test_a_row_with_images_is_refused() -> None:

@@ -9,11 +9,11 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import EmptyData, UserError
-from dtrain.data.conversations import as_messages, read_tools
+from dtrain.data.conversations import parse_messages, parse_tools
 from dtrain.data.formats import convert
 from dtrain.data.records import detect, read
 from dtrain.data.show import sequences
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from tests.unit.data.conftest import CHATML
 
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -86,7 +86,7 @@ def test_marks_of_parts_are_those_of_the_turn(shown) -> None:
 def test_parts_that_are_marked_apart_are_refused(marks) -> None:
     turns = [ASKED, {"role": "assistant", "content": parts(*marks)}]
     with pytest.raises(UserError, match=r"f:1: the parts of `messages\[1\]` are not all marked"):
-        as_messages(turns, "messages", "f:1")
+        parse_messages(turns, "messages", "f:1")
 
 
 def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
@@ -118,14 +118,14 @@ def test_reasoning_of_a_question_that_is_left_out_is_refused(shown) -> None:
 @pytest.mark.parametrize("key", ["arguments", "parameters"])
 def test_arguments_under_both_of_their_names(key, arguments) -> None:
     turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "add", key: arguments}]}]
-    (call,) = as_messages(turns, "messages", "f:1")[1]["tool_calls"]
+    (call,) = parse_messages(turns, "messages", "f:1")[1]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": {"a": 2}}
 
 
 @pytest.mark.parametrize("none", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}])
 def test_a_call_without_arguments(none) -> None:
     turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "now", "id": "1", **none}]}]
-    (call,) = as_messages(turns, "messages", "f:1")[1]["tool_calls"]
+    (call,) = parse_messages(turns, "messages", "f:1")[1]["tool_calls"]
     assert call["function"] == {"name": "now", "arguments": {}}
 
 
@@ -148,14 +148,14 @@ CALL = {"function": {"name": "add", "arguments": {"a": 2}}}
 )
 def test_what_would_be_lost_of_a_message_is_refused(turn, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        as_messages([ASKED, {"role": "assistant", **turn}], "messages", "f:1")
+        parse_messages([ASKED, {"role": "assistant", **turn}], "messages", "f:1")
     assert "f:1: `messages[1]" in str(caught.value)
 
 
 @pytest.mark.parametrize("tool", [{"type": "function", "function": {}}, {"description": "d"}])
 def test_a_tool_without_a_name_is_refused(tool) -> None:
     with pytest.raises(UserError, match=r"f:1: `tools\[0\]` names no function"):
-        read_tools([tool], "f:1")
+        parse_tools([tool], "f:1")
 
 
 @pytest.mark.parametrize("instruction", ["", " \n"])
@@ -181,13 +181,13 @@ def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
 )
 def test_a_source_without_a_row_is_called_empty(tmp_path: Path, name, content) -> None:
     (tmp_path / name).write_text(content)
-    parts = find_parts(Source(path=str(tmp_path / name)), tmp_path)
+    parts = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
     with pytest.raises(EmptyData, match=f"{name}: there is no row in it"):
         detect(parts, {})
 
 
 def test_rows_under_a_key_that_also_marks_turns(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": [{"messages": [ASKED, GOOD]}]}))
-    parts = find_parts(Source(path=str(tmp_path / "a.json")), tmp_path)
+    parts = find_source_files(Source(path=str(tmp_path / "a.json")), tmp_path)
     (record,) = read(parts, "auto")
     assert [message["content"] for message in record.value.messages] == ["Two and two?", "Four."]

@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import read
 from dtrain.data.show import sequences
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.report import report
 from dtrain.data_quality.scan import scan, source_input
@@ -164,7 +164,7 @@ def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> N
     clean(found, Clean(short="keep", template="quarantine"), tmp_path / "out")
 
     def values(path):
-        parts = find_parts(Source(path=str(path)), tmp_path / "cache")
+        parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
         return [record.value for record in read(parts, "messages")]
 
     kept = values(tmp_path / "out" / "rows-1.jsonl")

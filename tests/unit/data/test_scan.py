@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dtrain.config.schema import Source
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.data_quality import duplicates, pii, shingles
 from dtrain.data_quality.finding_types import BIT, MEANINGS
 from dtrain.data_quality.html_report import write_page
@@ -46,7 +46,7 @@ def scanned(tmp_path, write_rows):
     """scanned(rows, …) → findings"""
 
     def run(rows, **how):
-        parts = find_parts(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
+        parts = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
         return scan([Input("a", parts, "auto")], **how)
 
     return run

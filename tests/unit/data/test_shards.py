@@ -23,7 +23,7 @@ from dtrain.data import shard_boundaries, shards
 from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.records import read
 from dtrain.data.shards import Share
-from dtrain.data.sources import find_parts
+from dtrain.data.sources import find_source_files
 from dtrain.pipeline.data_preparation import share_of_array
 
 
@@ -222,8 +222,8 @@ def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
     assert rows == sorted(set(rows))
     assert all(stop - start <= block for start, stop in pairwise(rows))
     for place in found[:-1].tolist():
-        before = [record for record in records[: place[2]] if record.part == place[0]]
-        assert len(before) == place[1] and records[place[2]].part == place[0]
+        before = [record for record in records[: place[2]] if record.file_index == place[0]]
+        assert len(before) == place[1] and records[place[2]].file_index == place[0]
 
 
 def test_half_made_shards_of_other_cuts_are_not_used(
@@ -259,7 +259,7 @@ def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
 
 
 def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:
-    parts = find_parts(rows_of_all_kinds.sources[0], tmp_path)
+    parts = find_source_files(rows_of_all_kinds.sources[0], tmp_path)
     whole = list(read(parts, "text"))
     stretches = shards.RecordReader(parts, "text", {})
     found = []

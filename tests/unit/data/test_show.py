@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dtrain.config.schema import Source
-from dtrain.data.records import read_on
-from dtrain.data.show import as_brought, sequences
-from dtrain.data.sources import find_parts
+from dtrain.data.records import iter_records
+from dtrain.data.show import render_records, sequences
+from dtrain.data.sources import find_source_files
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me, é."}]
 
@@ -28,14 +28,14 @@ def test_rows_as_brought_with_faults_and_without_orders_to_the_terminal(
         {"prompt": "a\x1b[2J", "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": "b"},
     ]
-    parts = find_parts(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
-    told = "".join(text.plain for text in as_brought(read_on(parts, "auto"), parts, 9))
+    parts = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
+    told = "".join(text.plain for text in render_records(iter_records(parts, "auto"), parts, 9))
     assert "user: a␛[2J\n" in told and "\x1b" not in told
     assert "not wanted\nuser: a␛[2J\nassistant: c" in told
     assert "a.jsonl:2: column `rejected` is missing" in told
 
 
 def test_of_a_book_the_head_is_shown(write_rows, tmp_path) -> None:
-    parts = find_parts(Source(path=write_rows("a.jsonl", [{"text": "ab" * 3000}])), tmp_path)
-    (_, shown) = as_brought(read_on(parts, "auto"), parts, 1)
+    parts = find_source_files(Source(path=write_rows("a.jsonl", [{"text": "ab" * 3000}])), tmp_path)
+    (_, shown) = render_records(iter_records(parts, "auto"), parts, 1)
     assert shown.plain == "ab" * 2000 + " … and 2,000 more characters\n"

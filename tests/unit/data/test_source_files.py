@@ -18,8 +18,8 @@ from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import template_text
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import Fault, read, read_on
-from dtrain.data.sources import find_parts
+from dtrain.data.records import BadRecord, iter_records, read
+from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.pipeline.evaluator import read_questions
 from dtrain.serving.generate import Prompt, read_prompts
@@ -49,7 +49,7 @@ def load(tmp_path):
 
     def run(path: Path, form: str = "auto", **more: Any) -> list[Any]:
         source = Source(path=str(path), format=form, **more)
-        parts = find_parts(source, tmp_path / "cache")
+        parts = find_source_files(source, tmp_path / "cache")
         return [record.value for record in read(parts, form, source.columns)]
 
     return run
@@ -247,8 +247,11 @@ def test_a_column_twice_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> 
 def test_a_csv_row_of_another_length_is_refused_with_its_line(tmp_path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,b\n"two\nlines",1\nx\nx,1,2\ny,1\n')
-    parts = find_parts(Source(path=str(path)), tmp_path / "cache")
-    told = [str(item.error) if isinstance(item, Fault) else item for item in read_on(parts, "text")]
+    parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
+    told = [
+        str(item.error) if isinstance(item, BadRecord) else item
+        for item in iter_records(parts, "text")
+    ]
     assert told[1].startswith(f"{path}:4: 1 cells, but the first line names 2 columns")
     assert told[2].startswith(f"{path}:5: 3 cells")
     assert told[0].value == "two\nlines" and told[3].value == "y"
@@ -288,7 +291,9 @@ def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> N
 def test_a_row_of_a_list_has_its_own_fault(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}, {"text": 1, "a": [{"b": 1, "b": 2}]}, {"text": "y"}]')
-    parts = find_parts(Source(path=str(path)), tmp_path / "cache")
-    told = [str(i.error) if isinstance(i, Fault) else i.value for i in read_on(parts, "text")]
+    parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
+    told = [
+        str(i.error) if isinstance(i, BadRecord) else i.value for i in iter_records(parts, "text")
+    ]
     assert told[0] == "x" and told[2] == "y"
     assert told[1].startswith(f"{path}#2: the key `b` is there twice")

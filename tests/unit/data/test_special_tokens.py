@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.conversations import Conversation, Pair
+from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.finding_types import SPECIAL
@@ -118,7 +118,7 @@ def test_names_and_arguments_of_calls_and_schemas_are_text_too(tokenizer) -> Non
     own = SpecialTokens(tokenizer)
     found = {END, "<|im_start|>", "<|eot_id|>"}
     assert set(own.found(Conversation([message], tools))) == found
-    assert set(own.found(Pair(None, Conversation([message], tools)))) == found
+    assert set(own.found(Preference(None, Conversation([message], tools)))) == found
     assert not own.found(own.hidden(Conversation([message], tools)))
     assert own.found(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.data.chat_templates import Template, resolve_template
-from dtrain.data.end_of_turn import Stop, stop_of
+from dtrain.data.chat_templates import ChatTemplate, resolve_template
+from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
 
@@ -22,9 +22,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def template(closing: str, behind: str = "\\n") -> Template:
+def template(closing: str, behind: str = "\\n") -> ChatTemplate:
     text = f"{ROWS}{{{{ m.role + ': ' + m.content + '{closing}{behind}' }}}}{{% endfor %}}"
-    return Template(text, ())
+    return ChatTemplate(text, ())
 
 
 @pytest.mark.parametrize(
@@ -37,23 +37,23 @@ def template(closing: str, behind: str = "\\n") -> Template:
     ],
 )
 def test_a_token_of_its_own(closing: str, token: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    found = stop_of(template(closing), tokenizer)
-    assert found == Stop(token=tokenizer.convert_tokens_to_ids(token))
+    found = find_stop_criterion(template(closing), tokenizer)
+    assert found == StopCriterion(token=tokenizer.convert_tokens_to_ids(token))
 
 
 @pytest.mark.parametrize(("closing", "text"), [("###", "###"), ("\\n\\nover", "\n\nover")])
 def test_ordinary_tokens(closing: str, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert stop_of(template(closing), tokenizer) == Stop(text=text)
+    assert find_stop_criterion(template(closing), tokenizer) == StopCriterion(text=text)
 
 
 def test_none(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert stop_of(template(""), tokenizer) == Stop()
-    refusing = Template("{{ raise_exception('no') }}", ())
-    assert stop_of(refusing, tokenizer) == Stop()
+    assert find_stop_criterion(template(""), tokenizer) == StopCriterion()
+    refusing = ChatTemplate("{{ raise_exception('no') }}", ())
+    assert find_stop_criterion(refusing, tokenizer) == StopCriterion()
     endless = f"{ROWS}{{%- for i in range(99999999) -%}}a{{% endfor %}}{{% endfor %}}"
-    assert stop_of(Template(endless, ()), tokenizer) == Stop()
+    assert find_stop_criterion(ChatTemplate(endless, ()), tokenizer) == StopCriterion()
 
 
 def test_the_instruction_form_ends_with_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    found = stop_of(resolve_template("instruction", tokenizer), tokenizer)
-    assert found == Stop(token=tokenizer.eos_token_id)
+    found = find_stop_criterion(resolve_template("instruction", tokenizer), tokenizer)
+    assert found == StopCriterion(token=tokenizer.eos_token_id)

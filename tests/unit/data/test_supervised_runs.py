@@ -13,7 +13,7 @@ from dtrain.data.chat_templates import resolve_template
 from dtrain.data.conversations import Conversation
 from dtrain.data.loss_mask import Lengths, supervised_runs
 from dtrain.data.records import Record
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 from dtrain.data.tokenize import Tokeniser
 
 PIECES = st.text(st.sampled_from("ab fox\n éß漢👩🏽‍🚀<|>\u0301"), max_size=12)
@@ -70,7 +70,7 @@ def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
         for q, a in [("Hi 漢", "so <|im_end|> é"), ("a", "👩🏽‍🚀"), ("b\n\n", "\n c ")]
     ]
     records = [Record(talk, 0, n) for n, talk in enumerate(talks)]
-    template, parts = resolve_template("auto", tokenizer), [Part("a.jsonl", ".jsonl", "")]
+    template, parts = resolve_template("auto", tokenizer), [SourceFile("a.jsonl", ".jsonl", "")]
 
     def documents():
         own = Tokeniser(tokenizer, template, True, 999, "fail", parts)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from dtrain.config.schema import Stage
-from dtrain.data.end_of_turn import Stop
+from dtrain.data.end_of_turn import StopCriterion
 from dtrain.merge.chat_files import (
     adapter_files,
     carried_files,
@@ -55,7 +55,7 @@ def test_the_end_of_a_turn_stands_beside_the_bases_own(
     write(tmp_path, "config.json", {"model_type": "llama", **model})
     if own is not None:
         write(tmp_path, GENERATION, {"_from_model_config": True, **own})
-    made = json.loads(generation_config(tmp_path, [Stop(token=7)]))
+    made = json.loads(generation_config(tmp_path, [StopCriterion(token=7)]))
     kept = {key: value for key, value in (own or {}).items() if key != "eos_token_id"}
     assert made == {**kept, "eos_token_id": ends}
     write(tmp_path / "out", GENERATION, made)
@@ -64,7 +64,9 @@ def test_the_end_of_a_turn_stands_beside_the_bases_own(
 
 def test_a_stop_string_is_kept_beside_others(tmp_path: Path) -> None:
     write(tmp_path, GENERATION, {"eos_token_id": 2, "stop_strings": ["User:"]})
-    made = json.loads(generation_config(tmp_path, [Stop(text="###"), Stop(text="User:")]))
+    made = json.loads(
+        generation_config(tmp_path, [StopCriterion(text="###"), StopCriterion(text="User:")])
+    )
     assert made == {"eos_token_id": 2, "stop_strings": ["User:", "###"]}
 
 
