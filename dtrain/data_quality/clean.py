@@ -65,7 +65,7 @@ def clean(found: Findings, policy: Clean, folder: Path) -> dict[str, Any]:
             "policy": policy.model_dump(),
             "counts": dict(sorted(counts.items())),
             "sources": {n: i.name for n, i in zip(names, found.inputs, strict=True)},
-            "sha256": sums,
+            "blake3": sums,
             "fingerprint": fingerprint(sums),
         }
         write_json(work / SUMMARY, summary)
