@@ -20,6 +20,7 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.log import is_first_rank
+from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import (
     LEAST_LIMIT_SECONDS,
     LEAST_LIMIT_SECONDS_GPU_OR_NODES,
@@ -29,9 +30,8 @@ from dtrain.distributed.hang_watchdog import (
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
 from dtrain.pipeline.auto_settings import without_choice
-from dtrain.pipeline.exit_report import Outcome
+from dtrain.pipeline.exit_report import ExitReport
 from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
-from dtrain.pipeline.run_dir import lock_run
 from dtrain.pipeline.runner import run_chain
 from dtrain.pipeline.stage_inputs import check_same_on_all_ranks, one_document_each, prepare_inputs
 from dtrain.training.preemption import StopFlag
@@ -44,7 +44,7 @@ def work(arguments: argparse.Namespace) -> int:
         arguments: recipe, overrides and allow_change, from the command line.
     """
     keep_libraries_quiet()
-    outcome, recipe = Outcome(), None
+    outcome, recipe = ExitReport(), None
     try:
         recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
         finished = train(recipe, set(arguments.allow_change), outcome)
@@ -126,28 +126,29 @@ def template_from_anywhere(stage: Stage) -> Stage:
     return stage.model_copy(update={"data": stage.data.model_copy(update={"template": str(path)})})
 
 
-def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
+def train(recipe: Recipe, allowed: set[str], outcome: ExitReport) -> bool:
     """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
-    run = Path(recipe.output.folder)
+    run = RunDir(Path(recipe.output.folder))
     require_same({}, {}, allowed)  # a key that may not change is said before it is kept
-    lock = lock_run(run) if is_first_rank() else None
+    lock = run.lock() if is_first_rank() else None
     outcome.open(run)
     if lock:
-        write_atomic(run / "recipe.yaml", dump(recipe))
-        shutil.rmtree(run / ".watch", ignore_errors=True)  # heartbeats of a killed attempt
+        remove_partial_files(run.path)
+        write_atomic(run.recipe, dump(recipe))
+        shutil.rmtree(run.heartbeats, ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
     chosen = without_choice(recipe, world)
     if lock and chosen != recipe:
-        write_atomic(run / "recipe.yaml", dump(chosen))
+        write_atomic(run.recipe, dump(chosen))
     recipe = chosen
     inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
     check_same_on_all_ranks(inputs, world)
     recipe = one_document_each(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
-    stop = StopFlag(run, looks_at_file=world.is_first)
+    stop = StopFlag(run.path, looks_at_file=world.is_first)
     stop.listen()
     watch = Watch(
-        run / ".watch",
+        run.heartbeats,
         world.rank,
         world.size,
         report=lambda text: outcome.fail(Exit.HANG, text),
@@ -163,5 +164,5 @@ def train(recipe: Recipe, allowed: set[str], outcome: Outcome) -> bool:
         watch.stop(all_is_well=finished is not None)
     stop.forget_file()
     if lock:  # every rank has come to its end
-        shutil.rmtree(run / ".watch", ignore_errors=True)
+        shutil.rmtree(run.heartbeats, ignore_errors=True)
     return finished

@@ -25,8 +25,9 @@ from dtrain.augmentation.prompts import How, Row, request, unfit
 from dtrain.augmentation.reply_filter import Made, judged
 from dtrain.augmentation.request_pool import Asker, Journal
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, read_sealed, write_atomic, write_json, write_sealed
+from dtrain.core.files import read_sealed, write_atomic, write_json, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
 from dtrain.data.records import Record
 from dtrain.data_quality.clean import as_row

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dtrain.core.errors import Exit, UserError
+from dtrain.core.errors import Exit
+from dtrain.core.run_dir import CHECKPOINTS, RunDir
 from dtrain.core.units import size
 
 COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"
@@ -18,14 +19,12 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
 ) -> None:
     """List a run's checkpoints; --verify exits with 2 if one of them is not what was written."""
-    if not (run / "recipe.yaml").is_file():
-        fix = "give the folder that output.folder named"
-        raise UserError("is not a run folder: no recipe.yaml in it", where=str(run), fix=fix)
+    RunDir(run).check_exists()
     from dtrain.checkpoints import list_checkpoints
 
     print(COLUMNS.format("stage", "step", "held-out loss", "size", "complete", "verified"))
     broken = 0
-    for folder in sorted(run.glob("*/checkpoints"), key=lambda path: path.stat().st_ctime):
+    for folder in sorted(run.glob(f"*/{CHECKPOINTS}"), key=lambda path: path.stat().st_ctime):
         for one in list_checkpoints(folder, verify=verify):
             loss = "-" if one.loss is None else f"{one.loss:.4f}"
             complete = "yes" if one.complete else "no"

@@ -96,16 +96,17 @@ def _merge(
     qlora_base: str | None,
     at_once: int,
 ) -> None:
+    from dtrain.core.run_dir import MERGE_MANIFEST
     from dtrain.merge.adapter import Adapter
     from dtrain.merge.chat_files import carried_files, merged_files
-    from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
+    from dtrain.merge.merge import check_places, merge, part_of
     from dtrain.merge.provenance import adapter_origin, known_bases
 
     shapes = check_places(base, folders, out)
     origins = [adapter_origin(folder) for folder in folders]
     adapters = [Adapter.open(folder, shapes) for folder in folders]
     packings = _packings(base, shapes, origins, qlora_base, together=how is not None)
-    known = known_bases(base, origins, MANIFEST)
+    known = known_bases(base, origins, MERGE_MANIFEST)
     if how is None:
         parts = [part_of(*one) for one in zip(adapters, factors, packings, strict=True)]
     else:
@@ -130,15 +131,16 @@ def _combined(
 
 
 def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) -> None:
+    from dtrain.core.run_dir import MERGE_MANIFEST
     from dtrain.merge.chat_files import checkpoint_files, merged_files
     from dtrain.merge.from_checkpoint import base_of, open_saved, replace_with, saved_adapter
-    from dtrain.merge.merge import MANIFEST, check_places, merge, part_of
+    from dtrain.merge.merge import check_places, merge, part_of
     from dtrain.merge.provenance import known_bases
 
     saved = open_saved(folder)
     base, origin = base_of(saved), saved.origin
     shapes = check_places(base, [folder], out)
-    known = known_bases(base, [origin], MANIFEST)
+    known = known_bases(base, [origin], MERGE_MANIFEST)
     source = origin.identity
     files = merged_files(base, checkpoint_files(saved.run, saved.stage, base))
     if origin.method["kind"] == "full":

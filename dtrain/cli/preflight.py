@@ -16,12 +16,12 @@ def preflight(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     from dtrain.cli.run import placed
     from dtrain.config.load import dump, load_recipe
     from dtrain.core.files import write_atomic
-    from dtrain.launching.attempts import FOLDER
+    from dtrain.core.run_dir import RunDir
     from dtrain.launching.preflight import preflight as look
 
     settings = load_recipe(recipe, overrides or [])
     run = Path(settings.output.folder).expanduser().absolute()
-    place = run / FOLDER
-    write_atomic(place / "recipe.yaml", dump(placed(settings, run)))
-    if look(place / "recipe.yaml", place, os.environ):
+    run_dir = RunDir(run)
+    write_atomic(run_dir.submitted_recipe, dump(placed(settings, run)))
+    if look(run_dir.submitted_recipe, run_dir.slurm, os.environ):
         raise typer.Exit(Exit.CRASHED)

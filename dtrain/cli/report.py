@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from dtrain.core.errors import UserError
+from dtrain.core.run_dir import RunDir
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write RUN/report.html, and print where it lies."""
-    if not (run / "recipe.yaml").is_file():
-        fix = "give the folder that output.folder named"
-        raise UserError("is not a run folder: no recipe.yaml in it", where=str(run), fix=fix)
+    RunDir(run).check_exists()
     from dtrain.monitoring.report import write_report
 
     print(write_report(run))

@@ -10,21 +10,10 @@ from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import Problems, UserError
+from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 
-# What lies in a run folder beside the stages' own folders, and the name of the untrained model
-# in tables of losses.
-RESERVED_NAMES = frozenset(
-    {
-        "base",
-        "evaluation.json",
-        "lineage.json",
-        "outcome.json",
-        "recipe.yaml",
-        "report.html",
-        "slurm",
-        "stop",
-    }
-)
+# "base" is the untrained model in tables of losses.
+RESERVED_NAMES = RUN_FILES | {"base"}
 
 
 class Clash(UserError):

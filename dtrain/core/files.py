@@ -1,13 +1,11 @@
-"""Files that appear complete or not at all, and locks that die with their process."""
+"""Read and write files: a write appears complete or not at all."""
 
 from __future__ import annotations
 
 import codecs
-import fcntl
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -188,50 +186,3 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def _fsync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-class FolderLock:
-    """An exclusive lock on a folder; the kernel frees it when the process dies, however it dies."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self._file: IO[str] | None = None
-
-    def acquire(self, *, wait: bool = False) -> bool:
-        """Take the lock; without `wait`, return False at once if another process holds it."""
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            return False
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
-        return True
-
-    def keep_after_exec(self) -> None:
-        """Let the program that this process becomes hold the lock until it ends."""
-        assert self._file is not None, "not acquired"
-        os.set_inheritable(self._file.fileno(), True)
-
-    def holder(self) -> str:
-        """Who holds the lock, for a message."""
-        with suppress(OSError):
-            return self.path.read_text(encoding="utf-8").strip() or "another process"
-        return "another process"
-
-    def release(self) -> None:
-        """Give the lock back."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> FolderLock:
-        self.acquire(wait=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, write_atomic
+from dtrain.core.files import write_atomic
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.locks import FolderLock
 
 REMEMBER_FROM_BYTES = 1 << 24  # a smaller file is hashed as fast as its hash is looked up
 SETTLED_SECONDS = 2.0  # a file younger than that may change again without a change of its time

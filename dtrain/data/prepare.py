@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Source
 from dtrain.core.errors import EmptyData, UserError
-from dtrain.core.files import FolderLock
 from dtrain.core.hashes import fingerprint
+from dtrain.core.locks import FolderLock
 from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.packed_dataset import Mixture, Prepared, Row, check_vocabulary

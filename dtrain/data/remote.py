@@ -23,10 +23,11 @@ from typing import Any
 from blake3 import blake3
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, fsync_folder, read_json, write_json
+from dtrain.core.files import fsync_folder, read_json, write_json
 from dtrain.core.hash_cache import REMEMBER_FROM_BYTES, FileIdentity, file_state, remember_hash
 from dtrain.core.hashes import BLOCK_BYTES, fingerprint
 from dtrain.core.lazy_import import LazyModule
+from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
 
 fsspec: Any = LazyModule("fsspec")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.cpu_resources import available_cores, available_memory
+from dtrain.core.locks import ShardLocks
 from dtrain.core.log import progress
 from dtrain.core.processes import Tell, worker_pool
-from dtrain.core.shard_locks import Claims
 from dtrain.data.records import RecordReader
 from dtrain.data.shard_boundaries import Cuts
 from dtrain.data.sources import SourceFile
@@ -97,15 +97,15 @@ class Shards:
                 self._make_from(start, meter.advance, wait=share.of == 1)
 
     def _make_from(self, start: int, tell: Tell, *, wait: bool) -> None:
-        claims = Claims(self.folder / CLAIMS_FILE)
+        claims = ShardLocks(self.folder / CLAIMS_FILE)
         stretches = RecordReader(self.parts, self.form, self.columns)
         around = [*range(start, len(self)), *range(start)]
         try:
             for gloo_group in (False, wait):
                 for shard in around:
-                    if not self.path(shard).exists() and claims.take(shard, wait=gloo_group):
+                    if not self.path(shard).exists() and claims.acquire(shard, wait=gloo_group):
                         self._make_one(shard, stretches, tell)
-                        claims.give_back(shard)
+                        claims.release(shard)
         finally:
             claims.close()
 

@@ -19,7 +19,7 @@ from dtrain.config.checks import accumulation
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import FolderLock, read_json, write_atomic
+from dtrain.core.run_dir import RunDir
 from dtrain.core.units import duration
 from dtrain.launching import slurm
 from dtrain.launching.attempts import (
@@ -27,7 +27,6 @@ from dtrain.launching.attempts import (
     attempts_of,
     close_lost,
     failures_in_a_row,
-    progress_of,
     write_attempts,
 )
 from dtrain.launching.commands import step_command
@@ -81,11 +80,15 @@ def begin(address: str, overrides: list[str], environ: Mapping[str, str]) -> tup
     nodes = node_names(environ)
     ranks = ranks_of_a_node(recipe, environ)
     check_batches(recipe, len(nodes), ranks)
-    take(run, recipe)
+    lock = RunDir(run).lock(wait_seconds=LOCK_SECONDS)
+    try:
+        RunDir(run).reset(dump(recipe))
+    finally:
+        lock.release()
     attempt = record(run, nodes, environ)
     say(tell_begin(attempt))
     command = step_command(
-        run / "recipe.yaml",
+        RunDir(run).recipe,
         nodes=len(nodes),
         ranks=ranks,
         endpoint=rendezvous_endpoint(environ, nodes[0]),
@@ -123,29 +126,6 @@ def check_batches(recipe: Recipe, nodes: int, ranks: int | str) -> None:
         accumulation(train.global_batch_size, nodes * ranks, train.micro_batch)
 
 
-def take(run: Path, recipe: Recipe) -> None:
-    """Wait until nobody works in the run folder; then write the recipe, clear what was left.
-
-    Raises:
-        UserError: the folder cannot be used, or somebody goes on working in it.
-    """
-    lock, deadline = FolderLock(run), time.monotonic() + LOCK_SECONDS
-    try:
-        while not lock.acquire():
-            if time.monotonic() > deadline:
-                what = f"another run is using this folder ({lock.holder()})"
-                raise UserError(what, where=str(run), fix="choose another output.folder")
-            time.sleep(1)
-        write_atomic(run / "recipe.yaml", dump(recipe))
-        for leftover in ("stop", "outcome.json"):
-            (run / leftover).unlink(missing_ok=True)
-    except OSError as error:
-        what = f"cannot be used as the run folder: {error.strerror or error}"
-        raise UserError(what, where=str(run), fix="choose another output.folder") from error
-    finally:
-        lock.release()
-
-
 def record(run: Path, nodes: list[str], environ: Mapping[str, str]) -> Attempt:
     """Write the attempt down, unless those before it say that it is in vain."""
     attempts, job = attempts_of(run), environ["SLURM_JOB_ID"]
@@ -157,7 +137,7 @@ def record(run: Path, nodes: list[str], environ: Mapping[str, str]) -> Attempt:
         nodes=nodes,
         log=log_file(),
         started=time.time(),
-        progress=progress_of(run),
+        progress=RunDir(run).progress(),
     )
     failures = failures_in_a_row(attempts, job, attempt.progress)
     bounds = bounds_from(environ)
@@ -200,7 +180,7 @@ def end(run: Path, status: int, warned: bool, environ: Mapping[str, str]) -> int
     attempt.ended, attempt.outcome = time.time(), verdict.outcome
     attempt.because, attempt.action = verdict.because, verdict.action
     write_attempts(run, attempts)
-    say(tell_end(attempt, verdict, ended.reason, progress_of(run)))
+    say(tell_end(attempt, verdict, ended.reason, RunDir(run).progress()))
     if verdict.action == "requeue":
         slurm.requeue(job)
         time.sleep(REQUEUE_SECONDS)  # until Slurm ends this script
@@ -217,16 +197,14 @@ def what_is_known(
     run: Path, attempts: list[Attempt], status: int, warned: bool, job: slurm.JobState
 ) -> Ended:
     """Gather the facts of the last attempt."""
-    attempt, said = attempts[-1], {}
-    if (run / "outcome.json").exists():
-        said = read_json(run / "outcome.json")
+    attempt, said = attempts[-1], RunDir(run).read_exit_report()
     return Ended(
         status=status,
         outcome=said.get("status"),
         reason=str(said.get("reason", "")),
         warned=warned,
         job=job,
-        has_progressed=progress_of(run) != attempt.progress,
+        has_progressed=RunDir(run).progress() != attempt.progress,
         failures=failures_in_a_row(attempts[:-1], attempt.job, attempt.progress),
         tries=attempt.restart + 1,
     )

@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
-
-FOLDER = "slurm"  # in the run folder: what the batch system's side of a run leaves behind
+from dtrain.core.run_dir import RunDir
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Attempt:
 
 def attempts_of(run: Path) -> list[Attempt]:
     """The attempts recorded in a run folder, oldest first."""
-    path = run / FOLDER / "attempts.json"
+    path = RunDir(run).attempts
     if not path.exists():
         return []
     try:
@@ -51,7 +49,7 @@ def attempts_of(run: Path) -> list[Attempt]:
 
 def write_attempts(run: Path, attempts: Sequence[Attempt]) -> None:
     """Replace the list."""
-    write_json(run / FOLDER / "attempts.json", [asdict(attempt) for attempt in attempts])
+    write_json(RunDir(run).attempts, [asdict(attempt) for attempt in attempts])
 
 
 def close_lost(attempts: Sequence[Attempt]) -> None:
@@ -74,21 +72,3 @@ def failures_in_a_row(attempts: Sequence[Attempt], job: str, progress: dict[str,
         if attempt.outcome in ("hang", "crashed", "lost", "lost a worker", "warned"):
             count += 1
     return count
-
-
-def progress_of(run: Path) -> dict[str, str]:
-    """Stage → its newest complete checkpoint, or "complete"."""
-    found = {}
-    for stage in sorted(path.parent for path in run.glob("*/stage.json")):
-        names = (path.parent.name for path in stage.glob("checkpoints/step-*/manifest.json"))
-        steps = sorted(names, key=lambda name: (len(name), name))
-        found[stage.name] = "complete" if _is_complete(stage) else (steps or ["begun"])[-1]
-    return found
-
-
-def _is_complete(stage: Path) -> bool:
-    try:
-        record: Any = read_json(stage / "stage.json")
-    except UserError:
-        return False
-    return bool(record.get("complete"))

@@ -10,10 +10,7 @@ from pathlib import Path
 from dtrain.core.cache_paths import cache_folder
 
 WORKER = "dtrain.train"
-STOP_FILE = "stop"  # in the run folder: asks the run to save and end
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
-# Variable: the run folder whose lock the launcher holds as long as it lives.
-LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
 MOST_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
 # Names of torch's variable, today's and those of before.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

@@ -25,9 +25,10 @@ from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
+from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempt import node_names, ranks_of_a_node, say
-from dtrain.launching.attempts import FOLDER, attempts_of, write_attempts
+from dtrain.launching.attempts import attempts_of, write_attempts
 from dtrain.launching.commands import step_command
 from dtrain.launching.network import rendezvous_endpoint
 from dtrain.launching.node_checks import Fault, Report, judge
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return Exit.USER_ERROR
     run, script, words = Path(arguments[1]), Path(arguments[2]), arguments[3:]
     try:
-        faults = preflight(run / "recipe.yaml", run / FOLDER, os.environ)
+        faults = preflight(RunDir(run).recipe, RunDir(run).slurm, os.environ)
         if not faults:
             return Exit.FINISHED
         successor = ""
@@ -217,7 +218,7 @@ def submit_without(
     already = re.search(r"ExcNodeList=(\S+)", facts)
     excluded = [*([already[1]] if already and already[1] != "(null)" else []), *named]
     limit = re.search(r"TimeLimit=(\S+)", facts)
-    copy = run / FOLDER / "again.sh"
+    copy = RunDir(run).job_script("again")
     write_atomic(copy, script.read_bytes())  # Slurm's own copy goes with the job
     command = ["sbatch", "--parsable", f"--exclude={','.join(excluded)}"]
     command += [f"--{name}={environ[known]}" for name, known in _SAME.items() if environ.get(known)]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
+from dtrain.core.run_dir import RunDir
 from dtrain.core.units import duration
 from dtrain.launching import slurm
-from dtrain.launching.attempts import FOLDER, Attempt, attempts_of
+from dtrain.launching.attempts import Attempt, attempts_of
 from dtrain.launching.slurm import QueuedJob
 from dtrain.launching.submit import jobs_of
 
@@ -68,9 +68,8 @@ def ended_line(run: Path, attempts: list[Attempt]) -> str:
         return "the job is no longer in the queue, and it never began: see dtrain logs"
     last = attempts[-1]
     line = f"job {last.job} ended: {last.because or 'by Slurm, or with its node'}"
-    outcome = run / "outcome.json"
-    if last.outcome != "finished" and outcome.exists():
-        reason = str(read_json(outcome).get("reason", ""))
+    if last.outcome != "finished":
+        reason = str(RunDir(run).read_exit_report().get("reason", ""))
         line += f"\n    {reason}" if reason else ""
     return line
 
@@ -106,7 +105,7 @@ def times(count: int) -> str:
 def log_of(run: Path) -> Path | None:
     """The newest log of a run; None if there is none yet."""
     named = [Path(attempt.log) for attempt in attempts_of(run) if attempt.log]
-    written = [run / FOLDER / "job.log", run / FOLDER / "prepare.log"]
+    written = [RunDir(run).job_log(kind) for kind in ("job", "prepare")]
     return next((log for log in [*reversed(named), *written] if log.is_file()), None)
 
 

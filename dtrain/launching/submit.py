@@ -11,10 +11,10 @@ from pathlib import Path
 from dtrain.config.load import dump
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, read_json, write_atomic, write_json
+from dtrain.core.files import read_json, write_atomic, write_json
+from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempt import check_batches
-from dtrain.launching.attempts import FOLDER
 from dtrain.launching.shell_quote import quote, render
 
 COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
@@ -109,7 +109,7 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
         time=resources.time,
         choices=resources.choices,
         warn_seconds=WARN_SECONDS,
-        recipe=run / FOLDER / "recipe.yaml",
+        recipe=RunDir(run).submitted_recipe,
         environment=sys.prefix,
         preflight=resources.preflight,
         force=resources.force,
@@ -129,7 +129,7 @@ def preparation(recipe: Recipe, resources: Resources, working: Path) -> Submissi
         time=resources.time,
         choices=resources.choices,
         environment=sys.prefix,
-        recipe=run / FOLDER / "recipe.yaml",
+        recipe=RunDir(run).submitted_recipe,
     )
     return _submission(script, run, "prepare", working, resources.after)
 
@@ -141,7 +141,7 @@ def _share(resources: Resources, gpus: int) -> tuple[int, str]:
 
 
 def _submission(script: str, run: Path, kind: str, working: Path, after: str | None) -> Submission:
-    path, log = run / FOLDER / f"{kind}.sh", run / FOLDER / f"{kind}.log"
+    path, log = RunDir(run).job_script(kind), RunDir(run).job_log(kind)
     # What a person names goes in words of its own: lines of #SBATCH have a quoting of their own.
     command = ["sbatch", "--parsable", f"--chdir={working}", f"--output={log_pattern(log)}"]
     command += [f"--comment={COMMENT}{run}"]
@@ -180,7 +180,7 @@ def submit(recipe: Recipe, resources: Resources, working: Path, prepare: bool) -
     """
     run = Path(recipe.output.folder)
     refuse_second(run)
-    write_atomic(run / FOLDER / "recipe.yaml", dump(recipe))
+    write_atomic(RunDir(run).submitted_recipe, dump(recipe))
     jobs = []
     if prepare:
         first = preparation(recipe, resources, working)
@@ -205,14 +205,7 @@ def refuse_second(run: Path) -> None:
     if there:
         what = f"job {there[0].job} is {there[0].state} for this run folder"
         raise UserError(what, where=str(run), fix="dtrain cancel it, or choose another folder")
-    lock = FolderLock(run)
-    try:
-        if not lock.acquire():
-            raise UserError(f"another run is using this folder ({lock.holder()})", where=str(run))
-    except OSError as error:
-        raise UserError(f"cannot be used: {error.strerror or error}", where=str(run)) from error
-    finally:
-        lock.release()
+    RunDir(run).lock().release()
 
 
 def _send(job: Submission, run: Path) -> str:
@@ -220,11 +213,11 @@ def _send(job: Submission, run: Path) -> str:
     slurm.ask([job.command[0], "--test-only", *job.command[1:]])
     number = slurm.ask(job.command).strip().split(";")[0]
     known = jobs_of(run)
-    write_json(run / FOLDER / "jobs.json", [*known, {"job": number, "submitted": time.time()}])
+    write_json(RunDir(run).jobs, [*known, {"job": number, "submitted": time.time()}])
     return number
 
 
 def jobs_of(run: Path) -> list[dict[str, object]]:
     """The jobs that were submitted for a run folder, oldest first."""
-    path = run / FOLDER / "jobs.json"
+    path = RunDir(run).jobs
     return list(read_json(path)) if path.exists() else []

@@ -22,7 +22,8 @@ import submitit
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import read_json, write_atomic
+from dtrain.core.files import write_atomic
+from dtrain.core.run_dir import RunDir
 from dtrain.launching.attempt import begin, end
 from dtrain.launching.commands import torchrun_command
 
@@ -71,10 +72,10 @@ class Training:
         recipe = load_recipe(self.recipe, self.overrides)
         run = Path(recipe.output.folder).expanduser().absolute()
         output = recipe.output.model_copy(update={"folder": str(run)})
-        write_atomic(run / "recipe.yaml", dump(recipe.model_copy(update={"output": output})))
+        write_atomic(RunDir(run).recipe, dump(recipe.model_copy(update={"output": output})))
         ranks = recipe.launch.processes
         return run, torchrun_command(
-            run / "recipe.yaml", 1 if ranks == "auto" and recipe.device == "cpu" else ranks
+            RunDir(run).recipe, 1 if ranks == "auto" and recipe.device == "cpu" else ranks
         )
 
     def _train(self, command: Sequence[str]) -> int:
@@ -96,8 +97,7 @@ class Training:
 
 def says_go_on(run: Path) -> bool:
     """Whether the ranks saved and ended because they were asked to."""
-    outcome = run / "outcome.json"
-    return outcome.exists() and bool(read_json(outcome)["status"] == Exit.INTERRUPTED)
+    return bool(RunDir(run).read_exit_report().get("status") == Exit.INTERRUPTED)
 
 
 def submit(

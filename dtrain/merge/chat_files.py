@@ -18,9 +18,9 @@ from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text
 from dtrain.core.log import say
+from dtrain.core.run_dir import RunDir
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
-from dtrain.merge.provenance import RECIPE
 from dtrain.models.hub import base_folder
 from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
 from dtrain.models.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) 
 
 def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
     """The same of a stage that may not be complete, from its run's recipe."""
-    recipe = load_recipe(str(run / RECIPE))
+    recipe = load_recipe(str(RunDir(run).recipe))
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     if stage.kind != "sft":
         return {}

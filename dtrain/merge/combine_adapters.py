@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
+from dtrain.core.run_dir import MERGE_MANIFEST
 from dtrain.merge.adapter import PREFIX, AdapterFile, by_config
 from dtrain.merge.adapter_config import check_config
 from dtrain.models.peft_format import (
@@ -154,7 +155,7 @@ def _stands_on(first: Path, second: Path, one: Origin, two: Origin, config: dict
     """Whether `second` was trained on the model that `first` was merged into."""
     if one.identity is not None and two.parent is not None:
         return one.identity == two.parent
-    manifest = Path(config.get("base_model_name_or_path") or "-") / "merge.json"
+    manifest = Path(config.get("base_model_name_or_path") or "-") / MERGE_MANIFEST
     if not manifest.is_file():
         return False
     merged = read_json(manifest).get("adapters", [])

@@ -20,9 +20,10 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.run_dir import RunDir
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import replace
-from dtrain.merge.provenance import RECIPE, Origin, origin_from
+from dtrain.merge.provenance import Origin, origin_from
 from dtrain.merge.tied_weights import Shapes
 from dtrain.models.hub import base_folder
 
@@ -54,7 +55,7 @@ def open_saved(folder: Path) -> Saved:
     checkpoint.verify()
     stage = folder.resolve().parents[1]
     inputs = checkpoint.state.get("inputs")
-    if not isinstance(inputs, dict) or not (stage.parent / RECIPE).is_file():
+    if not isinstance(inputs, dict) or not RunDir(stage.parent).recipe.is_file():
         raise UserError("lies in no stage of a run", where=str(folder))
     dtype = str(checkpoint.state.get("dtype", inputs["dtype"]))
     origin = origin_from(inputs, fingerprint(inputs), dtype, stage.parent)
@@ -67,13 +68,13 @@ def base_of(saved: Saved) -> Path:
     Raises:
         UserError: it is not there any more.
     """
-    recipe = load_recipe(str(saved.run / RECIPE))
+    recipe = load_recipe(str(RunDir(saved.run).recipe))
     names = [stage.name for stage in recipe.stages]
     if saved.stage not in names:
-        raise UserError(f"has no stage {saved.stage!r}", where=str(saved.run / RECIPE))
+        raise UserError(f"has no stage {saved.stage!r}", where=str(RunDir(saved.run).recipe))
     if (number := names.index(saved.stage)) == 0:
         return base_folder(recipe.model.base)
-    base = saved.run / names[number - 1] / "merged"
+    base = RunDir(saved.run).stage(names[number - 1]).merged
     if not base.is_dir():
         raise UserError("is missing, and the stage began with it", where=str(base))
     return base

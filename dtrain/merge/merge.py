@@ -21,6 +21,7 @@ from dtrain.core.files import read_json, write_json
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
+from dtrain.core.run_dir import MERGE_MANIFEST
 from dtrain.core.units import size
 from dtrain.merge.adapter import CONFIG, Adapter
 from dtrain.merge.provenance import combine
@@ -30,10 +31,9 @@ from dtrain.merge.tied_weights import FLOATS, Shapes, TiedPair, stored_tensor, u
 from dtrain.merge.weight_delta import Step
 from dtrain.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
-MANIFEST = "merge.json"
 # What makes a folder of weights a model: config, tokenizer, template, licence, the model's code.
 BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*")
-NOT_BESIDE = (INDEX, MANIFEST, CONFIG)
+NOT_BESIDE = (INDEX, MERGE_MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
 MOST_AT_ONCE = 8  # shards; each needs about 20 MB
 FORMAT = 4  # of the result: a merge of another format is not continued
@@ -378,8 +378,8 @@ def _publish(model: Model, plan: str, out: Path, work: Work, known: Sequence[str
         "result": combine([record["after"] for record in done.values()], work.target),
         "files": dict(sorted(hashes.items())),
     }
-    write_json(work.target / MANIFEST, model.about | made)
-    work.publish({MANIFEST, *hashes})
+    write_json(work.target / MERGE_MANIFEST, model.about | made)
+    work.publish({MERGE_MANIFEST, *hashes})
     for name, record in done.items():  # it may be the next one's base
         path = out / name
         remember_hash(path, record["after"], file_state(path), ours=True)
@@ -403,7 +403,7 @@ def _is_made(out: Path, plan: str, work: Work) -> bool:
     if not out.exists():
         return False
     work.discard()
-    manifest = out / MANIFEST
+    manifest = out / MERGE_MANIFEST
     made = read_json(manifest) if manifest.is_file() else None
     if not isinstance(made, dict) or made.get("plan") != plan:
         raise UserError("exists already", where=str(out), fix="choose another folder")

@@ -15,11 +15,10 @@ from dtrain.core.files import read_json, read_sealed
 from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
+from dtrain.core.run_dir import RunDir, StageDir
 from dtrain.models.peft_format import COMBINED
 from dtrain.models.peft_format import origin as combined_origin
 from dtrain.models.weight_files import weight_files
-
-RECORD, RECIPE = "stage.json", "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Origin:
 
     def trusts_code(self) -> bool:
         """Whether the run's recipe lets its base bring Python code."""
-        recipe = self.run / RECIPE
+        recipe = RunDir(self.run).recipe
         return recipe.is_file() and load_recipe(str(recipe)).model.trust_remote_code
 
 
@@ -60,9 +59,9 @@ def origin_of(stage: Path) -> Origin | None:
     Raises:
         UserError: the record was changed.
     """
-    if not (stage / RECORD).is_file():
+    if not StageDir(stage).record.is_file():
         return None
-    record = read_sealed(stage / RECORD)
+    record = read_sealed(StageDir(stage).record)
     dtype = record.get("facts", {}).get("dtype", record["inputs"]["dtype"])
     return origin_from(record["inputs"], record["identity"], dtype, stage.parent)
 

@@ -19,8 +19,8 @@ from typing import Any
 from dtrain.core.errors import UserError
 from dtrain.core.files import fsync_folder, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say
-from dtrain.core.shard_locks import Claims
 
 PLAN, RECORD, MODEL, CLAIMS = "plan.json", ".done.json", "model", ".claims"
 BEGIN, PRESENT, PUBLISH, FIRST_PIECE = range(4)  # what is claimed; then the pieces, by number
@@ -50,8 +50,8 @@ class Work:
         elif not self._is_ours():
             self.leave()
             raise UserError("is being made by another process", where=str(out), fix="wait for it")
-        self._claims.take(PRESENT, wait=True, shared=True)
-        self._claims.give_back(BEGIN)
+        self._claims.acquire(PRESENT, wait=True, shared=True)
+        self._claims.release(BEGIN)
 
     @property
     def target(self) -> Path:
@@ -60,11 +60,11 @@ class Work:
 
     def take(self, number: int, *, wait: bool = False) -> bool:
         """Claim a piece; without `wait`, return False at once if another process is at it."""
-        return self._claims.take(FIRST_PIECE + number, wait=wait)
+        return self._claims.acquire(FIRST_PIECE + number, wait=wait)
 
     def give_back(self, number: int) -> None:
         """Give a piece back, done or not."""
-        self._claims.give_back(FIRST_PIECE + number)
+        self._claims.release(FIRST_PIECE + number)
 
     def is_done(self, name: str) -> bool:
         """Whether nobody needs to make a file any more."""
@@ -84,7 +84,7 @@ class Work:
 
     def is_mine_to_publish(self) -> bool:
         """Whether this process is the one; once all pieces are done. Others wait until it has."""
-        self._claims.take(PUBLISH, wait=True)
+        self._claims.acquire(PUBLISH, wait=True)
         return not self._out.exists()
 
     def publish(self, names: Collection[str]) -> None:
@@ -101,12 +101,12 @@ class Work:
         fsync_folder(self.target)
         os.rename(self.target, self._out)
         fsync_folder(self._out.parent)
-        self._claims.take(BEGIN, wait=True)  # nobody joins what is being removed
+        self._claims.acquire(BEGIN, wait=True)  # nobody joins what is being removed
         self._remove()
 
     def discard(self) -> None:
         """Remove what is left, unless others are still at it."""
-        self._claims.take(BEGIN, wait=True)
+        self._claims.acquire(BEGIN, wait=True)
         if self._is_alone():
             self._remove()
         self.leave()
@@ -115,18 +115,18 @@ class Work:
         """Stop, to go on later."""
         self._claims.close()
 
-    def _begun(self) -> Claims:
+    def _begun(self) -> ShardLocks:
         """The claims, with that on the beginning taken."""
         while True:
             with suppress(FileNotFoundError):  # who was last has just removed the folder
-                claims = Claims(self._folder / CLAIMS)
-                claims.take(BEGIN, wait=True)
-                if claims.is_there():
+                claims = ShardLocks(self._folder / CLAIMS)
+                claims.acquire(BEGIN, wait=True)
+                if claims.is_current():
                     return claims
                 claims.close()
 
     def _is_alone(self) -> bool:
-        return self._claims.take(PRESENT)
+        return self._claims.acquire(PRESENT)
 
     def _is_ours(self) -> bool:
         try:

@@ -17,8 +17,9 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
+from dtrain.core.run_dir import MERGE_MANIFEST
 from dtrain.merge.adapter import WEIGHTS
-from dtrain.merge.merge import FORMAT, MANIFEST
+from dtrain.merge.merge import FORMAT
 from dtrain.merge.stream import BLOCK_ELEMENTS
 from dtrain.merge.tied_weights import FLOATS, Shapes, StoredTensor, stored_tensors
 from dtrain.models.tensor_utils import all_finite
@@ -82,7 +83,7 @@ def verify(folder: Path) -> Verified:
     Raises:
         UserError: there are no weights, or a file is no whole safetensors file.
     """
-    found, manifest = Verified(), folder / MANIFEST
+    found, manifest = Verified(), folder / MERGE_MANIFEST
     listed = _listed(manifest) if manifest.is_file() else {}
     weights = _weights(folder)
     with progress(f"verifying {folder.name}", len(weights)) as bar:

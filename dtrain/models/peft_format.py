@@ -10,12 +10,12 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
+from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In the folder of an adapter or merged model: its chat template, and where an answer ends.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 COMBINED = "combine.json"  # beside an adapter that was made of two
-STAGE = "stage.json"  # beside the folder of a stage's adapter
 
 # PEFT's names in memory hold the adapter's own name, which its files leave out.
 _NAMED = (
@@ -47,8 +47,8 @@ def origin(folder: Path) -> Origin:
     """Where an adapter comes from, by the record that dtrain left."""
     if (folder / COMBINED).is_file():
         return Origin(**read_json(folder / COMBINED)["origin"])
-    record = folder.absolute().parent / STAGE
-    if folder.name != "adapter" or not record.is_file():
+    record = folder.absolute().parent / STAGE_RECORD
+    if folder.name != ADAPTER or not record.is_file():
         return Origin()
     known = read_json(record)
     inputs = known["inputs"]

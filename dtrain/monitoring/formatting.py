@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jinja2 import Undefined
 
-REPORT = "report.html"
 SAME = 0.0005  # a difference that three decimals do not show
 
 

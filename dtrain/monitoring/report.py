@@ -10,8 +10,9 @@ from jinja2 import Environment, StrictUndefined
 
 from dtrain.core.files import write_atomic
 from dtrain.core.lazy_import import LazyModule
+from dtrain.core.run_dir import RunDir
 from dtrain.core.units import count, duration, size
-from dtrain.monitoring.formatting import REPORT, loss_text, short, tone
+from dtrain.monitoring.formatting import loss_text, short, tone
 from dtrain.monitoring.run_record import Record, read_record
 from dtrain.monitoring.source_stats import source_rows
 from dtrain.monitoring.summary import summary
@@ -31,8 +32,9 @@ def write_report(run: Path) -> Path:
     The file needs nothing beside it and nothing from outside; all text is escaped.
     """
     record = read_record(run)
-    write_atomic(run / REPORT, render(record))
-    return run / REPORT
+    path = RunDir(run).html_report
+    write_atomic(path, render(record))
+    return path
 
 
 def render(record: Record) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dtrain.core.run_dir import EVALUATION, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.metrics import read_metrics
 
 
@@ -112,14 +113,14 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """Read what is there of the run in `folder`; what cannot be read is named in `faults`."""
-    record = Record(folder)
-    record.recipe_text = _text(record, "recipe.yaml")
-    record.recipe = _mapping(record, "recipe.yaml", _yaml)
-    record.lineage = _mapping(record, "lineage.json", json.loads)
-    record.evaluation = _mapping(record, "evaluation.json", json.loads)
+    record, run = Record(folder), RunDir(folder)
+    record.recipe_text = _text(record, RECIPE)
+    record.recipe = _mapping(record, RECIPE, _yaml)
+    record.lineage = _mapping(record, LINEAGE, json.loads)
+    record.evaluation = _mapping(record, EVALUATION, json.loads)
     names = [str(stage["name"]) for stage in record.stages] or list(record.artefacts)
     for name in names:
-        if "/" not in name and (lines := read_metrics(folder / name / "metrics.jsonl")):
+        if "/" not in name and (lines := read_metrics(run.stage(name).metrics)):
             record.metrics[name] = lines
     return record
 

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from dtrain.monitoring.formatting import REPORT, loss_text, tone
+from dtrain.core.run_dir import HTML_REPORT
+from dtrain.monitoring.formatting import loss_text, tone
 from dtrain.monitoring.run_record import Losses, Record, read_record
 
 WIDTH = 100
@@ -66,5 +67,5 @@ def _filled(label: str, text: str) -> str:
 
 
 def _places(record: Record) -> str:
-    places = [("merged model", record.merged), ("report", REPORT)]
+    places = [("merged model", record.merged), ("report", HTML_REPORT)]
     return "\n".join(f"{name:<14} {record.folder / place}" for name, place in places if place)

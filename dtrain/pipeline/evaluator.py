@@ -11,6 +11,7 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.log import Meter, progress, say
+from dtrain.core.run_dir import RunDir
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
 from dtrain.distributed.world import World
@@ -28,7 +29,7 @@ class Evaluations:
     """What was measured of a run's models so far; every rank measures, the first one writes."""
 
     def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture], layout: Layout) -> None:
-        self.path, self.recipe, self.sets = run / "evaluation.json", recipe, sets
+        self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
         self.layout = layout
         marks = {name: mixture.fingerprint for name, mixture in sets.items()}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}

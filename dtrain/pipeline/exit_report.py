@@ -18,15 +18,15 @@ from typing import Any
 from dtrain.core.errors import Exit
 from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
+from dtrain.core.run_dir import RunDir
 
-NAME = "outcome.json"
 WORDS = {Exit.FINISHED: "finished", Exit.INTERRUPTED: "stopped-to-go-on"}
 PATIENCE_SECONDS = 2.0
 POLL_SECONDS = 0.05
 WRITE_TRIES = 5
 
 
-class Outcome:
+class ExitReport:
     """One rank's part in it; silent until `open`, since the folder may be another run's."""
 
     def __init__(self) -> None:
@@ -34,9 +34,9 @@ class Outcome:
         self._since = time.time()
         self._lock = threading.Lock()  # the watching thread reports too
 
-    def open(self, run: Path) -> None:
+    def open(self, run: RunDir) -> None:
         """This start owns the folder `run`; the first rank forgets how the last one ended."""
-        self.path = run / NAME
+        self.path = run.exit_report
         if is_first_rank():
             self.path.unlink(missing_ok=True)
 

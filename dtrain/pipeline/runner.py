@@ -10,12 +10,13 @@ from typing import Any
 from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
 from dtrain.core.log import say, warn
+from dtrain.core.run_dir import RunDir
 from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.world import World
 from dtrain.monitoring.report import summary, write_report
 from dtrain.pipeline.evaluator import Evaluations
-from dtrain.pipeline.run_dir import StageFolder, stage_folder
 from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.pipeline.stage_record import StageRecord, stage_record
 from dtrain.pipeline.stage_run import StageRun
 from dtrain.recipes import shipped
 from dtrain.training.preemption import StopFlag
@@ -36,8 +37,8 @@ def run_chain(
     """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
-    base, begun = inputs.base, list[StageFolder]()
-    folders = stage_folders(run, recipe, inputs)
+    base, begun = inputs.base, list[StageRecord]()
+    folders = stage_records(run, recipe, inputs)
     done = stages_done(folders, world, wants_merged=recipe.output.merge)
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder in done:
@@ -58,18 +59,18 @@ def run_chain(
     return True
 
 
-def stage_folders(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageFolder]:
+def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageRecord]:
     """The folder of each stage; the identity of one is part of the next one's."""
-    folders: list[StageFolder] = []
+    folders: list[StageRecord] = []
     for stage in recipe.stages:
         parent = folders[-1].identity if folders else inputs.base_fingerprint
-        folders.append(stage_folder(run, recipe, stage, inputs, parent))
+        folders.append(stage_record(run, recipe, stage, inputs, parent))
     return folders
 
 
 def stages_done(
-    folders: list[StageFolder], world: World, *, wants_merged: bool
-) -> list[StageFolder]:
+    folders: list[StageRecord], world: World, *, wants_merged: bool
+) -> list[StageRecord]:
     """The complete stages whose results are what was written.
 
     A merged model is hashed where it is needed: as the run's result, or the next stage's base.
@@ -77,12 +78,12 @@ def stages_done(
     Args:
         wants_merged: whether the last stage's merged model is wanted.
     """
-    done: list[StageFolder] = []
+    done: list[StageRecord] = []
     needed = wants_merged
     for folder in reversed(folders):
         complete = folder.is_complete()
         if complete:
-            damage = folder.damage(with_merged=needed) if world.is_first else ""
+            damage = folder.find_corruption(with_merged=needed) if world.is_first else ""
             if damage := world.broadcast_text(damage):
                 warn(f"stage {folder.path.name}: {damage}; made again from the last checkpoint")
                 complete = False
@@ -96,7 +97,7 @@ def finish(
     run: Path,
     recipe: Recipe,
     inputs: Inputs,
-    last: StageFolder,
+    last: StageRecord,
     evaluations: Evaluations,
     world: World,
 ) -> None:
@@ -120,12 +121,12 @@ def next_step(recipe: Recipe) -> str:
     return f"next           {command} report {recipe.output.folder}"
 
 
-def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFolder]) -> None:
+def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRecord]) -> None:
     """Record what every artefact was made from."""
     base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
     artefacts: list[dict[str, Any]] = []
     for folder in done:
-        known = folder.known() or {}
+        known = folder.read() or {}
         made_from = {
             "parent": folder.inputs["parent"],
             "data": folder.inputs["data"]["content"],
@@ -142,7 +143,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageFol
                 "merged": _inside(run, folder.merged),
             }
         )
-    write_json(run / "lineage.json", {"name": recipe.name, "base": base, "artefacts": artefacts})
+    write_json(RunDir(run).lineage, {"name": recipe.name, "base": base, "artefacts": artefacts})
 
 
 def _inside(run: Path, path: Path) -> str | None:

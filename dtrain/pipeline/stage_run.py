@@ -48,8 +48,8 @@ from dtrain.monitoring.metrics import Metrics
 from dtrain.pipeline.auto_settings import remember
 from dtrain.pipeline.distributed_merge import merge_together
 from dtrain.pipeline.evaluator import Evaluations, held_out_loader
-from dtrain.pipeline.run_dir import StageFolder
 from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.pipeline.stage_record import StageRecord
 from dtrain.training.lr_schedule import total_sequences
 from dtrain.training.preemption import StopFlag
 from dtrain.training.trainer import Job, Progress, fit, speed_since
@@ -67,7 +67,7 @@ class StageRun:
 
     recipe: Recipe
     stage: Stage
-    folder: StageFolder
+    folder: StageRecord
     base: Path
     inputs: Inputs
     evaluations: Evaluations
@@ -95,7 +95,10 @@ class StageRun:
         self.world.barrier()
         if self.wants_merge():
             merge_together(
-                self.world, self.base, self.folder.path, lambda at: self.merge(checkpoint, at)
+                self.world,
+                self.base,
+                self.folder.merge_locks,
+                lambda at: self.merge(checkpoint, at),
             )
         if self.world.is_first:
             self.finish(facts, checkpoint)
@@ -147,7 +150,7 @@ class StageRun:
             own_folder(self.folder.checkpoints.resolve())
         checkpoint = self.agreed_checkpoint()
         if checkpoint is not None:
-            inputs, allowed = checkpoint.state["inputs"], self.folder.allowed()
+            inputs, allowed = checkpoint.state["inputs"], self.folder.allowed_changes()
             for change in require_same(inputs, self.folder.inputs, allowed):
                 say(f"allowed to change: {change}")
             say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
@@ -258,7 +261,7 @@ class StageRun:
 
     def metrics(self, step: int) -> Metrics | None:
         """Metrics of the steps so far, open for more: on the first rank only."""
-        path = self.folder.path / "metrics.jsonl"
+        path = self.folder.metrics
         return Metrics(path, resume_at=step) if self.world.is_first else None
 
     def save(self, saver: Saver, job: Job) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dtrain.core.cache_paths import SAMPLE_PREFIX, sample_folder
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock, atomic_folder, write_json
+from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.locks import FolderLock
 from dtrain.core.log import say
 
 # name → (module with `make(folder)`, version of what it makes; a new version is made anew).

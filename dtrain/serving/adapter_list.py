@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.run_dir import ADAPTER
 from dtrain.core.units import count, size
 from dtrain.models.peft_format import CONFIG, WEIGHTS, Origin, origin, read_adapter_config
 from dtrain.models.weight_files import read_header
@@ -118,7 +119,7 @@ def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
         raise UserError(f"no {WEIGHTS}", where=str(folder), fix="pickled adapters are not read")
     entries, _ = read_header(weights)
     return AdapterInfo(
-        name=folder.parent.name if folder.name == "adapter" else folder.name,
+        name=folder.parent.name if folder.name == ADAPTER else folder.name,
         folder=folder,
         base=str(base or config.get("base_model_name_or_path") or "?"),
         origin=origin(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from dtrain.core.errors import Problems, UserError
 from dtrain.core.files import open_text
+from dtrain.core.locks import lock_file
 from dtrain.core.log import progress, say
 from dtrain.data.conversations import Messages, parse_messages
 from dtrain.serving.generator import Speaker
@@ -119,10 +119,9 @@ class Answers:
             file = open(path, "a+b")  # noqa: SIM115 - open until all is answered
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError("another process is writing it", where=str(path)) from error
+        if not lock_file(file, path):
+            file.close()
+            raise UserError("another process is writing it", where=str(path))
         answers = cls(path, by, file)
         try:
             answers.done = answers._check(read_prompts(prompts))

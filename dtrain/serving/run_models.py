@@ -16,9 +16,9 @@ from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash
+from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, RunDir
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, WEIGHTS, origin, read_adapter_config
 
-RECIPE, MERGED_MARK = "recipe.yaml", "merge.json"
 BASE = "base"  # the name of the model without any adapter
 
 
@@ -44,7 +44,7 @@ class Choice:
         if self.adapters:
             last = self.adapters[-1]
             return (origin(last).identity or file_hash(last / WEIGHTS))[:12]
-        manifest = Path(self.base).expanduser() / MERGED_MARK
+        manifest = Path(self.base).expanduser() / MERGE_MANIFEST
         return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
 
 
@@ -58,7 +58,7 @@ class Run:
     @property
     def base(self) -> str:
         """The first stage's base: the folder that was used, else what the recipe names."""
-        lineage = self.folder / "lineage.json"
+        lineage = RunDir(self.folder).lineage
         used = read_json(lineage)["base"]["path"] if lineage.is_file() else ""
         if Path(used or "-").is_dir():
             return str(used)
@@ -73,15 +73,15 @@ class Run:
 
     def adapter(self, stage: Stage) -> Path:
         """Where a stage's adapter lies, or will."""
-        return self.folder / stage.name / "adapter"
+        return RunDir(self.folder).stage(stage.name).adapter
 
     def merged(self, stage: Stage) -> Path:
         """Where a stage's merged model lies, or will."""
-        return self.folder / stage.name / "merged"
+        return RunDir(self.folder).stage(stage.name).merged
 
     def has_merged(self, stage: Stage) -> bool:
         """Whether the stage's merged model is there, whole."""
-        return (self.merged(stage) / MERGED_MARK).is_file()
+        return (self.merged(stage) / MERGE_MANIFEST).is_file()
 
     def base_of(self, stage: Stage) -> str:
         """What a stage was trained on: the base, or the merged model of the stage before."""
@@ -132,7 +132,7 @@ def template_of(recipe: Recipe) -> str:
 
 def is_run(address: str) -> bool:
     """Whether an address is a run folder's."""
-    return (Path(address).expanduser() / RECIPE).is_file()
+    return RunDir(Path(address).expanduser()).recipe.is_file()
 
 
 def open_run(folder: Path) -> Run:
@@ -141,10 +141,9 @@ def open_run(folder: Path) -> Run:
     Raises:
         UserError: it is none, or its recipe cannot be read.
     """
-    if not (folder / RECIPE).is_file():
-        fix = "give the folder that output.folder named"
-        raise UserError(f"is not a run folder: no {RECIPE} in it", where=str(folder), fix=fix)
-    return Run(folder.absolute(), load_recipe(str(folder / RECIPE)))
+    run = RunDir(folder)
+    run.check_exists()
+    return Run(folder.absolute(), load_recipe(str(run.recipe)))
 
 
 def adapter_choice(folder: Path, base: str | None = None, template: str = "auto") -> Choice:
@@ -181,7 +180,7 @@ def choices_of(address: str) -> dict[str, Choice]:
     template = _template_beside(path)
     if (path / CONFIG).is_file() and not (path / "config.json").is_file():
         own = adapter_choice(path, template=template)
-        name = path.absolute().parent.name if path.name == "adapter" else path.name
+        name = path.absolute().parent.name if path.name == ADAPTER else path.name
         return {BASE: Choice(own.base, template=template), name: own}
     return {BASE: Choice(address, template=template)}
 

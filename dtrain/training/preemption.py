@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from dtrain.core.errors import Exit
-from dtrain.launching.commands import STOP_FILE
+from dtrain.core.run_dir import RunDir
 
 END_TIME_VARIABLES = ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME")  # seconds since 1970
 SPARE_SECONDS = 30.0  # for what follows the save
@@ -24,7 +24,7 @@ class StopFlag:
     """
 
     def __init__(self, run: Path, *, looks_at_file: bool) -> None:
-        self._file = run / STOP_FILE if looks_at_file else None
+        self._file = RunDir(run).stop if looks_at_file else None
         self._end = end_time(os.environ)
         self._asked = False
         self._interrupted: float | None = None

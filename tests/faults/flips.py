@@ -23,7 +23,7 @@ from dtrain.checkpoints import newest_complete
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.data.store import Store
-from dtrain.pipeline.run_dir import StageFolder
+from dtrain.pipeline.stage_record import StageRecord
 
 Look = Callable[[Path], str]  # what a start says of a damaged file; empty if it sees nothing
 
@@ -59,7 +59,7 @@ def kinds(place: Path) -> list[tuple[str, list[Path], Look]]:
     run, stage = place / "run", place / "run/domain"
     checkpoints = stage / "checkpoints"
     newest = sorted(checkpoints.glob("step-*"))[-1]
-    results = StageFolder(stage, read_sealed(stage / "stage.json")["inputs"])
+    results = StageRecord(stage, read_sealed(stage / "stage.json")["inputs"])
     stores = sorted((place / "cache/stores").glob("*"))
     assert len(list(checkpoints.glob("step-*"))) > 1, "no earlier checkpoint to go back to"
 
@@ -76,7 +76,7 @@ def kinds(place: Path) -> list[tuple[str, list[Path], Look]]:
         return ""
 
     def at_results(file: Path) -> str:
-        return results.damage(with_merged=True)
+        return results.find_corruption(with_merged=True)
 
     def at_record(file: Path) -> str:
         return "" if results.is_complete() else f"{file} is damaged"

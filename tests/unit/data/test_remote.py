@@ -9,8 +9,8 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.core.files import FolderLock
 from dtrain.core.hashes import file_hash
+from dtrain.core.locks import FolderLock
 from dtrain.data import remote
 from dtrain.data.records import read
 from dtrain.data.sources import file_kind, find_source_files

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from dtrain.config.schema import Data
 from dtrain.core import cpu_resources
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.locks import ShardLocks
 from dtrain.core.processes import worker_pool
-from dtrain.core.shard_locks import Claims
 from dtrain.data import shard_boundaries, shards
 from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.records import read
@@ -87,7 +87,7 @@ def hold(folder: Path, shard: int):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        Claims(folder / shards.CLAIMS_FILE).take(shard)
+        ShardLocks(folder / shards.CLAIMS_FILE).acquire(shard)
         os.write(writer, b"x")
         signal.pause()
     os.read(reader, 1)

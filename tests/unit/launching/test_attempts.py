@@ -7,10 +7,11 @@ import json
 import pytest
 
 from dtrain.core.errors import UserError
+from dtrain.core.run_dir import RunDir
 from dtrain.launching import attempt as module
 from dtrain.launching import slurm
 from dtrain.launching.attempt import begin, main
-from dtrain.launching.attempts import attempts_of, failures_in_a_row, progress_of
+from dtrain.launching.attempts import attempts_of, failures_in_a_row
 
 ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_CPUS_PER_TASK": "8"}
 
@@ -68,7 +69,7 @@ def test_new_checkpoint_counts(slurm_of_two, tmp_path):
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
     (tmp_path / "domain/stage.json").write_text('{"complete": false}')
-    assert progress_of(tmp_path) == {"domain": "step-1000000"}
+    assert RunDir(tmp_path).progress() == {"domain": "step-1000000"}
     start(tmp_path)
     assert failures_in_a_row(attempts_of(tmp_path), "12", {}) == 0
 

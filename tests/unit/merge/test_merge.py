@@ -21,7 +21,7 @@ from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.core.hash_cache import file_state, remember_hash
 from dtrain.core.hashes import file_hash
-from dtrain.core.shard_locks import Claims
+from dtrain.core.locks import ShardLocks
 from dtrain.merge import hashing_copy
 from dtrain.merge import merge as module
 from dtrain.merge.adapter import Adapter
@@ -391,17 +391,17 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
 def test_another_merge_ends_between_the_look_and_the_lock(
     alike: bool, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take, out = Claims.take, base.parent / "out"
+    acquire, out = ShardLocks.acquire, base.parent / "out"
     edit_config(adapter, lora_alpha=12)
 
-    def late(claims: Claims, number: int, **how: bool) -> bool:
-        monkeypatch.setattr(Claims, "take", take)
+    def late(claims: ShardLocks, number: int, **how: bool) -> bool:
+        monkeypatch.setattr(ShardLocks, "acquire", acquire)
         edit_config(adapter, lora_alpha=12 if alike else 99)
         do(base, adapter)
         edit_config(adapter, lora_alpha=12)
-        return take(claims, number, **how)
+        return acquire(claims, number, **how)
 
-    monkeypatch.setattr(Claims, "take", late)
+    monkeypatch.setattr(ShardLocks, "acquire", late)
     if alike:
         do(base, adapter)
     else:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.pipeline.distributed_merge import MEETING, _seen, merge_together
+from dtrain.pipeline.distributed_merge import _seen, merge_together
 
+LOCKS = "merge.locks"
 HOLDS = """
 import sys
 from pathlib import Path
-from dtrain.core.shard_locks import Claims
-Claims(Path(sys.argv[1])).take(0)
+from dtrain.core.locks import ShardLocks
+ShardLocks(Path(sys.argv[1])).acquire(0)
 print("taken", flush=True)
 sys.stdin.read()
 """
@@ -42,13 +43,13 @@ def base(tmp_path: Path) -> Path:
 
 def calls(world: Rank, base: Path) -> list[int]:
     called: list[int] = []
-    merge_together(world, base, base.parent, called.append)  # type: ignore[arg-type]
+    merge_together(world, base, base.parent / LOCKS, called.append)  # type: ignore[arg-type]
     return called
 
 
 def test_the_first_rank_always_merges_and_leaves_nothing_behind(base: Path) -> None:
     assert calls(Rank(True, "", local_size=10_000), base) == [1]
-    assert not (base.parent / MEETING).exists()
+    assert not (base.parent / LOCKS).exists()
 
 
 @pytest.mark.parametrize(("first", "held"), [("same", True), ("same", False), ("other", True)])
@@ -56,7 +57,7 @@ def test_another_rank_merges_if_it_sees_the_same_files_and_the_first_ones_lock(
     base: Path, first: str, held: bool
 ) -> None:
     world = Rank(False, _seen(base) if first == "same" else "files of another node")
-    command = [sys.executable, "-c", HOLDS, str(base.parent / MEETING)]
+    command = [sys.executable, "-c", HOLDS, str(base.parent / LOCKS)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdin and holder.stdout and holder.stdout.readline() == b"taken\n"
     if not held:  # as on a file system that keeps locks to one node

@@ -16,7 +16,7 @@ import pytest
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
-from dtrain.pipeline.run_dir import stage_folder
+from dtrain.pipeline.stage_record import stage_record
 from dtrain.rank_main import resolved
 from dtrain.serving.adapter_list import list_adapters, read_adapter, table
 from dtrain.serving.run_models import BASE, choices_of, open_run
@@ -151,7 +151,7 @@ def test_a_relative_template_is_found_from_any_folder(
         inputs: Any = SimpleNamespace(
             stages={"task": SimpleNamespace(fingerprint="of the data")}, tokenizer_fingerprint="t"
         )
-        stages.append(stage_folder(run, recipe, recipe.stages[1], inputs, "parent").identity)
+        stages.append(stage_record(run, recipe, recipe.stages[1], inputs, "parent").identity)
     assert stages[0] == stages[1]
 
 

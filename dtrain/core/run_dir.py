@@ -1,0 +1,278 @@
+"""A run folder: the name of every file in it, its lock, its progress and its exit report.
+
+RUN/
+  recipe.yaml  lineage.json  evaluation.json  report.html  outcome.json
+  STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
+  slurm/   attempts.json  jobs.json  job.sh  job.log
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json, write_atomic
+from dtrain.core.locks import FolderLock
+from dtrain.core.ownership import own_folder
+
+RECIPE = "recipe.yaml"
+LINEAGE = "lineage.json"
+EVALUATION = "evaluation.json"
+HTML_REPORT = "report.html"
+EXIT_REPORT = "outcome.json"
+STOP = "stop"
+SLURM = "slurm"
+HEARTBEATS = ".watch"
+# Names that a stage cannot have.
+RESERVED_NAMES = frozenset({RECIPE, LINEAGE, EVALUATION, HTML_REPORT, EXIT_REPORT, STOP, SLURM})
+
+STAGE_RECORD = "stage.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MERGED = "merged"
+MERGE_MANIFEST = "merge.json"  # in a merged model's folder
+CHECKPOINT_MANIFEST = "manifest.json"  # written last: a checkpoint without it is incomplete
+
+# Variable: the run folder whose lock the launcher holds as long as it lives.
+LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
+LOCK_POLL_SECONDS = 1.0
+# `.name.random`: what `write_atomic` and `atomic_folder` write before they rename it.
+_PARTIAL = re.compile(
+    r"\.((recipe|lineage|evaluation|outcome|stage|report|metrics)\.\w+|adapter|merged)"
+    r"\.[a-z0-9_]{8}"
+)
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """Files of one stage of a run."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """What the stage was made from, and whether it is complete."""
+        return self.path / STAGE_RECORD
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics, a line of JSON for each step."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def adapter(self) -> Path:
+        """Final adapter in PEFT layout."""
+        return self.path / ADAPTER
+
+    @property
+    def merged(self) -> Path:
+        """Merged model: a plain Hugging Face model."""
+        return self.path / MERGED
+
+    @property
+    def merge_manifest(self) -> Path:
+        """Hashes of the merged model's files; written when it is complete."""
+        return self.merged / MERGE_MANIFEST
+
+    @property
+    def merge_locks(self) -> Path:
+        """Locks of the ranks that merge together."""
+        return self.path / ".merging"
+
+    def progress(self) -> str:
+        """Name of the newest complete checkpoint, "begun" before the first, or "complete"."""
+        try:
+            if read_json(self.record).get("complete"):
+                return "complete"
+        except (AttributeError, UserError):
+            pass  # a damaged record: the checkpoints count
+        manifests = self.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
+        names = [path.parent.name for path in manifests]
+        return max(names, key=lambda name: (len(name), name), default="begun")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Files of a run, and its lock."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / RECIPE
+
+    @property
+    def lineage(self) -> Path:
+        """What every artifact was made from."""
+        return self.path / LINEAGE
+
+    @property
+    def evaluation(self) -> Path:
+        """Held-out losses and sample answers."""
+        return self.path / EVALUATION
+
+    @property
+    def html_report(self) -> Path:
+        """The report as one HTML page."""
+        return self.path / HTML_REPORT
+
+    @property
+    def exit_report(self) -> Path:
+        """How the last start ended."""
+        return self.path / EXIT_REPORT
+
+    @property
+    def stop(self) -> Path:
+        """Its existence asks the ranks to save and end."""
+        return self.path / STOP
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the hang watchdog."""
+        return self.path / HEARTBEATS
+
+    @property
+    def slurm(self) -> Path:
+        """Folder of scripts, logs and lists of jobs."""
+        return self.path / SLURM
+
+    @property
+    def attempts(self) -> Path:
+        """The list of attempts."""
+        return self.slurm / "attempts.json"
+
+    @property
+    def jobs(self) -> Path:
+        """The list of submitted jobs."""
+        return self.slurm / "jobs.json"
+
+    @property
+    def submitted_recipe(self) -> Path:
+        """The recipe as it was submitted: a run may still be using `recipe`."""
+        return self.slurm / RECIPE
+
+    def job_script(self, kind: str) -> Path:
+        """A submitted script; `kind` is job or prepare."""
+        return self.slurm / f"{kind}.sh"
+
+    def job_log(self, kind: str) -> Path:
+        """The log of a submitted script."""
+        return self.slurm / f"{kind}.log"
+
+    def stage(self, name: str) -> StageDir:
+        """The folder of a stage."""
+        return StageDir(self.path / name)
+
+    def check_exists(self) -> None:
+        """Check that this is a run folder.
+
+        Raises:
+            UserError: it contains no recipe.
+        """
+        if not self.recipe.is_file():
+            fix = "give the folder that output.folder named"
+            what = f"is not a run folder: no {RECIPE} in it"
+            raise UserError(what, where=str(self.path), fix=fix)
+
+    def progress(self) -> dict[str, str]:
+        """Progress of each stage that was begun, by name."""
+        stages = sorted(path.parent for path in self.path.glob(f"*/{STAGE_RECORD}"))
+        return {stage.name: StageDir(stage).progress() for stage in stages}
+
+    def read_exit_report(self) -> dict[str, Any]:
+        """The exit report of the last start; empty if there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not self.exit_report.exists():
+            return {}
+        report = read_json(self.exit_report)
+        if not isinstance(report, dict):
+            raise UserError("is not an exit report", where=str(self.exit_report), fix="remove it")
+        return report
+
+    def lock(self, *, wait_seconds: float = 0.0, fix: str = "") -> FolderLock:
+        """Create the folder if it does not exist, and lock it for this process.
+
+        A process whose launcher holds the lock already gets a lock that it need not release.
+
+        Args:
+            wait_seconds: how long to wait for another process to release it.
+            fix: what a person can do where it stays locked.
+
+        Raises:
+            UserError: another run holds it, others may write to the folder, or it is unusable.
+        """
+        lock, deadline = FolderLock(self.path), time.monotonic() + wait_seconds
+        try:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            own_folder(self.path.resolve())
+            while not lock.acquire():
+                if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
+                    break
+                if time.monotonic() > deadline:
+                    what = f"another run is using this folder ({lock.holder()})"
+                    fix = fix or "wait for it, or choose another output.folder"
+                    raise UserError(what, where=str(self.path), fix=fix)
+                time.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            raise self.unusable(error) from error
+        return lock
+
+    def reset(self, recipe: str) -> None:
+        """Write the resolved recipe, and clear what was meant for the last start.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            write_atomic(self.recipe, recipe)
+            self.stop.unlink(missing_ok=True)
+            self.exit_report.unlink(missing_ok=True)
+        except OSError as error:
+            raise self.unusable(error) from error
+
+    def unusable(self, error: OSError) -> UserError:
+        """The error for a run folder that the system refuses."""
+        what = f"cannot be used as the run folder: {error.strerror or error}"
+        return UserError(what, where=str(self.path), fix="choose another output.folder")
+
+
+def create_numbered(folder: Path) -> RunDir:
+    """Create `folder`, or the first of `folder-2`, `folder-3`, … that does not exist.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    number = 1
+    while True:
+        run = RunDir(folder if number == 1 else folder.with_name(f"{folder.name}-{number}"))
+        try:
+            run.path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise run.unusable(error) from error
+        else:
+            return run
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what was being written to a run's or stage's folder when its process was killed."""
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,136 @@
+"""A stage's record: what the stage is made from, and whether its results are complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoints.identity import require_same
+from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError
+from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
+from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.log import warn
+from dtrain.core.ownership import own_folder
+from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
+from dtrain.pipeline.stage_inputs import Inputs
+
+# They change neither the numbers nor their order, so a run may resume with another value.
+FREE_KEYS = ("micro_batch_size", "checkpoint_every_steps")
+
+
+@dataclass(frozen=True)
+class StageRecord(StageDir):
+    """A stage's folder, and what the stage is made from.
+
+    Attributes:
+        inputs: settings, data and parent; the stage's identity is their hash.
+    """
+
+    inputs: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Hash of settings, data and parent."""
+        return fingerprint(self.inputs)
+
+    def read(self) -> dict[str, Any] | None:
+        """The record on disk; None if the stage was never begun, or the record is damaged.
+
+        A damaged record is no loss: every checkpoint contains the inputs that it was made from.
+
+        Raises:
+            OldFormat: an older dtrain wrote it.
+        """
+        try:
+            return read_sealed(self.record)
+        except OldFormat:
+            raise
+        except UserError:
+            return None
+
+    def is_complete(self) -> bool:
+        """Whether the stage was finished under this identity."""
+        record = self.read()
+        return bool(record and record["complete"] and record["identity"] == self.identity)
+
+    def find_corruption(self, *, with_merged: bool) -> str:
+        """Hash a complete stage's results; return what is wrong, or an empty text.
+
+        Args:
+            with_merged: hash the merged model too.
+        """
+        record = self.read() or {}
+        if with_merged and not self.merge_manifest.is_file():
+            return f"{self.merged} is missing"
+        for path, digest in self._result_files(record.get("files", {}), with_merged):
+            if not path.is_file():
+                return f"{path} is missing"
+            if file_hash(path) != digest:
+                return f"{path} is not what was written"
+        return ""
+
+    def _result_files(self, files: dict[str, str], with_merged: bool) -> Iterator[tuple[Path, str]]:
+        manifest = str(self.merge_manifest.relative_to(self.path))
+        for name, digest in files.items():
+            if with_merged or name != manifest:
+                yield self.path / name, digest
+        if with_merged and manifest in files:
+            for name, digest in read_json(self.merge_manifest)["files"].items():
+                yield self.merged / name, digest
+
+    def allowed_changes(self) -> set[str]:
+        """Keys that were ever allowed to change after this stage was begun."""
+        return set((self.read() or {}).get("allowed", []))
+
+    def begin(self, allowed: set[str]) -> None:
+        """Start or resume the stage; a stage with other inputs is not touched.
+
+        Raises:
+            UserError: the folder contains a stage with other inputs, or others may write to it.
+        """
+        self.path.mkdir(mode=0o755, exist_ok=True)
+        own_folder(self.path.resolve())
+        record = self.read()
+        if record is not None:
+            require_same(record["inputs"], self.inputs, allowed)
+        elif self.record.exists():
+            warn(f"{self.record} is damaged; the inputs recorded in the checkpoints count")
+        remove_partial_files(self.path)
+        self._write({"complete": False, "allowed": sorted(self.allowed_changes() | allowed)})
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Record the stage as complete, with `facts` for the lineage."""
+        results = [*self.adapter.glob("*"), self.merge_manifest]
+        files = {
+            str(path.relative_to(self.path)): file_hash(path) for path in results if path.is_file()
+        }
+        allowed = sorted(self.allowed_changes())
+        self._write({"complete": True, "allowed": allowed, "files": files, "facts": facts})
+
+    def _write(self, more: dict[str, Any]) -> None:
+        write_sealed(self.record, {"identity": self.identity, "inputs": self.inputs, **more})
+
+
+def stage_record(
+    run: Path, recipe: Recipe, stage: Stage, inputs: Inputs, parent: str
+) -> StageRecord:
+    """The record of a stage whose base is the artifact with identity `parent`."""
+    # The data's fingerprint covers what is read, and from where.
+    settings = stage.model_dump(mode="json", exclude={"data": {"sources", "replay"}})
+    # In strict mode a micro-batch is the unit of the sums' fixed order.
+    for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
+        settings["train"].pop(key)
+    settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
+    settings["data"]["content"] = inputs.stages[stage.name].fingerprint
+    stage_inputs = {
+        "parent": parent,
+        "tokenizer": inputs.tokenizer_fingerprint,
+        "seed": recipe.seed,
+        "determinism": recipe.determinism,
+        "dtype": recipe.model.dtype,
+        **settings,
+    }
+    return StageRecord(RunDir(run).stage(stage.name).path, stage_inputs)
