@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe
+from dtrain.config.schema_paths import subgroups
 
 _HEAD = """# Recipes
 
@@ -38,23 +39,25 @@ def reference() -> str:
     return _HEAD + "".join([*_sections(Recipe, "", {}), *_engine_table()])
 
 
-def _sections(group: type[BaseModel], path: str, told: dict[type, str]) -> Iterator[str]:
+def _sections(group: type[BaseModel], path: str, documented: dict[type, str]) -> Iterator[str]:
     """A table of the group's own keys, then the sections of the groups in it.
 
-    `told`: the path of each group that has its section already.
+    `documented`: the path of each group that has its section already.
     """
     yield f"\n## {path or 'The recipe'}\n\n{_first_paragraph(group)}\n\n"
-    if group in told:
-        yield f"The keys are those of {told[group]}.\n"
+    if group in documented:
+        yield f"The keys are those of {documented[group]}.\n"
         return
-    told[group] = path
+    documented[group] = path
     yield "| key | value | default | meaning |\n|---|---|---|---|\n"
     for name, field in group.model_fields.items():
         yield f"| `{name}` | {_value(field)} | {_default(field)} | {_meaning(field)} |\n"
     for name, field in group.model_fields.items():
-        way = f"{path}.{name}" if path else name
-        for model, mark in _groups(field.annotation):
-            yield from _sections(model, way + mark, told)
+        here = f"{path}.{name}" if path else name
+        groups = subgroups(field.annotation)
+        for inner, suffix in groups:
+            kinds = f", kind {' or '.join(_kinds(inner))}" if len(groups) > 1 else ""
+            yield from _sections(inner, here + suffix + kinds, documented)
 
 
 def _engine_table() -> Iterator[str]:
@@ -77,24 +80,6 @@ def _engine_table() -> Iterator[str]:
         yield f"| `{kind}` | {engine.use_case} ({engine.title}) | {' | '.join(cells)} |\n"
 
 
-def _groups(annotation: Any) -> list[tuple[type[BaseModel], str]]:
-    """The groups inside an annotation, each with what its path gets: `[]` for a list, …"""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [(annotation, "")]
-    kind, arguments = get_origin(annotation), get_args(annotation)
-    if kind is Annotated:
-        return _groups(arguments[0])
-    if kind in (list, dict):
-        mark = "[]" if kind is list else ".NAME"
-        return [(model, mark + inner) for model, inner in _groups(arguments[-1])]
-    if kind in (Union, types.UnionType):
-        found = [pair for part in arguments for pair in _groups(part)]
-        if len(found) > 1:  # a choice between groups: the kind tells which
-            return [(model, f", kind {' or '.join(_kinds(model))}") for model, _ in found]
-        return found
-    return []
-
-
 def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
     return get_args(model.model_fields["kind"].annotation)
 
@@ -106,7 +91,7 @@ def _first_paragraph(group: type[BaseModel]) -> str:
 def _meaning(field: FieldInfo) -> str:
     if field.description:
         return field.description.replace("|", "\\|")
-    docs = [_first_paragraph(model) for model, _ in _groups(field.annotation)]
+    docs = [_first_paragraph(model) for model, _ in subgroups(field.annotation)]
     return docs[0].rstrip(".") if len(docs) == 1 else ""
 
 
@@ -134,9 +119,9 @@ def _type(annotation: Any) -> str:
     if kind is Literal:
         return ", ".join(f"`{option}`" for option in arguments)
     if kind is list:
-        return f"list of {'groups' if _groups(annotation) else _type(arguments[0]) + 's'}"
+        return f"list of {'groups' if subgroups(annotation) else _type(arguments[0]) + 's'}"
     if kind is dict:
-        return "groups by name" if _groups(annotation) else f"{_type(arguments[-1])}s by name"
+        return "groups by name" if subgroups(annotation) else f"{_type(arguments[-1])}s by name"
     if kind in (Union, types.UnionType):
         parts = [_type(part) for part in arguments if part is not type(None)]
         return " or ".join(dict.fromkeys(parts))
@@ -144,13 +129,13 @@ def _type(annotation: Any) -> str:
 
 
 def _bounds(metadata: list[Any]) -> str:
-    found = [
+    bounds = [
         f" {sign} {_number(getattr(item, name))}"
         for item in metadata
         for name, sign in _BOUNDS.items()
         if getattr(item, name, None) is not None
     ]
-    return ",".join(found)
+    return ",".join(bounds)
 
 
 def _number(bound: float) -> str:

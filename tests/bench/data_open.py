@@ -31,7 +31,7 @@ import pyarrow as pa
 from dtrain.data.loader import Loader
 from dtrain.data.sampling import mix
 from dtrain.data.packed_dataset import Mixture, Prepared
-from dtrain.data.sources import Part
+from dtrain.data.sources import SourceFile
 from dtrain.data.store import Store
 
 def resident():
@@ -42,7 +42,7 @@ folder = Path(sys.argv[1])
 pa.array([1]).to_numpy()  # imports pandas at its first call
 before, started = resident(), time.process_time()
 store = Store(folder)
-part = Part("p", ".jsonl", "x")
+part = SourceFile("p", ".jsonl", "x")
 mixture = Mixture([Prepared("s", [part], store)], mix([store.rows], {0: [None]}, ["s"]), 2048)
 loader = Loader(mixture, seed=1, global_batch=8, total_rows=store.rows)
 first = next(iter(loader.micro_batches(0, 0, 1, 8)))

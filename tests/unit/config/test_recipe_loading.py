@@ -161,7 +161,7 @@ def test_a_left_out_wrong_value_makes_no_clash_of_its_own(write) -> None:
     [
         ("kind: lora", "kind: lorra", "stages.0.method.kind must be one of full, lora, qlora"),
         ("kind: lora, ", "", "stages.0.method.kind is missing\n    → one of full, lora, qlora"),
-        ("2e-4", '"2e-4"', "must be a number, not '2e-4'\n    → take the quotes away"),
+        ("2e-4", '"2e-4"', "must be a number, not '2e-4'\n    → remove the quotes"),
         ("2e-4", ".inf", "learning_rate must be a finite number, not inf"),
         ("2e-4", "-1", "learning_rate must be more than 0, not -1"),
         ("steps: 10", "steps: 1.5", "steps must be a whole number, not 1.5"),
