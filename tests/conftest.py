@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +43,19 @@ def _as_before() -> Iterator[None]:
 
 _loops_of_a_file = pytest.fixture(scope="module", autouse=True)(_as_before)
 _loops_of_a_test = pytest.fixture(autouse=True)(_as_before)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """write_rows(name, rows) → path of a JSON lines file."""
+
+    def write(name: str, rows: list[Any]) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
 
 
 TEXT = {

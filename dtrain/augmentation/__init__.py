@@ -1,1 +1,1 @@
-"""More rows from those there are, written by a model behind an OpenAI-style endpoint."""
+"""Generate more rows from existing ones with a model behind an OpenAI-compatible endpoint."""

@@ -1,11 +1,10 @@
-"""Augmentation: rows → requests → replies, kept as they come → made rows, filtered and labelled.
+"""Augmentation: rows → requests → replies, journaled as they arrive → generated rows, filtered.
 
-FOLDER/settings.json   what was asked of whom, under a hash; another question wants another folder
-FOLDER/replies.jsonl   a line for each reply, in the order in which they came, and for each failure
-                       that was paid for
-FOLDER/made.jsonl      the rows made of them, in the order of the source, each with its `made_by`
-FOLDER/refused.jsonl   replies that make no good row, with the reason
-FOLDER/augment.json    counts and cost
+FOLDER/settings.json    the settings, sealed with a hash; other settings need another folder
+FOLDER/replies.jsonl    a line per reply in order of arrival, and per failure that consumed tokens
+FOLDER/generated.jsonl  the accepted rows in the order of the source, each with its `generated_by`
+FOLDER/rejected.jsonl   the rejected replies with the reason
+FOLDER/augment.json     counts and cost
 """
 
 from __future__ import annotations
@@ -19,167 +18,175 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtrain.augmentation.budget import Limits
 from dtrain.augmentation.endpoint import Endpoint
-from dtrain.augmentation.prompts import How, Row, request, unfit
-from dtrain.augmentation.reply_filter import Made, judged
-from dtrain.augmentation.request_pool import Asker, Journal
+from dtrain.augmentation.prompts import Mode, SourceRow, build_prompt, unsupported_reason
+from dtrain.augmentation.reply_filter import GeneratedRow, Replies, filter_replies
+from dtrain.augmentation.request_pool import Journal, RequestPool, SpendingLimits
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed, write_atomic, write_json, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
+from dtrain.data.formats import to_row
 from dtrain.data.records import Record
-from dtrain.data_quality.clean import as_row
-from dtrain.data_quality.scan import Input
+from dtrain.data.source_rows import SourceRows
 
-SETTINGS, REPLIES, MADE, REFUSED = "settings.json", "replies.jsonl", "made.jsonl", "refused.jsonl"
-SUMMARY = "augment.json"
-TAKES = (
-    "rewrite takes all that have an instruction, pairs and tools too; answers and backtranslate "
-    "take conversations without tools, and backtranslate texts"
+SETTINGS_FILE, REPLIES_FILE, SUMMARY_FILE = "settings.json", "replies.jsonl", "augment.json"
+GENERATED_FILE, REJECTED_FILE = "generated.jsonl", "rejected.jsonl"
+MODE_INPUTS = (
+    "rewrite needs rows with an instruction, preferences and tool calls included; answers and "
+    "backtranslate need conversations without tools; backtranslate also takes texts"
 )
 
 
 @dataclass(frozen=True)
-class Task:
-    """What to make, of what, how often.
+class AugmentationTask:
+    """What to generate, from which rows, and how often.
 
     Attributes:
-        source: rows to begin with; those that cannot be read are left alone.
-        copies: replies wanted to each row.
-        at_once: requests under way at most.
-        first_rows: ask for so many from the head of the source; None for all.
+        source: the original rows; unreadable ones are skipped.
+        mode: what to request for each row.
+        copies: replies to each row.
+        concurrency: maximum number of pending requests.
+        first_rows: use only this many rows from the start of the source; None for all.
     """
 
-    source: Input
-    how: How
+    source: SourceRows
+    mode: Mode
     copies: int = 1
-    at_once: int = 8
+    concurrency: int = 8
     first_rows: int | None = None
 
-    def rows(self) -> Iterator[Row]:
-        """All rows that can be read."""
+    def rows(self) -> Iterator[SourceRow]:
+        """All readable rows."""
         readable = (item for item in self.source.rows() if isinstance(item, Record))
-        for number, item in enumerate(readable):
-            place = self.source.parts[item.file_index].location(item.row_number)
-            yield Row(number, place, item.value)
+        for index, item in enumerate(readable):
+            yield SourceRow(index, self.source.location(item), item.value)
 
-    def asked(self) -> Iterator[Row]:
-        """The rows that something is made of."""
-        chosen = islice(self.rows(), self.first_rows)
-        return (row for row in chosen if request(row.value, self.how))
+    def prompt_rows(self) -> Iterator[SourceRow]:
+        """The rows that are sent to the model."""
+        selected = islice(self.rows(), self.first_rows)
+        return (row for row in selected if build_prompt(row.value, self.mode))
 
 
-def augment(task: Task, endpoint: Endpoint, limits: Limits, folder: Path) -> dict[str, Any]:
-    """Ask for what is not there yet, then write the rows made of all replies.
+def augment(
+    task: AugmentationTask, endpoint: Endpoint, limits: SpendingLimits, folder: Path
+) -> dict[str, Any]:
+    """Request the missing replies, then write the rows that all replies make.
 
     Returns:
-        What augment.json holds.
+        The content of augment.json.
 
     Raises:
-        UserError: the folder cannot be made, belongs to another task or is in use, or the
-            endpoint fails; the replies that came are kept, and the same call goes on from them.
+        UserError: the folder cannot be created, belongs to another task or is in use, or the
+            endpoint fails. Replies that arrived are kept, and the same call continues from them.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"cannot be a folder: {error.strerror}"
-        raise UserError(what, where=str(folder), fix="choose another --out") from error
+        message = f"cannot be created: {error.strerror}"
+        raise UserError(message, where=str(folder), fix="choose another --out") from error
     lock = FolderLock(folder)
     if not lock.acquire():
         raise UserError("is in use", where=str(folder), fix=f"wait for {lock.holder()}")
     journal = None
     try:
-        _settle_settings(task, endpoint, folder)
-        journal = Journal(folder / REPLIES)
-        asker = _ask(task, endpoint, limits, journal)
-        summary = _write(task, endpoint.model, journal, folder) | _told(asker, limits)
-        write_json(folder / SUMMARY, summary)
+        _check_settings(task, endpoint, folder)
+        journal = Journal(folder / REPLIES_FILE)
+        pool = _request_replies(task, endpoint, limits, journal)
+        summary = _write_rows(task, endpoint.model, journal, folder) | _usage_summary(pool, limits)
+        write_json(folder / SUMMARY_FILE, summary)
     finally:
         if journal:
             journal.close()
         lock.release()
-    if asker.fault:
-        raise asker.fault
+    if pool.error:
+        raise pool.error
     return summary
 
 
-def _settle_settings(task: Task, endpoint: Endpoint, folder: Path) -> None:
-    """Replies to another question must not be mixed with these."""
+def _check_settings(task: AugmentationTask, endpoint: Endpoint, folder: Path) -> None:
+    """Record the settings, or compare them: replies to other prompts must not be mixed in."""
     settings = {
-        "source": fingerprint([part.identity for part in task.source.parts]),
-        "format": task.source.form,
+        "source": fingerprint([file.identity for file in task.source.files]),
+        "format": task.source.row_format,
         **({"columns": task.source.columns} if task.source.columns else {}),
-        "how": task.how,
+        "how": task.mode,
         "model": endpoint.model,
         "temperature": endpoint.temperature,
         "reply_tokens": endpoint.max_tokens,
     }
-    path = folder / SETTINGS
-    if not path.exists() and not (folder / REPLIES).exists():
+    path = folder / SETTINGS_FILE
+    if not path.exists() and not (folder / REPLIES_FILE).exists():
         write_sealed(path, settings)
         return
-    known = read_sealed(path)
-    if changed := [name for name, value in settings.items() if known.get(name) != value]:
-        what = f"was begun with another {', '.join(changed)}"
-        raise UserError(what, where=str(folder), fix="choose another --out, or go back to that")
+    recorded = read_sealed(path)
+    if changed := [name for name, value in settings.items() if recorded.get(name) != value]:
+        message = f"was started with a different {', '.join(changed)}"
+        fix = "choose another --out, or restore the settings"
+        raise UserError(message, where=str(folder), fix=fix)
 
 
-def _ask(task: Task, endpoint: Endpoint, limits: Limits, journal: Journal) -> Asker:
-    total = task.copies * _count(task)
-    with progress("asking", total, min(len(journal.done), total)) as meter:
-        asker = Asker(endpoint, limits, journal, meter)
-        asyncio.run(asker.run(task.asked(), task.how, task.copies, task.at_once))
-    return asker
+def _request_replies(
+    task: AugmentationTask, endpoint: Endpoint, limits: SpendingLimits, journal: Journal
+) -> RequestPool:
+    total = task.copies * _count_usable_rows(task)
+    with progress("requesting", total, min(len(journal.done), total)) as meter:
+        pool = RequestPool(endpoint, limits, journal, meter)
+        asyncio.run(pool.run(task.prompt_rows(), task.mode, task.copies, task.concurrency))
+    return pool
 
 
-def _count(task: Task) -> int:
-    """Rows that something is made of; what is left out is told."""
-    reasons = Counter(unfit(row.value, task.how) for row in islice(task.rows(), task.first_rows))
-    count = reasons.pop("", 0)
-    left = ", ".join(f"{number:,} ({reason})" for reason, number in reasons.most_common())
-    if not count:
-        what = f"no row that `--how {task.how}` makes anything of: {left or 'it is empty'}"
-        fix = f"{TAKES}; `dtrain data show {task.source.name}` shows what is in it"
-        raise UserError(what, where=task.source.name, fix=fix)
-    if left:
-        say(f"{task.source.name}: rows that `--how {task.how}` leaves out: {left}")
-    return count
+def _count_usable_rows(task: AugmentationTask) -> int:
+    """The number of rows that the mode can use; prints how many it skips, and why."""
+    rows = islice(task.rows(), task.first_rows)
+    reasons = Counter(unsupported_reason(row.value, task.mode) for row in rows)
+    usable = reasons.pop("", 0)
+    skipped = ", ".join(f"{count:,} ({reason})" for reason, count in reasons.most_common())
+    if not usable:
+        message = f"no row that `--how {task.mode}` can use: {skipped or 'it is empty'}"
+        fix = f"{MODE_INPUTS}; `dtrain data show {task.source.name}` prints the rows"
+        raise UserError(message, where=task.source.name, fix=fix)
+    if skipped:
+        say(f"{task.source.name}: rows that `--how {task.mode}` skips: {skipped}")
+    return usable
 
 
-def _write(task: Task, model: str, journal: Journal, folder: Path) -> dict[str, Any]:
-    """The made rows and the refused replies; all of them every time, so the same for any order."""
-    replies: dict[int, dict[int, tuple[str, str]]] = {}
+def _write_rows(
+    task: AugmentationTask, model: str, journal: Journal, folder: Path
+) -> dict[str, Any]:
+    """Write all accepted and rejected rows on every run, so the output has a fixed order."""
+    replies: Replies = {}
     for line in journal.replies():
         replies.setdefault(line["row"], {})[line["copy"]] = (line["text"], line["finish"])
-    good: list[str] = []
-    bad: list[str] = []
+    accepted: list[str] = []
+    rejected: list[str] = []
     counts: Counter[str] = Counter()
-    for one in judged(task.rows(), replies, task.how):
-        counts[one.reason or "made"] += 1
-        (bad if one.reason else good).append(_line(one, model, task.how))
+    for generated in filter_replies(task.rows(), replies, task.mode):
+        counts[generated.reason or "generated"] += 1
+        lines = rejected if generated.reason else accepted
+        lines.append(_json_line(generated, model, task.mode))
     task.source.check_unchanged()
-    write_atomic(folder / MADE, "".join(good))
-    write_atomic(folder / REFUSED, "".join(bad))
-    sums = {name: file_hash(folder / name) for name in (MADE, REFUSED)}
-    return {"counts": dict(sorted(counts.items())), "blake3": sums}
+    write_atomic(folder / GENERATED_FILE, "".join(accepted))
+    write_atomic(folder / REJECTED_FILE, "".join(rejected))
+    hashes = {name: file_hash(folder / name) for name in (GENERATED_FILE, REJECTED_FILE)}
+    return {"counts": dict(sorted(counts.items())), "blake3": hashes}
 
 
-def _line(one: Made, model: str, how: How) -> str:
-    row = as_row(one.row.value) | {
-        "made_by": {"model": model, "how": how, "from": one.row.place, "copy": one.copy}
-    }
-    told = {"reason": one.reason, "note": one.note, "row": row} if one.reason else row
-    return json.dumps(told, ensure_ascii=False) + "\n"
+def _json_line(generated: GeneratedRow, model: str, mode: Mode) -> str:
+    origin = {"model": model, "how": mode, "from": generated.row.location, "copy": generated.copy}
+    line: dict[str, Any] = to_row(generated.row.value) | {"generated_by": origin}
+    if generated.reason:
+        line = {"reason": generated.reason, "note": generated.note, "row": line}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _told(asker: Asker, limits: Limits) -> dict[str, Any]:
-    spent = asker.budget.spent
+def _usage_summary(pool: RequestPool, limits: SpendingLimits) -> dict[str, Any]:
+    spent = pool.budget.spent
     return {
         "spent": asdict(spent),
         "cost": round(limits.price(spent), 6),
-        "limit_reached": asker.budget.exhausted,
-        "failed": asker.failed,
-        "failures": asker.notes,
+        "limit_reached": pool.budget.exhausted,
+        "failed": pool.failed,
+        "failures": pool.failure_notes,
     }

@@ -1,4 +1,4 @@
-"""An OpenAI-style endpoint; the key comes from OPENAI_API_KEY and goes nowhere else."""
+"""Client of an OpenAI-compatible endpoint; OPENAI_API_KEY is never written to a file or message."""
 
 from __future__ import annotations
 
@@ -9,135 +9,155 @@ from urllib.parse import urlsplit
 
 import openai
 
-from dtrain.augmentation.budget import Spent
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Messages
 
-RETRIES = 5  # of the client itself, with growing pauses or those that the server asks for
+MAX_RETRIES = 5  # by the client, with exponential backoff or the delay that the server asks for
 TIMEOUT_SECONDS = 300.0
-# Hopeless for every row alike.
+# Errors that every further request would get too.
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 
 
-class Failed(Exception):
-    """A request without a usable reply; the next may have one.
+@dataclass(frozen=True)
+class Usage:
+    """Requests, prompt tokens and completion tokens."""
+
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+        )
+
+    def __sub__(self, other: Usage) -> Usage:
+        return self + Usage(-other.requests, -other.tokens_in, -other.tokens_out)
+
+
+class RequestError(Exception):
+    """A request without a usable reply; later requests may succeed.
 
     Attributes:
-        spent: what it cost all the same.
+        usage: what the failed request consumed.
     """
 
-    def __init__(self, what: str, spent: Spent) -> None:
-        super().__init__(what)
-        self.spent = spent
+    def __init__(self, message: str, usage: Usage) -> None:
+        super().__init__(message)
+        self.usage = usage
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, why it stopped, and what it cost."""
+    """A completion: its text, the finish reason, and what it consumed."""
 
     text: str
     finish: str
-    spent: Spent
+    usage: Usage
 
 
 class Endpoint:
-    """One model behind one address."""
+    """A model behind a URL."""
 
-    def __init__(self, address: str, model: str, max_tokens: int, temperature: float) -> None:
-        """Nothing is sent yet.
+    def __init__(self, url: str, model: str, max_tokens: int, temperature: float) -> None:
+        """Create the client without connecting.
 
         Args:
-            address: such as http://localhost:8000/v1.
-            max_tokens: of a reply.
+            url: such as http://localhost:8000/v1.
+            model: its name on the server.
+            max_tokens: of a completion.
+            temperature: of the sampling.
 
         Raises:
-            UserError: the address is none, or holds a password or a key.
+            UserError: the URL is invalid, or contains credentials.
         """
-        self.address, self.model = _checked(address), model
+        self.url, self.model = _check_url(url), model
         self.max_tokens, self.temperature = max_tokens, temperature
-        self._key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own wants none
+        self._key = os.environ.get("OPENAI_API_KEY") or "none"  # a private server may need no key
         self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=address, max_retries=RETRIES, timeout=TIMEOUT_SECONDS
+            api_key=self._key, base_url=url, max_retries=MAX_RETRIES, timeout=TIMEOUT_SECONDS
         )
 
-    def most(self, messages: Messages) -> Spent:
-        """The most that a request can cost: no token is shorter than a byte."""
+    def max_usage(self, messages: Messages) -> Usage:
+        """The most that a request can consume: no token is shorter than a byte."""
         size = sum(len(message["content"].encode()) + 16 for message in messages)
-        return Spent(1, size + 64, self.max_tokens)
+        return Usage(1, size + 64, self.max_tokens)
 
-    async def ask(self, messages: Messages, seed: int) -> Reply:
-        """The model's reply.
+    async def complete(self, messages: Messages, seed: int) -> Reply:
+        """Request a completion.
 
         Raises:
-            Failed: there is none after the client's retries, or it is malformed.
-            UserError: key, model or address are refused.
+            RequestError: no reply after the client's retries, or a malformed one.
+            UserError: the server rejects the key, the model or the URL.
         """
-        asked: list[Any] = messages
-        spent = self.most(messages)
+        prompt: list[Any] = messages
+        usage = self.max_usage(messages)
         try:
-            answer: Any = await self._client.chat.completions.create(
+            response: Any = await self._client.chat.completions.create(
                 model=self.model,
-                messages=asked,
+                messages=prompt,
                 max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 seed=seed,
             )
-            spent = _counted(answer, spent)
-            return _reply(answer, spent)
+            usage = _reported_usage(response, usage)
+            return _parse_reply(response, usage)
         except FATAL as error:
-            fix = "set OPENAI_API_KEY, and look at --model and --endpoint"
-            raise UserError(self._told(error), where=self.address, fix=fix) from None
+            fix = "check OPENAI_API_KEY, --model and --endpoint"
+            raise UserError(self._error_message(error), where=self.url, fix=fix) from None
         except openai.OpenAIError as error:
-            raise Failed(self._told(error), Spent(1)) from None
-        except ValueError as error:  # no JSON, or no message in it: the model may have worked
-            raise Failed(self._told(error), spent) from None
+            raise RequestError(self._error_message(error), Usage(1)) from None
+        except ValueError as error:  # no JSON, or no message in it; tokens may have been consumed
+            raise RequestError(self._error_message(error), usage) from None
 
-    def _told(self, error: Exception) -> str:
-        """The message without the key, which some servers repeat."""
+    def _error_message(self, error: Exception) -> str:
+        """The first line of an error without the key, which some servers repeat."""
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return lines[0][:300].replace(self._key, "[key]")
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         await self._client.close()
 
 
-def _reply(answer: Any, spent: Spent) -> Reply:
-    """Servers of many makers: nothing of what they send is taken for granted."""
+def _parse_reply(response: Any, usage: Usage) -> Reply:
+    """Servers differ in what they send, so every field is checked."""
     try:
-        choice = answer.choices[0]
+        choice = response.choices[0]
         text, finish = choice.message.content, choice.finish_reason
     except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError("the reply holds no message") from error
+        raise ValueError("the reply contains no message") from error
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the reply is empty (it ended with: {finish})")
+        raise ValueError(f"the reply is empty (finish reason: {finish})")
     text = text.encode(errors="replace").decode().replace("\0", "")
-    return Reply(text, str(finish), spent)
+    return Reply(text, str(finish), usage)
 
 
-def _counted(answer: Any, most: Spent) -> Spent:
-    """What the server says it cost; the most, if it says nothing of use."""
-    used = getattr(answer, "usage", None)
+def _reported_usage(response: Any, max_usage: Usage) -> Usage:
+    """The usage that the server reports; the maximum if it reports none."""
+    reported = getattr(response, "usage", None)
     names = ("prompt_tokens", "completion_tokens")
-    counts = [count for n in names if isinstance(count := getattr(used, n, None), int)]
-    return Spent(1, *counts) if len(counts) == 2 and min(counts) >= 0 else most
+    counts = [count for n in names if isinstance(count := getattr(reported, n, None), int)]
+    return Usage(1, *counts) if len(counts) == 2 and min(counts) >= 0 else max_usage
 
 
-def _checked(address: str) -> str:
-    """The address, if it can be shown: it is written beside the rows.
+def _check_url(url: str) -> str:
+    """The URL, if it is safe to write next to the rows.
 
     Raises:
-        UserError: it is no http address, or holds more than a place.
+        UserError: it is not an http URL, or contains credentials.
     """
     try:
-        parts = urlsplit(address)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        parsed = urlsplit(url)
+        valid = parsed.scheme in ("http", "https") and bool(parsed.hostname)
     except ValueError:
-        good = False
-    if not good:
-        fix = "such as http://localhost:8000/v1"
-        raise UserError("not an address of an endpoint", where="--endpoint", fix=fix)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        what = "the address holds a name, a password or a query"
-        raise UserError(what, where="--endpoint", fix="put the key into OPENAI_API_KEY alone")
-    return address
+        valid = False
+    if not valid:
+        fix = "use a URL such as http://localhost:8000/v1"
+        raise UserError("not the URL of an endpoint", where="--endpoint", fix=fix)
+    if parsed.username or parsed.password or parsed.query or parsed.fragment:
+        message = "the URL contains a user name, a password or a query"
+        raise UserError(message, where="--endpoint", fix="put the key into OPENAI_API_KEY only")
+    return url

@@ -1,94 +1,166 @@
-"""Which replies make a row worth training on, and why the others do not."""
+"""Accept the replies that make rows worth training on, and reject the others with a reason."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dtrain.augmentation.near_duplicates import NONE, Likeness
-from dtrain.augmentation.prompts import How, Row, cleaned, made, side
-from dtrain.data.conversations import Preference
-from dtrain.data_quality import text_checks
-from dtrain.data_quality.sample import Sample, sample_of
+import numpy as np
+from numpy.typing import NDArray
 
-UNWANTED = {
-    text_checks.EMPTY,
-    text_checks.SAME,
-    text_checks.GARBLED,
-    text_checks.REPEATED,
-    text_checks.REFUSAL,
-    text_checks.CUT_OFF,
-}
+from dtrain.augmentation.prompts import (
+    Mode,
+    SourceRow,
+    apply_reply,
+    clean_reply,
+    comparison_text,
+)
+from dtrain.data.conversations import Preference
+from dtrain.data.duplicates import (
+    NEAR_SIMILARITY,
+    exact_duplicates,
+    minhash_signatures,
+    near_duplicates,
+    normalize_text,
+    text_key,
+)
+from dtrain.data.permutation import mix64
+from dtrain.data.row_text import RowText, row_text
+from dtrain.data.text_checks import (
+    CUT_OFF,
+    EMPTY,
+    GARBLED,
+    REFUSAL,
+    REPEATED,
+    SAME,
+    check_quality,
+)
+
+REJECTED_KINDS = {EMPTY, SAME, GARBLED, REPEATED, REFUSAL, CUT_OFF}
+TEXTS_PER_BATCH = 1000
+NO_MATCH = -1
+
+Replies = dict[int, dict[int, tuple[str, str]]]  # row → copy → (text, finish reason)
 
 
 @dataclass(frozen=True)
-class Made:
-    """A row that a reply made, and what is wrong with it, if anything.
+class GeneratedRow:
+    """A row that a reply made, and why it is rejected, if it is.
 
     Attributes:
-        row: it was made from, with the new value.
-        copy: number of the reply.
-        reason: a kind of finding, or ''.
-        note: more about it.
+        row: the source row with its new value.
+        copy: index of the reply among those to the row.
+        reason: kind of the finding; empty if the row is accepted.
+        note: details of the finding.
     """
 
-    row: Row
+    row: SourceRow
     copy: int
     reason: str = ""
     note: str = ""
 
 
-def judged(
-    source: Iterable[Row], replies: dict[int, dict[int, tuple[str, str]]], how: How
-) -> Iterator[Made]:
-    """All made rows, in the order of the source and of the copies.
+class DuplicateIndex:
+    """Texts in groups, 136 bytes each; texts of different groups are never compared."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, str]] = []
+        self._keys: list[NDArray[np.uint64]] = []
+        self._groups: list[NDArray[np.uint64]] = []
+        self._sketches: list[NDArray[np.uint8]] = []
+
+    def add(self, group: int, text: str) -> None:
+        """Add a text; `find_earlier` answers in the order in which texts were added."""
+        self._pending.append((group, normalize_text(text)))
+        if len(self._pending) >= TEXTS_PER_BATCH:
+            self._hash_pending()
+
+    def find_earlier(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find an equal or similar earlier text for each text.
+
+        Returns:
+            Index of the earlier text or NO_MATCH, and the similarity (1 for equal texts only).
+        """
+        self._hash_pending()
+        if not self._keys:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        keys, groups = np.concatenate(self._keys), np.concatenate(self._groups)
+        matches = np.full(len(keys), NO_MATCH)
+        similarity = np.zeros(len(keys), np.float32)
+        for later, first in exact_duplicates(keys ^ groups):
+            matches[later], similarity[later] = first, 1
+        equal = matches != NO_MATCH
+        sketches = np.concatenate(self._sketches)
+        for later, earlier, estimate in near_duplicates(sketches, NEAR_SIMILARITY, equal, groups):
+            matches[later] = earlier
+            similarity[later] = np.minimum(estimate, np.float32(0.999))
+        return matches, similarity
+
+    def _hash_pending(self) -> None:
+        if not self._pending:
+            return
+        texts = [text for _, text in self._pending]
+        groups = mix64(np.array([group for group, _ in self._pending], np.uint64))
+        self._keys.append(np.array([text_key(text) for text in texts], np.uint64))
+        self._groups.append(groups)
+        self._sketches.append(minhash_signatures(texts).astype(np.uint8))
+        self._pending = []
+
+
+def filter_replies(
+    source: Iterable[SourceRow], replies: Replies, mode: Mode
+) -> Iterator[GeneratedRow]:
+    """Yield all generated rows, in the order of the source and of the copies.
 
     Args:
         source: all its rows, in order.
-        replies: row → copy → (text, why the model stopped).
+        replies: row → copy → (text, finish reason).
+        mode: what the replies were asked for.
     """
-    seen, places = Likeness(), []
-    rows: list[Made] = []
+    index, locations = DuplicateIndex(), []
+    generated: list[GeneratedRow] = []
     for row in source:
-        if own := side(row, how):
-            seen.add_one(*own)
-            places.append(row.place)
-        for copy, (text, finish) in sorted(replies.get(row.number, {}).items()):
-            new = replace(row, value=made(row.value, how, text))
-            rows.append(Made(new, copy, *_fault(new, cleaned(text, how), finish)))
-    for one in rows:
-        if not one.reason and (own := side(one.row, how)):
-            seen.add_one(*own)
-            places.append(f"made from {one.row.place}")
-    yield from _first_of_each(rows, seen, places, how)
-
-
-def _first_of_each(rows: list[Made], seen: Likeness, places: list[str], how: How) -> Iterator[Made]:
-    earlier, alike = seen.earlier()
-    number = len(earlier) - sum(1 for one in rows if not one.reason and side(one.row, how))
-    for one in rows:
-        if one.reason or not side(one.row, how):
-            yield one
+        if text := comparison_text(row, mode):
+            index.add(*text)
+            locations.append(row.location)
+        for copy, (reply, finish) in sorted(replies.get(row.index, {}).items()):
+            new_row = replace(row, value=apply_reply(row.value, mode, reply))
+            reason, note = _rejection(new_row, clean_reply(reply, mode), finish)
+            generated.append(GeneratedRow(new_row, copy, reason, note))
+    source_texts = len(locations)
+    for candidate in generated:
+        if text := _text_to_compare(candidate, mode):
+            index.add(*text)
+            locations.append(f"the row generated from {candidate.row.location}")
+    matches, similarity = index.find_earlier()
+    position = source_texts
+    for candidate in generated:
+        if not _text_to_compare(candidate, mode):
+            yield candidate
             continue
-        if earlier[number] == NONE:
-            yield one
+        if matches[position] == NO_MATCH:
+            yield candidate
         else:
-            same = alike[number] == 1
-            note = f"{alike[number]:.0%} like {places[int(earlier[number])]}"
-            yield replace(one, reason="exact_duplicate" if same else "near_duplicate", note=note)
-        number += 1
+            reason = "exact_duplicate" if similarity[position] == 1 else "near_duplicate"
+            note = f"{similarity[position]:.0%} similar to {locations[int(matches[position])]}"
+            yield replace(candidate, reason=reason, note=note)
+        position += 1
 
 
-def _fault(row: Row, said: str, finish: str) -> tuple[str, str]:
+def _text_to_compare(candidate: GeneratedRow, mode: Mode) -> tuple[int, str] | None:
+    return None if candidate.reason else comparison_text(candidate.row, mode)
+
+
+def _rejection(row: SourceRow, reply: str, finish: str) -> tuple[str, str]:
+    """Kind and details of the first problem of a new row; both empty if there is none."""
     if finish == "length":
-        return text_checks.CUT_OFF, "the reply reached its greatest length"
-    only_bad = (
-        isinstance(row.value, Preference) and row.value.chosen is None
-    )  # it is bad on purpose
-    for kind, note, _ in text_checks.faults(sample_of(row.value)):
-        if kind in ({text_checks.EMPTY} if only_bad else UNWANTED):
-            return kind, note
-    for kind, note, _ in text_checks.faults(Sample("?", said)):
-        if kind == text_checks.REFUSAL:  # of a model that was asked for an instruction
-            return kind, note
+        return CUT_OFF, "the reply reached the maximum length"
+    # The only answer of such a row is a bad one on purpose.
+    only_rejected = isinstance(row.value, Preference) and row.value.chosen is None
+    for finding in check_quality(row_text(row.value)):
+        if finding.kind in ({EMPTY} if only_rejected else REJECTED_KINDS):
+            return finding.kind, finding.note
+    for finding in check_quality(RowText("?", reply)):
+        if finding.kind == REFUSAL:  # the model refused to write an instruction
+            return finding.kind, finding.note
     return "", ""

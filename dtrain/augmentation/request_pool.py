@@ -1,4 +1,4 @@
-"""Many requests at once, each reply on the disk before the next question."""
+"""Concurrent requests within spending limits; every reply is on disk before the next request."""
 
 from __future__ import annotations
 
@@ -6,135 +6,206 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.augmentation.budget import Budget, Limits, Spent
-from dtrain.augmentation.endpoint import Endpoint, Failed
-from dtrain.augmentation.prompts import How, Row, request
+from dtrain.augmentation.endpoint import Endpoint, RequestError, Usage
+from dtrain.augmentation.prompts import Mode, SourceRow, build_prompt
 from dtrain.core.errors import UserError
 from dtrain.core.log import Meter
 from dtrain.data.conversations import Messages
 
-GIVE_UP = 5  # requests that fail one after another: it is not the row
-NOTES = 3
+MAX_CONSECUTIVE_FAILURES = 5  # then the endpoint is at fault, not a row
+MAX_FAILURE_NOTES = 3
 
 
-class Asker:
-    """Asks an endpoint and writes what it says.
+@dataclass(frozen=True)
+class SpendingLimits:
+    """Limits on everything ever requested for one output folder; None for no limit.
 
     Attributes:
-        failed: requests without a reply; the next run asks again. Those that cost something all
-            the same are in the journal, so that it counts.
-        notes: the last of their faults.
-        fault: why it stopped early, if it did.
+        prices: of a million prompt tokens and completion tokens, in the currency of `cost`.
+        per_minute: requests started per minute.
     """
 
-    def __init__(self, endpoint: Endpoint, limits: Limits, journal: Journal, meter: Meter) -> None:
-        spent = sum((Spent(1, *line["tokens"]) for line in journal.lines()), Spent())
-        self.endpoint, self.journal, self.meter = endpoint, journal, meter
-        self.budget = Budget(limits, spent)
-        self.failed = self.in_a_row = 0
-        self.notes: list[str] = []
-        self.fault: UserError | None = None
+    requests: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
+    prices: tuple[float, float] = (0.0, 0.0)
+    per_minute: float | None = None
 
-    async def run(self, rows: Iterator[Row], how: How, copies: int, at_once: int) -> None:
-        """Ask for `copies` replies to each row, `at_once` requests at a time."""
-        todo = (
-            (row, copy, messages)
-            for row in rows
-            if (messages := request(row.value, how))
-            for copy in range(copies)
-            if (row.number, copy) not in self.journal.done
+    def price(self, usage: Usage) -> float:
+        """The cost of some usage."""
+        return (usage.tokens_in * self.prices[0] + usage.tokens_out * self.prices[1]) / 1e6
+
+    def allows(self, usage: Usage) -> bool:
+        """Whether some usage is within the limits."""
+        tokens = usage.tokens_in + usage.tokens_out
+        return (
+            (self.requests is None or usage.requests <= self.requests)
+            and (self.tokens is None or tokens <= self.tokens)
+            and (self.cost is None or self.price(usage) <= self.cost)
         )
-        await asyncio.gather(*(self._work(todo) for _ in range(at_once)))
-        await self.endpoint.close()
 
-    async def _work(self, todo: Iterator[tuple[Row, int, Messages]]) -> None:
-        for row, copy, messages in todo:
-            if self.fault or not await self._one(row, copy, messages):
-                return
 
-    async def _one(self, row: Row, copy: int, messages: Messages) -> bool:
-        """One request and its line; False if the limits allow no more."""
-        most, real = self.endpoint.most(messages), Spent(1)
-        if not await self.budget.take(most):
-            return False
-        try:
-            reply = await self.endpoint.ask(messages, seed=copy)
-            real = reply.spent
-            told = {"finish": reply.finish, "text": reply.text}
-            self.journal.write(_line(row, copy, real) | told)
-            self.in_a_row = 0
-            self.meter.advance(1, f"{self.budget.spent.tokens_out:,} tokens out")
-        except UserError as error:
-            self.fault = self.fault or error
-        except Failed as error:
-            real = error.spent
-            if real != Spent(1):
-                self.journal.write(_line(row, copy, real) | {"failed": str(error)})
-            self._note(f"{row.place}: {error}")
-        finally:
-            await self.budget.settle(most, real)
+class Budget:
+    """What was consumed, and the most that pending requests can still consume.
+
+    A request starts only if its maximum fits, so no limit is ever exceeded.
+    """
+
+    def __init__(self, limits: SpendingLimits, spent: Usage) -> None:
+        self.limits, self.spent, self.reserved = limits, spent, Usage()
+        self.exhausted = False
+        self._changed = asyncio.Condition()
+        self._next_start = 0.0
+
+    async def reserve(self, maximum: Usage) -> bool:
+        """Reserve the maximum of a request; False if it does not fit and never will."""
+        async with self._changed:
+            while not self.limits.allows(self.spent + self.reserved + maximum):
+                if self.exhausted or not self.reserved.requests:
+                    self.exhausted = True
+                    self._changed.notify_all()
+                    return False
+                await self._changed.wait()  # pending requests may consume less than reserved
+            self.reserved += maximum
+        await self._pace()
         return True
 
-    def _note(self, what: str) -> None:
-        self.failed, self.in_a_row = self.failed + 1, self.in_a_row + 1
-        self.notes = [*self.notes, what][-NOTES:]
-        if self.in_a_row >= GIVE_UP and not self.fault:
-            told = f"{GIVE_UP} requests failed one after another; the last: {what}"
-            fix = "see to the endpoint; the same command goes on with what is missing"
-            self.fault = UserError(told, where=self.endpoint.address, fix=fix)
+    async def settle(self, maximum: Usage, actual: Usage) -> None:
+        """Replace the reservation of a finished request by what it consumed."""
+        async with self._changed:
+            self.reserved, self.spent = self.reserved - maximum, self.spent + actual
+            self._changed.notify_all()
 
-
-def _line(row: Row, copy: int, spent: Spent) -> dict[str, Any]:
-    tokens = [spent.tokens_in, spent.tokens_out]
-    return {"row": row.number, "copy": copy, "place": row.place, "tokens": tokens}
-
-
-Id = tuple[int, int]  # number of the row, number of the reply to it
+    async def _pace(self) -> None:
+        if not self.limits.per_minute:
+            return
+        now = asyncio.get_running_loop().time()
+        start = max(self._next_start, now)
+        self._next_start = start + 60 / self.limits.per_minute
+        await asyncio.sleep(start - now)
 
 
 class Journal:
-    """A file that only grows; a process that is killed loses at most the line it was writing."""
+    """An append-only file of replies; a killed process loses at most the line it was writing."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make it; a torn last line is dropped.
+        """Open or create the file; an incomplete last line is dropped.
 
         Raises:
-            UserError: a line before the last cannot be read.
+            UserError: an earlier line cannot be read.
         """
         self.path = path
         path.touch()
         with open(path, "rb+") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-        self.done: set[Id] = {(line["row"], line["copy"]) for line in self.replies()}
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
+        self.done: set[tuple[int, int]] = {(r["row"], r["copy"]) for r in self.replies()}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines, of replies and of failures that were paid for, in the order they came."""
+        """All lines in order: replies, and failures that consumed tokens."""
         with open(self.path, encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 try:
                     line = json.loads(text)
                     yield {**line, "row": int(line["row"]), "copy": int(line["copy"])}
                 except (ValueError, KeyError, TypeError) as error:
-                    what = "not a line that dtrain wrote"
-                    fix = "remove the line: what it held is asked again"
-                    raise UserError(what, where=f"{self.path}:{number}", fix=fix) from error
+                    message = "not a line that dtrain wrote"
+                    fix = "remove the line; its reply is requested again"
+                    raise UserError(message, where=f"{self.path}:{number}", fix=fix) from error
 
     def replies(self) -> Iterator[dict[str, Any]]:
-        """The lines of replies; what failed is neither done nor of use."""
+        """The lines of replies, without the failures."""
         return (line for line in self.lines() if "failed" not in line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line, on the disk when this returns."""
+        """Append a line; it is on disk when this returns."""
         os.write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         os.fsync(self._file)
         if "failed" not in line:
             self.done.add((line["row"], line["copy"]))
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Close the file."""
         os.close(self._file)
+
+
+class RequestPool:
+    """Sends requests to an endpoint and records the replies.
+
+    Attributes:
+        failed: number of requests without a reply; the next run repeats them. Failures that
+            consumed tokens are in the journal, so that they count against the limits.
+        failure_notes: the last errors.
+        error: why the pool stopped early, if it did.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, limits: SpendingLimits, journal: Journal, meter: Meter
+    ) -> None:
+        spent = sum((Usage(1, *line["tokens"]) for line in journal.lines()), Usage())
+        self.endpoint, self.journal, self.meter = endpoint, journal, meter
+        self.budget = Budget(limits, spent)
+        self.failed = self._consecutive_failures = 0
+        self.failure_notes: list[str] = []
+        self.error: UserError | None = None
+
+    async def run(
+        self, rows: Iterator[SourceRow], mode: Mode, copies: int, concurrency: int
+    ) -> None:
+        """Request the missing ones of `copies` replies to each row, `concurrency` at a time."""
+        requests = (
+            (row, copy, messages)
+            for row in rows
+            if (messages := build_prompt(row.value, mode))
+            for copy in range(copies)
+            if (row.index, copy) not in self.journal.done
+        )
+        await asyncio.gather(*(self._work(requests) for _ in range(concurrency)))
+        await self.endpoint.close()
+
+    async def _work(self, requests: Iterator[tuple[SourceRow, int, Messages]]) -> None:
+        for row, copy, messages in requests:
+            if self.error or not await self._send(row, copy, messages):
+                return
+
+    async def _send(self, row: SourceRow, copy: int, messages: Messages) -> bool:
+        """Send one request and record its reply; False if the limits allow no more."""
+        maximum, actual = self.endpoint.max_usage(messages), Usage(1)
+        if not await self.budget.reserve(maximum):
+            return False
+        try:
+            reply = await self.endpoint.complete(messages, seed=copy)
+            actual = reply.usage
+            line = _journal_line(row, copy, actual)
+            self.journal.write(line | {"finish": reply.finish, "text": reply.text})
+            self._consecutive_failures = 0
+            self.meter.advance(1, f"{self.budget.spent.tokens_out:,} tokens out")
+        except UserError as error:
+            self.error = self.error or error
+        except RequestError as error:
+            actual = error.usage
+            if actual != Usage(1):
+                self.journal.write(_journal_line(row, copy, actual) | {"failed": str(error)})
+            self._note_failure(f"{row.location}: {error}")
+        finally:
+            await self.budget.settle(maximum, actual)
+        return True
+
+    def _note_failure(self, note: str) -> None:
+        self.failed += 1
+        self._consecutive_failures += 1
+        self.failure_notes = [*self.failure_notes, note][-MAX_FAILURE_NOTES:]
+        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES and not self.error:
+            message = f"{MAX_CONSECUTIVE_FAILURES} requests in a row failed; the last: {note}"
+            fix = "check the endpoint; the same command continues with the missing replies"
+            self.error = UserError(message, where=self.endpoint.url, fix=fix)
+
+
+def _journal_line(row: SourceRow, copy: int, usage: Usage) -> dict[str, Any]:
+    tokens = [usage.tokens_in, usage.tokens_out]
+    return {"row": row.index, "copy": copy, "location": row.location, "tokens": tokens}

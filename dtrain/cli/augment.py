@@ -1,4 +1,4 @@
-"""`dtrain data augment`: more rows, written by a model behind an OpenAI-style endpoint."""
+"""`dtrain data augment`: generate more rows with a model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import typer
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtrain.augmentation.budget import Limits
     from dtrain.config.schema import Source
 
-Bound = typer.Option(min=1, help="Of all runs into this folder together; no bound if not given.")
+Limit = typer.Option(min=1, help="Over all runs into this folder; default: no limit.")
 
 
-class How(StrEnum):
-    """What is made."""
+class AugmentationMode(StrEnum):
+    """What to generate for each row."""
 
     rewrite = "rewrite"
     answers = "answers"
@@ -28,104 +27,120 @@ class How(StrEnum):
 def augment(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or folder of rows.")],
     how: Annotated[
-        How,
+        AugmentationMode,
         typer.Option(
             help="rewrite: each instruction in other words. answers: other answers to it. "
             "backtranslate: an instruction for each text or answer."
         ),
     ],
-    endpoint: Annotated[str, typer.Option(metavar="URL", help="Such as http://localhost:8000/v1.")],
-    model: Annotated[str, typer.Option(help="Its name there.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Made, or gone on with.")],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="For example http://localhost:8000/v1.")
+    ],
+    model: Annotated[str, typer.Option(help="The model's name on the server.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Output folder; an existing one is continued.")
+    ],
     copies: Annotated[int, typer.Option(min=1, help="Replies to each row.")] = 1,
     columns: Annotated[
         list[str] | None,
-        typer.Option("--column", metavar="NAME=OWN", help="Such as instruction=question; repeat."),
+        typer.Option(
+            "--column",
+            metavar="NAME=COLUMN",
+            help="Column of the file for a column of the format, such as instruction=question; "
+            "repeatable.",
+        ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
-    most_requests: Annotated[int | None, Bound] = None,
-    most_tokens: Annotated[int | None, Bound] = None,
-    most_cost: Annotated[float | None, typer.Option(min=0, help="Needs --prices.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many rows from the start.")
+    ] = None,
+    most_requests: Annotated[int | None, Limit] = None,
+    most_tokens: Annotated[int | None, Limit] = None,
+    most_cost: Annotated[
+        float | None, typer.Option(min=0, help="As above, in the currency of --prices.")
+    ] = None,
     prices: Annotated[
-        str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens, in any currency.")
+        str | None,
+        typer.Option(metavar="IN,OUT", help="Price of a million prompt and completion tokens."),
     ] = None,
-    per_minute: Annotated[float | None, typer.Option(min=0.01, help="Requests begun.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Requests under way.")] = 8,
-    reply_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of the model.")] = 0.8,
+    per_minute: Annotated[
+        float | None, typer.Option(min=0.01, help="Requests started per minute.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Maximum number of pending requests.")] = 8,
+    reply_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a reply.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature.")] = 0.8,
 ) -> None:
-    """Make more rows of those there are; the same command goes on where it was stopped.
+    """Generate more rows from existing ones; the same command continues after an interruption.
 
-    The key of the endpoint is taken from OPENAI_API_KEY. Replies that are empty, cut off, refuse,
-    or repeat a row of the source or each other, are set apart with the reason.
+    The endpoint's key comes from OPENAI_API_KEY. Replies that are empty, cut off, refusals, or
+    repeat a row of the source or another reply are written to a separate file with the reason.
     """
-    limits = _limits(most_requests, most_tokens, most_cost, prices, per_minute)
+    price_in, price_out = _parse_prices(prices, most_cost)
     try:
-        from dtrain.augmentation.augment import MADE, REFUSED, Task
-        from dtrain.augmentation.augment import augment as make
+        from dtrain.augmentation.augment import (
+            GENERATED_FILE,
+            REJECTED_FILE,
+            AugmentationTask,
+        )
+        from dtrain.augmentation.augment import augment as generate
         from dtrain.augmentation.endpoint import Endpoint
+        from dtrain.augmentation.request_pool import SpendingLimits
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise
         raise UserError("needs openai", fix="pip install 'dtrain[augment]'") from error
-    from dtrain.data_quality.scan import source_input
+    from dtrain.data.source_rows import open_source
 
-    asked = Endpoint(endpoint, model, reply_tokens, temperature)
-    task = Task(source_input(_source(path, columns or [])), how.value, copies, at_once, rows)
-    told = make(task, asked, limits, out)
-    _print(told, prices is not None)
-    print(f"made: {out / MADE}; refused, and why: {out / REFUSED}")
+    limits = SpendingLimits(
+        most_requests, most_tokens, most_cost, (price_in, price_out), per_minute
+    )
+    client = Endpoint(endpoint, model, reply_tokens, temperature)
+    source = open_source(_source(path, columns or []))
+    task = AugmentationTask(source, how.value, copies, at_once, rows)
+    summary = generate(task, client, limits, out)
+    _print_summary(summary, prices is not None)
+    print(f"rows: {out / GENERATED_FILE}; rejected replies, with reasons: {out / REJECTED_FILE}")
 
 
-def _source(path: str, columns: list[str]) -> Source:
+def _source(path: str, options: list[str]) -> Source:
     from typing import get_args
 
     from dtrain.config.schema import Column, Source
 
-    names: dict[Column, str] = {}
-    for given in columns:
-        name, _, own = given.partition("=")
-        known = next((column for column in get_args(Column) if column == name), None)
-        if known is None or not own:
-            fix = f"NAME=OWN, where NAME is one of {', '.join(get_args(Column))}"
-            raise UserError("no column of a format", where=f"--column {given}", fix=fix)
-        names[known] = own
-    return Source(path=path, columns=names)
+    columns: dict[Column, str] = {}
+    for option in options:
+        name, _, file_column = option.partition("=")
+        column = next((column for column in get_args(Column) if column == name), None)
+        if column is None or not file_column:
+            fix = f"NAME=COLUMN, where NAME is one of {', '.join(get_args(Column))}"
+            raise UserError("not a column of a format", where=f"--column {option}", fix=fix)
+        columns[column] = file_column
+    return Source(path=path, columns=columns)
 
 
-def _limits(
-    requests: int | None,
-    tokens: int | None,
-    cost: float | None,
-    prices: str | None,
-    per_minute: float | None,
-) -> Limits:
-    from dtrain.augmentation.budget import Limits
-
+def _parse_prices(prices: str | None, cost: float | None) -> tuple[float, float]:
     if cost is not None and prices is None:
-        raise UserError("--most-cost needs --prices", fix="--prices IN,OUT of a million tokens")
-    parts = (prices or "0,0").split(",")
+        fix = "add --prices IN,OUT, the prices of a million tokens"
+        raise UserError("--most-cost needs --prices", fix=fix)
     try:
-        of_in, of_out = (float(part) for part in parts)
-        good = 0 <= of_in < float("inf") and 0 <= of_out < float("inf")
+        price_in, price_out = (float(price) for price in (prices or "0,0").split(","))
+        valid = 0 <= price_in < float("inf") and 0 <= price_out < float("inf")
     except ValueError:
-        good = False
-    if not good:
-        raise UserError(
-            "two numbers are wanted", where=f"--prices {prices}", fix="such as 0.15,0.6"
-        )
-    return Limits(requests, tokens, cost, (of_in, of_out), per_minute)
+        valid = False
+    if not valid:
+        fix = "two numbers, such as 0.15,0.6"
+        raise UserError("not two prices", where=f"--prices {prices}", fix=fix)
+    return price_in, price_out
 
 
-def _print(told: dict[str, Any], priced: bool) -> None:
-    for name, number in told["counts"].items():
-        print(f"{name:16} {number:>10,}")
-    spent = told["spent"]
-    cost = f", cost {told['cost']:,.4f}" if priced else ""
+def _print_summary(summary: dict[str, Any], has_prices: bool) -> None:
+    for name, count in summary["counts"].items():
+        print(f"{name:16} {count:>10,}")
+    spent = summary["spent"]
+    cost = f", cost {summary['cost']:,.4f}" if has_prices else ""
     print(f"{spent['requests']:,} requests, {spent['tokens_in']:,} tokens in, ", end="")
     print(f"{spent['tokens_out']:,} out{cost}")
-    if told["limit_reached"]:
-        print("a limit was reached: raise it, and the same command goes on")
-    if told["failed"]:
-        print(f"{told['failed']:,} requests failed; the same command asks again. The last:")
-        print(*(f"    {note}" for note in told["failures"]), sep="\n")
+    if summary["limit_reached"]:
+        print("a limit was reached: raise it and run the same command to continue")
+    if summary["failed"]:
+        print(f"{summary['failed']:,} requests failed; the same command repeats them. The last:")
+        print(*(f"    {note}" for note in summary["failures"]), sep="\n")

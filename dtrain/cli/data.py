@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from dtrain.config.schema import Recipe, Stage
-    from dtrain.data_quality.scan import Findings
+    from dtrain.data_quality.scan_result import ScanResult
 
 app = typer.Typer(help="Look at data, check it, clean it, make more.", no_args_is_help=True)
 app.command("augment")(augment)
@@ -102,19 +102,17 @@ def scan(
     """
     from dtrain.core.files import write_json
     from dtrain.core.log import console
-    from dtrain.data_quality.html_report import write_page
-    from dtrain.data_quality.report import report
-    from dtrain.data_quality.terminal import tables
+    from dtrain.data_quality.report import build_report, terminal_report, write_html
 
-    found = _scanned(address, overrides or [], stage, against or [], processes)
-    told = report(found)
-    for part in tables(told):
-        console.print(part, soft_wrap=isinstance(part, str))
+    result = _scan(address, overrides or [], stage, against or [], processes)
+    report = build_report(result)
+    for block in terminal_report(report):
+        console.print(block, soft_wrap=isinstance(block, str))
     if json_file:
-        write_json(json_file, told)
+        write_json(json_file, report)
         console.print(f"wrote {json_file}")
     if html_file:
-        write_page(html_file, told, Path(address).name)
+        write_html(html_file, report, Path(address).name)
         console.print(f"wrote {html_file}")
 
 
@@ -128,7 +126,7 @@ def clean(
 ) -> None:
     """Write a stage's rows without what its policy (`data.clean`) takes away, and that apart."""
     from dtrain.config.load import load_recipe
-    from dtrain.data_quality.clean import QUARANTINED, STRENGTH
+    from dtrain.data_quality.clean import ACTIONS, QUARANTINE_FILE
     from dtrain.data_quality.clean import clean as write_clean
     from dtrain.pipeline.data_inspection import scan_stage
 
@@ -138,19 +136,20 @@ def clean(
     chosen = chosen_stage(settings, stage)
     summary = write_clean(scan_stage(settings, chosen, processes), chosen.data.clean, out)
     counts = dict(summary["counts"])
-    for action in STRENGTH:
+    for action in ACTIONS:
         print(f"{action:16} {counts.pop(action, 0):>10,}")
     if counts:
         print("reasons:", ", ".join(f"{reason} {number:,}" for reason, number in counts.items()))
-    print(f"fingerprint {summary['fingerprint'][:16]}; what went, and why: {out / QUARANTINED}")
-    print("the recipe's sources are now, each with the weight that it had:")
+    print(f"fingerprint {summary['fingerprint'][:16]}")
+    print(f"removed rows, with reasons: {out / QUARANTINE_FILE}")
+    print("replace the recipe's sources by these, with the weights that they had:")
     for name, source in summary["sources"].items():
         print(f"  - {{path: {out / name}}}  # {source}")
 
 
-def _scanned(
+def _scan(
     address: str, overrides: list[str], stage: str | None, against: list[str], processes: int
-) -> Findings:
+) -> ScanResult:
     from dtrain.pipeline.data_inspection import scan_path, scan_stage
 
     if not is_recipe(address):

@@ -1,4 +1,4 @@
-"""`dtrain report`: what a run did, as one page."""
+"""`dtrain report`: a run's results as one HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.core.run_dir import RunDir
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write RUN/report.html, and print where it lies."""
+    """Write RUN/report.html and print its path."""
     RunDir(run).check_exists()
     from dtrain.monitoring.report import write_report
 

@@ -15,6 +15,7 @@ from dtrain.data.conversations import (
     Preference,
     apply_row_train_flag,
     check_text,
+    messages_to_row,
     parse_messages,
     parse_tools,
     type_name,
@@ -28,6 +29,7 @@ __all__ = [
     "RowContent",
     "convert",
     "detect_format",
+    "to_row",
 ]
 
 RowContent = str | Conversation | Preference
@@ -212,3 +214,24 @@ ROW_FORMATS = {
     "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
     "text": Form(("text",), (), _text),
 }
+
+
+def to_row(value: RowContent) -> dict[str, Any]:
+    """A row in a format that reads back as the same value; the inverse of `convert`."""
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, Conversation):
+        return {"messages": messages_to_row(value.messages), **_tools_column(value)}
+    if value.chosen and value.rejected:
+        sides = {"chosen": value.chosen, "rejected": value.rejected}
+        rows = {name: messages_to_row(side.messages) for name, side in sides.items()}
+        return {**rows, **_tools_column(value.chosen)}
+    conversation = value.chosen or value.rejected
+    assert conversation is not None
+    messages = messages_to_row(conversation.messages)
+    label = value.chosen is not None
+    return {"messages": messages, "label": label, **_tools_column(conversation)}
+
+
+def _tools_column(conversation: Conversation) -> dict[str, Any]:
+    return {"tools": conversation.tools} if conversation.tools else {}

@@ -1,1 +1,1 @@
-"""What is in the data: checks of every row, a report of them, and cleaning by a policy."""
+"""Scan rows for quality problems, personal data and leaks, and clean them by a policy."""

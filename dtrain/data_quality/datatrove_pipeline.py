@@ -1,17 +1,17 @@
-"""Cleaning of corpora that no single machine holds, as a pipeline of datatrove.
+"""Clean a corpus that is too large for one machine, as a datatrove pipeline.
 
-Two passes over the rows, and datatrove's MinHash between them (its four steps, on disk):
+Two passes over the rows, with datatrove's MinHash steps between them, all on disk:
 
-    check    rows → checks of one row → OUT/work/checked, signatures      any number of tasks
-    buckets  signatures → pairs that are alike                            a task for each bucket
-    cluster  pairs → all but the first of each group                      one task
-    rest     OUT/work/checked without those → OUT/rows                    as many as `check`
+    check    rows → checks of each row → OUT/work/checked, signatures      any number of tasks
+    buckets  signatures → pairs of near duplicates                         a task per bucket
+    cluster  pairs → all but the first row of each cluster                 one task
+    rest     OUT/work/checked without those rows → OUT/rows                as many as `check`
 
-A task that was finished is not run again; one that was killed starts anew and overwrites its own
-files. What goes is told in OUT/quarantine as `dtrain data clean` tells it. What only all rows or a
-tokenizer show is left to `dtrain data scan` of what remains: `template`, `overlong`,
-`inconsistent`. Unlike a scan, datatrove does not compare candidates: rows that share a bucket
-count as alike, which nine of ten pairs do at a similarity of 0.8, and two of ten at 0.6.
+A finished task is not run again; a killed one starts over and overwrites its own files. Removed
+rows are listed in OUT/quarantine in the format of `dtrain data clean`. Findings that need all rows
+or a tokenizer (`template`, `overlong`, `inconsistent`) are left to a `dtrain data scan` of the
+result. Unlike a scan, datatrove does not compare candidates: rows that share a bucket count as near
+duplicates, which nine of ten pairs do at a similarity of 0.8, and two of ten at 0.6.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,136 +44,160 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed, write_sealed
 from dtrain.core.hashes import fingerprint
+from dtrain.data.duplicates import SHINGLE_CHARACTERS, normalize_text, shingle_hashes, text_key
+from dtrain.data.formats import to_row
 from dtrain.data.records import BadRecord, Record
+from dtrain.data.row_text import row_text
+from dtrain.data.source_rows import SourceRows
 from dtrain.data.sources import SourceFile, file_kind
-from dtrain.data_quality.clean import KEEP, MASK, QUARANTINE, STRENGTH, actions, as_row, masked
-from dtrain.data_quality.decontamination import HeldOut
+from dtrain.data_quality.clean import (
+    KEEP,
+    MASK,
+    QUARANTINE,
+    choose_action,
+    mask_value,
+    policy_actions,
+)
+from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import BROKEN, EXACT, NEAR
-from dtrain.data_quality.row_checks import findings, key
-from dtrain.data_quality.sample import sample_of
-from dtrain.data_quality.scan import Input
-from dtrain.data_quality.shingles import WIDTH, plain, run_hashes
+from dtrain.data_quality.row_checks import check_row
 
 BUCKETS = MinhashConfig().num_buckets
 
 
-def corpus(sources: list[Source]) -> list[Input]:
-    """The files of sources that lie in folders, each file a part; nothing is hashed or opened.
+def open_corpus(sources: list[Source]) -> list[SourceRows]:
+    """Find the files of sources in folders; nothing is opened or hashed.
 
     Raises:
-        UserError: a source has no file that can be read, or no `format` that says what it holds.
+        UserError: a source has no readable file, or no explicit `format`.
     """
-    return [_input(source) for source in sources]
+    return [_open_source(source) for source in sources]
 
 
-def _input(source: Source) -> Input:
+def _open_source(source: Source) -> SourceRows:
     path = local_path(source.path)
-    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = found or sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-    inside = path.resolve()
-    if path.is_dir():  # whoever can write into it must not choose what is read elsewhere
-        found = [file for file in found if file.resolve().is_relative_to(inside)]
-    parts = [SourceFile(str(f), file_kind(f), "", f) for f in found if file_kind(f) and f.is_file()]
-    if not parts:
-        raise UserError("no file here that can be read", where=source.path, fix="correct `path`")
+    paths = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    paths = paths or sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    root = path.resolve()
+    if path.is_dir():  # a symlink that someone else put there must not lead to other files
+        paths = [file for file in paths if file.resolve().is_relative_to(root)]
+    files = [SourceFile(str(f), file_kind(f), "", f) for f in paths if file_kind(f) and f.is_file()]
+    if not files:
+        raise UserError("no readable file here", where=source.path, fix="correct `path`")
     if source.format == "auto":
-        fix = "name `format`: a task that looks by itself may find another than its neighbour"
-        raise UserError("the format of a corpus must be named", where=source.path, fix=fix)
+        fix = "set `format`: each task would detect it from its own files, and tasks could differ"
+        raise UserError("a corpus needs an explicit format", where=source.path, fix=fix)
     columns: dict[Any, str] = dict(source.columns)
-    return Input(source.path, parts, source.format, columns)
+    return SourceRows(source.path, files, source.format, columns)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One job of the pipeline: datatrove's blocks, and how many tasks share them."""
+class PipelineJob:
+    """One job of the pipeline: datatrove's blocks, and the number of its tasks."""
 
     name: str
     blocks: list[Any]
     tasks: int
 
 
-def steps(
-    inputs: list[Input], policy: Clean, known: HeldOut | None, out: Path, tasks: int
-) -> list[Step]:
-    """The jobs, each to be run when the one before is finished.
+def build_jobs(
+    sources: list[SourceRows],
+    policy: Clean,
+    held_out: HeldOutIndex | None,
+    out: Path,
+    tasks: int,
+) -> list[PipelineJob]:
+    """The jobs of the pipeline, each to be run when the one before it has finished.
 
     Args:
-        tasks: that share the files; a file is read by one task alone.
+        sources: from `open_corpus`.
+        policy: the action for each kind of finding.
+        held_out: evaluation data that the rows must not contain.
+        out: output folder.
+        tasks: number of tasks that share the files; one file is read by one task.
     """
-    work, away = out / "work", out / "quarantine"
-    what = actions(policy)
+    work, quarantine = out / "work", out / "quarantine"
+    actions = policy_actions(policy)
     check = [
-        Rows(inputs, what[BROKEN], Lines(away, "broken-{rank:05d}", told_line)),
-        Check(what, known, Lines(away, "check-{rank:05d}", told_line)),
-        Lines(work / "checked", "{rank:05d}", carried_line),
+        SourceReader(
+            sources, actions[BROKEN], JsonLinesWriter(quarantine, "broken-{rank:05d}", _removal)
+        ),
+        RowFilter(actions, held_out, JsonLinesWriter(quarantine, "check-{rank:05d}", _removal)),
+        JsonLinesWriter(work / "checked", "{rank:05d}", _checked_row),
     ]
-    rest: list[Any] = [Checked(work / "checked")]
-    between: list[Step] = []
-    kind = NEAR if what[NEAR] != KEEP else EXACT
-    if what[kind] != KEEP:
+    rest: list[Any] = [CheckedRowReader(work / "checked")]
+    deduplication: list[PipelineJob] = []
+    kind = NEAR if actions[NEAR] != KEEP else EXACT
+    if actions[kind] != KEEP:
         config = MinhashConfig(num_buckets=BUCKETS)
-        signatures, pairs, gone = (str(work / n) for n in ("signatures", "pairs", "gone"))
-        check.append(Signatures(signatures, config, whole=kind == EXACT))
-        blocks = MinhashDedupBuckets(signatures, pairs, config=config)
-        between = [
-            Step("buckets", [blocks], BUCKETS),
-            Step("cluster", [MinhashDedupCluster(pairs, gone, config=config)], 1),
+        signatures, pairs, removed = (str(work / n) for n in ("signatures", "pairs", "removed"))
+        check.append(ShingleSignatures(signatures, config, exact=kind == EXACT))
+        buckets = MinhashDedupBuckets(signatures, pairs, config=config)
+        cluster = MinhashDedupCluster(pairs, removed, config=config)
+        deduplication = [
+            PipelineJob("buckets", [buckets], BUCKETS),
+            PipelineJob("cluster", [cluster], 1),
         ]
-        told = partial(alike_line, kind, what[kind])
-        rest.append(MinhashDedupFilter(gone, Lines(away, "alike-{rank:05d}", told)))
-    rest.append(Lines(out / "rows", "source-{source}/{rank:05d}", row_line))
-    return [Step("check", check, tasks), *between, Step("rest", rest, tasks)]
+        line = partial(_duplicate_removal, kind, actions[kind])
+        writer = JsonLinesWriter(quarantine, "duplicates-{rank:05d}", line)
+        rest.append(MinhashDedupFilter(removed, writer))
+    rest.append(JsonLinesWriter(out / "rows", "source-{source}/{rank:05d}", _output_row))
+    return [PipelineJob("check", check, tasks), *deduplication, PipelineJob("rest", rest, tasks)]
 
 
-def settle(inputs: list[Input], policy: Clean, out: Path, tasks: int) -> None:
-    """Note what the folder is made of: datatrove skips finished tasks, whatever they did.
+def check_settings(sources: list[SourceRows], policy: Clean, out: Path, tasks: int) -> None:
+    """Record the settings of an output folder, or compare them with those on record.
+
+    datatrove skips finished tasks, whatever settings they ran with.
 
     Raises:
-        UserError: it was begun with other files, another policy or other tasks.
+        UserError: the folder was started with other files, another policy or other tasks.
     """
-    files = [[p.name, p.path and p.path.stat().st_size] for one in inputs for p in one.parts]
+    files = [[f.name, f.path and f.path.stat().st_size] for s in sources for f in s.files]
     settings = {"files": fingerprint(files), "policy": policy.model_dump(), "tasks": tasks}
     path = out / "corpus.json"
     if not path.exists():
         write_sealed(path, settings)
         return
-    known = read_sealed(path)
-    if changed := [name for name, value in settings.items() if known.get(name) != value]:
-        what = f"was begun with other {', '.join(changed)}"
-        raise UserError(what, where=str(out), fix="choose another folder, or go back to that")
+    recorded = read_sealed(path)
+    if changed := [name for name, value in settings.items() if recorded.get(name) != value]:
+        message = f"was started with different {', '.join(changed)}"
+        fix = "choose another folder, or restore the settings"
+        raise UserError(message, where=str(out), fix=fix)
 
 
-class Lines(PipelineStep):
-    """Documents as lines of gzipped JSON: a file appears when it is whole, the same bytes always.
+class JsonLinesWriter(PipelineStep):
+    """Write documents as gzipped JSON lines; a file appears complete, with reproducible bytes.
 
-    datatrove's own writer leaves half a file when it is killed, and the time of day in each.
+    datatrove's own writer leaves half a file when it is killed, and puts a timestamp in each.
     """
 
-    type, name = "💽 - WRITER", "dtrain lines"
+    type, name = "💽 - WRITER", "dtrain JSON lines"
 
-    def __init__(self, folder: Path, names: str, line: Callable[[Document], Any]) -> None:
+    def __init__(self, folder: Path, filename: str, to_line: Callable[[Document], Any]) -> None:
+        """Write `filename`, a format of {rank} and {source}, in a folder."""
         super().__init__()
-        self.folder, self.names, self.line = folder, names, line
+        self.folder, self.filename, self.to_line = folder, filename, to_line
         self.files: dict[Path, gzip.GzipFile] = {}
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> JsonLinesWriter:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, error_type: object, *_: object) -> None:
         for path, file in self.files.items():
             file.close()
-            if kind is None:
-                os.replace(_beside(path), path)
+            if error_type is None:
+                os.replace(_partial_path(path), path)
         self.files = {}
 
     def write(self, document: Document, rank: int = 0) -> None:
-        """Add a line to the file of its task and source."""
-        name = self.names.format(rank=rank, source=document.metadata["source"] + 1)
-        path = self.folder / f"{name}.jsonl.gz"
+        """Add a line to the file of the document's task and source."""
+        source = document.metadata["source"] + 1
+        path = self.folder / f"{self.filename.format(rank=rank, source=source)}.jsonl.gz"
         if path not in self.files:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.files[path] = gzip.GzipFile(_beside(path), "wb", compresslevel=6, mtime=0)
-        text = json.dumps(self.line(document), ensure_ascii=False) + "\n"
+            self.files[path] = gzip.GzipFile(_partial_path(path), "wb", compresslevel=6, mtime=0)
+        text = json.dumps(self.to_line(document), ensure_ascii=False) + "\n"
         self.files[path].write(text.encode())
 
     def run(
@@ -186,103 +210,110 @@ class Lines(PipelineStep):
                 yield document
 
 
-def _beside(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def row_line(document: Document) -> Any:
+def _output_row(document: Document) -> Any:
     return document.metadata["row"]
 
 
-def carried_line(document: Document) -> dict[str, Any]:
-    return {name: document.metadata[name] for name in ("source", "place", "row")}
+def _checked_row(document: Document) -> dict[str, Any]:
+    return {name: document.metadata[name] for name in ("source", "location", "row")}
 
 
-def told_line(document: Document) -> dict[str, Any]:
-    """A line of quarantine, as `dtrain data clean` writes it."""
-    known = document.metadata
-    told = {name: known[name] for name in ("reasons", "action", "place", "fault") if name in known}
-    return told | (
-        {"row": known["row"]} if known["action"] == QUARANTINE and "row" in known else {}
-    )
+def _removal(document: Document) -> dict[str, Any]:
+    """A line of quarantine, in the format of `dtrain data clean`."""
+    metadata = document.metadata
+    names = ["reasons", "action", "location", "error"]
+    if metadata["action"] == QUARANTINE:
+        names.append("row")
+    return {name: metadata[name] for name in names if name in metadata}
 
 
-def alike_line(kind: str, action: str, document: Document) -> dict[str, Any]:
+def _duplicate_removal(kind: str, action: str, document: Document) -> dict[str, Any]:
     document.metadata |= {"reasons": [kind], "action": action}
-    return told_line(document)
+    return _removal(document)
 
 
-class Rows(PipelineStep):
-    """Rows of all formats, every task its share of the files; a broken row is told and left out."""
+class SourceReader(PipelineStep):
+    """Read rows of all formats, each task its share of the files; unreadable rows are removed."""
 
     type, name = "📖 - READER", "dtrain rows"
 
-    def __init__(self, inputs: list[Input], broken: str, away: Lines) -> None:
+    def __init__(self, sources: list[SourceRows], broken: str, quarantine: JsonLinesWriter) -> None:
         super().__init__()
-        self.inputs, self.broken, self.away = inputs, broken, away
+        self.sources, self.broken, self.quarantine = sources, broken, quarantine
 
     def run(
         self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
         """Yield this task's rows as documents."""
-        shares = [(n, one, part) for n, one in enumerate(self.inputs) for part in one.parts]
-        with self.away:
-            for source, one, part in shares[rank::world_size]:
-                for item in Input(one.name, [part], one.form, one.columns).rows():
-                    document = _document(item, source, part)
+        files = [
+            (i, source, file) for i, source in enumerate(self.sources) for file in source.files
+        ]
+        with self.quarantine:
+            for index, source, file in files[rank::world_size]:
+                for item in replace(source, files=[file]).rows():
+                    document = _to_document(item, index, file)
                     if isinstance(item, Record):
                         yield document
                     elif self.broken == "stop":
                         raise item.error
                     else:
-                        self.away.write(document, rank)
+                        self.quarantine.write(document, rank)
 
 
-def _document(item: Record | BadRecord, source: int, part: SourceFile) -> Document:
-    place = part.location(item.row_number)
-    more: dict[str, Any] = {"source": source, "place": place}
+def _to_document(item: Record | BadRecord, source: int, file: SourceFile) -> Document:
+    location = file.location(item.row_number)
+    metadata: dict[str, Any] = {"source": source, "location": location}
     if isinstance(item, BadRecord):
-        more |= {"reasons": [BROKEN], "action": QUARANTINE, "fault": item.error.what}
-        return Document(text="", id=place, metadata=more)
-    return Document(text="", id=place, metadata={**more, "value": item.value})
+        metadata |= {"reasons": [BROKEN], "action": QUARANTINE, "error": item.error.what}
+    else:
+        metadata["value"] = item.value
+    return Document(text="", id=location, metadata=metadata)
 
 
-class Check(PipelineStep):
-    """dtrain's checks of one row, and what the policy says of what they find."""
+class RowFilter(PipelineStep):
+    """Apply dtrain's checks of single rows, and the policy's actions."""
 
     type, name = "🔻 - FILTER", "dtrain checks"
 
-    def __init__(self, what: dict[str, str], known: HeldOut | None, away: Lines) -> None:
+    def __init__(
+        self,
+        actions: dict[str, str],
+        held_out: HeldOutIndex | None,
+        quarantine: JsonLinesWriter,
+    ) -> None:
         super().__init__()
-        self.what, self.known, self.away = what, known, away
+        self.actions, self.held_out, self.quarantine = actions, held_out, quarantine
 
     def run(
         self, data: Iterable[Document], rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Yield what stays, masked where the policy says so."""
-        with self.away:
+        """Yield the rows that stay, masked where the policy says so."""
+        with self.quarantine:
             for document in data:
-                action = self._judge(document)
+                action = self._check(document)
                 if action in (KEEP, MASK):
                     yield document
                 else:
-                    self.away.write(document, rank)
+                    self.quarantine.write(document, rank)
 
-    def _judge(self, document: Document) -> str:
+    def _check(self, document: Document) -> str:
         value = document.metadata.pop("value")
-        found = dict.fromkeys(kind for kind, *_ in findings(sample_of(value), self.known))
-        reasons = [kind for kind in found if self.what[kind] != KEEP]
-        action = max((self.what[kind] for kind in reasons), key=STRENGTH.index, default=KEEP)
+        findings = check_row(row_text(value), self.held_out)
+        action, reasons = choose_action(dict.fromkeys(f.kind for f in findings), self.actions)
         for reason in reasons:
             self.stat_update(f"{action}_{reason}")
-        value = masked(value) if action == MASK else value
-        document.text = sample_of(value).whole
-        document.metadata |= {"row": as_row(value), "reasons": reasons, "action": action}
+        value = mask_value(value) if action == MASK else value
+        document.text = row_text(value).full
+        document.metadata |= {"row": to_row(value), "reasons": reasons, "action": action}
         return action
 
 
-class Checked(PipelineStep):
-    """What the first pass left, read by the task of the same number: so rows keep their place."""
+class CheckedRowReader(PipelineStep):
+    """Read the rows that the task of the same rank wrote in the first pass, in their order."""
 
     type, name = "📖 - READER", "dtrain checked rows"
 
@@ -299,27 +330,28 @@ class Checked(PipelineStep):
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 for line in file:
                     metadata = json.loads(line)
-                    yield Document(text=" ", id=metadata["place"], metadata=metadata)
+                    yield Document(text=" ", id=metadata["location"], metadata=metadata)
 
 
-class Signatures(MinhashDedupSignature):
-    """datatrove's signatures over dtrain's runs of characters.
+class ShingleSignatures(MinhashDedupSignature):
+    """datatrove's MinHash signatures over dtrain's character shingles.
 
-    Its own splits words with a package for each language; runs of characters need none, and treat
-    Chinese as English. With `whole` a text has one run, itself: only equal texts are then alike.
+    datatrove's own shingles need a word tokenizer per language. With `exact`, a text has a single
+    shingle, itself, so only equal texts match.
     """
 
-    def __init__(self, folder: str, config: MinhashConfig, whole: bool) -> None:
-        PipelineStep.__init__(self)  # not that of the class, which loads such a package
+    def __init__(self, folder: str, config: MinhashConfig, exact: bool) -> None:
+        PipelineStep.__init__(self)  # the constructor of the base class loads a word tokenizer
         self.output_folder = get_datafolder(folder)
-        self.config, self.whole = config, whole
+        self.config, self.exact = config, exact
         self.num_hashes = config.num_buckets * config.hashes_per_bucket
         self._parameters = None
         self._hash_func = create_hash_func(config.hash_config)
         self.skip_existing_sigs = False
 
     def get_shingles(self, text: str) -> NDArray[np.uint64]:
-        """Hashes of the runs of a text, [runs, 1]."""
-        if self.whole:
-            return np.array([[key(plain(text))]], np.uint64)
-        return run_hashes([plain(text)], WIDTH)[0].reshape(-1, 1)
+        """Hashes of the shingles of a text, [shingles, 1]."""
+        normalized = normalize_text(text)
+        if self.exact:
+            return np.array([[text_key(normalized)]], np.uint64)
+        return shingle_hashes([normalized], SHINGLE_CHARACTERS)[0].reshape(-1, 1)

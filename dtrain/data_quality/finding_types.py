@@ -1,72 +1,79 @@
-"""All that the checks can find in a row, what to call it, and what is usually done about it."""
+"""Every kind of finding: its flag bit, its title in the report, and the advice for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.data_quality import pii, text_checks
+from dtrain.data import text_checks
+from dtrain.data_quality import pii
 
 BROKEN, TEMPLATE, OVERLONG = "broken", "template", "overlong"
 SPECIAL = "special_tokens"
 EXACT, NEAR, INCONSISTENT, LEAK = "exact_duplicate", "near_duplicate", "inconsistent", "leak"
 
-# A row's flags are bits in this order.
-_ALL_ROWS = (TEMPLATE, OVERLONG, SPECIAL, EXACT, NEAR, INCONSISTENT, LEAK)
-FLAGS = (*_ALL_ROWS, *text_checks.KINDS, *pii.KINDS)
-BIT = {kind: 1 << number for number, kind in enumerate(FLAGS)}
+# The bits of a row's flags, in this order.
+_SCAN_KINDS = (TEMPLATE, OVERLONG, SPECIAL, EXACT, NEAR, INCONSISTENT, LEAK)
+_FLAGS = (*_SCAN_KINDS, *text_checks.TEXT_KINDS, *pii.PII_KINDS)
+FLAG_BITS = {kind: 1 << bit for bit, kind in enumerate(_FLAGS)}
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """How a finding reads in a report.
+class FindingType:
+    """How a kind of finding reads in a report.
 
     Attributes:
-        title: what it is called.
-        grave: it harms training or people; else it is worth a look.
+        title: its name in the report.
+        severe: it harms training or people; otherwise it only deserves a review.
         advice: what to do about it.
     """
 
     title: str
-    grave: bool
+    severe: bool
     advice: str
 
 
-MEANINGS = {
-    BROKEN: Meaning("rows that cannot be read", True, "mend them, or clean.broken: quarantine"),
-    LEAK: Meaning("rows that hold held-out data", True, "clean.leak: drop, or the evaluation lies"),
-    pii.SECRET: Meaning("keys and tokens", True, "clean.personal: mask, and revoke them"),
-    pii.ID_NUMBER: Meaning("identity and account numbers", True, "clean.personal: mask"),
-    pii.BANK_CARD: Meaning("bank cards", True, "clean.personal: mask"),
-    pii.PHONE: Meaning("phone numbers", True, "clean.personal: mask"),
-    pii.EMAIL: Meaning("e-mail addresses", True, "clean.personal: mask"),
-    pii.IP_ADDRESS: Meaning("IP addresses", True, "clean.personal: mask"),
-    TEMPLATE: Meaning("rows that the chat template refuses", True, "mend them: training stops"),
-    text_checks.EMPTY: Meaning("empty rows", True, "clean.empty: drop"),
-    text_checks.SAME: Meaning("answers that repeat the question", True, "clean.same: drop"),
-    EXACT: Meaning("exact duplicates", True, "clean.exact_duplicate: drop"),
-    NEAR: Meaning("near duplicates", True, "clean.near_duplicate: quarantine, then look"),
-    text_checks.GARBLED: Meaning(
-        "garbled characters", True, "clean.garbled: quarantine, then mend"
+FINDING_TYPES = {
+    BROKEN: FindingType("unreadable rows", True, "fix them, or set clean.broken: quarantine"),
+    LEAK: FindingType(
+        "rows that contain held-out data", True, "clean.leak: drop; evaluation is invalid otherwise"
     ),
-    INCONSISTENT: Meaning(
-        "questions with several answers", False, "meant? else clean.inconsistent: quarantine"
+    pii.SECRET: FindingType("keys and tokens", True, "clean.personal: mask, and revoke them"),
+    pii.ID_NUMBER: FindingType("identity and account numbers", True, "clean.personal: mask"),
+    pii.BANK_CARD: FindingType("bank card numbers", True, "clean.personal: mask"),
+    pii.PHONE: FindingType("phone numbers", True, "clean.personal: mask"),
+    pii.EMAIL: FindingType("e-mail addresses", True, "clean.personal: mask"),
+    pii.IP_ADDRESS: FindingType("IP addresses", True, "clean.personal: mask"),
+    TEMPLATE: FindingType(
+        "rows that the chat template rejects", True, "fix them: training stops at them"
     ),
-    text_checks.REPEATED: Meaning(
-        "repeated lines or words", False, "look; clean.repeated_lines: quarantine"
+    text_checks.EMPTY: FindingType("empty rows", True, "clean.empty: drop"),
+    text_checks.SAME: FindingType("answers that repeat the question", True, "clean.same: drop"),
+    EXACT: FindingType("exact duplicates", True, "clean.exact_duplicate: drop"),
+    NEAR: FindingType(
+        "near duplicates", True, "clean.near_duplicate: quarantine, then review them"
     ),
-    text_checks.SYMBOLS: Meaning("mostly symbols", False, "look; clean.symbols: quarantine"),
-    text_checks.REFUSAL: Meaning("refusals", False, "meant? else clean.refusal: drop"),
-    text_checks.CUT_OFF: Meaning(
-        "answers that end in the middle", False, "clean.cut_off: quarantine"
+    text_checks.GARBLED: FindingType(
+        "garbled characters", True, "clean.garbled: quarantine, then fix the encoding"
     ),
-    OVERLONG: Meaning(
-        "rows longer than a sequence", False, "raise sequence_length, or see overlong"
+    INCONSISTENT: FindingType(
+        "questions with different answers", False, "if unintended: clean.inconsistent: quarantine"
     ),
-    SPECIAL: Meaning(
+    text_checks.REPEATED: FindingType(
+        "repeated lines or words", False, "review; clean.repeated_lines: quarantine"
+    ),
+    text_checks.SYMBOLS: FindingType("mostly symbols", False, "review; clean.symbols: quarantine"),
+    text_checks.REFUSAL: FindingType("refusals", False, "if unintended: clean.refusal: drop"),
+    text_checks.CUT_OFF: FindingType("truncated answers", False, "clean.cut_off: quarantine"),
+    OVERLONG: FindingType(
+        "rows longer than a sequence", False, "raise sequence_length, or set overlong"
+    ),
+    SPECIAL: FindingType(
         "special tokens in the text",
         False,
-        "plain text to training; meant as tokens? then split_special_tokens: false",
+        "trained as plain text; if they are meant as tokens: split_special_tokens: false",
     ),
-    text_checks.SHORT: Meaning("very short answers", False, "fine for labels and facts; else look"),
-    text_checks.LONG: Meaning("very long answers", False, "look at them"),
+    text_checks.SHORT: FindingType(
+        "very short answers", False, "fine for labels and facts; otherwise review"
+    ),
+    text_checks.LONG: FindingType("very long answers", False, "review them"),
 }

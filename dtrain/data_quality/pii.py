@@ -1,7 +1,7 @@
-"""Personal data and secrets in a text.
+"""Find and mask personal data and secrets in a text.
 
-Patterns alone find too much: whatever has a checksum or a numbering plan is checked by it
-(python-stdnum, phonenumbers: both with their tables in the package, so nothing is fetched).
+Patterns alone match too much, so anything with a checksum or a numbering plan is validated against
+it (python-stdnum and phonenumbers, which ship their tables: nothing is downloaded).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stdnum.us import ssn
 
 EMAIL, PHONE, ID_NUMBER, BANK_CARD = "email", "phone", "id_number", "bank_card"
 IP_ADDRESS, SECRET = "ip_address", "secret"
-KINDS = (EMAIL, PHONE, ID_NUMBER, BANK_CARD, IP_ADDRESS, SECRET)
+PII_KINDS = (EMAIL, PHONE, ID_NUMBER, BANK_CARD, IP_ADDRESS, SECRET)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Characters start … stop-1 of a text are personal."""
+class PiiMatch:
+    """Characters [start, stop) of a text are personal data of this kind."""
 
     kind: str
     start: int
@@ -38,41 +38,41 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """What something looks like, and whether it is it."""
+class PiiPattern:
+    """A regular expression for candidates, and a check that accepts or rejects each of them."""
 
     kind: str
-    shape: re.Pattern[str]
-    holds: Callable[[str], bool]
+    regex: re.Pattern[str]
+    is_valid: Callable[[str], bool]
 
 
 def _always(text: str) -> bool:
     return True
 
 
-def _somebodys(address: str) -> bool:
-    """Not of a domain that is kept free for examples (RFC 2606)."""
+def _is_real_email(address: str) -> bool:
+    """Reject the domains that RFC 2606 reserves for examples."""
     domain = address.rpartition("@")[2].lower()
     return not re.search(r"(^|\.)(example\.(com|org|net)|example|invalid|test|localhost)$", domain)
 
 
-# First digits and lengths that the networks give out; Luhn alone passes one number in ten.
-_ISSUED = re.compile(
+# Prefixes and lengths that card networks issue; Luhn alone accepts one number in ten.
+_ISSUED_CARD = re.compile(
     r"4(?:\d{15}|\d{18})|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|(?:6011|64[4-9]\d|65\d\d)\d{12}"
     r"|62\d{14,17}|35\d{14}|3[068]\d{12}|(?:50|5[6-9]|6[037])\d{14}"
 )
 
 
-def _card(text: str) -> bool:
+def _is_card(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
-    return bool(_ISSUED.fullmatch(digits) and len(set(digits)) > 1 and luhn.is_valid(digits))
+    return bool(_ISSUED_CARD.fullmatch(digits) and len(set(digits)) > 1 and luhn.is_valid(digits))
 
 
-def _chinese_id(text: str) -> bool:
-    """A day of birth and the check digit.
+def _is_chinese_id(text: str) -> bool:
+    """Check the date of birth and the check digit.
 
-    Not `ric.is_valid`: it wants the district to be older than its people, but numbers were given
-    out long after birth, under the district's name of that day.
+    `ric.is_valid` is stricter: it requires the district to exist at the date of birth, but numbers
+    were issued long after birth, under the district code of the day of issue.
     """
     try:
         ric.get_birth_date(text)
@@ -81,18 +81,18 @@ def _chinese_id(text: str) -> bool:
         return False
 
 
-def _phone(region: str | None) -> Callable[[str], bool]:
-    def holds(text: str) -> bool:
+def _is_phone(region: str | None) -> Callable[[str], bool]:
+    def is_valid(text: str) -> bool:
         try:
             return bool(phonenumbers.is_valid_number(phonenumbers.parse(text, region)))
         except phonenumbers.NumberParseException:
             return False
 
-    return holds
+    return is_valid
 
 
-def _global_address(text: str) -> bool:
-    """Private, local and documentation addresses tell nothing of anybody."""
+def _is_global_address(text: str) -> bool:
+    """Private, local and documentation addresses identify nobody."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:
@@ -101,26 +101,24 @@ def _global_address(text: str) -> bool:
 
 _D = r"(?<![\d.\-])"  # no digit before
 _E = r"(?![\d]|[.\-]\d)"  # no digit after
-_NARROW = r"[^\W\u2e80-\U0010ffff]"  # of a word, and of no script that sets no blanks between words
+_WORD = r"[^\W\u2e80-\U0010ffff]"  # a word character of a script that separates words by spaces
 
 
-def _shape(text: str) -> re.Pattern[str]:
-    """Next to a Chinese character a number or a key begins and ends as it does next to a blank."""
-    return re.compile(text, re.ASCII)
+def _ascii_regex(pattern: str) -> re.Pattern[str]:
+    """ASCII only, so that a CJK character next to a number or key counts as a word boundary."""
+    return re.compile(pattern, re.ASCII)
 
 
-# In order: what an earlier one has taken is not looked at by a later one.
+# Earlier patterns take precedence where two match the same characters.
 PATTERNS = (
-    Pattern(
+    PiiPattern(
         EMAIL,
-        re.compile(
-            _NARROW + f"(?:{_NARROW}|[.+-]){{0,63}}" r"@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}"
-        ),
-        _somebodys,
+        re.compile(_WORD + f"(?:{_WORD}|[.+-]){{0,63}}" r"@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}"),
+        _is_real_email,
     ),
-    Pattern(
+    PiiPattern(
         SECRET,
-        _shape(
+        _ascii_regex(
             r"-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----"
             r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
             r"|\bgh[pousr]_[A-Za-z0-9]{36,255}\b"
@@ -138,104 +136,106 @@ PATTERNS = (
         ),
         _always,
     ),
-    Pattern(ID_NUMBER, _shape(_D + r"[1-9]\d{16}[\dXx](?![\dA-Za-z])"), _chinese_id),
-    Pattern(
+    PiiPattern(ID_NUMBER, _ascii_regex(_D + r"[1-9]\d{16}[\dXx](?![\dA-Za-z])"), _is_chinese_id),
+    PiiPattern(
         ID_NUMBER,
-        _shape(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]{4}){2,7}[A-Z\d ]{0,4}"),
+        _ascii_regex(r"\b[A-Z]{2}\d{2}(?: ?[A-Z\d]{4}){2,7}[A-Z\d ]{0,4}"),
         iban.is_valid,
     ),
-    Pattern(ID_NUMBER, _shape(_D + r"\d{3}-\d{2}-\d{4}" + _E), ssn.is_valid),
-    Pattern(ID_NUMBER, _shape(_D + r"\d{3}\.\d{3}\.\d{3}-\d{2}" + _E), cpf.is_valid),
-    Pattern(
+    PiiPattern(ID_NUMBER, _ascii_regex(_D + r"\d{3}-\d{2}-\d{4}" + _E), ssn.is_valid),
+    PiiPattern(ID_NUMBER, _ascii_regex(_D + r"\d{3}\.\d{3}\.\d{3}-\d{2}" + _E), cpf.is_valid),
+    PiiPattern(
         ID_NUMBER,
-        _shape(_D + r"(?<!\d )[2-9]\d{3} \d{4} \d{4}(?! ?\d)"),
+        _ascii_regex(_D + r"(?<!\d )[2-9]\d{3} \d{4} \d{4}(?! ?\d)"),
         aadhaar.is_valid,
     ),
-    Pattern(ID_NUMBER, _shape(_D + r"\d{3} \d{3} \d{4}" + _E), nhs.is_valid),
-    Pattern(
+    PiiPattern(ID_NUMBER, _ascii_regex(_D + r"\d{3} \d{3} \d{4}" + _E), nhs.is_valid),
+    PiiPattern(
         ID_NUMBER,
-        _shape(_D + r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}" + _E),
+        _ascii_regex(_D + r"[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2}" + _E),
         nir.is_valid,
     ),
-    Pattern(ID_NUMBER, _shape(r"\b\d{8}-?[A-HJ-NP-TV-Z]\b"), dni.is_valid),
-    Pattern(ID_NUMBER, _shape(r"\b[XYZ]-?\d{7}-?[A-Z]\b"), nie.is_valid),
-    Pattern(
+    PiiPattern(ID_NUMBER, _ascii_regex(r"\b\d{8}-?[A-HJ-NP-TV-Z]\b"), dni.is_valid),
+    PiiPattern(ID_NUMBER, _ascii_regex(r"\b[XYZ]-?\d{7}-?[A-Z]\b"), nie.is_valid),
+    PiiPattern(
         ID_NUMBER,
-        _shape(r"\b[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z]\b"),
+        _ascii_regex(r"\b[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z]\b"),
         codicefiscale.is_valid,
     ),
-    Pattern(BANK_CARD, _shape(_D + r"[2-6]\d{3}(?:[ -]?\d{2,6}){2,4}" + _E), _card),
-    Pattern(PHONE, _shape(r"(?<![\w+])\+\d[\d ().-]{7,20}\d" + _E), _phone(None)),
-    Pattern(PHONE, _shape(_D + r"1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + _E), _phone("CN")),
-    Pattern(PHONE, _shape(_D + r"0\d{2,3}-\d{7,8}" + _E), _phone("CN")),
-    Pattern(
+    PiiPattern(BANK_CARD, _ascii_regex(_D + r"[2-6]\d{3}(?:[ -]?\d{2,6}){2,4}" + _E), _is_card),
+    PiiPattern(PHONE, _ascii_regex(r"(?<![\w+])\+\d[\d ().-]{7,20}\d" + _E), _is_phone(None)),
+    PiiPattern(PHONE, _ascii_regex(_D + r"1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + _E), _is_phone("CN")),
+    PiiPattern(PHONE, _ascii_regex(_D + r"0\d{2,3}-\d{7,8}" + _E), _is_phone("CN")),
+    PiiPattern(
         PHONE,
-        _shape(r"(?<![\d.\w-])\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}" + _E),
-        _phone("US"),
+        _ascii_regex(r"(?<![\d.\w-])\(?\d{3}\)?[-. ]\d{3}[-. ]\d{4}" + _E),
+        _is_phone("US"),
     ),
-    Pattern(IP_ADDRESS, _shape(_D + r"(?:\d{1,3}\.){3}\d{1,3}" + _E), _global_address),
-    Pattern(
+    PiiPattern(IP_ADDRESS, _ascii_regex(_D + r"(?:\d{1,3}\.){3}\d{1,3}" + _E), _is_global_address),
+    PiiPattern(
         IP_ADDRESS,
-        _shape(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){3,7}[0-9A-Fa-f:]{1,9}"),
-        _global_address,
+        _ascii_regex(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){3,7}[0-9A-Fa-f:]{1,9}"),
+        _is_global_address,
     ),
 )
-_SECRET_HEADS = (
+_SECRET_PREFIXES = (
     "PRIVATE KEY-----,AKIA,ASIA,ghp_,gho_,ghu_,ghs_,ghr_,github_pat_,glpat-,hf_,sk-,xox,"
 )
-_SECRET_HEADS += "AIza,eyJ,k_live_,npm_,pypi-,SG."
-_SECRETS = tuple(_SECRET_HEADS.split(","))
-_NUMBERS = re.compile(r"\d(?:[ ().-]{0,2}\d){7}|\d\.\d{1,3}\.\d")  # what every number above has
+_SECRET_PREFIXES += "AIza,eyJ,k_live_,npm_,pypi-,SG."
+_SECRET_MARKERS = tuple(_SECRET_PREFIXES.split(","))
+_NUMBER = re.compile(r"\d(?:[ ().-]{0,2}\d){7}|\d\.\d{1,3}\.\d")  # in every number matched above
 
 
-def find(text: str) -> list[Found]:
-    """Personal data in a text, in order of place; no two overlap."""
-    found: list[Found] = []
-    for pattern in _worth_trying(text):
-        for match in pattern.shape.finditer(text):
-            start, stop = match.start(), _stop(match.group(), pattern) + match.start()
-            free = all(stop <= other.start or start >= other.stop for other in found)
+def find_pii(text: str) -> list[PiiMatch]:
+    """Personal data in a text, in order of position and without overlaps."""
+    matches: list[PiiMatch] = []
+    for pattern in _candidate_patterns(text):
+        for candidate in pattern.regex.finditer(text):
+            start = candidate.start()
+            stop = start + _valid_length(candidate.group(), pattern)
+            free = all(stop <= match.start or start >= match.stop for match in matches)
             if free and stop > start:
-                found.append(Found(pattern.kind, start, stop))
-    return sorted(found, key=lambda one: one.start)
+                matches.append(PiiMatch(pattern.kind, start, stop))
+    return sorted(matches, key=lambda match: match.start)
 
 
-def _stop(shape: str, pattern: Pattern) -> int:
-    """Where the find ends in what has its shape; 0 if there is none.
+def _valid_length(candidate: str, pattern: PiiPattern) -> int:
+    """The length of the longest valid prefix that ends at a space; 0 if there is none.
 
-    A number may be followed by another, or by a word in capitals: it ends at one of the blanks.
+    Another number or a capitalized word may follow a number and match the same regex.
     """
-    shape = shape.rstrip(" (")
-    while shape and not pattern.holds(shape):
-        shape = shape.rpartition(" ")[0].rstrip(" (")
-    return len(shape)
+    candidate = candidate.rstrip(" (")
+    while candidate and not pattern.is_valid(candidate):
+        candidate = candidate.rpartition(" ")[0].rstrip(" (")
+    return len(candidate)
 
 
-def _worth_trying(text: str) -> Iterator[Pattern]:
-    """Most texts hold neither an @ nor a long number: their patterns are then not tried."""
-    numbers = bool(_NUMBERS.search(text))
+def _candidate_patterns(text: str) -> Iterator[PiiPattern]:
+    """Skip the patterns that cannot match: most texts contain neither an @ nor a long number."""
+    has_number = bool(_NUMBER.search(text))
     for pattern in PATTERNS:
         if pattern.kind == EMAIL:
-            worth = "@" in text
+            possible = "@" in text
         elif pattern.kind == SECRET:
-            worth = any(head in text for head in _SECRETS)
+            possible = any(marker in text for marker in _SECRET_MARKERS)
         else:
-            worth = numbers or (pattern is PATTERNS[-1] and text.count(":") > 2)
-        if worth:
+            possible = has_number or (pattern is PATTERNS[-1] and text.count(":") > 2)
+        if possible:
             yield pattern
 
 
-def mask(text: str) -> str:
-    """The text with each find replaced by its kind in brackets."""
-    out, place = [], 0
-    for one in find(text):
-        out += [text[place : one.start], f"[{one.kind}]"]
-        place = one.stop
-    return "".join([*out, text[place:]])
+def mask_pii(text: str) -> str:
+    """Replace each match by its kind in brackets."""
+    masked, position = [], 0
+    for match in find_pii(text):
+        masked += [text[position : match.start], f"[{match.kind}]"]
+        position = match.stop
+    return "".join([*masked, text[position:]])
 
 
-def hidden(text: str, one: Found) -> str:
-    """A find as a report may show it: head and tail, the rest as stars."""
-    value = text[one.start : one.stop]
-    shown = min(3, len(value) // 4)
-    return value[:shown] + "*" * min(len(value) - 2 * shown, 12) + value[len(value) - shown :]
+def redact(text: str, match: PiiMatch) -> str:
+    """A match as a report may show it: its first and last characters, asterisks between them."""
+    value = text[match.start : match.stop]
+    visible = min(3, len(value) // 4)
+    asterisks = "*" * min(len(value) - 2 * visible, 12)
+    return value[:visible] + asterisks + value[len(value) - visible :]

@@ -1,327 +1,210 @@
-"""All rows of a stage, or of some files, through all checks; memory holds sketches, never rows."""
+"""Scan all rows of a stage or of files; memory holds a compact record per row, never the rows."""
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.config.schema import Source
-from dtrain.core.cache_paths import cache_folder
-from dtrain.core.errors import EmptyData, UserError
 from dtrain.core.log import Meter, progress
+from dtrain.data.duplicates import (
+    NEAR_SIMILARITY,
+    conflicting_answers,
+    exact_duplicates,
+    near_duplicates,
+)
 from dtrain.data.formats import RowContent
-from dtrain.data.records import BadRecord, Record, detect, iter_records
-from dtrain.data.sources import SourceFile, find_source_files
+from dtrain.data.records import BadRecord, Record
+from dtrain.data.row_text import row_text
+from dtrain.data.source_rows import SourceRows
 from dtrain.data.special_tokens import SpecialTokens
-from dtrain.data_quality import duplicates
-from dtrain.data_quality.decontamination import HeldOut
-from dtrain.data_quality.diversity import Counts
+from dtrain.data.text_checks import EMPTY
+from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import (
-    BIT,
-    BROKEN,
     EXACT,
+    FLAG_BITS,
     INCONSISTENT,
-    LEAK,
     NEAR,
     OVERLONG,
     SPECIAL,
     TEMPLATE,
 )
-from dtrain.data_quality.row_checks import NOTES, Examined, Note, examine, examine_here, remember
-from dtrain.data_quality.sample import sample_of
-from dtrain.data_quality.table import Places, Table
-from dtrain.data_quality.text_checks import EMPTY
+from dtrain.data_quality.row_checks import check_batch, check_batch_in_worker, init_worker
+from dtrain.data_quality.scan_result import MAX_NOTES, CheckedBatch, RowNote, ScanResult
 
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 22
-SIMILARITY = 0.8  # from here on two rows are nearly the same
-REFUSED = -1  # number of tokens of a row that the template refuses
+REJECTED = -1  # token count of a row that the chat template rejects
+
+Batch = list[tuple[int, Record]]  # records with the index of their source
 
 
-class Tokens(Protocol):
-    """Counts the tokens of rows as a stage would make them (`lengths.TokenCounter`)."""
+class RowTokenCounter(Protocol):
+    """Counts the tokens of rows as a stage tokenizes them."""
 
     reasons: dict[int, str]
     counts: Counter[str]
     special_tokens: SpecialTokens
 
     def __call__(self, values: list[RowContent], /) -> NDArray[np.int32]:
-        """Tokens of each row, REFUSED where the template refuses it."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """A source to be scanned: its files, and how they are read."""
-
-    name: str
-    parts: list[SourceFile]
-    form: str
-    columns: dict[str, str] = field(default_factory=dict)
-
-    def rows(self) -> Iterator[Record | BadRecord]:
-        """All rows, those that cannot be used as faults."""
-        return iter_records(self.parts, self.form, self.columns)
-
-    def check_unchanged(self) -> None:
-        """Check that what was read is what the source's files were at first.
-
-        Raises:
-            UserError: a file changed.
-        """
-        for part in self.parts:
-            part.check_unchanged(again=True)
-
-
-def source_input(source: Source) -> Input:
-    """A source, its files found and its format with them.
-
-    Raises:
-        UserError: there is nothing to read.
-    """
-    parts = find_source_files(source, cache_folder() / "stores")
-    columns: dict[Any, str] = dict(source.columns)
-    try:
-        form = detect(parts, columns) if source.format == "auto" else source.format
-    except EmptyData:
-        form = "text"  # a report of no rows is one too
-    return Input(source.path, parts, form, columns)
-
-
-@dataclass
-class Findings:
-    """What a scan found; a row is known by its number among all rows that could be read.
-
-    Attributes:
-        counted: whether the tokens of the rows are known.
-        of_source: rows of each source.
-        broken: rows that cannot be read.
-        rendered: what the chat template did to them, as `tokenise.notes` puts it into words.
-    """
-
-    inputs: list[Input]
-    sequence_length: int | None
-    counted: bool
-    table: Table = field(default_factory=Table)
-    places: Places = field(default_factory=Places)
-    of_source: Counter[int] = field(default_factory=Counter)
-    notes: dict[str, list[Note]] = field(default_factory=dict)
-    languages: Counter[str] = field(default_factory=Counter)
-    orders: Counts = field(default_factory=Counts)
-    openings: Counts = field(default_factory=Counts)
-    broken: int = 0
-    rendered: Counter[str] = field(default_factory=Counter)
-    broken_notes: list[str] = field(default_factory=list)
-
-    def add(self, records: list[tuple[int, Record]], examined: Examined) -> None:
-        """Take in a batch: records with the number of their source."""
-        for kind, notes in examined.notes.items():
-            placed = [(weight, self.rows + row, note) for weight, row, note in notes]
-            self.note(kind, placed)
-        self.languages.update(examined.languages)
-        self.orders.update(examined.orders)
-        self.openings.update(examined.openings)
-        self.of_source.update(source for source, _ in records)
-        self.table.add(examined.rows)
-        places = [(source, record.file_index, record.row_number) for source, record in records]
-        self.places.add(np.array(places, np.int64).reshape(-1, 3))
-
-    def note(self, kind: str, notes: Iterable[Note]) -> None:
-        """Keep the worst notes of a kind."""
-        both = [*self.notes.get(kind, []), *notes]
-        self.notes[kind] = heapq.nlargest(NOTES, both, key=lambda note: (note[0], -note[1]))
-
-    def place(self, row: int) -> str:
-        """file:line of a row."""
-        source, part, number = self.places.of(row)
-        return self.inputs[source].parts[part].location(number)
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return len(self.table.rows)
-
-    def column(self, name: str) -> NDArray[Any]:
-        """One of `table.ROW`, of all rows, as it lies in the table."""
-        return self.table.rows[name]
-
-    @property
-    def flags(self) -> NDArray[np.uint32]:
-        """What was found in each row, bits of `kinds.BIT`."""
-        return self.column("flags")
-
-    def having(self, *kinds: str) -> NDArray[np.bool_]:
-        """Whether one of these was found in a row, [rows]."""
-        bits = np.uint32(sum(BIT[kind] for kind in kinds))
-        return (self.flags & bits).astype(bool)
-
-    def state_bytes(self) -> int:
-        """Memory that grows with the rows."""
-        return self.table.rows.nbytes + self.places.nbytes
+        """Tokens of each row, REJECTED where the template rejects it."""
 
 
 def scan(
-    inputs: list[Input],
+    sources: list[SourceRows],
     *,
-    known: HeldOut | None = None,
-    tokens: Tokens | None = None,
+    held_out: HeldOutIndex | None = None,
+    token_counter: RowTokenCounter | None = None,
     sequence_length: int | None = None,
     processes: int = 1,
-) -> Findings:
-    """Examine all rows.
+) -> ScanResult:
+    """Check all rows.
 
     Args:
-        inputs: what to read.
-        known: held-out data that must not be in it.
-        tokens: counts the tokens of rows as a stage would make them; REFUSED for a refused row.
-        sequence_length: tokens that a sequence holds.
-        processes: that check rows beside this one, which reads; with 1 this one does both.
+        sources: what to read.
+        held_out: evaluation data that the rows must not contain.
+        token_counter: counts tokens as a stage tokenizes rows.
+        sequence_length: tokens in a sequence; longer rows are findings.
+        processes: that check rows while this process reads them; with 1 this process does both.
+
+    Raises:
+        UserError: a file changed during the scan.
     """
-    found = Findings(inputs, sequence_length, counted=tokens is not None)
-    total = sum(part.path.stat().st_size for i in inputs for part in i.parts if part.path)
+    result = ScanResult(sources, sequence_length, has_tokens=token_counter is not None)
+    total = sum(file.path.stat().st_size for s in sources for file in s.files if file.path)
     with progress("scanning", total >> 20) as meter, ExitStack() as stack:
-        work = _worker(processes, known, stack)
-        for records, future in _ahead(_batches(inputs, found, meter), work, 2 * processes):
-            counts = tokens([record.value for _, record in records]) if tokens else 0
-            examined = future()
-            examined.rows["tokens"] = counts
-            if tokens:
-                reasons = tokens.reasons.items()
-                found.note(TEMPLATE, [(0.0, found.rows + row, why) for row, why in reasons])
-                found.rendered = tokens.counts
-                _note_special_tokens(examined, records, tokens.special_tokens)
-            found.add(records, examined)
-    for one in inputs:
-        one.check_unchanged()
-    _across(found)
-    return found
+        submit = _batch_checker(processes, held_out, stack)
+        batches = _read_batches(sources, result, meter)
+        for records, get_checked in _submit_ahead(batches, submit, 2 * processes):
+            counts = token_counter([record.value for _, record in records]) if token_counter else 0
+            checked = get_checked()
+            checked.rows["tokens"] = counts
+            if token_counter:
+                reasons = token_counter.reasons.items()
+                notes = [RowNote(0.0, result.rows + row, reason) for row, reason in reasons]
+                result.add_notes(TEMPLATE, notes)
+                result.template_counts = token_counter.counts
+                _flag_special_tokens(checked, records, token_counter.special_tokens)
+            result.add(records, checked)
+    for source in sources:
+        source.check_unchanged()
+    _check_across_rows(result)
+    return result
 
 
-def _note_special_tokens(
-    examined: Examined, records: list[tuple[int, Record]], special_tokens: SpecialTokens
+def _flag_special_tokens(
+    checked: CheckedBatch, records: Batch, special_tokens: SpecialTokens
 ) -> None:
     for row, (_, record) in enumerate(records):
         if names := special_tokens.found(record.value):
-            examined.rows["flags"][row] |= BIT[SPECIAL]
-            note = (float(len(names)), row, " ".join(names))
-            examined.notes.setdefault(SPECIAL, []).append(note)
+            checked.rows["flags"][row] |= FLAG_BITS[SPECIAL]
+            note = RowNote(float(len(names)), row, " ".join(names))
+            checked.notes.setdefault(SPECIAL, []).append(note)
 
 
-def _worker(
-    processes: int, known: HeldOut | None, stack: ExitStack
-) -> Callable[[list[tuple[int, Record]]], Callable[[], Examined]]:
-    """What starts the work on a batch and returns how to get its result."""
+def _batch_checker(
+    processes: int, held_out: HeldOutIndex | None, stack: ExitStack
+) -> Callable[[Batch], Callable[[], CheckedBatch]]:
+    """A function that submits a batch and returns a function that waits for its result."""
     if processes == 1:
-        return lambda records: lambda: examine([record.value for _, record in records], known)
+        return lambda records: lambda: check_batch([r.value for _, r in records], held_out)
     pool = ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=remember, initargs=(known,)
+        processes, mp_context=get_context("spawn"), initializer=init_worker, initargs=(held_out,)
     )
     stack.enter_context(pool)
 
-    def start(records: list[tuple[int, Record]]) -> Callable[[], Examined]:
-        future: Future[Examined] = pool.submit(
-            examine_here, [record.value for _, record in records]
-        )
+    def submit(records: Batch) -> Callable[[], CheckedBatch]:
+        values = [record.value for _, record in records]
+        future: Future[CheckedBatch] = pool.submit(check_batch_in_worker, values)
         return future.result
 
-    return start
+    return submit
 
 
-def _ahead(
-    batches: Iterator[list[tuple[int, Record]]],
-    start: Callable[[list[tuple[int, Record]]], Callable[[], Examined]],
-    most: int,
-) -> Iterator[tuple[list[tuple[int, Record]], Callable[[], Examined]]]:
-    """Batches in order, each with its result to come; `most` of them under way."""
-    under_way: deque[tuple[list[tuple[int, Record]], Callable[[], Examined]]] = deque()
+def _submit_ahead(
+    batches: Iterator[Batch],
+    submit: Callable[[Batch], Callable[[], CheckedBatch]],
+    max_pending: int,
+) -> Iterator[tuple[Batch, Callable[[], CheckedBatch]]]:
+    """Yield batches in order with their pending results, `max_pending` of them submitted ahead."""
+    pending: deque[tuple[Batch, Callable[[], CheckedBatch]]] = deque()
     for records in batches:
-        under_way.append((records, start(records)))
-        if len(under_way) >= most:
-            yield under_way.popleft()
-    yield from under_way
+        pending.append((records, submit(records)))
+        if len(pending) >= max_pending:
+            yield pending.popleft()
+    yield from pending
 
 
-def _batches(
-    inputs: list[Input], found: Findings, meter: Meter
-) -> Iterator[list[tuple[int, Record]]]:
-    batch: list[tuple[int, Record]] = []
-    characters = seen = 0
-    for source, one in enumerate(inputs):
-        for item in one.rows():
+def _read_batches(sources: list[SourceRows], result: ScanResult, meter: Meter) -> Iterator[Batch]:
+    batch: Batch = []
+    batch_characters = characters = 0
+    for index, source in enumerate(sources):
+        for item in source.rows():
             if isinstance(item, BadRecord):
-                found.broken += 1
-                if len(found.broken_notes) < NOTES:
-                    found.broken_notes.append(_told(item.error))
+                result.unreadable += 1
+                if len(result.unreadable_notes) < MAX_NOTES:
+                    result.unreadable_notes.append(f"{item.error.where}: {item.error.what}")
                 continue
-            batch.append((source, item))
-            size = _size(item.value)
-            characters, seen = characters + size, seen + size
-            if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-                meter.advance((seen >> 20) - meter.done, f"{found.rows:,} rows")
+            batch.append((index, item))
+            text = row_text(item.value)
+            size = len(text.question) + len(text.answer)
+            batch_characters, characters = batch_characters + size, characters + size
+            if len(batch) >= BATCH_ROWS or batch_characters >= BATCH_CHARACTERS:
+                meter.advance((characters >> 20) - meter.done, f"{result.rows:,} rows")
                 yield batch
-                batch, characters = [], 0
+                batch, batch_characters = [], 0
     if batch:
         yield batch
 
 
-def _told(error: UserError) -> str:
-    return f"{error.where}: {error.what}"
+def _check_across_rows(result: ScanResult) -> None:
+    """Find what only all rows together show: duplicates, conflicting answers, overlong rows."""
+    column = result.column
+    empty = result.has_finding(EMPTY)
+    for later, first in exact_duplicates(column("text")):
+        nonempty = ~empty[later]
+        _flag_repeats(result, EXACT, later[nonempty], first[nonempty])
+    skipped = result.has_finding(EMPTY, EXACT)
+    for later, earlier, similarity in near_duplicates(column("sketch"), NEAR_SIMILARITY, skipped):
+        _flag_repeats(result, NEAR, later, earlier, similarity)
+    asked = column("asked") & ~result.has_finding(EMPTY, EXACT, NEAR)
+    for later, first in conflicting_answers(column("question"), column("answer"), asked):
+        _flag_repeats(result, INCONSISTENT, later, first)
+    if result.has_tokens:
+        _check_token_counts(result)
 
 
-def _size(value: RowContent) -> int:
-    sample = sample_of(value)
-    return len(sample.question) + len(sample.answer)
-
-
-def _across(found: Findings) -> None:
-    """What only all rows together show: duplicates, several answers, lengths."""
-    column = found.column
-    empty = found.having(EMPTY)
-    for later, first in duplicates.exact(column("whole")):
-        full = ~empty[later]
-        _mark(found, EXACT, later[full], first[full])
-    hidden = found.having(EMPTY, EXACT)
-    for later, earlier, alike in duplicates.near(column("sketch"), SIMILARITY, hidden):
-        _mark(found, NEAR, later, earlier, alike)
-    asked = column("asked") & ~found.having(EMPTY, EXACT, NEAR)
-    for later, first in duplicates.inconsistent(column("question"), column("answer"), asked):
-        _mark(found, INCONSISTENT, later, first)
-    if found.counted:
-        _lengths(found)
-
-
-def _mark(
-    found: Findings,
+def _flag_repeats(
+    result: ScanResult,
     kind: str,
     rows: NDArray[np.int64],
     earlier: NDArray[np.int64],
-    alike: NDArray[np.float32] | None = None,
+    similarity: NDArray[np.float32] | None = None,
 ) -> None:
-    """Note that these rows are as earlier ones."""
-    found.flags[rows] |= np.uint32(BIT[kind])
-    how = np.zeros(len(rows), np.float32) if alike is None else alike
-    for place in np.lexsort((rows, -how))[:NOTES].tolist():
-        told = f"as {found.place(int(earlier[place]))}"
-        told += "" if alike is None else f", {how[place]:.0%} alike"
-        found.note(kind, [(float(how[place]), int(rows[place]), told)])
+    """Flag rows that repeat earlier rows, and note the most similar ones."""
+    result.flags[rows] |= np.uint32(FLAG_BITS[kind])
+    severity = np.zeros(len(rows), np.float32) if similarity is None else similarity
+    for index in np.lexsort((rows, -severity))[:MAX_NOTES].tolist():
+        location = result.location(int(earlier[index]))
+        if similarity is not None:
+            note = f"{similarity[index]:.0%} similar to {location}"
+        else:
+            note = f"same as {location}" if kind == EXACT else f"also asked in {location}"
+        result.add_notes(kind, [RowNote(float(severity[index]), int(rows[index]), note)])
 
 
-def _lengths(found: Findings) -> None:
-    tokens = found.column("tokens")
-    found.flags[tokens == REFUSED] |= np.uint32(BIT[TEMPLATE])
-    if found.sequence_length:
-        over = np.flatnonzero(tokens > found.sequence_length)
-        found.flags[over] |= np.uint32(BIT[OVERLONG])
-        worst = over[np.argsort(-tokens[over], kind="stable")][:NOTES].tolist()
-        found.note(OVERLONG, [(float(tokens[r]), r, f"{tokens[r]:,} tokens") for r in worst])
-
-
-__all__ = ["BROKEN", "LEAK", "Findings", "Input", "scan"]
+def _check_token_counts(result: ScanResult) -> None:
+    tokens = result.column("tokens")
+    result.flags[tokens == REJECTED] |= np.uint32(FLAG_BITS[TEMPLATE])
+    if result.sequence_length:
+        overlong = np.flatnonzero(tokens > result.sequence_length)
+        result.flags[overlong] |= np.uint32(FLAG_BITS[OVERLONG])
+        longest = overlong[np.argsort(-tokens[overlong], kind="stable")][:MAX_NOTES].tolist()
+        notes = [RowNote(float(tokens[row]), row, f"{tokens[row]:,} tokens") for row in longest]
+        result.add_notes(OVERLONG, notes)

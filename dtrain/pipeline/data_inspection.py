@@ -18,11 +18,13 @@ from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.formats import RowContent
 from dtrain.data.prepare import Mixture, prepare
 from dtrain.data.records import Record
+from dtrain.data.row_text import RowText, row_text
+from dtrain.data.source_rows import open_source
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data.tokenize import MASKED
-from dtrain.data_quality.decontamination import HeldOut, held_out
-from dtrain.data_quality.sample import Sample, sample_of
-from dtrain.data_quality.scan import REFUSED, Findings, scan, source_input
+from dtrain.data_quality.decontamination import HeldOutIndex, index_held_out
+from dtrain.data_quality.scan import REJECTED, scan
+from dtrain.data_quality.scan_result import ScanResult
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.pipeline.stage_inputs import samples_of
@@ -53,7 +55,7 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     return mixture, tokenizer
 
 
-def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
+def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> ScanResult:
     """Scan a stage's rows, against the recipe's held-out sets, in tokens of its base.
 
     Raises:
@@ -63,48 +65,45 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> Findings:
     data, tokenizer = stage.data, recipe_tokenizer(recipe)
     tokens = TokenCounter(tokenizer, data.template, train_on, data.split_special_tokens)
     return scan(
-        [source_input(source) for source in stage.data.all_sources],
-        known=held_out_of(recipe),
-        tokens=tokens,
+        [open_source(source) for source in stage.data.all_sources],
+        held_out=held_out_of(recipe),
+        token_counter=tokens,
         sequence_length=stage.data.sequence_length,
         processes=processes,
     )
 
 
-def scan_path(path: str, against: list[str], processes: int) -> Findings:
+def scan_path(path: str, against: list[str], processes: int) -> ScanResult:
     """Scan files, whatever their format, against held-out files.
 
     Raises:
         UserError: there is nothing to read.
     """
     held = [Source(path=address) for address in against]
-    return scan([source_input(Source(path=path))], known=read_held_out(held), processes=processes)
+    return scan([open_source(Source(path=path))], held_out=index_sources(held), processes=processes)
 
 
-def held_out_of(recipe: Recipe) -> HeldOut | None:
-    """What a recipe's evaluation sets and questions are known by; None without any."""
+def held_out_of(recipe: Recipe) -> HeldOutIndex | None:
+    """An index of a recipe's evaluation sets and questions; None without any."""
     held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
     if recipe.evaluation.questions:
         columns = {"instruction": "question", "output": "answer"}
         path = recipe.evaluation.questions.path
         held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
-    return read_held_out(held)
+    return index_sources(held)
 
 
-def read_held_out(sources: list[Source]) -> HeldOut | None:
-    """What held-out rows are known by; None without any."""
+def index_sources(sources: list[Source]) -> HeldOutIndex | None:
+    """An index of the rows of held-out sources; None without any."""
 
-    def samples() -> Iterator[tuple[str, Sample]]:
+    def texts() -> Iterator[tuple[str, RowText]]:
         for source in sources:
-            one = source_input(source)
-            for item in one.rows():
+            rows = open_source(source)
+            for item in rows.rows():
                 if isinstance(item, Record):
-                    yield (
-                        one.parts[item.file_index].location(item.row_number),
-                        sample_of(item.value),
-                    )
+                    yield rows.location(item), row_text(item.value)
 
-    return held_out(samples()) if sources else None
+    return index_held_out(texts()) if sources else None
 
 
 class TokenCounter:
@@ -134,14 +133,14 @@ class TokenCounter:
         self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
 
     def __call__(self, values: list[RowContent]) -> NDArray[np.int32]:
-        """Tokens of each row, REFUSED where the template does not take it."""
+        """Tokens of each row, REJECTED where the template does not take it."""
         self.reasons = {}
         texts = [self._text(number, value) for number, value in enumerate(values)]
         known = [text for text in texts if text is not None]
         special = any(isinstance(value, str) for value in values)
         encoded = self.tokenizer(known, add_special_tokens=special, verbose=False) if known else {}
         lengths = iter([len(ids) for ids in encoded.get("input_ids", [])])
-        counts = np.array([REFUSED if t is None else next(lengths) for t in texts], np.int32)
+        counts = np.array([REJECTED if t is None else next(lengths) for t in texts], np.int32)
         for number, (value, text) in enumerate(zip(values, texts, strict=True)):
             if self.split and text is not None and self.special_tokens.found(value):
                 counts[number] = self._split(number, value, text)
@@ -160,7 +159,7 @@ class TokenCounter:
             return len(self.special_tokens.encode(plain, "", add_special_tokens=adds)[0])
         except UserError as error:
             self.reasons[number] = error.what
-            return REFUSED
+            return REJECTED
 
     def _text(self, number: int, value: RowContent) -> str | None:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Rows with known faults in English and Chinese, and how many of them a scan finds.
+"""Precision and recall of a scan on rows with planted problems, in English and Chinese.
 
 `python tests/bench/data_planted.py [ROWS]` prints precision and recall for each kind.
 """
@@ -19,12 +19,13 @@ from stdnum import luhn
 from stdnum.cn import ric
 
 from dtrain.config.schema import Source
+from dtrain.data.row_text import RowText
+from dtrain.data.source_rows import SourceRows
 from dtrain.data.sources import find_source_files
-from dtrain.data_quality.decontamination import held_out
-from dtrain.data_quality.sample import Sample
-from dtrain.data_quality.scan import Input, scan
+from dtrain.data_quality.decontamination import index_held_out
+from dtrain.data_quality.scan import scan
 
-EACH = 40  # rows of every kind of fault, half of them Chinese
+EACH = 40  # rows per kind of problem, half of them Chinese
 ENGLISH = sorted(set(re.findall(r"\b[a-z]{3,9}\b", " ".join(topics.values()))))
 _WORDS = """
 我们 今天 学习 怎样 使用 电脑 程序 数据 语言 模型 医生 病人 医院 治疗
@@ -40,7 +41,7 @@ CHINESE = _WORDS.split()
 
 
 class Writer:
-    """Sentences out of real words, never twice the same."""
+    """Random sentences of real words."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -56,8 +57,8 @@ class Writer:
         return {"instruction": ask + self.sentence(chinese, 8), "output": answer}
 
 
-def planted(rows: int, seed: int = 0) -> tuple[list[str], dict[str, set[int]], list[Sample]]:
-    """Lines of JSON, the numbers (from 1) of the lines with each fault, and held-out rows."""
+def planted(rows: int, seed: int = 0) -> tuple[list[str], dict[str, set[int]], list[RowText]]:
+    """Lines of JSON, the line numbers (from 1) of each kind of problem, and held-out rows."""
     write = Writer(seed)
     lines = [write.row(chinese=n % 2 == 1) for n in range(rows)]
     held = [write.row(chinese=n % 2 == 1) for n in range(EACH)]
@@ -77,7 +78,7 @@ def planted(rows: int, seed: int = 0) -> tuple[list[str], dict[str, set[int]], l
         at = next(free[n % 2])
         texts[at] = (texts[at][:-9], texts[at].replace('"output"', '"out"'))[n // 2 % 2]
         truth.setdefault("broken", set()).add(at + 1)
-    return texts, truth, [Sample(row["instruction"], row["output"]) for row in held]
+    return texts, truth, [RowText(row["instruction"], row["output"]) for row in held]
 
 
 Row = dict[str, str]
@@ -187,26 +188,27 @@ FAULTS: dict[str, Spoil] = {
 
 
 def measure(rows: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Precision and recall of each kind of fault."""
+    """Precision and recall by kind of problem."""
     texts, truth, held = planted(rows)
     path = folder / "planted.jsonl"
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    known = held_out((f"held-out:{n}", sample) for n, sample in enumerate(held))
-    parts = find_source_files(Source(path=str(path)), folder / "cache")
-    found = scan([Input("planted", parts, "alpaca")], known=known)
+    index = index_held_out((f"held-out:{n}", text) for n, text in enumerate(held))
+    files = find_source_files(Source(path=str(path)), folder / "cache")
+    result = scan([SourceRows("planted", files, "alpaca")], held_out=index)
 
-    def number(row: int) -> int:
-        return found.places.of(row)[2]
+    def line_number(row: int) -> int:
+        return result.locations[row][2]
 
     scores = {}
     for kind, lines in truth.items():
         if kind == "broken":
-            told = set(range(1, rows + 1)) - {number(row) for row in range(found.rows)}
+            found = set(range(1, rows + 1)) - {line_number(row) for row in range(result.rows)}
         else:
-            told = {number(row) for row in np.flatnonzero(found.having(kind)).tolist()}
-        scores[kind] = (len(told & lines) / max(len(told), 1), len(told & lines) / len(lines))
+            flagged = np.flatnonzero(result.has_finding(kind)).tolist()
+            found = {line_number(row) for row in flagged}
+        scores[kind] = (len(found & lines) / max(len(found), 1), len(found & lines) / len(lines))
         if "-v" in sys.argv:
-            for line in sorted(told - lines)[:3]:
+            for line in sorted(found - lines)[:3]:
                 wrong = next((k for k, v in truth.items() if line in v), "none")
                 print("not", kind, "but", wrong, texts[line - 1][:300])
     return scores

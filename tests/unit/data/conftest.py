@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,19 +49,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build_tokenizer
-
-
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """write_rows(name, rows) → path of a JSON lines file."""
-
-    def write(name: str, rows: list[Any]) -> str:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 @pytest.fixture

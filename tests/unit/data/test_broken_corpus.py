@@ -11,8 +11,9 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
+from dtrain.data.source_rows import open_source
 from dtrain.data_quality.clean import clean
-from dtrain.data_quality.scan import scan, source_input
+from dtrain.data_quality.scan import scan
 
 LINE_BYTES = 50_000_000
 GOOD = b'{"instruction": "Name a %s that people keep.", "output": "It is kept by many people."}'
@@ -44,9 +45,9 @@ def corpus(tmp_path, monkeypatch):
 
 def cleaned(corpus, out, **policy):
     """The lines that stay and those that went."""
-    found = scan([source_input(Source(path=str(corpus), format="alpaca"))])
+    result = scan([open_source(Source(path=str(corpus), format="alpaca"))])
     clean(
-        found,
+        result,
         Clean.model_validate({"exact_duplicate": "keep", "near_duplicate": "keep", **policy}),
         out,
     )
@@ -71,7 +72,7 @@ def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
     (corpus / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
 
     kept, gone = cleaned(corpus, tmp_path / "out", broken="quarantine")
-    faults = {line["place"].rsplit("/", 1)[1]: line["fault"] for line in gone}
+    faults = {line["location"].rsplit("/", 1)[1]: line["error"] for line in gone}
     (cut,) = [place for place in faults if place.startswith("cut")]
     assert "cut short or damaged" in faults.pop(cut)
     whole = int(cut.rpartition(":")[2]) - 1
@@ -83,6 +84,6 @@ def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
 
 def test_nothing_of_the_scan_holds_the_long_line(corpus) -> None:
     write(corpus, "long.jsonl")
-    found = scan([source_input(Source(path=str(corpus), format="alpaca"))])
-    assert found.rows == 2 and found.broken == 1
-    assert all(len(note) < 500 for note in found.broken_notes)
+    result = scan([open_source(Source(path=str(corpus), format="alpaca"))])
+    assert result.rows == 2 and result.unreadable == 1
+    assert all(len(note) < 500 for note in result.unreadable_notes)

@@ -18,9 +18,10 @@ from dtrain.core.errors import UserError
 from dtrain.data import shard_boundaries
 from dtrain.data.prepare import prepare
 from dtrain.data.shards import Shards
+from dtrain.data.source_rows import open_source
 from dtrain.data.tokenize import Tokeniser
 from dtrain.data_quality.clean import clean
-from dtrain.data_quality.scan import scan, source_input
+from dtrain.data_quality.scan import scan
 
 BEFORE, AFTER = [f"text {n:03} a" for n in range(90)], [f"text {n:03} b" for n in range(90)]
 
@@ -148,8 +149,8 @@ def test_a_removed_file_is_named(prepared, tmp_path, monkeypatch) -> None:
 def test_what_changed_since_its_scan_is_not_cleaned(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
-    found = scan([source_input(data(path).sources[0])])
+    result = scan([open_source(data(path).sources[0])])
     overwrite(path)
     with pytest.raises(UserError, match="the file changed while it was read"):
-        clean(found, data(path).clean, tmp_path / "out")
+        clean(result, data(path).clean, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,11 @@ from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import read
 from dtrain.data.show import sequences
+from dtrain.data.source_rows import open_source
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean
-from dtrain.data_quality.report import report
-from dtrain.data_quality.scan import scan, source_input
+from dtrain.data_quality.report import build_report
+from dtrain.data_quality.scan import scan
 from dtrain.pipeline.data_inspection import TokenCounter
 
 FAMILIES = Path(__file__).with_name("templates")
@@ -121,8 +122,9 @@ def scanned(tokenizer, write_rows):
     """scanned(rows) → what a scan finds."""
 
     def run(rows, own=tokenizer, train_on="all"):
-        one = source_input(Source(path=write_rows("rows.jsonl", rows)))
-        return scan([one], tokens=TokenCounter(own, "auto", train_on), sequence_length=512)
+        source = open_source(Source(path=write_rows("rows.jsonl", rows)))
+        counter = TokenCounter(own, "auto", train_on)
+        return scan([source], token_counter=counter, sequence_length=512)
 
     return run
 
@@ -131,25 +133,25 @@ BAD = {"messages": [ASKED, {**ANSWER, "tool_calls": [CALL]}]}
 
 
 def test_a_scan_finds_what_training_would_refuse(scanned) -> None:
-    told = report(scanned([{"messages": [ASKED, ANSWER]}, BAD, BAD]))
-    finding = next(one for one in told["findings"] if one["kind"] == "template")
+    report = build_report(scanned([{"messages": [ASKED, ANSWER]}, BAD, BAD]))
+    finding = next(f for f in report["findings"] if f["kind"] == "template")
     assert finding["rows"] == 2
-    assert finding["examples"][0]["place"].endswith("rows.jsonl:2")
+    assert finding["examples"][0]["location"].endswith("rows.jsonl:2")
     assert "leaves out a call of a tool in message 2" in finding["examples"][0]["note"]
 
 
 def test_a_scan_says_what_the_template_does_to_rows(scanned, make_tokenizer) -> None:
     own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
     rows = [{"messages": [{"role": "human", "content": "Two?"}, ANSWER]}]
-    verdict = report(scanned(rows, own))["verdict"]
-    assert any(line["grave"] and "nothing that ends a turn" in line["text"] for line in verdict)
+    verdict = build_report(scanned(rows, own))["verdict"]
+    assert any(line["severe"] and "nothing that ends a turn" in line["text"] for line in verdict)
     assert any("role `human` read as `user`" in line["text"] for line in verdict)
 
 
 def test_a_scan_sees_secrets_in_reasoning(scanned) -> None:
     thought = {**ANSWER, "reasoning_content": "Write to jane.doe@posteo.de about it."}
-    found = scanned([{"messages": [ASKED, thought]}])
-    assert found.having("email").all()
+    result = scanned([{"messages": [ASKED, thought]}])
+    assert result.has_finding("email").all()
 
 
 def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> None:
@@ -160,8 +162,8 @@ def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> N
         {"messages": [ASKED, {**ANSWER, "reasoning": "Add."}]},
         BAD,
     ]
-    found = scanned(rows)
-    clean(found, Clean(short="keep", template="quarantine"), tmp_path / "out")
+    result = scanned(rows)
+    clean(result, Clean(short="keep", template="quarantine"), tmp_path / "out")
 
     def values(path):
         parts = find_source_files(Source(path=str(path)), tmp_path / "cache")

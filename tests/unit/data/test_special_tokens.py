@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation, Preference
+from dtrain.data.source_rows import open_source
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.finding_types import SPECIAL
-from dtrain.data_quality.scan import scan, source_input
+from dtrain.data_quality.scan import scan
 from dtrain.pipeline.data_inspection import TokenCounter
 from tests.unit.data.conftest import CHATML
 
@@ -259,23 +260,23 @@ def test_a_scan_counts_tokens_as_training_makes_them(
     prepared, write_rows, tokenizer, make_tokenizer
 ) -> None:
     rows = [talk(HOSTILE, f"{END} x"), talk("q", "plain")]
-    source = source_input(Source(path=write_rows("a.jsonl", rows), format="messages"))
+    source = open_source(Source(path=write_rows("a.jsonl", rows), format="messages"))
     trained = {"packing": False, "sequence_length": 200}
     for split in (True, False):
-        found = scan([source], tokens=TokenCounter(tokenizer, "auto", "all", split))
+        result = scan([source], token_counter=TokenCounter(tokenizer, "auto", "all", split))
         mixture = prepared("sft", [{"path": source.name}], split_special_tokens=split, **trained)
-        assert found.column("tokens").tolist() == [len(ids) for ids in ids_of(mixture)]
-    found = scan([source], tokens=TokenCounter(make_tokenizer(template=READS), "auto"))
-    assert found.having("template").tolist() == [True, False]
+        assert result.column("tokens").tolist() == [len(ids) for ids in ids_of(mixture)]
+    result = scan([source], token_counter=TokenCounter(make_tokenizer(template=READS), "auto"))
+    assert result.has_finding("template").tolist() == [True, False]
 
 
 def test_a_scan_names_them_and_a_policy_takes_them_away(tokenizer, write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [talk("q", "a good answer."), talk("q2", f"an answer.{END}")])
-    source = source_input(Source(path=path, format="messages"))
-    found = scan([source], tokens=TokenCounter(tokenizer, "auto"))
-    assert found.having(SPECIAL).tolist() == [False, True]
-    assert [note[2] for note in found.notes[SPECIAL]] == [END]
-    assert clean(found, Clean(), tmp_path / "kept")["counts"] == {"keep": 2}
-    clean(found, Clean(special_tokens="quarantine"), tmp_path / "out")
+    source = open_source(Source(path=path, format="messages"))
+    result = scan([source], token_counter=TokenCounter(tokenizer, "auto"))
+    assert result.has_finding(SPECIAL).tolist() == [False, True]
+    assert [note.text for note in result.notes[SPECIAL]] == [END]
+    assert clean(result, Clean(), tmp_path / "kept")["counts"] == {"keep": 2}
+    clean(result, Clean(special_tokens="quarantine"), tmp_path / "out")
     (line,) = Path(tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["reasons"] == [SPECIAL]

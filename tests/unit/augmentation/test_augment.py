@@ -1,4 +1,4 @@
-"""`dtrain data augment` against a server of chat completions that can fail in every way."""
+"""`dtrain data augment` against a chat-completion server that fails in many ways."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import pytest
 from typer.testing import CliRunner
 
 from dtrain.augmentation import augment as module
-from dtrain.augmentation.augment import Task, augment
-from dtrain.augmentation.budget import Limits
+from dtrain.augmentation.augment import AugmentationTask, augment
 from dtrain.augmentation.endpoint import Endpoint
+from dtrain.augmentation.request_pool import SpendingLimits
 from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import read
+from dtrain.data.source_rows import open_source
 from dtrain.data.sources import find_source_files
-from dtrain.data_quality.scan import source_input
 
 KEY = "sk-of-nobody-0123456789"
 
 
 class Server:
-    """Chat completions on a port; `answer(body, n)` says what to send to the n-th request.
+    """A chat-completion server; `answer(body, n)` returns the response to the n-th request.
 
-    It gives (status, body, headers), or the text of a good reply.
+    The response is (status, body, headers), or the text of a good reply.
     """
 
     def __init__(self, answer) -> None:
         self.answer, self.bodies, self.keys = answer, [], set()
-        self.lock, self.under_way, self.most_under_way = threading.Lock(), 0, 0
+        self.lock, self.pending, self.max_pending = threading.Lock(), 0, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,13 +60,13 @@ class Server:
             self.bodies.append(body)
             number = len(self.bodies)
             self.keys.add(request.headers["authorization"])
-            self.under_way += 1
-            self.most_under_way = max(self.most_under_way, self.under_way)
+            self.pending += 1
+            self.max_pending = max(self.max_pending, self.pending)
         try:
             found = self.answer(body, number)
         finally:
             with self.lock:
-                self.under_way -= 1
+                self.pending -= 1
         status, content, headers = found if isinstance(found, tuple) else (200, reply(found), {})
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         request.send_response(status)
@@ -92,14 +92,14 @@ def reply(text, finish="stop", usage=(10, 5)):
 
 
 def asked(body) -> str:
-    """What stands between the tags, or the last question."""
+    """The text between the tags, or the last question."""
     text = body["messages"][-1]["content"]
     found = re.search(r"<(instruction|text)>\n(.*)\n</\1>", text, re.DOTALL)
     return found.group(2) if found else text
 
 
 def again(body, number=0) -> str:
-    """A rewriting that depends on nothing but what is asked."""
+    """A rewrite that depends on the request alone."""
     words = asked(body).rstrip("?").split()
     if body["seed"]:
         return f"Explain to a child of {body['seed'] + 5} years: {' '.join(sorted(words))}."
@@ -108,7 +108,7 @@ def again(body, number=0) -> str:
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(answer) → a running server"""
+    """serve(answer) → a running server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     running = []
 
@@ -131,14 +131,16 @@ ROWS = [
 
 @pytest.fixture
 def make(tmp_path, write_rows, monkeypatch):
-    """make(server, rows, how, limits, …) → the summary, in tmp_path/out"""
+    """make(server, rows, how, limits, …) → the summary; the output is in tmp_path/out."""
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
 
     def run(server, rows=ROWS, how="rewrite", limits=None, *, model="m", **settings):
-        source = source_input(Source(path=write_rows("a.jsonl", rows)))
+        source = open_source(Source(path=write_rows("a.jsonl", rows)))
         endpoint = Endpoint(server.url, model, 64, 0.5)
         out = tmp_path / "out"
-        return augment(Task(source, how, **settings), endpoint, limits or Limits(), out)
+        return augment(
+            AugmentationTask(source, how, **settings), endpoint, limits or SpendingLimits(), out
+        )
 
     return run
 
@@ -147,13 +149,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_rows_are_made_in_the_order_of_the_source_and_labelled(serve, make, tmp_path) -> None:
+def test_rows_are_generated_in_source_order_and_labeled(serve, make, tmp_path) -> None:
     server = serve()
-    told = make(server, copies=2)
-    rows = lines(tmp_path / "out" / "made.jsonl")
+    summary = make(server, copies=2)
+    rows = lines(tmp_path / "out" / "generated.jsonl")
     source = str(tmp_path / "a.jsonl")
-    assert told["counts"] == {"made": 20}
-    assert [row["made_by"] for row in rows] == [
+    assert summary["counts"] == {"generated": 20}
+    assert [row["generated_by"] for row in rows] == [
         {"model": "m", "how": "rewrite", "from": f"{source}:{n}", "copy": copy}
         for n in range(1, 11)
         for copy in range(2)
@@ -162,12 +164,12 @@ def test_rows_are_made_in_the_order_of_the_source_and_labelled(serve, make, tmp_
         "Explain to a child of 6 years: 1 What a for, harbour is made number.",
         ROWS[1]["output"],
     ]
-    assert told["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
-    parts = find_source_files(Source(path=str(tmp_path / "out" / "made.jsonl")), tmp_path)
+    assert summary["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
+    parts = find_source_files(Source(path=str(tmp_path / "out" / "generated.jsonl")), tmp_path)
     assert len(list(read(parts, "auto"))) == 20
 
 
-def test_other_answers_and_backtranslation(serve, make, tmp_path) -> None:
+def test_other_answers_keep_the_conversation(serve, make, tmp_path) -> None:
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
@@ -176,26 +178,26 @@ def test_other_answers_and_backtranslation(serve, make, tmp_path) -> None:
     server = serve(lambda body, n: "It grew that way over many years.")
     make(server, [{"messages": talk}], "answers")
     assert server.bodies[0]["messages"] == talk[:2]
-    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert row["messages"] == [*talk[:2], {**talk[2], "content": server.answer(0, 0)}]
 
 
-def test_backtranslation_asks_for_the_instruction_of_a_text(serve, make, tmp_path) -> None:
+def test_backtranslation_requests_the_instruction_of_a_text(serve, make, tmp_path) -> None:
     server = serve(lambda body, n: "<think>hm</think><instruction>\nTell of a cat\n</instruction>")
     make(server, [{"text": "A cat sat on the mat, and stayed there."}], "backtranslate")
-    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert [m["content"] for m in row["messages"]] == [
         "Tell of a cat",
         "A cat sat on the mat, and stayed there.",
     ]
 
 
-def test_the_input_of_alpaca_stays(serve, make, tmp_path) -> None:
+def test_a_rewrite_keeps_the_alpaca_input(serve, make, tmp_path) -> None:
     rows = [{"instruction": "Count the words", "input": "one two three", "output": "There are 3."}]
     server = serve(lambda body, n: "How many words are there?")
     make(server, rows)
     assert asked(server.bodies[0]) == "Count the words"
-    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert row["messages"][0] == {
         "role": "user",
         "content": "How many words are there?\n\none two three",
@@ -204,7 +206,7 @@ def test_the_input_of_alpaca_stays(serve, make, tmp_path) -> None:
     }
 
 
-def test_replies_that_make_no_good_row_are_set_apart_with_the_reason(serve, make, tmp_path) -> None:
+def test_bad_replies_are_rejected_with_a_reason(serve, make, tmp_path) -> None:
     answers = {
         "kettle": "WHAT is a  harbour made for, number 1?",  # is in the source
         "harbour": "What is a harbour made for, number 1 ?!",  # nearly so
@@ -220,22 +222,25 @@ def test_replies_that_make_no_good_row_are_set_apart_with_the_reason(serve, make
         finish = "length" if noun == "ledger" else "stop"
         return 200, reply(answers.get(noun) or again(body), finish), {}
 
-    told = make(serve(answer))
-    reasons = [line["reason"] for line in lines(tmp_path / "out" / "refused.jsonl")]
+    summary = make(serve(answer))
+    reasons = [line["reason"] for line in lines(tmp_path / "out" / "rejected.jsonl")]
     assert reasons == [
         *("exact_duplicate", "near_duplicate", "refusal", "same", "garbled"),
         *("exact_duplicate", "cut_off"),
     ]
-    assert told["counts"]["made"] == 3
+    assert summary["counts"]["generated"] == 3
 
 
-def test_an_equal_answer_to_another_question_is_no_duplicate(serve, make, tmp_path) -> None:
+def test_an_equal_answer_to_another_question_is_not_a_duplicate(serve, make, tmp_path) -> None:
     server = serve(lambda body, n: "Yes, that is how it is.")
-    assert make(server, how="answers", copies=2)["counts"] == {"exact_duplicate": 10, "made": 10}
+    assert make(server, how="answers", copies=2)["counts"] == {
+        "exact_duplicate": 10,
+        "generated": 10,
+    }
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again(serve, make, status) -> None:
+def test_requests_to_a_busy_server_are_retried(serve, make, status) -> None:
     seen = Counter()
 
     def answer(body, n):
@@ -243,8 +248,8 @@ def test_a_busy_server_is_asked_again(serve, make, status) -> None:
         wait = {"retry-after-ms": "1"}
         return again(body) if seen[asked(body)] > 2 else (status, {"error": {"message": "x"}}, wait)
 
-    told = make(serve(answer), ROWS[:3])
-    assert told["counts"] == {"made": 3} and not told["failed"]
+    summary = make(serve(answer), ROWS[:3])
+    assert summary["counts"] == {"generated": 3} and not summary["failed"]
 
 
 MALFORMED = {
@@ -259,55 +264,55 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_reply_costs_its_row_alone_until_the_next_run(serve, make, content) -> None:
+def test_a_malformed_reply_affects_only_its_row_until_the_next_run(serve, make, content) -> None:
     server = serve(lambda body, n: content if "harbour" in asked(body) else again(body))
-    told = make(server)
-    assert told["counts"] == {"made": 9} and told["failed"] == 1
-    assert "a.jsonl:2: " in told["failures"][0]
+    summary = make(server)
+    assert summary["counts"] == {"generated": 9} and summary["failed"] == 1
+    assert "a.jsonl:2: " in summary["failures"][0]
     server.answer, server.bodies = again, []
-    assert make(server)["counts"] == {"made": 10} and len(server.bodies) == 1
+    assert make(server)["counts"] == {"generated": 10} and len(server.bodies) == 1
 
 
-def test_it_gives_up_when_everything_fails_and_keeps_what_came(serve, make, tmp_path) -> None:
+def test_repeated_failures_stop_the_run_and_keep_earlier_replies(serve, make, tmp_path) -> None:
     server = serve(lambda body, n: again(body) if n <= 3 else (200, b"{]", {}))
-    with pytest.raises(UserError, match="5 requests failed one after another"):
-        make(server, at_once=1)
+    with pytest.raises(UserError, match="5 requests in a row failed"):
+        make(server, concurrency=1)
     assert len(server.bodies) == 8
-    assert len(lines(tmp_path / "out" / "made.jsonl")) == 3
+    assert len(lines(tmp_path / "out" / "generated.jsonl")) == 3
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refused_key_stops_at_once_and_is_not_told(serve, make, tmp_path, status) -> None:
+def test_a_rejected_key_stops_at_once_and_is_not_shown(serve, make, tmp_path, status) -> None:
     server = serve(lambda body, n: (status, {"error": {"message": f"no such key: {KEY}"}}, {}))
     with pytest.raises(UserError, match=r"no such key: \[key\]") as error:
-        make(server, at_once=1)
+        make(server, concurrency=1)
     assert len(server.bodies) == 1 and server.keys == {f"Bearer {KEY}"}
     files = [path.read_text() for path in (tmp_path / "out").iterdir()]
     assert len(files) > 3 and all(KEY not in text for text in [*files, str(error.value)])
 
 
-def test_no_limit_is_passed_and_a_raised_one_goes_on(serve, make) -> None:
+def test_no_limit_is_exceeded_and_a_raised_limit_continues(serve, make) -> None:
     server = serve()
-    assert make(server, limits=Limits(requests=4))["limit_reached"]
+    assert make(server, limits=SpendingLimits(requests=4))["limit_reached"]
     assert len(server.bodies) == 4
-    told = make(server, limits=Limits(requests=10))
-    assert len(server.bodies) == 10 and told["counts"] == {"made": 10}
+    summary = make(server, limits=SpendingLimits(requests=10))
+    assert len(server.bodies) == 10 and summary["counts"] == {"generated": 10}
 
 
-def test_tokens_and_cost_stay_below_their_limits_whatever_a_reply_takes(serve, make) -> None:
+def test_tokens_and_cost_stay_within_their_limits(serve, make) -> None:
     server = serve(lambda body, n: (200, reply(again(body), usage=(100, 64)), {}))
-    told = make(server, limits=Limits(tokens=1500), at_once=8)
-    spent = told["spent"]
-    assert 0 < spent["tokens_in"] + spent["tokens_out"] <= 1500 and told["limit_reached"]
-    limits = Limits(cost=0.002, prices=(1.0, 2.0))
+    summary = make(server, limits=SpendingLimits(tokens=1500), concurrency=8)
+    spent = summary["spent"]
+    assert 0 < spent["tokens_in"] + spent["tokens_out"] <= 1500 and summary["limit_reached"]
+    limits = SpendingLimits(cost=0.002, prices=(1.0, 2.0))
     more = make(server, limits=limits, copies=5)
     assert spent["requests"] <= more["spent"]["requests"] < 50 and more["cost"] <= 0.002
 
 
-def test_a_server_that_counts_no_tokens_is_taken_at_the_worst(serve, make) -> None:
+def test_the_maximum_is_charged_if_the_server_reports_no_usage(serve, make) -> None:
     server = serve(lambda body, n: (200, reply(again(body), usage=None), {}))
-    told = make(server, ROWS[:1])
-    assert told["spent"]["tokens_out"] == 64 and told["spent"]["tokens_in"] > 300
+    summary = make(server, ROWS[:1])
+    assert summary["spent"]["tokens_out"] == 64 and summary["spent"]["tokens_in"] > 300
 
 
 EMPTY = {
@@ -317,29 +322,29 @@ EMPTY = {
 
 
 @pytest.mark.parametrize(("content", "tokens"), EMPTY.values(), ids=EMPTY)
-def test_a_reply_that_was_paid_for_in_vain_counts_in_every_later_run(
+def test_an_unusable_reply_counts_against_the_limits_of_later_runs(
     serve, make, tmp_path, content, tokens
 ) -> None:
     server = serve(lambda body, n: content)
     first = make(server, ROWS[:1])["spent"]
     assert [first["tokens_in"], first["tokens_out"]] == (tokens or [first["tokens_in"], 64])
     paid = first["tokens_in"] + first["tokens_out"]
-    told = make(server, ROWS[:1], limits=Limits(tokens=paid + 100))
-    assert len(server.bodies) == 1 and told["limit_reached"]  # the next may pass the limit
+    summary = make(server, ROWS[:1], limits=SpendingLimits(tokens=paid + 100))
+    assert len(server.bodies) == 1 and summary["limit_reached"]  # the next may pass the limit
     server.answer = again
-    told = make(server, ROWS[:1])
-    assert told["counts"] == {"made": 1} and told["spent"]["requests"] == 2
-    assert told["spent"]["tokens_in"] == first["tokens_in"] + 10
+    summary = make(server, ROWS[:1])
+    assert summary["counts"] == {"generated": 1} and summary["spent"]["requests"] == 2
+    assert summary["spent"]["tokens_in"] == first["tokens_in"] + 10
 
 
-def test_a_file_is_no_folder_for_the_rows(serve, make, tmp_path) -> None:
+def test_a_file_in_place_of_the_output_folder_is_refused(serve, make, tmp_path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot be created"):
         make(serve())
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_no_more_requests_at_once_than_asked_for(serve, make) -> None:
+def test_concurrency_is_limited(serve, make) -> None:
     together = threading.Barrier(3)  # passes only when three requests are under way
 
     def answer(body, n):
@@ -347,46 +352,46 @@ def test_no_more_requests_at_once_than_asked_for(serve, make) -> None:
         return again(body)
 
     server = serve(answer)
-    make(server, ROWS[:9], at_once=3)
-    assert server.most_under_way == 3
+    make(server, ROWS[:9], concurrency=3)
+    assert server.max_pending == 3
 
 
-def test_requests_are_paced(serve, make, monkeypatch) -> None:
+def test_requests_per_minute_are_limited(serve, make, monkeypatch) -> None:
     waits = []
 
     async def sleep(seconds):
         waits.append(seconds)
 
-    monkeypatch.setattr("dtrain.augmentation.budget.asyncio.sleep", sleep)
-    make(serve(), ROWS[:4], limits=Limits(per_minute=6), at_once=1)
+    monkeypatch.setattr("dtrain.augmentation.request_pool.asyncio.sleep", sleep)
+    make(serve(), ROWS[:4], limits=SpendingLimits(per_minute=6), concurrency=1)
     assert [round(wait, -1) for wait in waits] == [0, 10, 20, 30]
 
 
-def test_another_question_wants_another_folder(serve, make, tmp_path) -> None:
+def test_other_settings_need_another_folder(serve, make, tmp_path) -> None:
     server = serve()
     make(server)
     for change in ({"how": "answers"}, {"model": "n"}, {"rows": ROWS[1:]}):
-        with pytest.raises(UserError, match=r"was begun with another (how|model|source)"):
+        with pytest.raises(UserError, match=r"was started with a different (how|model|source)"):
             make(server, **change)
     assert len(server.bodies) == 10
 
 
-def test_a_torn_last_line_is_asked_again_and_a_broken_one_named(serve, make, tmp_path) -> None:
+def test_an_incomplete_last_line_is_repeated_and_a_corrupt_one_named(serve, make, tmp_path) -> None:
     server = serve()
     make(server)
-    expected = (tmp_path / "out" / "made.jsonl").read_bytes()
+    expected = (tmp_path / "out" / "generated.jsonl").read_bytes()
     replies = tmp_path / "out" / "replies.jsonl"
     whole = replies.read_bytes()
     replies.write_bytes(whole[:-9])
     make(server)
     assert len(server.bodies) == 11
-    assert (tmp_path / "out" / "made.jsonl").read_bytes() == expected
+    assert (tmp_path / "out" / "generated.jsonl").read_bytes() == expected
     replies.write_bytes(b"{}\n" + whole)
     with pytest.raises(UserError, match=r"replies.jsonl:1: not a line that dtrain wrote"):
         make(server)
 
 
-def test_a_folder_in_use_is_left_alone(serve, make, tmp_path) -> None:
+def test_a_folder_in_use_is_refused(serve, make, tmp_path) -> None:
     server = serve()
     (tmp_path / "out").mkdir()
     with module.FolderLock(tmp_path / "out"), pytest.raises(UserError, match="is in use"):
@@ -397,13 +402,13 @@ def test_a_folder_in_use_is_left_alone(serve, make, tmp_path) -> None:
     "address",
     ["localhost:8", "http://", "http://a:kept@c/v1", "https://h/v1?key=kept", "http://[kept"],
 )
-def test_an_address_that_cannot_be_shown_is_refused_without_showing_it(address) -> None:
-    with pytest.raises(UserError, match="address") as error:
+def test_a_url_with_credentials_is_refused_without_showing_them(address) -> None:
+    with pytest.raises(UserError, match="URL") as error:
         Endpoint(address, "m", 64, 0.5)
     assert "kept" not in str(error.value)
 
 
-def verb(server, tmp_path, *more):
+def start_command(server, tmp_path, *more):
     names = ["--how", "rewrite", "--endpoint", server.url, "--model", "m"]
     command = [sys.executable, "-m", "dtrain", "data", "augment", str(tmp_path / "a.jsonl"), *names]
     return subprocess.Popen(
@@ -415,10 +420,10 @@ def verb(server, tmp_path, *more):
     )
 
 
-def test_killed_in_the_middle_the_same_command_goes_on(serve, make, tmp_path) -> None:
+def test_the_same_command_continues_after_a_kill(serve, make, tmp_path) -> None:
     server = serve()
     make(server)
-    expected = (tmp_path / "out" / "made.jsonl").read_bytes()
+    expected = (tmp_path / "out" / "generated.jsonl").read_bytes()
     server.bodies = []
     process = None
     killed = threading.Event()
@@ -430,15 +435,15 @@ def test_killed_in_the_middle_the_same_command_goes_on(serve, make, tmp_path) ->
         return again(body)
 
     server.answer = answer
-    process = verb(server, tmp_path, "--at-once", "1")
+    process = start_command(server, tmp_path, "--at-once", "1")
     assert killed.wait(120)
     process.communicate()
     assert len(lines(tmp_path / "cli" / "replies.jsonl")) == 4
     server.answer, server.bodies = again, []
-    out, _ = verb(server, tmp_path).communicate(timeout=120)
+    out, _ = start_command(server, tmp_path).communicate(timeout=120)
     assert "10 requests, 100 tokens in, 50 out" in out and KEY not in out
     assert len(server.bodies) == 6
-    assert (tmp_path / "cli" / "made.jsonl").read_bytes() == expected
+    assert (tmp_path / "cli" / "generated.jsonl").read_bytes() == expected
 
 
 CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -457,50 +462,48 @@ PAIR = {"prompt": "Is it cold?", "chosen": "Yes, it is very cold.", "rejected": 
 BAD = {"prompt": "Is it far?", "completion": "I'm sorry, I can't help.", "label": False}
 
 
-def test_a_rewriting_keeps_calls_of_tools_and_both_answers_of_a_pair(serve, make, tmp_path) -> None:
+def test_a_rewrite_keeps_tool_calls(serve, make, tmp_path) -> None:
     server = serve(lambda body, n: f"Tell me this: {asked(body)}")
     make(server, [WITH_TOOLS])
-    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert row["messages"][0]["content"] == "Tell me this: Is it cold in Oslo?"
     assert [m.get("tool_calls") is not None for m in row["messages"]] == [False, True, False, False]
     assert row["messages"][-1] == WITH_TOOLS["messages"][-1] and row["tools"] == TOOLS
 
 
-def test_a_rewriting_keeps_what_is_preferred(serve, make, tmp_path, write_rows) -> None:
+def test_a_rewrite_keeps_the_preference(serve, make, tmp_path, write_rows) -> None:
     server = serve(lambda body, n: f"Tell me this: {asked(body)}")
     make(server, [PAIR])
-    (row,) = lines(tmp_path / "out" / "made.jsonl")
+    (row,) = lines(tmp_path / "out" / "generated.jsonl")
     for side in ("chosen", "rejected"):
         contents = [m["content"] for m in row[side]]
         assert contents == ["Tell me this: Is it cold?", PAIR[side]]
-    source = source_input(Source(path=write_rows("kto.jsonl", [BAD])))
+    source = open_source(Source(path=write_rows("kto.jsonl", [BAD])))
     endpoint = Endpoint(server.url, "m", 64, 0.5)
-    augment(Task(source, "rewrite"), endpoint, Limits(), tmp_path / "kto")
-    (row,) = lines(tmp_path / "kto" / "made.jsonl")
+    augment(AugmentationTask(source, "rewrite"), endpoint, SpendingLimits(), tmp_path / "kto")
+    (row,) = lines(tmp_path / "kto" / "generated.jsonl")
     assert row["label"] is False and row["messages"][0]["content"] == "Tell me this: Is it far?"
 
 
 @pytest.mark.parametrize("how", ["answers", "backtranslate"])
 @pytest.mark.parametrize(
-    ("row", "reason"), [(PAIR, "preferences between answers"), (WITH_TOOLS, "with tools")]
+    ("row", "reason"), [(PAIR, "a preference between answers"), (WITH_TOOLS, "with tools")]
 )
-def test_what_cannot_be_made_is_refused_with_the_source(
-    serve, make, tmp_path, how, row, reason
-) -> None:
+def test_a_source_without_usable_rows_is_refused(serve, make, tmp_path, how, row, reason) -> None:
     server = serve()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         make(server, [row], how)
-    assert reason in told.value.what and told.value.where == str(tmp_path / "a.jsonl")
+    assert reason in error.value.what and error.value.where == str(tmp_path / "a.jsonl")
     assert not server.bodies
 
 
-def test_rows_that_are_left_out_are_told(serve, make, capsys) -> None:
-    told = make(serve(), [{"messages": WITH_TOOLS["messages"]}, TALK], "answers")
-    assert told["counts"] == {"made": 1}
-    assert "leaves out: 1 (with tools)" in capsys.readouterr().out
+def test_skipped_rows_are_reported(serve, make, capsys) -> None:
+    summary = make(serve(), [{"messages": WITH_TOOLS["messages"]}, TALK], "answers")
+    assert summary["counts"] == {"generated": 1}
+    assert "skips: 1 (with tools)" in capsys.readouterr().out
 
 
-def test_columns_may_be_called_otherwise(serve, write_rows, tmp_path, monkeypatch) -> None:
+def test_columns_can_have_other_names(serve, write_rows, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
     server = serve()
     path = write_rows("q.jsonl", [{"question": r["instruction"], "a": r["output"]} for r in ROWS])
@@ -511,4 +514,4 @@ def test_columns_may_be_called_otherwise(serve, write_rows, tmp_path, monkeypatc
     done = CliRunner().invoke(
         app, [*call, "--column", "instruction=question", "--column", "output=a"]
     )
-    assert done.exit_code == 0 and len(lines(tmp_path / "out" / "made.jsonl")) == len(ROWS)
+    assert done.exit_code == 0 and len(lines(tmp_path / "out" / "generated.jsonl")) == len(ROWS)

@@ -1,4 +1,4 @@
-"""The datatrove pipeline on datatrove's own local executor, against a scan of the same rows."""
+"""The datatrove pipeline on datatrove's local executor, compared with a scan of the same rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
+from dtrain.data.source_rows import open_source
 from dtrain.data_quality.clean import clean
-from dtrain.data_quality.datatrove_pipeline import corpus
-from dtrain.data_quality.scan import scan, source_input
+from dtrain.data_quality.datatrove_pipeline import open_corpus
+from dtrain.data_quality.scan import scan
 
 SCRIPT = Path(__file__).parents[3] / "slurm" / "clean_corpus.py"
 FILES = 5
@@ -45,7 +46,7 @@ def script():
 
 
 def rows() -> list[bytes]:
-    """Forty texts, and after them faults, copies and near copies of them."""
+    """Forty texts, followed by problems, copies and near copies of them."""
     pick = random.Random(1)
     texts = [" ".join(f"{pick.randrange(10**6):x}" for _ in range(30)) + "." for _ in range(40)]
     texts += [f"{texts[3][:80]} Write to lin{n}@mail.cn today, number {n}." * 2 for n in range(2)]
@@ -58,16 +59,16 @@ def rows() -> list[bytes]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    made = tmp_path / "corpus"
-    made.mkdir()
+    folder = tmp_path / "corpus"
+    folder.mkdir()
     for n in range(FILES):
-        (made / f"{n}.jsonl").write_bytes(b"\n".join(rows()[n::FILES]) + b"\n")
-    return made
+        (folder / f"{n}.jsonl").write_bytes(b"\n".join(rows()[n::FILES]) + b"\n")
+    return folder
 
 
 @pytest.fixture
 def start(script, folder, tmp_path):
-    """start(clean, *options) → status of the script over the corpus, out in tmp_path/out"""
+    """start(clean, *options) → exit status of the script; its output is in tmp_path/out."""
 
     def run(clean="broken: quarantine", *options):
         recipe = tmp_path / "my.yaml"
@@ -88,38 +89,36 @@ def read(folder: Path) -> list[dict]:
     ]
 
 
-def test_it_leaves_and_takes_away_what_a_scan_of_one_machine_does(start, folder, tmp_path) -> None:
+def test_the_pipeline_removes_what_a_scan_finds(start, folder, tmp_path) -> None:
     assert start() == 0
-    left = [row["text"] for row in read(tmp_path / "out" / "rows")]
-    away = read(tmp_path / "out" / "quarantine")
-    assert len(left) + len(away) == len(rows())  # nothing vanishes
+    kept = [row["text"] for row in read(tmp_path / "out" / "rows")]
+    removed = read(tmp_path / "out" / "quarantine")
+    assert len(kept) + len(removed) == len(rows())
 
-    found = scan([source_input(Source(path=str(folder), format="text"))])
-    clean(found, Clean(broken="quarantine"), tmp_path / "alone")
-    same = lines((tmp_path / "alone" / "quarantine.jsonl").read_bytes())
-    one_row, copies = [], []
-    for told in (
-        away,
-        same,
-    ):  # a copy is a near copy to datatrove, and its tasks set which is first
-        reasons = {row["place"]: row["reasons"][0] for row in told}
-        one_row.append({p: reason for p, reason in reasons.items() if "duplicate" not in reason})
+    result = scan([open_source(Source(path=str(folder), format="text"))])
+    clean(result, Clean(broken="quarantine"), tmp_path / "scanned")
+    expected = lines((tmp_path / "scanned" / "quarantine.jsonl").read_bytes())
+    by_row, copies = [], []
+    # To datatrove a copy is a near duplicate, and which row counts as the first depends on tasks.
+    for lines_removed in (removed, expected):
+        reasons = {row["location"]: row["reasons"][0] for row in lines_removed}
+        by_row.append({p: reason for p, reason in reasons.items() if "duplicate" not in reason})
         copies.append(sum("duplicate" in reason for reason in reasons.values()))
-    assert one_row[0] == one_row[1] and len(one_row[0]) == 6
+    assert by_row[0] == by_row[1] and len(by_row[0]) == 6
     assert copies[0] == copies[1] == 4
-    assert any("[email]" in text for text in left) and not any("@" in text for text in left)
+    assert any("[email]" in text for text in kept) and not any("@" in text for text in kept)
 
 
-def test_what_is_quarantined_can_be_read_and_what_is_dropped_is_not_copied(start, tmp_path) -> None:
+def test_quarantine_contains_the_row_and_drop_does_not(start, tmp_path) -> None:
     start()
     by_reason = {row["reasons"][0]: row for row in read(tmp_path / "out" / "quarantine")}
     assert by_reason["garbled"]["row"]["text"].startswith("Ã©tÃ©")
     assert by_reason["near_duplicate"]["row"]["text"]
     assert "row" not in by_reason["empty"] and by_reason["empty"]["action"] == "drop"
-    assert "row" not in by_reason["broken"] and by_reason["broken"]["fault"]
+    assert "row" not in by_reason["broken"] and by_reason["broken"]["error"]
 
 
-def test_the_same_bytes_again_and_a_second_run_does_nothing(start, tmp_path, script) -> None:
+def test_output_is_reproducible_and_a_second_run_does_nothing(start, tmp_path, script) -> None:
     start()
     first = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.jsonl.gz")}
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl.gz")}
@@ -130,35 +129,35 @@ def test_the_same_bytes_again_and_a_second_run_does_nothing(start, tmp_path, scr
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.jsonl.gz")} == first
 
 
-def test_only_equal_rows_go_where_near_ones_may_stay(start, tmp_path) -> None:
+def test_only_exact_duplicates_are_removed_if_the_policy_keeps_near_ones(start, tmp_path) -> None:
     start("broken: quarantine, near_duplicate: keep")
     reasons = [row["reasons"][0] for row in read(tmp_path / "out" / "quarantine")]
     assert reasons.count("exact_duplicate") == 2 and "near_duplicate" not in reasons
 
 
-def test_another_policy_wants_another_folder(start, capsys) -> None:
+def test_another_policy_needs_another_folder(start, capsys) -> None:
     start()
     assert start("broken: quarantine, garbled: drop") == 2
-    assert "was begun with other policy" in capsys.readouterr().err
+    assert "was started with different policy" in capsys.readouterr().err
 
 
-def test_a_broken_row_stops_its_task_when_the_policy_says_so(start, tmp_path) -> None:
+def test_an_unreadable_row_stops_its_task_under_broken_stop(start, tmp_path) -> None:
     with pytest.raises(UserError, match=r"corpus/\d.jsonl:\d+"):
         start("broken: stop")
     assert not (tmp_path / "out" / "rows").exists()
 
 
-def test_files_of_a_corpus(folder, tmp_path) -> None:
+def test_a_corpus_is_its_folder_or_glob_without_symlinks_that_leave_it(folder, tmp_path) -> None:
     (folder / "leaves.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
     (tmp_path / "elsewhere.jsonl").write_text("{}")
-    (one,) = corpus([Source(path=str(folder), format="text")])
-    assert len(one.parts) == FILES
-    (one,) = corpus([Source(path=f"{folder}/[01].jsonl", format="text")])
-    assert len(one.parts) == 2
-    with pytest.raises(UserError, match="the format of a corpus must be named"):
-        corpus([Source(path=str(folder))])
-    with pytest.raises(UserError, match="no file here"):
-        corpus([Source(path=str(tmp_path / "none"), format="text")])
+    (source,) = open_corpus([Source(path=str(folder), format="text")])
+    assert len(source.files) == FILES
+    (source,) = open_corpus([Source(path=f"{folder}/[01].jsonl", format="text")])
+    assert len(source.files) == 2
+    with pytest.raises(UserError, match="a corpus needs an explicit format"):
+        open_corpus([Source(path=str(folder))])
+    with pytest.raises(UserError, match="no readable file here"):
+        open_corpus([Source(path=str(tmp_path / "none"), format="text")])
 
 
 SBATCH = """#!{python}
@@ -171,7 +170,7 @@ print("Submitted batch job", number)
 """
 
 
-def test_on_slurm_each_array_waits_for_the_one_before(start, tmp_path, monkeypatch) -> None:
+def test_on_slurm_each_array_waits_for_the_previous_one(start, tmp_path, monkeypatch) -> None:
     shims = tmp_path / "bin"
     shims.mkdir()
     log = tmp_path / "log"
@@ -182,7 +181,7 @@ def test_on_slurm_each_array_waits_for_the_one_before(start, tmp_path, monkeypat
     jobs = [job for job in lines(log.read_bytes()) if "launch_pickled_pipeline" in job[1]]
     names = [re.search(r"--job-name=(\S+)", text).group(1) for _, text, _ in jobs]
     assert names == [f"dtrain-{name}" for name in ("check", "buckets", "cluster", "rest")]
-    waits = [re.search(r"--dependency=(\S*)", " ".join(given)) for *_, given in jobs]
+    waits = [re.search(r"--dependency=(\S*)", " ".join(arguments)) for *_, arguments in jobs]
     assert [wait and wait.group(1) for wait in waits] == [
         None,
         *(f"afterok:{number}" for number, *_ in jobs[:-1]),
