@@ -86,7 +86,7 @@ class AdapterSettings(MethodSettings):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
-        description="linear layers that get an adapter, by name",
+        description="names of the linear layers that get an adapter",
     )
 
     @property
@@ -96,12 +96,12 @@ class AdapterSettings(MethodSettings):
 
 
 class Lora(AdapterSettings):
-    """Low-rank adapters (arXiv:2106.09685); qlora: over a base held in NF4 (arXiv:2305.14314)."""
+    """Low-rank adapters (arXiv:2106.09685); qlora: over a base in NF4 (arXiv:2305.14314)."""
 
     kind: Literal["lora", "qlora"]
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="scale is alpha / r; 2 r if not given",
+        description="the adapter is scaled by alpha / r; default: 2 r",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The recipe's schema: small groups, each owned by the part that reads it; units in the names."""
+"""The recipe's schema: small groups of keys, with units in their names."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Model(Group):
     dtype: Dtype = Field(
         "auto",
         description=(
-            "of the frozen base and of compute; auto: bfloat16 on a GPU, float32 on a CPU. "
-            "What trains is kept in float32"
+            "dtype of the frozen base and of computation; auto: bfloat16 on a GPU, float32 on a "
+            "CPU. Trainable parameters are float32"
         ),
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
@@ -48,15 +48,15 @@ class Model(Group):
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description=(
-            "auto: exact layers that compute and keep less, where the model's code allows; off: "
-            "those of transformers and PEFT"
+            "auto: exact layers that need less time and memory, where the model's code allows; "
+            "off: the layers of transformers and PEFT"
         ),
     )
     gradient_checkpointing: bool = Field(
         False,
         description="recompute activations: a third more time, half the memory",
     )
-    trust_remote_code: bool = Field(False, description="run Python code that lies beside the model")
+    trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
 
 
 def _for(capability: str, meaning: str) -> str:
@@ -64,11 +64,11 @@ def _for(capability: str, meaning: str) -> str:
 
 
 class Engine(Group):
-    """Who holds which part of the model."""
+    """How the model is distributed over the ranks."""
 
     kind: Literal["auto", EngineKind] = Field(
         "auto",
-        description="auto: the launcher's own if it names one, else the plan's choice; ddp on CPUs",
+        description="auto: the launcher's engine, else the plan's choice; ddp on CPUs",
     )
     shard: Literal["all", "node"] | Count = Field(
         "all",
@@ -88,29 +88,29 @@ class Launch(Group):
 
     processes: Literal["auto"] | Count = Field(
         "auto",
-        description="ranks; auto: one a GPU, or one on a CPU",
+        description="ranks; auto: one per GPU, or one on a CPU",
     )
 
     def ranks_on_node(self, otherwise: int) -> int:
-        """Ranks of each node of a job; `otherwise` where the recipe leaves it open."""
+        """Ranks on each node of a job; `otherwise` if the recipe says auto."""
         return otherwise if self.processes == "auto" else self.processes
 
 
 class Weight(Group):
-    """A source's weight from a step on."""
+    """A source's weight from a given step."""
 
     after_steps: Annotated[int, Field(ge=0)] = Field(
-        description="optimizer steps before it holds; 0 for the first, then rising"
+        description="optimizer steps before it applies; 0 for the first entry, then increasing"
     )
-    weight: Annotated[float, Field(ge=0)] = Field(description="0: no row of the source")
+    weight: Annotated[float, Field(ge=0)] = Field(description="0: no rows of the source")
 
 
 class Source(Group):
-    """One place rows come from."""
+    """A source of training rows."""
 
     path: Text = Field(
         description=(
-            "file, glob, folder, address of fsspec (s3://…), hub dataset id, or `dtrain:NAME/FILE`"
+            "file, glob, folder, fsspec URL (s3://…), hub dataset id, or `dtrain:NAME/FILE`"
         )
     )
     format: Literal[
@@ -125,26 +125,26 @@ class Source(Group):
     ] = Field(
         "auto",
         description=(
-            "what a row is: a text; instruction/input/output; messages of role/content; "
-            "conversations of from/value; prompt/completion; chosen/rejected; label (kto); auto: "
-            "found by looking at the first row"
+            "columns of a row: text; instruction/input/output (alpaca); messages with "
+            "role/content; conversations with from/value (sharegpt); prompt/completion; "
+            "chosen/rejected (preference); label (kto); auto: detected from the first row"
         ),
     )
     columns: dict[Column, Text] = Field(
         default_factory=dict,
-        description="what a column is called in the files, such as {instruction: question}",
+        description="names of the columns in the files, such as {instruction: question}",
     )
     weight: Annotated[float, Field(gt=0)] | Annotated[list[Weight], Field(min_length=1)] | None = (
         Field(
             None,
             description="share of the mixture, relative to the other sources' weights; a list of "
-            "`{after_steps: 1000, weight: 0.3}` where it changes",
+            "`{after_steps: 1000, weight: 0.3}` to change it during training",
         )
     )
     split: str = Field("train", description="split of a hub dataset")
 
     def weight_after(self, steps: int) -> float | None:
-        """The weight that holds after so many steps."""
+        """The weight after this many optimizer steps."""
         if not isinstance(self.weight, list):
             return self.weight
         return [entry.weight for entry in self.weight if entry.after_steps <= steps][-1]
@@ -154,46 +154,50 @@ Away = Literal["keep", "drop", "quarantine"]
 
 
 class Clean(Group):
-    """What `dtrain data clean` does for which reason; drop copies the place, quarantine the row."""
+    """What `dtrain data clean` does with each finding; quarantine keeps a copy of the row."""
 
     broken: Literal["stop", "quarantine"] = Field("stop", description="rows that cannot be read")
     template: Away = Field("quarantine", description="rows that the chat template refuses")
     empty: Away = Field("drop", description="no question or no answer")
-    same: Away = Field("drop", description="the answer is the question")
-    exact_duplicate: Away = Field("drop", description="the first of them is kept")
-    near_duplicate: Away = Field("quarantine", description="four fifths alike; the first is kept")
-    leak: Away = Field("drop", description="rows that hold what an evaluation set asks or answers")
-    personal: Literal["keep", "mask", "drop", "quarantine"] = Field(
-        "mask", description="addresses, phone, identity and card numbers, IPs, keys"
+    same: Away = Field("drop", description="the answer repeats the question")
+    exact_duplicate: Away = Field("drop", description="identical to an earlier row")
+    near_duplicate: Away = Field(
+        "quarantine", description="at least 80 % similar to an earlier row"
     )
-    garbled: Away = Field("quarantine", description="text decoded with the wrong table")
-    inconsistent: Away = Field("keep", description="another answer to the same question")
-    repeated_lines: Away = Field("keep", description="lines or words over and over")
+    leak: Away = Field("drop", description="contains a question or answer of an evaluation set")
+    personal: Literal["keep", "mask", "drop", "quarantine"] = Field(
+        "mask", description="email and IP addresses, phone, identity and card numbers, API keys"
+    )
+    garbled: Away = Field("quarantine", description="mojibake (wrong text encoding)")
+    inconsistent: Away = Field("keep", description="a different answer to the same question")
+    repeated_lines: Away = Field("keep", description="the same lines or words many times")
     symbols: Away = Field("keep", description="mostly neither letters nor digits")
     refusal: Away = Field("keep", description="answers that refuse")
-    cut_off: Away = Field("keep", description="answers that end inside a sentence or code")
-    short: Away = Field("keep", description="answers under 10 characters")
-    long: Away = Field("keep", description="answers over 4,096 characters")
-    overlong: Away = Field("keep", description="more tokens than a sequence holds")
+    cut_off: Away = Field(
+        "keep", description="answers that end in the middle of a sentence or of code"
+    )
+    short: Away = Field("keep", description="answers shorter than 10 characters")
+    long: Away = Field("keep", description="answers longer than 4,096 characters")
+    overlong: Away = Field("keep", description="more tokens than `sequence_length`")
     special_tokens: Away = Field(
-        "keep", description="text that holds special tokens of the base, such as `<|im_end|>`"
+        "keep", description="text with special tokens of the base, such as `<|im_end|>`"
     )
 
 
 class Replay(Source):
-    """Rows of what the model knows already, mixed in so that it is not forgotten."""
+    """Rows of a domain that the model knows already, mixed in against forgetting."""
 
-    weight: None = Field(None, description="none: `ratio` says how much")
+    weight: None = Field(None, description="not used: `ratio` is the share")
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.05, description="of all sequences; the sources keep their proportions in the rest"
+        0.05, description="share of all sequences; the sources keep their proportions in the rest"
     )
 
 
 class Data(Group):
-    """Rows into sequences."""
+    """The training rows, and how they become sequences of tokens."""
 
     sources: list[Source] = Field(min_length=1)
-    replay: Replay | None = Field(None, description="rows that are mixed in against forgetting")
+    replay: Replay | None = Field(None, description="rows mixed in against forgetting")
     sequence_length: Annotated[int, Field(ge=8)] = Field(
         2048,
         description="tokens in a packed sequence",
@@ -201,8 +205,8 @@ class Data(Group):
     packing: bool = Field(
         True,
         description=(
-            "several documents in a sequence, for models that keep them apart, which is probed; "
-            "false: one in each, for every model"
+            "pack several documents into a sequence; the model is tested for keeping them apart. "
+            "false: one document per sequence, for every model"
         ),
     )
     overlong: Literal["truncate", "drop", "fail"] = Field(
@@ -212,52 +216,52 @@ class Data(Group):
     train_on: Literal["all", "last", "user", "all+tool", "all+user", "all+user+tool"] = Field(
         "all",
         description=(
-            "sft: which turns of a conversation are learnt: all answers, the last one, what the "
-            "user says; or all answers and what tools or the user say; a turn that its row marks "
-            "(`weight`, `train`, `loss`, `loss_weight`: 0 or 1, `masked`) is learned as marked"
+            "sft: which turns of a conversation have loss: all answers, the last answer, or the "
+            "user's turns; + adds the turns of tools or of the user. A row's own flags (`weight`, "
+            "`train`, `loss`, `loss_weight`: 0 or 1, `masked`) take precedence"
         ),
     )
     template: str = Field(
         "auto",
         description=(
-            "auto: the tokenizer's chat template; instruction: the '### Instruction' form; or "
-            "a jinja file"
+            "auto: the tokenizer's chat template; instruction: Alpaca's '### Instruction' "
+            "template; or a jinja file"
         ),
     )
     split_special_tokens: bool = Field(
         True,
         description=(
-            "encode a special token that stands in the text of a row, such as `<|im_end|>`, as "
-            "plain text; false: as that token. What the template writes is always the token"
+            "encode a special token in the text of a row, such as `<|im_end|>`, as plain text; "
+            "false: as that token. Special tokens from the template are always tokens"
         ),
     )
     clean: Clean = Clean()
 
     @property
     def all_sources(self) -> list[Source]:
-        """The sources, and the replay behind them."""
+        """The sources, then the replay source if there is one."""
         return [*self.sources, *([self.replay] if self.replay else [])]
 
     @property
     def weights_by_step(self) -> dict[int, list[float | None]]:
-        """The sources' weights, by the steps after which they hold: rising, the first 0."""
+        """Optimizer steps, ascending from 0 → the sources' weights after them."""
         lists = [source.weight for source in self.sources if isinstance(source.weight, list)]
         after = {0, *(entry.after_steps for entries in lists for entry in entries)}
         return {steps: [s.weight_after(steps) for s in self.sources] for steps in sorted(after)}
 
 
 class Train(Group):
-    """How long, how fast."""
+    """Length of the training, batch size, optimizer."""
 
     global_batch_size: Count = Field(
-        description="sequences in one optimizer step, over all ranks",
+        description="sequences per optimizer step, over all ranks",
     )
     micro_batch_size: Literal["auto"] | Count = Field(
-        1, description="sequences a rank computes at once; auto: as many as the plan says"
+        1, description="sequences per rank and forward pass; auto: as many as the plan allows"
     )
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="passes over the data (over the heaviest source of a mixture)",
+        description="passes over the data (of a mixture: over the source with the largest weight)",
     )
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     tokens: Count | None = Field(
@@ -265,25 +269,27 @@ class Train(Group):
         description="tokens, instead of epochs; rounded up to a whole step",
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-4, description="greatest, after the warm-up; lower it when the loss oscillates"
+        2e-4, description="peak, after the warm-up; lower it if the loss oscillates"
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate falls after the warm-up"
+        "cosine", description="decay of the learning rate after the warm-up"
     )
     warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw",
-        description="8bit: a quarter of the state; paged: it leaves the GPU when memory is short",
+        description="8bit: a quarter of the state; paged: moved to the host when memory is short",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(
         1.0,
-        description="greatest global gradient norm",
+        description="clip the global gradient norm to this value",
     )
-    evaluate_every_steps: Count | None = Field(None, description="held-out loss in between")
+    evaluate_every_steps: Count | None = Field(
+        None, description="measure the held-out loss every so many steps"
+    )
     evaluate_on: str | None = Field(
         None,
-        description="name of the evaluation set that is watched; the first if not given",
+        description="evaluation set for early stopping; default: the first",
     )
     early_stopping_patience: Count | None = Field(
         None,
@@ -291,78 +297,82 @@ class Train(Group):
     )
     max_non_finite_steps: Count = Field(
         3,
-        description="stop after this many NaN or infinite steps in a row",
+        description="stop after this many steps in a row with NaN or infinite gradients",
     )
     checkpoint_every_steps: Count | None = Field(
         None,
-        description="save in between; the end is always saved",
+        description="save every so many steps; the last step is always saved",
     )
 
     @property
     def micro_batch(self) -> int:
-        """Sequences at once; 1, which any choice is a multiple of, as long as it is `auto`."""
+        """Sequences per forward pass; 1 for `auto`, which divides every choice."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class Stage(Group):
-    """One stage of the chain: its base is the merged model of the stage before."""
+    """A stage of the chain; its base is the merged model of the stage before."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="its folder in the run folder"
+        description="name of its folder in the run folder"
     )
-    kind: Literal["cpt", "sft"] = Field(description="cpt: every token is learnt; sft: answers only")
-    method: Method = Field(description="what trains")
+    kind: Literal["cpt", "sft"] = Field(
+        description="cpt: loss on every token; sft: on answers only"
+    )
+    method: Method = Field(description="which parameters train")
     data: Data
     train: Train
 
 
 class EvaluationSet(Data):
-    """Held-out rows whose loss is measured before the first stage and after each."""
+    """Held-out rows; their loss is measured before the first stage and after each stage."""
 
-    kind: Literal["cpt", "sft"] = Field(description="cpt: the loss of every token; sft: of answers")
+    kind: Literal["cpt", "sft"] = Field(
+        description="cpt: loss on every token; sft: on answers only"
+    )
 
 
 class Questions(Group):
-    """Questions that the base and the final model answer side by side."""
+    """Questions that the base and the final model answer, for comparison in the report."""
 
     path: Text = Field(description="JSON lines with `question` and `answer`")
-    count: Count = Field(3, description="how many of them, from the head of the file")
-    max_new_tokens: Count = Field(64, description="longest answer")
+    count: Count = Field(3, description="number of questions, from the start of the file")
+    max_new_tokens: Count = Field(64, description="maximum length of an answer")
 
 
 class Evaluation(Group):
-    """What is measured, by the same ranks that train."""
+    """What is measured, on the ranks that train."""
 
     sets: dict[str, EvaluationSet] = Field(default_factory=dict)
     questions: Questions | None = None
 
 
 class Output(Group):
-    """Where the run lies and what it keeps."""
+    """The run folder and what is kept in it."""
 
-    folder: Text = Field(description="run folder; made if it is not there")
+    folder: Text = Field(description="run folder; created if missing")
     merge: bool = Field(
         True,
-        description="merge the last stage's adapter too; the others always are",
+        description="merge the last stage's adapter; the others are always merged",
     )
     keep_every_steps: Count | None = Field(
-        None, description="keep the checkpoints of these steps for good"
+        None, description="keep every checkpoint whose step is a multiple of this"
     )
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept of each stage")
+    keep_checkpoints: Count = Field(2, description="checkpoints kept per stage, the newest")
 
 
 class Recipe(Group):
-    """One run: a base model and a chain of stages."""
+    """A run: a base model and a chain of stages."""
 
-    name: Text = Field(description="for people; it shows in the report")
+    name: Text = Field(description="shown in the report")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of the order of the data, the first adapter weights and dropout"
+        0, description="seed of the data order, the initial adapter weights and dropout"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: GPUs if there are any"
     )
     determinism: Literal["off", "strict"] = Field(
-        "off", description="strict: the same weights to the bit on 1, 2, 4, … ranks (ddp)"
+        "off", description="strict: bitwise identical weights on 1, 2, 4, … ranks"
     )
     model: Model
     engine: Engine = Engine()
