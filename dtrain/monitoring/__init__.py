@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics line by line, curves, a report and a summary."""
+"""Record what a run does: metrics, plots, the HTML report and the terminal summary."""

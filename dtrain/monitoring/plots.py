@@ -1,4 +1,4 @@
-"""The curves of a stage as one picture: loss, learning rate, gradient norm, speed, memory."""
+"""Plot a stage's loss, learning rate, gradient norm, speed and memory as one SVG image."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-MOST_POINTS = 600  # more cannot be told apart in the picture, and would make the report heavy
-FEW = 40  # points that are marked one by one
-COLOURS = ["#c2571a", "#2a7f62", "#8a4fbf", "#b0892b", "#a63d57"]
+MAX_POINTS = 600  # more are indistinguishable in the image, and make the report large
+MAX_MARKERS = 40  # curves with more points have no markers
+COLORS = ["#c2571a", "#2a7f62", "#8a4fbf", "#b0892b", "#a63d57"]
 INK, LINE, GRID = "#3b4252", "#2f5fa8", "#e3e7ee"
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: a quarter of the size, and it can be searched
+    "svg.fonttype": "none",  # keep text searchable; a quarter of the size of outlines
     "svg.hashsalt": "dtrain",
     "text.parse_math": False,  # a name with two dollar signs is not a formula
     "font.family": "sans-serif",
@@ -40,12 +40,19 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
+SMALL_PLOTS = (
+    ("learning_rate", "learning rate", 1.0),
+    ("grad_norm", "gradient norm", 1.0),
+    ("tokens_per_second", "tokens per second", 1.0),
+    ("peak_memory_bytes", "peak memory, GB", 1e-9),
+)
+
 Records = Sequence[dict[str, Any]]
 Points = list[tuple[float, float]]
 
 
-def curves(records: Records) -> str:
-    """A data URI of an SVG with the curves of one stage; "" when there is nothing to show."""
+def plot_stage(records: Records) -> str:
+    """An SVG image of a stage as a data URI; empty if nothing was measured."""
     if not any("loss" in record or "held_out" in record for record in records):
         return ""
     with matplotlib.rc_context(STYLE):
@@ -53,28 +60,20 @@ def curves(records: Records) -> str:
         FigureCanvasSVG(figure)
         grid = figure.add_gridspec(2, 4, height_ratios=[1.7, 1])
         _draw_losses(figure.add_subplot(grid[0, :]), records)
-        for column, (key, title, scale) in enumerate(SMALL):
+        for column, (key, title, scale) in enumerate(SMALL_PLOTS):
             axes = figure.add_subplot(grid[1, column])
             _draw(axes, [(x, y * scale) for x, y in series(records, key)], title)
         return _data_uri(figure)
 
 
-SMALL = (
-    ("learning_rate", "learning rate", 1.0),
-    ("grad_norm", "gradient norm", 1.0),
-    ("tokens_per_second", "tokens per second", 1.0),
-    ("peak_memory_bytes", "peak memory, GB", 1e-9),
-)
-
-
 def series(records: Records, key: str) -> Points:
-    """(step, value) of every record that has a number under `key`, thinned by averaging."""
+    """(step, value) of every record with a number under `key`; long series are averaged in bins."""
     points = [
         (float(record["step"]), float(record[key]))
         for record in records
         if isinstance(record.get(key), int | float)
     ]
-    width = -(-len(points) // MOST_POINTS)
+    width = -(-len(points) // MAX_POINTS)
     if width <= 1:
         return points
     chunks = [points[i : i + width] for i in range(0, len(points), width)]
@@ -82,17 +81,17 @@ def series(records: Records, key: str) -> Points:
 
 
 def smooth(points: Points) -> Points:
-    """A running mean that forgets with a time constant of a fortieth of the points."""
-    share = 1 / max(1.0, len(points) / 40)
+    """An exponential moving average with a time constant of 1/40 of the points."""
+    weight = 1 / max(1.0, len(points) / 40)
     result, mean = [], points[0][1]
     for x, y in points:
-        mean += share * (y - mean)
+        mean += weight * (y - mean)
         result.append((x, mean))
     return result
 
 
-def held_out(records: Records) -> dict[str, Points]:
-    """(step, loss) of every evaluation, by the name of its set."""
+def held_out_losses(records: Records) -> dict[str, Points]:
+    """(step, loss) of every evaluation, by evaluation set."""
     result: dict[str, Points] = {}
     for record in records:
         for name, loss in (record.get("held_out") or {}).items():
@@ -103,17 +102,18 @@ def held_out(records: Records) -> dict[str, Points]:
 
 def _draw_losses(axes: Axes, records: Records) -> None:
     losses = series(records, "loss")
+    losses_by_set = held_out_losses(records).items()
     _draw(axes, losses, "loss", label="training")
-    if len(losses) > FEW:
+    if len(losses) > MAX_MARKERS:
         axes.lines[-1].set(alpha=0.35, label=None, linewidth=1)
         axes.plot(*_columns(smooth(losses)), color=LINE, linewidth=1.8, label="training, smoothed")
-    for (name, points), colour in zip(held_out(records).items(), cycle(COLOURS), strict=False):
+    for (name, points), color in zip(losses_by_set, cycle(COLORS), strict=False):
         axes.plot(
             *_columns(points),
-            color=colour,
+            color=color,
             linewidth=1.3,
-            label=f"held out: {name}",
-            marker="o" if len(points) <= FEW else None,
+            label=f"held-out: {name}",
+            marker="o" if len(points) <= MAX_MARKERS else None,
             markersize=4,
         )
     for i, step in enumerate(r["step"] for r in records if "skipped" in r):
@@ -130,7 +130,7 @@ def _draw(axes: Axes, points: Points, title: str, label: str | None = None) -> N
         color=LINE,
         linewidth=1.6,
         label=label,
-        marker="." if len(points) <= FEW else None,
+        marker="." if len(points) <= MAX_MARKERS else None,
     )
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -13,7 +13,8 @@ from dtrain.core.log import say, warn
 from dtrain.core.run_dir import RunDir
 from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.world import World
-from dtrain.monitoring.report import summary, write_report
+from dtrain.monitoring.report import write_report
+from dtrain.monitoring.summary import run_summary
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord, stage_record
@@ -106,7 +107,7 @@ def finish(
         evaluations.record_answers(inputs.base, last.merged, last.identity, world)
     if world.is_first:
         write_report(run)
-        say(summary(run))
+        say(run_summary(run))
         say(next_step(recipe))
     world.barrier()  # torchrun gives ranks of other nodes only minutes after the first has ended
 

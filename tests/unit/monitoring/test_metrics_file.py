@@ -1,4 +1,4 @@
-"""metrics.jsonl after crashes, and numbers that are none."""
+"""metrics.jsonl after crashes, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain.monitoring.metrics import Metrics, read_metrics
 
 
-def test_lines_of_steps_that_were_not_saved_are_dropped(tmp_path: Path) -> None:
+def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "task" / "metrics.jsonl"
     metrics = Metrics(path, resume_at=0)
     for step in range(1, 6):
@@ -21,14 +21,14 @@ def test_lines_of_steps_that_were_not_saved_are_dropped(tmp_path: Path) -> None:
     assert read_metrics(path)[-1] == {"step": 4, "loss": 9.0}
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     Metrics(path, resume_at=2).write({"step": 2, "loss": 1.5})
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
 
 
-def test_what_is_no_number_is_null_and_never_zero(tmp_path: Path) -> None:
+def test_nonfinite_values_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record = {
         "step": 1,
@@ -49,18 +49,18 @@ def test_what_is_no_number_is_null_and_never_zero(tmp_path: Path) -> None:
     }
 
 
-def test_each_line_is_there_at_once(tmp_path: Path) -> None:
+def test_each_line_is_written_immediately(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", resume_at=0)
     metrics.write({"step": 1, "loss": 1.0})
     assert len(read_metrics(metrics.path)) == 1  # while the file is still open
     metrics.close()
 
 
-def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+def test_invalid_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('[1]\n"x"\n{"loss": 1}\n{"step": "1"}\n\n{"step": 3}\n')
     assert read_metrics(path) == [{"step": 3}]

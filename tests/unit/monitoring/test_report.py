@@ -1,4 +1,4 @@
-"""The report and the summary, for whole runs, half runs and hostile names."""
+"""Report and summary of finished runs, unfinished runs, and runs with hostile names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.monitoring.formatting import tone
 from dtrain.monitoring.metrics import Metrics
-from dtrain.monitoring.report import summary, write_report
+from dtrain.monitoring.report import write_report
+from dtrain.monitoring.summary import rate_change, run_summary
 
 RECIPE = """\
 name: {name}
@@ -27,7 +27,7 @@ EVIL = "<script>alert(1)</script>"
 
 
 class _Tags(HTMLParser):
-    """Tags with their attributes, and whether every opened tag was closed."""
+    """Tags with their attributes, and the tags that were not closed."""
 
     VOID = frozenset({"meta", "img", "br"})
 
@@ -51,7 +51,7 @@ def _write(run: Path, name: str, value: Any) -> None:
     (run / name).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-def _artefact(name: str) -> dict[str, Any]:
+def _artifact(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": "stage",
@@ -76,7 +76,7 @@ def run(tmp_path: Path) -> Path:
     _write(
         folder,
         "lineage.json",
-        {"name": "toy", "artefacts": [_artefact("domain"), _artefact("task")]},
+        {"name": "toy", "artefacts": [_artifact("domain"), _artifact("task")]},
     )
     _write(
         folder,
@@ -116,7 +116,7 @@ def test_report_of_a_finished_run(run: Path) -> None:
     assert "1k of 100k parameters (1 %)" in text
 
 
-def test_report_asks_for_nothing_outside(run: Path) -> None:
+def test_report_has_no_external_resources(run: Path) -> None:
     text = write_report(run).read_text()
     for tag, attributes in _Tags(text).tags:
         assert tag not in ("script", "link", "iframe", "object")
@@ -125,13 +125,13 @@ def test_report_asks_for_nothing_outside(run: Path) -> None:
     assert "url(" not in text and "@import" not in text
 
 
-def test_everything_is_escaped(run: Path) -> None:
+def test_all_text_is_escaped(run: Path) -> None:
     _write(run, "recipe.yaml", RECIPE.format(name=f"'{EVIL}'") + f"# {EVIL}\n")
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["answers"][0] |= {"question": EVIL, "reference": EVIL, "base": EVIL, "final": EVIL}
     evaluation["losses"][EVIL] = {"base": 1.0, "task": 2.0}
     _write(run, "evaluation.json", evaluation)
-    bad = _artefact("task") | {"identity": EVIL, "merged": EVIL, "kind": EVIL}
+    bad = _artifact("task") | {"identity": EVIL, "merged": EVIL, "kind": EVIL}
     _write(run, "lineage.json", {"name": EVIL, "artefacts": [bad]})
     Metrics(run / "task" / "metrics.jsonl", resume_at=9).write(
         {"step": 6, "skipped": EVIL, "documents": [EVIL]}
@@ -142,25 +142,25 @@ def test_everything_is_escaped(run: Path) -> None:
 @pytest.mark.parametrize(
     "missing", ["recipe.yaml", "lineage.json", "evaluation.json", "domain/metrics.jsonl"]
 )
-def test_any_file_may_be_missing(run: Path, missing: str) -> None:
+def test_any_file_can_be_missing(run: Path, missing: str) -> None:
     (run / missing).unlink()
     assert _Tags(write_report(run).read_text()).open == []
-    assert summary(run)
+    assert run_summary(run)
 
 
 @pytest.mark.parametrize("broken", ["recipe.yaml", "lineage.json", "evaluation.json"])
-def test_a_broken_file_is_named(run: Path, broken: str) -> None:
+def test_a_corrupt_file_is_named(run: Path, broken: str) -> None:
     _write(run, broken, "{ [")
     assert f"{broken} cannot be read" in write_report(run).read_text()
 
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
-    assert "not begun" in text and tmp_path.name in text
+    assert "not started" in text and tmp_path.name in text
 
 
-def test_a_half_finished_run(run: Path) -> None:
-    _write(run, "lineage.json", {"name": "toy", "artefacts": [_artefact("domain")]})
+def test_report_of_an_unfinished_run(run: Path) -> None:
+    _write(run, "lineage.json", {"name": "toy", "artefacts": [_artifact("domain")]})
     _write(
         run,
         "evaluation.json",
@@ -172,20 +172,20 @@ def test_a_half_finished_run(run: Path) -> None:
     only_base = {"models": ["base"], "losses": {"domain": {"base": 3.0}}}
     _write(run, "evaluation.json", only_base)
     assert _Tags(write_report(run).read_text()).open == []
-    assert "3.000" in summary(run)
+    assert "3.000" in run_summary(run)
 
 
-def test_a_loss_that_is_no_number_is_a_dash(run: Path) -> None:
+def test_a_missing_loss_is_a_dash(run: Path) -> None:
     _write(
         run,
         "evaluation.json",
         {"models": ["base", "task"], "losses": {"domain": {"base": 3.0, "task": None}}},
     )
     assert "—" in write_report(run).read_text()
-    assert "—" in summary(run)
+    assert "—" in run_summary(run)
 
 
-def test_skipped_steps_are_told(run: Path) -> None:
+def test_skipped_steps_are_listed(run: Path) -> None:
     metrics = Metrics(run / "task" / "metrics.jsonl", resume_at=9)
     metrics.write(
         {"step": 6, "skipped": "non-finite loss", "documents": [f"a:{i}" for i in range(6)]}
@@ -199,7 +199,7 @@ def test_skipped_steps_are_told(run: Path) -> None:
 
 def test_summary_of_a_finished_run(run: Path) -> None:
     assert (
-        summary(run)
+        run_summary(run)
         == f"""\
 held-out loss    base   after domain   after task             change
 domain          3.000          2.500        2.600   -0.400 (-13.3 %)   better
@@ -215,12 +215,17 @@ report         {run}/report.html"""
     )
 
 
-def test_control_characters_of_an_answer_do_not_reach_the_terminal(run: Path) -> None:
+def test_control_characters_are_removed_from_answers(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["answers"][0]["final"] = "\x1b[2Jgone\x07"
     _write(run, "evaluation.json", evaluation)
-    assert "\x1b" not in summary(run) and "\x07" not in summary(run)
+    assert "\x1b" not in run_summary(run) and "\x07" not in run_summary(run)
 
 
-def test_a_change_too_small_to_see_is_no_change() -> None:
-    assert [tone(x) for x in (-0.1, -0.0001, 0.0, 0.1)] == ["better", "same", "same", "worse"]
+def test_invisible_changes_are_rated_the_same() -> None:
+    assert [rate_change(x) for x in (-0.1, -0.0001, 0.0, 0.1)] == [
+        "better",
+        "same",
+        "same",
+        "worse",
+    ]
