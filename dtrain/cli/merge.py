@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dtrain.config.methods import TRAITS
 from dtrain.core.errors import UserError
 from dtrain.core.lazy_import import import_fast
 
@@ -143,7 +144,7 @@ def _consolidate(folder: Path, out: Path, qlora_base: str | None, at_once: int) 
     known = known_bases(base, [origin], MERGE_MANIFEST)
     source = origin.identity
     files = merged_files(base, checkpoint_files(saved.run, saved.stage, base))
-    if origin.method["kind"] == "full":
+    if TRAITS[origin.method["kind"]].trains_base:
         replace_with(
             saved.checkpoint, base, out, source, processes=at_once, known=known, files=files
         )

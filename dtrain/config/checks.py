@@ -144,6 +144,10 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
+    if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
+        what = f"{stage.method.kind} cannot be merged: {reason}"
+        fix = "make it the last stage, with output.merge=false"
+        yield Clash([(*at, "method", "kind"), ("output", "merge")], what, fix)
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:

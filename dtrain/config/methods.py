@@ -1,7 +1,7 @@
 """The fine-tuning methods: their recipe keys, and their traits that need no torch.
 
 Config checks, the plan, reports and engines ask `settings.traits` and never compare kinds. What a
-method does to a model stands in `dtrain/methods/<family>.py`.
+method does to a model is in the class of `dtrain/methods/` that its traits name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MethodTraits:
 
     Attributes:
         title: name in reports.
-        family: the module of `dtrain.methods` that implements it.
+        implementation: "module:class" of its `dtrain.methods.base.Method`.
         trains_base: the base's own parameters train; they are kept in float32, and the merged
             model replaces them. Otherwise the base is frozen, in the dtype that computes.
         quantizes_base: the frozen base's linear layers are kept in NF4, 4 bits a weight.
@@ -34,7 +34,7 @@ class MethodTraits:
     """
 
     title: str
-    family: str
+    implementation: str
     trains_base: bool = False
     quantizes_base: bool = False
     adapter_shapes: AdapterShapes | None = None
@@ -51,9 +51,22 @@ def _lora_shapes(outputs: int, inputs: int, rank: int) -> tuple[tuple[int, int],
 
 
 TRAITS = {
-    "full": MethodTraits("every parameter", "full", trains_base=True),
-    "lora": MethodTraits("LoRA", "lora", adapter_shapes=_lora_shapes),
-    "qlora": MethodTraits("QLoRA", "lora", quantizes_base=True, adapter_shapes=_lora_shapes),
+    "full": MethodTraits(
+        title="every parameter",
+        implementation="dtrain.methods.full:FullFineTuning",
+        trains_base=True,
+    ),
+    "lora": MethodTraits(
+        title="LoRA",
+        implementation="dtrain.methods.lora:LoraMethod",
+        adapter_shapes=_lora_shapes,
+    ),
+    "qlora": MethodTraits(
+        title="QLoRA",
+        implementation="dtrain.methods.lora:LoraMethod",
+        quantizes_base=True,
+        adapter_shapes=_lora_shapes,
+    ),
 }
 
 
@@ -94,6 +107,10 @@ class AdapterSettings(MethodSettings):
         """These settings."""
         return self
 
+    def peft_config(self) -> dict[str, Any]:
+        """The settings of adapter_config.json that decide what PEFT computes."""
+        raise NotImplementedError
+
 
 class Lora(AdapterSettings):
     """Low-rank adapters (arXiv:2106.09685); qlora: over a base in NF4 (arXiv:2305.14314)."""
@@ -109,11 +126,20 @@ class Lora(AdapterSettings):
         """Alpha as used: the recipe's, or twice the rank."""
         return self.alpha if self.alpha is not None else 2.0 * self.r
 
+    def peft_config(self) -> dict[str, Any]:
+        """The settings of PEFT's LoraConfig."""
+        return {
+            "peft_type": "LORA",
+            "r": self.r,
+            "lora_alpha": self.scale_alpha,
+            "lora_dropout": self.dropout,
+        }
+
 
 Method = Annotated[Full | Lora, Field(discriminator="kind")]
-_METHOD: TypeAdapter[Full | Lora] = TypeAdapter(Method)
+_METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
 
 
-def parse_method(settings: dict[str, Any]) -> Full | Lora:
+def parse_method(settings: dict[str, Any]) -> MethodSettings:
     """The method that a checkpoint or a stage's record says it was trained with."""
     return _METHOD.validate_python(settings)

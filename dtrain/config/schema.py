@@ -380,3 +380,7 @@ class Recipe(Group):
     stages: list[Stage] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
     output: Output
+
+    def merges(self, stage: Stage) -> bool:
+        """Whether a stage is merged: for the next stage, or because `output.merge` asks for it."""
+        return self.output.merge or stage is not self.stages[-1]

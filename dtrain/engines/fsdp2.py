@@ -20,7 +20,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.engines import engines_with
-from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
@@ -51,7 +50,7 @@ class Fsdp2(TorchEngine):
         if mesh.ndim > 1:
             self.copy = (mesh.get_local_rank("replicate"), mesh.size(0))
         # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
-        self.reduce_every_micro_batch = isinstance(stage.method, Full)
+        self.reduce_every_micro_batch = stage.method.traits.trains_base
         self.reduces = True
         self.optimizer = build_optimizer(self.owned, stage)
         unsharded = [n for n, p in bare.named_parameters() if not isinstance(p, DTensor)]
@@ -62,7 +61,7 @@ class Fsdp2(TorchEngine):
 
         An adapter's are small and its frozen base is in the compute dtype already.
         """
-        if not isinstance(self.stage.method, Full) or self.compute_dtype == torch.float32:
+        if not self.stage.method.traits.trains_base or self.compute_dtype == torch.float32:
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32)
 

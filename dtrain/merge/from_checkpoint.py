@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from torch import Tensor
 
 from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.load import load_recipe
+from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.run_dir import RunDir
@@ -146,8 +146,7 @@ class AdapterSaved:
 
 def saved_adapter(saved: Saved, shapes: Shapes) -> Adapter:
     """The adapter that a checkpoint holds."""
-    method = saved.origin.method
-    alpha = method["alpha"] if method.get("alpha") is not None else 2.0 * method["r"]
-    config: dict[str, Any] = {"peft_type": "LORA", "r": method["r"], "lora_alpha": alpha}
+    settings = parse_method(saved.origin.method).adapter
+    assert settings is not None
     tensors = AdapterSaved(saved.checkpoint)
-    return Adapter(config, tensors, shapes, saved.checkpoint.folder)
+    return Adapter(settings.peft_config(), tensors, shapes, saved.checkpoint.folder)

@@ -10,6 +10,7 @@ from typing import Any
 from dtrain.checkpoints.file_names import step_of
 from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.config.load import load_recipe
+from dtrain.config.methods import TRAITS
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_sealed
 from dtrain.core.hash_cache import cached_hash
@@ -84,7 +85,8 @@ def adapter_origin(folder: Path) -> Origin | None:
 def origin_from(inputs: dict[str, Any], identity: str, dtype: str, run: Path) -> Origin:
     """The same from what a checkpoint says it was made from."""
     method = inputs["method"]
-    return Origin(identity, inputs["parent"], method["kind"] == "qlora", dtype, method, run)
+    quantized = TRAITS[method["kind"]].quantizes_base
+    return Origin(identity, inputs["parent"], quantized, dtype, method, run)
 
 
 def known_bases(base: Path, origins: Sequence[Origin | None], manifest: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.methods import TRAITS
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
@@ -52,7 +53,7 @@ def origin(folder: Path) -> Origin:
         return Origin()
     known = read_json(record)
     inputs = known["inputs"]
-    quantised = inputs["method"]["kind"] == "qlora"
+    quantised = TRAITS[inputs["method"]["kind"]].quantizes_base
     return Origin(known["identity"], inputs["parent"], quantised, inputs["kind"])
 
 

@@ -6,6 +6,7 @@ import gc
 import shutil
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
 from dtrain.config.engines import ENGINES
-from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import say, warn
 from dtrain.core.ownership import own_folder
@@ -37,7 +37,7 @@ from dtrain.merge.chat_files import adapter_files, merged_files
 from dtrain.merge.from_checkpoint import read_whole, replace_with
 from dtrain.merge.merge import check_mergeable, check_places, merge, part_of
 from dtrain.merge.nf4 import Packed
-from dtrain.models.adapters import attach, changed_tensors, save_adapter
+from dtrain.methods.base import Method, build_method
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.kernels.warm_up import compile_ahead
@@ -78,6 +78,11 @@ class StageRun:
     load_peak: int = 0  # bytes, while base and engine were built
     speed: float = 0.0  # tokens a second of this start; 0 if it made no step
 
+    @cached_property
+    def method(self) -> Method[Any]:
+        """The stage's method."""
+        return build_method(self.stage.method)
+
     def run(self) -> bool:
         """Train, save the adapter, merge; return False if it was stopped to go on later."""
         trained = self.train()
@@ -93,7 +98,7 @@ class StageRun:
         del trained, model
         free_memory()
         self.world.barrier()
-        if self.wants_merge():
+        if self.recipe.merges(self.stage):
             merge_together(
                 self.world,
                 self.base,
@@ -175,26 +180,31 @@ class StageRun:
 
     def build(self, checkpoint: Checkpoint | None) -> Engine:
         """Base, adapter, engine; with the state of `checkpoint` where there is one."""
-        method, world = self.stage.method, self.world
+        method, world = self.method, self.world
         dtype = resolve_dtype(self.recipe.model.dtype, world.device)
         base, fill = self.open_base(dtype)
-        model = attach(base, method, seed=self.recipe.seed, device=world.device)
+        model = method.attach(base, seed=self.recipe.seed, device=world.device)
         self.check_merge(model)
+
+        def materialize(block: torch.nn.Module) -> None:
+            fill(block)
+            method.on_weights_loaded(block)
+
         if not ENGINES[self.recipe.engine.kind].shards_base:
-            fill(model)
+            materialize(model)
         self.counts = trainable, total = parameter_counts(model)
         say(
-            f"stage {self.stage.name}: {self.stage.kind}, {method.kind}, "
+            f"stage {self.stage.name}: {self.stage.kind}, {self.stage.method.kind}, "
             f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
             f"{self.recipe.engine.kind} on {world.size} x {world.device.type}, {dtype}"
         )
         compiled.switch(on=self.recipe.determinism != "strict")
         say(f"kernels: {apply_kernels(model, self.recipe.model)}")
         if self.recipe.model.kernels != "off":
-            compile_ahead(world.device, dtype, full=isinstance(method, Full))
+            compile_ahead(world.device, dtype, trains_base=method.traits.trains_base)
         if checkpoint is not None:
             load_trainable(model, checkpoint)
-        engine = build_engine(model, self.recipe, self.stage, world, fill)
+        engine = build_engine(model, self.recipe, self.stage, world, materialize)
         if checkpoint is not None:
             checkpoint.restore(engine.pieces())
             engine.restored()
@@ -203,16 +213,16 @@ class StageRun:
 
     def open_base(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Fill]:
         """The base without storage, and what fills it, block by block for an engine that shards."""
+        method = self.method
         settings: dict[str, Any] = {
-            "quantised": self.stage.method.kind == "qlora",
-            # What trains is kept in float32; the engine computes in the recipe's dtype.
-            "dtype": torch.float32 if isinstance(self.stage.method, Full) else dtype,
+            "quantised": method.traits.quantizes_base,
+            "dtype": method.base_dtype(dtype),
             "device": self.world.device,
         }
         streamed = stream_base(self.base, self.recipe.model, **settings)
         if not streamed.converted:
             return streamed.model, streamed.fill
-        self.check_merge(attach(streamed.model, self.stage.method, seed=0))  # before the load
+        self.check_merge(method.attach(streamed.model, seed=0))  # before the load
         if ENGINES[self.recipe.engine.kind].shards_base:
             warn(
                 f"{self.base}: {len(streamed.converted)} tensors are stored in another form "
@@ -223,8 +233,8 @@ class StageRun:
 
     def check_merge(self, model: torch.nn.Module) -> None:
         """Refuse now what the merge after the training could not write."""
-        if self.wants_merge():
-            check_mergeable(self.base, changed_tensors(model))
+        if self.recipe.merges(self.stage):
+            check_mergeable(self.base, self.method.changed_tensors(model))
 
     def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
         """The loop's inputs, at the checkpoint's step or at the start."""
@@ -311,11 +321,11 @@ class StageRun:
 
     def write_adapter(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         """The adapter; what is there may be of fewer steps, or damaged, and is made again."""
-        if not isinstance(self.stage.method, Full):
+        if self.method.traits.adds_adapter:
             tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
             files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
-            save_adapter(self.folder.adapter, model, tensors, base=str(self.base), files=files)
-        if self.wants_merge():
+            self.method.save(self.folder.adapter, model, tensors, base=str(self.base), files=files)
+        if self.recipe.merges(self.stage):
             shutil.rmtree(self.folder.merged, ignore_errors=True)
 
     def merge(self, checkpoint: Checkpoint, at_once: int) -> None:
@@ -323,11 +333,11 @@ class StageRun:
         out, identity, packing = self.folder.merged, self.folder.identity, None
         files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
         files = merged_files(self.base, files)
-        if isinstance(self.stage.method, Full):
+        if self.method.traits.trains_base:
             replace_with(checkpoint, self.base, out, identity, processes=at_once, files=files)
             return
         shapes = check_places(self.base, [self.folder.adapter], out)
-        if self.stage.method.kind == "qlora":
+        if self.method.traits.quantizes_base:
             dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
             trusts = self.recipe.model.trust_remote_code
             packing = Packed(self.base, shapes, dtype, trusts, self.world.device)
@@ -346,10 +356,6 @@ class StageRun:
             f"{facts['tokens_per_second']:.0f} tokens/s, peak {size(facts['peak_memory_bytes'])} "
             f"a rank, checkpoint {size(checkpoint.size_bytes)}"
         )
-
-    def wants_merge(self) -> bool:
-        """Every stage but the last is merged for the next one; the last if the recipe says so."""
-        return self.recipe.output.merge or self.stage is not self.recipe.stages[-1]
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
@@ -110,13 +109,13 @@ class Run:
         return found
 
     def _after(self, stage: Stage, before: Choice | None) -> Choice | None:
-        if isinstance(stage.method, Full):
+        if not stage.method.traits.adds_adapter:
             template = trained_template([self.merged(stage)], self.template)
             merged = Choice(str(self.merged(stage)), template=template)
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
             return None
-        quantised, first = stage.method.kind == "qlora", stage is self.recipe.stages[0]
+        quantised, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
         base, folders = self.base_of(stage), [self.adapter(stage)]
         if not (first or quantised or before is None):
             base, quantised = before.base, before.quantised

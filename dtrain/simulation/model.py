@@ -16,14 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionMaskInterface, PretrainedConfig
 
-from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine
 from dtrain.engines.build import build_engine
+from dtrain.methods.base import build_method
 from dtrain.models import attention, positions
-from dtrain.models.adapters import attach
 from dtrain.models.kernels import lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import for_training, resolve_dtype
@@ -85,8 +84,8 @@ def build(
         UserError: a target that no layer answers to, ranks that do not fit the engine.
     """
     dtype = resolve_dtype(recipe.model.dtype, CPU)
-    full = isinstance(stage.method, Full)
-    width = torch.float32 if full else dtype
+    method = build_method(stage.method)
+    width = method.base_dtype(dtype)
     settled = for_training(config, recipe.model, width, CPU)
     if settled._attn_implementation != attention.NAME:
         raise UserError(
@@ -94,9 +93,9 @@ def build(
             where="model.attention",
             fix="plan without --exact",
         )
-    quantised = stage.method.kind == "qlora"
+    quantised = method.traits.quantizes_base
     base = empty_model(settled, recipe.model, quantised=quantised, dtype=width, device=CPU)
-    model = attach(base, stage.method, seed=0, device=torch.device("meta"))
+    model = method.attach(base, seed=0, device=torch.device("meta"))
     apply_kernels(model, recipe.model)
     native.switch(on=False)  # a CPU's own loops, which keep less and look at numbers
     _fake_buffers(model, mode)

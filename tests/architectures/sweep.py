@@ -31,7 +31,7 @@ import transformers
 
 from dtrain.config import schema
 from dtrain.config.methods import Lora
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.rank_main import keep_libraries_quiet
 from dtrain.samples.make import ensure
@@ -91,7 +91,7 @@ def warm_up() -> None:
             base = load_base(
                 Path(folder), settings, quantised=quantised, dtype=dtype, device=device
             )
-            attach(base, Lora(kind="lora"), seed=0)
+            build_method(Lora(kind="lora")).attach(base, seed=0)
     gc.collect()
     gc.freeze()  # else each fork walks over all that was imported
 

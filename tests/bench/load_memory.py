@@ -33,7 +33,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.distributed.world import end_world, start_world
 from dtrain.engines.build import build_engine
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.quantize import nf4_config
 from dtrain.models.sharded_loading import stream_base
@@ -139,7 +139,7 @@ def load(base: Path, kind: str, world: Any) -> object:
         fill = streamed.fill
     else:
         model = load_base(base, recipe.model, **settings)
-    adapted = attach(model, stage.method, seed=0, device=world.device)  # type: ignore[arg-type]
+    adapted = build_method(stage.method).attach(model, seed=0, device=world.device)  # type: ignore[arg-type]
     return build_engine(adapted, recipe, stage, world, fill), model
 
 

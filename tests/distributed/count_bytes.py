@@ -19,7 +19,7 @@ from dtrain.engines import shared_gather
 from dtrain.engines.base import Engine
 from dtrain.engines.build import build_engine
 from dtrain.engines.fsdp2 import build_mesh
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
 from dtrain.models.loss import supervised_losses
@@ -62,7 +62,7 @@ def build(engine: str, world: World) -> tuple[Engine, int, int]:
     loaded = load_base(
         base, recipe.model, quantised=False, dtype=torch.float32, device=world.device
     )
-    model = attach(loaded, recipe.stages[0].method, seed=0)
+    model = build_method(recipe.stages[0].method).attach(loaded, seed=0)
     counts = parameter_counts(model)
     return build_engine(model, recipe, recipe.stages[0], world, lambda block: None), *counts
 

@@ -16,7 +16,7 @@ from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import sample_name
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.build import build_engine
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.sharded_loading import stream_base
@@ -49,7 +49,7 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
         for module in places:
             refs.extend(weakref.ref(p) for p in module.parameters(False))
 
-    model = attach(streamed.model, stage.method, seed=0, device=world.device)
+    model = build_method(stage.method).attach(streamed.model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
     if not ENGINES[kind].shards_base:
         fill(model)

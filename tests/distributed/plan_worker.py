@@ -27,7 +27,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
 from dtrain.engines.build import build_engine
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
@@ -145,7 +145,7 @@ def built(recipe, stage, world):
         model, fill = streamed.model, streamed.fill
     else:
         model, fill = load_base(base, recipe.model, **settings), lambda block: None
-    model = attach(model, stage.method, seed=0, device=world.device)
+    model = build_method(stage.method).attach(model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
     native.switch(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)

@@ -17,7 +17,7 @@ from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -92,7 +92,7 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
         gradient_checkpointing=False,
     )
     trainer = SFTTrainer(
-        model=attach(model, stage.method, seed=recipe.seed),
+        model=build_method(stage.method).attach(model, seed=recipe.seed),
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,

@@ -22,12 +22,12 @@ WIDTH, INNER, VOCABULARY, RANK = 64, 96, 160, 8  # different, as torch takes equ
 Draw = Callable[..., Tensor]
 
 
-def compile_ahead(device: torch.device, dtype: torch.dtype, *, full: bool) -> None:
+def compile_ahead(device: torch.device, dtype: torch.dtype, *, trains_base: bool) -> None:
     """Compute forward and backward of every kernel that is compiled, on a few random numbers.
 
     Args:
         dtype: what the model computes in.
-        full: whether all weights train.
+        trains_base: whether the base's own weights train.
     """
     if not compiled.compiles(torch.empty(2, 2, device=device)):
         return
@@ -36,7 +36,7 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, *, full: bool) -> No
         return torch.rand(shape, device=device, dtype=dtype).requires_grad_(trains)
 
     def weight(*shape: int) -> Tensor:
-        return nn.Parameter(draw(*shape, trains=False), requires_grad=full)
+        return nn.Parameter(draw(*shape, trains=False), requires_grad=trains_base)
 
     for tokens in TOKENS:
         for learns in (False, True):  # what precedes the first adapter learns nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.checks import accumulation, check
+from dtrain.config.methods import TRAITS
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 
@@ -201,3 +203,13 @@ def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micr
             assert accumulation(batch, ranks, int(proposals[1].split()[-1])) >= 1
         else:
             assert accumulation(batch, int(proposals[1].split()[0]), 1) >= 1
+
+
+def test_a_method_that_cannot_be_merged_is_refused_where_a_merge_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TRAITS, "lora", replace(TRAITS["lora"], cannot_merge="it has no weights"))
+    (clash,) = check(recipe())
+    what = "stages.0.method.kind and output.merge: lora cannot be merged: it has no weights"
+    assert (clash.what, clash.fix) == (what, "make it the last stage, with output.merge=false")
+    assert not check(recipe(output__merge=False))

@@ -28,7 +28,7 @@ from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_places, merge, part_of, replace
 from dtrain.merge.nf4 import Packed
 from dtrain.merge.provenance import model_fingerprint
-from dtrain.models.adapters import attach, save_adapter
+from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.weight_files import weight_files
 
@@ -174,13 +174,14 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
     model = load_base(
         base, settings, quantised=True, dtype=torch.float32, device=torch.device("cpu")
     )
-    method = Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
-    adapted = attach(model, method, seed=2)
+    lora = Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
+    method = build_method(lora)
+    adapted = method.attach(model, seed=2)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     tensors = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
-    save_adapter(folder, adapted, tensors)
+    method.save(folder, adapted, tensors)
     return adapted.eval()
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dtrain.config import schema
-from dtrain.config.methods import Full, Lora
+from dtrain.config.methods import Full, Lora, MethodSettings
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import Adapter
 from dtrain.merge.merge import check_mergeable, check_places, merge, part_of, replace
 from dtrain.merge.nf4 import Packed
-from dtrain.models.adapters import attach, changed_tensors, save_adapter
+from dtrain.methods.base import Method, build_method
 from dtrain.models.load import load_base
 
 WRAPPERS = ["gemma3", "gemma4", "got_ocr2"]
@@ -34,16 +34,16 @@ def plain(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
-def train(base: Path, folder: Path, kind: str) -> nn.Module:
+def train(base: Path, folder: Path, method: Method) -> nn.Module:
     settings = schema.Model(base=str(base), attention="eager")
-    quantised, cpu = kind == "qlora", torch.device("cpu")
+    quantised, cpu = method.traits.quantizes_base, torch.device("cpu")
     model = load_base(base, settings, quantised=quantised, dtype=torch.float32, device=cpu)
-    adapted = attach(model, Lora(kind=kind, r=4, dropout=0.0), seed=0)
+    adapted = method.attach(model, seed=0)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     torch.manual_seed(3)
     for parameter in trained.values():
         nn.init.normal_(parameter, std=0.05)
-    save_adapter(folder, adapted, {n: p.detach() for n, p in trained.items()})
+    method.save(folder, adapted, {n: p.detach() for n, p in trained.items()})
     return adapted
 
 
@@ -54,8 +54,9 @@ def test_a_merged_wrapper_computes_as_the_adapter_on_its_base(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     save_small(wrapper, base)
-    adapted = train(base, tmp_path / "adapter", kind)
-    check_mergeable(base, changed_tensors(adapted))
+    method = build_method(Lora(kind=kind, r=4, dropout=0.0))
+    adapted = train(base, tmp_path / "adapter", method)
+    check_mergeable(base, method.changed_tensors(adapted))
     shapes = check_places(base, [], out)
     packing = Packed(base, shapes, torch.float32) if kind == "qlora" else None
     adapter = Adapter.open(tmp_path / "adapter", shapes)
@@ -72,9 +73,10 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     save_small(wrapper, base)
-    model = attach(plain(base), Full(kind="full"), seed=0)
+    method = build_method(Full(kind="full"))
+    model = method.attach(plain(base), seed=0)
     trained = {n: p.detach().add_(0.01) for n, p in model.named_parameters() if p.requires_grad}
-    check_mergeable(base, changed_tensors(model))
+    check_mergeable(base, method.changed_tensors(model))
 
     def read(name: str, start: int, stop: int) -> Tensor:
         return trained[name].flatten()[start:stop]
@@ -87,12 +89,13 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
         assert torch.equal(plain(out).get_buffer(name), buffer)
 
 
-@pytest.mark.parametrize("method", [Lora(kind="lora", r=2), Full(kind="full")])
+@pytest.mark.parametrize("settings", [Lora(kind="lora", r=2), Full(kind="full")])
 def test_targets_that_the_files_hold_in_another_form_are_refused(
-    tmp_path: Path, save_small: Callable, method: Lora | Full
+    tmp_path: Path, save_small: Callable, settings: MethodSettings
 ) -> None:
     """HRM's queries, keys and values are one tensor in its files."""
     save_small("hrm_text", tmp_path)
-    model = attach(plain(tmp_path), method, seed=0)
+    method = build_method(settings)
+    model = method.attach(plain(tmp_path), seed=0)
     with pytest.raises(UserError, match=r"gate_proj.weight is trained, .* hold it in another form"):
-        check_mergeable(tmp_path, changed_tensors(model))
+        check_mergeable(tmp_path, method.changed_tensors(model))

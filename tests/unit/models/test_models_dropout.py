@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key
 from dtrain.models.kernels import native
 
@@ -87,7 +87,7 @@ def adapted(checkpointing: bool) -> nn.Module:
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     method = Lora(kind="lora", r=4, dropout=0.2)
-    return with_live_b(attach(model, method, seed=3))
+    return with_live_b(build_method(method).attach(model, seed=3))
 
 
 def with_live_b(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, read_config, resolve_dtype
 from dtrain.models.outline import outline
@@ -92,7 +92,7 @@ def test_parameters_are_counted_alike_in_nf4(folder: Path) -> None:
     total = sum(p.numel() for p in load(folder).parameters())
     assert parameter_counts(load(folder)) == (0, total)
     assert parameter_counts(load(folder, quantised=True)) == (0, total)
-    adapted = attach(load(folder, quantised=True), Lora(kind="qlora", r=2), seed=0)
+    adapted = build_method(Lora(kind="qlora", r=2)).attach(load(folder, quantised=True), seed=0)
     trains, everything = parameter_counts(adapted)
     assert everything == total + trains > total
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
@@ -200,7 +200,7 @@ def test_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 def test_training_in_place_leaves_the_bases_files_alone(folder: Path) -> None:
     """Loaded tensors are memory-mapped: a shared mapping would write the updates to the disk."""
     before = [path.read_bytes() for path in weight_files(folder)]
-    model = attach(load(folder), Full(kind="full"), seed=0)
+    model = build_method(Full(kind="full")).attach(load(folder), seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)

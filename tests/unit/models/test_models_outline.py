@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.load import load_base, read_config
 from dtrain.models.outline import check_dense, outline, unused_parameters
 from dtrain.models.quantize import nf4_layers
@@ -56,7 +56,8 @@ def test_every_adapter_gets_a_gradient(
     No text reaches an image tower; Gemma 3n reads the weight of a layer that it never calls.
     """
     model = save_small(kind, tmp_path).requires_grad_(False)
-    adapted = attach(model, LORA.model_copy(update={"target_modules": target_modules}), seed=0)
+    settings = LORA.model_copy(update={"target_modules": target_modules})
+    adapted = build_method(settings).attach(model, seed=0)
     loss(adapted).backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
@@ -65,14 +66,15 @@ def test_every_adapter_gets_a_gradient(
 def test_what_peft_does_not_adapt_is_refused(tmp_path: Path, save_small: Callable) -> None:
     model = save_small("mamba", tmp_path).requires_grad_(False)
     with pytest.raises(UserError, match="incompatible with Mamba-based models"):
-        attach(model, LORA, seed=0)
-    attach(model, LORA.model_copy(update={"target_modules": ["in_proj", "x_proj"]}), seed=0)
+        build_method(LORA).attach(model, seed=0)
+    settings = LORA.model_copy(update={"target_modules": ["in_proj", "x_proj"]})
+    build_method(settings).attach(model, seed=0)
 
 
 def test_full_training_leaves_an_image_tower_frozen(
     tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = attach(save_small("gemma3", tmp_path), Full(kind="full"), seed=0)
+    model = build_method(Full(kind="full")).attach(save_small("gemma3", tmp_path), seed=0)
     loss(model).backward()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, p in model.named_parameters() if p.grad is None}
@@ -85,7 +87,7 @@ def test_full_training_leaves_an_image_tower_frozen(
 def test_targets_in_an_image_tower_alone_are_refused(tmp_path: Path, save_small: Callable) -> None:
     model = save_small("gemma3", tmp_path)
     with pytest.raises(UserError, match="no text reaches"):
-        attach(model, LORA.model_copy(update={"target_modules": ["out_proj"]}), seed=0)
+        build_method(LORA.model_copy(update={"target_modules": ["out_proj"]})).attach(model, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_nf4_holds_what_text_passes_through_and_no_image_tower(
     model = found.model if load is stream_base else found
     packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
     assert packed and all("language_model" in name for name in packed)
-    adapted = attach(model, LORA.model_copy(update={"kind": "qlora"}), seed=0)
+    adapted = build_method(LORA.model_copy(update={"kind": "qlora"})).attach(model, seed=0)
     target_modules = {n.removeprefix("base_model.model.") for n in adapted_names(adapted)}
     assert target_modules == packed
 

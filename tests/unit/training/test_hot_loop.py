@@ -26,8 +26,8 @@ from transformers import (
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
+from dtrain.methods.base import build_method
 from dtrain.models import attention
-from dtrain.models.adapters import attach
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.positions import rotate_by_document
 from dtrain.training.train_step import forward_losses, poisoned
@@ -98,7 +98,7 @@ def engine(config: PretrainedConfig, method: Any, kernels: str, *, recomputes: b
         base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
         if recomputes:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        model: nn.Module = attach(base, method, seed=0, device=META)
+        model: nn.Module = build_method(method).attach(base, seed=0, device=META)
     rotate_by_document(model)
     apply_kernels(model, schema.Model(base="none", kernels=kernels))  # type: ignore[arg-type]
     world = SimpleNamespace(device=META)

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
 from dtrain.data.loader import MicroBatch
+from dtrain.methods.base import build_method
 from dtrain.models import attention
-from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels.patch import use_kernels
 from dtrain.models.loss import supervised_losses
@@ -68,7 +68,7 @@ def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> 
         )
     ).requires_grad_(False)  # fmt: skip
     change(model.get_submodule(PARTS[part]))
-    adapted = attach(model, LORA, seed=0)
+    adapted = build_method(LORA).attach(model, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)

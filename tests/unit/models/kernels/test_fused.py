@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import compiled, fused_cross_entropy, rms_norm, swiglu
 from dtrain.models.kernels.patch import use_kernels
@@ -156,7 +156,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
     torch._dynamo.reset()
     monkeypatch.setattr(compiled, "compiles", lambda tensor: tensor.numel() > tensor.shape[-1])
     monkeypatch.setattr(compiled, "_compiled", cache(traced))
-    compile_ahead(torch.device("cpu"), torch.float32, full=full)
+    compile_ahead(torch.device("cpu"), torch.float32, trains_base=full)
     ahead = len(graphs)
     config = LlamaConfig(
         vocab_size=200, hidden_size=48, intermediate_size=112, num_hidden_layers=2,
@@ -164,7 +164,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
     )  # fmt: skip
     base = LlamaForCausalLM(config).requires_grad_(False)
     method: Any = Full(kind="full") if full else Lora(kind="lora", r=4, dropout=0.1)
-    model = attach(base, method, seed=0).train()
+    model = build_method(method).attach(base, seed=0).train()
     use_kernels(model)
     for tokens in (33, 2, 5):
         positions = torch.arange(tokens)

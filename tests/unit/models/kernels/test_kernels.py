@@ -25,7 +25,7 @@ from transformers import (
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
-from dtrain.models.adapters import attach
+from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import fused_cross_entropy, lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
@@ -73,7 +73,7 @@ def build(folder: Path, method: Full | Lora, kernels: str, **settings: object) -
     chosen = schema.Model(base=str(folder), kernels=kernels, **settings)  # type: ignore[arg-type]
     quantised = method.kind == "qlora"
     base = load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)
-    model = attach(base, method, seed=3)
+    model = build_method(method).attach(base, seed=3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # it starts at zero; of 1.0, float32's own rounding would decide
             seeded = torch.Generator().manual_seed(len(name))
@@ -158,7 +158,7 @@ def test_what_is_put_in_is_told(tmp_path: Path) -> None:
         folder = saved(CONFIGS[name], tmp_path / name)
         chosen = schema.Model(base=str(folder))
         base = load_base(folder, chosen, quantised=False, dtype=torch.float32, device=CPU)
-        told[name] = apply_kernels(attach(base, LORA, seed=0), chosen)
+        told[name] = apply_kernels(build_method(LORA).attach(base, seed=0), chosen)
     assert told["llama"] == (
         "14 adapted layers, 5 norms, 2 MLPs, 2 rotary embeddings, 1 chunked loss"
     )

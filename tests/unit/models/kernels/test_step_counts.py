@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
+from dtrain.methods.base import build_method
 from dtrain.models import attention
-from dtrain.models.adapters import attach
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
@@ -113,7 +113,7 @@ def build(method: Full | Lora, kernels: str, attention_name: str) -> nn.Module:
     base = LlamaForCausalLM(CONFIG).requires_grad_(False)
     base.set_attn_implementation(attention_name)
     base.config.use_cache = False
-    model = attach(base, method, seed=0)
+    model = build_method(method).attach(base, seed=0)
     apply_kernels(model, schema.Model(base="none", kernels=kernels))  # type: ignore[arg-type]
     return model
 

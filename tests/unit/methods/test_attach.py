@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
-from dtrain.models.adapters import attach, save_adapter
+from dtrain.methods.base import build_method
 from dtrain.models.tensor_utils import parameter_counts
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
@@ -35,13 +35,13 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_first_weights_follow_from_the_seed_alone() -> None:
-    first = trainable(attach(base(), LORA, seed=5))
+    first = trainable(build_method(LORA).attach(base(), seed=5))
     torch.manual_seed(99)
     model = base()
     torch.rand(1000)
-    again = trainable(attach(model, LORA, seed=5))
-    half = trainable(attach(base(torch.bfloat16), LORA, seed=5))
-    other = trainable(attach(base(), LORA, seed=6))
+    again = trainable(build_method(LORA).attach(model, seed=5))
+    half = trainable(build_method(LORA).attach(base(torch.bfloat16), seed=5))
+    other = trainable(build_method(LORA).attach(base(), seed=6))
     assert first.keys() == again.keys() == half.keys()
     assert all(torch.equal(first[n], again[n]) and torch.equal(first[n], half[n]) for n in first)
     assert all(t.dtype == torch.float32 for t in half.values())
@@ -49,13 +49,14 @@ def test_first_weights_follow_from_the_seed_alone() -> None:
 
 
 def test_no_two_layers_start_alike() -> None:
-    first = [t for n, t in trainable(attach(base(), LORA, seed=5)).items() if "lora_A" in n]
+    model = build_method(LORA).attach(base(), seed=5)
+    first = [tensor for name, tensor in trainable(model).items() if "lora_A" in name]
     marks = {tuple(tensor.flatten()[:8].tolist()) for tensor in first}
     assert len(marks) == len(first) == 14
 
 
 def test_first_weights_are_distributed_as_in_peft() -> None:
-    first = trainable(attach(base(), Lora(kind="lora", r=64), seed=5))
+    first = trainable(build_method(Lora(kind="lora", r=64)).attach(base(), seed=5))
     assert all(not t.any() for n, t in first.items() if "lora_B" in n)
     for name, tensor in first.items():
         if "lora_A" in name:
@@ -67,7 +68,7 @@ def test_first_weights_are_distributed_as_in_peft() -> None:
 def test_no_gradient_is_asked_below_the_first_adapter() -> None:
     model = base()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    adapted = attach(model, Lora(kind="lora", dropout=0.0), seed=0)
+    adapted = build_method(Lora(kind="lora", dropout=0.0)).attach(model, seed=0)
     seen = []
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(output.requires_grad)
@@ -81,20 +82,20 @@ def test_no_gradient_is_asked_below_the_first_adapter() -> None:
 @pytest.mark.parametrize("target_modules", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
 def test_wrong_target_names_the_linear_layers(target_modules: list[str]) -> None:
     with pytest.raises(UserError, match="no linear layer is named") as caught:
-        attach(base(), Lora(kind="lora", target_modules=target_modules), seed=0)
+        build_method(Lora(kind="lora", target_modules=target_modules)).attach(base(), seed=0)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught)
 
 
 def test_tied_output_matrix_gets_no_adapter() -> None:
     method = Lora(kind="lora", target_modules=["lm_head"])
     with pytest.raises(UserError, match="tied"):
-        attach(base(tie_word_embeddings=True), method, seed=0)
-    untied = trainable(attach(base(tie_word_embeddings=False), method, seed=0))
+        build_method(method).attach(base(tie_word_embeddings=True), seed=0)
+    untied = trainable(build_method(method).attach(base(tie_word_embeddings=False), seed=0))
     assert len(untied) == 2
 
 
 def test_full_trains_everything_in_float32() -> None:
-    model = attach(base(torch.bfloat16), Full(kind="full"), seed=0)
+    model = build_method(Full(kind="full")).attach(base(torch.bfloat16), seed=0)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.training
     total = sum(p.numel() for p in model.parameters())
@@ -103,12 +104,12 @@ def test_full_trains_everything_in_float32() -> None:
 
 def trained(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     """An adapter that changes the logits, saved."""
-    model = attach(base(), LORA, seed=5)
+    model = build_method(LORA).attach(base(), seed=5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     tensors = trainable(model)
-    save_adapter(folder, model, tensors, base="some/base")
+    build_method(LORA).save(folder, model, tensors, base="some/base")
     return model.eval(), tensors
 
 
@@ -144,7 +145,7 @@ def test_config_says_what_was_trained_and_is_written_the_same_each_time(tmp_path
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
     model, tensors = trained(tmp_path / "adapter")
     doubled = {name: 2 * tensor for name, tensor in tensors.items()}
-    save_adapter(tmp_path / "adapter", model, doubled)
+    build_method(LORA).save(tmp_path / "adapter", model, doubled)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = next(iter(doubled))
     assert torch.equal(stored[name.replace(".default.", ".")], doubled[name])
@@ -157,7 +158,7 @@ def test_non_finite_adapter_is_not_saved(tmp_path: Path) -> None:
     name = sorted(tensors)[3]
     tensors[name][0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite") as caught:
-        save_adapter(tmp_path / "adapter", model, tensors)
+        build_method(LORA).save(tmp_path / "adapter", model, tensors)
     assert name in str(caught) and caught.value.status == Exit.NON_FINITE
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
@@ -170,5 +171,5 @@ def test_an_incomplete_adapter_is_not_saved(change: str, tmp_path: Path) -> None
     else:
         tensors["other"] = torch.zeros(1)
     with pytest.raises(AssertionError, match="disagree on 1 names"):
-        save_adapter(tmp_path / "new", model, tensors)
+        build_method(LORA).save(tmp_path / "new", model, tensors)
     assert not (tmp_path / "new").exists()

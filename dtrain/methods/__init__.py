@@ -1,0 +1,1 @@
+"""Fine-tuning methods: one module a family, behind the protocol of `base.Method`."""

@@ -1,0 +1,196 @@
+"""What all adapters of linear layers share: PEFT attaches them, and reads them back."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, get_peft_config, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.config.methods import AdapterSettings
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.log import say
+from dtrain.methods.base import Method, summarize_names
+from dtrain.models.dropout import key_dropouts
+from dtrain.models.outline import linear_layers, outline, unused_layers
+from dtrain.models.peft_format import CONFIG, WEIGHTS
+from dtrain.models.tensor_utils import all_finite
+
+ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
+
+Settings = TypeVar("Settings", bound=AdapterSettings)
+
+
+class AdapterMethod(Method[Settings]):
+    """A PEFT model: a frozen base, a float32 adapter, and dropout keyed by the sample."""
+
+    @abstractmethod
+    def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Set the first values of one parameter of the adapter, which are zero before.
+
+        Args:
+            tensor: float32, on the CPU.
+            generator: seeded by the recipe's seed and the parameter's name.
+        """
+
+    def attach(
+        self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
+    ) -> nn.Module:
+        described = outline(model.config, trust_remote_code=model.is_custom_code())
+        targets = resolve_targets(model, self.settings.target_modules, unused_layers(described))
+        # transformers and PEFT each hook the embeddings so that their output requires a gradient,
+        # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
+        model.disable_input_require_grads()
+        adapted = self._with_adapter(model, targets)
+        model.disable_input_require_grads()
+        self._initialize(adapted, seed, device)
+        key_dropouts(adapted)
+        adapted.train()
+        return adapted
+
+    def _with_adapter(self, model: PreTrainedModel, targets: str | list[str]) -> PeftModel:
+        """PEFT's model; a layer that PEFT cannot adapt, such as Mamba's, is an error."""
+        settings = {"target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+        config = get_peft_config(self.settings.peft_config() | settings)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"[PEFT:{config.peft_type}] ")
+            fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
+            raise UserError(reason, where="method.target_modules", fix=fix) from error
+        assert isinstance(adapted, PeftModel)
+        return adapted
+
+    def _initialize(self, model: nn.Module, seed: int, device: torch.device | None) -> None:
+        for name, parameter in list(model.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
+            digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            self.initialize(name, values, generator)
+            parent, _, leaf = name.rpartition(".")
+            values = values.to(device or parameter.device)
+            model.get_submodule(parent)._parameters[leaf] = nn.Parameter(values)
+
+    def changed_tensors(self, model: nn.Module) -> set[str]:
+        """The weights under an adapter, and all that NF4 rounded: the merge writes those too."""
+        assert isinstance(model, PeftModel)
+        modules = model.get_base_model().named_modules()
+        changed = {n for n, m in modules if isinstance(m, BaseTunerLayer | Linear4bit)}
+        return {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
+
+    def save(
+        self,
+        folder: Path,
+        model: nn.Module,
+        tensors: dict[str, Tensor],
+        *,
+        base: str | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        assert isinstance(model, PeftModel)
+        _check_tensors(model, tensors)
+        stored = {n.replace(f".{ADAPTER}.", "."): t.contiguous().cpu() for n, t in tensors.items()}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            with atomic_folder(staging / "new") as target:
+                save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
+                write_json(target / CONFIG, _adapter_config(model, base))
+                for name, text in (files or {}).items():
+                    (target / name).write_text(text, encoding="utf-8")
+            if folder.exists():
+                folder.rename(staging / "old")
+            (staging / "new").rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def resolve_targets(
+    model: PreTrainedModel, target_modules: str | list[str], unused: set[str]
+) -> str | list[str]:
+    """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
+
+    Args:
+        unused: layers that no text reaches; an adapter there would never get a gradient.
+
+    Raises:
+        UserError: a target that names no linear layer, or only unused ones.
+    """
+    output = model.get_output_embeddings()
+    layers = linear_layers(model)
+    if isinstance(target_modules, str):
+        matched = {n for n, m in layers.items() if m is not output}
+    else:
+        _check_targets(model, target_modules, layers)
+        names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
+        matched = set(_matching(names, target_modules))
+    used = (matched & layers.keys()) - unused
+    if not used:
+        raise UserError("no text reaches any of these layers", where="method.target_modules")
+    if used == matched:
+        return target_modules if isinstance(target_modules, str) else list(target_modules)
+    without = matched - used
+    say(
+        f"{len(without)} layers get no adapter, as no text reaches them: {summarize_names(without)}"
+    )
+    return sorted(used)
+
+
+def _matching(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The names that PEFT matches: equal to a target, or ending with it after a dot."""
+    endings = tuple(f".{target}" for target in targets)
+    return [name for name in names if f".{name}".endswith(endings)]
+
+
+def _check_targets(
+    model: PreTrainedModel, target_modules: list[str], layers: dict[str, nn.Module]
+) -> None:
+    for target in target_modules:
+        if not _matching(layers, [target]):
+            raise UserError(
+                f"no linear layer is named {target!r}",
+                where="method.target_modules",
+                fix=f"choose from: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers}))}",
+            )
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    if tied and any(layers[name] is output for name in _matching(layers, target_modules)):
+        raise UserError(
+            "the output matrix is tied to the embeddings and cannot have an adapter of its own",
+            where="method.target_modules",
+        )
+
+
+def _adapter_config(model: PeftModel, base: str | None) -> dict[str, Any]:
+    """The content of adapter_config.json; PEFT writes its sets in an order that changes."""
+    content = model.peft_config[ADAPTER].to_dict()
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
+    settings |= {"base_model_name_or_path": base}
+    return dict(sorted(settings.items())) | {"inference_mode": True}
+
+
+def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(expected ^ tensors.keys())
+    assert not odd, f"adapter and model disagree on {len(odd)} names: {odd[:3]}"
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise UserError(
+                f"the adapter is not finite in {name}",
+                status=Exit.NON_FINITE,
+                fix="resume from an earlier checkpoint with a lower train.learning_rate",
+            )

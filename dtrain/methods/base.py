@@ -1,0 +1,104 @@
+"""The protocol of a fine-tuning method: what it makes trainable in a base, and what it saves.
+
+What needs no torch (recipe keys, memory, whether it merges) is in `dtrain/config/methods.py`. To
+add a method, add its settings and traits there, and the class that the traits name here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.config.methods import MethodSettings, MethodTraits
+
+Settings = TypeVar("Settings", bound=MethodSettings)
+
+
+class Method(ABC, Generic[Settings]):
+    """A method with the settings of a stage."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @property
+    def traits(self) -> MethodTraits:
+        """The method's traits that need no torch."""
+        return self.settings.traits
+
+    def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """The dtype to load the base in; what trains is kept in float32."""
+        return torch.float32 if self.traits.trains_base else compute_dtype
+
+    @abstractmethod
+    def attach(
+        self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
+    ) -> nn.Module:
+        """Make a frozen base trainable; its parameters may still be on the meta device.
+
+        Args:
+            model: from `load_base` or `stream_base`.
+            seed: decides the first values of what is added, together with the layers' names and
+                nothing else: they are the same on every rank, device and dtype.
+            device: of what is added; that of its layer if None.
+
+        Returns:
+            The model to train: its parameters that require a gradient are float32.
+
+        Raises:
+            UserError: the settings do not fit the model.
+        """
+
+    def on_weights_loaded(self, block: nn.Module) -> None:
+        """Called when a block's base weights are loaded, before an engine shards them.
+
+        Args:
+            block: a decoder layer, or the whole model after its layers.
+        """
+        return
+
+    @abstractmethod
+    def changed_tensors(self, model: nn.Module) -> set[str]:
+        """Names, in the base, of the parameters that the merge will change."""
+
+    def save(
+        self,
+        folder: Path,
+        model: nn.Module,
+        tensors: dict[str, Tensor],
+        *,
+        base: str | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write what was added to the base, in PEFT layout; nothing if nothing was.
+
+        Args:
+            folder: replaced as a whole if it exists.
+            model: from `attach`, for its settings and the names of what trains.
+            tensors: whole tensors by `named_parameters()` name.
+            base: the base that PEFT shall load; not named if None.
+            files: text of other files to save in the folder, by name.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        return
+
+
+def build_method(settings: MethodSettings) -> Method[Any]:
+    """The method that a stage's settings name."""
+    module, _, name = settings.traits.implementation.partition(":")
+    method: Method[Any] = getattr(import_module(module), name)(settings)
+    return method
+
+
+def summarize_names(names: Iterable[str]) -> str:
+    """The first modules of parameters or layers, by the two leading parts of their names."""
+    stems = sorted({".".join(name.split(".")[:2]) for name in names})
+    return ", ".join(stems[:3]) + (", …" if len(stems) > 3 else "")

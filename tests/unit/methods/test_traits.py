@@ -1,0 +1,49 @@
+"""The table of traits against the recipe's methods and what each method really does."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dtrain.config.methods import TRAITS, AdapterSettings, Method, parse_method
+from dtrain.methods.base import build_method
+
+KINDS = [kind for group in get_args(get_args(Method)[0])
+         for kind in get_args(group.model_fields["kind"].annotation)]  # fmt: skip
+
+
+def test_every_kind_of_method_has_traits() -> None:
+    assert sorted(KINDS) == sorted(TRAITS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_traits_say_what_trains(kind: str) -> None:
+    settings = parse_method({"kind": kind})
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    before = {id(parameter) for parameter in base.parameters()}
+    linear = base.model.layers[0].mlp.down_proj
+    model = build_method(settings).attach(base, seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    traits = settings.traits
+    assert all(p.dtype == torch.float32 for p in trained)
+    assert traits.trains_base == any(id(p) in before for p in trained)
+    assert traits.adds_adapter == any(id(p) not in before for p in trained)
+    assert traits.adds_adapter == isinstance(settings.adapter, AdapterSettings)
+    if traits.adapter_shapes is not None:
+        assert settings.adapter is not None
+        expected = traits.adapter_shapes(*linear.weight.shape, settings.adapter.r)
+        adapted = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+        found = [tuple(p.shape) for p in adapted.parameters() if p.requires_grad]
+        assert sorted(found) == sorted(expected)
+
+
+def test_the_base_is_loaded_in_the_dtype_of_what_trains_in_it() -> None:
+    dtypes = {k: build_method(parse_method({"kind": k})).base_dtype(torch.bfloat16) for k in KINDS}
+    assert dtypes == {"full": torch.float32, "lora": torch.bfloat16, "qlora": torch.bfloat16}
