@@ -33,7 +33,7 @@ def copy(
     """Write a shipped recipe to a file of yours; a file that is there is never overwritten."""
     known = shipped()
     if name not in known:
-        fix = f"take one of {', '.join(known)}"
+        fix = f"use one of {', '.join(known)}"
         raise UserError("there is no such shipped recipe", where=name, fix=fix)
     target = path or Path(f"{name}.yaml")
     if target.is_dir():

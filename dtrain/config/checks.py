@@ -1,4 +1,4 @@
-"""What a recipe must not combine; every check names the keys at fault and a way out."""
+"""Checks of a recipe that need several keys; each error names the keys and a fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESERVED_NAMES = RUN_FILES | {"base"}
 
 
 class Clash(UserError):
-    """Keys that do not go together, or a value that its surroundings forbid."""
+    """An error in a combination of keys."""
 
     def __init__(self, keys: list[Key], what: str, fix: str = "") -> None:
         self.keys = keys
@@ -30,7 +30,7 @@ CHOSEN_BY_AUTO = ("strict", "eight_bit_optimizer")
 
 
 def check(recipe: Recipe) -> list[Clash]:
-    """Every fault that one key alone does not show; no file but `engine.config` is opened."""
+    """All errors that a single key does not show; opens no file except `engine.config`."""
     return [
         *unsupported_by_engine(recipe),
         *_deepspeed_file(recipe),
@@ -42,26 +42,27 @@ def check(recipe: Recipe) -> list[Clash]:
 
 
 def accumulation(global_batch: int, ranks: int, micro_batch: int) -> int:
-    """Micro-batches a rank computes in one optimizer step.
+    """Gradient accumulation: micro-batches per rank in an optimizer step.
 
     Args:
         global_batch: sequences in a step, over all ranks.
         ranks: processes that share them.
-        micro_batch: sequences that a rank computes at once.
+        micro_batch: sequences per rank and forward pass.
 
     Raises:
-        UserError: they do not divide; the nearest values that do are proposed.
+        UserError: `global_batch` is not a multiple of `ranks` x `micro_batch`; the closest values
+            that work are proposed.
     """
     together = ranks * micro_batch
     if global_batch % together == 0:
         return global_batch // together
-    what = f"{global_batch} sequences do not divide among {ranks} ranks x {micro_batch} at once"
+    what = f"{global_batch} sequences cannot be divided by {ranks} ranks x {micro_batch} sequences"
     raise UserError(
-        what, where="train.global_batch_size", fix=_what_divides(global_batch, ranks, together)
+        what, where="train.global_batch_size", fix=_divisors(global_batch, ranks, together)
     )
 
 
-def _what_divides(global_batch: int, ranks: int, together: int) -> str:
+def _divisors(global_batch: int, ranks: int, together: int) -> str:
     below, above = global_batch // together * together, -(-global_batch // together) * together
     batches = " or ".join(str(n) for n in (below, above) if n)
     proposals = [f"global_batch_size {batches}"]
@@ -72,7 +73,7 @@ def _what_divides(global_batch: int, ranks: int, together: int) -> str:
     else:
         fewer = max(n for n in range(1, min(ranks, global_batch) + 1) if global_batch % n == 0)
         proposals.append(f"{fewer} ranks with micro_batch_size 1")
-    return "take " + ", or ".join(proposals)
+    return "use " + ", or ".join(proposals)
 
 
 def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
@@ -90,7 +91,7 @@ def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
     if engine.shard != "all":
         uses.append((("engine", "shard"), "shard_group", "shard groups", "shard=all"))
     if engine.config is not None:
-        fix = "leave engine.config out"
+        fix = "remove engine.config"
         uses.append((("engine", "config"), "zero_stage", "a DeepSpeed file", fix))
     for key, capability, feature, alternative in uses:
         able = engines_with(capability)
@@ -129,12 +130,12 @@ def _stage_names(recipe: Recipe) -> Iterator[Clash]:
     for number, stage in enumerate(recipe.stages):
         numbers.setdefault(stage.name, []).append(number)
         if stage.name in RESERVED_NAMES:
-            what = f"{stage.name} is what dtrain calls something else in the run folder"
+            what = f"the run folder needs {stage.name} for something else"
             yield Clash([("stages", number, "name")], what, "choose another name")
     for name, same in numbers.items():
         if len(same) > 1:
             keys: list[Key] = [("stages", number, "name") for number in same]
-            yield Clash(keys, f"two stages are named {name}", "give each its own name")
+            yield Clash(keys, f"two stages are named {name}", "choose another name for one of them")
 
 
 def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
@@ -152,12 +153,12 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:
     names = ("epochs", "steps", "tokens")
-    given = [name for name in names if getattr(stage.train, name) is not None]
-    if not given:
+    present = [name for name in names if getattr(stage.train, name) is not None]
+    if not present:
         keys: list[Key] = [(*at, name) for name in names]
-        yield Clash(keys, "how long to train is not said", "give one of them")
-    elif len(given) > 1:
-        yield Clash([(*at, name) for name in given], "only one of them can say how long to train")
+        yield Clash(keys, "the length of the training is missing", "set one of them")
+    elif len(present) > 1:
+        yield Clash([(*at, name) for name in present], "only one of them can be set")
 
 
 def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
@@ -166,21 +167,21 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     if train.evaluate_every_steps is None:
         for name in ("early_stopping_patience", "evaluate_on"):
             if getattr(train, name) is not None:
-                what = "nothing is evaluated in between, so there is nothing to watch"
-                yield Clash([(*at, name), every], what, "give evaluate_every_steps")
+                what = "nothing is evaluated during training"
+                yield Clash([(*at, name), every], what, "set evaluate_every_steps")
     elif not sets:
-        fix = "add a set to evaluation.sets, or leave evaluate_every_steps out"
-        yield Clash([every, ("evaluation", "sets")], "there is nothing to evaluate on", fix)
+        fix = "add a set to evaluation.sets, or remove evaluate_every_steps"
+        yield Clash([every, ("evaluation", "sets")], "there is no evaluation set", fix)
     if train.evaluate_on is not None and sets and train.evaluate_on not in sets:
         what = f"there is no set named {train.evaluate_on}"
-        fix = f"take one of {', '.join(sets)}"
+        fix = f"use one of {', '.join(sets)}"
         yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], what, fix)
 
 
 def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     ranks, train = recipe.launch.processes, stage.train
     if ranks == "auto":
-        ranks = 1  # whatever the number will be, one micro-batch must go into the step
+        ranks = 1  # with any number of ranks, a step needs at least one micro-batch
     try:
         accumulation(train.global_batch_size, ranks, train.micro_batch)
     except UserError as error:
@@ -196,9 +197,9 @@ def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
 def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
     weighted = [number for number, source in enumerate(data.sources) if source.weight is not None]
     if weighted and len(weighted) < len(data.sources):
-        bare = [n for n in range(len(data.sources)) if n not in weighted]
-        keys: list[Key] = [(*at, weighted[0], "weight"), (*at, bare[0], "weight")]
-        yield Clash(keys, "some sources have a weight and some do not", "weigh all, or none")
+        missing = [n for n in range(len(data.sources)) if n not in weighted]
+        keys: list[Key] = [(*at, weighted[0], "weight"), (*at, missing[0], "weight")]
+        yield Clash(keys, "some sources have a weight and some do not", "set all weights, or none")
     places: list[Key] = [(*at, number) for number in range(len(data.sources))]
     places.append((*at[:-1], "replay"))
     for place, source in zip(places, data.all_sources, strict=False):
@@ -213,29 +214,29 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
 
 
 def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
-    """Weights by step: in order, of a stage of a known length, and never all 0."""
+    """Errors in weights by step: unordered, without a known number of steps, or all 0."""
     data, train, sources = stage.data, stage.train, (*at, "data", "sources")
     lists = {n: s.weight for n, s in enumerate(data.sources) if isinstance(s.weight, list)}
     for number, entries in lists.items():
         after, here = [entry.after_steps for entry in entries], (*sources, number, "weight")
         if after[0] != 0 or after != sorted(set(after)):
-            fix = "begin with after_steps: 0, and let each be more than the one before"
+            fix = "start with after_steps: 0, in ascending order"
             yield Clash([here], f"the steps are {after}", fix)
             return
         if train.steps is not None and after[-1] >= train.steps:
             keys: list[Key] = [here, (*at, "train", "steps")]
-            what = f"the weight after {after[-1]} steps never holds in {train.steps}"
-            yield Clash(keys, what, "leave it out, or train longer")
+            what = f"the weight after {after[-1]} steps never applies in {train.steps} steps"
+            yield Clash(keys, what, "remove it, or train longer")
         if train.epochs is not None:
             keys = [here, (*at, "train", "epochs")]
-            what = "how long an epoch is depends on the weights, and these change"
-            yield Clash(keys, what, "give train.steps or train.tokens instead")
+            what = "the length of an epoch depends on the weights, which change"
+            yield Clash(keys, what, "set train.steps or train.tokens instead")
         if not any(entry.weight for entry in entries):
-            yield Clash([here], "the source never has a weight", "leave the source out")
+            yield Clash([here], "the weight is always 0", "remove the source")
     for steps, weights in data.weights_by_step.items() if lists else ():
         if not any(weights):
             yield Clash(
-                [sources], f"after {steps} steps no source has a weight", "give one of them"
+                [sources], f"after {steps} steps all weights are 0", "set one of them above 0"
             )
 
 
@@ -244,6 +245,6 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
         at = ("evaluation", "sets", name)
         for number, source in enumerate(held_out.sources):
             if isinstance(source.weight, list):
-                what = "a set is measured whole, and has no steps"
-                yield Clash([(*at, "sources", number, "weight")], what, "give one weight")
+                what = "an evaluation set has no steps"
+                yield Clash([(*at, "sources", number, "weight")], what, "set a single weight")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON file: what it may set, and what belongs to the recipe."""
+"""A DeepSpeed JSON file: what it may set, and what the recipe decides."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dtrain.config.engines import ENGINES
 from dtrain.core.errors import Problems, UserError
 from dtrain.core.files import read_text, unique_keys
 
-# knob of the file → key of the recipe that owns it
-OWNED = {
+# setting in the file → key of the recipe that decides it
+DECIDED_BY_RECIPE = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
@@ -24,28 +24,28 @@ OWNED = {
     "activation_checkpointing": "model.gradient_checkpointing",
 }
 PREFETCH = "stage3_prefetch_bucket_size"
-MOST_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
+MAX_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
 _OFFLOADS = ("offload_param", "offload_optimizer")
 
 
 def prefetch_elements(hidden: int) -> int:
-    """What "auto" stands for as the bucket that ZeRO-3 gathers ahead, in elements.
+    """ZeRO-3's prefetch bucket where the file says "auto", in elements.
 
-    0.9 h² of a model h wide, as in Hugging Face's Accelerate, and at most DeepSpeed's own 50M:
-    a bucket as large as many layers is new memory at each gather, and gains nothing.
+    0.9 h² for hidden size h, as in Hugging Face's Accelerate, and at most DeepSpeed's default of
+    50M: a bucket of many layers needs memory at each gather and saves no time.
     """
-    return min(MOST_PREFETCHED, hidden * hidden * 9 // 10)
+    return min(MAX_PREFETCHED, hidden * hidden * 9 // 10)
 
 
 def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:
-    """A DeepSpeed file, as it stands, that goes with the engine `kind` and with `offload`.
+    """Read a DeepSpeed file and check it against `engine.kind` and `engine.offload`.
 
     Raises:
-        UserError: it cannot be read or is no JSON object.
-        Problems: it sets what the recipe owns, or is for another engine.
+        UserError: it cannot be read or is not a JSON object.
+        Problems: it sets what the recipe decides, or is for another engine.
     """
     config = _parse(path)
-    faults = [*_owned_knobs(config, path), *_zero(config, path, kind, offload)]
+    faults = [*_decided_by_recipe(config, path), *_zero(config, path, kind, offload)]
     if faults:
         raise Problems(faults)
     return config
@@ -64,15 +64,15 @@ def _parse(path: Path) -> dict[str, Any]:
     return config
 
 
-def _owned_knobs(config: dict[str, Any], path: Path) -> Iterator[UserError]:
-    for knob, owner in OWNED.items():
-        group, _, name = knob.rpartition(".")
+def _decided_by_recipe(config: dict[str, Any], path: Path) -> Iterator[UserError]:
+    for setting, key in DECIDED_BY_RECIPE.items():
+        group, _, name = setting.rpartition(".")
         holder = config.get(group, {}) if group else config
         if not isinstance(holder, dict):
             yield UserError(f"{group} is not a JSON object", where=str(path))
         elif holder.get(name, "auto") != "auto":
-            what = f"{knob} is {json.dumps(holder[name])}, but the recipe's {owner} decides it"
-            yield UserError(what, where=str(path), fix='set it to "auto", or leave it out')
+            what = f"{setting} is {json.dumps(holder[name])}, but the recipe's {key} decides it"
+            yield UserError(what, where=str(path), fix='set it to "auto", or remove it')
 
 
 def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Iterator[UserError]:
@@ -87,7 +87,7 @@ def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Itera
     offloaded = [name for name in _OFFLOADS if _device(zero.get(name)) != "none"]
     if offloaded and not offload:
         what = f"zero_optimization.{offloaded[0]} is set, but engine.offload is false"
-        yield UserError(what, where=str(path), fix="engine.offload=true, or leave it out")
+        yield UserError(what, where=str(path), fix="engine.offload=true, or remove it")
     elif offload and not offloaded:
         what = "zero_optimization has no offload_param, but engine.offload is true"
         yield UserError(what, where=str(path), fix="engine.offload=false, or add the group")
@@ -98,10 +98,10 @@ def _device(group: Any) -> str:
 
 
 def read_stage(path: Path) -> str:
-    """The ZeRO stage that a DeepSpeed file names, as text; empty if it names none.
+    """The ZeRO stage in a DeepSpeed file, as text; empty if it has none.
 
     Raises:
-        UserError: it cannot be read or is no JSON object.
+        UserError: it cannot be read or is not a JSON object.
     """
     zero = _parse(path).get("zero_optimization")
     return str(zero.get("stage", "")) if isinstance(zero, dict) else ""

@@ -1,4 +1,4 @@
-"""A recipe from its file: read, overridden, validated, checked; every fault told at once."""
+"""Load a recipe: read, override, validate, check; all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        address: a YAML file, or the name of a recipe that comes with dtrain.
+        address: a YAML file, or the name of a shipped recipe.
         overrides: `key.sub=value`, each value in YAML.
 
     Raises:
         UserError: the file cannot be read.
-        Problems: every fault in the recipe, with `file:line`.
+        Problems: all errors in the recipe, each with `file:line`.
     """
     document = read_document(find_recipe(address))
     faults = apply_overrides(document, overrides)
@@ -37,19 +37,19 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
         broken = problems(error, document)
-        faults += [*broken.values(), *_clashes_beside(broken, document)]
+        faults += [*broken.values(), *_clashes_without(broken, document)]
     else:
-        faults += [_placed(clash, document) for clash in check(recipe)]
+        faults += [_with_lines(clash, document) for clash in check(recipe)]
     if faults:
         raise Problems(faults)
     return recipe
 
 
 def find_recipe(address: str) -> Path:
-    """The file that an address stands for.
+    """The file of a recipe, or of a shipped recipe by name.
 
     Raises:
-        UserError: there is none; the nearest shipped recipe is offered.
+        UserError: there is no such recipe; the closest shipped one is proposed.
     """
     path, known = Path(address).expanduser(), shipped()
     if path.is_file():
@@ -59,14 +59,14 @@ def find_recipe(address: str) -> Path:
     if path.is_dir():
         raise UserError("is a folder, not a recipe", where=address)
     close = get_close_matches(path.stem, known, n=1)
-    offer = f"did you mean {close[0]}?" if close else f"dtrain comes with: {', '.join(known)}"
+    offer = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(known)}"
     raise UserError("there is no such recipe", where=address, fix=offer)
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML, defaults filled in, in the order of the schema; keys not given are left.
+    """The recipe as YAML with its defaults, in the order of the schema, without empty keys.
 
-    `load_recipe` reads it back equal.
+    `load_recipe` reads an equal recipe from it.
     """
     yaml = YAML(typ="rt", pure=True)
     yaml.width, yaml.allow_unicode, yaml.default_flow_style = 2**20, True, False
@@ -76,48 +76,51 @@ def dump(recipe: Recipe) -> str:
     return stream.getvalue()
 
 
-def _placed(clash: Clash, document: Document) -> UserError:
-    """A clash between keys, with the line of each that is written somewhere."""
-    places = list(dict.fromkeys(document.where(key) for key in clash.keys))
-    written = [place for place in places if place != document.name] or places
-    return UserError(clash.what, where=", ".join(written), fix=clash.fix)
+def _with_lines(clash: Clash, document: Document) -> UserError:
+    """The error with the line of each of its keys that the document contains."""
+    origins = list(dict.fromkeys(document.where(key) for key in clash.keys))
+    lines = [origin for origin in origins if origin != document.name] or origins
+    return UserError(clash.what, where=", ".join(lines), fix=clash.fix)
 
 
-def _clashes_beside(broken: dict[Key, UserError], document: Document) -> list[UserError]:
-    """Clashes among the keys that are right, found by leaving out the broken ones."""
-    healed = deepcopy(document.values)
+def _clashes_without(broken: dict[Key, UserError], document: Document) -> list[UserError]:
+    """Clashes among the valid keys: the recipe is checked without the broken ones."""
+    valid = deepcopy(document.values)
     for key in sorted(broken, key=len, reverse=True):
-        _leave_out(healed, key)
+        _remove(valid, key)
     try:
-        recipe = Recipe.model_validate(healed)
+        recipe = Recipe.model_validate(valid)
     except ValidationError:
-        return []  # what is broken cannot be left out
+        return []  # a required key is broken
     return [
-        _placed(clash, document)
+        _with_lines(clash, document)
         for clash in check(recipe)
         if not any(_overlap(key, bad) for key in clash.keys for bad in broken)
     ]
 
 
-def _overlap(one: Key, other: Key) -> bool:
-    length = min(len(one), len(other))
-    return one[:length] == other[:length]
+def _overlap(a: Key, b: Key) -> bool:
+    length = min(len(a), len(b))
+    return a[:length] == b[:length]
 
 
-def _leave_out(values: Any, key: Key) -> None:
-    for part in key[:-1]:
-        values = values[part]
+def _remove(values: Any, key: Key) -> None:
+    for step in key[:-1]:
+        values = values[step]
     if key and isinstance(values, dict):
         values.pop(key[-1], None)
 
 
-_FORM = "write key=value or group.key=value, for example engine.kind=zero3"
+_SYNTAX = "write key=value or group.key=value, for example engine.kind=zero3"
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> list[UserError]:
-    """Put each `key=value` into the document, in order; what cannot be put there is returned.
+    """Apply each `key=value` to the document, in order.
 
-    A list is entered by number (`stages.0.…`) or by the name of an entry (`stages.domain.…`).
+    Entries of a list are addressed by index (`stages.0.…`) or by name (`stages.domain.…`).
+
+    Returns:
+        An error for each override that cannot be applied.
     """
     problems = []
     for override in overrides:
@@ -131,42 +134,42 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> list[UserEr
 def _apply(document: Document, override: str) -> None:
     origin = f"override {override}"
     address, equals, text = override.partition("=")
-    parts = address.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError("is not of the form key=value", where=origin, fix=_FORM)
+    steps = address.strip().split(".")
+    if not equals or not all(steps):
+        raise UserError("is not of the form key=value", where=origin, fix=_SYNTAX)
     value = parse_value(text, origin)
     holder: Any = document.values
     key: Key = ()
-    for part in parts[:-1]:
-        holder, key = _enter(holder, key, part, origin)
+    for step in steps[:-1]:
+        holder, key = _enter(holder, key, step, origin)
         document.origins.setdefault(key, origin)
-    last = _index(holder, key, parts[-1], origin)
+    last = _index(holder, key, steps[-1], origin)
     holder[last] = value
     _forget(document, (*key, last))
     document.origins[(*key, last)] = origin
 
 
-def _enter(holder: Any, key: Key, part: str, origin: str) -> tuple[Any, Key]:
-    index = _index(holder, key, part, origin)
-    if isinstance(holder, dict) and holder.get(part) is None:
-        holder[part] = {}
+def _enter(holder: Any, key: Key, step: str, origin: str) -> tuple[Any, Key]:
+    index = _index(holder, key, step, origin)
+    if isinstance(holder, dict) and holder.get(step) is None:
+        holder[step] = {}
     return holder[index], (*key, index)
 
 
-def _index(holder: Any, key: Key, part: str, origin: str) -> str | int:
+def _index(holder: Any, key: Key, step: str, origin: str) -> str | int:
     if isinstance(holder, dict):
-        return part
+        return step
     if not isinstance(holder, list):
         raise UserError(f"{dotted(key)} has no keys: it is {holder!r}", where=origin)
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in holder]
-    if part in names:
-        return names.index(part)
-    if part.isdecimal() and int(part) < len(holder):
-        return int(part)
+    if step in names:
+        return names.index(step)
+    if step.isdecimal() and int(step) < len(holder):
+        return int(step)
     known = [str(name) for name in names if name]
-    close = get_close_matches(part, known, n=1)
-    fix = f"did you mean {close[0]}?" if close else f"take one of {_choices(known, len(holder))}"
-    raise UserError(f"{dotted(key)} has no entry {part}", where=origin, fix=fix)
+    close = get_close_matches(step, known, n=1)
+    fix = f"did you mean {close[0]}?" if close else f"use one of {_choices(known, len(holder))}"
+    raise UserError(f"{dotted(key)} has no entry {step}", where=origin, fix=fix)
 
 
 def _choices(names: list[str], count: int) -> str:
@@ -174,6 +177,6 @@ def _choices(names: list[str], count: int) -> str:
 
 
 def _forget(document: Document, key: Key) -> None:
-    """The lines of what was replaced say nothing any more."""
+    """Remove the lines of a value that was replaced."""
     for old in [k for k in document.origins if k[: len(key)] == key]:
         del document.origins[old]

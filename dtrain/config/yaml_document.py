@@ -1,4 +1,4 @@
-"""YAML text into plain values, with the place each one came from."""
+"""Parse YAML into plain values and remember the line of each key."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
 
-Key = tuple[str | int, ...]  # the way to a value: ("stages", 0, "name")
+Key = tuple[str | int, ...]  # path of a value: ("stages", 0, "name")
 
-MOST_VALUES = 100_000  # a few lines of YAML aliases can stand for billions
-DEEPEST = 40
+MAX_VALUES = 100_000  # a few lines of YAML aliases can expand to billions of values
+MAX_DEPTH = 40
 
 
 @dataclass
 class Document:
-    """A recipe as read: plain values, and where each was written."""
+    """A recipe as written.
+
+    Attributes:
+        name: the file, for messages.
+        values: plain dicts, lists and scalars.
+        origins: key → `file:line` or `override …`.
+    """
 
     name: str
     values: Any
     origins: dict[Key, str] = field(default_factory=dict)
 
     def where(self, key: Key) -> str:
-        """`file:line` or `override …` of a key, or of the nearest group around it."""
+        """`file:line` or `override …` of a key, or of the innermost group around it."""
         for length in range(len(key), -1, -1):
             if origin := self.origins.get(key[:length]):
                 return origin
@@ -39,25 +45,25 @@ class Document:
 
 def dotted(key: Key) -> str:
     """("stages", 0, "name") → 'stages.0.name'."""
-    return ".".join(str(part) for part in key)
+    return ".".join(map(str, key))
 
 
 def read_document(path: Path) -> Document:
     """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or is not a group of keys.
+        UserError: the file cannot be read, is not YAML, or is not a group of keys.
     """
     values, origins = _parse(read_text(path), str(path))
     if values is None:
-        raise UserError("is empty", where=str(path), fix="`dtrain recipes copy tiny` gives a start")
+        raise UserError("is empty", where=str(path), fix="start from `dtrain recipes copy tiny`")
     if not isinstance(values, dict):
         raise UserError("is not a group of `key: value` lines", where=str(path))
     return Document(str(path), values, origins)
 
 
 def parse_value(text: str, name: str) -> Any:
-    """The value that a piece of YAML stands for, as plain Python; `name` is for messages."""
+    """Parse YAML into plain Python values; `name` is its origin, for messages."""
     return _parse(text, name)[0]
 
 
@@ -76,16 +82,18 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
 
 
 def _syntax_error(error: MarkedYAMLError, name: str) -> UserError:
-    mark = error.problem_mark or error.context_mark
-    where = f"{name}:{mark.line + 1}" if mark else name
+    position = error.problem_mark or error.context_mark
+    where = f"{name}:{position.line + 1}" if position else name
     problem = str(error.problem or error.context)
     if isinstance(error, DuplicateKeyError):
         key = problem.partition('duplicate key "')[2].partition('"')[0]
-        return UserError(f"{key}: the key is there twice", where=where, fix="keep one of them")
+        return UserError(f"{key}: duplicate key", where=where, fix="keep one of them")
     if "'\\t'" in problem:
-        return UserError("a tab", where=where, fix="indent with spaces: YAML takes no tabs")
+        return UserError("indented with a tab", where=where, fix="YAML allows only spaces")
     if "expected a single document" in f"{error.context} {problem}":
-        return UserError("a second document starts here", where=where, fix="one recipe a file")
+        return UserError(
+            "a second document starts here", where=where, fix="write one recipe per file"
+        )
     return UserError(f"is not valid YAML: {problem}", where=where)
 
 
@@ -94,7 +102,7 @@ def _first_line(error: Exception) -> str:
 
 
 class _Plain:
-    """Turns ruamel's values into plain ones and remembers the line of each key."""
+    """Converts ruamel's values into plain ones and records the line of each key."""
 
     def __init__(self, name: str) -> None:
         self.name, self._count = name, 0
@@ -102,8 +110,8 @@ class _Plain:
 
     def convert(self, node: Any, key: Key) -> Any:
         self._count += 1
-        if self._count > MOST_VALUES or len(key) > DEEPEST:
-            raise UserError("has too many values, or aliases that go round", where=self.name)
+        if self._count > MAX_VALUES or len(key) > MAX_DEPTH:
+            raise UserError("has too many values, or circular aliases", where=self.name)
         if isinstance(node, Mapping):
             return {str(k): self._child(node, k, (*key, str(k))) for k in node}
         if isinstance(node, Sequence) and not isinstance(node, str):
@@ -118,15 +126,15 @@ class _Plain:
 
 
 def _line(node: Any, name: Any) -> int | None:
-    place = node.lc.key if hasattr(node, "keys") else node.lc.item
+    position = node.lc.key if hasattr(node, "keys") else node.lc.item
     try:
-        return int(place(name)[0]) + 1
+        return int(position(name)[0]) + 1
     except (KeyError, TypeError, IndexError):
-        return None  # came in through a YAML merge key: the group around it has a line
+        return None  # from a YAML merge key; the group around it has a line
 
 
 def _scalar(node: Any) -> Any:
-    if isinstance(node, bool | ScalarBoolean):  # the second, of `&anchor true`, is an int
+    if isinstance(node, bool | ScalarBoolean):  # `&anchor true` is an int
         return bool(node)
     for kind in (int, float):
         if isinstance(node, kind):

@@ -75,7 +75,7 @@ class Workload:
     bucket_elements: int = BUCKET_ELEMENTS
     live_elements: int = LIVE_ELEMENTS
     reuse_elements: int = LIVE_ELEMENTS
-    prefetch_elements: int = deepspeed_file.MOST_PREFETCHED
+    prefetch_elements: int = deepspeed_file.MAX_PREFETCHED
     persistent_elements: int = PERSISTENT_ELEMENTS
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()

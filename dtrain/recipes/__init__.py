@@ -1,4 +1,4 @@
-"""The recipes that come with dtrain: YAML files in this folder, found by name."""
+"""The shipped recipes: YAML files in this folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ FOLDER = Path(__file__).parent
 
 
 def shipped() -> dict[str, Path]:
-    """Name → file of every shipped recipe, in the order of their names."""
+    """Name → file of every shipped recipe, sorted by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def summary(path: Path) -> str:
-    """What a recipe is for: the first sentence of the comment that it begins with."""
+    """The purpose of a recipe: the first sentence of the comment at its start."""
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):

@@ -84,7 +84,7 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         ({"stages__0__train__evaluate_on": "domain"}, ["evaluate_on", "evaluate_every_steps"]),
         (
             {"stages__0__train__evaluate_on": "no", "stages__0__train__evaluate_every_steps": 1},
-            ["evaluate_on", "evaluation.sets", "take one of domain"],
+            ["evaluate_on", "evaluation.sets", "use one of domain"],
         ),
         (
             {"stages__0__train__evaluate_every_steps": 1, "evaluation": {}},
@@ -109,7 +109,7 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         ),
         (
             weights([(0, 1.0)], [(10, 1.0)]),
-            ["stages.0.data.sources.1.weight", "[10]", "begin with after_steps: 0"],
+            ["stages.0.data.sources.1.weight", "[10]", "start with after_steps: 0"],
         ),
         (weights([(0, 1.0), (9, 1.0), (9, 2.0)]), ["stages.0.data.sources.0.weight", "[0, 9, 9]"]),
         (
@@ -120,10 +120,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             weights([(0, 1.0), (2, 2.0)]) | {"stages__0__train__steps": None, **EPOCHS},
             ["stages.0.data.sources.0.weight", "stages.0.train.epochs"],
         ),
-        (weights([(0, 1.0)], [(0, 0.0)]), ["stages.0.data.sources.1.weight", "never has a weight"]),
+        (
+            weights([(0, 1.0)], [(0, 0.0)]),
+            ["stages.0.data.sources.1.weight", "the weight is always 0"],
+        ),
         (
             weights([(0, 1.0), (2, 0.0)], [(0, 1.0), (1, 0.0)]),
-            ["stages.0.data.sources", "after 2 steps no source"],
+            ["stages.0.data.sources", "after 2 steps all weights are 0"],
         ),
         (
             {"evaluation__sets__domain__sources": [TEXT | {"weight": BY_STEP}]},
@@ -196,7 +199,7 @@ def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micr
         assert accumulation(batch, ranks, micro) * ranks * micro == batch
     except UserError as error:
         assert batch % (ranks * micro)
-        proposals = error.fix.removeprefix("take ").split(", or ")
+        proposals = error.fix.removeprefix("use ").split(", or ")
         for number in proposals[0].removeprefix("global_batch_size ").split(" or "):
             assert int(number) % (ranks * micro) == 0 and int(number) > 0
         if proposals[1].startswith("micro_batch_size"):

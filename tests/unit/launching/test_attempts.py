@@ -75,7 +75,7 @@ def test_new_checkpoint_counts(slurm_of_two, tmp_path):
 
 
 def test_batch_that_ranks_cannot_share_is_told_before_they_start(slurm_of_two, tmp_path):
-    with pytest.raises(UserError, match="do not divide among 2 ranks"):
+    with pytest.raises(UserError, match="cannot be divided by 2 ranks"):
         start(tmp_path, "stages.domain.train.global_batch_size=9")
 
 

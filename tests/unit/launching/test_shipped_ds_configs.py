@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.deepspeed_file import OWNED, PREFETCH, prefetch_elements
+from dtrain.config.deepspeed_file import DECIDED_BY_RECIPE, PREFETCH, prefetch_elements
 from dtrain.core.errors import UserError
 from dtrain.launching.deepspeed_config import load_ds_config
 
@@ -16,7 +16,7 @@ CASES = [("zero2", False), ("zero3", False), ("zero3", True)]
 @pytest.mark.parametrize(("kind", "offload"), CASES)
 def test_a_shipped_file_leaves_to_the_recipe_what_is_the_recipes(kind: str, offload: bool) -> None:
     config = load_ds_config(None, kind, offload)
-    for knob in OWNED:
+    for knob in DECIDED_BY_RECIPE:
         group, _, name = knob.rpartition(".")
         holder = config.get(group, {}) if group else config
         assert holder.get(name, "auto") == "auto", knob
@@ -27,7 +27,7 @@ def test_a_shipped_file_leaves_to_the_recipe_what_is_the_recipes(kind: str, offl
 def test_nothing_in_it_is_auto_that_nobody_fills(kind: str, offload: bool) -> None:
     config = load_ds_config(None, kind, offload)
     left = [key for key, value in config.items() if value == "auto"]
-    assert set(left) <= set(OWNED)
+    assert set(left) <= set(DECIDED_BY_RECIPE)
     zero = config["zero_optimization"]
     assert {key for key, value in zero.items() if value == "auto"} <= {PREFETCH}
 

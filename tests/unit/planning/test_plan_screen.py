@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
         (["7b-lora", "--gpu", "h10-80g"], "did you mean h100-80g"),
         (["7b-lora", "model.base=/nowhere"], "no config.json"),
         (["7b-lora", "model.base=/models/mine"], "there is no such folder"),
-        (["7b-lora", "--nodes", "3"], "do not divide among 24 ranks"),
+        (["7b-lora", "--nodes", "3"], "cannot be divided by 24 ranks"),
         (
             ["7b-lora", "stages.domain.method.target_modules=[q_prj]"],
             "no linear layer is named 'q_prj'",
