@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dtrain.checkpoints.folder import clean_leftovers, newest_complete
-from dtrain.checkpoints.identity import require_same
-from dtrain.checkpoints.parameter_shards import share_of
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.checkpoints.retention import retain
-from dtrain.checkpoints.saver import Saver
 from dtrain.config.checks import accumulation
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import say, warn
-from dtrain.core.ownership import own_folder
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture
@@ -44,15 +37,24 @@ from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tensor_utils import parameter_counts
-from dtrain.monitoring.metrics import Metrics
 from dtrain.pipeline.auto_settings import remember
 from dtrain.pipeline.distributed_merge import merge_together
 from dtrain.pipeline.evaluator import Evaluations, held_out_loader
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord
+from dtrain.training.callbacks import (
+    Callback,
+    HangWatchdogCallback,
+    NonFiniteStop,
+    ProgressBar,
+)
+from dtrain.training.checkpointer import Checkpointer
+from dtrain.training.held_out import HeldOutEvaluator
 from dtrain.training.lr_schedule import total_sequences
 from dtrain.training.preemption import StopFlag
-from dtrain.training.trainer import Job, Progress, fit, speed_since
+from dtrain.training.progress import StageProgress
+from dtrain.training.trackers import TrackerContext, build_trackers
+from dtrain.training.trainer import Trainer
 
 ROWS_TO_MEASURE = 4096
 
@@ -92,7 +94,7 @@ class StageRun:
         if trained is None:
             return False
         model, facts = trained
-        checkpoint = self.last_checkpoint(facts["steps"])
+        checkpoint = self.checkpointer.open_final(facts["steps"])
         if self.world.is_first:
             self.write_adapter(model, checkpoint)
         del trained, model
@@ -111,72 +113,25 @@ class StageRun:
         return True
 
     def train(self) -> tuple[torch.nn.Module, dict[str, Any]] | None:
-        """Train to the end; return the model and what is worth knowing, None if it was stopped."""
+        """Train to the end; return the model and facts for the record, None if interrupted."""
         reset_peak_memory(self.world.device)
-        checkpoint = self.newest_checkpoint()
+        checkpoint = self.checkpointer.find_resumable(self.folder.allowed_changes())
         engine = self.build(checkpoint)
         free_memory()
         self.load_peak = peak_memory_bytes(self.world.device)
         reset_peak_memory(self.world.device)  # what the steps need is compared with the plan
-        keep = self.recipe.output.keep_checkpoints
-        every = self.recipe.output.keep_every_steps
-        job = self.job(engine, checkpoint)
-        saver = Saver(
-            self.folder.checkpoints,
-            rank=self.world.rank,
-            ranks=self.world.size,
-            attempt=self.world.broadcast_text(uuid.uuid4().hex[:8]),
-            published=lambda path: retain(path.parent, keep, best=True, every=every),
-        )
-        job.save, job.settle = lambda now: self.save(saver, job), saver.wait
-        untrained = job.progress.step == 0 and self.base == self.inputs.base
+        trainer = self.trainer(engine, checkpoint)
+        untrained = trainer.progress.step == 0 and self.base == self.inputs.base
         if untrained and self.evaluations.wants_base():
             self.evaluations.record_base(engine, self.world)
-        job.wants_stop = lambda seconds: self.stop.is_set(seconds, saver.seconds)
-        before = replace(job.progress)
-        reason = fit(job)
-        self.speed = speed_since(before, job.progress)
-        self.watch.rest()
-        saver.wait()
-        if reason == "stop asked":
+        finished = trainer.fit()
+        self.speed = trainer.tokens_per_second
+        if not finished:
             return None
         self.evaluations.record(self.stage.name, engine, self.world)
-        facts = self.facts(job)
+        facts = self.facts(trainer.progress)
         engine.close()
         return engine.bare, facts
-
-    def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest complete checkpoint, and a word on why not a newer one.
-
-        Raises:
-            UserError: it was made from something else, or others may write to the folder.
-        """
-        if self.folder.checkpoints.exists():
-            own_folder(self.folder.checkpoints.resolve())
-        checkpoint = self.agreed_checkpoint()
-        if checkpoint is not None:
-            inputs, allowed = checkpoint.state["inputs"], self.folder.allowed_changes()
-            for change in require_same(inputs, self.folder.inputs, allowed):
-                say(f"allowed to change: {change}")
-            say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
-        self.world.barrier()  # nobody looks any more when leftovers go
-        if self.world.is_first:
-            clean_leftovers(self.folder.checkpoints)
-        self.world.barrier()
-        return checkpoint
-
-    def agreed_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that the first rank finds to be whole; ranks must not choose apart."""
-        checkpoint, chosen = None, ""
-        if self.world.is_first:
-            checkpoint, passed_over = newest_complete(self.folder.checkpoints)
-            for reason in passed_over:
-                say(f"passed over: {reason}")
-            chosen = checkpoint.folder.name if checkpoint else ""
-        chosen = self.world.broadcast_text(chosen)
-        if checkpoint is None and chosen:
-            checkpoint = Checkpoint.open(self.folder.checkpoints / chosen)
-        return checkpoint
 
     def build(self, checkpoint: Checkpoint | None) -> Engine:
         """Base, adapter, engine; with the state of `checkpoint` where there is one."""
@@ -236,88 +191,92 @@ class StageRun:
         if self.recipe.merges(self.stage):
             check_mergeable(self.base, self.method.changed_tensors(model))
 
-    def job(self, engine: Engine, checkpoint: Checkpoint | None) -> Job:
-        """The loop's inputs, at the checkpoint's step or at the start."""
+    @cached_property
+    def checkpointer(self) -> Checkpointer:
+        """The stage's checkpoints; made once, by all ranks together."""
+        return Checkpointer(
+            self.folder.checkpoints,
+            self.world,
+            inputs=self.folder.inputs,
+            dtype=self.dtype_name(),
+            every_steps=self.stage.train.checkpoint_every_steps,
+            output=self.recipe.output,
+        )
+
+    def trainer(self, engine: Engine, checkpoint: Checkpoint | None) -> Trainer:
+        """A trainer at the checkpoint's step, or at the start."""
+        state = checkpoint.state["progress"] if checkpoint else {}
+        progress = StageProgress(**state)
+        return Trainer(
+            engine=engine,
+            loader=self.loader(),
+            checkpointer=self.checkpointer,
+            evaluator=self.evaluator(engine),
+            stop=self.stop,
+            callbacks=self.callbacks(progress),
+            progress=progress,
+            seed=self.recipe.seed,
+        )
+
+    def loader(self) -> Loader:
+        """The stage's training batches."""
         train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
-        progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress()
-        rows = total_sequences(train, mixture.rows_of, tokens_per_row(mixture))
-        batch = train.global_batch_size
-        accumulation(batch, self.world.size, train.micro_batch)
-        layout = self.inputs.layout
+        accumulation(train.global_batch_size, self.world.size, train.micro_batch)
         loader = Loader(
             mixture,
             seed=self.recipe.seed,
-            global_batch=batch,
-            total_rows=rows,
-            alone=not layout.packed,
+            global_batch=train.global_batch_size,
+            total_rows=total_sequences(train, mixture.rows_of, tokens_per_row(mixture)),
+            alone=not self.inputs.layout.packed,
         )
-        say(f"{mixture.describe()}; {loader.steps} steps of {batch} sequences")
+        say(f"{mixture.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
+        return loader
+
+    def evaluator(self, engine: Engine) -> HeldOutEvaluator:
+        """Evaluation during the stage, if the recipe asks for it."""
+        train = self.stage.train
         sets = self.inputs.sets if train.evaluate_every_steps else {}
         for note in (note for held_out in sets.values() for note in held_out.notes()):
             say(f"evaluation: {note}")
-        return Job(
-            engine=engine,
-            loader=loader,
-            held_out={name: held_out_loader(m, engine, layout) for name, m in sets.items()},
-            watched=train.evaluate_on or next(iter(sets), None),
-            metrics=self.metrics(progress.step),
-            progress=progress,
-            seed=self.recipe.seed,
-            save=lambda now: None,
-            settle=lambda: None,
-            wants_stop=lambda seconds: False,
-            watch=self.watch,
-        )
+        layout = self.inputs.layout
+        loaders = {name: held_out_loader(m, engine, layout) for name, m in sets.items()}
+        return HeldOutEvaluator(loaders, train)
 
-    def metrics(self, step: int) -> Metrics | None:
-        """Metrics of the steps so far, open for more: on the first rank only."""
-        path = self.folder.metrics
-        return Metrics(path, resume_at=step) if self.world.is_first else None
-
-    def save(self, saver: Saver, job: Job) -> None:
-        """Checkpoint this moment; the write itself goes on in the background."""
-        engine, now = job.engine, job.progress
-        state = {
-            "dtype": self.dtype_name(),
-            "updates": engine.updates,
-            "progress": asdict(now),
-            "inputs": self.folder.inputs,
-            "held_out_loss": job.held_out_loss(),
-        }
-        saver.save(now.step, share_of(engine.pieces(), *engine.copy), state)
+    def callbacks(self, progress: StageProgress) -> list[Callback]:
+        """Callbacks of this rank."""
+        stage = self.stage
+        callbacks: list[Callback] = [
+            HangWatchdogCallback(self.watch),
+            NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
+        ]
+        if self.world.is_first:
+            callbacks += build_trackers(
+                TrackerContext(self.recipe, stage, self.folder, progress.step)
+            )
+        return [*callbacks, ProgressBar(f"stage {stage.name}")]
 
     def dtype_name(self) -> str:
         """What the base is held in here, where the recipe may say `auto`."""
         return str(resolve_dtype(self.recipe.model.dtype, self.world.device)).split(".")[-1]
 
-    def facts(self, job: Job) -> dict[str, Any]:
-        """What is worth knowing of the finished stage."""
+    def facts(self, progress: StageProgress) -> dict[str, Any]:
+        """Facts of the finished stage, for its record."""
         trainable, total = self.counts
-        now = job.progress
         return {
             "engine": self.recipe.engine.kind,
             "ranks": self.world.size,
             "dtype": self.dtype_name(),
-            "steps": now.step,
-            "non_finite_steps": now.non_finite,
-            "tokens": now.tokens,
-            "supervised_tokens": now.supervised_tokens,
-            "seconds": round(now.seconds, 1),
-            "tokens_per_second": round(now.tokens / max(now.seconds, 1e-9), 1),
+            "steps": progress.step,
+            "non_finite_steps": progress.non_finite,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised_tokens,
+            "seconds": round(progress.seconds, 1),
+            "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
             "trainable_parameters": trainable,
             "total_parameters": total,
             "load_peak_memory_bytes": self.load_peak,
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
         }
-
-    def last_checkpoint(self, steps: int) -> Checkpoint:
-        """The one that the results are made from; the first rank has looked that it is whole."""
-        name = ""
-        if self.world.is_first:
-            newest, _ = newest_complete(self.folder.checkpoints)
-            assert newest is not None and newest.step == steps
-            name = newest.folder.name
-        return Checkpoint.open(self.folder.checkpoints / self.world.broadcast_text(name))
 
     def write_adapter(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         """The adapter; what is there may be of fewer steps, or damaged, and is made again."""

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from dtrain.data.loader import Loader, MicroBatch
-from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import send
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.loss import supervised_losses
+from dtrain.training.callbacks import Callback
 
 
 @dataclass
@@ -50,19 +50,19 @@ class StepResult:
         return isfinite(self.loss) and isfinite(self.grad_norm)
 
 
-class Parts(Protocol):
-    """What a step needs of a job."""
+class StepInputs(Protocol):
+    """What a step needs of a trainer."""
 
     engine: Engine
     loader: Loader
     seed: int
-    watch: Watch
+    callbacks: Callback
 
 
-def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepResult:
+def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool) -> StepResult:
     """Train on the global batch of `step` with learning rate `rate`."""
     started = time.perf_counter()
-    engine, loader = job.engine, job.loader
+    engine, loader = trainer.engine, trainer.loader
     world, train = engine.world, engine.stage.train
     batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch))
     supervised = loader.supervised_tokens(step)
@@ -73,8 +73,8 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     if not engine.bare.training:  # after an evaluation; it walks over all modules
         engine.model.train()
     for number, batch in enumerate(batches):
-        job.watch.mark(f"step {step + 1}, micro-batch {number + 1} of {len(batches)}")
-        set_dropout_key(engine.bare, job.seed, step, batch.sequences, batch.sequence_lengths)
+        trainer.callbacks.pre_micro_batch(step + 1, number + 1, len(batches))
+        set_dropout_key(engine.bare, trainer.seed, step, batch.sequences, batch.sequence_lengths)
         last = number == len(batches) - 1
         engine.before_forward(last=last)
         loss, each = forward_losses(engine, batch)
@@ -85,7 +85,7 @@ def train_step(job: Parts, step: int, rate: float, *, wants_stop: bool) -> StepR
     loss_here = total.item()
     here_by_source = losses_by_source(loader, step, batches, losses)
     computed = time.perf_counter()
-    job.watch.mark(f"step {step + 1}, update")
+    trainer.callbacks.pre_optim_step(step + 1)
     norm = engine.step(rate)
     loss_total, votes, *by_source = world.sum([loss_here, float(wants_stop), *here_by_source])
     return StepResult(

@@ -1,246 +1,168 @@
-"""The only training loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from dtrain.core.errors import Exit, UserError
-from dtrain.core.log import Meter, progress, say, warn
 from dtrain.data.loader import NO_ROW, Loader
-from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.engines.base import Engine
-from dtrain.monitoring.metrics import Metrics
+from dtrain.training.callbacks import Callback, CallbackGroup
+from dtrain.training.checkpointer import Checkpointer
+from dtrain.training.held_out import HeldOutEvaluator
 from dtrain.training.lr_schedule import learning_rate
-from dtrain.training.train_step import StepResult, held_out_loss, train_step
+from dtrain.training.preemption import StopFlag
+from dtrain.training.progress import StageProgress
+from dtrain.training.train_step import StepResult, train_step
 
 RECENT_STEPS = 20
 
 
-@dataclass
-class Progress:
-    """How far a stage is; all that a checkpoint must know beside tensors."""
+class Trainer:
+    """Trains one stage.
 
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    non_finite_in_a_row: int = 0
-    non_finite: int = 0
-    ended_early: bool = False
-    evaluated_step: int = 0
-    held_out: dict[str, float | None] = field(default_factory=dict)
-    best_held_out: float | None = None
-    evaluations_without_best: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Job:
-    """A stage ready to train.
-
-    Attributes:
-        held_out: loaders of the evaluation sets, by name.
-        watched: the set that early stopping looks at.
-        save: writes a checkpoint of this moment, on in the background.
-        settle: waits for the checkpoint under way.
-        wants_stop: whether this process was asked to stop, given the longest recent step's seconds.
-        watch: told of every step, and of what may take longer.
+    Args:
+        engine: the model and its optimizer.
+        loader: the stage's batches, by step number.
+        checkpointer: saves `progress` and the engine's state.
+        evaluator: evaluates held-out sets and decides on early stopping.
+        stop: whether this process was asked to stop.
+        callbacks: get each event in this order.
+        progress: where to begin.
+        seed: of the recipe, for dropout.
     """
 
-    engine: Engine
-    loader: Loader
-    held_out: dict[str, Loader]
-    watched: str | None
-    metrics: Metrics | None
-    progress: Progress
-    seed: int
-    save: Callable[[Progress], None]
-    settle: Callable[[], None]
-    wants_stop: Callable[[float], bool]
-    watch: Watch
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        loader: Loader,
+        checkpointer: Checkpointer,
+        evaluator: HeldOutEvaluator,
+        stop: StopFlag,
+        callbacks: Sequence[Callback],
+        progress: StageProgress,
+        seed: int,
+    ) -> None:
+        self.engine, self.loader, self.seed = engine, loader, seed
+        self.checkpointer, self.evaluator, self.stop = checkpointer, evaluator, stop
+        self.callbacks: Callback = CallbackGroup(callbacks)
+        self.progress, self._start = progress, replace(progress)
+        self._recent_seconds: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
 
     @property
-    def train(self) -> Any:
-        """The recipe's `train` group."""
-        return self.engine.stage.train
+    def tokens_per_second(self) -> float:
+        """Mean speed of this attempt; 0 if it made no step."""
+        return self.progress.tokens_per_second_since(self._start)
 
-    def held_out_loss(self) -> float | None:
-        """Of the watched set, if it was measured after this very step and is finite."""
-        now = self.progress
-        if self.watched is None or now.evaluated_step != now.step:
-            return None
-        return now.held_out.get(self.watched)
+    def fit(self) -> bool:
+        """Train to the end of the stage, to its early end, or until a rank is asked to stop.
 
+        Returns:
+            Whether the stage is finished; if not, the last checkpoint has the last step.
 
-def fit(job: Job) -> str:
-    """Train to the end, or to the first reason to stop.
+        Raises:
+            UserError: the loss stays non-finite, or a checkpoint cannot be written.
+        """
+        progress, steps = self.progress, self.loader.steps
+        interrupted = False
+        try:
+            self.callbacks.pre_train(progress, steps)
+            self.evaluate_if_due()  # if the last attempt left it out because it had to stop
+            while progress.step < steps and not progress.ended_early and not interrupted:
+                result = self.train_one_step()
+                # A rank that is asked to stop may have no time for an evaluation.
+                interrupted = result.stop_votes > 0
+                if not interrupted:
+                    self.evaluate_if_due()
+                is_last = interrupted or progress.ended_early or progress.step == steps
+                if is_last or self.checkpointer.is_due(progress.step):
+                    self.save()
+            self.callbacks.post_train()
+        finally:
+            self.callbacks.close()
+        self.checkpointer.wait_for_save()
+        return not interrupted
 
-    Returns:
-        "finished", "early stop" or "stop asked".
+    def train_one_step(self) -> StepResult:
+        """Compute a step, count it and log its metrics."""
+        progress = self.progress
+        rate = learning_rate(progress.step, self.loader.steps, self.engine.stage.train)
+        wants_stop = self.stop.is_set(max(self._recent_seconds), self.checkpointer.save_seconds)
+        result = train_step(self, progress.step, rate, wants_stop=wants_stop)
+        self._recent_seconds.append(sum(result.seconds.values()))
+        self.callbacks.post_train_batch()
+        # A step that ends with a save is not counted before the last save is complete, so a crash
+        # costs at most one interval of finished steps.
+        if self.checkpointer.is_due(progress.step + 1):
+            with self.callbacks.slow_section("waiting for the last save"):
+                self.checkpointer.wait_for_save()
+        started = time.perf_counter()
+        self.count(result)
+        metrics = self.step_metrics(result)
+        result.seconds["other"] = time.perf_counter() - started
+        metrics["seconds"] = {name: round(value, 4) for name, value in result.seconds.items()}
+        self.callbacks.log_metrics(progress.step, metrics)
+        self.callbacks.post_step(progress)
+        return result
 
-    Raises:
-        UserError: loss or gradients stayed non-finite.
-    """
-    steps, now = job.loader.steps, job.progress
-    recent: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
-    with progress(f"stage {job.engine.stage.name}", steps, done=now.step) as bar:
-        evaluate_if_due(job)  # what a stop left out
-        while now.step < steps and not now.ended_early:
-            rate = learning_rate(now.step, steps, job.train)
-            stop_asked = job.wants_stop(max(recent))
-            result = train_step(job, now.step, rate, wants_stop=stop_asked)
-            recent.append(sum(result.seconds.values()))
-            job.watch.step()
-            settle_if_due(job)
-            record(job, result, bar)
-            refuse_non_finite(job)
-            if not result.stop_votes:  # who is asked to stop may have no time for it
-                evaluate_if_due(job)
-            ends = result.stop_votes or now.ended_early or now.step == steps
-            if ends or due(now.step, job.train.checkpoint_every_steps):
-                with job.watch.patience(f"saving step {now.step}"):
-                    job.save(now)
-            if result.stop_votes:
-                return "stop asked"
-    return "early stop" if now.ended_early else "finished"
+    def evaluate_if_due(self) -> None:
+        """Evaluate the held-out sets if that is due after this step and not done yet."""
+        if self.evaluator.is_due(self.progress, self.loader.steps):
+            with self.callbacks.slow_section(f"evaluating after step {self.progress.step}"):
+                metrics = self.evaluator.evaluate(self.engine, self.progress)
+                self.callbacks.log_metrics(self.progress.step, metrics)
 
+    def save(self) -> None:
+        """Save a checkpoint of this step, in the background."""
+        with self.callbacks.slow_section(f"saving step {self.progress.step}"):
+            loss = self.evaluator.monitored_loss(self.progress)
+            self.checkpointer.save(self.engine, self.progress, loss)
 
-def speed_since(before: Progress, now: Progress) -> float:
-    """Tokens a second of the steps in between; 0 if there was none."""
-    if now.step == before.step:
-        return 0.0
-    return (now.tokens - before.tokens) / max(now.seconds - before.seconds, 1e-9)
+    def count(self, result: StepResult) -> None:
+        """Add a step to the progress."""
+        progress = self.progress
+        progress.step += 1
+        progress.seconds += sum(result.seconds.values())
+        progress.tokens += result.tokens
+        progress.supervised_tokens += result.supervised_tokens
+        progress.non_finite_in_a_row = 0 if result.finite else progress.non_finite_in_a_row + 1
+        progress.non_finite += not result.finite
 
-
-def settle_if_due(job: Job) -> None:
-    """Finish the save under way before a step counts as done that ends with a save of its own.
-
-    A crash then costs one interval of finished steps at most.
-    """
-    if due(job.progress.step + 1, job.train.checkpoint_every_steps):
-        with job.watch.patience("waiting for the save before"):
-            job.settle()
-
-
-def write(job: Job, record: dict[str, Any]) -> None:
-    """Write a line of metrics, on the rank that keeps them."""
-    if job.metrics is not None:
-        job.metrics.write(record)
-
-
-def result_epoch(job: Job, steps: int) -> float:
-    """Passes over the data after `steps` steps."""
-    loader = job.loader
-    rows = min(steps * loader.global_batch, loader.total_rows)
-    return rows / loader.mixture.rows_per_epoch
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after `step` steps."""
-    return every is not None and step % every == 0
-
-
-def record(job: Job, result: StepResult, bar: Meter) -> None:
-    """Count the step and write its line."""
-    now, started = job.progress, time.perf_counter()
-    number = now.step
-    now.step += 1
-    seconds = sum(result.seconds.values())
-    now.seconds += seconds
-    now.tokens += result.tokens
-    now.supervised_tokens += result.supervised_tokens
-    now.non_finite_in_a_row = 0 if result.finite else now.non_finite_in_a_row + 1
-    now.non_finite += not result.finite
-    line: dict[str, Any] = {
-        "step": now.step,
-        "epoch": round(result_epoch(job, now.step), 4),
-        "loss": result.loss,
-        "supervised_tokens": result.supervised_tokens,
-        "tokens": result.tokens,
-        "learning_rate": result.learning_rate,
-        "grad_norm": result.grad_norm,
-        "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory_bytes(job.engine.world.device),
-    }
-    if sources := job.loader.tokens_by_source(number):
-        line["sources"] = with_losses(sources, result.source_losses)
-    if not result.finite:
-        line |= non_finite_line(job, number)
-    result.seconds["other"] = time.perf_counter() - started
-    write(job, line | {"seconds": {k: round(v, 4) for k, v in result.seconds.items()}})
-    bar.advance(note=f"loss {result.loss:.4f}  {line['tokens_per_second']:.0f} tokens/s")
+    def step_metrics(self, result: StepResult) -> dict[str, Any]:
+        """Metrics of the step just counted."""
+        step, loader = self.progress.step, self.loader
+        sequences = min(step * loader.global_batch, loader.total_rows)
+        seconds = sum(result.seconds.values())
+        metrics: dict[str, Any] = {
+            "epoch": round(sequences / loader.mixture.rows_per_epoch, 4),
+            "loss": result.loss,
+            "supervised_tokens": result.supervised_tokens,
+            "tokens": result.tokens,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
+            "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
+        }
+        if sources := loader.tokens_by_source(step - 1):
+            metrics["sources"] = with_losses(sources, result.source_losses)
+        if not result.finite:
+            metrics["skipped"] = "non-finite loss or gradient"
+            rows = [int(row) for row in loader.batch(step - 1) if row != NO_ROW]
+            metrics["documents"] = [d for row in rows for d in loader.mixture.row(row).documents]
+        return metrics
 
 
 def with_losses(
     sources: dict[str, dict[str, int]], sums: list[float]
 ) -> dict[str, dict[str, float]]:
-    """The counts of each source, and the loss of those that gave something to learn."""
+    """The counts of each source, and the mean loss of those with supervised tokens."""
     return {
         name: counts
         | ({"loss": total / targets} if (targets := counts["supervised_tokens"]) else {})
         for (name, counts), total in zip(sources.items(), sums, strict=True)
     }
-
-
-def non_finite_line(job: Job, step: int) -> dict[str, Any]:
-    """Say that an update was skipped, and which documents the batch held."""
-    loader = job.loader
-    rows = [int(row) for row in loader.batch(step) if row != NO_ROW]
-    documents = [place for row in rows for place in loader.mixture.row(row).documents]
-    warn(
-        f"step {step + 1}: loss or gradient is not finite, update skipped; "
-        f"documents: {', '.join(documents[:5])}{' …' if len(documents) > 5 else ''}"
-    )
-    return {"skipped": "non-finite loss or gradient", "documents": documents}
-
-
-def evaluate_if_due(job: Job) -> None:
-    """Evaluate after this step if that is due and was not done; it may end the stage."""
-    now, train = job.progress, job.train
-    missing = now.evaluated_step < now.step < job.loader.steps
-    if not missing or not due(now.step, train.evaluate_every_steps):
-        return
-    with job.watch.patience(f"evaluating after step {now.step}"):
-        evaluate(job)
-    patience = train.early_stopping_patience
-    if patience is not None and now.evaluations_without_best >= patience:
-        say(f"step {now.step}: no better held-out loss in {patience} evaluations: early stop")
-        now.ended_early = True
-
-
-def evaluate(job: Job) -> None:
-    """Measure every held-out set, and remember whether the watched one got better."""
-    now = job.progress
-    now.evaluated_step = now.step
-    losses = {name: held_out_loss(job.engine, loader) for name, loader in job.held_out.items()}
-    now.held_out = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
-    write(job, {"step": now.step, "held_out": losses})
-    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    say(f"step {now.step}: held-out loss: {told}")
-    if job.watched is None:
-        return
-    loss = losses[job.watched]
-    better = isfinite(loss) and (now.best_held_out is None or loss < now.best_held_out)
-    now.evaluations_without_best = 0 if better else now.evaluations_without_best + 1
-    now.best_held_out = loss if better else now.best_held_out
-
-
-def refuse_non_finite(job: Job) -> None:
-    """End a stage whose loss or gradients stay non-finite.
-
-    Raises:
-        UserError: saying so.
-    """
-    now = job.progress
-    if now.non_finite_in_a_row >= job.train.max_non_finite_steps:
-        raise UserError(
-            f"loss or gradient was not finite {now.non_finite_in_a_row} steps in a row",
-            where=f"stage {job.engine.stage.name}, step {now.step}",
-            fix="lower train.learning_rate, or look at the documents named in metrics.jsonl",
-            status=Exit.NON_FINITE,
-        )

@@ -22,6 +22,7 @@ from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -83,36 +84,39 @@ def tell(place: Path, block: int, phase: int) -> dict[str, float]:
 def rank(argv: list[str]) -> int:
     """One rank: the run itself, with saves in every other block, and a mark after each step."""
     from dtrain import train
-    from dtrain.pipeline import stage_run
-    from dtrain.training import trainer
+    from dtrain.training import checkpointer, trainer
 
     block, phase = (int(os.environ[f"DTRAIN_BENCH_{name}"]) for name in ("STEPS", "PHASE"))
     path = Path(f"{os.environ['DTRAIN_BENCH']}-{os.environ['RANK']}")
-    plain_train_step, plain_save, savers = trainer.train_step, stage_run.StageRun.save, list[Any]()
+    plain_train_step, savers = trainer.train_step, list[Any]()
+    plain_save = checkpointer.Checkpointer.save
 
     def saves(step: int) -> bool:
         number = (step - 1) // block  # step counts from 1; the first block warms up
         return number > 0 and number % 2 != phase
 
-    def save(self: Any, saver: Any, job: Any) -> None:
-        savers[:] = [saver]
-        if saves(job.progress.step):
-            plain_save(self, saver, job)
+    def save(self: Any, engine: Any, stage: Any, loss: float | None) -> None:
+        savers[:] = [self]
+        if saves(stage.step):
+            plain_save(self, engine, stage, loss)
 
-    def train_step(job: Any, step: int, *args: Any, **named: Any) -> Any:
+    def train_step(inputs: Any, step: int, *args: Any, **named: Any) -> Any:
         if step:
             mark(step)
-        if step == job.loader.steps - 2:
-            job.wants_stop = lambda seconds: True  # with the next step, the stage's last
-        return plain_train_step(job, step, *args, **named)
+        if step == inputs.loader.steps - 2:
+            inputs.stop = SimpleNamespace(
+                is_set=lambda *_: True
+            )  # with the next step, the stage's last
+        return plain_train_step(inputs, step, *args, **named)
 
     def mark(step: int) -> None:
         if saves(step) and step % block == 0:
-            savers[0].wait()
+            savers[0].wait_for_save()
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"wall": time.perf_counter(), "cpu": sum(os.times()[:2])}) + "\n")
 
-    trainer.train_step, stage_run.StageRun.save = train_step, save  # type: ignore[assignment]
+    trainer.train_step = train_step
+    checkpointer.Checkpointer.save = save  # type: ignore[method-assign]
     return train.main(argv)
 
 

@@ -83,15 +83,15 @@ def rank(path: str) -> int:
 
     plain, marks, inside = trainer.train_step, list[tuple[float, float]](), list[float]()
 
-    def train_step(job, step, *args, **named):
+    def train_step(inputs, step, *args, **named):
         marks.append((time.process_time(), time.perf_counter()))
-        if step == job.loader.steps - 1:
+        if step == inputs.loader.steps - 1:
             cpu, wall = ([b - a for a, b in pairwise(clock)] for clock in zip(*marks, strict=True))
             shares = [1 - own / whole for own, whole in zip(inside, wall, strict=True)]
             measured = [mean(cpu[WARM_UP:]), median(shares[WARM_UP:])]
             place = Path(f"{os.environ[MARK]}-{os.environ['RANK']}")
             place.write_text(json.dumps([*measured, *cpu[:WARM_UP]]))
-        result = plain(job, step, *args, **named)
+        result = plain(inputs, step, *args, **named)
         inside.append(sum(result.seconds.values()))
         return result
 

@@ -27,37 +27,37 @@ def main(job: Found) -> None:
     def mark(tokens: int) -> None:
         marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": tokens})
 
-    def train_step(parts: Any, step: int, rate: float, **more: Any) -> Any:
-        mark(parts.loader.tokens(step))
+    def train_step(inputs: Any, step: int, rate: float, **more: Any) -> Any:
+        mark(inputs.loader.tokens(step))
         if step == job["steps"] + 1:
             finish(job, marks)
             first = min(1, job["steps"])  # that is measured
             spent = marks[-1]["cpu"] - marks[first]["cpu"]
-            add(job, bound=least_seconds(parts, range(first, step)) / spent)
+            add(job, bound=least_seconds(inputs, range(first, step)) / spent)
             sys.exit(0)
-        return plain(parts, step, rate, **more)
+        return plain(inputs, step, rate, **more)
 
     trainer.train_step = train_step
     status = train.main([recipe(job)])
     assert Path(job["result"]).exists(), status
 
 
-def least_seconds(parts: Any, steps: range) -> float:
+def least_seconds(inputs: Any, steps: range) -> float:
     """CPU seconds of the matrix products that no implementation can leave out, at their best rate.
 
     Each weight meets each token once forward and once backward, and once more if it trains; the
     output matrix meets the supervised tokens only; attention looks back inside its document.
     """
-    model, config = parts.engine.bare, parts.engine.bare.config
+    model, config = inputs.engine.bare, inputs.engine.bare.config
     trains = model.get_output_embeddings().weight.requires_grad
-    batches = [next(iter(parts.loader.micro_batches(step, 0, 1, 1))) for step in steps]
+    batches = [next(iter(inputs.loader.micro_batches(step, 0, 1, 1))) for step in steps]
     inner = [m for n, m in model.named_modules() if is_inner(n, m)]
     shapes = [(m.out_features, m.in_features) for m in inner]
     times = 3 if trains else 2
     head = model.get_output_embeddings().weight.shape
     total = 0.0
     for batch in batches:
-        parts.watch.mark("the bound")  # or many steps look like a hang
+        inputs.callbacks.pre_micro_batch(0, 0, 0)  # or many steps look like a hang
         tokens = batch.input_ids.shape[1]
         found = {shape: product_seconds(tokens, *shape) for shape in set(shapes)}
         total += times * sum(found[shape] for shape in shapes)

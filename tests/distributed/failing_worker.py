@@ -40,7 +40,7 @@ def main() -> None:
             raise ERRORS[kind]
         never_returns()
 
-    dtrain.stages.loop.train_step = first_step
+    dtrain.training.trainer.train_step = first_step
     dist.destroy_process_group = never_returns
     sys.argv[1:] = sys.argv[3:]
     runpy.run_module("dtrain.train", run_name="__main__", alter_sys=True)

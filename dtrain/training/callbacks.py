@@ -1,0 +1,181 @@
+"""Callbacks of the trainer: progress bar, hang watchdog, and the stop on non-finite losses.
+
+A callback overrides the events that it needs. Events come in this order:
+
+    pre_train
+    for each step:
+        pre_micro_batch (for each micro-batch), pre_optim_step, post_train_batch,
+        log_metrics, post_step
+        log_metrics again, if held-out sets are evaluated after the step
+    post_train (unless an exception ended the training)
+    close (always)
+
+Trackers, which send metrics somewhere, are callbacks in `dtrain/training/trackers/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.log import Meter, progress, warn
+from dtrain.distributed.hang_watchdog import Watch
+from dtrain.training.progress import StageProgress
+
+
+class Callback:
+    """Events of a stage's training; every one does nothing by default."""
+
+    def pre_train(self, stage: StageProgress, total_steps: int) -> None:
+        """Before the first step of this attempt."""
+
+    def pre_micro_batch(self, step: int, index: int, count: int) -> None:
+        """Before the forward pass of micro-batch `index` of `count`, both counted from 1."""
+
+    def pre_optim_step(self, step: int) -> None:
+        """Before the optimizer update of step `step`, counted from 1."""
+
+    def post_train_batch(self) -> None:
+        """After the optimizer update, before the step is counted."""
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Metrics of a step, or of an evaluation after it.
+
+        Args:
+            step: steps finished.
+            metrics: values that JSON can represent, except that floats may be NaN or infinite.
+        """
+
+    def post_step(self, stage: StageProgress) -> None:
+        """After the step is counted and its metrics are logged, before evaluation and save."""
+
+    def slow_section(self, description: str) -> AbstractContextManager[object]:
+        """Wraps an operation that may take any time: a save, an evaluation."""
+        return nullcontext()
+
+    def post_train(self) -> None:
+        """After the last step of this attempt."""
+
+    def close(self) -> None:
+        """Release what the callback holds."""
+
+
+class CallbackGroup(Callback):
+    """Passes each event to several callbacks, in order."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def pre_train(self, stage: StageProgress, total_steps: int) -> None:
+        for callback in self._callbacks:
+            callback.pre_train(stage, total_steps)
+
+    def pre_micro_batch(self, step: int, index: int, count: int) -> None:
+        for callback in self._callbacks:
+            callback.pre_micro_batch(step, index, count)
+
+    def pre_optim_step(self, step: int) -> None:
+        for callback in self._callbacks:
+            callback.pre_optim_step(step)
+
+    def post_train_batch(self) -> None:
+        for callback in self._callbacks:
+            callback.post_train_batch()
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            callback.log_metrics(step, metrics)
+
+    def post_step(self, stage: StageProgress) -> None:
+        for callback in self._callbacks:
+            callback.post_step(stage)
+
+    @contextmanager
+    def slow_section(self, description: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for callback in self._callbacks:
+                stack.enter_context(callback.slow_section(description))
+            yield
+
+    def post_train(self) -> None:
+        for callback in self._callbacks:
+            callback.post_train()
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # all of them are closed, even if one raises
+            for callback in self._callbacks:
+                stack.callback(callback.close)
+
+
+class HangWatchdogCallback(Callback):
+    """Reports the main thread's position to the hang watchdog."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def pre_micro_batch(self, step: int, index: int, count: int) -> None:
+        self._watch.mark(f"step {step}, micro-batch {index} of {count}")
+
+    def pre_optim_step(self, step: int) -> None:
+        self._watch.mark(f"step {step}, update")
+
+    def post_train_batch(self) -> None:
+        self._watch.step()
+
+    def slow_section(self, description: str) -> AbstractContextManager[object]:
+        return self._watch.patience(description)
+
+    def post_train(self) -> None:
+        self._watch.rest()
+
+
+class ProgressBar(Callback):
+    """Steps done, time left, loss and speed on the terminal or in the log."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._stack = ExitStack()
+        self._meter: Meter | None = None
+
+    def pre_train(self, stage: StageProgress, total_steps: int) -> None:
+        self._meter = self._stack.enter_context(progress(self._title, total_steps, done=stage.step))
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._meter is not None and "loss" in metrics:
+            speed = metrics["tokens_per_second"]
+            self._meter.advance(note=f"loss {metrics['loss']:.4f}  {speed:.0f} tokens/s")
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class NonFiniteStop(Callback):
+    """Warns of each skipped update and ends a stage whose updates are skipped again and again.
+
+    Args:
+        stage: the stage's name.
+        max_steps: non-finite steps in a row that end it.
+    """
+
+    def __init__(self, stage: str, max_steps: int) -> None:
+        self._stage, self._max_steps = stage, max_steps
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if "skipped" in metrics:
+            documents = metrics["documents"]
+            warn(
+                f"step {step}: loss or gradient is not finite, update skipped; "
+                f"documents: {', '.join(documents[:5])}{' …' if len(documents) > 5 else ''}"
+            )
+
+    def post_step(self, stage: StageProgress) -> None:
+        """Raise a UserError if the last steps were all non-finite."""
+        if stage.non_finite_in_a_row >= self._max_steps:
+            raise UserError(
+                f"loss or gradient was not finite {stage.non_finite_in_a_row} steps in a row",
+                where=f"stage {self._stage}, step {stage.step}",
+                fix="lower train.learning_rate, or look at the documents named in metrics.jsonl",
+                status=Exit.NON_FINITE,
+            )

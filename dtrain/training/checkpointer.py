@@ -1,0 +1,127 @@
+"""A stage's checkpoints: the newest one to resume from, and saves in the background."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoints.folder import clean_leftovers, newest_complete
+from dtrain.checkpoints.identity import require_same
+from dtrain.checkpoints.parameter_shards import share_of
+from dtrain.checkpoints.reader import Checkpoint
+from dtrain.checkpoints.retention import retain
+from dtrain.checkpoints.saver import Saver
+from dtrain.config.schema import Output
+from dtrain.core.log import say
+from dtrain.core.ownership import own_folder
+from dtrain.distributed.world import World
+from dtrain.engines.base import Engine
+from dtrain.training.progress import StageProgress, is_due
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one stage. All ranks call it alike.
+
+    Args:
+        folder: of the stage's checkpoints, on a file system that all ranks see.
+        inputs: settings and data that the stage is made from; recorded in each checkpoint, and
+            compared with those of the one that is resumed.
+        dtype: of the base in this run, recorded too.
+        every_steps: between two saves; None saves only at the end.
+        output: how many checkpoints to keep.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        inputs: dict[str, Any],
+        dtype: str,
+        every_steps: int | None,
+        output: Output,
+    ) -> None:
+        self._folder, self._world, self._every_steps = folder, world, every_steps
+        self._inputs, self._dtype = inputs, dtype
+        keep, keep_every = output.keep_checkpoints, output.keep_every_steps
+        self._saver = Saver(
+            folder,
+            rank=world.rank,
+            ranks=world.size,
+            attempt=world.broadcast_text(uuid.uuid4().hex[:8]),
+            published=lambda path: retain(path.parent, keep, best=True, every=keep_every),
+        )
+
+    @property
+    def save_seconds(self) -> float:
+        """Duration of the last save, from its call until it was on disk."""
+        return self._saver.seconds
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is saved after `step` steps."""
+        return is_due(step, self._every_steps)
+
+    def save(self, engine: Engine, stage: StageProgress, held_out_loss: float | None) -> None:
+        """Copy the engine's trainable state to host memory and write it in the background.
+
+        Args:
+            held_out_loss: of this step, to know the best checkpoint; None if not evaluated.
+        """
+        state = {
+            "dtype": self._dtype,
+            "updates": engine.updates,
+            "progress": asdict(stage),
+            "inputs": self._inputs,
+            "held_out_loss": held_out_loss,
+        }
+        self._saver.save(stage.step, share_of(engine.pieces(), *engine.copy), state)
+
+    def wait_for_save(self) -> None:
+        """Wait until the save under way, if any, is on disk."""
+        self._saver.wait()
+
+    def find_resumable(self, allowed_changes: Iterable[str]) -> Checkpoint | None:
+        """The newest complete checkpoint, after removing what interrupted saves left behind.
+
+        Args:
+            allowed_changes: keys of the inputs that may differ from the checkpoint's.
+
+        Raises:
+            UserError: it was made from other inputs, or other users may write to the folder.
+        """
+        if self._folder.exists():
+            own_folder(self._folder.resolve())
+        checkpoint = self._newest_on_rank0()
+        if checkpoint is not None:
+            for change in require_same(
+                checkpoint.state["inputs"], self._inputs, set(allowed_changes)
+            ):
+                say(f"allowed to change: {change}")
+            say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
+        self._world.barrier()  # until no rank reads the folder any more
+        if self._world.is_first:
+            clean_leftovers(self._folder)
+        self._world.barrier()
+        return checkpoint
+
+    def _newest_on_rank0(self) -> Checkpoint | None:
+        """The newest complete one as the first rank sees it: all ranks must choose the same."""
+        checkpoint, name = None, ""
+        if self._world.is_first:
+            checkpoint, passed_over = newest_complete(self._folder)
+            for reason in passed_over:
+                say(f"passed over: {reason}")
+            name = checkpoint.folder.name if checkpoint else ""
+        name = self._world.broadcast_text(name)
+        if checkpoint is None and name:
+            checkpoint = Checkpoint.open(self._folder / name)
+        return checkpoint
+
+    def open_final(self, step: int) -> Checkpoint:
+        """The checkpoint of the last step, verified by the first rank."""
+        checkpoint = self._newest_on_rank0()
+        assert checkpoint is not None and checkpoint.step == step
+        return checkpoint
