@@ -9,7 +9,7 @@ from dtrain.config import deepspeed_file
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 
 # "base" is the untrained model in tables of losses.
@@ -109,9 +109,9 @@ def _deepspeed_file(recipe: Recipe) -> Iterator[Clash]:
     try:
         deepspeed_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
     except UserError as error:
-        faults = error.problems if isinstance(error, Problems) else [error]
+        faults = error.errors if isinstance(error, UserErrors) else [error]
         for fault in faults:
-            head = f"{fault.where}: {fault.what}" if fault.where else fault.what
+            head = f"{fault.where}: {fault.message}" if fault.where else fault.message
             yield Clash([("engine", "config")], head, fault.fix)
 
 
@@ -191,7 +191,7 @@ def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         ]
         if recipe.launch.processes != "auto":
             keys.append(("launch", "processes"))
-        yield Clash(keys, error.what, error.fix)
+        yield Clash(keys, error.message, error.fix)
 
 
 def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:

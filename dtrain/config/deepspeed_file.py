@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.engines import ENGINES
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.files import read_text, unique_keys
 
 # setting in the file → key of the recipe that decides it
@@ -42,12 +42,12 @@ def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:
 
     Raises:
         UserError: it cannot be read or is not a JSON object.
-        Problems: it sets what the recipe decides, or is for another engine.
+        UserErrors: it sets what the recipe decides, or is for another engine.
     """
     config = _parse(path)
     faults = [*_decided_by_recipe(config, path), *_zero(config, path, kind, offload)]
     if faults:
-        raise Problems(faults)
+        raise UserErrors(faults)
     return config
 
 

@@ -16,7 +16,7 @@ from dtrain.config.checks import Clash, check
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Document, Key, dotted, parse_value, read_document
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
 
 
@@ -29,7 +29,7 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         UserError: the file cannot be read.
-        Problems: all errors in the recipe, each with `file:line`.
+        UserErrors: all errors in the recipe, each with `file:line`.
     """
     document = read_document(find_recipe(address))
     faults = apply_overrides(document, overrides)
@@ -41,7 +41,7 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         faults += [_with_lines(clash, document) for clash in check(recipe)]
     if faults:
-        raise Problems(faults)
+        raise UserErrors(faults)
     return recipe
 
 
@@ -80,7 +80,7 @@ def _with_lines(clash: Clash, document: Document) -> UserError:
     """The error with the line of each of its keys that the document contains."""
     origins = list(dict.fromkeys(document.where(key) for key in clash.keys))
     lines = [origin for origin in origins if origin != document.name] or origins
-    return UserError(clash.what, where=", ".join(lines), fix=clash.fix)
+    return UserError(clash.message, where=", ".join(lines), fix=clash.fix)
 
 
 def _clashes_without(broken: dict[Key, UserError], document: Document) -> list[UserError]:

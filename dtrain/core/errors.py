@@ -1,4 +1,4 @@
-"""Errors for the person at the terminal, and the exit statuses a job script can act on."""
+"""Errors for the person at the terminal, and the exit statuses that a job script can act on."""
 
 from __future__ import annotations
 
@@ -9,52 +9,53 @@ class Exit(IntEnum):
     """Exit statuses of every dtrain process."""
 
     FINISHED = 0
-    CRASHED = 1  # a defect of ours or of the machine: there is a traceback
-    USER_ERROR = 2  # wrong recipe, data or model: another try cannot help
-    NON_FINITE = 3  # loss or gradients stayed NaN or infinite: another try cannot help
-    OUT_OF_MEMORY = 4  # another try cannot help
-    HANG = 5  # a rank did not reach its step: another try can help
-    INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to go on
+    CRASHED = 1  # a bug or a machine failure: there is a traceback
+    USER_ERROR = 2  # wrong recipe, data or model: a retry cannot help
+    NON_FINITE = 3  # loss or gradients stayed NaN or infinite: a retry cannot help
+    OUT_OF_MEMORY = 4  # a retry cannot help
+    HANG = 5  # a rank did not reach its step: a retry can help
+    INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to continue
 
 
 class UserError(Exception):
-    """Something the reader can mend: what is wrong, where it stands, what to do.
+    """An error that the user can fix: what is wrong, where, and what to do.
 
     Args:
-        what: the fault, in one sentence.
-        where: file and line, or key, or both.
+        message: what is wrong, in one sentence.
+        where: file and line, key, or both.
         fix: what to do about it.
         status: exit status of the process.
     """
 
     def __init__(
-        self, what: str, *, where: str = "", fix: str = "", status: Exit = Exit.USER_ERROR
+        self, message: str, *, where: str = "", fix: str = "", status: Exit = Exit.USER_ERROR
     ) -> None:
-        self.what, self.where, self.fix, self.status = what, where, fix, status
+        self.message, self.where, self.fix, self.status = message, where, fix, status
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
+        head = f"{self.where}: {self.message}" if self.where else self.message
         return f"{head}\n    → {self.fix}" if self.fix else head
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.what, self.where, self.fix, self.status)
+        return _rebuild, (self.message, self.where, self.fix, self.status)
 
 
-def _rebuild(what: str, where: str, fix: str, status: Exit) -> UserError:
-    return UserError(what, where=where, fix=fix, status=status)
+def _rebuild(message: str, where: str, fix: str, status: Exit) -> UserError:
+    """Unpickle a UserError, whose fields after the first are keyword-only."""
+    return UserError(message, where=where, fix=fix, status=status)
 
 
-class EmptyData(UserError):
-    """Data without a row, or without a token to learn."""
+class EmptyDataError(UserError):
+    """Data without a row, or without a trainable token."""
 
 
-class Problems(UserError):
-    """Several faults, told all at once."""
+class UserErrors(UserError):
+    """Several errors, reported together."""
 
-    def __init__(self, problems: list[UserError]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(str(p) for p in problems))
+    def __init__(self, errors: list[UserError]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(str(error) for error in errors))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Problems, (self.problems,)
+        return UserErrors, (self.errors,)

@@ -128,7 +128,7 @@ def _member(
     try:
         work(number, tell)
     except UserError as error:
-        told = [error.what, error.where, error.fix, error.status]
+        told = [error.message, error.where, error.fix, error.status]
         sender.send_bytes(json.dumps(told).encode())
     os._exit(0)  # at once: what else this process was forked with is not its own to end
 

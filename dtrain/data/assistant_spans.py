@@ -82,7 +82,7 @@ def render_answers(
         with resource_limits(SECONDS):
             return _as_known(template, talk, train_on, Counter() if counts is None else counts)
     except UserError as error:
-        raise UserError(error.what, where=where, fix=error.fix) from error
+        raise UserError(error.message, where=where, fix=error.fix) from error
     except (Exception, LimitExceeded) as error:  # a template is a program: it can raise anything
         raise UserError(
             f"the chat template refuses this conversation: {_reason(error)}",

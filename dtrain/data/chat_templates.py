@@ -183,7 +183,7 @@ def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return read_text(local_path(setting))
     except UserError as error:
         raise UserError(
-            f"the template cannot be used: {error.what}",
+            f"the template cannot be used: {error.message}",
             where=f"template: {setting}",
             fix=error.fix
             or "name a jinja file, or write `template: auto` or `template: instruction`",

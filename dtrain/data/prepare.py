@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Source
-from dtrain.core.errors import EmptyData, UserError
+from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import Meter, progress, say
@@ -195,7 +195,9 @@ class _Preparation:
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
             cuts = cut(self._read(meter))
         if len(cuts) == 1:
-            raise EmptyData("there is no row in it", where=self.source.path, fix="correct `path`")
+            raise EmptyDataError(
+                "there is no row in it", where=self.source.path, fix="correct `path`"
+            )
         return cuts
 
     def _read(self, meter: Meter) -> Iterator[Record]:

@@ -238,7 +238,7 @@ def _json(part: SourceFile, columns: Collection[str]) -> Iterator[Raw]:
         if len(first) == 2 and all(_is_object(line) for line in first):
             yield from _jsonl(part)  # says which lines are broken
             return
-        raise UserError(whole.what, where=whole.where or part.name, fix=whole.fix)
+        raise UserError(whole.message, where=whole.where or part.name, fix=whole.fix)
     yield from _parsed(enumerate(_rows_in(whole, part, columns), start=1))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from dtrain.core.errors import EmptyData, UserError
+from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.data.formats import (
     ROW_FORMATS,
     Messages,
@@ -66,7 +66,7 @@ def iter_records(
     if form == "auto" and parts:
         try:
             form = detect(parts, columns)
-        except EmptyData:
+        except EmptyDataError:
             return
     for index, part in enumerate(parts):
         number = 0
@@ -91,7 +91,7 @@ def _record(
 
 
 def _placed(error: UserError, place: str) -> UserError:
-    return error if error.where else UserError(error.what, where=place, fix=error.fix)
+    return error if error.where else UserError(error.message, where=place, fix=error.fix)
 
 
 class RecordReader:
@@ -140,7 +140,7 @@ def detect(parts: list[SourceFile], columns: Mapping[Any, str]) -> str:
     """The format that the first row shows.
 
     Raises:
-        EmptyData: there is no row.
+        EmptyDataError: there is no row.
         UserError: no format has such columns, or nothing can be read.
     """
     first_fault: UserError | None = None
@@ -157,7 +157,7 @@ def detect(parts: list[SourceFile], columns: Mapping[Any, str]) -> str:
             first_fault = first_fault or error
     if first_fault:
         raise first_fault
-    raise EmptyData("there is no row in it", where=parts[0].name, fix="correct `path`")
+    raise EmptyDataError("there is no row in it", where=parts[0].name, fix="correct `path`")
 
 
 def _check_kind(part: SourceFile, form: str) -> None:

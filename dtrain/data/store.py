@@ -220,7 +220,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         found = read_sealed(path)
     except UserError as error:
-        raise damaged(path, error.what) from error
+        raise damaged(path, error.message) from error
     if missing := sorted(KEYS - found.keys()):
         raise damaged(
             path, f"it has no {', '.join(missing)}, as another version of dtrain wrote it"

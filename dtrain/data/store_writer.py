@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dtrain.core.errors import EmptyData
+from dtrain.core.errors import EmptyDataError
 from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_hash
 from dtrain.data.packing import Plan, keep_rows, one_each, pack_stream, pack_whole
@@ -158,14 +158,14 @@ class Writer:
         write_sealed(self.folder / MANIFEST, {**manifest, "shards": self.shards, "files": files})
 
 
-def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyData:
+def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyDataError:
     reasons = {
         MASKED: "{} without an answer that fits in a sequence",
         TOO_LONG: "{} longer than a sequence",
         EMPTY: "{} empty",
     }
     told = [text.format(f"{counts[key]:,}") for key, text in reasons.items() if counts.get(key)]
-    return EmptyData(
+    return EmptyDataError(
         f"there is nothing to learn in it: of its rows, {', '.join(told) or 'all too short'}",
         where=where,
         fix="check the answers (role: assistant, or `output`), `template` and `sequence_length`",

@@ -56,7 +56,7 @@ def clean(result: ScanResult, policy: Clean, folder: Path) -> dict[str, Any]:
             for source, location, item, kinds in _read_with_findings(result):
                 if isinstance(item, BadRecord) and actions[BROKEN] == "stop":
                     fix = "fix it, or set clean.broken: quarantine"
-                    raise UserError(item.error.what, where=item.error.where, fix=fix)
+                    raise UserError(item.error.message, where=item.error.where, fix=fix)
                 action, reasons = choose_action(kinds, actions)
                 counts.update([action, *reasons])
                 if action in (KEEP, MASK) and isinstance(item, Record):
@@ -120,7 +120,7 @@ def _removal(
     """A line of the quarantine file."""
     line: dict[str, Any] = {"reasons": reasons, "action": action, "location": location}
     if isinstance(item, BadRecord):
-        line["error"] = item.error.what
+        line["error"] = item.error.message
     elif action == QUARANTINE:
         line["row"] = to_row(item.value)
     return line

@@ -268,7 +268,7 @@ def _to_document(item: Record | BadRecord, source: int, file: SourceFile) -> Doc
     location = file.location(item.row_number)
     metadata: dict[str, Any] = {"source": source, "location": location}
     if isinstance(item, BadRecord):
-        metadata |= {"reasons": [BROKEN], "action": QUARANTINE, "error": item.error.what}
+        metadata |= {"reasons": [BROKEN], "action": QUARANTINE, "error": item.error.message}
     else:
         metadata["value"] = item.value
     return Document(text="", id=location, metadata=metadata)

@@ -149,7 +149,7 @@ def _read_batches(sources: list[SourceRows], result: ScanResult, meter: Meter) -
             if isinstance(item, BadRecord):
                 result.unreadable += 1
                 if len(result.unreadable_notes) < MAX_NOTES:
-                    result.unreadable_notes.append(f"{item.error.where}: {item.error.what}")
+                    result.unreadable_notes.append(f"{item.error.where}: {item.error.message}")
                 continue
             batch.append((index, item))
             text = row_text(item.value)

@@ -94,7 +94,7 @@ def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
     try:
         text = ask(["squeue", "--noheader", f"--format={form}", *choice])
     except UserError as error:
-        if "Invalid job id" in error.what:  # long gone
+        if "Invalid job id" in error.message:  # long gone
             return []
         raise
     records = (record.split(separator) for record in text.split(f"{last}\n"))

@@ -41,7 +41,7 @@ def _chosen(recipe: Recipe, world: World) -> Recipe:
     try:
         chosen = simplest(resolved(recipe, cluster_of(world)))
     except UserError as error:
-        warn(f"nothing is planned: {error.what}; ddp, one sequence at once")
+        warn(f"nothing is planned: {error.message}; ddp, one sequence at once")
         return simplest(recipe)
     micro = ", ".join(f"{x.name} {x.train.micro_batch}" for x in chosen.stages)
     say(f"auto: {chosen.engine.kind}, shard {chosen.engine.shard}, sequences at once: {micro}")

@@ -158,7 +158,7 @@ class TokenCounter:
             adds = isinstance(value, str)
             return len(self.special_tokens.encode(plain, "", add_special_tokens=adds)[0])
         except UserError as error:
-            self.reasons[number] = error.what
+            self.reasons[number] = error.message
             return REJECTED
 
     def _text(self, number: int, value: RowContent) -> str | None:
@@ -174,7 +174,7 @@ class TokenCounter:
             try:
                 text, spans = render_answers(self.template, talk, "", self.train_on, self.counts)
             except UserError as error:
-                self.reasons[number] = error.what
+                self.reasons[number] = error.message
                 return None
             self.counts[MASKED] += bool(self.train_on) and not spans
             texts.append(text)

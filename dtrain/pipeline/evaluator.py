@@ -127,7 +127,7 @@ def read_questions(path: Path, count: int) -> list[dict[str, str]]:
         lines = read_text(path).rstrip().split("\n")[:count]
     except UserError as error:
         raise UserError(
-            error.what, where=f"evaluation.questions.path: {error.where}", fix=error.fix
+            error.message, where=f"evaluation.questions.path: {error.where}", fix=error.fix
         ) from error
     if not any(lines):
         raise UserError("holds no question", where=f"evaluation.questions.path: {path}")

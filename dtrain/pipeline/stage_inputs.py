@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import cache_folder, local_path, sample_name
-from dtrain.core.errors import EmptyData, UserError
+from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
@@ -142,9 +142,9 @@ def _prepared(
         return prepare(
             group.data, group.kind, tokenizer, mark, store_folder(), processes, group.global_batch
         )
-    except EmptyData as error:
-        what = f"{group.name} is empty: {error.what}"
-        raise EmptyData(what, where=error.where, fix=error.fix) from error
+    except EmptyDataError as error:
+        what = f"{group.name} is empty: {error.message}"
+        raise EmptyDataError(what, where=error.where, fix=error.fix) from error
 
 
 def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = None) -> bool:

@@ -28,7 +28,7 @@ def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> Rec
     try:
         find_shape(recipe.model.base)
     except UserError as error:
-        say(f"not planned: {error.what}")
+        say(f"not planned: {error.message}")
         return None
     return make_plan(recipe, cluster)
 

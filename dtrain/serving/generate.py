@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.files import open_text
 from dtrain.core.locks import lock_file
 from dtrain.core.log import progress, say
@@ -76,7 +76,7 @@ def count_prompts(path: Path) -> int:
 
     Raises:
         UserError: it cannot be read, or holds none.
-        Problems: the first broken lines, with `file:line`.
+        UserErrors: the first broken lines, with `file:line`.
     """
     rows, broken = 0, list[UserError]()
     for prompt in read_prompts(path):
@@ -86,7 +86,7 @@ def count_prompts(path: Path) -> int:
             if len(broken) == PROBLEMS_SHOWN:
                 break
     if broken:
-        raise Problems(broken)
+        raise UserErrors(broken)
     if not rows:
         raise UserError("holds no prompts", where=str(path))
     return rows

@@ -49,7 +49,7 @@ def main() -> None:
         for config in question["configs"]:
             tell({"peaks": simulate(recipe, stage.name, config_of(config, recipe), question)})
     except UserError as error:
-        tell({"error": [error.what, error.where, error.fix]})
+        tell({"error": [error.message, error.where, error.fix]})
 
 
 def config_of(raw: dict[str, Any], recipe: Recipe) -> PretrainedConfig:

@@ -33,7 +33,7 @@ def lines_of(name: str) -> Iterator[str]:
     try:
         plan, why = with_exact(plan, recipe, silent), ""
     except UserError as error:
-        why = error.what
+        why = error.message
     for stage in plan.stages:
         head = f"{name:<16}{stage.name:<8}{nodes} x {gpus} {gpu:<13}{stage.fit.verdict:<6}"
         yield f"{head}plan {stage.memory.peak / GB:6.2f}  {why or found(stage)}"

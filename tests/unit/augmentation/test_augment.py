@@ -493,7 +493,7 @@ def test_a_source_without_usable_rows_is_refused(serve, make, tmp_path, how, row
     server = serve()
     with pytest.raises(UserError) as error:
         make(server, [row], how)
-    assert reason in error.value.what and error.value.where == str(tmp_path / "a.jsonl")
+    assert reason in error.value.message and error.value.where == str(tmp_path / "a.jsonl")
     assert not server.bodies
 
 

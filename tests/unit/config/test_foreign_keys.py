@@ -7,7 +7,7 @@ import pytest
 from dtrain.config.foreign_keys import ANSWERS, EQUIVALENTS, KEYS, SENTENCES
 from dtrain.config.load import load_recipe
 from dtrain.config.schema_paths import key_owners
-from dtrain.core.errors import Problems
+from dtrain.core.errors import UserErrors
 
 LLAMA_FACTORY = """\
 ### model
@@ -188,10 +188,10 @@ def answers(tmp_path):
     def answers_to(text: str, *overrides: str) -> dict[str, str]:
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
-        with pytest.raises(Problems) as caught:
+        with pytest.raises(UserErrors) as caught:
             load_recipe(str(path), overrides)
-        problems = [p for p in caught.value.problems if p.what.endswith(": unknown key")]
-        return {p.what.removesuffix(": unknown key"): p.fix for p in problems}
+        problems = [p for p in caught.value.errors if p.message.endswith(": unknown key")]
+        return {p.message.removesuffix(": unknown key"): p.fix for p in problems}
 
     return answers_to
 
@@ -245,10 +245,10 @@ def test_a_similar_key_is_proposed(answers, override, key) -> None:
 def test_a_text_in_place_of_a_group_is_shown_as_a_group(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(GOOD.replace("{base: some/folder}", "some/folder"))
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(UserErrors) as caught:
         load_recipe(str(path))
-    [problem] = caught.value.problems
-    assert problem.what == "model must be a group of keys, not 'some/folder'"
+    [problem] = caught.value.errors
+    assert problem.message == "model must be a group of keys, not 'some/folder'"
     assert problem.fix == "write model: {base: some/folder}"
 
 

@@ -214,5 +214,5 @@ def test_a_method_that_cannot_be_merged_is_refused_where_a_merge_is_due(
     monkeypatch.setitem(TRAITS, "lora", replace(TRAITS["lora"], cannot_merge="it has no weights"))
     (clash,) = check(recipe())
     what = "stages.0.method.kind and output.merge: lora cannot be merged: it has no weights"
-    assert (clash.what, clash.fix) == (what, "make it the last stage, with output.merge=false")
+    assert (clash.message, clash.fix) == (what, "make it the last stage, with output.merge=false")
     assert not check(recipe(output__merge=False))

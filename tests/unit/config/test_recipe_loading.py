@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped, summary
 
 GOOD = """\
@@ -224,7 +224,7 @@ def test_a_missing_recipe_offers_the_nearest(tmp_path: Path) -> None:
 
 
 def test_problems_survive_a_pickle_between_processes(write) -> None:
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(UserErrors) as caught:
         load_recipe(write(GOOD), ["seed=x", "name=3"])
     kind, arguments = caught.value.__reduce__()
     assert str(kind(*arguments)) == str(caught.value)

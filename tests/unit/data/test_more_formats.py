@@ -14,7 +14,7 @@ import pytest
 
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Source
-from dtrain.core.errors import Problems, UserError
+from dtrain.core.errors import UserError, UserErrors
 from dtrain.data import readers
 from dtrain.data.conversations import Preference
 from dtrain.data.records import BadRecord, detect, iter_records, read
@@ -134,7 +134,7 @@ def test_stages_refuse_preferences(prepared, write_rows, form) -> None:
     path = write_rows("a.jsonl", [{key: row[key] for key in keep}])
     with pytest.raises(UserError, match=f"format: {form} with kind: sft"):
         prepared("sft", [{"path": path}])
-    with pytest.raises(Problems, match=f"{form} rows compare two"):
+    with pytest.raises(UserErrors, match=f"{form} rows compare two"):
         load_recipe("tiny", [f"stages.task.data.sources.0.format={form}"])
     if form == "preference":  # the way out that the message names works
         columns = {"completion": "chosen"}
@@ -152,7 +152,7 @@ def test_columns_are_renamed(load, write_rows) -> None:
 
 
 def test_a_column_that_no_format_has_is_refused(tmp_path) -> None:
-    with pytest.raises(Problems) as error:
+    with pytest.raises(UserErrors) as error:
         load_recipe("tiny", ["stages.task.data.sources.0.columns={instrution: question}"])
     assert "instrution" in str(error.value)
 

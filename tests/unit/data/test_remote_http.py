@@ -58,7 +58,7 @@ def test_what_a_server_does_not_have_is_told(site, tmp_path) -> None:
     _, address = site
     with pytest.raises(UserError, match="404") as error:
         texts(f"{address}/none.jsonl", tmp_path)
-    assert error.value.where == f"{address}/none.jsonl" and "none.jsonl" in error.value.what
+    assert error.value.where == f"{address}/none.jsonl" and "none.jsonl" in error.value.message
     assert not list((tmp_path / "remote").rglob("none*"))
 
 

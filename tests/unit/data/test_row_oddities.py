@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config.schema import Source
-from dtrain.core.errors import EmptyData, UserError
+from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.data.conversations import parse_messages, parse_tools
 from dtrain.data.formats import convert
 from dtrain.data.records import detect, read
@@ -182,7 +182,7 @@ def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
 def test_a_source_without_a_row_is_called_empty(tmp_path: Path, name, content) -> None:
     (tmp_path / name).write_text(content)
     parts = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
-    with pytest.raises(EmptyData, match=f"{name}: there is no row in it"):
+    with pytest.raises(EmptyDataError, match=f"{name}: there is no row in it"):
         detect(parts, {})
 
 

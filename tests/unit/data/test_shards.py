@@ -189,7 +189,7 @@ def test_any_text_of_a_mistake_in_a_process_is_told() -> None:
     with pytest.raises(UserError) as error, worker_pool(2, work) as members:
         members.join(lambda units: None)
     told = error.value
-    assert (told.what, told.where, told.fix) == (long, "a\0b", "\udfff")
+    assert (told.message, told.where, told.fix) == (long, "a\0b", "\udfff")
     assert told.status is Exit.NON_FINITE
 
 

@@ -185,7 +185,7 @@ def test_odd_code_is_refused_with_the_reason(act: str, why: str) -> None:
     AutoModelForCausalLM.register(OddConfig, Odd, exist_ok=True)
     with pytest.raises(UserError) as e:
         probe_packing(OddConfig(**SMALL, act=act), SETTINGS)
-    assert e.value.what == f"'odd' cannot be trained: {why}"
+    assert e.value.message == f"'odd' cannot be trained: {why}"
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

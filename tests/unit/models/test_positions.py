@@ -114,8 +114,8 @@ def test_a_document_beyond_learned_positions_is_refused_before_anything_starts(r
     with pytest.raises(UserError) as error:
         prepare_inputs(recipe("gpt2", 200))
     assert error.value.where == "stages.domain.data"
-    assert "sequence_length 64" in error.value.what
-    assert "the model has 24 positions" in error.value.what
+    assert "sequence_length 64" in error.value.message
+    assert "the model has 24 positions" in error.value.message
     assert error.value.fix == "sequence_length: 24 or less"
 
 

@@ -49,7 +49,7 @@ def test_an_empty_evaluation_set_is_called_empty_by_its_name(tmp_path: Path, cas
     recipe["evaluation"]["sets"] = {"mine": held}
     with pytest.raises(UserError, match="the evaluation set mine is empty") as error:
         prepare_inputs(Recipe.model_validate(recipe))
-    assert why in error.value.what and error.value.where == source["path"]
+    assert why in error.value.message and error.value.where == source["path"]
 
 
 def test_an_empty_stage_is_called_empty_by_its_name(tmp_path: Path) -> None:
