@@ -1,0 +1,59 @@
+"""What the pages say of files, tests and floors is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+IGNORED = {".venv", ".venv-lowest", ".git", "node_modules"}
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not IGNORED & set(p.relative_to(ROOT).parts))
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+FILE = re.compile(r"`((?:dtrain|tests|slurm|launch|ds_configs)/[\w./-]*\w(?:/|\.\w+))`")
+TEST = re.compile(r"`(?:([\w/]+/)?(test_\w+\.py))?::(test_\w+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    missing = [
+        link for link in LINK.findall(page.read_text("utf-8")) if not (page.parent / link).exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    missing = [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_table_of_faults_names_real_tests() -> None:
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text("utf-8"))
+    }
+    page = (ROOT / "tests" / "README.md").read_text("utf-8")
+    named = {name for *_, name in TEST.findall(page)}
+    assert len(named) > 20
+    assert named <= defined, sorted(named - defined)
+    files = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"test_\w+\.py", page)) <= files
+
+
+def test_the_floors_of_the_architecture_page_are_those_of_the_test() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "floors", Path(__file__).with_name("test_floors.py")
+    )
+    assert spec is not None and spec.loader is not None
+    floors = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(floors)
+    page = (ROOT / "dtrain" / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| (`.*?) \|", page, re.MULTILINE)
+    table = {int(number): set(re.findall(r"`(\w+)`", names)) for number, names in rows}
+    expected = [floor for floor in floors.FLOORS if floor != {"__main__"}]
+    assert table == dict(enumerate(expected))
