@@ -11,7 +11,8 @@ from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtrain.config.schema import Recipe
+    from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.schema import Recipe
 
 
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
@@ -40,7 +41,7 @@ def template_notes(recipe: Recipe) -> Iterator[str]:
     except UserError:
         base = None
     for stage in recipe.stages:
-        if stage.kind == "sft":
+        if OBJECTIVES[stage.kind].trains_on_answers:
             closes = closes_turns(stage.data.template, base)
             where = f"stages.{stage.name}.data.template: {stage.data.template}"
             if closes is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dtrain.config import deepspeed_file
 from dtrain.config.engines import ENGINES, engines_with
+from dtrain.config.objectives import format_mismatch
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import UserError, UserErrors
@@ -203,14 +204,8 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
     places: list[Key] = [(*at, number) for number in range(len(data.sources))]
     places.append((*at[:-1], "replay"))
     for place, source in zip(places, data.all_sources, strict=False):
-        if kind == "sft" and source.format == "text":
-            keys = [(*owner, "kind"), (*place, "format")]
-            what = "sft learns answers, and plain text has none"
-            yield Clash(keys, what, "kind=cpt, or format=alpaca or messages")
-        if source.format in ("preference", "kto"):
-            keys = [(*owner, "kind"), (*place, "format")]
-            what = f"{kind} learns one answer, and {source.format} rows compare two"
-            yield Clash(keys, what, "format=prompt_completion with columns={completion: chosen}")
+        if source.format != "auto" and (mismatch := format_mismatch(kind, source.format)):
+            yield Clash([(*owner, "kind"), (*place, "format")], *mismatch)
 
 
 def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:

@@ -9,6 +9,7 @@ from pydantic import Field
 from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.group import Count, Group, Share, Text
 from dtrain.config.methods import Method
+from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -113,16 +114,7 @@ class Source(Group):
             "file, glob, folder, fsspec URL (s3://…), hub dataset id, or `dtrain:NAME/FILE`"
         )
     )
-    format: Literal[
-        "auto",
-        "text",
-        "alpaca",
-        "messages",
-        "sharegpt",
-        "prompt_completion",
-        "preference",
-        "kto",
-    ] = Field(
+    format: Literal["auto", RowFormat] = Field(
         "auto",
         description=(
             "columns of a row: text; instruction/input/output (alpaca); messages with "
@@ -316,9 +308,7 @@ class Stage(Group):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of its folder in the run folder"
     )
-    kind: Literal["cpt", "sft"] = Field(
-        description="cpt: loss on every token; sft: on answers only"
-    )
+    kind: ObjectiveKind = Field(description=KINDS_HELP)
     method: Method = Field(description="which parameters train")
     data: Data
     train: Train
@@ -327,9 +317,7 @@ class Stage(Group):
 class EvaluationSet(Data):
     """Held-out rows; their loss is measured before the first stage and after each stage."""
 
-    kind: Literal["cpt", "sft"] = Field(
-        description="cpt: loss on every token; sft: on answers only"
-    )
+    kind: ObjectiveKind = Field(description=KINDS_HELP)
 
 
 class Questions(Group):

@@ -17,6 +17,7 @@ struct Shard {
     const int64_t *token_offsets;
     const int32_t *runs;
     const int64_t *run_offsets;
+    const int32_t *labels;
     int64_t sizes[3];  // of tokens, runs, and documents
 
     bool holds(int64_t document, int64_t start, int64_t count) const {
@@ -29,7 +30,8 @@ struct Shard {
 };
 
 struct Source {
-    int64_t first_row;  // among the rows of all sources
+    int64_t first_row;       // among the rows of all sources
+    int64_t first_document;  // among the documents of all sources
     const int64_t *row_offsets;
     const Piece *pieces;
     int64_t piece_count;
@@ -47,13 +49,14 @@ struct Source {
     }
 };
 
-// Where results go: five stretches of `room` numbers.
+// Where results go: seven arrays of `room` numbers.
 struct Out {
-    int64_t *ids, *positions, *predict, *targets, *lengths, room;
+    int64_t *ids, *positions, *predict, *targets, *lengths, *documents, *labels, room;
 
     Out(int64_t *block, int64_t room)
         : ids(block), positions(ids + room), predict(positions + room), targets(predict + room),
-          lengths(targets + room), room(room) {}
+          lengths(targets + room), documents(lengths + room), labels(documents + room),
+          room(room) {}
 };
 
 // How far the work is, and where it stopped: what is written, which row and piece come next.
@@ -88,6 +91,7 @@ bool append(const Shard &shard, const Piece &piece, int64_t document, const Out 
         at.targets += count;
     }
     at.tokens += n;
+    out.labels[at.documents] = shard.labels[document];
     out.lengths[at.documents++] = n;
     return true;
 }
@@ -115,6 +119,7 @@ extern "C" int64_t gather(const Source *sources, int64_t source_count, const int
             if (!shard.tokens) return CLOSED;
             if (!append(shard, piece, piece.document - source.table[at->shard][0], out, *at))
                 return DAMAGED;
+            out.documents[at->documents - 1] = source.first_document + piece.document;
             at->row_tokens[at->row] += piece.tokens;
         }
     }

@@ -22,7 +22,7 @@ Int64s = NDArray[np.int64]
 
 DONE, CLOSED = 0, 1  # what collate.cpp returns; else a store is damaged
 # Of its structures, each field of 8 bytes.
-SHARD = ("tokens", "token_offsets", "runs", "run_offsets", "sizes", "sizes", "sizes")
+SHARD = ("tokens", "token_offsets", "runs", "run_offsets", "labels", "sizes", "sizes", "sizes")
 STATE = ("tokens", "targets", "documents", "row", "piece", "source", "shard")
 
 
@@ -32,6 +32,7 @@ class Gathered(NamedTuple):
     Attributes:
         ids, positions: int64 [1, T]; positions start from 0 in each document.
         predict, targets: int64 [K], places whose next token is learnt, and those tokens.
+        documents, labels: int64 [D], numbers (over all sources) and labels of the documents.
         lengths: tokens of each document, [D].
         row_tokens: tokens of each row, [R].
     """
@@ -40,6 +41,8 @@ class Gathered(NamedTuple):
     positions: Int64s
     predict: Int64s
     targets: Int64s
+    documents: Int64s
+    labels: Int64s
     lengths: list[int]
     row_tokens: list[int]
 
@@ -56,6 +59,8 @@ def gathered(pieces: Pieces) -> Gathered:
         spread(np.zeros_like(starts), pieces.sizes)[None],
         predict,
         ids[predict + 1],
+        pieces.documents,
+        pieces.labels,
         pieces.sizes.tolist(),
         row_tokens.tolist(),
     )
@@ -90,13 +95,16 @@ class Gatherer:
         self._shards = [np.zeros((len(store.shards), len(SHARD)), np.int64) for store in stores]
         self._open: deque[tuple[int, int, Columns]] = deque()
         firsts = np.cumsum([0, *(store.rows for store in stores)]).tolist()
+        first_documents = np.cumsum([0, *(store.documents for store in stores)]).tolist()
         self._sources = np.array(
             [
                 (
-                    first, _at(store.row_offsets), _at(store.pieces), len(store.pieces),
+                    first, document, _at(store.row_offsets), _at(store.pieces), len(store.pieces),
                     _at(store.shards), _at(shards), len(shards),
                 )
-                for first, store, shards in zip(firsts, stores, self._shards, strict=False)
+                for first, document, store, shards in zip(
+                    firsts, first_documents, stores, self._shards, strict=False
+                )
             ]
         )  # fmt: skip
         self._given = _at(self._sources), len(stores)
@@ -108,8 +116,8 @@ class Gatherer:
             UserError: a store is damaged.
         """
         room = len(rows) * self._row_tokens
-        # One block: the system gives and takes memory once for each micro-batch, not five times.
-        block, state = np.empty((5, room), np.int64), np.zeros(len(STATE) + len(rows), np.int64)
+        # One block: memory is allocated once for each micro-batch, not seven times.
+        block, state = np.empty((7, room), np.int64), np.zeros(len(STATE) + len(rows), np.int64)
         rows = np.ascontiguousarray(rows)
         given = (*self._given, _at(rows), len(rows), _at(block), room, _at(state))
         while (end := self._loop(*given)) == CLOSED:
@@ -122,6 +130,8 @@ class Gatherer:
             block[1:2, :tokens],
             block[2, :targets],
             block[3, :targets],
+            block[5, :documents],
+            block[6, :documents],
             block[4, :documents].tolist(),
             row_tokens,
         )
@@ -134,7 +144,7 @@ class Gatherer:
         self._open.append((source, shard, columns))
         self._shards[source][shard] = (
             *(_at(columns.tokens), _at(columns.token_offsets)),
-            *(_at(columns.runs), _at(columns.run_offsets)),
+            *(_at(columns.runs), _at(columns.run_offsets), _at(columns.label)),
             *(columns.tokens.size, columns.runs.size, columns.part.size),
         )
 

@@ -7,18 +7,26 @@ Shapes: T tokens of a micro-batch, K targets in it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.packed_dataset import Mixture
+from dtrain.data.packed_dataset import BatchCounts, Mixture
+from dtrain.distributed.memory import send
+
+__all__ = ["BatchCounts", "Loader", "MicroBatch"]
 
 Int64s = NDArray[np.int64]
 
 NO_ROW = -1
 ORDER_AHEAD = 1 << 14  # rows whose numbers are worked out at once
+
+
+def _no_numbers() -> Int64s:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,10 @@ class MicroBatch:
         document_lengths: tokens of each document, sum T.
         sequences: place of each sequence in the endless stream.
         sequence_lengths: tokens of each sequence, sum T.
+        sequence_ids: number of each sequence in the dataset, whatever the order of training.
+        document_ids: number of each document in the dataset, [D]. The documents of one row follow
+            one another.
+        labels: of each document, as its row encoder set it, [D].
     """
 
     input_ids: torch.Tensor
@@ -42,6 +54,20 @@ class MicroBatch:
     document_lengths: list[int]
     sequences: list[int]
     sequence_lengths: list[int]
+    sequence_ids: list[int] = field(default_factory=list)
+    document_ids: Int64s = field(default_factory=_no_numbers)
+    labels: Int64s = field(default_factory=_no_numbers)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch with its tensors on `device`."""
+        if device.type == "cpu":
+            return self
+        tensors: dict[str, Any] = {
+            name: send(value, device)
+            for name, value in vars(self).items()
+            if torch.is_tensor(value)
+        }
+        return replace(self, **tensors)
 
 
 class Loader:
@@ -91,31 +117,25 @@ class Loader:
         rows[: max(0, stop - start)] = self.mixture.rows_at(start, stop, self.seed)
         return rows.reshape(steps, self.global_batch)
 
-    def supervised_tokens(self, step: int) -> int:
-        """Targets in the global batch: what the step's loss is divided by."""
-        return int(self.mixture.supervised_tokens(self._real(step)).sum())
-
-    def tokens(self, step: int) -> int:
-        """Tokens in the global batch."""
-        return int(self.mixture.tokens(self._real(step)).sum())
+    def counts(self, step: int) -> BatchCounts:
+        """What the global batch holds, over all ranks."""
+        return self.mixture.counts(self._real(step))
 
     @property
     def source_names(self) -> list[str]:
         """Names of the sources."""
         return self.mixture.names
 
-    def target_sources(self, step: int, batch: MicroBatch) -> Int64s:
-        """Number of the source of each target [K] of a micro-batch of a step."""
+    def sources_at(self, step: int, batch: MicroBatch, positions: Int64s) -> Int64s:
+        """Number of the source of each of these token positions [n] in a micro-batch of a step."""
         places = np.array(batch.sequences) - step * self.global_batch
         sources = self.mixture.sources_of(self.batch(step)[places])
         ends = np.cumsum(batch.sequence_lengths)
-        return sources[ends.searchsorted(batch.predict.numpy(), side="right")]
+        return sources[ends.searchsorted(positions, side="right")]
 
-    def tokens_by_source(self, step: int) -> dict[str, dict[str, int]]:
-        """What each of several sources gives to the global batch; nothing to tell of one."""
-        if len(self.mixture.sources) == 1:
-            return {}
-        return self.mixture.tokens_by_source(self._real(step))
+    def counts_by_source(self, step: int) -> dict[str, BatchCounts]:
+        """What each source contributes to the global batch."""
+        return self.mixture.counts_by_source(self._real(step))
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_batch: int
@@ -150,6 +170,9 @@ class Loader:
             made.lengths,
             list(range(place, place + len(rows))),
             made.row_tokens,
+            rows.tolist(),
+            made.documents,
+            made.labels,
         )
 
     def _real(self, step: int) -> Int64s:
@@ -181,4 +204,7 @@ def _nothing(position: int, *, alone: bool) -> MicroBatch:
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     positions = None if alone else torch.arange(2).unsqueeze(0)
-    return MicroBatch(tokens, positions, none, none.clone(), [2], [position], [2])
+    ids, labels = np.array([NO_ROW]), np.array([0])
+    return MicroBatch(
+        tokens, positions, none, none.clone(), [2], [position], [2], [NO_ROW], ids, labels
+    )

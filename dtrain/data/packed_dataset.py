@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,24 @@ class Row:
     documents: list[str]
 
 
+COUNTED_COLUMNS = ("row_tokens", "row_supervised", "row_examples")  # in BatchCounts' order
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What some sequences hold.
+
+    Attributes:
+        supervised_tokens: targets.
+        examples: rows whose documents begin in them; of stream packing, segments.
+    """
+
+    sequences: int
+    tokens: int
+    supervised_tokens: int
+    examples: int
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A source and its store."""
@@ -55,6 +73,7 @@ class Mixture:
     def __init__(self, sources: list[Prepared], mix: Mix, sequence_length: int) -> None:
         self.sources, self.mix, self.sequence_length = sources, mix, sequence_length
         self.first_rows = np.cumsum([0, *(source.store.rows for source in sources)])
+        self.first_documents = np.cumsum([0, *(source.store.documents for source in sources)])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,15 +123,11 @@ class Mixture:
         which = self.sources_of(numbers)
         places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
         used = [(source, place) for source, place in enumerate(places) if place.size]
-        parts = [
-            self.sources[source].store.gather(numbers[place] - self.first_rows[source])
-            for source, place in used
-        ]
+        parts = []
+        for source, place in used:
+            part = self.sources[source].store.gather(numbers[place] - self.first_rows[source])
+            parts.append(replace(part, documents=part.documents + self.first_documents[source]))
         return joined(parts, [place for _, place in used])
-
-    def supervised_tokens(self, numbers: Int64s) -> Int64s:
-        """Targets in each of these rows, [n]."""
-        return self._look_up(numbers, "row_supervised")
 
     def tokens(self, numbers: Int64s) -> Int64s:
         """Tokens in each of these rows, [n]."""
@@ -131,18 +146,19 @@ class Mixture:
         """Number of the source of each of these rows [n]."""
         return np.searchsorted(self.first_rows, numbers, side="right") - 1
 
-    def tokens_by_source(self, numbers: Int64s) -> dict[str, dict[str, int]]:
-        """Of each source, its sequences, tokens and targets in these rows [n]."""
+    def counts(self, numbers: Int64s) -> BatchCounts:
+        """What these rows [n] hold."""
+        sums = [int(self._look_up(numbers, column).sum()) for column in COUNTED_COLUMNS]
+        return BatchCounts(len(numbers), *sums)
+
+    def counts_by_source(self, numbers: Int64s) -> dict[str, BatchCounts]:
+        """What these rows [n] hold of each source, by its name."""
         which = self.sources_of(numbers)
-        tokens, targets = self.tokens(numbers), self.supervised_tokens(numbers)
-        return {
-            name: {
-                "sequences": int((which == index).sum()),
-                "tokens": int(tokens[which == index].sum()),
-                "supervised_tokens": int(targets[which == index].sum()),
-            }
-            for index, name in enumerate(self.names)
-        }
+        sums = [np.bincount(which, minlength=len(self.names))]
+        for column in COUNTED_COLUMNS:
+            sums.append(np.bincount(which, self._look_up(numbers, column), len(self.names)))
+        totals = np.stack(sums, axis=1).astype(np.int64).tolist()
+        return {name: BatchCounts(*row) for name, row in zip(self.names, totals, strict=True)}
 
     def verify(self) -> None:
         """Hash the stores again.

@@ -7,13 +7,23 @@ documents at once, in numpy, and give the same plan for the same lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.data.segments import spread
+
 Int64s = NDArray[np.int64]
 
 PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("tokens", "<i4")])
+
+
+class Packing(Enum):
+    """How documents share sequences."""
+
+    STREAM = "one after the other, cut where a sequence is full; every token is a target"
+    WHOLE = "never cut, and the documents of one row (an example) stay in one sequence"
 
 
 @dataclass(frozen=True)
@@ -107,17 +117,23 @@ class _Spaces:
             self.present &= ~(1 << space)
 
 
-def pack_whole(lengths: Int64s, capacity: int) -> Plan:
-    """Whole documents into rows by best-fit decreasing; none is cut.
+def pack_whole(lengths: Int64s, capacity: int, example_sizes: Int64s | None = None) -> Plan:
+    """Whole examples into rows by best-fit decreasing; no document is cut.
 
     Args:
-        lengths: tokens of each document, 1 … capacity.
+        lengths: tokens of each document, at least 1; an example's sum to at most `capacity`.
         capacity: tokens of a row.
+        example_sizes: documents of each example, which follow one another and stay together; None
+            for one each.
     """
-    row_of = best_fit_decreasing(lengths, capacity)
+    lengths = np.asarray(lengths, dtype=np.int64)
+    sizes = np.ones(lengths.size, np.int64) if example_sizes is None else example_sizes
+    first = _offsets(sizes)[:-1]
+    row_of = best_fit_decreasing(_sums(lengths, sizes), capacity)
     order = np.argsort(row_of, kind="stable").astype(np.int64)
-    counts = np.bincount(row_of, minlength=0)
-    pieces = _pieces(order, np.zeros(order.size, np.int64), np.asarray(lengths)[order])
+    documents = spread(first[order], sizes[order])
+    counts = _sums(sizes[order], np.bincount(row_of))
+    pieces = _pieces(documents, np.zeros(documents.size, np.int64), lengths[documents])
     return Plan(pieces, _offsets(counts))
 
 
@@ -148,6 +164,13 @@ def one_each(lengths: Int64s, capacity: int) -> Plan:
     return Plan(pieces, np.arange(document.size + 1, dtype=np.int64))
 
 
+def one_example_each(lengths: Int64s, example_sizes: Int64s) -> Plan:
+    """A row for each example, whose documents follow one another."""
+    documents = np.arange(len(lengths), dtype=np.int64)
+    pieces = _pieces(documents, np.zeros_like(documents), lengths)
+    return Plan(pieces, _offsets(example_sizes))
+
+
 def keep_rows(plan: Plan, keep: NDArray[np.bool_]) -> Plan:
     """The plan without the rows that `keep` (bool [rows]) leaves out."""
     counts = np.diff(plan.rows)
@@ -158,6 +181,11 @@ def _pieces(document: Int64s, start: Int64s, tokens: Int64s) -> NDArray[np.void]
     pieces = np.empty(document.size, dtype=PIECE)
     pieces["document"], pieces["start"], pieces["tokens"] = document, start, tokens
     return pieces
+
+
+def _sums(values: Int64s, counts: Int64s) -> Int64s:
+    """Sums of counts[0] values, of the counts[1] after them, …"""
+    return np.diff(_offsets(values)[_offsets(counts)])
 
 
 def _offsets(counts: NDArray[np.integer]) -> Int64s:

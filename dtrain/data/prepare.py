@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.config.objectives import format_mismatch
 from dtrain.config.schema import Data, Source
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.hashes import fingerprint
@@ -16,6 +18,7 @@ from dtrain.core.locks import FolderLock
 from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.packed_dataset import Mixture, Prepared, Row, check_vocabulary
+from dtrain.data.packing import Packing
 from dtrain.data.records import Record, detect, read
 from dtrain.data.sampling import mix
 from dtrain.data.shard_boundaries import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
@@ -23,24 +26,31 @@ from dtrain.data.shards import Shards, Share
 from dtrain.data.sources import find_source_files
 from dtrain.data.store import MANIFEST, Store
 from dtrain.data.store_writer import Writer
-from dtrain.data.tokenize import Tokeniser, check_tokenizer
+from dtrain.data.tokenize import RowEncoder, check_tokenizer
 
 __all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 6  # raise it whenever the same input would give another store or manifest
+CODE_VERSION = 7  # raise it whenever the same input would give another store or manifest
 
-Kind = Literal["cpt", "sft"]
 
-WANTED_ALONE = {
-    "preference": "format: prompt_completion, columns: {completion: chosen, prompt: NAME}, where "
-    "NAME is the column of what was asked, such as prompt or conversations",
-    "kto": "keep the rows with a true label, format: messages or prompt_completion",
-}
+@dataclass(frozen=True)
+class DatasetSpec:
+    """How an objective's rows become sequences.
+
+    Attributes:
+        objective: its kind in a recipe, for messages and a store's identity.
+        encoder: turns rows into documents.
+        packing: how documents share sequences.
+    """
+
+    objective: str
+    encoder: type[RowEncoder]
+    packing: Packing
 
 
 def prepare(
     data: Data,
-    kind: Kind,
+    spec: DatasetSpec,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_fingerprint: str,
     cache: Path,
@@ -55,7 +65,7 @@ def prepare(
 
     Args:
         data: group of the recipe.
-        kind: cpt supervises every token, sft answers only.
+        spec: how rows become sequences.
         tokenizer: of the base model.
         tokenizer_fingerprint: of everything that shapes its token ids.
         cache: folder for prepared data.
@@ -66,13 +76,13 @@ def prepare(
     Raises:
         UserError: a source, a row or the tokenizer cannot be used.
     """
-    check_tokenizer(tokenizer, kind)
+    check_tokenizer(tokenizer, needs_end_token=spec.encoder.needs_end_token)
     names = [source.path for source in data.all_sources]
     weights = {steps * global_batch: given for steps, given in data.weights_by_step.items()}
     replay = data.replay.ratio if data.replay else None
     mix([1] * len(names), weights, names, replay)  # fails at once
     prepared = [
-        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache).run(processes)
+        _Preparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache).run(processes)
         for source in data.all_sources
     ]
     shares = mix([source.store.rows for source in prepared], weights, names, replay)
@@ -81,7 +91,7 @@ def prepare(
 
 def prepare_share(
     data: Data,
-    kind: Kind,
+    spec: DatasetSpec,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_fingerprint: str,
     cache: Path,
@@ -97,9 +107,9 @@ def prepare_share(
     Raises:
         UserError: as `prepare`.
     """
-    check_tokenizer(tokenizer, kind)
+    check_tokenizer(tokenizer, needs_end_token=spec.encoder.needs_end_token)
     own = [
-        _Preparation(data, source, kind, tokenizer, tokenizer_fingerprint, cache)
+        _Preparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache)
         for source in data.all_sources
     ]
     for preparation in own:
@@ -114,20 +124,21 @@ class _Preparation:
         self,
         data: Data,
         source: Source,
-        kind: Kind,
+        spec: DatasetSpec,
         tokenizer: PreTrainedTokenizerBase,
         tokenizer_fingerprint: str,
         cache: Path,
     ) -> None:
-        self.data, self.source, self.kind = data, source, kind
+        self.data, self.source, self.spec = data, source, spec
         self.parts = find_source_files(source, cache)
         self.form = source.format if source.format != "auto" else detect(self.parts, source.columns)
-        _check_form(self.form, source, kind)
+        if mismatch := format_mismatch(spec.objective, self.form):
+            where = f"{source.path}: format: {self.form} with kind: {spec.objective}"
+            raise UserError(mismatch[0], where=where, fix=mismatch[1])
         self.template = None if self.form == "text" else resolve_template(data.template, tokenizer)
-        self.tokeniser = Tokeniser(
+        self.encoder = spec.encoder(
             tokenizer,
             self.template,
-            kind == "sft",
             data.sequence_length,
             data.overlong,
             self.parts,
@@ -144,14 +155,13 @@ class _Preparation:
             "content": [[part.kind, part.identity] for part in self.parts],
             "format": self.form,
             "columns": dict(self.source.columns),
-            "kind": self.kind,
+            "kind": self.spec.objective,
             "template": self.template.source if self.template else None,
             "tokenizer": tokenizer_fingerprint,
             "sequence_length": self.data.sequence_length,
             "packing": self.data.packing,
             "split_special_tokens": self.data.split_special_tokens,
-            "overlong": self.data.overlong if self.kind == "sft" else None,
-            "train_on": self.data.train_on if self.kind == "sft" else None,
+            **{key: getattr(self.data, key) for key in self.encoder.settings},
         }
 
     def run(self, processes: int | None) -> Prepared:
@@ -188,7 +198,7 @@ class _Preparation:
             cuts = self._cut()
             self._check_unchanged()
             save_cuts(self.folder, cuts)
-        return Shards(self.folder, cuts, self.parts, self.form, self.source.columns, self.tokeniser)
+        return Shards(self.folder, cuts, self.parts, self.form, self.source.columns, self.encoder)
 
     def _cut(self) -> Cuts:
         """Read all rows once, so that a broken one is told before hours of work on the others."""
@@ -217,25 +227,14 @@ class _Preparation:
     def _finish(self, shards: Shards) -> None:
         self._check_unchanged()
         Writer(self.folder, len(shards)).finish(
-            kind=self.kind,
-            packing=self.data.packing,
+            packing=self.spec.packing,
+            packed=self.data.packing,
             sequence_length=self.data.sequence_length,
             about={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
             where=self.source.path,
         )
         for leftover in (self.folder / CUTS_FILE, *self.folder.glob(".shard-*")):  # of killed ones
             leftover.unlink()
-
-
-def _check_form(form: str, source: Source, kind: Kind) -> None:
-    """Refuse rows that the stage cannot learn from."""
-    where = f"{source.path}: format: {form} with kind: {kind}"
-    if form == "text" and kind == "sft":
-        fix = "write kind: cpt, or name rows that have answers"
-        raise UserError("a text has no answers to learn", where=where, fix=fix)
-    if form in WANTED_ALONE:
-        what = "preferences need a stage that compares two answers"
-        raise UserError(what, where=where, fix=f"train on the wanted answers: {WANTED_ALONE[form]}")
 
 
 @contextmanager

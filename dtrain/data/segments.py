@@ -22,6 +22,7 @@ class Pieces:
         views: tokens of each piece, int32, as views of the mapped files.
         sizes: [P], of these.
         rows: [P], which of the rows (0, 1, …) a piece belongs to; never falls.
+        documents, labels: [P], number and label of the document of each piece.
         run_pieces: [R], piece of each run of supervised tokens; never falls.
         run_starts, run_stops: [R], places in that piece; a run never starts at 0.
     """
@@ -29,6 +30,8 @@ class Pieces:
     views: list[Int32s]
     sizes: Int64s
     rows: Int64s
+    documents: Int64s
+    labels: Int64s
     run_pieces: Int64s
     run_starts: Int64s
     run_stops: Int64s
@@ -56,6 +59,8 @@ def joined(parts: list[Pieces], places: list[Int64s]) -> Pieces:
         [views[place] for place in order.tolist()],
         np.concatenate([part.sizes for part in parts])[order],
         rows[order],
+        np.concatenate([part.documents for part in parts])[order],
+        np.concatenate([part.labels for part in parts])[order],
         pieces[by_piece],
         np.concatenate([part.run_starts for part in parts])[by_piece],
         np.concatenate([part.run_stops for part in parts])[by_piece],

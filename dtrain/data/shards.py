@@ -22,7 +22,7 @@ from dtrain.data.shard_boundaries import Cuts
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import shard_name
 from dtrain.data.store_writer import write_shard
-from dtrain.data.tokenize import Document, Tokeniser
+from dtrain.data.tokenize import Document, RowEncoder
 
 BATCH_ROWS = 500  # in one call of the tokenizer
 PROCESS_BYTES = 1 << 30  # of a process with a shard of long texts
@@ -51,7 +51,7 @@ class Shards:
     parts: list[SourceFile]
     form: str
     columns: Mapping[Any, str]
-    tokeniser: Tokeniser
+    encoder: RowEncoder
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
@@ -87,7 +87,7 @@ class Shards:
             self._make_from(start, tell, wait=False)
 
         if count > 1:
-            _ = self.tokeniser.lengths  # once, before there are several processes
+            self.encoder.warm_up()  # once, before there are several processes
             with worker_pool(count, work) as members, progress(title, total, total - left) as meter:
                 members.join(meter.advance)
         if count == 1 or self.missing():  # those of who was killed
@@ -117,7 +117,7 @@ class Shards:
         part, skip, _ = self.cuts[shard].tolist()
         records = stretches.records(part, skip, self.rows(shard))
         while batch := list(islice(records, BATCH_ROWS)):
-            documents += self.tokeniser.documents(batch, counts)
+            documents += self.encoder.documents(batch, counts)
             tell(len(batch))
         for read in self.parts[max(part, 0) : int(self.cuts["part"][shard + 1]) + 1]:
             read.check_unchanged()  # nothing of another content is kept, even if this ends here

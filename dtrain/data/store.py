@@ -2,7 +2,7 @@
 
     shard-00000.arrow …   tokens, runs of supervised tokens, provenance of each document
     pieces.npy rows.npy   which pieces make which row (packing.Plan)
-    row_tokens.npy row_supervised.npy   counts of each row
+    row_tokens.npy row_supervised.npy row_examples.npy   counts of each row
     shards.npy            first document and bytes of each shard
     B3SUMS                of all of these, as `b3sum --check` reads it
     store.json            totals, the hashes of the plan and of itself: without it there is no store
@@ -27,7 +27,10 @@ from dtrain.core.hashes import file_hash
 from dtrain.data.segments import Pieces, spread
 
 MANIFEST, SUMS = "store.json", "B3SUMS"
-PLAN_FILES = ("pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "shards.npy")
+PLAN_FILES = (
+    "pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "row_examples.npy",
+    "shards.npy",
+)  # fmt: skip
 TOTALS = ("rows", "documents", "tokens", "supervised_tokens", "longest_segment", "largest_token")
 KEYS = {*TOTALS, "counts", "fingerprint", "files"}  # of the manifest, that readers count on
 SHARD = np.dtype([("first_document", "<i8"), ("bytes", "<i8")])
@@ -45,6 +48,7 @@ class Columns:
         tokens, token_offsets: [tokens], [documents + 1].
         runs, run_offsets: starts and stops of supervised runs, [2 runs], [documents + 1].
         part, number: provenance, [documents].
+        label: what the objective makes of a document, such as 1 for a chosen answer, [documents].
     """
 
     tokens: Int32s
@@ -53,6 +57,7 @@ class Columns:
     run_offsets: Int64s
     part: Int32s
     number: Int64s
+    label: Int32s
     metadata: dict[bytes, bytes]
 
 
@@ -81,6 +86,7 @@ def map_shard(path: Path) -> Columns:
         runs.offsets.to_numpy(),
         batch["part"].to_numpy(),
         batch["number"].to_numpy(),
+        batch["label"].to_numpy(),
         metadata,
     )
 
@@ -118,13 +124,19 @@ class Store:
         for name, entry in self.manifest["files"].items():
             self._check_size(name, entry["bytes"])
         arrays = [_array(folder / name) for name in PLAN_FILES]
-        self.pieces, self.row_offsets, self.row_tokens, self.row_supervised, self.shards = arrays
+        self.pieces, self.row_offsets, self.row_tokens, self.row_supervised = arrays[:4]
+        self.row_examples, self.shards = arrays[4:]
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
 
     @property
     def rows(self) -> int:
         """Rows of the store."""
         return int(self.manifest["rows"])
+
+    @property
+    def documents(self) -> int:
+        """Documents of the store; some may be in no row."""
+        return int(self.manifest["documents"])
 
     def row(self, number: int) -> RowData:
         """Read one row, 0 … rows - 1."""
@@ -144,6 +156,7 @@ class Store:
         rows = np.repeat(np.arange(len(numbers)), counts)
         shards = self._shards_of(pieces["document"])
         views, runs = [_NO_TOKENS] * rows.size, [_NO_RUNS]
+        labels = np.empty(rows.size, dtype=np.int64)
         by_shard = np.argsort(shards, kind="stable")
         edges = np.flatnonzero(np.diff(shards[by_shard])) + 1
         for here in np.split(by_shard, edges) if rows.size else []:
@@ -154,8 +167,11 @@ class Store:
             for place, begin, end in zip(*places, strict=True):
                 views[place] = tokens[begin:end]
             runs.append(_runs(columns, inside, here))
+            labels[here] = columns.label[inside]
         sizes = pieces["tokens"].astype(np.int64)
-        return Pieces(views, sizes, rows, *_clipped(np.concatenate(runs), pieces))
+        documents = pieces["document"].astype(np.int64)
+        clipped = _clipped(np.concatenate(runs), pieces)
+        return Pieces(views, sizes, rows, documents, labels, *clipped)
 
     def _shards_of(self, documents: Int64s) -> Int64s:
         found: Int64s = self.shards["first_document"].searchsorted(documents, side="right") - 1

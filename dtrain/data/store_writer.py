@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from dtrain.core.errors import EmptyDataError
 from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_hash
-from dtrain.data.packing import Plan, keep_rows, one_each, pack_stream, pack_whole
+from dtrain.data.packing import (
+    Packing,
+    Plan,
+    keep_rows,
+    one_each,
+    one_example_each,
+    pack_stream,
+    pack_whole,
+)
 from dtrain.data.store import (
     MANIFEST,
     PLAN_FILES,
@@ -50,6 +58,7 @@ def write_shard(
             "runs": _lists([d.runs for d in documents]),
             "part": pa.array([d.part for d in documents], pa.int32()),
             "number": pa.array([d.number for d in documents], pa.int64()),
+            "label": pa.array([d.label for d in documents], pa.int32()),
         }
     ).replace_schema_metadata({NOTE: json.dumps(note).encode()})
     sink = pa.BufferOutputStream()
@@ -67,8 +76,8 @@ class Writer:
     def finish(
         self,
         *,
-        kind: str,
-        packing: bool,
+        packing: Packing,
+        packed: bool,
         sequence_length: int,
         about: dict[str, Any],
         where: str,
@@ -76,8 +85,8 @@ class Writer:
         """Plan the rows, write plan, hashes and manifest.
 
         Args:
-            kind: cpt or sft.
-            packing: several documents in a row.
+            packing: how documents share sequences.
+            packed: whether they do; otherwise each example has its own.
             sequence_length: tokens of a row.
             about: what the manifest says besides.
             where: the source, for a message.
@@ -85,17 +94,19 @@ class Writer:
         Raises:
             UserError: there is no token to learn in the whole source.
         """
-        lengths, supervised, summary = self._survey()
-        plan = _plan(lengths, kind, packing, sequence_length)
+        lengths, supervised, starts, summary = self._survey()
+        sizes = np.diff(np.append(np.flatnonzero(starts), lengths.size))
+        plan = _plan(lengths, sizes, packing, packed, sequence_length)
         per_piece = supervised[plan.pieces["document"]]
-        if kind == "cpt":  # a document that goes on in another row has no context there
+        if packing is Packing.STREAM:  # the first token of a segment has no context
             per_piece = plan.pieces["tokens"].astype(np.int64) - 1
         learnt = _row_sums(plan, per_piece)
         summary["counts"][UNLEARNABLE] = int((learnt == 0).sum())
         plan, learnt = keep_rows(plan, learnt > 0), learnt[learnt > 0]
         if not learnt.size:
             raise _nothing_to_learn(summary["counts"], where)
-        self._write_plan(plan, learnt)
+        examples = _row_sums(plan, starts[plan.pieces["document"]].astype(np.int64))
+        self._write_plan(plan, learnt, examples)
         tokens, targets = int(plan.pieces["tokens"].sum()), int(learnt.sum())
         totals = {
             "rows": learnt.size,
@@ -105,13 +116,14 @@ class Writer:
         }
         self._seal({**about, "sequence_length": sequence_length, **totals, **summary})
 
-    def _write_plan(self, plan: Plan, learnt: Int64s) -> None:
+    def _write_plan(self, plan: Plan, learnt: Int64s, examples: Int64s) -> None:
         tokens = _row_sums(plan, plan.pieces["tokens"].astype(np.int64)).astype(np.int32)
         arrays: dict[str, NDArray[Any]] = {
             "pieces.npy": plan.pieces,
             "rows.npy": plan.rows,
             "row_tokens.npy": tokens,
             "row_supervised.npy": learnt.astype(np.int32),
+            "row_examples.npy": examples.astype(np.int32),
             "shards.npy": self._shard_table(),
         }
         for name in PLAN_FILES:
@@ -120,20 +132,23 @@ class Writer:
     def _columns(self, shard: int) -> Columns:
         return map_shard(self.folder / shard_name(shard))
 
-    def _survey(self) -> tuple[Int64s, Int64s, dict[str, Any]]:
-        """Tokens and supervised tokens of each document, and totals over all shards."""
-        lengths, supervised, counts, largest = [], [], Counter[str](), -1
+    def _survey(self) -> tuple[Int64s, Int64s, NDArray[np.bool_], dict[str, Any]]:
+        """Tokens and supervised tokens of each document, whether it is the first of its row, and
+        totals over all shards."""
+        lengths, supervised, starts, counts, largest = [], [], [], Counter[str](), -1
         for shard in range(self.shards):
             columns = self._columns(shard)
             lengths.append(np.diff(columns.token_offsets))
             runs = columns.runs.astype(np.int64)
             ends = np.concatenate([[0], np.cumsum(runs[1::2] - runs[::2])])
             supervised.append(np.diff(ends[columns.run_offsets // 2]))
+            changes = (np.diff(columns.part) != 0) | (np.diff(columns.number) != 0)
+            starts.append(np.append(True, changes)[: columns.part.size])
             counts.update(_note(columns)["counts"])
             largest = max(largest, int(columns.tokens.max(initial=-1)))
         documents = int(sum(part.size for part in lengths))
         summary = {"documents": documents, "largest_token": largest, "counts": dict(counts)}
-        return _joined(lengths), _joined(supervised), summary
+        return _joined(lengths), _joined(supervised), _joined(starts).astype(bool), summary
 
     def _shard_table(self) -> NDArray[np.void]:
         table = np.zeros(self.shards, dtype=SHARD)
@@ -172,10 +187,14 @@ def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyDataError:
     )
 
 
-def _plan(lengths: Int64s, kind: str, packing: bool, capacity: int) -> Plan:
-    if not packing:
-        return one_each(lengths, capacity)
-    return (pack_stream if kind == "cpt" else pack_whole)(lengths, capacity)
+def _plan(
+    lengths: Int64s, example_sizes: Int64s, packing: Packing, packed: bool, capacity: int
+) -> Plan:
+    if packing is Packing.STREAM:
+        return (pack_stream if packed else one_each)(lengths, capacity)
+    if not packed:
+        return one_example_each(lengths, example_sizes)
+    return pack_whole(lengths, capacity, example_sizes)
 
 
 def _row_sums(plan: Plan, per_piece: Int64s) -> Int64s:
@@ -183,7 +202,7 @@ def _row_sums(plan: Plan, per_piece: Int64s) -> Int64s:
     return np.diff(ends[plan.rows])
 
 
-def _joined(arrays: list[Int64s]) -> Int64s:
+def _joined(arrays: list[NDArray[Any]]) -> Int64s:
     return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,44 +57,89 @@ class Document:
     Attributes:
         tokens: [n].
         runs: [2 k], (start, stop) of each run of supervised tokens; token 0 is in none of them.
-        part, number: where it comes from.
+        part, number: where it comes from. The documents of one row are an example, which packing
+            keeps together (`Packing.WHOLE`).
+        label: what the objective makes of it, such as 1 for a chosen and 0 for a rejected answer.
     """
 
     tokens: Int32s
     runs: Int32s
     part: int
     number: int
+    label: int = 0
 
 
 @dataclass(frozen=True)
-class Tokeniser:
-    """What turns the records of a source into documents.
+class RowEncoder(ABC):
+    """Turns the rows of a source into documents.
 
     Attributes:
         template: of conversations; None for texts.
-        answers_only: supervise answers (sft), or every token (cpt).
-        sequence_length, overlong: limit for conversations of an sft stage, and what to do beyond.
-        train_on: which answers are supervised: all, or last.
+        sequence_length, overlong: limit for documents that are not cut, and what to do beyond.
+        train_on: which turns of a conversation are supervised, where not every token is.
         split_special_tokens: encode special tokens in the text of rows as plain text.
+        settings: keys of the recipe's `data` group that shape these documents and no others.
+        needs_end_token: whether the tokenizer must have an end-of-text token.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
-    answers_only: bool
     sequence_length: int
     overlong: str
     parts: list[SourceFile]
     train_on: str = "all"
     split_special_tokens: bool = True
 
+    settings: ClassVar[tuple[str, ...]] = ()
+    needs_end_token: ClassVar[bool] = False
+
+    @abstractmethod
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        """Tokenise a batch; what is left out or cut is counted in `counts`.
+        """Tokenize a batch; what is left out or cut is counted in `counts`.
 
         Raises:
             UserError: a row cannot be rendered, or is too long under `overlong: fail`.
         """
-        if self.answers_only:
-            return self._answers(records, counts)
+
+    def warm_up(self) -> None:
+        """Compute what several processes would otherwise compute each."""
+        return
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The tokenizer's special tokens, and how they are kept out of the text of rows."""
+        return SpecialTokens(self.tokenizer)
+
+    def _place(self, record: Record) -> str:
+        return self.parts[record.file_index].location(record.row_number)
+
+    def _rendered(
+        self, record: Record, train_on: str, counts: Counter[str]
+    ) -> tuple[str, list[Span]]:
+        assert self.template is not None and isinstance(record.value, Conversation)
+        return render_answers(self.template, record.value, self._place(record), train_on, counts)
+
+    def _plain(
+        self, record: Record, text: str, train_on: str, counts: Counter[str]
+    ) -> tuple[str, list[Span]] | None:
+        """What is encoded instead of a text, and its answers, if the row holds special tokens."""
+        if not (self.split_special_tokens and self.special_tokens.found(record.value)):
+            return None
+        counts[SPECIAL] += 1
+        place, hidden = self._place(record), self.special_tokens.hidden(record.value)
+        spans: list[Span] = []
+        if isinstance(hidden, Conversation):
+            own = replace(record, value=hidden)
+            hidden, spans = self._rendered(own, train_on, Counter())  # counted already
+        return self.special_tokens.template_hidden(text, hidden, place), spans
+
+
+class FullTextEncoder(RowEncoder):
+    """Every token of a text, or of a rendered conversation, is a target."""
+
+    needs_end_token = True
+
+    def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         texts = [self._text(record, counts) for record in records]
         kept = [i for i, text in enumerate(texts) if text]
         counts[EMPTY] += len(texts) - len(kept)
@@ -102,46 +149,17 @@ class Tokeniser:
         chosen = [texts[i] for i in kept]
         ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
         for place, index in enumerate(kept):
-            if plain := self._plain(records[index], texts[index], counts):
+            if plain := self._plain(records[index], texts[index], "", counts):
                 where = self._place(records[index])
                 ids[place], _ = self.special_tokens.encode(
                     plain[0], where, add_special_tokens=not written
                 )
         return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
-    def _place(self, record: Record) -> str:
-        return self.parts[record.file_index].location(record.row_number)
-
-    def _plain(
-        self, record: Record, text: str, counts: Counter[str]
-    ) -> tuple[str, list[Span]] | None:
-        """What is encoded instead of a text, and its answers, if the row holds special tokens."""
-        if not (self.split_special_tokens and self.special_tokens.found(record.value)):
-            return None
-        counts[SPECIAL] += 1
-        place, hidden = self._place(record), self.special_tokens.hidden(record.value)
-        spans: list[Span] = []
-        if isinstance(hidden, Conversation):
-            train_on = self.train_on if self.answers_only else ""
-            own = replace(record, value=hidden)
-            hidden, spans = self._rendered(own, train_on, Counter())  # counted already
-        return self.special_tokens.template_hidden(text, hidden, place), spans
-
-    @cached_property
-    def special_tokens(self) -> SpecialTokens:
-        """The tokenizer's, and how they are kept out of the text of rows."""
-        return SpecialTokens(self.tokenizer)
-
     def _text(self, record: Record, counts: Counter[str]) -> str:
         if isinstance(record.value, str):
             return record.value
         return self._rendered(record, "", counts)[0]  # every token is learned, of every role
-
-    def _rendered(
-        self, record: Record, train_on: str, counts: Counter[str]
-    ) -> tuple[str, list[Span]]:
-        assert self.template is not None and isinstance(record.value, Conversation)
-        return render_answers(self.template, record.value, self._place(record), train_on, counts)
 
     def _whole(self, ids: list[int], record: Record) -> Document:
         eos = self.tokenizer.eos_token_id
@@ -149,14 +167,20 @@ class Tokeniser:
         runs = np.array([1, tokens.size], dtype=np.int32)
         return Document(tokens, runs, record.file_index, record.row_number)
 
-    def _answers(self, records: list[Record], counts: Counter[str]) -> list[Document]:
+
+class AnswerEncoder(RowEncoder):
+    """The tokens of answers in a rendered conversation are targets."""
+
+    settings = ("overlong", "train_on")
+
+    def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         places = [self.parts[r.file_index].location(r.row_number) for r in records]
         rendered = [self._rendered(record, self.train_on, counts) for record in records]
         texts, spans = [text for text, _ in rendered], [own for _, own in rendered]
         documents = []
         for index, (tokens, runs) in enumerate(self._encoded(texts, spans)):
             record = records[index]
-            if plain := self._plain(record, texts[index], counts):
+            if plain := self._plain(record, texts[index], self.train_on, counts):
                 ids, encoding = self.special_tokens.encode(
                     plain[0], places[index], add_special_tokens=False
                 )
@@ -177,6 +201,9 @@ class Tokeniser:
                 runs = supervised_runs(encoding, texts[index], spans[index])
                 found[index] = np.array(encoding.ids, dtype=np.int32), runs
         return [one for one in found.values() if one]
+
+    def warm_up(self) -> None:
+        _ = self.lengths
 
     @cached_property
     def lengths(self) -> Lengths | None:
@@ -208,8 +235,8 @@ def _too_long(tokens: int, limit: int, place: str) -> UserError:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
-    """Refuse a tokenizer that cannot tell characters from tokens, or (cpt) cannot end a text.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, needs_end_token: bool) -> None:
+    """Check that a tokenizer maps tokens to characters and, where needed, can end a text.
 
     Raises:
         UserError: naming what it lacks.
@@ -220,7 +247,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
             where=type(tokenizer).__name__,
             fix="use a model that has a tokenizer.json",
         )
-    if kind == "cpt" and tokenizer.eos_token_id is None:
+    if needs_end_token and tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-text token",
             where=type(tokenizer).__name__,

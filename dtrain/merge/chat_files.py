@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.load import load_recipe
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text
@@ -36,7 +37,7 @@ def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) 
         base: what the stage was trained on.
         tokenizer: of the run's base, which `template: auto` means.
     """
-    if stage.kind != "sft":
+    if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
     try:
         template = resolve_template(stage.data.template, tokenizer)
@@ -58,7 +59,7 @@ def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
     """The same of a stage that may not be complete, from its run's recipe."""
     recipe = load_recipe(str(RunDir(run).recipe))
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
-    if stage.kind != "sft":
+    if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
     run_base, trusts = base_folder(recipe.model.base), recipe.model.trust_remote_code
     return adapter_files(stage, base, load_tokenizer(run_base, trusts))

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Undefined
 
 from dtrain.config.methods import TRAITS
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.core.files import write_atomic
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.run_dir import RunDir
@@ -20,7 +21,6 @@ from dtrain.monitoring.summary import format_loss, rate_change
 plots: Any = LazyModule("dtrain.monitoring.plots")
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-OBJECTIVES = {"cpt": "continued pretraining", "sft": "supervised fine-tuning"}
 MAX_SKIPPED = 20  # skipped steps that are listed
 
 MetricLines = list[dict[str, Any]]
@@ -90,7 +90,8 @@ def _chain(record: RunRecord, finished: bool) -> list[dict[str, Any]]:
     boxes = [_box("model", base_name, ["base model"], done=True)]
     for stage in record.stages:
         name = str(stage["name"])
-        lines = [OBJECTIVES.get(str(stage.get("kind")), str(stage.get("kind", "")))]
+        kind = str(stage.get("kind", ""))
+        lines = [OBJECTIVES[kind].title if kind in OBJECTIVES else kind]
         lines.append(_method_text(stage.get("method") or {}))
         step = "merge" if len(boxes) > 1 else ""
         boxes.append(_box("stage", name, lines, done=name in record.artifacts, step=step))

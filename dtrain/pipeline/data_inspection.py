@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Source, Stage
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
@@ -27,6 +28,7 @@ from dtrain.data_quality.scan import REJECTED, scan
 from dtrain.data_quality.scan_result import ScanResult
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.objectives.base import build_objective
 from dtrain.pipeline.stage_inputs import samples_of
 from dtrain.samples.make import ensure
 
@@ -51,7 +53,8 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     tokenizer = recipe_tokenizer(recipe)
     mark = tokenizer_fingerprint(tokenizer)
     batch, folder = stage.train.global_batch_size, cache_folder() / "stores"
-    mixture = prepare(stage.data, stage.kind, tokenizer, mark, folder, global_batch=batch)
+    spec = build_objective(stage).dataset
+    mixture = prepare(stage.data, spec, tokenizer, mark, folder, global_batch=batch)
     return mixture, tokenizer
 
 
@@ -61,7 +64,7 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> ScanResult:
     Raises:
         UserError: base or data cannot be had at all; rows that are wrong are findings.
     """
-    train_on = stage.data.train_on if stage.kind == "sft" else ""  # cpt learns every token
+    train_on = stage.data.train_on if OBJECTIVES[stage.kind].trains_on_answers else ""
     data, tokenizer = stage.data, recipe_tokenizer(recipe)
     tokens = TokenCounter(tokenizer, data.template, train_on, data.split_special_tokens)
     return scan(

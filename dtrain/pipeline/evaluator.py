@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import local_path
+from dtrain.core.cache_paths import cache_folder, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.log import Meter, progress, say
@@ -18,9 +18,10 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
+from dtrain.objectives.base import StageContext, build_objective
 from dtrain.serving.generator import Speaker
 from dtrain.serving.run_models import Choice, template_of
-from dtrain.training.train_step import held_out_loss
+from dtrain.training.train_step import HeldOutSet, evaluate
 
 BASE = "base"
 
@@ -41,25 +42,43 @@ class Evaluations:
         """Whether the untrained base was not measured yet."""
         return bool(self.sets) and BASE not in self.known["models"]
 
-    def record_base(self, engine: Engine, world: World) -> None:
+    def record_base(self, engine: Engine, base: Path) -> None:
         """Measure the base: a fresh adapter changes nothing yet."""
-        self.record(BASE, engine, world)
+        self.record(BASE, engine, base)
 
-    def record(self, model: str, engine: Engine, world: World) -> None:
-        """Measure every set with the engine's model as it is now."""
+    def held_out_sets(self, engine: Engine, base: Path) -> dict[str, HeldOutSet]:
+        """Every set with its objective, ready to measure a model that started from `base`."""
+        sets, cache = dict[str, HeldOutSet](), cache_folder() / "objectives"
+        for name, mixture in self.sets.items():
+            objective = build_objective(self.recipe.evaluation.sets[name])
+            loader = held_out_loader(mixture, engine, self.layout)
+            objective.begin_stage(StageContext(base, cache, engine.model, loader, engine.world))
+            sets[name] = HeldOutSet(objective, loader)
+        return sets
+
+    def record(self, model: str, engine: Engine, base: Path) -> None:
+        """Measure every set with the engine's model as it is now.
+
+        Args:
+            model: its name in the file.
+            base: folder of the model that the stage started from.
+        """
         if not self.sets:
             return
         rows = sum(m.rows_per_epoch for m in self.sets.values())
         with progress(f"held-out loss, {model}", rows) as bar:
-            for name, mixture in self.sets.items():
-                loss = held_out_loss(engine, held_out_loader(mixture, engine, self.layout))
+            for name, held_out in self.held_out_sets(engine, base).items():
+                metrics = evaluate(engine, held_out)
+                loss = metrics.pop("loss")
                 self.known["losses"].setdefault(name, {})[model] = loss
-                bar.advance(mixture.rows_per_epoch, note=f"{name} {loss:.4f}")
+                if metrics:
+                    self.known.setdefault("metrics", {}).setdefault(name, {})[model] = metrics
+                bar.advance(self.sets[name].rows_per_epoch, note=f"{name} {loss:.4f}")
         if model not in self.known["models"]:
             self.known["models"].append(model)
         losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
         say(f"held-out loss, {model}: {losses}")
-        self.write(world)
+        self.write(engine.world)
 
     def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
         """Let base and final model answer the recipe's questions (first rank).

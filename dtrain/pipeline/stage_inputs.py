@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -14,7 +13,7 @@ from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import cache_folder, local_path, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say
-from dtrain.data.prepare import Mixture, check_vocabulary, prepare, prepare_share
+from dtrain.data.prepare import DatasetSpec, Mixture, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import Share
 from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
@@ -22,6 +21,7 @@ from dtrain.models.hub import base_folder
 from dtrain.models.load import read_config
 from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.objectives.base import build_objective
 from dtrain.pipeline.evaluator import read_questions
 from dtrain.pipeline.position_checks import check_positions
 from dtrain.samples.make import ensure
@@ -117,7 +117,7 @@ class _Group:
     key: str
     name: str
     data: Data
-    kind: Literal["cpt", "sft"]
+    spec: DatasetSpec
     global_batch: int = 1
 
 
@@ -125,9 +125,11 @@ def _groups(recipe: Recipe) -> Iterator[_Group]:
     """All data that a recipe names."""
     for stage in recipe.stages:
         key, name = f"stages.{stage.name}.data", f"the data of stage {stage.name}"
-        yield _Group(key, name, stage.data, stage.kind, stage.train.global_batch_size)
+        spec = build_objective(stage).dataset
+        yield _Group(key, name, stage.data, spec, stage.train.global_batch_size)
     for name, data in recipe.evaluation.sets.items():
-        yield _Group(f"evaluation.sets.{name}", f"the evaluation set {name}", data, data.kind)
+        spec = build_objective(data).dataset
+        yield _Group(f"evaluation.sets.{name}", f"the evaluation set {name}", data, spec)
 
 
 def _prepared(
@@ -140,7 +142,7 @@ def _prepared(
     """
     try:
         return prepare(
-            group.data, group.kind, tokenizer, mark, store_folder(), processes, group.global_batch
+            group.data, group.spec, tokenizer, mark, store_folder(), processes, group.global_batch
         )
     except EmptyDataError as error:
         what = f"{group.name} is empty: {error.message}"
@@ -159,7 +161,7 @@ def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = N
     base, tokenizer, mark = _base_of(recipe)
     layout_of(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
     done = [
-        prepare_share(one.data, one.kind, tokenizer, mark, store_folder(), share, processes)
+        prepare_share(one.data, one.spec, tokenizer, mark, store_folder(), share, processes)
         for one in _groups(recipe)
     ]
     return all(done)

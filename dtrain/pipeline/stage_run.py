@@ -16,6 +16,7 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.checks import accumulation
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import cache_folder
 from dtrain.core.log import say, warn
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
@@ -37,9 +38,10 @@ from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tensor_utils import parameter_counts
+from dtrain.objectives.base import Objective, StageContext, build_objective
 from dtrain.pipeline.auto_settings import remember
 from dtrain.pipeline.distributed_merge import merge_together
-from dtrain.pipeline.evaluator import Evaluations, held_out_loader
+from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord
 from dtrain.training.callbacks import (
@@ -123,12 +125,12 @@ class StageRun:
         trainer = self.trainer(engine, checkpoint)
         untrained = trainer.progress.step == 0 and self.base == self.inputs.base
         if untrained and self.evaluations.wants_base():
-            self.evaluations.record_base(engine, self.world)
+            self.evaluations.record_base(engine, self.base)
         finished = trainer.fit()
         self.speed = trainer.tokens_per_second
         if not finished:
             return None
-        self.evaluations.record(self.stage.name, engine, self.world)
+        self.evaluations.record(self.stage.name, engine, self.base)
         facts = self.facts(trainer.progress)
         engine.close()
         return engine.bare, facts
@@ -206,10 +208,11 @@ class StageRun:
     def trainer(self, engine: Engine, checkpoint: Checkpoint | None) -> Trainer:
         """A trainer at the checkpoint's step, or at the start."""
         state = checkpoint.state["progress"] if checkpoint else {}
-        progress = StageProgress(**state)
+        progress, loader = StageProgress(**state), self.loader()
         return Trainer(
             engine=engine,
-            loader=self.loader(),
+            objective=self.objective(engine, loader),
+            loader=loader,
             checkpointer=self.checkpointer,
             evaluator=self.evaluator(engine),
             stop=self.stop,
@@ -232,15 +235,23 @@ class StageRun:
         say(f"{mixture.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
         return loader
 
+    def objective(self, engine: Engine, loader: Loader) -> Objective:
+        """What the stage minimizes, with all it needs besides batches."""
+        objective = build_objective(self.stage)
+        cache = cache_folder() / "objectives"
+        objective.begin_stage(StageContext(self.base, cache, engine.model, loader, self.world))
+        return objective
+
     def evaluator(self, engine: Engine) -> HeldOutEvaluator:
         """Evaluation during the stage, if the recipe asks for it."""
         train = self.stage.train
-        sets = self.inputs.sets if train.evaluate_every_steps else {}
-        for note in (note for held_out in sets.values() for note in held_out.notes()):
+        evaluates = train.evaluate_every_steps is not None
+        sets = self.evaluations.held_out_sets(engine, self.base) if evaluates else {}
+        for note in (
+            note for held_out in sets.values() for note in held_out.loader.mixture.notes()
+        ):
             say(f"evaluation: {note}")
-        layout = self.inputs.layout
-        loaders = {name: held_out_loader(m, engine, layout) for name, m in sets.items()}
-        return HeldOutEvaluator(loaders, train)
+        return HeldOutEvaluator(sets, train)
 
     def callbacks(self, progress: StageProgress) -> list[Callback]:
         """Callbacks of this rank."""

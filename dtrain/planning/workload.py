@@ -8,6 +8,7 @@ from typing import Any
 
 from dtrain.config import deepspeed_file
 from dtrain.config.methods import Lora
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
@@ -158,7 +159,7 @@ def build_workload(
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and kind == "zero3",
         on_gpu=not on_cpu,
-        trains_on_all_tokens=stage.kind == "cpt",
+        trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
@@ -125,7 +126,9 @@ class Run:
 
 def template_of(recipe: Recipe) -> str:
     """The template of conversations: that of the last stage that trains on them."""
-    named = [stage.data.template for stage in recipe.stages if stage.kind == "sft"]
+    named = [
+        stage.data.template for stage in recipe.stages if OBJECTIVES[stage.kind].trains_on_answers
+    ]
     return named[-1] if named else "auto"
 
 

@@ -15,8 +15,9 @@ from dtrain.config.schema import Stage
 from dtrain.data.loader import MicroBatch
 from dtrain.engines.base import Engine, decoder_layers
 from dtrain.models.dropout import set_dropout_key
+from dtrain.objectives.base import build_objective
 from dtrain.simulation.ledger import GRADIENTS, OPTIMIZER, Ledger
-from dtrain.training.train_step import forward_loss
+from dtrain.training.train_step import compute_loss
 
 OUTSIDE, FIRST, INNER, LAST = "outside", "first layer", "inner layers", "last layer"
 
@@ -119,7 +120,8 @@ class Simulated:
         set_dropout_key(self.engine.bare, 0, 0, numbers, [tokens] * count)
         self.engine.before_forward(last=last)
         batch = batch_of(count, tokens, numbers)
-        loss = self.phase("forward", lambda: forward_loss(self.engine, batch))
+        objective = build_objective(self.stage)
+        loss = self.phase("forward", lambda: compute_loss(self.engine, objective, batch).loss)
         self.phase("backward", lambda: self.engine.backward(loss, last=last))
 
     def phase(self, name: str, work: Callable[[], Any]) -> Any:

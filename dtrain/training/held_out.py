@@ -7,21 +7,20 @@ from typing import Any
 
 from dtrain.config.schema import Train
 from dtrain.core.log import say
-from dtrain.data.loader import Loader
 from dtrain.engines.base import Engine
 from dtrain.training.progress import StageProgress, is_due
-from dtrain.training.train_step import held_out_loss
+from dtrain.training.train_step import HeldOutSet, evaluate
 
 
 class HeldOutEvaluator:
     """Evaluates every `evaluate_every_steps` steps and ends a stage that stops improving.
 
     Args:
-        sets: loaders of the held-out sets, by name.
+        sets: held-out sets, by name.
         train: the stage's settings.
     """
 
-    def __init__(self, sets: dict[str, Loader], train: Train) -> None:
+    def __init__(self, sets: dict[str, HeldOutSet], train: Train) -> None:
         self._sets, self._train = sets, train
         self._monitored = train.evaluate_on or next(iter(sets), None)
 
@@ -37,13 +36,16 @@ class HeldOutEvaluator:
             Metrics to log.
         """
         stage.evaluated_step = stage.step
-        losses = {name: held_out_loss(engine, loader) for name, loader in self._sets.items()}
+        measured = {name: evaluate(engine, held_out) for name, held_out in self._sets.items()}
+        losses = {name: metrics.pop("loss") for name, metrics in measured.items()}
         stage.held_out = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
         summary = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         say(f"step {stage.step}: held-out loss: {summary}")
         if self._monitored is not None:
             self._compare_with_best(losses[self._monitored], stage)
-        return {"held_out": losses}
+        return {"held_out": losses} | (
+            {"held_out_metrics": measured} if any(measured.values()) else {}
+        )
 
     def _compare_with_best(self, loss: float, stage: StageProgress) -> None:
         is_best = isfinite(loss) and (stage.best_held_out is None or loss < stage.best_held_out)

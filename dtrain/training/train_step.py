@@ -1,13 +1,15 @@
 """One optimizer step: the global batch forward and backward, then one update.
 
-The loss is the sum over the supervised tokens of the global batch divided by their number, so
-it does not depend on how rows fall on ranks and micro-batches.
+The loss is the objective's sum over the global batch divided by the weight of the global batch
+(the number of supervised tokens, or of pairs), so it does not depend on how sequences are split
+over ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Protocol
 
@@ -15,11 +17,9 @@ import numpy as np
 import torch
 
 from dtrain.data.loader import Loader, MicroBatch
-from dtrain.distributed.memory import send
-from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.loss import supervised_losses
+from dtrain.objectives.base import LossOutput, Objective
 from dtrain.training.callbacks import Callback
 
 
@@ -28,10 +28,11 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: mean over the supervised tokens of the global batch, before the update.
+        loss: weighted mean over the global batch, before the update.
         grad_norm: global, before clipping.
         stop_votes: ranks that ask to stop.
-        source_losses: summed over the supervised tokens of each of several sources.
+        metrics: of the objective, over the global batch.
+        sources: counts and mean loss of each source, where there are several.
         seconds: of this rank, by what they were spent on.
     """
 
@@ -41,7 +42,8 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     stop_votes: int
-    source_losses: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -54,48 +56,63 @@ class StepInputs(Protocol):
     """What a step needs of a trainer."""
 
     engine: Engine
+    objective: Objective
     loader: Loader
     seed: int
     callbacks: Callback
 
 
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Rows that are never trained on, and the objective that measures them."""
+
+    objective: Objective
+    loader: Loader
+
+
 def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool) -> StepResult:
     """Train on the global batch of `step` with learning rate `rate`."""
     started = time.perf_counter()
-    engine, loader = trainer.engine, trainer.loader
+    engine, objective, loader = trainer.engine, trainer.objective, trainer.loader
     world, train = engine.world, engine.stage.train
     batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch))
-    supervised = loader.supervised_tokens(step)
+    counts = loader.counts(step)
+    weight = max(1, objective.weight(counts))
     loaded = time.perf_counter()
-    scale = world.size / max(1, supervised)  # engines average over ranks
+    scale = world.size / weight  # engines average over ranks
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    losses: list[torch.Tensor] = []
+    outputs: list[LossOutput] = []
     if not engine.bare.training:  # after an evaluation; it walks over all modules
         engine.model.train()
+    statistics = begin_step(engine, objective, batches)
     for number, batch in enumerate(batches):
         trainer.callbacks.pre_micro_batch(step + 1, number + 1, len(batches))
         set_dropout_key(engine.bare, trainer.seed, step, batch.sequences, batch.sequence_lengths)
         last = number == len(batches) - 1
         engine.before_forward(last=last)
-        loss, each = forward_losses(engine, batch)
-        loss = poisoned(loss)
+        output = compute_loss(engine, objective, batch, statistics)
+        loss = poisoned(output.loss)
         engine.backward(loss * scale, last=last)
         total += loss.detach().double()
-        losses.append(each)
+        outputs.append(output)
     loss_here = total.item()
-    here_by_source = losses_by_source(loader, step, batches, losses)
+    local_sums = source_sums(objective, loader, step, batches, outputs)
+    local_sums += metric_sums(objective, outputs)
     computed = time.perf_counter()
     trainer.callbacks.pre_optim_step(step + 1)
     norm = engine.step(rate)
-    loss_total, votes, *by_source = world.sum([loss_here, float(wants_stop), *here_by_source])
+    loss_total, votes, *sums = world.sum([loss_here, float(wants_stop), *local_sums])
+    sources = source_losses(objective, loader, step, sums)
+    metrics = dict(zip(objective.metric_sum_names, sums[len(sources) :], strict=True))
     return StepResult(
-        loss=loss_total / max(1, supervised),
+        loss=loss_total / weight,
         grad_norm=norm,
         learning_rate=rate,
-        tokens=loader.tokens(step),
-        supervised_tokens=supervised,
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised_tokens,
         stop_votes=int(votes),
-        source_losses=by_source,
+        metrics=objective.metrics(metrics, weight),
+        sources=sources,
         seconds={
             "data": loaded - started,
             "compute": computed - loaded,
@@ -104,33 +121,61 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     )
 
 
-def losses_by_source(
-    loader: Loader, step: int, batches: list[MicroBatch], losses: list[torch.Tensor]
-) -> list[float]:
-    """This rank's sum of the losses of each source; nothing where there is one source.
+def begin_step(engine: Engine, objective: Objective, batches: Sequence[MicroBatch]) -> Any:
+    """The objective's statistics of the global batch, before the first loss."""
+    with engine.autocast():
+        return objective.begin_step(engine.model, batches, engine.world)
 
-    Args:
-        losses: of each target [K], a tensor for each micro-batch.
-    """
+
+def compute_loss(
+    engine: Engine, objective: Objective, batch: MicroBatch, statistics: Any = None
+) -> LossOutput:
+    """The objective's loss of a micro-batch, in the engine's compute dtype."""
+    batch = batch.to(engine.world.device)
+    with engine.autocast():
+        return objective.loss(engine.model, batch, statistics)
+
+
+def source_sums(
+    objective: Objective,
+    loader: Loader,
+    step: int,
+    batches: Sequence[MicroBatch],
+    outputs: Sequence[LossOutput],
+) -> list[float]:
+    """This rank's summed item losses of each source; nothing where there is one source."""
     names = loader.source_names
     if len(names) == 1:
         return []
-    which = np.concatenate([loader.target_sources(step, batch) for batch in batches])
-    each = torch.cat(losses).double().cpu().numpy()
-    found: list[float] = np.bincount(which, each, minlength=len(names)).tolist()
-    return found
+    sources = np.concatenate(
+        [loader.sources_at(step, batch, objective.item_positions(batch)) for batch in batches]
+    )
+    losses = torch.cat([output.item_losses for output in outputs]).double().cpu().numpy()
+    sums: list[float] = np.bincount(sources, losses, minlength=len(names)).tolist()
+    return sums
 
 
-def forward_loss(engine: Engine, batch: MicroBatch) -> torch.Tensor:
-    """Summed cross-entropy of a micro-batch, float32."""
-    return forward_losses(engine, batch)[0]
+def source_losses(
+    objective: Objective, loader: Loader, step: int, sums: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Counts of each of several sources in the global batch, and its mean loss where it has any."""
+    if len(loader.source_names) == 1:
+        return {}
+    sources: dict[str, dict[str, float]] = {}
+    for (name, counts), total in zip(loader.counts_by_source(step).items(), sums, strict=False):
+        columns = asdict(counts)
+        del columns["examples"]
+        weight = objective.weight(counts)
+        sources[name] = columns | ({"loss": total / weight} if weight else {})
+    return sources
 
 
-def forward_losses(engine: Engine, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of a micro-batch, summed, and of each target [K], which has no gradient."""
-    batch = on_device(batch, engine.world.device)
-    with engine.autocast():
-        return supervised_losses(engine.model, batch)
+def metric_sums(objective: Objective, outputs: Sequence[LossOutput]) -> list[float]:
+    """This rank's sums for the objective's metrics, in the order of their names."""
+    return [
+        float(sum(output.metric_sums[name].double() for output in outputs))
+        for name in objective.metric_sum_names
+    ]
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:
@@ -142,25 +187,23 @@ def poisoned(loss: torch.Tensor) -> torch.Tensor:
     return loss * one_or_nan
 
 
-def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    moved: dict[str, Any] = {
-        name: send(value, device) for name, value in vars(batch).items() if torch.is_tensor(value)
-    }
-    return replace(batch, **moved)
-
-
 @torch.no_grad()
-def held_out_loss(engine: Engine, loader: Loader) -> float:
-    """Mean loss over all supervised tokens of a held-out set, on all ranks."""
-    world: World = engine.world
-    micro = engine.stage.train.micro_batch
-    total, tokens = 0.0, 0
+def evaluate(engine: Engine, held_out: HeldOutSet) -> dict[str, float]:
+    """Mean loss over a held-out set, on all ranks, as `loss`, and the objective's metrics."""
+    world, objective, loader = engine.world, held_out.objective, held_out.loader
+    total = weight = 0.0
+    sums = dict.fromkeys(objective.metric_sum_names, 0.0)
     engine.model.eval()
     for step in range(loader.steps):
-        for batch in loader.micro_batches(step, world.rank, world.size, micro):
-            total += float(forward_loss(engine, batch))
-        tokens += loader.supervised_tokens(step)
-    return world.sum([total])[0] / max(1, tokens)
+        micro_batch = engine.stage.train.micro_batch
+        batches = list(loader.micro_batches(step, world.rank, world.size, micro_batch))
+        statistics = begin_step(engine, objective, batches)
+        for batch in batches:
+            output = compute_loss(engine, objective, batch, statistics)
+            total, weight = total + float(output.loss), weight + output.weight
+            for name in sums:
+                sums[name] += float(output.metric_sums[name])
+    total, weight, *totals = world.sum([total, weight, *sums.values()])
+    weight = max(1.0, weight)
+    metrics = objective.metrics(dict(zip(sums, totals, strict=True)), weight)
+    return {"loss": total / weight, **metrics}

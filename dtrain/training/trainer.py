@@ -11,6 +11,7 @@ from typing import Any
 from dtrain.data.loader import NO_ROW, Loader
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.engines.base import Engine
+from dtrain.objectives.base import Objective
 from dtrain.training.callbacks import Callback, CallbackGroup
 from dtrain.training.checkpointer import Checkpointer
 from dtrain.training.held_out import HeldOutEvaluator
@@ -27,6 +28,7 @@ class Trainer:
 
     Args:
         engine: the model and its optimizer.
+        objective: what is minimized.
         loader: the stage's batches, by step number.
         checkpointer: saves `progress` and the engine's state.
         evaluator: evaluates held-out sets and decides on early stopping.
@@ -40,6 +42,7 @@ class Trainer:
         self,
         *,
         engine: Engine,
+        objective: Objective,
         loader: Loader,
         checkpointer: Checkpointer,
         evaluator: HeldOutEvaluator,
@@ -48,7 +51,7 @@ class Trainer:
         progress: StageProgress,
         seed: int,
     ) -> None:
-        self.engine, self.loader, self.seed = engine, loader, seed
+        self.engine, self.objective, self.loader, self.seed = engine, objective, loader, seed
         self.checkpointer, self.evaluator, self.stop = checkpointer, evaluator, stop
         self.callbacks: Callback = CallbackGroup(callbacks)
         self.progress, self._start = progress, replace(progress)
@@ -148,21 +151,12 @@ class Trainer:
             "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
         }
-        if sources := loader.tokens_by_source(step - 1):
-            metrics["sources"] = with_losses(sources, result.source_losses)
+        if result.metrics:
+            metrics["metrics"] = result.metrics
+        if result.sources:
+            metrics["sources"] = result.sources
         if not result.finite:
             metrics["skipped"] = "non-finite loss or gradient"
             rows = [int(row) for row in loader.batch(step - 1) if row != NO_ROW]
             metrics["documents"] = [d for row in rows for d in loader.mixture.row(row).documents]
         return metrics
-
-
-def with_losses(
-    sources: dict[str, dict[str, int]], sums: list[float]
-) -> dict[str, dict[str, float]]:
-    """The counts of each source, and the mean loss of those with supervised tokens."""
-    return {
-        name: counts
-        | ({"loss": total / targets} if (targets := counts["supervised_tokens"]) else {})
-        for (name, counts), total in zip(sources.items(), sums, strict=True)
-    }

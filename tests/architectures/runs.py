@@ -177,14 +177,14 @@ def observe(noted: Path) -> None:
 
     steps: list[list[dict[str, Any]]] = [[]]
     layers: dict[str, str] = {}
-    forward, update = train_step.forward_losses, Ddp.step
+    forward, update = train_step.compute_loss, Ddp.step
 
     def save(**more: Any) -> None:
         path = noted.with_name(f"{noted.name}.{os.environ['RANK']}")
         torch.save({"steps": steps, "layers": layers, **more}, path)
 
-    def forward_losses(engine: Any, batch: Any) -> Any:
-        loss, each = forward(engine, batch)
+    def compute_loss(engine: Any, objective: Any, batch: Any, statistics: Any = None) -> Any:
+        output = forward(engine, objective, batch, statistics)
         if engine.stage.name == "domain":
             if not layers:
                 layers.update(base_layers(engine.bare))
@@ -197,10 +197,10 @@ def observe(noted: Path) -> None:
                     "documents": list(batch.document_lengths),
                     "predict": batch.predict.clone(),
                     "targets": batch.targets.clone(),
-                    "losses": each.detach().clone()[: len(batch.targets)],
+                    "losses": output.item_losses.clone()[: len(batch.targets)],
                 }
             )
-        return loss, each
+        return output
 
     def step(engine: Any, learning_rate: float) -> float:
         if engine.stage.name == "domain" and engine.updates == OBSERVED_UPDATES:
@@ -210,7 +210,7 @@ def observe(noted: Path) -> None:
             )
         return float(update(engine, learning_rate))
 
-    train_step.forward_losses = forward_losses
+    train_step.compute_loss = compute_loss
     Ddp.step = step  # type: ignore[method-assign]
 
 

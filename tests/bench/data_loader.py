@@ -25,7 +25,10 @@ from dtrain.config.schema import Data
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.objectives.causal_lm import ContinuedPretraining
 from dtrain.samples.make import ensure
+
+CPT = ContinuedPretraining.dataset
 
 BATCH, ROWS, ROW_TOKENS, ROUNDS, EPOCHS = 8, 1024, 2048, 7, 8
 KINDS = ("input_ids", "position_ids", "predict", "targets")
@@ -76,7 +79,7 @@ def prepared(folder: Path, sentences: int) -> Loader:
     source = {"path": str(folder / "a.jsonl"), "format": "text"}
     data = Data.model_validate({"sources": [source], "sequence_length": ROW_TOKENS})
     tokenizer = load_tokenizer(ensure("tiny-llama"))
-    mixture = prepare(data, "cpt", tokenizer, "bench", folder / f"cache{sentences}")
+    mixture = prepare(data, CPT, tokenizer, "bench", folder / f"cache{sentences}")
     rows = mixture.rows_per_epoch // BATCH * BATCH
     return Loader(mixture, seed=0, global_batch=BATCH, total_rows=EPOCHS * rows)
 

@@ -23,7 +23,10 @@ from dtrain.data.prepare import prepare
 from dtrain.data.records import read
 from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.objectives.causal_lm import SupervisedFinetuning
 from dtrain.samples.make import ensure
+
+SFT = SupervisedFinetuning.dataset
 
 ROWS, TOKENS, ROUNDS = 8000, 2048, 3
 
@@ -66,7 +69,7 @@ def main(path: str) -> None:
             pack_dataset(mapped, TOKENS, strategy="bfd", map_kwargs=how)
 
         def own(round: int) -> None:
-            prepare(data, "sft", tokenizer, "bench", folder / f"cache{round}", 2)
+            prepare(data, SFT, tokenizer, "bench", folder / f"cache{round}", 2)
 
         ratios = []
         for number in range(ROUNDS):

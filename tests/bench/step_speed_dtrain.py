@@ -28,7 +28,7 @@ def main(job: Found) -> None:
         marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": tokens})
 
     def train_step(inputs: Any, step: int, rate: float, **more: Any) -> Any:
-        mark(inputs.loader.tokens(step))
+        mark(inputs.loader.counts(step).tokens)
         if step == job["steps"] + 1:
             finish(job, marks)
             first = min(1, job["steps"])  # that is measured

@@ -34,8 +34,9 @@ from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tensor_utils import parameter_counts
+from dtrain.objectives.base import build_objective
 from dtrain.simulation.ledger import hear_resizes
-from dtrain.training.train_step import forward_loss
+from dtrain.training.train_step import compute_loss
 
 STEPS = 2
 
@@ -190,6 +191,7 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
         storages.peak = storages.total
 
     engine.model.train()
+    objective = build_objective(stage)
     with storages:
         storages.peak = storages.total
         for number in range(micro):
@@ -197,7 +199,7 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
             set_dropout_key(engine.bare, 0, step, [number], [tokens])
             last = number == micro - 1
             engine.before_forward(last=last)
-            loss = forward_loss(engine, sample)
+            loss = compute_loss(engine, objective, sample).loss
             ends("forward")
             engine.backward(loss, last=last)
             ends("backward")

@@ -40,12 +40,12 @@ def watched(function: Any, name: str, found: dict[str, Counter[str]]) -> Any:
 def main() -> int:
     """Count in every step but the first two, which compile and allocate."""
     steps: list[dict[str, Counter[str]]] = []
-    plain_step, plain_losses = trainer.train_step, train_step.forward_losses
+    plain_step, plain_losses = trainer.train_step, train_step.compute_loss
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
         found: dict[str, Counter[str]] = {}
         steps.append(found)
-        train_step.forward_losses = watched(plain_losses, "forward", found)
+        train_step.compute_loss = watched(plain_losses, "forward", found)
         result = watched(plain_step, "step", found)(*args, **kwargs)
         torch.cuda.set_sync_debug_mode("default")
         return result

@@ -21,6 +21,9 @@ from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.objectives.causal_lm import SupervisedFinetuning
+
+SFT = SupervisedFinetuning.dataset
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, MICRO = 8, 4, 2
@@ -59,7 +62,7 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
     stage, base = recipe.stages[0], base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base)
     store = cache_folder() / "stores"
-    mixture = prepare(stage.data, "sft", tokenizer, tokenizer_fingerprint(tokenizer), store)
+    mixture = prepare(stage.data, SFT, tokenizer, tokenizer_fingerprint(tokenizer), store)
     loader = Loader(mixture, seed=recipe.seed, global_batch=BATCH, total_rows=STEPS * BATCH)
     rows = [mixture.row(int(n)) for step in range(STEPS) for n in loader.batch(step)]
     dataset = Dataset.from_dict(

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"planning", "launching", "distributed"},
     {"data", "models", "checkpoints", "monitoring", "samples"},
-    {"methods", "data_quality", "augmentation"},
+    {"methods", "objectives", "data_quality", "augmentation"},
     {"engines", "merge", "serving"},
     {"training"},
     {"pipeline", "simulation"},

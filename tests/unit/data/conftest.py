@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.schema import Data
 from dtrain.data.prepare import Mixture, prepare
+from dtrain.objectives.base import objective_class
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>"]
@@ -60,6 +61,8 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
         cache = settings.pop("cache", tmp_path / "cache")
         batch = settings.pop("global_batch", 1)
         data = Data.model_validate({"sources": sources, "sequence_length": 64, **settings})
-        return prepare(data, kind, own, "tokenizer-1", cache, global_batch=batch)
+        return prepare(
+            data, objective_class(kind).dataset, own, "tokenizer-1", cache, global_batch=batch
+        )
 
     return run

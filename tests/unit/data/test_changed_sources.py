@@ -19,9 +19,12 @@ from dtrain.data import shard_boundaries
 from dtrain.data.prepare import prepare
 from dtrain.data.shards import Shards
 from dtrain.data.source_rows import open_source
-from dtrain.data.tokenize import Tokeniser
+from dtrain.data.tokenize import FullTextEncoder
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.scan import scan
+from dtrain.objectives.causal_lm import ContinuedPretraining
+
+CPT = ContinuedPretraining.dataset
 
 BEFORE, AFTER = [f"text {n:03} a" for n in range(90)], [f"text {n:03} b" for n in range(90)]
 
@@ -63,7 +66,7 @@ def data(path: Path) -> Data:
 
 @pytest.fixture
 def prepared(tmp_path, tokenizer):
-    return lambda path: prepare(data(path), "cpt", tokenizer, "t", tmp_path / "cache", processes=1)
+    return lambda path: prepare(data(path), CPT, tokenizer, "t", tmp_path / "cache", processes=1)
 
 
 @pytest.mark.parametrize("how", [overwrite, replace])
@@ -98,7 +101,7 @@ def at_first_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change
 
 MOMENTS = {
     "while it is cut": (shard_boundaries, "_size"),
-    "while it is tokenized": (Tokeniser, "documents"),
+    "while it is tokenized": (FullTextEncoder, "documents"),
     "after the last shard": (Shards, "make"),
 }
 

@@ -30,9 +30,9 @@ def stream(prepared, write_rows):
 
 def same(one, other) -> bool:
     arrays = all(
-        a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True)
+        a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[:6], other[:6], strict=True)
     )
-    return arrays and one[4:] == other[4:]
+    return arrays and one[6:] == other[6:]
 
 
 @pytest.mark.parametrize("kind", ["mixture", "stream"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.collate import Gathered, gathered
-from dtrain.data.loader import NO_ROW, Loader
+from dtrain.data.loader import NO_ROW, BatchCounts, Loader
 from dtrain.data.sampling import mix
 from dtrain.data.segments import Pieces
 
@@ -40,14 +40,14 @@ class Simulated:
         sizes = np.array([view.size for view in views])
         learnt = np.flatnonzero(sizes > 1)  # all tokens but the first
         rows = np.repeat(np.arange(len(numbers)), 2)
-        pieces = Pieces(views, sizes, rows, learnt, np.ones(learnt.size, int), sizes[learnt])
+        documents, labels = np.arange(rows.size), np.zeros(rows.size, int)
+        runs = learnt, np.ones(learnt.size, int), sizes[learnt]
+        pieces = Pieces(views, sizes, rows, documents, labels, *runs)
         return gathered(pieces)
 
-    def tokens(self, numbers):
-        return np.asarray(numbers) % 3 + 3
-
-    def supervised_tokens(self, numbers):
-        return np.asarray(numbers) % 3 + 1
+    def counts(self, numbers) -> BatchCounts:
+        size, extra = len(numbers), int((np.asarray(numbers) % 3).sum())
+        return BatchCounts(size, extra + 3 * size, extra + size, 2 * size)
 
 
 def seen(loader: Loader, step: int, ranks: int, micro_batch: int) -> list[tuple[int, int]]:
@@ -169,8 +169,8 @@ def test_the_last_short_batch_is_kept() -> None:
     last = loader.batch(2)
     assert (last == NO_ROW).tolist() == [False, False, True, True]
     real = last[:2]
-    assert loader.tokens(2) == int((real % 3 + 3).sum())
-    assert loader.supervised_tokens(2) == int((real % 3 + 1).sum())
+    tokens, targets = int((real % 3 + 3).sum()), int((real % 3 + 1).sum())
+    assert loader.counts(2) == BatchCounts(2, tokens, targets, 4)
 
 
 def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
@@ -192,8 +192,9 @@ def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_
         ids = batch.input_ids[0]
         assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
         assert torch.equal(ids[batch.predict + 1], batch.targets)
-        assert batch.targets.numel() == loader.supervised_tokens(step)
-        assert ids.numel() == loader.tokens(step)
+        assert batch.targets.numel() == loader.counts(step).supervised_tokens
+        assert ids.numel() == loader.counts(step).tokens
+        assert len(batch.document_lengths) == loader.counts(step).examples
         restarts = torch.cat([torch.arange(n) for n in batch.document_lengths])
         assert torch.equal(batch.position_ids[0], restarts)
         assert (batch.position_ids[0, batch.predict + 1] > 0).all()

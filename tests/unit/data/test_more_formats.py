@@ -134,7 +134,7 @@ def test_stages_refuse_preferences(prepared, write_rows, form) -> None:
     path = write_rows("a.jsonl", [{key: row[key] for key in keep}])
     with pytest.raises(UserError, match=f"format: {form} with kind: sft"):
         prepared("sft", [{"path": path}])
-    with pytest.raises(UserErrors, match=f"{form} rows compare two"):
+    with pytest.raises(UserErrors, match=f"sft cannot train on {form} rows: each row "):
         load_recipe("tiny", [f"stages.task.data.sources.0.format={form}"])
     if form == "preference":  # the way out that the message names works
         columns = {"completion": "chosen"}
@@ -289,7 +289,7 @@ def test_what_is_advised_for_preferences_can_be_done(prepared, write_rows) -> No
     turn = {"from": "human", "value": "Who?"}
     sides = {name: {"from": "gpt", "value": "It is me."} for name in ("chosen", "rejected")}
     path = write_rows("a.jsonl", [{"conversations": [turn], **sides}])
-    with pytest.raises(UserError, match="compares two answers") as told:
+    with pytest.raises(UserError, match="preference rows: each row compares two answers") as told:
         prepared("sft", [{"path": path}])
     assert "{completion: chosen, prompt: NAME}" in told.value.fix
     columns = {"completion": "chosen", "prompt": "conversations"}

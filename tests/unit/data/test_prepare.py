@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dtrain.data import prepare as module
 from dtrain.data import shard_boundaries
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import Mixture, check_vocabulary, prepare
+from dtrain.objectives.base import objective_class
 
 
 def conversation(question: str, *answers: str) -> dict:
@@ -173,9 +175,11 @@ def test_empty_texts_are_counted_not_learnt(prepared, write_rows) -> None:
 
 def test_texts_have_no_answers(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
-    with pytest.raises(UserError, match="a text has no answers to learn") as error:
+    with pytest.raises(
+        UserError, match="sft cannot train on text rows: plain text has no answers"
+    ) as error:
         prepared("sft", [{"path": path, "format": "text"}])
-    assert "kind: cpt" in error.value.fix
+    assert "kind=cpt" in error.value.fix
 
 
 def test_a_tokenizer_without_template_is_refused(prepared, write_rows, make_tokenizer) -> None:
@@ -219,7 +223,10 @@ def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
     rows = all_rows(mixture)
     numbers = np.arange(len(rows))[::-1]
     assert mixture.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
-    assert mixture.supervised_tokens(numbers).tolist() == [r.supervised.sum() for r in rows[::-1]]
+    targets = [mixture.counts(numbers[[n]]).supervised_tokens for n in range(len(rows))]
+    assert targets == [r.supervised.sum() for r in rows[::-1]]
+    examples = [mixture.counts(numbers[[n]]).examples for n in range(len(rows))]
+    assert examples == [len(r.documents) for r in rows[::-1]]
     assert rows[-1].documents == [f"{few}:1"]
 
 
@@ -234,17 +241,16 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
     assert mixed.fingerprint != other.fingerprint
     loader = Loader(mixed, seed=3, global_batch=8, total_rows=mixed.rows_per_epoch // 8 * 8)
     for step in range(loader.steps):
-        found = loader.tokens_by_source(step)
+        found = loader.counts_by_source(step)
         assert list(found) == [*own, old]
-        assert found[old]["sequences"] == 2
-        assert sum(one["tokens"] for one in found.values()) == loader.tokens(step)
-        targets = sum(one["supervised_tokens"] for one in found.values())
-        assert targets == loader.supervised_tokens(step)
+        assert found[old].sequences == 2
+        totals = [sum(column) for column in zip(*map(astuple, found.values()), strict=True)]
+        assert tuple(totals) == astuple(loader.counts(step))
         (batch,) = loader.micro_batches(step, 0, 1, 8)
         numbers = loader.batch(step).tolist()
         ids = np.concatenate([mixed.row(number).input_ids for number in numbers])
         assert batch.input_ids[0].tolist() == ids.tolist()
-    assert Loader(plain, seed=3, global_batch=8, total_rows=8).tokens_by_source(0) != {}
+    assert Loader(plain, seed=3, global_batch=8, total_rows=8).counts_by_source(0) != {}
 
 
 def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
@@ -257,7 +263,7 @@ def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
 
     mixture = mixed(later)
     loader = Loader(mixture, seed=1, global_batch=8, total_rows=48)
-    found = [loader.tokens_by_source(step)[b]["sequences"] for step in range(6)]
+    found = [loader.counts_by_source(step)[b].sequences for step in range(6)]
     assert found == [0, 0, 0, 6, 6, 6]
     assert "from sequence 25 on: 25.00%, 75.00%" in mixture.describe()
     marks = {mixed(weight).fingerprint for weight in (1.0, 3.0, later)}
@@ -347,7 +353,8 @@ class TestFingerprint:
     ) -> None:
         def run(kind="sft", fingerprint="t1", **more):
             data = Data.model_validate({"sources": [{**source, **more}]})
-            return prepare(data, kind, tokenizer, fingerprint, tmp_path / "cache").fingerprint
+            spec, cache = objective_class(kind).dataset, tmp_path / "cache"
+            return prepare(data, spec, tokenizer, fingerprint, cache).fingerprint
 
         found = [run(), run("cpt"), run(fingerprint="t2"), run(weight=1.0)]
         monkeypatch.setattr(module, "CODE_VERSION", 0)

@@ -13,6 +13,9 @@ import dtrain
 from dtrain.config.schema import Data
 from dtrain.data import shard_boundaries
 from dtrain.data.prepare import prepare
+from dtrain.objectives.causal_lm import ContinuedPretraining
+
+CPT = ContinuedPretraining.dataset
 
 # The tokenizer of a worker counts its batches, and can die or wait for the test in one of them.
 WORKER = """
@@ -20,10 +23,11 @@ import os, signal, sys
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Data
-from dtrain.data import cuts, shards
+from dtrain.data import shard_boundaries, shards
 from dtrain.data import prepare as module
+from dtrain.objectives.causal_lm import ContinuedPretraining
 folder, die_in_batch, wait_for = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-cuts.BLOCK_ROWS, shards.BATCH_ROWS = 10, 5
+shard_boundaries.BLOCK_ROWS, shards.BATCH_ROWS = 10, 5
 
 class Watched(PreTrainedTokenizerFast):
     batches = 0
@@ -38,7 +42,7 @@ class Watched(PreTrainedTokenizerFast):
 
 tokenizer = Watched.from_pretrained(folder / "tokenizer")
 data = Data(sources=[{"path": str(folder / "a.jsonl"), "format": "text"}], sequence_length=64)
-mixture = module.prepare(data, "cpt", tokenizer, "t", folder / "cache")
+mixture = module.prepare(data, ContinuedPretraining.dataset, tokenizer, "t", folder / "cache")
 print("batches", Watched.batches, mixture.fingerprint, flush=True)
 """
 
@@ -79,7 +83,7 @@ def expected(tmp_path, tokenizer):
     def run():
         data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
         data = Data.model_validate({**data, "sequence_length": 64})
-        return prepare(data, "cpt", tokenizer, "t", tmp_path / "undisturbed")
+        return prepare(data, CPT, tokenizer, "t", tmp_path / "undisturbed")
 
     return run
 
@@ -113,7 +117,7 @@ def test_a_killed_preparation_goes_on(start, expected, tmp_path, tokenizer, monk
     monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 10)
     data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
     data = Data.model_validate({**data, "sequence_length": 64})
-    mixture = prepare(data, "cpt", tokenizer, "t", tmp_path / "cache")
+    mixture = prepare(data, CPT, tokenizer, "t", tmp_path / "cache")
     assert contents(mixture) == contents(expected())
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert sorted(p.name for p in folder.glob("*shard-*")) == [

@@ -24,7 +24,11 @@ from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.records import read
 from dtrain.data.shards import Share
 from dtrain.data.sources import find_source_files
+from dtrain.objectives.causal_lm import ContinuedPretraining, SupervisedFinetuning
 from dtrain.pipeline.data_preparation import share_of_array
+
+CPT = ContinuedPretraining.dataset
+SFT = SupervisedFinetuning.dataset
 
 
 @pytest.fixture
@@ -58,7 +62,14 @@ def test_the_store_does_not_depend_on_processes(
     rows_of_all_kinds, tokenizer, tmp_path, processes
 ) -> None:
     for count in (1, processes):
-        prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / str(count), count)
+        prepare(
+            rows_of_all_kinds,
+            CPT,
+            tokenizer,
+            "t",
+            tmp_path / str(count),
+            count,
+        )
     alone, together = digests(tmp_path / "1"), digests(tmp_path / str(processes))
     assert len(alone) > 8 and alone == together
 
@@ -66,7 +77,7 @@ def test_the_store_does_not_depend_on_processes(
 def test_shares_in_any_order_make_the_store_once(
     rows_of_all_kinds, tokenizer, tmp_path, monkeypatch
 ) -> None:
-    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     made = []
     write = shards.write_shard
     monkeypatch.setattr(
@@ -74,10 +85,10 @@ def test_shares_in_any_order_make_the_store_once(
     )
     cache = tmp_path / "shared"
     taken = hold(cache / store_of(tmp_path / "alone").name, shard=5)
-    first = prepare_share(rows_of_all_kinds, "cpt", tokenizer, "t", cache, Share(2, 3), 1)
+    first = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, Share(2, 3), 1)
     assert not first and len(made) == 7  # another process holds one, and may yet end
     taken()
-    last = prepare_share(rows_of_all_kinds, "cpt", tokenizer, "t", cache, Share(0, 3), 1)
+    last = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, Share(0, 3), 1)
     assert last and len(set(made)) == len(made) == 8
     assert digests(cache) == digests(tmp_path / "alone")
 
@@ -118,9 +129,9 @@ class Murderous:
 def test_a_killed_process_is_told_and_its_shard_made(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
-    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     killer = Murderous(tokenizer, tmp_path / "killed")
-    prepare(rows_of_all_kinds, "cpt", killer, "t", tmp_path / "two", 2)
+    prepare(rows_of_all_kinds, CPT, killer, "t", tmp_path / "two", 2)
     assert "was killed by SIGKILL (out of memory?)" in capsys.readouterr().out
     assert digests(tmp_path / "two") == digests(tmp_path / "alone")
 
@@ -137,9 +148,9 @@ class Deadly(Murderous):
 def test_a_share_makes_the_shards_of_its_killed_processes(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
-    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     killer, cache = Deadly(tokenizer, Path(str(os.getpid()))), tmp_path / "shared"
-    assert prepare_share(rows_of_all_kinds, "cpt", killer, "t", cache, Share(1, 2), 2)
+    assert prepare_share(rows_of_all_kinds, CPT, killer, "t", cache, Share(1, 2), 2)
     assert "was killed by SIGKILL" in capsys.readouterr().out
     assert digests(cache) == digests(tmp_path / "alone")
 
@@ -168,7 +179,14 @@ def test_the_mistake_that_a_process_finds_is_told_as_alone(
     source = {"path": write_rows("a.jsonl", [*[short] * 20, long, short])}
     settings = {"sources": [source], "sequence_length": 64, "overlong": "fail"}
     with pytest.raises(UserError, match=r"a\.jsonl:21: the conversation has \d+ tokens") as error:
-        prepare(Data.model_validate(settings), "sft", tokenizer, "t", tmp_path / "c", 3)
+        prepare(
+            Data.model_validate(settings),
+            SFT,
+            tokenizer,
+            "t",
+            tmp_path / "c",
+            3,
+        )
     assert "overlong: truncate" in error.value.fix
 
 
@@ -229,11 +247,11 @@ def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
 def test_half_made_shards_of_other_cuts_are_not_used(
     rows_of_all_kinds, tokenizer, tmp_path
 ) -> None:
-    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "alone", 1)
+    prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     folder = tmp_path / "again" / store_of(tmp_path / "alone").name
     folder.mkdir(parents=True)
     (folder / "shard-00000.arrow").write_bytes(b"cut in another way")
-    prepare(rows_of_all_kinds, "cpt", tokenizer, "t", tmp_path / "again", 1)
+    prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "again", 1)
     assert digests(tmp_path / "again") == digests(tmp_path / "alone")
 
 

@@ -84,7 +84,7 @@ def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
     manifest = read_sealed(folder / "store.json")
     rows = 10**9
     kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
-    for name, kind in {**kinds, "row_supervised.npy": "<i4"}.items():
+    for name, kind in {**kinds, "row_supervised.npy": "<i4", "row_examples.npy": "<i4"}.items():
         array = np.lib.format.open_memmap(
             folder / name, mode="w+", dtype=kind, shape=(rows + (name == "rows.npy"),)
         )

@@ -14,7 +14,7 @@ from dtrain.data.conversations import Conversation
 from dtrain.data.loss_mask import Lengths, supervised_runs
 from dtrain.data.records import Record
 from dtrain.data.sources import SourceFile
-from dtrain.data.tokenize import Tokeniser
+from dtrain.data.tokenize import AnswerEncoder
 
 PIECES = st.text(st.sampled_from("ab fox\n éß漢👩🏽‍🚀<|>\u0301"), max_size=12)
 
@@ -73,7 +73,7 @@ def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
     template, parts = resolve_template("auto", tokenizer), [SourceFile("a.jsonl", ".jsonl", "")]
 
     def documents():
-        own = Tokeniser(tokenizer, template, True, 999, "fail", parts)
+        own = AnswerEncoder(tokenizer, template, 999, "fail", parts)
         made = own.documents(records, Counter())
         return [(one.tokens.tolist(), one.runs.tolist()) for one in made]
 

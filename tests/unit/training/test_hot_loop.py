@@ -30,7 +30,8 @@ from dtrain.methods.base import build_method
 from dtrain.models import attention
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.positions import rotate_by_document
-from dtrain.training.train_step import forward_losses, poisoned
+from dtrain.objectives.causal_lm import SupervisedFinetuning
+from dtrain.training.train_step import compute_loss, poisoned
 
 META = torch.device("meta")
 SMALL = {
@@ -108,13 +109,14 @@ def engine(config: PretrainedConfig, method: Any, kernels: str, *, recomputes: b
 def forward_backward(job: Any, lengths: list[int]) -> int:
     """Return how many copies to the device it took."""
     with Copies() as copies:
-        loss, each = forward_losses(job, batch(lengths))
-        (poisoned(loss) * 0.5).backward()
-    assert each.is_meta
+        output = compute_loss(job, OBJECTIVE, batch(lengths))
+        (poisoned(output.loss) * 0.5).backward()
+    assert output.item_losses.is_meta
     assert any(p.grad is not None for p in job.model.parameters())
     return copies.count
 
 
+OBJECTIVE = SupervisedFinetuning(None)  # type: ignore[arg-type]
 METHODS = {
     "lora": Lora(kind="lora", r=4, dropout=0.0),
     "full": Full(kind="full"),

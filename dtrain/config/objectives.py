@@ -1,0 +1,93 @@
+"""The objectives and row formats that a recipe may name, as far as no torch is needed.
+
+`dtrain.objectives` computes their losses, `dtrain.data.formats` reads the formats. A new objective
+is one entry here and the class that it names; a new format is one here and one in
+`dtrain.data.formats`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ObjectiveKind = Literal["cpt", "sft"]
+RowFormat = Literal[
+    "text", "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "kto"
+]
+RowContent = Literal["text", "conversation", "preference", "labeled answer"]
+
+CONTENT: dict[str, RowContent] = {
+    "text": "text",
+    "alpaca": "conversation",
+    "messages": "conversation",
+    "sharegpt": "conversation",
+    "prompt_completion": "conversation",
+    "preference": "preference",
+    "kto": "labeled answer",
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveTraits:
+    """What is known of an objective without torch.
+
+    Attributes:
+        title: name in reports.
+        implementation: "module:class" of its `dtrain.objectives.base.Objective`.
+        description: one clause for the recipe reference.
+        contents: what a row may hold.
+        trains_on_answers: only turns of a conversation are trained, which the chat template
+            renders; otherwise every token is.
+    """
+
+    title: str
+    implementation: str
+    description: str
+    contents: frozenset[RowContent]
+    trains_on_answers: bool
+
+
+OBJECTIVES: dict[str, ObjectiveTraits] = {
+    "cpt": ObjectiveTraits(
+        title="continued pretraining",
+        implementation="dtrain.objectives.causal_lm:ContinuedPretraining",
+        description="loss on every token",
+        contents=frozenset({"text", "conversation"}),
+        trains_on_answers=False,
+    ),
+    "sft": ObjectiveTraits(
+        title="supervised fine-tuning",
+        implementation="dtrain.objectives.causal_lm:SupervisedFinetuning",
+        description="loss on answers only",
+        contents=frozenset({"conversation"}),
+        trains_on_answers=True,
+    ),
+}
+KINDS_HELP = "; ".join(f"{kind}: {traits.description}" for kind, traits in OBJECTIVES.items())
+
+# Why rows of this content do not suit another objective, and what to do about it.
+_MISMATCH: dict[RowContent, tuple[str, str]] = {
+    "text": ("plain text has no answers", "kind=cpt, or format=alpaca or messages"),
+    "conversation": (
+        "a conversation has one answer, not two to compare",
+        "kind=sft, or rows with chosen and rejected answers",
+    ),
+    "preference": (
+        "each row compares two answers",
+        "train on the chosen answers: format=prompt_completion with columns={completion: chosen, "
+        "prompt: NAME}, where NAME is the prompt's column, such as prompt or conversations",
+    ),
+    "labeled answer": (
+        "each row rates an answer",
+        "keep the rows with a true label, as format=messages or prompt_completion",
+    ),
+}
+
+
+def format_mismatch(kind: str, row_format: str) -> tuple[str, str] | None:
+    """Why an objective cannot train on rows of this format, and the fix; None if it can."""
+    content = CONTENT[row_format]
+    if content in OBJECTIVES[kind].contents:
+        return None
+    reason, fix = _MISMATCH[content]
+    return f"{kind} cannot train on {row_format} rows: {reason}", fix

@@ -1,0 +1,1 @@
+"""What a stage minimizes: one file for each family of objectives."""

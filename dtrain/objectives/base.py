@@ -1,0 +1,150 @@
+"""The protocol of an objective: rows it accepts, how they become documents, and their loss.
+
+The training loop and the evaluator see nothing else. A step runs:
+
+    weight = objective.weight(loader.counts(step))           # the same on all ranks
+    statistics = objective.begin_step(model, batches, world)
+    for batch in batches:
+        output = objective.loss(model, batch, statistics)
+        backward(output.loss / weight)                       # summed over micro-batches and ranks
+
+Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such as pairs).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.schema import EvaluationSet, Stage
+from dtrain.data.loader import BatchCounts, Loader, MicroBatch
+from dtrain.data.prepare import DatasetSpec
+from dtrain.distributed.world import World
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a micro-batch, before it is normalized.
+
+    Attributes:
+        loss: float32 scalar with a gradient, the sum over the items.
+        weight: what the sum is divided by; over a global batch it adds up to `Objective.weight`.
+        item_losses: [I], without a gradient.
+        metric_sums: scalars without a gradient, by `Objective.metric_sum_names`; they are summed
+            over micro-batches and ranks before `Objective.metrics` sees them.
+    """
+
+    loss: Tensor
+    weight: float
+    item_losses: Tensor
+    metric_sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What an objective may need besides its batches.
+
+    Attributes:
+        base: folder of the model that the stage starts from, such as a reference model.
+        cache: folder for what is computed once, such as reference log-probabilities or a
+            teacher's logits, which `MicroBatch.document_ids` and `.sequence_ids` identify.
+    """
+
+    base: Path
+    cache: Path
+    model: nn.Module
+    loader: Loader
+    world: World
+
+
+class Objective(ABC):
+    """What a stage minimizes.
+
+    Attributes:
+        dataset: how rows become documents and sequences, for data preparation.
+        metric_sum_names: sums that every micro-batch reports; the same on every rank.
+    """
+
+    dataset: ClassVar[DatasetSpec]
+    metric_sum_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, settings: Stage | EvaluationSet) -> None:
+        self.settings = settings
+
+    def begin_stage(self, context: StageContext) -> None:
+        """Load or compute what the objective needs besides batches; called once, on all ranks."""
+        return
+
+    def begin_step(self, model: nn.Module, batches: Sequence[MicroBatch], world: World) -> Any:
+        """Compute a statistic over the global batch, such as KTO's baseline.
+
+        Called on all ranks before the first loss of a step, so it may use collectives.
+
+        Args:
+            model: as wrapped by the engine.
+            batches: this rank's micro-batches, on the CPU (`MicroBatch.to` moves one).
+            world: sums over ranks.
+
+        Returns:
+            What `loss` receives as `statistics`.
+        """
+        return None
+
+    @abstractmethod
+    def weight(self, counts: BatchCounts) -> int:
+        """What the summed loss of a batch with these counts is divided by."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
+        """Compute the loss of a micro-batch.
+
+        Args:
+            model: as wrapped by the engine; `adapters_disabled` turns it into its base.
+            batch: on the model's device.
+            statistics: from `begin_step`.
+        """
+
+    @abstractmethod
+    def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:
+        """Return where in the micro-batch each item is: int64 [I], 0 … T - 1."""
+
+    def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
+        """Turn sums over a global batch or a held-out set into what is logged."""
+        return {}
+
+
+def objective_class(kind: str) -> type[Objective]:
+    """The class of an objective that a recipe names."""
+    module, _, name = OBJECTIVES[kind].implementation.partition(":")
+    implementation: type[Objective] = getattr(import_module(module), name)
+    return implementation
+
+
+def build_objective(settings: Stage | EvaluationSet) -> Objective:
+    """Build what a stage minimizes, or what an evaluation set measures."""
+    return objective_class(settings.kind)(settings)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Let the model compute as its base does, without changing what requires a gradient."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -1,0 +1,42 @@
+"""Next-token prediction: continued pretraining on every token, fine-tuning on answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.packing import Packing
+from dtrain.data.prepare import DatasetSpec
+from dtrain.data.tokenize import AnswerEncoder, FullTextEncoder
+from dtrain.models.loss import supervised_losses
+from dtrain.objectives.base import LossOutput, Objective
+
+
+class CausalLm(Objective):
+    """Cross-entropy of the supervised tokens; an item is a supervised token."""
+
+    def weight(self, counts: BatchCounts) -> int:
+        return counts.supervised_tokens
+
+    def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
+        total, losses = supervised_losses(model, batch)
+        return LossOutput(total, len(batch.targets), losses)
+
+    def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:
+        return batch.predict.numpy()
+
+
+class ContinuedPretraining(CausalLm):
+    """Every token of a text is a target; texts are cut where a sequence is full."""
+
+    dataset = DatasetSpec("cpt", FullTextEncoder, Packing.STREAM)
+
+
+class SupervisedFinetuning(CausalLm):
+    """The tokens of answers are targets; a conversation stays in one sequence."""
+
+    dataset = DatasetSpec("sft", AnswerEncoder, Packing.WHOLE)
