@@ -1,1 +1,1 @@
-"""What every floor leans on: errors, files, hashes, units, the log. No torch."""
+"""Shared foundation: errors, files, hashes, locks, run folders, units and messages; no torch."""

@@ -1,4 +1,4 @@
-"""Where dtrain keeps what it can make again."""
+"""Paths in the cache, which holds only what dtrain can rebuild."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SAMPLE_PREFIX = "dtrain:"
 
 def cache_folder() -> Path:
     """`$DTRAIN_CACHE`, else `$XDG_CACHE_HOME/dtrain`, else `~/.cache/dtrain`."""
-    if own := os.environ.get("DTRAIN_CACHE"):
-        return Path(own).absolute()
+    if folder := os.environ.get("DTRAIN_CACHE"):
+        return Path(folder).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtrain"
 
 
 def sample_folder(name: str) -> Path:
-    """Where the sample model or corpus `name` lies once it is made (dtrain/samples/)."""
+    """Folder of the sample model or corpus `name`, which dtrain/samples/ builds."""
     return cache_folder() / "samples" / name
 
 
@@ -28,7 +28,7 @@ def sample_name(address: str) -> str | None:
 
 
 def local_path(address: str) -> Path:
-    """The path an address of a recipe stands for: a sample's in the cache, else itself."""
+    """The local path of an address in a recipe: samples are in the cache."""
     if not address.startswith(SAMPLE_PREFIX):
         return Path(address).expanduser()
     return cache_folder() / "samples" / address.removeprefix(SAMPLE_PREFIX)

@@ -1,7 +1,6 @@
-"""C++ loops: built at the first use on a machine, kept in the cache, called through ctypes.
+"""Build C++ kernels at their first use on a machine, cache them, and load them through ctypes.
 
-A library runs in this process, so it lies in a folder of the user's own and is not loaded from
-where anybody else can write.
+A library runs in this process, so it is kept in a folder that only its user can write to.
 """
 
 from __future__ import annotations
@@ -21,53 +20,57 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.ownership import own_file, own_folder
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-WIDE = "-mprefer-vector-width=512"  # a hint that only compilers for x86 know
-SECONDS = 120  # a build that takes longer hangs
+X86_FLAG = "-mprefer-vector-width=512"
+TIMEOUT_SECONDS = 120
 
 
-def library(source: Path, flags: Iterable[str] = (), about: str = "") -> tuple[CDLL | None, str]:
-    """The library of a C++ file, built if it is not there yet.
+def load_library(
+    source: Path, flags: Iterable[str] = (), build_key: str = ""
+) -> tuple[CDLL | None, str]:
+    """Load the library of a C++ file; build it if it is not in the cache.
 
     Args:
-        source: the file.
-        flags: for the compiler, behind the file: what it links.
-        about: what the build depends on besides.
+        source: the C++ file.
+        flags: compiler flags after the file, such as libraries to link.
+        build_key: anything else that the build depends on.
 
     Returns:
-        The library, or None and why it cannot be had.
+        The library and "", or None and the reason.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, "no C++ compiler"
-    name = f"{source.stem}-{_identity(source, compiler, [*flags, about])}.so"
+    name = f"{source.stem}-{_fingerprint(source, compiler, [*flags, build_key])}.so"
     path = cache_folder() / f"loops-{os.getuid()}" / name
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        own_folder(path.parent)  # a cache may be shared, what runs from it may not
+        own_folder(
+            path.parent
+        )  # others may share the cache, but must not be able to replace the library
         if not path.exists():
             _build(compiler, source, flags, path)
         return CDLL(str(own_file(path))), ""
     except UserError as error:
         return None, str(error)
     except (OSError, subprocess.SubprocessError):
-        return None, f"{compiler} cannot build them"
+        return None, f"{compiler} cannot build {source.name}"
 
 
-def _identity(source: Path, compiler: str, beside: list[str]) -> str:
-    """Of what a build depends on; a cache may be shared by machines of several kinds."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
+def _fingerprint(source: Path, compiler: str, options: list[str]) -> str:
+    """Hash what a build depends on; machines with different CPUs may share the cache."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     resolved = str(Path(compiler).resolve())
-    return fingerprint([source.read_text(), FLAGS, resolved, beside, features])
+    return fingerprint([source.read_text(), FLAGS, resolved, options, features])
 
 
 def _build(compiler: str, source: Path, flags: Iterable[str], path: Path) -> None:
-    """Written beside its place and moved there: ranks may build at the same time."""
-    wide = (WIDE,) if platform.machine() == "x86_64" else ()
+    """Build in a temporary folder and move the result: ranks may build at the same time."""
+    x86_flags = (X86_FLAG,) if platform.machine() == "x86_64" else ()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        start = [compiler, *FLAGS, *wide, "-shared", "-fPIC", "-o", str(built), str(source)]
-        done = [*start, *flags, "-Wl,-z,defs"]
-        subprocess.run(done, check=True, capture_output=True, timeout=SECONDS)
+        options = [*FLAGS, *x86_flags, "-shared", "-fPIC", "-o", str(built)]
+        command = [compiler, *options, str(source), *flags, "-Wl,-z,defs"]
+        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_SECONDS)
         os.replace(built, path)

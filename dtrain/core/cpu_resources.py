@@ -1,4 +1,4 @@
-"""Cores and memory that the machine, the control group and Slurm leave to this process."""
+"""CPU cores and memory available to this process under affinity, cgroup and Slurm limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """Cores that affinity, the control group and Slurm leave to this process; at least 1."""
-    bounds = [len(os.sched_getaffinity(0))]
+    """The smallest of the affinity mask, the cgroup quota and Slurm's allocation; at least 1."""
+    limits = [len(os.sched_getaffinity(0))]
     with suppress(OSError, ValueError):
         quota, period = (CGROUP / "cpu.max").read_text().split()
-        bounds.append(int(quota) // int(period))
+        limits.append(int(quota) // int(period))
     with suppress(KeyError, ValueError):
-        bounds.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return max(1, min(bounds))
+        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, min(limits))
 
 
 def available_memory() -> int:
-    """Bytes that the machine and the control group leave free, files in the page cache included."""
+    """Free bytes of the machine or the cgroup, counting page cache that can be reclaimed."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):
         limit = int((CGROUP / "memory.max").read_text())
@@ -34,20 +34,20 @@ def available_memory() -> int:
 
 
 def oom_kills() -> int:
-    """Processes of this one's control group that the kernel has killed because memory ran out."""
+    """Number of processes in this cgroup that the kernel killed because memory ran out."""
     count = 0
     with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            own = path.lstrip("/")
-            if not controllers:  # version 2
-                count += _oom_kills(CGROUP / own / "memory.events")
+            relative = path.lstrip("/")
+            if not controllers:  # cgroup v2
+                count += _read_oom_kills(CGROUP / relative / "memory.events")
             elif controllers == "memory":
-                count += _oom_kills(CGROUP / "memory" / own / "memory.oom_control")
+                count += _read_oom_kills(CGROUP / "memory" / relative / "memory.oom_control")
     return count
 
 
-def _oom_kills(file: Path) -> int:
+def _read_oom_kills(file: Path) -> int:
     with suppress(OSError, ValueError, KeyError):
         return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
     return 0

@@ -1,4 +1,4 @@
-"""Importing as little, and as late, as a run needs: every start of a rank pays for it."""
+"""Import modules late and fast: every start of a rank pays for its imports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-NO_COMPILER = "TORCHDYNAMO_DISABLE"
+DISABLE_DYNAMO = "TORCHDYNAMO_DISABLE"
 
 
 class LazyModule:
-    """A module that is imported when it is first asked for something."""
+    """A module that is imported at the first access to one of its attributes."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -22,14 +22,14 @@ class LazyModule:
 
 
 def import_fast(name: str) -> ModuleType:
-    """Import a module with all that it needs, without what only makes that slow.
+    """Import a module and its dependencies without garbage collection and without torch.compile.
 
-    The garbage collector would look again and again at thousands of modules that stay for good.
-    bitsandbytes wraps four functions in `torch.compile` when it is imported, which imports torch's
-    whole compiler; they run as they are instead, and `torch.compile` works as ever afterwards.
+    The garbage collector would repeatedly scan thousands of modules that stay alive. bitsandbytes
+    wraps four functions in `torch.compile` on import, which imports torch's whole compiler; here
+    they stay uncompiled. `torch.compile` works normally afterwards.
     """
-    before = os.environ.get(NO_COMPILER)
-    os.environ[NO_COMPILER] = "1"
+    before = os.environ.get(DISABLE_DYNAMO)
+    os.environ[DISABLE_DYNAMO] = "1"
     gc.disable()
     try:
         return import_module(name)
@@ -37,6 +37,6 @@ def import_fast(name: str) -> ModuleType:
         gc.enable()
         gc.freeze()
         if before is None:
-            del os.environ[NO_COMPILER]
+            del os.environ[DISABLE_DYNAMO]
         else:
-            os.environ[NO_COMPILER] = before
+            os.environ[DISABLE_DYNAMO] = before

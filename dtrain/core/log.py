@@ -1,4 +1,8 @@
-"""The log: plain lines for a file, a progress bar for a terminal, one voice for all ranks."""
+"""Messages and progress of the first rank: plain lines in a file, a progress bar on a terminal.
+
+Messages go through a rich console with soft wrapping. `rich.logging.RichHandler` wraps and pads
+lines to the width of the console, 80 columns in a log file, which breaks grep and long paths.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +20,31 @@ from dtrain.core.units import duration
 
 LINE_EVERY_SECONDS = 10.0
 
-# bitsandbytes looks for a kernel that is not needed, and says so when it is imported, on each rank.
+# On import bitsandbytes warns on each rank about a kernel that dtrain does not need.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all (launchers set RANK)."""
+    """Whether this process prints for all ranks (launchers set RANK)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str) -> None:
-    """Print a line, on the first rank only."""
+    """Print a message on the first rank."""
     if is_first_rank():
         console.print(message)
         sys.stdout.flush()
 
 
 def warn(message: str) -> None:
-    """Print a warning, on the first rank only."""
+    """Print a warning on the first rank."""
     say(f"warning: {message}")
 
 
 class Meter:
-    """Progress of one long step: a bar with an ETA on a terminal, a line now and then in a log."""
+    """Progress of a long operation: a bar with an ETA on a terminal, periodic lines in a log."""
 
     def __init__(self, title: str, total: int, bar: Progress | None, done: int) -> None:
         self.title, self.total, self.done = title, max(total, 1), done
@@ -51,7 +55,7 @@ class Meter:
             self._task = bar.add_task(title, total=self.total, completed=done, note="")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more units as done; `note` is shown beside the bar."""
+        """Count `amount` more units as done; `note` is printed next to the progress."""
         self.done += amount
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=amount, note=note)
@@ -66,7 +70,7 @@ class Meter:
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Meter]:
-    """Show the progress of `total` units, `done` of which are done already (first rank only)."""
+    """Show the progress of `total` units, `done` of which are already done (first rank only)."""
     if not (console.is_terminal and is_first_rank()):
         yield Meter(title, total, None, done)
         return

@@ -1,4 +1,4 @@
-"""What the driver reports of this job's GPUs, without torch."""
+"""Query the NVIDIA driver for the GPUs of this job, without torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Row = dict[str, str]
 
 
 def gpus() -> list[Row] | None:
-    """What nvidia-smi reports of each GPU of this job; None where there is no nvidia-smi.
+    """What nvidia-smi reports of each GPU of this job; None if there is no nvidia-smi.
 
-    Where the batch system does not hide them, nvidia-smi shows the GPUs of other jobs too; those
-    of this one are named in CUDA_VISIBLE_DEVICES, by index, UUID or as a MIG device.
+    Unless the batch system hides them, nvidia-smi also lists the GPUs of other jobs. This job's are
+    in CUDA_VISIBLE_DEVICES, by index, by UUID, or as MIG devices.
     """
     if shutil.which("nvidia-smi") is None:
         return None
@@ -42,23 +42,25 @@ def gpus() -> list[Row] | None:
 
 def _nvidia_smi(*options: str) -> str:
     command = ["nvidia-smi", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.strip()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return result.stdout.strip()
 
 
 def _visible(rows: list[Row], names: list[str]) -> list[Row]:
-    """The GPUs that CUDA sees: it ignores the first name that it does not know, and all after."""
-    found: list[Row] = []
-    parts = _mig_devices(rows) if any(name.strip().startswith("MIG-") for name in names) else []
+    """The GPUs that CUDA sees: it stops at the first name that it does not know."""
+    visible: list[Row] = []
+    mig_devices = (
+        _mig_devices(rows) if any(name.strip().startswith("MIG-") for name in names) else []
+    )
     for name in names:
-        row = _named([*rows, *parts], name.strip())
+        row = _find_gpu([*rows, *mig_devices], name.strip())
         if row is None:
             break
-        found.append(row)
-    return found
+        visible.append(row)
+    return visible
 
 
-def _named(rows: list[Row], name: str) -> Row | None:
+def _find_gpu(rows: list[Row], name: str) -> Row | None:
     for row in rows:
         if name.isdecimal() and row["index"] == name:
             return row
@@ -68,21 +70,21 @@ def _named(rows: list[Row], name: str) -> Row | None:
 
 
 def _mig_devices(rows: list[Row]) -> list[Row]:
-    """A row for each MIG device; what others use of its GPU is nothing to this job."""
-    found: list[Row] = []
+    """A row for each MIG device, with no memory in use: other devices share its GPU's figures."""
+    devices: list[Row] = []
     gpu: Row = {}
     for line in _nvidia_smi("-L").splitlines():
         if head := _GPU.match(line):
             gpu = next((row for row in rows if row.get("uuid") == head["uuid"]), {})
-        elif (part := _MIG.match(line)) and gpu:
-            found.append(
+        elif (device := _MIG.match(line)) and gpu:
+            devices.append(
                 gpu
                 | {
-                    "index": f"{gpu['index']} MIG {part['profile']}",
-                    "name": f"{gpu['name']} MIG {part['profile']}",
-                    "memory.total": str(int(part["gib"]) * 1024),
+                    "index": f"{gpu['index']} MIG {device['profile']}",
+                    "name": f"{gpu['name']} MIG {device['profile']}",
+                    "memory.total": str(int(device["gib"]) * 1024),
                     "memory.used": "0",
-                    "uuid": part["uuid"],
+                    "uuid": device["uuid"],
                 }
             )
-    return found
+    return devices

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Format bytes, counts and durations for people."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.core.cpp_build import library
+from dtrain.core.cpp_build import load_library
 from dtrain.data.segments import Pieces, spread
 from dtrain.data.store import OPEN_SHARDS, Columns, Store, damaged
 
@@ -79,7 +79,7 @@ def gatherer(stores: list[Store], row_tokens: int) -> Gatherer | None:
 
 @cache
 def _loops() -> CDLL | None:
-    loops, _ = library(Path(__file__).with_name("collate.cpp"))
+    loops, _ = load_library(Path(__file__).with_name("collate.cpp"))
     if loops:
         pointer, number = c_void_p, c_int64
         loops.gather.argtypes = [pointer, number, pointer, number, pointer, number, pointer]

@@ -92,7 +92,7 @@ def _is_phone(region: str | None) -> Callable[[str], bool]:
 
 
 def _is_global_address(text: str) -> bool:
-    """Private, local and documentation addresses identify nobody."""
+    """Private, local and documentation addresses do not identify anyone."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:

@@ -66,7 +66,7 @@ def _check_rows(
         for kind, note, severity in check_row(text, held_out):
             flags[row] |= FLAG_BITS[kind]
             notes.setdefault(kind, []).append(RowNote(severity, row, note))
-    return flags, {kind: heapq.nlargest(MAX_NOTES, found) for kind, found in notes.items()}
+    return flags, {kind: heapq.nlargest(MAX_NOTES, all_notes) for kind, all_notes in notes.items()}
 
 
 def check_row(text: RowText, held_out: HeldOutIndex | None) -> Iterator[Finding]:

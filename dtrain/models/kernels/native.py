@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtrain.core.cpp_build import library
+from dtrain.core.cpp_build import load_library
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 
@@ -79,7 +79,7 @@ def find() -> tuple[CDLL | None, str]:
     # torch's own OpenMP: two of them would keep two pools of threads.
     openmp = [f"-l:{own.name}" for own in sorted(libraries.glob("libgomp*.so*"))[:1]]
     links = ["-fopenmp", f"-L{libraries}", "-l:libtorch_cpu.so", *openmp]
-    found, why = library(SOURCE, links, torch.__version__)
+    found, why = load_library(SOURCE, links, torch.__version__)
     for name, letters in SIGNATURES.items() if found else ():
         function = getattr(found, name)
         function.argtypes = [TYPES[letter] for letter in letters]

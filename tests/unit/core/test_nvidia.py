@@ -1,4 +1,4 @@
-"""Of a node's GPUs, those of this job: by index, by UUID, as MIG devices."""
+"""Only the GPUs of this job are reported: by index, by UUID, and as MIG devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ fi
 
 @pytest.fixture(autouse=True)
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvidia-smi of three GPUs; another job uses the first, the second is divided."""
+    """Fake nvidia-smi with three GPUs: another job uses the first, the second has MIG devices."""
     program = tmp_path / "nvidia-smi"
     program.write_text(DRIVER)
     program.chmod(0o755)
@@ -42,10 +42,10 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("2", ["2"]),
         ("2,0", ["2", "0"]),
         ("", []),
-        ("1,-1,2", ["1"]),  # CUDA stops at the first that is not there
+        ("1,-1,2", ["1"]),  # CUDA stops at the first unknown name
         ("7", []),
         ("GPU-cccc-2", ["2"]),
-        ("GPU-cc", ["2"]),  # CUDA takes a beginning that is unique
+        ("GPU-cc", ["2"]),  # CUDA accepts a unique prefix
         ("MIG-3333-4444", ["1 MIG 1g.10gb+me"]),
         ("MIG-1111-2222, MIG-3333-4444", ["1 MIG 3g.40gb", "1 MIG 1g.10gb+me"]),
         ("MIG-5555", []),
