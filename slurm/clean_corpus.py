@@ -21,7 +21,7 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from dtrain.cli.data import chosen_stage
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.core.ownership import own_folder
+from dtrain.core.ownership import check_own_folder
 from dtrain.data_quality.datatrove_pipeline import (
     PipelineJob,
     build_jobs,
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         data = chosen_stage(recipe, options.stage).data
         sources, out = open_corpus(data.sources), options.folder.absolute()
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_settings(sources, data.clean, own_folder(out), options.tasks)
+        check_settings(sources, data.clean, check_own_folder(out), options.tasks)
         held_out = held_out_of(recipe)
         jobs = build_jobs(sources, data.clean, held_out, out, options.tasks)
     except UserError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtrain.checkpoints.parameter_shards import is_finite
 from dtrain.checkpoints.shard_file import DTYPES
-from dtrain.core.direct_io import pass_cache, write_all
+from dtrain.core.direct_io import set_direct_io, write_all
 from dtrain.core.errors import Exit, UserError
 
 BLOCK_BYTES = 1 << 22
@@ -86,7 +86,7 @@ class HostShard:
         data, digest = self._bytes.numpy().data, blake3()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            pass_cache(file.fileno(), True)
+            set_direct_io(file.fileno(), True)
             for start in range(0, len(data), BLOCK_BYTES):
                 block = data[start : start + BLOCK_BYTES]
                 digest.update(block)

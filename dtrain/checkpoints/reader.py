@@ -19,7 +19,7 @@ from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
-from dtrain.core.ownership import Untrusted, own_file, own_folder
+from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
 
 SHOWN = 8  # keys of each sort in a message
 
@@ -41,8 +41,8 @@ class Checkpoint:
                 (a pickle, say), a manifest of another version. A person has to look.
             UserError: no manifest, or one that was changed; a file missing or cut short.
         """
-        own_folder(folder)
-        manifest = parse(own_file(folder / MANIFEST))
+        check_own_folder(folder)
+        manifest = parse(check_own_file(folder / MANIFEST))
         if step_of(folder) not in (None, manifest.step):
             raise UserError(f"holds step {manifest.step}", where=str(folder))
         for extra in sorted(set(os.listdir(folder)) - set(manifest.files) - {MANIFEST}):
@@ -52,7 +52,7 @@ class Checkpoint:
                 fix="find out who put it there, then remove it",
             )
         for name, file in manifest.files.items():
-            size = own_file(folder / name).stat().st_size
+            size = check_own_file(folder / name).stat().st_size
             if size != file.bytes:
                 raise UserError(
                     f"has {size} bytes instead of {file.bytes}", where=str(folder / name)

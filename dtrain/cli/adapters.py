@@ -1,4 +1,4 @@
-"""`dtrain adapters` and `dtrain combine`: what adapters there are, and one out of two."""
+"""`dtrain adapters` and `dtrain combine`: lists adapters, and combines two into one."""
 
 from __future__ import annotations
 
@@ -10,34 +10,39 @@ import typer
 
 
 def adapters(
-    folder: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="Where they lie.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|FOLDER", help="A run folder, or a folder with adapters.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List adapters: their base, rank, layers, stage and size."""
-    from dtrain.serving.adapter_list import list_adapters, table
+    """List adapters: their stage, method, rank, layers, size and base."""
+    from dtrain.serving.adapter_list import format_table, list_adapters
 
     found = list_adapters(folder.expanduser())
     if as_json:
         print(json.dumps([adapter.as_json() for adapter in found], indent=2))
     elif found:
-        print(table(found))
+        print(format_table(found))
     else:
-        print("none")
+        print("no adapters")
 
 
 def combine(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Adapter of the base.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Adapter of base + A, or of base.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Made.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="An adapter of the same base, or trained after A.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Cut to this rank, and say the error; exact if not given."),
+        typer.Option(min=1, help="Truncate to this rank and print the error (default: exact)."),
     ] = None,
 ) -> None:
-    """Make one adapter that changes the base as A and then B do, to serve both without a merge."""
+    """Combine two adapters into one with the effect of both, to serve them without a merge."""
     from dtrain.core.units import size
-    from dtrain.merge.combine_adapters import stack
+    from dtrain.merge.combine_adapters import combine_adapters
 
-    made = stack(first.expanduser(), second.expanduser(), out.expanduser(), rank=rank)
-    error = "exact" if rank is None else f"relative error {made.error:.2e}"
-    print(f"{out}: rank {made.rank}, {error}, {size(made.size_bytes)}, of base {made.base}")
+    result = combine_adapters(first.expanduser(), second.expanduser(), out.expanduser(), rank=rank)
+    error = "exact" if rank is None else f"relative error {result.error:.2e}"
+    bytes_written = size(result.size_bytes)
+    print(f"{out}: rank {result.rank}, {error}, {bytes_written}, of base {result.base}")

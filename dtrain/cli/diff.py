@@ -1,4 +1,4 @@
-"""`dtrain diff`: what became of a model's tensors."""
+"""`dtrain diff`: compares the tensors of two models."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ ROW = "{:>9} {:>10} {:>10} {:>10}  {}"
 
 
 def diff(
-    old: Annotated[Path, typer.Argument(help="A folder of a model or an adapter.")],
-    new: Annotated[Path, typer.Argument(help="Another one.")],
-    top: Annotated[int, typer.Option(min=0, help="Tensors to list; 0: all.")] = 20,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
+    old: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.")],
+    new: Annotated[Path, typer.Argument(help="Folder of the one to compare with it.")],
+    top: Annotated[int, typer.Option(min=0, help="Number of tensors to list; 0: all.")] = 20,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all changes to this file.")
+    ] = None,
 ) -> None:
-    """List the tensors that differ, the greatest relative change first."""
+    """List the tensors that differ, the largest relative change first."""
     from dtrain.core.files import write_json
-    from dtrain.merge.verify import as_json, elements, overall
-    from dtrain.merge.verify import diff as compare
+    from dtrain.merge.diff import diff_models
 
-    found = compare(old, new)
-    if found.changes:
+    result = diff_models(old, new)
+    if result.changes:
         print(ROW.format("relative", "|new-old|", "|old|", "greatest", "tensor"))
-    for one in found.changes[: top or None]:
-        numbers = [f"{x:.3g}" for x in (one.relative, one.difference, one.old, one.greatest)]
-        print(ROW.format(*numbers, f"{one.name} {list(one.shape)}"))
-    if top and len(found.changes) > top:
-        print(f"{'…':>9} {len(found.changes) - top} more (--top 0 lists all)")
-    for word in found.unlike:
-        print(word)
+    for change in result.changes[: top or None]:
+        values = (change.relative, change.difference_norm, change.old_norm, change.greatest)
+        print(ROW.format(*(f"{x:.3g}" for x in values), f"{change.name} {list(change.shape)}"))
+    if top and len(result.changes) > top:
+        print(f"{'…':>9} {len(result.changes) - top} more (--top 0 lists all)")
+    for sentence in result.incomparable:
+        print(sentence)
     print(
-        f"{len(found.changes)} tensors changed ({count(elements(found))} elements, relative change "
-        f"{overall(found):.3g}), {found.same} are equal, {len(found.unlike)} cannot be compared"
+        f"{len(result.changes)} tensors changed ({count(result.changed_elements)} elements, "
+        f"relative change {result.relative:.3g}), {result.equal} are equal, "
+        f"{len(result.incomparable)} cannot be compared"
     )
     if json_file:
-        write_json(json_file, as_json(found))
+        write_json(json_file, result.as_json())

@@ -1,4 +1,4 @@
-"""`dtrain verify`: is a model what was written, and finite."""
+"""`dtrain verify`: checks that a model is unchanged and finite."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dtrain.core.units import size
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="A folder of a model or an adapter.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.")],
 ) -> None:
-    """Hash every file of a merged model and look for NaN and infinity; exits with 2 if one is off.
+    """Check a model's hashes, and look for NaN and infinity; exit status 2 if there is a problem.
 
-    A model that dtrain did not write carries no hashes: of that one, only the values are checked.
+    A model that dtrain did not write has no hashes: only its values are checked.
     """
-    from dtrain.merge.verify import verify as look
+    from dtrain.merge.verify import verify_model
 
-    found = look(model)
-    for problem in found.problems:
+    report = verify_model(model)
+    for problem in report.problems:
         print(problem)
-    hashed = f"{found.hashed} files hashed" if found.hashed else "no merge.json, so no hash checked"
-    bad = f"{len(found.problems)} problems" if found.problems else "all finite"
-    print(f"{model}: {found.tensors} tensors, {size(found.bytes)}, {hashed}, {bad}")
-    raise typer.Exit(Exit.USER_ERROR if found.problems else Exit.FINISHED)
+    hashed = f"{report.hashed} files hashed" if report.hashed else "no merge.json, no hash checked"
+    result = f"{len(report.problems)} problems" if report.problems else "all finite"
+    print(f"{model}: {report.tensors} tensors, {size(report.bytes)}, {hashed}, {result}")
+    raise typer.Exit(Exit.USER_ERROR if report.problems else Exit.FINISHED)

@@ -17,7 +17,7 @@ from pathlib import Path
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
-from dtrain.core.ownership import own_file, own_folder
+from dtrain.core.ownership import check_own_file, check_own_folder
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 X86_FLAG = "-mprefer-vector-width=512"
@@ -44,12 +44,12 @@ def load_library(
     path = cache_folder() / f"loops-{os.getuid()}" / name
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        own_folder(
+        check_own_folder(
             path.parent
         )  # others may share the cache, but must not be able to replace the library
         if not path.exists():
             _build(compiler, source, flags, path)
-        return CDLL(str(own_file(path))), ""
+        return CDLL(str(check_own_file(path))), ""
     except UserError as error:
         return None, str(error)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Writing past the page cache: new pages of it cost more than all else that is done to a file."""
+"""Writes that bypass the page cache: new cache pages cost more than everything else in a write."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import fcntl
 import os
 from contextlib import suppress
 
-O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
 def write_all(handle: int, block: memoryview) -> None:
-    """Write a block whole: the kernel may take less at a time, and does when the disk fills up."""
+    """Write a whole block: the kernel may accept only a part, and does when the disk fills up."""
     while len(block):
         try:
             block = block[os.write(handle, block) :]
         except OSError as error:
             if error.errno != errno.EINVAL or not fcntl.fcntl(handle, fcntl.F_GETFL) & O_DIRECT:
                 raise
-            pass_cache(handle, False)  # the last block is no whole number of pages
+            set_direct_io(handle, False)  # the last block is not a whole number of pages
 
 
-def pass_cache(handle: int, wanted: bool) -> None:
-    """Write from the process's memory to the disk, or no longer, where the file system can.
+def set_direct_io(handle: int, enabled: bool) -> None:
+    """Turn direct I/O on or off, where the file system supports it.
 
-    The memory, and each write's length and place in the file, must be of whole pages.
+    Memory address, length and file offset of each write must then be multiples of a page.
     """
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    with suppress(OSError):  # tmpfs knows of nothing past the page cache
-        fcntl.fcntl(handle, fcntl.F_SETFL, flags | O_DIRECT if wanted else flags & ~O_DIRECT)
+    with suppress(OSError):  # tmpfs has no direct I/O
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags | O_DIRECT if enabled else flags & ~O_DIRECT)

@@ -1,7 +1,7 @@
-"""Hashes of large files, remembered for as long as a file's place, size and times stay the same.
+"""Hashes of large files, cached as long as path, size and times of the file stay the same.
 
-A base of 140 GB is hashed once on a machine, not at each run and each merge. What checks that
-files are whole (`verify`, resuming) hashes them anew.
+A base of 140 GB is hashed once on a machine, not for each run and each merge. Checks that a file is
+intact (`verify`, resuming) hash it again.
 """
 
 from __future__ import annotations
@@ -18,49 +18,50 @@ from dtrain.core.files import write_atomic
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import FolderLock
 
-REMEMBER_FROM_BYTES = 1 << 24  # a smaller file is hashed as fast as its hash is looked up
-SETTLED_SECONDS = 2.0  # a file younger than that may change again without a change of its time
-State = list[int]
+CACHE_FROM_BYTES = 1 << 24  # hashing a smaller file is as fast as looking up its hash
+SETTLED_SECONDS = 2.0  # a younger file may change again within the resolution of its times
+FileState = list[int]
 
 
-def file_state(path: Path) -> State:
-    """What changes when a file's content does.
+def file_state(path: Path) -> FileState:
+    """Return what changes when a file's content does: inode, size and times.
 
-    The time of the last change of any kind is the last: unlike that of the content, nobody sets it,
-    so a copy that keeps times (`cp -p`, `rsync -t`) is not taken for what it overwrote.
+    The time of the last change of any kind comes last: unlike the time of the content, it cannot be
+    set, so a copy that preserves times (`cp -p`, `rsync -t`) is not mistaken for the file that it
+    overwrote.
     """
-    found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def lookup_hash(path: Path) -> str | None:
-    """A file's hash, if it is known."""
+    """Return a file's hash if it is cached."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        entry = json.loads(_place(path).read_text())
+        entry = json.loads(_entry_path(path).read_text())
         if entry["state"] == file_state(path):
             return str(entry["blake3"])
     return None
 
 
-def remember_hash(path: Path, digest: str, state: State, *, ours: bool = False) -> None:
-    """Keep a file's hash, unless the file was changed meanwhile, or may have been.
+def remember_hash(path: Path, digest: str, state: FileState, *, written_here: bool = False) -> None:
+    """Cache a file's hash, unless the file changed since it was read, or may have.
 
     Args:
         state: of the file before it was read.
-        ours: nobody else can have written to it.
+        written_here: this process wrote the file, so no later change can have gone unnoticed.
     """
-    settled = ours or time.time() - state[-1] / 1e9 > SETTLED_SECONDS
+    settled = written_here or _is_settled(state)
     if settled and state == file_state(path):
         entry = {"file": str(path.resolve()), "state": state, "blake3": digest}
-        with suppress(OSError):  # it is a matter of speed only
-            write_atomic(_place(path), json.dumps(entry))
+        with suppress(OSError):  # the cache only saves time
+            write_atomic(_entry_path(path), json.dumps(entry))
 
 
 def cached_hash(path: Path) -> str:
-    """A file's hash, read only if it is not known."""
-    with FolderLock(_folder()):  # of all ranks of a node one reads
-        if (known := lookup_hash(path)) is not None:
-            return known
+    """Return a file's hash; read the file only if the hash is not cached."""
+    with FolderLock(_folder()):  # of all ranks on a node, one reads the file
+        if (digest := lookup_hash(path)) is not None:
+            return digest
         state = file_state(path)
         digest = file_hash(path)
         remember_hash(path, digest, state)
@@ -69,11 +70,12 @@ def cached_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """A file as it was before its content was hashed.
+    """A file's hash, and its state before it was hashed.
 
     Attributes:
-        state: of `state_of`.
-        settled: a change after that moment shows in the state.
+        digest: hash of the content.
+        state: as `file_state` returns it.
+        settled: any change after that moment shows in the state.
     """
 
     path: Path
@@ -83,26 +85,25 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Hash a file; a large one only if its hash is not known.
+        """Hash a file; a large one only if its hash is not cached.
 
         Raises:
             UserError: it cannot be read.
         """
         try:
             state = file_state(path)
-            settled = time.time() - state[-1] / 1e9 > SETTLED_SECONDS
-            large = path.stat().st_size >= REMEMBER_FROM_BYTES
+            large = path.stat().st_size >= CACHE_FROM_BYTES
             digest = cached_hash(path) if large else file_hash(path)
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        return cls(path, digest, tuple(state), settled)
+        return cls(path, digest, tuple(state), _is_settled(state))
 
     def check_unchanged(self, name: str, *, again: bool = False) -> None:
         """Check that the file is the one that was hashed.
 
         Args:
             name: of the file, for the message.
-            again: hash it once more where its state alone cannot show a change.
+            again: hash it again where its state alone cannot show a change.
 
         Raises:
             UserError: it was changed, replaced or removed.
@@ -118,7 +119,11 @@ class FileIdentity:
             raise UserError("the file changed while it was read", where=name, fix=fix)
 
 
-def _place(path: Path) -> Path:
+def _is_settled(state: FileState) -> bool:
+    return time.time() - state[-1] / 1e9 > SETTLED_SECONDS
+
+
+def _entry_path(path: Path) -> Path:
     return _folder() / f"{fingerprint(str(path.resolve()))[:32]}.json"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_atomic
 from dtrain.core.locks import FolderLock
-from dtrain.core.ownership import own_folder
+from dtrain.core.ownership import check_own_folder
 
 RECIPE = "recipe.yaml"
 LINEAGE = "lineage.json"
@@ -220,7 +220,7 @@ class RunDir:
         lock, deadline = FolderLock(self.path), time.monotonic() + wait_seconds
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            own_folder(self.path.resolve())
+            check_own_folder(self.path.resolve())
             while not lock.acquire():
                 if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
                     break

@@ -24,7 +24,7 @@ from blake3 import blake3
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import fsync_folder, read_json, write_json
-from dtrain.core.hash_cache import REMEMBER_FROM_BYTES, FileIdentity, file_state, remember_hash
+from dtrain.core.hash_cache import CACHE_FROM_BYTES, FileIdentity, file_state, remember_hash
 from dtrain.core.hashes import BLOCK_BYTES, fingerprint
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.locks import FolderLock
@@ -177,8 +177,8 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
     os.replace(temporary, copy)
     fsync_folder(copy.parent)
     size = copy.stat().st_size
-    if size >= REMEMBER_FROM_BYTES:
-        remember_hash(copy, digest, file_state(copy), ours=True)
+    if size >= CACHE_FROM_BYTES:
+        remember_hash(copy, digest, file_state(copy), written_here=True)
     write_json(_record(copy), {OWN: digest, "bytes": size})
 
 

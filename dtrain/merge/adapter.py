@@ -1,10 +1,9 @@
-"""An adapter in PEFT layout, checked against the base it is to be merged into."""
+"""An adapter in PEFT layout, checked against the base that it is merged into."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +15,10 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.merge.adapter_config import check_config
+from dtrain.merge.adapter_config import check_config, layer_from_config
+from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.stream import row_blocks
-from dtrain.merge.tied_weights import FLOATS, Shapes, is_outside_layers
-from dtrain.merge.weight_delta import CONVOLUTIONS, Layer, Step
+from dtrain.merge.weight_delta import CONVOLUTIONS, BlockUpdate, LayerDelta
 from dtrain.models.peft_format import file_keys
 from dtrain.models.tensor_utils import all_finite
 
@@ -34,26 +33,26 @@ ROLES = {
 }  # fmt: skip
 
 
-class Tensors(Protocol):
-    """Where an adapter's tensors lie."""
+class AdapterTensors(Protocol):
+    """The tensors of an adapter, from its folder or from a checkpoint."""
 
     shapes: dict[str, list[int]]
 
     def get(self, key: str) -> Tensor:
-        """A tensor in float32."""
+        """Return a tensor in float32."""
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, as they are stored."""
+        """Return rows of a tensor, as they are stored."""
 
-    def mark(self) -> str:
-        """Hash of the content."""
+    def fingerprint(self) -> str:
+        """Return a hash of the content."""
 
 
 class AdapterFile:
     """The tensors of an adapter folder, by their keys without the adapter's name.
 
     Raises:
-        UserError: there is no whole safetensors file.
+        UserError: there is no complete safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,114 +64,118 @@ class AdapterFile:
             }
 
     def get(self, key: str) -> Tensor:
-        """A tensor in float32."""
+        """Return a tensor in float32."""
         with self._open() as file:
             tensor: Tensor = file.get_tensor(self._keys[key])
         return tensor.float()
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, as they are stored."""
+        """Return rows of a tensor, as they are stored."""
         with self._open() as file:
             tensor: Tensor = file.get_slice(self._keys[key])[start:stop]
         return tensor
 
-    def mark(self) -> str:
-        """Hash of the folder's two files."""
-        return fingerprint({n: file_hash(self._path.with_name(n)) for n in (CONFIG, WEIGHTS)})
+    def fingerprint(self) -> str:
+        """Return a hash of the folder's two files."""
+        paths = (self._path.with_name(name) for name in (CONFIG, WEIGHTS))
+        return fingerprint({path.name: file_hash(path) for path in paths})
 
     def _open(self) -> Any:
         try:
             return safe_open(self._path, framework="pt")
         except FileNotFoundError as error:
-            raise UserError(
-                f"no {WEIGHTS}", where=str(self._path.parent), fix="pickled adapters are not read"
-            ) from error
+            fix = "save the adapter as safetensors; pickled adapters are not read"
+            raise UserError(f"no {WEIGHTS}", where=str(self._path.parent), fix=fix) from error
         except SafetensorError as error:
-            raise UserError("not a whole safetensors file", where=str(self._path)) from error
+            raise UserError("is not a complete safetensors file", where=str(self._path)) from error
 
 
-class Adapter:
-    """What an adapter does to a base, by the name of the base's tensor.
+class MergeableAdapter:
+    """The changes that an adapter makes to a base, by the name of the base's tensor.
 
     Attributes:
-        layers: tensors something is added to.
+        layers: tensors that a product is added to.
         replaced: tensors that were trained whole (modules_to_save, biases): base name → key.
-        first: base weights that PEFT saved along with an adapted embedding: base name → key.
-        tokens: rows of an embedding that were trained alone: base name → key and row numbers.
-        unties: it changes an embedding and the head that is tied to it differently.
+        saved_base: base weights that PEFT saved along with an adapted embedding: base name → key.
+        token_rows: rows of an embedding that were trained alone: base name → key, row indices.
+        unties: it changes a tied embedding and output head differently.
 
     Raises:
-        UserError: not an adapter that can be merged exactly, half a layer, ranks that disagree
-            with the config, or nothing in the base to put it on, non-finite values.
+        UserError: the adapter cannot be merged exactly, has half a layer or ranks that disagree
+            with the config, matches nothing in the base, or has non-finite values.
     """
 
-    def __init__(self, config: dict[str, Any], tensors: Tensors, base: Shapes, where: Path) -> None:
+    def __init__(
+        self, config: dict[str, Any], tensors: AdapterTensors, base: BaseTensors, where: Path
+    ) -> None:
         self.where, self.config, self.tensors = str(where), config, tensors
         check_config(config, where / CONFIG)
-        self.layers: dict[str, Layer] = {}
+        self.layers: dict[str, LayerDelta] = {}
         self.replaced: dict[str, str] = {}
-        self.first: dict[str, str] = {}
-        self.tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.saved_base: dict[str, str] = {}
+        self.token_rows: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._base = base
-        for module, keys in sorted(self._grouped().items()):
-            self._take(module, keys)
-        self._check_turned()
+        for module, keys in sorted(self._group_keys().items()):
+            self._take_layer(module, keys)
+        self._check_transposed()
         self.unties = self._tie()
         for key in tensors.shapes:
             if not all_finite(tensors.get(key)):
                 raise UserError(f"{key} is not finite", where=self.where, status=Exit.NON_FINITE)
 
     @classmethod
-    def open(cls, folder: Path, base: Shapes) -> Adapter:
-        """Open a folder in PEFT layout, for a base with tensors of these dtypes and shapes."""
+    def open(cls, folder: Path, base: BaseTensors) -> MergeableAdapter:
+        """Open a folder in PEFT layout, to merge it into this base."""
         if not (folder / CONFIG).is_file():
-            what = f"no {CONFIG} in it" if folder.is_dir() else "there is no such folder"
-            raise UserError(what, where=str(folder), fix="give an adapter's folder in PEFT layout")
+            message = f"no {CONFIG} in it" if folder.is_dir() else "there is no such folder"
+            raise UserError(
+                message, where=str(folder), fix="give an adapter's folder in PEFT layout"
+            )
         config = read_json(folder / CONFIG)
         return cls(config, AdapterFile(folder), base, folder)
 
     @property
     def names(self) -> set[str]:
-        """Every tensor of the base that changes."""
+        """Names of the base's tensors that change."""
         return self.layers.keys() | self.trained_whole
 
     @property
     def trained_whole(self) -> set[str]:
-        """Tensors, or rows of them, that are replaced and not added to."""
-        saved = self.first.keys() - self.layers.keys()
-        return saved | self.replaced.keys() | self.tokens.keys()
+        """Names of tensors that are replaced, in whole or in rows, instead of added to."""
+        saved = self.saved_base.keys() - self.layers.keys()
+        return saved | self.replaced.keys() | self.token_rows.keys()
 
-    def needs_whole(self, name: str) -> bool:
-        """Whether all rows of a base tensor are needed at once."""
-        return name in self.layers and self.layers[name].whole
+    def needs_all_rows(self, name: str) -> bool:
+        """Return whether all rows of a base tensor are needed at once."""
+        return name in self.layers and self.layers[name].needs_all_rows
 
-    def step(self, name: str, weight: float = 1.0) -> Step:
-        """What it does to blocks of rows of a base tensor, in float32."""
+    def block_update(self, name: str, weight: float = 1.0) -> BlockUpdate:
+        """Return the function that changes blocks of rows of a base tensor, in float32."""
         if (key := self.replaced.get(name)) is not None:
-            return lambda old, at: self.tensors.rows(key, at, at + len(old)).float()
-        add: Step | None = None
+            return lambda old, row: self.tensors.rows(key, row, row + len(old)).float()
+        update: BlockUpdate | None = None
         if name in self.layers:
-            add = self.layers[name].step(self.tensors.get, weight)
-        elif name in self.tokens:
-            add = partial(_with_rows, self.tensors.get, *self.tokens[name])
-        if (first := self.first.get(name)) is None:
-            assert add is not None
-            return add
+            update = self.layers[name].block_update(self.tensors.get, weight)
+        elif name in self.token_rows:
+            update = partial(_replace_token_rows, self.tensors.get, *self.token_rows[name])
+        if (saved_key := self.saved_base.get(name)) is None:
+            assert update is not None
+            return update
 
-        def on_saved(old: Tensor, at: int) -> Tensor:
-            saved = self.tensors.rows(first, at, at + len(old)).float()
-            return saved if add is None else add(saved, at)
+        def update_saved(old: Tensor, row: int) -> Tensor:
+            saved = self.tensors.rows(saved_key, row, row + len(old)).float()
+            return saved if update is None else update(saved, row)
 
-        return on_saved
+        return update_saved
 
-    def _grouped(self) -> dict[str, dict[str, str]]:
-        """Module → role → key; keys that are no role of PEFT's replace a tensor."""
+    def _group_keys(self) -> dict[str, dict[str, str]]:
+        """Module → role → key; a key with no role replaces a tensor."""
         if not self.tensors.shapes:
-            raise UserError("the adapter holds no tensors", where=self.where)
+            raise UserError("the adapter has no tensors", where=self.where)
         modules: dict[str, dict[str, str]] = {}
         for key in self.tensors.shapes:
             if not key.startswith(PREFIX):
-                raise UserError(f"{key} is not part of a PEFT adapter", where=self.where)
+                raise UserError(f"{key} does not belong to a PEFT adapter", where=self.where)
             name = key.removeprefix(PREFIX)
             suffix = next((s for s in ROLES if name.endswith(s)), None)
             if suffix is not None:
@@ -180,175 +183,158 @@ class Adapter:
             elif name.endswith(TOKENS):
                 self._take_tokens(name.removesuffix(TOKENS), key)
             elif ".lora_" in name:
-                raise UserError(f"{key} is of a method that is not known here", where=self.where)
+                raise UserError(f"{key} belongs to an unknown method", where=self.where)
             else:
                 self._take_whole(name, key)
         return modules
 
     def _take_whole(self, name: str, key: str) -> None:
-        """A tensor that was saved whole: it replaces the base's, or lies below an adapter."""
-        below = ".base_layer." in name
-        found = self._find(name.replace(".base_layer.", "."), key)
-        shape, stored = self.tensors.shapes[key], self._base.shape_of(found)[1]
+        """Take a tensor that was saved whole: it replaces the base's, or an adapter adds to it."""
+        is_adapted = ".base_layer." in name
+        base_name = self._find(name.replace(".base_layer.", "."), key)
+        shape, stored = self.tensors.shapes[key], self._base.shape_of(base_name)[1]
         if stored != shape:
             raise UserError(
-                f"{found} is {stored} in the base, {shape} in the adapter", where=self.where
+                f"{base_name} is {stored} in the base, {shape} in the adapter", where=self.where
             )
-        (self.first if below else self.replaced)[found] = key
+        (self.saved_base if is_adapted else self.replaced)[base_name] = key
 
     def _take_tokens(self, module: str, key: str) -> None:
-        found, setting = self._find(f"{module}.weight", key), self.config["trainable_token_indices"]
+        name, setting = self._find(f"{module}.weight", key), self.config["trainable_token_indices"]
         if isinstance(setting, dict):
-            named = (v for k, v in setting.items() if f".{module}".endswith(f".{k}"))
-            setting = next(named, None)
-        shape, stored = self.tensors.shapes[key], self._base.shape_of(found)[1]
+            matching = (v for k, v in setting.items() if f".{module}".endswith(f".{k}"))
+            setting = next(matching, None)
+        shape, stored = self.tensors.shapes[key], self._base.shape_of(name)[1]
         rows = tuple(setting) if isinstance(setting, list) else ()
         if [len(rows), *stored[1:]] != shape or not all(0 <= row < stored[0] for row in rows):
             raise UserError(
-                f"trainable_token_indices names {len(rows)} rows of {found} {stored}, "
+                f"trainable_token_indices names {len(rows)} rows of {name} {stored}, "
                 f"{key} is {shape}",
                 where=self.where,
-                fix="config and weights must be of one adapter; save it again",
+                fix="config and weights must belong to one adapter; save it again",
             )
-        self.tokens[found] = key, rows
+        self.token_rows[name] = key, rows
 
     def _tie(self) -> bool:
-        """Do to a tied embedding and head what PEFT does; return whether they differ then.
+        """Change a tied embedding and head as PEFT does; return whether they differ then.
 
-        A saved base weight is loaded into the one matrix, so both get it; two that differ are of a
-        model that an adapter before has untied. Adapters and modules_to_save are of one module,
-        unless `ensure_weight_tying`; trained rows of the embedding are the head's too, unless
-        that has its own.
+        A saved base weight is loaded into the one matrix, so both get it; two that differ belong
+        to a model that an earlier adapter untied. Adapters and modules_to_save change one module
+        only, unless `ensure_weight_tying`; trained rows of the embedding also change the head,
+        unless it has its own.
         """
-        pair = self._base.changes_tied(self.names)
+        pair = self._base.tied_pair_among(self.names)
         if pair is None:
             return False
         for name in pair.names:
             if name in self.replaced and not self._is_module_to_save(name):
-                self.first[name] = self.replaced.pop(name)
-        if self._are_equal(*(self.first.get(name) for name in pair.names)):
-            _follow(self.first, *pair.names)
+                self.saved_base[name] = self.replaced.pop(name)
+        if self._are_equal(*(self.saved_base.get(name) for name in pair.names)):
+            _follow(self.saved_base, *pair.names)
         if self.config.get("ensure_weight_tying"):
             _follow(self.replaced, *pair.names)
             scales = {self.layers[name].scale for name in pair.names if name in self.layers}
             _follow(self.layers, *pair.names) if len(scales) == 1 else None
-        if pair.head not in self.tokens:
-            _follow(self.tokens, *pair.names)
-        kinds: tuple[dict[str, Any], ...] = (self.first, self.replaced, self.layers, self.tokens)
-        return any(kind.get(pair.embedding) != kind.get(pair.head) for kind in kinds)
+        if pair.head not in self.token_rows:
+            _follow(self.token_rows, *pair.names)
+        changes: list[dict[str, Any]] = [self.saved_base, self.replaced, self.layers]
+        changes.append(self.token_rows)
+        return any(kind.get(pair.embedding) != kind.get(pair.head) for kind in changes)
 
-    def _are_equal(self, one: str | None, other: str | None) -> bool:
-        """Whether two tensors of the adapter are equal, or one of them is not there."""
-        if one is None or other is None:
+    def _are_equal(self, first: str | None, second: str | None) -> bool:
+        """Return whether two tensors of the adapter are equal, or one of them is missing."""
+        if first is None or second is None:
             return True
-        blocks = row_blocks(self.tensors.shapes[one])
+        blocks = row_blocks(self.tensors.shapes[first])
         read = self.tensors.rows
-        return all(torch.equal(read(one, *rows), read(other, *rows)) for rows in blocks)
+        return all(torch.equal(read(first, *rows), read(second, *rows)) for rows in blocks)
 
     def _is_module_to_save(self, name: str) -> bool:
         module = name.removesuffix(".weight")
         return any(module.endswith(saved) for saved in self.config.get("modules_to_save") or ())
 
-    def _take(self, module: str, keys: dict[str, str]) -> None:
+    def _take_layer(self, module: str, keys: dict[str, str]) -> None:
         bias = keys.pop("bias", None)
         name = self._find(f"{module}.weight", next(iter(keys.values()), bias or ""))
         if not {"a", "b"} <= keys.keys():
-            raise UserError(f"{module} has only half an adapter", where=self.where)
+            raise UserError(f"{module} has only half of an adapter", where=self.where)
         self.layers[name] = layer = self._layer(module, name, keys)
         if bias is not None:
-            found = self._find(f"{module}.bias", bias)
-            self.layers[found] = Layer({"bias": bias}, None, layer.scale, dims=1)
+            bias_name = self._find(f"{module}.bias", bias)
+            self.layers[bias_name] = LayerDelta({"bias": bias}, None, layer.scale, dims=1)
 
     def _find(self, name: str, key: str) -> str:
-        """The base's name of a tensor."""
-        found = self._base.stored_name(name)
-        if found is None and is_outside_layers(name) and (tied := self._base.tied):
-            found = tied.missing if tied.missing == name else None
-        if found is None:
+        """Return the base's name of a tensor."""
+        stored = self._base.stored_name(name)
+        if stored is None and is_outside_layers(name) and (tied := self._base.tied):
+            stored = tied.missing if tied.missing == name else None
+        if stored is None:
             fix = "merge into the base that the adapter was trained on"
-            what = f"{key} matches nothing in the base (no {name})"
-            raise UserError(what, where=self.where, fix=fix)
-        if (kind := self._base.shape_of(found)[0]) not in FLOATS:
-            what = f"{found} of the base is {kind}, not a plain float"
+            message = f"{key} matches nothing in the base (no {name})"
+            raise UserError(message, where=self.where, fix=fix)
+        if (dtype := self._base.shape_of(stored)[0]) not in FLOATS:
+            message = f"{stored} of the base is {dtype}, not a plain float"
             fix = "merge into the float32, bfloat16 or float16 weights that it was made from"
-            raise UserError(what, where=self.where, fix=fix)
-        return found
+            raise UserError(message, where=self.where, fix=fix)
+        return stored
 
-    def _layer(self, module: str, name: str, keys: dict[str, str]) -> Layer:
+    def _layer(self, module: str, name: str, keys: dict[str, str]) -> LayerDelta:
         shape = self._base.shape_of(name)[1]
         a, b = (self.tensors.shapes[keys[role]] for role in "ab")
-        embedding = "lora_embedding_" in keys["a"]
-        turned = embedding or self._is_turned(a, b, shape)
-        layer = by_config(self.config, module, keys, a[0] if a else 0)
+        is_embedding = "lora_embedding_" in keys["a"]
+        transposed = is_embedding or self._is_transposed(a, b, shape)
+        layer = layer_from_config(self.config, module, keys, a[0] if a else 0)
         where = self.where
         if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or layer.r not in (None, a[0]):
             raise UserError(
                 f"ranks of {name} disagree: {CONFIG} says {layer.r}, A is {a}, B is {b}",
                 where=where,
             )
-        found = [a[1], b[0]] if turned else [b[0], a[1], *a[2:]]
-        if found != shape or (len(shape) > 2 and len(shape) not in CONVOLUTIONS):
-            raise UserError(f"{name} is {shape} in the base, {found} in the adapter", where=where)
-        return Layer(keys, layer.r, layer.scale, layer.ranks, turned, len(shape))
+        product = [a[1], b[0]] if transposed else [b[0], a[1], *a[2:]]
+        if product != shape or (len(shape) > 2 and len(shape) not in CONVOLUTIONS):
+            raise UserError(f"{name} is {shape} in the base, {product} in the adapter", where=where)
+        return replace(layer, transposed=transposed, dims=len(shape))
 
-    def _is_turned(self, a: list[int], b: list[int], shape: list[int]) -> bool:
-        """By its shape; a square one by the config."""
+    def _is_transposed(self, a: list[int], b: list[int], shape: list[int]) -> bool:
+        """Return whether a layer is stored as [in, out]; the config decides for a square one."""
         if len(a) != 2 or len(b) != 2 or a[1] == b[0]:
-            return self._says_turned
+            return self._config_says_transposed
         return [a[1], b[0]] == shape
 
     @property
-    def _says_turned(self) -> bool:
-        """What the config says, which PEFT puts right where the base has no such layers."""
-        return bool(self.config.get("fan_in_fan_out")) and self._base.has_turned_layers
+    def _config_says_transposed(self) -> bool:
+        """The config's setting; PEFT ignores it where the base has no such layers."""
+        return bool(self.config.get("fan_in_fan_out")) and self._base.has_transposed_layers
 
-    def _check_turned(self) -> None:
-        """PEFT writes one fan_in_fan_out for all layers, that of the last it put an adapter on."""
+    def _check_transposed(self) -> None:
+        """Check square layers: PEFT writes one fan_in_fan_out for all, that of the last layer."""
         shapes = {name: self._base.shape_of(name)[1] for name in self.layers}
         flat = [n for n, layer in self.layers.items() if "a" in layer.keys and layer.dims == 2]
         flat = [n for n in flat if "lora_embedding_" not in self.layers[n].keys["a"]]
         square = [n for n in flat if shapes[n][0] == shapes[n][1]]
-        sides = {self.layers[n].turned for n in flat if n not in square}
-        if square and len(sides | {self._says_turned}) > 1:
+        sides = {self.layers[n].transposed for n in flat if n not in square}
+        if square and len(sides | {self._config_says_transposed}) > 1:
             raise UserError(
-                f"layers lie both ways, and nothing says how {square[0]} does",
+                f"some layers are stored transposed, others not, and {square[0]} is square: "
+                "nothing says how it is stored",
                 where=self.where,
                 fix="merge it with PEFT, which builds the model to find out",
             )
 
 
 def _follow(changes: dict[str, Any], embedding: str, head: str) -> None:
-    """Let one change, the embedding's of two, be that of both."""
+    """Apply the change of one to both; the embedding's, if both have one."""
     change = changes.get(embedding, changes.get(head))
     if change is not None:
         changes[embedding] = changes[head] = change
 
 
-def _with_rows(
-    read: Callable[[str], Tensor], key: str, rows: tuple[int, ...], old: Tensor, at: int
+def _replace_token_rows(
+    read: Callable[[str], Tensor], key: str, tokens: tuple[int, ...], old: Tensor, row: int
 ) -> Tensor:
-    """A block of a table whose rows of these numbers were trained alone."""
+    """Return a block of an embedding with its trained rows in place."""
     new, trained = old.float().clone(), read(key)
-    for number, row in enumerate(rows):
-        if at <= row < at + len(old):
-            new[row - at] = trained[number]
+    for index, token in enumerate(tokens):
+        if row <= token < row + len(old):
+            new[token - row] = trained[index]
     return new
-
-
-def by_config(config: dict[str, Any], module: str, keys: dict[str, str], rank: int) -> Layer:
-    """Rank and scale as PEFT finds them: by pattern, else the adapter's own."""
-    if config["peft_type"] == "ADALORA":
-        alpha = config["lora_alpha"]
-        return Layer(keys, None, alpha if alpha > 0 else float(rank), config["init_r"])
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    r = _by_pattern(ranks, module, config["r"])
-    alpha = _by_pattern(alphas, module, config["lora_alpha"])
-    return Layer(keys, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-
-
-def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches, as peft's get_pattern_key chooses it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise

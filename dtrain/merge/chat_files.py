@@ -1,6 +1,6 @@
-"""The files by which a result is talked to as it was trained: chat template, and where to stop.
+"""The files that let a server use a result as it was trained: chat template, and where to stop.
 
-They are saved with an adapter and in a merged model, in the form that transformers saves and vLLM
+They are saved with an adapter and in a merged model, in the format that transformers saves and vLLM
 reads: chat_template.jinja, and generation_config.json with every token that ends an answer.
 """
 
@@ -30,56 +30,58 @@ TOKENIZER = "tokenizer_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def adapter_files(stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What is saved with a stage's adapter, by name: nothing after a stage without chats.
+def adapter_chat_files(
+    stage: Stage, base: Path, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Return the text files to save with a stage's adapter, by name; none without conversations.
 
     Args:
-        base: what the stage was trained on.
-        tokenizer: of the run's base, which `template: auto` means.
+        base: the model that the stage was trained on.
+        tokenizer: of the run's base, used for `template: auto`.
     """
     if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
     try:
         template = resolve_template(stage.data.template, tokenizer)
-    except UserError:  # plain text needs none, and data with chats was not prepared without one
+    except UserError:  # plain text needs none; conversations could not be prepared without one
         return {}
     stop = find_stop_criterion(template, tokenizer)
     if stop.text:
         say(
-            f"stage {stage.name}: a turn ends with {stop.text!r}, which is no token of its own: "
-            f"pass it as a stop string where the model is served ({GENERATION} names it)"
+            f"stage {stage.name}: a turn ends with {stop.text!r}, which is not a single token: "
+            f"pass it as a stop string when you serve the model ({GENERATION} has it)"
         )
     files = {GENERATION: generation_config(base, [stop])}
-    if template.text != template_beside(base):
+    if template.text != stored_template(base):
         files[CHAT_TEMPLATE] = template.text
     return files
 
 
-def checkpoint_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
-    """The same of a stage that may not be complete, from its run's recipe."""
+def checkpoint_chat_files(run: Path, stage_name: str, base: Path) -> dict[str, str]:
+    """Return the same for a stage that may be incomplete, from its run's recipe."""
     recipe = load_recipe(str(RunDir(run).recipe))
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
     run_base, trusts = base_folder(recipe.model.base), recipe.model.trust_remote_code
-    return adapter_files(stage, base, load_tokenizer(run_base, trusts))
+    return adapter_chat_files(stage, base, load_tokenizer(run_base, trusts))
 
 
-def carried_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
-    """What is saved with adapters of one base: every stop, and the last one's template."""
+def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
+    """Return the files for several adapters of one base: every stop, the last one's template."""
     stops, files = list[StopCriterion](), dict[str, str]()
     for folder in adapters:
         if (folder / GENERATION).is_file():
-            known = read_json(folder / GENERATION)
-            stops += [StopCriterion(token=token) for token in _as_list(known.get("eos_token_id"))]
-            stops += [StopCriterion(text=text) for text in known.get("stop_strings") or []]
-        if template := template_beside(folder):
+            config = read_json(folder / GENERATION)
+            stops += [StopCriterion(token=token) for token in _as_list(config.get("eos_token_id"))]
+            stops += [StopCriterion(text=text) for text in config.get("stop_strings") or []]
+        if template := stored_template(folder):
             files[CHAT_TEMPLATE] = template
     return files | ({GENERATION: generation_config(base, stops)} if stops else {})
 
 
-def merged_files(base: Path, files: dict[str, str]) -> dict[str, str]:
-    """The same for a merged model, whose tokenizer may not keep an earlier template."""
+def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
+    """Return the files for a merged model; its tokenizer must not keep an earlier template."""
     path = base / TOKENIZER
     config = read_json(path) if CHAT_TEMPLATE in files and path.is_file() else {}
     if "chat_template" not in config:
@@ -88,24 +90,24 @@ def merged_files(base: Path, files: dict[str, str]) -> dict[str, str]:
     return files | {TOKENIZER: _as_text(config)}
 
 
-def template_beside(folder: Path) -> str | None:
-    """The chat template of a folder with a tokenizer, or with an adapter."""
+def stored_template(folder: Path) -> str | None:
+    """Return the chat template in a tokenizer's or an adapter's folder."""
     if (folder / CHAT_TEMPLATE).is_file():
         return read_text(folder / CHAT_TEMPLATE)
     config = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
     template = config.get("chat_template")
-    if isinstance(template, list):  # several by name, as older versions of transformers saved them
-        template = {one["name"]: one["template"] for one in template}.get("default")
+    if isinstance(template, list):  # older versions of transformers saved several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
 
 
 def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
-    """A base's generation_config.json with these ends of an answer added to its own."""
+    """Return a base's generation_config.json with these stops added to its own."""
     path = base / GENERATION
     config = read_json(path) if path.is_file() else _from_model_config(base)
-    config.pop("_from_model_config", None)  # from now on it says more than the model's config
-    own = _as_list(config.get("eos_token_id"))
-    ends = dict.fromkeys([*own, *(stop.token for stop in stops if stop.token is not None)])
+    config.pop("_from_model_config", None)  # it now has more than the model's config
+    base_ends = _as_list(config.get("eos_token_id"))
+    ends = dict.fromkeys([*base_ends, *(stop.token for stop in stops if stop.token is not None)])
     texts = [*(config.get("stop_strings") or []), *(text for stop in stops for text in stop.texts)]
     if ends:
         config["eos_token_id"] = [*ends] if len(ends) > 1 else next(iter(ends))
@@ -115,7 +117,7 @@ def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
 
 
 def _from_model_config(base: Path) -> dict[str, Any]:
-    """What transformers takes from config.json where there is no generation_config.json."""
+    """Return what transformers takes from config.json if there is no generation_config.json."""
     config = read_json(base / "config.json")
     config = config.get("text_config", {}) | {k: v for k, v in config.items() if v is not None}
     return {name: config[name] for name in TOKENS if config.get(name) is not None}

@@ -1,7 +1,7 @@
-"""Two LoRA adapters → one that changes the base as both do, for serving without a merge.
+"""Two LoRA adapters → one with the effect of both, for serving without a merge.
 
-W + s1·B1·A1 + s2·B2·A2 = W + [s1·B1, s2·B2]·[A1; A2]: the ranks add up and the scales go into B.
-Cut to a smaller rank it is the nearest matrix of that rank (Eckart-Young), found from the thin
+W + s1·B1·A1 + s2·B2·A2 = W + [s1·B1, s2·B2]·[A1; A2]: the ranks add up, and the scales go into B.
+A smaller rank gives the nearest matrix of that rank (Eckart-Young), computed from the thin
 factors: with B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of B·A are those of Rb·Raᵀ [k, k].
 
 Letters: r rank, k sum of the ranks, out and in a layer's sizes; A [r, in], B [out, r].
@@ -25,8 +25,8 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST
-from dtrain.merge.adapter import PREFIX, AdapterFile, by_config
-from dtrain.merge.adapter_config import check_config
+from dtrain.merge.adapter import PREFIX, AdapterFile
+from dtrain.merge.adapter_config import check_config, layer_from_config
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     COMBINED,
@@ -40,73 +40,77 @@ from dtrain.models.peft_format import (
 from dtrain.models.tensor_utils import all_finite
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-# Settings that can be merged, but add something else than scale·B·A.
+# Settings that can be merged, but add something other than scale·B·A.
 NOT_PLAIN = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 Factors = tuple[Tensor, Tensor]  # A [r, in] and B [out, r], with every scale in B
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """What was made.
+class CombineResult:
+    """The combined adapter.
 
     Attributes:
         rank: of every layer, with rows of zeros where a layer needs less.
-        error: ‖cut − exact‖ / ‖exact‖ over all layers, Frobenius; 0 if nothing was cut.
-        worst: the layer with the largest error of its own; empty if nothing was cut.
+        error: ‖truncated − exact‖ / ‖exact‖ over all layers, Frobenius; 0 if exact.
+        worst_layer: the layer with the largest error; empty if exact.
     """
 
     rank: int
     error: float
-    worst: str
+    worst_layer: str
     size_bytes: int
     base: str
 
 
-def stack(first: Path, second: Path, out: Path, *, rank: int | None = None) -> Stacked:
-    """Write the adapter that does what `first` and then `second` do.
+def combine_adapters(
+    first: Path, second: Path, out: Path, *, rank: int | None = None
+) -> CombineResult:
+    """Write the adapter that has the effect of `first` followed by `second`.
 
     It is written in float32 with one rank and one scale for all layers, which every server reads.
 
     Args:
-        first: of a base.
-        second: of the same base, or of that base with `first` merged into it.
-        out: a new folder; it appears whole or not at all.
+        first: an adapter of a base.
+        second: an adapter of the same base, or of that base with `first` merged into it.
+        out: a new folder; it appears complete or not at all.
         rank: of the result; None: the exact sum's.
 
     Raises:
-        UserError: not plain LoRA, another base, trained over a model that was quantised anew, a
-            value that is not finite, a rank that would cut nothing, `out` is there.
+        UserError: not plain LoRA, different bases, `second` was trained over a merged model in
+            NF4, a value that is not finite, a rank that truncates nothing, `out` exists.
     """
     configs = [_plain_config(folder) for folder in (first, second)]
-    made_from = _joined(first, second, configs)
+    joined = _combined_origin(first, second, configs)
     if configs[0].get("fan_in_fan_out") != configs[1].get("fan_in_fan_out"):
         raise UserError("the two disagree on fan_in_fan_out", where=str(second))
     exact = _sums(_read(first, configs[0]), _read(second, configs[1]))
-    whole = max(a.shape[0] for a, _ in exact.values())
-    if rank is not None and rank >= whole:
-        what = f"the exact sum has rank {whole} already"
-        raise UserError(what, where=f"--rank {rank}", fix="leave --rank out")
-    layers, error, worst = _cut(exact, rank) if rank else (exact, 0.0, "")
-    tensors = dict(_named(layers, rank or whole))
-    config = _config(configs, rank or whole, [*layers])
-    about = {
-        "origin": asdict(made_from),
-        "made_from": {str(path): AdapterFile(path).mark() for path in (first, second)},
-        "rank": rank or whole,
+    exact_rank = max(a.shape[0] for a, _ in exact.values())
+    if rank is not None and rank >= exact_rank:
+        message = f"the exact sum has only rank {exact_rank}"
+        raise UserError(message, where=f"--rank {rank}", fix="leave --rank out")
+    layers, error, worst = _truncate(exact, rank) if rank else (exact, 0.0, "")
+    tensors = dict(_named(layers, rank or exact_rank))
+    config = _config(configs, rank or exact_rank, [*layers])
+    record = {
+        "origin": asdict(joined),
+        "combined_from": {str(path): AdapterFile(path).fingerprint() for path in (first, second)},
+        "rank": rank or exact_rank,
         "relative_error": error,
         "worst_layer": worst,
     }
     with atomic_folder(out) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         write_json(target / CONFIG, config)
-        write_json(target / COMBINED, about)
-        for folder in (first, second):  # a later one's name for what is in both
+        write_json(target / COMBINED, record)
+        for folder in (first, second):  # of a file that both have, the second's
             for name in (CHAT_TEMPLATE, GENERATION):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
     size = (out / WEIGHTS).stat().st_size
-    return Stacked(rank or whole, error, worst, size, str(config["base_model_name_or_path"]))
+    return CombineResult(
+        rank or exact_rank, error, worst, size, str(config["base_model_name_or_path"])
+    )
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
@@ -117,64 +121,65 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise UserError(
-            f"an adapter with {odd[0]} is no plain sum",
+            f"an adapter with {odd[0]} is not a plain sum",
             where=str(folder / CONFIG),
             fix="merge it into its base instead",
         )
     return config
 
 
-def _joined(first: Path, second: Path, configs: list[dict[str, Any]]) -> Origin:
-    """The origin of what both make together.
+def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -> Origin:
+    """Return the origin of the combined adapter.
 
     Raises:
-        UserError: they do not stand on each other, nor on one base.
+        UserError: the second was trained neither after the first nor on the same base.
     """
-    one, two = origin(first), origin(second)
-    if _stands_on(first, second, one, two, configs[1]):
-        if two.quantised:
+    a, b = origin(first), origin(second)
+    if _was_trained_after(first, a, b, configs[1]):
+        if b.quantised:
             raise UserError(
                 "was trained over the merged model in NF4, which rounded base and first adapter "
                 "together: no adapter of the first base is equal to that",
                 where=str(second),
                 fix="serve the merged model, or this adapter on the merged model before it",
             )
-        return Origin(two.identity, one.parent, one.quantised, "combined")
+        return Origin(b.identity, a.parent, a.quantised, "combined")
     bases = [config.get("base_model_name_or_path") for config in configs]
-    same = one.parent == two.parent if one.parent and two.parent else bases[0] == bases[1]
-    if not same or one.quantised != two.quantised:
+    same = a.parent == b.parent if a.parent and b.parent else bases[0] == bases[1]
+    if not same or a.quantised != b.quantised:
         raise UserError(
-            f"was trained on {bases[1]}, which is neither {bases[0]} nor made of it by {first}",
+            f"was trained on {bases[1]}, which is neither {bases[0]} nor that model with {first} "
+            "merged into it",
             where=str(second),
             fix="combine an adapter with the one trained right after it",
         )
-    return Origin(None, one.parent, one.quantised, "combined")
+    return Origin(None, a.parent, a.quantised, "combined")
 
 
-def _stands_on(first: Path, second: Path, one: Origin, two: Origin, config: dict[str, Any]) -> bool:
-    """Whether `second` was trained on the model that `first` was merged into."""
-    if one.identity is not None and two.parent is not None:
-        return one.identity == two.parent
+def _was_trained_after(first: Path, a: Origin, b: Origin, config: dict[str, Any]) -> bool:
+    """Return whether the second adapter was trained on the model with `first` merged into it."""
+    if a.identity is not None and b.parent is not None:
+        return a.identity == b.parent
     manifest = Path(config.get("base_model_name_or_path") or "-") / MERGE_MANIFEST
     if not manifest.is_file():
         return False
     merged = read_json(manifest).get("adapters", [])
-    mark = AdapterFile(first).mark()
-    return [(part.get("adapter"), part.get("weight")) for part in merged] == [(mark, 1.0)]
+    content = AdapterFile(first).fingerprint()
+    return [(item.get("adapter"), item.get("weight")) for item in merged] == [(content, 1.0)]
 
 
 def _read(folder: Path, config: dict[str, Any]) -> dict[str, Factors]:
-    """The factors of every layer, in float32."""
+    """Return the factors of every layer, in float32."""
     file = AdapterFile(folder)
     tensors = {key: file.get(key) for key in file.shapes}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX) or not key.endswith((DOWN, UP)) or tensor.dim() != 2:
-            raise UserError(f"{key} is not part of a plain LoRA", where=str(folder))
+            raise UserError(f"{key} does not belong to a plain LoRA adapter", where=str(folder))
         if not all_finite(tensor):
             raise UserError(f"{key} is not finite", where=str(folder), status=Exit.NON_FINITE)
     names = sorted({key.removesuffix(DOWN).removesuffix(UP) for key in tensors})
     if not names:
-        raise UserError("the adapter holds no tensors", where=str(folder))
+        raise UserError("the adapter has no tensors", where=str(folder))
     return {name.removeprefix(PREFIX): _factors(tensors, name, folder, config) for name in names}
 
 
@@ -182,41 +187,42 @@ def _factors(
     tensors: Mapping[str, Tensor], name: str, folder: Path, config: dict[str, Any]
 ) -> Factors:
     if name + DOWN not in tensors or name + UP not in tensors:
-        raise UserError(f"{name} has only half an adapter", where=str(folder))
+        raise UserError(f"{name} has only half of an adapter", where=str(folder))
     a, b = tensors[name + DOWN], tensors[name + UP]
-    layer = by_config(config, name.removeprefix(PREFIX), {}, a.shape[0])
+    layer = layer_from_config(config, name.removeprefix(PREFIX), {}, a.shape[0])
     if not a.shape[0] == b.shape[1] == layer.r:
-        what = f"ranks of {name} disagree: {layer.r} by the config, A {[*a.shape]}, B {[*b.shape]}"
-        raise UserError(what, where=str(folder))
+        shapes = f"A {[*a.shape]}, B {[*b.shape]}"
+        message = f"ranks of {name} disagree: {layer.r} by the config, {shapes}"
+        raise UserError(message, where=str(folder))
     return a, b * layer.scale
 
 
 def _sums(first: dict[str, Factors], second: dict[str, Factors]) -> dict[str, Factors]:
-    """Layer by layer [B1, B2]·[A1; A2]; a layer that only one adapter has stays as it is."""
+    """Return [B1, B2]·[A1; A2] for each layer; a layer that only one adapter has stays as it is."""
     sums = {}
     for name in sorted(first.keys() | second.keys()):
-        parts = [factors[name] for factors in (first, second) if name in factors]
-        if len({(a.shape[1], b.shape[0]) for a, b in parts}) > 1:
-            raise UserError(f"{name} has one shape in one adapter and another in the other")
-        sums[name] = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+        pairs = [factors[name] for factors in (first, second) if name in factors]
+        if len({(a.shape[1], b.shape[0]) for a, b in pairs}) > 1:
+            raise UserError(f"{name} has different shapes in the two adapters")
+        sums[name] = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
     return sums
 
 
-def _cut(exact: dict[str, Factors], rank: int) -> tuple[dict[str, Factors], float, str]:
-    """Every layer at `rank`; the error over all of them, and the layer that lost the most."""
-    cut, lost, total, worst = {}, 0.0, 0.0, (0.0, "")
-    with progress("cutting", len(exact)) as bar:
+def _truncate(exact: dict[str, Factors], rank: int) -> tuple[dict[str, Factors], float, str]:
+    """Return every layer at `rank`, the error over all layers, and the layer with the largest."""
+    truncated, lost, total, worst = {}, 0.0, 0.0, (0.0, "")
+    with progress("truncating", len(exact)) as bar:
         for name, factors in exact.items():
-            cut[name], values = nearest(factors, rank)
-            gone, whole = (float(v.square().sum()) for v in (values[rank:], values))
-            lost, total = lost + gone, total + whole
-            worst = max(worst, (gone / whole if whole else 0.0, name))
+            truncated[name], values = nearest_of_rank(factors, rank)
+            layer_lost, layer_total = (float(v.square().sum()) for v in (values[rank:], values))
+            lost, total = lost + layer_lost, total + layer_total
+            worst = max(worst, (layer_lost / layer_total if layer_total else 0.0, name))
             bar.advance()
-    return cut, math.sqrt(lost / total) if total else 0.0, worst[1]
+    return truncated, math.sqrt(lost / total) if total else 0.0, worst[1]
 
 
-def nearest(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
-    """The nearest product of this rank, and all singular values; the work is done in float64."""
+def nearest_of_rank(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
+    """Return the nearest product of this rank, and all singular values; computed in float64."""
     a, b = (factor.double() for factor in factors)
     qa, ra = torch.linalg.qr(a.T)
     qb, rb = torch.linalg.qr(b)
@@ -228,7 +234,7 @@ def nearest(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
 
 
 def _named(layers: dict[str, Factors], rank: int) -> list[tuple[str, Tensor]]:
-    """Tensors by PEFT's names; what is missing to the rank is zero, so that one rank holds."""
+    """Return tensors by PEFT's names, padded with zeros so that all layers have one rank."""
     named = []
     for name, (a, b) in layers.items():
         missing = rank - a.shape[0]
@@ -238,7 +244,7 @@ def _named(layers: dict[str, Factors], rank: int) -> list[tuple[str, Tensor]]:
 
 
 def _config(configs: list[dict[str, Any]], rank: int, layers: list[str]) -> dict[str, Any]:
-    """The first adapter's settings; alpha equal to the rank is a scale of 1."""
+    """Return the first adapter's settings with a scale of 1 (alpha equal to the rank)."""
     targets: list[Any] = [config.get("target_modules") for config in configs]
     narrowed = any(config.get(key) for config in configs for key in NARROWING)
     by_name = all(isinstance(names, list) for names in targets) and not narrowed

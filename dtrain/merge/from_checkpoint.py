@@ -1,12 +1,11 @@
-"""A checkpoint → a plain Hugging Face model, whatever engine and ranks saved it.
+"""A checkpoint → what a merge needs to write its model, whatever engine and ranks saved it.
 
-What trains lies in the checkpoint, everything else in the base that the stage began with. No rank
-is started, and one block of rows is in memory.
+The checkpoint holds what trains; everything else is in the base that the stage started from. No
+ranks are started, and one block of rows is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,25 +13,24 @@ from threading import Lock
 
 from torch import Tensor
 
-from dtrain.checkpoints.manifest import MANIFEST
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.core.run_dir import RunDir
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import replace
-from dtrain.merge.provenance import Origin, origin_from
-from dtrain.merge.tied_weights import Shapes
+from dtrain.core.run_dir import CHECKPOINT_MANIFEST, RunDir
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.base_tensors import BaseTensors
+from dtrain.merge.merge import TrainedWeights
+from dtrain.merge.provenance import TrainingOrigin, origin_from_inputs
 from dtrain.models.hub import base_folder
 
-SAVED_AS = ".default."  # PEFT's name of the adapter that trains, inside a parameter's name
+PEFT_ADAPTER_NAME = ".default."  # PEFT's name of the adapter inside a parameter's name
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A run's checkpoint, and what it says of itself.
+class StageCheckpoint:
+    """A checkpoint in its run folder.
 
     Attributes:
         run: the run's folder.
@@ -40,113 +38,99 @@ class Saved:
     """
 
     checkpoint: Checkpoint
-    origin: Origin
+    origin: TrainingOrigin
     run: Path
     stage: str
 
 
-def open_saved(folder: Path) -> Saved:
+def open_checkpoint(folder: Path) -> StageCheckpoint:
     """Open RUN/STAGE/checkpoints/step-….
 
     Raises:
-        UserError: it is no whole checkpoint (every file is hashed), or lies in no run folder.
+        UserError: it is not a complete checkpoint (every file is hashed), or not in a run folder.
     """
     checkpoint = Checkpoint.open(folder)
     checkpoint.verify()
     stage = folder.resolve().parents[1]
     inputs = checkpoint.state.get("inputs")
     if not isinstance(inputs, dict) or not RunDir(stage.parent).recipe.is_file():
-        raise UserError("lies in no stage of a run", where=str(folder))
+        raise UserError("is not in a stage's folder of a run", where=str(folder))
     dtype = str(checkpoint.state.get("dtype", inputs["dtype"]))
-    origin = origin_from(inputs, fingerprint(inputs), dtype, stage.parent)
-    return Saved(checkpoint, origin, stage.parent, stage.name)
+    origin = origin_from_inputs(inputs, fingerprint(inputs), dtype, stage.parent)
+    return StageCheckpoint(checkpoint, origin, stage.parent, stage.name)
 
 
-def base_of(saved: Saved) -> Path:
-    """The model that the checkpoint's stage began with: the recipe's, or the stage before's.
+def stage_base(saved: StageCheckpoint) -> Path:
+    """Return the model that the stage started from: the recipe's base, or the previous stage's.
 
     Raises:
-        UserError: it is not there any more.
+        UserError: it is missing.
     """
-    recipe = load_recipe(str(RunDir(saved.run).recipe))
+    run = RunDir(saved.run)
+    recipe = load_recipe(str(run.recipe))
     names = [stage.name for stage in recipe.stages]
     if saved.stage not in names:
-        raise UserError(f"has no stage {saved.stage!r}", where=str(RunDir(saved.run).recipe))
-    if (number := names.index(saved.stage)) == 0:
+        raise UserError(f"has no stage {saved.stage!r}", where=str(run.recipe))
+    if (index := names.index(saved.stage)) == 0:
         return base_folder(recipe.model.base)
-    base = RunDir(saved.run).stage(names[number - 1]).merged
+    base = run.stage(names[index - 1]).merged
     if not base.is_dir():
-        raise UserError("is missing, and the stage began with it", where=str(base))
+        raise UserError("is missing, but the stage started from it", where=str(base))
     return base
 
 
-def replace_with(
-    checkpoint: Checkpoint,
-    base: Path,
-    out: Path,
-    source: str,
-    *,
-    processes: int = 1,
-    known: Sequence[str] = (),
-    files: Mapping[str, str] | None = None,
-) -> None:
-    """Write the model that full fine-tuning made.
-
-    Raises:
-        UserError: see `replace`.
-    """
-    one_at_a_time = Lock()  # a checkpoint opens and closes its shards at every read
+def trained_weights(checkpoint: Checkpoint) -> TrainedWeights:
+    """Return the weights that a checkpoint of full fine-tuning holds."""
+    lock = Lock()  # a checkpoint opens and closes its shards at every read
 
     def read(name: str, start: int, stop: int) -> Tensor:
-        with one_at_a_time:
+        with lock:
             return checkpoint.read(name, "weight", start, stop)
 
-    mark = file_hash(checkpoint.folder / MANIFEST)
-    replace(
-        base,
-        checkpoint.names,
-        read,
-        out,
-        content=mark,
-        source=source,
-        processes=processes,
-        known=known,
-        files=files,
+    return TrainedWeights(
+        checkpoint.names, read, file_hash(checkpoint.folder / CHECKPOINT_MANIFEST)
     )
 
 
-def read_whole(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A parameter in its global shape, float32."""
+def read_parameter(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return a whole parameter in its global shape, float32."""
     shape = checkpoint.names[name]
     return checkpoint.read(name, "weight", 0, prod(shape)).view(shape)
 
 
-class AdapterSaved:
+class CheckpointAdapter:
     """An adapter's tensors in a checkpoint, by the keys that they have in PEFT's layout."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._names = {name.replace(SAVED_AS, "."): name for name in checkpoint.names}
+        self._names = {name.replace(PEFT_ADAPTER_NAME, "."): name for name in checkpoint.names}
         self.shapes = {k: list(checkpoint.names[name]) for k, name in self._names.items()}
-        self._one_at_a_time = Lock()
+        self._lock = Lock()
 
     def get(self, key: str) -> Tensor:
-        """A tensor in float32."""
-        with self._one_at_a_time:
-            return read_whole(self._checkpoint, self._names[key])
+        """Return a tensor in float32."""
+        with self._lock:
+            return read_parameter(self._checkpoint, self._names[key])
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor."""
+        """Return rows of a tensor."""
         return self.get(key)[start:stop]
 
-    def mark(self) -> str:
-        """Hash of the content."""
-        return file_hash(self._checkpoint.folder / MANIFEST)
+    def fingerprint(self) -> str:
+        """Return a hash of the content."""
+        return file_hash(self._checkpoint.folder / CHECKPOINT_MANIFEST)
 
 
-def saved_adapter(saved: Saved, shapes: Shapes) -> Adapter:
-    """The adapter that a checkpoint holds."""
-    settings = parse_method(saved.origin.method).adapter
-    assert settings is not None
-    tensors = AdapterSaved(saved.checkpoint)
-    return Adapter(settings.peft_config(), tensors, shapes, saved.checkpoint.folder)
+def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAdapter:
+    """Return the adapter that a checkpoint holds.
+
+    Raises:
+        UserError: its method does not train an adapter.
+    """
+    settings = parse_method(saved.origin.method)
+    if settings.adapter is None:
+        message = f"method {settings.kind} trains no adapter"
+        raise UserError(message, where=str(saved.checkpoint.folder))
+    tensors = CheckpointAdapter(saved.checkpoint)
+    config = settings.adapter.peft_config()
+    return MergeableAdapter(config, tensors, base, saved.checkpoint.folder)

@@ -1,9 +1,9 @@
-"""Bytes on their way from one file to another, hashed on both sides by threads beside.
+"""Copying bytes from one file to another, hashed on both sides by background threads.
 
-Hashing is most of a merge's work and the disk takes its time, so a file keeps up to four threads
-busy: one reads and computes, one hashes what was read, one what is new, one writes. They hand each
-other a few blocks of memory that are used over and over: new memory would cost more than all that
-is done in it.
+Hashing and waiting for the disk are most of a merge's work, so a file keeps up to four threads
+busy: one reads and computes, one hashes what was read, one hashes what is new, one writes. They
+pass each other a few blocks of memory that are reused: allocating new memory would cost more than
+all the work done in it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Any
 
 from blake3 import blake3
 
-from dtrain.core.direct_io import pass_cache, write_all
+from dtrain.core.direct_io import set_direct_io, write_all
 
-AHEAD_BYTES = 8 << 20  # that the kernel is asked to have read already
-WRITTEN_BYTES = 2 << 20  # at once, from a page's beginning
-ROOMS = 3  # one is filled, one hashed, one written
+READ_AHEAD_BYTES = 8 << 20
+WRITE_BYTES = 2 << 20  # per write, starting at a page boundary
+BUFFERS = 3  # one is filled, one hashed, one written
 
 
 class Buffer:
-    """Memory for a block; given again when all that goes on with the last one is done."""
+    """Memory for a block; it is reused once every task that uses the last block is done."""
 
     def __init__(self, size: int = 0) -> None:
         self._memory = memoryview(mmap.mmap(-1, size) if size else b"")
         self.users: list[Future[Any]] = []
 
     def claim(self, size: int) -> memoryview:
-        """`size` bytes of any content.
+        """Return `size` bytes of undefined content.
 
         Raises:
-            Exception: of what went on with the block before.
+            Exception: whatever a task on the previous block raised.
         """
         while self.users:
             self.users.pop().result()
@@ -46,141 +46,141 @@ class Buffer:
         return self._memory[:size]
 
 
-class Source:
-    """A file that is read from the beginning to the end.
+class HashingReader:
+    """A file that is read from beginning to end.
 
     Args:
-        hashed: whether its hash is wanted.
+        hashed: compute its hash.
     """
 
     def __init__(self, path: Path, hashed: bool) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._hashed, self._digest = hashed, blake3()
+        self._hashed, self._hasher = hashed, blake3()
         self._pool = ThreadPoolExecutor(1)
-        self._next = cycle([Buffer(), Buffer()])
-        self._at = self._asked = 0
+        self._buffers = cycle([Buffer(), Buffer()])
+        self._position = self._requested = 0
 
     def read(self, size: int) -> memoryview:
-        """Exactly `size` bytes, which stay what they are until the next but one are read.
+        """Return exactly `size` bytes, valid until the next call but one.
 
         Raises:
-            EOFError: there are no more.
+            EOFError: the file has fewer bytes left.
         """
-        room = next(self._next)
-        block = room.claim(size)
-        self.read_into(block, room)
+        buffer = next(self._buffers)
+        block = buffer.claim(size)
+        self.read_into(block, buffer)
         return block
 
-    def read_into(self, block: memoryview, room: Buffer) -> None:
-        """Fill `block`, which is a part of `room`.
+    def read_into(self, block: memoryview, buffer: Buffer) -> None:
+        """Fill `block`, a slice of `buffer`.
 
         Raises:
-            EOFError: there are not as many bytes any more.
+            EOFError: the file has fewer bytes left.
         """
-        self._ask_ahead(len(block))
+        self._read_ahead(len(block))
         if self._file.readinto(block) != len(block):
             raise EOFError
         if self._hashed:
-            room.users.append(self._pool.submit(self._digest.update, block))
+            buffer.users.append(self._pool.submit(self._hasher.update, block))
 
     def digest(self) -> str:
-        """Of what was read, as hex; empty if it is not wanted."""
-        return self._pool.submit(self._digest.hexdigest).result() if self._hashed else ""
+        """Return the hash of what was read, as hex; empty if it is not computed."""
+        return str(self._pool.submit(self._hasher.hexdigest).result()) if self._hashed else ""
 
-    def _ask_ahead(self, size: int) -> None:
-        self._at += size
-        if self._at + AHEAD_BYTES > self._asked:
-            self._asked = self._at + 2 * AHEAD_BYTES
-            span = self._at, self._asked - self._at
+    def _read_ahead(self, size: int) -> None:
+        self._position += size
+        if self._position + READ_AHEAD_BYTES > self._requested:
+            self._requested = self._position + 2 * READ_AHEAD_BYTES
+            span = self._position, self._requested - self._position
             os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._pool.shutdown(cancel_futures=True)
         self._file.close()
 
 
-class Target:
-    """A file that is written from the beginning to the end, past the page cache where that can be.
+class HashingWriter:
+    """A file that is written from beginning to end, bypassing the page cache where possible.
 
     Args:
-        path: replaced if it is there.
+        path: replaced if it exists.
 
     Attributes:
-        room: what is being filled.
+        buffer: the one that is being filled.
     """
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        pass_cache(self._handle, True)
-        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._digest = blake3()
-        self._rooms = [Buffer(WRITTEN_BYTES) for _ in range(ROOMS)]
-        self._next = cycle(self._rooms)
+        set_direct_io(self._handle, True)
+        self._hash_pool, self._write_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hasher = blake3()
+        self._buffers = [Buffer(WRITE_BYTES) for _ in range(BUFFERS)]
+        self._next = cycle(self._buffers)
         self._filled = 0
-        self._take()
+        self._start_block()
 
     def spaces(self, size: int) -> Iterator[memoryview]:
-        """Memory of `size` bytes in one or more pieces, each to be filled before the next."""
+        """Yield memory of `size` bytes in one or more slices, each to be filled before the next."""
         while size:
             space = self._block[self._filled : self._filled + size]
             self._filled, size = self._filled + len(space), size - len(space)
             yield space
-            if self._filled == WRITTEN_BYTES:
-                self._give()
-                self._take()
+            if self._filled == WRITE_BYTES:
+                self._flush()
+                self._start_block()
 
-    def is_at_multiple(self, size: int) -> bool:
-        """Whether elements of `size` bytes written now lie whole in the pieces of `spaces`."""
+    def is_aligned_to(self, size: int) -> bool:
+        """Return whether no element of `size` bytes would span two slices of `spaces`."""
         return self._filled % size == 0
 
     def write(self, data: memoryview) -> None:
-        """Take all of `data`, bytes."""
+        """Write all of `data`, bytes."""
         for space in self.spaces(len(data)):
             space[:], data = data[: len(space)], data[len(space) :]
 
     def finish(self) -> str:
-        """All is on the disk; its hash, as hex."""
-        self._give()
-        for room in self._rooms:
-            room.claim(0)
+        """Wait until everything is on the disk; return the hash, as hex."""
+        self._flush()
+        for buffer in self._buffers:
+            buffer.claim(0)
         os.fsync(self._handle)
-        return self._digest.hexdigest()
+        return str(self._hasher.hexdigest())
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
-        for pool in (self._hasher, self._writer):
+        """Close the file, finished or not."""
+        for pool in (self._hash_pool, self._write_pool):
             pool.shutdown(cancel_futures=True)
         os.close(self._handle)
 
-    def _take(self) -> None:
-        self.room = next(self._next)
-        self._block, self._filled = self.room.claim(WRITTEN_BYTES), 0
+    def _start_block(self) -> None:
+        self.buffer = next(self._next)
+        self._block, self._filled = self.buffer.claim(WRITE_BYTES), 0
 
-    def _give(self) -> None:
+    def _flush(self) -> None:
         block = self._block[: self._filled]
-        self.room.users.append(self._hasher.submit(self._digest.update, block))
-        self.room.users.append(self._writer.submit(write_all, self._handle, block))
+        self.buffer.users.append(self._hash_pool.submit(self._hasher.update, block))
+        self.buffer.users.append(self._write_pool.submit(write_all, self._handle, block))
 
 
 class HashingCopy:
-    """One file on its way to another.
+    """A source file that is read while a target file is written.
 
     Args:
-        hashed: whether the source's hash is wanted too.
+        hashed: compute the source's hash as well as the target's.
     """
 
     def __init__(self, source: Path, target: Path, hashed: bool) -> None:
-        self.old, self.new = Source(source, hashed), Target(target)
+        self.source, self.target = HashingReader(source, hashed), HashingWriter(target)
 
     def copy(self, size: int) -> None:
-        """Let `size` bytes pass as they are."""
-        for space in self.new.spaces(size):
-            self.old.read_into(space, self.new.room)
+        """Copy `size` bytes unchanged."""
+        for space in self.target.spaces(size):
+            self.source.read_into(space, self.target.buffer)
 
     def finish(self) -> tuple[str, str]:
-        """All is on the disk; hashes of what was read, if wanted, and written, as hex."""
-        return self.old.digest(), self.new.finish()
+        """Wait until everything is on the disk; return the hashes of source and target, as hex."""
+        return self.source.digest(), self.target.finish()
 
     def __enter__(self) -> HashingCopy:
         return self
@@ -191,5 +191,5 @@ class HashingCopy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.old.close()
-        self.new.close()
+        self.source.close()
+        self.target.close()

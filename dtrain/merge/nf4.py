@@ -1,13 +1,12 @@
-"""A base tensor as a 4-bit base computed with it: packed and unpacked again, in row blocks.
+"""A base tensor as a 4-bit base computed with it: quantized and dequantized in blocks of rows.
 
-Beyond a block it needs 0.57 bytes an element: double quantisation wants every block's scale at
-once, so a tensor is packed whole before its first row is unpacked.
+Beyond a block this needs 0.57 bytes an element: double quantization needs every block's scale at
+once, so a tensor is quantized whole before its first row is dequantized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from bitsandbytes.functional import (
@@ -20,74 +19,74 @@ from bitsandbytes.functional import (
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.merge.tied_weights import FLOATS, Shapes
+from dtrain.merge.base_tensors import FLOATS, BaseTensors
 from dtrain.models.kernels.nf4_pack import pack_fast
 from dtrain.models.load import read_config
 from dtrain.models.outline import outline
 from dtrain.models.quantize import nf4_layers
 
 CPU = torch.device("cpu")
-SCALES_BLOCK = 256  # of bitsandbytes' double quantisation
+SCALES_BLOCK = 256  # of bitsandbytes' double quantization
 
 
-class Packed:
-    """Which tensors of a base were held in NF4 for training, and in which dtype it was loaded.
+class Nf4Base:
+    """The tensors of a base that were kept in NF4 for training.
 
-    A GPU packs the same weights into other bits now and then: bitsandbytes' kernel is compiled
+    A GPU occasionally quantizes the same weights to other bits: bitsandbytes' kernel is compiled
     with approximate division, and the mean of the scales is summed in another order.
 
     Args:
-        dtype: None: as each tensor is stored.
-        device: where the base was packed for training.
+        dtype: that the base was loaded in; None: each tensor as it is stored.
+        device: where the base was quantized for training.
 
     Raises:
-        UserError: one of them is not a plain float in the base.
+        UserError: one of the tensors is not a plain float in the base.
     """
 
     def __init__(
         self,
-        base: Path,
-        shapes: Shapes,
+        base: BaseTensors,
         dtype: torch.dtype | None,
         trust_remote_code: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        config = read_config(base, trust_remote_code=trust_remote_code)
-        layers = nf4_layers(outline(config, trust_remote_code))
-        self.names = set()
+        config = read_config(base.folder, trust_remote_code=trust_remote_code)
+        self.names: set[str] = set()
         self.dtype, self.device = dtype, device
         pack_fast()
-        self.about = {"form": "nf4", "loaded_in": str(dtype or "as stored").removeprefix("torch.")}
+        loaded_in = str(dtype or "as stored").removeprefix("torch.")
+        self.description = {"quantization": "nf4", "loaded_in": loaded_in}
         if device != CPU:
-            self.about["packed_on"] = device.type
-        for layer in sorted(layers):
-            name = shapes.stored_name(f"{layer}.weight")
-            if name is None or shapes[name][0] not in FLOATS:
-                raise UserError(f"no plain {layer}, which was held in NF4", where=str(base))
+            self.description["quantized_on"] = device.type
+        for layer in sorted(nf4_layers(outline(config, trust_remote_code))):
+            name = base.stored_name(f"{layer}.weight")
+            if name is None or base[name][0] not in FLOATS:
+                message = f"{layer} was in NF4, but the base has no plain float weight of it"
+                raise UserError(message, where=str(base.folder))
             self.names.add(name)
 
-    def unpacked(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
-        """Blocks of rows as the 4-bit base computes with them, in float32.
+    def dequantized(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
+        """Yield blocks of rows as the 4-bit base computes with them, in float32.
 
         Args:
-            blocks: of a multiple of 64 rows, the last one excepted, so that NF4's blocks of 64
-                elements never lie across two of them.
+            blocks: of a multiple of 64 rows except the last, so that no NF4 block of 64 elements
+                spans two of them.
             stored: dtype of the base's file.
         """
         dtype = self.dtype or stored
         loaded = (block.to(stored).to(dtype).to(self.device) for block in blocks)
-        packed = [quantize_4bit(block, quant_type="nf4") for block in loaded]
-        scales = torch.cat([state.absmax for _, state in packed])
+        quantized = [quantize_4bit(block, quant_type="nf4") for block in loaded]
+        scales = torch.cat([state.absmax for _, state in quantized])
         offset = scales.mean()
         codes, outer = quantize_blockwise(scales - offset, blocksize=SCALES_BLOCK)
         scales = dequantize_blockwise(codes, outer) + offset
-        at = 0
-        for bits, state in packed:
-            count = state.absmax.numel()
-            yield _unpacked(bits, state, scales[at : at + count]).cpu()
-            at += count
+        start = 0
+        for bits, state in quantized:
+            stop = start + state.absmax.numel()
+            yield _dequantize(bits, state, scales[start:stop]).cpu()
+            start = stop
 
 
-def _unpacked(bits: Tensor, state: QuantState, scales: Tensor) -> Tensor:
+def _dequantize(bits: Tensor, state: QuantState, scales: Tensor) -> Tensor:
     state.absmax = scales.float()
     return dequantize_4bit(bits, state, quant_type="nf4").float()

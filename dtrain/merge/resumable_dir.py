@@ -1,10 +1,10 @@
-"""A folder that is made piece by piece, by one process or many, and appears whole or not at all.
+"""A directory that is built file by file, by one process or many, and appears whole or not at all.
 
-`.OUT.making/` beside OUT holds `model/`, which becomes OUT, and a record for each piece that is
-done. A record counts only under the plan it was made by: another plan starts from nothing.
+`.OUT.making/` next to OUT holds `model/`, which becomes OUT, and a record for each finished file.
+A record counts only under the plan that it was made with: another plan starts from nothing.
 
-Whoever makes the same folder by the same plan joins in, on this node or another one: each takes
-pieces that nobody has, those of a process that was killed too, and one of them publishes.
+Processes that build the same directory with the same plan, on this node or another one, share the
+work: each claims files that no live process has claimed, and one of them publishes.
 """
 
 from __future__ import annotations
@@ -22,75 +22,79 @@ from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say
 
-PLAN, RECORD, MODEL, CLAIMS = "plan.json", ".done.json", "model", ".claims"
-BEGIN, PRESENT, PUBLISH, FIRST_PIECE = range(4)  # what is claimed; then the pieces, by number
+PLAN, RECORD, MODEL, LOCKS = "plan.json", ".done.json", "model", ".locks"
+BEGIN, PRESENT, PUBLISH, FIRST_FILE = range(4)  # what can be claimed; then the files by index
 
 
-def work_folder(out: Path) -> Path:
-    """Where OUT is made: beside it, hidden."""
+def making_folder(out: Path) -> Path:
+    """Return the hidden folder next to OUT where it is built."""
     return out.absolute().parent / f".{out.name}.making"
 
 
-class Work:
-    """The making of one folder, beside others who make the same.
+class ResumableDir:
+    """The work on one directory, shared with other processes that build the same.
 
     Args:
         plan: everything that decides the content, plain values.
 
     Raises:
-        UserError: another process is making the folder by another plan.
+        UserError: another process is building the directory with another plan.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any]) -> None:
-        self._out, self._folder = out.absolute(), work_folder(out)
+        self._out, self._folder = out.absolute(), making_folder(out)
         self._plan = {"plan": fingerprint(plan)}
-        self._claims = self._begun()
+        self._locks = self._open_locks()
         if self._is_alone():
-            self._tidy()
-        elif not self._is_ours():
-            self.leave()
-            raise UserError("is being made by another process", where=str(out), fix="wait for it")
-        self._claims.acquire(PRESENT, wait=True, shared=True)
-        self._claims.release(BEGIN)
+            self._clean()
+        elif not self._has_this_plan():
+            self.close()
+            fix = "wait until it has finished, or choose another folder"
+            raise UserError("is being made by another process", where=str(out), fix=fix)
+        self._locks.acquire(PRESENT, wait=True, shared=True)
+        self._locks.release(BEGIN)
 
     @property
     def target(self) -> Path:
         """The folder to write into."""
         return self._folder / MODEL
 
-    def take(self, number: int, *, wait: bool = False) -> bool:
-        """Claim a piece; without `wait`, return False at once if another process is at it."""
-        return self._claims.acquire(FIRST_PIECE + number, wait=wait)
+    def claim(self, index: int, *, wait: bool = False) -> bool:
+        """Claim a file; without `wait`, return False at once if another process has claimed it."""
+        return self._locks.acquire(FIRST_FILE + index, wait=wait)
 
-    def give_back(self, number: int) -> None:
-        """Give a piece back, done or not."""
-        self._claims.release(FIRST_PIECE + number)
+    def release(self, index: int) -> None:
+        """Release a file, finished or not."""
+        self._locks.release(FIRST_FILE + index)
 
     def is_done(self, name: str) -> bool:
-        """Whether nobody needs to make a file any more."""
-        return self._record(name).is_file() or self._out.exists()
+        """Return whether a file needs no more work."""
+        return self._record_path(name).is_file() or self._out.exists()
 
-    def finish(self, name: str, record: dict[str, Any]) -> None:
-        """Record a file that is on the disk; `after` is its hash."""
-        write_sealed(self._record(name), record)
+    def record(self, name: str, facts: dict[str, Any]) -> None:
+        """Record a file that is on the disk; `after` in its facts is its hash."""
+        write_sealed(self._record_path(name), facts)
 
-    def result(self, name: str) -> dict[str, Any]:
-        """What was recorded of a finished file."""
-        return read_sealed(self._record(name))
+    def recorded(self, name: str) -> dict[str, Any]:
+        """Return what was recorded about a finished file."""
+        return read_sealed(self._record_path(name))
 
-    def bytes_done(self) -> int:
-        """Of files that are there already, finished or not: they need no more room."""
+    def bytes_written(self) -> int:
+        """Return the bytes of all files so far, finished or not: they need no more disk space."""
         return sum(path.stat().st_size for path in self.target.iterdir())
 
-    def is_mine_to_publish(self) -> bool:
-        """Whether this process is the one; once all pieces are done. Others wait until it has."""
-        self._claims.acquire(PUBLISH, wait=True)
+    def claim_publishing(self) -> bool:
+        """Return whether this process must publish; the others wait until one has published.
+
+        Call it once all files are finished.
+        """
+        self._locks.acquire(PUBLISH, wait=True)
         return not self._out.exists()
 
     def publish(self, names: Collection[str]) -> None:
-        """Let the folder appear under its name, with these files.
+        """Rename the folder to OUT, with these files.
 
-        What else is there was being written, under a passing name, when a call before was killed.
+        Any other file was being written under a temporary name when an earlier call was killed.
         """
         for path in self.target.iterdir():
             if path.name not in names:
@@ -101,44 +105,44 @@ class Work:
         fsync_folder(self.target)
         os.rename(self.target, self._out)
         fsync_folder(self._out.parent)
-        self._claims.acquire(BEGIN, wait=True)  # nobody joins what is being removed
+        self._locks.acquire(BEGIN, wait=True)  # nobody joins while the folder is being removed
         self._remove()
 
     def discard(self) -> None:
-        """Remove what is left, unless others are still at it."""
-        self._claims.acquire(BEGIN, wait=True)
+        """Remove everything, unless other processes are still working on it."""
+        self._locks.acquire(BEGIN, wait=True)
         if self._is_alone():
             self._remove()
-        self.leave()
+        self.close()
 
-    def leave(self) -> None:
-        """Stop, to go on later."""
-        self._claims.close()
+    def close(self) -> None:
+        """Stop; a later call with the same plan continues."""
+        self._locks.close()
 
-    def _begun(self) -> ShardLocks:
-        """The claims, with that on the beginning taken."""
+    def _open_locks(self) -> ShardLocks:
+        """Return the locks, with BEGIN locked."""
         while True:
-            with suppress(FileNotFoundError):  # who was last has just removed the folder
-                claims = ShardLocks(self._folder / CLAIMS)
-                claims.acquire(BEGIN, wait=True)
-                if claims.is_current():
-                    return claims
-                claims.close()
+            with suppress(FileNotFoundError):  # the last process has just removed the folder
+                locks = ShardLocks(self._folder / LOCKS)
+                locks.acquire(BEGIN, wait=True)
+                if locks.is_current():
+                    return locks
+                locks.close()
 
     def _is_alone(self) -> bool:
-        return self._claims.acquire(PRESENT)
+        return self._locks.acquire(PRESENT)
 
-    def _is_ours(self) -> bool:
+    def _has_this_plan(self) -> bool:
         try:
             return read_sealed(self._folder / PLAN) == self._plan and self.target.is_dir()
         except UserError:
             return False
 
-    def _tidy(self) -> None:
-        """Keep what a call before has done by this plan, and nothing else."""
-        if not self._is_ours():
+    def _clean(self) -> None:
+        """Keep what an earlier call finished with this plan, and nothing else."""
+        if not self._has_this_plan():
             for path in self._folder.iterdir():
-                if path.name != CLAIMS:
+                if path.name != LOCKS:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.target.mkdir()
             write_sealed(self._folder / PLAN, self._plan)
@@ -146,7 +150,7 @@ class Work:
             self._check(record)
 
     def _check(self, record: Path) -> None:
-        """Remove a record if its file is not what was written."""
+        """Remove a record if its file does not have the recorded hash."""
         path = self.target / record.name.removesuffix(RECORD)
         with suppress(UserError):
             if path.is_file() and file_hash(path) == read_sealed(record)["after"]:
@@ -154,7 +158,7 @@ class Work:
                 return
         record.unlink()
 
-    def _record(self, name: str) -> Path:
+    def _record_path(self, name: str) -> Path:
         return self._folder / f"{name}{RECORD}"
 
     def _remove(self) -> None:

@@ -1,7 +1,7 @@
-"""A safetensors file rewritten tensor by tensor, row block by row block.
+"""A safetensors file rewritten tensor by tensor, one block of rows at a time.
 
-Names, shapes and dtypes stay, so the header stays, to the byte: what is not changed is copied
-as bytes, whatever its dtype, and of what is changed one block of rows is in memory.
+Names, shapes and dtypes stay, so the header stays byte for byte. Tensors that do not change are
+copied as bytes, whatever their dtype; of those that change, one block of rows is in memory.
 """
 
 from __future__ import annotations
@@ -19,78 +19,79 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.log import Meter
-from dtrain.merge.hashing_copy import HashingCopy, Source, Target
-from dtrain.merge.tied_weights import FLOATS, StoredTensor
+from dtrain.merge.base_tensors import FLOATS, StoredTensor
+from dtrain.merge.hashing_copy import HashingCopy, HashingReader, HashingWriter
 from dtrain.models.kernels.merge_rounding import round_into
 from dtrain.models.weight_files import read_header
 
-# Blocks of rows as stored → the same blocks, new, any float; all of them, in order.
-# A block's memory is soon used again: whoever needs several at once copies them.
-Change = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+# Blocks of rows as stored → the same blocks with new values in any float dtype; all, in order.
+# A block's memory is reused soon: copy the blocks to hold several at once.
+ChangeBlocks = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 BLOCK_ELEMENTS = 1 << 19
-ROWS = 64  # blocks are multiples of it: see merge/methods.py and merge/nf4.py
+ROWS = 64  # blocks are multiples of it: see merge/weight_delta.py and merge/nf4.py
 
 
 @dataclass(frozen=True)
-class Added:
-    """A tensor that is written behind the others of its file: an old one, and what changes it."""
+class AddedTensor:
+    """A tensor appended to its file: an existing one, and how it changes."""
 
     old: StoredTensor
-    change: Change
+    change: ChangeBlocks
 
 
 def rewrite_file(
     source: Path,
     target: Path,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, ChangeBlocks],
     bar: Meter,
-    added: Mapping[str, Added] | None = None,
+    added: Mapping[str, AddedTensor] | None = None,
 ) -> tuple[str, str]:
     """Write `source` to `target` with some tensors changed, each rounded once to its own dtype.
 
     Args:
-        target: replaced if it is there; on the disk when this returns.
-        bar: advanced by one a tensor of the source.
-        added: by name; those made from a tensor of another file are none of this file's.
+        target: replaced if it exists; on the disk when this returns.
+        bar: advanced by one for each tensor of the source.
+        added: by name; those made from a tensor of another file are skipped.
 
     Returns:
         Hashes of the source and of the target.
 
     Raises:
-        UserError: a new value that is not finite, a source that shrinks while it is read.
+        UserError: a new value is not finite, or the source shrinks while it is read.
     """
-    entries, head = read_header(source)
-    known, state = lookup_hash(source), file_state(source)
-    more = {name: one for name, one in (added or {}).items() if one.old.path == source}
-    changed = bool(more) or not changes.keys().isdisjoint(entries)
+    entries, header = read_header(source)
+    source_hash, state = lookup_hash(source), file_state(source)
+    here = {name: tensor for name, tensor in (added or {}).items() if tensor.old.path == source}
+    changed = bool(here) or not changes.keys().isdisjoint(entries)
     try:
-        with HashingCopy(source, target, changed and known is None) as passage:
-            passage.old.read(len(head))
-            passage.new.write(memoryview(_head(head, more) if more else head))
+        with HashingCopy(source, target, changed and source_hash is None) as files:
+            files.source.read(len(header))
+            files.target.write(memoryview(_extend_header(header, here) if here else header))
             for name, entry in entries.items():
                 if name in changes:
-                    _change(passage, name, entry, changes[name])
+                    blocks = changes[name](_read_blocks(files.source, entry))
+                    _write_blocks(files.target, name, entry["dtype"], entry["shape"], blocks)
                 else:
                     start, stop = entry["data_offsets"]
-                    passage.copy(stop - start)
+                    files.copy(stop - start)
                 bar.advance()
-            for name, one in more.items():
-                blocks = (one.old.rows(*rows) for rows in row_blocks([*one.old.shape]))
-                written = _put(passage.new, name, one.old.dtype, one.change(blocks))
-                assert written == prod(one.old.shape), name
-            before, after = passage.finish()
+            for name, tensor in here.items():
+                old = tensor.old
+                blocks = tensor.change(old.rows(*rows) for rows in row_blocks([*old.shape]))
+                _write_blocks(files.target, name, old.dtype, old.shape, blocks)
+            before, after = files.finish()
     except EOFError as error:
         raise UserError("changed while it was read", where=str(source)) from error
-    if known is None:
-        known = before if changed else after
-        remember_hash(source, known, state)
-    return known, after
+    if source_hash is None:
+        source_hash = before if changed else after
+        remember_hash(source, source_hash, state)
+    return source_hash, after
 
 
 def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """(first row, row after the last) of blocks of about `elements`.
+    """Yield (first row, row after the last) of blocks of about `elements`.
 
-    All are multiples of 64 rows but the last, which has at least 64 unless the tensor has fewer.
+    All are multiples of 64 rows except the last, which has at least 64 unless the tensor has fewer.
     """
     total, width = shape[0], max(prod(shape[1:]), 1)
     size = max(elements // width // ROWS, 1) * ROWS
@@ -101,34 +102,34 @@ def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tup
         start = stop
 
 
-def _blocks(source: Source, entry: dict[str, Any]) -> Iterator[Tensor]:
+def _read_blocks(source: HashingReader, entry: dict[str, Any]) -> Iterator[Tensor]:
     dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
-    width = prod(shape[1:]) * dtype.itemsize
+    row_bytes = prod(shape[1:]) * dtype.itemsize
     for start, stop in row_blocks(shape):
-        rows = stop - start
-        yield torch.frombuffer(source.read(rows * width), dtype=dtype).reshape(rows, *shape[1:])
+        data = source.read((stop - start) * row_bytes)
+        yield torch.frombuffer(data, dtype=dtype).reshape(stop - start, *shape[1:])
 
 
-def _head(head: bytes, added: Mapping[str, Added]) -> bytes:
-    """A file's head that names these tensors too, behind the others."""
-    entries = json.loads(head[8:])
+def _extend_header(header: bytes, added: Mapping[str, AddedTensor]) -> bytes:
+    """Return a file's header with these tensors after the others."""
+    entries = json.loads(header[8:])
     end = max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
-    for name, one in added.items():
-        start, end = end, end + one.old.stop - one.old.start
-        entry = {"dtype": one.old.dtype, "shape": one.old.shape, "data_offsets": [start, end]}
+    for name, tensor in added.items():
+        start, end = end, end + tensor.old.nbytes
+        entry = {"dtype": tensor.old.dtype, "shape": tensor.old.shape, "data_offsets": [start, end]}
         entries[name] = entry
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _change(passage: HashingCopy, name: str, entry: dict[str, Any], change: Change) -> None:
-    written = _put(passage.new, name, entry["dtype"], change(_blocks(passage.old, entry)))
-    assert written == prod(entry["shape"]), name
-
-
-def _put(target: Target, name: str, dtype: str, blocks: Iterator[Tensor]) -> int:
-    """Write the blocks that a tensor became; return how many elements they have."""
+def _write_blocks(
+    target: HashingWriter,
+    name: str,
+    dtype: str,
+    shape: list[int] | tuple[int, ...],
+    blocks: Iterator[Tensor],
+) -> None:
     written = 0
     for block in blocks:
         if not _write(target, block.contiguous().view(-1), FLOATS[dtype]):
@@ -136,19 +137,19 @@ def _put(target: Target, name: str, dtype: str, blocks: Iterator[Tensor]) -> int
                 f"{name} is not finite in {dtype}", where="merge", status=Exit.NON_FINITE
             )
         written += block.numel()
-    return written
+    assert written == prod(shape), name
 
 
-def _write(target: Target, values: Tensor, dtype: torch.dtype) -> bool:
+def _write(target: HashingWriter, values: Tensor, dtype: torch.dtype) -> bool:
     """Round values and write them; return whether all are finite."""
-    if not target.is_at_multiple(dtype.itemsize):  # an odd header, or an odd tensor before
+    if not target.is_aligned_to(dtype.itemsize):  # an odd header, or an odd tensor before
         rounded = torch.empty(len(values), dtype=dtype)
         finite = round_into(values, rounded)
         target.write(rounded.view(torch.uint8).numpy().data)
         return finite
-    finite, at = True, 0
+    finite, start = True, 0
     for space in target.spaces(len(values) * dtype.itemsize):
         rounded = torch.frombuffer(space, dtype=dtype)
-        finite &= round_into(values[at : at + len(rounded)], rounded)
-        at += len(rounded)
+        finite &= round_into(values[start : start + len(rounded)], rounded)
+        start += len(rounded)
     return finite

@@ -8,7 +8,7 @@ from pathlib import Path
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.distributed.world import World
-from dtrain.merge.merge import shards_at_once
+from dtrain.merge.merge import default_processes
 from dtrain.models.weight_files import weight_files
 
 
@@ -29,7 +29,7 @@ def merge_together(world: World, base: Path, lock_file: Path, merge: Callable[[i
         seen = _seen(base)
         alike = world.broadcast_text(seen) == seen
         if world.is_first or (alike and not claims.acquire(0)):
-            merge(max(shards_at_once() // world.local_size, 1))
+            merge(max(default_processes() // world.local_size, 1))
         world.barrier()
     finally:
         claims.close()

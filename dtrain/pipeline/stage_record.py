@@ -13,7 +13,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
-from dtrain.core.ownership import own_folder
+from dtrain.core.ownership import check_own_folder
 from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
 from dtrain.pipeline.stage_inputs import Inputs
 
@@ -92,7 +92,7 @@ class StageRecord(StageDir):
             UserError: the folder contains a stage with other inputs, or others may write to it.
         """
         self.path.mkdir(mode=0o755, exist_ok=True)
-        own_folder(self.path.resolve())
+        check_own_folder(self.path.resolve())
         record = self.read()
         if record is not None:
             require_same(record["inputs"], self.inputs, allowed)

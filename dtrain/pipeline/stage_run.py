@@ -26,11 +26,12 @@ from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, Fill
 from dtrain.engines.build import build_engine
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.chat_files import adapter_files, merged_files
-from dtrain.merge.from_checkpoint import read_whole, replace_with
-from dtrain.merge.merge import check_mergeable, check_places, merge, part_of
-from dtrain.merge.nf4 import Packed
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.chat_files import adapter_chat_files, merged_chat_files
+from dtrain.merge.from_checkpoint import read_parameter, trained_weights
+from dtrain.merge.merge import MergeJob, check_mergeable
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import Method, build_method
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels
@@ -292,27 +293,33 @@ class StageRun:
     def write_adapter(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         """The adapter; what is there may be of fewer steps, or damaged, and is made again."""
         if self.method.traits.adds_adapter:
-            tensors = {n: read_whole(checkpoint, n) for n in checkpoint.names}
-            files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
+            tensors = {n: read_parameter(checkpoint, n) for n in checkpoint.names}
+            files = adapter_chat_files(self.stage, self.base, self.inputs.tokenizer)
             self.method.save(self.folder.adapter, model, tensors, base=str(self.base), files=files)
         if self.recipe.merges(self.stage):
             shutil.rmtree(self.folder.merged, ignore_errors=True)
 
-    def merge(self, checkpoint: Checkpoint, at_once: int) -> None:
-        """The merged model; over the 4-bit base if the adapter was trained over that."""
-        out, identity, packing = self.folder.merged, self.folder.identity, None
-        files = adapter_files(self.stage, self.base, self.inputs.tokenizer)
-        files = merged_files(self.base, files)
-        if self.method.traits.trains_base:
-            replace_with(checkpoint, self.base, out, identity, processes=at_once, files=files)
+    def merge(self, checkpoint: Checkpoint, processes: int) -> None:
+        """Write the merged model; into the 4-bit base if the adapter was trained on that."""
+        chat_files = adapter_chat_files(self.stage, self.base, self.inputs.tokenizer)
+        job = MergeJob(
+            self.base,
+            self.folder.merged,
+            source=self.folder.identity,
+            processes=processes,
+            files=merged_chat_files(self.base, chat_files),
+        )
+        traits = self.method.traits
+        if traits.trains_base:
+            job.replace_weights(trained_weights(checkpoint))
             return
-        shapes = check_places(self.base, [self.folder.adapter], out)
-        if self.method.traits.quantizes_base:
+        quantized_base = None
+        if traits.quantizes_base:
             dtype = resolve_dtype(self.recipe.model.dtype, self.world.device)
             trusts = self.recipe.model.trust_remote_code
-            packing = Packed(self.base, shapes, dtype, trusts, self.world.device)
-        part = part_of(Adapter.open(self.folder.adapter, shapes), packing=packing)
-        merge(self.base, [part], out, source=identity, processes=at_once, files=files)
+            quantized_base = Nf4Base(job.tensors, dtype, trusts, self.world.device)
+        adapter = MergeableAdapter.open(self.folder.adapter, job.tensors)
+        job.merge_adapters([adapter_input(adapter, quantized_base=quantized_base)])
 
     def finish(self, facts: dict[str, Any], checkpoint: Checkpoint) -> None:
         """The stage is complete."""
@@ -336,7 +343,7 @@ def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_meta and name in checkpoint.names:
-            parameter.copy_(read_whole(checkpoint, name))
+            parameter.copy_(read_parameter(checkpoint, name))
 
 
 def tokens_per_row(mixture: Mixture) -> float:

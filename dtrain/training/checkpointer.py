@@ -16,7 +16,7 @@ from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.schema import Output
 from dtrain.core.log import say
-from dtrain.core.ownership import own_folder
+from dtrain.core.ownership import check_own_folder
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.training.progress import StageProgress, is_due
@@ -93,7 +93,7 @@ class Checkpointer:
             UserError: it was made from other inputs, or other users may write to the folder.
         """
         if self._folder.exists():
-            own_folder(self._folder.resolve())
+            check_own_folder(self._folder.resolve())
         checkpoint = self._newest_on_rank0()
         if checkpoint is not None:
             for change in require_same(

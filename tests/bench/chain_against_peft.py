@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dtrain.merge.combine_adapters import stack
+from dtrain.merge.combine_adapters import combine_adapters
 from dtrain.models.weight_files import weight_files
 from dtrain.serving.run_models import open_run
 
@@ -71,11 +71,11 @@ def main(folder: Path) -> None:
     del stacked
     against("base alone", plain(run.base))
     with tempfile.TemporaryDirectory() as place:
-        exact = stack(*adapters, Path(place) / "exact")
+        exact = combine_adapters(*adapters, Path(place) / "exact")
         sizes = [None, exact.rank * 4 // 5, exact.rank // 2, exact.rank // 5]
         for rank in sizes:
             out = Path(place) / f"r{rank}"
-            made = stack(*adapters, out, rank=rank)
+            made = combine_adapters(*adapters, out, rank=rank)
             what = f"combined, rank {made.rank}, error {made.error:.2e}"
             against(what, PeftModel.from_pretrained(plain(run.base), out))
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtrain.config.load import load_recipe
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import check_places, merge, part_of
-from dtrain.merge.nf4 import Packed
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.merge import MergeJob
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.merge.nf4 import Nf4Base
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
 
@@ -42,13 +43,13 @@ def main() -> None:
     cpu, dtype = torch.device("cpu"), torch.float32
     packed = load_base(base, recipe.model, quantised=True, dtype=dtype, device=cpu)
     trained = answer(PeftModel.from_pretrained(packed, adapter), ids)
-    for name in ("dequantised", "original"):
+    for name in ("dequantized", "original"):
         with tempfile.TemporaryDirectory() as place:
             out = Path(place) / "out"
-            shapes = check_places(base, [adapter], out)
-            packing = Packed(base, shapes, dtype) if name == "dequantised" else None
-            part = part_of(Adapter.open(adapter, shapes), packing=packing)
-            merge(base, [part], out, source="bench")
+            job = MergeJob(base, out, source="bench")
+            packing = Nf4Base(job.tensors, dtype) if name == "dequantized" else None
+            opened = MergeableAdapter.open(adapter, job.tensors)
+            job.merge_adapters([adapter_input(opened, quantized_base=packing)])
             found = answer(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), ids)
         tell(name, trained, found)
 

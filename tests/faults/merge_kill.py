@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from merge_models import make_adapter, make_model
 
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import check_places, merge, part_of
-from dtrain.merge.resumable_dir import MODEL, work_folder
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.merge import MergeJob
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.merge.resumable_dir import MODEL, making_folder
 
 COMMANDS = 5  # started as a user does
 
@@ -83,7 +84,7 @@ def after(place: Path, out: Path, wanted: str) -> str:
         whole = {path.name: file_hash(path) for path in (place / "whole").iterdir()}
         found = {path.name: file_hash(path) for path in out.iterdir()}
         return f"differs in {sorted(n for n, _ in whole.items() ^ found.items())}"
-    return "leftovers" if work_folder(out).exists() else ""
+    return "leftovers" if making_folder(out).exists() else ""
 
 
 def kill(place: Path, out: Path, moment: float, more: float, as_user: bool) -> None:
@@ -116,7 +117,7 @@ def written(out: Path) -> int:
     """Bytes of shards that are there, whole or not; -1 before there is a folder."""
     total = -1
     with suppress(FileNotFoundError):
-        for entry in os.scandir(work_folder(out) / MODEL):
+        for entry in os.scandir(making_folder(out) / MODEL):
             total += entry.stat().st_size
     return total
 
@@ -133,18 +134,17 @@ def one(place: Path, out: Path) -> None:
     """The merge; two shards at once."""
     os.setpgid(0, 0)
     base, adapter = place / "base", place / "adapter"
-    shapes = check_places(base, [adapter], out)
-    part = part_of(Adapter.open(adapter, shapes))
-    merge(base, [part], out, source=str(base), processes=2)
+    job = MergeJob(base, out, source=str(base), processes=2)
+    job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
 
 
 def what_is_there(out: Path) -> str:
     """How far it was."""
     if out.exists():
-        return "OUT, complete" + (" with leftovers" if work_folder(out).exists() else "")
-    if not work_folder(out).exists():
+        return "OUT, complete" + (" with leftovers" if making_folder(out).exists() else "")
+    if not making_folder(out).exists():
         return "nothing yet"
-    done = len(list(work_folder(out).glob("*.done.json")))
+    done = len(list(making_folder(out).glob("*.done.json")))
     return f"{done:2} shards done"
 
 

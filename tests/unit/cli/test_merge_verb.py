@@ -143,7 +143,7 @@ def test_what_the_merged_model_answers(base: Path, tmp_path: Path) -> None:
         (["--weights", "1,2"], "2 weights for 1 adapters"),
         (["--weights", "half"], "not numbers: half"),
         (["--weights", "nan"], "not numbers: nan"),
-        (["--combine", "dare_linear"], "chooses at random"),
+        (["--combine", "dare_linear"], "draws at random"),
     ],
 )
 def test_wrong_usage(arguments: list[str], said: str, base: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_record_beside_an_adapter_decides(base: Path, tmp_path: Path) -> Non
     """Its form of the base, and whether this is the base."""
     one = adapter(base, tmp_path / "stage" / "adapter")
     trained_by(tmp_path / "stage", base, "qlora")
-    for place, options in (("a", []), ("b", ["--qlora-base", "dequantised"])):
+    for place, options in (("a", []), ("b", ["--qlora-base", "dequantized"])):
         dtrain("merge", base, one, tmp_path / place, *options)
     dtrain("merge", base, one, tmp_path / "c", "--qlora-base", "original")
     unpacked, again, plain = (state(tmp_path / place) for place in "abc")
@@ -206,7 +206,7 @@ def test_an_output_matrix_stored_beside_its_tied_embedding_changes_with_it(
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     trained = torch.randn_like(stored[embedding])
     step = checkpoint(tmp_path / "run", base, {embedding: trained}, "full")
-    with pytest.raises(UserError, match="takes no --weights"):
+    with pytest.raises(UserError, match="--weights and --combine do not apply"):
         dtrain("merge", step, tmp_path / "out", "--weights", "0.5")
     dtrain("merge", step, tmp_path / "out")
     found = state(tmp_path / "out")
@@ -240,7 +240,7 @@ def test_a_combined_adapter_goes_onto_the_form_of_its_origin(base: Path, tmp_pat
     origin = {"identity": "i", "parent": model_fingerprint(base), "quantised": True}
     write_json(both / "combine.json", {"origin": {**origin, "kind": "combined"}})
     dtrain("merge", base, both, tmp_path / "found")
-    dtrain("merge", base, alone, tmp_path / "wanted", "--qlora-base", "dequantised")
+    dtrain("merge", base, alone, tmp_path / "wanted", "--qlora-base", "dequantized")
     assert equal(tmp_path / "found", state(tmp_path / "wanted"))
 
 
@@ -289,7 +289,7 @@ def test_a_base_with_code_of_its_own_is_packed_if_the_runs_recipe_trusts_it(
 ) -> None:
     run = tmp_path / "run"
     one = adapter(base, run / "domain" / "adapter")
-    dtrain("merge", base, one, tmp_path / "known", "--qlora-base", "dequantised")
+    dtrain("merge", base, one, tmp_path / "known", "--qlora-base", "dequantized")
     (base / "own.py").write_text(OWN_CODE)
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     config = read_json(base / "config.json")
@@ -333,11 +333,11 @@ def test_verify_and_diff(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     dtrain("merge", base, adapter(base, tmp_path / "one"), out)
     assert "files hashed, all finite" in dtrain("verify", out)
-    assert "no merge.json, so no hash checked, all finite" in dtrain("verify", base)
+    assert "no merge.json, no hash checked, all finite" in dtrain("verify", base)
     said = dtrain("diff", base, out, "--top", 1, "--json", tmp_path / "all.json")
     assert "4 tensors changed" in said and "3 more" in said
     written = read_json(tmp_path / "all.json")
-    assert len(written["changes"]) == 4 and written["same"] == len(state(base)) - 4
+    assert len(written["changes"]) == 4 and written["equal"] == len(state(base)) - 4
     (out / "config.json").write_text("{}")
     done = CliRunner().invoke(app, ["verify", str(out)])
-    assert done.exit_code == 2 and "config.json: is not what was written" in done.output
+    assert done.exit_code == 2 and "config.json: was changed after it was written" in done.output

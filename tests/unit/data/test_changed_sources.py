@@ -76,7 +76,7 @@ def test_a_file_of_the_same_size_and_time_is_other_data(
 ) -> None:
     if large:
         monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "hashes"))
-        monkeypatch.setattr(hash_cache, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(hash_cache, "CACHE_FROM_BYTES", 1)
         monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -1e9)
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)

@@ -371,7 +371,7 @@ class TestFingerprint:
         self, prepared, source, tmp_path, monkeypatch
     ) -> None:
         monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "hashes"))
-        monkeypatch.setattr(hash_cache, "REMEMBER_FROM_BYTES", 1)
+        monkeypatch.setattr(hash_cache, "CACHE_FROM_BYTES", 1)
         monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", -(10**12))
         hashed = []
         real = hash_cache.file_hash

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from dtrain.config.schema import Stage
 from dtrain.data.end_of_turn import StopCriterion
 from dtrain.merge.chat_files import (
-    adapter_files,
-    carried_files,
+    adapter_chat_files,
+    combined_chat_files,
     generation_config,
-    merged_files,
-    template_beside,
+    merged_chat_files,
+    stored_template,
 )
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.samples.make import ensure
@@ -72,8 +72,10 @@ def test_a_stop_string_is_kept_beside_others(tmp_path: Path) -> None:
 
 def test_a_recipes_template_replaces_every_form_of_the_old_one(tmp_path: Path) -> None:
     base, tokenizer = ensure("tiny-llama"), load_tokenizer(ensure("tiny-llama"))
-    assert TEMPLATE not in adapter_files(stage(template="auto"), base, tokenizer)
-    files = merged_files(base, adapter_files(stage(template="instruction"), base, tokenizer))
+    assert TEMPLATE not in adapter_chat_files(stage(template="auto"), base, tokenizer)
+    files = merged_chat_files(
+        base, adapter_chat_files(stage(template="instruction"), base, tokenizer)
+    )
     for path in base.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for name, text in files.items():
@@ -84,25 +86,25 @@ def test_a_recipes_template_replaces_every_form_of_the_old_one(tmp_path: Path) -
     assert str(text).endswith("### Instruction:\nWhy?\n\n### Response:\n")
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     # A later stage with the base's own template writes that one back.
-    later = adapter_files(stage(template="auto"), tmp_path, tokenizer)
+    later = adapter_chat_files(stage(template="auto"), tmp_path, tokenizer)
     assert later[TEMPLATE] == tokenizer.chat_template
 
 
 def test_a_stage_of_plain_text_writes_nothing(tmp_path: Path) -> None:
     base = ensure("tiny-llama")
     plain = stage().model_copy(update={"kind": "cpt"})
-    assert adapter_files(plain, base, load_tokenizer(base)) == {}
+    assert adapter_chat_files(plain, base, load_tokenizer(base)) == {}
 
 
 def test_a_template_is_found_in_the_form_of_any_transformers(tmp_path: Path) -> None:
-    assert template_beside(tmp_path) is None
+    assert stored_template(tmp_path) is None
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     write(tmp_path, "tokenizer_config.json", {"chat_template": named})
-    assert template_beside(tmp_path) == "D"
+    assert stored_template(tmp_path) == "D"
     write(tmp_path, "tokenizer_config.json", {"chat_template": "own"})
-    assert template_beside(tmp_path) == "own"
+    assert stored_template(tmp_path) == "own"
     write(tmp_path, TEMPLATE, "newer")
-    assert template_beside(tmp_path) == "newer"
+    assert stored_template(tmp_path) == "newer"
 
 
 def test_adapters_carry_every_stop_and_the_last_template(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_adapters_carry_every_stop_and_the_last_template(tmp_path: Path) -> None
             write(tmp_path / name, GENERATION, {"eos_token_id": [2, 7 + number]})
             write(tmp_path / name, TEMPLATE, name)
     folders = [tmp_path / name for name in ("one", "two", "three")]
-    files = carried_files(tmp_path / "base", folders)
+    files = combined_chat_files(tmp_path / "base", folders)
     assert files[TEMPLATE] == "two"
     assert json.loads(files[GENERATION]) == {"eos_token_id": [2, 7, 8], "top_p": 0.9}
-    assert carried_files(tmp_path / "base", folders[2:]) == {}
+    assert combined_chat_files(tmp_path / "base", folders[2:]) == {}

@@ -24,9 +24,10 @@ from dtrain.core.hashes import file_hash
 from dtrain.core.locks import ShardLocks
 from dtrain.merge import hashing_copy
 from dtrain.merge import merge as module
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import check_places, merge, part_of, replace
-from dtrain.merge.nf4 import Packed
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.merge import MergeJob, TrainedWeights
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.merge.nf4 import Nf4Base
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
@@ -81,10 +82,10 @@ def do(
     processes: int = 1,
 ) -> Path:
     out = out or base.parent / "out"
-    shapes = check_places(base, adapters, out)
-    packing = Packed(base, shapes, dtype) if quantised else None
-    parts = [part_of(Adapter.open(folder, shapes), packing=packing) for folder in adapters]
-    merge(base, parts, out, source="a base", processes=processes)
+    job = MergeJob(base, out, source="a base", processes=processes)
+    nf4 = Nf4Base(job.tensors, dtype) if quantised else None
+    opened = [MergeableAdapter.open(folder, job.tensors) for folder in adapters]
+    job.merge_adapters([adapter_input(adapter, quantized_base=nf4) for adapter in opened])
     return out
 
 
@@ -150,7 +151,7 @@ def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter
     out = do(base, adapter)
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["source"] == "a base"
-    assert [(a["weight"], a["quantised"]) for a in manifest["adapters"]] == [(1.0, False)]
+    assert [(a["weight"], a["quantized_base"]) for a in manifest["adapters"]] == [(1.0, None)]
     assert manifest["base"] == model_fingerprint(base)
     assert manifest["result"] == model_fingerprint(out) != manifest["base"]
     files = {p.name: file_hash(p) for p in out.iterdir() if p.name != "merge.json"}
@@ -227,12 +228,13 @@ def test_full_weights_in_the_layout_of_their_base(tmp_path: Path) -> None:
     def read(name: str, start: int, stop: int) -> Tensor:
         return tensors[name].flatten()[start:stop]
 
-    replace(base, shapes, read, tmp_path / "out", source="a base", content="of the test")
+    job = MergeJob(base, tmp_path / "out", source="a base")
+    job.replace_weights(TrainedWeights(shapes, read, content_hash="of the test"))
     ours = state(tmp_path / "out")
     assert ours.keys() == tensors.keys()
     assert all(torch.equal(ours[n], tensors[n]) for n in ours)
     with pytest.raises(UserError, match=r"other\.weight \[1\] is not in the base"):
-        replace(base, {"other.weight": [1]}, read, tmp_path / "new", source="", content="")
+        job.replace_weights(TrainedWeights({"other.weight": [1]}, read, content_hash=""))
 
 
 # --- refusals: each names the culprit and leaves nothing behind -----------------------------
@@ -273,7 +275,7 @@ def test_key_that_matches_nothing(base: Path, adapter: Path) -> None:
 @pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
 def test_half_an_adapter(key: str, base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.{key}": None})
-    refused(base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half an adapter")
+    refused(base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half of an adapter")
 
 
 def test_shape_of_another_base(base: Path, adapter: Path) -> None:
@@ -310,16 +312,16 @@ def test_other_kinds_of_adapter(base: Path, adapter: Path) -> None:
     edit_config(adapter, target_parameters=None, peft_type="IA3")
     refused(base, adapter, "not the config of a LoRA adapter")
     edit_config(adapter, peft_type="LORA", init_lora_weights="pissa_niter_4")
-    refused(base, adapter, "takes a part out of the base")
+    refused(base, adapter, "removes a component from the base")
     edit_config(adapter, init_lora_weights=True)
     edit_adapter(adapter, **{f"{Q}.lora_of_tomorrow": torch.ones(64)})
-    refused(base, adapter, "lora_of_tomorrow is of a method that is not known here")
+    refused(base, adapter, "lora_of_tomorrow belongs to an unknown method")
 
 
 def test_pickled_and_truncated_adapters(base: Path, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    refused(base, adapter, r"adapter_model\.safetensors: not a whole safetensors file")
+    refused(base, adapter, r"adapter_model\.safetensors: is not a complete safetensors file")
     weights.rename(adapter / "adapter_model.bin")
     refused(base, adapter, r"no adapter_model\.safetensors")
 
@@ -340,7 +342,7 @@ def test_truncated_base(base: Path, adapter: Path) -> None:
 
 def test_out_that_is_the_base_or_there_already(base: Path, adapter: Path) -> None:
     before = model_fingerprint(base)
-    for out, match in ((base, "would be overwritten"), (base.parent, "exists already")):
+    for out, match in ((base, "would overwrite the base"), (base.parent, "exists already")):
         with pytest.raises(UserError, match=match):
             do(base, adapter, out=out)
     assert model_fingerprint(base) == before
@@ -444,7 +446,7 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"odd" + path.read_bytes()[-length:])
     if known:
-        remember_hash(path, file_hash(path), file_state(path), ours=True)
+        remember_hash(path, file_hash(path), file_state(path), written_here=True)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     a, b = torch.randn(4, 8192), torch.randn(192, 4)
@@ -463,7 +465,7 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
 
 def test_a_place_that_cannot_be_written_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
         do(base, adapter, out=tmp_path / "file" / "out")
 
 
@@ -475,7 +477,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(hashing_copy, "write_all", full)
-        with pytest.raises(UserError, match="cannot be made: No space left on device"):
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
             do(base, adapter)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -486,11 +488,12 @@ def test_another_base_is_told_before_the_work(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in weight_files(base):
-        remember_hash(path, file_hash(path), file_state(path), ours=True)
+        remember_hash(path, file_hash(path), file_state(path), written_here=True)
     monkeypatch.setattr(module, "rewrite_file", None)
-    parts = [part_of(Adapter.open(adapter, check_places(base, [], base.parent / "out")))]
+    job = MergeJob(base, base.parent / "out", source="a base", expected_bases=["another"])
+    inputs = [adapter_input(MergeableAdapter.open(adapter, job.tensors))]
     with pytest.raises(UserError, match="is not the base that the adapter was trained on"):
-        merge(base, parts, base.parent / "out", source="a base", known=["another"])
+        job.merge_adapters(inputs)
     assert not (base.parent / ".out.making").exists()
 
 

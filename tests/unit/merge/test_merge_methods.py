@@ -19,9 +19,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dtrain.core.errors import UserError
 from dtrain.merge import stream
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import Applied, check_places, merge, part_of
-from dtrain.merge.weighted_merge import Combined
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.base_tensors import BaseTensors
+from dtrain.merge.merge import MergeJob
+from dtrain.merge.merge_inputs import (
+    CombinedAdapters,
+    CombineMethod,
+    adapter_input,
+    combined_input,
+)
 
 ALL = "all-linear"
 Lora = partial(LoraConfig, r=6, lora_alpha=13)
@@ -124,11 +130,11 @@ def an_adapter(model: nn.Module, config: PeftConfig, folder: Path, seed: int = 1
 
 def ours(folder: Path, *adapters: str, weights: tuple[float, ...] = ()) -> dict[str, Tensor]:
     base, folders = folder / "base", [folder / name for name in adapters or ("adapter",)]
-    shapes = check_places(base, folders, folder / "out")
+    job = MergeJob(base, folder / "out", source="test")
     factors = weights or [1.0] * len(folders)
-    opened = [Adapter.open(path, shapes) for path in folders]
-    parts = [part_of(a, w) for a, w in zip(opened, factors, strict=True)]
-    merge(base, parts, folder / "out", source="test")
+    opened = [MergeableAdapter.open(path, job.tensors) for path in folders]
+    inputs = [adapter_input(a, w) for a, w in zip(opened, factors, strict=True)]
+    job.merge_adapters(inputs)
     return load_file(folder / "out" / "model.safetensors")
 
 
@@ -257,11 +263,10 @@ def test_combined_as_peft_combines(
     an_adapter(model, Lora(target_modules=[target]), tmp_path / "second", 2)
     base, factors = tmp_path / "base", (0.7, -0.4)
     folders = [tmp_path / "adapter", tmp_path / "second"]
-    shapes = check_places(base, folders, tmp_path / "out")
+    job = MergeJob(base, tmp_path / "out", source="test")
     density = 1.0 if how.startswith("dare") else 0.3  # at 1 dare keeps all, so no draw
-    opened = [Adapter.open(folder, shapes) for folder in folders]
-    combined = Combined(opened, factors, how, density, 0)
-    merge(base, [Applied(combined, {})], tmp_path / "out", source="test")
+    opened = [MergeableAdapter.open(folder, job.tensors) for folder in folders]
+    job.merge_adapters([combined_input(opened, factors, CombineMethod(how, density))])
     merged = load_file(tmp_path / "out" / "model.safetensors")
 
     adapted: Any = PeftModel.from_pretrained(deepcopy(model), folders[0], "one")
@@ -274,13 +279,14 @@ def test_combined_as_peft_combines(
 
 def test_dare_draws_from_its_seed_alone(tmp_path: Path) -> None:
     model = made(CASES["lora"], torch.float32, tmp_path)
-    shapes = check_places(tmp_path / "base", [], tmp_path / "out")
-    adapter = Adapter.open(tmp_path / "adapter", shapes)
+    base = BaseTensors(tmp_path / "base")
+    adapter = MergeableAdapter.open(tmp_path / "adapter", base)
     old = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach()
 
     def drawn(seed: int, name: str = "model.layers.0.self_attn.q_proj.weight") -> Tensor:
         torch.manual_seed(torch.seed())
-        return Combined([adapter], [1.0], "dare_linear", 0.5, seed).step(name)(old, 0)
+        method = CombineMethod("dare_linear", 0.5, seed)
+        return CombinedAdapters([adapter], [1.0], method).block_update(name)(old, 0)
 
     assert torch.equal(drawn(3), drawn(3))
     assert not torch.equal(drawn(3), drawn(4))
@@ -290,35 +296,35 @@ def test_what_cannot_be_weighted_or_combined(tmp_path: Path) -> None:
     model = made(CASES["dora"], torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second")
     an_adapter(model, Lora(target_modules=["q_proj"], r=2), tmp_path / "third")
-    shapes = check_places(tmp_path / "base", [], tmp_path / "out")
+    base = BaseTensors(tmp_path / "base")
     dora, two, three = (
-        Adapter.open(tmp_path / name, shapes) for name in ("adapter", "second", "third")
+        MergeableAdapter.open(tmp_path / name, base) for name in ("adapter", "second", "third")
     )
     with pytest.raises(UserError, match=r"lm_head|proj\.weight is not a sum"):
-        part_of(dora, 0.5)
+        adapter_input(dora, 0.5)
     with pytest.raises(UserError, match="is not plain LoRA"):
-        Combined([dora, two], [1, 1], "linear", 0.5, 0)
-    with pytest.raises(UserError, match=r"has ranks 6, 2; linear needs one"):
-        Combined([two, three], [1, 1], "linear", 0.5, 0)
+        CombinedAdapters([dora, two], [1, 1], CombineMethod("linear"))
+    with pytest.raises(UserError, match=r"has ranks 6, 2; linear needs equal ranks"):
+        CombinedAdapters([two, three], [1, 1], CombineMethod("linear"))
 
 
 def test_layers_that_lie_both_ways_are_refused_if_one_is_square(tmp_path: Path) -> None:
     config = Lora(target_modules=["c_attn", "c_proj", "lm_head"])
     case = (partial(gpt2, tied=False), config)
     made(case, torch.float32, tmp_path)
-    with pytest.raises(UserError, match=r"nothing says how .*c_proj"):
+    with pytest.raises(UserError, match=r"c_proj\.weight is square: nothing says how it is stored"):
         ours(tmp_path)
 
 
 def test_shards_at_once_give_the_same_bytes(tmp_path: Path) -> None:
     model: Any = made(CASES["dora"], torch.bfloat16, tmp_path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    shapes = check_places(tmp_path / "sharded", [], tmp_path / "x")
-    adapter = Adapter.open(tmp_path / "adapter", shapes)
+    adapter = MergeableAdapter.open(tmp_path / "adapter", BaseTensors(tmp_path / "sharded"))
     manifests = []
     for at_once in (1, 3):
         out = tmp_path / f"out{at_once}"
-        merge(tmp_path / "sharded", [part_of(adapter)], out, source="t", processes=at_once)
+        job = MergeJob(tmp_path / "sharded", out, source="t", processes=at_once)
+        job.merge_adapters([adapter_input(adapter)])
         manifests.append(json.loads((out / "merge.json").read_text()))
     assert manifests[0] == manifests[1] and len(manifests[0]["files"]) > 4
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora, MethodSettings
 from dtrain.core.errors import UserError
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import check_mergeable, check_places, merge, part_of, replace
-from dtrain.merge.nf4 import Packed
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.merge import MergeJob, TrainedWeights, check_mergeable
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import Method, build_method
 from dtrain.models.load import load_base
 
@@ -57,10 +58,10 @@ def test_a_merged_wrapper_computes_as_the_adapter_on_its_base(
     method = build_method(Lora(kind=kind, r=4, dropout=0.0))
     adapted = train(base, tmp_path / "adapter", method)
     check_mergeable(base, method.changed_tensors(adapted))
-    shapes = check_places(base, [], out)
-    packing = Packed(base, shapes, torch.float32) if kind == "qlora" else None
-    adapter = Adapter.open(tmp_path / "adapter", shapes)
-    merge(base, [part_of(adapter, packing=packing)], out, source="test")
+    job = MergeJob(base, out, source="test")
+    nf4 = Nf4Base(job.tensors, torch.float32) if kind == "qlora" else None
+    adapter = MergeableAdapter.open(tmp_path / "adapter", job.tensors)
+    job.merge_adapters([adapter_input(adapter, quantized_base=nf4)])
     torch.testing.assert_close(logits(plain(out)), logits(adapted), atol=1e-5, rtol=1e-5)
     if kind == "lora":
         peft = PeftModel.from_pretrained(plain(base), tmp_path / "adapter")
@@ -83,7 +84,8 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
 
     shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
     assert all(prod(shape) for shape in shapes.values())
-    replace(base, shapes, read, out, source="test", content="trained")
+    weights = TrainedWeights(shapes, read, content_hash="trained")
+    MergeJob(base, out, source="test").replace_weights(weights)
     torch.testing.assert_close(logits(plain(out)), logits(model), atol=1e-5, rtol=1e-5)
     for name, buffer in plain(base).named_buffers():
         assert torch.equal(plain(out).get_buffer(name), buffer)
@@ -97,5 +99,7 @@ def test_targets_that_the_files_hold_in_another_form_are_refused(
     save_small("hrm_text", tmp_path)
     method = build_method(settings)
     model = method.attach(plain(tmp_path), seed=0)
-    with pytest.raises(UserError, match=r"gate_proj.weight is trained, .* hold it in another form"):
+    with pytest.raises(
+        UserError, match=r"gate_proj.weight is trained, .* store it in another layout"
+    ):
         check_mergeable(tmp_path, method.changed_tensors(model))

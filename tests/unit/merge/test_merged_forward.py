@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 from dtrain.core.errors import UserError
-from dtrain.merge.adapter import Adapter
+from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.adapter_config import REFUSED, USED, WITHOUT_EFFECT
-from dtrain.merge.merge import Applied, check_places, merge, part_of, replace
-from dtrain.merge.verify import diff, verify
-from dtrain.merge.weighted_merge import Combined
+from dtrain.merge.diff import diff_models
+from dtrain.merge.merge import MergeJob, TrainedWeights
+from dtrain.merge.merge_inputs import CombineMethod, adapter_input, combined_input
+from dtrain.merge.verify import verify_model
 from dtrain.models.peft_format import file_key
 
 IDS = torch.arange(2, 42)[None]
@@ -130,9 +131,9 @@ def add_adapter(base: Path, config: Any, folder: Path, seed: int = 1) -> None:
 
 
 def merged(base: Path, out: Path, *adapters: Path) -> Path:
-    shapes = check_places(base, adapters, out)
-    merge(base, [part_of(Adapter.open(a, shapes)) for a in adapters], out, source="test")
-    assert not verify(out).problems
+    job = MergeJob(base, out, source="test")
+    job.merge_adapters([adapter_input(MergeableAdapter.open(a, job.tensors)) for a in adapters])
+    assert not verify_model(out).problems
     return out
 
 
@@ -199,9 +200,9 @@ def test_a_head_of_its_own_is_the_old_embedding_to_the_bit(tmp_path: Path) -> No
     out = merged(base, tmp_path / "out", tmp_path / "adapter")
     old, new = (load_file(folder / "model.safetensors") for folder in (base, out))
     assert torch.equal(new["lm_head.weight"], old["model.embed_tokens.weight"])
-    found = diff(base, out)
-    assert not found.unlike and "lm_head.weight" not in {c.name for c in found.changes}
-    assert found.same == len(new) - len(found.changes)
+    found = diff_models(base, out)
+    assert not found.incomparable and "lm_head.weight" not in {c.name for c in found.changes}
+    assert found.equal == len(new) - len(found.changes)
 
 
 def test_a_pair_that_is_stored_twice_is_untied_too(tmp_path: Path) -> None:
@@ -237,10 +238,9 @@ def test_adapters_combined_into_one_untie_the_head_too(tmp_path: Path) -> None:
     for folder in folders:  # without the base's weights that PEFT saves beside an adapted head
         file = folder / "adapter_model.safetensors"
         save_file({k: t for k, t in load_file(file).items() if "base_layer" not in k}, file)
-    shapes = check_places(base, [], tmp_path / "out")
-    opened = [Adapter.open(folder, shapes) for folder in folders]
-    both = Combined(opened, [0.7, 0.4], "linear", 1.0, 0)
-    merge(base, [Applied(both, {})], tmp_path / "out", source="test")
+    job = MergeJob(base, tmp_path / "out", source="test")
+    opened = [MergeableAdapter.open(folder, job.tensors) for folder in folders]
+    job.merge_adapters([combined_input(opened, [0.7, 0.4], CombineMethod("linear", 1.0))])
     model: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), folders[0], "one"
     )
@@ -264,7 +264,8 @@ def test_full_training_of_a_tied_model_keeps_one_matrix(stored: str, tmp_path: P
     new = {name: parameter.detach() * 1.5 for name, parameter in model.named_parameters()}
     shapes = {name: list(tensor.shape) for name, tensor in new.items()}
     assert "lm_head.weight" not in shapes
-    replace(base, shapes, lambda name, a, b: new[name].flatten()[a:b], out, source="t", content="c")
+    trained = TrainedWeights(shapes, lambda name, a, b: new[name].flatten()[a:b], "c")
+    MergeJob(base, out, source="t").replace_weights(trained)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(new[name])
@@ -279,7 +280,7 @@ def test_tied_tensors_of_a_model_that_cannot_be_built_are_refused(tmp_path: Path
     make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
     path = tmp_path / "base" / "config.json"
     path.write_text(path.read_text().replace('"llama"', '"nobody_knows_it"'))
-    with pytest.raises(UserError, match="embedding and head are tied, and which"):
+    with pytest.raises(UserError, match="embedding and output head are tied, but which"):
         merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
     assert not (tmp_path / "out").exists()
 

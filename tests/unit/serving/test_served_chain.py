@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
-from dtrain.merge.combine_adapters import stack
+from dtrain.merge.combine_adapters import combine_adapters
 from dtrain.models.weight_files import weight_files
 from dtrain.serving.adapter_list import list_adapters
 from dtrain.serving.chat import Chat
@@ -36,7 +36,7 @@ def plain(folder: Path | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def base_of(run: Path) -> str:
+def stage_base(run: Path) -> str:
     return open_run(run).base
 
 
@@ -60,12 +60,12 @@ def test_a_checkpoint_says_what_its_run_was_trained_in(run: Path) -> None:
 
 
 def test_the_chain_ends_at_the_weights_of_pefts_own_two_merges(run: Path) -> None:
-    model = plain(base_of(run))
+    model = plain(stage_base(run))
     for stage in ("domain", "task"):
         model = PeftModel.from_pretrained(model, run / stage / "adapter").merge_and_unload()
         theirs, ours = model.state_dict(), state(run / stage / "merged")
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    before = state(Path(base_of(run)))
+    before = state(Path(stage_base(run)))
     assert sum(not torch.equal(ours[n], before[n]) for n in ours) == 14  # 7 layers of 2 blocks
 
 
@@ -74,16 +74,18 @@ def test_adapters_as_a_stack_and_combined_answer_as_the_merged_model(
 ) -> None:
     merged = plain(run / "task" / "merged")
     wanted, tokens = logits(merged), greedy(merged)
-    assert (logits(plain(base_of(run))) - wanted).abs().max() > 100 * TOLERANCE
+    assert (logits(plain(stage_base(run))) - wanted).abs().max() > 100 * TOLERANCE
 
-    stacked = PeftModel.from_pretrained(plain(base_of(run)), run / "domain" / "adapter", "domain")
+    stacked = PeftModel.from_pretrained(
+        plain(stage_base(run)), run / "domain" / "adapter", "domain"
+    )
     stacked.load_adapter(run / "task" / "adapter", "task")
     stacked.base_model.set_adapter(["domain", "task"])
     on_merged = PeftModel.from_pretrained(plain(run / "domain" / "merged"), run / "task/adapter")
 
-    made = stack(run / "domain" / "adapter", run / "task" / "adapter", tmp_path / "both")
+    made = combine_adapters(run / "domain" / "adapter", run / "task" / "adapter", tmp_path / "both")
     assert made.rank == 8 + 4 and made.error == 0
-    combined = PeftModel.from_pretrained(plain(base_of(run)), tmp_path / "both")
+    combined = PeftModel.from_pretrained(plain(stage_base(run)), tmp_path / "both")
     for model in (stacked, on_merged, combined):
         assert (logits(model.eval()) - wanted).abs().max() < TOLERANCE
         assert greedy(model) == tokens
@@ -105,7 +107,7 @@ def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: Speaker) 
     choices = choices_of(str(run))
     assert list(choices) == ["base", "domain", "task"]
     models = {name: plain(run / name / "merged") for name in ("domain", "task")}
-    models["base"] = plain(base_of(run))
+    models["base"] = plain(stage_base(run))
     for name in ("task", "domain", "base", "task", "base", "domain"):
         speaker.switch(choices[name])
         assert (speaker.logits(IDS) - logits(models[name])).abs().max() < TOLERANCE
@@ -209,11 +211,11 @@ def test_the_combined_adapter_of_a_run_is_listed_and_answers(
 ) -> None:
     both = run / "both"
     if not both.exists():
-        stack(run / "domain" / "adapter", run / "task" / "adapter", both)
+        combine_adapters(run / "domain" / "adapter", run / "task" / "adapter", both)
     try:
         found = {adapter.name: adapter for adapter in list_adapters(run)}
         assert list(found) == ["domain", "task", "both"]
-        assert found["both"].base == found["domain"].base == base_of(run)
+        assert found["both"].base == found["domain"].base == stage_base(run)
         assert found["task"].base == str(run / "domain" / "merged")
         assert found["both"].ranks == [12] and found["both"].origin.kind == "combined"
         speaker.switch(choices_of(str(run))["both"])

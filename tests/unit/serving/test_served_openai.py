@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from dtrain.config.schema import Model
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.merge import MergeJob
+from dtrain.merge.merge_inputs import adapter_input
 from dtrain.samples.make import ensure
 from dtrain.serving.generator import Speaker
 from dtrain.serving.run_models import Choice
@@ -44,8 +45,8 @@ def merged(tmp_path: Path, make_adapter: Callable[..., Path]) -> Path:
     base, out = ensure("tiny-llama"), tmp_path / "merged"
     layers = {"model.layers.0.self_attn.q_proj": (64, 64), "lm_head": (512, 64)}
     adapter = make_adapter(tmp_path / "adapter", layers, 4, lora_alpha=0.1)
-    part = part_of(Adapter.open(adapter, check_places(base, [], out)))
-    merge(base, [part], out, source="a test")
+    job = MergeJob(base, out, source="a test")
+    job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
     return out
 
 

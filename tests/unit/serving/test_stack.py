@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dtrain.core.errors import UserError
-from dtrain.merge.adapter import Adapter
-from dtrain.merge.combine_adapters import nearest, stack
-from dtrain.merge.merge import check_places, merge, part_of
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.combine_adapters import combine_adapters, nearest_of_rank
+from dtrain.merge.merge import MergeJob
+from dtrain.merge.merge_inputs import adapter_input
 
 Make = Callable[..., Path]
 Record = Callable[..., None]
@@ -67,7 +68,7 @@ def test_it_answers_as_pefts_two_merges(
                 for s in SETTINGS[case]]  # fmt: skip
     first = make_adapter(tmp_path / "a", LAYERS, 8, **settings[0])
     second = make_adapter(tmp_path / "b", {Q: (64, 64)}, 2, **settings[1])
-    stack(first, second, tmp_path / "both")
+    combine_adapters(first, second, tmp_path / "both")
     model = AutoModelForCausalLM.from_pretrained(base)
     plain = model(IDS).logits
     for folder in (first, second):
@@ -86,8 +87,8 @@ def test_cut_to_a_rank_it_is_the_nearest_and_the_error_is_true(
     same = {"base_model_name_or_path": "b"}
     first = make_adapter(tmp_path / "a", LAYERS, 8, **same)
     second = make_adapter(tmp_path / "b", LAYERS, 3, lora_alpha=1, **same)
-    stack(first, second, tmp_path / "exact")
-    made = stack(first, second, tmp_path / "cut", rank=5)
+    combine_adapters(first, second, tmp_path / "exact")
+    made = combine_adapters(first, second, tmp_path / "cut", rank=5)
     exact, cut = deltas(tmp_path / "exact"), deltas(tmp_path / "cut")
     gone = sum(float((exact[n] - cut[n]).square().sum()) for n in exact)
     whole = sum(float(t.square().sum()) for t in exact.values())
@@ -98,14 +99,14 @@ def test_cut_to_a_rank_it_is_the_nearest_and_the_error_is_true(
         assert float((delta - cut[name]).norm()) == pytest.approx(best, rel=1e-4)
     about = json.loads((tmp_path / "cut" / "combine.json").read_text())
     assert about["relative_error"] == made.error and about["worst_layer"] in LAYERS
-    with pytest.raises(UserError, match="the exact sum has rank 11 already"):
-        stack(first, second, tmp_path / "new", rank=11)
+    with pytest.raises(UserError, match="the exact sum has only rank 11"):
+        combine_adapters(first, second, tmp_path / "new", rank=11)
 
 
 def test_the_thin_factors_give_the_full_matrix_s_singular_values() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(6, 50), torch.randn(40, 6)
-    (down, up), values = nearest((a, b), 6)
+    (down, up), values = nearest_of_rank((a, b), 6)
     assert torch.allclose(values, torch.linalg.svdvals((b @ a).double())[:6])
     assert torch.allclose(up @ down, b @ a, atol=1e-4)
 
@@ -116,7 +117,7 @@ def test_what_does_nothing_is_cut_without_error(tmp_path: Path, make_adapter: Ma
     for folder in folders:
         path = folder / "adapter_model.safetensors"
         save_file({key: torch.zeros_like(t) for key, t in load_file(path).items()}, path)
-    made = stack(*folders, tmp_path / "cut", rank=1)
+    made = combine_adapters(*folders, tmp_path / "cut", rank=1)
     assert made.error == 0 and not deltas(tmp_path / "cut")[Q].any()
 
 
@@ -137,14 +138,14 @@ def test_a_chain_of_three_is_combined_in_its_order_only(
 ) -> None:
     a, b, c = stages(tmp_path, make_adapter, record_stage, "qlora", "lora", "lora")
     with pytest.raises(UserError, match="which is neither"):
-        stack(a, c, tmp_path / "out")
-    stack(a, b, tmp_path / "ab")
+        combine_adapters(a, c, tmp_path / "out")
+    combine_adapters(a, b, tmp_path / "ab")
     origin = json.loads((tmp_path / "ab" / "combine.json").read_text())["origin"]
     assert origin == {"identity": "two", "parent": "P", "quantised": True, "kind": "combined"}
-    made = stack(tmp_path / "ab", c, tmp_path / "abc")
+    made = combine_adapters(tmp_path / "ab", c, tmp_path / "abc")
     assert made.rank == 6
     with pytest.raises(UserError, match="which is neither"):
-        stack(b, a, tmp_path / "out")
+        combine_adapters(b, a, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -153,7 +154,7 @@ def test_an_adapter_over_the_merged_model_in_nf4_is_refused(
 ) -> None:
     a, b = stages(tmp_path, make_adapter, record_stage, "qlora", "qlora")
     with pytest.raises(UserError, match="trained over the merged model in NF4"):
-        stack(a, b, tmp_path / "out")
+        combine_adapters(a, b, tmp_path / "out")
 
 
 def test_a_base_that_says_what_was_merged_into_it(
@@ -161,22 +162,22 @@ def test_a_base_that_says_what_was_merged_into_it(
 ) -> None:
     first = make_adapter(tmp_path / "a", LAYERS, 4, base_model_name_or_path=str(base))
     other = make_adapter(tmp_path / "c", LAYERS, 4, base_model_name_or_path=str(base))
-    part = part_of(Adapter.open(first, check_places(base, [], tmp_path / "merged")))
-    merge(base, [part], tmp_path / "merged", source="s")
+    job = MergeJob(base, tmp_path / "merged", source="s")
+    job.merge_adapters([adapter_input(MergeableAdapter.open(first, job.tensors))])
     merged = str(tmp_path / "merged")
     second = make_adapter(tmp_path / "b", LAYERS, 2, base_model_name_or_path=merged)
-    assert stack(first, second, tmp_path / "out").base == str(base)
+    assert combine_adapters(first, second, tmp_path / "out").base == str(base)
     with pytest.raises(UserError, match="which is neither"):
-        stack(other, second, tmp_path / "new")
+        combine_adapters(other, second, tmp_path / "new")
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"use_dora": True}, "with use_dora is no plain sum"),
-        ({"modules_to_save": ["lm_head"]}, "with modules_to_save is no plain sum"),
-        ({"bias": "all"}, "with bias is no plain sum"),
-        ({"init_lora_weights": "pissa_niter_4"}, "takes a part out of the base"),
+        ({"use_dora": True}, "with use_dora is not a plain sum"),
+        ({"modules_to_save": ["lm_head"]}, "with modules_to_save is not a plain sum"),
+        ({"bias": "all"}, "with bias is not a plain sum"),
+        ({"init_lora_weights": "pissa_niter_4"}, "removes a component from the base"),
         ({"peft_type": "IA3"}, "is not the config of a LoRA"),
         ({"r": 5}, "ranks of .* disagree"),
         ({"fan_in_fan_out": True}, "disagree on fan_in_fan_out"),
@@ -191,7 +192,7 @@ def test_what_is_no_plain_sum_is_refused(
     first = make_adapter(tmp_path / "a", {Q: (8, 8)}, 2, **same)
     second = make_adapter(tmp_path / "b", {Q: (8, 8)}, 2, **same | change)
     with pytest.raises(UserError, match=match):
-        stack(first, second, tmp_path / "out")
+        combine_adapters(first, second, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -199,20 +200,20 @@ def test_broken_tensors_are_refused(tmp_path: Path, make_adapter: Make) -> None:
     same = {"base_model_name_or_path": "b"}
     first = make_adapter(tmp_path / "a", {Q: (8, 8)}, 2, **same)
     second = make_adapter(tmp_path / "b", {Q: (8, 9)}, 2, **same)
-    with pytest.raises(UserError, match="one shape in one adapter and another"):
-        stack(first, second, tmp_path / "out")
+    with pytest.raises(UserError, match="has different shapes in the two adapters"):
+        combine_adapters(first, second, tmp_path / "out")
     path = second / "adapter_model.safetensors"
     tensors = load_file(path)
     up = next(key for key in tensors if "lora_B" in key)
     save_file(tensors | {up: torch.full_like(tensors[up], float("nan"))}, path)
     with pytest.raises(UserError, match="is not finite"):
-        stack(first, second, tmp_path / "out")
+        combine_adapters(first, second, tmp_path / "out")
     save_file({up: tensors[up]}, path)
-    with pytest.raises(UserError, match="only half an adapter"):
-        stack(first, second, tmp_path / "out")
+    with pytest.raises(UserError, match="only half of an adapter"):
+        combine_adapters(first, second, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"not a whole safetensors file"):
-        stack(first, second, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is not a complete safetensors file"):
+        combine_adapters(first, second, tmp_path / "out")
 
 
 def test_the_stop_and_the_template_of_the_later_one_are_kept(
@@ -223,6 +224,6 @@ def test_the_stop_and_the_template_of_the_later_one_are_kept(
         (folder / "generation_config.json").write_text(name)
         if name == "one":
             (folder / "chat_template.jinja").write_text(name)
-    stack(tmp_path / "one", tmp_path / "two", tmp_path / "both")
+    combine_adapters(tmp_path / "one", tmp_path / "two", tmp_path / "both")
     assert (tmp_path / "both" / "generation_config.json").read_text() == "two"
     assert (tmp_path / "both" / "chat_template.jinja").read_text() == "one"

@@ -46,18 +46,18 @@ def test_what_was_just_written_may_change_again_unseen(
     monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 3600)
     cached_hash(file)
     assert lookup_hash(file) is None
-    remember_hash(file, "of what was written here", file_state(file), ours=True)
+    remember_hash(file, "of what was written here", file_state(file), written_here=True)
     assert lookup_hash(file) == "of what was written here"
 
 
 def test_a_change_while_it_was_read_is_not_remembered(file: Path) -> None:
     state = file_state(file)
     os.utime(file, (2e9, 2e9))
-    remember_hash(file, "old", state, ours=True)
+    remember_hash(file, "old", state, written_here=True)
     assert lookup_hash(file) is None
 
 
 def test_a_broken_entry_is_as_none(file: Path) -> None:
     wanted = cached_hash(file)
-    hash_cache._place(file).write_text("[")
+    hash_cache._entry_path(file).write_text("[")
     assert cached_hash(file) == wanted

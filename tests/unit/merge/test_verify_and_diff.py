@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.hashes import file_hash
+from dtrain.merge.diff import diff_models
 from dtrain.merge.merge import FORMAT
-from dtrain.merge.verify import diff, verify
+from dtrain.merge.verify import verify_model
 
 SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
 
@@ -33,13 +35,13 @@ def model(folder: Path, dtype: torch.dtype = torch.float32, **changed: Tensor) -
     return folder
 
 
-def test_a_whole_model(tmp_path: Path) -> None:
-    found = verify(model(tmp_path / "m"))
+def test_an_intact_model_has_no_problems(tmp_path: Path) -> None:
+    found = verify_model(model(tmp_path / "m"))
     assert found.problems == [] and found.tensors == 4 and found.hashed == 6
     assert found.bytes == sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
 
 
-def test_every_fault_is_named(tmp_path: Path) -> None:
+def test_every_problem_is_reported(tmp_path: Path) -> None:
     folder = model(tmp_path / "m", torch.bfloat16)
     shard = folder / "model-a.safetensors"
     content = bytearray(shard.read_bytes())
@@ -51,13 +53,13 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     save_file({"c.bias": broken}, folder / "model-c.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"b.weight"', '"d.weight"'))
-    problems = "\n".join(verify(folder).problems)
+    problems = "\n".join(verify_model(folder).problems)
     for part in (
-        "model-a.safetensors: is not what was written",
-        "model-c.safetensors: c.bias holds NaN or infinity",
-        "config.json: is not what was written",
-        "b.weight: the index says None, it lies in model-b.safetensors",
-        "d.weight: the index says model-b.safetensors, it lies in None",
+        "model-a.safetensors: was changed after it was written",
+        "model-c.safetensors: c.bias contains NaN or infinity",
+        "config.json: was changed after it was written",
+        "b.weight: the index says None, but it is in model-b.safetensors",
+        "d.weight: the index says model-b.safetensors, but it is in None",
     ):
         assert part in problems
     assert "model-b.safetensors: is" not in problems
@@ -67,37 +69,48 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
 def test_differences_are_sorted_and_measured(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.merge.verify.BLOCK_ELEMENTS", 100)  # many blocks, a rest
+    monkeypatch.setattr("dtrain.merge.diff.BLOCK_ELEMENTS", 100)  # many blocks, a rest
     old = model(tmp_path / "old", dtype)
     was = {n: load_file(p)[n] for n in SHAPES for p in [old / f"model-{n[0]}.safetensors"]}
     a, b = was["a.weight"].clone(), was["b.weight"] * 3
     a[129, 69] += 1
     new = model(tmp_path / "new", dtype, **{"a.weight": a, "b.weight": b})
-    found = diff(old, new)
+    found = diff_models(old, new)
     assert [change.name for change in found.changes] == ["b.weight", "a.weight"]
-    assert found.same == 2 and found.unlike == []
+    assert found.equal == 2 and found.incomparable == []
     for change in found.changes:
         before = was[change.name].double()
         gap = {"a.weight": a, "b.weight": b}[change.name].double() - before
-        assert change.old == pytest.approx(float(before.norm()))
-        assert change.difference == pytest.approx(float(gap.norm()))
+        assert change.old_norm == pytest.approx(float(before.norm()))
+        assert change.difference_norm == pytest.approx(float(gap.norm()))
         assert change.greatest == pytest.approx(float(gap.abs().max()))
 
 
-def test_what_has_no_counterpart_is_told(tmp_path: Path) -> None:
+def test_tensors_without_a_counterpart_are_reported(tmp_path: Path) -> None:
     old = model(tmp_path / "old")
     new = model(
         tmp_path / "new",
         ids=torch.arange(6) + 1,
         **{"c.bias": torch.zeros(6), "d.bias": torch.zeros(1)},
     )
-    words = "\n".join(diff(old, new).unlike)
-    for part in ("d.bias: only in", "c.bias: [5] and [6]", "ids: not floats (I64, I64)"):
-        assert part in words
-    assert diff(old, old).changes == [] and diff(old, old).same == 4
+    sentences = "\n".join(diff_models(old, new).incomparable)
+    for part in (
+        "d.bias: only in",
+        "c.bias: [5] and [6]",
+        "ids: not equal, and not floats (I64, I64)",
+    ):
+        assert part in sentences
+    assert diff_models(old, old).changes == [] and diff_models(old, old).equal == 4
 
 
-def test_what_is_not_finite_cannot_be_compared(tmp_path: Path) -> None:
+def test_non_finite_tensors_cannot_be_compared(tmp_path: Path) -> None:
     bad = model(tmp_path / "bad", **{"c.bias": torch.tensor([1, float("nan"), 0, 0, 0])})
-    found = diff(model(tmp_path / "good"), bad)
-    assert found.changes == [] and found.unlike == ["c.bias: holds NaN or infinity"]
+    found = diff_models(model(tmp_path / "good"), bad)
+    assert found.changes == [] and found.incomparable == ["c.bias: contains NaN or infinity"]
+
+
+def test_a_manifest_of_an_older_dtrain_is_reported(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m")
+    write_json(folder / "merge.json", {"files": {}})
+    with pytest.raises(UserError, match="an older dtrain wrote it"):
+        verify_model(folder)

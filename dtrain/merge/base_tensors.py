@@ -1,7 +1,7 @@
 """A base's tensors, and which two of them are one matrix: the embedding and the output head.
 
-The model itself is asked, built without memory. A merge that changes the two differently writes
-both, and `tie_word_embeddings: false`, so that every loader computes with both.
+The model itself answers that, built on the meta device. A merge that changes the two differently
+writes both, and `tie_word_embeddings: false`, so that every loader computes with both.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dtrain.models.weight_files import read_header, weight_files
 models: Any = LazyModule("dtrain.models.outline")
 model_names: Any = LazyModule("dtrain.models.weight_files")
 transformers: Any = LazyModule("transformers")
-COMPARED_BYTES = 1 << 22  # at once
+COMPARED_BYTES = 1 << 22
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class TiedPair:
-    """The embedding and the head that is the same matrix, by their names in the base's files.
+    """The embedding and the output head that are one matrix, by their names in the base's files.
 
     Attributes:
-        missing: the one of them that has no tensor of its own; None if both are stored.
+        missing: the name that has no tensor of its own; None if both are stored.
     """
 
     embedding: str
@@ -45,7 +45,7 @@ class TiedPair:
 
     @property
     def stored(self) -> str:
-        """The one that is read from the base; of two, the embedding."""
+        """The name that is read from the base; the embedding if both are stored."""
         return self.head if self.missing == self.embedding else self.embedding
 
     @property
@@ -54,7 +54,7 @@ class TiedPair:
         return self.embedding, self.head
 
 
-class Shapes(dict[str, tuple[str, list[int]]]):
+class BaseTensors(dict[str, tuple[str, list[int]]]):
     """The dtype and shape of every tensor of a base folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,32 +65,32 @@ class Shapes(dict[str, tuple[str, list[int]]]):
 
     @cached_property
     def tied(self) -> TiedPair | None:
-        """Embedding and head, if they are one matrix; builds the model, so it costs a second.
+        """The tied pair, if there is one; building the model for this takes a second.
 
         Raises:
-            UserError: the config ties them, and this transformers cannot build the model.
+            UserError: the config ties them, but this transformers cannot build the model.
         """
         module_names = _tied_parameters(self._model)
         if module_names is None:
             return None
         embedding, head = (self.stored_name(name) for name in module_names)
-        if embedding and head:  # two that differ are not tied by transformers when it loads them
+        if embedding and head:  # transformers does not tie two that differ
             return TiedPair(embedding, head, None) if self._are_equal(embedding, head) else None
         if embedding:
             return TiedPair(embedding, module_names[1], module_names[1])
         return TiedPair(module_names[0], head, module_names[0]) if head else None
 
     def stored_name(self, name: str) -> str | None:
-        """The files' name of a parameter: with or without the outermost module's name, or renamed.
+        """Return a parameter's name in the files: with or without the outermost module, or renamed.
 
-        None if no file has it, or in another form.
+        None if no file has it in the same layout.
         """
         plain = next((n for n in (name, name.partition(".")[2]) if n in self), None)
         return plain or self._renamed.get(name)
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
-        """Files' names by those of the model's modules; empty if the model cannot be built."""
+        """Model's own name → name in the files; empty if the model cannot be built."""
         try:
             model = self._model
         except UserError:
@@ -102,8 +102,8 @@ class Shapes(dict[str, tuple[str, list[int]]]):
         return _outline(self.folder)
 
     @cached_property
-    def has_turned_layers(self) -> bool:
-        """Whether layers keep their matrix as [in, out], or the model cannot be built to see it."""
+    def has_transposed_layers(self) -> bool:
+        """Whether layers store their matrix as [in, out], or the model cannot be built to tell."""
         try:
             model = self._model
         except UserError:
@@ -111,14 +111,14 @@ class Shapes(dict[str, tuple[str, list[int]]]):
         return model is None or any(type(m).__name__ == "Conv1D" for m in model.modules())
 
     def shape_of(self, name: str) -> tuple[str, list[int]]:
-        """Dtype and shape, of the missing one of a tied pair too."""
+        """Return dtype and shape, also for the missing name of a tied pair."""
         is_missing = name not in self and self.tied is not None and name == self.tied.missing
         return self[self.tied.stored if is_missing and self.tied else name]
 
-    def changes_tied(self, names: set[str]) -> TiedPair | None:
-        """The tied pair, if one of these names is of it.
+    def tied_pair_among(self, names: set[str]) -> TiedPair | None:
+        """Return the tied pair if one of these names belongs to it.
 
-        Only a name outside the numbered layers can be, so that few models are built for this.
+        Only names outside the numbered layers can, so few models are built for this.
         """
         if not any(is_outside_layers(name) and self._is_matrix(name) for name in names):
             return None
@@ -127,8 +127,8 @@ class Shapes(dict[str, tuple[str, list[int]]]):
     def _is_matrix(self, name: str) -> bool:
         return name not in self or len(self[name][1]) == 2
 
-    def _are_equal(self, one: str, other: str) -> bool:
-        a, b = (stored_tensor(self.folder, name) for name in (one, other))
+    def _are_equal(self, first: str, second: str) -> bool:
+        a, b = (stored_tensor(self.folder, name) for name in (first, second))
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         pairs = zip(a.raw(COMPARED_BYTES), b.raw(COMPARED_BYTES), strict=True)
@@ -145,8 +145,13 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return self.stop - self.start
+
     def raw(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[bytearray]:
-        """Its bytes from `start` to `stop`, `size` at a time."""
+        """Yield its bytes from `start` to `stop`, `size` at a time."""
         end = self.stop if stop is None else self.start + stop
         with open(self.path, "rb") as file:
             file.seek(self.start + start)
@@ -154,7 +159,7 @@ class StoredTensor:
                 yield bytearray(file.read(min(size, end - at)))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """A block of its rows; floats only."""
+        """Return a block of its rows; floats only."""
         dtype, inner = FLOATS[self.dtype], self.shape[1:]
         width = prod(inner) * dtype.itemsize
         (data,) = self.raw((stop - start) * width, start * width, stop * width)
@@ -162,43 +167,43 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file."""
+    """Return the tensors of a safetensors file."""
     entries, head = read_header(path)
-    found = {}
+    tensors = {}
     for name, entry in entries.items():
         start, stop = (len(head) + offset for offset in entry["data_offsets"])
-        found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-    return found
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start, stop)
+    return tensors
 
 
 def stored_tensor(folder: Path, name: str) -> StoredTensor:
-    """A tensor of a model's folder."""
-    found = (stored_tensors(path).get(name) for path in weight_files(folder))
-    return next(tensor for tensor in found if tensor is not None)
+    """Return a tensor of a model's folder."""
+    tensors = (stored_tensors(path).get(name) for path in weight_files(folder))
+    return next(tensor for tensor in tensors if tensor is not None)
 
 
 def is_outside_layers(name: str) -> bool:
-    """Whether a tensor belongs to none of the numbered layers, as embedding and head do."""
-    return not any(part.isdigit() for part in name.split("."))
+    """Return whether a tensor is in none of the numbered layers, as embedding and head are."""
+    return not any(segment.isdigit() for segment in name.split("."))
 
 
 def untied_config(folder: Path) -> str:
-    """The content of config.json for the model with a head of its own.
+    """Return the content of config.json for the model with a separate output head.
 
     Raises:
-        UserError: the architecture ties the two whatever its config says.
+        UserError: the architecture ties the two regardless of its config.
     """
     config = read_json(folder / "config.json")
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        if part is config or "tie_word_embeddings" in part or part is config.get("text_config"):
-            part["tie_word_embeddings"] = False
+    for group in (config, *(v for v in config.values() if isinstance(v, dict))):
+        if group is config or "tie_word_embeddings" in group or group is config.get("text_config"):
+            group["tie_word_embeddings"] = False
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     with TemporaryDirectory() as probe:
         (Path(probe) / "config.json").write_text(text, encoding="utf-8")
         if _tied_parameters(_outline(Path(probe))) is not None:
             raise UserError(
-                f"embedding and head of a {config.get('model_type')} cannot be untied, and the "
-                "adapter changes them differently",
+                f"embedding and output head of a {config.get('model_type')} cannot be untied, but "
+                "the adapter changes them differently",
                 where=str(folder),
                 fix="train with `ensure_weight_tying: true`, or serve base and adapter unmerged",
             )
@@ -206,7 +211,7 @@ def untied_config(folder: Path) -> str:
 
 
 def _tied_parameters(model: Any) -> tuple[str, str] | None:
-    """Names of the embedding and of the head that is the same parameter, as modules call them.
+    """Return the model's own names of the embedding and the head that are one parameter.
 
     Args:
         model: from `_outline`.
@@ -224,16 +229,16 @@ def _tied_parameters(model: Any) -> tuple[str, str] | None:
 
 
 def _outline(folder: Path) -> Any:
-    """The model without storage; None if there is none to build and nothing is tied."""
+    """Return the model without storage; None if it cannot be built and nothing is tied."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return models.outline(config)
-    except Exception as error:  # code of its own, an architecture or a setting that is not known
+    except Exception as error:  # custom code, an unknown architecture or setting
         raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not raw.get("tie_word_embeddings"):
             return None
         raise UserError(
-            "embedding and head are tied, and which tensors they are is not known: "
+            "embedding and output head are tied, but which tensors they are is unknown: "
             f"{models.first_line(error)}",
             where=str(folder / "config.json"),
             fix="untie the base first, or leave embedding and head out of the adapter",
