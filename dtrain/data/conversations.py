@@ -1,4 +1,4 @@
-"""Messages in the two ways people write them, with tools and calls of them, into one."""
+"""Parse conversations: messages with role/content or from/value, tools and tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.core.files import unique_keys
 
 Messages = list[dict[str, Any]]
 
-# Names of roles that rows use, and the standard ones that they mean.
+# Role in a row → standard role.
 ROLES = {
     "human": "user",
     "prompter": "user",
@@ -34,39 +34,39 @@ ROLES = {
     "developer": "system",
     **{role: role for role in ("system", "user", "assistant", "tool")},
 }
-SHAREGPT = ("human", "gpt", "chatgpt", "bing", "bard", "observation", "function_call")  # its own
-ARGUMENTS = ("arguments", "parameters")
-KEYS_OF_CALLS = (*ARGUMENTS, "name", "id", "type", "index")
-NAME_FUNCTION = 'name it: {"function": {"name": …}}'
-CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call, as JSON
+SHAREGPT_ROLES = ("human", "gpt", "chatgpt", "bing", "bard", "observation", "function_call")
+ARGUMENT_KEYS = ("arguments", "parameters")
+CALL_KEYS = (*ARGUMENT_KEYS, "name", "id", "type", "index")
+NAME_FUNCTION = 'add its name: {"function": {"name": …}}'
+CALL_ROLES = ("function_call", "tool_call")  # the text of such a turn is a call as JSON
 
-# Keys by which rows say whether a turn is learned: OpenAI, axolotl, ms-swift, LLaMA-Factory, …
-MARKS = (
+# Keys that say whether a turn has loss, of OpenAI, axolotl, ms-swift, LLaMA-Factory, …
+TRAIN_FLAGS = (
     "weight", "train", "training", "trainable", "train_on_turn", "train_detail",
     "loss", "loss_weight", "loss_mask", "masked",
 )  # fmt: skip
-WHOLE = "a turn is learned as a whole or not at all: change the mark or remove it"
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # transformers knows the same
+WHOLE_TURN = "loss is on or off for a whole turn: change or remove the key"
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # as in transformers
 TEXT_TYPES = (None, "text", "input_text", "output_text")
 REASONING_TYPES = ("reasoning", "thinking")
 MEDIA = (
     "image", "images", "image_url", "input_image", "audio", "audios", "audio_url", "input_audio",
     "video", "videos", "video_url",
 )  # fmt: skip
-TEXTS_OF_PARTS = ("text", "value", "reasoning", "thinking", "content")
+TEXT_KEYS = ("text", "value", "reasoning", "thinking", "content")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """A conversation, and the tools that the model may call in it, as JSON schemas.
 
-    A message has `role` (a standard one where the row's own has a standard meaning), `content` (a
-    text), what else its row holds, and where they apply:
+    A message has `role` (standard if the row's role has a standard meaning), `content` (a text),
+    the other keys of the row's message, and if they apply:
 
     - `reasoning_content`, `tool_calls`;
-    - `train`: the row says that the turn is learned, or that it is not;
-    - `written_role`: the row's own name of the role, where it is not that of its format;
-    - `parts`: the texts of which `content` is joined, where there are several.
+    - `train`: whether the row says that the turn has loss;
+    - `written_role`: the role in the row, if it is not the format's name for the role;
+    - `parts`: the texts that `content` joins, if there are several.
     """
 
     messages: Messages
@@ -75,21 +75,21 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """A wanted and an unwanted conversation with the same prompt; one of them may be missing."""
+    """A chosen and a rejected conversation with the same prompt; one of them may be missing."""
 
     chosen: Conversation | None
     rejected: Conversation | None
 
 
 def parse_messages(value: Any, column: str, where: str) -> Messages:
-    """A list of messages with role and content, or of turns with from and value.
+    """Parse a list of messages with role/content, or of turns with from/value.
 
     Raises:
-        UserError: it is not one, naming the message at fault.
+        UserError: the value is not such a list; the error names the message.
     """
     if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else type_name(value)
-        raise UserError(f"`{column}` must be a list of messages, not {what}", where=where)
+        kind = "an empty list" if value == [] else type_name(value)
+        raise UserError(f"`{column}` must be a list of messages, not {kind}", where=where)
     return [_message(item, f"{column}[{n}]", where) for n, item in enumerate(value)]
 
 
@@ -97,178 +97,183 @@ def _message(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"`{name}` must be an object, not {type_name(value)}", where=where)
     sharegpt = "from" in value and "role" not in value
-    role, content = ("from", "value") if sharegpt else ("role", "content")
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if media := next((key for key in MEDIA if value.get(key)), None):
         raise _not_text(f"{name}.{media}", media, where)
-    calls = _given_calls(value, name, where)
-    for field in (role, content):
-        if field not in value and not (field == content and calls):
-            raise UserError(f"`{name}` has no `{field}`", where=where)
-    left_out = {role, content, "tool_calls", "function_call", *MARKS, *REASONING_KEYS}
-    message = {key: v for key, v in value.items() if v is not None and key not in left_out}
-    message |= _role(check_text(value[role], f"{name}.{role}", where), sharegpt)
-    text = "" if calls and value.get(content) is None else value.get(content)
-    read = _read_content(text, f"{name}.{content}", where)
+    calls = _raw_calls(value, name, where)
+    for key in (role_key, content_key):
+        if key not in value and not (key == content_key and calls):
+            raise UserError(f"`{name}` has no `{key}`", where=where)
+    parsed_keys = {
+        role_key,
+        content_key,
+        "tool_calls",
+        "function_call",
+        *TRAIN_FLAGS,
+        *REASONING_KEYS,
+    }
+    message = {key: v for key, v in value.items() if v is not None and key not in parsed_keys}
+    message |= _role(check_text(value[role_key], f"{name}.{role_key}", where), sharegpt)
+    text = "" if calls and value.get(content_key) is None else value.get(content_key)
+    content = _parse_content(text, f"{name}.{content_key}", where)
     if calls:
-        read.calls[:0] = calls if isinstance(calls, list) else [calls]
-    elif value[role].strip().lower() in CALL_ROLES:
-        call = _parsed("\n".join(read.texts), f"{name}.{content}", where)
-        read.calls.extend(call if isinstance(call, list) else [call])
-        read.texts.clear()
-    message["content"] = "\n".join(read.texts)
-    if len(read.texts) > 1:
-        message["parts"] = read.texts
-    reasoning = [*_reasoning(value, name, where), *read.reasoning]
-    return message | _optional(
-        reasoning_content="\n".join(reasoning) or None,
-        tool_calls=_calls(read.calls, name, where) or None,
-        train=_mark(value, name, where, read.marks),
-    )
+        content.calls[:0] = calls if isinstance(calls, list) else [calls]
+    elif value[role_key].strip().lower() in CALL_ROLES:
+        call = _parse_json("\n".join(content.texts), f"{name}.{content_key}", where)
+        content.calls.extend(call if isinstance(call, list) else [call])
+        content.texts.clear()
+    message["content"] = "\n".join(content.texts)
+    if len(content.texts) > 1:
+        message["parts"] = content.texts
+    reasoning = [*_reasoning(value, name, where), *content.reasoning]
+    optional = {
+        "reasoning_content": "\n".join(reasoning) or None,
+        "tool_calls": _calls(content.calls, name, where) or None,
+        "train": _train_flag(value, name, where, content.flags),
+    }
+    return message | {key: v for key, v in optional.items() if v is not None}
 
 
-def _optional(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _given_calls(value: dict[str, Any], name: str, where: str) -> Any:
-    """`tool_calls`, or OpenAI's `function_call` of before them."""
+def _raw_calls(value: dict[str, Any], name: str, where: str) -> Any:
+    """`tool_calls`, or OpenAI's older `function_call`."""
     calls, legacy = value.get("tool_calls"), value.get("function_call")
     if calls and legacy:
-        what = f"`{name}` has both `tool_calls` and `function_call`"
-        raise UserError(what, where=where, fix="keep one of them")
+        message = f"`{name}` has both `tool_calls` and `function_call`"
+        raise UserError(message, where=where, fix="keep one of them")
     return calls or ([{"function": legacy}] if legacy else None)
 
 
 def _role(written: str, sharegpt: bool) -> dict[str, str]:
-    """The standard role, and the row's own where it is another."""
+    """The standard role, and the role in the row if it is different."""
     role = ROLES.get(written.strip().lower(), written)
-    if role == written or (sharegpt and written in SHAREGPT):
+    if role == written or (sharegpt and written in SHAREGPT_ROLES):
         return {"role": role}
     return {"role": role, "written_role": written}
 
 
 @dataclass(frozen=True)
 class _Content:
-    """The content of a message: what it says, its reasoning, and its calls of tools."""
+    """The content of a message: its texts, its reasoning and its tool calls."""
 
     texts: list[str]
     reasoning: list[str]
     calls: list[Any]
-    marks: list[bool | None]  # of the parts
+    flags: list[bool | None]  # whether each block has loss
 
 
-def _read_content(value: Any, name: str, where: str) -> _Content:
-    """A text, or a list of parts, each a text or an object with a type and a text.
+def _parse_content(value: Any, name: str, where: str) -> _Content:
+    """Parse a text, or a list of blocks, each a text or an object with a type and a text.
 
     Raises:
-        UserError: it is neither, or a part is an image, a sound, a video, …
+        UserError: it is neither, or a block is an image, audio, video, …
     """
-    read = _Content([], [], [], [])
+    content = _Content([], [], [], [])
     if not isinstance(value, list) or not value:
-        read.texts.append(check_text(value, name, where))
-        return read
-    for number, part in enumerate(value):
-        own = f"{name}[{number}]"
-        if isinstance(part, str):
-            read.texts.append(check_text(part, own, where))
-            read.marks.append(None)
+        content.texts.append(check_text(value, name, where))
+        return content
+    for index, item in enumerate(value):
+        item_name = f"{name}[{index}]"
+        if isinstance(item, str):
+            content.texts.append(check_text(item, item_name, where))
+            content.flags.append(None)
             continue
-        if not isinstance(part, dict):
-            what = f"`{own}` must be a text or an object, not {type_name(part)}"
+        if not isinstance(item, dict):
+            message = f"`{item_name}` must be a text or an object, not {type_name(item)}"
             fix = 'write a text, or {"type": "text", "text": …}'
-            raise UserError(what, where=where, fix=fix)
-        given = {key: v for key, v in part.items() if v is not None}
-        read.marks.append(_mark(given, own, where))
-        kind = given.get("type")
-        if kind in TEXT_TYPES and (media := next((key for key in MEDIA if given.get(key)), None)):
-            raise _not_text(own, media, where)
-        key = next((key for key in TEXTS_OF_PARTS if key in given), None)
+            raise UserError(message, where=where, fix=fix)
+        block = {key: v for key, v in item.items() if v is not None}
+        content.flags.append(_train_flag(block, item_name, where))
+        kind = block.get("type")
+        if kind in TEXT_TYPES and (media := next((key for key in MEDIA if block.get(key)), None)):
+            raise _not_text(item_name, media, where)
+        key = next((key for key in TEXT_KEYS if key in block), None)
         if kind in TEXT_TYPES and key:
-            read.texts.append(check_text(given[key], f"{own}.{key}", where))
+            content.texts.append(check_text(block[key], f"{item_name}.{key}", where))
         elif kind in REASONING_TYPES and key:
-            read.reasoning.append(check_text(given[key], f"{own}.{key}", where))
+            content.reasoning.append(check_text(block[key], f"{item_name}.{key}", where))
         elif kind in CALL_ROLES:
-            text = check_text(given.get("value"), f"{own}.value", where)
-            read.calls.append(_parsed(text, f"{own}.value", where))
+            text = check_text(block.get("value"), f"{item_name}.value", where)
+            content.calls.append(_parse_json(text, f"{item_name}.value", where))
         else:
-            raise _not_text(own, kind or ", ".join(map(str, given)) or "nothing", where)
-    return read
+            raise _not_text(item_name, kind or ", ".join(map(str, block)) or "nothing", where)
+    return content
 
 
 def _not_text(name: str, kind: object, where: str) -> UserError:
     return UserError(
         f"`{name}` is not a text: {kind}",
         where=where,
-        fix="dtrain trains on text: remove the row, or its images, sounds, videos and files",
+        fix="dtrain trains on text: remove the row, or its images, audio, videos and files",
     )
 
 
 def _reasoning(value: dict[str, Any], name: str, where: str) -> list[str]:
-    """What a message says of its reasoning; several keys may say the same."""
-    given = [
+    """The reasoning of a message; several keys may contain the same text."""
+    texts = [
         check_text(value[key], f"{name}.{key}", where)
         for key in REASONING_KEYS
         if value.get(key) is not None
     ]
-    return list(dict.fromkeys(text for text in given if text.strip()))
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def _mark(
-    value: dict[str, Any], name: str, where: str, of_parts: Sequence[bool | None] = ()
+def _train_flag(
+    value: dict[str, Any], name: str, where: str, block_flags: Sequence[bool | None] = ()
 ) -> bool | None:
-    """Whether the row says that this turn is learned; None where it does not say.
+    """Whether the row says that this turn has loss; None if it says nothing.
 
-    `masked: false` says nothing: tables fill it in for every turn.
+    `masked: false` says nothing: tables contain it for every turn.
 
     Args:
-        of_parts: the same of each part of its content.
+        value: the turn.
+        name: of the turn, for messages.
+        where: file and line, for messages.
+        block_flags: the flag of each block of its content.
 
     Raises:
-        UserError: a mark is no yes or no, or two of them disagree.
+        UserError: a flag is neither true nor false, or two flags disagree.
     """
-    said: dict[str, bool] = {}
-    for key in MARKS:
-        given = value.get(key)
-        if given is None:
+    values: dict[str, bool] = {}
+    for key in TRAIN_FLAGS:
+        flag = value.get(key)
+        if flag is None:
             continue
-        if (
-            key == "train_detail"
-            or not isinstance(given, bool | int | float)
-            or given not in (0, 1)
-        ):
+        if key == "train_detail" or not isinstance(flag, bool | int | float) or flag not in (0, 1):
             raise UserError(
-                f"`{name}.{key}` must be 0 or 1 (or false or true), not {str(given)[:40]}",
+                f"`{name}.{key}` must be 0 or 1 (or false or true), not {str(flag)[:40]}",
                 where=where,
-                fix=WHOLE,
+                fix=WHOLE_TURN,
             )
         if key != "masked":
-            said[key] = bool(given)
-        elif given:
-            said[key] = False
-    if len(set(of_parts)) > 1:
-        what = f"the parts of `{name}` are not all marked as learned, or all as not learned"
-        raise UserError(what, where=where, fix=WHOLE)
-    if of_parts and of_parts[0] is not None:
-        said["content"] = of_parts[0]
-    if len(set(said.values())) > 1:
-        what = f"`{name}` says both that it is learned and that it is not: {', '.join(said)}"
-        raise UserError(what, where=where, fix="keep one of these keys")
-    return next(iter(said.values()), None)
+            values[key] = bool(flag)
+        elif flag:
+            values[key] = False
+    if len(set(block_flags)) > 1:
+        message = f"the blocks of `{name}` differ in whether they have loss"
+        raise UserError(message, where=where, fix=WHOLE_TURN)
+    if block_flags and block_flags[0] is not None:
+        values["content"] = block_flags[0]
+    if len(set(values.values())) > 1:
+        message = f"the keys {', '.join(values)} of `{name}` contradict each other"
+        raise UserError(message, where=where, fix="keep one of these keys")
+    return next(iter(values.values()), None)
 
 
-def apply_row_train_flag(talk: Conversation, row: Mapping[str, Any]) -> Conversation:
-    """The conversation, none of it learned if its row says so; what a turn says counts more.
+def apply_row_train_flag(conversation: Conversation, row: Mapping[str, Any]) -> Conversation:
+    """The conversation without loss if its row says so; flags of its turns take precedence.
 
-    Such a column can mean something else, so any other value says nothing.
+    The column may have another meaning, so other values are ignored.
     """
-    no = {key for key in MARKS if row.get(key) is not None and row[key] == (key == "masked")}
-    if not no:
-        return talk
-    return replace(talk, messages=[{"train": False, **message} for message in talk.messages])
+    off = {key for key in TRAIN_FLAGS if row.get(key) is not None and row[key] == (key == "masked")}
+    if not off:
+        return conversation
+    return replace(
+        conversation, messages=[{"train": False, **message} for message in conversation.messages]
+    )
 
 
 def messages_to_row(messages: Messages) -> Messages:
-    """The messages as a row holds them: `as_messages` reads the same again."""
+    """The messages as in a row; `parse_messages` is the inverse."""
     rows = []
     for message in messages:
         row = {k: v for k, v in message.items() if k not in ("written_role", "parts")}
@@ -280,59 +285,59 @@ def messages_to_row(messages: Messages) -> Messages:
 
 
 def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
-    """Calls of tools; arguments as an object, which OpenAI writes as a text of JSON."""
+    """Tool calls, with their arguments as objects (OpenAI writes them as JSON texts)."""
     calls = []
-    for number, call in enumerate(value if isinstance(value, list) else [value]):
-        own = f"{name}.tool_calls[{number}]"
+    for index, call in enumerate(value if isinstance(value, list) else [value]):
+        item_name = f"{name}.tool_calls[{index}]"
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"`{own}` names no function", where=where, fix=NAME_FUNCTION)
-        arguments = _arguments(function, own, where)
-        made = {"name": function["name"], "arguments": arguments}
-        beside = {"id": call["id"]} if call.get("id") is not None else {}
-        calls.append({**beside, "type": "function", "function": made})
+            raise UserError(f"`{item_name}` has no function name", where=where, fix=NAME_FUNCTION)
+        arguments = _arguments(function, item_name, where)
+        call_id = {"id": call["id"]} if call.get("id") is not None else {}
+        parsed = {"name": function["name"], "arguments": arguments}
+        calls.append({**call_id, "type": "function", "function": parsed})
     return calls
 
 
 def _arguments(function: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The arguments of a call, which Llama 3 calls `parameters`.
+    """The arguments of a call; Llama 3 names them `parameters`.
 
     Raises:
-        UserError: they are no object, or under another name.
+        UserError: they are not an object, or have another name.
     """
-    key = next((key for key in ARGUMENTS if function.get(key) not in (None, "")), None)
+    key = next((key for key in ARGUMENT_KEYS if function.get(key) not in (None, "")), None)
     if key is None:
-        if others := [k for k, v in function.items() if k not in KEYS_OF_CALLS and v]:
-            what = f"`{name}` has no `arguments`; there is {', '.join(others)}"
-            raise UserError(what, where=where, fix="call them `arguments`")
+        if unknown := [k for k, v in function.items() if k not in CALL_KEYS and v]:
+            message = f"`{name}` has no `arguments`, but {', '.join(unknown)}"
+            raise UserError(message, where=where, fix="rename them to `arguments`")
         return {}
     arguments = function[key]
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, f"{name}.{key}", where)
+        arguments = _parse_json(arguments, f"{name}.{key}", where)
     if not isinstance(arguments, dict):
-        what = f"`{name}.{key}` must be an object, not {type_name(arguments)}"
-        raise UserError(what, where=where, fix='name each argument: {"city": "Rome"}')
+        message = f"`{name}.{key}` must be an object, not {type_name(arguments)}"
+        raise UserError(message, where=where, fix='name each argument: {"city": "Rome"}')
     return arguments
 
 
 def parse_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """The column `tools`: a list of JSON schemas, or the same as a text of JSON."""
+    """Parse the column `tools`: a list of JSON schemas, or the same as a JSON text."""
     if isinstance(value, str):
-        value = _parsed(value, "tools", where) if value.strip() else None
+        value = _parse_json(value, "tools", where) if value.strip() else None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError("`tools` must be a list of JSON schemas", where=where)
     tools = [s if "function" in s else {"type": "function", "function": s} for s in value]
-    for number, tool in enumerate(tools):
+    for index, tool in enumerate(tools):
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            what = f"`tools[{number}]` names no function"
-            raise UserError(what, where=where, fix=NAME_FUNCTION)
+            message = f"`tools[{index}]` has no function name"
+            raise UserError(message, where=where, fix=NAME_FUNCTION)
     return tools
 
 
-def _parsed(text: str, name: str, where: str) -> Any:
+def _parse_json(text: str, name: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -340,25 +345,30 @@ def _parsed(text: str, name: str, where: str) -> Any:
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """The value, if it is a text that a tokenizer takes.
+    """The value, if it is a text that a tokenizer accepts.
+
+    Args:
+        value: of a row.
+        name: of the value, for the message.
+        where: file and line, for the message.
 
     Raises:
-        UserError: naming it.
+        UserError: it is not a text, or contains a NUL or an unpaired surrogate.
     """
     if not isinstance(value, str):
         raise UserError(f"`{name}` must be a text, not {type_name(value)}", where=where)
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a character; no tokenizer takes it
-        what = f"`{name}` holds half a character at place {error.start}"
-        raise UserError(what, where=where, fix="mend or remove the row") from error
+    except UnicodeEncodeError as error:  # JSON can escape it; no tokenizer accepts it
+        message = f"`{name}` contains an unpaired surrogate at character {error.start}"
+        raise UserError(message, where=where, fix="fix or remove this row") from error
     if "\0" in value:
-        what = f"`{name}` holds a NUL at place {value.index(chr(0))}"
-        raise UserError(what, where=where, fix="mend or remove the row")
+        message = f"`{name}` contains a NUL at character {value.index(chr(0))}"
+        raise UserError(message, where=where, fix="fix or remove this row")
     return value
 
 
 def type_name(value: Any) -> str:
-    """'a list', 'null', …, for a message."""
+    """The type of a JSON value, for a message."""
     names = {type(None): "null", list: "a list", dict: "an object", str: "a text", bool: "a bool"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else "this")

@@ -1,4 +1,4 @@
-"""One row of a known format into a text, a conversation, or a pair of conversations."""
+"""Convert a row of a known format into a text, a conversation or a preference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import (
-    MARKS,
     MEDIA,
+    TRAIN_FLAGS,
     Conversation,
     Messages,
     Preference,
@@ -21,85 +21,81 @@ from dtrain.data.conversations import (
     type_name,
 )
 
-__all__ = [
-    "ROW_FORMATS",
-    "Conversation",
-    "Messages",
-    "Preference",
-    "RowContent",
-    "convert",
-    "detect_format",
-    "to_row",
-]
-
 RowContent = str | Conversation | Preference
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Form:
-    """A format: the columns that it needs, those it takes besides, and what it makes of a row."""
+class RowFormat:
+    """A data format: an entry of ROW_FORMATS, whose name stands in the schema's `format` too.
 
-    needs: tuple[str, ...]
-    takes: tuple[str, ...]
-    make: Callable[[Row, str], RowContent]
+    Attributes:
+        required: columns that every row has.
+        optional: columns that are read if present.
+        parse: makes the content from the columns of a row and its location.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    parse: Callable[[Row, str], RowContent]
 
 
-def convert(raw: Any, form: str, columns: Mapping[Any, str], where: str) -> RowContent:
-    """What a row holds.
+def convert_row(raw: Any, row_format: str, columns: Mapping[Any, str], where: str) -> RowContent:
+    """The content of a row.
 
     Args:
-        raw: the row as parsed.
-        form: a format of the recipe, not auto.
-        columns: format's name of a column → the file's own.
-        where: file and line.
+        raw: the parsed row.
+        row_format: a key of ROW_FORMATS.
+        columns: the format's name of a column → its name in the file.
+        where: file and line, for messages.
 
     Raises:
-        UserError: the row is not of that format.
+        UserError: the row does not have that format.
     """
     if not isinstance(raw, dict):
         raise UserError(f"a row must be an object, not {type_name(raw)}", where=where)
-    known = ROW_FORMATS[form]
-    for column in known.needs:
+    known = ROW_FORMATS[row_format]
+    for column in known.required:
         if columns.get(column, column) not in raw:
-            raise _missing(columns.get(column, column), list(raw), form, where)
-    named = {
+            raise _missing(columns.get(column, column), list(raw), row_format, where)
+    row = {
         column: raw[columns.get(column, column)]
-        for column in (*known.needs, *known.takes)
+        for column in (*known.required, *known.optional)
         if columns.get(column, column) in raw
     }
     for column in MEDIA:
-        if named.get(column):
-            what = f"the row has {column}, and dtrain trains on text"
-            raise UserError(what, where=where, fix="remove the row, or the column")
-    value = known.make(named, where)
-    return apply_row_train_flag(value, named) if isinstance(value, Conversation) else value
+        if row.get(column):
+            message = f"the row has {column}, but dtrain trains on text only"
+            raise UserError(message, where=where, fix="remove the row or the column")
+    content = known.parse(row, where)
+    return apply_row_train_flag(content, row) if isinstance(content, Conversation) else content
 
 
 def detect_format(raw: Any, columns: Mapping[Any, str], where: str) -> str:
-    """The format whose columns a row has; the one with more structure where several fit.
+    """The format whose columns a row has; if several fit, the most specific one.
 
     Raises:
-        UserError: none fits.
+        UserError: no format fits.
     """
     if not isinstance(raw, dict):
         raise UserError(f"a row must be an object, not {type_name(raw)}", where=where)
-    for name, form in ROW_FORMATS.items():
-        has = {c for c in (*form.needs, *form.takes) if columns.get(c, c) in raw}
-        if has.issuperset(form.needs) and (name != "kto" or has & {"messages", "prompt"}):
+    for name, known in ROW_FORMATS.items():
+        has = {c for c in (*known.required, *known.optional) if columns.get(c, c) in raw}
+        if has.issuperset(known.required) and (name != "kto" or has & {"messages", "prompt"}):
             return name
     raise UserError(
         f"no known format has the columns {', '.join(map(str, raw)) or '(none)'}",
         where=where,
-        fix="name `format`, and what the columns are called: `columns: {instruction: question}`",
+        fix="set `format`, and map the columns: `columns: {instruction: question}`",
     )
 
 
-def _missing(column: str, names: list[Any], form: str, where: str) -> UserError:
+def _missing(column: str, names: list[Any], row_format: str, where: str) -> UserError:
     return UserError(
-        f"column `{column}` is missing; there is {', '.join(map(str, names)) or 'nothing'}",
+        f"column `{column}` is missing; the row has {', '.join(map(str, names)) or 'no columns'}",
         where=where,
-        fix=f"format: {form} needs {', '.join(ROW_FORMATS[form].needs)}; `columns` renames them",
+        fix=f"format: {row_format} needs {', '.join(ROW_FORMATS[row_format].required)}; map other "
+        "names with `columns`",
     )
 
 
@@ -108,7 +104,7 @@ def _text(row: Row, where: str) -> str:
 
 
 def _alpaca(row: Row, where: str) -> Conversation:
-    """One exchange; templates that know them see `instruction` and `input` apart as well."""
+    """A single exchange, which keeps `instruction` and `input` for templates that read them."""
     instruction = check_text(row["instruction"], "instruction", where)
     extra = check_text(row.get("input") or "", "input", where)
     if not instruction.strip():  # the task is in `input` alone
@@ -123,13 +119,13 @@ def _alpaca(row: Row, where: str) -> Conversation:
 
 
 def _history(value: Any, where: str) -> Messages:
-    """Earlier exchanges as lists of two texts."""
+    """Earlier exchanges: a list of [question, answer] lists."""
     messages: Messages = []
-    for number, pair in enumerate(value):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"`history[{number}]` must be a question and an answer", where=where)
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            name = f"history[{number}]"
+    for index, exchange in enumerate(value):
+        name = f"history[{index}]"
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise UserError(f"`{name}` must be a question and an answer", where=where)
+        for role, text in zip(("user", "assistant"), exchange, strict=True):
             messages.append({"role": role, "content": check_text(text, name, where)})
     return messages
 
@@ -139,26 +135,26 @@ def _system(row: Row, where: str) -> Messages:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _talk(column: str) -> Callable[[Row, str], Conversation]:
-    def make(row: Row, where: str) -> Conversation:
+def _conversation(column: str) -> Callable[[Row, str], Conversation]:
+    def parse(row: Row, where: str) -> Conversation:
         messages = [*_system(row, where), *parse_messages(row[column], column, where)]
         return Conversation(messages, _tools(row, where))
 
-    return make
+    return parse
 
 
 def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
-    """The row's `tools`, or OpenAI's `functions` of before."""
+    """The row's `tools`, or OpenAI's older `functions`."""
     return parse_tools(row.get("tools") or row.get("functions"), where)
 
 
 def _prompt_completion(row: Row, where: str) -> Conversation:
-    answer = _side(row["completion"], "completion", where)
+    answer = _answer(row["completion"], "completion", where)
     return Conversation([*_prompt(row, where), *answer], _tools(row, where))
 
 
 def _prompt(row: Row, where: str) -> Messages:
-    """What comes before the answer: a text, messages, or a conversation that has not ended."""
+    """The messages before the answer, from a text or a list of messages."""
     column = next((c for c in ("prompt", "messages", "conversations") if row.get(c)), None)
     if column is None:
         return _system(row, where)
@@ -168,8 +164,8 @@ def _prompt(row: Row, where: str) -> Messages:
     return [*_system(row, where), *parse_messages(row[column], column, where)]
 
 
-def _side(value: Any, column: str, where: str) -> Messages:
-    """An answer: a text, one message, or a list of messages."""
+def _answer(value: Any, column: str, where: str) -> Messages:
+    """An answer, from a text, a message or a list of messages."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": check_text(value, column, where)}]
     return parse_messages([value] if isinstance(value, dict) else value, column, where)
@@ -177,7 +173,7 @@ def _side(value: Any, column: str, where: str) -> Messages:
 
 def _preference(row: Row, where: str) -> Preference:
     prompt, tools = _prompt(row, where), _tools(row, where)
-    chosen, rejected = (_side(row[c], c, where) for c in ("chosen", "rejected"))
+    chosen, rejected = (_answer(row[c], c, where) for c in ("chosen", "rejected"))
     return Preference(
         Conversation([*prompt, *chosen], tools), Conversation([*prompt, *rejected], tools)
     )
@@ -185,34 +181,37 @@ def _preference(row: Row, where: str) -> Preference:
 
 def _kto(row: Row, where: str) -> Preference:
     value = row["label"]
-    if isinstance(value, str) and value.lower() in ("true", "false"):  # as csv has it
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as in a CSV file
         value = value.lower() == "true"
     if not isinstance(value, bool):
-        what = f"`label` must be true or false, not {type_name(value)}"
-        raise UserError(what, where=where)
+        raise UserError(f"`label` must be true or false, not {type_name(value)}", where=where)
     messages = _prompt(row, where)
     if "completion" in row:
-        messages += _side(row["completion"], "completion", where)
+        messages += _answer(row["completion"], "completion", where)
     if not messages:
-        raise UserError("no `messages`, and no `prompt` with a `completion`", where=where)
-    talk = Conversation(messages, _tools(row, where))
-    return Preference(talk, None) if value else Preference(None, talk)
+        raise UserError(
+            "the row has neither `messages` nor `prompt` with `completion`", where=where
+        )
+    conversation = Conversation(messages, _tools(row, where))
+    return Preference(conversation, None) if value else Preference(None, conversation)
 
 
-_BESIDE = ("system", "tools", "functions", *MEDIA, *MARKS)
-# In the order in which `auto` tries them.
+_COMMON = ("system", "tools", "functions", *MEDIA, *TRAIN_FLAGS)
+# In the order in which `format: auto` tries them.
 ROW_FORMATS = {
-    "preference": Form(
-        ("chosen", "rejected"), ("prompt", "messages", "conversations", *_BESIDE), _preference
+    "preference": RowFormat(
+        ("chosen", "rejected"), ("prompt", "messages", "conversations", *_COMMON), _preference
     ),
-    "kto": Form(("label",), ("messages", "prompt", "completion", "conversations", *_BESIDE), _kto),
-    "messages": Form(("messages",), _BESIDE, _talk("messages")),
-    "sharegpt": Form(("conversations",), _BESIDE, _talk("conversations")),
-    "alpaca": Form(
-        ("instruction", "output"), ("input", "system", "history", *MEDIA, *MARKS), _alpaca
+    "kto": RowFormat(
+        ("label",), ("messages", "prompt", "completion", "conversations", *_COMMON), _kto
     ),
-    "prompt_completion": Form(("prompt", "completion"), _BESIDE, _prompt_completion),
-    "text": Form(("text",), (), _text),
+    "messages": RowFormat(("messages",), _COMMON, _conversation("messages")),
+    "sharegpt": RowFormat(("conversations",), _COMMON, _conversation("conversations")),
+    "alpaca": RowFormat(
+        ("instruction", "output"), ("input", "system", "history", *MEDIA, *TRAIN_FLAGS), _alpaca
+    ),
+    "prompt_completion": RowFormat(("prompt", "completion"), _COMMON, _prompt_completion),
+    "text": RowFormat(("text",), (), _text),
 }
 
 

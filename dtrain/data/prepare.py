@@ -19,7 +19,7 @@ from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.packed_dataset import Mixture, Prepared, Row, check_vocabulary
 from dtrain.data.packing import Packing
-from dtrain.data.records import Record, detect, read
+from dtrain.data.records import Record, detect_source_format, read_records
 from dtrain.data.sampling import mix
 from dtrain.data.shard_boundaries import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
 from dtrain.data.shards import Shards, Share
@@ -131,7 +131,7 @@ class _Preparation:
     ) -> None:
         self.data, self.source, self.spec = data, source, spec
         self.parts = find_source_files(source, cache)
-        self.form = source.format if source.format != "auto" else detect(self.parts, source.columns)
+        self.form = source.format if source.format != "auto" else detect_source_format(self.parts, source.columns)
         if mismatch := format_mismatch(spec.objective, self.form):
             where = f"{source.path}: format: {self.form} with kind: {spec.objective}"
             raise UserError(mismatch[0], where=where, fix=mismatch[1])
@@ -205,13 +205,11 @@ class _Preparation:
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
             cuts = cut(self._read(meter))
         if len(cuts) == 1:
-            raise EmptyDataError(
-                "there is no row in it", where=self.source.path, fix="correct `path`"
-            )
+            raise EmptyDataError("the source has no rows", where=self.source.path, fix="correct `path`")
         return cuts
 
     def _read(self, meter: Meter) -> Iterator[Record]:
-        for record in read(self.parts, self.form, self.source.columns):
+        for record in read_records(self.parts, self.form, self.source.columns):
             meter.advance(record.file_index - meter.done)
             yield record
 

@@ -1,4 +1,4 @@
-"""Files of any kind into raw rows; a row that cannot be read is told, and the next one follows."""
+"""Read files of any kind into raw rows; an unreadable row does not end the file."""
 
 from __future__ import annotations
 
@@ -20,81 +20,81 @@ import pyarrow.parquet as pq
 from dtrain.config.schema import Column
 from dtrain.core.errors import UserError
 from dtrain.core.files import decode_text, without_mark
-from dtrain.data.conversations import MARKS
+from dtrain.data.conversations import TRAIN_FLAGS
 from dtrain.data.sources import SourceFile
 
-# Number of the row, from 1, and what parses it: into the row, or what is wrong with it.
-Raw = tuple[int, Callable[[], Any]]
+# The row's number, from 1, and a function that returns the row, or a UserError.
+RawRow = tuple[int, Callable[[], Any]]
 
 BATCH_ROWS = 1000
-MAX_LINE_BYTES = 1 << 25  # no row is this long; what is, is another kind of file
+MAX_LINE_BYTES = 1 << 25  # longer lines belong to another kind of file
 csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
 
 
-def rows(
-    part: SourceFile, wanted: tuple[str, ...] | None = None, renamed: Collection[str] = ()
-) -> Iterator[Raw]:
-    """All rows of a part, each parsed only when it is asked for.
+def iter_rows(
+    source_file: SourceFile, needed: tuple[str, ...] | None = None, renamed: Collection[str] = ()
+) -> Iterator[RawRow]:
+    """All rows of a file, each parsed on demand.
 
     Args:
-        part: of a source.
-        wanted: columns to read where a file can leave others out; None for all.
-        renamed: columns of the source that are called otherwise than the format calls them.
+        source_file: of a source.
+        needed: columns to read, if the file stores columns separately; None for all.
+        renamed: names in the files of columns that the recipe maps.
 
     Raises:
-        UserError: nothing more of this part can be read.
+        UserError: the rest of the file cannot be read.
     """
-    if part.rows is not None:
-        return _dataset(part, wanted)
-    kind = part.kind.removesuffix(".gz").removesuffix(".zst")
+    if source_file.dataset is not None:
+        return _dataset(source_file, needed)
+    kind = source_file.kind.removesuffix(".gz").removesuffix(".zst")
     if kind == ".parquet":
-        return _parquet(part, wanted)
+        return _parquet(source_file, needed)
     if kind == ".arrow":
-        return _arrow(part)
+        return _arrow(source_file)
     if kind == ".json":
-        columns = {*get_args(Column), *(wanted or ()), *renamed}
-        return _json(part, columns.difference(MARKS))  # which hold no rows, as `train` can
-    return {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind](part)
+        columns = {*get_args(Column), *(needed or ()), *renamed}
+        return _json(source_file, columns.difference(TRAIN_FLAGS))  # a key `train` can contain rows
+    return {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind](source_file)
 
 
-def _parsed(rows: Iterable[tuple[int, Any]]) -> Iterator[Raw]:
-    """Rows of a file that is parsed as a whole."""
-    for number, row in rows:
-        yield number, partial(_same, row)
+def _parsed(iter_rows: Iterable[tuple[int, Any]]) -> Iterator[RawRow]:
+    """Rows that are parsed already."""
+    for number, row in iter_rows:
+        yield number, partial(_unchanged, row)
 
 
-def _same(row: Any) -> Any:
+def _unchanged(row: Any) -> Any:
     return row
 
 
-def _of_batch(batch: pa.RecordBatch, first: int) -> Iterator[Raw]:
-    """Rows of an Arrow batch, turned into Python's values once the first of them is asked for."""
-    known = lru_cache(maxsize=1)(partial(_values, batch))
-    for place in range(batch.num_rows):
-        yield first + place, partial(_at, known, place)
+def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
+    """Rows of an Arrow batch; the batch is converted when the first of them is parsed."""
+    values = lru_cache(maxsize=1)(partial(_values, batch))
+    for index in range(batch.num_rows):
+        yield first + index, partial(_item, values, index)
 
 
-def _at(known: Callable[[], list[Any]], place: int) -> Any:
-    return known()[place]
+def _item(values: Callable[[], list[Any]], index: int) -> Any:
+    return values()[index]
 
 
 def _values(batch: pa.RecordBatch) -> list[Any]:
-    return list(map(_without_filled(pa.struct(batch.schema)), batch.to_pylist()))
+    return list(map(_null_remover(pa.struct(batch.schema)), batch.to_pylist()))
 
 
-def _without_filled(kind: pa.DataType, column: bool = True) -> Callable[[Any], Any]:
-    """What takes from a value of an Arrow type the nulls of its structs.
+def _null_remover(kind: pa.DataType, column: bool = True) -> Callable[[Any], Any]:
+    """A function that removes the nulls of structs from a value of an Arrow type.
 
-    Where objects of a column differ in their keys, Arrow gives each of them the keys of all, and
-    fills in nulls. A null of a list, of a map or of a whole column was written by someone.
+    If the objects of a column have different keys, Arrow gives each object all keys and fills in
+    nulls. Nulls in lists, maps and whole columns are the file's own.
     """
     if pa.types.is_struct(kind):
-        inner = {field.name: _without_filled(field.type, False) for field in kind}
+        inner = {field.name: _null_remover(field.type, False) for field in kind}
         return partial(_struct, inner, keep=column)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        item = _without_filled(kind.value_type, False)
-        return _same if item is _same else partial(_list, item)
-    return _same
+        item = _null_remover(kind.value_type, False)
+        return _unchanged if item is _unchanged else partial(_list, item)
+    return _unchanged
 
 
 def _struct(inner: dict[str, Callable[[Any], Any]], value: Any, *, keep: bool) -> Any:
@@ -104,239 +104,251 @@ def _struct(inner: dict[str, Callable[[Any], Any]], value: Any, *, keep: bool) -
 
 
 def _list(item: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else [item(one) for one in value]
+    return None if value is None else [item(element) for element in value]
 
 
-def _open(part: SourceFile) -> IO[bytes]:
-    assert part.path is not None
-    if part.kind.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(part.path, "rb"))
-    if part.kind.endswith(".zst"):
-        stream: Any = pa.input_stream(str(part.path), compression="zstd")
+def _open_stream(source_file: SourceFile) -> IO[bytes]:
+    assert source_file.path is not None
+    if source_file.kind.endswith(".gz"):
+        return cast(IO[bytes], gzip.open(source_file.path, "rb"))
+    if source_file.kind.endswith(".zst"):
+        stream: Any = pa.input_stream(str(source_file.path), compression="zstd")
         return io.BufferedReader(stream)
-    return open(part.path, "rb")
+    return open(source_file.path, "rb")
 
 
-def _broken_file(part: SourceFile, number: int, error: Exception) -> UserError:
-    """A file whose bytes end or go wrong in the middle."""
+def _broken_file(source_file: SourceFile, number: int, error: Exception) -> UserError:
+    """The error for a truncated or damaged file."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    what = f"the file is cut short or damaged: {reason}"
-    return UserError(what, where=part.location(number), fix="fetch the file again")
+    what = f"the file is truncated or damaged: {reason}"
+    return UserError(what, where=source_file.location(number), fix="download the file again")
 
 
-def _content(part: SourceFile) -> bytes:
+def _content(source_file: SourceFile) -> bytes:
     try:
-        with _open(part) as file:
+        with _open_stream(source_file) as file:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise _broken_file(part, 1, error) from error
-    _refuse_empty_zst(part, bool(content))
+        raise _broken_file(source_file, 1, error) from error
+    _check_zst_complete(source_file, bool(content))
     return content
 
 
-def _refuse_empty_zst(part: SourceFile, has_content: bool) -> None:
-    """The decoder takes a frame that ends before its first block for an empty one."""
-    if part.kind.endswith(".zst") and not has_content and Path(str(part.path)).stat().st_size > 16:
-        raise _broken_file(part, 1, EOFError("no complete block in it"))
+def _check_zst_complete(source_file: SourceFile, has_content: bool) -> None:
+    """Raise if a zst frame has no block; the decoder reads such a truncated file as empty."""
+    if (
+        source_file.kind.endswith(".zst")
+        and not has_content
+        and Path(str(source_file.path)).stat().st_size > 16
+    ):
+        raise _broken_file(source_file, 1, EOFError("it contains no complete block"))
 
 
-def _txt(part: SourceFile) -> Iterator[Raw]:
-    if text := decode_text(_content(part), part.name):
+def _txt(source_file: SourceFile) -> Iterator[RawRow]:
+    if text := decode_text(_content(source_file), source_file.name):
         yield from _parsed([(1, {"text": text})])
 
 
-def _jsonl(part: SourceFile) -> Iterator[Raw]:
-    for number, line in _lines(part):
+def _jsonl(source_file: SourceFile) -> Iterator[RawRow]:
+    for number, line in _lines(source_file):
         if isinstance(line, UserError):
             yield from _parsed([(number, line)])
         elif not line.isspace():
-            yield number, partial(parse_json, line, part, number)
+            yield number, partial(parse_json, line, source_file, number)
 
 
-def _lines(part: SourceFile) -> Iterator[tuple[int, bytes | UserError]]:
-    """Lines with their numbers; one that is too long is skipped without being held in memory."""
+def _lines(source_file: SourceFile) -> Iterator[tuple[int, bytes | UserError]]:
+    """Lines with their numbers; a line that is too long is skipped without loading it."""
     number = 0
     try:
-        with _open(part) as file:
+        with _open_stream(source_file) as file:
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
-                if number == 1 and not (line := without_mark(line, part.name)):
+                if number == 1 and not (line := without_mark(line, source_file.name)):
                     return
                 if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    yield number, _too_long(_skip_line(file) + len(line), part, number)
+                    yield number, _too_long(_skip_line(file) + len(line), source_file, number)
                 else:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise _broken_file(part, number + 1, error) from error
-    _refuse_empty_zst(part, number > 0)
+        raise _broken_file(source_file, number + 1, error) from error
+    _check_zst_complete(source_file, number > 0)
 
 
 def _skip_line(file: IO[bytes]) -> int:
     skipped = 0
-    while piece := file.readline(1 << 20):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
+    while chunk := file.readline(1 << 20):
+        skipped += len(chunk)
+        if chunk.endswith(b"\n"):
             break
     return skipped
 
 
-def _too_long(size: int, part: SourceFile, number: int) -> UserError:
-    what = f"a line of {size:,} bytes; the longest that is read has {MAX_LINE_BYTES:,}"
-    return UserError(what, where=part.location(number), fix="split the row, or remove it")
+def _too_long(size: int, source_file: SourceFile, number: int) -> UserError:
+    what = f"the line has {size:,} bytes, the maximum is {MAX_LINE_BYTES:,}"
+    return UserError(what, where=source_file.location(number), fix="split or remove this row")
 
 
-def parse_json(line: bytes, part: SourceFile, first_line: int) -> Any:
-    """JSON that starts in `first_line` of a part; what is wrong with it is returned."""
+def parse_json(line: bytes, source_file: SourceFile, first_line: int) -> Any:
+    """Parse JSON that starts in `first_line` of a file; errors are returned, not raised."""
     try:
-        return json.loads(line, object_pairs_hook=_no_key_twice)
+        return json.loads(line, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        at = min(error.pos, len(error.doc.rstrip()))  # what breaks off is missed behind its line
+        at = min(error.pos, len(error.doc.rstrip()))  # truncated JSON is reported in its last line
         before = error.doc[:at].split("\n")
-        where = f"{part.name}:{first_line + len(before) - 1}"
-        what = f"broken JSON: {error.msg} (column {len(before[-1]) + 1})"
-        return UserError(what, where=where, fix="mend or remove the line")
+        where = f"{source_file.name}:{first_line + len(before) - 1}"
+        what = f"invalid JSON: {error.msg} (column {len(before[-1]) + 1})"
+        return UserError(what, where=where, fix="fix or remove this line")
     except UnicodeDecodeError as error:
-        where = f"{part.name}:{first_line + line[: error.start].count(10)}"
+        where = f"{source_file.name}:{first_line + line[: error.start].count(10)}"
         return UserError("not UTF-8", where=where, fix="convert the file to UTF-8")
     except RecursionError:
-        return UserError("JSON nested too deeply", where=f"{part.name}:{first_line}")
+        return UserError("JSON nested too deeply", where=f"{source_file.name}:{first_line}")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:
-    """An object of JSON, or what is wrong with it or with an object in it."""
-    found = dict(pairs)
-    for value in found.values():
-        if fault := _fault_in(value):
-            return fault
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:
+    """A JSON object, or the first error in it or in its values."""
+    parsed = dict(pairs)
+    for value in parsed.values():
+        if error := _find_error(value):
+            return error
+    if len(parsed) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        return UserError(f"the key `{twice}` is there twice", fix="keep one of them")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        return UserError(f"duplicate key `{duplicate}`", fix="keep one of them")
+    return parsed
 
 
-def _fault_in(value: Any) -> UserError | None:
+def _find_error(value: Any) -> UserError | None:
     if isinstance(value, list):
-        return next((fault for one in value if (fault := _fault_in(one))), None)
+        return next((error for item in value if (error := _find_error(item))), None)
     return value if isinstance(value, UserError) else None
 
 
-def _json(part: SourceFile, columns: Collection[str]) -> Iterator[Raw]:
-    """A list of rows, an object that holds such a list, or one row.
+def _json(source_file: SourceFile, columns: Collection[str]) -> Iterator[RawRow]:
+    """A list of rows, an object that contains such a list, or a single row.
 
-    Or one row a line, as some call .json what is .jsonl.
+    Or one row per line: some .json files are JSON lines.
     """
-    filled = (line for _, line in _lines(part) if isinstance(line, UserError) or line.strip())
-    first = list(islice(filled, 2))
+    lines = (line for _, line in _lines(source_file) if isinstance(line, UserError) or line.strip())
+    first = list(islice(lines, 2))
     if len(first) == 2 and isinstance(first[0], bytes):
-        parsed = parse_json(first[0], part, 1)
+        parsed = parse_json(first[0], source_file, 1)
         if isinstance(parsed, dict):
-            yield from _jsonl(part)
+            yield from _jsonl(source_file)
             return
-    whole = parse_json(without_mark(_content(part), part.name), part, 1) if first else []
-    if isinstance(whole, UserError):
+    document = (
+        parse_json(without_mark(_content(source_file), source_file.name), source_file, 1)
+        if first
+        else []
+    )
+    if isinstance(document, UserError):
         if len(first) == 2 and all(_is_object(line) for line in first):
-            yield from _jsonl(part)  # says which lines are broken
+            yield from _jsonl(source_file)  # reports the invalid lines
             return
-        raise UserError(whole.message, where=whole.where or part.name, fix=whole.fix)
-    yield from _parsed(enumerate(_rows_in(whole, part, columns), start=1))
+        raise UserError(document.message, where=document.where or source_file.name, fix=document.fix)
+    yield from _parsed(enumerate(_rows_in(document, source_file, columns), start=1))
 
 
 def _is_object(line: bytes | UserError) -> bool:
-    """Whether a line looks like one row; what is too long to be looked at may be one."""
+    """Whether a line looks like a row; a line that is too long counts as one."""
     return isinstance(line, UserError) or line.lstrip().startswith(b"{")
 
 
-def _rows_in(whole: Any, part: SourceFile, columns: Collection[str]) -> list[Any]:
+def _rows_in(document: Any, source_file: SourceFile, columns: Collection[str]) -> list[Any]:
     """The rows of a JSON file: its list, or the only list of objects in its object.
 
     Raises:
-        UserError: several of its keys hold rows.
+        UserError: several keys contain rows.
     """
-    if isinstance(whole, list):
-        return whole
-    if not isinstance(whole, dict) or any(column in whole for column in columns):
-        return [whole]
-    lists = {key: value for key, value in whole.items() if _is_rows(value)}
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict) or any(column in document for column in columns):
+        return [document]
+    lists = {key: value for key, value in document.items() if _is_rows(value)}
     if len(lists) > 1:
-        what = f"several keys hold rows: {', '.join(lists)}"
-        raise UserError(what, where=part.name, fix="write each list into a file of its own")
-    return next(iter(lists.values()), [whole])
+        what = f"several keys contain rows: {', '.join(lists)}"
+        raise UserError(what, where=source_file.name, fix="write each list into a separate file")
+    return next(iter(lists.values()), [document])
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, dict | UserError) for one in value)
+    return isinstance(value, list) and all(isinstance(item, dict | UserError) for item in value)
 
 
-def _csv(part: SourceFile) -> Iterator[Raw]:
-    reader = csv.reader(_texts(part), strict=True)
+def _csv(source_file: SourceFile) -> Iterator[RawRow]:
+    reader = csv.reader(_texts(source_file), strict=True)
     header: list[str] | None = None
     number = 1
     while True:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            what = f"broken CSV: {error}"
-            raise UserError(what, where=part.location(number), fix="mend the file") from error
+            what = f"invalid CSV: {error}"
+            raise UserError(what, where=source_file.location(number), fix="fix the file") from error
         if cells is None:
             return
         if header is None:
-            header = _header(cells, part)
+            header = _header(cells, source_file)
         elif cells:
             yield number, partial(_csv_row, header, cells)
         number = reader.line_num + 1
 
 
-def _header(cells: list[str], part: SourceFile) -> list[str]:
-    if twice := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
-        what = f"the column `{twice[0]}` is there twice"
-        raise UserError(what, where=part.location(1), fix="rename or remove one of them")
+def _header(cells: list[str], source_file: SourceFile) -> list[str]:
+    if duplicates := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
+        what = f"duplicate column `{duplicates[0]}`"
+        raise UserError(what, where=source_file.location(1), fix="rename or remove one of them")
     return cells
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
     if len(cells) != len(header):
-        what = f"{len(cells)} cells, but the first line names {len(header)} columns"
-        return UserError(what, fix="mend or remove the row")
+        what = f"{len(cells)} cells, but the header has {len(header)} columns"
+        return UserError(what, fix="fix or remove this row")
     return dict(zip(header, cells, strict=True))
 
 
-def _texts(part: SourceFile) -> Iterator[str]:
-    for number, line in _lines(part):
+def _texts(source_file: SourceFile) -> Iterator[str]:
+    for number, line in _lines(source_file):
         if isinstance(line, UserError):
             raise line
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
             fix = "convert the file to UTF-8"
-            raise UserError("not UTF-8", where=part.location(number), fix=fix) from error
+            raise UserError("not UTF-8", where=source_file.location(number), fix=fix) from error
 
 
-def _parquet(part: SourceFile, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
+def _parquet(source_file: SourceFile, needed: tuple[str, ...] | None) -> Iterator[RawRow]:
     number = 0
     try:
-        with pq.ParquetFile(part.path) as file:
-            columns = _present(part, file.schema_arrow.names, wanted)
+        with pq.ParquetFile(source_file.path) as file:
+            columns = _present(source_file, file.schema_arrow.names, needed)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield from _of_batch(batch, number + 1)
+                yield from _batch_rows(batch, number + 1)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"broken parquet: {reason}", where=part.location(number + 1)) from error
+        raise UserError(
+            f"invalid parquet file: {reason}", where=source_file.location(number + 1)
+        ) from error
 
 
-def _arrow(part: SourceFile) -> Iterator[Raw]:
+def _arrow(source_file: SourceFile) -> Iterator[RawRow]:
     """Arrow's file format, or its stream format, which `datasets` writes."""
     number = 0
     try:
-        with pa.memory_map(str(part.path)) as file:
+        with pa.memory_map(str(source_file.path)) as file:
             for batch in _batches(file):
-                _header(batch.schema.names, part)
-                yield from _of_batch(batch, number + 1)
+                _header(batch.schema.names, source_file)
+                yield from _batch_rows(batch, number + 1)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"broken arrow file: {reason}", where=part.location(number + 1)) from error
+        raise UserError(
+            f"invalid arrow file: {reason}", where=source_file.location(number + 1)
+        ) from error
 
 
 def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
@@ -349,14 +361,18 @@ def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(file)
 
 
-def _dataset(part: SourceFile, wanted: tuple[str, ...] | None) -> Iterator[Raw]:
-    assert part.rows is not None
-    chosen = part.rows.select_columns(_present(part, part.rows.column_names, wanted))
-    bare = _without_filled(pa.struct(chosen.features.arrow_schema))
-    return _parsed(enumerate(map(bare, chosen), start=1))
+def _dataset(source_file: SourceFile, needed: tuple[str, ...] | None) -> Iterator[RawRow]:
+    assert source_file.dataset is not None
+    selected = source_file.dataset.select_columns(
+        _present(source_file, source_file.dataset.column_names, needed)
+    )
+    remove_nulls = _null_remover(pa.struct(selected.features.arrow_schema))
+    return _parsed(enumerate(map(remove_nulls, selected), start=1))
 
 
-def _present(part: SourceFile, names: list[str], wanted: tuple[str, ...] | None) -> list[str]:
-    """The columns to read; all, if none of those wanted is there, for a message that names them."""
-    _header(names, part)
-    return [name for name in names if wanted is None or name in wanted] or names
+def _present(
+    source_file: SourceFile, names: list[str], needed: tuple[str, ...] | None
+) -> list[str]:
+    """The columns to read; all columns if no needed one exists, so that errors can name them."""
+    _header(names, source_file)
+    return [name for name in names if needed is None or name in needed] or names

@@ -1,4 +1,4 @@
-"""Rows of a source as texts or conversations, every fault with its file and line."""
+"""Rows of a source as texts, conversations or preferences; each error has its file and line."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dtrain.core.errors import EmptyDataError, UserError
-from dtrain.data.formats import (
-    ROW_FORMATS,
-    Messages,
-    Preference,
-    RowContent,
-    convert,
-    detect_format,
-)
-from dtrain.data.readers import Raw, rows
+from dtrain.data.formats import ROW_FORMATS, RowContent, convert_row, detect_format
+from dtrain.data.readers import RawRow, iter_rows
 from dtrain.data.sources import SourceFile
-
-__all__ = ["BadRecord", "Messages", "Preference", "Record", "detect", "iter_records", "read"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row: a text, a conversation or a pair of them, and its number in its part, from 1."""
+    """A row: its content, the index of its file in the source, and its number there, from 1."""
 
     value: RowContent
     file_index: int
@@ -32,140 +23,155 @@ class Record:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A row that cannot be used; or a part, from this row on."""
+    """A row that cannot be used, or the rest of a file from this row."""
 
     error: UserError
     file_index: int
     row_number: int
 
 
-def read(
-    parts: list[SourceFile], form: str, columns: Mapping[Any, str] | None = None
+def read_records(
+    source_files: list[SourceFile], row_format: str, columns: Mapping[Any, str] | None = None
 ) -> Iterator[Record]:
-    """All rows of all parts, in order.
+    """All rows of all files of a source, in order.
 
     Args:
-        parts: of one source.
-        form: a format of the recipe.
-        columns: what a column of the format is called in the files, where it is called otherwise.
+        source_files: of one source.
+        row_format: `format` in the recipe.
+        columns: the format's name of a column → its name in the files, where they differ.
 
     Raises:
         UserError: a row cannot be used, with its file and line.
     """
-    for item in iter_records(parts, form, columns):
-        if isinstance(item, BadRecord):
-            raise item.error
-        yield item
+    for record in iter_records(source_files, row_format, columns):
+        if isinstance(record, BadRecord):
+            raise record.error
+        yield record
 
 
 def iter_records(
-    parts: list[SourceFile], form: str, columns: Mapping[Any, str] | None = None
+    source_files: list[SourceFile], row_format: str, columns: Mapping[Any, str] | None = None
 ) -> Iterator[Record | BadRecord]:
-    """As `read`, but a row that cannot be used is a fault, and reading goes on behind it."""
+    """Like `read_records`, but yields a BadRecord for a row that cannot be used, and continues."""
     columns = columns or {}
-    if form == "auto" and parts:
+    if row_format == "auto" and source_files:
         try:
-            form = detect(parts, columns)
+            row_format = detect_source_format(source_files, columns)
         except EmptyDataError:
             return
-    for index, part in enumerate(parts):
+    for index, source_file in enumerate(source_files):
         number = 0
         try:
-            _check_kind(part, form)
-            for number, parse in rows(part, _wanted(form, columns)):
-                yield _record(parse(), form, columns, index, number, part)
-        except UserError as error:  # nothing more can be read of this part
+            _check_file_kind(source_file, row_format)
+            for number, parse in iter_rows(source_file, _columns_of(row_format, columns)):
+                yield _record(parse(), row_format, columns, (index, number), source_file)
+        except UserError as error:  # the rest of this file cannot be read
             yield BadRecord(error, index, number + 1)
 
 
 def _record(
-    raw: object, form: str, columns: Mapping[Any, str], index: int, number: int, part: SourceFile
+    raw: object,
+    row_format: str,
+    columns: Mapping[Any, str],
+    position: tuple[int, int],
+    source_file: SourceFile,
 ) -> Record | BadRecord:
-    place = part.location(number)
+    location = source_file.location(position[1])
     if isinstance(raw, UserError):
-        return BadRecord(_placed(raw, place), index, number)
+        return BadRecord(_with_location(raw, location), *position)
     try:
-        return Record(convert(raw, form, columns, place), index, number)
+        return Record(convert_row(raw, row_format, columns, location), *position)
     except UserError as error:
-        return BadRecord(error, index, number)
+        return BadRecord(error, *position)
 
 
-def _placed(error: UserError, place: str) -> UserError:
-    return error if error.where else UserError(error.message, where=place, fix=error.fix)
+def _with_location(error: UserError, location: str) -> UserError:
+    return error if error.where else UserError(error.message, where=location, fix=error.fix)
 
 
 class RecordReader:
-    """Stretches of a source; those in ascending order are read in one pass over its files."""
+    """Reads ranges of a source's rows; ranges in ascending order take one pass over the files."""
 
-    def __init__(self, parts: list[SourceFile], form: str, columns: Mapping[Any, str]) -> None:
-        self.parts, self.form, self.columns = parts, form, columns
-        self._part, self._read, self._rows = -1, 0, cast(Iterator[Raw], iter(()))
+    def __init__(
+        self, source_files: list[SourceFile], row_format: str, columns: Mapping[Any, str]
+    ) -> None:
+        self.source_files, self.row_format, self.columns = source_files, row_format, columns
+        self._file, self._rows_read = -1, 0
+        self._rows = cast(Iterator[RawRow], iter(()))
 
-    def records(self, part: int, skip: int, count: int) -> Iterator[Record]:
-        """`count` rows, over the edges of parts, from row `skip` (from 0) of a part on.
+    def records(self, file_index: int, skip: int, count: int) -> Iterator[Record]:
+        """Read `count` rows, continuing in the next files.
+
+        Args:
+            file_index: of the file that contains the first row.
+            skip: rows of that file before the first one.
+            count: rows to read.
 
         Raises:
-            UserError: there are not as many, or one cannot be used.
+            UserError: there are fewer rows, or one cannot be used.
         """
-        if part != self._part or skip < self._read:
-            self._open(part)
-        for _ in range(skip - self._read):
-            self._next()  # not parsed
+        if file_index != self._file or skip < self._rows_read:
+            self._open(file_index)
+        for _ in range(skip - self._rows_read):
+            self._next()  # skipped rows are not parsed
         for _ in range(count):
             number, parse = self._next()
-            item = _record(
-                parse(), self.form, self.columns, self._part, number, self.parts[self._part]
-            )
-            if isinstance(item, BadRecord):
-                raise item.error
-            yield item
+            source_file = self.source_files[self._file]
+            position = self._file, number
+            record = _record(parse(), self.row_format, self.columns, position, source_file)
+            if isinstance(record, BadRecord):
+                raise record.error
+            yield record
 
-    def _open(self, part: int) -> None:
-        self._part, self._read = part, 0
-        self._rows = (
-            rows(self.parts[part], _wanted(self.form, self.columns)) if part >= 0 else iter(())
-        )
+    def _open(self, file_index: int) -> None:
+        self._file, self._rows_read = file_index, 0
+        if file_index >= 0:
+            columns = _columns_of(self.row_format, self.columns)
+            self._rows = iter_rows(self.source_files[file_index], columns)
+        else:
+            self._rows = cast(Iterator[RawRow], iter(()))
 
-    def _next(self) -> Raw:
-        while (found := next(self._rows, None)) is None:
-            if self._part + 1 == len(self.parts):
-                what, fix = "there are fewer rows than a moment ago", "leave the files as they are"
-                raise UserError(what, where=self.parts[-1].name, fix=fix)
-            self._open(self._part + 1)
-        self._read += 1
-        return found
+    def _next(self) -> RawRow:
+        while (row := next(self._rows, None)) is None:
+            if self._file + 1 == len(self.source_files):
+                message = "the files have fewer rows than when they were first read"
+                fix = "do not change the files during preparation; start again"
+                raise UserError(message, where=self.source_files[-1].name, fix=fix)
+            self._open(self._file + 1)
+        self._rows_read += 1
+        return row
 
 
-def detect(parts: list[SourceFile], columns: Mapping[Any, str]) -> str:
-    """The format that the first row shows.
+def detect_source_format(source_files: list[SourceFile], columns: Mapping[Any, str]) -> str:
+    """The format of a source, from its first valid row.
 
     Raises:
-        EmptyDataError: there is no row.
-        UserError: no format has such columns, or nothing can be read.
+        EmptyDataError: the source has no rows.
+        UserError: no format has such columns, or no row can be read.
     """
-    first_fault: UserError | None = None
-    for part in parts:
-        if part.kind.startswith(".txt"):
+    first_error: UserError | None = None
+    for source_file in source_files:
+        if source_file.kind.startswith(".txt"):
             return "text"
         try:
-            for number, parse in rows(part, renamed=columns.values()):
-                raw = parse()
+            for number, parse in iter_rows(source_file, renamed=columns.values()):
+                raw, location = parse(), source_file.location(number)
                 if not isinstance(raw, UserError):
-                    return detect_format(raw, columns, part.location(number))
-                first_fault = first_fault or _placed(raw, part.location(number))
+                    return detect_format(raw, columns, location)
+                first_error = first_error or _with_location(raw, location)
         except UserError as error:
-            first_fault = first_fault or error
-    if first_fault:
-        raise first_fault
-    raise EmptyDataError("there is no row in it", where=parts[0].name, fix="correct `path`")
+            first_error = first_error or error
+    if first_error:
+        raise first_error
+    raise EmptyDataError("the source has no rows", where=source_files[0].name, fix="correct `path`")
 
 
-def _check_kind(part: SourceFile, form: str) -> None:
-    if part.kind.startswith(".txt") and form != "text":
-        what = f"a {part.kind} file holds a text, not rows of {form}"
-        raise UserError(what, where=part.name, fix="format: text")
+def _check_file_kind(source_file: SourceFile, row_format: str) -> None:
+    if source_file.kind.startswith(".txt") and row_format != "text":
+        message = f"a {source_file.kind} file contains plain text, not rows of {row_format}"
+        raise UserError(message, where=source_file.name, fix="format: text")
 
 
-def _wanted(form: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
-    known = ROW_FORMATS[form]
-    return tuple(columns.get(name, name) for name in (*known.needs, *known.takes))
+def _columns_of(row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
+    known = ROW_FORMATS[row_format]
+    return tuple(columns.get(name, name) for name in (*known.required, *known.optional))

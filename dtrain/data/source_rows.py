@@ -9,7 +9,7 @@ from typing import Any
 from dtrain.config.schema import Source
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError
-from dtrain.data.records import BadRecord, Record, detect, iter_records
+from dtrain.data.records import BadRecord, Record, detect_source_format, iter_records
 from dtrain.data.sources import SourceFile, find_source_files
 
 
@@ -56,7 +56,9 @@ def open_source(source: Source) -> SourceRows:
     files = find_source_files(source, cache_folder() / "stores")
     columns: dict[Any, str] = dict(source.columns)
     try:
-        row_format = detect(files, columns) if source.format == "auto" else source.format
+        row_format = (
+            detect_source_format(files, columns) if source.format == "auto" else source.format
+        )
     except EmptyDataError:
         row_format = "text"  # an empty source gets a report too
     return SourceRows(source.path, files, row_format, columns)

@@ -1,4 +1,4 @@
-"""Where rows come from: an address of a recipe into files, or into a data set of `datasets`."""
+"""Find the files or the dataset behind a source's `path`."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import progress, say
 from dtrain.data.remote import fetch, is_remote
 
-datasets: Any = LazyModule("datasets")  # with pandas: a second that most runs need not pay
+datasets: Any = LazyModule("datasets")  # it imports pandas, which takes a second
 
 TEXTUAL = (".txt", ".jsonl", ".json", ".csv")
 PACKERS = (".gz", ".zst")
 SUFFIXES = (*TEXTUAL, ".parquet", ".arrow")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2", ".xz")
-SAVED_MARKS = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves
-SHOWN_FROM_BYTES = 1 << 30  # a second of hashing
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
+PROGRESS_FROM_BYTES = 1 << 30  # a second of hashing
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file, or one split of a data set.
+    """A file, or a split of a dataset.
 
     Attributes:
-        name: as messages show it.
+        name: for messages.
         kind: suffix of the file, or "dataset".
         identity: SHA-256 of the content; of a data set, a hash of its files and its selection.
         path: the file, if it is one.
-        rows: the data set, if it is one.
-        files: what it is read from, as it was when it was hashed.
+        dataset: of the `datasets` library, if it is one.
+        files: the files that are read, as they were when they were hashed.
     """
 
     name: str
     kind: str
     identity: str
     path: Path | None = None
-    rows: Any = None
+    dataset: Any = None
     files: tuple[FileIdentity, ...] = ()
 
     def location(self, number: int) -> str:
-        """Name of row `number` (from 1): file:line, file#row, or the file if it is one row."""
+        """Location of row `number` (from 1): file:line, file#row; of a text, the file."""
         if self.kind.startswith(".txt"):
             return self.name
         return f"{self.name}{':' if self.kind.startswith(('.jsonl', '.csv')) else '#'}{number}"
 
     def check_unchanged(self, *, again: bool = False) -> None:
-        """Check that what was read so far is what was hashed (`FileIdentity.check_unchanged`).
+        """Check that the files are still those that were hashed (`FileIdentity.check_unchanged`).
 
         Raises:
             UserError: a file changed.
@@ -65,7 +65,7 @@ class SourceFile:
 
 
 def file_kind(path: Path) -> str:
-    """'a/b.jsonl.gz' → '.jsonl.gz'; '' for files that are not read."""
+    """'a/b.jsonl.gz' → '.jsonl.gz'; '' for files of unknown kinds."""
     last = path.suffix.lower()
     if last in PACKERS and path.with_suffix("").suffix.lower() in TEXTUAL:
         return path.with_suffix("").suffix.lower() + last
@@ -77,107 +77,112 @@ def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
 
     Args:
         source: of the recipe.
-        cache: folder of what is fetched.
+        cache: folder of downloaded files.
 
     Raises:
-        UserError: there is nothing at the address, or nothing that can be read.
+        UserError: nothing exists at `path`, or nothing that can be read.
     """
     if is_remote(source.path):
         copies = fetch(source.path, cache, file_kind)
-        named = zip(_files([copy for _, copy in copies], source), copies, strict=True)
-        return [replace(part, name=name) for part, (name, _) in named]
+        source_files = _files([copy for _, copy in copies], source)
+        return [
+            replace(source_file, name=url)
+            for source_file, (url, _) in zip(source_files, copies, strict=True)
+        ]
     path = local_path(source.path)
-    if path.is_dir() and any((path / mark).exists() for mark in SAVED_MARKS):
+    if path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES):
         return [_saved(path, source)]
     if path.is_dir():
         return _files(_in_folder(path), source)
     if path.exists():
         return _files([path], source)
     if glob.has_magic(str(path)):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        return _files([file for file in found if file.is_file()], source)
+        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        return _files([file for file in matches if file.is_file()], source)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
         return [_from_hub(source)]
-    raise UserError("no such file", where=source.path, fix="correct `path`, or put the file there")
+    raise UserError("no such file", where=source.path, fix="correct `path`, or create the file")
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if file_kind(p) and p.is_file())
-    found = [path for path in found if not path.name.startswith(".")]
+    files = sorted(p for p in folder.rglob("*") if file_kind(p) and p.is_file())
+    files = [path for path in files if not path.name.startswith(".")]
     inside = folder.resolve()
-    for path in found:  # whoever can write into the folder must not choose what is read elsewhere
+    for path in files:  # write access to the folder must not allow reading other files
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            what = f"a link that leaves its folder, to {path.resolve()}"
-            fix = "copy the file, or name the link itself in `path` if it is meant"
-            raise UserError(what, where=str(path), fix=fix)
-    return found
+            message = f"a symlink to a file outside of its folder: {path.resolve()}"
+            fix = "copy the file, or name the link itself in `path` if this is intended"
+            raise UserError(message, where=str(path), fix=fix)
+    return files
 
 
 def _files(paths: list[Path], source: Source) -> list[SourceFile]:
     if not paths:
         raise UserError(
-            f"no file here that can be read ({', '.join(SUFFIXES)})",
+            f"no readable files here ({', '.join(SUFFIXES)})",
             where=source.path,
-            fix="correct `path`; ** in it reaches folders below",
+            fix="correct `path`; ** includes subfolders",
         )
-    if strange := [path for path in paths if not file_kind(path)]:
-        raise _strange(strange[0])
+    if unknown := [path for path in paths if not file_kind(path)]:
+        raise _unknown_kind(unknown[0])
     sizes = [path.stat().st_size for path in paths]
-    long = sum(sizes) >= SHOWN_FROM_BYTES
-    parts = []
-    with progress(f"hashing {source.path}", sum(sizes)) if long else nullcontext() as meter:
+    is_slow = sum(sizes) >= PROGRESS_FROM_BYTES
+    source_files = []
+    with progress(f"hashing {source.path}", sum(sizes)) if is_slow else nullcontext() as meter:
         for path, size in zip(paths, sizes, strict=True):
             file = FileIdentity.of(path)
-            parts.append(SourceFile(str(path), file_kind(path), file.digest, path, files=(file,)))
+            source_files.append(
+                SourceFile(str(path), file_kind(path), file.digest, path, files=(file,))
+            )
             if meter:
                 meter.advance(size)
-    return parts
+    return source_files
 
 
-def _strange(path: Path) -> UserError:
+def _unknown_kind(path: Path) -> UserError:
     if path.name.lower().endswith(ARCHIVES):
-        what = "an archive is not read, and not unpacked either: its names may lead anywhere"
-        return UserError(what, where=str(path), fix="unpack it yourself and name the folder")
+        message = "archives are not unpacked: they could write outside of their folder"
+        return UserError(message, where=str(path), fix="unpack it and name the folder")
     return UserError(
-        f"files that end in {path.suffix or 'nothing'} are not known",
+        f"unknown file type: {path.suffix or 'no suffix'}",
         where=str(path),
-        fix=f"name files that end in {', '.join(SUFFIXES)}, or .jsonl.gz and the like",
+        fix=f"use {', '.join(SUFFIXES)}, or .jsonl.gz and similar",
     )
 
 
 def _saved(folder: Path, source: Source) -> SourceFile:
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
-        rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        dataset = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except KeyError as error:
         raise UserError(
-            f"there is no split {source.split!r}",
+            f"the dataset has no split {source.split!r}",
             where=source.path,
-            fix=f"`split` is one of {', '.join(loaded)}",
+            fix=f"set `split` to one of {', '.join(loaded)}",
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read: {error}", where=source.path) from error
-    files = _cache_files(rows)
+    files = _cache_files(dataset)
     hashes = [file.digest for file in files]
-    return SourceFile(source.path, "dataset", fingerprint(hashes), rows=rows, files=files)
+    return SourceFile(source.path, "dataset", fingerprint(hashes), dataset=dataset, files=files)
 
 
-def _cache_files(rows: Any) -> tuple[FileIdentity, ...]:
-    return tuple(FileIdentity.of(Path(file["filename"])) for file in rows.cache_files)
+def _cache_files(dataset: Any) -> tuple[FileIdentity, ...]:
+    return tuple(FileIdentity.of(Path(file["filename"])) for file in dataset.cache_files)
 
 
 def _from_hub(source: Source) -> SourceFile:
-    say(f"{source.path}: no such file or folder here, asking the hub")
+    say(f"{source.path}: no such file or folder here, trying the hub")
     try:
-        rows: Any = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:  # the hub's client raises anything from KeyError to its own kinds
+        dataset: Any = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the hub's client raises many types of errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"no such file or folder, and the hub's data set cannot be had: {reason[0]}",
+            f"no such file or folder, and not on the hub: {reason[0]}",
             where=source.path,
-            fix="correct `path` or `split`, or download the data set where there is a network",
+            fix="correct `path` or `split`, or download the dataset where there is a network",
         ) from error
-    files = _cache_files(rows)
-    identity = fingerprint([rows._fingerprint, *(file.digest for file in files)])
+    files = _cache_files(dataset)
+    identity = fingerprint([dataset._fingerprint, *(file.digest for file in files)])
     name = f"{source.path}[{source.split}]"
-    return SourceFile(name, "dataset", identity, rows=rows, files=files)
+    return SourceFile(name, "dataset", identity, dataset=dataset, files=files)

@@ -20,7 +20,7 @@ from trl.data_utils import pack_dataset
 from dtrain.config.schema import Data
 from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import prepare
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.causal_lm import SupervisedFinetuning
@@ -45,7 +45,11 @@ def main(path: str) -> None:
         tokenizer = load_tokenizer(ensure("tiny-llama"))
         data = Data.model_validate({"sources": [{"path": path}], "sequence_length": TOKENS})
         parts = find_source_files(data.sources[0], folder)
-        talks = [r.value.messages for r in read(parts, "auto") if isinstance(r.value, Conversation)]
+        talks = [
+            r.value.messages
+            for r in read_records(parts, "auto")
+            if isinstance(r.value, Conversation)
+        ]
         talks = (talks * (ROWS // len(talks) + 1))[:ROWS]
         many = folder / "many.jsonl"
         many.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))

@@ -22,7 +22,7 @@ from dtrain.augmentation.request_pool import SpendingLimits
 from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.source_rows import open_source
 from dtrain.data.sources import find_source_files
 
@@ -166,7 +166,7 @@ def test_rows_are_generated_in_source_order_and_labeled(serve, make, tmp_path) -
     ]
     assert summary["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
     parts = find_source_files(Source(path=str(tmp_path / "out" / "generated.jsonl")), tmp_path)
-    assert len(list(read(parts, "auto"))) == 20
+    assert len(list(read_records(parts, "auto"))) == 20
 
 
 def test_other_answers_keep_the_conversation(serve, make, tmp_path) -> None:

@@ -20,13 +20,17 @@ GOOD = b'{"instruction": "Name a %s that people keep.", "output": "It is kept by
 # file → (its content between two good rows, what is told, at which line)
 BROKEN = {
     "utf8.jsonl": (b'{"instruction": "a", "output": "\xc3\x28\xff"}', "not UTF-8", 2),
-    "nul.jsonl": (b'{"instruction": "a", "output": "b\\u0000c"}', "`output` holds a NUL", 2),
-    "raw.jsonl": (b'{"instruction": "a", "output": "b\x00c"}', "broken JSON", 2),
-    "twice.jsonl": (b'{"instruction": "a", "output": "b", "output": "c"}', "is there twice", 2),
+    "nul.jsonl": (b'{"instruction": "a", "output": "b\\u0000c"}', "`output` contains a NUL", 2),
+    "raw.jsonl": (b'{"instruction": "a", "output": "b\x00c"}', "invalid JSON", 2),
+    "twice.jsonl": (
+        b'{"instruction": "a", "output": "b", "output": "c"}',
+        "duplicate key `output`",
+        2,
+    ),
     "mixed.jsonl": (b'{"text": "another format"}', "column `instruction` is missing", 2),
     "types.jsonl": (b'{"instruction": "a", "output": ["b"]}', "`output` must be a text, not a", 2),
     "list.jsonl": (b'["instruction", "output"]', "a row must be an object, not a list", 2),
-    "long.jsonl": (b'{"output": "' + b"x" * LINE_BYTES + b'"}', "a line of 50,000,015 bytes", 2),
+    "long.jsonl": (b'{"output": "' + b"x" * LINE_BYTES + b'"}', "the line has 50,000,015 bytes", 2),
 }
 
 
@@ -74,7 +78,7 @@ def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
     kept, gone = cleaned(corpus, tmp_path / "out", broken="quarantine")
     faults = {line["location"].rsplit("/", 1)[1]: line["error"] for line in gone}
     (cut,) = [place for place in faults if place.startswith("cut")]
-    assert "cut short or damaged" in faults.pop(cut)
+    assert "truncated or damaged" in faults.pop(cut)
     whole = int(cut.rpartition(":")[2]) - 1
     assert 1000 < whole < 2000
     assert faults.keys() == {f"{name}:{line}" for name, (_, _, line) in BROKEN.items()}

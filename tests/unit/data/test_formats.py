@@ -12,7 +12,7 @@ import pytest
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.sources import find_source_files
 
 QUESTION = {"role": "user", "content": "a"}
@@ -27,7 +27,7 @@ def load(tmp_path):
 
     def run(path, form="text", **more):
         parts = find_source_files(Source(path=str(path), format=form, **more), tmp_path / "cache")
-        rows = read(parts, form, more.get("columns"))
+        rows = read_records(parts, form, more.get("columns"))
         return [(plain(row.value), parts[row.file_index].location(row.row_number)) for row in rows]
 
     return run
@@ -118,7 +118,7 @@ def test_a_folder_of_save_to_disk(load, fault, tmp_path) -> None:
     both = datasets.DatasetDict(train=rows, test=rows.select([1]))
     both.save_to_disk(str(tmp_path / "two"))
     assert [v for v, _ in load(tmp_path / "two", split="test")] == ["y"]
-    assert "`split` is one of train, test" in fault(tmp_path / "two", split="dev")
+    assert "set `split` to one of train, test" in fault(tmp_path / "two", split="dev")
     assert "column `instruction` is missing" in fault(tmp_path / "one", "alpaca")
 
 
@@ -140,34 +140,34 @@ def test_a_hub_id_that_cannot_be_had(fault, monkeypatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = fault("corpus")
-    assert "no such file or folder, and the hub's data set cannot be had: no route" in message
+    assert "no such file or folder, and not on the hub: no route" in message
 
 
 def test_missing_files(fault, tmp_path) -> None:
     assert "a.jsonl: no such file" in fault(tmp_path / "a.jsonl")
-    assert "no file here that can be read" in fault(tmp_path / "*.jsonl")
+    assert "no readable files here" in fault(tmp_path / "*.jsonl")
     (tmp_path / "empty").mkdir()
-    assert "no file here that can be read" in fault(tmp_path / "empty")
+    assert "no readable files here" in fault(tmp_path / "empty")
 
 
 def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK")
-    assert "files that end in .xlsx are not known" in fault(tmp_path / "a.xlsx")
+    assert "unknown file type: .xlsx" in fault(tmp_path / "a.xlsx")
 
 
 @pytest.mark.parametrize(
     ("content", "line", "what"),
     [
-        (b'{"text": "a"}\n{"text": "b\n', 2, "broken JSON: Invalid control character"),
-        (b'{"text": "a"}\n\n{"text"}\n', 3, "broken JSON: Expecting ':' delimiter (column 8)"),
-        (b'{"text": "a"}\n{"text":\n', 2, "broken JSON: Expecting value"),
-        (b'{"text": "a"}\n{"text" \r\n', 2, "broken JSON: Expecting ':' delimiter (column 8)"),
+        (b'{"text": "a"}\n{"text": "b\n', 2, "invalid JSON: Invalid control character"),
+        (b'{"text": "a"}\n\n{"text"}\n', 3, "invalid JSON: Expecting ':' delimiter (column 8)"),
+        (b'{"text": "a"}\n{"text":\n', 2, "invalid JSON: Expecting value"),
+        (b'{"text": "a"}\n{"text" \r\n', 2, "invalid JSON: Expecting ':' delimiter (column 8)"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8"),
         (b'{"text": "a"}\n["b"]\n', 2, "a row must be an object, not a list"),
-        (b'{"text": "a"}\n{"txt": "b"}\n', 2, "column `text` is missing; there is txt"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', 2, "column `text` is missing; the row has txt"),
         (b'{"text": "a"}\n{"text": null}\n', 2, "`text` must be a text, not null"),
         (b'{"text": 1}\n', 1, "`text` must be a text, not a number"),
-        (b'{"text": "\\ud800"}\n', 1, "`text` holds half a character"),
+        (b'{"text": "\\ud800"}\n', 1, "`text` contains an unpaired surrogate"),
         (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
     ],
 )
@@ -178,21 +178,21 @@ def test_faults_in_lines(fault, tmp_path, content, line, what) -> None:
 
 def test_a_broken_list_names_its_line(fault, tmp_path) -> None:
     (tmp_path / "a.json").write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
-    assert f"{tmp_path}/a.json:3: broken JSON" in fault(tmp_path / "a.json")
+    assert f"{tmp_path}/a.json:3: invalid JSON" in fault(tmp_path / "a.json")
 
 
 def test_a_broken_parquet_file(fault, tmp_path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
-    assert "a.parquet#1: broken parquet" in fault(tmp_path / "a.parquet")
+    assert "a.parquet#1: invalid parquet file" in fault(tmp_path / "a.parquet")
 
 
 def test_missing_columns_name_those_there_are(fault, write_rows, tmp_path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     message = fault(tmp_path / "a.parquet")
-    assert "column `text` is missing; there is body" in message
+    assert "column `text` is missing; the row has body" in message
     path = write_rows("a.jsonl", [{"instruction": "x", "answer": "y"}])
     message = fault(path, "alpaca")
-    assert f"{path}:1: column `output` is missing; there is instruction, answer" in message
+    assert f"{path}:1: column `output` is missing; the row has instruction, answer" in message
     assert "format: alpaca needs instruction, output" in message
 
 
@@ -214,7 +214,9 @@ def test_faults_in_messages(fault, write_rows, messages, what) -> None:
 
 def test_a_text_file_holds_no_conversations(fault, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("hello")
-    assert "a .txt file holds a text, not rows of alpaca" in fault(tmp_path / "a.txt", "alpaca")
+    assert "a .txt file contains plain text, not rows of alpaca" in fault(
+        tmp_path / "a.txt", "alpaca"
+    )
 
 
 def test_a_text_file_that_is_not_utf8(fault, tmp_path) -> None:

@@ -17,7 +17,7 @@ from dtrain.config.schema import Source
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.data import readers
 from dtrain.data.conversations import Preference
-from dtrain.data.records import BadRecord, detect, iter_records, read
+from dtrain.data.records import BadRecord, detect_source_format, iter_records, read_records
 from dtrain.data.sources import find_source_files
 
 ASKED = {"role": "user", "content": "a"}
@@ -32,7 +32,7 @@ def load(tmp_path):
     def run(path, form="auto", **more):
         source = Source(path=str(path), format=form, **more)
         parts = find_source_files(source, tmp_path / "cache")
-        return [record.value for record in read(parts, form, source.columns)]
+        return [record.value for record in read_records(parts, form, source.columns)]
 
     return run
 
@@ -147,7 +147,7 @@ def test_columns_are_renamed(load, write_rows) -> None:
     for form in ("alpaca", "auto"):
         (talk,) = load(path, form, columns=columns)
         assert [m["content"] for m in talk.messages] == ["a", "b"]
-    with pytest.raises(UserError, match="column `reply` is missing; there is question, answer"):
+    with pytest.raises(UserError, match="column `reply` is missing; the row has question, answer"):
         load(path, "alpaca", columns={"instruction": "question", "output": "reply"})
 
 
@@ -161,8 +161,8 @@ def test_auto_says_what_it_found(write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [{"title": "x", "body": "y"}])
     parts = find_source_files(Source(path=path), tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no known format has the columns title, body"):
-        detect(parts, {})
-    assert detect(parts, {"text": "body"}) == "text"
+        detect_source_format(parts, {})
+    assert detect_source_format(parts, {"text": "body"}) == "text"
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json.gz", "csv", "csv.gz", "arrow"])
@@ -215,11 +215,11 @@ class TestBroken:
         assert seen(path) == [
             "a",
             f"{path}:2: not UTF-8",
-            f"{path}:3: broken JSON: Expecting ':' delimiter (column 9)",
-            f"{path}:4: the key `text` is there twice",
-            f"{path}:5: `text` holds a NUL at place 1",
-            f"{path}:6: column `text` is missing; there is txt",
-            f"{path}:7: broken JSON: Invalid control character at (column 12)",
+            f"{path}:3: invalid JSON: Expecting ':' delimiter (column 9)",
+            f"{path}:4: duplicate key `text`",
+            f"{path}:5: `text` contains a NUL at character 1",
+            f"{path}:6: column `text` is missing; the row has txt",
+            f"{path}:7: invalid JSON: Invalid control character at (column 12)",
             "z",
         ]
 
@@ -227,7 +227,7 @@ class TestBroken:
         path = tmp_path / "a.jsonl"
         path.write_text('{"messages": [{"role": "user", "role": "tool", "content": "a"}]}\n')
         (told,) = seen(path, "messages")
-        assert told.startswith(f"{path}:1: ") and "the key `role` is there twice" in told
+        assert told.startswith(f"{path}:1: ") and "duplicate key `role`" in told
 
     def test_a_line_too_long_is_skipped(self, seen, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
@@ -235,7 +235,7 @@ class TestBroken:
         path.write_text('{"text": "a"}\n{"text": "' + "b" * 500 + '"}\n{"text": "c"}\n')
         first, long, last = seen(path)
         assert (first, last) == ("a", "c")
-        assert long == f"{path}:2: a line of 513 bytes; the longest that is read has 100"
+        assert long == f"{path}:2: the line has 513 bytes, the maximum is 100"
 
     @pytest.mark.parametrize("kind", ["gz", "zst"])
     def test_a_packed_file_cut_short(self, seen, tmp_path, kind) -> None:
@@ -245,30 +245,32 @@ class TestBroken:
         path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
         *read_rows, told = seen(path)
         assert read_rows and read_rows == [row["text"] for row in rows[: len(read_rows)]]
-        assert told.startswith(f"{path}:{len(read_rows) + 1}: the file is cut short or damaged")
+        assert told.startswith(f"{path}:{len(read_rows) + 1}: the file is truncated or damaged")
         path.write_bytes(whole.read_bytes()[:40])
-        assert "cut short or damaged" in seen(path)[0]
+        assert "truncated or damaged" in seen(path)[0]
 
     def test_a_csv_row_with_too_many_cells(self, seen, tmp_path) -> None:
         path = tmp_path / "a.csv"
         path.write_text('text,id\n"a\nb",1\nc,2,3\nd,4\n')
-        told = f"{path}:4: 3 cells, but the first line names 2 columns"
+        told = f"{path}:4: 3 cells, but the header has 2 columns"
         assert seen(path) == ["a\nb", told, "d"]
         path.write_text('text\n"a\n')
-        assert seen(path) == [f"{path}:2: broken CSV: unexpected end of data"]
+        assert seen(path) == [f"{path}:2: invalid CSV: unexpected end of data"]
 
     def test_a_link_out_of_the_folder(self, load, tmp_path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "secret.jsonl").write_text('{"text": "a"}\n')
         (tmp_path / "in" / "a.jsonl").symlink_to("../secret.jsonl")
-        with pytest.raises(UserError, match=r"in/a\.jsonl: a link that leaves its folder, to /"):
+        with pytest.raises(
+            UserError, match=r"in/a\.jsonl: a symlink to a file outside of its folder: /"
+        ):
             load(tmp_path / "in")
         assert load(tmp_path / "in" / "a.jsonl") == ["a"]
 
     def test_an_archive(self, load, tmp_path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("../evil.jsonl", "{}")
-        with pytest.raises(UserError, match=r"a\.zip: an archive is not read"):
+        with pytest.raises(UserError, match=r"a\.zip: archives are not unpacked"):
             load(tmp_path / "a.zip")
         assert [p.name for p in tmp_path.rglob("*.jsonl")] == []
 

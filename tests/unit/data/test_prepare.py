@@ -162,7 +162,7 @@ def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
 
 def test_empty_data_is_refused(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [])
-    with pytest.raises(UserError, match=r"a\.jsonl: there is no row in it"):
+    with pytest.raises(UserError, match=r"a\.jsonl: the source has no rows"):
         prepared("cpt", [{"path": path, "format": "text"}])
 
 

@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.locks import FolderLock
 from dtrain.data import remote
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.sources import file_kind, find_source_files
 
 
@@ -31,7 +31,9 @@ def bucket():
 
 def texts(address: str, cache) -> list[tuple[str, str]]:
     parts = find_source_files(Source(path=address), cache)
-    return [(parts[r.file_index].location(r.row_number), r.value) for r in read(parts, "auto")]
+    return [
+        (parts[r.file_index].location(r.row_number), r.value) for r in read_records(parts, "auto")
+    ]
 
 
 def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
@@ -49,7 +51,7 @@ def test_a_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
         bucket(name, ["one"])
     assert texts("memory://bucket", tmp_path) == [("memory:///bucket/a.jsonl:1", "one")]
     assert not list(tmp_path.rglob("README.md"))  # nor fetched
-    with pytest.raises(UserError, match="are not known"):
+    with pytest.raises(UserError, match="unknown file type"):
         texts("memory://bucket/*", tmp_path)
 
 

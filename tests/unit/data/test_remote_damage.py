@@ -17,7 +17,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.sources import find_source_files
 
 GOOD = b"".join(json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(100))
@@ -70,7 +70,7 @@ def site() -> Iterator[Site]:
 
 def texts(site: Site, cache: Path) -> list[str]:
     parts = find_source_files(Source(path=site.address), cache)
-    return [str(record.value) for record in read(parts, "text")]
+    return [str(record.value) for record in read_records(parts, "text")]
 
 
 def base64(algorithm: str, content: bytes = GOOD) -> str:

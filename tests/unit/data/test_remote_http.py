@@ -16,7 +16,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.sources import find_source_files
 
 
@@ -42,7 +42,9 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 def texts(address: str, cache: Path) -> list[tuple[str, str]]:
     parts = find_source_files(Source(path=address), cache)
-    return [(parts[r.file_index].location(r.row_number), r.value) for r in read(parts, "auto")]
+    return [
+        (parts[r.file_index].location(r.row_number), r.value) for r in read_records(parts, "auto")
+    ]
 
 
 def test_rows_of_a_web_server_are_read_and_named_by_their_address(site, tmp_path) -> None:

@@ -12,7 +12,7 @@ from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.conversations import Conversation, parse_messages
 from dtrain.data.end_of_turn import end_of_turn
-from dtrain.data.formats import convert
+from dtrain.data.formats import convert_row
 
 FAMILIES = Path(__file__).with_name("templates")
 ASKED = {"role": "user", "content": "Two and two?"}
@@ -347,7 +347,10 @@ def test_a_turn_that_the_row_wants_learned_is(learned, key) -> None:
         ({"weight": 0.5}, r"`messages\[1\].weight` must be 0 or 1 .* not 0.5"),
         ({"loss_weight": 2}, "must be 0 or 1"),
         ({"train": "no"}, r"`messages\[1\].train` must be 0 or 1"),
-        ({"weight": 1, "train": False}, "both that it is learned and that it is not"),
+        (
+            {"weight": 1, "train": False},
+            r"the keys weight, train of `messages\[1\]` contradict each other",
+        ),
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail"),
     ],
 )
@@ -416,9 +419,9 @@ def test_other_parts_are_refused_by_name(part, kind) -> None:
 def test_a_row_with_images_is_refused() -> None:
     turns = [{"role": "user", "content": "<image> What?"}, said("Four.")]
     with pytest.raises(UserError, match="f:1: the row has images"):
-        convert({"messages": turns, "images": ["a.png"]}, "messages", {}, "f:1")
+        convert_row({"messages": turns, "images": ["a.png"]}, "messages", {}, "f:1")
     assert isinstance(
-        convert({"messages": turns, "images": []}, "messages", {}, "f:1"), Conversation
+        convert_row({"messages": turns, "images": []}, "messages", {}, "f:1"), Conversation
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from dtrain.config.schema import Source
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.data.conversations import parse_messages, parse_tools
-from dtrain.data.formats import convert
-from dtrain.data.records import detect, read
+from dtrain.data.formats import convert_row
+from dtrain.data.records import detect_source_format, read_records
 from dtrain.data.show import sequences
 from dtrain.data.sources import find_source_files
 from tests.unit.data.conftest import CHATML
@@ -85,7 +85,9 @@ def test_marks_of_parts_are_those_of_the_turn(shown) -> None:
 @pytest.mark.parametrize("marks", [(True, False), (None, False)])
 def test_parts_that_are_marked_apart_are_refused(marks) -> None:
     turns = [ASKED, {"role": "assistant", "content": parts(*marks)}]
-    with pytest.raises(UserError, match=r"f:1: the parts of `messages\[1\]` are not all marked"):
+    with pytest.raises(
+        UserError, match=r"f:1: the blocks of `messages\[1\]` differ in whether they have loss"
+    ):
         parse_messages(turns, "messages", "f:1")
 
 
@@ -137,7 +139,7 @@ CALL = {"function": {"name": "add", "arguments": {"a": 2}}}
     [
         (
             {"tool_calls": [{"name": "add", "input": {"a": 2}}]},
-            "has no `arguments`; there is input",
+            "has no `arguments`, but input",
         ),
         ({"tool_calls": [{"name": "add", "arguments": [2]}]}, "must be an object, not a list"),
         ({"tool_calls": [{"name": "add", "arguments": 0}]}, "must be an object, not a number"),
@@ -154,14 +156,14 @@ def test_what_would_be_lost_of_a_message_is_refused(turn, message) -> None:
 
 @pytest.mark.parametrize("tool", [{"type": "function", "function": {}}, {"description": "d"}])
 def test_a_tool_without_a_name_is_refused(tool) -> None:
-    with pytest.raises(UserError, match=r"f:1: `tools\[0\]` names no function"):
+    with pytest.raises(UserError, match=r"f:1: `tools\[0\]` has no function name"):
         parse_tools([tool], "f:1")
 
 
 @pytest.mark.parametrize("instruction", ["", " \n"])
 def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
     row = {"instruction": instruction, "input": "Two and two?", "output": "Four."}
-    asked = convert(row, "alpaca", {}, "f:1").messages[0]
+    asked = convert_row(row, "alpaca", {}, "f:1").messages[0]
     assert (asked["content"], asked["instruction"], asked["input"]) == (
         "Two and two?",
         "Two and two?",
@@ -182,12 +184,12 @@ def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
 def test_a_source_without_a_row_is_called_empty(tmp_path: Path, name, content) -> None:
     (tmp_path / name).write_text(content)
     parts = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
-    with pytest.raises(EmptyDataError, match=f"{name}: there is no row in it"):
-        detect(parts, {})
+    with pytest.raises(EmptyDataError, match=f"{name}: the source has no rows"):
+        detect_source_format(parts, {})
 
 
 def test_rows_under_a_key_that_also_marks_turns(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": [{"messages": [ASKED, GOOD]}]}))
     parts = find_source_files(Source(path=str(tmp_path / "a.json")), tmp_path)
-    (record,) = read(parts, "auto")
+    (record,) = read_records(parts, "auto")
     assert [message["content"] for message in record.value.messages] == ["Two and two?", "Four."]

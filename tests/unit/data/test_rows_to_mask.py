@@ -10,7 +10,7 @@ import pytest
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.show import sequences
 from dtrain.data.source_rows import open_source
 from dtrain.data.sources import find_source_files
@@ -167,7 +167,7 @@ def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> N
 
     def values(path):
         parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
-        return [record.value for record in read(parts, "messages")]
+        return [record.value for record in read_records(parts, "messages")]
 
     kept = values(tmp_path / "out" / "rows-1.jsonl")
     assert kept == values(tmp_path / "rows.jsonl")[:3] and isinstance(kept[0], Conversation)

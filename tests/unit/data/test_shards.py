@@ -21,7 +21,7 @@ from dtrain.core.locks import ShardLocks
 from dtrain.core.processes import worker_pool
 from dtrain.data import shard_boundaries, shards
 from dtrain.data.prepare import prepare, prepare_share
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.shards import Share
 from dtrain.data.sources import find_source_files
 from dtrain.objectives.causal_lm import ContinuedPretraining, SupervisedFinetuning
@@ -278,7 +278,7 @@ def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
 
 def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:
     parts = find_source_files(rows_of_all_kinds.sources[0], tmp_path)
-    whole = list(read(parts, "text"))
+    whole = list(read_records(parts, "text"))
     stretches = shards.RecordReader(parts, "text", {})
     found = []
     for part, skip, row in ((0, 0, 0), (0, 55, 55), (1, 38, 98), (0, 10, 10)):  # on, over, back

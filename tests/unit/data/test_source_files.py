@@ -18,7 +18,7 @@ from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import template_text
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import BadRecord, iter_records, read
+from dtrain.data.records import BadRecord, iter_records, read_records
 from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.pipeline.evaluator import read_questions
@@ -50,7 +50,7 @@ def load(tmp_path):
     def run(path: Path, form: str = "auto", **more: Any) -> list[Any]:
         source = Source(path=str(path), format=form, **more)
         parts = find_source_files(source, tmp_path / "cache")
-        return [record.value for record in read(parts, form, source.columns)]
+        return [record.value for record in read_records(parts, form, source.columns)]
 
     return run
 
@@ -125,7 +125,7 @@ def test_nulls_in_a_json_text_of_arrow_stay(load, tmp_path, name) -> None:
 def test_a_key_twice_inside_a_row_is_refused(load, fault, tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n')
-    assert fault(path).startswith(f"{path}:1: the key `content` is there twice")
+    assert fault(path).startswith(f"{path}:1: duplicate key `content`")
     row = {"messages": [ASKED, call('{"a": 1, "a": 2}')]}
     path.write_text(json.dumps(row))
     assert "the key a is there twice" in fault(path)
@@ -223,7 +223,7 @@ def test_questions_without_one_are_refused(tmp_path) -> None:
 def test_a_column_twice_is_refused(fault, tmp_path, head) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"{head}\n" + ",".join("x" for _ in head.split(",")) + "\n")
-    assert fault(path).startswith(f"{path}:1: the column `text` is there twice")
+    assert fault(path).startswith(f"{path}:1: duplicate column `text`")
 
 
 def test_columns_without_a_name_are_nobodys(load, tmp_path) -> None:
@@ -241,7 +241,7 @@ def test_a_column_twice_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> 
     else:
         with pa.ipc.new_file(str(path), table.schema) as file:
             file.write_table(table)
-    assert "the column `text` is there twice" in fault(path)
+    assert "duplicate column `text`" in fault(path)
 
 
 def test_a_csv_row_of_another_length_is_refused_with_its_line(tmp_path) -> None:
@@ -252,7 +252,7 @@ def test_a_csv_row_of_another_length_is_refused_with_its_line(tmp_path) -> None:
         str(item.error) if isinstance(item, BadRecord) else item
         for item in iter_records(parts, "text")
     ]
-    assert told[1].startswith(f"{path}:4: 1 cells, but the first line names 2 columns")
+    assert told[1].startswith(f"{path}:4: 1 cells, but the header has 2 columns")
     assert told[2].startswith(f"{path}:5: 3 cells")
     assert told[0].value == "two\nlines" and told[3].value == "y"
 
@@ -283,7 +283,7 @@ def test_an_object_that_is_a_row_is_one(load, tmp_path, indent) -> None:
 def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"train": [ROW], "test": [ROW]}))
-    assert fault(path).startswith(f"{path}: several keys hold rows: train, test")
+    assert fault(path).startswith(f"{path}: several keys contain rows: train, test")
     path.write_text(json.dumps({"a": 1}))
     assert "no known format has the columns a" in fault(path)
 
@@ -296,4 +296,4 @@ def test_a_row_of_a_list_has_its_own_fault(tmp_path) -> None:
         str(i.error) if isinstance(i, BadRecord) else i.value for i in iter_records(parts, "text")
     ]
     assert told[0] == "x" and told[2] == "y"
-    assert told[1].startswith(f"{path}#2: the key `b` is there twice")
+    assert told[1].startswith(f"{path}#2: duplicate key `b`")

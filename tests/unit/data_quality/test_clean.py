@@ -9,7 +9,7 @@ import pytest
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.formats import to_row
-from dtrain.data.records import read
+from dtrain.data.records import read_records
 from dtrain.data.source_rows import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean, mask_value
@@ -105,7 +105,7 @@ def test_unreadable_rows_stop_cleaning_or_are_listed(clean_rows, tmp_path, write
 def test_written_rows_read_back_equal(write_rows, tmp_path, row) -> None:
     def read_value(rows):
         files = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
-        return next(iter(read(files, "auto"))).value
+        return next(iter(read_records(files, "auto"))).value
 
     before = read_value([row])
     assert read_value([to_row(before)]) == before

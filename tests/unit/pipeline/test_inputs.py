@@ -24,7 +24,7 @@ from dtrain.pipeline.stage_inputs import (
 
 LONG = "a long answer " * 40
 EMPTY = {
-    "no row": ([], {}, "there is no row in it"),
+    "no row": ([], {}, "the source has no rows"),
     "no answer": ([[("user", "q")]], {}, "there is nothing to learn"),
     "all too long": (
         [[("user", "q"), ("assistant", LONG)]],
@@ -56,7 +56,7 @@ def test_an_empty_stage_is_called_empty_by_its_name(tmp_path: Path) -> None:
     recipe = load_recipe("tiny").model_dump()
     path = rows_file(tmp_path / "task.jsonl", [])
     recipe["stages"][1]["data"]["sources"] = [{"path": path, "format": "messages"}]
-    with pytest.raises(UserError, match="the data of stage task is empty: there is no row in it"):
+    with pytest.raises(UserError, match="the data of stage task is empty: the source has no rows"):
         prepare_inputs(Recipe.model_validate(recipe))
 
 
