@@ -205,7 +205,9 @@ class _Preparation:
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
             cuts = cut(self._read(meter))
         if len(cuts) == 1:
-            raise EmptyDataError("the source has no rows", where=self.source.path, fix="correct `path`")
+            raise EmptyDataError(
+                "the source has no rows", where=self.source.path, fix="correct `path`"
+            )
         return cuts
 
     def _read(self, meter: Meter) -> Iterator[Record]:

@@ -246,7 +246,9 @@ def _json(source_file: SourceFile, columns: Collection[str]) -> Iterator[RawRow]
         if len(first) == 2 and all(_is_object(line) for line in first):
             yield from _jsonl(source_file)  # reports the invalid lines
             return
-        raise UserError(document.message, where=document.where or source_file.name, fix=document.fix)
+        raise UserError(
+            document.message, where=document.where or source_file.name, fix=document.fix
+        )
     yield from _parsed(enumerate(_rows_in(document, source_file, columns), start=1))
 
 
