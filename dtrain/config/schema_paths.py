@@ -102,5 +102,6 @@ def _has_kind(group: type[BaseModel], _: Key, values: Any) -> bool:
 def value_at(key: Key, values: Any) -> Any:
     """The value at a key of a document; None where a key stands in for a group."""
     for step in key:
-        values = values[step] if isinstance(values, dict | list) else None
+        container: Any = values if isinstance(values, dict | list) else {step: None}
+        values = container[step]
     return values

@@ -216,7 +216,7 @@ ROW_FORMATS = {
 
 
 def to_row(value: RowContent) -> dict[str, Any]:
-    """A row in a format that reads back as the same value; the inverse of `convert`."""
+    """A row in a format that reads back as the same value; the inverse of `convert_row`."""
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, Conversation):

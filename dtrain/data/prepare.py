@@ -131,7 +131,11 @@ class _Preparation:
     ) -> None:
         self.data, self.source, self.spec = data, source, spec
         self.parts = find_source_files(source, cache)
-        self.form = source.format if source.format != "auto" else detect_source_format(self.parts, source.columns)
+        self.form = (
+            source.format
+            if source.format != "auto"
+            else detect_source_format(self.parts, source.columns)
+        )
         if mismatch := format_mismatch(spec.objective, self.form):
             where = f"{source.path}: format: {self.form} with kind: {spec.objective}"
             raise UserError(mismatch[0], where=where, fix=mismatch[1])
