@@ -18,8 +18,7 @@ from dtrain.config.schema import Recipe
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print the recipe with every default filled in, or every error in it."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.planning.known_models import check_trainable
-    from dtrain.planning.positions import position_warnings
+    from dtrain.planning.known_models import check_trainable, position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)

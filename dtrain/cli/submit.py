@@ -61,8 +61,7 @@ def submit(
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.config.load import load_recipe
     from dtrain.launching import submit as jobs
-    from dtrain.planning.known_models import check_trainable
-    from dtrain.planning.positions import position_warnings
+    from dtrain.planning.known_models import check_trainable, position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
@@ -105,12 +104,12 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
         UserError: it does not fit, and nobody insists; the GPU is not known; or the recipe
             cannot run on so many ranks.
     """
-    from dtrain.planning.fit_gate import check_plan_fits, planned
+    from dtrain.planning.fit_gate import check_plan_fits, plan_known_base
     from dtrain.planning.gpus import GPUS, find_gpu
     from dtrain.planning.workload import Cluster
 
     kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
-    plan = planned(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), tell)
+    plan = plan_known_base(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), tell)
     if plan is None:
         return
     if not force:

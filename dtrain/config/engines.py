@@ -33,6 +33,8 @@ class EngineCapabilities:
             engines read a JSON file (`engine.config` or ds_configs/), cast the model instead of
             using autocast, and keep float32 master weights.
         shared_layers: supports models in which several decoder layers share weights.
+        copies_layer_inputs: its module hooks pass copies of the inputs on, from which dtrain's
+            kernels cannot recompute what they did not save.
         simulated: `dtrain plan --exact` can simulate it.
     """
 
@@ -48,6 +50,7 @@ class EngineCapabilities:
     eight_bit_optimizer: bool = False
     zero_stage: int | None = None
     shared_layers: bool = True
+    copies_layer_inputs: bool = False
     simulated: bool = False
 
     @property
@@ -98,6 +101,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         shards_optimizer=True,
         offload=True,
         zero_stage=3,
+        copies_layer_inputs=True,
     ),
 }
 assert tuple(ENGINES) == get_args(EngineKind)

@@ -13,11 +13,11 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
 from dtrain.distributed.world import World
-from dtrain.planning.calibration import CalibrationRecord, append, versions
-from dtrain.planning.choose import has_choice, resolved
+from dtrain.planning.calibration import CalibrationRecord, append_record, versions
+from dtrain.planning.choose import has_choice, resolve
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import estimate_memory
 from dtrain.planning.speed import tokens_per_second
 from dtrain.planning.workload import Cluster, build_workload
 
@@ -39,7 +39,7 @@ def without_choice(recipe: Recipe, world: World) -> Recipe:
 
 def _chosen(recipe: Recipe, world: World) -> Recipe:
     try:
-        chosen = simplest(resolved(recipe, cluster_of(world)))
+        chosen = simplest(resolve(recipe, cluster_of(world)))
     except UserError as error:
         warn(f"nothing is planned: {error.message}; ddp, one sequence at once")
         return simplest(recipe)
@@ -85,7 +85,7 @@ def remember(recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], wo
     with suppress(UserError, OSError):
         cluster = cluster_of(world)
         workload = build_workload(recipe, stage, find_shape(str(base))[0], cluster)
-        append(
+        append_record(
             CalibrationRecord(
                 gpu=cluster.gpu.name,
                 engine=workload.engine,
@@ -94,7 +94,7 @@ def remember(recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], wo
                 base=recipe.model.base,
                 peak=float(facts["peak_memory_bytes"]),
                 speed=float(facts["tokens_per_second"]),
-                planned_peak=estimate_memory(workload).peak,
+                planned_peak=build_engine_model(workload).peak_memory().peak,
                 planned_speed=tokens_per_second(workload, cluster).middle,
             )
         )

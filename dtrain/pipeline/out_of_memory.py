@@ -131,9 +131,9 @@ def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     cluster = Cluster(gpu_of(device), max(1, ranks // on_node), on_node)
-    stage = make_plan(recipe, cluster).worst
-    changes = suggest_reductions(stage.workload, cluster)
-    return stage, [f"{' '.join(x.settings)} ({x.cost})" for x in changes]
+    stage = make_plan(recipe, cluster).largest
+    suggestions = suggest_reductions(stage.workload, cluster)
+    return stage, [f"{' '.join(x.settings)} ({x.cost})" for x in suggestions]
 
 
 def terms(stage: StagePlan) -> str:

@@ -14,7 +14,7 @@ from dtrain.data.conversations import Conversation
 from dtrain.data.packed_dataset import Mixture
 from dtrain.models.positions import position_limit
 from dtrain.pipeline.evaluator import read_questions
-from dtrain.planning.positions import trained_positions
+from dtrain.planning.known_models import trained_positions
 from dtrain.serving.generator import answering_template
 from dtrain.serving.run_models import template_of
 

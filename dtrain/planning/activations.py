@@ -1,31 +1,45 @@
-"""What a forward pass keeps for the backward pass, as dtrain computes it.
+"""Activations that a forward pass keeps for the backward pass, and buffers inside a layer.
 
-Letters: T tokens of a micro-batch, K of them supervised, h hidden size, q and kv width of queries
-and of keys, f width of the MLP, V vocabulary, e bytes of an element that computes (2 or 4).
+All functions return bytes of one rank and one micro-batch, unless they say otherwise.
+
+Letters: T tokens of a micro-batch, h hidden size, q and kv widths of queries and of keys, f width
+of the MLP, V vocabulary, e bytes of an element of the compute dtype (2 or 4).
 
 The terms are what autograd saves in transformers' decoder layers with attention per document
-(dtrain/models/attention.py), logits of supervised tokens only (dtrain/models/loss.py), PEFT's
-LoRA layers and keyed dropout (dtrain/models/dropout.py). Measured layer by layer on a CPU they are
-exact to 0.5 % (tests/distributed/test_plan_real.py).
+(dtrain/models/attention.py), logits of target positions only (dtrain/models/loss.py), PEFT's
+LoRA layers and keyed dropout (dtrain/models/dropout.py). Compared layer by layer with real ranks on
+a CPU, they agree to 0.5 % (tests/distributed/test_plan_real.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.kernel_sizes import LAYERS, LOSS, MLPS, NORMS, chunk_rows
+from dtrain.planning.shapes import ADAPTED_LAYERS, LOSS, MLPS, NORMS
 from dtrain.planning.workload import Workload
+
+CHUNK_BYTES = 1 << 28  # float32 logits of one chunk; each chunk reads the whole output matrix
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of logits that the chunked loss computes at once, the same on every rank.
+
+    A multiple of 256 or 128 where the vocabulary allows: such sizes suit a GPU's matrix products.
+    """
+    limit = CHUNK_BYTES // (4 * vocabulary)
+    multiple = next((n for n in (256, 128) if n <= limit), 1)
+    return max(1, limit - limit % multiple)
 
 
 @dataclass(frozen=True)
 class TrainerProfile:
-    """How a trainer computes; the defaults are dtrain's, the others exist for comparisons.
+    """How a trainer computes; the defaults are dtrain's, others exist for comparisons.
 
     Attributes:
-        attention_copies: the output of attention is copied once to the shape that o_proj reads.
-        head_bytes: at the peak of the loss, of each logit.
-        train_bytes: of an element of what trains, of its gradient and of each moment.
-        residual_bytes: of an element of the residual stream; 0: as what computes.
+        attention_copies: the output of attention is copied once, to the shape that o_proj reads.
+        head_bytes: bytes of each logit at the peak of the loss.
+        train_bytes: bytes of an element of a trained parameter, its gradient and each moment.
+        residual_bytes: bytes of an element of the residual stream; 0: the compute dtype's.
     """
 
     attention_copies: bool = True
@@ -38,164 +52,163 @@ DTRAIN = TrainerProfile()
 
 
 def stream_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> int:
-    """Bytes of an element of the residual stream: full training under DDP embeds in float32."""
+    """Bytes of an element of the residual stream; float32 where the embeddings stay float32."""
     if profile.residual_bytes:
         return profile.residual_bytes
-    return profile.train_bytes if keeps_wide(workload) else workload.element_bytes
+    return profile.train_bytes if computes_from_float32(workload) else workload.element_bytes
 
 
-def keeps_wide(workload: Workload) -> bool:
-    """Weights compute from float32, which autocast copies; FSDP2 gathers them in 16 bits."""
-    return workload.is_full and workload.autocasts and workload.engine == "ddp"
+def computes_from_float32(workload: Workload) -> bool:
+    """Whether autocast copies float32 weights; an engine that shards them gathers 16 bits."""
+    is_gathered = workload.capabilities.shards_base
+    return workload.traits.trains_base and workload.autocasts and not is_gathered
 
 
 def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """Saved by one decoder layer for each token, without checkpointing."""
+    """Bytes that one decoder layer saves for each token, without checkpointing."""
     shape, e = workload.shape, workload.element_bytes
     attention = e * (2 * shape.q + 2 * shape.kv) + 4 * shape.heads
-    if shape.soft_cap:  # the quadratic kind: scores capped, softmax in float32, dropout's input
+    if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
         attention += (2 * e + 4) * shape.heads * workload.sequence_length
     mlp = (2 if MLPS in workload.kernels else 3) * e * shape.mlp
+    products = sum(x.name != "lm_head" for x in workload.adapted)  # between A and B of an adapter
     return (
-        _norms(workload, profile)
+        _norm_bytes(workload, profile)
         + attention
         + mlp
-        + _inputs(workload, profile)
-        + _adapters(workload)
+        + _linear_input_bytes(workload, profile)
+        + e * workload.rank * products
     )
 
 
-def _norms(workload: Workload, profile: TrainerProfile) -> float:
-    """A norm computes in float32 from a copy; a weight that trains keeps what it multiplies.
+def _norm_bytes(workload: Workload, profile: TrainerProfile) -> float:
+    """Bytes a token that the norms of a layer save.
 
-    dtrain's own keeps its input as it is.
+    A norm computes in float32 from a copy, and a trained weight keeps what it multiplies. dtrain's
+    own norm keeps its input in its dtype.
     """
     shape, stream = workload.shape, stream_bytes(workload, profile)
-    kept = 4 + (stream if workload.is_full else 0)
+    element = 4 + (stream if workload.traits.trains_base else 0)
     if NORMS in workload.kernels:
-        kept = stream
-    total = shape.norms * (kept * shape.hidden + 4)
-    if shape.norm_elements > shape.norms * shape.hidden:  # of queries and keys
-        total += kept * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads)
+        element = stream
+    total = shape.norms * (element * shape.hidden + 4)
+    if shape.norm_elements > shape.norms * shape.hidden:  # norms of queries and keys
+        total += element * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads)
     return total
 
 
-def _copies(workload: Workload) -> bool:
-    """Whether each adapter keeps an input of its own: dropped, or cast from PEFT's float32."""
-    if LAYERS in workload.kernels:
-        return False
-    casts = workload.autocasts and workload.method == "lora"
-    return not workload.is_full and (workload.has_dropout or casts)
-
-
-def _inputs(workload: Workload, profile: TrainerProfile) -> float:
-    """Inputs of linear layers, once where several share one."""
+def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
+    """Bytes a token of the saved inputs of linear layers; layers that share one save it once."""
     e, shape = workload.element_bytes, workload.shape
-    if keeps_wide(workload):  # each layer casts the float32 stream for itself
-        own = {"self_attn.o_proj": e * shape.q * profile.attention_copies, "mlp.down_proj": 0}
-        casts = sum(own.get(x.name, e * x.inputs) for x in shape.linears)
+    if computes_from_float32(workload):  # each layer casts the float32 stream for itself
+        attention_output = e * shape.q * profile.attention_copies
+        cast = {"self_attn.o_proj": attention_output, "mlp.down_proj": 0}
+        casts = sum(cast.get(x.name, e * x.inputs) for x in shape.linears)
         return casts + e * shape.mlp
-    wanted = shape.linears if workload.is_full else workload.adapted
-    wanted = tuple(x for x in wanted if x.name != "lm_head")
-    if _copies(workload):
-        return sum((e + workload.has_dropout) * x.inputs for x in wanted)
-    alone = ("self_attn.o_proj", "mlp.down_proj")
-    shared = {x.name if x.name in alone else x.name.split(".")[0]: x for x in wanted}
-    made_anew = _made_anew(workload)
-    total = float(workload.has_dropout * sum(x.inputs for x in wanted))  # one byte an element
-    for group, x in shared.items():
-        is_there = group in made_anew or (group == alone[0] and not profile.attention_copies)
-        total += 0 if is_there else e * x.inputs
+    linears = shape.linears if workload.traits.trains_base else workload.adapted
+    linears = tuple(x for x in linears if x.name != "lm_head")
+    if _adapters_copy_inputs(workload):
+        return sum((e + workload.has_dropout) * x.inputs for x in linears)
+    unshared = ("self_attn.o_proj", "mlp.down_proj")
+    shared = {x.name if x.name in unshared else x.name.split(".")[0]: x for x in linears}
+    recomputed = _recomputed_inputs(workload)
+    total = float(workload.has_dropout * sum(x.inputs for x in linears))  # mask: a byte an element
+    for group, linear in shared.items():
+        is_output_of_attention = group == unshared[0] and not profile.attention_copies
+        if group not in recomputed and not is_output_of_attention:
+            total += e * linear.inputs
     return total
 
 
-def _made_anew(workload: Workload) -> set[str]:
-    """Inputs that the kernels make again from what is kept anyway."""
-    if LAYERS not in workload.kernels or workload.is_full:
+def _adapters_copy_inputs(workload: Workload) -> bool:
+    """Whether each adapter saves its own input: after dropout, or cast for PEFT's float32."""
+    if ADAPTED_LAYERS in workload.kernels:
+        return False
+    casts = workload.autocasts and not workload.traits.quantizes_base
+    return workload.traits.adds_adapter and (workload.has_dropout or casts)
+
+
+def _recomputed_inputs(workload: Workload) -> set[str]:
+    """Groups of linear layers whose input the kernels recompute from what is saved anyway."""
+    if ADAPTED_LAYERS not in workload.kernels or workload.traits.trains_base:
         return set()
-    if workload.engine == "zero3":  # its hooks hand on a copy, which does not know what made it
+    if workload.capabilities.copies_layer_inputs:  # a copy does not know what computed it
         return set()
     after_norms = {"self_attn", "mlp"} if NORMS in workload.kernels else set()
     return after_norms | ({"mlp.down_proj"} if MLPS in workload.kernels else set())
 
 
-def _adapters(workload: Workload) -> float:
-    """The small product between A and B."""
-    return (
-        workload.element_bytes * workload.rank * sum(x.name != "lm_head" for x in workload.adapted)
-    )
-
-
 def saved_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """Kept by all decoder layers of a micro-batch."""
-    rotary = 2 * workload.element_bytes * workload.shape.head_size * workload.tokens
+    """Bytes that all decoder layers save."""
+    layers, shape = workload.shape.layers, workload.shape
+    rotary = 2 * workload.element_bytes * shape.head_size * workload.tokens
     if workload.checkpointing:
-        width = stream_bytes(workload, profile) * workload.shape.hidden
-        return workload.shape.layers * width * workload.tokens + rotary
-    return workload.shape.layers * layer_bytes(workload, profile) * workload.tokens + rotary
+        width = stream_bytes(workload, profile) * shape.hidden
+        return layers * width * workload.tokens + rotary
+    return layers * layer_bytes(workload, profile) * workload.tokens + rotary
 
 
-def forward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """Beside what is saved, while the forward pass is inside one decoder layer, at its MLP."""
+def forward_bytes(workload: Workload) -> float:
+    """Bytes needed in addition to the saved ones while the forward pass computes an MLP."""
     shape = workload.shape
     widths = 2 * shape.mlp + 2 * shape.hidden
-    if workload.checkpointing:  # the MLP's two inputs, which nobody saves
+    if workload.checkpointing:  # the two inputs of the MLP's product, which are not saved
         widths += 2 * shape.mlp
     return workload.element_bytes * widths * workload.tokens + dequantized_bytes(workload)
 
 
 def dequantized_bytes(workload: Workload) -> float:
-    """A weight of NF4 while it computes."""
-    if workload.method != "qlora":
+    """Bytes of the largest NF4 weight, dequantized while it computes."""
+    if not workload.traits.quantizes_base:
         return 0.0
     return float(workload.element_bytes * max(x.elements for x in workload.shape.linears))
 
 
-def recompute_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """Beside what is saved, while the backward pass is inside one decoder layer."""
+def backward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
+    """Bytes needed in addition to the saved ones while the backward pass is in a layer's MLP."""
     shape, e = workload.shape, workload.element_bytes
-    gradients = (
-        2 * e * shape.mlp + stream_bytes(workload, profile) * shape.hidden
-    ) * workload.tokens
-    if (
-        LAYERS in workload.kernels and workload.has_dropout
-    ):  # inputs made anew, and what is left of them
-        gradients += 2 * e * shape.mlp * workload.tokens
-    again = layer_bytes(workload, profile) * workload.tokens if workload.checkpointing else 0.0
-    return again + gradients + dequantized_bytes(workload)
+    width = 2 * e * shape.mlp + stream_bytes(workload, profile) * shape.hidden
+    gradients = width * workload.tokens
+    if ADAPTED_LAYERS in workload.kernels and workload.has_dropout:
+        gradients += 2 * e * shape.mlp * workload.tokens  # recomputed inputs, after dropout too
+    recomputed = 0.0
+    if workload.checkpointing:
+        recomputed = layer_bytes(workload, profile) * workload.tokens
+    return recomputed + gradients + dequantized_bytes(workload)
 
 
-def attention_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """As `recompute_bytes`, once the backward pass has left the MLP and what it kept."""
-    of_mlp = 5 * workload.element_bytes * workload.shape.mlp * workload.tokens
-    return recompute_bytes(workload, profile) - of_mlp
+def attention_backward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
+    """Bytes as in `backward_bytes`, after the backward pass has freed what the MLP saved."""
+    mlp = 5 * workload.element_bytes * workload.shape.mlp * workload.tokens
+    return backward_bytes(workload, profile) - mlp
 
 
 def head_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """At the peak of the loss: log-softmax, its gradient and the logits' gradient, in float32.
+    """Bytes at the peak of the loss: log-softmax, its gradient and the logits' gradient in float32.
 
-    Every token counts as supervised: how many are is not known before the data are read.
+    Counts every token as a target: how many are is not known before the data are read.
     """
     if LOSS in workload.kernels:
         return _chunked_head_bytes(workload, profile)
-    shape = workload.shape
-    last_norm = (4 + workload.element_bytes * (1 + workload.is_full)) * shape.hidden
-    capped = 2 * workload.element_bytes * shape.vocabulary if shape.soft_cap else 0
+    shape, e = workload.shape, workload.element_bytes
+    last_norm = (4 + e * (1 + workload.traits.trains_base)) * shape.hidden
+    capped = 2 * e * shape.vocabulary if shape.soft_cap else 0
     return workload.tokens * (profile.head_bytes * shape.vocabulary + last_norm + capped)
 
 
 def _chunked_head_bytes(workload: Workload, profile: TrainerProfile) -> float:
-    """A chunk of logits, the states that are learnt from, their gradient, and the matrix's."""
+    """Bytes of a chunk of logits, of the hidden states at targets, and of their gradients."""
     shape, e = workload.shape, workload.element_bytes
     rows = min(chunk_rows(shape.vocabulary), workload.tokens)
-    # In 16 bits: the product, in float32, and its gradient. A soft cap: its tangent, what it
-    # makes of the product, and the gradient of that.
+    # In 16 bits: the product, its float32 copy, and its gradient. With a soft cap also the tangent,
+    # the capped product, and the gradient of that.
     chunk = 4 * rows * shape.vocabulary * (1 + (e == 2) + 3 * shape.soft_cap)
-    # The last layer's output, normalised, and what is learnt of it; its gradient.
+    # The last layer's output, its norm, the states at targets, and their gradient.
     stream = stream_bytes(workload, profile)
     states = workload.tokens * shape.hidden * (3 * stream + e + e * (stream != e))
-    matrix = float(shape.vocabulary * shape.hidden)
-    if not workload.is_full:
+    if not workload.traits.trains_base:
         return chunk + states
-    # Its gradient and what a chunk adds to it; DDP's is float32, autocast's copy beside it.
-    return chunk + states + (2 * e + 2 * profile.train_bytes * keeps_wide(workload)) * matrix
+    # The gradient of the output matrix and a chunk's contribution to it; under DDP the gradient is
+    # float32 and exists next to autocast's copy.
+    float32_bytes = 2 * profile.train_bytes * computes_from_float32(workload)
+    return chunk + states + (2 * e + float32_bytes) * float(shape.vocabulary * shape.hidden)

@@ -1,7 +1,7 @@
-"""What runs on this machine's cluster really took: a file that later plans use.
+"""Measured memory and speed of finished stages, which correct later plans on this machine.
 
-One line of JSON a stage, keyed by GPU, engine and versions; the plan's own figures lie beside the
-measured ones, so that a line says by how much the plan was off.
+The file has one line of JSON for each stage: GPU, engine, method and library versions, what the
+stage needed, and what the plan had predicted.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from statistics import median
 
 from dtrain.core.cache_paths import cache_folder
 
-NAME = "calibration.jsonl"
+FILE_NAME = "calibration.jsonl"
 FIGURES = ("peak", "speed", "planned_peak", "planned_speed")
-LEAST_SHARE = 0.25  # of a stage's memory that an earlier one must have taken to tell of it
+MIN_SIZE_RATIO = 0.25  # of an earlier stage's planned memory to that of the stage in question
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """One stage of one run.
+    """One finished stage.
 
     Attributes:
-        gpu: its name in the plan's table, or as its driver says.
-        peak, speed: measured: bytes of a rank, tokens a second of all ranks.
-        planned_peak, planned_speed: what the plan says of the same.
+        gpu: name in the plan's table, or the driver's name.
+        peak: measured peak memory of a rank, in bytes.
+        speed: measured tokens a second of all ranks.
+        planned_peak, planned_speed: the plan's figures for both.
     """
 
     gpu: str
@@ -48,11 +49,12 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class Correction:
-    """Earlier runs on the same GPU, engine and versions.
+    """What earlier stages on the same GPU, engine, method and versions say of the plan.
 
     Attributes:
-        memory_ratio: the greatest of measured over planned.
-        speed_ratio: the median.
+        stages: how many there were.
+        memory_ratio: greatest ratio of measured to planned memory.
+        speed_ratio: median ratio of measured to planned speed.
     """
 
     stages: int
@@ -61,30 +63,30 @@ class Correction:
 
     @property
     def memory_factor(self) -> float:
-        """What the plan's tensors are multiplied by, before the allocator's factor; never less."""
+        """The factor for the plan's tensors, at least 1."""
         return max(1.0, self.memory_ratio)
 
 
 def calibration_file() -> Path:
-    """Where the lines lie."""
-    return cache_folder() / NAME
+    """The path of the file."""
+    return cache_folder() / FILE_NAME
 
 
 @cache
 def versions(packages: Sequence[str] = PACKAGES) -> str:
-    """Versions of what decides memory and speed, without importing any of it."""
-    found = []
+    """Installed versions of the packages that decide memory and speed, without importing them."""
+    installed = []
     for package in packages:
         with suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return ", ".join(found)
+            installed.append(f"{package} {version(package)}")
+    return ", ".join(installed)
 
 
-def append(line: CalibrationRecord) -> None:
-    """Add a line; whole or not at all, since a line is one write."""
+def append_record(record: CalibrationRecord) -> None:
+    """Append a record in a single write, so that a line is whole or missing."""
     path = calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = (json.dumps(asdict(line)) + "\n").encode()
+    data = (json.dumps(asdict(record)) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, data)
@@ -92,43 +94,45 @@ def append(line: CalibrationRecord) -> None:
         os.close(handle)
 
 
-def lines() -> tuple[CalibrationRecord, ...]:
-    """All of them; those that cannot be read are passed over."""
+def load_records() -> tuple[CalibrationRecord, ...]:
+    """All records; lines that cannot be read are skipped."""
     path = calibration_file()
     try:
-        now = path.stat()
-        return _lines(path, (now.st_mtime_ns, now.st_size))
+        status = path.stat()
+        return _parse(path, (status.st_mtime_ns, status.st_size))
     except OSError:
         return ()
 
 
-@lru_cache(maxsize=1)  # a plan asks for each of its many variants
-def _lines(path: Path, stamp: tuple[int, int]) -> tuple[CalibrationRecord, ...]:
-    found = []
+@lru_cache(maxsize=1)  # a plan asks again for each of its many variants
+def _parse(path: Path, stamp: tuple[int, int]) -> tuple[CalibrationRecord, ...]:
+    records = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError, OverflowError):
             line = json.loads(text)
-            found.append(CalibrationRecord(**line | {name: float(line[name]) for name in FIGURES}))
-    return tuple(found)
+            records.append(
+                CalibrationRecord(**line | {name: float(line[name]) for name in FIGURES})
+            )
+    return tuple(records)
 
 
-def measured(gpu: str, engine: str, method: str, planned_peak: float) -> Correction | None:
-    """What earlier runs say; None if there were none.
+def find_correction(gpu: str, engine: str, method: str, planned_peak: float) -> Correction | None:
+    """The correction from earlier stages; None if there were none.
 
-    Runs of much smaller models are passed over: their memory is mostly libraries' workspaces, and
-    their speed that of launching kernels.
+    Stages with much smaller models are skipped: their memory is mostly the libraries' workspaces,
+    and their speed that of launching kernels.
 
     Args:
-        planned_peak: bytes that the plan says of the stage in question.
+        planned_peak: the plan's bytes for the stage in question.
     """
     key = (gpu, engine, method, versions())
-    fit = [x for x in lines() if (x.gpu, x.engine, x.method, x.versions) == key]
-    fit = [x for x in fit if all(0 < getattr(x, name) < inf for name in FIGURES)]
-    fit = [x for x in fit if x.planned_peak >= LEAST_SHARE * planned_peak]
-    if not fit:
+    alike = [x for x in load_records() if (x.gpu, x.engine, x.method, x.versions) == key]
+    alike = [x for x in alike if all(0 < getattr(x, name) < inf for name in FIGURES)]
+    alike = [x for x in alike if x.planned_peak >= MIN_SIZE_RATIO * planned_peak]
+    if not alike:
         return None
     return Correction(
-        len(fit),
-        max(x.peak / x.planned_peak for x in fit),
-        median(x.speed / x.planned_speed for x in fit),
+        len(alike),
+        max(x.peak / x.planned_peak for x in alike),
+        median(x.speed / x.planned_speed for x in alike),
     )

@@ -1,28 +1,33 @@
-"""Engines and methods side by side, and which of them `auto` takes."""
+"""Engines and methods side by side, and what `auto` in a recipe becomes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from dtrain.config.checks import accumulation
+from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
+from dtrain.config.methods import TRAITS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.units import size
-from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import FITS, ORDER, TIGHT, MemoryFit, assess_fit
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import estimate_memory
 from dtrain.planning.shapes import ModelShape
 from dtrain.planning.speed import tokens_per_second
 from dtrain.planning.workload import Cluster, Workload, build_workload
 
-METHODS = ("full", "lora", "qlora")
-NEARLY = 0.97  # of the best speed: less memory is better then
-MOST_MICRO_TOKENS = 16_384  # more tokens at once keep no GPU busier
+GOOD_SPEED = 0.97  # of the best speed; among options that reach it, less memory is better
+MAX_MICRO_TOKENS = 16_384  # a larger micro-batch does not use a GPU better
 
 
 @dataclass(frozen=True)
-class Option:
-    """A way to run a stage."""
+class PlanOption:
+    """One way to run a stage.
+
+    Attributes:
+        speed: tokens a second of all ranks.
+        reason: what it sends, or why it does not fit.
+    """
 
     workload: Workload
     fit: MemoryFit
@@ -31,161 +36,167 @@ class Option:
 
     @property
     def engine(self) -> str:
-        """As a person says it: fsdp2 tells who shares a copy."""
+        """The engine's name, with the ranks that share a copy where the recipe can choose them."""
         workload = self.workload
-        if workload.engine != "fsdp2" or workload.ranks == workload.node_ranks:
+        if not workload.capabilities.shard_group or workload.ranks == workload.node_ranks:
             return workload.engine
-        return "fsdp2 all" if workload.shard == workload.ranks else "fsdp2 node"
+        return f"{workload.engine} {'all' if workload.shard == workload.ranks else 'node'}"
 
 
-def options(workload: Workload, cluster: Cluster) -> list[Option]:
-    """Every engine with every method, the best first: what fits, the recipe's method, the speed."""
-    found = [
-        option
-        for method in METHODS
-        for variant in _engines(_with_method(workload, method), cluster)
-        if (option := _best_micro_batch(variant, cluster))
+def list_options(workload: Workload, cluster: Cluster) -> list[PlanOption]:
+    """Every engine with every method; best fit first, then the recipe's method, then speed."""
+    options = [
+        _best_micro_batch(variant, cluster)
+        for method in TRAITS
+        for variant in _engine_variants(_with_method(workload, method))
     ]
-    return sorted(
-        found,
-        key=lambda one: (
-            ORDER.index(one.fit.verdict),
-            one.workload.method != workload.method,
-            -one.speed,
-        ),
-    )
+
+    def rank(option: PlanOption) -> tuple[int, bool, float]:
+        is_other_method = option.workload.method != workload.method
+        return ORDER.index(option.fit.verdict), is_other_method, -option.speed
+
+    return sorted(options, key=rank)
 
 
 def _with_method(workload: Workload, method: str) -> Workload:
     if method == workload.method:
         return workload
-    if method == "full":
+    if not TRAITS[method].adds_adapter:
         return replace(workload, method=method, rank=0, has_dropout=False)
     return replace(workload, method=method, rank=workload.rank or 16, has_dropout=True)
 
 
-def _engines(workload: Workload, cluster: Cluster) -> list[Workload]:
-    """The setup under each engine that could run it; who sends least stands first."""
-    ranks, node = workload.ranks, workload.node_ranks
-    found = [replace(workload, engine="ddp", shard=1, offload=False)]
-    if workload.optimizer != "adamw" or ranks == 1:
-        return found
-    found.append(replace(workload, engine="zero2", shard=1, offload=False))
-    if 1 < node < ranks:
-        found.append(replace(workload, engine="fsdp2", shard=node, offload=False))
-    found.append(replace(workload, engine="fsdp2", shard=ranks, offload=False))
-    found.append(replace(workload, engine="zero3", shard=ranks, offload=workload.offload))
-    return found
+def _engine_variants(workload: Workload) -> list[Workload]:
+    """The workload under each engine that could run it; engines that send less come first."""
+    if workload.ranks == 1:
+        return [_with_engine(workload, DEFAULT_ENGINE, 1)]
+    variants = [
+        _with_engine(workload, kind, shard)
+        for kind, engine in sorted(ENGINES.items(), key=lambda item: item[1].shards_base)
+        for shard in _shards(workload, engine)
+    ]
+    return [variant for variant in variants if variant.supports_optimizer]
+
+
+def _with_engine(workload: Workload, kind: str, shard: int) -> Workload:
+    offload = workload.offload and ENGINES[kind].offload
+    return replace(workload, engine=kind, shard=shard, offload=offload)
+
+
+def _shards(workload: Workload, engine: EngineCapabilities) -> list[int]:
+    """Numbers of ranks that could share one copy of the base."""
+    if not engine.shards_base:
+        return [1]
+    has_nodes = engine.shard_group and 1 < workload.node_ranks < workload.ranks
+    return [workload.node_ranks, workload.ranks] if has_nodes else [workload.ranks]
 
 
 def micro_batches(workload: Workload) -> list[int]:
-    """Sequences at once that divide a rank's share of the global batch, the smallest first."""
+    """Micro-batch sizes that divide a rank's share of the global batch, smallest first."""
     share = workload.micro_batch * workload.accumulation
-    most = max(1, MOST_MICRO_TOKENS // workload.sequence_length)
-    return [n for n in range(1, share + 1) if share % n == 0 and n <= most]
+    largest = max(1, MAX_MICRO_TOKENS // workload.sequence_length)
+    return [n for n in range(1, share + 1) if share % n == 0 and n <= largest]
 
 
-def _best_micro_batch(workload: Workload, cluster: Cluster) -> Option:
-    """The smallest micro-batch that is nearly as fast as any that fits; 1 where none does."""
+def _best_micro_batch(workload: Workload, cluster: Cluster) -> PlanOption:
+    """The smallest micro-batch that is nearly as fast as any that fits; 1 if none fits."""
     share = workload.micro_batch * workload.accumulation
-    tried = [
-        option_of(replace(workload, micro_batch=n, accumulation=share // n), cluster)
+    options = [
+        build_option(replace(workload, micro_batch=n, accumulation=share // n), cluster)
         for n in micro_batches(workload)
     ]
-    fitting = [one for one in tried if one.fit.verdict == FITS] or tried[:1]
-    best = max(one.speed for one in fitting)
-    return next(one for one in fitting if one.speed >= NEARLY * best)
+    fitting = [option for option in options if option.fit.verdict == FITS]
+    return _first_fast(fitting or options[:1])
 
 
-def option_of(workload: Workload, cluster: Cluster) -> Option:
-    """A setup with its verdict, speed and the reason that speaks for or against it."""
+def _first_fast(options: list[PlanOption]) -> PlanOption:
+    """The first option that is nearly as fast as the fastest."""
+    best = max(option.speed for option in options)
+    return next(option for option in options if option.speed >= GOOD_SPEED * best)
+
+
+def build_option(workload: Workload, cluster: Cluster) -> PlanOption:
+    """The option with its fit, its speed, and the reason for or against it."""
     fit = assess_fit(workload, cluster)
     speed = tokens_per_second(workload, cluster).middle
-    return Option(workload, fit, speed, _reason(workload, cluster, fit))
+    return PlanOption(workload, fit, speed, _reason(workload, cluster, fit))
 
 
 def _reason(workload: Workload, cluster: Cluster, fit: MemoryFit) -> str:
+    model = build_engine_model(workload)
     if fit.verdict != FITS:
-        name = max(estimate_memory(workload).terms().items(), key=lambda item: item[1])[0]
-        return f"+{size(fit.budget - fit.usable)}, {name}"
+        terms = model.peak_memory().terms()
+        return f"+{size(fit.budget - fit.usable)}, {max(terms, key=terms.__getitem__)}"
     if cluster.nodes > 1:
-        return f"{size(entering_bytes(workload))} to a node"
-    return f"{size(received_bytes(workload))} to a GPU"
+        return f"{size(model.entering_bytes())} to a node"
+    return f"{size(model.received_bytes())} to a GPU"
 
 
 def choose(workload: Workload, cluster: Cluster, *, any_engine: bool, any_micro: bool) -> Workload:
     """What `engine.kind: auto` and `micro_batch_size: auto` become.
 
-    Of what fits, the simplest engine that is nearly the fastest; if nothing does, the smallest.
+    Of the options that fit, the simplest engine that is nearly the fastest; if none fits, the
+    option that needs least memory.
     """
-    variants = _engines(workload, cluster) if any_engine else [workload]
-    if any_micro:
-        tried = [_best_micro_batch(one, cluster) for one in variants]
-    else:
-        tried = [option_of(one, cluster) for one in variants]
-    for word in (FITS, TIGHT):
-        fitting = [one for one in tried if one.fit.verdict == word]
+    variants = _engine_variants(workload) if any_engine else [workload]
+    build = _best_micro_batch if any_micro else build_option
+    options = [build(variant, cluster) for variant in variants]
+    for verdict in (FITS, TIGHT):
+        fitting = [option for option in options if option.fit.verdict == verdict]
         if fitting:
-            best = max(one.speed for one in fitting)
-            return next(one.workload for one in fitting if one.speed >= NEARLY * best)
-    return min(tried, key=lambda one: one.fit.budget).workload
+            return _first_fast(fitting).workload
+    return min(options, key=lambda option: option.fit.budget).workload
 
 
 def has_choice(recipe: Recipe) -> bool:
-    """Whether the plan has something to choose."""
-    return _free_engine(recipe) or any(_free_micro(stage) for stage in recipe.stages)
+    """Whether the recipe leaves the plan something to choose."""
+    return _chooses_engine(recipe) or any(_chooses_micro_batch(x) for x in recipe.stages)
 
 
-def resolved(recipe: Recipe, cluster: Cluster) -> Recipe:
-    """The recipe with nothing left to choose.
+def resolve(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with every `auto` replaced that the plan can choose.
 
-    One engine runs all stages: it is chosen for the one that needs most memory.
+    One engine runs all stages: it is chosen for the stage that needs most memory.
 
     Raises:
-        UserError: the base's shape is not known, or a batch cannot be shared among the ranks.
+        UserError: the base's shape is not known, or the ranks cannot share a batch evenly.
     """
     shape, _ = find_shape(recipe.model.base)
-    check_batches(recipe, cluster)
-    if _free_engine(recipe):
-        recipe = _with_engine(recipe, shape, cluster)
-    return _with_micro_batches(recipe, shape, cluster)
-
-
-def check_batches(recipe: Recipe, cluster: Cluster) -> None:
-    """Refuse a batch that the ranks cannot share."""
-    for stage in recipe.stages:
+    for stage in recipe.stages:  # raises if the ranks cannot share the batch
         train = stage.train
         accumulation(train.global_batch_size, cluster.ranks, train.micro_batch)
+    if _chooses_engine(recipe):
+        recipe = _resolve_engine(recipe, shape, cluster)
+    return _resolve_micro_batches(recipe, shape, cluster)
 
 
-def _free_engine(recipe: Recipe) -> bool:
-    plain = all(stage.train.optimizer == "adamw" for stage in recipe.stages)
-    return recipe.engine.kind == "auto" and recipe.determinism == "off" and plain
+def _chooses_engine(recipe: Recipe) -> bool:
+    is_plain = all(stage.train.optimizer == "adamw" for stage in recipe.stages)
+    return recipe.engine.kind == "auto" and recipe.determinism == "off" and is_plain
 
 
-def _free_micro(stage: Stage) -> bool:
+def _chooses_micro_batch(stage: Stage) -> bool:
     return stage.train.micro_batch_size == "auto"
 
 
-def _with_engine(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Recipe:
-    setups = [
-        (build_workload(recipe, x, shape, cluster, "ddp"), _free_micro(x)) for x in recipe.stages
+def _resolve_engine(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Recipe:
+    workloads = [
+        (build_workload(recipe, stage, shape, cluster, DEFAULT_ENGINE), _chooses_micro_batch(stage))
+        for stage in recipe.stages
     ]
-    workload, free = max(setups, key=lambda item: estimate_memory(item[0]).peak)
-    chosen = choose(workload, cluster, any_engine=True, any_micro=free)
-    update = {"kind": chosen.engine, "shard": _shard_word(chosen)}
+    largest, any_micro = max(
+        workloads, key=lambda item: build_engine_model(item[0]).peak_memory().peak
+    )
+    chosen = choose(largest, cluster, any_engine=True, any_micro=any_micro)
+    in_node = chosen.capabilities.shard_group and chosen.shard == chosen.node_ranks < chosen.ranks
+    update = {"kind": chosen.engine, "shard": "node" if in_node else "all"}
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=update)})
 
 
-def _shard_word(workload: Workload) -> str:
-    nodes = workload.engine == "fsdp2" and workload.shard == workload.node_ranks < workload.ranks
-    return "node" if nodes else "all"
-
-
-def _with_micro_batches(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Recipe:
+def _resolve_micro_batches(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Recipe:
     stages = []
     for stage in recipe.stages:
-        if _free_micro(stage):
+        if _chooses_micro_batch(stage):
             workload = build_workload(recipe, stage, shape, cluster)
             workload = choose(workload, cluster, any_engine=False, any_micro=True)
             update = {"micro_batch_size": workload.micro_batch}

@@ -1,4 +1,4 @@
-"""A job that cannot fit is refused, unless somebody insists: on the login node, and at its head."""
+"""Stops a job that cannot fit: before it is submitted, and again when it starts on its GPUs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from dtrain.core.units import size
 from dtrain.planning.fit import DOES_NOT_FIT
 from dtrain.planning.gpus import Gpu, find_gpu, gpu_of_device
 from dtrain.planning.known_models import check_trainable, find_shape
-from dtrain.planning.plan import RecipePlan, StagePlan, make_plan
-from dtrain.planning.render import lines_of
+from dtrain.planning.plan import RecipePlan, make_plan
+from dtrain.planning.render import render_plan
 from dtrain.planning.workload import Cluster
 
+COLUMNS = 100
+MIB = 2**20
 
-def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> RecipePlan | None:
-    """The plan; None for a base whose shape the plan does not know, which is said.
+
+def plan_known_base(
+    recipe: Recipe, cluster: Cluster, say: Callable[[str], None]
+) -> RecipePlan | None:
+    """The plan, or None with a message for a base whose shape the plan does not know.
 
     Raises:
-        UserError: the recipe cannot run on so many ranks.
+        UserError: the recipe cannot run on the cluster's ranks.
     """
     try:
         find_shape(recipe.model.base)
@@ -33,85 +38,84 @@ def planned(recipe: Recipe, cluster: Cluster, say: Callable[[str], None]) -> Rec
     return make_plan(recipe, cluster)
 
 
-def check_plan_fits(plan: RecipePlan, insist: str) -> None:
-    """Raise where a stage needs more than the GPUs have.
+def check_plan_fits(plan: RecipePlan, override: str) -> None:
+    """Check that every stage can fit.
 
     Args:
-        insist: what a person adds who wants it all the same.
+        override: what a person adds to run it in spite of the plan.
 
     Raises:
-        UserError: it does not fit; with what would.
+        UserError: a stage does not fit; the message says which changes would help.
     """
     if plan.verdict != DOES_NOT_FIT:
         return
     stage = next(x for x in plan.stages if x.fit.verdict == DOES_NOT_FIT)
-    ways = [" ".join(change.settings) for change in stage.changes]
+    needed = f"at least {size(stage.fit.lower)} of {size(stage.fit.usable)}"
+    changes = [" ".join(change.settings) for change in stage.suggestions]
     raise UserError(
-        f"{DOES_NOT_FIT} on {plan.cluster.gpu.name}: {_least(stage)}",
+        f"{DOES_NOT_FIT} on {plan.cluster.gpu.name}: {needed}",
         where=f"stage {stage.name}",
-        fix="; or ".join([*ways, insist]),
+        fix="; or ".join([*changes, override]),
     )
 
 
-def _least(stage: StagePlan) -> str:
-    return f"at least {size(stage.fit.lower)} of {size(stage.fit.usable)}"
-
-
-COLUMNS = 100
-MIB = 2**20
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Plan; return 0 unless the job cannot fit, or its recipe is wrong."""
+    """Plan a job when it starts; return 0 unless it cannot fit or its recipe is wrong."""
     address, *overrides = sys.argv[1:] if argv is None else argv
     try:
         recipe = load_recipe(address, overrides)
         check_trainable(recipe.model.base)
-        head_of_job(recipe, os.environ)
+        check_job(recipe, os.environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     return Exit.FINISHED
 
 
-def head_of_job(recipe: Recipe, environ: Mapping[str, str]) -> None:
-    """Print the plan, whole at a job's first start; nothing where it runs on CPUs.
+def check_job(recipe: Recipe, environ: Mapping[str, str]) -> None:
+    """Print the plan for the GPUs of this job, and check that it fits.
+
+    A requeued job prints only the first line. A job on CPUs prints nothing.
 
     Raises:
-        UserError: it does not fit, and nobody insists.
+        UserError: it does not fit, and DTRAIN_FORCE is not 1.
     """
     cluster = None if recipe.device == "cpu" else cluster_of_job(recipe, environ)
-    plan = planned(recipe, cluster, say) if cluster else None
+    plan = plan_known_base(recipe, cluster, _log) if cluster else None
     if plan is None:
         return
-    lines = lines_of(plan, COLUMNS)
-    for line in [next(lines)] if environ.get("SLURM_RESTART_COUNT", "0") != "0" else lines:
-        say(line)
+    lines = render_plan(plan, COLUMNS)
+    is_requeued = environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    for line in [next(lines)] if is_requeued else lines:
+        _log(line)
     if environ.get("DTRAIN_FORCE") != "1":
         check_plan_fits(plan, "DTRAIN_FORCE=1")
 
 
-def say(line: str) -> None:
-    """A line of the job's log."""
+def _log(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def cluster_of_job(recipe: Recipe, environ: Mapping[str, str]) -> Cluster | None:
-    """The job's nodes as this one is; None if it has no GPUs."""
-    told = [one for one in gpus() or [] if one.get("memory.total", "").isdecimal()]
-    given = environ.get("SLURM_GPUS_ON_NODE", "")
-    count = int(given) if given.isdecimal() else len(told)
-    kind = _kind(told, environ) if count else None
-    if kind is None:
+    """The job's nodes, taken to be like this one; None without GPUs."""
+    rows = [row for row in gpus() or [] if row.get("memory.total", "").isdecimal()]
+    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
+    count = int(on_node) if on_node.isdecimal() else len(rows)
+    gpu = _smallest_gpu(rows, environ) if count else None
+    if gpu is None:
         return None
     nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-    return Cluster(kind, nodes, recipe.launch.ranks_on_node(count))
+    return Cluster(gpu, nodes, recipe.launch.ranks_on_node(count))
 
 
-def _kind(told: list[dict[str, str]], environ: Mapping[str, str]) -> Gpu | None:
-    """The smallest GPU of the node; by DTRAIN_GPU where its driver says nothing."""
-    if told:
-        least = min(told, key=lambda one: int(one["memory.total"]))
+def _smallest_gpu(rows: list[dict[str, str]], environ: Mapping[str, str]) -> Gpu | None:
+    """The node's GPU with least memory; DTRAIN_GPU names it where the driver lists none.
+
+    Args:
+        rows: one dictionary a GPU, as nvidia-smi reports it.
+    """
+    if rows:
+        least = min(rows, key=lambda row: int(row["memory.total"]))
         return gpu_of_device(least["name"], int(least["memory.total"]) * MIB)
     name = environ.get("DTRAIN_GPU")
     return find_gpu(name) if name else None

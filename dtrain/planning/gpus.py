@@ -1,4 +1,4 @@
-"""What the plan knows of GPUs: memory, arithmetic, links; from their makers' data sheets."""
+"""GPUs that the plan knows: memory, arithmetic and links, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Gpu:
     """A kind of GPU.
 
     Attributes:
-        memory_gib: as its maker says, less the sixteenth that error correction takes of GDDR where
-            it is on as delivered; the driver keeps some (`usable_bytes`).
-        tflops: dense bfloat16 with float32 sums, without sparsity.
-        memory_gb_s: bandwidth of its memory.
-        link_gb_s: to the other GPUs of a node, one direction, as collectives reach it.
-        network_gb_s: share of the node's network, one direction; an assumption about the cluster.
+        memory_gib: memory in GiB by the data sheet, less the sixteenth that error correction takes
+            of GDDR where it is on by default. The driver keeps some of it (`usable_bytes`).
+        tflops: 10^12 operations a second, dense bfloat16 with float32 sums.
+        memory_gb_s: bandwidth of its memory, in 10^9 bytes a second.
+        link_gb_s: bandwidth to the other GPUs of a node in one direction, as collectives reach it.
+        network_gb_s: its share of the node's network in one direction, which the plan assumes.
     """
 
     name: str
@@ -33,11 +33,17 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> float:
-        """What a process can get: less what the driver keeps and reports as missing."""
+        """Memory that a process can use, without what the driver keeps."""
         return (self.memory_gib - DRIVER_GIB) * GIB
+
+    @property
+    def family(self) -> str:
+        """The name without variant and memory, such as a100."""
+        return self.name.split("-")[0]
 
 
 DRIVER_GIB = 0.6
+MEMORY_TOLERANCE = 0.1  # a driver reports a little less memory than the data sheet
 
 _ROWS = (
     Gpu("a10-24g", 22.5, 125, 600, 25, 3),
@@ -65,39 +71,36 @@ DEFAULT = "h100-80g"
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name; the memory may be left out where there is one size only.
+    """The GPU with a name; the memory may be left out if the table has only one size.
 
     Raises:
-        UserError: there is none; the nearest names are offered.
+        UserError: the table has no such GPU; the message suggests similar names.
     """
-    wanted = name.lower().replace("gb", "g").replace("_", "-").replace(" ", "-")
-    wanted = wanted.removeprefix("nvidia-").removesuffix("-sxm")
-    if wanted in GPUS:
-        return GPUS[wanted]
-    alike = [gpu for gpu in GPUS if gpu.rpartition("-")[0] == wanted]
-    if len(alike) == 1:
-        return GPUS[alike[0]]
-    close = alike or get_close_matches(wanted, GPUS, n=2, cutoff=0.5)
+    key = name.lower().replace("gb", "g").replace("_", "-").replace(" ", "-")
+    key = key.removeprefix("nvidia-").removesuffix("-sxm")
+    if key in GPUS:
+        return GPUS[key]
+    sizes = [gpu for gpu in GPUS if gpu.rpartition("-")[0] == key]
+    if len(sizes) == 1:
+        return GPUS[sizes[0]]
+    close = sizes or get_close_matches(key, GPUS, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(GPUS)}"
     raise UserError("the plan does not know this GPU", where=f"GPU {name}", fix=hint)
 
 
 def gpu_of_device(name: str, memory_bytes: int) -> Gpu:
-    """The GPU behind what a driver calls it, such as "NVIDIA A100-SXM4-80GB".
+    """The GPU that a driver reports under a name such as "NVIDIA A100-SXM4-80GB".
 
-    One that is not in the table gets its true memory, and modest guesses for the rest.
+    A GPU that is not in the table gets its real memory and low values for the rest.
     """
     flat = re.sub(r"[^a-z0-9]", "", name.lower())
-    alike = [
+    candidates = [
         gpu
         for gpu in GPUS.values()
-        if gpu.name.split("-")[0] in flat
+        if gpu.family in flat
         and abs(gpu.memory_gib * GIB / memory_bytes - 1) < MEMORY_TOLERANCE
         and ("pcie" in gpu.name) <= ("pcie" in flat)
     ]
-    if alike:
-        return max(alike, key=lambda gpu: len(gpu.name))
+    if candidates:
+        return max(candidates, key=lambda gpu: len(gpu.name))
     return Gpu(name, memory_bytes / GIB + DRIVER_GIB, 100, 1000, 25, 3)
-
-
-MEMORY_TOLERANCE = 0.1  # a driver reports a little less than the data sheet

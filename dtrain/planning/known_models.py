@@ -1,12 +1,14 @@
-"""The shape of a recipe's base: from its folder, the hub's cache, or the table below."""
+"""The config.json of a recipe's base: from its folder, the hub's cache, or a table of sizes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.planning.shapes import ModelShape, check_not_experts, read_config, shape_of
@@ -15,7 +17,7 @@ WHERE = "model.base"
 
 
 class ModelSizes(NamedTuple):
-    """A row of the table, as config.json names them."""
+    """The sizes of a model, named as in config.json."""
 
     model_type: str
     num_hidden_layers: int
@@ -28,7 +30,7 @@ class ModelSizes(NamedTuple):
     head_dim: int | None = None
 
 
-# So that a plan needs no download: the config.json of each model's hub page, its sizes only.
+# Sizes from the config.json of each model's hub page, so that a plan needs no download.
 KNOWN = {
     "dtrain:tiny-llama": ModelSizes("llama", 2, 64, 4, 2, 128, 512),
     "HuggingFaceTB/SmolLM2-135M": ModelSizes("llama", 30, 576, 9, 3, 1536, 49152, True),
@@ -71,25 +73,25 @@ SUFFIXES = ("-instruct", "-chat", "-hf", "-it", "-base")
 
 
 def find_shape(base: str) -> tuple[ModelShape, str]:
-    """The shape of `model.base`, and where it was read.
+    """The shape of `model.base`, and the source that it was read from.
 
     Raises:
-        UserError: as `find_config`; its architecture is not known.
+        UserError: `find_config` finds no config, or the plan does not know its architecture.
     """
     config, source = find_config(base)
     return shape_of(config, source), source
 
 
 def find_config(base: str) -> tuple[dict[str, Any], str]:
-    """What config.json says of `model.base`, and where it was read.
+    """The config.json of `model.base`, and the source that it was read from.
 
     Raises:
-        UserError: there is no config.json of it on this machine, and it is not in the table.
+        UserError: this machine has no config.json of the base, and the table no row.
     """
     folder = local_path(base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no config.json, so it is not a model", where=WHERE)
+            raise UserError(f"{folder} has no config.json, so it is not a model", where=WHERE)
         return read_config(folder / "config.json"), str(folder / "config.json")
     if cached := _cached_config(base):
         return read_config(cached), str(cached)
@@ -98,32 +100,35 @@ def find_config(base: str) -> tuple[dict[str, Any], str]:
         config = {k: v for k, v in KNOWN[row]._asdict().items() if v is not None}
         return config, f"dtrain's table of shapes ({row})"
     if _is_path(base):
-        what = f"there is no such folder, so no config.json of {base!r}"
-        raise UserError(what, where=WHERE, fix="give a model's folder or a hub id")
+        raise UserError(
+            f"there is no such folder, so no config.json of {base!r}",
+            where=WHERE,
+            fix="use the folder of a model, or a hub id",
+        )
     close = get_close_matches(base, KNOWN, n=1)
-    hint = f"did you mean {close[0]}? else " if close else ""
+    hint = f"did you mean {close[0]}? If not, " if close else ""
     raise UserError(
         f"no config.json of {base!r} on this machine",
         where=WHERE,
-        fix=f"{hint}give a folder, or: hf download {base} config.json",
+        fix=f"{hint}use a folder, or run: hf download {base} config.json",
     )
 
 
 def check_trainable(base: str) -> None:
-    """Refuse what no engine trains, as far as this machine knows the base's config.json.
+    """Check that dtrain can train the base, if this machine has its config.json.
 
     Raises:
-        UserError: it is a mixture of experts.
+        UserError: the base is a mixture of experts.
     """
     try:
         config, source = find_config(base)
-    except UserError:  # fetched later, and looked at then
+    except UserError:  # the run downloads the base and checks it then
         return
     check_not_experts(config, source)
 
 
 def known_name(base: str) -> str | None:
-    """The row of the table for a hub id; chat and instruct models have the shape of their base."""
+    """The table's row for a hub id; chat and instruct models have the sizes of their base."""
     if base == "dtrain:smollm2-135m":
         return "HuggingFaceTB/SmolLM2-135M"
     return _BY_STEM.get(_stem(base))
@@ -140,22 +145,71 @@ _BY_STEM = {_stem(name): name for name in KNOWN}
 
 
 def _is_path(base: str) -> bool:
-    """Whether it can be no hub id."""
+    """Whether the base cannot be a hub id."""
     return base.startswith(("/", ".", "~")) or base.count("/") > 1
 
 
 def _cached_config(base: str) -> Path | None:
-    """config.json of a hub id in the hub client's cache; its import would cost half a second."""
+    """config.json in the hub client's cache, found without the client, which imports slowly."""
     if "/" not in base or _is_path(base):
         return None
     home = os.environ.get("HF_HOME") or Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
     )
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    place = cache.expanduser() / f"models--{base.replace('/', '--')}"
+    repository = cache.expanduser() / f"models--{base.replace('/', '--')}"
     try:
-        commit = (place / "refs" / "main").read_text(encoding="utf-8").strip()
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
         return None
-    config = place / "snapshots" / commit / "config.json"
+    config = repository / "snapshots" / commit / "config.json"
     return config if config.is_file() else None
+
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+
+
+def trained_positions(config: Mapping[str, Any]) -> int | None:
+    """Positions that a model was trained on, or that its scaled RoPE reaches; None if unknown.
+
+    Args:
+        config: content of config.json; of a multimodal model, the text model's part counts.
+    """
+    text = config.get("text_config") or config
+    unscaled = next((text[key] for key in POSITION_KEYS if isinstance(text.get(key), int)), None)
+    if unscaled is None:
+        return None
+    scaled = [factor * (original or unscaled) for factor, original in _rope_scalings(text)]
+    return int(max(unscaled, *scaled, 0))
+
+
+def _rope_scalings(config: Mapping[str, Any]) -> Iterator[tuple[float, int | None]]:
+    """Factor and original length of each scaled RoPE; some models have one per layer type."""
+    for rope in (config.get(key) for key in ROPE_KEYS):
+        if not isinstance(rope, Mapping):
+            continue
+        for scaling in (rope, *(x for x in rope.values() if isinstance(x, Mapping))):
+            factor = scaling.get("factor")
+            if isinstance(factor, int | float):
+                yield float(factor), scaling.get("original_max_position_embeddings")
+
+
+def position_warnings(recipe: Recipe) -> list[str]:
+    """Warnings about sequences longer than the base's positions, before any data are read.
+
+    Documents packed into such a sequence may be shorter; only prepared data show their lengths.
+    """
+    try:
+        config, source = find_config(recipe.model.base)
+    except UserError:  # the run downloads the base and checks it then
+        return []
+    known = trained_positions(config)
+    groups: dict[str, Data] = {f"stages.{s.name}.data": s.data for s in recipe.stages}
+    groups |= {f"evaluation.sets.{name}": data for name, data in recipe.evaluation.sets.items()}
+    return [
+        f"{key}: sequence_length is {data.sequence_length}, but the model has {known} positions "
+        f"({source}); longer documents exceed them"
+        for key, data in groups.items()
+        if known is not None and data.sequence_length > known
+    ]

@@ -1,15 +1,16 @@
-"""The tensors of a decoder as engines divide them: FSDP2 by whole rows, ZeRO-3 by elements."""
+"""The parameters of a decoder as engines divide them: by rows (FSDP2) or by elements (ZeRO-3)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtrain.planning.shapes import LinearShape
-from dtrain.planning.workload import ZERO, Workload
+from dtrain.planning.workload import Workload
 
-# Of a linear layer held in NF4: 4 bits an element; for 64 elements one byte of scale; for 256 of
-# those a float32 of the second quantisation. The scales are no parameters: no engine shards them.
+# A weight in NF4 takes 4 bits an element, one byte of scale for 64 elements, and one float32 for
+# 256 scales (double quantization, arXiv:2305.14314). The scales are not parameters: engines do not
+# shard them.
 NF4_BYTES = 0.5
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
@@ -17,10 +18,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One tensor.
+    """One parameter of the model.
 
     Attributes:
-        kept, computed: bytes of an element where a rank keeps it, and where it computes.
+        trains: the optimizer updates it.
+        kept: bytes of an element as a rank keeps it.
+        computed: bytes of an element as it is gathered for computing.
     """
 
     rows: int
@@ -31,84 +34,79 @@ class ParameterSpec:
 
     @property
     def elements(self) -> int:
-        """Of the whole tensor."""
+        """Elements of the whole parameter."""
         return self.rows * self.columns
 
     def row_share(self, ranks: int) -> int:
-        """Elements of a rank's rows; FSDP2 pads, so that every rank has as many."""
+        """Elements of a rank's rows; FSDP2 pads, so that every rank has as many rows."""
         return -(-self.rows // ranks) * self.columns
 
-    def share(self, ranks: int) -> int:
-        """Elements of a rank's range; ZeRO-3 pads, so that every rank has as many."""
+    def element_share(self, ranks: int) -> int:
+        """Elements of a rank's range; ZeRO-3 pads, so that every rank has as many elements."""
         return -(-self.elements // ranks)
 
 
 def padded_bytes(parameters: Sequence[ParameterSpec], ranks: int) -> float:
-    """Of parameters as they compute, with as many rows of each for every one of `ranks`."""
-    return float(sum(one.computed * one.row_share(ranks) * ranks for one in parameters))
+    """Bytes of gathered parameters whose rows are padded to a multiple of `ranks`."""
+    return float(sum(x.computed * x.row_share(ranks) * ranks for x in parameters))
 
 
-def sent_bytes(parameters: Sequence[ParameterSpec], ranks: int) -> float:
-    """Of the gradients of what trains as FSDP2 reduces them, in float32 and padded."""
-    rows = sum(one.row_share(ranks) for one in parameters if one.trains)
+def reduced_bytes(parameters: Sequence[ParameterSpec], ranks: int) -> float:
+    """Bytes of the gradients that FSDP2 reduces: float32, padded like the parameters."""
+    rows = sum(x.row_share(ranks) for x in parameters if x.trains)
     return float(FLOAT32 * rows * ranks)
 
 
 def layer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
-    """Of one decoder layer, adapters beside what they adapt.
+    """The parameters of one decoder layer, in the order of its modules; adapters follow a linear.
 
     Args:
-        train_bytes: of an element of what trains, where torch's engines keep it.
+        train_bytes: bytes of an element of what trains, as torch's engines keep it.
     """
-    shape, found = workload.shape, list[ParameterSpec]()
-    base = _base(workload, train_bytes)
+    shape, parameters = workload.shape, list[ParameterSpec]()
+    base = _base_parameter(workload, train_bytes)
     for linear in shape.linears:
-        found.append(
-            _packed(linear, workload) if workload.method == "qlora" else _matrix(linear, base)
-        )
+        if workload.traits.quantizes_base:
+            parameters.append(_packed(linear, workload))
+        else:
+            parameters.append(replace(base, rows=linear.outputs, columns=linear.inputs))
         if linear.bias:
-            found.append(_like(base, linear.outputs, 1))
-        found += _adapters(linear, workload, train_bytes)
-    heads = shape.norm_elements - shape.norms * shape.hidden  # norms of queries and keys
-    norms = [shape.hidden] * shape.norms + ([heads // 2] * 2 if heads else [])
-    return found + [_like(base, width, 1) for width in norms]
+            parameters.append(replace(base, rows=linear.outputs, columns=1))
+        parameters += _adapters(linear, workload, train_bytes)
+    head_norms = shape.norm_elements - shape.norms * shape.hidden  # norms of queries and keys
+    widths = [shape.hidden] * shape.norms + ([head_norms // 2] * 2 if head_norms else [])
+    return parameters + [replace(base, rows=width, columns=1) for width in widths]
 
 
 def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
-    """Outside the decoder layers: embeddings, last norm, output matrix where it is its own."""
-    shape, base = workload.shape, _base(workload, train_bytes)
-    found = [_like(base, shape.vocabulary, shape.hidden), _like(base, shape.hidden, 1)]
+    """The parameters outside the decoder layers: embeddings, final norm, untied output matrix."""
+    shape, base = workload.shape, _base_parameter(workload, train_bytes)
+    embedding = replace(base, rows=shape.vocabulary, columns=shape.hidden)
+    parameters = [embedding, replace(base, rows=shape.hidden, columns=1)]
     if not shape.tied:
-        found.append(found[0])
+        parameters.append(embedding)
     for linear in workload.adapted:
         if linear.name == "lm_head":
-            found += _adapters(linear, workload, train_bytes)
-    return found
+            parameters += _adapters(linear, workload, train_bytes)
+    return parameters
 
 
-def _base(workload: Workload, train_bytes: int) -> ParameterSpec:
-    """What a tensor of the base is like; DeepSpeed keeps all in the dtype that computes."""
-    e = workload.element_bytes
-    kept = train_bytes if workload.is_full and workload.engine not in ZERO else e
-    return ParameterSpec(0, 0, workload.is_full, kept, e)
-
-
-def _like(one: ParameterSpec, rows: int, columns: int) -> ParameterSpec:
-    return ParameterSpec(rows, columns, one.trains, one.kept, one.computed)
-
-
-def _matrix(linear: LinearShape, base: ParameterSpec) -> ParameterSpec:
-    return _like(base, linear.outputs, linear.inputs)
+def _base_parameter(workload: Workload, train_bytes: int) -> ParameterSpec:
+    """A parameter of the base without its size; DeepSpeed keeps all in the compute dtype."""
+    e, trains = workload.element_bytes, workload.traits.trains_base
+    kept = train_bytes if trains and not workload.capabilities.is_deepspeed else e
+    return ParameterSpec(0, 0, trains, kept, e)
 
 
 def _packed(linear: LinearShape, workload: Workload) -> ParameterSpec:
-    """bitsandbytes keeps a packed weight as a column of the dtype that computes."""
+    """A weight in NF4, which bitsandbytes stores as one column of the compute dtype."""
     e = workload.element_bytes
     return ParameterSpec(int(NF4_BYTES * linear.elements) // e, 1, False, e, e)
 
 
 def _adapters(linear: LinearShape, workload: Workload, train_bytes: int) -> Iterator[ParameterSpec]:
-    if linear in workload.adapted:
-        width = workload.element_bytes if workload.engine in ZERO else train_bytes
-        yield ParameterSpec(workload.rank, linear.inputs, True, width, width)
-        yield ParameterSpec(linear.outputs, workload.rank, True, width, width)
+    if linear not in workload.adapted:
+        return
+    width = workload.element_bytes if workload.capabilities.is_deepspeed else train_bytes
+    for rows, columns in workload.adapter_shapes(linear):
+        yield ParameterSpec(rows, columns, True, width, width)

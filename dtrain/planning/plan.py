@@ -1,4 +1,4 @@
-"""`dtrain plan`: a recipe on a cluster, stage by stage."""
+"""The plan of a recipe on a cluster, stage by stage: memory, speed, disk and suggestions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.planning.calibration import Correction, measured
-from dtrain.planning.choose import Option, options, resolved
-from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.calibration import Correction, find_correction
+from dtrain.planning.choose import PlanOption, list_options, resolve
+from dtrain.planning.engine_base import MemoryEstimate
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import FITS, ORDER, MemoryFit, Suggestion, assess_fit, suggest_changes
 from dtrain.planning.known_models import find_config, find_shape
-from dtrain.planning.memory import MemoryEstimate, estimate_memory
 from dtrain.planning.shapes import ModelShape
-from dtrain.planning.simulated_peak import SimulationResult, Told, simulate, steps_of
+from dtrain.planning.simulated_peak import (
+    ReportProgress,
+    SimulatedStep,
+    progress_units,
+    simulate_step,
+)
 from dtrain.planning.speed import (
     Estimate,
     has_published_speed,
@@ -33,38 +38,45 @@ from dtrain.planning.storage import (
 )
 from dtrain.planning.workload import Cluster, Workload, build_workload
 
-Meter = Callable[[str, int], AbstractContextManager[Told]]
+ProgressBar = Callable[[str, int], AbstractContextManager[ReportProgress]]
+"""Opens a progress bar with a title and a number of units."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the chain.
+    """The plan of one stage.
 
     Attributes:
-        changes: cheapest first; empty if it fits.
-        hours: None where the number of tokens is not known.
-        doubts: why the figures are not to be relied on, in words.
-        measured: of earlier runs here, if there were any.
-        exact: of a simulation, if one was asked for.
+        received: bytes that a rank receives in an optimizer step.
+        entering: bytes that enter a node in an optimizer step.
+        suggestions: changes that would make it fit, cheapest first; empty if it fits.
+        speed: tokens a second of all ranks.
+        tokens, hours: None where the number of tokens is not known.
+        disk: bytes.
+        caveats: why the figures may be wrong.
+        correction: from earlier runs on this machine, if there were any.
+        simulated: a simulated step, if one was requested.
     """
 
     name: str
     workload: Workload
     memory: MemoryEstimate
     fit: MemoryFit
-    changes: list[Suggestion]
+    received: float
+    entering: float
+    suggestions: list[Suggestion]
     speed: Estimate
-    amount: TokenCount | None
+    tokens: TokenCount | None
     hours: Estimate | None
     disk: float
-    doubts: list[str]
-    measured: Correction | None
-    exact: SimulationResult | None = None
+    caveats: list[str]
+    correction: Correction | None
+    simulated: SimulatedStep | None = None
 
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """A recipe on a cluster."""
+    """The plan of a recipe on a cluster."""
 
     name: str
     base: str
@@ -72,113 +84,107 @@ class RecipePlan:
     shape_source: str
     cluster: Cluster
     stages: list[StagePlan]
-    options: list[Option]
+    options: list[PlanOption]
 
     @property
-    def worst(self) -> StagePlan:
-        """The stage that needs most."""
+    def largest(self) -> StagePlan:
+        """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.fit.budget)
 
     @property
     def verdict(self) -> str:
-        """The verdict on the whole recipe."""
+        """The worst verdict of all stages."""
         return max((stage.fit.verdict for stage in self.stages), key=ORDER.index)
 
 
-def with_exact(plan: RecipePlan, recipe: Recipe, meter: Meter) -> RecipePlan:
-    """The plan with every stage simulated.
+def simulate_plan(plan: RecipePlan, recipe: Recipe, bar: ProgressBar) -> RecipePlan:
+    """The plan with a simulated step of every stage.
 
     Args:
-        recipe: as `make_plan` had it.
-        meter: makes a progress bar, of a title and a number of units.
+        recipe: the recipe that `make_plan` planned.
 
     Raises:
-        UserError: as `exact.simulate`.
+        UserError: a stage cannot be simulated.
     """
-    recipe, config = resolved(recipe, plan.cluster), find_config(recipe.model.base)[0]
+    recipe, config = resolve(recipe, plan.cluster), find_config(recipe.model.base)[0]
     stages = []
     for stage in plan.stages:
-        with meter(f"simulating {stage.name}", steps_of(stage.workload)) as told:
-            found = simulate(recipe, stage.name, stage.workload, plan.cluster, config, told)
-        stages.append(replace(stage, exact=found))
+        with bar(f"simulating {stage.name}", progress_units(stage.workload)) as report:
+            step = simulate_step(recipe, stage.name, stage.workload, config, report)
+        stages.append(replace(stage, simulated=step))
     return replace(plan, stages=stages)
 
 
 def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
-    """Plan every stage; what the recipe leaves to choose is chosen first.
+    """Plan every stage, after choosing what the recipe leaves to `auto`.
 
     Raises:
-        UserError: the base's shape is not known, or a batch cannot be shared among the ranks.
+        UserError: the base's shape is not known, or the ranks cannot share a batch evenly.
     """
     shape, source = find_shape(recipe.model.base)
-    recipe = resolved(recipe, cluster)
+    recipe = resolve(recipe, cluster)
     last = recipe.stages[-1].name
     stages = [
-        _plan_stage(
-            recipe,
-            stage,
-            build_workload(recipe, stage, shape, cluster),
-            cluster,
-            stage.name == last,
-        )
+        _plan_stage(recipe, stage, shape, cluster, is_last=stage.name == last)
         for stage in recipe.stages
     ]
     plan = RecipePlan(recipe.name, recipe.model.base, shape, source, cluster, stages, [])
-    return replace(plan, options=options(plan.worst.workload, cluster))
+    return replace(plan, options=list_options(plan.largest.workload, cluster))
 
 
 def _plan_stage(
-    recipe: Recipe, stage: Stage, workload: Workload, cluster: Cluster, is_last: bool
+    recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster, *, is_last: bool
 ) -> StagePlan:
-    memory = estimate_memory(workload)
-    known = measured(cluster.gpu.name, workload.engine, workload.method, memory.peak)
-    fit = assess_fit(workload, cluster)
+    workload = build_workload(recipe, stage, shape, cluster)
+    model = build_engine_model(workload)
+    memory, fit = model.peak_memory(), assess_fit(workload, cluster)
+    correction = find_correction(cluster.gpu.name, workload.engine, workload.method, memory.peak)
     speed = tokens_per_second(workload, cluster)
-    if known:
-        speed = speed.times(known.speed_ratio)
-    amount = stage_tokens(stage)
+    if correction:
+        speed = speed.times(correction.speed_ratio)
+    tokens = stage_tokens(stage)
     return StagePlan(
         name=stage.name,
         workload=workload,
         memory=memory,
         fit=fit,
-        changes=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
+        received=model.received_bytes(),
+        entering=model.entering_bytes(),
+        suggestions=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
         speed=speed,
-        amount=amount,
-        hours=_hours(amount, speed),
+        tokens=tokens,
+        hours=_hours(tokens, speed),
         disk=disk_bytes(recipe, stage, workload, is_last=is_last),
-        doubts=[] if known else doubts(workload, cluster),
-        measured=known,
+        caveats=[] if correction else list_caveats(workload, cluster),
+        correction=correction,
     )
 
 
-def _hours(amount: TokenCount | None, speed: Estimate) -> Estimate | None:
-    if amount is None:
+def _hours(count: TokenCount | None, speed: Estimate) -> Estimate | None:
+    if count is None:
         return None
-    low, middle, high = (
-        amount.tokens / rate / 3600 for rate in (speed.high, speed.middle, speed.low)
-    )
-    return Estimate(low, middle, high)
+    rates = (speed.high, speed.middle, speed.low)
+    return Estimate(*(count.tokens / rate / 3600 for rate in rates))
 
 
-def doubts(workload: Workload, cluster: Cluster) -> list[str]:
-    """Where the plan is not to be trusted."""
-    found = []
+def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
+    """Why the figures of a plan may be wrong."""
+    caveats = []
     if workload.offload:
-        found.append("memory with offload could not be predicted from published figures")
+        caveats.append("no published figures confirm the memory of offloading")
     if workload.shape.soft_cap:
-        found.append("attention with capped scores takes memory that grows with the square")
+        caveats.append("attention with capped scores needs memory quadratic in sequence length")
     if not has_published_speed(cluster.gpu):
-        found.append(f"no published speed of {cluster.gpu.name} was at hand")
+        caveats.append(f"there is no published speed of {cluster.gpu.name}")
     if cluster.nodes > 1:
-        found.append("speed between nodes depends on a network that the plan does not know")
+        caveats.append("speed between nodes depends on a network that the plan does not know")
     if is_communication_bound(workload, cluster):
-        found.append("sending takes longer than computing, so the links decide how long it takes")
-    return found
+        caveats.append("communication takes longer than computing, so speed depends on the links")
+    return caveats
 
 
 def as_json(plan: RecipePlan) -> dict[str, Any]:
-    """The plan as plain values; bytes and seconds, no units inside texts."""
+    """The plan as plain values: bytes, seconds and hours as numbers."""
     return {
         "recipe": plan.name,
         "base": plan.base,
@@ -197,32 +203,32 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
     workload, fit = stage.workload, stage.fit
     return {
         "name": stage.name,
-        **_way(workload),
+        **_settings_json(workload),
         "trainable": workload.trainable,
         "memory": stage.memory.terms() | {"peak": stage.memory.peak, "moment": stage.memory.moment},
         "lower": fit.lower,
         "budget": fit.budget,
         "usable": fit.usable,
         "verdict": fit.verdict,
-        "changes": [{"change": list(x.settings), "cost": x.cost} for x in stage.changes],
+        "changes": [{"change": list(x.settings), "cost": x.cost} for x in stage.suggestions],
         "host_load": host_load_bytes(workload),
         "host_save": host_save_bytes(workload),
         "host_merge": host_merge_bytes(workload),
         "checkpoint": checkpoint_bytes(workload),
         "disk": stage.disk,
-        "received_per_step": received_bytes(workload),
-        "entering_node_per_step": entering_bytes(workload),
+        "received_per_step": stage.received,
+        "entering_node_per_step": stage.entering,
         "tokens_per_second": asdict(stage.speed),
-        "tokens": stage.amount.tokens if stage.amount else None,
-        "tokens_exact": bool(stage.amount and stage.amount.is_exact),
+        "tokens": stage.tokens.tokens if stage.tokens else None,
+        "tokens_exact": bool(stage.tokens and stage.tokens.is_exact),
         "hours": asdict(stage.hours) if stage.hours else None,
-        "low_confidence": stage.doubts,
-        "measured": asdict(stage.measured) if stage.measured else None,
-        "exact": asdict(stage.exact) if stage.exact else None,
+        "caveats": stage.caveats,
+        "correction": asdict(stage.correction) if stage.correction else None,
+        "simulated": asdict(stage.simulated) if stage.simulated else None,
     }
 
 
-def _way(workload: Workload) -> dict[str, Any]:
+def _settings_json(workload: Workload) -> dict[str, Any]:
     return {
         "engine": workload.engine,
         "shard": workload.shard,
@@ -233,8 +239,8 @@ def _way(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _option_json(option: Option) -> dict[str, Any]:
-    return _way(option.workload) | {
+def _option_json(option: PlanOption) -> dict[str, Any]:
+    return _settings_json(option.workload) | {
         "budget": option.fit.budget,
         "verdict": option.fit.verdict,
         "tokens_per_second": option.speed,

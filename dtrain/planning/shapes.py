@@ -1,6 +1,6 @@
-"""A decoder's matrices, read from its config.json alone, and how many parameters they hold.
+"""The sizes of a decoder's tensors, from its config.json alone, for each known architecture.
 
-Letters: h hidden size, q and kv width of the queries and of the keys or values, d head size,
+Letters: h hidden size, q and kv widths of the queries and of the keys or values, d head size,
 f width of the MLP, V vocabulary.
 """
 
@@ -18,7 +18,7 @@ from dtrain.core.files import read_json
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer; `name` inside its decoder layer, such as self_attn.q_proj."""
+    """A linear layer; `name` is its name inside the decoder layer, such as self_attn.q_proj."""
 
     name: str
     inputs: int
@@ -27,7 +27,7 @@ class LinearShape:
 
     @property
     def elements(self) -> int:
-        """Of the weight matrix."""
+        """Elements of the weight matrix."""
         return self.inputs * self.outputs
 
     @property
@@ -38,14 +38,15 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory, time and bytes depend on.
+    """The sizes of a decoder that memory, time and communication depend on.
 
     Attributes:
-        linears: of one decoder layer; all layers are alike.
-        norm_elements: of one decoder layer.
-        norms: normalisations over h in one decoder layer.
+        kind: model_type of its config.json, a key of `ARCHITECTURES`.
+        linears: linear layers of one decoder layer; all decoder layers are alike.
+        norm_elements: weights of the norms of one decoder layer.
+        norms: norms over h in one decoder layer.
         tied: the output matrix is the embedding matrix.
-        soft_cap: attention scores are capped, which only the quadratic kind of attention does.
+        soft_cap: attention scores are capped, which needs the attention that stores all scores.
     """
 
     kind: str
@@ -74,80 +75,76 @@ class ModelShape:
 
     @property
     def linear_elements(self) -> int:
-        """Weights of all decoder layers' linear layers: what NF4 holds, what computes."""
+        """Weights of the linear layers of all decoder layers: what NF4 quantizes."""
         return self.layers * sum(linear.elements for linear in self.linears)
 
     @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer."""
-        return self.norm_elements + sum(one.elements + one.biases for one in self.linears)
+        return self.norm_elements + sum(x.elements + x.biases for x in self.linears)
 
     @property
     def outer_parameters(self) -> int:
-        """Parameters outside the decoder layers: embeddings, output matrix, last norm."""
+        """Parameters outside the decoder layers: embeddings, output matrix, final norm."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
     def parameters(self) -> int:
-        """All of them; what is tied counts once."""
+        """Number of parameters; tied matrices count once."""
         return self.layers * self.layer_parameters + self.outer_parameters
 
 
-def adapted(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[LinearShape, ...]:
+def select_linears(
+    shape: ModelShape, target_modules: str | Sequence[str]
+) -> tuple[LinearShape, ...]:
     """The linear layers of one decoder layer that get an adapter, and lm_head where it is named.
 
     Args:
-        target_modules: as in a recipe; a name matches whole or after a dot, as in PEFT.
+        target_modules: as in a recipe; a name matches the whole name or its end after a dot, as in
+            PEFT.
 
     Raises:
-        UserError: no linear layer is named so, or only some decoder layers are meant.
+        UserError: no linear layer has one of the names.
     """
     if isinstance(target_modules, str):
         return shape.linears
     head = LinearShape("lm_head", shape.hidden, shape.vocabulary)
     known = [*shape.linears, *([] if shape.tied else [head])]
     for target in target_modules:
-        if not any(_answers(linear.name, target) for linear in known):
+        if not any(_matches(linear.name, target) for linear in known):
             names = sorted({linear.name.rpartition(".")[2] for linear in known})
             fix = f"choose from: {', '.join(names)}"
             raise UserError(
                 f"no linear layer is named {target!r}", where="method.target_modules", fix=fix
             )
-    return tuple(x for x in known if any(_answers(x.name, target) for target in target_modules))
+    return tuple(x for x in known if any(_matches(x.name, target) for target in target_modules))
 
 
-def _answers(name: str, target: str) -> bool:
+def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def adapter_parameters(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> int:
-    """Parameters of a LoRA adapter: r (inputs + outputs) of every adapted layer."""
-    chosen = adapted(shape, target_modules)
-    return sum(
-        rank * (x.inputs + x.outputs) * (1 if x.name == "lm_head" else shape.layers) for x in chosen
-    )
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """What a config.json says.
+    """The content of a config.json.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read or does not contain an object.
     """
     config = read_json(path)
     if not isinstance(config, dict):
-        raise UserError("is not a model's config", where=str(path))
+        raise UserError("this is not a model's config", where=str(path))
     return config
 
 
 def shape_of(config: dict[str, Any], where: str) -> ModelShape:
-    """The shape of a config as transformers writes it.
+    """The shape that a config of transformers describes.
 
     Args:
-        where: for messages.
+        where: source of the config, for messages.
 
     Raises:
-        UserError: it lacks a size, is a mixture of experts, or of an architecture not known here.
+        UserError: the config lacks a size, is a mixture of experts, or has an architecture that
+            the plan does not know.
     """
     kind = str(config.get("model_type"))
     check_not_experts(config, where)
@@ -158,24 +155,27 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"the plan does not know model_type {kind!r}", where=where, fix=fix)
     _require_sizes(config, where)
     try:
-        return ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _given(config))
+        return ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _without_nulls(config))
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is missing in it", where=where) from error
+        raise UserError(f"{error.args[0]} is missing", where=where) from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"a size in it is not a number: {error}", where=where) from error
+        raise UserError(f"a size is not a number: {error}", where=where) from error
 
 
 def check_not_experts(config: dict[str, Any], where: str) -> None:
-    """Refuse what its config alone shows to be a mixture of experts.
+    """Check that a config does not describe a mixture of experts.
 
-    A quick look before torch is at hand; `dtrain.models.outline.check_dense` asks the model.
+    This check needs no torch; `dtrain.models.outline.check_dense` checks the built model.
 
     Raises:
-        UserError: the config, or one inside it, counts experts that its layers have.
+        UserError: the config, or a config inside it, gives its layers experts.
     """
     if _has_experts(config):
-        what = f"{config.get('model_type')!r} is a mixture of experts; dtrain trains dense models"
-        raise UserError(what, where=where, fix="choose a dense model: llama, mistral, qwen3, ...")
+        raise UserError(
+            f"{config.get('model_type')!r} is a mixture of experts; dtrain trains dense models",
+            where=where,
+            fix="choose a dense model: llama, mistral, qwen3, ...",
+        )
 
 
 def _has_experts(config: dict[str, Any]) -> bool:
@@ -202,26 +202,26 @@ SIZES = (
     "vocab_size",
     "head_dim",
 )
-LARGEST = 2**40  # more is no size of a model
+MAX_SIZE = 2**40  # a larger value is not a size of a model
 
 
 def _require_sizes(config: dict[str, Any], where: str) -> None:
-    """Refuse sizes that are none, by their names."""
+    """Check that every size is a number above 0."""
     for key in SIZES:
         value = config.get(key)
         try:
-            is_size = value is None or 0 < int(value) < LARGEST
+            is_size = value is None or 0 < int(value) < MAX_SIZE
         except (TypeError, ValueError, OverflowError):
             is_size = False
         if not is_size:
             raise UserError(f"{key} is not a number above 0: {value!r}", where=where)
 
 
-def _given(config: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-# What transformers takes where config.json is silent.
+# What transformers assumes where config.json has no value.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
@@ -234,11 +234,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> ModelShape:
-    """A Llama-like decoder; `choices` say in what a kind differs.
+    """A Llama-like decoder.
 
     Args:
-        choices: qkv_bias, o_bias, mlp_bias; fused: q,k,v and gate,up are one matrix each; norms
-            over h a layer; head_norms over d a layer.
+        choices: how the architecture differs. qkv_bias, o_bias, mlp_bias: layers with a bias;
+            fused: q, k, v are one matrix, and gate, up are one; norms: norms over h in a decoder
+            layer; head_norms: norms over d in a decoder layer.
     """
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads", heads))
@@ -330,4 +331,27 @@ ARCHITECTURES: dict[str, Callable[[str, dict[str, Any]], ModelShape]] = {
     "phi3": _phi3,
     "smollm3": _llama,
     "granite": _llama,
+}
+
+
+ADAPTED_LAYERS, NORMS, MLPS, LOSS = "adapted layers", "norms", "MLPs", "chunked loss"
+"""Kernels of dtrain/models/kernels that change what is kept for the backward pass.
+
+Adapted layers share one input and recompute it where a norm or an MLP made it; norms keep their
+input in its dtype; MLPs keep their two inputs; the loss computes its logits chunk by chunk.
+"""
+
+_ALL = frozenset({ADAPTED_LAYERS, NORMS, MLPS, LOSS})
+# The kernels that each architecture gets; a test compares them with what is really patched.
+KERNELS: dict[str, frozenset[str]] = {
+    "llama": _ALL,
+    "mistral": _ALL,
+    "qwen2": _ALL,
+    "qwen3": _ALL,
+    "gemma": frozenset({ADAPTED_LAYERS, LOSS}),
+    "gemma2": frozenset({ADAPTED_LAYERS, LOSS}),
+    "gemma3_text": frozenset({ADAPTED_LAYERS, LOSS}),
+    "phi3": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
+    "smollm3": _ALL,
+    "granite": _ALL,
 }

@@ -1,8 +1,8 @@
-"""`dtrain plan --exact`: a step simulated in a child process, and what follows for all layers.
+"""`dtrain plan --exact`: the peak memory of a step that a child process simulates.
 
-The child (dtrain/simulation) builds the recipe's model by dtrain's own code and runs it in its
-engine with fake tensors and fake ranks. It does so for a few numbers of layers; every peak must
-grow by the same amount with each of them, and so is known for the model's real depth.
+The child (dtrain/simulation) builds the recipe's model with dtrain's own code and runs it in its
+engine with fake tensors and fake ranks, for a few small numbers of layers. Each peak must grow by
+the same amount with every layer, and so is known for the model's real depth.
 """
 
 from __future__ import annotations
@@ -17,128 +17,136 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
+from dtrain.config.engines import engines_with
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.planning.workload import ZERO, Cluster, Workload
+from dtrain.planning.workload import Workload
 
-CHILD, MARK = "dtrain.simulation", "dtrain-simulation "
-LAYERS = (3, 4, 5)  # a first, a last, and others between them
-MOST_MICRO_BATCHES = 2  # a third finds what the second found
-MOST_RANKS = 1024
+CHILD, LINE_PREFIX = "dtrain.simulation", "dtrain-simulation "
+LAYERS = (3, 4, 5)  # a first and a last layer, and others between them
+MAX_MICRO_BATCHES = 2  # a third has the same peak as the second
+MAX_RANKS = 1024
 TOLERANCE = 0.01  # between the two extrapolations that three numbers of layers allow
+NO_SIMULATION = "plan without --exact"
 
-Told = Callable[[int], None]
+ReportProgress = Callable[[int], None]
+"""Called with a number of finished units."""
 
 
 @dataclass(frozen=True)
-class Peak:
-    """The most that lived in a phase while one kind of place computed.
+class SimulatedPeak:
+    """The most memory that was in use in one phase, in one region of the model.
 
     Attributes:
         phase: forward, backward or update.
-        place: outside the layers, in the first, the last or another one.
-        module: its name.
-        terms: name → bytes, sum `total`.
+        region: outside the layers, or in the first, the last or another layer.
+        module: name of the module that was computing.
+        total: bytes.
+        terms: bytes by name; their sum is `total`.
     """
 
     phase: str
-    place: str
+    region: str
     module: str
     total: float
     terms: dict[str, float]
 
 
 @dataclass(frozen=True)
-class SimulationResult:
-    """The peak at the real depth.
+class SimulatedStep:
+    """The peak of a step at the model's real depth.
 
     Attributes:
-        layers: numbers of layers that were simulated.
+        layers: the numbers of layers that were simulated.
     """
 
-    peak: Peak
+    peak: SimulatedPeak
     layers: tuple[int, ...]
 
 
-def steps_of(workload: Workload) -> int:
-    """Units of progress that `simulate` tells of: building, and each phase of two steps."""
-    micro_batches = min(workload.accumulation, MOST_MICRO_BATCHES)
-    return len(layers_for(workload.shape.layers)) * (5 + 2 * micro_batches)
+def progress_units(workload: Workload) -> int:
+    """Units of progress that `simulate_step` reports: building, and each phase of two steps."""
+    micro_batches = min(workload.accumulation, MAX_MICRO_BATCHES)
+    return len(simulated_layers(workload.shape.layers)) * (5 + 2 * micro_batches)
 
 
-def layers_for(depth: int) -> tuple[int, ...]:
-    """Numbers of layers to simulate: all of them where they are few."""
+def simulated_layers(depth: int) -> tuple[int, ...]:
+    """Numbers of layers to simulate; a shallow model is simulated as it is."""
     return LAYERS if depth > LAYERS[-1] else (depth,)
 
 
-def simulate(
+def simulate_step(
     recipe: Recipe,
     name: str,
     workload: Workload,
-    cluster: Cluster,
     config: dict[str, Any],
-    told: Told,
-) -> SimulationResult:
-    """Simulate a stage of a resolved recipe.
+    report_progress: ReportProgress,
+) -> SimulatedStep:
+    """Simulate a step of one stage of a resolved recipe.
 
     Args:
-        name: of the stage.
-        setup: the same as numbers.
-        config: the content of the base's config.json.
-        told: called with units of progress, `steps_of` in all.
+        name: name of the stage.
+        workload: the stage as numbers.
+        config: content of the base's config.json.
+        report_progress: called with finished units, `progress_units` in all.
 
     Raises:
-        UserError: no torch, an engine that is not simulated, more ranks than are simulated,
-            memory that does not grow evenly with the layers.
+        UserError: torch is missing, the engine or the number of ranks cannot be simulated, or
+            memory does not grow evenly with the layers.
     """
-    _refuse(recipe, workload, cluster)
+    _check_can_simulate(recipe, workload)
     depth = workload.shape.layers
-    layers = layers_for(depth)
-    question = _question(recipe, name, workload, cluster)
-    question["configs"] = [cut(config, count) for count in layers]
-    found = list(_answers(question, told))
-    return SimulationResult(at_depth(found, layers, depth), layers)
+    layers = simulated_layers(depth)
+    request = _build_request(recipe, name, workload)
+    request["configs"] = [with_layers(config, count) for count in layers]
+    peaks = list(_run_child(request, report_progress))
+    return SimulatedStep(extrapolate_peak(peaks, layers, depth), layers)
 
 
-def _refuse(recipe: Recipe, workload: Workload, cluster: Cluster) -> None:
+def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
     if find_spec("torch") is None:
         raise UserError(
-            "--exact simulates with torch, which is not installed here",
-            fix="plan without --exact, which needs none, or where dtrain is installed whole",
+            "--exact simulates a step with torch, which is not installed here",
+            fix="plan without --exact, which does not need torch, or install dtrain with torch",
         )
-    if workload.ranks > MOST_RANKS:
-        what = f"{cluster.ranks} ranks; at most {MOST_RANKS} are simulated"
-        raise UserError(what, where="--exact", fix="plan without --exact")
+    if workload.ranks > MAX_RANKS:
+        raise UserError(
+            f"--exact simulates at most {MAX_RANKS} ranks, not {workload.ranks}",
+            where="--exact",
+            fix=NO_SIMULATION,
+        )
     if recipe.determinism == "strict":
-        what = "strict sums are not simulated"
-        raise UserError(what, where="--exact", fix="plan without --exact, or determinism=off")
-    if workload.engine in ZERO:
+        raise UserError(
+            "--exact does not simulate strict determinism",
+            where="--exact",
+            fix=f"{NO_SIMULATION}, or determinism=off",
+        )
+    if not workload.capabilities.simulated:
         raise UserError(
             f"{workload.engine} is not simulated: DeepSpeed reads the values of tensors, which "
             "simulated tensors lack, and what ZeRO-3 keeps does not grow evenly with the layers",
             where="--exact",
-            fix="plan without --exact, which plays DeepSpeed's rules through; "
-            "or engine.kind=ddp or fsdp2",
+            fix=f"{NO_SIMULATION}, which models DeepSpeed's rules; "
+            f"or engine.kind={' or '.join(engines_with('simulated'))}",
         )
 
 
-def _question(recipe: Recipe, name: str, workload: Workload, cluster: Cluster) -> dict[str, Any]:
-    """What the child reads."""
-    micro_batches = min(workload.accumulation, MOST_MICRO_BATCHES)
-    plain = recipe.model_dump(mode="json")
-    plain["model"]["dtype"] = "float32" if workload.element_bytes == 4 else "bfloat16"
+def _build_request(recipe: Recipe, name: str, workload: Workload) -> dict[str, Any]:
+    """The JSON object that the child reads."""
+    settings = recipe.model_dump(mode="json")
+    settings["model"]["dtype"] = "float32" if workload.element_bytes == 4 else "bfloat16"
     return {
-        "recipe": plain,
+        "recipe": settings,
         "stage": name,
         "ranks": workload.ranks,
-        "on_node": workload.node_ranks,
+        "node_ranks": workload.node_ranks,
         "on_gpu": workload.on_gpu,
-        "micro_batches": micro_batches,
+        "micro_batches": min(workload.accumulation, MAX_MICRO_BATCHES),
     }
 
 
-def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A config of so many layers."""
+def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of the same model with fewer layers."""
     per_layer = {
         key: value[:layers]
         for key, value in config.items()
@@ -147,8 +155,10 @@ def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return config | per_layer | {"num_hidden_layers": layers}
 
 
-def _answers(question: dict[str, Any], told: Told) -> Iterator[list[Peak]]:
-    """Peaks of each number of layers, as the child finds them."""
+def _run_child(
+    request: dict[str, Any], report_progress: ReportProgress
+) -> Iterator[list[SimulatedPeak]]:
+    """The peaks for each number of layers, as the child sends them."""
     child = subprocess.Popen(
         [sys.executable, "-m", CHILD],
         stdin=subprocess.PIPE,
@@ -159,67 +169,75 @@ def _answers(question: dict[str, Any], told: Told) -> Iterator[list[Peak]]:
     )
     assert child.stdin and child.stdout and child.stderr
     with child:
-        child.stdin.write(json.dumps(question))
+        child.stdin.write(json.dumps(request))
         child.stdin.close()
         for text in child.stdout:
-            line = json.loads(text.removeprefix(MARK)) if text.startswith(MARK) else {}
-            told(line.get("done", 0))
+            prefixed = text.startswith(LINE_PREFIX)
+            line = json.loads(text.removeprefix(LINE_PREFIX)) if prefixed else {}
+            report_progress(line.get("done", 0))
             if "error" in line:
-                what, where, fix = line["error"]
-                raise UserError(what, where=where, fix=fix)
+                message, where, fix = line["error"]
+                raise UserError(message, where=where, fix=fix)
             if "peaks" in line:
-                yield [Peak(**peak) for peak in line["peaks"]]
-        said = child.stderr.read().strip().splitlines()
+                yield [SimulatedPeak(**peak) for peak in line["peaks"]]
+        errors = child.stderr.read().strip().splitlines()
     if child.returncode:
-        what = f"the simulation ended with status {child.returncode}"
-        raise UserError(f"{what}: {said[-1] if said else 'no word'}", fix="plan without --exact")
+        raise UserError(
+            f"the simulation ended with status {child.returncode}: "
+            f"{errors[-1] if errors else 'no message'}",
+            fix=NO_SIMULATION,
+        )
 
 
-def at_depth(found: Sequence[Sequence[Peak]], layers: Sequence[int], depth: int) -> Peak:
+def extrapolate_peak(
+    peaks: Sequence[Sequence[SimulatedPeak]], layers: Sequence[int], depth: int
+) -> SimulatedPeak:
     """The greatest peak at the real depth.
 
     Args:
-        found: peaks for each of `layers`.
+        peaks: the peaks for each of `layers`.
 
     Raises:
-        UserError: memory does not grow evenly, so that nothing can be said of other depths.
+        UserError: memory does not grow evenly, so other depths cannot be predicted.
     """
     if len(layers) == 1:
-        return max(found[0], key=lambda peak: peak.total)
-    tables = [{(p.phase, p.place): p for p in peaks} for peaks in found]
+        return max(peaks[0], key=lambda peak: peak.total)
+    tables = [{(peak.phase, peak.region): peak for peak in found} for found in peaks]
     common = [key for key in tables[-1] if all(key in table for table in tables)]
-    ends = list(pairwise(layers))
-    lines = [[table[key] for table in tables] for key in common]
-    reached = [
-        [_line(a.total, b.total, at, depth) for (a, b), at in zip(pairwise(x), ends, strict=True)]
-        for x in lines
+    series = [[table[key] for table in tables] for key in common]
+    intervals = list(pairwise(layers))
+    predictions = [
+        [
+            _extrapolate(low.total, high.total, interval, depth)
+            for (low, high), interval in zip(pairwise(line), intervals, strict=True)
+        ]
+        for line in series
     ]
-    best = max(max(ways) for ways in reached)
-    for ways, peaks in zip(reached, lines, strict=True):
-        if max(ways) >= (1 - TOLERANCE) * best and max(ways) - min(ways) > TOLERANCE * best:
-            raise _uneven(peaks, layers)
-    winner = max(range(len(lines)), key=lambda i: reached[i][-1])
-    return _extended(lines[winner][-2:], ends[-1], depth)
+    greatest = max(map(max, predictions))
+    for predicted, line in zip(predictions, series, strict=True):
+        matters = max(predicted) >= (1 - TOLERANCE) * greatest
+        if matters and max(predicted) - min(predicted) > TOLERANCE * greatest:
+            raise _uneven_growth(line, layers)
+    winner = max(range(len(series)), key=lambda i: predictions[i][-1])
+    low, high = series[winner][-2:]
+    terms = {
+        name: _extrapolate(low.terms.get(name, 0), high.terms.get(name, 0), intervals[-1], depth)
+        for name in sorted({*low.terms, *high.terms})
+    }
+    return SimulatedPeak(high.phase, high.region, high.module, sum(terms.values()), terms)
 
 
-def _line(low: float, high: float, at: Sequence[int], depth: int) -> float:
-    """On the straight line through two points."""
-    return high + (high - low) / (at[1] - at[0]) * (depth - at[1])
+def _extrapolate(low: float, high: float, layers: tuple[int, int], depth: int) -> float:
+    """The value at `depth` on the straight line through the values at two numbers of layers."""
+    return high + (high - low) / (layers[1] - layers[0]) * (depth - layers[1])
 
 
-def _extended(pair: Sequence[Peak], at: tuple[int, int], depth: int) -> Peak:
-    low, high = pair
-    names = sorted({*low.terms, *high.terms})
-    terms = {n: _line(low.terms.get(n, 0), high.terms.get(n, 0), at, depth) for n in names}
-    return Peak(high.phase, high.place, high.module, sum(terms.values()), terms)
-
-
-def _uneven(peaks: Sequence[Peak], layers: Sequence[int]) -> UserError:
-    steps = [f"{b.total - a.total:+,.0f}" for a, b in pairwise(peaks)]
-    where = f"{peaks[0].phase}, {peaks[0].place}"
+def _uneven_growth(peaks: Sequence[SimulatedPeak], layers: Sequence[int]) -> UserError:
+    steps = [f"{high.total - low.total:+,.0f}" for low, high in pairwise(peaks)]
     return UserError(
         f"memory does not grow evenly with the layers: {' and '.join(steps)} bytes from "
-        f"{', '.join(map(str, layers))} of them ({where}); nothing follows for all",
+        f"{', '.join(map(str, layers))} layers ({peaks[0].phase}, {peaks[0].region}), so the full "
+        "depth cannot be predicted",
         where="--exact",
-        fix="plan without --exact",
+        fix=NO_SIMULATION,
     )

@@ -1,99 +1,113 @@
-"""How long a step takes: arithmetic, dequantisation and sending.
+"""How long an optimizer step takes: arithmetic, dequantization and communication.
 
-Letters: P parameters of the linear layers, n that train, q width of the queries, V vocabulary.
+The constants are measured; `tests/bench/plan_points.py FOLDER` fits them to published figures,
+leaving out one source at a time, and tests/bench/LOG.md lists the errors.
+
+Letters: n parameters that train, q width of the queries, V vocabulary, h hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.communication import collectives_of
-from dtrain.planning.constants import (
-    DEQUANTIZE_BYTES,
-    EXPOSED,
-    SLOWEST_LINK,
-    UTILIZATION,
-    UTILIZATION_ELSEWHERE,
-)
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.workload import Cluster, Workload
+
+# Fraction of the data sheet's arithmetic that a training step reaches: lowest published, median,
+# and highest sixth, from NVIDIA, MosaicML, torchtune, Qwen and Answer.AI (34 rows).
+UTILIZATION = {
+    "a100": (0.39, 0.56, 0.64),
+    "h100": (0.33, 0.44, 0.52),
+    "rtx4090": (0.55, 0.66, 0.86),
+    "rtx3090": (0.51, 0.60, 0.68),
+}
+OTHER_UTILIZATION = (0.33, 0.56, 0.70)
+
+# Bytes of memory traffic that dequantizing one element from NF4 to 16 bits costs in each pass.
+DEQUANTIZE_BYTES = 8.0
+# Fraction of a link's bandwidth in the slowest published case: two RTX 3090 on an older board, 7B
+# in 16 bits sharded between them, 3.4 of 12 GB/s (AnswerDotAI/fsdp_qlora, benchmarks, March 2024).
+SLOWEST_LINK = 0.3
+# Fraction of the shorter of computing and sending that does not overlap with the longer.
+EXPOSED = 0.2
+PCIE_BYTES_PER_SECOND = 12e9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure that is known so well only."""
+    """A figure with the range that it is known to."""
 
     low: float
     middle: float
     high: float
 
     def times(self, factor: float) -> Estimate:
-        """All three, scaled."""
+        """The estimate with all three figures scaled."""
         return Estimate(self.low * factor, self.middle * factor, self.high * factor)
 
 
 def flops_per_token(workload: Workload) -> float:
-    """Arithmetic that a token costs, recomputation included.
+    """Floating-point operations for one token, including recomputation.
 
-    A matrix costs 2 a weight forward, 2 for the gradient of its input, and 2 for its own where it
-    trains; attention 2 q a token it sees, half of a sequence on average, forward, and twice that
-    backward.
+    Each weight of a matrix costs 2 in the forward pass, 2 for the gradient of the input, and 2 for
+    its own gradient if it trains. Attention costs 2 q for each token that a token attends to, half
+    of a sequence on average, in the forward pass, and twice that in the backward pass.
     """
-    shape, again = workload.shape, int(workload.checkpointing)
-    passes = 2 + workload.is_full
-    linear = 2 * (passes + again) * shape.linear_elements
+    shape, recomputed = workload.shape, int(workload.checkpointing)
+    passes = 2 + workload.traits.trains_base
+    linear = 2 * (passes + recomputed) * shape.linear_elements
     head = 2 * passes * shape.vocabulary * shape.hidden
-    attention = 2 * shape.q * workload.sequence_length * shape.layers * (3 + again)
-    adapters = 0 if workload.is_full else 2 * (3 + again) * workload.trainable
+    attention = 2 * shape.q * workload.sequence_length * shape.layers * (3 + recomputed)
+    adapters = 0
+    if workload.traits.adds_adapter:
+        adapters = 2 * (3 + recomputed) * workload.trainable
     return float(linear + head + attention + adapters)
 
 
 def utilization(gpu: Gpu) -> Estimate:
-    """Share of the GPU's arithmetic that training reaches."""
-    family = gpu.name.split("-")[0]
-    return Estimate(*UTILIZATION.get(family, UTILIZATION_ELSEWHERE))
+    """Fraction of the GPU's arithmetic that training reaches."""
+    return Estimate(*UTILIZATION.get(gpu.family, OTHER_UTILIZATION))
 
 
 def has_published_speed(gpu: Gpu) -> bool:
-    """Whether speeds of this kind of GPU were among the published figures."""
-    return gpu.name.split("-")[0] in UTILIZATION
+    """Whether the published figures include this family of GPUs."""
+    return gpu.family in UTILIZATION
 
 
 def step_seconds(workload: Workload, cluster: Cluster) -> Estimate:
-    """One optimizer step, from the fastest to the slowest that is likely.
+    """Seconds of one optimizer step.
 
-    Slowest: nothing overlaps, and links reach the least that was published.
+    In the slowest case nothing overlaps, and links reach the lowest published bandwidth.
     """
-    share, work = utilization(cluster.gpu), _full_rate_seconds(workload, cluster)
-    extra = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
+    fraction, compute = utilization(cluster.gpu), _data_sheet_seconds(workload, cluster)
+    dequantize = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
     send = communication_seconds(workload, cluster)
-    fast = max(work / share.high + extra / 2, send)
-    likely = _overlapped(work / share.middle + extra, send)
-    slow = work / share.low + 1.5 * extra + send / SLOWEST_LINK
-    return Estimate(fast, likely, slow)
+    work = compute / fraction.middle + dequantize
+    return Estimate(
+        low=max(compute / fraction.high + dequantize / 2, send),
+        middle=max(work, send) + EXPOSED * min(work, send),
+        high=compute / fraction.low + 1.5 * dequantize + send / SLOWEST_LINK,
+    )
 
 
 def is_communication_bound(workload: Workload, cluster: Cluster) -> bool:
     """Whether sending is likely to take longer than computing."""
-    work = _full_rate_seconds(workload, cluster) / utilization(cluster.gpu).middle
-    extra = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
-    return communication_seconds(workload, cluster) > work + extra
+    compute = _data_sheet_seconds(workload, cluster) / utilization(cluster.gpu).middle
+    dequantize = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
+    return communication_seconds(workload, cluster) > compute + dequantize
 
 
-def _full_rate_seconds(workload: Workload, cluster: Cluster) -> float:
-    """Arithmetic of one optimizer step at the rate of the data sheet."""
+def _data_sheet_seconds(workload: Workload, cluster: Cluster) -> float:
+    """Seconds of one optimizer step's arithmetic at the rate of the data sheet."""
     flops = flops_per_token(workload) * workload.tokens * workload.accumulation
-    wider = 2 if workload.element_bytes == 4 else 1  # TF32 at best
-    return wider * flops / (cluster.gpu.tflops * 1e12)
-
-
-def _overlapped(compute: float, send: float) -> float:
-    return max(compute, send) + EXPOSED * min(compute, send)
+    slowdown = 2 if workload.element_bytes == 4 else 1  # TF32 at best
+    return slowdown * flops / (cluster.gpu.tflops * 1e12)
 
 
 def dequantize_seconds(workload: Workload, gpu: Gpu) -> float:
-    """Of one micro-batch: every NF4 layer forward, backward, and where it is computed again."""
-    if workload.method != "qlora":
+    """Seconds a micro-batch that dequantizing takes: forward, backward, and in recomputation."""
+    if not workload.traits.quantizes_base:
         return 0.0
     passes = 2 + workload.checkpointing
     bandwidth = gpu.memory_gb_s * 1e9
@@ -101,20 +115,21 @@ def dequantize_seconds(workload: Workload, gpu: Gpu) -> float:
 
 
 def communication_seconds(workload: Workload, cluster: Cluster) -> float:
-    """Of one optimizer step, if nothing else were done."""
+    """Seconds that one optimizer step's communication takes if nothing else runs."""
     gpu, total = cluster.gpu, 0.0
-    for one in collectives_of(workload):
-        inside = 0.0 if one.crosses and one.name == "gradients of groups" else one.received
-        network = gpu.network_gb_s * 1e9 * cluster.gpus_per_node
-        total += max(inside / (gpu.link_gb_s * 1e9), one.entering / network)
-    if workload.offload:  # parameters to the GPU twice and gradients back, over PCIe
-        moved = 3 * workload.element_bytes * workload.shape.parameters * workload.accumulation
-        total += moved / workload.ranks / 12e9
+    network = gpu.network_gb_s * 1e9 * cluster.gpus_per_node
+    for collective in build_engine_model(workload).collectives():
+        skips_links = collective.crosses and collective.between_nodes
+        inside = 0.0 if skips_links else collective.received
+        total += max(inside / (gpu.link_gb_s * 1e9), collective.entering / network)
+    if workload.offload:  # parameters to the GPU twice, and gradients back
+        elements = workload.shape.parameters * workload.accumulation
+        moved = 3 * workload.element_bytes * elements
+        total += moved / workload.ranks / PCIE_BYTES_PER_SECOND
     return total
 
 
 def tokens_per_second(workload: Workload, cluster: Cluster) -> Estimate:
-    """Of all ranks together."""
-    seconds = step_seconds(workload, cluster)
-    tokens = workload.step_tokens
+    """Tokens a second of all ranks together."""
+    seconds, tokens = step_seconds(workload, cluster), workload.step_tokens
     return Estimate(tokens / seconds.high, tokens / seconds.middle, tokens / seconds.low)

@@ -1,4 +1,4 @@
-"""Host memory, disk, and how many tokens a stage has: what a plan needs beside the GPUs."""
+"""Host memory, disk space, and the number of tokens of a stage."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pathlib import Path
 
 from dtrain.config.schema import Data, Recipe, Source, Stage
 from dtrain.core.cache_paths import local_path
-from dtrain.planning.constants import RANK_HOST_BYTES, TEXT_BYTES_PER_TOKEN
+from dtrain.planning.engine_base import ADAM_BYTES
 from dtrain.planning.parameters import FLOAT32
-from dtrain.planning.static_memory import ADAM_BYTES
 from dtrain.planning.workload import Workload
 
+# Host memory of one rank's libraries; tests/bench/LOG.md has 365 MB on a CPU, CUDA adds the rest.
+RANK_HOST_BYTES = 3.0e9
+# Bytes of English text for one token, for tokenizers of 32k to 150k entries.
+TEXT_BYTES_PER_TOKEN = 4.2
 MERGE_COPIES = 4  # of the largest tensor: as read, in float32, its delta, the result
+OFFLOADED_BYTES = 16.0  # of a trained parameter: master, two moments, gradient
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Tokens of a stage.
+    """The number of tokens that a stage trains on.
 
     Attributes:
-        is_exact: the recipe says so; otherwise it is guessed from the size of the files.
+        is_exact: the recipe sets the number; otherwise it is estimated from the files' sizes.
     """
 
     tokens: float
@@ -30,83 +34,83 @@ class TokenCount:
 
 
 def host_load_bytes(workload: Workload) -> float:
-    """Host memory of a node while the base is loaded, beside the files' page cache.
+    """Host memory of a node while the base is loaded, without the page cache of its files.
 
-    A rank reads one block at a time; offloading keeps what trains and the base in host memory.
+    A rank reads one block at a time. Offloading keeps the base and what trains in host memory.
     """
     shape, e = workload.shape, workload.element_bytes
     ranks = min(workload.node_ranks, workload.ranks)
     block = e * max(shape.layer_parameters, shape.vocabulary * shape.hidden)
-    held = 0.0
+    offloaded = 0.0
     if workload.offload:
-        held = (e * shape.parameters + 16.0 * workload.trainable) / workload.ranks
-    return ranks * (RANK_HOST_BYTES + block + held)
+        offloaded = e * shape.parameters + OFFLOADED_BYTES * workload.trainable
+    return ranks * (RANK_HOST_BYTES + block + offloaded / workload.ranks)
 
 
 def host_save_bytes(workload: Workload) -> float:
-    """Host memory of a node while it trains: each rank keeps its share of a checkpoint there."""
+    """Host memory of a node during training: each rank copies its share of a checkpoint there."""
     ranks = min(workload.node_ranks, workload.ranks)
     return ranks * (RANK_HOST_BYTES + checkpoint_bytes(workload) / workload.ranks)
 
 
 def host_merge_bytes(workload: Workload) -> float:
-    """Host memory of the merge: one tensor, whatever the model's size."""
+    """Host memory of the merge: copies of the largest tensor, whatever the model's size."""
     shape = workload.shape
     largest = max(shape.vocabulary * shape.hidden, *(x.elements for x in shape.linears))
     return RANK_HOST_BYTES + MERGE_COPIES * FLOAT32 * largest
 
 
 def checkpoint_bytes(workload: Workload) -> float:
-    """One checkpoint: what trains in float32, and its optimizer state; never the frozen base."""
+    """Size of a checkpoint: what trains in float32 and its optimizer state, not the frozen base."""
     return (FLOAT32 + ADAM_BYTES[workload.optimizer]) * workload.trainable
 
 
 def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload, *, is_last: bool) -> float:
-    """What a stage leaves behind, and the checkpoint that is being written beside those kept."""
-    adapter = 0 if workload.is_full else FLOAT32 * workload.trainable
-    merged = recipe.output.merge or not is_last
-    model = workload.element_bytes * workload.shape.parameters if merged else 0
-    kept = recipe.output.keep_checkpoints + 1 + _kept_for_good(recipe, stage)
+    """Disk space of a stage: checkpoints (one more while it is written), adapter, merged model."""
+    adapter = FLOAT32 * workload.trainable if workload.traits.adds_adapter else 0
+    is_merged = recipe.output.merge or not is_last
+    model = workload.element_bytes * workload.shape.parameters if is_merged else 0
+    kept = recipe.output.keep_checkpoints + 1 + _permanent_checkpoints(recipe, stage)
     return kept * checkpoint_bytes(workload) + adapter + model
 
 
-def _kept_for_good(recipe: Recipe, stage: Stage) -> int:
+def _permanent_checkpoints(recipe: Recipe, stage: Stage) -> int:
     """Checkpoints of every n-th step; 0 where the number of steps is not known."""
-    train, every, amount = stage.train, recipe.output.keep_every_steps, stage_tokens(stage)
-    if every is None or train.checkpoint_every_steps is None or amount is None:
+    train, every, count = stage.train, recipe.output.keep_every_steps, stage_tokens(stage)
+    if every is None or train.checkpoint_every_steps is None or count is None:
         return 0
-    steps = amount.tokens / (train.global_batch_size * stage.data.sequence_length)
+    steps = count.tokens / (train.global_batch_size * stage.data.sequence_length)
     return int(steps // lcm(every, train.checkpoint_every_steps))
 
 
 def stage_tokens(stage: Stage) -> TokenCount | None:
-    """How many tokens a stage trains on; None where its data are not on this machine."""
-    train, row = stage.train, stage.data.sequence_length
+    """The tokens that a stage trains on; None where its data are not on this machine."""
+    train, data = stage.train, stage.data
     if train.tokens is not None:
         return TokenCount(train.tokens, True)
     if train.steps is not None:
-        return TokenCount(train.steps * train.global_batch_size * row, True)
-    passes = epoch_tokens(stage.data)
-    if passes is None or train.epochs is None:
+        return TokenCount(train.steps * train.global_batch_size * data.sequence_length, True)
+    epoch = _epoch_tokens(data)
+    if epoch is None or train.epochs is None:
         return None
-    replay = stage.data.replay
-    return TokenCount(passes * train.epochs / (1 - replay.ratio if replay else 1), False)
+    without_replay = 1 - data.replay.ratio if data.replay else 1
+    return TokenCount(epoch * train.epochs / without_replay, False)
 
 
-def epoch_tokens(data: Data) -> float | None:
-    """Of one pass: all sources, or as many as go with one pass over the heaviest."""
-    sizes = [source_bytes(source) for source in data.sources]
+def _epoch_tokens(data: Data) -> float | None:
+    """Tokens of an epoch: of all sources, or with weights of one pass over the heaviest source."""
+    sizes = [_source_bytes(source) for source in data.sources]
     if not all(sizes):
         return None
-    shares = [source.weight for source in data.sources if isinstance(source.weight, float)]
-    if len(shares) < len(sizes):
+    weights = [source.weight for source in data.sources if isinstance(source.weight, float)]
+    if len(weights) < len(sizes):
         return sum(sizes) / TEXT_BYTES_PER_TOKEN
-    heaviest = shares.index(max(shares))
-    return sizes[heaviest] / TEXT_BYTES_PER_TOKEN * sum(shares) / shares[heaviest]
+    heaviest = weights.index(max(weights))
+    return sizes[heaviest] / TEXT_BYTES_PER_TOKEN * sum(weights) / weights[heaviest]
 
 
-def source_bytes(source: Source) -> int:
-    """Bytes of a source's files; 0 where there are none."""
+def _source_bytes(source: Source) -> int:
+    """Bytes of a source's files; 0 if there are none."""
     path = local_path(source.path)
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file()]

@@ -1,31 +1,33 @@
-"""One stage on one cluster, as numbers: all that memory, time and bytes are computed from."""
+"""One stage on one cluster, as the numbers that memory, time and communication depend on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from dtrain.config import deepspeed_file
-from dtrain.config.methods import Lora
+from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
+from dtrain.config.methods import TRAITS, MethodTraits
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
-from dtrain.planning.kernel_sizes import KERNELS
-from dtrain.planning.shapes import LinearShape, ModelShape, adapted, adapter_parameters
+from dtrain.planning.shapes import KERNELS, LinearShape, ModelShape, select_linears
 
-REPLICATED = ("ddp", "zero2")  # every rank holds the whole base
-ZERO = ("zero2", "zero3")
-BUCKET_ELEMENTS = 100_000_000  # reduce_bucket_size of ds_configs/*.json; a test compares
-LIVE_ELEMENTS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance there
-PERSISTENT_ELEMENTS = 100_000  # stage3_param_persistence_threshold there
-MOST_ELEMENTS = 2**63  # more are no number of elements
+BUCKET_ELEMENTS = 100_000_000
+"""`reduce_bucket_size` of ds_configs/*.json; a test compares this value and the next two."""
+LIVE_ELEMENTS = 1_000_000_000
+"""`stage3_max_live_parameters` and `stage3_max_reuse_distance` there."""
+PERSISTENT_ELEMENTS = 100_000
+"""`stage3_param_persistence_threshold` there."""
+MAX_ELEMENTS = 2**63  # a larger value in a DeepSpeed file is not a number of elements
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, as many on each node."""
+    """Nodes that all have the same number of the same GPUs."""
 
     gpu: Gpu
     nodes: int = 1
@@ -33,7 +35,7 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """Ranks of a run on all of it."""
+        """Ranks of a run on the whole cluster."""
         return self.nodes * self.gpus_per_node
 
 
@@ -42,19 +44,24 @@ class Workload:
     """A stage as it would run.
 
     Attributes:
-        method: full, lora or qlora.
-        rank: of the adapter.
-        shard: ranks that share one copy of the model.
-        element_bytes: of the dtype that computes: 2 or 4.
+        method: kind of the method, a key of `dtrain.config.methods.TRAITS`.
+        rank: rank of the adapter; 0 without one.
+        engine: kind of the engine, a key of `dtrain.config.engines.ENGINES`.
+        ranks: ranks of the run.
+        node_ranks: ranks on one node.
+        shard: ranks that share one copy of the base model.
+        element_bytes: bytes of an element of the compute dtype, 2 or 4.
         micro_batch: sequences that a rank computes at once.
         accumulation: micro-batches in an optimizer step.
         bucket_elements, live_elements, reuse_elements, prefetch_elements, persistent_elements:
-            of DeepSpeed's file.
-        kernels: dtrain's own layers that stand in this model.
-        learns_all: every token is learnt; where answers only are, the logits may be few.
-        casts: computes under autocast where what trains is wider; dtrain always does.
-        on_gpu: there torch's optimizer works on all parameters at once, with a copy of one; on a
-            CPU gloo copies what it reduces and scatters.
+            limits from DeepSpeed's file, in elements.
+        on_gpu: on a GPU, torch's optimizer updates all parameters at once, with a copy of one
+            state; on a CPU, gloo copies what it reduces and scatters.
+        kernels: dtrain's own layers that are used in this model.
+        trains_on_all_tokens: every token is a target; otherwise only answers are, and there may be
+            few rows of logits.
+        uses_autocast: computes under autocast where the trained parameters are wider than the
+            compute dtype, as dtrain always does.
     """
 
     shape: ModelShape
@@ -81,107 +88,125 @@ class Workload:
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
     trains_on_all_tokens: bool = True
-    casts: bool = True
+    uses_autocast: bool = True
+
+    @property
+    def traits(self) -> MethodTraits:
+        """What the method does to memory."""
+        return TRAITS[self.method]
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What the engine can do, and what each rank stores under it."""
+        return ENGINES[self.engine]
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.micro_batch * self.sequence_length
 
     @property
     def step_tokens(self) -> int:
-        """Of an optimizer step, over all ranks."""
+        """Tokens of an optimizer step, over all ranks."""
         return self.tokens * self.accumulation * self.ranks
 
     @property
-    def is_full(self) -> bool:
-        """Every parameter trains."""
-        return self.method == "full"
-
-    @property
     def autocasts(self) -> bool:
-        """torch's autocast computes in 16 bits; DeepSpeed casts the model itself."""
-        return self.casts and self.element_bytes == 2 and self.engine not in ZERO
+        """Whether torch's autocast casts to 16 bits; DeepSpeed casts the model itself."""
+        return self.uses_autocast and self.element_bytes == 2 and not self.capabilities.is_deepspeed
 
     @property
     def adapted(self) -> tuple[LinearShape, ...]:
-        """Linear layers of a decoder layer that have an adapter."""
-        return () if self.is_full else adapted(self.shape, self.target_modules)
+        """Linear layers of a decoder layer that get an adapter."""
+        if not self.traits.adds_adapter:
+            return ()
+        return select_linears(self.shape, self.target_modules)
+
+    def adapter_shapes(self, linear: LinearShape) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the matrices that the method adds to one linear layer."""
+        shapes = self.traits.adapter_shapes
+        return shapes(linear.outputs, linear.inputs, self.rank) if shapes else ()
+
+    @property
+    def supports_optimizer(self) -> bool:
+        """Whether the engine supports the optimizer."""
+        return self.optimizer == "adamw" or self.capabilities.eight_bit_optimizer
 
     @property
     def trainable(self) -> int:
-        """Parameters that train."""
-        if self.is_full:
-            return self.shape.parameters
-        return adapter_parameters(self.shape, self.rank, self.target_modules)
-
-    @property
-    def is_sharded(self) -> bool:
-        """A rank holds a share of the base only."""
-        return self.engine not in REPLICATED
+        """Number of parameters that train."""
+        adapters = sum(
+            (1 if linear.name == "lm_head" else self.shape.layers) * prod(matrix)
+            for linear in self.adapted
+            for matrix in self.adapter_shapes(linear)
+        )
+        return adapters + (self.shape.parameters if self.traits.trains_base else 0)
 
 
 def build_workload(
     recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster, engine: str | None = None
 ) -> Workload:
-    """The stage of a recipe on a cluster.
+    """The workload of a recipe's stage on a cluster.
 
     Args:
-        engine: instead of the recipe's; `auto` is ddp, as without a plan.
+        engine: replaces the recipe's engine; by default `auto` becomes `DEFAULT_ENGINE`.
 
     Raises:
-        UserError: a target that no layer answers to, a shard that does not divide the ranks, a
-            DeepSpeed file that cannot be read.
+        UserError: a target module matches no layer, the shard does not divide the ranks, or the
+            DeepSpeed file cannot be read.
     """
-    kind = engine or ("ddp" if recipe.engine.kind == "auto" else recipe.engine.kind)
-    method, micro = stage.method, stage.train.micro_batch
-    lora = method if isinstance(method, Lora) else None
+    kind = engine or (DEFAULT_ENGINE if recipe.engine.kind == "auto" else recipe.engine.kind)
+    adapter, micro_batch = stage.method.adapter, stage.train.micro_batch
     target_modules: str | tuple[str, ...] = "all-linear"
-    if lora is not None and not isinstance(lora.target_modules, str):
-        target_modules = tuple(lora.target_modules)
+    if adapter is not None and not isinstance(adapter.target_modules, str):
+        target_modules = tuple(adapter.target_modules)
     on_cpu = recipe.device == "cpu"
-    wide = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
+    is_float32 = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
     return Workload(
         shape=shape,
-        method=method.kind,
-        rank=lora.r if lora else 0,
+        method=stage.method.kind,
+        rank=adapter.r if adapter else 0,
         target_modules=target_modules,
-        has_dropout=bool(lora and lora.dropout),
+        has_dropout=bool(adapter and adapter.dropout),
         engine=kind,
         ranks=cluster.ranks,
         node_ranks=cluster.gpus_per_node,
-        shard=_shard(recipe, kind, cluster),
-        element_bytes=4 if wide else 2,
+        shard=_shard_ranks(recipe, ENGINES[kind], cluster),
+        element_bytes=4 if is_float32 else 2,
         sequence_length=stage.data.sequence_length,
-        micro_batch=micro,
-        accumulation=max(1, stage.train.global_batch_size // (cluster.ranks * micro)),
+        micro_batch=micro_batch,
+        accumulation=max(1, stage.train.global_batch_size // (cluster.ranks * micro_batch)),
         checkpointing=recipe.model.gradient_checkpointing,
         optimizer=stage.train.optimizer,
-        offload=recipe.engine.offload and kind == "zero3",
+        offload=recipe.engine.offload and ENGINES[kind].offload,
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
-            **_ds_sizes(recipe, kind),
+            **_deepspeed_limits(recipe, kind),
         },
     )
 
 
-def _shard(recipe: Recipe, kind: str, cluster: Cluster) -> int:
-    if kind in REPLICATED:
+def _shard_ranks(recipe: Recipe, engine: EngineCapabilities, cluster: Cluster) -> int:
+    """Ranks that share one copy of the base."""
+    if not engine.shards_base:
         return 1
-    wanted: Any = recipe.engine.shard if kind == "fsdp2" else "all"
-    if recipe.engine.kind == "auto" and kind == "fsdp2":
-        wanted = "node"  # what `auto` would choose: frozen weights never cross nodes
-    group = {"all": cluster.ranks, "node": cluster.gpus_per_node}.get(str(wanted)) or int(wanted)
-    if cluster.ranks % group:
-        what = f"{cluster.ranks} ranks do not divide into groups of {group}"
-        raise UserError(what, where="engine.shard", fix="a divisor of the ranks, node or all")
-    return group
+    shard: str | int = recipe.engine.shard if engine.shard_group else "all"
+    if recipe.engine.kind == "auto" and engine.shard_group:
+        shard = "node"  # what `auto` would choose: frozen weights never cross nodes
+    ranks = {"all": cluster.ranks, "node": cluster.gpus_per_node}.get(str(shard)) or int(shard)
+    if cluster.ranks % ranks:
+        raise UserError(
+            f"{cluster.ranks} ranks do not divide into groups of {ranks}",
+            where="engine.shard",
+            fix="a divisor of the ranks, node or all",
+        )
+    return ranks
 
 
-DS_KEYS = {
+DEEPSPEED_KEYS = {
     "bucket_elements": "reduce_bucket_size",
     "live_elements": "stage3_max_live_parameters",
     "reuse_elements": "stage3_max_reuse_distance",
@@ -190,12 +215,17 @@ DS_KEYS = {
 }
 
 
-def _ds_sizes(recipe: Recipe, kind: str) -> dict[str, Any]:
-    """Sizes of buckets from the recipe's own DeepSpeed file."""
-    if kind not in ZERO or recipe.engine.kind != kind or recipe.engine.config is None:
+def _deepspeed_limits(recipe: Recipe, kind: str) -> dict[str, Any]:
+    """Limits that the recipe's own DeepSpeed file sets; "auto" leaves the default."""
+    if not ENGINES[kind].is_deepspeed:
+        return {}
+    if recipe.engine.kind != kind or recipe.engine.config is None:
         return {}
     path = Path(recipe.engine.config).expanduser()
     zero = deepspeed_file.read(path, kind, recipe.engine.offload).get("zero_optimization", {})
-    found = {name: zero.get(key) for name, key in DS_KEYS.items()}
-    numbers = {k: v for k, v in found.items() if isinstance(v, int | float)}  # others: "auto"
-    return {name: int(value) for name, value in numbers.items() if 0 < value < MOST_ELEMENTS}
+    values = {name: zero.get(key) for name, key in DEEPSPEED_KEYS.items()}
+    return {
+        name: int(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and 0 < value < MAX_ELEMENTS
+    }

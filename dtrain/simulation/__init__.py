@@ -1,1 +1,1 @@
-"""A training step without memory: fake tensors and fake ranks, for `dtrain plan --exact`."""
+"""A training step with fake tensors and fake ranks, for `dtrain plan --exact`."""

@@ -1,7 +1,7 @@
-"""The child of `dtrain plan --exact`: a question on stdin, lines of JSON on stdout.
+"""The child process of `dtrain plan --exact`: a request on stdin, lines of JSON on stdout.
 
-A line is {"done": units}, {"peaks": …} for each number of layers, or {"error": …}; each begins
-with MARK, since libraries print as well.
+A line is {"done": units}, {"peaks": [...]} for each number of layers, or {"error": [message, where,
+fix]}. Each begins with `LINE_PREFIX`, because libraries print to stdout as well.
 """
 
 from __future__ import annotations
@@ -16,69 +16,72 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from dtrain.config.schema import Recipe
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.processes import die_with_parent
 from dtrain.models.load import read_config
-from dtrain.planning.simulated_peak import MARK
-from dtrain.simulation.ledger import Ledger, hear_resizes
-from dtrain.simulation.model import build, fake_world, prepare
-from dtrain.simulation.steps import Places, Simulated
-
-
-def tell(line: dict[str, Any]) -> None:
-    """A line for the parent."""
-    print(MARK + json.dumps(line), flush=True)
-
-
-def done() -> None:
-    """A unit of progress."""
-    tell({"done": 1})
+from dtrain.planning.simulated_peak import LINE_PREFIX
+from dtrain.simulation.ledger import MemoryLedger, watch_resizes
+from dtrain.simulation.model import build_fake_engine, fake_world, patch_value_readers
+from dtrain.simulation.steps import ModuleTracker, StepSimulator
 
 
 def main() -> None:
     """Simulate each number of layers in turn."""
     die_with_parent()
     warnings.simplefilter("ignore")
-    question = json.load(sys.stdin)
-    recipe = Recipe.model_validate(question["recipe"])
-    stage = next(stage for stage in recipe.stages if stage.name == question["stage"])
-    prepare(stage.data.sequence_length)
+    request = json.load(sys.stdin)
+    recipe = Recipe.model_validate(request["recipe"])
+    stage = next(stage for stage in recipe.stages if stage.name == request["stage"])
+    patch_value_readers(stage.data.sequence_length)
     try:
-        for config in question["configs"]:
-            tell({"peaks": simulate(recipe, stage.name, config_of(config, recipe), question)})
+        for content in request["configs"]:
+            config = _build_config(content, recipe)
+            _send({"peaks": simulate_stage(recipe, stage, config, request)})
     except UserError as error:
-        tell({"error": [error.message, error.where, error.fix]})
+        _send({"error": [error.message, error.where, error.fix]})
 
 
-def config_of(raw: dict[str, Any], recipe: Recipe) -> PretrainedConfig:
+def _send(line: dict[str, Any]) -> None:
+    print(LINE_PREFIX + json.dumps(line), flush=True)
+
+
+def _send_progress() -> None:
+    _send({"done": 1})
+
+
+def _build_config(content: dict[str, Any], recipe: Recipe) -> PretrainedConfig:
     """The config of transformers, checked as a run checks it."""
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "config.json", raw)
+        write_json(Path(folder) / "config.json", content)
         return read_config(Path(folder), trust_remote_code=recipe.model.trust_remote_code)
 
 
-def simulate(
-    recipe: Recipe, name: str, config: PretrainedConfig, question: dict[str, Any]
+def simulate_stage(
+    recipe: Recipe, stage: Stage, config: PretrainedConfig, request: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Peaks of one step, by phase and kind of place."""
-    stage = next(stage for stage in recipe.stages if stage.name == name)
-    places = Places()
-    ledger, mode = Ledger(places.here), FakeTensorMode(allow_non_fake_inputs=True)
-    hear_resizes(ledger.resized)
-    with fake_world(question["ranks"], question["on_node"]) as world:
-        engine = build(
-            recipe, stage, config, world, mode, ledger, places.follow, question["on_gpu"]
+    """The peaks of one optimizer step, as fields of `SimulatedPeak`."""
+    tracker, mode = ModuleTracker(), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger = MemoryLedger(tracker.location)
+    watch_resizes(ledger.record_resize)
+    with fake_world(request["ranks"], request["node_ranks"]) as world:
+        engine = build_fake_engine(
+            recipe, stage, config, world, mode, ledger, tracker.follow, request["on_gpu"]
         )
-        done()
-        count = question["micro_batches"]
-        Simulated(engine, stage, ledger, places, mode, count, done).run()
+        _send_progress()
+        micro_batches = request["micro_batches"]
+        StepSimulator(engine, stage, ledger, tracker, mode, micro_batches, _send_progress).run()
     return [
-        {"phase": phase, "place": place, "module": peak.module, "total": peak.total,
-         "terms": ledger.terms(peak)}
-        for (phase, place), peak in ledger.peaks.items()
-    ]  # fmt: skip
+        {
+            "phase": phase,
+            "region": region,
+            "module": peak.module,
+            "total": peak.total,
+            "terms": ledger.terms(peak),
+        }
+        for (phase, region), peak in ledger.peaks.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What lives at each moment of a simulated step, what it is, and when it was most."""
+"""Counts the memory of a simulated step: the peaks, and what the memory was used for."""
 
 from __future__ import annotations
 
@@ -13,71 +13,72 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SENDING = ("fsdp", "c10d", "_c10d_functional")  # operations that gather, reduce and copy for it
+COMMUNICATION = ("fsdp", "c10d", "_c10d_functional")  # namespaces of gathers and reductions
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 GATHERED, ACTIVATIONS, WORKING = "gathered", "activations", "working"
-KEPT_OF = {"forward": ACTIVATIONS, "backward": GRADIENTS, "update": OPTIMIZER}
+OUTLIVES = {"forward": ACTIVATIONS, "backward": GRADIENTS, "update": OPTIMIZER}
 
 
-class Peak:
-    """The most that lived in one kind of place.
+class PeakSnapshot:
+    """The most memory that was in use in one phase and region.
 
     Attributes:
-        sizes: bytes of what lived then, by its number in the ledger.
-        module: that computed.
+        total: bytes.
+        sizes: bytes of each living storage, by its number in the ledger.
+        module: name of the module that was computing.
     """
 
     def __init__(self, total: int, sizes: dict[int, int], module: str) -> None:
         self.total, self.sizes, self.module = total, sizes, module
 
 
-class Ledger(TorchDispatchMode):
-    """Sums the storages that live while it is on.
+class MemoryLedger(TorchDispatchMode):
+    """Sums the sizes of living storages while it is active.
 
-    What a storage is becomes plain only later (what outlives the forward pass was kept for the
-    backward pass), so a peak remembers its storages by number, and they are named in the end.
+    The use of a storage is known only later: what outlives the forward pass was saved for the
+    backward pass. So a peak records its storages by number, and they get their names in the end.
 
     Attributes:
         phase: forward, backward or update.
-        place: says where in the model we are: a kind of place, and the module's name.
+        location: returns the region of the model and the name of the module that computes.
     """
 
-    def __init__(self, place: Callable[[], tuple[str, str]]) -> None:
+    def __init__(self, location: Callable[[], tuple[str, str]]) -> None:
         super().__init__()
-        self.phase, self.place = "", place
-        self.peaks: dict[tuple[str, str], Peak] = {}
+        self.phase, self.location = "", location
+        self.peaks: dict[tuple[str, str], PeakSnapshot] = {}
         self.total = 0
         self._living: dict[int, int] = {}
-        self._numbers: dict[int, int] = {}  # of a living storage, by its address
+        self._numbers: dict[int, int] = {}  # address of a living storage → its number
         self._names: dict[int, str] = {}
         self._next = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return one(args[0])
+            return fake_value(args[0])
         result = func(*args, **(kwargs or {}))
-        if func.namespace in SENDING:
-            self.see(tree_leaves((result, args, kwargs)), GATHERED)
+        if func.namespace in COMMUNICATION:
+            self.record(tree_leaves((result, args, kwargs)), GATHERED)
         else:
-            self.see(tree_leaves(result))
+            self.record(tree_leaves(result))
         return result
 
-    def see(self, tensors: Iterable[Any], name: str = "") -> None:
-        """Count the storages behind fake tensors until they die; `name` those without a name."""
+    def record(self, tensors: Iterable[Any], name: str = "") -> None:
+        """Count the storages of fake tensors until they are freed; `name` those without a name."""
         for tensor in tensors:
             number = self._number(tensor)
             if number is not None and name:
                 self._names.setdefault(number, name)
 
     def name(self, tensors: Iterable[Any], name: str) -> None:
-        """Say what storages are."""
+        """Name the storages of tensors by their use."""
         for tensor in tensors:
             number = self._number(tensor)
             if number is not None:
                 self._names[number] = name
 
     def name_rest(self, name: str) -> None:
-        """Say what all that lives and has no name yet is."""
+        """Name all living storages that have no name yet."""
         for number in self._living:
             self._names.setdefault(number, name)
 
@@ -101,52 +102,52 @@ class Ledger(TorchDispatchMode):
         self._living[number] = size
         if not self.phase:
             return
-        kind, module = self.place()
-        best = self.peaks.get((self.phase, kind))
+        region, module = self.location()
+        best = self.peaks.get((self.phase, region))
         if best is None or self.total > best.total:
-            self.peaks[self.phase, kind] = Peak(self.total, dict(self._living), module)
+            self.peaks[self.phase, region] = PeakSnapshot(self.total, dict(self._living), module)
 
     def _forget(self, address: int) -> None:
         self.total -= self._living.pop(self._numbers.pop(address), 0)
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """FSDP2 frees what it gathered by resizing its storage, which is no operation."""
+    def record_resize(self, storage: torch.UntypedStorage) -> None:
+        """Record a resize, by which FSDP2 frees gathered weights without an operation."""
         number = self._numbers.get(storage._cdata)
         if number is not None:
             self._names.setdefault(number, GATHERED)
             self._grow(number, storage.nbytes())
 
     def end_phase(self) -> None:
-        """What lives on from a phase is what the phase makes to keep."""
-        self.name_rest(KEPT_OF[self.phase])
+        """End the phase; unnamed storages that outlive it are what the phase computes to keep."""
+        self.name_rest(OUTLIVES[self.phase])
         self.phase = ""
 
     def forget_peaks(self) -> None:
-        """Begin anew: what was before was warming up."""
+        """Drop the peaks of the warm-up step."""
         self.peaks.clear()
 
-    def terms(self, peak: Peak) -> dict[str, int]:
-        """Name → bytes of what lived at a peak."""
-        found: Counter[str] = Counter()
+    def terms(self, peak: PeakSnapshot) -> dict[str, int]:
+        """Bytes by name at a peak."""
+        terms: Counter[str] = Counter()
         for number, size in peak.sizes.items():
-            found[self._names.get(number, WORKING)] += size
-        return dict(found)
+            terms[self._names.get(number, WORKING)] += size
+        return dict(terms)
 
 
-def hear_resizes(told: Callable[[torch.UntypedStorage], None]) -> None:
-    """Tell of every storage that is resized from now on; for a process that only counts."""
+def watch_resizes(on_resize: Callable[[torch.UntypedStorage], None]) -> None:
+    """Call `on_resize` for every storage that this process resizes from now on."""
     original = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         result = original(storage, size)
-        told(storage)
+        on_resize(storage)
         return result
 
     torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
 
 
-def one(tensor: Tensor) -> bool | int | float:
-    """What a fake number is said to be: 1, so that nothing divides by zero or is not finite."""
+def fake_value(tensor: Tensor) -> bool | int | float:
+    """The value of a fake scalar: 1, so that no division fails and every value is finite."""
     if tensor.dtype == torch.bool:
         return False
     return 1.0 if tensor.is_floating_point() else 1

@@ -1,4 +1,4 @@
-"""dtrain's own model in dtrain's own engine, of fake tensors and one of many fake ranks."""
+"""Builds a stage's model and engine as a run does, of fake tensors on one of many fake ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionMaskInterface, PretrainedConfig
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
@@ -27,25 +28,25 @@ from dtrain.models.kernels import lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import for_training, resolve_dtype
 from dtrain.models.sharded_loading import empty_model
-from dtrain.simulation.ledger import GRADIENTS, WEIGHTS, Ledger
+from dtrain.simulation.ledger import GRADIENTS, WEIGHTS, MemoryLedger
 
-CPU = torch.device("cpu")  # autograd aborts on fake tensors of a GPU that is not there
-BLOCK, BLOCKS = 64, 256  # of NF4's scales, and of the scales of those
+CPU = torch.device("cpu")  # autograd aborts on fake tensors of a missing GPU
+BLOCK, SCALES_BLOCK = 64, 256  # elements that share an NF4 scale; scales that share a scale
 
 
 @contextmanager
-def fake_world(ranks: int, on_node: int) -> Iterator[World]:
-    """The first of `ranks` ranks; what it sends goes nowhere."""
+def fake_world(ranks: int, node_ranks: int) -> Iterator[World]:
+    """The first of `ranks` ranks; what it sends is dropped."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        everyone = dist.distributed_c10d._get_default_group()
-        yield World(0, ranks, 0, min(on_node, ranks), CPU, everyone)
+        group = dist.distributed_c10d._get_default_group()
+        yield World(0, ranks, 0, min(node_ranks, ranks), CPU, group)
     finally:
         dist.destroy_process_group()
 
 
-def prepare(sequence_length: int) -> None:
-    """Replace what looks at numbers, in this process, which simulates and does nothing else."""
+def patch_value_readers(sequence_length: int) -> None:
+    """Replace functions that read tensor values, in this process, which only simulates."""
 
     def whole_sequences(batch_size: int, q_length: int, *rest: Any, **more: Any) -> Any:
         return attention.Documents((sequence_length,) * (q_length // sequence_length), None)
@@ -55,67 +56,68 @@ def prepare(sequence_length: int) -> None:
 
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
     positions.document_lengths = whole_lengths
-    lora_linear.fix_4bit_weight_quant_state_from_module = _recall
-    bnb_modules.fix_4bit_weight_quant_state_from_module = _recall
+    lora_linear.fix_4bit_weight_quant_state_from_module = _set_quant_state
+    bnb_modules.fix_4bit_weight_quant_state_from_module = _set_quant_state
 
 
-def _recall(module: Any) -> None:
-    """As bitsandbytes', for a weight that is a plain fake tensor."""
+def _set_quant_state(module: Any) -> None:
+    """Does what bitsandbytes does, for a weight that is a plain fake tensor."""
     module.weight.quant_state = module.quant_state
 
 
-def build(
+def build_fake_engine(
     recipe: Recipe,
     stage: Stage,
     config: PretrainedConfig,
     world: World,
     mode: FakeTensorMode,
-    ledger: Ledger,
+    ledger: MemoryLedger,
     follow: Callable[[nn.Module], None],
     on_gpu: bool,
 ) -> Engine:
-    """A stage's engine as a run builds it; its tensors are known to the ledger.
+    """Build a stage's engine as a run does, and name its tensors in the ledger.
 
     Args:
-        follow: told the model before an engine takes it.
-        on_gpu: what is simulated: there torch's optimizer works on all parameters at once.
+        follow: called with the model before the engine wraps it.
+        on_gpu: simulate a GPU, where torch's optimizer updates all parameters at once.
 
     Raises:
-        UserError: a target that no layer answers to, ranks that do not fit the engine.
+        UserError: a target module matches no layer, or the engine cannot use the ranks.
     """
     dtype = resolve_dtype(recipe.model.dtype, CPU)
     method = build_method(stage.method)
     width = method.base_dtype(dtype)
-    settled = for_training(config, recipe.model, width, CPU)
-    if settled._attn_implementation != attention.NAME:
+    train_config = for_training(config, recipe.model, width, CPU)
+    if train_config._attn_implementation != attention.NAME:
         raise UserError(
-            f"attention {settled._attn_implementation!r} cannot be simulated",
+            f"attention {train_config._attn_implementation!r} cannot be simulated",
             where="model.attention",
             fix="plan without --exact",
         )
-    quantised = method.traits.quantizes_base
-    base = empty_model(settled, recipe.model, quantised=quantised, dtype=width, device=CPU)
+    quantized = method.traits.quantizes_base
+    base = empty_model(train_config, recipe.model, quantised=quantized, dtype=width, device=CPU)
     model = method.attach(base, seed=0, device=torch.device("meta"))
     apply_kernels(model, recipe.model)
-    native.switch(on=False)  # a CPU's own loops, which keep less and look at numbers
+    native.switch(on=False)  # the CPU kernels save less, and read values
     _fake_buffers(model, mode)
     follow(model)
-    # A mesh of ranks is made of numbers, and fully_shard makes one; DDP's reducer wants the mode.
-    inside = recipe.engine.kind != "fsdp2"
+    # An engine with shard groups builds a device mesh, which reads values; DDP's reducer must be
+    # built from fake tensors.
+    inside = not ENGINES[recipe.engine.kind].shard_group
     with mode if inside else nullcontext(), ledger if inside else nullcontext():
-        engine = build_engine(model, recipe, stage, world, Filler(mode).fill)
-    _settle(engine, on_gpu)
-    ledger.name(_held(engine.bare), WEIGHTS)
-    ledger.name_rest(GRADIENTS)  # DDP's buckets, which gradients lie in
+        engine = build_engine(model, recipe, stage, world, FakeFiller(mode).fill)
+    _match_gpu_run(engine, on_gpu)
+    ledger.name(_weights(engine.bare), WEIGHTS)
+    ledger.name_rest(GRADIENTS)  # DDP's buckets, which store the gradients
     return engine
 
 
-class Filler:
-    """Gives what has no storage a fake one."""
+class FakeFiller:
+    """Replaces meta parameters by fake tensors."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
-        self._made: dict[nn.Parameter, Tensor] = {}  # tied ones are one
+        self._built: dict[nn.Parameter, Tensor] = {}  # tied parameters share one tensor
 
     def fill(self, block: nn.Module) -> None:
         """Fill every parameter in `block`."""
@@ -123,30 +125,30 @@ class Filler:
             for leaf, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_meta or isinstance(parameter, FakeTensor):
                     continue
-                if parameter not in self._made:
+                if parameter not in self._built:
                     with self._mode:
-                        self._made[parameter] = _made(module, parameter)
-                module._parameters[leaf] = self._made[parameter]  # type: ignore[assignment]
+                        self._built[parameter] = _fake_parameter(module, parameter)
+                module._parameters[leaf] = self._built[parameter]  # type: ignore[assignment]
 
 
-def _made(module: nn.Module, empty: nn.Parameter) -> Tensor:
+def _fake_parameter(module: nn.Module, empty: nn.Parameter) -> Tensor:
     if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
-        return _packed(module, empty)
+        return _packed_parameter(module, empty)
     fake = torch.empty(empty.shape, dtype=empty.dtype, device=CPU)
     return nn.Parameter(fake, requires_grad=empty.requires_grad)
 
 
-def _packed(module: Any, empty: Any) -> Tensor:
-    """An NF4 weight: a fake tensor of a packed one's size, with the state that unpacks it.
+def _packed_parameter(module: Any, empty: Any) -> Tensor:
+    """A fake tensor of the size of a packed NF4 weight, with its quantization state.
 
-    A fake Params4bit is no fake tensor any more.
+    It is a plain parameter, because a fake Params4bit would not be a fake tensor.
     """
     elements, storage = empty.numel(), empty.quant_storage
     scales = -(-elements // BLOCK)
     second = QuantState(
-        absmax=torch.empty(-(-scales // BLOCKS)),
+        absmax=torch.empty(-(-scales // SCALES_BLOCK)),
         code=torch.empty(256),
-        blocksize=BLOCKS,
+        blocksize=SCALES_BLOCK,
         dtype=torch.float32,
     )
     module.quant_state = QuantState(
@@ -172,23 +174,23 @@ def _fake_buffers(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[leaf] = mode.from_tensor(buffer)
 
 
-def _settle(engine: Engine, on_gpu: bool) -> None:
-    """What a run on GPUs has, and what fake ranks lack."""
+def _match_gpu_run(engine: Engine, on_gpu: bool) -> None:
+    """Set the optimizer as on a GPU, and complete DDP's all-reduces, which fake ranks do not."""
     if isinstance(engine, TorchEngine):
-        for group in engine.optimizer.param_groups:  # the fused one is a CPU's
+        for group in engine.optimizer.param_groups:  # the fused kernel is for the CPU
             group |= {"fused": False, "foreach": on_gpu}
     if hasattr(engine.model, "register_comm_hook"):
-        engine.model.register_comm_hook(None, _sent_at_once)
+        engine.model.register_comm_hook(None, _complete_at_once)
 
 
-def _sent_at_once(group, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations as text
-    """Fake ranks give no result, which DDP's reducer waits for."""
-    done: Any = torch.futures.Future()
-    done.set_result(bucket.buffer())
-    return done
+def _complete_at_once(group, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations as text
+    """Return a completed future: fake ranks send no result, and DDP's reducer waits for one."""
+    future: Any = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
 
 
-def _held(model: nn.Module) -> Iterator[Tensor]:
+def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():

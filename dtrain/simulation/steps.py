@@ -1,4 +1,4 @@
-"""Two optimizer steps: one that makes the optimizer's state, one whose peaks count."""
+"""Simulates two optimizer steps: one that creates the optimizer's state, one that is measured."""
 
 from __future__ import annotations
 
@@ -10,113 +10,115 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Stage
 from dtrain.data.loader import MicroBatch
 from dtrain.engines.base import Engine, decoder_layers
 from dtrain.models.dropout import set_dropout_key
 from dtrain.objectives.base import build_objective
-from dtrain.simulation.ledger import GRADIENTS, OPTIMIZER, Ledger
+from dtrain.simulation.ledger import GRADIENTS, OPTIMIZER, MemoryLedger
 from dtrain.training.train_step import compute_loss
 
 OUTSIDE, FIRST, INNER, LAST = "outside", "first layer", "inner layers", "last layer"
 
 
-class Places:
-    """Where in a model the computation is.
+class ModuleTracker:
+    """Tracks which part of a model is computing.
 
-    A kind of place (outside the decoder layers, in the first, the last or another) and the name of
-    the module that computes; in the backward pass without recomputation that of the layer.
+    The region is outside the decoder layers, or the first, the last or another layer. The module is
+    the one that computes; in the backward pass without recomputation, the decoder layer.
     """
 
     def __init__(self) -> None:
         self._stack: list[tuple[nn.Module | None, str]] = []
-        self._kinds: dict[nn.Module | None, str] = {}
+        self._regions: dict[nn.Module | None, str] = {}
 
-    def here(self) -> tuple[str, str]:
-        """The kind of place, and the module."""
+    def location(self) -> tuple[str, str]:
+        """The region, and the name of the module."""
         module, name = self._stack[-1] if self._stack else (None, "")
-        return self._kinds.get(module, OUTSIDE), name
+        return self._regions.get(module, OUTSIDE), name
 
-    def leave(self) -> None:
-        """A phase is over."""
+    def reset(self) -> None:
+        """Forget the modules of the phase that ended."""
         self._stack.clear()
 
     def follow(self, model: nn.Module) -> None:
-        """Hear of every module of a model that computes; before an engine changes its classes."""
+        """Hook the modules of a model; must run before an engine changes their classes."""
         blocks = decoder_layers(model)
-        for number, block in enumerate(blocks):
-            kind = LAST if number == len(blocks) - 1 else FIRST if number == 0 else INNER
-            self._kinds |= dict.fromkeys(block.modules(), kind)
+        for index, block in enumerate(blocks):
+            region = LAST if index == len(blocks) - 1 else FIRST if index == 0 else INNER
+            self._regions |= dict.fromkeys(block.modules(), region)
         for name, module in model.named_modules():
-            inside = module in self._kinds
+            inside = module in self._regions
             if inside or not list(module.children()):
-                self._hear_forward(module, name)
+                self._hook_forward(module, name)
             if module in blocks or not inside:
-                self._hear_backward(module, name)
+                self._hook_backward(module, name)
 
-    def _hear_forward(self, module: nn.Module, name: str) -> None:
+    def _hook_forward(self, module: nn.Module, name: str) -> None:
         def enter(*_: Any) -> None:
             self._stack.append((module, name))
 
         def leave(*_: Any) -> None:
             while self._stack and self._stack.pop()[0] is not module:
-                pass  # what recomputation broke off never left
+                pass  # modules that recomputation stopped early never leave
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
 
-    def _hear_backward(self, module: nn.Module, name: str) -> None:
-        """A gradient has reached what the module made."""
+    def _hook_backward(self, module: nn.Module, name: str) -> None:
+        """Enter a module when a gradient reaches its output."""
 
         def arrived(gradient: Tensor) -> None:
             self._stack[:] = [(module, name)]
 
-        def hear(_: Any, __: Any, output: Any) -> None:
+        def hook_output(_: Any, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             is_recomputed = torch._C._current_graph_task_id() != -1
             if torch.is_tensor(first) and first.requires_grad and not is_recomputed:
                 first.register_hook(arrived)
 
-        module.register_forward_hook(hear)
+        module.register_forward_hook(hook_output)
 
 
 @dataclass
-class Simulated:
-    """An engine and what its steps are told to.
+class StepSimulator:
+    """Runs an engine's steps and records their memory in the ledger.
 
     Attributes:
-        told: called when a phase is over.
+        micro_batches: micro-batches of the measured step.
+        report_phase: called at the end of each phase.
     """
 
     engine: Engine
     stage: Stage
-    ledger: Ledger
-    places: Places
+    ledger: MemoryLedger
+    tracker: ModuleTracker
     mode: FakeTensorMode
     micro_batches: int
-    told: Callable[[], None]
+    report_phase: Callable[[], None]
 
     def run(self) -> None:
-        """Warm up, then a step whose peaks the ledger keeps."""
+        """Run a warm-up step, then the step whose peaks the ledger keeps."""
         self.engine.model.train()
-        # DDP sorts its buckets anew after the first gradient that it sends, looking at numbers.
-        self.step([self.engine.recipe.engine.kind != "ddp"])
+        # After its first all-reduce DDP rebuilds its buckets, which reads values.
+        self.step([not isinstance(self.engine.model, DistributedDataParallel)])
         self.ledger.forget_peaks()
-        self.step([number == self.micro_batches - 1 for number in range(self.micro_batches)])
+        self.step([index == self.micro_batches - 1 for index in range(self.micro_batches)])
 
     def step(self, lasts: list[bool]) -> None:
-        """An optimizer step; `lasts`: for each micro-batch, whether its gradient is sent."""
+        """Run an optimizer step; `lasts` says of each micro-batch whether its gradient is sent."""
         with self.mode, self.ledger:
-            for number, last in enumerate(lasts):
-                self.micro_batch(number, last)
+            for index, last in enumerate(lasts):
+                self.micro_batch(index, last)
             self.phase("update", lambda: self.engine.step(1e-4))
 
-    def micro_batch(self, number: int, last: bool) -> None:
-        """Forward and backward."""
+    def micro_batch(self, index: int, last: bool) -> None:
+        """Run the forward and the backward pass of a micro-batch."""
         train, tokens = self.stage.train, self.stage.data.sequence_length
         count = train.micro_batch
-        numbers = [number * count + i for i in range(count)]
+        numbers = [index * count + i for i in range(count)]
         set_dropout_key(self.engine.bare, 0, 0, numbers, [tokens] * count)
         self.engine.before_forward(last=last)
         batch = batch_of(count, tokens, numbers)
@@ -125,19 +127,19 @@ class Simulated:
         self.phase("backward", lambda: self.engine.backward(loss, last=last))
 
     def phase(self, name: str, work: Callable[[], Any]) -> Any:
-        """One part of a step, and what it leaves behind."""
+        """Run one phase of a step, and name the tensors that outlive it."""
         self.ledger.phase = name
         result = work()
-        gc.collect()  # what is alive, not what Python has not looked at yet
+        gc.collect()  # free what only reference cycles keep alive
         self.ledger.name(self.gradients(), GRADIENTS)
         self.ledger.name(self.states(), OPTIMIZER)
         self.ledger.end_phase()
-        self.places.leave()
-        self.told()
+        self.tracker.reset()
+        self.report_phase()
         return result
 
     def gradients(self) -> list[Tensor]:
-        """As far as parameters have them."""
+        """The gradients that parameters have now."""
         return [p.grad for _, p in self.engine.trainable if p.grad is not None]
 
     def states(self) -> list[Tensor]:
@@ -151,7 +153,7 @@ class Simulated:
 
 
 def batch_of(count: int, tokens: int, numbers: list[int]) -> MicroBatch:
-    """`count` sequences of one document each; every token but the last is learnt."""
+    """`count` sequences of one document each; every token but the last has a target."""
     whole = count * tokens
     ids = torch.zeros(1, whole, dtype=torch.int64)
     places = torch.zeros(1, whole, dtype=torch.int64)

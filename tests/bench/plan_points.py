@@ -19,7 +19,7 @@ from statistics import median
 
 from plan_trainers import Trainer, tensors, trainer_of
 
-from dtrain.planning.constants import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
+from dtrain.planning.fit import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, ModelSizes
 from dtrain.planning.shapes import LinearShape, ModelShape, shape_of
@@ -112,7 +112,7 @@ def setup_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
         accumulation=1,
         checkpointing=row["grad_ckpt"] == "True",
         optimizer="adamw_8bit" if "8bit" in row.get("optimizer", "") else "adamw",
-        casts=trainer.casts,
+        uses_autocast=trainer.casts,
         kernels=trainer.kernels,
         on_gpu=not trainer.fused,
     )

@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.planning.communication import received_bytes
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
-from dtrain.planning.memory import estimate_memory
-from dtrain.planning.simulated_peak import simulate
+from dtrain.planning.simulated_peak import simulate_step
 from dtrain.planning.workload import Cluster, build_workload
 
 ROOT = Path(__file__).parents[2]
@@ -98,15 +97,16 @@ def report(case: Case, words: list[str], real: dict, *, exact: bool) -> None:
     shape, _ = find_shape(recipe.model.base)
     cluster = Cluster(find_gpu("h100-80g"), 1, RANKS)
     workload = build_workload(recipe, recipe.stages[0], shape, cluster)
-    plan, peak = estimate_memory(workload), max(real["phases"].values())
-    sent, planned = sum(real["received"].values()), received_bytes(workload)
+    model, peak = build_engine_model(workload), max(real["phases"].values())
+    plan = model.peak_memory()
+    sent, planned = sum(real["received"].values()), model.received_bytes()
     line = f"{engine:<8}{method:<7}{checkpointing:<6}{peak / 1e6:>9.1f}{plan.peak / 1e6:>9.1f}"
     line += f"{plan.peak / peak - 1:>8.2%}"
     line += f"{(plan.peak - plan.buffers) / (peak - plan.buffers) - 1:>14.2%}"
     line += f"{sent / 1e6:>13.2f}{planned / 1e6:>9.2f}{planned / sent - 1:>8.2%}"
     if exact:
         config = find_config(recipe.model.base)[0]
-        found = simulate(recipe, "domain", workload, cluster, config, lambda done: None).peak.total
+        found = simulate_step(recipe, "domain", workload, config, lambda done: None).peak.total
         line += f"{found / 1e6:>9.1f}{found / peak - 1:>8.2%}"
     print(line, flush=True)
 

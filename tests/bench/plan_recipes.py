@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dtrain.cli.plan import silent
+from dtrain.cli.plan import no_progress
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.plan import StagePlan, make_plan, with_exact
+from dtrain.planning.plan import StagePlan, make_plan, simulate_plan
 from dtrain.planning.workload import Cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "planning"))
@@ -31,7 +31,7 @@ def lines_of(name: str) -> Iterator[str]:
     recipe, cluster = load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus)
     plan = make_plan(recipe, cluster)
     try:
-        plan, why = with_exact(plan, recipe, silent), ""
+        plan, why = simulate_plan(plan, recipe, no_progress), ""
     except UserError as error:
         why = error.message
     for stage in plan.stages:
@@ -41,9 +41,9 @@ def lines_of(name: str) -> Iterator[str]:
 
 def found(stage: StagePlan) -> str:
     """What the simulation says."""
-    assert stage.exact
-    peak, planned = stage.exact.peak, stage.memory.peak
-    where = f"{stage.memory.moment} by plan, {peak.phase} ({peak.place}) by simulation"
+    assert stage.simulated
+    peak, planned = stage.simulated.peak, stage.memory.peak
+    where = f"{stage.memory.moment} by plan, {peak.phase} ({peak.region}) by simulation"
     return f"simulated {peak.total / GB:6.2f} GB  {planned / peak.total - 1:+6.1%}  {where}"
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dtrain.planning.activations import DTRAIN, TrainerProfile
-from dtrain.planning.kernel_sizes import MLPS, NORMS
-from dtrain.planning.memory import moments
-from dtrain.planning.static_memory import gradient_bytes
+from dtrain.planning.engine_models import build_engine_model
+from dtrain.planning.shapes import MLPS, NORMS
 from dtrain.planning.workload import Workload
 
 
@@ -97,8 +96,8 @@ def trainer_of(row: dict[str, str]) -> Trainer | None:
 
 def tensors(workload: Workload, trainer: Trainer) -> float:
     """Bytes at the moment that needs most, as the trainer computes it."""
-    every = moments(workload, trainer.profile)
-    return max(one.peak + also_kept(one.moment, workload, trainer) for one in every)
+    moments = build_engine_model(workload, trainer.profile).moments()
+    return max(x.peak + also_kept(x.moment, workload, trainer) for x in moments)
 
 
 def also_kept(moment: str, workload: Workload, trainer: Trainer) -> float:
@@ -114,5 +113,5 @@ def also_kept(moment: str, workload: Workload, trainer: Trainer) -> float:
     if trainer.masters:
         kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)
     if moment != "update" and workload.ranks == 1:  # cleared at each step, so not there yet
-        kept -= gradient_bytes(workload, trainer.profile)
+        kept -= build_engine_model(workload, trainer.profile).gradient_bytes
     return kept

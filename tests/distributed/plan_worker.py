@@ -35,7 +35,7 @@ from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tensor_utils import parameter_counts
 from dtrain.objectives.base import build_objective
-from dtrain.simulation.ledger import hear_resizes
+from dtrain.simulation.ledger import watch_resizes
 from dtrain.training.train_step import compute_loss
 
 STEPS = 2
@@ -157,7 +157,7 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
     """Steps under one recipe: counts, peaks by phase, bytes received in the last step."""
     recipe = load_recipe("tiny", overrides)
     stage, storages = recipe.stages[0], Storages()
-    hear_resizes(storages.resized)
+    watch_resizes(storages.resized)
     with storages:
         engine, counts = built(recipe, stage, world)
     for tensor in [*engine.bare.parameters(), *engine.bare.buffers()]:

@@ -10,11 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.load import load_recipe
 from dtrain.launching.deepspeed_config import load_ds_config
-from dtrain.planning.communication import received_bytes
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
-from dtrain.planning.memory import estimate_memory
-from dtrain.planning.simulated_peak import simulate
+from dtrain.planning.simulated_peak import simulate_step
 from dtrain.planning.workload import Cluster, build_workload
 
 WORKER = Path(__file__).with_name("plan_worker.py")
@@ -92,14 +91,15 @@ def test_the_plan_is_what_real_ranks_take_and_send(start, base: Path) -> None:
     for case, real in zip(CASES, facts, strict=True):
         recipe = load_recipe("tiny", overrides(base, *case))
         workload = build_workload(recipe, recipe.stages[0], shape, cluster)
-        plan, peak = estimate_memory(workload), max(real["phases"].values())
+        model, peak = build_engine_model(workload), max(real["phases"].values())
+        plan = model.peak_memory()
         assert plan.peak == pytest.approx(peak, rel=0.03), case
         # DeepSpeed's buckets are larger than this model, and would hide an error in the rest.
         assert plan.peak - plan.buffers == pytest.approx(peak - plan.buffers, rel=0.03), case
         sent = sum(real["received"].values())
-        assert received_bytes(workload) == pytest.approx(sent, rel=0.01), case
+        assert model.received_bytes() == pytest.approx(sent, rel=0.01), case
         if case in SIMULATED:
             config, _ = find_config(str(base))
-            exact = simulate(recipe, "domain", workload, cluster, config, lambda done: None)
+            exact = simulate_step(recipe, "domain", workload, config, lambda done: None)
             assert exact.layers == (3, 4, 5), "what follows for six layers is what is compared"
             assert exact.peak.total == pytest.approx(peak, rel=0.005), case

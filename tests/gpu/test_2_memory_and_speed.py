@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dtrain.config.load import load_recipe
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import estimate_memory
 from dtrain.planning.workload import Cluster, build_workload
 
 HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ def test_the_plan_is_what_a_gpu_takes(
     loaded = load_recipe(str(recipe), settings)
     shape, _ = find_shape(loaded.model.base)
     workload = build_workload(loaded, loaded.stages[0], shape, Cluster(this_gpu(), 1, 1))
-    planned = estimate_memory(workload).peak
+    planned = build_engine_model(workload).peak_memory().peak
     if planned > 0.92 * this_gpu().usable_bytes:
         pytest.skip(f"the plan says {planned / 2**30:.0f} GiB, more than this GPU has")
     run = train(recipe, *settings)

@@ -20,7 +20,7 @@ from dtrain.models.kernels import native
 from dtrain.models.kernels.compiled import compile_on_gpu
 from dtrain.models.kernels.matmul import times, times_transposed
 from dtrain.models.kernels.output_probe import Adjust
-from dtrain.planning.kernel_sizes import chunk_rows
+from dtrain.planning.activations import chunk_rows
 
 _PLACE = "_dtrain_head"
 

@@ -14,7 +14,7 @@ from dtrain.core.cache_paths import sample_folder
 from dtrain.core.errors import UserError
 from dtrain.models.positions import position_limit
 from dtrain.pipeline.stage_inputs import prepare_inputs
-from dtrain.planning.positions import position_warnings, trained_positions
+from dtrain.planning.known_models import position_warnings, trained_positions
 from dtrain.samples.make import ensure
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 512}
@@ -151,6 +151,8 @@ def test_sequences_that_may_be_too_long_are_said_without_torch(recipe, tmp_path,
     capsys.readouterr()
     check(str(tmp_path / "r.yaml"))
     assert capsys.readouterr().err == f"warning: {line}\n"
-    assert line.startswith("stages.domain.data: sequence_length 64, but the model has 24 positions")
+    assert line.startswith(
+        "stages.domain.data: sequence_length is 64, but the model has 24 positions"
+    )
     assert position_warnings(recipe("gpt2", 4, "stages.domain.data.sequence_length=24")) == []
     assert position_warnings(recipe("gpt2", 4, "model.base=/nowhere")) == []

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.core.errors import UserError
 from dtrain.planning.known_models import KNOWN, find_shape
-from dtrain.planning.shapes import adapter_parameters, shape_of
+from dtrain.planning.shapes import ModelShape, shape_of
+from dtrain.planning.workload import Workload
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
 SMALL = GQA | {"intermediate_size": 96, "num_hidden_layers": 2}
@@ -47,6 +48,26 @@ NAMED = [
     "HuggingFaceTB/SmolLM2-135M",
 ]
 CONFIGS = {n: {k: v for k, v in KNOWN[n]._asdict().items() if v is not None} for n in NAMED} | ODD
+
+
+def adapter_parameters(shape: ModelShape, rank: int, target_modules) -> int:
+    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    return Workload(
+        shape=shape,
+        method="lora",
+        rank=rank,
+        target_modules=targets,
+        has_dropout=False,
+        engine="ddp",
+        ranks=1,
+        node_ranks=1,
+        shard=1,
+        element_bytes=2,
+        sequence_length=1,
+        micro_batch=1,
+        accumulation=1,
+        checkpointing=False,
+    ).trainable
 
 
 def built(config):

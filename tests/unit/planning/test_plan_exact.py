@@ -9,13 +9,22 @@ from dtrain.core.errors import UserError
 from dtrain.planning import simulated_peak
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
-from dtrain.planning.simulated_peak import Peak, at_depth, cut, layers_for, simulate, steps_of
+from dtrain.planning.simulated_peak import (
+    SimulatedPeak,
+    extrapolate_peak,
+    progress_units,
+    simulate_step,
+    simulated_layers,
+    with_layers,
+)
 from dtrain.planning.workload import Cluster, build_workload
 
 
-def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[Peak]:
+def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedPeak]:
     return [
-        Peak(phase, place, "", fixed + each * layers, {"weights": fixed, "kept": each * layers})
+        SimulatedPeak(
+            phase, place, "", fixed + each * layers, {"weights": fixed, "kept": each * layers}
+        )
         for phase, place, fixed, each in sizes
     ]
 
@@ -23,39 +32,39 @@ def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[Peak]:
 def test_the_greatest_peak_at_the_real_depth_is_found() -> None:
     """With few layers another moment is the greatest."""
     grows, large = ("backward", "last layer", 10.0, 5.0), ("forward", "outside", 100.0, 1.0)
-    found = at_depth([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
-    assert (found.phase, found.place, found.total) == ("backward", "last layer", 410.0)
+    found = extrapolate_peak([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
+    assert (found.phase, found.region, found.total) == ("backward", "last layer", 410.0)
     assert found.terms == {"weights": 10.0, "kept": 400.0}
 
 
 def test_memory_that_grows_unevenly_is_told() -> None:
     found = [peaks(n, ("forward", "outside", 10.0, 5.0 + (n == 5))) for n in (3, 4, 5)]
     with pytest.raises(UserError, match=r"does not grow evenly.*\+5 and \+10 bytes.*forward"):
-        at_depth(found, (3, 4, 5), 80)
+        extrapolate_peak(found, (3, 4, 5), 80)
 
 
 def test_an_uneven_moment_that_does_not_matter_is_passed_over() -> None:
     small = [peaks(n, ("update", "outside", 1.0, 0.1 * n)) for n in (3, 4, 5)]
     large = [peaks(n, ("forward", "outside", 10.0, 50.0)) for n in (3, 4, 5)]
     both = [a + b for a, b in zip(small, large, strict=True)]
-    assert at_depth(both, (3, 4, 5), 20).total == 1010.0
+    assert extrapolate_peak(both, (3, 4, 5), 20).total == 1010.0
 
 
 def test_a_config_is_cut_with_its_lists_of_layers() -> None:
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
     cut_config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "a"], "eos_token_id": [1, 2]}
-    assert cut(config, 3) == cut_config
-    assert layers_for(4) == (4,), "few layers are simulated as they are"
+    assert with_layers(config, 3) == cut_config
+    assert simulated_layers(4) == (4,), "few layers are simulated as they are"
 
 
-def asked(words: list[str], ranks: int) -> simulated_peak.SimulationResult:
+def asked(words: list[str], ranks: int) -> simulated_peak.SimulatedStep:
     recipe = load_recipe("tiny", ["device=cpu", *words])
     cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
     workload = build_workload(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
     done: list[int] = []
     config = find_config(recipe.model.base)[0]
-    found = simulate(recipe, "domain", workload, cluster, config, done.append)
-    assert sum(done) == steps_of(workload)
+    found = simulate_step(recipe, "domain", workload, config, done.append)
+    assert sum(done) == progress_units(workload)
     return found
 
 

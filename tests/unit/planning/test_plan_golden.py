@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtrain.core.units import duration, size
-from dtrain.planning.choose import Option, choose, option_of
+from dtrain.planning.choose import PlanOption, build_option, choose
 from dtrain.planning.fit import FITS
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.kernel_sizes import KERNELS
 from dtrain.planning.known_models import find_shape
+from dtrain.planning.shapes import KERNELS
 from dtrain.planning.workload import Cluster, Workload
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "plan.txt"
@@ -65,12 +65,12 @@ def lines() -> Iterator[str]:
                     yield _line(name, method, cluster, _best(base, method, cluster))
 
 
-def _best(base: str, method: str, cluster: Cluster) -> Option:
+def _best(base: str, method: str, cluster: Cluster) -> PlanOption:
     workload = asked(base, method, cluster)
-    return option_of(choose(workload, cluster, any_engine=True, any_micro=True), cluster)
+    return build_option(choose(workload, cluster, any_engine=True, any_micro=True), cluster)
 
 
-def _line(name: str, method: str, cluster: Cluster, best: Option) -> str:
+def _line(name: str, method: str, cluster: Cluster, best: PlanOption) -> str:
     head = f"{name:<5}{cluster.gpu.name:<13}{cluster.nodes:>5}  {method:<7}{best.engine:<11}"
     verdict = f"{size(best.fit.budget):>9}  {best.fit.verdict:<13}"
     time = duration(BILLION / best.speed)
@@ -87,11 +87,11 @@ def test_no_choice_is_beaten_by_another_that_fits() -> None:
         for gpu in GPUS:
             cluster = Cluster(find_gpu(gpu), 2, 8)
             best = _best(base, "qlora", cluster)
-            ddp = option_of(asked(base, "qlora", cluster), cluster)
+            ddp = build_option(asked(base, "qlora", cluster), cluster)
             if ddp.fit.verdict == FITS:
                 assert best.fit.verdict == FITS and best.speed >= ddp.speed
             larger = replace(best.workload, micro_batch=2 * best.workload.micro_batch)
-            assert option_of(larger, cluster).fit.budget > best.fit.budget
+            assert build_option(larger, cluster).fit.budget > best.fit.budget
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.models.kernels.patch import use_kernels
-from dtrain.planning import kernel_sizes
-from dtrain.planning.shapes import ARCHITECTURES
+from dtrain.planning.activations import chunk_rows
+from dtrain.planning.shapes import ADAPTED_LAYERS, ARCHITECTURES, KERNELS, LOSS, MLPS, NORMS
 
 SIZES = {
     "hidden_size": 64,
@@ -20,12 +20,7 @@ SIZES = {
     "vocab_size": 99,
     "pad_token_id": 0,
 }
-MATTER = {
-    kernel_sizes.LAYERS,
-    kernel_sizes.NORMS,
-    kernel_sizes.MLPS,
-    kernel_sizes.LOSS,
-}  # to memory
+CHANGE_MEMORY = {ADAPTED_LAYERS, NORMS, MLPS, LOSS}
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -34,11 +29,11 @@ def test_the_table_names_what_is_put_in(kind: str) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
     model.requires_grad_(False)
     found = use_kernels(get_peft_model(model, LoraConfig(target_modules="all-linear")))
-    assert set(found) & MATTER == kernel_sizes.KERNELS[kind]
+    assert set(found) & CHANGE_MEMORY == KERNELS[kind]
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "rows"), [(32_000, 2048), (151_936, 256), (262_144, 256), (400_000, 128)]
 )
 def test_a_chunk_has_rows_that_matrix_products_like(vocabulary: int, rows: int) -> None:
-    assert kernel_sizes.chunk_rows(vocabulary) == rows
+    assert chunk_rows(vocabulary) == rows

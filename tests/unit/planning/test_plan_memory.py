@@ -10,13 +10,12 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.launching.deepspeed_config import load_ds_config
 from dtrain.planning.activations import TrainerProfile, layer_bytes
-from dtrain.planning.communication import entering_bytes, received_bytes
+from dtrain.planning.engine_base import MemoryEstimate
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.memory import estimate_memory
 from dtrain.planning.parameters import layer_parameters, padded_bytes
-from dtrain.planning.static_memory import gradient_bytes, optimizer_bytes, weight_bytes
 from dtrain.planning.workload import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
@@ -25,7 +24,7 @@ from dtrain.planning.workload import (
     Workload,
     build_workload,
 )
-from dtrain.planning.zero3 import gathered
+from dtrain.planning.zero3_gathers import simulate_gathers
 
 GB = 1e9
 
@@ -51,16 +50,29 @@ def workload(base: str, method: str, engine: str, ranks: int = 8, **more: object
     return Workload(**(given | more))
 
 
+def peak_memory(job: Workload) -> MemoryEstimate:
+    return build_engine_model(job).peak_memory()
+
+
+def entering_bytes(job: Workload) -> float:
+    return build_engine_model(job).entering_bytes()
+
+
+def received_bytes(job: Workload) -> float:
+    return build_engine_model(job).received_bytes()
+
+
 def test_weights_are_those_of_the_literature() -> None:
-    # 70B in NF4 with double quantisation: 0.516 bytes of each linear weight, the rest in 16 bits.
-    assert weight_bytes(workload("meta-llama/Llama-2-70b", "qlora", "ddp")) == pytest.approx(
-        37.0 * GB, rel=0.01
-    )
+    # 70B in NF4 with double quantization: 0.516 bytes of each linear weight, the rest in 16 bits.
+    assert build_engine_model(
+        workload("meta-llama/Llama-2-70b", "qlora", "ddp")
+    ).weight_bytes == pytest.approx(37.0 * GB, rel=0.01)
     # ZeRO (arXiv:1910.02054): 2 + 2 + 12 bytes a parameter, and 2 more since gradients are summed
     # in float32; stage 3 on R ranks: a share of each.
     full = workload("meta-llama/Llama-2-7b", "full", "zero3")
-    held = weight_bytes(full) + gradient_bytes(full) + optimizer_bytes(full)
-    assert held == pytest.approx(18 * full.shape.parameters / 8)
+    model = build_engine_model(full)
+    static = model.weight_bytes + model.gradient_bytes + model.optimizer_bytes
+    assert static == pytest.approx(18 * full.shape.parameters / 8)
 
 
 def test_saved_activations_are_those_of_a_trace() -> None:
@@ -72,9 +84,9 @@ def test_saved_activations_are_those_of_a_trace() -> None:
 
 def test_a_share_is_smaller_than_the_whole() -> None:
     for method in ("full", "lora", "qlora"):
-        whole = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "ddp")).peak
-        halves = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
-        eighths = estimate_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
+        whole = peak_memory(workload("Qwen/Qwen2.5-7B", method, "ddp")).peak
+        halves = peak_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
+        eighths = peak_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 8)).peak
         assert whole > halves > eighths
 
 
@@ -82,8 +94,8 @@ def test_one_rank_accumulates_beside_its_buckets_as_many_do() -> None:
     """DDP has buckets on a single rank too, and what is not sent yet is no part of them."""
     for ranks in (1, 8):
         one = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
-        assert gradient_bytes(one) == 2 * 4 * one.trainable
-        assert gradient_bytes(replace(one, accumulation=1)) == 4 * one.trainable
+        assert build_engine_model(one).gradient_bytes == 2 * 4 * one.trainable
+        assert build_engine_model(replace(one, accumulation=1)).gradient_bytes == 4 * one.trainable
 
 
 def test_more_ranks_than_rows_pad() -> None:
@@ -95,24 +107,24 @@ def test_more_ranks_than_rows_pad() -> None:
     wide, narrow = (padded_bytes(layer_parameters(one), one.shard) for one in (many, some))
     padding = sum(4 * (1024 - r) * x.inputs for x in some.adapted)
     assert padding <= wide - narrow < 1.5 * padding  # rows of the base do not divide either
-    assert estimate_memory(many).gathered - estimate_memory(some).gathered >= padding
+    assert peak_memory(many).gathered - peak_memory(some).gathered >= padding
 
 
 def test_a_step_of_fsdp2_begins_with_its_embeddings_twice() -> None:
     """In what was received, and in what was copied out of it."""
     one = workload("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
-    peak = estimate_memory(one)
+    peak = peak_memory(one)
     assert peak.moment == "gather"
     assert peak.gathered > 2 * 2 * one.shape.outer_parameters
 
 
 def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
     one = workload("Qwen/Qwen2.5-0.5B", "full", "zero3")
-    found = gathered(one)
+    found = simulate_gathers(one)
     inner = [x.elements for x in layer_parameters(one)]
     whole = one.shape.parameters - found.persistent
     assert found.received == pytest.approx(whole, rel=1e-4)  # padded
-    assert max(m.elements for m in found.moments) >= whole
+    assert max(m.elements for m in found.peaks) >= whole
     assert found.persistent == pytest.approx(
         one.shape.hidden + one.shape.layers * sum(n for n in inner if n <= PERSISTENT_ELEMENTS)
     )
@@ -120,14 +132,14 @@ def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
 
 def test_zero3_gathers_a_large_model_twice_and_keeps_what_it_may() -> None:
     one = workload("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
-    found = gathered(one)
+    found = simulate_gathers(one)
     twice = 2 * one.shape.layers * one.shape.layer_parameters
     assert found.received == pytest.approx(twice + one.shape.outer_parameters, rel=0.05)
-    most = max(m.elements for m in found.moments)
+    most = max(m.elements for m in found.peaks)
     # What may live, and a layer in the buffer that it came in.
     assert LIVE_ELEMENTS < most < LIVE_ELEMENTS + 1.3 * one.shape.layer_parameters
-    tight = gathered(replace(one, live_elements=10**8, prefetch_elements=10**7))
-    assert max(m.elements for m in tight.moments) < most
+    tight = simulate_gathers(replace(one, live_elements=10**8, prefetch_elements=10**7))
+    assert max(m.elements for m in tight.peaks) < most
 
 
 def test_replicated_qlora_sends_adapters_only() -> None:
@@ -187,8 +199,8 @@ def test_answers_alone_may_need_no_logits() -> None:
     every = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_length=16384)
     answers = replace(every, trains_on_all_tokens=False)
     cluster = Cluster(find_gpu("l4"), 1, 8)
-    assert estimate_memory(every).moment == "loss"
-    head = estimate_memory(every).working
+    assert peak_memory(every).moment == "loss"
+    head = peak_memory(every).working
     assert assess_fit(answers, cluster).lower < assess_fit(every, cluster).lower - head / 2
     assert assess_fit(answers, cluster).budget == assess_fit(every, cluster).budget
     recipe = load_recipe("7b-lora")

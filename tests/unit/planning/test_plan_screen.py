@@ -11,12 +11,12 @@ from dtrain.cli.root import app
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import calibration
-from dtrain.planning.choose import resolved
+from dtrain.planning.choose import resolve
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, ORDER, TIGHT, assess_fit
 from dtrain.planning.gpus import find_gpu
-from dtrain.planning.memory import estimate_memory
 from dtrain.planning.plan import make_plan
-from dtrain.planning.render import lines_of
+from dtrain.planning.render import render_plan
 from dtrain.planning.storage import checkpoint_bytes
 from dtrain.planning.workload import Cluster
 from dtrain.recipes import shipped
@@ -35,7 +35,7 @@ def plan_of(name: str, *overrides: str, gpu: str = "h100-80g", nodes: int = 1, g
 def test_no_line_is_wider_than_the_screen(columns: int, gpu: str) -> None:
     for name in shipped():
         plan = plan_of(name, gpu=gpu, gpus=2)
-        assert max(len(line) for line in lines_of(plan, columns)) <= columns, name
+        assert max(len(line) for line in render_plan(plan, columns)) <= columns, name
 
 
 def test_the_screen_says_what_is_wanted() -> None:
@@ -48,8 +48,8 @@ def test_the_screen_says_what_is_wanted() -> None:
         "budget",
         "GPU-hours",
         "enter each node",
-        "a checkpoint",
-        "at merge",
+        "per checkpoint",
+        "to merge",
         "best first",
     ):
         assert word in done.output
@@ -77,8 +77,8 @@ def test_options_are_sorted_and_none_is_missing() -> None:
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     plan = plan_of("70b-lora-zero3", gpu="rtx4090")
     assert plan.verdict == DOES_NOT_FIT
-    text = "\n".join(lines_of(plan, 100))
-    assert "would fit     method.kind=qlora" in text
+    text = "\n".join(render_plan(plan, 100))
+    assert "would fit      method.kind=qlora" in text
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_auto_takes_what_fits_and_what_is_fast() -> None:
     wide, narrow = (Cluster(find_gpu(name), 2, 8) for name in ("h100-80g", "a6000"))
     # 70B in 4 bits: one copy on each 80 GB card; on 48 GB shared among the ranks of a node.
     for cluster, engine in ((wide, "ddp"), (narrow, "fsdp2")):
-        recipe = resolved(load_recipe("70b-qlora", auto), cluster)
+        recipe = resolve(load_recipe("70b-qlora", auto), cluster)
         assert recipe.engine.kind == engine
         assert isinstance(recipe.stages[0].train.micro_batch_size, int)
         plan = make_plan(recipe, cluster)
@@ -114,9 +114,9 @@ def test_auto_takes_what_fits_and_what_is_fast() -> None:
 
 def test_auto_leaves_what_is_said_alone() -> None:
     cluster = Cluster(find_gpu("h100-80g"), 1, 8)
-    assert resolved(load_recipe("7b-lora"), cluster) == load_recipe("7b-lora")
+    assert resolve(load_recipe("7b-lora"), cluster) == load_recipe("7b-lora")
     strict = load_recipe("7b-lora", ["engine={kind: auto}", "determinism=strict"])
-    assert resolved(strict, cluster).engine.kind == "auto"
+    assert resolve(strict, cluster).engine.kind == "auto"
 
 
 def test_earlier_runs_correct_the_plan() -> None:
@@ -132,18 +132,18 @@ def test_earlier_runs_correct_the_plan() -> None:
         planned_peak=10e9,
         planned_speed=100.0,
     )
-    calibration.append(line)
-    calibration.append(
+    calibration.append_record(line)
+    calibration.append_record(
         calibration.CalibrationRecord(**(vars(line) | {"versions": "torch 1.0", "peak": 9e9}))
     )
     with calibration.calibration_file().open("a") as file:
         file.write("{broken\n")
     after = plan_of("7b-lora").stages[0]
-    assert after.measured == calibration.Correction(1, pytest.approx(1.2), pytest.approx(0.5))
+    assert after.correction == calibration.Correction(1, pytest.approx(1.2), pytest.approx(0.5))
     assert after.speed.middle == pytest.approx(before.speed.middle / 2)
     assert after.fit.budget > before.fit.budget
-    assert "corrected by 1 stage" in "\n".join(lines_of(plan_of("7b-lora"), 200))
-    assert plan_of("7b-lora", gpu="a100-80g").stages[0].measured is None
+    assert "corrected by 1 stage" in "\n".join(render_plan(plan_of("7b-lora"), 200))
+    assert plan_of("7b-lora", gpu="a100-80g").stages[0].correction is None
 
 
 @pytest.mark.parametrize("name", ["tiny", "quickstart"])
@@ -169,7 +169,7 @@ def test_replayed_tokens_count(tmp_path) -> None:
     replay = f"replay: {{path: {tmp_path}/text.jsonl, format: text, ratio: 0.2}}"
     train = "stages.domain.train={global_batch_size: 64, epochs: 2}"
     amounts = [
-        plan_of("7b-lora", train, f"stages.domain.data={{{text}}}").stages[0].amount
+        plan_of("7b-lora", train, f"stages.domain.data={{{text}}}").stages[0].tokens
         for text in (data, f"{data}, {replay}")
     ]
     assert amounts[1].tokens == pytest.approx(amounts[0].tokens / 0.8)
@@ -183,7 +183,7 @@ def test_checkpoints_that_are_kept_for_good_need_disk() -> None:
 
 
 def measured_line(engine: str, method: str, ratio: float) -> None:
-    calibration.append(
+    calibration.append_record(
         calibration.CalibrationRecord(
             gpu="h100-80g",
             engine=engine,
@@ -205,20 +205,20 @@ def test_earlier_runs_correct_the_whole_screen() -> None:
     after = plan_of("7b-lora")
     assert (before.verdict, after.verdict) == (FITS, TIGHT)
     assert after.options[0].engine != "ddp"
-    for change in after.stages[-1].changes:
+    for change in after.stages[-1].suggestions:
         assert assess_fit(change.workload, change.cluster).verdict == FITS
     ddp = [x for x in after.options if (x.engine, x.workload.method) == ("ddp", "lora")]
-    assert ddp[0].fit.budget > 3 * estimate_memory(ddp[0].workload).peak
+    assert ddp[0].fit.budget > 3 * build_engine_model(ddp[0].workload).peak_memory().peak
 
 
 def test_the_screen_tells_the_factor_that_was_applied() -> None:
     measured_line("ddp", "lora", 0.5)
-    assert "memory x 1.00" in "\n".join(lines_of(plan_of("7b-lora"), 200))
+    assert "memory x 1.00" in "\n".join(render_plan(plan_of("7b-lora"), 200))
 
 
 def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
     before = plan_of("7b-lora")
-    calibration.append(
+    calibration.append_record(
         calibration.CalibrationRecord(
             gpu="h100-80g",
             engine="ddp",
@@ -244,7 +244,7 @@ def test_lines_that_are_none_are_passed_over() -> None:
         good.replace(b"60000000000.0", b"null").strip(),
     ]
     calibration.calibration_file().write_bytes(b"\n".join([*torn, good]))
-    assert plan_of("7b-lora").stages[0].measured == calibration.Correction(1, 1.5, 1.0)
+    assert plan_of("7b-lora").stages[0].correction == calibration.Correction(1, 1.5, 1.0)
 
 
 def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
