@@ -11,7 +11,7 @@ import sys
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.pipeline.data_preparation import prepare_recipe, share_of_array
+from dtrain.pipeline.stage_inputs import prepare_recipe, share_of_array
 
 
 def main(argv: list[str] | None = None) -> int:

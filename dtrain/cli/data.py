@@ -77,7 +77,7 @@ def prepare(
     import os
 
     from dtrain.config.load import load_recipe
-    from dtrain.pipeline.data_preparation import parse_share, prepare_recipe, share_of_array
+    from dtrain.pipeline.stage_inputs import parse_share, prepare_recipe, share_of_array
 
     share = parse_share(shard) if shard else share_of_array(os.environ)
     prepare_recipe(load_recipe(recipe, overrides or []), share, processes)
@@ -164,8 +164,8 @@ def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> It
     from dtrain.data.show import sequences
     from dtrain.pipeline.data_inspection import stage_mixture
 
-    mixture, tokenizer = stage_mixture(recipe, stage)
-    yield from sequences(mixture, tokenizer, recipe.seed, count, colour)
+    dataset, tokenizer = stage_mixture(recipe, stage)
+    yield from sequences(dataset, tokenizer, recipe.seed, count, colour)
 
 
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.core.cpp_build import load_library
-from dtrain.data.segments import Pieces, spread
+from dtrain.data.packing import Segments, ranges
 from dtrain.data.store import OPEN_SHARDS, Columns, Store, damaged
 
 Int64s = NDArray[np.int64]
@@ -26,7 +26,7 @@ SHARD = ("tokens", "token_offsets", "runs", "run_offsets", "labels", "sizes", "s
 STATE = ("tokens", "targets", "documents", "row", "piece", "source", "shard")
 
 
-class Gathered(NamedTuple):
+class CollatedBatch(NamedTuple):
     """Some rows, one after the other.
 
     Attributes:
@@ -39,34 +39,34 @@ class Gathered(NamedTuple):
 
     ids: Int64s
     positions: Int64s
-    predict: Int64s
+    target_positions: Int64s
     targets: Int64s
     documents: Int64s
     labels: Int64s
     lengths: list[int]
-    row_tokens: list[int]
+    sequence_tokens: list[int]
 
 
-def gathered(pieces: Pieces) -> Gathered:
+def collate_segments(pieces: Segments) -> CollatedBatch:
     """The arrays of the rows that these pieces make, by numpy."""
     ids = np.concatenate(pieces.views, dtype=np.int64)
     starts = np.cumsum(pieces.sizes) - pieces.sizes
     counts = pieces.run_stops - pieces.run_starts
-    predict = spread(starts[pieces.run_pieces] + pieces.run_starts - 1, counts)
-    row_tokens = np.bincount(pieces.rows, pieces.sizes).astype(np.int64)
-    return Gathered(
+    target_positions = ranges(starts[pieces.run_pieces] + pieces.run_starts - 1, counts)
+    sequence_tokens = np.bincount(pieces.rows, pieces.sizes).astype(np.int64)
+    return CollatedBatch(
         ids[None],
-        spread(np.zeros_like(starts), pieces.sizes)[None],
-        predict,
-        ids[predict + 1],
+        ranges(np.zeros_like(starts), pieces.sizes)[None],
+        target_positions,
+        ids[target_positions + 1],
         pieces.documents,
         pieces.labels,
         pieces.sizes.tolist(),
-        row_tokens.tolist(),
+        sequence_tokens.tolist(),
     )
 
 
-def gatherer(stores: list[Store], row_tokens: int) -> Gatherer | None:
+def build_native_collator(stores: list[Store], sequence_tokens: int) -> NativeCollator | None:
     """What reads rows by the compiled loop; None where there is no compiler.
 
     Args:
@@ -74,7 +74,7 @@ def gatherer(stores: list[Store], row_tokens: int) -> Gatherer | None:
         row_tokens: the most that a row has.
     """
     loops = _loops()
-    return Gatherer(loops, stores, row_tokens) if loops else None
+    return NativeCollator(loops, stores, sequence_tokens) if loops else None
 
 
 @cache
@@ -87,11 +87,11 @@ def _loops() -> CDLL | None:
     return loops
 
 
-class Gatherer:
+class NativeCollator:
     """Reads rows; keeps the last OPEN_SHARDS shards mapped that it opened."""
 
-    def __init__(self, loops: CDLL, stores: list[Store], row_tokens: int) -> None:
-        self._loop, self._stores, self._row_tokens = loops.gather, stores, row_tokens
+    def __init__(self, loops: CDLL, stores: list[Store], sequence_tokens: int) -> None:
+        self._loop, self._stores, self._row_tokens = loops.gather, stores, sequence_tokens
         self._shards = [np.zeros((len(store.shards), len(SHARD)), np.int64) for store in stores]
         self._open: deque[tuple[int, int, Columns]] = deque()
         firsts = np.cumsum([0, *(store.rows for store in stores)]).tolist()
@@ -99,7 +99,8 @@ class Gatherer:
         self._sources = np.array(
             [
                 (
-                    first, document, _at(store.row_offsets), _at(store.pieces), len(store.pieces),
+                    first, document, _at(store.sequence_offsets),
+                    _at(store.pieces), len(store.pieces),
                     _at(store.shards), _at(shards), len(shards),
                 )
                 for first, document, store, shards in zip(
@@ -109,7 +110,7 @@ class Gatherer:
         )  # fmt: skip
         self._given = _at(self._sources), len(stores)
 
-    def __call__(self, rows: Int64s) -> Gathered:
+    def __call__(self, rows: Int64s) -> CollatedBatch:
         """The rows with these numbers, int64 [R].
 
         Raises:
@@ -122,10 +123,10 @@ class Gatherer:
         given = (*self._given, _at(rows), len(rows), _at(block), room, _at(state))
         while (end := self._loop(*given)) == CLOSED:
             self._open_shard(*state[5:7].tolist())
-        tokens, targets, documents, _, _, source, _, *row_tokens = state.tolist()
+        tokens, targets, documents, _, _, source, _, *sequence_tokens = state.tolist()
         if end != DONE:
             raise damaged(self._stores[source].folder, "its numbers do not fit together")
-        return Gathered(
+        return CollatedBatch(
             block[0:1, :tokens],
             block[1:2, :tokens],
             block[2, :targets],
@@ -133,7 +134,7 @@ class Gatherer:
             block[5, :documents],
             block[6, :documents],
             block[4, :documents].tolist(),
-            row_tokens,
+            sequence_tokens,
         )
 
     def _open_shard(self, source: int, shard: int) -> None:

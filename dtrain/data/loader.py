@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.packed_dataset import BatchCounts, Mixture
+from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.distributed.memory import send
 
 __all__ = ["BatchCounts", "Loader", "MicroBatch"]
 
 Int64s = NDArray[np.int64]
 
-NO_ROW = -1
+NO_SEQUENCE = -1
 ORDER_AHEAD = 1 << 14  # rows whose numbers are worked out at once
 
 
@@ -49,7 +49,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
-    predict: torch.Tensor
+    target_positions: torch.Tensor
     targets: torch.Tensor
     document_lengths: list[int]
     sequences: list[int]
@@ -75,11 +75,11 @@ class Loader:
 
     def __init__(
         self,
-        mixture: Mixture,
+        dataset: PackedDataset,
         *,
         seed: int,
         global_batch: int,
-        total_rows: int,
+        total_sequences: int,
         alone: bool = False,
     ) -> None:
         """Lay `total_rows` rows of the stream out in steps.
@@ -92,15 +92,15 @@ class Loader:
             alone: the model computes one document at once, so that each row holds one, and each
                 micro-batch one row.
         """
-        self.mixture, self.seed = mixture, seed
-        self.global_batch, self.total_rows, self.alone = global_batch, total_rows, alone
-        self._order = Ahead(max(1, ORDER_AHEAD // global_batch))
+        self.dataset, self.seed = dataset, seed
+        self.global_batch, self.total_sequences, self.alone = global_batch, total_sequences, alone
+        self._order = OrderCache(max(1, ORDER_AHEAD // global_batch))
         self._rows = np.empty((0, global_batch), dtype=np.int64)
 
     @property
     def steps(self) -> int:
         """Steps of the stage."""
-        return -(-self.total_rows // self.global_batch)
+        return -(-self.total_sequences // self.global_batch)
 
     def batch(self, step: int) -> Int64s:
         """Row numbers [global_batch] of a step; NO_ROW fills a short last one."""
@@ -112,30 +112,30 @@ class Loader:
     def _batches(self, step: int, steps: int) -> Int64s:
         """Row numbers [steps, global_batch] of some steps."""
         start = step * self.global_batch
-        stop = min(start + steps * self.global_batch, self.total_rows)
-        rows = np.full(steps * self.global_batch, NO_ROW, dtype=np.int64)
-        rows[: max(0, stop - start)] = self.mixture.rows_at(start, stop, self.seed)
+        stop = min(start + steps * self.global_batch, self.total_sequences)
+        rows = np.full(steps * self.global_batch, NO_SEQUENCE, dtype=np.int64)
+        rows[: max(0, stop - start)] = self.dataset.sequence_ids_at(start, stop, self.seed)
         return rows.reshape(steps, self.global_batch)
 
     def counts(self, step: int) -> BatchCounts:
         """What the global batch holds, over all ranks."""
-        return self.mixture.counts(self._real(step))
+        return self.dataset.counts(self._real(step))
 
     @property
     def source_names(self) -> list[str]:
         """Names of the sources."""
-        return self.mixture.names
+        return self.dataset.names
 
     def sources_at(self, step: int, batch: MicroBatch, positions: Int64s) -> Int64s:
         """Number of the source of each of these token positions [n] in a micro-batch of a step."""
         places = np.array(batch.sequences) - step * self.global_batch
-        sources = self.mixture.sources_of(self.batch(step)[places])
+        sources = self.dataset.sources_of(self.batch(step)[places])
         ends = np.cumsum(batch.sequence_lengths)
         return sources[ends.searchsorted(positions, side="right")]
 
     def counts_by_source(self, step: int) -> dict[str, BatchCounts]:
         """What each source contributes to the global batch."""
-        return self.mixture.counts_by_source(self._real(step))
+        return self.dataset.counts_by_source(self._real(step))
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_batch: int
@@ -151,7 +151,7 @@ class Loader:
         assert micro_batch == 1 or not self.alone
         share = -(-self.global_batch // ranks)
         mine = self.batch(step)[rank * share : (rank + 1) * share]
-        mine = mine if step + 1 < self.steps else mine[mine != NO_ROW]
+        mine = mine if step + 1 < self.steps else mine[mine != NO_SEQUENCE]
         place = step * self.global_batch + rank * share
         for start in range(0, share, micro_batch):
             yield self._micro_batch(mine[start : start + micro_batch], place + start)
@@ -160,16 +160,16 @@ class Loader:
         """These rows, the first at `place` of the stream."""
         if not rows.size:
             return _nothing(place, alone=self.alone)
-        made = self.mixture.read(rows)
+        made = self.dataset.read(rows)
         assert len(made.lengths) == 1 or not self.alone
         return MicroBatch(
             torch.from_numpy(made.ids),
             None if self.alone else torch.from_numpy(made.positions),
-            torch.from_numpy(made.predict),
+            torch.from_numpy(made.target_positions),
             torch.from_numpy(made.targets),
             made.lengths,
             list(range(place, place + len(rows))),
-            made.row_tokens,
+            made.sequence_tokens,
             rows.tolist(),
             made.documents,
             made.labels,
@@ -177,10 +177,10 @@ class Loader:
 
     def _real(self, step: int) -> Int64s:
         rows = self.batch(step)
-        return rows[rows != NO_ROW]
+        return rows[rows != NO_SEQUENCE]
 
 
-class Ahead:
+class OrderCache:
     """How many steps to work out at once: one after a jump, then four times as many each time."""
 
     def __init__(self, most: int) -> None:
@@ -204,7 +204,7 @@ def _nothing(position: int, *, alone: bool) -> MicroBatch:
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.zeros(1, 2, dtype=torch.int64)
     positions = None if alone else torch.arange(2).unsqueeze(0)
-    ids, labels = np.array([NO_ROW]), np.array([0])
+    ids, labels = np.array([NO_SEQUENCE]), np.array([0])
     return MicroBatch(
-        tokens, positions, none, none.clone(), [2], [position], [2], [NO_ROW], ids, labels
+        tokens, positions, none, none.clone(), [2], [position], [2], [NO_SEQUENCE], ids, labels
     )

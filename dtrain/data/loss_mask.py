@@ -23,7 +23,7 @@ QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbos
 PROBE = "x a  b\n\nc\t don't 12345\r\n ß é漢字 e\u0301 👩🏽‍🚀 \u00a0x  \n"
 
 
-class Lengths:
+class TokenByteLengths:
     """Bytes of each token of a vocabulary of bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,7 +36,7 @@ class Lengths:
             self.sizes[number] = len(added.content.encode())
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Lengths | None:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenByteLengths | None:
         """None where the lengths do not tell what the tokenizer says of a probe."""
         own = cls(tokenizer)
         (encoding,) = tokenizer([PROBE], add_special_tokens=False, **QUIET).encodings
@@ -70,7 +70,7 @@ def _runs_of_bytes(ends: NDArray[np.int64], text: str, spans: list[Span]) -> Int
     return _joined(zip(firsts, stops, strict=True))
 
 
-def supervised_runs(encoding: Encoding, text: str, spans: list[Span]) -> Int32s:
+def target_runs(encoding: Encoding, text: str, spans: list[Span]) -> Int32s:
     """Runs of the tokens that hold at least one character of an answer.
 
     Args:

@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from dtrain.core import units
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
-from dtrain.data.collate import Gathered, Gatherer, gathered, gatherer
-from dtrain.data.sampling import Mix
-from dtrain.data.segments import Pieces, joined
+from dtrain.data.collate import (
+    CollatedBatch,
+    NativeCollator,
+    build_native_collator,
+    collate_segments,
+)
+from dtrain.data.packing import Segments, join_segments
+from dtrain.data.sampling import SamplingPlan
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import Store
 from dtrain.data.tokenize import notes
@@ -24,7 +29,7 @@ Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedSequence:
     """One sequence, of one or more documents.
 
     Attributes:
@@ -40,7 +45,11 @@ class Row:
     documents: list[str]
 
 
-COUNTED_COLUMNS = ("row_tokens", "row_supervised", "row_examples")  # in BatchCounts' order
+COUNTED_COLUMNS = (
+    "sequence_tokens",
+    "sequence_targets",
+    "sequence_examples",
+)  # in BatchCounts' order
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class BatchCounts:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSource:
     """A source and its store."""
 
     name: str
@@ -67,12 +76,14 @@ class Prepared:
     store: Store
 
 
-class Mixture:
+class PackedDataset:
     """All sources of a stage; what stands where is arithmetic of (position, seed)."""
 
-    def __init__(self, sources: list[Prepared], mix: Mix, sequence_length: int) -> None:
+    def __init__(
+        self, sources: list[PreparedSource], mix: SamplingPlan, sequence_length: int
+    ) -> None:
         self.sources, self.mix, self.sequence_length = sources, mix, sequence_length
-        self.first_rows = np.cumsum([0, *(source.store.rows for source in sources)])
+        self.first_sequences = np.cumsum([0, *(source.store.rows for source in sources)])
         self.first_documents = np.cumsum([0, *(source.store.documents for source in sources)])
 
     @cached_property
@@ -85,53 +96,55 @@ class Mixture:
         return fingerprint(shape)
 
     @property
-    def rows_per_epoch(self) -> int:
+    def sequences_per_epoch(self) -> int:
         """All rows; of a weighted mixture, positions for one pass over the heaviest source."""
-        return self.mix.rows_per_epoch
+        return self.mix.sequences_per_epoch
 
     @property
     def longest_segment(self) -> int:
         """Tokens of the longest document, as far as one row holds it."""
         return max(int(source.store.manifest["longest_segment"]) for source in self.sources)
 
-    def rows_of(self, passes: float) -> int:
+    def sequences_in_epochs(self, passes: float) -> int:
         """Positions of so many passes."""
-        return self.mix.rows_of(passes)
+        return self.mix.sequences_in_epochs(passes)
 
-    def rows_at(self, start: int, stop: int, seed: int) -> Int64s:
+    def sequence_ids_at(self, start: int, stop: int, seed: int) -> Int64s:
         """Global row numbers [stop - start] at positions start … stop-1 of the endless stream."""
-        return self.mix.rows_at(np.arange(start, stop, dtype=np.int64), seed)
+        return self.mix.sequence_ids_at(np.arange(start, stop, dtype=np.int64), seed)
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> PackedSequence:
         """Read the row with this global number."""
         source, local = self._locate(number)
         data = self.sources[source].store.row(local)
         parts = self.sources[source].parts
         places = [parts[p].location(n) for p, n in zip(data.parts, data.numbers, strict=True)]
-        return Row(data.tokens, data.supervised, data.lengths, places)
+        return PackedSequence(data.tokens, data.supervised, data.lengths, places)
 
-    def read(self, numbers: Int64s) -> Gathered:
+    def read(self, numbers: Int64s) -> CollatedBatch:
         """The rows [n] with these global numbers, as a micro-batch has them."""
-        return self._gatherer(numbers) if self._gatherer else gathered(self.gather(numbers))
+        return self._gatherer(numbers) if self._gatherer else collate_segments(self.gather(numbers))
 
     @cached_property
-    def _gatherer(self) -> Gatherer | None:
-        return gatherer([source.store for source in self.sources], self.sequence_length)
+    def _gatherer(self) -> NativeCollator | None:
+        return build_native_collator(
+            [source.store for source in self.sources], self.sequence_length
+        )
 
-    def gather(self, numbers: Int64s) -> Pieces:
+    def gather(self, numbers: Int64s) -> Segments:
         """What the rows [n] with these global numbers are made of."""
         which = self.sources_of(numbers)
         places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
         used = [(source, place) for source, place in enumerate(places) if place.size]
         parts = []
         for source, place in used:
-            part = self.sources[source].store.gather(numbers[place] - self.first_rows[source])
+            part = self.sources[source].store.gather(numbers[place] - self.first_sequences[source])
             parts.append(replace(part, documents=part.documents + self.first_documents[source]))
-        return joined(parts, [place for _, place in used])
+        return join_segments(parts, [place for _, place in used])
 
     def tokens(self, numbers: Int64s) -> Int64s:
         """Tokens in each of these rows, [n]."""
-        return self._look_up(numbers, "row_tokens")
+        return self._look_up(numbers, "sequence_tokens")
 
     @cached_property
     def names(self) -> list[str]:
@@ -144,7 +157,7 @@ class Mixture:
 
     def sources_of(self, numbers: Int64s) -> Int64s:
         """Number of the source of each of these rows [n]."""
-        return np.searchsorted(self.first_rows, numbers, side="right") - 1
+        return np.searchsorted(self.first_sequences, numbers, side="right") - 1
 
     def counts(self, numbers: Int64s) -> BatchCounts:
         """What these rows [n] hold."""
@@ -186,7 +199,7 @@ class Mixture:
             for note in notes(source.store.manifest["counts"])
         ]
 
-    def _describe(self, source: Prepared) -> str:
+    def _describe(self, source: PreparedSource) -> str:
         facts = source.store.manifest
         fill = facts["tokens"] / (facts["rows"] * self.sequence_length)
         line = (
@@ -197,26 +210,26 @@ class Mixture:
         return "; ".join([line, *notes(facts["counts"])])
 
     def _locate(self, number: int) -> tuple[int, int]:
-        first_rows = self.first_rows
-        source = int(np.searchsorted(first_rows, number, side="right")) - 1
-        return source, number - int(first_rows[source])
+        first_sequences = self.first_sequences
+        source = int(np.searchsorted(first_sequences, number, side="right")) - 1
+        return source, number - int(first_sequences[source])
 
     def _look_up(self, numbers: Int64s, column: str) -> Int64s:
         out = np.empty(len(numbers), dtype=np.int64)
         which = self.sources_of(numbers)
         for index, source in enumerate(self.sources):
             here = which == index
-            out[here] = getattr(source.store, column)[numbers[here] - self.first_rows[index]]
+            out[here] = getattr(source.store, column)[numbers[here] - self.first_sequences[index]]
         return out
 
 
-def check_vocabulary(mixture: Mixture, vocabulary_size: int) -> None:
+def check_vocabulary(dataset: PackedDataset, vocabulary_size: int) -> None:
     """Refuse data with a token id that the model has no embedding for.
 
     Raises:
         UserError: naming the source and the token id.
     """
-    for source in mixture.sources:
+    for source in dataset.sources:
         largest = source.store.manifest["largest_token"]
         if largest >= vocabulary_size:
             raise UserError(

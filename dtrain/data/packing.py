@@ -12,11 +12,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.data.segments import spread
-
 Int64s = NDArray[np.int64]
 
-PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("tokens", "<i4")])
+SEGMENT = np.dtype([("document", "<i8"), ("start", "<i4"), ("tokens", "<i4")])
 
 
 class Packing(Enum):
@@ -27,7 +25,7 @@ class Packing(Enum):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Which pieces make which row.
 
     Attributes:
@@ -117,7 +115,7 @@ class _Spaces:
             self.present &= ~(1 << space)
 
 
-def pack_whole(lengths: Int64s, capacity: int, example_sizes: Int64s | None = None) -> Plan:
+def pack_whole(lengths: Int64s, capacity: int, example_sizes: Int64s | None = None) -> PackingPlan:
     """Whole examples into rows by best-fit decreasing; no document is cut.
 
     Args:
@@ -131,13 +129,13 @@ def pack_whole(lengths: Int64s, capacity: int, example_sizes: Int64s | None = No
     first = _offsets(sizes)[:-1]
     row_of = best_fit_decreasing(_sums(lengths, sizes), capacity)
     order = np.argsort(row_of, kind="stable").astype(np.int64)
-    documents = spread(first[order], sizes[order])
+    documents = ranges(first[order], sizes[order])
     counts = _sums(sizes[order], np.bincount(row_of))
     pieces = _pieces(documents, np.zeros(documents.size, np.int64), lengths[documents])
-    return Plan(pieces, _offsets(counts))
+    return PackingPlan(pieces, _offsets(counts))
 
 
-def pack_stream(lengths: Int64s, capacity: int) -> Plan:
+def pack_stream(lengths: Int64s, capacity: int) -> PackingPlan:
     """Documents one after the other, cut at every `capacity` tokens; every token is kept once.
 
     Args:
@@ -150,10 +148,10 @@ def pack_stream(lengths: Int64s, capacity: int) -> Plan:
     begin, tokens = edges[:-1], np.diff(edges)
     document = np.searchsorted(starts, begin, side="right") - 1
     pieces = _pieces(document, begin - starts[document], tokens)
-    return Plan(pieces, _offsets(np.bincount(begin // capacity)))
+    return PackingPlan(pieces, _offsets(np.bincount(begin // capacity)))
 
 
-def one_each(lengths: Int64s, capacity: int) -> Plan:
+def pack_one_document(lengths: Int64s, capacity: int) -> PackingPlan:
     """A row for each document; one longer than `capacity` takes several rows, none is lost."""
     lengths = np.asarray(lengths, dtype=np.int64)
     rows = -(-lengths // capacity)
@@ -161,24 +159,24 @@ def one_each(lengths: Int64s, capacity: int) -> Plan:
     part = np.arange(document.size, dtype=np.int64) - np.repeat(_offsets(rows)[:-1], rows)
     start = part * capacity
     pieces = _pieces(document, start, np.minimum(lengths[document] - start, capacity))
-    return Plan(pieces, np.arange(document.size + 1, dtype=np.int64))
+    return PackingPlan(pieces, np.arange(document.size + 1, dtype=np.int64))
 
 
-def one_example_each(lengths: Int64s, example_sizes: Int64s) -> Plan:
+def pack_one_example(lengths: Int64s, example_sizes: Int64s) -> PackingPlan:
     """A row for each example, whose documents follow one another."""
     documents = np.arange(len(lengths), dtype=np.int64)
     pieces = _pieces(documents, np.zeros_like(documents), lengths)
-    return Plan(pieces, _offsets(example_sizes))
+    return PackingPlan(pieces, _offsets(example_sizes))
 
 
-def keep_rows(plan: Plan, keep: NDArray[np.bool_]) -> Plan:
+def keep_sequences(plan: PackingPlan, keep: NDArray[np.bool_]) -> PackingPlan:
     """The plan without the rows that `keep` (bool [rows]) leaves out."""
     counts = np.diff(plan.rows)
-    return Plan(plan.pieces[np.repeat(keep, counts)], _offsets(counts[keep]))
+    return PackingPlan(plan.pieces[np.repeat(keep, counts)], _offsets(counts[keep]))
 
 
 def _pieces(document: Int64s, start: Int64s, tokens: Int64s) -> NDArray[np.void]:
-    pieces = np.empty(document.size, dtype=PIECE)
+    pieces = np.empty(document.size, dtype=SEGMENT)
     pieces["document"], pieces["start"], pieces["tokens"] = document, start, tokens
     return pieces
 
@@ -193,3 +191,67 @@ def _offsets(counts: NDArray[np.integer]) -> Int64s:
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
+
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The pieces of some rows, in the order of the rows.
+
+    Attributes:
+        views: tokens of each piece, int32, as views of the mapped files.
+        sizes: [P], of these.
+        rows: [P], which of the rows (0, 1, …) a piece belongs to; never falls.
+        documents, labels: [P], number and label of the document of each piece.
+        run_pieces: [R], piece of each run of supervised tokens; never falls.
+        run_starts, run_stops: [R], places in that piece; a run never starts at 0.
+    """
+
+    views: list[Int32s]
+    sizes: Int64s
+    rows: Int64s
+    documents: Int64s
+    labels: Int64s
+    run_pieces: Int64s
+    run_starts: Int64s
+    run_stops: Int64s
+
+
+def join_segments(parts: list[Segments], places: list[Int64s]) -> Segments:
+    """Pieces of several stores as those of one.
+
+    Args:
+        parts: of each store.
+        places: for each store, which rows of the whole its rows are, rising.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate([place[part.rows] for part, place in zip(parts, places, strict=True)])
+    order = np.argsort(rows, kind="stable")
+    moved = np.empty_like(order)
+    moved[order] = np.arange(order.size)
+    first = np.cumsum([0, *(len(part.views) for part in parts)])
+    own = [part.run_pieces + shift for part, shift in zip(parts, first[:-1], strict=True)]
+    pieces = moved[np.concatenate(own)]
+    by_piece = np.argsort(pieces, kind="stable")
+    views = [view for part in parts for view in part.views]
+    return Segments(
+        [views[place] for place in order.tolist()],
+        np.concatenate([part.sizes for part in parts])[order],
+        rows[order],
+        np.concatenate([part.documents for part in parts])[order],
+        np.concatenate([part.labels for part in parts])[order],
+        pieces[by_piece],
+        np.concatenate([part.run_starts for part in parts])[by_piece],
+        np.concatenate([part.run_stops for part in parts])[by_piece],
+    )
+
+
+def ranges(first: Int64s, counts: Int64s) -> Int64s:
+    """first[0], first[0] + 1, … (counts[0] of them), first[1], …"""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if ends.size else 0
+    return np.arange(total) + np.repeat(first - ends + counts, counts)

@@ -17,20 +17,32 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
-from dtrain.data.packed_dataset import Mixture, Prepared, Row, check_vocabulary
+from dtrain.data.packed_dataset import (
+    PackedDataset,
+    PackedSequence,
+    PreparedSource,
+    check_vocabulary,
+)
 from dtrain.data.packing import Packing
 from dtrain.data.records import Record, detect_source_format, read_records
 from dtrain.data.sampling import mix
-from dtrain.data.shard_boundaries import CUTS_FILE, Cuts, cut, load_cuts, save_cuts
-from dtrain.data.shards import Shards, Share
+from dtrain.data.shards import (
+    BOUNDARIES_FILE,
+    ShardBoundaries,
+    ShardBuilder,
+    WorkShare,
+    find_boundaries,
+    load_boundaries,
+    save_boundaries,
+)
 from dtrain.data.sources import find_source_files
 from dtrain.data.store import MANIFEST, Store
-from dtrain.data.store_writer import Writer
+from dtrain.data.store_writer import StoreWriter
 from dtrain.data.tokenize import RowEncoder, check_tokenizer
 
-__all__ = ["Mixture", "Row", "check_vocabulary", "prepare"]
+__all__ = ["PackedDataset", "PackedSequence", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 7  # raise it whenever the same input would give another store or manifest
+CODE_VERSION = 8  # raise it whenever the same input would give another store or manifest
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ def prepare(
     cache: Path,
     processes: int | None = None,
     global_batch: int = 1,
-) -> Mixture:
+) -> PackedDataset:
     """Open the prepared data of a stage; prepare first what is not there yet.
 
     Each source has a store of its own, `cache/<fingerprint>`, so that a changed weight or an
@@ -86,7 +98,7 @@ def prepare(
         for source in data.all_sources
     ]
     shares = mix([source.store.rows for source in prepared], weights, names, replay)
-    return Mixture(prepared, shares, data.sequence_length)
+    return PackedDataset(prepared, shares, data.sequence_length)
 
 
 def prepare_share(
@@ -95,7 +107,7 @@ def prepare_share(
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_fingerprint: str,
     cache: Path,
-    share: Share,
+    share: WorkShare,
     processes: int | None = None,
 ) -> bool:
     """Do one share of `prepare`, beside others on this node or others that share `cache`.
@@ -168,17 +180,17 @@ class _Preparation:
             **{key: getattr(self.data, key) for key in self.encoder.settings},
         }
 
-    def run(self, processes: int | None) -> Prepared:
+    def run(self, processes: int | None) -> PreparedSource:
         """Open the store, or wait for it, or make it."""
         if not self.is_ready():
             with _only_one(self.folder, self.source.path):
                 if not self.is_ready():
                     shards = self._shards()
-                    self._make(shards, Share(), processes)
+                    self._make(shards, WorkShare(), processes)
                     self._finish(shards)
-        return Prepared(self.source.path, self.parts, Store(self.folder))
+        return PreparedSource(self.source.path, self.parts, Store(self.folder))
 
-    def run_share(self, share: Share, processes: int | None) -> None:
+    def run_share(self, share: WorkShare, processes: int | None) -> None:
         """Make shards beside others that do the same; the last of them finishes the store."""
         if not self.is_ready():
             with _only_one(self.folder, self.source.path):
@@ -194,20 +206,22 @@ class _Preparation:
         """Whether the store is complete."""
         return (self.folder / MANIFEST).exists()
 
-    def _shards(self) -> Shards:
-        cuts = load_cuts(self.folder)
+    def _shards(self) -> ShardBuilder:
+        cuts = load_boundaries(self.folder)
         if cuts is None:
             for stray in self.folder.glob("shard-*"):  # cut in another way
                 stray.unlink()
             cuts = self._cut()
             self._check_unchanged()
-            save_cuts(self.folder, cuts)
-        return Shards(self.folder, cuts, self.parts, self.form, self.source.columns, self.encoder)
+            save_boundaries(self.folder, cuts)
+        return ShardBuilder(
+            self.folder, cuts, self.parts, self.form, self.source.columns, self.encoder
+        )
 
-    def _cut(self) -> Cuts:
+    def _cut(self) -> ShardBoundaries:
         """Read all rows once, so that a broken one is told before hours of work on the others."""
         with progress(f"reading {self.source.path}", len(self.parts)) as meter:
-            cuts = cut(self._read(meter))
+            cuts = find_boundaries(self._read(meter))
         if len(cuts) == 1:
             raise EmptyDataError(
                 "the source has no rows", where=self.source.path, fix="correct `path`"
@@ -219,7 +233,7 @@ class _Preparation:
             meter.advance(record.file_index - meter.done)
             yield record
 
-    def _make(self, shards: Shards, share: Share, processes: int | None) -> None:
+    def _make(self, shards: ShardBuilder, share: WorkShare, processes: int | None) -> None:
         if there := len(shards) - len(shards.missing()):
             say(f"{self.source.path}: {there:,} of {len(shards):,} shards are there, going on")
         shards.make(f"tokenising {self.source.path}", share, processes)
@@ -228,16 +242,19 @@ class _Preparation:
         for part in self.parts:
             part.check_unchanged(again=True)
 
-    def _finish(self, shards: Shards) -> None:
+    def _finish(self, shards: ShardBuilder) -> None:
         self._check_unchanged()
-        Writer(self.folder, len(shards)).finish(
+        StoreWriter(self.folder, len(shards)).finish(
             packing=self.spec.packing,
             packed=self.data.packing,
             sequence_length=self.data.sequence_length,
             about={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
             where=self.source.path,
         )
-        for leftover in (self.folder / CUTS_FILE, *self.folder.glob(".shard-*")):  # of killed ones
+        for leftover in (
+            self.folder / BOUNDARIES_FILE,
+            *self.folder.glob(".shard-*"),
+        ):  # of killed ones
             leftover.unlink()
 
 

@@ -27,7 +27,7 @@ MAX_PATTERN = 1 << 12  # rows; weights that need more than this to come out even
 
 
 @dataclass(frozen=True)
-class Phase:
+class SamplingPhase:
     """A part of the stream with the same shares all along.
 
     Attributes:
@@ -70,7 +70,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Mix:
+class SamplingPlan:
     """Sources by their rows and, if weighted, their shares.
 
     Attributes:
@@ -80,11 +80,11 @@ class Mix:
     """
 
     rows: tuple[int, ...]
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[SamplingPhase, ...] = ()
     has_replay: bool = False
 
     @cached_property
-    def first_rows(self) -> Int64s:
+    def first_sequences(self) -> Int64s:
         """[sources + 1]: global number of the first row of each source, and of all rows."""
         return np.concatenate([[0], np.cumsum(self.rows)]).astype(np.int64)
 
@@ -97,17 +97,17 @@ class Mix:
         return np.stack(used)
 
     @cached_property
-    def rows_per_epoch(self) -> int:
+    def sequences_per_epoch(self) -> int:
         """Positions of the first pass."""
-        return self.rows_of(1)
+        return self.sequences_in_epochs(1)
 
-    def rows_of(self, passes: float) -> int:
+    def sequences_in_epochs(self, passes: float) -> int:
         """Positions until all rows, or those of the heaviest source, have come so many times.
 
         The heaviest at last, where weights change; what is replayed beside the others is not meant.
         """
         if not self.phases:
-            return max(1, round(passes * int(self.first_rows[-1])))
+            return max(1, round(passes * int(self.first_sequences[-1])))
         own = range(len(self.rows) - self.has_replay)
         last = self.phases[-1].quotas
         source = max(own, key=lambda number: (last[number], self.rows[number]))
@@ -116,10 +116,10 @@ class Mix:
         phase = int(used.searchsorted(use, side="right")) - 1
         return self.phases[phase].position(source, use - int(used[phase])) + 1
 
-    def rows_at(self, positions: Int64s, seed: int) -> Int64s:
+    def sequence_ids_at(self, positions: Int64s, seed: int) -> Int64s:
         """Global row numbers [n] at `positions` [n] of the endless stream."""
         if not self.phases:
-            total = int(self.first_rows[-1])
+            total = int(self.first_sequences[-1])
             return permute(positions % total, total, stream_key(seed, "rows"), positions // total)
         source, use = self._uses(positions)
         out = np.empty_like(positions)
@@ -127,7 +127,7 @@ class Mix:
             here = source == number
             key = stream_key(seed, "source", number)
             row = permute(use[here] % rows, rows, key, use[here] // rows)
-            out[here] = self.first_rows[number] + row
+            out[here] = self.first_sequences[number] + row
         return out
 
     def _uses(self, positions: Int64s) -> tuple[Int64s, Int64s]:
@@ -165,7 +165,7 @@ def mix(
     weights: dict[int, list[float | None]],
     names: list[str],
     replay: float | None = None,
-) -> Mix:
+) -> SamplingPlan:
     """The mixture of sources with these numbers of rows and weights.
 
     Args:
@@ -181,11 +181,13 @@ def mix(
     """
     if all(weight is None for weight in weights[0]):
         if replay is None:
-            return Mix(tuple(rows))
+            return SamplingPlan(tuple(rows))
         rows, names = [sum(rows[:-1]), rows[-1]], ["all sources", names[-1]]
         weights = {0: [1.0]}
-    phases = [Phase(start, _quotas(given, names, replay)) for start, given in weights.items()]
-    return Mix(tuple(rows), tuple(phases), replay is not None)
+    phases = [
+        SamplingPhase(start, _quotas(given, names, replay)) for start, given in weights.items()
+    ]
+    return SamplingPlan(tuple(rows), tuple(phases), replay is not None)
 
 
 def _quotas(weights: list[float | None], names: list[str], replay: float | None) -> tuple[int, ...]:

@@ -1,28 +1,82 @@
-"""Making the shards of a store: any number of processes, on one node or many, share them.
-
-Each shard follows from the source and its two cuts alone, appears whole or not at all, and is
-claimed before it is made, so a store has the same bytes whoever made it.
-"""
+"""Where a source is cut into shards: by its rows alone, whoever makes them and with how many."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dtrain.core.cpu_resources import available_cores, available_memory
+from dtrain.core.files import write_atomic
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import progress
 from dtrain.core.processes import Tell, worker_pool
-from dtrain.data.records import RecordReader
-from dtrain.data.shard_boundaries import Cuts
+from dtrain.data.conversations import Conversation
+from dtrain.data.records import Record, RecordReader
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import shard_name
 from dtrain.data.store_writer import write_shard
 from dtrain.data.tokenize import Document, RowEncoder
+
+# A cut: the part it lies in, how many rows of that part come before it, how many of the source.
+BOUNDARY = np.dtype([("part", "<i8"), ("skip", "<i8"), ("row", "<i8")])
+BOUNDARIES_FILE = "cuts.npy"
+
+BLOCK_ROWS = 512
+BLOCK_CHARACTERS = 1 << 22
+MOST_BLOCKS = 16  # in a shard, so that it fits in memory
+GOOD_SHARDS = 64  # as many as there can be up to here, so that processes share them evenly
+
+ShardBoundaries = NDArray[np.void]
+
+
+def find_boundaries(records: Iterator[Record]) -> ShardBoundaries:
+    """Cuts [shards + 1] before each shard and after the last one; [1] of no rows.
+
+    Args:
+        records: all rows of a source.
+    """
+    blocks: list[tuple[int, int, int]] = []
+    part = skip = rows = in_block = characters = 0
+    for record in records:
+        part, skip = (part, skip) if record.file_index == part else (record.file_index, 0)
+        if not blocks or in_block == BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
+            blocks.append((part, skip, rows))
+            in_block = characters = 0
+        skip, rows, in_block = skip + 1, rows + 1, in_block + 1
+        characters += _size(record)
+    each = min(MOST_BLOCKS, max(1, len(blocks) // GOOD_SHARDS))
+    return np.array([*blocks[::each], (part, skip, rows)], dtype=BOUNDARY)
+
+
+def _size(record: Record) -> int:
+    if isinstance(record.value, Conversation):
+        return sum(len(message["content"]) for message in record.value.messages)
+    return len(record.value) if isinstance(record.value, str) else 0
+
+
+def save_boundaries(folder: Path, cuts: ShardBoundaries) -> None:
+    """Keep the cuts of a store that is under way."""
+    buffer = io.BytesIO()
+    np.save(buffer, cuts, allow_pickle=False)
+    write_atomic(folder / BOUNDARIES_FILE, buffer.getvalue())
+
+
+def load_boundaries(folder: Path) -> ShardBoundaries | None:
+    """The cuts of a store that is under way; None before they are made."""
+    path = folder / BOUNDARIES_FILE
+    if not path.exists():
+        return None
+    cuts: ShardBoundaries = np.load(path, allow_pickle=False)
+    return cuts
+
 
 BATCH_ROWS = 500  # in one call of the tokenizer
 PROCESS_BYTES = 1 << 30  # of a process with a shard of long texts
@@ -31,7 +85,7 @@ CLAIMS_FILE = ".claims"
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkShare:
     """One of several preparations of the same data that work together; all make what is left.
 
     Attributes:
@@ -43,11 +97,11 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Shards:
+class ShardBuilder:
     """The shards of a store under way."""
 
     folder: Path
-    cuts: Cuts
+    cuts: ShardBoundaries
     parts: list[SourceFile]
     form: str
     columns: Mapping[Any, str]
@@ -68,7 +122,7 @@ class Shards:
         """Rows of the source that a shard is made of."""
         return int(self.cuts["row"][shard + 1] - self.cuts["row"][shard])
 
-    def make(self, title: str, share: Share, processes: int | None) -> None:
+    def make(self, title: str, share: WorkShare, processes: int | None) -> None:
         """Make all shards that nobody else makes; of a single share, wait for those as well.
 
         Args:

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.data.conversations import Conversation, Preference
-from dtrain.data.packed_dataset import Mixture, Row
+from dtrain.data.packed_dataset import PackedDataset, PackedSequence
 from dtrain.data.records import BadRecord, Record
 from dtrain.data.sources import SourceFile
 
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 
 
 def sequences(
-    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, colour: bool
+    dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, colour: bool
 ) -> Iterator[Text]:
     """The first sequences of training, document by document.
 
@@ -38,22 +38,24 @@ def sequences(
         count: sequences to show.
         colour: learnt tokens in green; else between ⟦ and ⟧.
     """
-    numbers = mixture.rows_at(0, count, seed).tolist()
-    total = int(mixture.first_rows[-1])
-    for place, number in enumerate(numbers[: mixture.rows_per_epoch], start=1):
-        row = mixture.row(number)
+    numbers = dataset.sequence_ids_at(0, count, seed).tolist()
+    total = int(dataset.first_sequences[-1])
+    for place, number in enumerate(numbers[: dataset.sequences_per_epoch], start=1):
+        row = dataset.row(number)
         head = (
             f"sequence {place}: row {number + 1:,} of {total:,}, "
-            f"{row.input_ids.size:,} of {mixture.sequence_length:,} tokens, "
+            f"{row.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
             f"{int(row.supervised.sum()):,} learnt, documents: {row.lengths.size}\n"
         )
         yield Text(head, style=HEAD)
         yield from _documents(row, tokenizer, colour)
-    for note in mixture.notes():
+    for note in dataset.notes():
         yield Text(f"{note}\n", style=NOTE)
 
 
-def _documents(row: Row, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Iterator[Text]:
+def _documents(
+    row: PackedSequence, tokenizer: PreTrainedTokenizerBase, colour: bool
+) -> Iterator[Text]:
     start = 0
     for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
         ids = row.input_ids[start : start + length]

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.core.hashes import file_hash
-from dtrain.data.segments import Pieces, spread
+from dtrain.data.packing import Segments, ranges
 
 MANIFEST, SUMS = "store.json", "B3SUMS"
 PLAN_FILES = (
-    "pieces.npy", "rows.npy", "row_tokens.npy", "row_supervised.npy", "row_examples.npy",
-    "shards.npy",
+    "pieces.npy", "rows.npy", "sequence_tokens.npy", "sequence_targets.npy",
+    "sequence_examples.npy", "shards.npy",
 )  # fmt: skip
 TOTALS = ("rows", "documents", "tokens", "supervised_tokens", "longest_segment", "largest_token")
 KEYS = {*TOTALS, "counts", "fingerprint", "files"}  # of the manifest, that readers count on
@@ -92,7 +92,7 @@ def map_shard(path: Path) -> Columns:
 
 
 @dataclass(frozen=True)
-class RowData:
+class StoredSequence:
     """One row of a store.
 
     Attributes:
@@ -124,8 +124,8 @@ class Store:
         for name, entry in self.manifest["files"].items():
             self._check_size(name, entry["bytes"])
         arrays = [_array(folder / name) for name in PLAN_FILES]
-        self.pieces, self.row_offsets, self.row_tokens, self.row_supervised = arrays[:4]
-        self.row_examples, self.shards = arrays[4:]
+        self.pieces, self.sequence_offsets, self.sequence_tokens, self.sequence_targets = arrays[:4]
+        self.sequence_examples, self.shards = arrays[4:]
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
 
     @property
@@ -138,21 +138,21 @@ class Store:
         """Documents of the store; some may be in no row."""
         return int(self.manifest["documents"])
 
-    def row(self, number: int) -> RowData:
+    def row(self, number: int) -> StoredSequence:
         """Read one row, 0 … rows - 1."""
         pieces = self.gather(np.array([number]))
         lengths = pieces.sizes.astype(np.int32)
         supervised = np.zeros(int(lengths.sum()), dtype=bool)
         first = (np.cumsum(lengths) - lengths)[pieces.run_pieces] + pieces.run_starts
-        supervised[spread(first, pieces.run_stops - pieces.run_starts)] = True
+        supervised[ranges(first, pieces.run_stops - pieces.run_starts)] = True
         parts, numbers = self._provenance(number)
-        return RowData(np.concatenate(pieces.views), supervised, lengths, parts, numbers)
+        return StoredSequence(np.concatenate(pieces.views), supervised, lengths, parts, numbers)
 
-    def gather(self, numbers: Int64s) -> Pieces:
+    def gather(self, numbers: Int64s) -> Segments:
         """What these rows [n] are made of; their tokens are read where they are used."""
-        first = self.row_offsets[numbers]
-        counts = self.row_offsets[numbers + 1] - first
-        pieces = self.pieces[spread(first, counts)]
+        first = self.sequence_offsets[numbers]
+        counts = self.sequence_offsets[numbers + 1] - first
+        pieces = self.pieces[ranges(first, counts)]
         rows = np.repeat(np.arange(len(numbers)), counts)
         shards = self._shards_of(pieces["document"])
         views, runs = [_NO_TOKENS] * rows.size, [_NO_RUNS]
@@ -171,7 +171,7 @@ class Store:
         sizes = pieces["tokens"].astype(np.int64)
         documents = pieces["document"].astype(np.int64)
         clipped = _clipped(np.concatenate(runs), pieces)
-        return Pieces(views, sizes, rows, documents, labels, *clipped)
+        return Segments(views, sizes, rows, documents, labels, *clipped)
 
     def _shards_of(self, documents: Int64s) -> Int64s:
         found: Int64s = self.shards["first_document"].searchsorted(documents, side="right") - 1
@@ -182,7 +182,7 @@ class Store:
 
     def _provenance(self, row: int) -> tuple[list[int], list[int]]:
         parts, numbers = [], []
-        documents = self.pieces["document"][slice(*self.row_offsets[row : row + 2])]
+        documents = self.pieces["document"][slice(*self.sequence_offsets[row : row + 2])]
         for document, shard in zip(documents, self._shards_of(documents).tolist(), strict=True):
             columns, inside = self._inside(shard, document)
             parts.append(int(columns.part[inside]))
@@ -252,7 +252,7 @@ def _runs(columns: Columns, inside: Int64s, pieces: Int64s) -> Int64s:
     """[R, 3] piece, start and stop of the runs of these documents of a shard."""
     first = columns.run_offsets[inside]
     counts = (columns.run_offsets[inside + 1] - first) // 2
-    chosen = columns.runs.reshape(-1, 2)[spread(first // 2, counts)]
+    chosen = columns.runs.reshape(-1, 2)[ranges(first // 2, counts)]
     return np.column_stack([np.repeat(pieces, counts), chosen])
 
 

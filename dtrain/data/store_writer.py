@@ -17,10 +17,10 @@ from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_hash
 from dtrain.data.packing import (
     Packing,
-    Plan,
-    keep_rows,
-    one_each,
-    one_example_each,
+    PackingPlan,
+    keep_sequences,
+    pack_one_document,
+    pack_one_example,
     pack_stream,
     pack_whole,
 )
@@ -67,7 +67,7 @@ def write_shard(
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
-class Writer:
+class StoreWriter:
     """Makes a store of its shards."""
 
     def __init__(self, folder: Path, shards: int) -> None:
@@ -102,7 +102,7 @@ class Writer:
             per_piece = plan.pieces["tokens"].astype(np.int64) - 1
         learnt = _row_sums(plan, per_piece)
         summary["counts"][UNLEARNABLE] = int((learnt == 0).sum())
-        plan, learnt = keep_rows(plan, learnt > 0), learnt[learnt > 0]
+        plan, learnt = keep_sequences(plan, learnt > 0), learnt[learnt > 0]
         if not learnt.size:
             raise _nothing_to_learn(summary["counts"], where)
         examples = _row_sums(plan, starts[plan.pieces["document"]].astype(np.int64))
@@ -116,14 +116,14 @@ class Writer:
         }
         self._seal({**about, "sequence_length": sequence_length, **totals, **summary})
 
-    def _write_plan(self, plan: Plan, learnt: Int64s, examples: Int64s) -> None:
+    def _write_plan(self, plan: PackingPlan, learnt: Int64s, examples: Int64s) -> None:
         tokens = _row_sums(plan, plan.pieces["tokens"].astype(np.int64)).astype(np.int32)
         arrays: dict[str, NDArray[Any]] = {
             "pieces.npy": plan.pieces,
             "rows.npy": plan.rows,
-            "row_tokens.npy": tokens,
-            "row_supervised.npy": learnt.astype(np.int32),
-            "row_examples.npy": examples.astype(np.int32),
+            "sequence_tokens.npy": tokens,
+            "sequence_targets.npy": learnt.astype(np.int32),
+            "sequence_examples.npy": examples.astype(np.int32),
             "shards.npy": self._shard_table(),
         }
         for name in PLAN_FILES:
@@ -189,15 +189,15 @@ def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyDataError:
 
 def _plan(
     lengths: Int64s, example_sizes: Int64s, packing: Packing, packed: bool, capacity: int
-) -> Plan:
+) -> PackingPlan:
     if packing is Packing.STREAM:
-        return (pack_stream if packed else one_each)(lengths, capacity)
+        return (pack_stream if packed else pack_one_document)(lengths, capacity)
     if not packed:
-        return one_example_each(lengths, example_sizes)
+        return pack_one_example(lengths, example_sizes)
     return pack_whole(lengths, capacity, example_sizes)
 
 
-def _row_sums(plan: Plan, per_piece: Int64s) -> Int64s:
+def _row_sums(plan: PackingPlan, per_piece: Int64s) -> Int64s:
     ends = np.concatenate([[0], np.cumsum(per_piece)])
     return np.diff(ends[plan.rows])
 

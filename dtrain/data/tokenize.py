@@ -18,14 +18,19 @@ from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import AS_ROLE, NO_END, NO_REASONING, UNREAD, render_answers
 from dtrain.data.chat_templates import ChatTemplate, Span
 from dtrain.data.conversations import Conversation
-from dtrain.data.loss_mask import QUIET, Lengths, supervised_runs
+from dtrain.data.loss_mask import QUIET, TokenByteLengths, target_runs
 from dtrain.data.records import Record
 from dtrain.data.sources import SourceFile
 from dtrain.data.special_tokens import SpecialTokens
 
 Int32s = NDArray[np.int32]
 
-EMPTY, CUT, TOO_LONG, MASKED = "empty", "cut", "too_long", "masked"  # counts of documents
+EMPTY, CUT, TOO_LONG, MASKED = (
+    "empty",
+    "cut",
+    "too_long",
+    "masked",
+)  # counts of documents
 UNLEARNABLE = "unlearnable_rows"  # rows of one token
 SPECIAL = "special_tokens"  # documents whose text holds some
 
@@ -184,7 +189,7 @@ class AnswerEncoder(RowEncoder):
                 ids, encoding = self.special_tokens.encode(
                     plain[0], places[index], add_special_tokens=False
                 )
-                runs = supervised_runs(encoding, *plain)
+                runs = target_runs(encoding, *plain)
                 tokens = np.array(ids, dtype=np.int32)
             document = Document(tokens, runs, record.file_index, record.row_number)
             if fitting := self._fit(document, places[index], counts):
@@ -198,7 +203,7 @@ class AnswerEncoder(RowEncoder):
         if left := [index for index, one in found.items() if one is None]:
             own = self.tokenizer([texts[i] for i in left], add_special_tokens=False, **QUIET)
             for index, encoding in zip(left, own.encodings, strict=True):
-                runs = supervised_runs(encoding, texts[index], spans[index])
+                runs = target_runs(encoding, texts[index], spans[index])
                 found[index] = np.array(encoding.ids, dtype=np.int32), runs
         return [one for one in found.values() if one]
 
@@ -206,9 +211,9 @@ class AnswerEncoder(RowEncoder):
         _ = self.lengths
 
     @cached_property
-    def lengths(self) -> Lengths | None:
+    def lengths(self) -> TokenByteLengths | None:
         """Where tokens start and end, if their lengths tell it."""
-        return Lengths.of(self.tokenizer)
+        return TokenByteLengths.of(self.tokenizer)
 
     def _fit(self, document: Document, place: str, counts: Counter[str]) -> Document | None:
         limit = self.sequence_length

@@ -24,7 +24,7 @@ class Packed(Protocol):
     @property
     def position_ids(self) -> Tensor | None: ...
     @property
-    def predict(self) -> Tensor: ...
+    def target_positions(self) -> Tensor: ...
     @property
     def document_lengths(self) -> list[int]: ...
 
@@ -36,7 +36,7 @@ class Learnt(Packed, Protocol):
     def targets(self) -> Tensor: ...
 
 
-def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
+def target_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
     """Logits [K, V] at the positions whose next token is learnt.
 
     The output matrix, the largest of a small model, meets those positions only.
@@ -48,11 +48,11 @@ def supervised_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
     """
     inner = _transformers_model(model)
     if _takes_positions(inner):
-        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)[0]
-    return _call(model, inner, micro_batch)[0, micro_batch.predict]
+        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)[0]
+    return _call(model, inner, micro_batch)[0, micro_batch.target_positions]
 
 
-def supervised_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor]:
+def target_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor]:
     """Cross entropy of the targets of a micro-batch, in float32.
 
     Args:
@@ -65,10 +65,10 @@ def supervised_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Te
     inner, targets = _transformers_model(model), micro_batch.targets
     head = FusedLossHead.of(inner)
     if head is None:
-        losses = token_losses(supervised_logits(model, micro_batch), targets)
+        losses = token_losses(target_logits(model, micro_batch), targets)
         return losses.sum(), losses.detach()[: len(targets)]
     with head.learning(targets):
-        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.predict)
+        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
     assert head.losses is not None
     return output.squeeze(), head.losses
 

@@ -30,7 +30,7 @@ from dtrain.core.errors import UserError
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import for_training, freeze_for_training, quiet
-from dtrain.models.loss import supervised_logits
+from dtrain.models.loss import target_logits
 from dtrain.models.outline import first_line, without_weights
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ class Row:
 
     input_ids: Tensor
     position_ids: Tensor
-    predict: Tensor
+    target_positions: Tensor
     document_lengths: list[int]
 
     @classmethod
@@ -135,7 +135,7 @@ def _layout(model: PreTrainedModel, documents: list[Tensor]) -> Layout:
         raise Unfit("its predictions do not depend on its input")
     for document, expected in ((first, alone[0]), (other, changed)):
         try:
-            logits = supervised_logits(model, Row.of([document, second])).float()
+            logits = target_logits(model, Row.of([document, second])).float()
         except Exception as error:
             return Layout(packed=False, reason=f"it takes no row of documents: {first_line(error)}")
         if not same(logits, torch.cat([expected, alone[1]])):

@@ -12,7 +12,7 @@ from dtrain.data.loader import BatchCounts, MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec
 from dtrain.data.tokenize import AnswerEncoder, FullTextEncoder
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 from dtrain.objectives.base import LossOutput, Objective
 
 
@@ -23,11 +23,11 @@ class CausalLm(Objective):
         return counts.supervised_tokens
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
-        total, losses = supervised_losses(model, batch)
+        total, losses = target_losses(model, batch)
         return LossOutput(total, len(batch.targets), losses)
 
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:
-        return batch.predict.numpy()
+        return batch.target_positions.numpy()
 
 
 class ContinuedPretraining(CausalLm):

@@ -17,7 +17,7 @@ from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import ChatTemplate, resolve_template
 from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.formats import RowContent
-from dtrain.data.prepare import Mixture, prepare
+from dtrain.data.prepare import PackedDataset, prepare
 from dtrain.data.records import Record
 from dtrain.data.row_text import RowText, row_text
 from dtrain.data.source_rows import open_source
@@ -44,7 +44,7 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(base_folder(recipe.model.base), recipe.model.trust_remote_code)
 
 
-def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedTokenizerBase]:
+def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[PackedDataset, PreTrainedTokenizerBase]:
     """A stage's prepared data, as training opens it.
 
     Raises:
@@ -54,8 +54,8 @@ def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[Mixture, PreTrainedToke
     mark = tokenizer_fingerprint(tokenizer)
     batch, folder = stage.train.global_batch_size, cache_folder() / "stores"
     spec = build_objective(stage).dataset
-    mixture = prepare(stage.data, spec, tokenizer, mark, folder, global_batch=batch)
-    return mixture, tokenizer
+    dataset = prepare(stage.data, spec, tokenizer, mark, folder, global_batch=batch)
+    return dataset, tokenizer
 
 
 def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> ScanResult:

@@ -13,7 +13,7 @@ from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.log import Meter, progress, say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import Mixture
+from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
@@ -29,10 +29,12 @@ BASE = "base"
 class Evaluations:
     """What was measured of a run's models so far; every rank measures, the first one writes."""
 
-    def __init__(self, run: Path, recipe: Recipe, sets: dict[str, Mixture], layout: Layout) -> None:
+    def __init__(
+        self, run: Path, recipe: Recipe, sets: dict[str, PackedDataset], layout: Layout
+    ) -> None:
         self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
         self.layout = layout
-        marks = {name: mixture.fingerprint for name, mixture in sets.items()}
+        marks = {name: dataset.fingerprint for name, dataset in sets.items()}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}
         known = read_json(self.path) if self.path.exists() else {}
         if known.get("sets") == marks:  # losses on other rows cannot be compared
@@ -49,9 +51,9 @@ class Evaluations:
     def held_out_sets(self, engine: Engine, base: Path) -> dict[str, HeldOutSet]:
         """Every set with its objective, ready to measure a model that started from `base`."""
         sets, cache = dict[str, HeldOutSet](), cache_folder() / "objectives"
-        for name, mixture in self.sets.items():
+        for name, dataset in self.sets.items():
             objective = build_objective(self.recipe.evaluation.sets[name])
-            loader = held_out_loader(mixture, engine, self.layout)
+            loader = held_out_loader(dataset, engine, self.layout)
             objective.begin_stage(StageContext(base, cache, engine.model, loader, engine.world))
             sets[name] = HeldOutSet(objective, loader)
         return sets
@@ -65,7 +67,7 @@ class Evaluations:
         """
         if not self.sets:
             return
-        rows = sum(m.rows_per_epoch for m in self.sets.values())
+        rows = sum(m.sequences_per_epoch for m in self.sets.values())
         with progress(f"held-out loss, {model}", rows) as bar:
             for name, held_out in self.held_out_sets(engine, base).items():
                 metrics = evaluate(engine, held_out)
@@ -73,7 +75,7 @@ class Evaluations:
                 self.known["losses"].setdefault(name, {})[model] = loss
                 if metrics:
                     self.known.setdefault("metrics", {}).setdefault(name, {})[model] = metrics
-                bar.advance(self.sets[name].rows_per_epoch, note=f"{name} {loss:.4f}")
+                bar.advance(self.sets[name].sequences_per_epoch, note=f"{name} {loss:.4f}")
         if model not in self.known["models"]:
             self.known["models"].append(model)
         losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
@@ -124,14 +126,14 @@ class Evaluations:
             write_json(self.path, finite(self.known))
 
 
-def held_out_loader(mixture: Mixture, engine: Engine, layout: Layout) -> Loader:
+def held_out_loader(dataset: PackedDataset, engine: Engine, layout: Layout) -> Loader:
     """All rows of a held-out set once, in batches that every rank takes an equal part of."""
     batch = engine.world.size * engine.stage.train.micro_batch
     return Loader(
-        mixture,
+        dataset,
         seed=0,
         global_batch=batch,
-        total_rows=mixture.rows_per_epoch,
+        total_sequences=dataset.sequences_per_epoch,
         alone=not layout.packed,
     )
 

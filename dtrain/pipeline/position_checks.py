@@ -11,7 +11,7 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.data.conversations import Conversation
-from dtrain.data.packed_dataset import Mixture
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.models.positions import position_limit
 from dtrain.pipeline.evaluator import read_questions
 from dtrain.planning.known_models import trained_positions
@@ -26,7 +26,7 @@ def check_positions(
     recipe: Recipe,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    mixtures: dict[str, Mixture],
+    datasets: dict[str, PackedDataset],
 ) -> None:
     """Check that the base places all that is trained, measured and asked.
 
@@ -38,7 +38,7 @@ def check_positions(
     Raises:
         UserError: positions are learned, or of a fixed number, and there are too few.
     """
-    lengths = [*_documents(mixtures), *_questions(recipe, tokenizer)]
+    lengths = [*_documents(datasets), *_questions(recipe, tokenizer)]
     longest = max(tokens for _, _, tokens, _ in lengths)
     limit = position_limit(config, longest, recipe.model.trust_remote_code)
     known = trained_positions(config.get_text_config(decoder=True).to_dict())
@@ -53,10 +53,10 @@ def check_positions(
             )
 
 
-def _documents(mixtures: dict[str, Mixture]) -> Iterator[Length]:
-    for key, mixture in mixtures.items():
-        longest = mixture.longest_segment
-        what = f"a document of {longest:,} tokens (sequence_length {mixture.sequence_length})"
+def _documents(datasets: dict[str, PackedDataset]) -> Iterator[Length]:
+    for key, dataset in datasets.items():
+        longest = dataset.longest_segment
+        what = f"a document of {longest:,} tokens (sequence_length {dataset.sequence_length})"
         yield key, what, longest, "sequence_length: {} or less"
 
 

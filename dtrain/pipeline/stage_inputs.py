@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import cache_folder, local_path, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say
-from dtrain.data.prepare import DatasetSpec, Mixture, check_vocabulary, prepare, prepare_share
-from dtrain.data.shards import Share
+from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
+from dtrain.data.shards import WorkShare
 from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
@@ -42,8 +43,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
     layout: Layout
-    stages: dict[str, Mixture]
-    sets: dict[str, Mixture]
+    stages: dict[str, PackedDataset]
+    sets: dict[str, PackedDataset]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -85,22 +86,22 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = layout_of(recipe, config)
     base_fingerprint = model_fingerprint(base)
-    mixtures: dict[str, Mixture] = {}
+    datasets: dict[str, PackedDataset] = {}
     for group in _groups(recipe):
-        mixture = _prepared(group, tokenizer, mark, processes)
-        check_vocabulary(mixture, config.get_text_config().vocab_size)
+        dataset = _prepared(group, tokenizer, mark, processes)
+        check_vocabulary(dataset, config.get_text_config().vocab_size)
         if verify:
-            mixture.verify()
-        mixtures[group.key] = mixture
-    check_positions(recipe, config, tokenizer, mixtures)
+            dataset.verify()
+        datasets[group.key] = dataset
+    check_positions(recipe, config, tokenizer, datasets)
     return Inputs(
         base=base,
         base_fingerprint=base_fingerprint,
         tokenizer=tokenizer,
         tokenizer_fingerprint=mark,
         layout=layout,
-        stages={stage.name: mixtures[f"stages.{stage.name}.data"] for stage in recipe.stages},
-        sets={name: mixtures[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
+        stages={stage.name: datasets[f"stages.{stage.name}.data"] for stage in recipe.stages},
+        sets={name: datasets[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
     )
 
 
@@ -134,7 +135,7 @@ def _groups(recipe: Recipe) -> Iterator[_Group]:
 
 def _prepared(
     group: _Group, tokenizer: PreTrainedTokenizerBase, mark: str, processes: int | None
-) -> Mixture:
+) -> PackedDataset:
     """The data of one group.
 
     Raises:
@@ -149,7 +150,7 @@ def _prepared(
         raise EmptyDataError(what, where=error.where, fix=error.fix) from error
 
 
-def prepare_inputs_share(recipe: Recipe, share: Share, processes: int | None = None) -> bool:
+def prepare_inputs_partly(recipe: Recipe, share: WorkShare, processes: int | None = None) -> bool:
     """Do one share of the work on all data, beside others that do the rest.
 
     Returns:
@@ -220,3 +221,45 @@ def samples_of(recipe: Recipe) -> set[str]:
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)
     return {name for address in addresses if (name := sample_name(address))}
+
+
+def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = None) -> None:
+    """Prepare all data of a recipe, or a share of it, and say what there is.
+
+    Raises:
+        UserError: base or data cannot be used.
+    """
+    if share.of > 1 and not prepare_inputs_partly(recipe, share, processes):
+        say("others still make what is missing; the last of them packs, or else the next start")
+        return
+    inputs = prepare_inputs(recipe, processes=processes)
+    for name, dataset in {**inputs.stages, **inputs.sets}.items():
+        say(f"{name}: {dataset.describe()}")
+
+
+def share_of_array(environ: Mapping[str, str]) -> WorkShare:
+    """The share of this task of a Slurm array; all of the work outside of one.
+
+    Of an array with gaps (3,7) two tasks may begin at the same place: each makes what is left.
+    """
+    try:
+        number, first, count = (
+            int(environ[f"SLURM_ARRAY_TASK_{n}"]) for n in ("ID", "MIN", "COUNT")
+        )
+        step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+        return WorkShare((number - first) // step % count, count)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return WorkShare()
+
+
+def parse_share(text: str) -> WorkShare:
+    """'2/8' → the second of eight shares.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(group) for group in found.groups()) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise UserError("not a share", where=f"--shard {text}", fix="write 1/8 to 8/8 for eight")
+    return WorkShare(number - 1, of)

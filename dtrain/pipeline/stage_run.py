@@ -20,7 +20,7 @@ from dtrain.core.cache_paths import cache_folder
 from dtrain.core.log import say, warn
 from dtrain.core.units import count, duration, size
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import Mixture
+from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.world import World
@@ -224,16 +224,18 @@ class StageRun:
 
     def loader(self) -> Loader:
         """The stage's training batches."""
-        train, mixture = self.stage.train, self.inputs.stages[self.stage.name]
+        train, dataset = self.stage.train, self.inputs.stages[self.stage.name]
         accumulation(train.global_batch_size, self.world.size, train.micro_batch)
         loader = Loader(
-            mixture,
+            dataset,
             seed=self.recipe.seed,
             global_batch=train.global_batch_size,
-            total_rows=total_sequences(train, mixture.rows_of, tokens_per_row(mixture)),
+            total_sequences=total_sequences(
+                train, dataset.sequences_in_epochs, tokens_per_row(dataset)
+            ),
             alone=not self.inputs.layout.packed,
         )
-        say(f"{mixture.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
+        say(f"{dataset.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
         return loader
 
     def objective(self, engine: Engine, loader: Loader) -> Objective:
@@ -249,7 +251,7 @@ class StageRun:
         evaluates = train.evaluate_every_steps is not None
         sets = self.evaluations.held_out_sets(engine, self.base) if evaluates else {}
         for note in (
-            note for held_out in sets.values() for note in held_out.loader.mixture.notes()
+            note for held_out in sets.values() for note in held_out.loader.dataset.notes()
         ):
             say(f"evaluation: {note}")
         return HeldOutEvaluator(sets, train)
@@ -346,10 +348,10 @@ def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
             parameter.copy_(read_parameter(checkpoint, name))
 
 
-def tokens_per_row(mixture: Mixture) -> float:
+def tokens_per_row(dataset: PackedDataset) -> float:
     """Mean number of tokens in a row, from the first ones of the stream."""
-    rows = mixture.rows_at(0, min(mixture.rows_per_epoch, ROWS_TO_MEASURE), seed=0)
-    return float(mixture.tokens(rows).mean())
+    rows = dataset.sequence_ids_at(0, min(dataset.sequences_per_epoch, ROWS_TO_MEASURE), seed=0)
+    return float(dataset.tokens(rows).mean())
 
 
 def free_memory() -> None:

@@ -18,7 +18,9 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
     return train.learning_rate * shape[train.lr_scheduler]
 
 
-def total_sequences(train: Train, rows_of: Callable[[float], int], tokens_per_row: float) -> int:
+def total_sequences(
+    train: Train, sequences_in_epochs: Callable[[float], int], tokens_per_row: float
+) -> int:
     """Sequences that the stage trains on; only `epochs` may end inside a global batch.
 
     Args:
@@ -31,4 +33,4 @@ def total_sequences(train: Train, rows_of: Callable[[float], int], tokens_per_ro
     if train.tokens is not None:
         return ceil(train.tokens / (tokens_per_row * batch)) * batch
     assert train.epochs is not None
-    return rows_of(train.epochs)
+    return sequences_in_epochs(train.epochs)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dtrain.data.loader import NO_ROW, Loader
+from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective
@@ -139,10 +139,10 @@ class Trainer:
     def step_metrics(self, result: StepResult) -> dict[str, Any]:
         """Metrics of the step just counted."""
         step, loader = self.progress.step, self.loader
-        sequences = min(step * loader.global_batch, loader.total_rows)
+        sequences = min(step * loader.global_batch, loader.total_sequences)
         seconds = sum(result.seconds.values())
         metrics: dict[str, Any] = {
-            "epoch": round(sequences / loader.mixture.rows_per_epoch, 4),
+            "epoch": round(sequences / loader.dataset.sequences_per_epoch, 4),
             "loss": result.loss,
             "supervised_tokens": result.supervised_tokens,
             "tokens": result.tokens,
@@ -157,6 +157,6 @@ class Trainer:
             metrics["sources"] = result.sources
         if not result.finite:
             metrics["skipped"] = "non-finite loss or gradient"
-            rows = [int(row) for row in loader.batch(step - 1) if row != NO_ROW]
-            metrics["documents"] = [d for row in rows for d in loader.mixture.row(row).documents]
+            rows = [int(row) for row in loader.batch(step - 1) if row != NO_SEQUENCE]
+            metrics["documents"] = [d for row in rows for d in loader.dataset.row(row).documents]
         return metrics

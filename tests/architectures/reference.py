@@ -65,8 +65,8 @@ def documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each document's ids [n], the places of its targets, those targets, their losses by dtrain."""
     start = 0
     for length in batch["documents"]:
-        inside = (batch["predict"] >= start) & (batch["predict"] < start + length)
-        places = batch["predict"][inside] - start
+        inside = (batch["target_positions"] >= start) & (batch["target_positions"] < start + length)
+        places = batch["target_positions"][inside] - start
         ids = batch["ids"][start : start + length]
         yield ids, places, batch["targets"][inside], batch["losses"][inside]
         start += length

@@ -195,7 +195,7 @@ def observe(noted: Path) -> None:
                 {
                     "ids": batch.input_ids.flatten().clone(),
                     "documents": list(batch.document_lengths),
-                    "predict": batch.predict.clone(),
+                    "target_positions": batch.target_positions.clone(),
                     "targets": batch.targets.clone(),
                     "losses": output.item_losses.clone()[: len(batch.targets)],
                 }

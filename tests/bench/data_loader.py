@@ -31,7 +31,7 @@ from dtrain.samples.make import ensure
 CPT = ContinuedPretraining.dataset
 
 BATCH, ROWS, ROW_TOKENS, ROUNDS, EPOCHS = 8, 1024, 2048, 7, 8
-KINDS = ("input_ids", "position_ids", "predict", "targets")
+KINDS = ("input_ids", "position_ids", "target_positions", "targets")
 STREAMING = """
 import json, sys, time
 import numpy as np
@@ -79,9 +79,9 @@ def prepared(folder: Path, sentences: int) -> Loader:
     source = {"path": str(folder / "a.jsonl"), "format": "text"}
     data = Data.model_validate({"sources": [source], "sequence_length": ROW_TOKENS})
     tokenizer = load_tokenizer(ensure("tiny-llama"))
-    mixture = prepare(data, CPT, tokenizer, "bench", folder / f"cache{sentences}")
-    rows = mixture.rows_per_epoch // BATCH * BATCH
-    return Loader(mixture, seed=0, global_batch=BATCH, total_rows=EPOCHS * rows)
+    dataset = prepare(data, CPT, tokenizer, "bench", folder / f"cache{sentences}")
+    rows = dataset.sequences_per_epoch // BATCH * BATCH
+    return Loader(dataset, seed=0, global_batch=BATCH, total_sequences=EPOCHS * rows)
 
 
 class Raw:

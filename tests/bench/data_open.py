@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.files import write_sealed
-from dtrain.data.packing import PIECE
+from dtrain.data.packing import SEGMENT
 from dtrain.data.sampling import mix
 from dtrain.data.store import PLAN_FILES, SHARD, SUMS, shard_name
 
@@ -30,7 +30,7 @@ from pathlib import Path
 import pyarrow as pa
 from dtrain.data.loader import Loader
 from dtrain.data.sampling import mix
-from dtrain.data.packed_dataset import Mixture, Prepared
+from dtrain.data.packed_dataset import PackedDataset, PreparedSource
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import Store
 
@@ -43,8 +43,9 @@ pa.array([1]).to_numpy()  # imports pandas at its first call
 before, started = resident(), time.process_time()
 store = Store(folder)
 part = SourceFile("p", ".jsonl", "x")
-mixture = Mixture([Prepared("s", [part], store)], mix([store.rows], {0: [None]}, ["s"]), 2048)
-loader = Loader(mixture, seed=1, global_batch=8, total_rows=store.rows)
+sampling = mix([store.rows], {0: [None]}, ["s"])
+mixture = PackedDataset([PreparedSource("s", [part], store)], sampling, 2048)
+loader = Loader(mixture, seed=1, global_batch=8, total_sequences=store.rows)
 first = next(iter(loader.micro_batches(0, 0, 1, 8)))
 opened = time.process_time()
 middle = next(iter(loader.micro_batches(loader.steps // 2, 0, 1, 8)))
@@ -79,8 +80,8 @@ def make(folder: Path, rows: int) -> None:
 
 def plan(folder: Path, rows: int) -> None:
     """Sparse arrays; only the rows that the first and the middle batch ask for are written."""
-    kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
-    kinds["row_supervised.npy"] = "<i4"
+    kinds = {"pieces.npy": SEGMENT, "rows.npy": "<i8", "sequence_tokens.npy": "<i4"}
+    kinds["sequence_targets.npy"] = "<i4"
     arrays = {}
     for name, kind in kinds.items():
         shape = (rows + (name == "rows.npy"),)
@@ -88,8 +89,8 @@ def plan(folder: Path, rows: int) -> None:
     for row in asked(rows):
         arrays["rows.npy"][row : row + 2] = [row, row + 1]
         arrays["pieces.npy"][row] = (0, 0, ROW_TOKENS)
-        arrays["row_tokens.npy"][row] = ROW_TOKENS
-        arrays["row_supervised.npy"][row] = ROW_TOKENS - 1
+        arrays["sequence_tokens.npy"][row] = ROW_TOKENS
+        arrays["sequence_targets.npy"][row] = ROW_TOKENS - 1
     table = np.zeros(1, SHARD)
     table[0] = 0, (folder / shard_name(0)).stat().st_size
     np.save(folder / "shards.npy", table)
@@ -99,7 +100,7 @@ def asked(rows: int) -> list[int]:
     """Numbers of the rows that the child reads."""
     mixed, middle = mix([rows], {0: [None]}, ["s"]), -(-rows // 8) // 2 * 8
     places = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
-    return mixed.rows_at(places, 1).tolist()
+    return mixed.sequence_ids_at(places, 1).tolist()
 
 
 def measure(folder: Path) -> list[float]:

@@ -77,7 +77,7 @@ def fused(shape: ModelShape) -> ModelShape:
     return replace(shape, linears=(one, *shape.linears[3:]))
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def sequences_in_epochs(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -152,7 +152,7 @@ def short(source: str) -> str:
 
 def memory_points(path: Path) -> tuple[list[Point], dict[str, int]]:
     points, left_out = [], {}
-    for row in rows_of(path):
+    for row in sequences_in_epochs(path):
         trainer = trainer_of(row)
         why = reason_against(row) or ("" if trainer else "trainer not known")
         if why or trainer is None:
@@ -236,7 +236,7 @@ class Rate:
 
 def speed_points(path: Path) -> tuple[list[Rate], dict[str, int]]:
     points, left_out = [], {}
-    for row in rows_of(path):
+    for row in sequences_in_epochs(path):
         if row["model"] not in MODELS and row["model"] not in OTHERS:
             left_out["model not known"] = left_out.get("model not known", 0) + 1
             continue

@@ -22,7 +22,7 @@ from dtrain.engines.fsdp2 import build_mesh
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 from dtrain.models.tensor_utils import parameter_counts
 from dtrain.samples.make import ensure
 
@@ -74,7 +74,7 @@ def main() -> None:
     sent: Counter[str] = Counter()
     counted(sent)
     for last in (False, True):  # two micro-batches: accumulation must not send twice
-        engine.backward(supervised_losses(engine.model, batch())[0], last=last)
+        engine.backward(target_losses(engine.model, batch())[0], last=last)
     mesh = build_mesh(2, world)
     groups = {
         name: dist.get_process_group_ranks(mesh.get_group(name)) for name in mesh.mesh_dim_names

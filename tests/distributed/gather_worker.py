@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines.shared_gather import SharedGather, share_gathers, shared_buffer
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 
 GREATEST = 40_000
 # FSDP2 holds one gather while it asks for the next in a forward pass, none in a backward pass.
@@ -92,7 +92,7 @@ def elements_of_zero3(world: World) -> tuple[int, int]:
 
     SharedGather.into = noted
     engine, _, total = build("{kind: zero3}", world)
-    engine.backward(supervised_losses(engine.model, batch())[0], last=True)
+    engine.backward(target_losses(engine.model, batch())[0], last=True)
     return sum(sizes), total
 
 

@@ -62,9 +62,9 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
     stage, base = recipe.stages[0], base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base)
     store = cache_folder() / "stores"
-    mixture = prepare(stage.data, SFT, tokenizer, tokenizer_fingerprint(tokenizer), store)
-    loader = Loader(mixture, seed=recipe.seed, global_batch=BATCH, total_rows=STEPS * BATCH)
-    rows = [mixture.row(int(n)) for step in range(STEPS) for n in loader.batch(step)]
+    dataset = prepare(stage.data, SFT, tokenizer, tokenizer_fingerprint(tokenizer), store)
+    loader = Loader(dataset, seed=recipe.seed, global_batch=BATCH, total_sequences=STEPS * BATCH)
+    rows = [dataset.row(int(n)) for step in range(STEPS) for n in loader.batch(step)]
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids.tolist() for row in rows],

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.schema import Data
-from dtrain.data.prepare import Mixture, prepare
+from dtrain.data.prepare import PackedDataset, prepare
 from dtrain.objectives.base import objective_class
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
@@ -53,10 +53,10 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Mixture]:
+def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., PackedDataset]:
     """prepared(kind, [source, …], sequence_length=…) → the mixture, made in tmp_path/cache."""
 
-    def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> Mixture:
+    def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> PackedDataset:
         own = settings.pop("tokenizer", tokenizer)
         cache = settings.pop("cache", tmp_path / "cache")
         batch = settings.pop("global_batch", 1)

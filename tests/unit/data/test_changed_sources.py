@@ -15,9 +15,9 @@ from datasets import Dataset
 from dtrain.config.schema import Data
 from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
-from dtrain.data import shard_boundaries
+from dtrain.data import shards
 from dtrain.data.prepare import prepare
-from dtrain.data.shards import Shards
+from dtrain.data.shards import ShardBuilder
 from dtrain.data.source_rows import open_source
 from dtrain.data.tokenize import FullTextEncoder
 from dtrain.data_quality.clean import clean
@@ -100,9 +100,9 @@ def at_first_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change
 
 
 MOMENTS = {
-    "while it is cut": (shard_boundaries, "_size"),
+    "while it is cut": (shards, "_size"),
     "while it is tokenized": (FullTextEncoder, "documents"),
-    "after the last shard": (Shards, "make"),
+    "after the last shard": (ShardBuilder, "make"),
 }
 
 
@@ -111,7 +111,7 @@ MOMENTS = {
 def test_a_change_in_the_middle_is_refused_and_nothing_is_sealed(
     prepared, tmp_path, monkeypatch, name, moment
 ) -> None:
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 30)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 30)
     path = tmp_path / name
     write(path, BEFORE)
     owner, method = MOMENTS[moment]
@@ -135,7 +135,7 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
     write(path, BEFORE)
     state = hash_cache.file_state(path)
     monkeypatch.setattr(hash_cache, "file_state", lambda path: state)
-    at_first_call(monkeypatch, Shards, "make", lambda: write(path, AFTER))
+    at_first_call(monkeypatch, ShardBuilder, "make", lambda: write(path, AFTER))
     with pytest.raises(UserError, match="the file changed while it was read"):
         prepared(path)
     assert not list((tmp_path / "cache").rglob("store.json"))
@@ -144,7 +144,7 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
 def test_a_removed_file_is_named(prepared, tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
-    at_first_call(monkeypatch, Shards, "make", path.unlink)
+    at_first_call(monkeypatch, ShardBuilder, "make", path.unlink)
     with pytest.raises(UserError, match=r"a\.jsonl: the file changed while it was read"):
         prepared(path)
 

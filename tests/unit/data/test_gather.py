@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.data import collate, shard_boundaries
-from dtrain.data.collate import Gatherer, gathered
+from dtrain.data import collate, shards
+from dtrain.data.collate import NativeCollator, collate_segments
 from dtrain.data.loader import Loader
 
 
 @pytest.fixture
-def mixture(prepared, write_rows, monkeypatch):
+def dataset(prepared, write_rows, monkeypatch):
     """Two sources of many small shards."""
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 3)
     rows = [{"instruction": f"Say {n}", "output": "fox " * (n % 9 + 1)} for n in range(60)]
     rows[7]["history"] = [["Who?", "Me."], ["Why?", "So."]]
     sources = [{"path": write_rows(f"{n}.jsonl", rows[30 * n :][:30])} for n in (0, 1)]
@@ -35,35 +35,37 @@ def same(one, other) -> bool:
     return arrays and one[6:] == other[6:]
 
 
-@pytest.mark.parametrize("kind", ["mixture", "stream"])
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
 def test_both_ways_to_read_give_the_same(kind, request) -> None:
     found = request.getfixturevalue(kind)
-    assert isinstance(found._gatherer, Gatherer)
-    rows = np.random.default_rng(0).permutation(found.rows_per_epoch)
+    assert isinstance(found._gatherer, NativeCollator)
+    rows = np.random.default_rng(0).permutation(found.sequences_per_epoch)
     for start in range(0, len(rows), 3):
         some = rows[start : start + 3]
-        assert same(found.read(some), gathered(found.gather(some)))
+        assert same(found.read(some), collate_segments(found.gather(some)))
 
 
-def test_few_shards_are_open_at_once(mixture, monkeypatch) -> None:
-    assert sum(len(source.store.shards) for source in mixture.sources) == 20
+def test_few_shards_are_open_at_once(dataset, monkeypatch) -> None:
+    assert sum(len(source.store.shards) for source in dataset.sources) == 20
     monkeypatch.setattr(collate, "OPEN_SHARDS", 1)
-    every = np.arange(mixture.rows_per_epoch)
-    assert same(mixture.read(every), gathered(mixture.gather(every)))
-    assert len(mixture._gatherer._open) == 1
+    every = np.arange(dataset.sequences_per_epoch)
+    assert same(dataset.read(every), collate_segments(dataset.gather(every)))
+    assert len(dataset._gatherer._open) == 1
 
 
-def test_without_a_compiler_the_batches_are_the_same(mixture, monkeypatch) -> None:
+def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> None:
     def batches():
-        loader = Loader(mixture, seed=0, global_batch=4, total_rows=mixture.rows_per_epoch)
+        loader = Loader(
+            dataset, seed=0, global_batch=4, total_sequences=dataset.sequences_per_epoch
+        )
         return [b for step in range(loader.steps) for b in loader.micro_batches(step, 0, 1, 3)]
 
     fast = batches()
-    monkeypatch.setattr(collate, "library", lambda *_: (None, "no C++ compiler"))
+    monkeypatch.setattr(collate, "load_library", lambda *_: (None, "no C++ compiler"))
     monkeypatch.setattr(collate, "_loops", collate._loops.__wrapped__)
-    del mixture.__dict__["_gatherer"]
+    del dataset.__dict__["_gatherer"]
     slow = batches()
-    assert mixture._gatherer is None
+    assert dataset._gatherer is None
     for one, other in zip(fast, slow, strict=True):
         for name, value in vars(one).items():
             assert np.array_equal(value, getattr(other, name)), name

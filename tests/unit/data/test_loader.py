@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.collate import Gathered, gathered
-from dtrain.data.loader import NO_ROW, BatchCounts, Loader
+from dtrain.data.collate import CollatedBatch, collate_segments
+from dtrain.data.loader import NO_SEQUENCE, BatchCounts, Loader
+from dtrain.data.packing import Segments
 from dtrain.data.sampling import mix
-from dtrain.data.segments import Pieces
 
 
 class Simulated:
@@ -25,13 +25,13 @@ class Simulated:
     ) -> None:
         by_position = weights if isinstance(weights, dict) else {0: weights}
         self.mix = mix(rows, by_position, ["s"] * len(rows), replay)
-        self.rows_per_epoch = self.mix.rows_per_epoch
+        self.sequences_per_epoch = self.mix.sequences_per_epoch
         self.rows_read = 0
 
-    def rows_at(self, start: int, stop: int, seed: int):
-        return self.mix.rows_at(np.arange(start, stop), seed)
+    def sequence_ids_at(self, start: int, stop: int, seed: int):
+        return self.mix.sequence_ids_at(np.arange(start, stop), seed)
 
-    def read(self, numbers) -> Gathered:
+    def read(self, numbers) -> CollatedBatch:
         self.rows_read += len(numbers)
         views = []
         for number in numbers.tolist():
@@ -42,8 +42,8 @@ class Simulated:
         rows = np.repeat(np.arange(len(numbers)), 2)
         documents, labels = np.arange(rows.size), np.zeros(rows.size, int)
         runs = learnt, np.ones(learnt.size, int), sizes[learnt]
-        pieces = Pieces(views, sizes, rows, documents, labels, *runs)
-        return gathered(pieces)
+        pieces = Segments(views, sizes, rows, documents, labels, *runs)
+        return collate_segments(pieces)
 
     def counts(self, numbers) -> BatchCounts:
         size, extra = len(numbers), int((np.asarray(numbers) % 3).sum())
@@ -77,13 +77,13 @@ def test_ranks_and_micro_batches_change_nothing(
     rows, weighted, global_batch, ranks, micro_batch, seed
 ) -> None:
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
-    mixture = Simulated(rows, weights)
-    total = mixture.rows_per_epoch
-    loader = Loader(mixture, seed=seed, global_batch=global_batch, total_rows=total)
+    dataset = Simulated(rows, weights)
+    total = dataset.sequences_per_epoch
+    loader = Loader(dataset, seed=seed, global_batch=global_batch, total_sequences=total)
     stream = [
         pair for step in range(loader.steps) for pair in seen(loader, step, ranks, micro_batch)
     ]
-    assert stream == list(enumerate(mixture.rows_at(0, total, seed).tolist()))
+    assert stream == list(enumerate(dataset.sequence_ids_at(0, total, seed).tolist()))
     if not weighted:
         assert sorted(row for _, row in stream) == list(range(total))
 
@@ -105,14 +105,14 @@ def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
     weights = {0: [float(i + 1) if weighted else None for i in range(len(rows) - 1)]}
     if weighted and changes_after:
         weights[changes_after * global_batch] = [1.0, *[0.0] * (len(rows) - 2)]
-    mixture = Simulated(rows, weights, percent / 100)
-    total = 2 * mixture.rows_per_epoch
-    stream = mixture.rows_at(0, total, seed).tolist()
+    dataset = Simulated(rows, weights, percent / 100)
+    total = 2 * dataset.sequences_per_epoch
+    stream = dataset.sequence_ids_at(0, total, seed).tolist()
     if len(weights) > 1:  # from that very step on there is none of the others
         own = [row for row in stream[changes_after * global_batch :] if row < sum(rows[:-1])]
         assert all(row < rows[0] for row in own)
     first = data.draw(st.integers(0, max(0, -(-total // global_batch) - 5)))
-    loader = Loader(mixture, seed=seed, global_batch=global_batch, total_rows=total)
+    loader = Loader(dataset, seed=seed, global_batch=global_batch, total_sequences=total)
     for step in range(first, min(first + 5, loader.steps)):  # a resume at `first`
         low, high = step * global_batch, min((step + 1) * global_batch, total)
         assert seen(loader, step, ranks, 1) == list(enumerate(stream))[low:high]
@@ -123,16 +123,16 @@ def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
 
 
 def test_1024_ranks_share_a_batch_of_a_mixture() -> None:
-    mixture = Simulated([900, 700], {0: [0.75, 0.25], 1024: [0.25, 0.75]})
-    loader = Loader(mixture, seed=1, global_batch=1024, total_rows=1500)
+    dataset = Simulated([900, 700], {0: [0.75, 0.25], 1024: [0.25, 0.75]})
+    loader = Loader(dataset, seed=1, global_batch=1024, total_sequences=1500)
     stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
-    assert stream == list(enumerate(mixture.rows_at(0, 1500, 1).tolist()))
+    assert stream == list(enumerate(dataset.sequence_ids_at(0, 1500, 1).tolist()))
     assert sum(row < 900 for _, row in stream) == 768 + 119
 
 
 def test_1024_ranks_share_a_batch() -> None:
-    mixture = Simulated([1500], [None])
-    loader = Loader(mixture, seed=1, global_batch=1024, total_rows=1500)
+    dataset = Simulated([1500], [None])
+    loader = Loader(dataset, seed=1, global_batch=1024, total_sequences=1500)
     stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
     assert stream == [pair for step in range(2) for pair in seen(loader, step, 1, 64)]
     assert sorted(row for _, row in stream) == list(range(1500))
@@ -140,44 +140,44 @@ def test_1024_ranks_share_a_batch() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 1024])
 def test_every_rank_has_as_many_micro_batches(ranks: int) -> None:
-    loader = Loader(Simulated([50], [None]), seed=0, global_batch=16, total_rows=35)
+    loader = Loader(Simulated([50], [None]), seed=0, global_batch=16, total_sequences=35)
     for step in range(loader.steps):
         counts = {len(list(loader.micro_batches(step, r, ranks, 3))) for r in range(min(ranks, 20))}
         assert len(counts) == 1
 
 
 def test_a_step_far_away_is_had_at_once_and_alone() -> None:
-    mixture = Simulated([10**12], [None])
-    loader = Loader(mixture, seed=5, global_batch=8, total_rows=10**13)
+    dataset = Simulated([10**12], [None])
+    loader = Loader(dataset, seed=5, global_batch=8, total_sequences=10**13)
     late = seen(loader, 10**12, 2, 2)
-    assert mixture.rows_read == 8
+    assert dataset.rows_read == 8
     assert [place for place, _ in late] == list(range(8 * 10**12, 8 * 10**12 + 8))
-    again = Loader(Simulated([10**12], [None]), seed=5, global_batch=8, total_rows=10**13)
+    again = Loader(Simulated([10**12], [None]), seed=5, global_batch=8, total_sequences=10**13)
     assert seen(again, 10**12, 4, 1) == late
 
 
 def test_batches_cross_the_edge_of_an_epoch() -> None:
-    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=20)
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=20)
     rows = np.concatenate([loader.batch(step) for step in range(loader.steps)])
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10].tolist() != rows[10:].tolist()
 
 
 def test_the_last_short_batch_is_kept() -> None:
-    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=10)
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=10)
     assert loader.steps == 3
     last = loader.batch(2)
-    assert (last == NO_ROW).tolist() == [False, False, True, True]
+    assert (last == NO_SEQUENCE).tolist() == [False, False, True, True]
     real = last[:2]
     tokens, targets = int((real % 3 + 3).sum()), int((real % 3 + 1).sum())
     assert loader.counts(2) == BatchCounts(2, tokens, targets, 4)
 
 
 def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
-    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_rows=9)
+    loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=9)
     (batch,) = loader.micro_batches(2, 3, 4, 1)
     assert batch.input_ids.tolist() == [[0, 0]] and batch.position_ids.tolist() == [[0, 1]]
-    assert batch.predict.numel() == batch.targets.numel() == 0
+    assert batch.target_positions.numel() == batch.targets.numel() == 0
     assert batch.document_lengths == batch.sequence_lengths == [2]
     assert batch.sequences == [11]
 
@@ -185,24 +185,24 @@ def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
 def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_rows) -> None:
     texts = [{"text": "fox " * n} for n in (3, 40, 5, 9)]
     source = {"path": write_rows("a.jsonl", texts), "format": "text"}
-    mixture = prepared("cpt", [source])
-    loader = Loader(mixture, seed=0, global_batch=2, total_rows=mixture.rows_per_epoch)
+    dataset = prepared("cpt", [source])
+    loader = Loader(dataset, seed=0, global_batch=2, total_sequences=dataset.sequences_per_epoch)
     for step in range(loader.steps):
         (batch,) = loader.micro_batches(step, 0, 1, 2)
         ids = batch.input_ids[0]
         assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
-        assert torch.equal(ids[batch.predict + 1], batch.targets)
+        assert torch.equal(ids[batch.target_positions + 1], batch.targets)
         assert batch.targets.numel() == loader.counts(step).supervised_tokens
         assert ids.numel() == loader.counts(step).tokens
         assert len(batch.document_lengths) == loader.counts(step).examples
         restarts = torch.cat([torch.arange(n) for n in batch.document_lengths])
         assert torch.equal(batch.position_ids[0], restarts)
-        assert (batch.position_ids[0, batch.predict + 1] > 0).all()
+        assert (batch.position_ids[0, batch.target_positions + 1] > 0).all()
         assert batch.targets.numel() == ids.numel() - len(batch.document_lengths)
 
 
 def test_a_rank_without_rows_of_a_store_looks_nothing_up(prepared, write_rows) -> None:
     source = {"path": write_rows("a.jsonl", [{"text": "fox"}]), "format": "text"}
-    loader = Loader(prepared("cpt", [source]), seed=0, global_batch=2, total_rows=1)
+    loader = Loader(prepared("cpt", [source]), seed=0, global_batch=2, total_sequences=1)
     (batch,) = loader.micro_batches(0, 1, 2, 1)
     assert batch.input_ids.tolist() == [[0, 0]] and batch.targets.numel() == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.core.errors import UserError
-from dtrain.data.sampling import MAX_PATTERN, Mix, mix, pattern_quotas
+from dtrain.data.sampling import MAX_PATTERN, SamplingPlan, mix, pattern_quotas
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
 seeds = st.integers(0, 2**63 - 1)
@@ -22,10 +22,10 @@ def plain(rows: list[int]):
 
 @given(sizes, seeds, st.integers(0, 1000))
 def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None:
-    mixture = plain(rows)
-    n = mixture.rows_per_epoch
+    dataset = plain(rows)
+    n = dataset.sequences_per_epoch
     assert n == sum(rows)
-    out = mixture.rows_at(np.arange(epoch * n, (epoch + 1) * n), seed)
+    out = dataset.sequence_ids_at(np.arange(epoch * n, (epoch + 1) * n), seed)
     assert sorted(out.tolist()) == list(range(n))
 
 
@@ -33,17 +33,20 @@ def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None
 def test_a_slice_is_the_same_alone_and_in_a_longer_one(rows, seed, a, b, c, weighted) -> None:
     start, middle, stop = sorted((a, b, c))
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
-    mixture = mix(rows, {0: weights}, ["s"] * len(rows))
-    whole = mixture.rows_at(np.arange(start, stop), seed)
-    parts = [mixture.rows_at(np.arange(*ends), seed) for ends in ((start, middle), (middle, stop))]
+    dataset = mix(rows, {0: weights}, ["s"] * len(rows))
+    whole = dataset.sequence_ids_at(np.arange(start, stop), seed)
+    parts = [
+        dataset.sequence_ids_at(np.arange(*ends), seed)
+        for ends in ((start, middle), (middle, stop))
+    ]
     assert whole.tolist() == np.concatenate(parts).tolist()
 
 
 weight_lists = st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any)
 
 
-def sources_of(mixture: Mix, rows: np.ndarray) -> np.ndarray:
-    return np.searchsorted(mixture.first_rows, rows, side="right") - 1
+def sources_of(dataset: SamplingPlan, rows: np.ndarray) -> np.ndarray:
+    return np.searchsorted(dataset.first_sequences, rows, side="right") - 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,18 +60,18 @@ def test_shares_are_exact_in_each_phase_and_each_pass_holds_each_row_once(
 ) -> None:
     starts = np.cumsum([0, *(length for length, _ in phases)])
     weights = {int(a): [w / 10 for w in ws] for a, (_, ws) in zip(starts, phases, strict=False)}
-    mixture = mix(list(rows), weights, [*"abc"])
-    stream = mixture.rows_at(np.arange(starts[-1]), seed)
+    dataset = mix(list(rows), weights, [*"abc"])
+    stream = dataset.sequence_ids_at(np.arange(starts[-1]), seed)
     for start, (length, ws) in zip(starts, phases, strict=False):
-        found = sources_of(mixture, stream[start : start + length])[:, None] == np.arange(3)
+        found = sources_of(dataset, stream[start : start + length])[:, None] == np.arange(3)
         wanted = np.arange(1, length + 1)[:, None] * np.array(ws) / sum(ws)
         assert np.abs(np.cumsum(found, axis=0) - wanted).max() < 1  # at any place in it
-    for first, n in zip(mixture.first_rows, rows, strict=False):
+    for first, n in zip(dataset.first_sequences, rows, strict=False):
         own = stream[(stream >= first) & (stream < first + n)]
         for begin in range(0, own.size - n + 1, n):
             assert sorted(own[begin : begin + n]) == list(range(first, first + n))
     a, b = np.sort(np.random.default_rng(seed).integers(0, starts[-1], 2))
-    assert mixture.rows_at(np.arange(a, b), seed).tolist() == stream[a:b].tolist()
+    assert dataset.sequence_ids_at(np.arange(a, b), seed).tolist() == stream[a:b].tolist()
 
 
 @given(
@@ -80,32 +83,38 @@ def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
     sources, epochs, seed
 ) -> None:
     rows, weights = [n for n, _ in sources], [w for _, w in sources]
-    mixture = mix(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
+    dataset = mix(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
     heaviest = max(range(len(rows)), key=lambda i: (weights[i], rows[i]))
-    stream = mixture.rows_at(np.arange(mixture.rows_of(epochs)), seed)
+    stream = dataset.sequence_ids_at(np.arange(dataset.sequences_in_epochs(epochs)), seed)
     times = np.bincount(stream, minlength=sum(rows))
-    low, high = mixture.first_rows[heaviest : heaviest + 2]
+    low, high = dataset.first_sequences[heaviest : heaviest + 2]
     assert (times[low:high] == epochs).all()
-    assert sources_of(mixture, stream)[-1] == heaviest  # and not a row more
+    assert sources_of(dataset, stream)[-1] == heaviest  # and not a row more
 
 
 def test_shares_are_exact_far_away() -> None:
-    mixture = mix([10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"])
+    dataset = mix([10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"])
     positions = 10**12 + np.arange(4000)
-    stream = mixture.rows_at(positions, 3)
+    stream = dataset.sequence_ids_at(positions, 3)
     assert (stream < 10**12).sum() == 1000
     assert np.unique(stream[stream < 10**12]).size == 1000
-    assert mixture.used[1].tolist() == [63 * 10**10, 7 * 10**10]
-    assert mixture.rows_of(1) == 7 * 10**11 + 4 * 10**10  # the last 3e10 rows of b at 3 of 4
+    assert dataset.used[1].tolist() == [63 * 10**10, 7 * 10**10]
+    assert (
+        dataset.sequences_in_epochs(1) == 7 * 10**11 + 4 * 10**10
+    )  # the last 3e10 rows of b at 3 of 4
 
 
 def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
-    mixture = mix([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
-    assert mixture.phases[0].quotas == (19, 1)
-    assert mixture.rows_per_epoch in (99, 100)  # the last row may be of the other source
-    out = mixture.rows_at(np.arange(mixture.rows_per_epoch), 3)
+    dataset = mix([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
+    assert dataset.phases[0].quotas == (19, 1)
+    assert dataset.sequences_per_epoch in (99, 100)  # the last row may be of the other source
+    out = dataset.sequence_ids_at(np.arange(dataset.sequences_per_epoch), 3)
     assert sorted(out[out < 95].tolist()) == list(range(95))
-    assert mixture.rows_of(0.4) < mixture.rows_per_epoch < mixture.rows_of(1.5)
+    assert (
+        dataset.sequences_in_epochs(0.4)
+        < dataset.sequences_per_epoch
+        < dataset.sequences_in_epochs(1.5)
+    )
 
 
 def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
@@ -132,36 +141,38 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
     rows, percent, replayed, seed
 ) -> None:
     share = percent / 100
-    mixture = mix([*rows, replayed], {0: [None] * len(rows)}, [*"abcde"[: len(rows)], "r"], share)
-    block = sum(mixture.phases[0].quotas)
-    out = mixture.rows_at(np.arange(7 * block), seed)
+    dataset = mix([*rows, replayed], {0: [None] * len(rows)}, [*"abcde"[: len(rows)], "r"], share)
+    block = sum(dataset.phases[0].quotas)
+    out = dataset.sequence_ids_at(np.arange(7 * block), seed)
     assert (out >= sum(rows)).sum() * 100 == 7 * block * percent
-    stream = mixture.rows_at(np.arange(3 * mixture.rows_per_epoch + block), seed).tolist()
+    stream = dataset.sequence_ids_at(
+        np.arange(3 * dataset.sequences_per_epoch + block), seed
+    ).tolist()
     for low, n in ((0, sum(rows)), (sum(rows), replayed)):
         own = [row for row in stream if low <= row < low + n]
         for start in range(0, len(own) - n + 1, n):
             assert sorted(own[start : start + n]) == list(range(low, low + n))
     a, b = len(stream) // 3, len(stream) // 2  # any part of it can be had alone
-    assert mixture.rows_at(np.arange(a, b), seed).tolist() == stream[a:b]
+    assert dataset.sequence_ids_at(np.arange(a, b), seed).tolist() == stream[a:b]
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
 def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed) -> None:
-    mixture = mix(
+    dataset = mix(
         [*rows, replayed], {0: [None] * len(rows)}, ["s"] * len(rows) + ["r"], percent / 100
     )
     epochs = 3
-    out = mixture.rows_at(np.arange(mixture.rows_of(epochs)), seed)
-    first = set(out[: mixture.rows_per_epoch].tolist())
+    out = dataset.sequence_ids_at(np.arange(dataset.sequences_in_epochs(epochs)), seed)
+    first = set(out[: dataset.sequences_per_epoch].tolist())
     assert first >= set(range(sum(rows)))
     times = np.bincount(out, minlength=sum(rows))[: sum(rows)]
     assert (times == epochs).all()
-    blocks = -(-sum(rows) // mixture.phases[0].quotas[0])
-    assert mixture.rows_per_epoch <= blocks * sum(mixture.phases[0].quotas)  # none for nothing
+    blocks = -(-sum(rows) // dataset.phases[0].quotas[0])
+    assert dataset.sequences_per_epoch <= blocks * sum(dataset.phases[0].quotas)  # none for nothing
 
 
 def test_replay_beside_weights_leaves_their_proportions() -> None:
-    mixture = mix([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
-    assert mixture.phases[0].quotas == (3, 1, 1)
+    dataset = mix([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
+    assert dataset.phases[0].quotas == (3, 1, 1)
     with pytest.raises(UserError, match="the weight of r is under one row"):
         mix([1, 1], {0: [None]}, ["a", "r"], 1e-7)

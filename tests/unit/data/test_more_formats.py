@@ -296,4 +296,4 @@ def test_what_is_advised_for_preferences_can_be_done(prepared, write_rows) -> No
     assert "{completion: chosen, prompt: NAME}" in told.value.fix
     columns = {"completion": "chosen", "prompt": "conversations"}
     source = {"path": path, "format": "prompt_completion", "columns": columns}
-    assert prepared("sft", [source]).rows_per_epoch == 1
+    assert prepared("sft", [source]).sequences_per_epoch == 1

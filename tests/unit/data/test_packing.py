@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.packing import (
-    Plan,
+    PackingPlan,
     best_fit_decreasing,
-    keep_rows,
-    one_each,
+    keep_sequences,
+    pack_one_document,
     pack_stream,
     pack_whole,
 )
@@ -33,7 +33,7 @@ def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
     return sorted(free)
 
 
-def tokens_of(plan: Plan) -> list[tuple[int, int]]:
+def tokens_of(plan: PackingPlan) -> list[tuple[int, int]]:
     return [
         (int(document), token)
         for document, start, size in plan.pieces.tolist()
@@ -41,7 +41,7 @@ def tokens_of(plan: Plan) -> list[tuple[int, int]]:
     ]
 
 
-def row_sizes(plan: Plan) -> list[int]:
+def row_sizes(plan: PackingPlan) -> list[int]:
     sizes = plan.pieces["tokens"].tolist()
     return [sum(sizes[a:b]) for a, b in zip(plan.rows[:-1], plan.rows[1:], strict=True)]
 
@@ -71,7 +71,7 @@ def test_a_stream_keeps_every_token_in_order_in_full_rows(lengths: np.ndarray) -
 
 @given(any_length)
 def test_unpacked_rows_hold_one_document_and_lose_nothing(lengths: np.ndarray) -> None:
-    plan = one_each(lengths, CAPACITY)
+    plan = pack_one_document(lengths, CAPACITY)
     assert tokens_of(plan) == [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
     assert set(np.diff(plan.rows).tolist()) <= {1}
     assert all(size <= CAPACITY for size in row_sizes(plan))
@@ -82,7 +82,7 @@ def test_dropped_rows_take_their_pieces_along(lengths: np.ndarray, random) -> No
     plan = pack_whole(lengths, CAPACITY)
     keep = np.array([random.random() < 0.5 for _ in range(plan.rows.size - 1)], dtype=bool)
     sizes = [size for size, kept in zip(row_sizes(plan), keep, strict=True) if kept]
-    assert row_sizes(keep_rows(plan, keep)) == sizes
+    assert row_sizes(keep_sequences(plan, keep)) == sizes
 
 
 @pytest.mark.parametrize("capacity", [2048, 8192])

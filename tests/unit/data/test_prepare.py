@@ -16,9 +16,9 @@ from dtrain.config.schema import Data
 from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
 from dtrain.data import prepare as module
-from dtrain.data import shard_boundaries
+from dtrain.data import shards
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import Mixture, check_vocabulary, prepare
+from dtrain.data.prepare import PackedDataset, check_vocabulary, prepare
 from dtrain.objectives.base import objective_class
 
 
@@ -30,13 +30,13 @@ def conversation(question: str, *answers: str) -> dict:
     return {"messages": messages}
 
 
-def all_rows(mixture):
-    return [mixture.row(number) for number in range(sum(mixture.mix.rows))]
+def all_rows(dataset):
+    return [dataset.row(number) for number in range(sum(dataset.mix.rows))]
 
 
-def documents(mixture):
+def documents(dataset):
     """(place, tokens, supervised) of every piece of every row."""
-    for row in all_rows(mixture):
+    for row in all_rows(dataset):
         start = 0
         for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
             piece = slice(start, start + length)
@@ -51,21 +51,21 @@ def learnt_text(tokenizer, ids, supervised):
 def test_sft_learns_answers_and_nothing_else(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [conversation("Who?", "Me, é 😀", "You."), conversation("a", "a")])
     source = {"path": path, "format": "messages"}
-    mixture = prepared("sft", [source], sequence_length=256)
-    found = {place: learnt_text(tokenizer, i, s) for place, i, s in documents(mixture)}
+    dataset = prepared("sft", [source], sequence_length=256)
+    found = {place: learnt_text(tokenizer, i, s) for place, i, s in documents(dataset)}
     assert found == {
         f"{path}:1": "Me, é 😀<|im_end|>You.<|im_end|>",
         f"{path}:2": "a<|im_end|>",
     }
     expected = tokenizer.apply_chat_template(conversation("a", "a")["messages"]).input_ids
-    assert [ids for place, ids, _ in documents(mixture) if place == f"{path}:2"] == [expected]
+    assert [ids for place, ids, _ in documents(dataset) if place == f"{path}:2"] == [expected]
 
 
 def test_cpt_keeps_every_token_and_its_end(prepared, write_rows, tokenizer) -> None:
     texts = ["The quick brown fox " * n for n in (1, 30, 2, 7)]
     path = write_rows("a.jsonl", [{"text": text} for text in texts])
-    mixture = prepared("cpt", [{"path": path, "format": "text"}])
-    rows = all_rows(mixture)
+    dataset = prepared("cpt", [{"path": path, "format": "text"}])
+    rows = all_rows(dataset)
     assert all(row.input_ids.size == 64 for row in rows[:-1])
     stream = np.concatenate([row.input_ids for row in rows])
     assert tokenizer.decode(stream) == "<|endoftext|>".join([*texts, ""])
@@ -76,8 +76,8 @@ def test_cpt_keeps_every_token_and_its_end(prepared, write_rows, tokenizer) -> N
 
 def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"instruction": "Who?", "output": "Me."}])
-    mixture = prepared("cpt", [{"path": path, "format": "alpaca"}])
-    (row,) = all_rows(mixture)
+    dataset = prepared("cpt", [{"path": path, "format": "alpaca"}])
+    (row,) = all_rows(dataset)
     assert tokenizer.decode(row.input_ids).endswith("Me.<|im_end|>\n<|endoftext|>")
     assert row.supervised[1:].all()
 
@@ -87,8 +87,8 @@ def test_a_tokenizer_that_adds_its_own_begin_keeps_it(prepared, write_rows, make
     begin = from_llama.bos_token_id
     from_llama.backend_tokenizer.post_processor = begin_processor(begin)
     path = write_rows("a.jsonl", [{"text": "fox"}])
-    mixture = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=from_llama)
-    ids = mixture.row(0).input_ids.tolist()
+    dataset = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=from_llama)
+    ids = dataset.row(0).input_ids.tolist()
     assert (ids[0], ids[-1]) == (begin, from_llama.eos_token_id)
     assert ids.count(begin) == 1
 
@@ -100,11 +100,11 @@ def begin_processor(begin: int):
 def test_without_packing_a_row_is_a_document(prepared, write_rows) -> None:
     rows = [conversation("Who?", f"Number {n}.") for n in range(5)]
     source = {"path": write_rows("a.jsonl", rows), "format": "messages"}
-    mixture = prepared("sft", [source], packing=False, sequence_length=256)
-    assert [row.lengths.size for row in all_rows(mixture)] == [1] * 5
+    dataset = prepared("sft", [source], packing=False, sequence_length=256)
+    assert [row.lengths.size for row in all_rows(dataset)] == [1] * 5
     packed = prepared("sft", [source], sequence_length=256)
-    assert sorted(documents(packed)) == sorted(documents(mixture))
-    assert packed.rows_per_epoch < 5
+    assert sorted(documents(packed)) == sorted(documents(dataset))
+    assert packed.sequences_per_epoch < 5
 
 
 def test_unpacked_texts_lose_nothing_beyond_a_row(prepared, write_rows, tokenizer) -> None:
@@ -131,18 +131,18 @@ def long_rows(write_rows):
 
 
 def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
-    mixture = prepared("sft", [long_rows], sequence_length=80)
-    assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(mixture)) == ["1", "2"]
-    assert {len(ids) for place, ids, _ in documents(mixture) if place.endswith(":2")} == {80}
-    told = mixture.describe()
+    dataset = prepared("sft", [long_rows], sequence_length=80)
+    assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(dataset)) == ["1", "2"]
+    assert {len(ids) for place, ids, _ in documents(dataset) if place.endswith(":2")} == {80}
+    told = dataset.describe()
     assert "2 cut at the end of a sequence" in told
     assert "1 left out, no answer in them" in told
 
 
 def test_overlong_drop_leaves_out_and_counts(prepared, long_rows) -> None:
-    mixture = prepared("sft", [long_rows], sequence_length=80, overlong="drop")
-    assert len(list(documents(mixture))) == 1
-    assert "2 left out, longer than a sequence" in mixture.describe()
+    dataset = prepared("sft", [long_rows], sequence_length=80, overlong="drop")
+    assert len(list(documents(dataset))) == 1
+    assert "2 left out, longer than a sequence" in dataset.describe()
 
 
 def test_overlong_fail_names_the_row(prepared, long_rows) -> None:
@@ -168,9 +168,9 @@ def test_empty_data_is_refused(prepared, write_rows) -> None:
 
 def test_empty_texts_are_counted_not_learnt(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": ""}, {"text": "fox"}])
-    mixture = prepared("cpt", [{"path": path, "format": "text"}])
-    assert [place for place, _, _ in documents(mixture)] == [f"{path}:2"]
-    assert "1 left out, empty" in mixture.describe()
+    dataset = prepared("cpt", [{"path": path, "format": "text"}])
+    assert [place for place, _, _ in documents(dataset)] == [f"{path}:2"]
+    assert "1 left out, empty" in dataset.describe()
 
 
 def test_texts_have_no_answers(prepared, write_rows) -> None:
@@ -200,15 +200,15 @@ def test_a_tokenizer_without_end_of_text_is_refused(prepared, write_rows, make_t
 
 def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
-    mixture = prepared("cpt", [{"path": path, "format": "text"}])
-    largest = max(mixture.row(0).input_ids.tolist())
-    check_vocabulary(mixture, largest + 1)
+    dataset = prepared("cpt", [{"path": path, "format": "text"}])
+    largest = max(dataset.row(0).input_ids.tolist())
+    check_vocabulary(dataset, largest + 1)
     with pytest.raises(UserError, match=f"token id {largest} is beyond the model's vocabulary"):
-        check_vocabulary(mixture, largest)
+        check_vocabulary(dataset, largest)
 
 
 def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch) -> None:
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 1)
     path = write_rows("a.jsonl", [{"text": "fox"}, {"txt": "dog"}])
     with pytest.raises(UserError, match=r"a\.jsonl:2: column `text` is missing"):
         prepared("cpt", [{"path": path, "format": "text"}])
@@ -219,13 +219,13 @@ def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
     many = write_rows("a.jsonl", [conversation("Who?", "Me. " * n) for n in range(1, 30)])
     few = write_rows("b.jsonl", [conversation("What?", "That.")])
     sources = [{"path": path, "format": "messages"} for path in (many, few)]
-    mixture = prepared("sft", sources, sequence_length=200)
-    rows = all_rows(mixture)
+    dataset = prepared("sft", sources, sequence_length=200)
+    rows = all_rows(dataset)
     numbers = np.arange(len(rows))[::-1]
-    assert mixture.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
-    targets = [mixture.counts(numbers[[n]]).supervised_tokens for n in range(len(rows))]
+    assert dataset.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
+    targets = [dataset.counts(numbers[[n]]).supervised_tokens for n in range(len(rows))]
     assert targets == [r.supervised.sum() for r in rows[::-1]]
-    examples = [mixture.counts(numbers[[n]]).examples for n in range(len(rows))]
+    examples = [dataset.counts(numbers[[n]]).examples for n in range(len(rows))]
     assert examples == [len(r.documents) for r in rows[::-1]]
     assert rows[-1].documents == [f"{few}:1"]
 
@@ -239,7 +239,9 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
     assert mixed.fingerprint != plain.fingerprint
     other = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.5})
     assert mixed.fingerprint != other.fingerprint
-    loader = Loader(mixed, seed=3, global_batch=8, total_rows=mixed.rows_per_epoch // 8 * 8)
+    loader = Loader(
+        mixed, seed=3, global_batch=8, total_sequences=mixed.sequences_per_epoch // 8 * 8
+    )
     for step in range(loader.steps):
         found = loader.counts_by_source(step)
         assert list(found) == [*own, old]
@@ -250,22 +252,22 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
         numbers = loader.batch(step).tolist()
         ids = np.concatenate([mixed.row(number).input_ids for number in numbers])
         assert batch.input_ids[0].tolist() == ids.tolist()
-    assert Loader(plain, seed=3, global_batch=8, total_rows=8).counts_by_source(0) != {}
+    assert Loader(plain, seed=3, global_batch=8, total_sequences=8).counts_by_source(0) != {}
 
 
 def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
     a, b = (write_rows(f"{n}.jsonl", [{"text": f"{n} " * 30}] * 40) for n in ("fox", "dog"))
     later = [{"after_steps": 0, "weight": 0}, {"after_steps": 3, "weight": 3}]
 
-    def mixed(weight: object) -> Mixture:
+    def mixed(weight: object) -> PackedDataset:
         sources = [{"path": a, "weight": 1.0}, {"path": b, "weight": weight}]
         return prepared("cpt", [s | {"format": "text"} for s in sources], global_batch=8)
 
-    mixture = mixed(later)
-    loader = Loader(mixture, seed=1, global_batch=8, total_rows=48)
+    dataset = mixed(later)
+    loader = Loader(dataset, seed=1, global_batch=8, total_sequences=48)
     found = [loader.counts_by_source(step)[b].sequences for step in range(6)]
     assert found == [0, 0, 0, 6, 6, 6]
-    assert "from sequence 25 on: 25.00%, 75.00%" in mixture.describe()
+    assert "from sequence 25 on: 25.00%, 75.00%" in dataset.describe()
     marks = {mixed(weight).fingerprint for weight in (1.0, 3.0, later)}
     assert len(marks) == 3  # a checkpoint of another order is not gone on with
 
@@ -274,12 +276,12 @@ def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkey
     path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
     source = {"path": path, "format": "text"}
     one = prepared("cpt", [source], cache=tmp_path / "one")
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 7)
     many = prepared("cpt", [source], cache=tmp_path / "many")
     assert len(list((tmp_path / "many").rglob("*.arrow"))) == 8
     assert list(documents(one)) == list(documents(many))
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 1000)
-    monkeypatch.setattr(shard_boundaries, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(shards, "BLOCK_CHARACTERS", 100)
     long = prepared("cpt", [source], cache=tmp_path / "long")
     assert len(list((tmp_path / "long").rglob("*.arrow"))) > 8
     assert list(documents(one)) == list(documents(long))
@@ -301,8 +303,8 @@ def test_any_conversations_come_through_whole(
 ) -> None:
     path = write_rows("a.jsonl", [conversation("q", *answers) for answers in rows])
     source = {"path": path, "format": "messages"}
-    mixture = prepared("sft", [source], sequence_length=capacity, overlong="drop")
-    for place, ids, supervised in documents(mixture):
+    dataset = prepared("sft", [source], sequence_length=capacity, overlong="drop")
+    for place, ids, supervised in documents(dataset):
         answers = rows[int(place.rsplit(":", 1)[1]) - 1]
         messages = conversation("q", *answers)["messages"]
         assert ids == tokenizer.apply_chat_template(messages).input_ids

@@ -11,7 +11,7 @@ import pytest
 
 import dtrain
 from dtrain.config.schema import Data
-from dtrain.data import shard_boundaries
+from dtrain.data import shards
 from dtrain.data.prepare import prepare
 from dtrain.objectives.causal_lm import ContinuedPretraining
 
@@ -23,11 +23,11 @@ import os, signal, sys
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Data
-from dtrain.data import shard_boundaries, shards
+from dtrain.data import shards
 from dtrain.data import prepare as module
 from dtrain.objectives.causal_lm import ContinuedPretraining
 folder, die_in_batch, wait_for = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-shard_boundaries.BLOCK_ROWS, shards.BATCH_ROWS = 10, 5
+shards.BLOCK_ROWS, shards.BATCH_ROWS = 10, 5
 
 class Watched(PreTrainedTokenizerFast):
     batches = 0
@@ -100,8 +100,8 @@ def last_words(process: subprocess.Popen) -> list[str]:
     return process.communicate()[0].splitlines()[-1].split()
 
 
-def contents(mixture) -> list:
-    rows = [mixture.row(number) for number in range(mixture.rows_per_epoch)]
+def contents(dataset) -> list:
+    rows = [dataset.row(number) for number in range(dataset.sequences_per_epoch)]
     return [(r.input_ids.tolist(), r.supervised.tolist(), r.documents) for r in rows]
 
 
@@ -114,16 +114,16 @@ def test_a_killed_preparation_goes_on(start, expected, tmp_path, tokenizer, monk
     kept = {p: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
     assert len(kept) == (batch - 1) // 2
     (folder / ".shard-00009.arrow.torn").write_bytes(b"half")  # as a kill while writing leaves it
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 10)
     data = {"sources": [{"path": str(tmp_path / "a.jsonl"), "format": "text"}]}
     data = Data.model_validate({**data, "sequence_length": 64})
-    mixture = prepare(data, CPT, tokenizer, "t", tmp_path / "cache")
-    assert contents(mixture) == contents(expected())
+    dataset = prepare(data, CPT, tokenizer, "t", tmp_path / "cache")
+    assert contents(dataset) == contents(expected())
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert sorted(p.name for p in folder.glob("*shard-*")) == [
         f"shard-0000{n}.arrow" for n in range(5)
     ]
-    mixture.sources[0].store.verify()
+    dataset.sources[0].store.verify()
 
 
 def test_of_two_processes_one_works_and_one_waits(start, expected, tmp_path) -> None:

@@ -26,9 +26,9 @@ def shown(prepared, write_rows, tokenizer):
 
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
-        mixture = prepared("sft", [source], **{"sequence_length": 256, **settings})
+        dataset = prepared("sft", [source], **{"sequence_length": 256, **settings})
         own = settings.get("tokenizer", tokenizer)
-        return "".join(str(text) for text in sequences(mixture, own, 0, 5, colour=False))
+        return "".join(str(text) for text in sequences(dataset, own, 0, 5, colour=False))
 
     return run
 

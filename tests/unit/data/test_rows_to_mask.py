@@ -53,9 +53,9 @@ def shown(prepared, tokenizer, write_rows):
 
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
-        mixture = prepared("sft", [source], sequence_length=512, **settings)
+        dataset = prepared("sft", [source], sequence_length=512, **settings)
         own = settings.get("tokenizer", tokenizer)
-        return "".join(map(str, sequences(mixture, own, 0, 9, False))), mixture
+        return "".join(map(str, sequences(dataset, own, 0, 9, False))), dataset
 
     return run
 
@@ -80,16 +80,16 @@ def test_what_was_done_to_rows_is_said(shown) -> None:
         {"messages": [{"role": "developer", "content": "Be brief."}, ASKED, ANSWER]},
         {"messages": [ASKED, {**ANSWER, "weight": 0}]},
     ]
-    text, mixture = shown(rows)
-    for said in (text, mixture.describe()):
+    text, dataset = shown(rows)
+    for said in (text, dataset.describe()):
         assert "role `developer` read as `system` in 1 rows" in said
         assert "1 left out, no answer in them" in said
 
 
 def test_open_ends_are_said(shown, make_tokenizer) -> None:
     own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
-    text, mixture = shown([{"messages": [ASKED, ANSWER]}] * 3, tokenizer=own)
-    for said in (text, mixture.describe()):
+    text, dataset = shown([{"messages": [ASKED, ANSWER]}] * 3, tokenizer=own)
+    for said in (text, dataset.describe()):
         assert "3 answers after which nothing that ends a turn is learned" in said
 
 

@@ -27,10 +27,10 @@ def test_tokens_are_counted_as_in_training(scan_rows, tokenizer, prepared, tmp_p
     counter = TokenCounter(tokenizer, "auto")
     result = scan_rows(rows, token_counter=counter, sequence_length=80)
     source = {"path": str(tmp_path / "a.jsonl")}
-    mixture = prepared("sft", [source], packing=False, sequence_length=512)
-    indices = np.arange(mixture.rows_per_epoch)
-    assert sorted(result.column("tokens")) == sorted(mixture.tokens(indices))
-    overlong = int((mixture.tokens(indices) > 80).sum())
+    dataset = prepared("sft", [source], packing=False, sequence_length=512)
+    indices = np.arange(dataset.sequences_per_epoch)
+    assert sorted(result.column("tokens")) == sorted(dataset.tokens(indices))
+    overlong = int((dataset.tokens(indices) > 80).sum())
     assert 0 < overlong == int(result.has_finding("overlong").sum())
 
 

@@ -19,13 +19,13 @@ from dtrain.core import cpu_resources
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.locks import ShardLocks
 from dtrain.core.processes import worker_pool
-from dtrain.data import shard_boundaries, shards
+from dtrain.data import shards
 from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.records import read_records
-from dtrain.data.shards import Share
+from dtrain.data.shards import WorkShare
 from dtrain.data.sources import find_source_files
 from dtrain.objectives.causal_lm import ContinuedPretraining, SupervisedFinetuning
-from dtrain.pipeline.data_preparation import share_of_array
+from dtrain.pipeline.stage_inputs import share_of_array
 
 CPT = ContinuedPretraining.dataset
 SFT = SupervisedFinetuning.dataset
@@ -39,7 +39,7 @@ def rows_of_all_kinds(tmp_path, write_rows, monkeypatch) -> Data:
     table = pa.table({"text": texts[60:100]})
     pq.write_table(table, tmp_path / "rows" / "b.parquet", row_group_size=9)
     (tmp_path / "rows" / "c.csv").write_text("text\n" + "".join(f"{t}\n" for t in texts[100:]))
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 20)
     monkeypatch.setattr(shards, "BATCH_ROWS", 7)
     source = {"path": str(tmp_path / "rows"), "format": "text"}
     return Data.model_validate({"sources": [source], "sequence_length": 64})
@@ -85,10 +85,10 @@ def test_shares_in_any_order_make_the_store_once(
     )
     cache = tmp_path / "shared"
     taken = hold(cache / store_of(tmp_path / "alone").name, shard=5)
-    first = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, Share(2, 3), 1)
+    first = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, WorkShare(2, 3), 1)
     assert not first and len(made) == 7  # another process holds one, and may yet end
     taken()
-    last = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, Share(0, 3), 1)
+    last = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, WorkShare(0, 3), 1)
     assert last and len(set(made)) == len(made) == 8
     assert digests(cache) == digests(tmp_path / "alone")
 
@@ -150,7 +150,7 @@ def test_a_share_makes_the_shards_of_its_killed_processes(
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     killer, cache = Deadly(tokenizer, Path(str(os.getpid()))), tmp_path / "shared"
-    assert prepare_share(rows_of_all_kinds, CPT, killer, "t", cache, Share(1, 2), 2)
+    assert prepare_share(rows_of_all_kinds, CPT, killer, "t", cache, WorkShare(1, 2), 2)
     assert "was killed by SIGKILL" in capsys.readouterr().out
     assert digests(cache) == digests(tmp_path / "alone")
 
@@ -158,10 +158,10 @@ def test_a_share_makes_the_shards_of_its_killed_processes(
 @pytest.mark.parametrize(
     ("number", "first", "count", "share"),
     [
-        (3, 3, 2, Share(0, 2)),
-        (5, 3, 2, Share(0, 2)),
-        (8, 3, 2, Share(1, 2)),
-        (2, 1, 4, Share(1, 4)),
+        (3, 3, 2, WorkShare(0, 2)),
+        (5, 3, 2, WorkShare(0, 2)),
+        (8, 3, 2, WorkShare(1, 2)),
+        (2, 1, 4, WorkShare(1, 4)),
     ],
 )
 def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -> None:
@@ -173,7 +173,7 @@ def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -
 def test_the_mistake_that_a_process_finds_is_told_as_alone(
     tokenizer, tmp_path, write_rows, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shard_boundaries, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 2)
     long = {"messages": [{"role": role, "content": "x" * 900} for role in ("user", "assistant")]}
     short = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]}
     source = {"path": write_rows("a.jsonl", [*[short] * 20, long, short])}
@@ -227,13 +227,13 @@ def crash(number: int, tell: object) -> None:
 )
 def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
     records = [
-        shard_boundaries.Record("x" * size, index * parts // len(sizes), index)
+        shards.Record("x" * size, index * parts // len(sizes), index)
         for index, size in enumerate(sizes)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_boundaries, "BLOCK_ROWS", block)
-        patch.setattr(shard_boundaries, "BLOCK_CHARACTERS", 500)
-        found = shard_boundaries.cut(iter(records))
+        patch.setattr(shards, "BLOCK_ROWS", block)
+        patch.setattr(shards, "BLOCK_CHARACTERS", 500)
+        found = shards.find_boundaries(iter(records))
     assert found["row"][0] == 0
     assert found["row"][-1] == len(sizes)
     rows = found["row"].tolist()

@@ -12,11 +12,11 @@ TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "
 
 def test_the_learnt_tokens_are_marked(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"messages": TURNS}, {"messages": TURNS}])
-    mixture = prepared("sft", [{"path": path}], sequence_length=200)
-    told = "".join(text.plain for text in sequences(mixture, tokenizer, 0, 5, colour=False))
+    dataset = prepared("sft", [{"path": path}], sequence_length=200)
+    told = "".join(text.plain for text in sequences(dataset, tokenizer, 0, 5, colour=False))
     assert told.count("⟦Me, é.<|im_end|>⟧") == 2 and "⟦" not in told.split("Who?")[0]
     assert told.count("sequence") == 1 and f"{path}:1: tokens 0–" in told
-    coloured = list(sequences(mixture, tokenizer, 0, 1, colour=True))
+    coloured = list(sequences(dataset, tokenizer, 0, 1, colour=True))
     green = [t.plain[s.start : s.end] for t in coloured for s in t.spans if s.style == "green"]
     assert green == ["Me, é.<|im_end|>"] * 2
 

@@ -39,12 +39,12 @@ def talk(question: str, answer: str) -> dict[str, Any]:
     }
 
 
-def ids_of(mixture) -> list[list[int]]:
-    return [mixture.row(number).input_ids.tolist() for number in range(sum(mixture.mix.rows))]
+def ids_of(dataset) -> list[list[int]]:
+    return [dataset.row(number).input_ids.tolist() for number in range(sum(dataset.mix.rows))]
 
 
-def learned(mixture, tokenizer) -> list[str]:
-    rows = [mixture.row(number) for number in range(sum(mixture.mix.rows))]
+def learned(dataset, tokenizer) -> list[str]:
+    rows = [dataset.row(number) for number in range(sum(dataset.mix.rows))]
     return [tokenizer.decode(row.input_ids[row.supervised].tolist()) for row in rows]
 
 
@@ -56,13 +56,13 @@ def specials(tokenizer, ids: list[int]) -> list[str]:
 def test_texts_are_encoded_as_by_split_special_tokens(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"text": text} for text in TEXTS])
     source = {"path": path, "format": "text"}
-    mixture = prepared("cpt", [source], packing=False)
+    dataset = prepared("cpt", [source], packing=False)
     expected = [
         [*tokenizer(text, split_special_tokens=True).input_ids, tokenizer.eos_token_id]
         for text in TEXTS
     ]
-    assert ids_of(mixture) == expected
-    assert "4 with special tokens in their text, encoded as plain text" in mixture.describe()
+    assert ids_of(dataset) == expected
+    assert "4 with special tokens in their text, encoded as plain text" in dataset.describe()
     allowed = ids_of(prepared("cpt", [source], packing=False, split_special_tokens=False))
     ends = ["<|endoftext|>"]  # a text of nothing else is nothing to learn
     turns = [[*ends, *ends], [END, *ends], [END, END, *ends], ends, ends]
@@ -76,8 +76,8 @@ def test_a_tokenizer_that_adds_a_begin_still_does(prepared, write_rows, make_tok
         single="<|begin_of_text|> $A", special_tokens=begin
     )
     path = write_rows("a.jsonl", [{"text": "x <|begin_of_text|> y"}])
-    mixture = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=own)
-    (ids,) = ids_of(mixture)
+    dataset = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=own)
+    (ids,) = ids_of(dataset)
     assert specials(own, ids) == ["<|begin_of_text|>", "<|endoftext|>"]
     assert own.decode(ids) == "<|begin_of_text|>x <|begin_of_text|> y<|endoftext|>"
 
@@ -90,15 +90,15 @@ def test_a_conversation_has_the_tokens_of_its_template_only(
     path = write_rows("a.jsonl", [row, talk("q", "plain")])
     source = {"path": path, "format": "messages"}
     settings = {"packing": False, "sequence_length": 200}
-    mixture = prepared(kind, [source], **settings)
-    hostile, plain = ids_of(mixture)
+    dataset = prepared(kind, [source], **settings)
+    hostile, plain = ids_of(dataset)
     ending = ["<|endoftext|>"] if kind == "cpt" else []
     turns = ["<|im_start|>", END] * 3 + ending
     assert specials(tokenizer, hostile) == specials(tokenizer, plain) == turns
     whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
     assert tokenizer.decode(hostile) == whole + "".join(ending)
     if kind == "sft":
-        assert learned(mixture, tokenizer) == [row["messages"][2]["content"] + END, "plain" + END]
+        assert learned(dataset, tokenizer) == [row["messages"][2]["content"] + END, "plain" + END]
     allowed = prepared(kind, [source], split_special_tokens=False, **settings)
     hostile, unchanged = ids_of(allowed)
     assert unchanged == plain
@@ -162,10 +162,10 @@ def test_what_a_normalizer_makes_a_special_token_is_text_too(
     own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
     own.chat_template = CHATML
     path = write_rows("a.jsonl", [talk(text, text), talk("ab", "ab")])
-    mixture = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_length=256)
-    hostile, plain = ids_of(mixture)
+    dataset = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_length=256)
+    hostile, plain = ids_of(dataset)
     assert specials(own, hostile) == specials(own, plain)
-    assert "1 with special tokens in their text" in mixture.describe()
+    assert "1 with special tokens in their text" in dataset.describe()
 
 
 def test_stand_ins_in_a_row_are_refused(prepared, write_rows) -> None:
@@ -219,8 +219,8 @@ def test_blanks_that_sentencepiece_adds_are_those_of_the_tokenizer(kind, prepare
     ids, _ = specials_of.encode(text, "", add_special_tokens=False)
     assert ids == own(text, split_special_tokens=True, add_special_tokens=False).input_ids
     path = write_rows("a.jsonl", [talk("ab<s> ab", "ab"), talk("ab ab", "ab")])
-    mixture = prepared("cpt", [{"path": path, "format": "messages"}], tokenizer=own, packing=False)
-    hostile, plain = ids_of(mixture)
+    dataset = prepared("cpt", [{"path": path, "format": "messages"}], tokenizer=own, packing=False)
+    hostile, plain = ids_of(dataset)
     turns = ["<s>", "</s>", "</s>", "</s>"]
     assert specials(own, hostile) == specials(own, plain) == turns
     same = sentencepiece_like(begin="<begin>", **KINDS[kind])  # in which "<s>" is nothing special
@@ -264,8 +264,8 @@ def test_a_scan_counts_tokens_as_training_makes_them(
     trained = {"packing": False, "sequence_length": 200}
     for split in (True, False):
         result = scan([source], token_counter=TokenCounter(tokenizer, "auto", "all", split))
-        mixture = prepared("sft", [{"path": source.name}], split_special_tokens=split, **trained)
-        assert result.column("tokens").tolist() == [len(ids) for ids in ids_of(mixture)]
+        dataset = prepared("sft", [{"path": source.name}], split_special_tokens=split, **trained)
+        assert result.column("tokens").tolist() == [len(ids) for ids in ids_of(dataset)]
     result = scan([source], token_counter=TokenCounter(make_tokenizer(template=READS), "auto"))
     assert result.has_finding("template").tolist() == [True, False]
 

@@ -9,7 +9,7 @@ from blake3 import blake3
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed, write_sealed
 from dtrain.data import store as module
-from dtrain.data.packing import PIECE
+from dtrain.data.packing import SEGMENT
 from dtrain.data.store import Store
 
 
@@ -75,7 +75,7 @@ def test_a_manifest_of_another_version_does_not_open(folder, key) -> None:
 def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None:
     monkeypatch.setattr(module, "map_shard", pytest.fail)
     store = Store(folder)
-    for array in (store.pieces, store.row_offsets, store.row_tokens, store.shards):
+    for array in (store.pieces, store.sequence_offsets, store.sequence_tokens, store.shards):
         assert isinstance(array.base, np.memmap)
 
 
@@ -83,8 +83,12 @@ def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
     """The plan of a huge store, as sparse files: opening may not touch what it does not need."""
     manifest = read_sealed(folder / "store.json")
     rows = 10**9
-    kinds = {"pieces.npy": PIECE, "rows.npy": "<i8", "row_tokens.npy": "<i4"}
-    for name, kind in {**kinds, "row_supervised.npy": "<i4", "row_examples.npy": "<i4"}.items():
+    kinds = {"pieces.npy": SEGMENT, "rows.npy": "<i8", "sequence_tokens.npy": "<i4"}
+    for name, kind in {
+        **kinds,
+        "sequence_targets.npy": "<i4",
+        "sequence_examples.npy": "<i4",
+    }.items():
         array = np.lib.format.open_memmap(
             folder / name, mode="w+", dtype=kind, shape=(rows + (name == "rows.npy"),)
         )

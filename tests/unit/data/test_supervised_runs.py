@@ -11,7 +11,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.conversations import Conversation
-from dtrain.data.loss_mask import Lengths, supervised_runs
+from dtrain.data.loss_mask import TokenByteLengths, target_runs
 from dtrain.data.records import Record
 from dtrain.data.sources import SourceFile
 from dtrain.data.tokenize import AnswerEncoder
@@ -31,14 +31,14 @@ def test_every_token_with_a_character_of_an_answer_is_learnt(tokenizer, turns, c
         place > 0 and any(first < stop and last > start for start, stop in spans)
         for place, (first, last) in enumerate(encoding.offsets)
     ]
-    runs = supervised_runs(encoding, text, spans).tolist()
+    runs = target_runs(encoding, text, spans).tolist()
     found = [False] * len(encoding)
     for start, stop in zip(runs[::2], runs[1::2], strict=True):
         assert start < stop
         found[start:stop] = [True] * (stop - start)
     assert found == wanted
     assert runs == sorted(set(runs))  # no run touches the next
-    ((tokens, quick),) = Lengths.of(tokenizer).encode([text], [spans])
+    ((tokens, quick),) = TokenByteLengths.of(tokenizer).encode([text], [spans])
     assert tokens.tolist() == encoding.ids and quick.tolist() == runs
 
 
@@ -52,7 +52,7 @@ def test_lengths_are_not_trusted_where_they_tell_something_else(make_tokenizer, 
         core.normalizer = normalizers.NFKC()
     else:
         core.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert Lengths.of(tokenizer) is None
+    assert TokenByteLengths.of(tokenizer) is None
 
 
 def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer) -> None:
@@ -60,7 +60,7 @@ def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer
     greedy = AddedToken("<|greedy|>", lstrip=True, rstrip=True)
     tokenizer.backend_tokenizer.add_special_tokens([greedy])
     texts, spans = ["a <|greedy|> b", "a b"], [[(0, 3)], [(1, 3)]]
-    taken, plain = Lengths.of(tokenizer).encode(texts, spans)
+    taken, plain = TokenByteLengths.of(tokenizer).encode(texts, spans)
     assert taken is None and plain is not None
 
 
@@ -78,5 +78,5 @@ def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
         return [(one.tokens.tolist(), one.runs.tolist()) for one in made]
 
     quick = documents()
-    monkeypatch.setattr(Lengths, "of", lambda tokenizer: None)
+    monkeypatch.setattr(TokenByteLengths, "of", lambda tokenizer: None)
     assert documents() == quick and len(quick) == 3

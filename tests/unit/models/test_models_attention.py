@@ -25,7 +25,7 @@ from transformers import (
 from dtrain.config import schema
 from dtrain.models import attention
 from dtrain.models.load import load_base
-from dtrain.models.loss import supervised_logits, token_losses
+from dtrain.models.loss import target_logits, token_losses
 
 LENGTHS = [5, 1, 17, 9]
 SMALL = {
@@ -48,7 +48,7 @@ CONFIGS = {
 class Row:
     input_ids: Tensor
     position_ids: Tensor | None
-    predict: Tensor
+    target_positions: Tensor
     targets: Tensor
     document_lengths: list[int]
 
@@ -89,7 +89,7 @@ def each(logits: Tensor, row: Row) -> list[Tensor]:
 
 def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
     model.zero_grad()
-    logits = [supervised_logits(model, row) for row in rows]
+    logits = [target_logits(model, row) for row in rows]
     losses = torch.stack([loss for x, r in zip(logits, rows, strict=True) for loss in each(x, r)])
     losses.sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -135,7 +135,7 @@ def test_llama_uses_documents_and_equals_sdpa(tmp_path: Path) -> None:
     model, sdpa = load(folder), load(folder, attention="sdpa")
     assert model.config._attn_implementation == "documents"
     row = pack(documents())
-    assert torch.allclose(supervised_logits(model, row), supervised_logits(sdpa, row), atol=1e-5)
+    assert torch.allclose(target_logits(model, row), target_logits(sdpa, row), atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -179,7 +179,7 @@ def test_generation_with_padding_and_cache_is_untouched(name: str, tmp_path: Pat
 
 def test_no_supervised_token_gives_a_zero_with_a_graph(tmp_path: Path) -> None:
     model = load(saved(CONFIGS["llama"], tmp_path)).requires_grad_(True)
-    logits = supervised_logits(model, pack([documents()[1]]))
+    logits = target_logits(model, pack([documents()[1]]))
     assert logits.shape == (0, 64)
     loss = token_losses(logits, torch.zeros(0, dtype=torch.int64)).sum()
     loss.backward()
@@ -223,7 +223,7 @@ def test_one_call_for_all_documents_gives_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, row = load(saved(CONFIGS[name], tmp_path)), pack(documents())
-    expected = supervised_logits(model, row)
+    expected = target_logits(model, row)
     calls = []
 
     def counted(*args: Any, **named: Any) -> Tensor:
@@ -233,5 +233,5 @@ def test_one_call_for_all_documents_gives_the_same(
     assert attention.torch_varlen() is not None
     monkeypatch.setattr(attention, "torch_varlen", lambda: counted)
     monkeypatch.setattr(attention, "takes_varlen", lambda query, value: True)
-    torch.testing.assert_close(supervised_logits(model, row), expected)
+    torch.testing.assert_close(target_logits(model, row), expected)
     assert len(calls) == model.config.num_hidden_layers

@@ -20,7 +20,7 @@ from transformers import (
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.load import read_config, resolve_attention
-from dtrain.models.loss import supervised_logits
+from dtrain.models.loss import target_logits
 from dtrain.models.packing_probe import Row, probe_packing
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def leak(model: PreTrainedModel) -> float:
     documents = [torch.randint(3, 256, (n,)) for n in LENGTHS]
     alone = [model(input_ids=d[None], use_cache=False).logits[0] for d in documents]
     try:
-        packed = supervised_logits(model, Row.of(documents))
+        packed = target_logits(model, Row.of(documents))
     except Exception:
         return float("inf")
     expected = torch.cat(alone)

@@ -122,7 +122,7 @@ def test_a_document_beyond_learned_positions_is_refused_before_anything_starts(r
 def test_short_documents_in_a_long_row_are_placed(recipe) -> None:
     inputs = prepare_inputs(recipe("gpt2", 4))
     data = inputs.stages["domain"]
-    assert data.longest_segment <= 24 < int(data.tokens(data.rows_at(0, 1, 0))[0])
+    assert data.longest_segment <= 24 < int(data.tokens(data.sequence_ids_at(0, 1, 0))[0])
 
 
 def test_documents_of_an_evaluation_set_and_answers_count_too(recipe, tmp_path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 
 from dtrain.config import schema
 from dtrain.models.load import load_base
-from dtrain.models.loss import supervised_logits
+from dtrain.models.loss import target_logits
 from dtrain.models.packing_probe import Row
 from dtrain.models.positions import document_lengths
 
@@ -65,7 +65,7 @@ def test_rows_equal_documents_alone_whatever_came_before(name: str, tmp_path: Pa
         documents = [torch.randint(256, (n,)) for n in lengths]
         expected = torch.cat([in_transformers(document, tmp_path) for document in documents])
         with torch.no_grad():
-            logits = supervised_logits(model, Row.of(documents))
+            logits = target_logits(model, Row.of(documents))
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 

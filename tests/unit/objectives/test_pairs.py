@@ -28,7 +28,7 @@ from dtrain.data.prepare import DatasetSpec, prepare
 from dtrain.data.tokenize import AnswerEncoder, Document
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
-from dtrain.models.loss import supervised_logits, token_losses
+from dtrain.models.loss import target_logits, token_losses
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import LossOutput, Objective, adapters_disabled
 from dtrain.samples.make import ensure
@@ -75,9 +75,9 @@ class Pairwise(Objective):
             return self.differences(model, batch)
 
     def differences(self, model, batch: MicroBatch) -> torch.Tensor:
-        losses = token_losses(supervised_logits(model, batch), batch.targets)
+        losses = token_losses(target_logits(model, batch), batch.targets)
         ends = np.cumsum(batch.document_lengths)
-        document = torch.from_numpy(ends.searchsorted(batch.predict.numpy(), side="right"))
+        document = torch.from_numpy(ends.searchsorted(batch.target_positions.numpy(), side="right"))
         sums = torch.zeros(len(ends)).index_add(0, document, -losses[: len(batch.targets)])
         chosen = torch.from_numpy(batch.labels == 1)
         if batch.sequence_ids == [-1]:
@@ -116,30 +116,30 @@ def prepare_pairs(folder: Path, tokenizer: Any, rows: list[list[str]], **setting
 
 
 @pytest.fixture
-def mixture(tmp_path, tokenizer):
+def dataset(tmp_path, tokenizer):
     """Two sources of pairs of many lengths."""
     rows = [f"Who{' ?' * n}|{'fox ' * (n % 5 + 1)}|{'dog ' * (n % 3 + 1)}" for n in range(PAIRS)]
     return prepare_pairs(tmp_path, tokenizer, [rows[::2], rows[1::2]])
 
 
-def test_both_answers_of_a_pair_are_in_one_sequence(mixture) -> None:
-    numbers = np.arange(mixture.rows_per_epoch)
+def test_both_answers_of_a_pair_are_in_one_sequence(dataset) -> None:
+    numbers = np.arange(dataset.sequences_per_epoch)
     assert 1 < len(numbers) < PAIRS  # pairs share sequences
-    assert mixture.counts(numbers).examples == PAIRS
+    assert dataset.counts(numbers).examples == PAIRS
     seen = []
     for number in numbers:
-        batch = mixture.read(np.array([number]))
+        batch = dataset.read(np.array([number]))
         assert batch.labels.tolist() == [1, 0] * (len(batch.labels) // 2)
         assert (batch.documents[::2] + 1 == batch.documents[1::2]).all()
         seen += batch.documents.tolist()
-        assert mixture.counts(np.array([number])).examples == len(batch.labels) // 2
+        assert dataset.counts(np.array([number])).examples == len(batch.labels) // 2
     assert sorted(seen) == list(range(2 * PAIRS))
 
 
 def test_an_unpacked_pair_has_a_sequence_of_its_own(tmp_path, tokenizer) -> None:
     rows = [f"Who?|{'fox ' * n}|dog" for n in (1, 2, 3)]
-    mixture = prepare_pairs(tmp_path, tokenizer, [rows], packing=False)
-    batches = [mixture.read(np.array([number])) for number in range(mixture.rows_per_epoch)]
+    dataset = prepare_pairs(tmp_path, tokenizer, [rows], packing=False)
+    batches = [dataset.read(np.array([number])) for number in range(dataset.sequences_per_epoch)]
     assert [batch.documents.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -192,15 +192,15 @@ class OneStep:
         return float(self.gradient.norm())
 
 
-def one_step(mixture: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Tensor, Any]:
+def one_step(dataset: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Tensor, Any]:
     """A step over all pairs and an evaluation: result, gradient and what was measured."""
     board, barrier = [None] * ranks, threading.Barrier(ranks, timeout=60)
-    total = mixture.rows_per_epoch
+    total = dataset.sequences_per_epoch
     results: list[Any] = [None] * ranks
 
     def work(rank: int) -> None:
         engine = OneStep(ThreadWorld(rank, ranks, board, barrier), micro_batch)
-        loader = Loader(mixture, seed=0, global_batch=BATCH, total_rows=total)
+        loader = Loader(dataset, seed=0, global_batch=BATCH, total_sequences=total)
         objective = Pairwise(None)  # type: ignore[arg-type]
         trainer = SimpleNamespace(
             engine=engine, objective=objective, loader=loader, seed=0, callbacks=Callback()
@@ -217,16 +217,16 @@ def one_step(mixture: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Ten
     return results[0][0], gradient, results[0][2]
 
 
-def test_ranks_and_micro_batches_change_no_pair_loss(mixture) -> None:
-    result, gradient, measured = one_step(mixture, 1, BATCH)
-    assert mixture.rows_per_epoch <= BATCH * 2 // 3
+def test_ranks_and_micro_batches_change_no_pair_loss(dataset) -> None:
+    result, gradient, measured = one_step(dataset, 1, BATCH)
+    assert dataset.sequences_per_epoch <= BATCH * 2 // 3
     assert result.loss != pytest.approx(np.log(2), abs=1e-4) and gradient.norm() > 0
     assert 0 < result.metrics["accuracy"] <= 1
     by_source = [source["loss"] for source in result.sources.values()]
     assert np.mean(by_source) == pytest.approx(result.loss, rel=1e-6)  # 7 pairs in each
     assert measured == pytest.approx({"loss": result.loss, **result.metrics}, rel=1e-6)
     for ranks, micro_batch in ((1, 1), (2, 1), (3, 2)):
-        other, other_gradient, other_measured = one_step(mixture, ranks, micro_batch)
+        other, other_gradient, other_measured = one_step(dataset, ranks, micro_batch)
         assert other.loss == pytest.approx(result.loss, rel=1e-5)
         assert other.metrics == pytest.approx(result.metrics)
         assert other_measured == pytest.approx(measured, rel=1e-5)

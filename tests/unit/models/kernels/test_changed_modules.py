@@ -16,7 +16,7 @@ from dtrain.methods.base import build_method
 from dtrain.models import attention
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels.patch import use_kernels
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 
 LORA = Lora(kind="lora", r=4)
 PARTS = {
@@ -80,7 +80,7 @@ def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> 
     places = (positions > 0).nonzero()[:, 0]
     row = MicroBatch(ids, positions[None], places - 1, ids[0, places], lengths, [3], [23])
     set_dropout_key(adapted, 1, 2, row.sequences, row.sequence_lengths)
-    loss = supervised_losses(adapted, row)[0]
+    loss = target_losses(adapted, row)[0]
     loss.backward()
     gradients = [p.grad.flatten() for p in adapted.parameters() if p.grad is not None]
     return torch.cat([loss.detach().view(1), *gradients])

@@ -19,7 +19,7 @@ from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import compiled, fused_cross_entropy, rms_norm, swiglu
 from dtrain.models.kernels.patch import use_kernels
 from dtrain.models.kernels.warm_up import compile_ahead
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 
 TOKENS, WIDTH, VOCABULARY = 7, 64, 96
 
@@ -172,5 +172,5 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
         row = MicroBatch(
             positions[None], positions[None], positions[:-1], positions[1:], [tokens], [0], [tokens]
         )
-        supervised_losses(model, row)[0].backward()
+        target_losses(model, row)[0].backward()
     assert ahead == len(graphs) == (8 if full else 7)

@@ -30,7 +30,7 @@ from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import fused_cross_entropy, lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import load_base
-from dtrain.models.loss import supervised_logits, supervised_losses
+from dtrain.models.loss import target_logits, target_losses
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 1, 17, 9]
@@ -102,7 +102,7 @@ def batch() -> MicroBatch:
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     row = batch()
     set_dropout_key(model, 1, 2, row.sequences, row.sequence_lengths)
-    loss, _ = supervised_losses(model, row)
+    loss, _ = target_losses(model, row)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -192,7 +192,7 @@ def test_generation_and_logits_do_not_change(tmp_path: Path) -> None:
     ids = batch().input_ids[:, :8]
     with torch.no_grad():
         assert torch.allclose(
-            supervised_logits(fast, batch()), supervised_logits(plain, batch()), atol=1e-5
+            target_logits(fast, batch()), target_logits(plain, batch()), atol=1e-5
         )
         a, b = (m.generate(input_ids=ids, max_new_tokens=8, do_sample=False) for m in (fast, plain))
     assert torch.equal(a, b)
@@ -202,7 +202,7 @@ def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None
     folder = saved(CONFIGS["llama"], tmp_path)
     fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "off"))
     with torch.no_grad(), fast.disable_adapter(), plain.disable_adapter():
-        found, wanted = (supervised_losses(model, batch())[0] for model in (fast, plain))
+        found, wanted = (target_losses(model, batch())[0] for model in (fast, plain))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -248,7 +248,7 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
     none = torch.zeros(0, dtype=torch.int64)
     token = torch.zeros(1, 1, dtype=torch.int64)
     nothing = MicroBatch(token, token, none, none, [1], [0], [1])
-    supervised_losses(model, nothing)[0].backward()
+    target_losses(model, nothing)[0].backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and not g.any() for g in gradients)
 
@@ -258,7 +258,7 @@ def test_the_loss_of_each_target_is_known_too(method: str, tmp_path: Path, monke
     folder = saved(CONFIGS["llama-biased"], tmp_path)
     monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda vocabulary: 3)
     fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "off"))
-    (total, losses), (_, wanted) = (supervised_losses(m, batch()) for m in (fast, plain))
+    (total, losses), (_, wanted) = (target_losses(m, batch()) for m in (fast, plain))
     assert losses.shape == wanted.shape == batch().targets.shape
     assert torch.allclose(losses, wanted, atol=1e-5)
     assert total.item() == pytest.approx(losses.sum().item())

@@ -30,7 +30,7 @@ from dtrain.models import attention
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.loss import supervised_losses
+from dtrain.models.loss import target_losses
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "step_counts.json"
 LENGTHS = [50, 150, 56]
@@ -153,7 +153,7 @@ def measured(
 
     def forward() -> Tensor:
         set_dropout_key(model, 0, 0, row.sequences, row.sequence_lengths)
-        return supervised_losses(model, row)[0]
+        return target_losses(model, row)[0]
 
     saved = saved_bytes(model, forward)
     model.zero_grad()
