@@ -28,11 +28,11 @@ chat_template_utils = LazyModule("transformers.utils.chat_template_utils")
 
 Span = tuple[int, int]  # characters from … to (excluded)
 
-OWN_KEYS = frozenset(("train", "written_role", "parts"))  # of messages, and no template's
+INTERNAL_KEYS = frozenset(("train", "written_role", "parts"))  # of messages, and no template's
 PROBES = ("dtrainprobe7f3a", "dtrainprobe9c1e")
 
 MAX_CHARACTERS = 1 << 24  # of a rendered conversation
-SECONDS = 1.5  # for a conversation in all its renderings
+RENDER_SECONDS = 1.5  # for a conversation in all its renderings
 
 INSTRUCTION = """\
 {%- if tools -%}{{ raise_exception('the instruction template knows no tools') }}{%- endif -%}
@@ -73,24 +73,24 @@ class ChatTemplate:
         return FIXED_DATE + self.text if "strftime_now" in self.text else self.text
 
     @cached_property
-    def _mentioned(self) -> dict[str, str]:
+    def _used_specials(self) -> dict[str, str]:
         """The special tokens that the template can print; all else is work at each rendering."""
         return {name: token for name, token in self.specials if name in self.text}
 
     @cached_property
-    def memory(self) -> dict[Any, Any]:
+    def cache(self) -> dict[Any, Any]:
         """What was found out about this template, for who renders many conversations with it."""
         return {}
 
     @cached_property
-    def takes_parts(self) -> bool:
+    def accepts_blocks(self) -> bool:
         """Whether a content may be a list of parts, each with type and text."""
         return self._writes([{"type": "text", "text": text} for text in PROBES])
 
     @cached_property
-    def takes_text(self) -> bool:
+    def accepts_text(self) -> bool:
         """Whether a content may be a text; where neither is seen to work, it is."""
-        return not self.takes_parts or self._writes("".join(PROBES))
+        return not self.accepts_blocks or self._writes("".join(PROBES))
 
     def _writes(self, content: Any) -> bool:
         """Whether both probes are in the text, and not the names of keys."""
@@ -102,42 +102,45 @@ class ChatTemplate:
         between = re.findall(f"{PROBES[0]}(.*?){PROBES[1]}", text, re.DOTALL)
         return len(between) == len(turns) and not any("type" in own for own in between)
 
-    def shaped(self, talk: Conversation) -> Conversation:
+    def adapt(self, conversation: Conversation) -> Conversation:
         """The conversation as this template reads it: parts where it reads them, own keys gone."""
-        if self.takes_text and all(map(OWN_KEYS.isdisjoint, talk.messages)):
-            return talk
-        return replace(talk, messages=[self._shaped(message) for message in talk.messages])
+        if self.accepts_text and all(map(INTERNAL_KEYS.isdisjoint, conversation.messages)):
+            return conversation
+        return replace(
+            conversation,
+            messages=[self._adapt_message(message) for message in conversation.messages],
+        )
 
-    def _shaped(self, message: dict[str, Any]) -> dict[str, Any]:
-        shaped = {key: value for key, value in message.items() if key not in OWN_KEYS}
+    def _adapt_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        adapt = {key: value for key, value in message.items() if key not in INTERNAL_KEYS}
         texts = message.get("parts")
         if (
-            isinstance(shaped["content"], str)
-            and self.takes_parts
-            and (texts or not self.takes_text)
+            isinstance(adapt["content"], str)
+            and self.accepts_blocks
+            and (texts or not self.accepts_text)
         ):
-            texts = texts or [shaped["content"]]
-            shaped["content"] = [{"type": "text", "text": text} for text in texts]
-        return shaped
+            texts = texts or [adapt["content"]]
+            adapt["content"] = [{"type": "text", "text": text} for text in texts]
+        return adapt
 
-    def render(self, talk: Conversation, *, prompt: bool = False) -> str:
+    def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the next answer starts."""
-        return self._render(self.shaped(talk), add_generation_prompt=prompt)[0]
+        return self._render(self.adapt(conversation), add_generation_prompt=prompt)[0]
 
-    def render_marked(self, talk: Conversation) -> tuple[str, list[Span]]:
+    def render_with_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The conversation as text, and what the template itself marks as generated."""
-        text, spans = self._render(self.shaped(talk), return_assistant_tokens_mask=True)
+        text, spans = self._render(self.adapt(conversation), return_assistant_tokens_mask=True)
         return text, [(start, stop) for start, stop in spans[0]]
 
-    def _render(self, talk: Conversation, **how: bool) -> tuple[str, Any]:
-        settings: dict[str, Any] = {**self._mentioned, **how, "tools": talk.tools}
+    def _render(self, conversation: Conversation, **how: bool) -> tuple[str, Any]:
+        settings: dict[str, Any] = {**self._used_specials, **how, "tools": conversation.tools}
         try:
-            texts, spans = self._rendered(talk.messages, settings)
+            texts, spans = self._rendered(conversation.messages, settings)
         except TypeError:
-            if not any("tool_calls" in message for message in talk.messages):
+            if not any("tool_calls" in message for message in conversation.messages):
                 raise
             # Most templates take the arguments of a call as an object, some (DeepSeek) as a text.
-            texts, spans = self._rendered(_with_texts(talk.messages), settings)
+            texts, spans = self._rendered(_with_texts(conversation.messages), settings)
         if len(texts[0]) > MAX_CHARACTERS:
             raise LimitExceeded(f"the text has more than {MAX_CHARACTERS:,} characters")
         return texts[0], spans
@@ -224,7 +227,7 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTe
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     template = ChatTemplate(template_text(setting, tokenizer), tuple(sorted(specials.items())))
     try:
-        with resource_limits(SECONDS):
+        with resource_limits(RENDER_SECONDS):
             template.render(Conversation([{"role": "user", "content": "a"}]))
     except LimitExceeded as error:
         fix = "use another template: this one never ends, or is made to do harm"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dtrain.data.chat_templates import SECONDS, ChatTemplate
+from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.sandbox import LimitExceeded, resource_limits
 
@@ -39,7 +39,7 @@ def find_stop_criterion(
 ) -> StopCriterion:
     """What closes a turn under a template, as a tokenizer reads it."""
     try:
-        with resource_limits(SECONDS):
+        with resource_limits(RENDER_SECONDS):
             ending = end_of_turn(template)
     except (Exception, LimitExceeded):  # a template is a program; this one refuses a plain exchange
         return StopCriterion()

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.data.chat_templates import SECONDS, ChatTemplate
+from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate
 from dtrain.data.conversations import Messages
 from dtrain.data.end_of_turn import endings
 from dtrain.data.sandbox import LimitExceeded, resource_limits
@@ -76,7 +76,7 @@ def closes_turns(setting: str, base: Path | None) -> bool | None:
         return None
     specials = {name: _token(config.get(name)) or f"<{name}>" for name in SPECIALS}
     try:
-        with resource_limits(SECONDS):
+        with resource_limits(RENDER_SECONDS):
             known = endings(LightTemplate(text, tuple(sorted(specials.items()))))
             return known and any(known)
     except (Exception, LimitExceeded):  # rendering it with transformers reports what is wrong

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
-from dtrain.data.assistant_spans import AS_ROLE, NO_END, NO_REASONING, UNREAD, render_answers
+from dtrain.data.assistant_spans import NO_END, NO_REASONING, render_answers
 from dtrain.data.chat_templates import ChatTemplate, Span
 from dtrain.data.conversations import Conversation
 from dtrain.data.loss_mask import QUIET, TokenByteLengths, target_runs
 from dtrain.data.records import Record
+from dtrain.data.rendered_conversation import AS_ROLE, UNREAD
 from dtrain.data.sources import SourceFile
 from dtrain.data.special_tokens import SpecialTokens
 

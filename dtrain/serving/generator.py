@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import SECONDS, ChatTemplate, resolve_template
+from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, resolve_template
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_stop_criterion
 from dtrain.data.sandbox import LimitExceeded, resource_limits
@@ -132,7 +132,7 @@ class Speaker:
             UserError: the chat template refuses the conversation.
         """
         try:
-            with resource_limits(SECONDS):
+            with resource_limits(RENDER_SECONDS):
                 return self._template.render(Conversation(messages), prompt=True)
         except (TemplateError, TypeError, LimitExceeded) as error:
             raise UserError(f"the chat template refuses it: {error}") from error

@@ -96,7 +96,7 @@ def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
     text = shown([{"messages": [{"role": "critic", "content": "Well."}, ASKED, odd]}])
     assert "message key `thought` is not read in 1 rows" in text
     assert "message key `quality` is not read in 1 rows" in text
-    assert "role `critic` is no standard one: written as it is, and no answer in 1 rows" in text
+    assert "role `critic` is not standard: rendered as written, without loss in 1 rows" in text
     assert "`prefix`" not in text and "`name`" not in text
 
 

@@ -137,7 +137,7 @@ def test_a_scan_finds_what_training_would_refuse(scanned) -> None:
     finding = next(f for f in report["findings"] if f["kind"] == "template")
     assert finding["rows"] == 2
     assert finding["examples"][0]["location"].endswith("rows.jsonl:2")
-    assert "leaves out a call of a tool in message 2" in finding["examples"][0]["note"]
+    assert "leaves out a tool call in message 2" in finding["examples"][0]["note"]
 
 
 def test_a_scan_says_what_the_template_does_to_rows(scanned, make_tokenizer) -> None:
