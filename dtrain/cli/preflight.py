@@ -1,9 +1,8 @@
-"""`dtrain preflight`: look at the nodes of this allocation."""
+"""`dtrain preflight`: check the nodes of this allocation."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import typer
 
@@ -12,16 +11,15 @@ from dtrain.core.errors import Exit
 
 
 def preflight(recipe: RecipeAddress, overrides: Overrides = None) -> None:
-    """Look at every node of this allocation (salloc, sbatch): the machines, links, sums."""
-    from dtrain.cli.run import placed
+    """Check every node of this allocation (salloc, sbatch): machine, links, all-reduce."""
     from dtrain.config.load import dump, load_recipe
     from dtrain.core.files import write_atomic
-    from dtrain.core.run_dir import RunDir
-    from dtrain.launching.preflight import preflight as look
+    from dtrain.launching.layout import run_dir_of, with_run_dir
+    from dtrain.launching.preflight import check_allocation
+    from dtrain.launching.slurm import current_allocation
 
     settings = load_recipe(recipe, overrides or [])
-    run = Path(settings.output.folder).expanduser().absolute()
-    run_dir = RunDir(run)
-    write_atomic(run_dir.submitted_recipe, dump(placed(settings, run)))
-    if look(run_dir.submitted_recipe, run_dir.slurm, os.environ):
+    run, allocation = run_dir_of(settings), current_allocation(os.environ)
+    write_atomic(run.submitted_recipe, dump(with_run_dir(settings, run)))
+    if check_allocation(settings, run.submitted_recipe, run.slurm, allocation):
         raise typer.Exit(Exit.CRASHED)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
-from dtrain.cli.run import placed
 
 if TYPE_CHECKING:
     from dtrain.config.schema import Recipe
@@ -61,14 +60,15 @@ def submit(
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.config.load import load_recipe
     from dtrain.launching import submit as jobs
+    from dtrain.launching.layout import run_dir_of, with_run_dir
     from dtrain.planning.known_models import check_trainable, position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
     for line in position_warnings(settings):
         tell(f"warning: {line}")
-    folder = Path(settings.output.folder).expanduser().absolute()
-    settings, working = placed(settings, folder), Path.cwd()
+    run, working = run_dir_of(settings), Path.cwd()
+    settings = with_run_dir(settings, run)
     if gpus and settings.device != "cpu":
         plan_first(settings, gpu, nodes, gpus, force)
     resources = jobs.Resources(
@@ -92,7 +92,7 @@ def submit(
     numbers = jobs.submit(settings, resources, working, prepare)
     print(f"submitted job {' and then '.join(numbers)}; next:")
     for verb in ("status", "logs -f", "cancel"):
-        print(f"  dtrain {verb} {jobs.quote(folder)}")
+        print(f"  dtrain {verb} {jobs.quote(run.path)}")
 
 
 def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""Check that an all-reduce works on all ranks: `… -m dtrain.distributed.all_reduce_check RECIPE`.
+"""Check that an all-reduce works on all ranks: `… -m dtrain.distributed.all_reduce_check DEVICE`.
 
 Each rank prints a line when it has imported what it needs. The first rank prints the bus bandwidth
 of an all-reduce inside a node and over all nodes, a rank that got a wrong sum the name of its node.
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
 from dtrain.core.processes import exit_at_once
 from dtrain.distributed.world import World, end_world, start_world
@@ -28,10 +27,10 @@ ROUNDS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Add up on this rank."""
-    recipe = load_recipe((sys.argv[1:] if argv is None else argv)[0])
+    """Check this rank."""
+    device = (sys.argv[1:] if argv is None else argv)[0]
     print(json.dumps({"up": node_name()}), flush=True)  # before anything that may hang
-    world = start_world(recipe.device)
+    world = start_world(device)
     speeds, is_right = {}, True
     for where, group in groups(world):
         speed, right = all_reduce(world, group)

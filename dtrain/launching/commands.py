@@ -100,7 +100,7 @@ def cores() -> int:
 
 
 def step_command(
-    recipe_file: Path,
+    arguments: Sequence[str],
     *,
     nodes: int,
     ranks: int | str,
@@ -112,8 +112,8 @@ def step_command(
     """Start the workers on every node of a Slurm job, from its batch script.
 
     Args:
-        recipe_file: the resolved recipe.
-        nodes: nodes of the job; one of them needs no other listener than the loopback's.
+        arguments: of the worker; the resolved recipe for the one that trains.
+        nodes: nodes of the job; a single one needs no listener but the loopback's.
         ranks: processes on each node, or "auto": one a GPU.
         endpoint: host and port of the rendezvous.
         rendezvous: its id; one that nobody else has.
@@ -122,12 +122,10 @@ def step_command(
     """
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}"]
     command += [f"--cpus-per-task={cores}"] if cores else []
-    if nodes == 1:
-        command += [sys.executable, "-m", "dtrain.torchrun", "--nnodes=1"]
-        command += [f"--nproc-per-node={ranks}", "--local-addr=127.0.0.1"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        return [*command, "-m", worker, str(recipe_file)]
     command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
     command += [f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
-    return [*command, "-m", worker, str(recipe_file)]
+    if nodes == 1:
+        command += ["--local-addr=127.0.0.1", "--rdzv-endpoint=127.0.0.1:0"]
+    else:
+        command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
+    return [*command, "-m", worker, *arguments]

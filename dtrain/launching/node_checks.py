@@ -31,11 +31,11 @@ class Fault:
         return f"{self.node}: {self.what}" if self.node else self.what
 
 
-def judge(reports: Sequence[Report], nodes: Sequence[str], gpus: int) -> list[Fault]:
+def find_faults(reports: Sequence[Report], nodes: Sequence[str], gpus: int) -> list[Fault]:
     """Every fault.
 
     Args:
-        reports: lines of node_check, as far as they came.
+        reports: lines of node_probe, as far as they arrived.
         nodes: the job's nodes; the first is the one that the others are measured by.
         gpus: that each node should have; 0 if the recipe wants none.
     """

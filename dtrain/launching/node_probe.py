@@ -1,7 +1,7 @@
 """One node's part of the preflight, without torch: `python -m dtrain.launching.node_probe …`.
 
 Prints one line of JSON: the node's versions, GPUs, free space, whose files it sees in the run
-folder, and how it reaches the next nodes. `judge.py` compares the lines of all nodes.
+folder, and how it reaches the next nodes. node_checks.py compares the lines of all nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import dtrain
-from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.hashes import file_hash
 from dtrain.core.nvidia import gpus
@@ -34,35 +33,46 @@ SEE_SECONDS = 30.0  # nodes whose file systems are cold come late
 WAIT_SECONDS = 25.0
 LINKS = 2  # each node measures so many; all of them together close a ring
 PROBE = bytes(1 << 20)
+TIMEOUT_SECONDS = 5.0
+SEND_SECONDS = 1.0
+SEND_BYTES = 64 << 20
+CHUNK = bytes(256 << 10)
+PINGS = 5
+TIME = struct.Struct("!d")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look, print the report."""
+    """Probe this node, print the report."""
     parser = argparse.ArgumentParser(prog="dtrain.launching.node_probe")
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("base", help="model.base of the recipe")
+    parser.add_argument("recipe", type=Path, help="the resolved recipe")
     parser.add_argument("meeting", type=Path, help="a folder that all nodes should see")
     parser.add_argument("nodes", nargs="+")
     arguments = parser.parse_args(argv)
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    report = {"node": name, **look(arguments.recipe)}
-    report |= meet(name, arguments.nodes, arguments.meeting)
+    report = {"node": name, **probe(arguments.base, arguments.recipe)}
+    report |= probe_links(name, arguments.nodes, arguments.meeting)
     # One write, so that the lines of several nodes do not mix.
     sys.stdout.write(f"{json.dumps(report)}\n")
     return 0
 
 
-def look(recipe: Path) -> dict[str, Any]:
-    """What this node can tell alone."""
+def probe(base: str, recipe: Path) -> dict[str, Any]:
+    """Everything but the links to other nodes.
+
+    Args:
+        base: model of the recipe.
+        recipe: file of the resolved recipe, in the run folder.
+    """
     found: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
     try:
         found["versions"]["recipe"] = file_hash(recipe)[:12]
-        base = load_recipe(str(recipe)).model.base
-    except Exception as error:  # whatever it is, the report must come
+    except OSError as error:
         return found | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}
     places = {"run folder": recipe.parent, "cache": cache_folder(), "temporary files": _temporary()}
     found["free"] = {name: free_bytes(place) for name, place in places.items()}
-    problems = (could_not_write(place, name) for name, place in places.items())
-    found["problems"] = [p for p in (*problems, unreadable_base(base)) if p]
+    problems = (write_problem(place, name) for name, place in places.items())
+    found["problems"] = [p for p in (*problems, base_problem(base)) if p]
     return found
 
 
@@ -88,7 +98,7 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def could_not_write(place: Path, name: str) -> str | None:
+def write_problem(place: Path, name: str) -> str | None:
     """Whether a megabyte can be written and kept there; a quota shows only so."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -101,7 +111,7 @@ def could_not_write(place: Path, name: str) -> str | None:
     return None
 
 
-def unreadable_base(base: str) -> str | None:
+def base_problem(base: str) -> str | None:
     """What is wrong with a base model that is a folder; its tensors' heads are read."""
     folder = Path(base).expanduser()
     if not folder.is_dir():
@@ -118,8 +128,8 @@ def unreadable_base(base: str) -> str | None:
     return None
 
 
-def meet(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
-    """Leave a file for the others, look whose files are seen, try the links to the next nodes."""
+def probe_links(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
+    """Check whose files this node sees in the run folder; measure the links to the next nodes."""
     address = own_address(os.environ) or address_of(name)
     server = LinkServer(address)
     card = {"address": address, "port": server.port}
@@ -153,18 +163,6 @@ def await_files(folder: Path, suffix: str, nodes: list[str], seconds: float) -> 
         if len(seen) == len(nodes) or time.monotonic() > deadline:
             return seen
         time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-TIMEOUT_SECONDS = 5.0
-SEND_SECONDS = 1.0
-SEND_BYTES = 64 << 20
-CHUNK = bytes(256 << 10)
-PINGS = 5
-TIME = struct.Struct("!d")
 
 
 class LinkServer:
@@ -234,3 +232,7 @@ def _send(link: socket.socket) -> float:
     link.shutdown(socket.SHUT_WR)
     link.recv(1)
     return sent / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

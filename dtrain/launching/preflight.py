@@ -1,8 +1,8 @@
-"""Every node looked at before the first step, from a job's script: `… preflight job RUN SCRIPT …`.
+"""Check every node of a job before its first step.
 
 First without torch, in seconds: srun starts node_probe.py on each node, node_checks.py compares the
 reports. Then all ranks do an all-reduce (distributed/all_reduce_check.py). A fault ends the job;
-with DTRAIN_PREFLIGHT=exclude another one takes its place, without the nodes that are to blame.
+with DTRAIN_PREFLIGHT=exclude another job replaces it, without the nodes at fault.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
-from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
-from dtrain.launching.attempt import node_names, ranks_of_a_node, say
-from dtrain.launching.attempts import attempts_of, write_attempts
+from dtrain.launching.attempts import Attempt, read_attempts, write_attempts
 from dtrain.launching.commands import step_command
+from dtrain.launching.layout import ranks_per_node
 from dtrain.launching.network import rendezvous_endpoint
-from dtrain.launching.node_checks import Fault, Report, judge
+from dtrain.launching.node_checks import Fault, Report, find_faults
 
 NODES_SECONDS = 90
 START_SECONDS = 600  # until a rank is up: torch from a cold network file system takes minutes
@@ -50,58 +48,39 @@ _SAME = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Look at the job's nodes; return 0 if all is well."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] != ["job"] or len(arguments) < 3:
-        print("usage: preflight job RUN SCRIPT [ARGUMENT …]", file=sys.stderr)
-        return Exit.USER_ERROR
-    run, script, words = Path(arguments[1]), Path(arguments[2]), arguments[3:]
-    try:
-        faults = preflight(RunDir(run).recipe, RunDir(run).slurm, os.environ)
-        if not faults:
-            return Exit.FINISHED
-        successor = ""
-        named = sorted({fault.node for fault in faults if fault.node})
-        if os.environ.get("DTRAIN_PREFLIGHT") == "exclude" and named:
-            successor = submit_without(named, script, words, run, os.environ)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    record(run, faults, successor)
-    return Exit.CRASHED
-
-
-def preflight(recipe_file: Path, folder: Path, environ: Mapping[str, str]) -> list[Fault]:
-    """Look at every node of this job, then at all ranks together; say what was found.
+def check_allocation(
+    recipe: Recipe, recipe_file: Path, folder: Path, allocation: slurm.Allocation
+) -> list[Fault]:
+    """Check every node of this job, then all ranks together; log and return what is wrong.
 
     Args:
-        recipe_file: the resolved recipe.
-        folder: one that all nodes should see.
+        recipe: of the job.
+        recipe_file: the same, resolved, in a folder that all nodes should see.
+        folder: another one that all nodes should see.
+        allocation: the nodes.
     """
-    recipe, nodes = load_recipe(str(recipe_file)), node_names(environ)
-    started = time.monotonic()
-    reports = look_at_nodes(recipe_file, folder, nodes)
-    given = environ.get("SLURM_GPUS_ON_NODE", "")
-    gpus = int(given) if given.isdecimal() and recipe.device != "cpu" else 0
-    faults = judge(reports, nodes, gpus)
+    started, nodes = time.monotonic(), allocation.nodes
+    reports = probe_nodes(recipe, recipe_file, folder, nodes)
+    faults = find_faults(reports, nodes, 0 if recipe.device == "cpu" else allocation.gpus)
     if not faults:
-        say(tell_links(reports, nodes))
-        faults = add_up(recipe, recipe_file, nodes, environ)
+        slurm.log_line(links_line(reports, nodes))
+        faults = check_all_reduce(recipe, allocation)
     took = time.monotonic() - started
-    verdict = f"{len(faults)} faults" if faults else "all is well"
-    say(f"preflight: {verdict} on {len(nodes)} nodes, {took:.0f} s")
+    result = f"{len(faults)} faults" if faults else "all is well"
+    slurm.log_line(f"preflight: {result} on {len(nodes)} nodes, {took:.0f} s")
     for fault in faults:
-        say(f"preflight: {fault}")
+        slurm.log_line(f"preflight: {fault}")
     return faults
 
 
-def look_at_nodes(recipe_file: Path, folder: Path, nodes: Sequence[str]) -> list[Report]:
-    """What each node says of itself and its links; a node that says nothing is left out."""
+def probe_nodes(
+    recipe: Recipe, recipe_file: Path, folder: Path, nodes: Sequence[str]
+) -> list[Report]:
+    """Run node_probe.py on every node; return the reports of those that answered."""
     meeting = folder / f"preflight-{secrets.token_hex(4)}"
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
     command += [sys.executable, "-m", "dtrain.launching.node_probe"]
-    command += [str(recipe_file), str(meeting), *nodes]
+    command += [recipe.model.base, str(recipe_file), str(meeting), *nodes]
     try:
         text = output_of(command, NODES_SECONDS)
     finally:
@@ -156,8 +135,8 @@ def _pass_on(process: subprocess.Popen[str], lines: SimpleQueue[str]) -> None:
     lines.put("")  # for a reader that continues after the end
 
 
-def tell_links(reports: Sequence[Report], nodes: Sequence[str]) -> str:
-    """The worst link, for the log."""
+def links_line(reports: Sequence[Report], nodes: Sequence[str]) -> str:
+    """The slowest link, for the log."""
     links = [link for report in reports for link in report["links"].values()]
     if not links:
         return f"preflight: {nodes[0]} alone, no links"
@@ -166,80 +145,87 @@ def tell_links(reports: Sequence[Report], nodes: Sequence[str]) -> str:
     return f"preflight: slowest of {len(links)} links {slowest:.0f} MB/s, {longest:.2f} ms"
 
 
-def add_up(
-    recipe: Recipe, recipe_file: Path, nodes: Sequence[str], environ: Mapping[str, str]
-) -> list[Fault]:
-    """All-reduce over all ranks: is it right, and how fast."""
-    ranks = ranks_of_a_node(recipe, environ)
+def check_all_reduce(recipe: Recipe, allocation: slurm.Allocation) -> list[Fault]:
+    """Check an all-reduce over all ranks: whether it is right, and how fast."""
+    nodes, ranks = allocation.nodes, ranks_per_node(recipe, allocation.gpus)
     if len(nodes) == 1 and ranks == 1:
         return []
     command = step_command(
-        recipe_file,
+        [recipe.device],
         nodes=len(nodes),
         ranks=ranks,
-        endpoint=rendezvous_endpoint(environ, nodes[0]),
+        endpoint=rendezvous_endpoint(os.environ, nodes[0]),
         rendezvous=secrets.token_hex(8),
-        cores=environ.get("SLURM_CPUS_PER_TASK"),
+        cores=allocation.cores,
         worker="dtrain.distributed.all_reduce_check",
     )
     text = output_of(command, START_SECONDS, up='{"up"', up_seconds=RANKS_SECONDS)
     results: list[dict[str, Any]] = [json.loads(s) for s in text.splitlines() if s[:2] == '{"']
     speeds = next((r[_SPEEDS] for r in results if _SPEEDS in r), None)
     if speeds is None:
-        return [Fault("", _no_sum(results, nodes))]
+        return [Fault("", _silence(results, nodes))]
     for where, speed in speeds.items():
-        say(f"preflight: all-reduce {where}: {speed:.2f} GB/s")
+        slurm.log_line(f"preflight: all-reduce {where}: {speed:.2f} GB/s")
     wrong = sorted({result["wrong"] for result in results if "wrong" in result})
-    return [Fault(node, "its ranks add up wrongly") for node in wrong]
+    return [Fault(node, "all-reduce returned a wrong result on this node") for node in wrong]
 
 
-def _no_sum(results: Sequence[Mapping[str, Any]], nodes: Sequence[str]) -> str:
-    """How far the ranks came that did not add up."""
+def _silence(results: Sequence[Mapping[str, Any]], nodes: Sequence[str]) -> str:
+    """How far the ranks got that did not finish the all-reduce."""
     silent = sorted(set(nodes) - {str(result.get("up")) for result in results})
     if silent:
         return f"no rank has started on {', '.join(silent)} (in at most {START_SECONDS} s)"
-    return f"the ranks came to no sum (in at most {RANKS_SECONDS} s)"
+    return f"the ranks did not finish an all-reduce (in at most {RANKS_SECONDS} s)"
 
 
-def submit_without(
-    named: Sequence[str],
-    script: Path,
-    words: Sequence[str],
-    run: Path,
+def handle_faults(
+    faults: Sequence[Fault],
+    run: RunDir,
+    command: Sequence[str],
     environ: Mapping[str, str],
-) -> str:
-    """Submit the same job again without some nodes; return its number.
+) -> None:
+    """Record a failed preflight; with DTRAIN_PREFLIGHT=exclude, submit the job again.
 
-    A job that runs cannot change the nodes that it excludes, and one that waits again has nobody
-    left to change them; so another one takes its place.
+    A running job cannot change the nodes that it excludes, and a requeued one has nobody left to
+    change them, so a new job replaces it.
+
+    Args:
+        faults: what is wrong.
+        run: the run folder.
+        command: the job's script and its arguments.
+        environ: variables of the job.
     """
-    job = environ["SLURM_JOB_ID"]
-    facts = slurm.ask(["scontrol", "show", "job", job])
-    already = re.search(r"ExcNodeList=(\S+)", facts)
-    excluded = [*([already[1]] if already and already[1] != "(null)" else []), *named]
-    limit = re.search(r"TimeLimit=(\S+)", facts)
-    copy = RunDir(run).job_script("again")
-    write_atomic(copy, script.read_bytes())  # Slurm's own copy goes with the job
-    command = ["sbatch", "--parsable", f"--exclude={','.join(excluded)}"]
-    command += [f"--{name}={environ[known]}" for name, known in _SAME.items() if environ.get(known)]
-    command += [f"--time={limit[1]}"] if limit else []
-    command += [f"--chdir={Path.cwd()}", f"--dependency=afterany:{job}"]
-    log = attempts_of(run)[-1].log
-    command += [f"--output={log.replace('%', '%%')}"] if log else []
-    return slurm.ask([*command, str(copy), *words]).strip().split(";")[0]
-
-
-def record(run: Path, faults: Sequence[Fault], successor: str) -> None:
-    """Write down how the attempt ended."""
-    attempts = attempts_of(run)
-    last = attempts[-1]
-    last.ended, last.outcome, last.action = time.time(), "preflight", "stop"
-    last.because = "; ".join(str(fault) for fault in faults)
-    if successor:
-        last.because += f"; job {successor} takes its place"
-        say(f"preflight: job {successor} takes its place, without the nodes named")
+    attempts = read_attempts(run)
+    attempt = attempts[-1]
+    reason = "; ".join(str(fault) for fault in faults)
+    nodes = sorted({fault.node for fault in faults if fault.node})
+    if environ.get("DTRAIN_PREFLIGHT") == "exclude" and nodes:
+        job = submit_without(nodes, run, command, attempt, environ)
+        reason += f"; job {job} takes its place"
+        slurm.log_line(f"preflight: job {job} takes its place, without the nodes named")
+    attempt.ended, attempt.outcome, attempt.action = time.time(), "preflight", "stop"
+    attempt.reason = reason
     write_attempts(run, attempts)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def submit_without(
+    nodes: Sequence[str],
+    run: RunDir,
+    command: Sequence[str],
+    attempt: Attempt,
+    environ: Mapping[str, str],
+) -> str:
+    """Submit the job of an attempt again without some nodes; return the new job's id."""
+    job = slurm.ask(["scontrol", "show", "job", attempt.job])
+    already = re.search(r"ExcNodeList=(\S+)", job)
+    excluded = [*([already[1]] if already and already[1] != "(null)" else []), *nodes]
+    limit = re.search(r"TimeLimit=(\S+)", job)
+    script, *words = command
+    copy = run.job_script("again")
+    write_atomic(copy, Path(script).read_bytes())  # Slurm's own copy goes with the job
+    sbatch = ["sbatch", "--parsable", f"--exclude={','.join(excluded)}"]
+    sbatch += [f"--{name}={environ[known]}" for name, known in _SAME.items() if environ.get(known)]
+    sbatch += [f"--time={limit[1]}"] if limit else []
+    sbatch += [f"--chdir={Path.cwd()}", f"--dependency=afterany:{attempt.job}"]
+    sbatch += [f"--output={attempt.log.replace('%', '%%')}"] if attempt.log else []
+    return slurm.ask([*sbatch, str(copy), *words]).strip().split(";")[0]

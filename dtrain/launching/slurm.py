@@ -1,11 +1,17 @@
-"""Slurm's commands: what they are asked, what they answer."""
+"""Slurm's commands and answers.
+
+The text formats are parsed: `scontrol --json` needs Slurm 23, and `squeue --json` of Slurm 22 lists
+every job of the cluster, whatever --me and --jobs say.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dtrain.core.errors import UserError
@@ -40,6 +46,45 @@ class QueuedJob:
     where: str
     comment: str
     name: str
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of the Slurm job that this process runs in.
+
+    Attributes:
+        job: id of the job.
+        nodes: names, the one of this process first.
+        gpus: on each node; 0 if Slurm gave none.
+        cores: of a node, as Slurm says it; None if it does not.
+        restarts: how often Slurm has requeued the job.
+    """
+
+    job: str
+    nodes: list[str]
+    gpus: int
+    cores: str | None
+    restarts: int
+
+
+def current_allocation(environ: Mapping[str, str]) -> Allocation:
+    """The allocation that this process runs in.
+
+    Raises:
+        UserError: this is not a Slurm job.
+    """
+    node_list = environ.get("SLURM_JOB_NODELIST")
+    if not node_list:
+        fix = "start it with sbatch, or use: dtrain run"
+        raise UserError("this is not a job of Slurm", where="SLURM_JOB_NODELIST", fix=fix)
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    return Allocation(
+        job=environ["SLURM_JOB_ID"],
+        nodes=ask(["scontrol", "show", "hostnames", node_list]).split(),
+        gpus=int(gpus) if gpus.isdecimal() else 0,
+        cores=environ.get("SLURM_CPUS_PER_TASK"),
+        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
+    )
 
 
 def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
@@ -109,3 +154,13 @@ def requeue(job: str) -> None:
 def cancel(jobs: Sequence[str]) -> None:
     """Cancel jobs; those that are over already do no harm."""
     ask(["scancel", "--quiet", *jobs])
+
+
+def log_line(message: str) -> None:
+    """Print a line to the job's log."""
+    print(stamped(message), file=sys.stderr, flush=True)
+
+
+def stamped(message: str) -> str:
+    """A line of the job's log, with the time of day."""
+    return f"dtrain {time.strftime('%H:%M:%S')}: {message}"

@@ -11,7 +11,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import duration
 from dtrain.launching import slurm
-from dtrain.launching.attempts import Attempt, attempts_of
+from dtrain.launching.attempts import Attempt, read_attempts
 from dtrain.launching.slurm import QueuedJob
 from dtrain.launching.submit import jobs_of
 
@@ -25,7 +25,7 @@ def status(run: Path) -> list[str]:
     Raises:
         UserError: it is no run folder that a job ever touched.
     """
-    attempts, queued = attempts_of(run), queued_jobs(run)
+    attempts, queued = read_attempts(RunDir(run)), queued_jobs(run)
     lines = [queue_line(job) for job in queued]
     if not queued:
         lines.append(ended_line(run, attempts))
@@ -43,7 +43,9 @@ def known_jobs(run: Path) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    numbers = [str(job["job"]) for job in jobs_of(run)] + [a.job for a in attempts_of(run)]
+    numbers = [str(job["job"]) for job in jobs_of(run)] + [
+        a.job for a in read_attempts(RunDir(run))
+    ]
     if not numbers:
         fix = "give the folder that output.folder named"
         raise UserError("no job was ever started in this folder", where=str(run), fix=fix)
@@ -67,7 +69,7 @@ def ended_line(run: Path, attempts: list[Attempt]) -> str:
     if not attempts:
         return "the job is no longer in the queue, and it never began: see dtrain logs"
     last = attempts[-1]
-    line = f"job {last.job} ended: {last.because or 'by Slurm, or with its node'}"
+    line = f"job {last.job} ended: {last.reason or 'by Slurm, or with its node'}"
     if last.outcome != "finished":
         reason = str(RunDir(run).read_exit_report().get("reason", ""))
         line += f"\n    {reason}" if reason else ""
@@ -94,7 +96,7 @@ def attempt_line(attempt: Attempt) -> str:
     if attempt.ended is None:
         return f"{head}  not ended"
     took = duration(attempt.ended - attempt.started)
-    return f"{head}  {took}: {attempt.because}" + (", requeued" * (attempt.action == "requeue"))
+    return f"{head}  {took}: {attempt.reason}" + (", requeued" * (attempt.action == "requeue"))
 
 
 def times(count: int) -> str:
@@ -104,7 +106,7 @@ def times(count: int) -> str:
 
 def log_of(run: Path) -> Path | None:
     """The newest log of a run; None if there is none yet."""
-    named = [Path(attempt.log) for attempt in attempts_of(run) if attempt.log]
+    named = [Path(attempt.log) for attempt in read_attempts(RunDir(run)) if attempt.log]
     written = [RunDir(run).job_log(kind) for kind in ("job", "prepare")]
     return next((log for log in [*reversed(named), *written] if log.is_file()), None)
 

@@ -2,8 +2,8 @@
 
     jobs = submit(["a.yaml", "b.yaml"], folder="runs/submitit", nodes=2, gpus_per_node=8)
 
-submitit's own script starts `Training` on the first node; `Training` starts the ranks on all of
-them with srun, as slurm/job.sh does, and asks the same `attempt.end` whether to try again.
+submitit's own script starts `Training` on the first node, and `Training` runs the same supervisor
+as slurm/job.sh.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 import submitit
 
 from dtrain.config.load import dump, load_recipe
+from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
-from dtrain.core.run_dir import RunDir
-from dtrain.launching.attempt import begin, end
+from dtrain.core.run_dir import EXIT_REPORT, RunDir
 from dtrain.launching.commands import torchrun_command
+from dtrain.launching.layout import ranks_per_node, run_dir_of, with_run_dir
+from dtrain.launching.supervisor import Supervisor
 
 WARN_SECONDS = 300
 
@@ -42,62 +43,40 @@ class Training:
         """Train; return the run folder.
 
         Raises:
-            UserError: it did not finish, and another try cannot help.
+            UserError: it did not finish, and another attempt cannot help.
         """
         os.chdir(self.working)
-        run, command = self._begin()
-        status = self._train(command)
+        recipe = load_recipe(self.recipe, self.overrides)
+        run = run_dir_of(recipe)
         if "SLURM_JOB_ID" in os.environ:
-            signal.signal(
-                signal.SIGTERM, signal.SIG_DFL
-            )  # submitit ignores it, and a requeue waits
-            # The warning goes to the ranks, not here; nobody else asks them to stop. The step's own
-            # status may be that of a rank which srun ended because another had ended before it.
-            status = end(run, status, says_go_on(run), os.environ)
+            supervisor = Supervisor(os.environ, is_warning_sent_to_ranks=True)
+            signal.signal(signal.SIGUSR2, supervisor.warn)
+            status = supervisor.run(recipe)
+        else:
+            status = self._train_here(recipe, run)
         if status != Exit.FINISHED:
             what = f"ended with status {status}"
-            raise UserError(what, where=str(run), fix="see outcome.json there")
-        return str(run)
+            raise UserError(what, where=str(run.path), fix=f"see {EXIT_REPORT} there")
+        return str(run.path)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What submitit starts next time when its executor's own signal came: the same."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _begin(self) -> tuple[Path, list[str]]:
-        if "SLURM_JOB_ID" in os.environ:
-            plan = [sys.executable, "-m", "dtrain.planning.fit_gate", self.recipe, *self.overrides]
-            if subprocess.run(plan, check=False).returncode:
-                raise UserError("the plan refuses it", where=self.recipe, fix="see above")
-            return begin(self.recipe, self.overrides, os.environ)
-        recipe = load_recipe(self.recipe, self.overrides)
-        run = Path(recipe.output.folder).expanduser().absolute()
-        output = recipe.output.model_copy(update={"folder": str(run)})
-        write_atomic(RunDir(run).recipe, dump(recipe.model_copy(update={"output": output})))
-        ranks = recipe.launch.processes
-        return run, torchrun_command(
-            RunDir(run).recipe, 1 if ranks == "auto" and recipe.device == "cpu" else ranks
-        )
-
-    def _train(self, command: Sequence[str]) -> int:
-        process = subprocess.Popen(command)
-        before = signal.getsignal(signal.SIGUSR2)
+    def _train_here(self, recipe: Recipe, run: RunDir) -> int:
+        """Train on this machine; submitit's own signal makes the ranks save first."""
+        write_atomic(run.recipe, dump(with_run_dir(recipe, run)))
+        process = subprocess.Popen(torchrun_command(run.recipe, ranks_per_node(recipe, 0)))
+        requeue = signal.getsignal(signal.SIGUSR2)
 
         def save_first(number: int, frame: FrameType | None) -> None:
             process.send_signal(signal.SIGUSR1)
             process.wait()
-            if callable(before):
-                before(number, frame)
+            if callable(requeue):
+                requeue(number, frame)
 
-        if "SLURM_JOB_ID" not in os.environ:  # there it is `end` that decides, not submitit
-            signal.signal(signal.SIGUSR2, save_first)
-        else:
-            signal.signal(signal.SIGUSR2, lambda number, frame: process.send_signal(signal.SIGUSR1))
+        signal.signal(signal.SIGUSR2, save_first)
         return process.wait()
-
-
-def says_go_on(run: Path) -> bool:
-    """Whether the ranks saved and ended because they were asked to."""
-    return bool(RunDir(run).read_exit_report().get("status") == Exit.INTERRUPTED)
 
 
 def submit(

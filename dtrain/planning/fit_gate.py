@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 
-from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
-from dtrain.core.errors import Exit, UserError
+from dtrain.core.errors import UserError
 from dtrain.core.nvidia import gpus
 from dtrain.core.units import size
 from dtrain.planning.fit import DOES_NOT_FIT
 from dtrain.planning.gpus import Gpu, find_gpu, gpu_of_device
-from dtrain.planning.known_models import check_trainable, find_shape
+from dtrain.planning.known_models import find_shape
 from dtrain.planning.plan import RecipePlan, make_plan
 from dtrain.planning.render import render_plan
 from dtrain.planning.workload import Cluster
@@ -57,19 +55,6 @@ def check_plan_fits(plan: RecipePlan, override: str) -> None:
         where=f"stage {stage.name}",
         fix="; or ".join([*changes, override]),
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Plan a job when it starts; return 0 unless it cannot fit or its recipe is wrong."""
-    address, *overrides = sys.argv[1:] if argv is None else argv
-    try:
-        recipe = load_recipe(address, overrides)
-        check_trainable(recipe.model.base)
-        check_job(recipe, os.environ)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    return Exit.FINISHED
 
 
 def check_job(recipe: Recipe, environ: Mapping[str, str]) -> None:
@@ -119,7 +104,3 @@ def _smallest_gpu(rows: list[dict[str, str]], environ: Mapping[str, str]) -> Gpu
         return gpu_of_device(least["name"], int(least["memory.total"]) * MIB)
     name = environ.get("DTRAIN_GPU")
     return find_gpu(name) if name else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,6 +13,22 @@ from cluster import ROOT, Cluster, wait_for
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "slurm").glob("*.sh") if path.stem != "job")
 CANARY = "canary-9f27c1"
+# Every Python process of a job imports this; it notes who parses a recipe before the first step.
+COUNT_PARSES = """
+import os, sys
+from dtrain.config import load
+
+parse = load.load_recipe
+assert parse.__name__ != "counted", "imported twice"
+
+def counted(*arguments, **named):
+    if not os.path.exists(os.environ["FIRST_STEP"]):
+        with open(os.environ["PARSES"], "a") as file:
+            file.write(" ".join(sys.orig_argv) + "\\n")
+    return parse(*arguments, **named)
+
+load.load_recipe = counted
+"""
 SHORT = [
     "evaluation.sets={}",
     *(f"stages.{stage}.train.evaluate_every_steps=null" for stage in ("domain", "task")),
@@ -53,7 +69,10 @@ def test_70b_qlora_on_a_tiny_model_and_no_secret_leaks(cluster, submit, tmp_path
     method = [f"stages.{stage}.method.kind=qlora" for stage in ("domain", "task")]
     keys = [*SHORT, *method, "engine={kind: fsdp2, shard: node}", "launch.processes=2"]
     secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "DTRAIN_PREFLIGHT": "on"}
-    job = submit("70b-qlora", [], [*keys, f"output.folder={run}"], **secrets)
+    (tmp_path / "sitecustomize.py").write_text(COUNT_PARSES)
+    count = {"PYTHONPATH": str(tmp_path), "PARSES": str(tmp_path / "parses")}
+    count["FIRST_STEP"] = str(run / "domain/metrics.jsonl")
+    job = submit("70b-qlora", [], [*keys, f"output.folder={run}"], **secrets, **count)
     arguments = watch_arguments(cluster, job)
     facts, log = cluster.job(job), cluster.log_of(job)
     assert facts["JobState"] == "COMPLETED", log
@@ -64,6 +83,9 @@ def test_70b_qlora_on_a_tiny_model_and_no_secret_leaks(cluster, submit, tmp_path
     assert {a["engine"] for a in lineage["artefacts"]} == {"fsdp2"}
     assert {a["ranks"] for a in lineage["artefacts"]} == {4}
     assert "all is well on 2 nodes" in log and "all-reduce inside a node" in log
+    parses = (tmp_path / "parses").read_text().splitlines()
+    by_ranks = [line for line in parses if "-m dtrain.train " in line]
+    assert len(by_ranks) == 4 and len(parses) == 5  # one each, and the supervisor
     shown = cluster.run("scontrol", "show", "job", "-dd", job).stdout
     script = cluster.run("scontrol", "write", "batch_script", job, "-").stdout
     for text in (arguments, log, shown, script):

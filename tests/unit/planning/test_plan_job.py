@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.launching.submitit import Training
-from dtrain.planning.fit_gate import main
+from dtrain.planning.fit_gate import check_job
+from dtrain.planning.known_models import check_trainable
 
 RTX4090, H100 = "NVIDIA GeForce RTX 4090, 24564", "NVIDIA H100 80GB HBM3, 81559"
 JOB = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
@@ -35,7 +37,15 @@ def head(monkeypatch, capsys):
     def run(*words: str, **environ: str) -> tuple[int, str]:
         for name, value in (JOB | environ).items():
             monkeypatch.setenv(name, value)
-        return main(list(words)), capsys.readouterr().err
+        status: int = Exit.FINISHED
+        try:
+            recipe = load_recipe(words[0], words[1:])
+            check_trainable(recipe.model.base)
+            check_job(recipe, os.environ)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = error.status
+        return status, capsys.readouterr().err
 
     return run
 
@@ -92,13 +102,13 @@ def test_a_base_that_the_plan_does_not_know_is_not_refused(head):
 def test_what_submitit_starts_is_refused_too(monkeypatch):
     for name, value in (JOB | {"SLURM_JOB_ID": "1", "DTRAIN_GPU": "rtx4090"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="the plan refuses it"):
+    with pytest.raises(UserError, match="DOES NOT FIT on rtx4090-24g: at least"):
         Training(MUCH)()
 
 
 def test_it_is_started_as_the_job_starts_it():
     environ = os.environ | JOB | {"DTRAIN_GPU": "rtx4090"}
-    command = [sys.executable, "-m", "dtrain.planning.fit_gate", MUCH]
+    command = [sys.executable, "-m", "dtrain.launching.supervisor", "job.sh", MUCH]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (Exit.USER_ERROR, "")
     wrong = subprocess.run(

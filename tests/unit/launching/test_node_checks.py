@@ -1,10 +1,10 @@
-"""The nodes' reports side by side."""
+"""Comparing the reports of the nodes."""
 
 from __future__ import annotations
 
 from copy import deepcopy
 
-from dtrain.launching.node_checks import judge
+from dtrain.launching.node_checks import find_faults
 
 NODES = ["n0", "n1", "n2"]
 LINK = {"milliseconds": 0.1, "megabytes_per_second": 2000.0, "clock_seconds": 0.0}
@@ -28,25 +28,25 @@ def reports() -> dict[str, dict]:
     }
 
 
-def told(change) -> list[str]:
+def faults_after(change) -> list[str]:
     found = deepcopy(reports())
     change(found)
-    return [str(fault) for fault in judge(list(found.values()), NODES, gpus=2)]
+    return [str(fault) for fault in find_faults(list(found.values()), NODES, gpus=2)]
 
 
-def test_nothing_is_said_of_healthy_nodes():
-    assert told(lambda r: None) == []
+def test_healthy_nodes_have_no_faults():
+    assert faults_after(lambda r: None) == []
 
 
-def test_the_one_that_differs_is_named():
+def test_node_with_another_version_is_named():
     def change(r):
         r["n0"]["versions"]["torch"] = "2.12.0"
 
-    assert told(change) == ["n0: torch is 2.12.0; elsewhere it is 2.13.0"]
+    assert faults_after(change) == ["n0: torch is 2.12.0; elsewhere it is 2.13.0"]
 
 
 def test_silent_node_is_named():
-    assert "n2: did not report" in told(lambda r: r.pop("n2"))[0]
+    assert "n2: did not report" in faults_after(lambda r: r.pop("n2"))[0]
 
 
 def test_gpus_missing_used_or_broken():
@@ -54,7 +54,7 @@ def test_gpus_missing_used_or_broken():
         r["n1"]["gpus"] = [GPU | {"memory.used": "40000"}]
         r["n2"]["gpus"][1] = GPU | {"ecc.errors.uncorrected.volatile.total": "4"}
 
-    assert told(change) == [
+    assert faults_after(change) == [
         "n1: 1 GPUs instead of 2",
         "n1: GPU 0: 40000 of 81920 MiB are used by somebody else",
         "n2: GPU 0: 4 uncorrected memory errors",
@@ -66,7 +66,7 @@ def test_links_name_the_node_they_share():
         r["n0"]["links"]["n1"] = LINK | {"megabytes_per_second": 100.0}
         r["n1"]["links"]["n2"] = {"problem": "timed out"}
 
-    assert told(change) == [
+    assert faults_after(change) == [
         "n1: from n0 to n1: slow: 100 MB/s",
         "n1: from n1 to n2: cannot be reached: timed out",
     ]
@@ -78,7 +78,7 @@ def test_clock_space_and_folder():
         r["n2"]["free"]["run folder"] = 3e6
         r["n0"]["seen"] = ["n0", "n1"]
 
-    assert told(change) == [
+    assert faults_after(change) == [
         "n2: run folder: only 3 MB free",
         "n2: its files in the run folder are not seen by n0: not shared",
         "from n1 to n2: the clocks differ by 90.0 s",
