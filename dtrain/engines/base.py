@@ -1,7 +1,7 @@
-"""The protocol of an engine, and what all of them share.
+"""The protocol of an engine, and what the engines share.
 
-An engine owns the optimizer and the ranks' shares of what trains. Every engine averages the
-gradient over the ranks, so the loop hands it `ranks x` the loss it wants differentiated.
+An engine owns the optimizer and this rank's shards of the trainable parameters. Every engine
+averages gradients over the ranks, so the training step multiplies the loss by their number.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-Fill = Callable[[nn.Module], None]
-"""Gives the parameters of a block that have no storage yet their values."""
+MaterializeFn = Callable[[nn.Module], None]
+"""Allocates and loads the parameters of a block that have no storage yet."""
 
 
 class Engine(ABC):
-    """A model that trains on all ranks.
+    """A model in training on all ranks.
 
     Attributes:
-        model: what is called for a forward pass.
-        bare: the same model without the engine's wrapping, for names and settings.
-        copy: which of how many ranks this is that hold the same pieces; they share a save.
+        model: called for a forward pass.
+        module: the same model without the engine's wrapping, for names and settings.
+        replica: index of this rank among the ranks with the same parameter shards, and their
+            number; each of them saves a share.
+        update_count: optimizer updates so far, without skipped ones.
     """
 
     model: Any  # the wrappers of torch and DeepSpeed share no type
-    bare: nn.Module
-    copy: tuple[int, int] = (0, 1)
+    module: nn.Module
+    replica: tuple[int, int] = (0, 1)
 
-    def __init__(self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
-        self.bare, self.recipe, self.stage, self.world = bare, recipe, stage, world
+    def __init__(self, module: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        self.module, self.recipe, self.stage, self.world = module, recipe, stage, world
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
-        self.updates = 0  # optimizer steps taken, without the skipped ones
+        self.update_count = 0
 
     def before_forward(self, *, last: bool) -> None:
-        """Told before each micro-batch of a step; `last` of them."""
+        """Called before the forward pass of each micro-batch; `last` of this optimizer step."""
         return
 
     @abstractmethod
@@ -66,51 +68,51 @@ class Engine(ABC):
         """Add the gradient of a micro-batch; `last` of this optimizer step."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Compute in the recipe's dtype; what trains stays float32 outside."""
+        """Computes in the recipe's dtype; trainable parameters stay float32 outside."""
         return nullcontext()
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
-        """Clip and update; a non-finite gradient norm skips the update and forgets the gradient.
+        """Clip and update; with a non-finite gradient norm skip the update and drop the gradient.
 
         Returns:
-            The global gradient norm before clipping; NaN or infinite if the update was skipped.
+            The global gradient norm before clipping; NaN or infinite if the update is skipped.
         """
 
     @abstractmethod
-    def pieces(self) -> Iterator[ParameterShard]:
-        """This rank's range of every parameter that trains, with its optimizer state (views)."""
+    def parameter_shards(self) -> Iterator[ParameterShard]:
+        """This rank's range of every trainable parameter, with its optimizer state (views)."""
 
     @abstractmethod
-    def set_updates(self, updates: int) -> None:
-        """Set the optimizer's step counter (Adam's bias correction) after a restore."""
+    def on_state_loaded(self, update_count: int) -> None:
+        """Called after a checkpoint was copied into `parameter_shards()`.
 
-    def restored(self) -> None:
-        """Take over what was copied into the pieces, where the engine computes with copies."""
-        return
+        Args:
+            update_count: of the checkpoint, for Adam's bias correction.
+        """
 
     def close(self) -> None:
-        """Let go of the wrapper and what it holds."""
+        """Release the wrapper and its buffers."""
         self.model = None
 
     @cached_property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of what trains; a walk over all modules, so it is made once."""
-        return [(n, p) for n, p in self.bare.named_parameters() if p.requires_grad]
+        """Names and trainable parameters; cached, because it walks over all modules."""
+        return [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
 
 
 class TorchEngine(Engine):
-    """What ddp and fsdp2 share: torch's optimizer, clipping and per-parameter state."""
+    """Base of ddp and fsdp2: torch's optimizer, clipping and per-parameter state."""
 
     optimizer: torch.optim.Optimizer
 
     @cached_property
-    def owned(self) -> list[nn.Parameter]:
-        """What this rank's optimizer updates of each of `trainable`: all of it."""
+    def local_params(self) -> list[nn.Parameter]:
+        """This rank's part of each of `trainable`, which its optimizer updates: here all of it."""
         return [p for _, p in self.trainable]
 
     def norm_over_ranks(self, norm: Tensor) -> Tensor:
-        """The gradient's norm, from that of what this rank owns."""
+        """The global gradient norm, from the norm over `local_params`."""
         return norm
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -121,20 +123,20 @@ class TorchEngine(Engine):
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        gradients = [p.grad for p in self.owned if p.grad is not None]
+        gradients = [p.grad for p in self.local_params if p.grad is not None]
         norm = self.norm_over_ranks(get_total_norm(gradients))
         value = float(norm)
         if isfinite(value):
-            clip_grads_with_norm_(self.owned, self.stage.train.max_grad_norm, norm)
+            clip_grads_with_norm_(self.local_params, self.stage.train.max_grad_norm, norm)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
-            self.updates += 1
+            self.update_count += 1
         self.optimizer.zero_grad()
         return value
 
-    def pieces(self) -> Iterator[ParameterShard]:
-        for (name, parameter), own in zip(self.trainable, self.owned, strict=True):
-            views = {"weight": own.data, **self.optimizer_tensors(own)}
+    def parameter_shards(self) -> Iterator[ParameterShard]:
+        for (name, parameter), local in zip(self.trainable, self.local_params, strict=True):
+            views = {"weight": local.data, **self.optimizer_tensors(local)}
             start, stop = self.flat_range(parameter)
             tensors = {kind: view.reshape(-1) for kind, view in views.items()}
             yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
@@ -144,42 +146,40 @@ class TorchEngine(Engine):
         return 0, parameter.numel()
 
     def optimizer_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's tensors of a parameter, by the kind that a checkpoint knows them by."""
+        """The optimizer's tensors of a parameter, by their kind in a checkpoint."""
         state = adam_state(self.optimizer, parameter)
         if isinstance(self.optimizer, Optimizer8bit):
             return {f"bnb_{kind}": state[kind] for kind in EIGHT_BIT_KINDS if kind in state}
         return {kind: state[kind] for kind in ADAM_KINDS}
 
-    def set_updates(self, updates: int) -> None:
-        self.updates = updates
-        for own in self.owned:
-            state = adam_state(self.optimizer, own)
-            # torch counts in a tensor, bitsandbytes in a number
-            state["step"] = (
-                torch.full_like(state["step"], updates)
-                if torch.is_tensor(state["step"])
-                else updates
-            )
+    def on_state_loaded(self, update_count: int) -> None:
+        self.update_count = update_count
+        for local in self.local_params:
+            state = adam_state(self.optimizer, local)
+            if torch.is_tensor(state["step"]):  # bitsandbytes counts in an int
+                state["step"] = torch.full_like(state["step"], update_count)
+            else:
+                state["step"] = update_count
 
 
-def filled_blocks(model: nn.Module, fill: Fill) -> Iterator[nn.Module]:
-    """Each decoder layer, then the whole model, filled just before it is given out.
+def materialize_blocks(model: nn.Module, materialize: MaterializeFn) -> Iterator[nn.Module]:
+    """Yield each decoder layer, then the whole model, materialized just before.
 
-    An engine that keeps a share of a block before it asks for the next holds one at a time.
+    An engine that shards a block before it asks for the next one needs memory for one block.
     """
     blocks = [*decoder_layers(model), model]
-    with progress("loading the base", len(blocks)) as bar:
+    with progress("loading the base model", len(blocks)) as bar:
         for block in blocks:
-            fill(block)
+            materialize(block)
             yield block
             bar.advance()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The outermost blocks that transformers says must not be split.
+    """The outermost modules that transformers says must not be split.
 
-    Embeddings are not among them, though some types name theirs: the matrix may be the output
-    matrix too, and an engine that shards by block cannot put it into two.
+    Embeddings are left out, though some model types name theirs: the matrix may be tied to the
+    output matrix, and an engine that shards by block cannot put it into two blocks.
     """
     names = {
         name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
@@ -193,21 +193,21 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def build_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over what trains; weight decay on matrices only."""
+    """AdamW (arXiv:1711.05101) over trainable parameters; weight decay on matrices only."""
     train = stage.train
     groups = [
         {"params": [p for p in parameters if is_matrix(p)], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # One pass through memory where the other makes ten, and one call on a GPU for many tensors.
-    fits = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
-    own = {"fused": True} if fits else {}
-    return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate, **own)
+    # The fused kernel passes through memory once instead of ten times.
+    can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
+    options = {"fused": True} if can_fuse else {}
+    return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate, **options)
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has two dimensions or more; under ZeRO-3 only DeepSpeed knows them."""
+    """Whether a parameter has at least two dimensions; ZeRO-3 keeps the shape in `ds_shape`."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
@@ -218,15 +218,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of a parameter, made as at the first step if it is not there."""
+    """Adam's state of a parameter, initialized as in the first step if it is empty."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state and isinstance(optimizer, Optimizer8bit):
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         optimizer.init_state(group, parameter, 0, 0)
     elif not state:
-        # the fused one reads its counter where the parameter lies
-        place = parameter.device if optimizer.defaults.get("fused") else None
-        state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+        # The fused kernel reads the counter on the parameter's device.
+        device = parameter.device if optimizer.defaults.get("fused") else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for kind in ADAM_KINDS:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state

@@ -10,16 +10,16 @@ from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine, Fill
+from dtrain.engines.base import Engine, MaterializeFn
 
 
 def build_engine(
-    model: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+    model: nn.Module, recipe: Recipe, stage: Stage, world: World, materialize: MaterializeFn
 ) -> Engine:
     """Wrap `model` in the engine that the resolved recipe names.
 
     Args:
-        fill: materializes blocks of the model that have no storage yet.
+        materialize: loads blocks of the model that have no storage yet.
 
     Raises:
         UserError: the engine does not support what the recipe asks for, or the number of ranks.
@@ -33,5 +33,5 @@ def build_engine(
         path = capabilities.strict_implementation
     # Imported by name, so that a run under ddp does not pay for importing DeepSpeed.
     module, _, name = path.partition(":")
-    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, fill)
+    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, materialize)
     return engine

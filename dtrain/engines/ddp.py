@@ -1,4 +1,4 @@
-"""ddp: every rank holds the whole model; gradients are averaged in one all-reduce."""
+"""ddp: every rank has the whole model; gradients are averaged in one all-reduce."""
 
 from __future__ import annotations
 
@@ -11,47 +11,45 @@ from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import Fill, TorchEngine, build_optimizer
+from dtrain.engines.base import MaterializeFn, TorchEngine, build_optimizer
 
 
 class Ddp(TorchEngine):
     """torch's DistributedDataParallel."""
 
     def __init__(
-        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        stage: Stage,
+        world: World,
+        materialize: MaterializeFn,
     ) -> None:
-        super().__init__(bare, recipe, stage, world)
-        fill(bare)
-        self.copy = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.owned, stage)
-        # Every rank loaded the same base and drew the same adapter: nothing to broadcast.
+        super().__init__(module, recipe, stage, world)
+        materialize(module)
+        self.replica = (world.rank, world.size)
+        self.optimizer = build_optimizer(self.local_params, stage)
+        # All ranks load the same base and initialize the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(
-            bare, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+            module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         assert self.model.process_group.size() == world.size
 
     def before_forward(self, *, last: bool) -> None:
-        # DDP decides in the forward pass whether the backward pass sends: `no_sync` around the
-        # latter alone sends the gradient of every micro-batch.
+        # DDP decides in the forward pass whether the backward pass sends gradients: `no_sync`
+        # around the backward pass alone would send those of every micro-batch.
         self.model.require_backward_grad_sync = last
 
     def step(self, learning_rate: float) -> float:
-        self.check_reached()
-        return super().step(learning_rate)
-
-    def check_reached(self) -> None:
-        """Refuse what trains and gets no gradient: DDP would wait for it in the next pass.
-
-        Raises:
-            UserError: naming the parameters.
-        """
-        if unreached := [name for name, p in self.trainable if p.grad is None]:
-            what = f"the loss does not depend on {len(unreached)} of the parameters that train"
+        # DDP would wait for a missing gradient in the next pass.
+        if unused := [name for name, p in self.trainable if p.grad is None]:
             raise UserError(
-                f"{what}: {', '.join(unreached[:3])}",
+                f"the loss does not depend on {len(unused)} of the trainable parameters: "
+                f"{', '.join(unused[:3])}",
                 where="method.target_modules",
                 fix="name layers that the forward pass of a text uses",
             )
+        return super().step(learning_rate)
 
 
 class StrictDdp(TorchEngine):
@@ -65,57 +63,62 @@ class StrictDdp(TorchEngine):
     """
 
     def __init__(
-        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        stage: Stage,
+        world: World,
+        materialize: MaterializeFn,
     ) -> None:
-        super().__init__(bare, recipe, stage, world)
+        super().__init__(module, recipe, stage, world)
         if world.size & (world.size - 1):
             raise UserError(
-                f"{world.size} ranks: the order of sums is the same for 1, 2, 4, 8, … ranks only",
+                f"determinism: strict needs a power of two of ranks, not {world.size}",
                 where="determinism",
-                fix="use a power of two, or determinism: off",
+                fix="use 1, 2, 4, 8, … ranks, or determinism=off",
             )
-        # A matrix product's rounding depends on how many threads share it.
+        # The rounding of a matrix product depends on the number of threads.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
-        fill(bare)
-        self.model = bare
-        self.copy = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.owned, stage)
+        materialize(module)
+        self.model = module
+        self.replica = (world.rank, world.size)
+        self.optimizer = build_optimizer(self.local_params, stage)
         train = stage.train
-        self.leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
+        self._leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        (loss / self.world.size).backward()  # exact: a power of two
+        (loss / self.world.size).backward()  # exact: the number of ranks is a power of two
         self._sums.append(self._take_gradient())
-        for _ in range(closed_nodes(self._leaf, self.leaves)):
+        for _ in range(closed_nodes(self._leaf, self._leaves)):
             right = self._sums.pop()
             self._sums[-1] = self._sums[-1] + right
         self._leaf += 1
         if last:
-            self._put_gradient(self._sum_over_ranks(self._sums.pop()))
+            self._set_gradient(self._sum_over_ranks(self._sums.pop()))
             self._leaf = 0
 
     def _take_gradient(self) -> Tensor:
-        parts = [p.grad.reshape(-1) for p in self.owned if p.grad is not None]
+        gradients = [p.grad.reshape(-1) for p in self.local_params if p.grad is not None]
         self.optimizer.zero_grad()
-        return torch.cat(parts)
+        return torch.cat(gradients)
 
-    def _sum_over_ranks(self, mine: Tensor) -> Tensor:
-        parts = [torch.empty_like(mine) for _ in range(self.world.size)]
-        dist.all_gather(parts, mine)
-        while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+    def _sum_over_ranks(self, local_sum: Tensor) -> Tensor:
+        sums = [torch.empty_like(local_sum) for _ in range(self.world.size)]
+        dist.all_gather(sums, local_sum)
+        while len(sums) > 1:
+            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        return sums[0]
 
-    def _put_gradient(self, flat: Tensor) -> None:
-        parts = flat.split([p.numel() for p in self.owned])
-        for parameter, part in zip(self.owned, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+    def _set_gradient(self, flat: Tensor) -> None:
+        gradients = flat.split([p.numel() for p in self.local_params])
+        for parameter, gradient in zip(self.local_params, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
 
 def closed_nodes(leaf: int, leaves: int) -> int:
-    """How many inner nodes of the halving tree over `leaves` end with `leaf`."""
+    """Number of inner nodes, in the halving tree over `leaves`, whose last leaf is `leaf`."""
     low, high, closed = 0, leaves, 0
     while high - low > 1:
         closed += high == leaf + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,45 +24,49 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import (
     ADAM_KINDS,
     Engine,
-    Fill,
+    MaterializeFn,
     adam_state,
     build_optimizer,
     decoder_layers,
-    filled_blocks,
+    materialize_blocks,
     set_learning_rate,
 )
 from dtrain.engines.shared_gather import shared_gather
 from dtrain.launching.deepspeed_config import load_ds_config
 
-_DEEPSPEEDS_OWN = partition_parameters._dist_allgather_fn
+_ORIGINAL_ALL_GATHER = partition_parameters._dist_allgather_fn
 
 
 class Zero(Engine):
-    """What both ZeRO stages share."""
+    """Base of both ZeRO stages."""
 
     def __init__(
-        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        stage: Stage,
+        world: World,
+        materialize: MaterializeFn,
     ) -> None:
-        super().__init__(bare, recipe, stage, world)
+        super().__init__(module, recipe, stage, world)
         start_deepspeed(world)
-        settings = fill_ds_config(
-            load_ds_config(_own_file(recipe), recipe.engine.kind, recipe.engine.offload),
-            recipe,
-            stage,
-            world,
-            dtype=self.compute_dtype,
-        )
-        self.place(settings, fill)
+        options = recipe.engine
+        file = Path(options.config) if options.config else None
+        file_settings = load_ds_config(file, options.kind, options.offload)
+        settings = fill_ds_config(file_settings, recipe, stage, world, dtype=self.compute_dtype)
+        self.prepare_module(settings, materialize)
         optimizer = build_optimizer([p for _, p in self.trainable], stage)
-        with brief_parameters():
-            self.model, *_ = deepspeed.initialize(model=bare, optimizer=optimizer, config=settings)
+        with short_parameter_repr():
+            self.model, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings
+            )
         assert self.model.zero_optimization_stage() == ENGINES[recipe.engine.kind].zero_stage
         assert self.model.dp_world_size == world.size
         self.zero = self.model.optimizer
 
-    def place(self, settings: dict[str, Any], fill: Fill) -> None:
-        """Fill the model before DeepSpeed takes it."""
-        fill(self.bare)
+    def prepare_module(self, settings: dict[str, Any], materialize: MaterializeFn) -> None:
+        """Load the model before `deepspeed.initialize`."""
+        materialize(self.module)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)
@@ -70,86 +75,88 @@ class Zero(Engine):
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.model.optimizer, learning_rate)
         self.model.step()
-        if self.zero.overflow:  # DeepSpeed's word for a non-finite norm: it skipped the update
+        if self.zero.overflow:  # the norm is not finite, and DeepSpeed skipped the update
             return float("inf")
-        self.updates += 1
+        self.update_count += 1
         return float(self.model.get_global_grad_norm())
 
-    def set_updates(self, updates: int) -> None:
-        self.updates = updates
+    def on_state_loaded(self, update_count: int) -> None:
+        self.update_count = update_count
         for flat in self.flat_masters():
-            adam_state(self.zero.optimizer, flat)["step"].fill_(updates)
+            adam_state(self.zero.optimizer, flat)["step"].fill_(update_count)
 
-    def marked(self) -> list[tuple[str, Any]]:
-        """What trains, with the attributes that DeepSpeed puts on parameters."""
+    def ds_params(self) -> list[tuple[str, Any]]:
+        """Trainable parameters, untyped because of the attributes that DeepSpeed adds."""
         return list(self.trainable)
 
+    @abstractmethod
     def flat_masters(self) -> list[Tensor]:
-        """The float32 tensors that DeepSpeed's inner optimizer updates."""
-        raise AssertionError("each stage has its own")
+        """The float32 master weights that DeepSpeed's inner optimizer updates, flattened."""
 
     def close(self) -> None:
         self.model.destroy()
 
 
 class Zero2(Zero):
-    """Gradients and optimizer state partitioned as ranges of all parameters laid end to end."""
+    """Gradients and optimizer state are partitioned as ranges of all parameters, concatenated."""
 
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
-    def pieces(self) -> Iterator[ParameterShard]:
+    def parameter_shards(self) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
-        for name, parameter in self.marked():
+        for name, parameter in self.ds_params():
             mapping = parameter._hp_mapping
-            if mapping is None:  # other ranks hold all of it
+            if mapping is None:  # all of it is in other ranks' partitions
                 yield ParameterShard(name, tuple(parameter.shape), 0, 0, {})
                 continue
             master = masters[mapping.param_group_index]
             state = adam_state(self.zero.optimizer, master)
             flat = {"weight": master.data, **{kind: state[kind] for kind in ADAM_KINDS}}
-            held, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-            tensors = {k: v.narrow(0, held.start, held.numel) for k, v in flat.items()}
-            stop = whole.start + whole.numel
-            yield ParameterShard(name, tuple(parameter.shape), whole.start, stop, tensors)
+            in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+            tensors = {k: v.narrow(0, in_master.start, in_master.numel) for k, v in flat.items()}
+            start, stop = in_parameter.start, in_parameter.start + in_parameter.numel
+            yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
 
 
 class Zero3(Zero):
-    """Parameters partitioned too: each rank holds an equal range of every parameter."""
+    """Parameters are partitioned too: each rank has an equal range of every parameter."""
 
-    def place(self, settings: dict[str, Any], fill: Fill) -> None:
+    def prepare_module(self, settings: dict[str, Any], materialize: MaterializeFn) -> None:
         share_partitions(self.world)
         zero = settings["zero_optimization"]
         if zero.get(PREFETCH, "auto") == "auto":
-            config: Any = self.bare.config
+            config: Any = self.module.config
             zero[PREFETCH] = prefetch_elements(config.get_text_config().hidden_size)
-        where = "cpu" if self.recipe.engine.offload else None
-        for block in filled_blocks(self.bare, fill):
+        offload_device = "cpu" if self.recipe.engine.offload else None
+        for block in materialize_blocks(self.module, materialize):
             cast_parameters(block, self.compute_dtype)
-            if block is not self.bare:  # the rest is partitioned by DeepSpeed itself
+            if block is not self.module:  # deepspeed.initialize partitions the rest
                 deepspeed.zero.Init(
                     module=block,
                     config_dict_or_path=settings,
                     dtype=self.compute_dtype,
-                    remote_device=where,
+                    remote_device=offload_device,
                     mem_efficient_linear=False,
                 )
 
-        for block in decoder_layers(self.bare):
-            # A kernel reads the weights of several layers at once: a block gathers all of its own.
+        for block in decoder_layers(self.module):
+            # Kernels read the weights of several linear layers at once: gather the whole block.
             for parameter in block.parameters():
                 deepspeed.zero.register_external_parameter(block, parameter)
 
-    def restored(self) -> None:
+    def on_state_loaded(self, update_count: int) -> None:
+        super().on_state_loaded(update_count)
+        # The compute copies are made from the masters.
         for group in range(len(self.flat_masters())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def pieces(self) -> Iterator[ParameterShard]:
+    def parameter_shards(self) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
-        for name, parameter in self.marked():
+        for name, parameter in self.ds_params():
             group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * elements, parameter.ds_numel)
             stop = min(start + elements, parameter.ds_numel)  # the last range is padded
@@ -163,8 +170,8 @@ def cast_parameters(block: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters that DeepSpeed has not partitioned yet to the compute dtype.
 
     DeepSpeed casts a model only if none of its parameters is partitioned: without this, ZeRO-3
-    holds and computes in float32 what was loaded in float32, whatever `bf16.enabled` says. The
-    float32 masters are the optimizer's own.
+    would keep and compute in float32 what was loaded in float32, whatever `bf16.enabled` says.
+    The optimizer makes its own float32 masters.
     """
     for parameter in block.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
@@ -172,32 +179,32 @@ def cast_parameters(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 def share_partitions(world: World) -> None:
-    """Let ZeRO-3 gather through shared memory where `shared_gather` can."""
+    """Make ZeRO-3 gather through shared memory where `shared_gather` supports it."""
     assert dist.group.WORLD
     gather = shared_gather(dist.group.WORLD, world)
-    partition_parameters._dist_allgather_fn = _DEEPSPEEDS_OWN
+    partition_parameters._dist_allgather_fn = _ORIGINAL_ALL_GATHER
     if gather is None:
         return
 
-    def gather_partitions(part: Tensor, whole: Tensor, group: object = None) -> Done:
-        gather.into(part.flatten(), whole)
-        return Done()
+    def gather_partitions(shard: Tensor, output: Tensor, group: object = None) -> CompletedWork:
+        gather.into(shard.flatten(), output)
+        return CompletedWork()
 
     partition_parameters._dist_allgather_fn = gather_partitions
 
 
-class Done:
-    """A handle of what is done already."""
+class CompletedWork:
+    """The handle of a collective that is complete."""
 
     def wait(self, **_: object) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
 
 def start_deepspeed(world: World) -> None:
-    """Let DeepSpeed use the process group that is there.
+    """Initialize DeepSpeed with the existing process group.
 
-    On a CPU its shared-memory collectives, a C++ extension compiled for a minute at the first
-    start, are left out: gloo carries everything.
+    On a CPU, gloo carries all collectives: DeepSpeed's shared-memory collectives are a C++
+    extension that takes a minute to compile at the first start.
     """
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -206,11 +213,11 @@ def start_deepspeed(world: World) -> None:
 
 
 @contextmanager
-def brief_parameters() -> Iterator[None]:
-    """Print a parameter as its shape.
+def short_parameter_repr() -> Iterator[None]:
+    """Represent a parameter by its shape only.
 
-    DeepSpeed formats every parameter for a log line that nobody sees: slow, and seen to fail
-    inside torch's printing in one of some ZeRO-3 starts.
+    DeepSpeed formats every parameter for a log line that is never shown. That is slow, and it
+    sometimes raised an error inside torch's formatting when ZeRO-3 started.
     """
     original = nn.Parameter.__repr__
     nn.Parameter.__repr__ = _shape_only  # type: ignore[assignment,method-assign]
@@ -227,18 +234,14 @@ def _shape_only(parameter: nn.Parameter) -> str:
 def fill_ds_config(
     settings: dict[str, Any], recipe: Recipe, stage: Stage, world: World, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Put the recipe's values where the file says "auto"."""
+    """Replace "auto" by the recipe's values."""
     train = stage.train
     micro = train.micro_batch
-    kept = {knob: value for knob, value in settings.items() if value != "auto"}
+    explicit = {key: value for key, value in settings.items() if value != "auto"}
     bf16 = {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True}
-    return kept | {
+    return explicit | {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation(train.global_batch_size, world.size, micro),
         "gradient_clipping": train.max_grad_norm,
         "bf16": settings.get("bf16", {}) | bf16,
     }
-
-
-def _own_file(recipe: Recipe) -> Path | None:
-    return Path(recipe.engine.config) if recipe.engine.config else None

@@ -24,11 +24,11 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
-    Fill,
+    MaterializeFn,
     TorchEngine,
     build_optimizer,
     decoder_layers,
-    filled_blocks,
+    materialize_blocks,
 )
 from dtrain.engines.shared_gather import share_gathers
 
@@ -37,54 +37,59 @@ class Fsdp2(TorchEngine):
     """torch's fully_shard, one group of parameters a decoder layer."""
 
     def __init__(
-        self, bare: nn.Module, recipe: Recipe, stage: Stage, world: World, fill: Fill
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        stage: Stage,
+        world: World,
+        materialize: MaterializeFn,
     ) -> None:
-        super().__init__(bare, recipe, stage, world)
-        check_blocks(decoder_layers(bare))
+        super().__init__(module, recipe, stage, world)
+        check_blocks(decoder_layers(module))
         mesh = build_mesh(recipe.engine.shard, world)
-        for block in filled_blocks(bare, fill):
+        for block in materialize_blocks(module, materialize):
             fully_shard(block, mesh=mesh, mp_policy=self.precision())
-        assert isinstance(bare, FSDPModule)
-        self.model, self.shard_group = bare, mesh.get_group("shard")
-        share_gathers(bare, self.shard_group, world)
+        assert isinstance(module, FSDPModule)
+        self.model, self.shard_group = module, mesh.get_group("shard")
+        share_gathers(module, self.shard_group, world)
         if mesh.ndim > 1:
-            self.copy = (mesh.get_local_rank("replicate"), mesh.size(0))
-        # An adapter's whole gradient is small: reduce it once a step. A full model's is not.
+            self.replica = (mesh.get_local_rank("replicate"), mesh.size(0))
+        # An adapter's unsharded gradient is small enough to be reduced once a step.
         self.reduce_every_micro_batch = stage.method.traits.trains_base
         self.reduces = True
-        self.optimizer = build_optimizer(self.owned, stage)
-        unsharded = [n for n, p in bare.named_parameters() if not isinstance(p, DTensor)]
+        self.optimizer = build_optimizer(self.local_params, stage)
+        unsharded = [n for n, p in module.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"not sharded: {unsharded[:3]}"
 
     def precision(self) -> MixedPrecisionPolicy:
         """Full fine-tuning gathers its float32 weights in the compute dtype.
 
-        An adapter's are small and its frozen base is in the compute dtype already.
+        An adapter's weights are small, and its frozen base is in the compute dtype already.
         """
         if not self.stage.method.traits.trains_base or self.compute_dtype == torch.float32:
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32)
 
     @cached_property
-    def owned(self) -> list[nn.Parameter]:
-        """This rank's shards, sharing memory with the model's.
+    def local_params(self) -> list[nn.Parameter]:
+        """This rank's shards as plain tensors, which share memory with the model's.
 
-        For DTensors torch works out how each operation of the optimizer is sharded, which for
-        some hundred adapters takes the first step seconds.
+        With DTensors torch plans the sharding of each optimizer operation, which costs the first
+        step seconds for some hundred adapters.
         """
         return [nn.Parameter(_local(p)) for _, p in self.trainable]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         reduces = last or self.reduce_every_micro_batch
-        if reduces != self.reduces:  # it walks over all modules
+        if reduces != self.reduces:  # the call walks over all modules
             self.model.set_requires_gradient_sync(reduces)
             self.reduces = reduces
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        for (_, parameter), own in zip(self.trainable, self.owned, strict=True):
+        for (_, parameter), local in zip(self.trainable, self.local_params, strict=True):
             if parameter.grad is not None:
-                own.grad, parameter.grad = _local(parameter.grad), None
+                local.grad, parameter.grad = _local(parameter.grad), None
         return super().step(learning_rate)
 
     def norm_over_ranks(self, norm: Tensor) -> Tensor:
@@ -92,12 +97,12 @@ class Fsdp2(TorchEngine):
         dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
 
-    def pieces(self) -> Iterator[ParameterShard]:
-        # After an evaluation the root's parameters are still gathered.
+    def parameter_shards(self) -> Iterator[ParameterShard]:
+        # After an evaluation the root module's parameters are still gathered.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        yield from super().pieces()
+        yield from super().parameter_shards()
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         assert isinstance(parameter, DTensor)
@@ -111,15 +116,15 @@ class Fsdp2(TorchEngine):
 
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
-    with torch.no_grad():  # else a DTensor dispatches its way out
+    with torch.no_grad():  # otherwise torch records the conversion for autograd
         return tensor.to_local()
 
 
 def check_blocks(blocks: list[nn.Module]) -> None:
-    """Refuse blocks that share weights: each is gathered and freed with one of them only.
+    """Check that blocks share no weights: each is gathered and freed with one block only.
 
     Raises:
-        UserError: naming the engines that can.
+        UserError: some do.
     """
     owners: dict[nn.Parameter, nn.Module] = {}
     for block in blocks:
@@ -134,10 +139,10 @@ def check_blocks(blocks: list[nn.Module]) -> None:
 
 
 def build_mesh(shard: str | int, world: World) -> DeviceMesh:
-    """One dimension ("shard") over all ranks, or two ("replicate" x "shard").
+    """A mesh of one dimension ("shard") over all ranks, or two ("replicate" x "shard").
 
     Raises:
-        UserError: the ranks do not divide into groups of `shard`.
+        UserError: the number of ranks is not a multiple of `shard`.
     """
     group = {"all": world.size, "node": world.local_size}.get(str(shard)) or int(shard)
     if world.size % group:

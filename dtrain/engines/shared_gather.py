@@ -1,9 +1,9 @@
-"""All-gathers of FSDP2 and ZeRO-3 between the CPU ranks of one node, through shared memory.
+"""All-gathers of FSDP2 and ZeRO-3 through shared memory, between CPU ranks on one node.
 
-gloo sends every byte through sockets into memory that is new at each gather. NCCL would do neither,
-and a step on CPUs would tell little of one on GPUs. Here each rank copies its shard to its place in
-a buffer that all ranks have mapped, and a collective of one number says that all of them have;
-hooks, shards and copies out stay torch's.
+gloo sends every byte through sockets into newly allocated memory. NCCL would do neither, so the
+time of a step on CPUs would say little about a step on GPUs. Here each rank copies its shard into
+a buffer that all ranks have mapped, and a collective of one number signals that all have done so.
+Hooks, shards and the copies out of the buffer remain torch's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEY_BYTES = 8
 
 
 def share_gathers(model: nn.Module, group: dist.ProcessGroup, world: World) -> None:
-    """Gather a model of FSDP2 through shared memory, if the ranks of `group` are on one node."""
+    """Make an FSDP2 model gather through shared memory, if the ranks of `group` share a node."""
     gather = shared_gather(group, world)
     for module in model.modules():
         if isinstance(module, FSDPModule) and gather:
@@ -37,43 +37,44 @@ def share_gathers(model: nn.Module, group: dist.ProcessGroup, world: World) -> N
 
 
 def shared_gather(group: dist.ProcessGroup, world: World) -> SharedGather | None:
-    """One for CPU ranks of `group`, if they are on one node."""
+    """A shared gather for the CPU ranks of `group`; None if they are on several nodes."""
     if world.device.type != "cpu" or dist.get_backend(group) != "gloo" or group.size() == 1:
         return None
     first_on_node = world.rank - world.local_rank
-    is_near = dist.get_process_group_ranks(group)[0] >= first_on_node
-    if shared_buffer(mmap.PAGESIZE, group, is_near=is_near) is None:
+    same_node = dist.get_process_group_ranks(group)[0] >= first_on_node
+    if shared_buffer(mmap.PAGESIZE, group, same_node=same_node) is None:
         return None
     return SharedGather(group)
 
 
 class SharedGather(DefaultAllGather):
-    """Three buffers in turn; all ranks ask for the same sizes in the same order, as FSDP2 does.
+    """All-gathers that take turns on three shared buffers.
 
-    Who writes into a buffer must know that no rank still reads what was gathered there. Gather n
-    takes the buffer of n - 3, and in the collective of n - 1 each rank says whether it still holds
-    what lies there. If one does, as when a backward pass prefetches what it uses late, gather n is
-    an ordinary one. Each buffer grows to the largest gather, that of the embeddings, and stays.
+    All ranks request the same sizes in the same order, as FSDP2 does. A rank may write into a
+    buffer only if no rank still reads its last content. Gather n uses the buffer of gather n - 3,
+    and in the collective of gather n - 1 each rank reports whether it still references that
+    content. If one does, for example when a backward pass prefetches early, gather n is an
+    ordinary one. Each buffer grows to the size of the largest gather, the embeddings', and stays.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._buffers: list[Tensor | None] = [None] * BUFFERS
-        self._held: list[weakref.ref[Tensor] | None] = [None] * BUFFERS  # what lies in each
-        self._number = 0
-        self._works, self._may_share, self._is_shared = True, True, False
+        self._contents: list[weakref.ref[Tensor] | None] = [None] * BUFFERS
+        self._index = 0  # of the next gather
+        self._can_map, self._is_free, self._is_shared = True, True, False
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Room for what is gathered: shared, or this rank's own."""
+        """An output tensor in a shared buffer if its turn is free, else in private memory."""
         needed = int(prod(size)) * dtype.itemsize
-        room = self._shared(needed) if self._works and self._may_share else None
-        self._is_shared = room is not None
-        if room is None:
+        memory = self._shared(needed) if self._can_map and self._is_free else None
+        self._is_shared = memory is not None
+        if memory is None:
             return super().allocate(size, dtype=dtype, device=device)
-        result = room.view(dtype).view(*size)
-        self._held[self._number % BUFFERS] = weakref.ref(result)
+        result = memory.view(dtype).view(*size)
+        self._contents[self._index % BUFFERS] = weakref.ref(result)
         return result
 
     def __call__(
@@ -83,58 +84,58 @@ class SharedGather(DefaultAllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        """Return when every rank has written its part."""
+        """Return when every rank has written its shard."""
         if not self._is_shared:
             super().__call__(output_tensor, input_tensor, group)
-        self._number += 1
-        held = self._held[self._number % BUFFERS]
-        is_held = torch.tensor([float(held is not None and held() is not None)])
-        dist.all_reduce(is_held, group=group)
-        self._may_share = not is_held.item()
+        self._index += 1
+        content = self._contents[self._index % BUFFERS]
+        in_use = torch.tensor([float(content is not None and content() is not None)])
+        dist.all_reduce(in_use, group=group)
+        self._is_free = not in_use.item()
 
-    def into(self, part: Tensor, whole: Tensor) -> None:
-        """Gather every rank's `part` [n] into `whole` [ranks x n]."""
-        room = self.allocate(whole.shape, dtype=whole.dtype, device=whole.device)
-        own = room.narrow(0, self._group.rank() * part.numel(), part.numel()).copy_(part)
-        self(room, own, self._group)
-        whole.copy_(room)
+    def into(self, shard: Tensor, output: Tensor) -> None:
+        """Gather every rank's `shard` [n] into `output` [ranks x n]."""
+        gathered = self.allocate(output.shape, dtype=output.dtype, device=output.device)
+        offset = self._group.rank() * shard.numel()
+        self(gathered, gathered.narrow(0, offset, shard.numel()).copy_(shard), self._group)
+        output.copy_(gathered)
 
     def _shared(self, size: int) -> Tensor | None:
-        place = self._number % BUFFERS
-        buffer = self._buffers[place]
+        index = self._index % BUFFERS
+        buffer = self._buffers[index]
         if buffer is None or buffer.numel() < size:
             largest = max(size, *(b.numel() for b in self._buffers if b is not None), 0)
-            buffer = self._buffers[place] = shared_buffer(largest, self._group)
-            self._works = buffer is not None  # on all ranks or on none
+            buffer = self._buffers[index] = shared_buffer(largest, self._group)
+            self._can_map = buffer is not None  # on all ranks or on none
         return None if buffer is None else buffer[:size]
 
 
-def shared_buffer(size: int, group: dist.ProcessGroup, *, is_near: bool = True) -> Tensor | None:
-    """uint8, at least `size` long, that every rank of `group` has mapped; None if one cannot.
+def shared_buffer(size: int, group: dist.ProcessGroup, *, same_node: bool = True) -> Tensor | None:
+    """A uint8 tensor of at least `size` bytes, mapped by all ranks of `group`; None if one cannot.
 
     Args:
-        is_near: whether this rank is on the node of the group's first.
+        same_node: whether this rank is on the node of the group's first rank.
     """
     size = max(size, KEY_BYTES)
     first = dist.get_process_group_ranks(group)[0]
     file = _create(size) if dist.get_rank() == first else None
-    found = torch.tensor(file or (0, 0, 0))
-    dist.broadcast(found, first, group=group)
-    process, number, key = found.tolist()
+    address = torch.tensor(file or (0, 0, 0))
+    dist.broadcast(address, first, group=group)
+    process, descriptor, key = address.tolist()
     buffer = None
-    if is_near and process:
-        with suppress(OSError, ValueError):  # not this node's, or another user's
-            buffer = _map(f"/proc/{process}/fd/{number}", size, key)
+    if same_node and process:
+        with suppress(OSError, ValueError):  # a process on another node, or of another user
+            buffer = _map(f"/proc/{process}/fd/{descriptor}", size, key)
     have_all = torch.tensor([buffer is not None], dtype=torch.int64)
     dist.all_reduce(have_all, dist.ReduceOp.MIN, group=group)
     if file:
-        os.close(number)
+        os.close(descriptor)
     return buffer if have_all.item() else None
 
 
 def _create(size: int) -> tuple[int, int, int] | None:
-    """This process, a file in memory that it has open, and what the file begins with."""
-    if not hasattr(os, "memfd_create"):  # no Linux
+    """Create a file in memory; return this process, the file descriptor and the file's key."""
+    if not hasattr(os, "memfd_create"):  # not Linux
         return None
     key, file = secrets.randbits(63), os.memfd_create("dtrain-gather")
     try:
@@ -147,7 +148,7 @@ def _create(size: int) -> tuple[int, int, int] | None:
 
 
 def _map(path: str, size: int, key: int) -> Tensor | None:
-    """The file at `path` as a tensor; None if it is another than that with `key`."""
+    """The file at `path` as a tensor; None if it does not begin with `key`."""
     file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         memory = mmap.mmap(file, size)

@@ -24,7 +24,7 @@ from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.hang_watchdog import Watch
 from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine, Fill
+from dtrain.engines.base import Engine, MaterializeFn
 from dtrain.engines.build import build_engine
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.chat_files import adapter_chat_files, merged_chat_files
@@ -134,7 +134,7 @@ class StageRun:
         self.evaluations.record(self.stage.name, engine, self.base)
         facts = self.facts(trainer.progress)
         engine.close()
-        return engine.bare, facts
+        return engine.module, facts
 
     def build(self, checkpoint: Checkpoint | None) -> Engine:
         """Base, adapter, engine; with the state of `checkpoint` where there is one."""
@@ -164,12 +164,11 @@ class StageRun:
             load_trainable(model, checkpoint)
         engine = build_engine(model, self.recipe, self.stage, world, materialize)
         if checkpoint is not None:
-            checkpoint.restore(engine.pieces())
-            engine.restored()
-            engine.set_updates(checkpoint.state["updates"])
+            checkpoint.restore(engine.parameter_shards())
+            engine.on_state_loaded(checkpoint.state["updates"])
         return engine
 
-    def open_base(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Fill]:
+    def open_base(self, dtype: torch.dtype) -> tuple[PreTrainedModel, MaterializeFn]:
         """The base without storage, and what fills it, block by block for an engine that shards."""
         method = self.method
         settings: dict[str, Any] = {

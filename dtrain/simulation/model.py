@@ -107,7 +107,7 @@ def build_fake_engine(
     with mode if inside else nullcontext(), ledger if inside else nullcontext():
         engine = build_engine(model, recipe, stage, world, FakeFiller(mode).fill)
     _match_gpu_run(engine, on_gpu)
-    ledger.name(_weights(engine.bare), WEIGHTS)
+    ledger.name(_weights(engine.module), WEIGHTS)
     ledger.name_rest(GRADIENTS)  # DDP's buckets, which store the gradients
     return engine
 

@@ -119,7 +119,7 @@ class StepSimulator:
         train, tokens = self.stage.train, self.stage.data.sequence_length
         count = train.micro_batch
         numbers = [index * count + i for i in range(count)]
-        set_dropout_key(self.engine.bare, 0, 0, numbers, [tokens] * count)
+        set_dropout_key(self.engine.module, 0, 0, numbers, [tokens] * count)
         self.engine.before_forward(last=last)
         batch = batch_of(count, tokens, numbers)
         objective = build_objective(self.stage)

@@ -72,12 +72,12 @@ class Checkpointer:
         """
         state = {
             "dtype": self._dtype,
-            "updates": engine.updates,
+            "updates": engine.update_count,
             "progress": asdict(stage),
             "inputs": self._inputs,
             "held_out_loss": held_out_loss,
         }
-        self._saver.save(stage.step, share_of(engine.pieces(), *engine.copy), state)
+        self._saver.save(stage.step, share_of(engine.parameter_shards(), *engine.replica), state)
 
     def wait_for_save(self) -> None:
         """Wait until the save under way, if any, is on disk."""

@@ -82,12 +82,12 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     scale = world.size / weight  # engines average over ranks
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     outputs: list[LossOutput] = []
-    if not engine.bare.training:  # after an evaluation; it walks over all modules
+    if not engine.module.training:  # after an evaluation; it walks over all modules
         engine.model.train()
     statistics = begin_step(engine, objective, batches)
     for number, batch in enumerate(batches):
         trainer.callbacks.pre_micro_batch(step + 1, number + 1, len(batches))
-        set_dropout_key(engine.bare, trainer.seed, step, batch.sequences, batch.sequence_lengths)
+        set_dropout_key(engine.module, trainer.seed, step, batch.sequences, batch.sequence_lengths)
         last = number == len(batches) - 1
         engine.before_forward(last=last)
         output = compute_loss(engine, objective, batch, statistics)

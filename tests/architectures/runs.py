@@ -187,9 +187,9 @@ def observe(noted: Path) -> None:
         output = forward(engine, objective, batch, statistics)
         if engine.stage.name == "domain":
             if not layers:
-                layers.update(base_layers(engine.bare))
+                layers.update(base_layers(engine.module))
                 save()
-            if engine.updates == len(steps):
+            if engine.update_count == len(steps):
                 steps.append([])
             steps[-1].append(
                 {
@@ -203,7 +203,7 @@ def observe(noted: Path) -> None:
         return output
 
     def step(engine: Any, learning_rate: float) -> float:
-        if engine.stage.name == "domain" and engine.updates == OBSERVED_UPDATES:
+        if engine.stage.name == "domain" and engine.update_count == OBSERVED_UPDATES:
             save(
                 weights={n: p.detach().clone() for n, p in engine.trainable},
                 gradients={n: p.grad.clone() for n, p in engine.trainable if p.grad is not None},

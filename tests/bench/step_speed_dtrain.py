@@ -48,7 +48,7 @@ def least_seconds(inputs: Any, steps: range) -> float:
     Each weight meets each token once forward and once backward, and once more if it trains; the
     output matrix meets the supervised tokens only; attention looks back inside its document.
     """
-    model, config = inputs.engine.bare, inputs.engine.bare.config
+    model, config = inputs.engine.module, inputs.engine.module.config
     trains = model.get_output_embeddings().weight.requires_grad
     batches = [next(iter(inputs.loader.micro_batches(step, 0, 1, 1))) for step in steps]
     inner = [m for n, m in model.named_modules() if is_inner(n, m)]

@@ -105,8 +105,8 @@ def main() -> None:
     facts["one node"], calls[0] = calls[0], 0
     outputs_of_a_sharded_model(replace(world, local_rank=0))  # a node a rank
     facts["two nodes"] = calls[0]
-    is_near = world.rank == 0
-    facts["buffers"] = int(shared_buffer(64, dist.group.WORLD, is_near=is_near) is not None)
+    same_node = world.rank == 0
+    facts["buffers"] = int(shared_buffer(64, dist.group.WORLD, same_node=same_node) is not None)
     facts["zero3 gathers"], facts["zero3 has"] = elements_of_zero3(world)
     assert world.sum(list(facts.values())) == [world.size * value for value in facts.values()]
     if world.is_first:

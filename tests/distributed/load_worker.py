@@ -25,7 +25,7 @@ from dtrain.samples.make import ensure
 
 def kept(engine: Any, refs: list[Any]) -> list[str]:
     """Shapes of filled parameters that live on, though the engine does not compute with them."""
-    own = {id(p) for p in engine.bare.parameters()}
+    own = {id(p) for p in engine.module.parameters()}
     alive = [parameter for one in refs if (parameter := one()) is not None]
     sharded = ENGINES[engine.recipe.engine.kind].shards_base
     # ZeRO-3 empties the very parameter; where nothing is sharded it stays as it is

@@ -160,7 +160,7 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
     watch_resizes(storages.resized)
     with storages:
         engine, counts = built(recipe, stage, world)
-    for tensor in [*engine.bare.parameters(), *engine.bare.buffers()]:
+    for tensor in [*engine.module.parameters(), *engine.module.buffers()]:
         storages.take(tensor)
     if recipe.engine.kind == "ddp":
         reduce_in_python(engine.model)
@@ -183,7 +183,7 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
     train = stage.train
     micro = train.global_batch_size // engine.world.size // train.micro_batch
     tokens = train.micro_batch * stage.data.sequence_length
-    vocabulary = engine.bare.get_input_embeddings().num_embeddings
+    vocabulary = engine.module.get_input_embeddings().num_embeddings
     phases = {"forward": 0, "backward": 0, "update": 0}
 
     def ends(name: str) -> None:
@@ -196,7 +196,7 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
         storages.peak = storages.total
         for number in range(micro):
             sample = batch(vocabulary, tokens, number)
-            set_dropout_key(engine.bare, 0, step, [number], [tokens])
+            set_dropout_key(engine.module, 0, step, [number], [tokens])
             last = number == micro - 1
             engine.before_forward(last=last)
             loss = compute_loss(engine, objective, sample).loss

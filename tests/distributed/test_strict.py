@@ -51,7 +51,11 @@ def test_another_dropout_gives_other_weights(start_ranks, weights, known) -> Non
     ("overrides", "ranks", "said"),
     [
         (["engine.kind=fsdp2"], 2, "only ddp can use determinism: strict, and this is fsdp2"),
-        (["stages.0.train.global_batch_size=6"], 3, "3 ranks: the order of sums"),
+        (
+            ["stages.0.train.global_batch_size=6"],
+            3,
+            "determinism: strict needs a power of two of ranks, not 3",
+        ),
     ],
 )
 def test_where_strict_does_not_hold_it_is_refused(start_ranks, overrides, ranks, said) -> None:

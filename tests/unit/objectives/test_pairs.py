@@ -171,7 +171,7 @@ class OneStep:
             dtype=torch.float32,
             device=world.device,
         )
-        self.bare = self.model = build_method(LORA).attach(base, seed=0)
+        self.module = self.model = build_method(LORA).attach(base, seed=0)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if "lora_B" in name:  # else the adapter changes nothing
