@@ -11,8 +11,7 @@ from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtrain.config.objectives import OBJECTIVES
-from dtrain.config.schema import Recipe
+    from dtrain.config.schema import Recipe
 
 
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
@@ -31,6 +30,7 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
 
 def template_notes(recipe: Recipe) -> Iterator[str]:
     """What is wrong with how the chat templates of the stages end a turn, as far as seen here."""
+    from dtrain.config.objectives import OBJECTIVES
     from dtrain.data.light_template import closes_turns
     from dtrain.planning.known_models import find_config
 
