@@ -134,14 +134,16 @@ def _facts(artifact: dict[str, Any], lines: MetricLines) -> list[tuple[str, str]
         (line.get("peak_memory_bytes") or 0 for line in lines), default=0
     )
     trained, total = artifact.get("trainable_parameters"), artifact.get("total_parameters")
-    share = f"({100 * trained / total:.2g} %)" if trained and total else ""
+    share = ""
+    if trained and total:
+        share = f"{count(trained)} of {count(total)} parameters ({100 * trained / total:.2g} %)"
     facts = [
         ("steps", str(steps)),
         ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
         ("time", duration(artifact["seconds"]) if artifact.get("seconds") else ""),
         ("tokens/s", f"{speed:.0f}" if speed else ""),
         ("peak memory", size(memory) if memory else ""),
-        ("trained", f"{count(trained)} of {count(total)} parameters {share}" if share else ""),
+        ("trained", share),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -97,27 +97,27 @@ class Writer:
 
     def __init__(self, seed: int) -> None:
         self.any = random.Random(seed)
-        self.made = 0
+        self.rows = 0
 
     def sentence(self, tongue: str) -> str:
-        _, who, does, what, where = (part.split("|") for part in TONGUES[tongue])
+        _, who, does, objects, where = (words.split("|") for words in TONGUES[tongue])
         pick, number = self.any.choice, self.any.randrange(2, 99)
         gap = "" if tongue in STOP else " "
-        words = [pick(who), pick(does), f"{number}", pick(what), pick(where)]
+        words = [pick(who), pick(does), f"{number}", pick(objects), pick(where)]
         if tongue == "ja":
             words = [words[0], words[4], words[3], words[1]]
         text = gap.join(words) + STOP.get(tongue, ".")
         return text[0].upper() + text[1:]
 
     def row(self, tongue: str | None = None) -> Row:
-        self.made += 1
+        self.rows += 1
         tongue = tongue or self.any.choice(list(TONGUES))
         gap = "" if tongue in STOP else " "
         opening = self.any.choice(TONGUES[tongue][0].split("|"))
         asked = self.sentence(tongue).rstrip(".。")
         asked = asked if tongue in STOP else asked[0].lower() + asked[1:]
         end = "？" if tongue in STOP else "?"
-        question = f"{opening}{gap}{asked} ({self.made}){end}"
+        question = f"{opening}{gap}{asked} ({self.rows}){end}"
         said = gap.join(self.sentence(tongue) for _ in range(self.any.randrange(3, 8)))
         return question, said
 
@@ -131,8 +131,8 @@ class Writer:
 def luhn(head: str) -> str:
     """The number with its check digit."""
     total = 0
-    for place, digit in enumerate(reversed(head)):
-        value = int(digit) * (2 if place % 2 == 0 else 1)
+    for index, digit in enumerate(reversed(head)):
+        value = int(digit) * (2 if index % 2 == 0 else 1)
         total += value - 9 if value > 9 else value
     return head + str(-total % 10)
 
@@ -299,7 +299,7 @@ REFUSALS = [
 
 
 def planted(rows: int, seed: int) -> tuple[list[tuple[Row, str]], list[RowText]]:
-    """Rows with what is planted in each ('' for nothing), and the held-out set."""
+    """Rows with the kind of problem planted in each ('' for none), and the held-out set."""
     w = Writer(seed)
     held = [w.row() for _ in range(60)]
     plain = [w.row() for _ in range(rows)]
@@ -356,8 +356,8 @@ def _changed(w: Writer, held: list[Row]) -> dict[str, Callable[[Row, int], Row]]
 
 def _again(w: Writer) -> dict[str, Callable[[Row], Row]]:
     def near(row: Row) -> Row:
-        place = w.any.randrange(len(row[1]) // 3, len(row[1]) // 2)
-        return row[0], f"{row[1][:place]}{w.any.choice('xyz')}{row[1][place + 1 :]}"
+        index = w.any.randrange(len(row[1]) // 3, len(row[1]) // 2)
+        return row[0], f"{row[1][:index]}{w.any.choice('xyz')}{row[1][index + 1 :]}"
 
     return {
         "exact_duplicate": lambda row: row,
@@ -367,7 +367,7 @@ def _again(w: Writer) -> dict[str, Callable[[Row], Row]]:
 
 
 def broken_lines(w: Writer, count: int) -> list[bytes]:
-    made: list[bytes] = []
+    lines: list[bytes] = []
     for n in range(count):
         question, said = w.row()
         good = {"messages": [{"role": "user", "content": question}]}
@@ -376,12 +376,12 @@ def broken_lines(w: Writer, count: int) -> list[bytes]:
         text = [text[:-3], text.replace(":", ";", 1), '["a", "b"]', "{}", text, text][n % 6]
         data = text.encode()
         data = data.replace(b"role", b"r\xff\xfele", 1) if n % 6 == 4 else data
-        made.append(data if n % 6 != 5 else json.dumps({"messages": "none"}).encode())
-    return made
+        lines.append(data if n % 6 != 5 else json.dumps({"messages": "none"}).encode())
+    return lines
 
 
 def write(folder: Path, rows: list[tuple[Row, str]], w: Writer) -> dict[str, str]:
-    """Four files; place of each row → what is planted in it."""
+    """Write four files; return the planted kind by the location of the row."""
     truth: dict[str, str] = {}
     quarter = -(-len(rows) // 4)
     parts = [rows[i * quarter : (i + 1) * quarter] for i in range(4)]
@@ -460,12 +460,12 @@ def measure(rows: int, seed: int, folder: Path) -> Iterator[tuple[str, float, fl
 def main(rows: int, seed: int, **_: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         for kind, precision, recall, wrong in measure(rows, seed, Path(name)):
-            mark = "exact" if kind in EXACT else ""
-            print(f"{kind:16} precision {precision:.3f}  recall {recall:.3f}  {mark}")
+            label = "exact" if kind in EXACT else ""
+            print(f"{kind:16} precision {precision:.3f}  recall {recall:.3f}  {label}")
             if "-v" in sys.argv:
                 print(*(f"    {w}" for w in wrong), sep="\n")
 
 
 if __name__ == "__main__":
-    given = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
-    main(given[0] if given else 2000, given[1] if len(given) > 1 else 7)
+    arguments = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    main(*(arguments + [2000, 7][len(arguments) :]))

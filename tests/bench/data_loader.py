@@ -1,7 +1,7 @@
-"""The loader against raw memory-map slices, `datasets` with a collator and mosaicml-streaming.
+"""Compare the loader with memory-map slices, `datasets` with a collator, and mosaicml-streaming.
 
-`python tests/bench/data_loader.py [PYTHON]`; PYTHON: an interpreter that has mosaicml-streaming,
-which reads the same rows there. CPU time a token; rounds alternate.
+`python tests/bench/data_loader.py [PYTHON]`; PYTHON is an interpreter that has mosaicml-streaming,
+which reads the same rows. The measure is CPU time per token; rounds alternate.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ print(json.dumps(sorted(seconds)[len(seconds) // 2]))
 
 
 def seconds(work: Callable[[], int]) -> float:
-    """CPU seconds for a token."""
+    """CPU seconds per token."""
     started = time.process_time()
     tokens = work()
     return (time.process_time() - started) / tokens
 
 
 def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
-    """All micro-batches as their tensors."""
+    """All micro-batches as tensors by name."""
     for step in range(loader.steps):
         for batch in loader.micro_batches(step, 0, 1, BATCH):
             yield {kind: getattr(batch, kind) for kind in KINDS}
 
 
 def prepared(folder: Path, sentences: int) -> Loader:
-    """Rows of 2048 tokens, of documents with some ten tokens a sentence."""
+    """A loader of rows of 2048 tokens; a sentence has about ten tokens."""
     text = "The red fox sees the blue hen by the river. " * sentences
     documents = ROWS * ROW_TOKENS // (10 * sentences)
     (folder / "a.jsonl").write_text(f'{{"text": "{text}"}}\n' * documents)
@@ -85,7 +85,7 @@ def prepared(folder: Path, sentences: int) -> Loader:
 
 
 class Raw:
-    """The same tensors from memory maps that hold nothing else, row by row in the same order."""
+    """The same tensors sliced from memory maps that contain nothing else."""
 
     def __init__(self, folder: Path, loader: Loader) -> None:
         whole = list(islice(batches(loader), loader.steps // EPOCHS))
@@ -99,8 +99,8 @@ class Raw:
         shuffle = np.random.default_rng(0).permutation
         self.order = np.concatenate([shuffle(len(whole) * BATCH) for _ in range(EPOCHS)])
 
-    def least(self) -> int:
-        """The least a loader must do: the tokens, and the targets one further."""
+    def tokens_and_targets(self) -> int:
+        """Load the minimum: tokens, and targets shifted by one."""
         tokens, rows = 0, self.maps["input_ids"]
         for start in range(0, len(self.order), BATCH):
             batch = rows[self.order[start : start + BATCH]].astype(np.int64).reshape(-1)
@@ -108,22 +108,22 @@ class Raw:
             tokens += ids.numel() + 0 * targets.numel()
         return tokens
 
-    def same(self) -> int:
-        """What the loader gives: tokens, positions, and which token predicts which."""
+    def all_tensors(self) -> int:
+        """Load what the loader returns: tokens, positions, target positions and targets."""
         tokens = 0
         for start in range(0, len(self.order), BATCH):
             rows = self.order[start : start + BATCH]
-            made = {"input_ids": self.maps["input_ids"][rows].astype(np.int64).reshape(-1)}
+            arrays = {"input_ids": self.maps["input_ids"][rows].astype(np.int64).reshape(-1)}
             for kind in KINDS[1:]:
                 batch = self.maps[kind][start // BATCH % len(self.maps[kind])]
-                made[kind] = batch.astype(np.int64)
-            given = [torch.from_numpy(made[kind]) for kind in KINDS]
-            tokens += given[0][None].numel() + 0 * given[1][None].numel()
+                arrays[kind] = batch.astype(np.int64)
+            tensors = [torch.from_numpy(arrays[kind]) for kind in KINDS]
+            tokens += tensors[0][None].numel() + 0 * tensors[1][None].numel()
         return tokens
 
 
-def usual(loader: Loader) -> Callable[[], int]:
-    """`datasets` and a collator; the one row that is not full is filled up."""
+def datasets_loader(loader: Loader) -> Callable[[], int]:
+    """Load with `datasets` and a collator; the incomplete last row is dropped."""
     epoch = islice(batches(loader), loader.steps // EPOCHS)
     ids = torch.cat([batch["input_ids"].view(-1) for batch in epoch])
     rows = ids[: ids.numel() // ROW_TOKENS * ROW_TOKENS].view(-1, ROW_TOKENS).tolist()
@@ -146,20 +146,25 @@ def main(streaming: str | None) -> None:
             loader = prepared(folder, sentences)
             raw = Raw(folder, loader)
 
-            def own(loader: Loader = loader) -> int:
+            def dtrain_loader(loader: Loader = loader) -> int:
                 return sum(batch["input_ids"].numel() for batch in batches(loader))
 
-            works = (own, raw.least, raw.same, usual(loader))
+            works = (
+                dtrain_loader,
+                raw.tokens_and_targets,
+                raw.all_tensors,
+                datasets_loader(loader),
+            )
             times = [[seconds(work) for work in works] for _ in range(ROUNDS)]
-            mine, least, same, theirs = (median(column) for column in zip(*times, strict=True))
+            ours, minimum, same, theirs = (median(column) for column in zip(*times, strict=True))
             print(
-                f"documents of {10 * sentences} tokens: {1e-6 / mine:.0f}M tokens per CPU second: "
-                f"{same / mine:.2f}x raw slices of the same tensors, {least / mine:.2f}x raw "
-                f"slices of tokens and targets alone, {theirs / mine:.1f}x datasets with a collator"
+                f"documents of {10 * sentences} tokens: {1e-6 / ours:.0f}M tokens per CPU second: "
+                f"{same / ours:.2f}x raw slices of the same tensors, {minimum / ours:.2f}x raw "
+                f"slices of tokens and targets alone, {theirs / ours:.1f}x datasets with a collator"
             )
             if streaming:
                 call = [streaming, "-c", STREAMING, name, str(BATCH), str(ROUNDS)]
-                print(f"{json.loads(subprocess.check_output(call)) / mine:.1f}x mosaicml-streaming")
+                print(f"{json.loads(subprocess.check_output(call)) / ours:.1f}x mosaicml-streaming")
                 streaming = None
 
 

@@ -1,6 +1,6 @@
-"""Opening a store, its first batch, and a resume in the middle, at 1e6, 1e9 and 1e12 tokens.
+"""Time to open a store, to load its first batch, and to resume in the middle, up to 1e12 tokens.
 
-The stores are real in form, their plans sparse files: what opening costs is what it touches.
+The stores have the real format, but their plans are sparse files: opening costs what it reads.
 `python tests/bench/data_open.py`
 """
 
@@ -56,7 +56,7 @@ print(json.dumps([opened - started, done - opened, resident() - before]))
 
 
 def make(folder: Path, rows: int) -> None:
-    """A store of `rows` rows that all hold the one document there is."""
+    """Write a store whose rows all contain the same document."""
     folder.mkdir()
     lists = pa.LargeListArray.from_arrays
     tokens = pa.array(np.arange(ROW_TOKENS, dtype=np.int32))
@@ -86,7 +86,7 @@ def plan(folder: Path, rows: int) -> None:
     for name, kind in kinds.items():
         shape = (rows + (name == "rows.npy"),)
         arrays[name] = np.lib.format.open_memmap(folder / name, "w+", kind, shape)
-    for row in asked(rows):
+    for row in loaded_rows(rows):
         arrays["rows.npy"][row : row + 2] = [row, row + 1]
         arrays["pieces.npy"][row] = (0, 0, ROW_TOKENS)
         arrays["sequence_tokens.npy"][row] = ROW_TOKENS
@@ -96,15 +96,15 @@ def plan(folder: Path, rows: int) -> None:
     np.save(folder / "shards.npy", table)
 
 
-def asked(rows: int) -> list[int]:
-    """Numbers of the rows that the child reads."""
+def loaded_rows(rows: int) -> list[int]:
+    """Indices of the rows that the child process reads."""
     mixed, middle = mix([rows], {0: [None]}, ["s"]), -(-rows // 8) // 2 * 8
-    places = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
-    return mixed.sequence_ids_at(places, 1).tolist()
+    positions = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
+    return mixed.sequence_ids_at(positions, 1).tolist()
 
 
 def measure(folder: Path) -> list[float]:
-    """Seconds to the first batch, seconds of a resume, bytes: medians over processes."""
+    """Medians of the seconds to the first batch, of the seconds of a resume, and of the bytes."""
     runs = [
         json.loads(subprocess.check_output([sys.executable, "-c", CHILD, str(folder)]))
         for _ in range(REPEATS)

@@ -1,4 +1,4 @@
-"""Packing 100,000 documents: how full the rows are, and CPU against TRL's best-fit decreasing.
+"""Pack 100,000 documents: fill of the rows, and CPU against TRL's best-fit decreasing.
 
 `python tests/bench/data_packing.py`
 """
@@ -17,7 +17,7 @@ DOCUMENTS = 100_000
 
 
 def lengths(capacity: int) -> np.ndarray:
-    """Lengths as instruction data has them: log-normal, none beyond a row."""
+    """Document lengths like those of instruction data: log-normal, at most a row."""
     drawn = np.random.default_rng(0).lognormal(5.5, 0.9, DOCUMENTS)
     return np.clip(drawn, 8, capacity).astype(np.int64)
 
@@ -27,7 +27,7 @@ def main() -> None:
         sizes = lengths(capacity)
         started = time.process_time()
         plan = pack_whole(sizes, capacity)
-        own = time.process_time() - started
+        ours = time.process_time() - started
         fill = sizes.sum() / ((plan.rows.size - 1) * capacity)
         data = Dataset.from_dict({"input_ids": [[0] * int(size) for size in sizes]})
         started = time.process_time()
@@ -35,8 +35,8 @@ def main() -> None:
         theirs = time.process_time() - started
         trl = sizes.sum() / (len(packed) * capacity)
         print(
-            f"{capacity}: {fill:.5f} full in {own:.3f} s; TRL {trl:.5f} in {theirs:.2f} s "
-            f"(with its copy of the tokens): {theirs / own:.0f}x"
+            f"{capacity}: {fill:.5f} full in {ours:.3f} s; TRL {trl:.5f} in {theirs:.2f} s "
+            f"(with its copy of the tokens): {theirs / ours:.0f}x"
         )
 
 

@@ -62,17 +62,17 @@ def planted(rows: int, seed: int = 0) -> tuple[list[str], dict[str, set[int]], l
     write = Writer(seed)
     lines = [write.row(chinese=n % 2 == 1) for n in range(rows)]
     held = [write.row(chinese=n % 2 == 1) for n in range(EACH)]
-    places = write.random.sample(range(rows // 2, rows), rows - rows // 2)
-    free = [iter([at for at in places if at % 2 == parity]) for parity in (0, 1)]
+    positions = write.random.sample(range(rows // 2, rows), rows - rows // 2)
+    free = [iter([at for at in positions if at % 2 == parity]) for parity in (0, 1)]
     truth: dict[str, set[int]] = {}
-    for kind, spoil in FAULTS.items():
+    for kind, corrupt in PROBLEMS.items():
         for n in range(EACH):
             at = next(free[n % 2])
-            lines[at] = spoil(lines[at], n, write, lines, held)
+            lines[at] = corrupt(lines[at], n, write, lines, held)
             truth.setdefault(kind, set()).add(at + 1)
-    for n in range(EACH):  # what looks like an identity number, a card, an address, and is none
+    for n in range(EACH):  # look-alikes of identity numbers, cards and addresses
         at = next(free[n % 2])
-        lines[at] = _inside(lines[at], HARMLESS[n % len(HARMLESS)])
+        lines[at] = _insert(lines[at], HARMLESS[n % len(HARMLESS)])
     texts = [json.dumps(line, ensure_ascii=False) for line in lines]
     for n in range(EACH):
         at = next(free[n % 2])
@@ -82,17 +82,17 @@ def planted(rows: int, seed: int = 0) -> tuple[list[str], dict[str, set[int]], l
 
 
 Row = dict[str, str]
-Spoil = Callable[[Row, int, Writer, list[Row], list[Row]], Row]
+Corrupt = Callable[[Row, int, Writer, list[Row], list[Row]], Row]
 HARMLESS = ("41111111111111112", "110105194912310021", "10.0.0.17", "1.2.3", "192.168.0.1:8080")
 HARMLESS += ("user@localhost", "2024-01-02 03:04:05", "ISBN 978-3-16-148410-0", "3.14159265358979")
 
 
-def _inside(row: Row, what: str) -> Row:
-    """Put something into the middle of the answer."""
+def _insert(row: Row, text: str) -> Row:
+    """Insert a text in the middle of the answer."""
     answer = row["output"]
     stop = "。" if "。" in answer else ". "
     head, tail = answer.split(stop, 1)
-    return {**row, "output": f"{head}{stop}{what} {tail}"}
+    return {**row, "output": f"{head}{stop}{text} {tail}"}
 
 
 def _near(row: Row, n: int, write: Writer, lines: list[Row], held: list[Row]) -> Row:
@@ -104,7 +104,7 @@ def _near(row: Row, n: int, write: Writer, lines: list[Row], held: list[Row]) ->
 
 
 def _early(n: int, write: Writer, lines: list[Row]) -> Row:
-    """An untouched row before the spoilt ones, of the same language."""
+    """An unmodified row before the corrupted ones, in the same language."""
     return lines[write.random.randrange(len(lines) // 4) * 2 + n % 2]
 
 
@@ -133,7 +133,7 @@ def _secret(n: int, write: Writer) -> str:
 
 
 def _mojibake(row: Row, n: int) -> Row:
-    answer = row["output"] if n % 2 else _inside(row, "It’s “naïve”, don’t")["output"]
+    answer = row["output"] if n % 2 else _insert(row, "It’s “naïve”, don’t")["output"]
     return {
         **row,
         "output": answer.encode().decode("cp1252" if n % 2 == 0 else "latin-1", "replace"),
@@ -149,7 +149,7 @@ REFUSED += (
     "As an AI language model, I do not have opinions.",
     "作为一个人工智能，我不能提供建议。",
 )
-FAULTS: dict[str, Spoil] = {
+PROBLEMS: dict[str, Corrupt] = {
     "exact_duplicate": lambda row, n, write, lines, held: dict(_early(n, write, lines)),
     "near_duplicate": _near,
     "inconsistent": lambda row, n, write, lines, held: {
@@ -160,12 +160,12 @@ FAULTS: dict[str, Spoil] = {
         "instruction": row["instruction"] + held[n]["instruction"],
         "output": held[n]["output"] + row["output"][:60] + "。.",
     },
-    "email": lambda row, n, write, *_: _inside(row, f"mei.lin{n}@mail{n}.com.cn"),
-    "phone": lambda row, n, write, *_: _inside(row, _phone(n, write)),
-    "id_number": lambda row, n, write, *_: _inside(row, _id_number(n, write)),
-    "bank_card": lambda row, n, write, *_: _inside(row, _card(n, write)),
-    "ip_address": lambda row, n, write, *_: _inside(row, f"114.114.{n}.{n + 99}"),
-    "secret": lambda row, n, write, *_: _inside(row, _secret(n, write)),
+    "email": lambda row, n, write, *_: _insert(row, f"mei.lin{n}@mail{n}.com.cn"),
+    "phone": lambda row, n, write, *_: _insert(row, _phone(n, write)),
+    "id_number": lambda row, n, write, *_: _insert(row, _id_number(n, write)),
+    "bank_card": lambda row, n, write, *_: _insert(row, _card(n, write)),
+    "ip_address": lambda row, n, write, *_: _insert(row, f"114.114.{n}.{n + 99}"),
+    "secret": lambda row, n, write, *_: _insert(row, _secret(n, write)),
     "empty": lambda row, n, *_: {**row, ("output", "instruction")[n % 3 == 0]: " \n"},
     "short": lambda row, n, *_: {**row, "output": ("Yes.", "是的")[n % 2]},
     "long": lambda row, n, write, *_: {

@@ -1,4 +1,4 @@
-"""Template, tokenise and pack: rows a second against TRL's preparation with two processes.
+"""Compare rendering, tokenizing and packing with TRL's preparation, two processes each.
 
 `python tests/bench/data_prepare.py [FILE of alpaca rows]`
 """
@@ -44,17 +44,22 @@ def main(path: str) -> None:
         folder = Path(name)
         tokenizer = load_tokenizer(ensure("tiny-llama"))
         data = Data.model_validate({"sources": [{"path": path}], "sequence_length": TOKENS})
-        parts = find_source_files(data.sources[0], folder)
-        talks = [
+        files = find_source_files(data.sources[0], folder)
+        conversations = [
             r.value.messages
-            for r in read_records(parts, "auto")
+            for r in read_records(files, "auto")
             if isinstance(r.value, Conversation)
         ]
-        talks = (talks * (ROWS // len(talks) + 1))[:ROWS]
+        conversations = (conversations * (ROWS // len(conversations) + 1))[:ROWS]
         many = folder / "many.jsonl"
-        many.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        many.write_text(
+            "".join(json.dumps({"messages": conversation}) + "\n" for conversation in conversations)
+        )
         data = Data.model_validate({"sources": [{"path": str(many)}], "sequence_length": TOKENS})
-        plain = [[{k: m[k] for k in ("role", "content")} for m in talk] for talk in talks]
+        plain = [
+            [{k: m[k] for k in ("role", "content")} for m in conversation]
+            for conversation in conversations
+        ]
         rows = Dataset.from_dict({"messages": plain})
 
         def encode(row: dict) -> dict:  # as SFTTrainer prepares rows without generation marks
@@ -67,28 +72,28 @@ def main(path: str) -> None:
             mask = [0] * asked + [1] * (len(ids) - asked)
             return {"input_ids": ids[:TOKENS], "completion_mask": mask[:TOKENS]}
 
-        def theirs(round: int) -> None:
-            how = {"num_proc": 2, "load_from_cache_file": False}
-            mapped = rows.map(encode, remove_columns=["messages"], **how)
-            pack_dataset(mapped, TOKENS, strategy="bfd", map_kwargs=how)
+        def trl(round: int) -> None:
+            options = {"num_proc": 2, "load_from_cache_file": False}
+            mapped = rows.map(encode, remove_columns=["messages"], **options)
+            pack_dataset(mapped, TOKENS, strategy="bfd", map_kwargs=options)
 
-        def own(round: int) -> None:
+        def dtrain(round: int) -> None:
             prepare(data, SFT, tokenizer, "bench", folder / f"cache{round}", 2)
 
         ratios = []
         for number in range(ROUNDS):
-            (mine, my_cpu), (others, others_cpu) = (
-                cost(lambda work=work, n=number: work(n)) for work in (own, theirs)
+            (ours, our_cpu), (theirs, their_cpu) = (
+                cost(lambda work=work, n=number: work(n)) for work in (dtrain, trl)
             )
-            ratios.append((others / mine, others_cpu / my_cpu))
+            ratios.append((theirs / ours, their_cpu / our_cpu))
             print(
-                f"dtrain {ROWS / mine:,.0f} rows/s (store written and synced), TRL's way "
-                f"{ROWS / others:,.0f}; {ROWS / my_cpu:,.0f} and {ROWS / others_cpu:,.0f} rows "
+                f"dtrain {ROWS / ours:,.0f} rows/s (store written and synced), TRL's way "
+                f"{ROWS / theirs:,.0f}; {ROWS / our_cpu:,.0f} and {ROWS / their_cpu:,.0f} rows "
                 "per CPU second",
                 flush=True,
             )
     clock, cpu = (median(column) for column in zip(*ratios, strict=True))
-    print(f"{clock:.2f}x by the clock, {cpu:.2f}x by CPU time")
+    print(f"{clock:.2f}x wall, {cpu:.2f}x CPU")
 
 
 if __name__ == "__main__":

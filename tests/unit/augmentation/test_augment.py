@@ -63,11 +63,13 @@ class Server:
             self.pending += 1
             self.max_pending = max(self.max_pending, self.pending)
         try:
-            found = self.answer(body, number)
+            response = self.answer(body, number)
         finally:
             with self.lock:
                 self.pending -= 1
-        status, content, headers = found if isinstance(found, tuple) else (200, reply(found), {})
+        status, content, headers = (
+            response if isinstance(response, tuple) else (200, reply(response), {})
+        )
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         request.send_response(status)
         for name, value in {"content-type": "application/json", **headers}.items():
@@ -94,8 +96,8 @@ def reply(text, finish="stop", usage=(10, 5)):
 def asked(body) -> str:
     """The text between the tags, or the last question."""
     text = body["messages"][-1]["content"]
-    found = re.search(r"<(instruction|text)>\n(.*)\n</\1>", text, re.DOTALL)
-    return found.group(2) if found else text
+    match = re.search(r"<(instruction|text)>\n(.*)\n</\1>", text, re.DOTALL)
+    return match.group(2) if match else text
 
 
 def again(body, number=0) -> str:
@@ -165,8 +167,8 @@ def test_rows_are_generated_in_source_order_and_labeled(serve, make, tmp_path) -
         ROWS[1]["output"],
     ]
     assert summary["spent"] == {"requests": 20, "tokens_in": 200, "tokens_out": 100}
-    parts = find_source_files(Source(path=str(tmp_path / "out" / "generated.jsonl")), tmp_path)
-    assert len(list(read_records(parts, "auto"))) == 20
+    files = find_source_files(Source(path=str(tmp_path / "out" / "generated.jsonl")), tmp_path)
+    assert len(list(read_records(files, "auto"))) == 20
 
 
 def test_other_answers_keep_the_conversation(serve, make, tmp_path) -> None:
