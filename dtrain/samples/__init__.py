@@ -1,4 +1,4 @@
-"""The small real model and the data that dtrain makes on the spot, once, in its cache folder."""
+"""Small models and data that dtrain builds once, on demand, in its cache folder."""
 
 from __future__ import annotations
 

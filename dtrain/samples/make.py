@@ -1,4 +1,4 @@
-"""Making a sample once, whoever asks first."""
+"""Builds a sample on first use, once for all processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import say
 
-# name → (module with `make(folder)`, version of what it makes; a new version is made anew).
-# The modules are named, not imported: asking for a sample that lies there needs no torch.
+# Name → (module with `make(folder)`, version of its output). A new version replaces an old sample.
+# The modules are imported on demand, so that the path of an existing sample needs no torch.
 SAMPLES: dict[str, tuple[str, int]] = {
     "smollm2-135m": ("smollm2", 1),
     "tiny-llama": ("tiny_llama", 1),
@@ -27,12 +27,12 @@ STAMP = "sample.json"
 
 
 def ensure(name: str) -> Path:
-    """Make sample `name` if it is not there yet, and return its folder.
+    """Build the sample `name` unless it exists, and return its folder.
 
-    Any number of processes may call it at once: one makes the sample, the others wait.
+    Any number of processes may call this at once: one builds the sample, the others wait.
 
     Raises:
-        UserError: no such sample, or it cannot be made here (no registry, no disk space).
+        UserError: there is no such sample, or it cannot be built (no registry, no disk space).
     """
     _check_known(name)
     folder = sample_folder(name)
@@ -41,15 +41,15 @@ def ensure(name: str) -> Path:
     lock = FolderLock(folder.parent)
     try:
         if not lock.acquire():
-            say(f"waiting for {lock.holder()}, which makes samples in {folder.parent}")
+            say(f"waiting for {lock.holder()}, which builds samples in {folder.parent}")
             lock.acquire(wait=True)
         if not _is_current(folder, name):
             _make(folder, name)
     except OSError as error:
         raise UserError(
-            f"sample {name} cannot be made: {error}",
+            f"cannot build sample {name}: {error}",
             where=str(folder.parent),
-            fix="set DTRAIN_CACHE to a folder with room that you may write to",
+            fix="set DTRAIN_CACHE to a writable folder with free space",
         ) from error
     finally:
         lock.release()
@@ -58,7 +58,7 @@ def ensure(name: str) -> Path:
 
 def _make(folder: Path, name: str) -> None:
     module, version = SAMPLES[name]
-    say(f"making sample {name} in {folder}")
+    say(f"building sample {name} in {folder}")
     if folder.exists():
         _discard(folder)
     with atomic_folder(folder) as temporary:
@@ -67,7 +67,7 @@ def _make(folder: Path, name: str) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove `folder` such that nobody sees it half removed."""
+    """Remove `folder` without exposing a partly removed state."""
     aside = tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)
     folder.rename(Path(aside) / folder.name)
     shutil.rmtree(aside, ignore_errors=True)
@@ -89,5 +89,5 @@ def _check_known(name: str) -> None:
     raise UserError(
         f"there is no sample {name!r}",
         where=f"{SAMPLE_PREFIX}{name}",
-        fix=f"did you mean {near[0]}?" if near else f"there are: {known}",
+        fix=f"did you mean {near[0]}?" if near else f"choose from: {known}",
     )

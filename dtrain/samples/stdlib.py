@@ -1,7 +1,7 @@
-"""What Python's own standard library says about itself, as found on this machine.
+"""The documentation of Python's standard library, as installed on this machine.
 
-Sources are parsed, never run; only a fixed list of modules written in C is imported, because
-their documentation lies nowhere else. For one version of Python the outcome is always the same.
+Source files are parsed, never run. Only a fixed list of modules written in C is imported, because
+their documentation exists nowhere else. The result is the same for one version of Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-# What some distributions leave out or later versions drop, tests, tables, and private parts.
+# Modules that some distributions omit or later versions drop, tests, tables, private modules.
 SKIPPED = {
     "__phello__",
     "antigravity",
@@ -66,11 +66,11 @@ C_MODULES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented thing.
+    """One documented module, class, function, method or property.
 
     Attributes:
         module: full name of its module.
-        name: its name inside the module, such as "JSONDecoder.decode"; "" for the module itself.
+        name: name inside the module, such as "JSONDecoder.decode"; "" for the module itself.
         kind: module, class, function, method or property.
         arguments: as in a call, "(s, width=70)", without self; None if they are not known.
         bases: names of the base classes.
@@ -99,15 +99,15 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All public documented things of the standard library, ordered by module and name."""
-    found: dict[tuple[str, str], Entry] = {}
+    """All public documented entries of the standard library, ordered by module and name."""
+    by_name: dict[tuple[str, str], Entry] = {}
     for name, path in module_files(Path(sysconfig.get_paths()["stdlib"])):
         for entry in parse(name, path.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault((entry.module, entry.name), entry)
+            by_name.setdefault((entry.module, entry.name), entry)
     for name in C_MODULES:
         for entry in inspected(name):
-            found.setdefault((entry.module, entry.name), entry)
-    return [found[key] for key in sorted(found)]
+            by_name.setdefault((entry.module, entry.name), entry)
+    return [by_name[key] for key in sorted(by_name)]
 
 
 def help_topics() -> dict[str, str]:
@@ -131,7 +131,7 @@ def module_files(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
 
 
 def parse(module: str, source: str) -> Iterator[Entry]:
-    """The public documented things in a module's source, which is not run."""
+    """The public documented entries in a module's source, which is not run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old docstrings
         try:
@@ -145,7 +145,7 @@ def parse(module: str, source: str) -> Iterator[Entry]:
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Functions and classes of a body, those under `if` and `try` too."""
+    """Functions and classes of a body, including those under `if` and `try`."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node
@@ -173,11 +173,11 @@ def _callable(
     node: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool
 ) -> tuple[str, str | None]:
     """Kind and arguments of a function."""
-    marks = {ast.unparse(mark).split(".")[-1] for mark in node.decorator_list}
-    if marks & {"property", "cached_property", "setter", "getter", "deleter"}:
+    decorators = {ast.unparse(x).split(".")[-1] for x in node.decorator_list}
+    if decorators & {"property", "cached_property", "setter", "getter", "deleter"}:
         return "property", None
     arguments = ast.unparse(node.args)
-    if method and "staticmethod" not in marks:
+    if method and "staticmethod" not in decorators:
         arguments = arguments.partition(", ")[2].removeprefix("/, ")
     return ("method" if method else "function"), f"({arguments})"
 
@@ -190,44 +190,44 @@ def _constructor(node: ast.ClassDef) -> str | None:
 
 
 def inspected(name: str) -> Iterator[Entry]:
-    """The public documented things that a module gets from C; none if it is not there."""
+    """The public documented entries of a module written in C; none if it cannot be imported."""
     try:
         module = importlib.import_module(name)
     except ImportError:
         return
     if doc := inspect.getdoc(module):
         yield Entry(name, "", "module", None, (), doc)
-    for member, thing in sorted(vars(module).items()):
-        if not member.startswith("_") and _is_of_c(thing, module):
-            yield from _inspected(name, member, thing)
+    for member, item in sorted(vars(module).items()):
+        if not member.startswith("_") and _is_of_c(item, module):
+            yield from _inspected(name, member, item)
 
 
-def _is_of_c(thing: object, module: ModuleType) -> bool:
+def _is_of_c(item: object, module: ModuleType) -> bool:
     """Whether it is a builtin that belongs to `module` and has no Python source."""
-    home = getattr(thing, "__module__", None)
+    home = getattr(item, "__module__", None)
     belongs = home in (module.__name__, f"_{module.__name__}", "builtins")
     if home == "builtins" and module.__name__ != "builtins":
         belongs = False
-    is_plain = inspect.isbuiltin(thing) or inspect.isclass(thing)
-    return belongs and is_plain and not inspect.isfunction(thing)
+    is_plain = inspect.isbuiltin(item) or inspect.isclass(item)
+    return belongs and is_plain and not inspect.isfunction(item)
 
 
-def _inspected(module: str, name: str, thing: object) -> Iterator[Entry]:
-    doc = _own_doc(thing)
-    if inspect.isclass(thing):
-        bases = tuple(base.__name__ for base in thing.__bases__ if base is not object)
+def _inspected(module: str, name: str, item: object) -> Iterator[Entry]:
+    doc = _docstring(item)
+    if inspect.isclass(item):
+        bases = tuple(base.__name__ for base in item.__bases__ if base is not object)
         if doc:
-            yield Entry(module, name, "class", _arguments(thing), bases, doc)
-        for member, value in sorted(vars(thing).items()):
+            yield Entry(module, name, "class", _arguments(item), bases, doc)
+        for member, value in sorted(vars(item).items()):
             is_public_method = not member.startswith("_") and inspect.ismethoddescriptor(value)
-            if is_public_method and (own := _own_doc(value)):
-                yield Entry(module, f"{name}.{member}", "method", _arguments(value), (), own)
+            if is_public_method and (item_doc := _docstring(value)):
+                yield Entry(module, f"{name}.{member}", "method", _arguments(value), (), item_doc)
     elif doc:
-        yield Entry(module, name, "function", _arguments(thing), (), doc)
+        yield Entry(module, name, "function", _arguments(item), (), doc)
 
 
-def _own_doc(thing: object) -> str:
-    doc = getattr(thing, "__doc__", None)
+def _docstring(item: object) -> str:
+    doc = getattr(item, "__doc__", None)
     return _prose(inspect.cleandoc(doc)) if isinstance(doc, str) else ""
 
 
@@ -236,9 +236,9 @@ def _prose(doc: str | None) -> str:
     return "" if doc is None or doc.startswith(">>>") else doc
 
 
-def _arguments(thing: object) -> str | None:
+def _arguments(item: object) -> str | None:
     try:
-        text = str(inspect.signature(thing))  # type: ignore[arg-type]
+        text = str(inspect.signature(item))  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError, NameError):
         return None  # the last two: defaults that inspect of Python 3.13 cannot evaluate
     text = re.sub(r"^\(\$?self(, /)?(, )?", "(", text.partition(" -> ")[0])

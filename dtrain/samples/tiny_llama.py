@@ -1,12 +1,15 @@
-"""A random Llama of two layers with a small tokenizer: a model that trains in seconds anywhere.
+"""A random Llama of two layers with a small tokenizer, which trains in seconds on any machine.
 
-Embeddings and output matrix are not tied, as in the large models dtrain is for. The weights are
-the same to the bit on every machine: they come from the raw 64-bit stream of PCG64, which numpy
-keeps stable, and from exact arithmetic (torch's normal_ differs with the vector unit).
+Embeddings and output matrix are not tied, as in the large models that dtrain is for. The weights
+are bit-identical on every machine: they come from the raw 64-bit stream of PCG64, which numpy keeps
+stable, and from exact arithmetic (torch's normal_ depends on the vector unit of the CPU).
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from math import sqrt
 from pathlib import Path
 
@@ -14,8 +17,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
-from dtrain.samples.quiet import quiet_transformers
+from dtrain.core.log import console
 from dtrain.samples.tiny_text import document, task
 
 SEED = 20240229
@@ -27,8 +31,21 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A narrow output matrix cannot give confident answers, so nothing could be learnt in ten steps.
+# With a smaller deviation the logits are too flat for the loss to fall in ten steps.
 STD_EMBEDDING, STD_LINEAR = 0.1, 0.05
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn off the progress bars of transformers; some ignore the setting, and would fill a log."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with nullcontext() if console.is_terminal else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def make(folder: Path) -> None:
@@ -42,8 +59,8 @@ def make(folder: Path) -> None:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the text of the recipe `tiny`.
 
-    That text is used up at 365 tokens: the model's vocabulary is larger than the tokenizer's, as
-    it is in many real models, which pad theirs.
+    The text yields only 365 tokens, so the model's vocabulary is larger than the tokenizer's, as in
+    many real models, which pad theirs.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +101,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+    with torch.random.fork_rng(devices=[]):  # keep the caller's random state
         model = LlamaForCausalLM(config).float()
     stream = np.random.PCG64(SEED)
     with torch.no_grad():
@@ -97,10 +114,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _uniform(stream: np.random.PCG64, shape: tuple[int, ...], std: float) -> torch.Tensor:
-    """Uniform numbers around 0 with the given standard deviation, from 24 bits each."""
+    """Uniform numbers around 0 with standard deviation `std`, from 24 random bits each."""
     raw = stream.random_raw(int(np.prod(shape))) >> np.uint64(40)
-    centred = (raw.astype(np.float64) - (2**23 - 0.5)) / 2**23
-    return torch.from_numpy((centred * (std * sqrt(3.0))).astype(np.float32).reshape(shape))
+    centered = (raw.astype(np.float64) - (2**23 - 0.5)) / 2**23
+    return torch.from_numpy((centered * (std * sqrt(3.0))).astype(np.float32).reshape(shape))
 
 
 def _training_text() -> list[str]:

@@ -1,4 +1,4 @@
-"""Data for the recipe `tiny`: sentences of a toy world, and questions about it.
+"""Data for the recipe `tiny`: sentences about a toy world, and questions about them.
 
 The sentences share a few dozen words and one grammar, so that even a random model of two layers
 learns something in ten steps.
@@ -6,22 +6,40 @@ learns something in ten steps.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dtrain.core.files import write_atomic, write_json
-from dtrain.samples.draw import choose
+
+T = TypeVar("T")
 
 ANIMALS = ["fox", "owl", "cat", "dog", "hen", "cow", "bee", "ant"]
-COLOURS = ["red", "blue", "green", "white", "black"]
+COLORS = ["red", "blue", "green", "white", "black"]
 PLACES = ["in the garden", "by the river", "under the tree", "on the hill"]
 VERBS = ["sees", "finds", "follows", "likes"]
 SENTENCES_OF_DOCUMENT = (2, 3, 5, 8)
 DOCUMENTS, ROWS, HELD_OUT = 240, 240, 24
 
 
+def stable_number(*key: object) -> int:
+    """A number in 0 … 2**64 - 1 that depends only on `key`, on any machine and Python version.
+
+    Changing a key changes the generated data, and with them the golden losses.
+    """
+    text = "\0".join(map(str, key))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def stable_choice(options: Sequence[T], *key: object) -> T:
+    """The option that `key` selects."""
+    return options[stable_number(*key) % len(options)]
+
+
 def make(folder: Path) -> None:
-    """Write texts, tasks and questions, each with a held-out part, into `folder`."""
+    """Write texts, tasks and questions, with held-out rows of each, into `folder`."""
     documents = [{"text": document(i)} for i in range(DOCUMENTS + HELD_OUT)]
     rows = [task(i) for i in range(ROWS + HELD_OUT)]
     questions = [{"question": row["instruction"], "answer": row["output"]} for row in rows[ROWS:]]
@@ -33,22 +51,22 @@ def make(folder: Path) -> None:
 
 
 def document(index: int) -> str:
-    """A few sentences of the toy world; lengths differ, so that packing has something to do."""
-    sentences = choose(SENTENCES_OF_DOCUMENT, "sentences", index)
+    """A few sentences about the toy world; lengths differ, so that packing matters."""
+    sentences = stable_choice(SENTENCES_OF_DOCUMENT, "sentences", index)
     return " ".join(_sentence("domain", index, i) for i in range(sentences))
 
 
 def task(index: int) -> dict[str, str]:
-    """An alpaca row: a sentence, a question about it, and the answer that follows from it."""
-    animal = choose(ANIMALS, "task animal", index)
-    colour = choose(COLOURS, "task colour", index)
-    place = choose(PLACES, "task place", index)
+    """An alpaca row: a sentence, a question about it, and its answer."""
+    animal = stable_choice(ANIMALS, "task animal", index)
+    color = stable_choice(COLORS, "task colour", index)
+    location = stable_choice(PLACES, "task place", index)
     if index % 2:
-        question, answer = f"Where is the {animal}?", f"The {animal} is {place}."
+        question, answer = f"Where is the {animal}?", f"The {animal} is {location}."
     else:
-        question, answer = f"Which colour is the {animal}?", f"The {animal} is {colour}."
-    told = f"The {colour} {animal} sleeps {place}."
-    return {"instruction": f"{told} {question}", "input": "", "output": answer}
+        question, answer = f"Which colour is the {animal}?", f"The {animal} is {color}."
+    sentence = f"The {color} {animal} sleeps {location}."
+    return {"instruction": f"{sentence} {question}", "input": "", "output": answer}
 
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
@@ -57,6 +75,6 @@ def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _sentence(*key: object) -> str:
-    who, what = choose(ANIMALS, "who", *key), choose(ANIMALS, "what", *key)
-    colour, verb = choose(COLOURS, "colour", *key), choose(VERBS, "verb", *key)
-    return f"The {colour} {who} {verb} the {what} {choose(PLACES, 'place', *key)}."
+    subject, target = stable_choice(ANIMALS, "who", *key), stable_choice(ANIMALS, "what", *key)
+    color, verb = stable_choice(COLORS, "colour", *key), stable_choice(VERBS, "verb", *key)
+    return f"The {color} {subject} {verb} the {target} {stable_choice(PLACES, 'place', *key)}."

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dtrain.samples.quiet import quiet_transformers
-from dtrain.samples.tiny_llama import build_tokenizer
+from dtrain.samples.tiny_llama import build_tokenizer, quiet_transformers
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 64, 4, 2, 16
 LAYERS, SHARED_LAYERS = 2, 2  # those that share keys come on top

@@ -2,10 +2,10 @@
 
     python tests/bench/plan_points.py FOLDER      # memory_points.csv, throughput_points.csv
 
-The trainers of those figures compute otherwise than dtrain (logits of all tokens, adapters in 16
-bits, ...): `plan_trainers.py` says how each does, from its own code, which was read again after the
-first errors were seen. What is fitted are a factor of the allocator and the share of a GPU's
-arithmetic; for a source they come from the other sources alone.
+The trainers of those figures compute differently from dtrain (logits of all tokens, adapters in 16
+bits, ...). `plan_trainers.py` describes each according to its code, which was read again after the
+first errors. The allocator's factor and the utilization of a GPU are fitted, for each
+source only to the others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OTHERS = {
 }
 
 
-# What is known to be wrong or is not computed here, with the reason.
+# Rows that are known to be wrong or not modeled, with the reason.
 DOUBTFUL = {
     "LongLoRA": "second hand",
     "May 2024": "unpacked: shorter than stated",
@@ -72,7 +72,7 @@ def shape_named(name: str) -> ModelShape:
 
 
 def fused(shape: ModelShape) -> ModelShape:
-    """Queries, keys and values from one matrix, with one adapter, as Qwen's own first model."""
+    """One matrix and one adapter for queries, keys and values, as in Qwen's first model."""
     one = LinearShape("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
     return replace(shape, linears=(one, *shape.linears[3:]))
 
@@ -91,7 +91,7 @@ def reason_against(row: dict[str, str]) -> str:
     return next((why for word, why in DOUBTFUL.items() if word in text), "")
 
 
-def setup_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
+def workload_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
     engine, ranks = row["engine"], int(row["gpus"])
     kind = {"single": "ddp", "fsdp1": "fsdp2"}.get(engine, engine)
     if kind not in ("ddp", "fsdp2", "zero2", "zero3"):
@@ -140,7 +140,7 @@ class Point:
     what: str
 
     def guess(self, factor: float, extra: float) -> float:
-        """From tensors to what was counted; a driver sees the CUDA context too."""
+        """The predicted figure; a driver also counts the CUDA context."""
         if self.what == ALLOCATED:
             return self.planned
         return factor * self.planned + extra + least_beside(self)
@@ -160,7 +160,7 @@ def memory_points(path: Path) -> tuple[list[Point], dict[str, int]]:
             continue
         unit = GIB if "GiB" in row["measured_what"] else GB
         label = f"{row['model']} {row['method']} {row['engine']} {row['gpus']}x{row['seq_len']}"
-        peak = tensors(setup_of_row(row, trainer), trainer)
+        peak = tensors(workload_of_row(row, trainer), trainer)
         what = what_of(row)
         real = float(row["measured_peak_gb"]) * (GIB if what == CAPACITY else unit)
         points.append(Point(short(row["source"]), label, peak, real, what))
@@ -175,12 +175,12 @@ def fitted(points: list[Point]) -> tuple[float, float]:
 
 
 def covering(points: list[Point]) -> float:
-    """The factor that, beside the budget's bytes, covers every one of the points."""
+    """The factor that covers every point, together with the budget's bytes."""
     return max((p.real - BUDGET_BYTES) / p.planned for p in points if p.what != CAPACITY)
 
 
-def tell_memory(points: list[Point]) -> None:
-    """Leave-one-source-out: what lies between tensors and figures comes from the others."""
+def print_memory(points: list[Point]) -> None:
+    """Leave one source out: its factor and bytes are fitted to the other sources."""
     print(f"\n{'memory, source left out':<36}{'rows':>5}{'factor':>8}{'+ GB':>6}", end="")
     print(f"{'median':>9}{'bias':>8}{'budget x':>10}{'covers':>8}{'plan':>7}")
     errors, fair, ours = [], [], []
@@ -208,7 +208,7 @@ def tell_memory(points: list[Point]) -> None:
 
 
 def least_beside(point: Point) -> float:
-    """Of the CUDA context, where the figure counts it."""
+    """Bytes of the CUDA context, where the figure includes it."""
     return LOWER_BYTES if point.what == PROCESS else 0.0
 
 
@@ -245,7 +245,7 @@ def speed_points(path: Path) -> tuple[list[Rate], dict[str, int]]:
         if why:
             left_out[why] = left_out.get(why, 0) + 1
             continue
-        one = setup_of_row(row, trainer_of(row) or Trainer(()))
+        one = workload_of_row(row, trainer_of(row) or Trainer(()))
         gpu = find_gpu({"a100": "a100-80g", "h100": "h100-80g"}.get(family, family))
         rate = float(row["tokens_per_s_per_gpu"])
         share = flops_per_token(replace(one, ranks=1)) * rate / (gpu.tflops * 1e12)
@@ -256,7 +256,7 @@ def speed_points(path: Path) -> tuple[list[Rate], dict[str, int]]:
     return points, left_out
 
 
-def tell_speed(points: list[Rate]) -> None:
+def print_speed(points: list[Rate]) -> None:
     print(f"\n{'speed, source left out':<36}{'rows':>5}{'median':>9}{'worst':>8}")
     errors = []
     for source in sorted({p.source for p in points}):
@@ -277,7 +277,7 @@ def tell_speed(points: list[Rate]) -> None:
         print(f"{family:<24}{len(shares):>5}{low:>8.2f}{median(shares):>8.2f}{high:>8.2f}")
 
 
-def tell_ranges(points: list[Rate]) -> None:
+def print_ranges(points: list[Rate]) -> None:
     """The plan as it stands, with sending: its shares are of these very points."""
     off = [p.real / p.planned.middle - 1 for p in points]
     inside = sum(p.planned.low <= p.real <= p.planned.high for p in points)
@@ -289,7 +289,7 @@ def tell_ranges(points: list[Rate]) -> None:
     print(f"; above it {[f'{x:.1%}' for x in beyond]}, below {[f'{x:.1%}' for x in below]}")
 
 
-def tell(
+def compare(
     path: Path, read: Callable[[Path], tuple[list, dict[str, int]]], say: Callable[[list], None]
 ) -> None:
     points, left_out = read(path)
@@ -302,15 +302,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", action="store_true", help="every row of memory")
     arguments = parser.parse_args()
-    tell(arguments.folder / "memory_points.csv", memory_points, tell_memory)
+    compare(arguments.folder / "memory_points.csv", memory_points, print_memory)
     if arguments.rows:
         for p in memory_points(arguments.folder / "memory_points.csv")[0]:
             ratio = p.real / p.planned
             print(
                 f"{p.source:<34}{p.label:<34}{p.planned / GB:>7.1f}{p.real / GB:>7.1f}{ratio:>7.2f}"
             )
-    tell(arguments.folder / "throughput_points.csv", speed_points, tell_speed)
-    tell_ranges(speed_points(arguments.folder / "throughput_points.csv")[0])
+    compare(arguments.folder / "throughput_points.csv", speed_points, print_speed)
+    print_ranges(speed_points(arguments.folder / "throughput_points.csv")[0])
 
 
 if __name__ == "__main__":

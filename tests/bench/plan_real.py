@@ -1,4 +1,4 @@
-"""`dtrain plan` against real ranks: tensor-level peaks and bytes sent, engine by engine.
+"""Compares `dtrain plan` with real ranks: peaks of tensors and bytes sent, for each engine.
 
     python tests/bench/plan_real.py MODEL_FOLDER [--tokens 256] [--only ddp,fsdp2] [--exact]
 

@@ -1,8 +1,8 @@
-"""The shipped recipes simulated, stage by stage, where each says it fits; the plan beside it.
+"""Simulates each stage of the shipped recipes on its cluster, and prints the plan next to it.
 
     python tests/bench/plan_recipes.py [RECIPE …]      # a minute or two a stage
 
-What `--exact` does not simulate is told, with the plan's figure alone.
+Stages that `--exact` cannot simulate are listed with the plan's figure only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dtrain.planning.workload import Cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "planning"))
 
-from test_plan_recipes import MADE_FOR
+from test_plan_recipes import CLUSTER_OF
 
 GB = 1e9
 
 
 def lines_of(name: str) -> Iterator[str]:
-    """A line a stage."""
-    gpu, nodes, gpus = MADE_FOR[name]
+    """One line for each stage."""
+    gpu, nodes, gpus = CLUSTER_OF[name]
     recipe, cluster = load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus)
     plan = make_plan(recipe, cluster)
     try:
@@ -36,11 +36,11 @@ def lines_of(name: str) -> Iterator[str]:
         why = error.message
     for stage in plan.stages:
         head = f"{name:<16}{stage.name:<8}{nodes} x {gpus} {gpu:<13}{stage.fit.verdict:<6}"
-        yield f"{head}plan {stage.memory.peak / GB:6.2f}  {why or found(stage)}"
+        yield f"{head}plan {stage.memory.peak / GB:6.2f}  {why or simulation_text(stage)}"
 
 
-def found(stage: StagePlan) -> str:
-    """What the simulation says."""
+def simulation_text(stage: StagePlan) -> str:
+    """The result of the simulation."""
     assert stage.simulated
     peak, planned = stage.simulated.peak, stage.memory.peak
     where = f"{stage.memory.moment} by plan, {peak.phase} ({peak.region}) by simulation"
@@ -48,7 +48,7 @@ def found(stage: StagePlan) -> str:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or MADE_FOR:
+    for name in sys.argv[1:] or CLUSTER_OF:
         for line in lines_of(name):
             print(line, flush=True)
 

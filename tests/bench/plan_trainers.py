@@ -1,6 +1,6 @@
-"""How the trainers behind published figures compute, from their own code at that time.
+"""How the trainers behind published figures compute, according to their code at that time.
 
-What dtrain never does is counted here, beside the plan's own moments; `plan_points.py` compares.
+This adds what dtrain never keeps to the plan's own moments; `plan_points.py` compares the sums.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dtrain.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Trainer:
-    """How a source computes: from its own code at the time of its figures.
+    """How a source computes, according to its code at the time of its figures.
 
     Attributes:
-        words: of a row, all of which must be there; the first trainer that answers is taken.
-        kernels: what torch.compile fuses, as dtrain's kernels do.
+        words: must all occur in a row; the first trainer that matches is used.
+        kernels: what torch.compile fuses as dtrain's kernels do.
         fused: its optimizer makes no copy of all second moments.
-        keeps_inputs: of NF4 layers, for a gradient of frozen weights that nobody asks for:
+        keeps_inputs: keeps inputs of NF4 layers for an unused gradient of frozen weights:
             bitsandbytes before pull request 1270 (July 2024).
-        keeps_dequantised: weights of the layer that is computed again, by its graph: AutoGPTQ.
+        keeps_dequantized: the recomputed layer's graph keeps its dequantized weights: AutoGPTQ.
         masters: DeepSpeed in 16 bits: float32 masters and moments, their gradients at an update,
             two buckets of 2e8 elements going backward.
     """
@@ -37,12 +37,12 @@ class Trainer:
     kernels: frozenset[str] = frozenset()
     fused: bool = False
     keeps_inputs: bool = False
-    keeps_dequantised: bool = False
+    keeps_dequantized: bool = False
     masters: bool = False
 
 
 def profile(head: float, train: int = 2, residual: int = 0) -> TrainerProfile:
-    """Of a trainer that keeps `head` bytes of each logit and `train` of what trains."""
+    """A trainer that keeps `head` bytes of each logit and `train` bytes of a trained element."""
     return TrainerProfile(
         attention_copies=False, train_bytes=train, head_bytes=head, residual_bytes=residual
     )
@@ -79,7 +79,7 @@ TRAINERS = (
         64,
         has_dropout=True,
         profile=profile(6),
-        keeps_dequantised=True,
+        keeps_dequantized=True,
         masters=True,
     ),
     Trainer(("QwenLM", "zero3"), 64, has_dropout=True, profile=profile(6)),
@@ -95,20 +95,20 @@ def trainer_of(row: dict[str, str]) -> Trainer | None:
 
 
 def tensors(workload: Workload, trainer: Trainer) -> float:
-    """Bytes at the moment that needs most, as the trainer computes it."""
+    """Bytes at the moment that needs most, as the trainer computes."""
     moments = build_engine_model(workload, trainer.profile).moments()
     return max(x.peak + also_kept(x.moment, workload, trainer) for x in moments)
 
 
 def also_kept(moment: str, workload: Workload, trainer: Trainer) -> float:
-    """What dtrain never keeps, less what is not there yet."""
+    """Bytes that dtrain never keeps, minus gradients that do not exist yet."""
     shape, e, n = workload.shape, workload.element_bytes, workload.trainable
     layers = 1 if workload.checkpointing else shape.layers
     within = moment == "backward" or (moment == "loss" and not workload.checkpointing)
     kept = 0.0
     if trainer.keeps_inputs and workload.method == "qlora" and within:
         kept += layers * workload.tokens * e * (2 * shape.hidden + shape.mlp)
-    if trainer.keeps_dequantised and moment == "backward":
+    if trainer.keeps_dequantized and moment == "backward":
         kept += e * shape.linear_elements / shape.layers
     if trainer.masters:
         kept += 8 * n + {"update": 4 * n, "backward": 2 * e * 2e8}.get(moment, 0)

@@ -1,4 +1,4 @@
-"""No plan of a test knows what ran on this machine."""
+"""Plans of tests ignore what ran on this machine."""
 
 from __future__ import annotations
 

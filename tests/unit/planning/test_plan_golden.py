@@ -1,7 +1,7 @@
 """The plan's choices as a table.
 
-A change that is meant to move the table: `python tests/unit/planning/test_plan_golden.py` writes
-it anew; say why in the commit.
+After an intended change, `python tests/unit/planning/test_plan_golden.py` rewrites the table; give
+the reason in the commit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BILLION = 1e9
 GLOBAL_BATCH = 128  # sequences of 2048 tokens
 
 
-def asked(base: str, method: str, cluster: Cluster) -> Workload:
+def build_case(base: str, method: str, cluster: Cluster) -> Workload:
     """A stage with r 16 on all linear layers, activations recomputed."""
     shape, _ = find_shape(base)
     return Workload(
@@ -66,7 +66,7 @@ def lines() -> Iterator[str]:
 
 
 def _best(base: str, method: str, cluster: Cluster) -> PlanOption:
-    workload = asked(base, method, cluster)
+    workload = build_case(base, method, cluster)
     return build_option(choose(workload, cluster, any_engine=True, any_micro=True), cluster)
 
 
@@ -77,17 +77,17 @@ def _line(name: str, method: str, cluster: Cluster, best: PlanOption) -> str:
     return f"{head}{best.workload.micro_batch:>5}{verdict}{time:>12}"
 
 
-def test_the_choices_are_those_of_the_table() -> None:
+def test_choices_match_the_golden_table() -> None:
     assert list(lines()) == GOLDEN.read_text(encoding="utf-8").splitlines()
 
 
-def test_no_choice_is_beaten_by_another_that_fits() -> None:
-    """ddp, where it fits, is never faster than what is chosen; a larger micro-batch takes more."""
+def test_no_fitting_option_beats_the_choice() -> None:
+    """If ddp fits, it is not faster than the choice; a larger micro-batch needs more memory."""
     for base in BASES.values():
         for gpu in GPUS:
             cluster = Cluster(find_gpu(gpu), 2, 8)
             best = _best(base, "qlora", cluster)
-            ddp = build_option(asked(base, "qlora", cluster), cluster)
+            ddp = build_option(build_case(base, "qlora", cluster), cluster)
             if ddp.fit.verdict == FITS:
                 assert best.fit.verdict == FITS and best.speed >= ddp.speed
             larger = replace(best.workload, micro_batch=2 * best.workload.micro_batch)
@@ -95,5 +95,5 @@ def test_no_choice_is_beaten_by_another_that_fits() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["DTRAIN_CACHE"] = str(GOLDEN.parent)  # what ran here is not to correct the table
+    os.environ["DTRAIN_CACHE"] = str(GOLDEN.parent)  # earlier runs must not correct the table
     GOLDEN.write_text("\n".join(lines()) + "\n", encoding="utf-8")

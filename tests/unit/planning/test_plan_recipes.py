@@ -1,7 +1,6 @@
-"""The shipped recipes on the GPUs that they name, and the table of slurm/README.md.
+"""The shipped recipes on the GPUs that they are for, and the table of slurm/README.md.
 
-A change that is meant to move the table: `python tests/unit/planning/test_plan_recipes.py` prints
-it anew.
+After an intended change, `python tests/unit/planning/test_plan_recipes.py` prints the new table.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from dtrain.recipes import shipped
 
 GUIDE = Path(__file__).parents[3] / "slurm" / "README.md"
 
-# Shipped recipe → the smallest cluster that it says it is for.
-MADE_FOR = {
+# Shipped recipe → the smallest cluster that its file names.
+CLUSTER_OF = {
     "7b-lora": ("a100-40g", 1, 8),
     "7b-qlora": ("rtx4090-24g", 1, 1),
     "8b-full": ("h100-80g", 1, 8),
@@ -31,7 +30,7 @@ MADE_FOR = {
     "70b-qlora": ("l40s-48g", 2, 8),
     "70b-lora-zero3": ("h100-80g", 2, 8),
 }
-SMALL = ("tiny", "quickstart")  # they run anywhere
+SMALL = ("tiny", "quickstart")  # run on any machine
 
 GPUS = ("rtx4090-24g", "l40s-48g", "h100-80g")
 CLUSTERS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))
@@ -55,7 +54,7 @@ ROWS = (
 
 
 def row(name: str, bases: tuple[str, ...]) -> str:
-    """A line of the table: where a recipe fits, whichever of the bases it has."""
+    """A row of the table: where a recipe fits with every one of the bases."""
     cells = [smallest(name, bases, gpu) for gpu in GPUS]
     return f"| `{name}` | {', '.join(base.partition('/')[2] for base in bases)} | " + (
         " | ".join(cells) + " |"
@@ -63,34 +62,34 @@ def row(name: str, bases: tuple[str, ...]) -> str:
 
 
 def smallest(name: str, bases: tuple[str, ...], gpu: str) -> str:
-    """The first cluster on which all of them fit, as nodes x GPUs."""
+    """The first cluster on which all bases fit, as nodes x GPUs."""
     for nodes, gpus in CLUSTERS:
         cluster = Cluster(find_gpu(gpu), nodes, gpus)
-        if all(word(name, base, cluster) == FITS for base in bases):
+        if all(verdict_of(name, base, cluster) == FITS for base in bases):
             return f"{nodes} x {gpus}"
     return "no"
 
 
-def word(name: str, base: str, cluster: Cluster) -> str:
-    """The plan's verdict, the engine left to it."""
+def verdict_of(name: str, base: str, cluster: Cluster) -> str:
+    """The plan's verdict with an engine of its choice."""
     keys = [f"model.base={base}", "engine={kind: auto}"]
     return make_plan(load_recipe(name, keys), cluster).verdict
 
 
-def test_every_shipped_recipe_names_its_gpus() -> None:
-    assert set(shipped()) == {*MADE_FOR, *SMALL}
-    assert {name for name, _ in ROWS} == set(MADE_FOR)
+def test_every_shipped_recipe_has_a_cluster() -> None:
+    assert set(shipped()) == {*CLUSTER_OF, *SMALL}
+    assert {name for name, _ in ROWS} == set(CLUSTER_OF)
 
 
-@pytest.mark.parametrize("name", MADE_FOR)
-def test_shipped_recipes_fit_where_they_say(name: str) -> None:
-    gpu, nodes, gpus = MADE_FOR[name]
+@pytest.mark.parametrize("name", CLUSTER_OF)
+def test_shipped_recipes_fit_their_cluster(name: str) -> None:
+    gpu, nodes, gpus = CLUSTER_OF[name]
     plan = make_plan(load_recipe(name), Cluster(find_gpu(gpu), nodes, gpus))
     assert plan.verdict == FITS, [(x.name, x.fit) for x in plan.stages]
 
 
 @pytest.mark.parametrize(("name", "bases"), ROWS)
-def test_llama_and_qwen_fit_where_the_guide_says(name: str, bases: tuple[str, ...]) -> None:
+def test_the_table_of_the_guide_is_current(name: str, bases: tuple[str, ...]) -> None:
     assert row(name, bases) in GUIDE.read_text(encoding="utf-8").splitlines()
 
 

@@ -22,13 +22,13 @@ def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_made_twice_is_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_same_files_are_written_twice(folder: Path, tmp_path: Path) -> None:
     python_docs.make(tmp_path)
     for path in folder.iterdir():
         assert file_hash(path) == file_hash(tmp_path / path.name), path.name
 
 
-def test_packages_are_on_one_side_only(folder: Path) -> None:
+def test_a_package_is_in_one_split_only(folder: Path) -> None:
     sides = [
         {row["module"].split(".")[0] for row in _lines(folder / f"domain-{side}.jsonl")}
         for side in ("train", "heldout")
@@ -47,7 +47,7 @@ def test_no_held_out_text_or_answer_was_trained_on(folder: Path) -> None:
     assert not sentences & {r["output"] for r in held if r["instruction"].startswith("What does")}
 
 
-def test_counts_are_true(folder: Path) -> None:
+def test_counts_match_the_files(folder: Path) -> None:
     counts = json.loads((folder / "counts.json").read_text())
     for name in ("domain-train", "domain-heldout", "domain-heldout-small"):
         assert counts[name] == len(_lines(folder / f"{name}.jsonl"))
@@ -58,7 +58,7 @@ def test_counts_are_true(folder: Path) -> None:
     assert counts["task-train"] > 5000 and counts["task-heldout"] > 500
 
 
-def test_small_parts_belong_to_the_held_out_ones(folder: Path) -> None:
+def test_small_files_are_subsets_of_the_held_out_files(folder: Path) -> None:
     small, all_held = (_lines(folder / f"domain-heldout{end}.jsonl") for end in ("-small", ""))
     assert all(row in all_held for row in small)
     characters = sum(len(row["text"]) for row in small)

@@ -33,7 +33,7 @@ def test_summary(doc: str, expected: str) -> None:
     assert summary(doc) == expected
 
 
-def test_exceptions_only_of_sentences_that_raise() -> None:
+def test_exceptions_are_read_only_from_sentences_that_say_raise() -> None:
     doc = "Like KeyError. Raises ValueError if bad,\nor OSError. May raise it.\n\nSee EOFError."
     assert raised(doc) == ["ValueError", "OSError"]
     assert raised("Nothing here.") == []

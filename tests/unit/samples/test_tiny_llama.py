@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_weights_are_the_known_ones(folder: Path) -> None:
+def test_weights_match_the_known_hash(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -30,7 +30,7 @@ def test_weights_are_the_known_ones(folder: Path) -> None:
     assert digest.hexdigest() == WEIGHTS_SHA256
 
 
-def test_made_twice_is_the_same_to_the_byte(folder: Path, tmp_path: Path) -> None:
+def test_two_builds_are_identical(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)  # must not matter
     tiny_llama.make(tmp_path)
     names = {path.name for path in folder.iterdir()}
@@ -39,7 +39,7 @@ def test_made_twice_is_the_same_to_the_byte(folder: Path, tmp_path: Path) -> Non
         assert file_hash(folder / name) == file_hash(tmp_path / name), name
 
 
-def test_making_it_leaves_torchs_random_state_to_the_caller(tmp_path: Path) -> None:
+def test_building_keeps_torchs_random_state(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

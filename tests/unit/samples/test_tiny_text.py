@@ -11,7 +11,7 @@ from dtrain.samples import tiny_text
 FILES_HASH = "bc4bf3a600c104ef2844787982c1c14f33aa84533682d1bc30f64dfe9eb479bc"
 
 
-def test_the_files_are_the_known_ones(tmp_path: Path) -> None:
+def test_files_match_the_known_hashes(tmp_path: Path) -> None:
     tiny_text.make(tmp_path)
     found = {path.name: file_hash(path) for path in tmp_path.iterdir()}
     assert set(found) == {
@@ -24,7 +24,7 @@ def test_the_files_are_the_known_ones(tmp_path: Path) -> None:
     assert fingerprint(found) == FILES_HASH
 
 
-def test_answers_follow_from_what_is_told(tmp_path: Path) -> None:
+def test_answers_follow_from_the_sentence(tmp_path: Path) -> None:
     tiny_text.make(tmp_path)
     rows = json.loads((tmp_path / "task.json").read_text())
     for row in rows:

@@ -1,4 +1,4 @@
-"""`dtrain plan` as a user meets it, and what `auto` becomes."""
+"""The output of `dtrain plan`, what `auto` becomes, and calibration by earlier runs."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def plan_of(name: str, *overrides: str, gpu: str = "h100-80g", nodes: int = 1, g
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("gpu", ["rtx4090", "h100-80g"])
-def test_no_line_is_wider_than_the_screen(columns: int, gpu: str) -> None:
+def test_no_line_is_wider_than_the_terminal(columns: int, gpu: str) -> None:
     for name in shipped():
         plan = plan_of(name, gpu=gpu, gpus=2)
         assert max(len(line) for line in render_plan(plan, columns)) <= columns, name
 
 
-def test_the_screen_says_what_is_wanted() -> None:
+def test_the_plan_prints_every_figure() -> None:
     length = "stages.task.train={global_batch_size: 32, tokens: 1000000000}"
     done = invoke("plan", "70b-qlora", length, "--nodes", "2", "--gpu", "h100-80g")
     assert done.exit_code == 0
-    for word in ("70b-qlora on 2 x 8 h100-80g: FITS", "828,375,040 parameters", "for 1B tokens"):
-        assert word in done.output
-    for word in (
+    for text in ("70b-qlora on 2 x 8 h100-80g: FITS", "828,375,040 parameters", "for 1B tokens"):
+        assert text in done.output
+    for text in (
         "budget",
         "GPU-hours",
         "enter each node",
@@ -52,29 +52,29 @@ def test_the_screen_says_what_is_wanted() -> None:
         "to merge",
         "best first",
     ):
-        assert word in done.output
+        assert text in done.output
 
 
-def test_json_says_the_same() -> None:
+def test_json_has_the_same_figures() -> None:
     done = invoke("plan", "7b-lora", "--json", "--gpu", "a100-40g")
-    told, plan = json.loads(done.output), plan_of("7b-lora", gpu="a100-40g")
-    assert told["parameters"] == 7_615_616_512 and told["verdict"] == plan.verdict
-    stage = told["stages"][0]
+    output, plan = json.loads(done.output), plan_of("7b-lora", gpu="a100-40g")
+    assert output["parameters"] == 7_615_616_512 and output["verdict"] == plan.verdict
+    stage = output["stages"][0]
     memory = {k: v for k, v in stage["memory"].items() if k not in ("peak", "moment")}
     assert sum(memory.values()) == pytest.approx(stage["memory"]["peak"])
     assert stage["lower"] < stage["budget"] < stage["usable"]
 
 
-def test_options_are_sorted_and_none_is_missing() -> None:
+def test_options_are_complete_and_sorted() -> None:
     plan = plan_of("70b-qlora", nodes=2)
-    words = [ORDER.index(option.fit.verdict) for option in plan.options]
-    assert words == sorted(words)
+    verdicts = [ORDER.index(option.fit.verdict) for option in plan.options]
+    assert verdicts == sorted(verdicts)
     assert {option.workload.method for option in plan.options} == {"full", "lora", "qlora"}
     assert len(plan.options) == 15
     assert plan.options[0].workload.method == "qlora"
 
 
-def test_what_does_not_fit_is_told_with_what_would() -> None:
+def test_a_plan_that_does_not_fit_suggests_changes() -> None:
     plan = plan_of("70b-lora-zero3", gpu="rtx4090")
     assert plan.verdict == DOES_NOT_FIT
     text = "\n".join(render_plan(plan, 100))
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["7b-lora", "--gpu", "h10-80g"], "did you mean h100-80g"),
         (["7b-lora", "model.base=/nowhere"], "no config.json"),
@@ -94,15 +94,15 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
         ),
     ],
 )
-def test_mistakes_are_told(arguments: list[str], told: str) -> None:
+def test_mistakes_are_reported(arguments: list[str], message: str) -> None:
     error = invoke("plan", *arguments).exception
-    assert isinstance(error, UserError) and told in str(error)
+    assert isinstance(error, UserError) and message in str(error)
 
 
-def test_auto_takes_what_fits_and_what_is_fast() -> None:
+def test_auto_chooses_a_fast_option_that_fits() -> None:
     auto = ["engine={kind: auto}", "stages.domain.train.micro_batch_size=auto"]
     wide, narrow = (Cluster(find_gpu(name), 2, 8) for name in ("h100-80g", "a6000"))
-    # 70B in 4 bits: one copy on each 80 GB card; on 48 GB shared among the ranks of a node.
+    # 70B in 4 bits: one copy on each 80 GB GPU; on 48 GB shared among the ranks of a node.
     for cluster, engine in ((wide, "ddp"), (narrow, "fsdp2")):
         recipe = resolve(load_recipe("70b-qlora", auto), cluster)
         assert recipe.engine.kind == engine
@@ -112,14 +112,14 @@ def test_auto_takes_what_fits_and_what_is_fast() -> None:
     assert recipe.engine.shard == "node"
 
 
-def test_auto_leaves_what_is_said_alone() -> None:
+def test_auto_keeps_explicit_settings() -> None:
     cluster = Cluster(find_gpu("h100-80g"), 1, 8)
     assert resolve(load_recipe("7b-lora"), cluster) == load_recipe("7b-lora")
     strict = load_recipe("7b-lora", ["engine={kind: auto}", "determinism=strict"])
     assert resolve(strict, cluster).engine.kind == "auto"
 
 
-def test_earlier_runs_correct_the_plan() -> None:
+def test_earlier_runs_correct_a_plan() -> None:
     before = plan_of("7b-lora").stages[0]
     line = calibration.CalibrationRecord(
         gpu="h100-80g",
@@ -148,22 +148,22 @@ def test_earlier_runs_correct_the_plan() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "quickstart"])
 def test_plan_and_job_run_as_many_ranks_as_the_recipe_says(name: str, tmp_path) -> None:
-    told = json.loads(invoke("plan", name, "--json").output)
-    assert (told["gpus_per_node"], told["verdict"]) == (2, FITS)
+    output = json.loads(invoke("plan", name, "--json").output)
+    assert (output["gpus_per_node"], output["verdict"]) == (2, FITS)
     assert json.loads(invoke("plan", "7b-lora", "--json").output)["gpus_per_node"] == 8
     job = invoke("submit", name, f"output.folder={tmp_path / 'run'}", "--dry-run")
     assert f"plan: {FITS} on the largest GPUs" in job.output
 
 
-def test_submit_passes_over_an_unknown_shape_only(tmp_path) -> None:
-    place = f"output.folder={tmp_path / 'run'}"
-    unknown = invoke("submit", "7b-lora", place, f"model.base={tmp_path}/none", "--dry-run")
+def test_submit_skips_the_plan_only_for_an_unknown_shape(tmp_path) -> None:
+    run_folder = f"output.folder={tmp_path / 'run'}"
+    unknown = invoke("submit", "7b-lora", run_folder, f"model.base={tmp_path}/none", "--dry-run")
     assert "not planned: " in unknown.output and "#SBATCH" in unknown.output
-    wrong = invoke("submit", "70b-qlora", place, "engine.shard=3", "--dry-run").exception
+    wrong = invoke("submit", "70b-qlora", run_folder, "engine.shard=3", "--dry-run").exception
     assert isinstance(wrong, UserError) and "do not divide into groups of 3" in str(wrong)
 
 
-def test_replayed_tokens_count(tmp_path) -> None:
+def test_replayed_tokens_are_counted(tmp_path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 1000)
     data = f"sources: [{{path: {tmp_path}/text.jsonl, format: text}}]"
     replay = f"replay: {{path: {tmp_path}/text.jsonl, format: text, ratio: 0.2}}"
@@ -175,7 +175,7 @@ def test_replayed_tokens_count(tmp_path) -> None:
     assert amounts[1].tokens == pytest.approx(amounts[0].tokens / 0.8)
 
 
-def test_checkpoints_that_are_kept_for_good_need_disk() -> None:
+def test_permanent_checkpoints_need_disk_space() -> None:
     train = "{global_batch_size: 64, steps: 100, checkpoint_every_steps: 10}"
     some = plan_of("7b-lora", f"stages.domain.train={train}").stages[0]
     more = plan_of("7b-lora", f"stages.domain.train={train}", "output.keep_every_steps=20")
@@ -198,8 +198,8 @@ def measured_line(engine: str, method: str, ratio: float) -> None:
     )
 
 
-def test_earlier_runs_correct_the_whole_screen() -> None:
-    """Options, advice and what `auto` takes are held to the ratio of the verdict."""
+def test_earlier_runs_correct_options_and_suggestions() -> None:
+    """Options, suggestions and choices of `auto` use the same correction as the verdict."""
     before = plan_of("7b-lora")
     measured_line("ddp", "lora", 5.0)
     after = plan_of("7b-lora")
@@ -211,12 +211,12 @@ def test_earlier_runs_correct_the_whole_screen() -> None:
     assert ddp[0].fit.budget > 3 * build_engine_model(ddp[0].workload).peak_memory().peak
 
 
-def test_the_screen_tells_the_factor_that_was_applied() -> None:
+def test_the_plan_prints_the_applied_factor() -> None:
     measured_line("ddp", "lora", 0.5)
     assert "memory x 1.00" in "\n".join(render_plan(plan_of("7b-lora"), 200))
 
 
-def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
+def test_runs_of_small_models_do_not_correct_large_ones() -> None:
     before = plan_of("7b-lora")
     calibration.append_record(
         calibration.CalibrationRecord(
@@ -225,7 +225,7 @@ def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
             method="lora",
             versions=calibration.versions(),
             base="dtrain:tiny-llama",
-            peak=60e6,  # nearly all of it a workspace of cuBLAS
+            peak=60e6,  # nearly all of it the workspace of cuBLAS
             speed=5e3,
             planned_peak=1.5e6,
             planned_speed=5e6,
@@ -234,7 +234,7 @@ def test_a_small_model_run_here_says_nothing_of_large_ones() -> None:
     assert plan_of("7b-lora") == before
 
 
-def test_lines_that_are_none_are_passed_over() -> None:
+def test_broken_calibration_lines_are_skipped() -> None:
     measured_line("ddp", "lora", 1.5)
     good = calibration.calibration_file().read_bytes()
     torn = [
@@ -247,12 +247,14 @@ def test_lines_that_are_none_are_passed_over() -> None:
     assert plan_of("7b-lora").stages[0].correction == calibration.Correction(1, 1.5, 1.0)
 
 
-def test_submit_refuses_what_cannot_fit_unless_forced(tmp_path) -> None:
-    place = f"output.folder={tmp_path / 'run'}"
-    much = ["submit", "70b-lora-zero3", place, "--gpu", "rtx4090", "--dry-run"]
-    error = invoke(*much).exception
+def test_submit_stops_a_job_that_cannot_fit_unless_forced(tmp_path) -> None:
+    run_folder = f"output.folder={tmp_path / 'run'}"
+    large = ["submit", "70b-lora-zero3", run_folder, "--gpu", "rtx4090", "--dry-run"]
+    error = invoke(*large).exception
     assert isinstance(error, UserError) and "DOES NOT FIT on rtx4090-24g" in str(error)
     assert "method.kind=qlora" in str(error) and "--force" in str(error)
-    assert "#SBATCH" in invoke(*much, "--force").output
-    fits = invoke("submit", "70b-qlora", place, "--gpu", "h100-80g", "--nodes", "2", "--dry-run")
+    assert "#SBATCH" in invoke(*large, "--force").output
+    fits = invoke(
+        "submit", "70b-qlora", run_folder, "--gpu", "h100-80g", "--nodes", "2", "--dry-run"
+    )
     assert f"plan: {FITS} on h100-80g" in fits.output

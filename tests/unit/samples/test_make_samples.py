@@ -31,12 +31,12 @@ def maker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     return control
 
 
-def test_made_once(maker: SimpleNamespace) -> None:
+def test_a_sample_is_built_once(maker: SimpleNamespace) -> None:
     assert ensure("toy") == ensure("toy") == sample_folder("toy")
     assert maker.calls == 1
 
 
-def test_many_at_once_make_it_once(maker: SimpleNamespace) -> None:
+def test_concurrent_calls_build_a_sample_once(maker: SimpleNamespace) -> None:
     threads = [threading.Thread(target=ensure, args=("toy",)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -46,7 +46,7 @@ def test_many_at_once_make_it_once(maker: SimpleNamespace) -> None:
     assert (sample_folder("toy") / "whole").read_text() == "made 1"
 
 
-def test_a_failure_leaves_nothing_and_does_not_lock(maker: SimpleNamespace) -> None:
+def test_a_failure_leaves_no_files_and_no_lock(maker: SimpleNamespace) -> None:
     maker.fails = OSError("No space left on device")
     with pytest.raises(UserError, match="No space left") as caught:
         ensure("toy")
@@ -56,18 +56,16 @@ def test_a_failure_leaves_nothing_and_does_not_lock(maker: SimpleNamespace) -> N
     assert (ensure("toy") / "whole").is_file()
 
 
-def test_another_version_is_made_anew(
-    maker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_version_is_rebuilt(maker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure("toy")
     monkeypatch.setattr(make, "SAMPLES", {"toy": ("toy", 2)})
     assert (ensure("toy") / "whole").read_text() == "made 2"
     assert {path.name for path in sample_folder("toy").parent.iterdir()} == {".lock", "toy"}
 
 
-def test_unknown_names_get_the_nearest_known() -> None:
+def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match="did you mean smollm2-135m") as caught:
         ensure("smollm-135m")
     assert caught.value.where == "dtrain:smollm-135m"
-    with pytest.raises(UserError, match="there are: smollm2-135m"):
+    with pytest.raises(UserError, match="choose from: smollm2-135m"):
         ensure("???")

@@ -1,4 +1,4 @@
-"""What a simulation of a few layers says of all of them, and what cannot be simulated."""
+"""Extrapolating a simulation of a few layers, and cases that cannot be simulated."""
 
 from __future__ import annotations
 
@@ -30,64 +30,64 @@ def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedP
 
 
 def test_the_greatest_peak_at_the_real_depth_is_found() -> None:
-    """With few layers another moment is the greatest."""
+    """With few layers, another phase has the greatest peak."""
     grows, large = ("backward", "last layer", 10.0, 5.0), ("forward", "outside", 100.0, 1.0)
-    found = extrapolate_peak([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
-    assert (found.phase, found.region, found.total) == ("backward", "last layer", 410.0)
-    assert found.terms == {"weights": 10.0, "kept": 400.0}
+    peak = extrapolate_peak([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
+    assert (peak.phase, peak.region, peak.total) == ("backward", "last layer", 410.0)
+    assert peak.terms == {"weights": 10.0, "kept": 400.0}
 
 
-def test_memory_that_grows_unevenly_is_told() -> None:
-    found = [peaks(n, ("forward", "outside", 10.0, 5.0 + (n == 5))) for n in (3, 4, 5)]
+def test_uneven_growth_of_memory_is_reported() -> None:
+    series = [peaks(n, ("forward", "outside", 10.0, 5.0 + (n == 5))) for n in (3, 4, 5)]
     with pytest.raises(UserError, match=r"does not grow evenly.*\+5 and \+10 bytes.*forward"):
-        extrapolate_peak(found, (3, 4, 5), 80)
+        extrapolate_peak(series, (3, 4, 5), 80)
 
 
-def test_an_uneven_moment_that_does_not_matter_is_passed_over() -> None:
+def test_uneven_growth_of_a_small_peak_is_ignored() -> None:
     small = [peaks(n, ("update", "outside", 1.0, 0.1 * n)) for n in (3, 4, 5)]
     large = [peaks(n, ("forward", "outside", 10.0, 50.0)) for n in (3, 4, 5)]
     both = [a + b for a, b in zip(small, large, strict=True)]
     assert extrapolate_peak(both, (3, 4, 5), 20).total == 1010.0
 
 
-def test_a_config_is_cut_with_its_lists_of_layers() -> None:
+def test_a_config_with_fewer_layers_has_shorter_lists() -> None:
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
     cut_config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "a"], "eos_token_id": [1, 2]}
     assert with_layers(config, 3) == cut_config
     assert simulated_layers(4) == (4,), "few layers are simulated as they are"
 
 
-def asked(words: list[str], ranks: int) -> simulated_peak.SimulatedStep:
-    recipe = load_recipe("tiny", ["device=cpu", *words])
+def simulate_tiny(overrides: list[str], ranks: int) -> simulated_peak.SimulatedStep:
+    recipe = load_recipe("tiny", ["device=cpu", *overrides])
     cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
     workload = build_workload(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
     done: list[int] = []
     config = find_config(recipe.model.base)[0]
-    found = simulate_step(recipe, "domain", workload, config, done.append)
+    peak = simulate_step(recipe, "domain", workload, config, done.append)
     assert sum(done) == progress_units(workload)
-    return found
+    return peak
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_what_is_not_simulated_is_said(engine: str) -> None:
+def test_an_engine_that_is_not_simulated_is_reported(engine: str) -> None:
     with pytest.raises(UserError, match=f"{engine} is not simulated"):
-        asked([f"engine.kind={engine}"], 2)
+        simulate_tiny([f"engine.kind={engine}"], 2)
 
 
-def test_without_torch_it_is_said(monkeypatch) -> None:
+def test_missing_torch_is_reported(monkeypatch) -> None:
     monkeypatch.setattr(simulated_peak, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="torch, which is not installed"):
-        asked([], 2)
+        simulate_tiny([], 2)
 
 
-def test_what_the_child_finds_wrong_is_told() -> None:
+def test_an_error_of_the_child_is_reported() -> None:
     with pytest.raises(UserError, match="'eager' cannot be simulated"):
-        asked(["model.attention=eager"], 2)
+        simulate_tiny(["model.attention=eager"], 2)
 
 
-def test_sixteen_ranks_are_simulated_by_one() -> None:
-    """Of a 16th of the weights less is left than is gathered."""
+def test_one_process_simulates_sixteen_ranks() -> None:
+    """A sixteenth of the weights is less than what is gathered."""
     words = ["engine.kind=fsdp2", "stages.domain.train.global_batch_size=16"]
-    peak = asked(words, 16).peak
+    peak = simulate_tiny(words, 16).peak
     assert peak.total == sum(peak.terms.values()) > 0
     assert peak.terms["weights"] < peak.terms["gathered"]

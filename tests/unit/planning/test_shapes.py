@@ -1,4 +1,4 @@
-"""Counts from config.json alone, against the models that transformers and PEFT build."""
+"""Parameter counts from config.json, compared with models built by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -70,26 +70,28 @@ def adapter_parameters(shape: ModelShape, rank: int, target_modules) -> int:
     ).trainable
 
 
-def built(config):
+def build_model(config):
     with torch.device("meta"):
         kind = AutoConfig.for_model(**config)
         return AutoModelForCausalLM.from_config(kind)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_counts_are_those_of_the_model(name: str) -> None:
-    shape, model = shape_of(CONFIGS[name], name), built(CONFIGS[name])
+def test_parameter_counts_match_the_model(name: str) -> None:
+    shape, model = shape_of(CONFIGS[name], name), build_model(CONFIGS[name])
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert adapter_parameters(shape, 16, "all-linear") == trains(model, "all-linear", 16)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_choice_of_targets_counts(name: str) -> None:
+def test_adapter_counts_match_for_every_choice_of_targets(name: str) -> None:
     config = CONFIGS[name] | {"num_hidden_layers": 2}
     shape = shape_of(config, name)
     names = sorted({x.name.rpartition(".")[2] for x in shape.linears})
     for chosen in (*([name] for name in names), names[:2], names[1:]):
-        assert adapter_parameters(shape, 8, chosen) == trains(built(config), chosen, 8), chosen
+        assert adapter_parameters(shape, 8, chosen) == trains(build_model(config), chosen, 8), (
+            chosen
+        )
 
 
 def trains(model, targets, rank: int) -> int:
@@ -97,13 +99,13 @@ def trains(model, targets, rank: int) -> int:
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def test_the_output_matrix_may_be_a_target() -> None:
+def test_the_output_matrix_can_be_a_target() -> None:
     shape = shape_of(CONFIGS["meta-llama/Llama-2-7b"], "here")
-    model, chosen = built(CONFIGS["meta-llama/Llama-2-7b"]), ["self_attn.q_proj", "lm_head"]
+    model, chosen = build_model(CONFIGS["meta-llama/Llama-2-7b"]), ["self_attn.q_proj", "lm_head"]
     assert adapter_parameters(shape, 4, chosen) == trains(model, chosen, 4)
 
 
-def test_known_figures() -> None:
+def test_counts_match_known_models() -> None:
     shape, _ = find_shape("meta-llama/Llama-2-7b-hf")
     assert shape.parameters == 6_738_415_616
     assert adapter_parameters(shape, 16, "all-linear") == 39_976_960
@@ -111,11 +113,11 @@ def test_known_figures() -> None:
 
 
 def test_a_base_in_the_hub_cache_is_found(tmp_path, monkeypatch) -> None:
-    place = tmp_path / "models--me--mine"
-    snapshot = place / "snapshots" / "abc"
+    repository = tmp_path / "models--me--mine"
+    snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"} | SMALL))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     shape, where = find_shape("me/mine")
@@ -126,7 +128,7 @@ LLAMA = {"model_type": "llama"} | SMALL
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "cannot be read"),
         ("[]", "not a model's config"),
@@ -151,13 +153,13 @@ LLAMA = {"model_type": "llama"} | SMALL
         (json.dumps(LLAMA | {"hidden_size": 7}).replace("7", "1e400"), "hidden_size is not a"),
     ],
 )
-def test_a_config_that_cannot_be_read_is_told(tmp_path, content: str, told: str) -> None:
+def test_an_unusable_config_is_reported(tmp_path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         find_shape(str(tmp_path))
 
 
-def test_what_is_not_there_is_told(tmp_path) -> None:
+def test_missing_bases_and_targets_are_reported(tmp_path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         find_shape(str(tmp_path))
     with pytest.raises(UserError, match=r"did you mean Qwen/Qwen2\.5-7B"):

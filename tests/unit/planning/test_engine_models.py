@@ -1,4 +1,4 @@
-"""Memory, verdict and advice, against arithmetic that stands in the literature."""
+"""Memory, communication, fit and suggestions, compared with the literature."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GB = 1e9
 
 def workload(base: str, method: str, engine: str, ranks: int = 8, **more: object) -> Workload:
     shape, _ = find_shape(base)
-    given = {
+    defaults = {
         "shape": shape,
         "method": method,
         "rank": 0 if method == "full" else 16,
@@ -47,7 +47,7 @@ def workload(base: str, method: str, engine: str, ranks: int = 8, **more: object
         "accumulation": 4,
         "checkpointing": True,
     }
-    return Workload(**(given | more))
+    return Workload(**(defaults | more))
 
 
 def peak_memory(job: Workload) -> MemoryEstimate:
@@ -62,7 +62,7 @@ def received_bytes(job: Workload) -> float:
     return build_engine_model(job).received_bytes()
 
 
-def test_weights_are_those_of_the_literature() -> None:
+def test_weights_match_the_literature() -> None:
     # 70B in NF4 with double quantization: 0.516 bytes of each linear weight, the rest in 16 bits.
     assert build_engine_model(
         workload("meta-llama/Llama-2-70b", "qlora", "ddp")
@@ -75,14 +75,14 @@ def test_weights_are_those_of_the_literature() -> None:
     assert static == pytest.approx(18 * full.shape.parameters / 8)
 
 
-def test_saved_activations_are_those_of_a_trace() -> None:
+def test_saved_activations_match_a_trace() -> None:
     """16h + 4q + 4kv + 8f + 4 heads + 8 bytes a token, as traced on a bfloat16 Llama-2-7B."""
     flash = TrainerProfile(attention_copies=False)
-    one = workload("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
-    assert layer_bytes(one, flash) == 186_504
+    job = workload("meta-llama/Llama-2-7b", "full", "zero2", checkpointing=False)
+    assert layer_bytes(job, flash) == 186_504
 
 
-def test_a_share_is_smaller_than_the_whole() -> None:
+def test_sharding_reduces_memory() -> None:
     for method in ("full", "lora", "qlora"):
         whole = peak_memory(workload("Qwen/Qwen2.5-7B", method, "ddp")).peak
         halves = peak_memory(workload("Qwen/Qwen2.5-7B", method, "fsdp2", 2)).peak
@@ -90,59 +90,59 @@ def test_a_share_is_smaller_than_the_whole() -> None:
         assert whole > halves > eighths
 
 
-def test_one_rank_accumulates_beside_its_buckets_as_many_do() -> None:
-    """DDP has buckets on a single rank too, and what is not sent yet is no part of them."""
+def test_a_single_ddp_rank_accumulates_next_to_its_buckets() -> None:
+    """DDP has buckets on one rank too, and gradients that are not sent yet are outside them."""
     for ranks in (1, 8):
-        one = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
-        assert build_engine_model(one).gradient_bytes == 2 * 4 * one.trainable
-        assert build_engine_model(replace(one, accumulation=1)).gradient_bytes == 4 * one.trainable
+        job = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", ranks)
+        assert build_engine_model(job).gradient_bytes == 2 * 4 * job.trainable
+        assert build_engine_model(replace(job, accumulation=1)).gradient_bytes == 4 * job.trainable
 
 
-def test_more_ranks_than_rows_pad() -> None:
+def test_more_ranks_than_rows_are_padded() -> None:
     """FSDP2 gives every rank a row of a matrix: with 1024 ranks 16 rows become 1024."""
     some, many = (workload("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
     h, r = some.shape.hidden, some.rank
     up = next(x for x in layer_parameters(some) if (x.rows, x.columns) == (r, h) and x.trains)
     assert (up.row_share(16), up.row_share(1024)) == (h, h)
-    wide, narrow = (padded_bytes(layer_parameters(one), one.shard) for one in (many, some))
+    wide, narrow = (padded_bytes(layer_parameters(job), job.shard) for job in (many, some))
     padding = sum(4 * (1024 - r) * x.inputs for x in some.adapted)
     assert padding <= wide - narrow < 1.5 * padding  # rows of the base do not divide either
     assert peak_memory(many).gathered - peak_memory(some).gathered >= padding
 
 
-def test_a_step_of_fsdp2_begins_with_its_embeddings_twice() -> None:
-    """In what was received, and in what was copied out of it."""
-    one = workload("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
-    peak = peak_memory(one)
+def test_fsdp2_first_has_its_embeddings_twice() -> None:
+    """Once in the buffer that was received, once in the copies."""
+    job = workload("Qwen/Qwen2.5-0.5B", "lora", "fsdp2", sequence_length=128)
+    peak = peak_memory(job)
     assert peak.moment == "gather"
-    assert peak.gathered > 2 * 2 * one.shape.outer_parameters
+    assert peak.gathered > 2 * 2 * job.shape.outer_parameters
 
 
 def test_zero3_keeps_a_small_model_and_gathers_it_once() -> None:
-    one = workload("Qwen/Qwen2.5-0.5B", "full", "zero3")
-    found = simulate_gathers(one)
-    inner = [x.elements for x in layer_parameters(one)]
-    whole = one.shape.parameters - found.persistent
-    assert found.received == pytest.approx(whole, rel=1e-4)  # padded
-    assert max(m.elements for m in found.peaks) >= whole
-    assert found.persistent == pytest.approx(
-        one.shape.hidden + one.shape.layers * sum(n for n in inner if n <= PERSISTENT_ELEMENTS)
+    job = workload("Qwen/Qwen2.5-0.5B", "full", "zero3")
+    schedule = simulate_gathers(job)
+    inner = [x.elements for x in layer_parameters(job)]
+    whole = job.shape.parameters - schedule.persistent
+    assert schedule.received == pytest.approx(whole, rel=1e-4)  # padded
+    assert max(m.elements for m in schedule.peaks) >= whole
+    assert schedule.persistent == pytest.approx(
+        job.shape.hidden + job.shape.layers * sum(n for n in inner if n <= PERSISTENT_ELEMENTS)
     )
 
 
-def test_zero3_gathers_a_large_model_twice_and_keeps_what_it_may() -> None:
-    one = workload("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
-    found = simulate_gathers(one)
-    twice = 2 * one.shape.layers * one.shape.layer_parameters
-    assert found.received == pytest.approx(twice + one.shape.outer_parameters, rel=0.05)
-    most = max(m.elements for m in found.peaks)
-    # What may live, and a layer in the buffer that it came in.
-    assert LIVE_ELEMENTS < most < LIVE_ELEMENTS + 1.3 * one.shape.layer_parameters
-    tight = simulate_gathers(replace(one, live_elements=10**8, prefetch_elements=10**7))
+def test_zero3_gathers_a_large_model_twice_within_its_limits() -> None:
+    job = workload("meta-llama/Llama-3.1-70B", "lora", "zero3", 16)
+    schedule = simulate_gathers(job)
+    twice = 2 * job.shape.layers * job.shape.layer_parameters
+    assert schedule.received == pytest.approx(twice + job.shape.outer_parameters, rel=0.05)
+    most = max(m.elements for m in schedule.peaks)
+    # The live limit, and a layer in the buffer that it arrived in.
+    assert LIVE_ELEMENTS < most < LIVE_ELEMENTS + 1.3 * job.shape.layer_parameters
+    tight = simulate_gathers(replace(job, live_elements=10**8, prefetch_elements=10**7))
     assert max(m.elements for m in tight.peaks) < most
 
 
-def test_replicated_qlora_sends_adapters_only() -> None:
+def test_replicated_qlora_sends_only_adapters() -> None:
     """What goes between nodes depends on the adapter, not on the base or the accumulation."""
     two_nodes = {"ranks": 16, "node_ranks": 8}
     small = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", **two_nodes)
@@ -171,31 +171,31 @@ def test_replicated_qlora_sends_adapters_only() -> None:
         ("meta-llama/Llama-2-70b", "lora", "h100-80g", 1, False),
     ],
 )
-def test_what_users_know_to_fit(base: str, method: str, gpu: str, gpus: int, fits: bool) -> None:
+def test_well_known_cases_fit(base: str, method: str, gpu: str, gpus: int, fits: bool) -> None:
     cluster = Cluster(find_gpu(gpu), 1, gpus)
     fit = assess_fit(workload(base, method, "ddp", gpus), cluster)
     assert (fit.verdict == FITS) == fits, fit
 
 
-def test_advice_fits_and_begins_with_the_cheapest() -> None:
+def test_suggestions_fit_and_start_with_the_cheapest() -> None:
     cluster = Cluster(find_gpu("a100-40g"), 1, 8)
-    much = workload("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
-    assert assess_fit(much, cluster).verdict == DOES_NOT_FIT
-    changes = suggest_changes(much, cluster)
+    large = workload("Qwen/Qwen2.5-7B", "lora", "ddp", micro_batch=16, accumulation=1)
+    assert assess_fit(large, cluster).verdict == DOES_NOT_FIT
+    changes = suggest_changes(large, cluster)
     assert changes[0].settings == ("train.micro_batch_size=4",)
     for change in changes:
         assert assess_fit(change.workload, change.cluster).verdict == FITS
 
 
-def test_where_one_change_is_not_enough_several_are_told() -> None:
+def test_several_changes_are_combined_where_one_is_not_enough() -> None:
     cluster = Cluster(find_gpu("rtx4090"), 1, 8)
-    much = workload("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
-    (change,) = suggest_changes(much, cluster)
+    large = workload("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
+    (change,) = suggest_changes(large, cluster)
     assert len(change.settings) > 1 and assess_fit(change.workload, change.cluster).verdict == FITS
 
 
-def test_answers_alone_may_need_no_logits() -> None:
-    """Of a long sequence a token may be learnt, so that the logits are no lower bound."""
+def test_training_on_answers_may_need_no_logits() -> None:
+    """A long sequence may have few targets, so the logits are no lower bound."""
     every = workload("Qwen/Qwen2.5-7B", "qlora", "ddp", sequence_length=16384)
     answers = replace(every, trains_on_all_tokens=False)
     cluster = Cluster(find_gpu("l4"), 1, 8)
@@ -211,7 +211,7 @@ def test_answers_alone_may_need_no_logits() -> None:
     assert kinds == {"cpt": True, "sft": False}
 
 
-def test_what_error_correction_takes_is_no_ones() -> None:
+def test_memory_for_error_correction_is_not_usable() -> None:
     gib = 2**30
     for name in ("a40", "l40", "l40s"):
         assert find_gpu(name).usable_bytes == pytest.approx(44.4 * gib)
@@ -220,18 +220,18 @@ def test_what_error_correction_takes_is_no_ones() -> None:
     assert gpu_of_device("NVIDIA L40S", int(44.4 * gib)) is GPUS["l40s-48g"]
 
 
-def test_a_ds_file_may_leave_sizes_to_deepspeed(tmp_path) -> None:
+def test_auto_in_a_deepspeed_file_keeps_the_default_limits(tmp_path) -> None:
     file = tmp_path / "zero3.json"
     zero = '"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 5e8'
     file.write_text(f'{{"zero_optimization": {{{zero}}}}}')
     recipe = load_recipe("7b-lora", [f"engine={{kind: zero3, config: {file}}}"])
     shape, _ = find_shape("Qwen/Qwen2.5-7B")
-    one = build_workload(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
-    assert (one.bucket_elements, one.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
-    assert (one.prefetch_elements, one.reuse_elements) == (3584 * 3584 * 9 // 10, LIVE_ELEMENTS)
+    job = build_workload(recipe, recipe.stages[0], shape, Cluster(find_gpu("h100-80g"), 1, 8))
+    assert (job.bucket_elements, job.live_elements) == (BUCKET_ELEMENTS, 500_000_000)
+    assert (job.prefetch_elements, job.reuse_elements) == (3584 * 3584 * 9 // 10, LIVE_ELEMENTS)
 
 
-def test_gpus_are_found_by_their_names() -> None:
+def test_gpus_are_found_by_name() -> None:
     assert find_gpu("H100_80GB").name == "h100-80g"
     assert find_gpu("rtx4090").name == "rtx4090-24g"
     with pytest.raises(UserError, match="did you mean a100-40g or a100-80g"):
@@ -245,7 +245,7 @@ def test_gpus_are_found_by_their_names() -> None:
     assert gpu_of_device("Something", 10 * gib).usable_bytes == pytest.approx(10 * gib)
 
 
-def test_buckets_are_those_of_the_shipped_files() -> None:
+def test_limits_match_the_shipped_deepspeed_files() -> None:
     for kind, offload in (("zero2", False), ("zero3", False), ("zero3", True)):
         zero = load_ds_config(None, kind, offload)["zero_optimization"]
         assert zero["reduce_bucket_size"] == BUCKET_ELEMENTS
@@ -257,13 +257,13 @@ def test_buckets_are_those_of_the_shipped_files() -> None:
         assert zero["stage3_max_reuse_distance"] == LIVE_ELEMENTS
 
 
-def test_a_recipe_becomes_a_setup() -> None:
+def test_a_recipe_becomes_a_workload() -> None:
     recipe = load_recipe("70b-qlora")
     shape, _ = find_shape(recipe.model.base)
     cluster = Cluster(find_gpu("h100-80g"), 2, 8)
-    one = build_workload(recipe, recipe.stages[0], shape, cluster)
-    assert (one.shard, one.ranks, one.accumulation, one.tokens) == (8, 16, 4, 2048)
-    assert one.step_tokens == 64 * 2048
+    job = build_workload(recipe, recipe.stages[0], shape, cluster)
+    assert (job.shard, job.ranks, job.accumulation, job.tokens) == (8, 16, 4, 2048)
+    assert job.step_tokens == 64 * 2048
     bad = load_recipe("70b-qlora", ["engine.shard=3"])
     with pytest.raises(UserError, match="do not divide into groups of 3"):
         build_workload(bad, bad.stages[0], shape, cluster)

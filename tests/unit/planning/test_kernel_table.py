@@ -1,4 +1,4 @@
-"""The plan's table of kernels is what is really put into each architecture."""
+"""The plan's table of kernels matches the layers that each architecture really gets."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CHANGE_MEMORY = {ADAPTED_LAYERS, NORMS, MLPS, LOSS}
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_table_names_what_is_put_in(kind: str) -> None:
+def test_the_kernel_table_matches_the_patched_model(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
     model.requires_grad_(False)
-    found = use_kernels(get_peft_model(model, LoraConfig(target_modules="all-linear")))
-    assert set(found) & CHANGE_MEMORY == KERNELS[kind]
+    used = use_kernels(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    assert set(used) & CHANGE_MEMORY == KERNELS[kind]
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "rows"), [(32_000, 2048), (151_936, 256), (262_144, 256), (400_000, 128)]
 )
-def test_a_chunk_has_rows_that_matrix_products_like(vocabulary: int, rows: int) -> None:
+def test_chunk_rows_suit_matrix_products(vocabulary: int, rows: int) -> None:
     assert chunk_rows(vocabulary) == rows
