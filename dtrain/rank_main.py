@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from dtrain.checkpoints.identity import require_same
+from dtrain.checkpoints.identity import check_same_inputs
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
@@ -129,7 +129,7 @@ def template_from_anywhere(stage: Stage) -> Stage:
 def train(recipe: Recipe, allowed: set[str], outcome: ExitReport) -> bool:
     """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
     run = RunDir(Path(recipe.output.folder))
-    require_same({}, {}, allowed)  # a key that may not change is said before it is kept
+    check_same_inputs({}, {}, allowed)  # a key that may not change is said before it is kept
     lock = run.lock() if is_first_rank() else None
     outcome.open(run)
     if lock:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dtrain.checkpoints.folder import Listed, clean_leftovers, list_checkpoints, newest_complete
-from dtrain.checkpoints.identity import CHANGEABLE, differences, require_same
+from dtrain.checkpoints.folder import (
+    CheckpointInfo,
+    clean_leftovers,
+    list_checkpoints,
+    newest_complete,
+    remove_old_checkpoints,
+)
+from dtrain.checkpoints.identity import CHANGEABLE, check_same_inputs, differences
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.core.ownership import Untrusted
 
@@ -14,14 +19,14 @@ __all__ = [
     "CHANGEABLE",
     "NEUTRAL_KINDS",
     "Checkpoint",
-    "Listed",
+    "CheckpointInfo",
     "ParameterShard",
     "Saver",
     "Untrusted",
+    "check_same_inputs",
     "clean_leftovers",
     "differences",
     "list_checkpoints",
     "newest_complete",
-    "require_same",
-    "retain",
+    "remove_old_checkpoints",
 ]

@@ -1,4 +1,4 @@
-"""A stage's folder of checkpoints: which are there, and which is the newest that can be used."""
+"""A stage's folder of checkpoints: list them, find the newest usable one, remove old ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.checkpoints.file_names import REMOVED_PREFIX, step_of, unfinished_step_of
+from dtrain.checkpoints.manifest import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.errors import UserError
 from dtrain.core.ownership import Untrusted
@@ -16,15 +16,15 @@ LOSS = "held_out_loss"
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One checkpoint as a person sees it.
+class CheckpointInfo:
+    """One checkpoint in a list.
 
-    Args:
-        loss: held-out loss, if there is one.
+    Attributes:
+        loss: held-out loss, if it was measured.
         size: bytes on disk.
         complete: whether it can be used, as far as is known without hashing.
-        verified: whether its hashes are right; None if nobody looked.
-        problem: why it cannot be used; empty if nothing is known against it.
+        verified: whether its hashes are right; None if they were not checked.
+        problem: why it cannot be used; empty if no reason is known.
     """
 
     step: int
@@ -36,24 +36,24 @@ class Listed:
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every hash is right, and why newer ones were passed over.
+    """Return the newest checkpoint whose hashes are all right, and why newer ones were skipped.
 
     Raises:
-        Untrusted: a newer one may have been tampered with, or is of another version. To start
-            from an older one, or from nothing, could be a loss of days: a person has to look.
+        Untrusted: a newer one may have been tampered with, or has another format. Starting from an
+            older one, or from nothing, could lose days of work: a person has to decide.
     """
     reasons: list[str] = []
     unfinished = _unfinished(folder)
     for path in complete_folders(folder):
         try:
-            found = Checkpoint.open(path)
-            found.verify()
+            checkpoint = Checkpoint.open(path)
+            checkpoint.verify()
         except Untrusted:
             raise
         except UserError as error:
             reasons.append(f"step {step_of(path)} cannot be used: {error}")
             continue
-        return found, _not_finished(unfinished, found.step) + reasons
+        return checkpoint, _not_finished(unfinished, checkpoint.step) + reasons
     return None, _not_finished(unfinished, -1) + reasons
 
 
@@ -63,9 +63,9 @@ def _not_finished(unfinished: list[Path], newest: int) -> list[str]:
 
 
 def complete_folders(folder: Path) -> list[Path]:
-    """Folders named like complete checkpoints, newest first."""
-    found = [path for path in _entries(folder) if step_of(path) is not None]
-    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+    """Return the folders named like complete checkpoints, newest first."""
+    paths = [path for path in _entries(folder) if step_of(path) is not None]
+    return sorted(paths, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def _unfinished(folder: Path) -> list[Path]:
@@ -82,9 +82,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove what saves and removals of dead attempts left behind; the names are returned.
+    """Remove what interrupted saves and removals left behind; return the names.
 
-    Call it while nobody saves here: at the start, under the run's lock, before a Saver is made.
+    Call it while no process saves here: at the start, under the run's lock, before any Saver.
     """
     left = [path for path in _entries(folder) if path.name.startswith(REMOVED_PREFIX)]
     left += _unfinished(folder)
@@ -94,36 +94,84 @@ def clean_leftovers(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; it is renamed first, so that half of one never looks complete."""
+    """Remove a checkpoint; it is renamed first, so that a half-removed one never looks complete."""
     aside = path.with_name(f"{REMOVED_PREFIX}{path.name.lstrip('.')}.{os.getpid()}")
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def list_checkpoints(folder: Path, *, verify: bool = False) -> list[Listed]:
-    """All checkpoints of a stage by step, unfinished ones included; `verify` hashes them again."""
+def list_checkpoints(folder: Path, *, verify: bool = False) -> list[CheckpointInfo]:
+    """Return all checkpoints of a stage by step, unfinished ones too; `verify` hashes them."""
     listed = [_listed(path, verify) for path in complete_folders(folder)]
     for path in _unfinished(folder):
         step = unfinished_step_of(path) or 0
-        listed.append(Listed(step, None, _bytes(path), False, None, "its save was not finished"))
-    return sorted(listed, key=lambda one: one.step)
+        listed.append(
+            CheckpointInfo(step, None, _bytes(path), False, None, "its save was not finished")
+        )
+    return sorted(listed, key=lambda info: info.step)
 
 
-def _listed(path: Path, verify: bool) -> Listed:
+def _listed(path: Path, verify: bool) -> CheckpointInfo:
     step = step_of(path) or 0
     try:
-        found = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path)
     except UserError as error:
-        return Listed(step, None, _bytes(path), False, None, str(error))
-    loss = found.state.get(LOSS)
+        return CheckpointInfo(step, None, _bytes(path), False, None, str(error))
+    loss = checkpoint.state.get(LOSS)
     if not verify:
-        return Listed(step, loss, found.size_bytes, True, None, "")
+        return CheckpointInfo(step, loss, checkpoint.size_bytes, True, None, "")
     try:
-        found.verify()
+        checkpoint.verify()
     except UserError as error:
-        return Listed(step, loss, found.size_bytes, False, False, str(error))
-    return Listed(step, loss, found.size_bytes, True, True, "")
+        return CheckpointInfo(step, loss, checkpoint.size_bytes, False, False, str(error))
+    return CheckpointInfo(step, loss, checkpoint.size_bytes, True, True, "")
 
 
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def remove_old_checkpoints(
+    folder: Path, keep_newest: int, best: bool, every: int | None
+) -> list[int]:
+    """Remove all checkpoints of a stage except those to keep.
+
+    A checkpoint that cannot be used does not count as one of the newest, and is removed once it is
+    older than all of them. One that is untrusted is left alone: a person has to decide.
+
+    Args:
+        keep_newest: how many of the newest to keep (at least one).
+        best: also keep the one with the lowest held-out loss; of two equal ones, the older.
+        every: also keep those whose step is a multiple of this.
+
+    Returns:
+        The steps that were removed, oldest first.
+    """
+    usable, broken = _usable_and_broken(folder)
+    newest = sorted(usable)[-max(keep_newest, 1) :]
+    keep = {*newest, *(step for step in usable if every and step % every == 0)}
+    losses = [(loss, step) for step, loss in usable.items() if loss is not None]
+    if best and losses:
+        keep.add(min(losses)[1])
+    removed = [step for step in usable if step not in keep]
+    removed += [step for step in broken if newest and step < newest[0]]
+    paths = {step_of(path): path for path in complete_folders(folder)}
+    for step in sorted(removed):
+        remove(paths[step])
+    return sorted(removed)
+
+
+def _usable_and_broken(folder: Path) -> tuple[dict[int, float | None], list[int]]:
+    """Return usable steps with their held-out loss, and the steps of broken ones."""
+    usable: dict[int, float | None] = {}
+    broken: list[int] = []
+    for path in complete_folders(folder):
+        try:
+            checkpoint = Checkpoint.open(path)
+        except Untrusted:
+            continue
+        except UserError:
+            broken.append(step_of(path) or 0)
+            continue
+        usable[checkpoint.step] = checkpoint.state.get(LOSS)
+    return usable, broken

@@ -1,4 +1,4 @@
-"""What a run is made of, at the save and now: a resume says what differs before it refuses."""
+"""The inputs of a run when it was saved and now: a resume reports every difference."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ CHANGEABLE = frozenset(
         "method.dropout",
     }
 )
-"""Keys with which the rest of a run still makes sense: the position in the data, the shapes of
-what trains, and the meaning of the optimizer's state do not depend on them."""
+"""Keys that may change in the middle of a stage: the position in the data, the shapes of the
+trained parameters and the meaning of the optimizer's state do not depend on them."""
 
-SHOWN_CHARACTERS = 60
+MAX_VALUE_CHARACTERS = 60
 
 _ABSENT = object()
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs, a line for each dotted key, with both values."""
+    """Return a line for each dotted key that differs, with both values."""
     return [_line(*change) for change in _changes("", _plain(saved), _plain(now))]
 
 
-def require_same(saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> list[str]:
-    """Refuse a resume with other inputs than the checkpoint was made from.
+def check_same_inputs(saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> list[str]:
+    """Check that a run resumes with the inputs that the checkpoint was made from.
 
     Args:
-        saved: nested plain values, as a checkpoint's state holds them.
+        saved: nested plain values, from a checkpoint's state.
         now: the same of this run.
         allowed: dotted keys that the user lets change.
 
     Returns:
-        The differences that were allowed, to be told to the user.
+        The differences that were allowed, to report to the user.
 
     Raises:
         UserError: something else differs, or `allowed` names a key that must not change.
@@ -71,20 +71,22 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) 
 
 
 def _plain(value: dict[str, Any]) -> Any:
-    """As it looks after a checkpoint's JSON: tuples are lists, keys are strings."""
+    """Return a value as JSON gives it back: tuples become lists, keys strings."""
     return json.loads(json.dumps(value))
 
 
 def _advice(keys: list[str]) -> str:
     if all(key in CHANGEABLE for key in keys):
         flags = " ".join(f"--allow-change {key}" for key in keys)
-        return f"put it back; or, if it is meant: {flags}"
-    return "put it back, or start anew in a new folder with --fresh"
+        return f"change it back; or, if it is intended: {flags}"
+    return "change it back, or start again with --fresh in a new folder"
 
 
 def _changes(key: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, saved, now) of each leaf that differs, sorted by key; lists count as leaves
-    unless they are of one length."""
+    """Yield (dotted key, saved, now) for each leaf that differs, sorted by key.
+
+    Lists of different lengths count as leaves.
+    """
     if isinstance(saved, dict) and isinstance(now, dict):
         for name in sorted({*saved, *now}):
             yield from _changes(_join(key, name), saved.get(name, _ABSENT), now.get(name, _ABSENT))
@@ -100,11 +102,11 @@ def _join(key: str, name: str) -> str:
 
 
 def _line(key: str, saved: Any, now: Any) -> str:
-    return f"{key}: {_shown(saved)} in the checkpoint, {_shown(now)} now"
+    return f"{key}: {_render(saved)} in the checkpoint, {_render(now)} now"
 
 
-def _shown(value: Any) -> str:
+def _render(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
     text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"

@@ -1,11 +1,13 @@
-"""The manifest: what a checkpoint holds, which file has which range, and every file's hash.
+"""The files of a checkpoint, and its manifest: which file has which range, and every file's hash.
 
-It is written last, and carries a hash of itself. A folder without a valid one is no checkpoint.
+The manifest is written last, and carries a hash of itself. A folder without a valid one is not a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -25,54 +27,94 @@ FILE_PATTERN = r"^rank-\d{5,}\.safetensors$"  # no way out of the folder
 
 Natural = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=FILE_PATTERN)]
+REMOVED_PREFIX = ".removed."
+_STEP = re.compile(r"step-(\d{6,})")
+_WORK = re.compile(r"\.step-(\d{6,})\..+")
 
 
-class Part(BaseModel):
-    """A part of the manifest; unknown keys are refused."""
+def step_name(step: int) -> str:
+    """Return the folder name of a complete checkpoint."""
+    return f"step-{step:06d}"
+
+
+def work_name(step: int, attempt: str) -> str:
+    """Return the folder name of a checkpoint that is being written."""
+    return f".{step_name(step)}.{attempt}"
+
+
+def shard_name(rank: int) -> str:
+    """Return the file name of one rank's tensors."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def record_name(rank: int) -> str:
+    """Return the file name of what one rank wrote; removed once there is a manifest."""
+    return f"rank-{rank:05d}.json"
+
+
+def failed_name(rank: int) -> str:
+    """Return the file name in which a rank reports to rank 0 why it could not save."""
+    return f"rank-{rank:05d}.failed"
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step of a complete checkpoint's folder name; None for any other folder."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def unfinished_step_of(folder: Path) -> int | None:
+    """Return the step of an unfinished save's folder name; None for any other folder."""
+    match = _WORK.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+class ManifestModel(BaseModel):
+    """Base of the manifest's models; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Kind(Part):
-    """One kind of one parameter: where its ranges lie, as (start, stop, file)."""
+class SavedKind(ManifestModel):
+    """One kind of one parameter: its ranges, as (start, stop, file)."""
 
     dtype: str
     slices: list[tuple[Natural, Natural, FileName]]
 
 
-class Parameter(Part):
-    """One parameter: its global shape, and what was saved of it."""
+class SavedParameter(ManifestModel):
+    """One parameter: its global shape, and the kinds that were saved of it."""
 
     shape: list[Natural]
-    kinds: dict[str, Kind]
+    kinds: dict[str, SavedKind]
 
 
-PARAMETERS = TypeAdapter(dict[str, Parameter])
+PARAMETERS = TypeAdapter(dict[str, SavedParameter])
 
 
-class File(Part):
-    """One file beside the manifest."""
+class ShardFileInfo(ManifestModel):
+    """Size and hash of one file."""
 
     bytes: Natural
     blake3: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Record(Part):
-    """What one rank wrote; `held` is its parameters as JSON, the same text at every save."""
+class RankRecord(ManifestModel):
+    """What one rank wrote; `parameters` is JSON, the same text at every save."""
 
     rank: Natural
-    files: dict[FileName, File]
-    held: str
+    files: dict[FileName, ShardFileInfo]
+    parameters: str
 
 
-class Manifest(Part):
-    """What all ranks wrote, and the caller's state."""
+class Manifest(ManifestModel):
+    """What all ranks wrote, and the state of the run."""
 
     format: int = FORMAT
     step: Natural
     state: dict[str, Any]
-    files: dict[FileName, File]
-    parameters: dict[str, Parameter]
+    files: dict[FileName, ShardFileInfo]
+    parameters: dict[str, SavedParameter]
 
     def render(self) -> str:
         """The manifest as text; its last field is the BLAKE3 hash of the text before it."""
@@ -84,11 +126,11 @@ def _seal(body: bytes) -> bytes:
     return b',"blake3":"%s"}\n' % blake3(body).hexdigest().encode()
 
 
-def parse(path: Path) -> Manifest:
-    """Read a manifest and check all that can be checked without reading the shards.
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest and check everything that needs no reading of the shards.
 
     Raises:
-        Untrusted: another version of dtrain wrote it, or it is not a manifest of ours.
+        Untrusted: another version of dtrain wrote it, or it is not a manifest of dtrain.
         UserError: it is missing, changed, or does not cover its parameters.
     """
     try:
@@ -110,10 +152,10 @@ def _check_not_older(text: bytes, path: Path) -> None:
             _refuse_format(body["format"], path)
 
 
-def _refuse_format(found: object, path: Path) -> NoReturn:
-    older = isinstance(found, int) and found < FORMAT
+def _refuse_format(version: object, path: Path) -> NoReturn:
+    older = isinstance(version, int) and version < FORMAT
     raise Untrusted(
-        f"the checkpoint has format {found}, this dtrain reads {FORMAT}",
+        f"the checkpoint has format {version}, this dtrain reads {FORMAT}",
         where=str(path),
         fix="it was written by an older dtrain: finish the stage with that version, or start again "
         "in a new folder"
@@ -122,7 +164,7 @@ def _refuse_format(found: object, path: Path) -> NoReturn:
     )
 
 
-@lru_cache(maxsize=16)  # after each save the same few are looked at to see which may go
+@lru_cache(maxsize=16)  # each save reads the same few again to decide which to remove
 def _validated(text: bytes, path: Path) -> Manifest:
     body = json.loads(text)
     if body.get("format") != FORMAT:
@@ -131,51 +173,53 @@ def _validated(text: bytes, path: Path) -> Manifest:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:
         raise Untrusted(f"not a manifest of dtrain: {error}", where=str(path)) from error
-    if problems := cover_problems(manifest.parameters):
+    if problems := coverage_problems(manifest.parameters):
         raise Untrusted("; ".join(problems[:5]), where=str(path))
     return manifest
 
 
-def merge_records(records: Iterable[Record], step: int, state: dict[str, Any]) -> Manifest:
-    """Join what the ranks wrote; slices come out sorted by start.
+def merge_rank_records(records: Iterable[RankRecord], step: int, state: dict[str, Any]) -> Manifest:
+    """Merge what the ranks wrote, with slices sorted by start.
 
     Raises:
-        RuntimeError: ranks disagree, or leave a hole or an overlap: a defect of the engine.
+        RuntimeError: ranks disagree, or their ranges have a gap or overlap: an engine's defect.
     """
     records = sorted(records, key=lambda record: record.rank)
     files = {name: file for record in records for name, file in record.files.items()}
-    parameters = _merge(tuple(record.held for record in records))
+    parameters = _merge(tuple(record.parameters for record in records))
     return Manifest(step=step, state=state, files=files, parameters=parameters)
 
 
-@lru_cache(maxsize=1)  # from save to save nothing of it changes
-def _merge(held: tuple[str, ...]) -> dict[str, Parameter]:
-    parameters: dict[str, Parameter] = {}
-    for text in held:
+@lru_cache(maxsize=1)  # it is the same for every save
+def _merge(texts: tuple[str, ...]) -> dict[str, SavedParameter]:
+    parameters: dict[str, SavedParameter] = {}
+    for text in texts:
         for name, theirs in PARAMETERS.validate_json(text).items():
-            ours = parameters.setdefault(name, Parameter(shape=theirs.shape, kinds={}))
+            ours = parameters.setdefault(name, SavedParameter(shape=theirs.shape, kinds={}))
             _join(name, ours, theirs)
     for parameter in parameters.values():
         for kind in parameter.kinds.values():
             kind.slices.sort()
-    if problems := cover_problems(parameters):
-        raise RuntimeError("checkpoint pieces do not fit: " + "; ".join(problems[:5]))
+    if problems := coverage_problems(parameters):
+        raise RuntimeError(
+            "the ranks' parameter shards do not fit together: " + "; ".join(problems[:5])
+        )
     return parameters
 
 
-def _join(name: str, ours: Parameter, theirs: Parameter) -> None:
+def _join(name: str, ours: SavedParameter, theirs: SavedParameter) -> None:
     if ours.shape != theirs.shape:
         raise RuntimeError(f"ranks disagree on {name}: {ours.shape} and {theirs.shape}")
     for kind_name, kind in theirs.kinds.items():
-        mine = ours.kinds.setdefault(kind_name, Kind(dtype=kind.dtype, slices=[]))
+        mine = ours.kinds.setdefault(kind_name, SavedKind(dtype=kind.dtype, slices=[]))
         if mine.dtype != kind.dtype:
             raise RuntimeError(f"ranks disagree on {name} {kind_name}: {mine.dtype}, {kind.dtype}")
         mine.slices.extend(kind.slices)
 
 
-def cover_problems(parameters: dict[str, Parameter]) -> list[str]:
-    """Holes and overlaps in the ranges of each parameter, as sentences; none if all is well."""
-    problems = [] if parameters else ["there is not one parameter"]
+def coverage_problems(parameters: dict[str, SavedParameter]) -> list[str]:
+    """Return the gaps and overlaps in the ranges of each parameter, as sentences."""
+    problems = [] if parameters else ["there are no parameters"]
     for name, parameter in parameters.items():
         total = elements(parameter.shape)
         if "weight" not in parameter.kinds and total:
@@ -186,11 +230,11 @@ def cover_problems(parameters: dict[str, Parameter]) -> list[str]:
     return problems
 
 
-def _range_problems(kind: Kind, total: int, whole: bool) -> list[str]:
+def _range_problems(kind: SavedKind, total: int, whole: bool) -> list[str]:
     problems, reached = [], 0
     for start, stop, file in kind.slices:
         if start < reached:
-            problems.append(f"elements from {start} stand twice, once in {file}")
+            problems.append(f"elements from {start} were saved twice, once in {file}")
         if (start > reached and whole) or not start < stop <= total:
             problems.append(f"elements {reached} to {start} are missing, or {stop} is too far")
         reached = max(reached, stop)

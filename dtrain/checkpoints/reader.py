@@ -1,4 +1,4 @@
-"""Reading a checkpoint, by whatever ranges are asked for."""
+"""Reading a checkpoint, by any ranges."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.checkpoints.file_names import step_of
-from dtrain.checkpoints.manifest import MANIFEST, Kind, Manifest, parse
+from dtrain.checkpoints.manifest import MANIFEST, Manifest, SavedKind, read_manifest, step_of
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard, is_finite
 from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
@@ -21,11 +20,11 @@ from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
 
-SHOWN = 8  # keys of each sort in a message
+MAX_NAMES = 8  # of each group in a message
 
 
 class Checkpoint:
-    """A complete checkpoint; open() checks everything but the shards' content, verify() that."""
+    """A complete checkpoint; open() checks everything except the shards' content, verify() that."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -38,16 +37,16 @@ class Checkpoint:
 
         Raises:
             Untrusted: foreign owner, writable by anyone, a file that the manifest does not list
-                (a pickle, say), a manifest of another version. A person has to look.
+                (such as a pickle), a manifest of another format. A person has to decide.
             UserError: no manifest, or one that was changed; a file missing or cut short.
         """
         check_own_folder(folder)
-        manifest = parse(check_own_file(folder / MANIFEST))
+        manifest = read_manifest(check_own_file(folder / MANIFEST))
         if step_of(folder) not in (None, manifest.step):
-            raise UserError(f"holds step {manifest.step}", where=str(folder))
+            raise UserError(f"contains step {manifest.step}", where=str(folder))
         for extra in sorted(set(os.listdir(folder)) - set(manifest.files) - {MANIFEST}):
             raise Untrusted(
-                "this file is not part of the checkpoint, and will not be read",
+                "this file is not listed in the checkpoint's manifest, and is not read",
                 where=str(folder / extra),
                 fix="find out who put it there, then remove it",
             )
@@ -66,7 +65,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the saving run gave along."""
+        """The state that the run saved with it."""
         return self._manifest.state
 
     @property
@@ -81,15 +80,15 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
-        own = (self.folder / MANIFEST).stat().st_size
-        return own + sum(file.bytes for file in self._manifest.files.values())
+        """Bytes of all files."""
+        manifest_bytes = (self.folder / MANIFEST).stat().st_size
+        return manifest_bytes + sum(file.bytes for file in self._manifest.files.values())
 
     def verify(self) -> None:
         """Hash every file again.
 
         Raises:
-            UserError: a file is not what was written; it is named.
+            UserError: a file was changed after it was saved.
         """
         files = self._manifest.files
         workers = max(1, min(len(files), os.cpu_count() or 1))
@@ -99,16 +98,18 @@ class Checkpoint:
             for done in as_completed(hashes):
                 path = self.folder / hashes[done]
                 if _result(done, path) != files[hashes[done]].blake3:
-                    raise UserError("its hash is not the one that was saved", where=str(path))
+                    raise UserError(
+                        "was changed after it was saved: its hash differs", where=str(path)
+                    )
                 meter.advance()
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter: float32 [stop - start].
+        """Return elements [start, stop) of the flattened parameter: float32 [stop - start].
 
-        An opaque kind is given as it was saved (any dtype and length), for the saved range only.
+        An opaque kind is returned as it was saved (any dtype and length), for the saved range only.
 
         Raises:
-            UserError: there is no such range, or it holds NaN or infinity.
+            UserError: there is no such range, or it contains NaN or infinity.
         """
         with closing(self._shards):
             if kind not in NEUTRAL_KINDS:
@@ -117,116 +118,117 @@ class Checkpoint:
             self._copy(name, kind, start, stop, result)
             return result
 
-    def restore(self, pieces: Iterable[ParameterShard]) -> None:
-        """Copy into the pieces' tensors, in place.
+    def restore(self, shards: Iterable[ParameterShard]) -> None:
+        """Copy into the tensors of parameter shards, in place.
 
-        The pieces have to name every parameter of the checkpoint and no other, with the same
-        shapes and kinds; ranges may be any.
+        The shards must name every parameter of the checkpoint and no other, with the same shapes
+        and kinds; their ranges are free.
 
         Raises:
             UserError: they do not (nothing has been copied then), or a value is not finite.
         """
-        wanted = list(pieces)
-        if problems := self._misfits(wanted):
+        shards = list(shards)
+        if problems := self._mismatches(shards):
             raise UserError(
-                "it does not fit the model: " + "; ".join(problems),
+                "does not fit the model: " + "; ".join(problems),
                 where=str(self.folder),
                 fix="resume with the model and method it was saved from, or start with --fresh",
             )
         title = f"reading {self.folder.name}"
-        with closing(self._shards), torch.no_grad(), progress(title, len(wanted)) as meter:
-            for piece in wanted:
-                self._restore(piece)
+        with closing(self._shards), torch.no_grad(), progress(title, len(shards)) as meter:
+            for shard in shards:
+                self._restore(shard)
                 meter.advance()
 
-    def _restore(self, piece: ParameterShard) -> None:
-        for kind, target in piece.tensors.items():
-            if piece.start == piece.stop:
+    def _restore(self, shard: ParameterShard) -> None:
+        for kind, target in shard.tensors.items():
+            if shard.start == shard.stop:
                 continue
             if kind in NEUTRAL_KINDS:
-                self._copy(piece.name, kind, piece.start, piece.stop, target)
+                self._copy(shard.name, kind, shard.start, shard.stop, target)
             else:
-                self._copy_opaque(piece, kind, target)
+                self._copy_opaque(shard, kind, target)
 
     def _copy(self, name: str, kind: str, start: int, stop: int, target: Tensor) -> None:
         """Fill `target` [stop - start] from whatever slices cover the range."""
-        for at, part in self._parts(name, kind, start, stop):
-            self._refuse_non_finite(part, name, kind, at)
-            target[at - start : at - start + part.numel()].copy_(part)
+        for at, block in self._blocks(name, kind, start, stop):
+            self._check_finite(block, name, kind, at)
+            target[at - start : at - start + block.numel()].copy_(block)
 
-    def _parts(self, name: str, kind: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, name: str, kind: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         entry = self._kind(name, kind)
         reached = start
         for first, last, file in entry.slices:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 key = tensor_key(name, kind, first)
-                for at, part in self._shards.parts(file, key, low - first, high - first):
-                    yield first + at, part
+                for at, block in self._shards.read(file, key, low - first, high - first):
+                    yield first + at, block
                 reached = high
         if reached != stop:
-            raise UserError(f"{name} {kind} has no elements to {stop}", where=str(self.folder))
+            raise UserError(f"{name} {kind} has no elements up to {stop}", where=str(self.folder))
 
     def _read_opaque(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         for first, last, file in self._kind(name, kind).slices:
             if (first, last) == (start, stop):
-                saved = self._shards.whole(file, tensor_key(name, kind, first))
-                self._refuse_non_finite(saved, name, kind, start)
+                saved = self._shards.read_all(file, tensor_key(name, kind, first))
+                self._check_finite(saved, name, kind, start)
                 return saved
         raise UserError(
             f"{name} {kind} was not saved for elements {start} to {stop}: "
-            "this optimizer's state cannot be cut anew",
+            "this optimizer's state cannot be resharded",
             where=str(self.folder),
             fix="resume with the same engine and number of ranks, or train.optimizer: adamw",
         )
 
-    def _copy_opaque(self, piece: ParameterShard, kind: str, target: Tensor) -> None:
-        saved = self._read_opaque(piece.name, kind, piece.start, piece.stop)
+    def _copy_opaque(self, shard: ParameterShard, kind: str, target: Tensor) -> None:
+        saved = self._read_opaque(shard.name, kind, shard.start, shard.stop)
         if saved.shape != target.shape or saved.dtype != target.dtype:
             raise UserError(
-                f"{piece.name} {kind}: saved as {saved.dtype} [{saved.numel()}], "
+                f"{shard.name} {kind}: saved as {saved.dtype} [{saved.numel()}], "
                 f"this optimizer has {target.dtype} [{target.numel()}]",
                 where=str(self.folder),
                 fix="resume with the same train.optimizer",
             )
         target.copy_(saved)
 
-    def _kind(self, name: str, kind: str) -> Kind:
+    def _kind(self, name: str, kind: str) -> SavedKind:
         parameter = self._manifest.parameters.get(name)
         if parameter is None or kind not in parameter.kinds:
-            raise UserError(f"{name} {kind} is not in it", where=str(self.folder))
+            raise UserError(f"has no {name} {kind}", where=str(self.folder))
         return parameter.kinds[kind]
 
-    def _refuse_non_finite(self, part: Tensor, name: str, kind: str, at: int) -> None:
-        if not is_finite(part):
+    def _check_finite(self, block: Tensor, name: str, kind: str, at: int) -> None:
+        if not is_finite(block):
             raise UserError(
-                f"{name} {kind} holds NaN or infinity (from element {at})", where=str(self.folder)
+                f"{name} {kind} contains NaN or infinity (from element {at})",
+                where=str(self.folder),
             )
 
-    def _misfits(self, wanted: list[ParameterShard]) -> list[str]:
-        saved, now = self.names, {piece.name: piece.shape for piece in wanted}
+    def _mismatches(self, shards: list[ParameterShard]) -> list[str]:
+        saved, now = self.names, {shard.name: shard.shape for shard in shards}
         both = [name for name in now if name in saved]
         kinds = self.kinds
-        found = {
+        problems = {
             "missing in the checkpoint": [name for name in now if name not in saved],
             "not in the model": [name for name in saved if name not in now],
-            "of another shape": [
+            "with another shape": [
                 f"{name} {list(saved[name])} (model {list(now[name])})"
                 for name in both
                 if saved[name] != tuple(now[name])
             ],
-            "saved with other kinds": [
+            "saved with other state": [
                 f"{p.name} {sorted(kinds[p.name])} (optimizer {sorted(p.tensors)})"
-                for p in wanted
+                for p in shards
                 if p.start < p.stop and p.name in saved and kinds[p.name] != frozenset(p.tensors)
             ],
         }
-        return [f"{len(n)} {title}: {_shortened(n)}" for title, n in found.items() if n]
+        return [f"{len(n)} {title}: {_join_names(n)}" for title, n in problems.items() if n]
 
 
-def _shortened(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _join_names(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _result(done: Any, path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Saving: copy to host memory at once, then write, hash, fsync and publish in the background.
+"""Saving: copy to host memory at once; then write, hash, fsync and publish in the background.
 
 Each rank writes its own file and a record of it into one temporary folder. Rank 0 waits for all
-records by looking at the file system (a collective in a thread could meet one of the training's),
+records by polling the file system (a collective in a thread could collide with one of training),
 checks that the ranges cover every parameter, writes the manifest, and renames the folder.
 """
 
@@ -24,37 +24,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.checkpoints.file_names import (
+from dtrain.checkpoints.folder import remove
+from dtrain.checkpoints.manifest import (
+    MANIFEST,
+    PARAMETERS,
     REMOVED_PREFIX,
+    Manifest,
+    RankRecord,
+    SavedKind,
+    SavedParameter,
+    ShardFileInfo,
     failed_name,
+    merge_rank_records,
     record_name,
     shard_name,
     step_name,
     work_name,
 )
-from dtrain.checkpoints.folder import remove
-from dtrain.checkpoints.host_shards import HostShard
-from dtrain.checkpoints.manifest import (
-    MANIFEST,
-    PARAMETERS,
-    File,
-    Kind,
-    Manifest,
-    Parameter,
-    Record,
-    merge_records,
-)
 from dtrain.checkpoints.parameter_shards import ParameterShard
-from dtrain.checkpoints.shard_file import DTYPES, tensor_key
+from dtrain.checkpoints.shard_file import DTYPES, HostShard, tensor_key
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import fsync_folder
 
-PATIENCE_SECONDS = 600.0
-NICE = 5  # the training comes first, but must not wait for a save that never gets a core
+TIMEOUT_SECONDS = 600.0
+NICE = 5  # training comes first, but must not wait for a save that never gets a core
 
 
-class _Held(NamedTuple):
-    """What this rank holds of one parameter."""
+class _LocalParameter(NamedTuple):
+    """This rank's range of one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,44 +60,44 @@ class _Held(NamedTuple):
     kinds: tuple[tuple[str, str], ...]  # kind and dtype
 
 
-@lru_cache(maxsize=1)  # from save to save nothing of it changes
-def _told(held: tuple[_Held, ...], file: str) -> str:
-    """What a rank holds, as its record tells it."""
-    parameters = {
-        one.name: Parameter(
-            shape=list(one.shape),
+@lru_cache(maxsize=1)  # it is the same for every save
+def _render_parameters(parameters: tuple[_LocalParameter, ...], file: str) -> str:
+    """Return a rank's parameters as JSON for its record."""
+    saved = {
+        local.name: SavedParameter(
+            shape=list(local.shape),
             kinds={
-                kind: Kind(dtype=dtype, slices=[(one.start, one.stop, file)])
-                for kind, dtype in one.kinds
+                kind: SavedKind(dtype=dtype, slices=[(local.start, local.stop, file)])
+                for kind, dtype in local.kinds
             },
         )
-        for one in held
+        for local in parameters
     }
-    return PARAMETERS.dump_json(parameters).decode()
+    return PARAMETERS.dump_json(saved).decode()
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One save of this rank, frozen at the moment of the call."""
+class _SaveJob:
+    """One save of this rank, as of the call."""
 
     step: int
     work: Path
     target: Path
     state: dict[str, Any]
-    held: tuple[_Held, ...]
+    parameters: tuple[_LocalParameter, ...]
 
 
 class Saver:
-    """Saves one stage's checkpoints; every rank has one, and calls it at the same steps.
+    """Saves one stage's checkpoints; every rank has one and calls it at the same steps.
 
     Args:
-        folder: where the stage's checkpoints lie, on a file system that all ranks see.
+        folder: of the stage's checkpoints, on a file system that all ranks share.
         rank: of this process.
-        ranks: how many write.
-        attempt: an id that rank 0 drew and gave to all, new at each start of the workers.
-        published: called by rank 0, in the background, after a checkpoint has become complete
-            (to remove older ones).
-        patience_seconds: rank 0 gives up when no rank has written a byte for so long.
+        ranks: number of ranks that save.
+        attempt: an id that all ranks share, new at each start of the workers.
+        on_published: called by rank 0, in the background, after a checkpoint is complete (to
+            remove older ones).
+        timeout_seconds: rank 0 gives up when no rank has written a byte for this long.
     """
 
     def __init__(
@@ -110,46 +107,46 @@ class Saver:
         rank: int,
         ranks: int,
         attempt: str,
-        published: Callable[[Path], object] | None = None,
-        patience_seconds: float = PATIENCE_SECONDS,
+        on_published: Callable[[Path], object] | None = None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]+", attempt):
             raise ValueError(f"attempt {attempt!r}: letters and digits expected")
         self._folder, self._rank, self._ranks, self._attempt = folder, rank, ranks, attempt
-        self._published, self._patience = published, patience_seconds
+        self._on_published, self._timeout = on_published, timeout_seconds
         self.seconds = 0.0  # of the last save, from its call to the disk
         self._calls = 0
         self._host = HostShard({})
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, pieces: Iterable[ParameterShard], state: dict[str, Any]) -> None:
-        """Save this rank's pieces; returns once they are copied to host memory.
+    def save(self, step: int, shards: Iterable[ParameterShard], state: dict[str, Any]) -> None:
+        """Save this rank's parameter shards; return once they are copied to host memory.
 
-        Waits for the save before. A piece may be dropped as soon as the next is asked for, so a
-        generator may gather them one by one.
+        Waits for the previous save first. A shard may be freed as soon as the next is requested, so
+        a generator may gather them one by one.
 
         Args:
             step: optimizer steps done.
-            pieces: all of this rank; what several ranks hold alike is given by one of them.
-            state: plain values for JSON; rank 0's is kept. `held_out_loss` decides which is best.
+            shards: all of this rank; what several ranks hold is given by one of them.
+            state: plain values for JSON; rank 0's is saved. `held_out_loss` decides which is best.
 
         Raises:
-            UserError, RuntimeError: the save *before* failed; nothing of this one is written.
-            ValueError, TypeError: `state` holds what JSON cannot (NaN among it).
+            UserError, RuntimeError: the *previous* save failed; nothing of this one is written.
+            ValueError, TypeError: `state` contains what JSON cannot express, such as NaN.
         """
-        self._calls += 1  # before anything can fail: the folder's name must be one on all ranks
+        self._calls += 1  # before anything can fail: all ranks must agree on the folder's name
         self.wait()
         frozen = json.loads(json.dumps(state, allow_nan=False))
-        held = self._copy(pieces)
+        parameters = self._copy(shards)
         work = self._folder / work_name(step, f"{self._attempt}x{self._calls}")
-        job = _Job(step, work, self._folder / step_name(step), frozen, held)
-        # A daemon, so that a crash of the training does not wait for ranks that will never write.
+        job = _SaveJob(step, work, self._folder / step_name(step), frozen, parameters)
+        # A daemon, so that a crash of training does not wait for ranks that will never write.
         self._thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until this rank's part of the last save is on disk; on rank 0, until it is complete.
+        """Wait until this rank's file of the last save is on disk; on rank 0, of all ranks.
 
         Raises:
             UserError: the disk is full, a tensor is not finite, a rank did not write.
@@ -161,53 +158,57 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _copy(self, pieces: Iterable[ParameterShard]) -> tuple[_Held, ...]:
-        """Copy all tensors into this rank's shard; tell what it holds."""
-        held: dict[str, _Held] = {}
+    def _copy(self, shards: Iterable[ParameterShard]) -> tuple[_LocalParameter, ...]:
+        """Copy all tensors into this rank's file in memory; return its parameters."""
+        parameters: dict[str, _LocalParameter] = {}
         taken: dict[str, Tensor] = {}
-        for piece in pieces:
-            if piece.name in held:
-                raise ValueError(f"{piece.name}: two pieces on one rank")
-            tensors = piece.tensors if piece.start < piece.stop else {}
+        for shard in shards:
+            if shard.name in parameters:
+                raise ValueError(f"{shard.name}: two shards on one rank")
+            tensors = shard.tensors if shard.start < shard.stop else {}
             kinds = tuple((kind, DTYPES[tensor.dtype]) for kind, tensor in tensors.items())
-            held[piece.name] = _Held(piece.name, piece.shape, piece.start, piece.stop, kinds)
+            parameters[shard.name] = _LocalParameter(
+                shard.name, shard.shape, shard.start, shard.stop, kinds
+            )
             for kind, tensor in tensors.items():
-                key = tensor_key(piece.name, kind, piece.start)
+                key = tensor_key(shard.name, kind, shard.start)
                 taken[key] = self._host.take(key, tensor.detach())
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        if not self._host.is_made_of(taken):
+        if not self._host.holds_exactly(taken):
             self._host = HostShard(taken, pinned=torch.cuda.is_initialized())
-        return tuple(held.values())
+        return tuple(parameters.values())
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _SaveJob) -> None:
         started = time.monotonic()
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        if sys.platform == "linux":  # elsewhere threads have no priority
             os.nice(NICE)  # of this thread alone
         try:
             self._write(job)
             if self._rank == 0:
-                publish(job.work, job.target, self._ranks, self._patience, job.step, job.state)
-                if self._published is not None:
-                    self._published(job.target)
+                publish(job.work, job.target, self._ranks, self._timeout, job.step, job.state)
+                if self._on_published is not None:
+                    self._on_published(job.target)
             self.seconds = time.monotonic() - started
         except BaseException as error:
             self._error = _explained(error, job)
             self._give_up(job)
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: _SaveJob) -> None:
         """Write this rank's shard and, once it is on disk, its record."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         job.work.mkdir(exist_ok=True, mode=0o700)
         name, files = shard_name(self._rank), {}
-        if any(held.kinds for held in job.held):
+        if any(local.kinds for local in job.parameters):
             size, digest = self._host.write(job.work / name)
-            files[name] = File(bytes=size, blake3=digest)
-        record = Record(rank=self._rank, files=files, held=_told(job.held, name))
+            files[name] = ShardFileInfo(bytes=size, blake3=digest)
+        record = RankRecord(
+            rank=self._rank, files=files, parameters=_render_parameters(job.parameters, name)
+        )
         write_new(job.work / record_name(self._rank), record.model_dump_json())
 
-    def _give_up(self, job: _Job) -> None:
-        """Leave nothing half written, and tell rank 0, which would wait in vain."""
+    def _give_up(self, job: _SaveJob) -> None:
+        """Remove what is half written, and report to rank 0, which would wait for nothing."""
         if self._rank == 0:
             # Moved first: a rank that is still writing would put a file into what is being removed.
             with suppress(OSError):
@@ -218,7 +219,7 @@ class Saver:
             write_new(job.work / failed_name(self._rank), str(self._error))
 
 
-def _explained(error: BaseException, job: _Job) -> BaseException:
+def _explained(error: BaseException, job: _SaveJob) -> BaseException:
     """An error of the file system in the user's words; any other as it is."""
     if not isinstance(error, OSError):
         return error
@@ -239,17 +240,17 @@ POLL_SECONDS = 0.02
 
 
 def publish(
-    work: Path, target: Path, ranks: int, patience_seconds: float, step: int, state: dict[str, Any]
+    work: Path, target: Path, ranks: int, timeout_seconds: float, step: int, state: dict[str, Any]
 ) -> None:
     """Turn the folder `work`, once all ranks have written into it, into the checkpoint `target`.
 
     Raises:
         UserError: a rank failed, or wrote nothing for too long.
-        RuntimeError: the ranks' pieces leave a hole or an overlap.
+        RuntimeError: the ranks' ranges have a gap or an overlap.
         OSError: the file system refuses.
     """
-    records = _Records(work, ranks, patience_seconds).wait()
-    manifest = merge_records(records, step, state)
+    records = _Records(work, ranks, timeout_seconds).wait()
+    manifest = merge_rank_records(records, step, state)
     _check_sizes(manifest, work)
     for rank in range(ranks):
         (work / record_name(rank)).unlink()
@@ -261,38 +262,39 @@ def publish(
 class _Records:
     """Rank 0's wait for the records of all ranks."""
 
-    def __init__(self, work: Path, ranks: int, patience_seconds: float) -> None:
-        self._work, self._patience = work, patience_seconds
+    def __init__(self, work: Path, ranks: int, timeout_seconds: float) -> None:
+        self._work, self._timeout = work, timeout_seconds
         self._missing = set(range(ranks))
-        self._found: list[Record] = []
+        self._records: list[RankRecord] = []
 
-    def wait(self) -> list[Record]:
-        """The ranks' records, once all are there.
+    def wait(self) -> list[RankRecord]:
+        """Return the ranks' records once all have been written.
 
         Raises:
-            UserError: a rank failed, or nobody wrote a byte for too long.
+            UserError: a rank failed, or no rank wrote a byte for too long.
         """
         seen, since = -1, time.monotonic()
         while self._collect():
             if (now := self._bytes()) != seen:
                 seen, since = now, time.monotonic()
-            if time.monotonic() - since > self._patience:
+            if time.monotonic() - since > self._timeout:
                 raise UserError(
-                    f"ranks {sorted(self._missing)} did not write their part of the checkpoint",
+                    f"ranks {sorted(self._missing)} did not write their files of the checkpoint",
                     where=str(self._work),
-                    fix="look whether they live, and see this folder",
+                    fix="check whether these ranks are still running; their partial files are in "
+                    "this folder",
                     status=Exit.HANG,
                 )
             time.sleep(POLL_SECONDS)
-        return self._found
+        return self._records
 
     def _collect(self) -> bool:
-        """Read the records that have come; whether some are still missing."""
+        """Read the records that exist; return whether some are still missing."""
         for rank in sorted(self._missing):
             if (note := self._work / failed_name(rank)).exists():
                 raise UserError(f"rank {rank} could not save: {note.read_text(encoding='utf-8')}")
             if (path := self._work / record_name(rank)).exists():
-                self._found.append(Record.model_validate_json(path.read_bytes()))
+                self._records.append(RankRecord.model_validate_json(path.read_bytes()))
                 self._missing.remove(rank)
         return bool(self._missing)
 
@@ -305,7 +307,7 @@ class _Records:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that appears whole, in a folder that is not made anew if it was given up."""
+    """Write a file atomically, without recreating a folder that another rank has removed."""
     temporary = path.with_name(f".{path.name}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -322,7 +324,7 @@ def _check_sizes(manifest: Manifest, work: Path) -> None:
 
 
 def _put_in_place(work: Path, target: Path) -> None:
-    """Rename; what stood there (found broken at the resume, or saved twice) is moved aside."""
+    """Rename; move aside what is there already (broken at the resume, or saved twice)."""
     aside = target.with_name(f"{REMOVED_PREFIX}{work.name.lstrip('.')}")
     if target.exists():
         target.rename(aside)

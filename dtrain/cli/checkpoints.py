@@ -1,4 +1,4 @@
-"""`dtrain checkpoints`: what a run could go on from."""
+"""`dtrain checkpoints`: lists the checkpoints that a run can resume from."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"
 
 def checkpoints(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
 ) -> None:
-    """List a run's checkpoints; --verify exits with 2 if one of them is not what was written."""
+    """List a run's checkpoints; with --verify, exit status 2 if one is damaged or incomplete."""
     RunDir(run).check_exists()
     from dtrain.checkpoints import list_checkpoints
 
     print(COLUMNS.format("stage", "step", "held-out loss", "size", "complete", "verified"))
     broken = 0
     for folder in sorted(run.glob(f"*/{CHECKPOINTS}"), key=lambda path: path.stat().st_ctime):
-        for one in list_checkpoints(folder, verify=verify):
-            loss = "-" if one.loss is None else f"{one.loss:.4f}"
-            complete = "yes" if one.complete else "no"
-            verified = {None: "-", True: "yes", False: "no"}[one.verified]
-            row = (folder.parent.name, one.step, loss, size(one.size), complete, verified)
+        for info in list_checkpoints(folder, verify=verify):
+            loss = "-" if info.loss is None else f"{info.loss:.4f}"
+            complete = "yes" if info.complete else "no"
+            verified = {None: "-", True: "yes", False: "no"}[info.verified]
+            row = (folder.parent.name, info.step, loss, size(info.size), complete, verified)
             print(COLUMNS.format(*row).rstrip())
-            if one.problem:
-                print(f"    {one.problem}")
-            broken += verify and not one.verified
+            if info.problem:
+                print(f"    {info.problem}")
+            broken += verify and not info.verified
     raise typer.Exit(Exit.USER_ERROR if broken else Exit.FINISHED)

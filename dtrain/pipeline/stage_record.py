@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoints.identity import require_same
+from dtrain.checkpoints.identity import check_same_inputs
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
@@ -95,7 +95,7 @@ class StageRecord(StageDir):
         check_own_folder(self.path.resolve())
         record = self.read()
         if record is not None:
-            require_same(record["inputs"], self.inputs, allowed)
+            check_same_inputs(record["inputs"], self.inputs, allowed)
         elif self.record.exists():
             warn(f"{self.record} is damaged; the inputs recorded in the checkpoints count")
         remove_partial_files(self.path)

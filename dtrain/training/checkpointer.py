@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoints.folder import clean_leftovers, newest_complete
-from dtrain.checkpoints.identity import require_same
-from dtrain.checkpoints.parameter_shards import share_of
+from dtrain.checkpoints.folder import clean_leftovers, newest_complete, remove_old_checkpoints
+from dtrain.checkpoints.identity import check_same_inputs
+from dtrain.checkpoints.parameter_shards import split_among_replicas
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.checkpoints.retention import retain
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.schema import Output
 from dtrain.core.log import say
@@ -52,7 +51,9 @@ class Checkpointer:
             rank=world.rank,
             ranks=world.size,
             attempt=world.broadcast_text(uuid.uuid4().hex[:8]),
-            published=lambda path: retain(path.parent, keep, best=True, every=keep_every),
+            on_published=lambda path: remove_old_checkpoints(
+                path.parent, keep, best=True, every=keep_every
+            ),
         )
 
     @property
@@ -77,7 +78,8 @@ class Checkpointer:
             "inputs": self._inputs,
             "held_out_loss": held_out_loss,
         }
-        self._saver.save(stage.step, share_of(engine.parameter_shards(), *engine.replica), state)
+        shards = split_among_replicas(engine.parameter_shards(), *engine.replica)
+        self._saver.save(stage.step, shards, state)
 
     def wait_for_save(self) -> None:
         """Wait until the save under way, if any, is on disk."""
@@ -96,7 +98,7 @@ class Checkpointer:
             check_own_folder(self._folder.resolve())
         checkpoint = self._newest_on_rank0()
         if checkpoint is not None:
-            for change in require_same(
+            for change in check_same_inputs(
                 checkpoint.state["inputs"], self._inputs, set(allowed_changes)
             ):
                 say(f"allowed to change: {change}")

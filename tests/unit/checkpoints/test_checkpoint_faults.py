@@ -20,7 +20,7 @@ from dtrain.checkpoints import (
     Saver,
     clean_leftovers,
     newest_complete,
-    retain,
+    remove_old_checkpoints,
 )
 from dtrain.core.errors import Exit, UserError
 
@@ -121,7 +121,7 @@ def test_nothing_is_lost_when_ranks_are_killed_at_any_moment(
         assert newest >= told.value
         if found is not None:
             kit.assert_holds(found, kit.whole(newest, BIG))
-        retain(tmp_path, 2, best=False, every=None)
+        remove_old_checkpoints(tmp_path, 2, best=False, every=None)
     assert newest > 0 and interrupted > 0
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(kit: Any, small_disk: Path, r
     assert found is not None and found.step == 2
     kit.assert_holds(found, kit.whole(2, shapes))
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-000001", "step-000002"]
-    retain(small_disk, 1, best=False, every=None)
+    remove_old_checkpoints(small_disk, 1, best=False, every=None)
     save(3)
     kit.assert_holds(Checkpoint.open(small_disk / "step-000003"), kit.whole(3, shapes))
 
@@ -200,21 +200,21 @@ def test_nan_in_a_shard_with_right_hashes_is_refused(
 ) -> None:
     whole = kit.whole(1)
     whole["layers.0.b"]["weight"][120] = float("nan")
-    monkeypatch.setattr("dtrain.checkpoints.host_shards.is_finite", lambda tensor: True)
+    monkeypatch.setattr("dtrain.checkpoints.shard_file.is_finite", lambda tensor: True)
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
     saver.save(1, kit.pieces(whole, 0, 1), {})
     saver.wait()
     monkeypatch.undo()
     checkpoint, _ = newest_complete(tmp_path)
     assert checkpoint is not None
-    with pytest.raises(UserError, match=r"layers\.0\.b weight holds NaN"):
+    with pytest.raises(UserError, match=r"layers\.0\.b weight contains NaN"):
         checkpoint.restore(kit.pieces(kit.whole(2), 0, 1))
-    with pytest.raises(UserError, match=r"layers\.0\.b weight holds NaN"):
+    with pytest.raises(UserError, match=r"layers\.0\.b weight contains NaN"):
         checkpoint.read("layers.0.b", "weight", 100, 130)
 
 
 def test_a_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
-    saver = Saver(tmp_path, rank=0, ranks=3, attempt="a", patience_seconds=0.05)
+    saver = Saver(tmp_path, rank=0, ranks=3, attempt="a", timeout_seconds=0.05)
     saver.save(1, kit.pieces(kit.whole(1), 0, 1), {})
     with pytest.raises(UserError, match=r"ranks \[1, 2\] did not write") as refused:
         saver.wait()
@@ -226,12 +226,12 @@ def test_a_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
     ("ranges", "said"),
     [
         ([(0, 4), (5, 10)], "elements 4 to 5 are missing"),
-        ([(0, 6), (4, 10)], "elements from 4 stand twice, once in rank-00001"),
+        ([(0, 6), (4, 10)], "elements from 4 were saved twice, once in rank-00001"),
         ([(0, 4), (4, 9)], "elements 9 to 10 are missing"),
         ([(0, 0), (10, 10)], "no weight was saved"),
     ],
 )
-def test_holes_and_overlaps_never_become_a_checkpoint(
+def test_gaps_and_overlaps_never_become_a_checkpoint(
     tmp_path: Path, ranges: list[tuple[int, int]], said: str
 ) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]

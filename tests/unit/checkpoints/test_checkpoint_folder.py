@@ -12,7 +12,7 @@ from dtrain.checkpoints import (
     clean_leftovers,
     list_checkpoints,
     newest_complete,
-    retain,
+    remove_old_checkpoints,
 )
 
 
@@ -99,7 +99,7 @@ def test_retention(
 ) -> None:
     for step, loss in LOSSES.items():
         kit.save(tmp_path, step, held_out_loss=loss)
-    removed = retain(tmp_path, newest, best, every)
+    removed = remove_old_checkpoints(tmp_path, newest, best, every)
     assert _steps(tmp_path) == kept
     assert removed == [step for step in LOSSES if step not in kept]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -110,7 +110,7 @@ def test_a_broken_checkpoint_does_not_count_as_one_of_the_newest(kit: Any, tmp_p
         kit.save(tmp_path, step)
     for step in (1, 4):
         (tmp_path / f"step-00000{step}/manifest.json").unlink()
-    assert retain(tmp_path, 2, False, None) == [1]
+    assert remove_old_checkpoints(tmp_path, 2, False, None) == [1]
     assert _steps(tmp_path) == [2, 3, 4]
 
 
@@ -118,7 +118,7 @@ def test_one_that_a_person_has_to_look_at_stays(kit: Any, tmp_path: Path) -> Non
     for step in (1, 2, 3):
         kit.save(tmp_path, step)
     (tmp_path / "step-000001/odd.bin").touch()
-    assert retain(tmp_path, 1, False, None) == [2]
+    assert remove_old_checkpoints(tmp_path, 1, False, None) == [2]
     assert _steps(tmp_path) == [1, 3]
 
 
@@ -129,9 +129,9 @@ def test_older_ones_go_in_the_background_once_the_new_one_is_complete(
 
     def published(path: Path) -> None:
         seen.append(path.name)
-        retain(tmp_path, 1, False, None)
+        remove_old_checkpoints(tmp_path, 1, False, None)
 
-    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a", published=published)
+    saver = Saver(tmp_path, rank=0, ranks=1, attempt="a", on_published=published)
     for step in (1, 2):
         saver.save(step, kit.pieces(kit.whole(step), 0, 1), {})
     saver.wait()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoints import CHANGEABLE, differences, require_same
+from dtrain.checkpoints import CHANGEABLE, check_same_inputs, differences
 from dtrain.config.methods import Full, Lora
 from dtrain.config.schema import Train
 from dtrain.core.errors import UserError
@@ -25,10 +25,10 @@ def _changed(**train: Any) -> dict[str, Any]:
 
 def test_the_same_is_the_same() -> None:
     assert differences(SAVED, {**SAVED, "method": {"target_modules": ("q", "v"), "r": 8}}) == []
-    assert require_same(SAVED, SAVED, set()) == []
+    assert check_same_inputs(SAVED, SAVED, set()) == []
 
 
-def test_every_difference_is_told_with_both_values() -> None:
+def test_every_difference_is_reported_with_both_values() -> None:
     now = {
         "kind": "cpt",
         "data": "beef",
@@ -47,23 +47,23 @@ def test_every_difference_is_told_with_both_values() -> None:
 def test_what_may_change_is_proposed_and_then_told() -> None:
     now = _changed(learning_rate=1e-4, steps=9)
     with pytest.raises(UserError) as refused:
-        require_same(SAVED, now, {"train.steps"})
+        check_same_inputs(SAVED, now, {"train.steps"})
     assert "train.learning_rate: 0.0002 in the checkpoint, 0.0001 now" in str(refused.value)
     assert "--allow-change train.learning_rate" in refused.value.fix
     assert "train.steps" not in str(refused.value)
-    assert len(require_same(SAVED, now, {"train.steps", "train.learning_rate"})) == 2
+    assert len(check_same_inputs(SAVED, now, {"train.steps", "train.learning_rate"})) == 2
 
 
 def test_what_must_not_change_means_starting_anew() -> None:
     now = _changed(learning_rate=1e-4, global_batch_size=4)
     with pytest.raises(UserError) as refused:
-        require_same(SAVED, now, {"train.learning_rate"})
+        check_same_inputs(SAVED, now, {"train.learning_rate"})
     assert "--fresh" in refused.value.fix and "--allow-change" not in refused.value.fix
 
 
 def test_a_key_that_cannot_change_is_not_let_through() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size, typo cannot change"):
-        require_same(SAVED, SAVED, {"train.global_batch_size", "typo", "train.steps"})
+        check_same_inputs(SAVED, SAVED, {"train.global_batch_size", "typo", "train.steps"})
 
 
 def test_every_changeable_key_is_one_of_the_recipe() -> None:

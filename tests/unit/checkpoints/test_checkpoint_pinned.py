@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dtrain.checkpoints.host_shards import PAGE_BYTES, HostShard
+from dtrain.checkpoints.shard_file import PAGE_BYTES, HostShard
 
 
 @pytest.fixture

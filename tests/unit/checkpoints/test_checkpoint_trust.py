@@ -74,7 +74,7 @@ def _nonsense(body: dict[str, Any]) -> None:
         (lambda folder: folder.chmod(0o777), "anyone may write"),
         (lambda folder: (folder / "manifest.json").chmod(0o666), "anyone may write"),
         (lambda folder: (folder / "rank-00001.safetensors").chmod(0o602), "anyone may write"),
-        (_pickle, "optimizer.pt: this file is not part of the checkpoint"),
+        (_pickle, "optimizer.pt: this file is not listed"),
         (_link, "is a symlink"),
         (_linked_folder, "is a symlink"),
         (lambda folder: _rewritten(folder, _newer), "format 4, this dtrain reads 3"),
@@ -108,7 +108,7 @@ def test_a_foreign_owner_is_refused(kit: Any, tmp_path: Path, name: str) -> None
 def test_a_renamed_checkpoint_does_not_pass_for_a_newer_one(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1).rename(tmp_path / "step-000009")
     found, reasons = newest_complete(tmp_path)
-    assert found is None and "holds step 1" in reasons[0]
+    assert found is None and "contains step 1" in reasons[0]
 
 
 def test_slices_that_point_at_another_tensor_are_refused(kit: Any, tmp_path: Path) -> None:
