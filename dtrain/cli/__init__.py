@@ -1,6 +1,6 @@
-"""The command `dtrain`: one file a verb, nothing but argument handling and printing.
+"""The `dtrain` command: one file per subcommand, only argument handling and printing.
 
-Verbs import what they need when they run, so that help, check and recipes answer without torch.
+Subcommands import what they need when they run, so that help, check and recipes work without torch.
 """
 
 from __future__ import annotations

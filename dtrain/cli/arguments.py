@@ -1,4 +1,4 @@
-"""Arguments that several verbs take."""
+"""Arguments of several commands."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ RecipeAddress = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Keys to change, for example engine.kind=zero3."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys to override, such as engine.kind=zero3."),
 ]

@@ -1,4 +1,4 @@
-"""`dtrain check`: the recipe as it would run, or every error in it."""
+"""`dtrain check`: print a recipe with its defaults, or all its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
-    """Print the recipe with every default filled in, or every error in it."""
+    """Print a recipe with all defaults, or all its errors."""
     from dtrain.config.load import dump, load_recipe
     from dtrain.planning.known_models import check_trainable, position_warnings
 
@@ -29,13 +29,15 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
 
 
 def template_notes(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with how the chat templates of the stages end a turn, as far as seen here."""
+    """Warnings about stages whose chat template does not end a turn."""
     from dtrain.config.objectives import OBJECTIVES
     from dtrain.data.light_template import closes_turns
     from dtrain.planning.known_models import find_config
 
     try:
-        config = Path(find_config(recipe.model.base)[1])  # or words, of a base that is not here
+        config = Path(
+            find_config(recipe.model.base)[1]
+        )  # or a description, if the base is not on this machine
         base = config.parent if config.is_file() else None
     except UserError:
         base = None
@@ -44,9 +46,9 @@ def template_notes(recipe: Recipe) -> Iterator[str]:
             closes = closes_turns(stage.data.template, base)
             where = f"stages.{stage.name}.data.template: {stage.data.template}"
             if closes is None:
-                yield f"{where}: not looked at here; `dtrain data scan` looks at it"
+                yield f"{where}: not checked here; `dtrain data scan` checks it"
             elif not closes:
                 yield (
-                    f"warning: {where}: nothing that ends a turn is learned: the model will not "
-                    "learn to stop"
+                    f"warning: {where}: the end of a turn has no loss: "
+                    "the model will not learn to stop"
                 )

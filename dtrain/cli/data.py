@@ -1,4 +1,4 @@
-"""`dtrain data`: what is in the data, before a GPU is spent on it."""
+"""`dtrain data`: show, prepare, scan, clean and augment training data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
     from dtrain.config.schema import Recipe, Stage
     from dtrain.data_quality.scan_result import ScanResult
 
-app = typer.Typer(help="Look at data, check it, clean it, make more.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show, prepare, scan, clean and augment training data.", no_args_is_help=True
+)
 app.command("augment")(augment)
 
 Address = Annotated[
     str, typer.Argument(metavar="RECIPE|PATH", help="A recipe, or a file or folder of rows.")
 ]
 StageName = Annotated[
-    str | None, typer.Option("--stage", metavar="NAME", help="Stage of the recipe; the first.")
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="Stage of the recipe; default: the first."),
 ]
 
 
 @app.callback()
 def data() -> None:
-    """Look at data, check it, clean it, make more."""
+    """Show, prepare, scan, clean and augment training data."""
 
 
 @app.command()
@@ -39,11 +42,11 @@ def show(
     address: Address,
     overrides: Overrides = None,
     stage: StageName = None,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 3,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of sequences or rows.")] = 3,
 ) -> None:
-    """Print the first sequences as the model will see them, what is learnt in green.
+    """Print the first training sequences; tokens with loss are green.
 
-    Of a PATH: its first rows as they were read, whatever their format.
+    For a PATH: print its first rows as dtrain reads them.
     """
     from dtrain.core.log import console
 
@@ -63,16 +66,20 @@ def prepare(
     overrides: Overrides = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Work as the I-th of N beside each other; a Slurm array."),
+        typer.Option(metavar="I/N", help="Do share I of N; default: from the Slurm array."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="That tokenise; as cores and memory allow.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokenizer processes; default: as many as cores and memory allow."
+        ),
     ] = None,
 ) -> None:
-    """Tokenise and pack all data of a recipe before training, anew only where something changed.
+    """Tokenize and pack all data of a recipe before training.
 
-    Killed, it goes on at the next start. Several at once, on one node or many: with --shard, or
-    as the tasks of a Slurm array, they share the work; the last of them packs.
+    Only what changed is prepared again, and an interrupted preparation resumes.
+
+    Commands with --shard, or the tasks of a Slurm array, share the work.
     """
     import os
 
@@ -90,15 +97,19 @@ def scan(
     stage: StageName = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Held-out rows that must not be in it (of a PATH)."),
+        typer.Option(metavar="PATH", help="Held-out rows to find leaks of, with a PATH."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page here.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="That check rows.")] = 2,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report to this JSON file.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the report to this HTML page.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that check rows.")] = 2,
 ) -> None:
-    """Check rows: lengths, languages, duplicates, leaks, personal data, faults; with a verdict.
+    """Report lengths, languages, duplicates, leaks, personal data and errors of rows.
 
-    Of a RECIPE: one stage's rows, in tokens of its base, against its held-out sets.
+    For a RECIPE: the rows of a stage, with its tokenizer, against its evaluation sets.
     """
     from dtrain.core.files import write_json
     from dtrain.core.log import console
@@ -121,10 +132,12 @@ def clean(
     recipe: RecipeAddress,
     overrides: Overrides = None,
     stage: StageName = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Made.")] = Path("cleaned"),
-    processes: Annotated[int, typer.Option(min=1, help="That check rows.")] = 2,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Output folder.")] = Path(
+        "cleaned"
+    ),
+    processes: Annotated[int, typer.Option(min=1, help="Processes that check rows.")] = 2,
 ) -> None:
-    """Write a stage's rows without what its policy (`data.clean`) takes away, and that apart."""
+    """Write a stage's rows without those that `data.clean` drops or quarantines."""
     from dtrain.config.load import load_recipe
     from dtrain.data_quality.clean import ACTIONS, QUARANTINE_FILE
     from dtrain.data_quality.clean import clean as write_clean
@@ -160,12 +173,12 @@ def _scan(
     return scan_stage(recipe, chosen_stage(recipe, stage), processes)
 
 
-def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, colour: bool) -> Iterator[Text]:
+def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -> Iterator[Text]:
     from dtrain.data.show import sequences
     from dtrain.pipeline.data_inspection import stage_mixture
 
     dataset, tokenizer = stage_mixture(recipe, stage)
-    yield from sequences(dataset, tokenizer, recipe.seed, count, colour)
+    yield from sequences(dataset, tokenizer, recipe.seed, count, color)
 
 
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:
@@ -180,14 +193,14 @@ def _rows_of_path(path: str, count: int) -> Iterator[Text]:
 
 
 def is_recipe(address: str) -> bool:
-    """Whether the address is of a recipe, not of data."""
+    """Whether the address is a recipe, not data."""
     from dtrain.recipes import shipped
 
     return Path(address).suffix in (".yaml", ".yml") or address in shipped()
 
 
 def chosen_stage(recipe: Recipe, name: str | None) -> Stage:
-    """The stage of that name; the first without a name.
+    """The stage with this name; the first if the name is None.
 
     Raises:
         UserError: there is no such stage.
@@ -195,5 +208,5 @@ def chosen_stage(recipe: Recipe, name: str | None) -> Stage:
     found = [stage for stage in recipe.stages if name in (None, stage.name)]
     if not found:
         names = ", ".join(stage.name for stage in recipe.stages)
-        raise UserError("there is no such stage", where=f"--stage {name}", fix=f"one of {names}")
+        raise UserError("no such stage", where=f"--stage {name}", fix=f"one of {names}")
     return found[0]

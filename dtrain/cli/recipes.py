@@ -1,4 +1,4 @@
-"""`dtrain recipes`: the recipes that come with dtrain."""
+"""`dtrain recipes`: list and copy the shipped recipes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def list_recipes(context: typer.Context) -> None:
     wide = max(map(len, shipped())) + 2
     for name, path in shipped().items():
         print(fill(f"{name:<{wide}}{summary(path)}", 100, subsequent_indent=" " * wide))
-    print(f"\ndtrain recipes copy NAME [PATH] gives you one to edit; every key: {FOLDER}/README.md")
+    print(f"\ndtrain recipes copy NAME [PATH] copies one to edit; all keys: {FOLDER}/README.md")
 
 
 @app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    path: Annotated[Path | None, typer.Argument(help="Where to; NAME.yaml if not given.")] = None,
+    path: Annotated[Path | None, typer.Argument(help="Target; default: NAME.yaml.")] = None,
 ) -> None:
-    """Write a shipped recipe to a file of yours; a file that is there is never overwritten."""
+    """Copy a shipped recipe to a new file."""
     known = shipped()
     if name not in known:
         fix = f"use one of {', '.join(known)}"
-        raise UserError("there is no such shipped recipe", where=name, fix=fix)
+        raise UserError("no such shipped recipe", where=name, fix=fix)
     target = path or Path(f"{name}.yaml")
     if target.is_dir():
         target = target / f"{name}.yaml"
@@ -42,7 +42,7 @@ def copy(
         with open(target, "x", encoding="utf-8") as file:
             file.write(known[name].read_text(encoding="utf-8"))
     except FileExistsError as error:
-        raise UserError("is there already", where=str(target), fix="name another file") from error
+        raise UserError("exists already", where=str(target), fix="choose another file") from error
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(target)) from error
     print(f"wrote {target}; edit it, then: dtrain run {target}")

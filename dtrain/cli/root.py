@@ -1,4 +1,4 @@
-"""The command line's root: its verbs, and how an error ends."""
+"""The `dtrain` command: its subcommands, and the exit status of errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
     name="dtrain",
-    help="Fine-tunes language models in stages, the same on a laptop and on a GPU cluster.",
+    help="Fine-tune language models in stages, on one machine or on a GPU cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,7 +60,7 @@ app.add_typer(model.app, name="model")
 
 
 def main() -> int:
-    """Run the command line; return the exit status (wrong usage exits by itself, with 2)."""
+    """Run the command line and return its exit status; wrong usage exits directly with 2."""
     try:
         app()
     except UserError as error:

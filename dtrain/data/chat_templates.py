@@ -1,7 +1,7 @@
-"""Conversations into the text a model sees.
+"""Chat templates: render a conversation as the text that a model sees.
 
-Chat templates are jinja (transformers renders them in its sandbox). A template is a program from
-somewhere else, so it renders within limits of time, memory and size.
+Templates are jinja, rendered by transformers in its sandbox. They are untrusted programs, so time,
+memory and the size of their output are limited.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 chat_template_utils = LazyModule("transformers.utils.chat_template_utils")
 
-Span = tuple[int, int]  # characters from … to (excluded)
+Span = tuple[int, int]  # character offsets: start, stop (excluded)
 
-INTERNAL_KEYS = frozenset(("train", "written_role", "parts"))  # of messages, and no template's
+INTERNAL_KEYS = frozenset(
+    ("train", "written_role", "parts")
+)  # keys of dtrain in messages, which no template sees
 PROBES = ("dtrainprobe7f3a", "dtrainprobe9c1e")
 
 MAX_CHARACTERS = 1 << 24  # of a rendered conversation
-RENDER_SECONDS = 1.5  # for a conversation in all its renderings
+RENDER_SECONDS = 1.5  # CPU time for all renderings of a conversation
 
 INSTRUCTION = """\
 {%- if tools -%}{{ raise_exception('the instruction template knows no tools') }}{%- endif -%}
@@ -51,16 +53,16 @@ INSTRUCTION = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
 """
-# Some templates print today's date; data prepared tomorrow must not differ from today's.
+# Some templates print today's date; prepared data must not depend on the day.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the special tokens it may print.
+    """A chat template and the special tokens that it may print.
 
     Attributes:
-        text: jinja, as a tokenizer would keep it.
+        text: jinja, as in a tokenizer's files.
         specials: (name, token) pairs, such as ("eos_token", "</s>").
     """
 
@@ -69,41 +71,41 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The jinja text that is rendered: `text` with its date fixed."""
+        """The jinja text to render: `text` with a fixed date."""
         return FIXED_DATE + self.text if "strftime_now" in self.text else self.text
 
     @cached_property
     def _used_specials(self) -> dict[str, str]:
-        """The special tokens that the template can print; all else is work at each rendering."""
+        """The special tokens that the template mentions; others would only cost time."""
         return {name: token for name, token in self.specials if name in self.text}
 
     @cached_property
     def cache(self) -> dict[Any, Any]:
-        """What was found out about this template, for who renders many conversations with it."""
+        """Cached results about this template, for callers that render many conversations."""
         return {}
 
     @cached_property
     def accepts_blocks(self) -> bool:
-        """Whether a content may be a list of parts, each with type and text."""
+        """Whether `content` may be a list of blocks with type and text."""
         return self._writes([{"type": "text", "text": text} for text in PROBES])
 
     @cached_property
     def accepts_text(self) -> bool:
-        """Whether a content may be a text; where neither is seen to work, it is."""
+        """Whether `content` may be a text; assumed if neither works in a test."""
         return not self.accepts_blocks or self._writes("".join(PROBES))
 
     def _writes(self, content: Any) -> bool:
-        """Whether both probes are in the text, and not the names of keys."""
+        """Whether the template writes both probes, and no names of keys."""
         turns = [{"role": role, "content": content} for role in ("user", "assistant")]
         try:
             text = self._render(Conversation(turns), add_generation_prompt=False)[0]
-        except Exception:  # such as adding a list to a text
+        except Exception:  # for example, it adds a list to a text
             return False
         between = re.findall(f"{PROBES[0]}(.*?){PROBES[1]}", text, re.DOTALL)
-        return len(between) == len(turns) and not any("type" in own for own in between)
+        return len(between) == len(turns) and not any("type" in text for text in between)
 
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation as this template reads it: parts where it reads them, own keys gone."""
+        """The conversation as this template reads it: blocks if needed, no internal keys."""
         if self.accepts_text and all(map(INTERNAL_KEYS.isdisjoint, conversation.messages)):
             return conversation
         return replace(
@@ -124,23 +126,23 @@ class ChatTemplate:
         return adapt
 
     def render(self, conversation: Conversation, *, prompt: bool = False) -> str:
-        """The conversation as text; with `prompt`, up to where the next answer starts."""
+        """The conversation as text; `prompt` appends the generation prompt."""
         return self._render(self.adapt(conversation), add_generation_prompt=prompt)[0]
 
     def render_with_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The conversation as text, and what the template itself marks as generated."""
+        """The conversation as text, and the spans in the template's `{% generation %}` blocks."""
         text, spans = self._render(self.adapt(conversation), return_assistant_tokens_mask=True)
         return text, [(start, stop) for start, stop in spans[0]]
 
-    def _render(self, conversation: Conversation, **how: bool) -> tuple[str, Any]:
-        settings: dict[str, Any] = {**self._used_specials, **how, "tools": conversation.tools}
+    def _render(self, conversation: Conversation, **options: bool) -> tuple[str, Any]:
+        settings: dict[str, Any] = {**self._used_specials, **options, "tools": conversation.tools}
         try:
             texts, spans = self._rendered(conversation.messages, settings)
         except TypeError:
             if not any("tool_calls" in message for message in conversation.messages):
                 raise
-            # Most templates take the arguments of a call as an object, some (DeepSeek) as a text.
-            texts, spans = self._rendered(_with_texts(conversation.messages), settings)
+            # Most templates read the arguments of a call as an object, some (DeepSeek) as a text.
+            texts, spans = self._rendered(_with_json_arguments(conversation.messages), settings)
         if len(texts[0]) > MAX_CHARACTERS:
             raise LimitExceeded(f"the text has more than {MAX_CHARACTERS:,} characters")
         return texts[0], spans
@@ -151,16 +153,16 @@ class ChatTemplate:
         )
 
 
-def _with_texts(messages: Messages) -> Messages:
+def _with_json_arguments(messages: Messages) -> Messages:
     """The messages with the arguments of every call as JSON text."""
-    out = []
+    converted = []
     for message in messages:
         calls = [
             {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
             for call in message.get("tool_calls", [])
         ]
-        out.append({**message, "tool_calls": calls} if calls else message)
-    return out
+        converted.append({**message, "tool_calls": calls} if calls else message)
+    return converted
 
 
 def _json(function: dict[str, Any]) -> str:
@@ -176,7 +178,7 @@ def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer: of the base model.
 
     Raises:
-        UserError: there is no such template.
+        UserError: the template does not exist.
     """
     if setting == "auto":
         return _own_template(tokenizer)
@@ -194,22 +196,22 @@ def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
-    if not own:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
         raise UserError(
             "the tokenizer has no chat template",
             where="data.template: auto",
-            fix="write `template: instruction` (a base model), or name a jinja file",
+            fix="set `template: instruction` (for a base model), or name a jinja file",
         )
-    return str(own)
+    return str(template)
 
 
 def _instruction(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
         raise UserError(
-            "the tokenizer has no end-of-text token, so an answer would have no end",
+            "the tokenizer has no end-of-text token, so answers would have no end",
             where="data.template: instruction",
             fix="set `eos_token` in the model's tokenizer_config.json",
         )
@@ -219,10 +221,10 @@ def _instruction(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template a recipe asks for, ready to render.
+    """Load the template of a recipe.
 
     Raises:
-        UserError: there is none, or it is not jinja.
+        UserError: it does not exist, is not jinja, or exceeds the limits.
     """
     specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     template = ChatTemplate(template_text(setting, tokenizer), tuple(sorted(specials.items())))
@@ -230,12 +232,12 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTe
         with resource_limits(RENDER_SECONDS):
             template.render(Conversation([{"role": "user", "content": "a"}]))
     except LimitExceeded as error:
-        fix = "use another template: this one never ends, or is made to do harm"
+        fix = "use another template: this one does not terminate, or is malicious"
         raise UserError(f"the template: {error}", where=f"template: {setting}", fix=fix) from error
     except TemplateSyntaxError as error:
         raise UserError(
             f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
         ) from error
-    except Exception:  # a template may refuse this conversation and take others
-        return template
+    except Exception:  # a template may refuse this conversation and accept others
+        pass
     return template

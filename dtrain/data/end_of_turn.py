@@ -1,4 +1,4 @@
-"""What a chat template writes to end a turn, and how a tokenizer reads it: a token or a text."""
+"""What a chat template writes to end a turn, as a token or as a text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of `t
 
 @dataclass(frozen=True)
 class StopCriterion:
-    """What ends an answer; neither, if the template closes no turn.
+    """What ends an answer: a token, a text, or neither if the template does not end turns.
 
     Attributes:
-        token: id of a token that stands for nothing else.
-        text: for a template that closes a turn with ordinary tokens.
+        token: id of a special token.
+        text: for a template that ends turns with ordinary tokens.
     """
 
     token: int | None = None
@@ -30,40 +30,40 @@ class StopCriterion:
 
     @property
     def texts(self) -> list[str]:
-        """The stop strings, none or one."""
+        """The stop strings: none or one."""
         return [self.text] if self.text else []
 
 
 def find_stop_criterion(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> StopCriterion:
-    """What closes a turn under a template, as a tokenizer reads it."""
+    """How a template ends a turn, with the tokens of a tokenizer."""
     try:
         with resource_limits(RENDER_SECONDS):
             ending = end_of_turn(template)
-    except (Exception, LimitExceeded):  # a template is a program; this one refuses a plain exchange
+    except (Exception, LimitExceeded):  # the template refuses a plain exchange
         return StopCriterion()
     if not ending:
         return StopCriterion()
     known = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     ids = tokenizer(ending, add_special_tokens=False).input_ids
-    # Some tokenizers add runs of blanks as tokens, which stand inside answers too.
+    # Some tokenizers have added tokens for blanks, which also occur in answers.
     token = next((i for i in ids if i in known and str(tokenizer.decode([i])).strip()), None)
     return StopCriterion(token=token) if token is not None else StopCriterion(text=ending)
 
 
 def end_of_turn(template: ChatTemplate) -> str:
-    """What the template writes behind an answer, without blanks at its end; "" if nothing is."""
+    """What the template writes after an answer, without trailing blanks; may be empty."""
     inner, last = endings(template) or ("", "")
     return inner if inner and (last.startswith(inner) or not last) else last
 
 
 @lru_cache(maxsize=8)
 def endings(template: ChatTemplate) -> tuple[str, str] | None:
-    """What closes an answer that another turn follows, and what closes the last one.
+    """What ends an answer in the middle of a conversation, and what ends the last answer.
 
     Returns:
-        None of a template that refuses a plain exchange, so that it cannot be found out.
+        None if the template refuses a plain exchange, so that it is unknown.
     """
     first = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": f"a{ANSWER}"}]
     text = _probed(template, first)
@@ -74,13 +74,13 @@ def endings(template: ChatTemplate) -> tuple[str, str] | None:
     before, middle = more.partition(PROBE)[0], more.partition(ANSWER)[2].partition(PROBE)[0]
     if text and middle.startswith(last):
         return last, last
-    # Phi 3 closes the whole conversation with one more token: the end of a turn is then what
-    # stands between an answer and the head of the next question.
+    # Phi 3 ends the conversation with one more token: the end of a turn is then the text between
+    # an answer and the header of the next question.
     same = common_prefix_length(before[::-1], middle[::-1])
     if inner := middle[: len(middle) - same].rstrip():
         return inner, last
-    # gpt-oss closes its own preface in the same way, so that all of it stands before the first
-    # question too; but a conversation begins as every turn does.
+    # gpt-oss ends its own preface in the same way, so this text is also before the first question;
+    # but a conversation starts like every turn.
     begin = text.removeprefix(dict(template.specials).get("bos_token", ""))
     both = middle[: common_prefix_length(middle, text.partition(PROBE)[2])]
     sizes = range(len(both), 0, -1)
@@ -91,7 +91,7 @@ def endings(template: ChatTemplate) -> tuple[str, str] | None:
 def _probed(template: ChatTemplate, messages: Messages) -> str:
     try:
         return template.render(Conversation(messages))
-    except Exception:  # such as one that takes a single exchange
+    except Exception:  # for example, it accepts only one exchange
         return ""
 
 

@@ -1,4 +1,4 @@
-"""A chat template as a login node can look at it: with jinja alone, without transformers."""
+"""Check on a login node, with jinja alone, whether a chat template ends turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks, which change nothing in the text."""
+    """`{% generation %}` blocks, which do not change the text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own protocol)
 
@@ -35,7 +35,7 @@ class _Generation(Extension):
 
 
 class LightTemplate(ChatTemplate):
-    """A template that renders with jinja alone; enough to see how it closes a turn."""
+    """A template rendered with jinja alone, which is enough to see how it ends a turn."""
 
     @cached_property
     def _compiled(self) -> Any:
@@ -44,8 +44,8 @@ class LightTemplate(ChatTemplate):
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
-        environment.filters["tojson"] = lambda value, **how: json.dumps(
-            value, **{"ensure_ascii": False, **how}
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, **{"ensure_ascii": False, **options}
         )
         environment.globals["raise_exception"] = _raise
         return environment.from_string(self.source)
@@ -59,17 +59,17 @@ def _raise(message: str) -> None:
 
 
 def closes_turns(setting: str, base: Path | None) -> bool | None:
-    """Whether the recipe's `template` writes something behind an answer that ends its turn.
+    """Whether the recipe's `template` ends the turn of an answer.
 
     Args:
         setting: auto, instruction, or the path of a jinja file.
         base: the base model's folder, if it is on this machine.
 
     Returns:
-        None where the template cannot be read without more than this machine has.
+        None if the template cannot be rendered here.
     """
     if setting == "instruction":
-        return True  # or it is refused for a tokenizer that cannot end a text
+        return True  # `template_text` refuses tokenizers without an end-of-text token
     config = _read_json(base / "tokenizer_config.json") if base else {}
     text = _own_text(base, config) if setting == "auto" else _file_text(setting)
     if text is None:
@@ -79,17 +79,18 @@ def closes_turns(setting: str, base: Path | None) -> bool | None:
         with resource_limits(RENDER_SECONDS):
             known = endings(LightTemplate(text, tuple(sorted(specials.items()))))
             return known and any(known)
-    except (Exception, LimitExceeded):  # rendering it with transformers reports what is wrong
+    except (Exception, LimitExceeded):  # `resolve_template` reports the error
         return None
 
 
 def _own_text(base: Path | None, config: dict[str, Any]) -> str | None:
     if base and (base / "chat_template.jinja").is_file():
         return _file_text(str(base / "chat_template.jinja"))
-    own = config.get("chat_template")
-    if isinstance(own, list):
-        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
-    return own if isinstance(own, str) else None
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = (t.get("template") for t in template if t.get("name") == "default")
+        template = next(named, None)
+    return template if isinstance(template, str) else None
 
 
 def _file_text(path: str) -> str | None:
@@ -101,10 +102,10 @@ def _file_text(path: str) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _token(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A bound on the time and memory that a piece of foreign code takes in this process."""
+"""Limit the time and memory of untrusted code in this process."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXTRA_BYTES = 1 << 28  # beyond what the process maps already
+EXTRA_BYTES = 1 << 28  # beyond what the process has mapped already
 _PAGE = resource.getpagesize()
 
 
 class LimitExceeded(BaseException):
-    """The code took too long, or too much; foreign code that catches exceptions misses it."""
+    """The code exceeded a limit; a BaseException, so that it cannot catch it by accident."""
 
 
 @contextmanager
 def resource_limits(seconds: float) -> Iterator[None]:
     """Run a block within bounds; one that exceeds them raises `LimitExceeded`.
 
-    Seconds of work, not of the clock: a busy machine must not change what is refused.
+    Args:
+        seconds: of CPU time, so that a busy machine does not change what is refused.
 
-    Python's own code can be stopped between two steps, and a request for memory can be refused;
-    a signal reaches the main thread only, so in another thread the time is not bounded.
+    Signals reach only the main thread; in other threads nothing is limited.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,7 +47,7 @@ def resource_limits(seconds: float) -> Iterator[None]:
 
 
 def _bound(soft: int) -> int:
-    with open("/proc/self/statm", "rb", buffering=0) as file:  # for each conversation: be quick
+    with open("/proc/self/statm", "rb", buffering=0) as file:  # read for each conversation
         mapped = int(file.read(32).split()[0]) * _PAGE
-    wanted = mapped + EXTRA_BYTES
-    return wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+    limit = mapped + EXTRA_BYTES
+    return limit if soft == resource.RLIM_INFINITY else min(soft, limit)

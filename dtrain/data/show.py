@@ -1,4 +1,4 @@
-"""Rows for a person to look at: as the model will see them, or as they were brought."""
+"""Show training sequences, or rows before tokenization, in the terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dtrain.data.packed_dataset import PackedDataset, PackedSequence
 from dtrain.data.records import BadRecord, Record
 from dtrain.data.sources import SourceFile
 
-SHOWN_CHARACTERS = 4000  # of a text as it was brought: some are whole books
-HEAD, LEARNT, NOTE = "bold blue", "green", "dim"
-# Data may hold what a terminal obeys; its pictures are printed instead.
+SHOWN_CHARACTERS = 4000  # of a text: some are whole books
+HEAD, TRAINED, NOTE = "bold blue", "green", "dim"
+# Data may contain terminal escape sequences: print symbols for control characters.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """The text with pictures of control characters instead of these."""
+    """The text with symbols instead of control characters."""
     return text.translate(CONTROLS)
 
 
 def sequences(
-    dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, colour: bool
+    dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase, seed: int, count: int, color: bool
 ) -> Iterator[Text]:
     """The first sequences of training, document by document.
 
@@ -36,7 +36,7 @@ def sequences(
         tokenizer: that made it.
         seed: of the recipe.
         count: sequences to show.
-        colour: learnt tokens in green; else between ⟦ and ⟧.
+        color: show tokens with loss in green; otherwise between ⟦ and ⟧.
     """
     numbers = dataset.sequence_ids_at(0, count, seed).tolist()
     total = int(dataset.first_sequences[-1])
@@ -45,48 +45,50 @@ def sequences(
         head = (
             f"sequence {place}: row {number + 1:,} of {total:,}, "
             f"{row.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
-            f"{int(row.supervised.sum()):,} learnt, documents: {row.lengths.size}\n"
+            f"{int(row.supervised.sum()):,} with loss, documents: {row.lengths.size}\n"
         )
         yield Text(head, style=HEAD)
-        yield from _documents(row, tokenizer, colour)
+        yield from _documents(row, tokenizer, color)
     for note in dataset.notes():
         yield Text(f"{note}\n", style=NOTE)
 
 
 def _documents(
-    row: PackedSequence, tokenizer: PreTrainedTokenizerBase, colour: bool
+    row: PackedSequence, tokenizer: PreTrainedTokenizerBase, color: bool
 ) -> Iterator[Text]:
     start = 0
     for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
         ids = row.input_ids[start : start + length]
-        learnt = row.supervised[start : start + length]
-        note = f"── {place}: tokens {start}–{start + length - 1}, {int(learnt.sum()):,} learnt\n"
-        yield Text(note, style=NOTE) + _coloured(ids, learnt, tokenizer, colour) + Text("\n")
+        has_loss = row.supervised[start : start + length]
+        note = (
+            f"── {place}: tokens {start}–{start + length - 1}, {int(has_loss.sum()):,} with loss\n"
+        )
+        yield Text(note, style=NOTE) + _colored(ids, has_loss, tokenizer, color) + Text("\n")
         start += length
 
 
-def _coloured(
-    ids: np.ndarray, learnt: np.ndarray, tokenizer: PreTrainedTokenizerBase, colour: bool
+def _colored(
+    ids: np.ndarray, has_loss: np.ndarray, tokenizer: PreTrainedTokenizerBase, color: bool
 ) -> Text:
-    """The tokens as text, run by run of what is learnt and what is not."""
+    """The tokens as text; runs of tokens with loss are highlighted."""
     text = Text()
-    edges = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(ids)]
+    edges = [0, *(np.flatnonzero(has_loss[1:] != has_loss[:-1]) + 1).tolist(), len(ids)]
     for start, stop in pairwise(edges):
         decoded = tokenizer.decode(ids[start:stop].tolist())
-        piece = printable(str(decoded))
-        if not learnt[start]:
-            text.append(piece)
-        elif colour:
-            text.append(piece, style=LEARNT)
+        text_run = printable(str(decoded))
+        if not has_loss[start]:
+            text.append(text_run)
+        elif color:
+            text.append(text_run, style=TRAINED)
         else:
-            text.append(f"⟦{piece}⟧")
+            text.append(f"⟦{text_run}⟧")
     return text
 
 
 def render_records(
     records: Iterator[Record | BadRecord], parts: list[SourceFile], count: int
 ) -> Iterator[Text]:
-    """The first rows as conversations, before any template; a row at fault as its message."""
+    """The first rows before any template; a bad row is shown as its error."""
     for item in islice(records, count):
         place = parts[item.file_index].location(item.row_number)
         if isinstance(item, BadRecord):
@@ -102,9 +104,9 @@ def _sides(value: Any) -> Iterator[tuple[str, str | Conversation]]:
         yield "", value
         return
     if value.chosen:
-        yield "wanted", value.chosen
+        yield "chosen", value.chosen
     if value.rejected:
-        yield "not wanted", value.rejected
+        yield "rejected", value.rejected
 
 
 def _turns(value: str | Conversation) -> Text:
@@ -115,7 +117,7 @@ def _turns(value: str | Conversation) -> Text:
         text.append("tools: ", style=NOTE).append(f"{[t['function'] for t in value.tools]}\n")
     for message in value.messages:
         text.append(f"{message['role']}: ", style=NOTE)
-        style = LEARNT if message["role"] == "assistant" else ""
+        style = TRAINED if message["role"] == "assistant" else ""
         if reasoning := message.get("reasoning_content"):
             text.append(f"(reasoning) {_head(reasoning)}\n", style=style)
         text.append(_head(message["content"]) + "\n", style=style)
@@ -125,7 +127,7 @@ def _turns(value: str | Conversation) -> Text:
 
 
 def _head(text: str) -> str:
-    """The head of a text, and how much follows."""
+    """The start of a text, and the number of characters left out."""
     more = len(text) - SHOWN_CHARACTERS
     end = f" … and {more:,} more characters" if more > 0 else ""
     return printable(text[:SHOWN_CHARACTERS]) + end

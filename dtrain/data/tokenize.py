@@ -129,7 +129,7 @@ class RowEncoder(ABC):
         self, record: Record, text: str, train_on: str, counts: Counter[str]
     ) -> tuple[str, list[Span]] | None:
         """What is encoded instead of a text, and its answers, if the row holds special tokens."""
-        if not (self.split_special_tokens and self.special_tokens.found(record.value)):
+        if not (self.split_special_tokens and self.special_tokens.find(record.value)):
             return None
         counts[SPECIAL] += 1
         place, hidden = self._place(record), self.special_tokens.hidden(record.value)

@@ -102,7 +102,7 @@ def _flag_special_tokens(
     checked: CheckedBatch, records: Batch, special_tokens: SpecialTokens
 ) -> None:
     for row, (_, record) in enumerate(records):
-        if names := special_tokens.found(record.value):
+        if names := special_tokens.find(record.value):
             checked.rows["flags"][row] |= FLAG_BITS[SPECIAL]
             note = RowNote(float(len(names)), row, " ".join(names))
             checked.notes.setdefault(SPECIAL, []).append(note)

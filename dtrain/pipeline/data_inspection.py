@@ -145,7 +145,7 @@ class TokenCounter:
         lengths = iter([len(ids) for ids in encoded.get("input_ids", [])])
         counts = np.array([REJECTED if t is None else next(lengths) for t in texts], np.int32)
         for number, (value, text) in enumerate(zip(values, texts, strict=True)):
-            if self.split and text is not None and self.special_tokens.found(value):
+            if self.split and text is not None and self.special_tokens.find(value):
                 counts[number] = self._split(number, value, text)
         return counts
 

@@ -62,10 +62,10 @@ CLOSED = OPEN.replace("m.content", "m.content + eos_token")
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        (OPEN, "nothing that ends a turn is learned: the model will not learn to stop"),
+        (OPEN, "the end of a turn has no loss: the model will not learn to stop"),
         (CLOSED, ""),
-        ("{% generation %}" + OPEN + "{% endgeneration %}", "nothing that ends a turn"),
-        ("{% for m in messages %}{{ broken", "not looked at here; `dtrain data scan`"),
+        ("{% generation %}" + OPEN + "{% endgeneration %}", "the end of a turn has no loss"),
+        ("{% for m in messages %}{{ broken", "not checked here; `dtrain data scan`"),
     ],
 )
 def test_check_warns_of_a_template_that_closes_no_turn(tmp_path: Path, template, told) -> None:
@@ -112,7 +112,7 @@ def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> Non
     assert copy.read_bytes() == shipped()["tiny"].read_bytes()
     copy.write_text("mine")
     again = dtrain("recipes", "copy", "tiny", cwd=tmp_path)
-    assert again.returncode == 2 and "is there already" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     assert copy.read_text() == "mine"
 
 
@@ -120,7 +120,7 @@ def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["check", "tinny"], "did you mean tiny?"),
-        (["recipes", "copy", "nope"], "there is no such shipped recipe"),
+        (["recipes", "copy", "nope"], "no such shipped recipe"),
         (["recipes", "copy", "tiny", "no/such/folder/x.yaml"], "cannot be written"),
         (["report", "."], "is not a run folder"),
         (["run", "tiny", "output.folder=a-file"], "cannot be used as the run folder"),

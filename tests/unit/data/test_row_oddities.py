@@ -28,7 +28,7 @@ def shown(prepared, write_rows, tokenizer):
         source = {"path": write_rows("rows.jsonl", rows)}
         dataset = prepared("sft", [source], **{"sequence_length": 256, **settings})
         own = settings.get("tokenizer", tokenizer)
-        return "".join(str(text) for text in sequences(dataset, own, 0, 5, colour=False))
+        return "".join(str(text) for text in sequences(dataset, own, 0, 5, color=False))
 
     return run
 

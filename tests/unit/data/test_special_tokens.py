@@ -118,10 +118,10 @@ def test_names_and_arguments_of_calls_and_schemas_are_text_too(tokenizer) -> Non
     tools = [{"function": {"description": "<|eot_id|>"}}]
     own = SpecialTokens(tokenizer)
     found = {END, "<|im_start|>", "<|eot_id|>"}
-    assert set(own.found(Conversation([message], tools))) == found
-    assert set(own.found(Preference(None, Conversation([message], tools)))) == found
-    assert not own.found(own.hidden(Conversation([message], tools)))
-    assert own.found(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
+    assert set(own.find(Conversation([message], tools))) == found
+    assert set(own.find(Preference(None, Conversation([message], tools)))) == found
+    assert not own.find(own.hidden(Conversation([message], tools)))
+    assert own.find(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
 
 
 READS = (
@@ -252,7 +252,7 @@ def test_any_conversation_comes_through_whole(tokenizer, question, answer) -> No
     assert specials(tokenizer, ids) == ["<|im_start|>", END] * 3
     assert tokenizer.decode(ids) == text
     assert encoding.offsets[-1][1] == len(text)
-    if not own.found(value):
+    if not own.find(value):
         assert ids == tokenizer(text).input_ids
 
 
