@@ -19,7 +19,7 @@ import pyarrow as pa
 from dtrain.core.files import write_sealed
 from dtrain.data.packing import SEGMENT
 from dtrain.data.sampling import mix
-from dtrain.data.store import PLAN_FILES, SHARD, SUMS, shard_name
+from dtrain.data.store import PLAN_FILES, SHARD, SUMS, TOTALS, shard_name
 
 ROW_TOKENS = 2048
 SIZES = (10**6, 10**9, 10**12)
@@ -66,6 +66,7 @@ def make(folder: Path, rows: int) -> None:
             "runs": lists(pa.array([0, 2], pa.int64()), pa.array([1, ROW_TOKENS], pa.int32())),
             "part": pa.array([0], pa.int32()),
             "number": pa.array([1], pa.int64()),
+            "label": pa.array([0], pa.int32()),
         }
     ).replace_schema_metadata({b"dtrain": b"{}"})
     with pa.ipc.new_file(str(folder / shard_name(0)), batch.schema) as file:
@@ -74,14 +75,15 @@ def make(folder: Path, rows: int) -> None:
     names = (*PLAN_FILES, SUMS)
     (folder / SUMS).write_text("")
     files = {name: {"bytes": (folder / name).stat().st_size, "blake3": ""} for name in names}
-    totals = {"rows": rows, "fingerprint": "x", "largest_token": ROW_TOKENS, "files": files}
-    write_sealed(folder / "store.json", totals)
+    manifest = dict.fromkeys(TOTALS, ROW_TOKENS) | {"rows": rows, "documents": 1}
+    manifest |= {"counts": {}, "fingerprint": "x", "files": files}
+    write_sealed(folder / "store.json", manifest)
 
 
 def plan(folder: Path, rows: int) -> None:
-    """Sparse arrays; only the rows that the first and the middle batch ask for are written."""
+    """Write sparse arrays with the rows of the first and of the middle batch only."""
     kinds = {"pieces.npy": SEGMENT, "rows.npy": "<i8", "sequence_tokens.npy": "<i4"}
-    kinds["sequence_targets.npy"] = "<i4"
+    kinds |= {"sequence_targets.npy": "<i4", "sequence_examples.npy": "<i4"}
     arrays = {}
     for name, kind in kinds.items():
         shape = (rows + (name == "rows.npy"),)
@@ -91,6 +93,7 @@ def plan(folder: Path, rows: int) -> None:
         arrays["pieces.npy"][row] = (0, 0, ROW_TOKENS)
         arrays["sequence_tokens.npy"][row] = ROW_TOKENS
         arrays["sequence_targets.npy"][row] = ROW_TOKENS - 1
+        arrays["sequence_examples.npy"][row] = 1
     table = np.zeros(1, SHARD)
     table[0] = 0, (folder / shard_name(0)).stat().st_size
     np.save(folder / "shards.npy", table)
