@@ -34,7 +34,7 @@ class DdpModel(EngineModel):
         return self.profile.train_bytes * self.matrix_elements
 
     def gradients_at_embeddings(self) -> float:
-        """Of two micro-batches, the first has no embedding gradient yet, the last sends it."""
+        """With two micro-batches, the first has no embedding gradient yet and the last sends it."""
         gradients = self.gradient_bytes
         if self.workload.accumulation == 2:
             gradients -= self.matrix_gradient_bytes()
@@ -62,7 +62,7 @@ class Fsdp2Model(EngineModel):
         return self.workload.shard > 1
 
     def kept_elements(self, parameter: ParameterSpec) -> int:
-        """The rank's rows."""
+        """Elements of the rank's rows."""
         return parameter.row_share(self.workload.shard)
 
     @property
@@ -192,7 +192,7 @@ class Zero2Model(DeepSpeedModel):
         return self.partition_bytes if self.workload.accumulation > 1 else 0.0
 
     def gather_points(self) -> Iterator[GatherPoint]:
-        """With the point at which the first bucket is full."""
+        """The points of a replicated engine, and the one at which the first bucket is full."""
         yield from super().gather_points()
         if self._fills_a_bucket:
             depth = 1 - self.workload.bucket_elements / self.workload.trainable
@@ -248,7 +248,7 @@ class Zero3Model(DeepSpeedModel):
         return simulate_gathers(self.workload)
 
     def kept_elements(self, parameter: ParameterSpec) -> int:
-        """The rank's range."""
+        """Elements of the rank's range."""
         return parameter.element_share(self.workload.shard)
 
     @property

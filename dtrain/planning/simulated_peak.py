@@ -202,7 +202,7 @@ def extrapolate_peak(
     """
     if len(layers) == 1:
         return max(peaks[0], key=lambda peak: peak.total)
-    tables = [{(peak.phase, peak.region): peak for peak in found} for found in peaks]
+    tables = [{(peak.phase, peak.region): peak for peak in group} for group in peaks]
     common = [key for key in tables[-1] if all(key in table for table in tables)]
     series = [[table[key] for table in tables] for key in common]
     intervals = list(pairwise(layers))

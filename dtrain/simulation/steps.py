@@ -118,10 +118,10 @@ class StepSimulator:
         """Run the forward and the backward pass of a micro-batch."""
         train, tokens = self.stage.train, self.stage.data.sequence_length
         count = train.micro_batch
-        numbers = [index * count + i for i in range(count)]
-        set_dropout_key(self.engine.module, 0, 0, numbers, [tokens] * count)
+        sequence_indices = [index * count + i for i in range(count)]
+        set_dropout_key(self.engine.module, 0, 0, sequence_indices, [tokens] * count)
         self.engine.before_forward(last=last)
-        batch = batch_of(count, tokens, numbers)
+        batch = build_fake_batch(count, tokens, sequence_indices)
         objective = build_objective(self.stage)
         loss = self.phase("forward", lambda: compute_loss(self.engine, objective, batch).loss)
         self.phase("backward", lambda: self.engine.backward(loss, last=last))
@@ -152,10 +152,12 @@ class StepSimulator:
         ]
 
 
-def batch_of(count: int, tokens: int, numbers: list[int]) -> MicroBatch:
-    """`count` sequences of one document each; every token but the last has a target."""
+def build_fake_batch(count: int, tokens: int, sequence_indices: list[int]) -> MicroBatch:
+    """Build a batch of `count` one-document sequences; every token but the last has a target."""
     whole = count * tokens
     ids = torch.zeros(1, whole, dtype=torch.int64)
-    places = torch.zeros(1, whole, dtype=torch.int64)
+    positions = torch.zeros(1, whole, dtype=torch.int64)
     every = torch.zeros(whole - 1, dtype=torch.int64)
-    return MicroBatch(ids, places, every, ids[0, 1:], [tokens] * count, numbers, [tokens] * count)
+    return MicroBatch(
+        ids, positions, every, ids[0, 1:], [tokens] * count, sequence_indices, [tokens] * count
+    )

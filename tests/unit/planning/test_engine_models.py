@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.launching.deepspeed_config import load_ds_config
 from dtrain.planning.activations import TrainerProfile, layer_bytes
 from dtrain.planning.engine_base import MemoryEstimate
-from dtrain.planning.engine_models import build_engine_model
+from dtrain.planning.engine_models import ENGINE_MODELS, build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
@@ -60,6 +61,10 @@ def entering_bytes(job: Workload) -> float:
 
 def received_bytes(job: Workload) -> float:
     return build_engine_model(job).received_bytes()
+
+
+def test_every_engine_has_a_model() -> None:
+    assert list(ENGINE_MODELS) == list(ENGINES)
 
 
 def test_weights_match_the_literature() -> None:
