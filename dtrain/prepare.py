@@ -1,7 +1,7 @@
-"""Tokenise and pack a recipe's data, on a machine without GPUs: `python -m dtrain.prepare RECIPE`.
+"""Tokenize and pack a recipe's data on a machine without GPUs: `python -m dtrain.prepare RECIPE`.
 
-What it makes lies in the cache folder, which the training must see under the same path. The tasks
-of a Slurm array share the work: each makes shards that nobody else makes, the last one packs.
+The packed dataset is written to the cache folder, which training must see under the same path. The
+tasks of a Slurm array share the work: each tokenizes other shards, and the last one packs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a worker does once its libraries are there: one rank of a run, from recipe to status."""
+"""One rank of a run, from the recipe to the exit status."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def work(arguments: argparse.Namespace) -> int:
         arguments: recipe, overrides and allow_change, from the command line.
     """
     keep_libraries_quiet()
-    outcome, recipe = ExitReport(), None
+    report, recipe = ExitReport(), None
     try:
-        recipe = resolved(load_recipe(arguments.recipe, arguments.overrides))
-        finished = train(recipe, set(arguments.allow_change), outcome)
+        recipe = resolve(load_recipe(arguments.recipe, arguments.overrides))
+        finished = train(recipe, set(arguments.allow_change), report)
     except UserError as error:
-        return outcome.fail(error.status, f"error: {error}")
+        return report.fail(error.status, f"error: {error}")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # code of a model may exit
         if recipe is not None and is_out_of_memory(error):
             text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
-            return outcome.fail(Exit.OUT_OF_MEMORY, text)
-        if full := no_room(error):
-            return outcome.fail(Exit.USER_ERROR, full)
+            return report.fail(Exit.OUT_OF_MEMORY, text)
+        if full := full_disk_message(error):
+            return report.fail(Exit.USER_ERROR, full)
         reason = traceback.format_exc(limit=-1)
         text = f"{this_rank()}{traceback.format_exc()}"
-        return outcome.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
+        return report.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
     if finished:
-        status = outcome.end(Exit.FINISHED)
+        status = report.end(Exit.FINISHED)
     else:
-        status = outcome.end(Exit.INTERRUPTED, "asked to stop; start it again to go on")
+        status = report.end(Exit.INTERRUPTED, "asked to stop; start it again to resume")
     end_world()  # never after a failure: under NCCL it waits for ranks that are in a collective
     return status
 
@@ -74,21 +74,23 @@ def this_rank() -> str:
 
 
 def least_limit_seconds(world: World) -> float:
-    """The shortest time that a step may take before it is looked whether a rank hangs."""
+    """The shortest time limit of a step for the hang watchdog."""
     is_slow = world.device.type == "cuda" or world.local_size < world.size
     return LEAST_LIMIT_SECONDS_GPU_OR_NODES if is_slow else LEAST_LIMIT_SECONDS
 
 
-def no_room(error: BaseException) -> str | None:
-    """What to say of a full disk; None of any other error."""
+def full_disk_message(error: BaseException) -> str | None:
+    """The message for a full disk; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
-        return f"error: {where}{error.strerror}\n    → make room, then start it again to go on"
+        return (
+            f"error: {where}{error.strerror}\n    → free some space, then start it again to resume"
+        )
     return None
 
 
 def keep_libraries_quiet() -> None:
-    """Their warnings are about code that a user of dtrain did not write."""
+    """Silence warnings about code that a user of dtrain did not write."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     disable_progress_bar()
@@ -96,8 +98,8 @@ def keep_libraries_quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with what only the launcher knows, and places that hold from any folder."""
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with the launcher's engine and absolute paths."""
     kind: str = recipe.engine.kind
     if kind != "auto" or launcher_engine(os.environ):
         kind = resolve_engine(kind, os.environ)
@@ -106,32 +108,32 @@ def resolved(recipe: Recipe) -> Recipe:
         update={
             "engine": recipe.engine.model_copy(update={"kind": kind}),
             "output": recipe.output.model_copy(update={"folder": folder}),
-            "model": recipe.model.model_copy(update={"base": base_from_anywhere(recipe)}),
-            "stages": [template_from_anywhere(stage) for stage in recipe.stages],
+            "model": recipe.model.model_copy(update={"base": absolute_base(recipe)}),
+            "stages": [with_absolute_template(stage) for stage in recipe.stages],
         }
     )
 
 
-def base_from_anywhere(recipe: Recipe) -> str:
-    """The base; a folder's whole path, since who reads the run folder may stand elsewhere."""
+def absolute_base(recipe: Recipe) -> str:
+    """The base model; the absolute path if it is a folder."""
     folder = Path(recipe.model.base).expanduser()
     return str(folder.absolute()) if folder.is_dir() else recipe.model.base
 
 
-def template_from_anywhere(stage: Stage) -> Stage:
-    """The stage with the whole path of its template, if that is a file."""
+def with_absolute_template(stage: Stage) -> Stage:
+    """The stage with the absolute path of its template, if that is a file."""
     if stage.data.template in ("auto", "instruction"):
         return stage
     path = local_path(stage.data.template).absolute()
     return stage.model_copy(update={"data": stage.data.model_copy(update={"template": str(path)})})
 
 
-def train(recipe: Recipe, allowed: set[str], outcome: ExitReport) -> bool:
-    """Join the other ranks, prepare, run the chain; return False if it was stopped to go on."""
+def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
+    """Join the other ranks, prepare the data, run the stages; return False if interrupted."""
     run = RunDir(Path(recipe.output.folder))
-    check_same_inputs({}, {}, allowed)  # a key that may not change is said before it is kept
+    check_same_inputs({}, {}, allowed)  # refuses keys that may not change, before they are recorded
     lock = run.lock() if is_first_rank() else None
-    outcome.open(run)
+    report.open(run)
     if lock:
         remove_partial_files(run.path)
         write_atomic(run.recipe, dump(recipe))
@@ -144,15 +146,15 @@ def train(recipe: Recipe, allowed: set[str], outcome: ExitReport) -> bool:
     inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
     check_same_on_all_ranks(inputs, world)
     recipe = one_document_each(recipe, inputs.layout)
-    # Until here a signal ends the process at once: what was prepared so far is kept anyhow.
+    # Until here a signal ends the process at once: what was prepared so far stays.
     stop = StopFlag(run.path, looks_at_file=world.is_first)
     stop.listen()
     watch = Watch(
         run.heartbeats,
         world.rank,
         world.size,
-        report=lambda text: outcome.fail(Exit.HANG, text),
-        failure=outcome.failure_elsewhere,
+        report=lambda text: report.fail(Exit.HANG, text),
+        failure=report.failure_elsewhere,
         least_limit_seconds=least_limit_seconds(world),
     )
     follow_compilations(watch)
@@ -163,6 +165,6 @@ def train(recipe: Recipe, allowed: set[str], outcome: ExitReport) -> bool:
     finally:
         watch.stop(all_is_well=finished is not None)
     stop.forget_file()
-    if lock:  # every rank has come to its end
+    if lock:  # every rank has ended
         shutil.rmtree(run.heartbeats, ignore_errors=True)
     return finished

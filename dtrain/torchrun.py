@@ -4,8 +4,8 @@
 status is the workers', not 1. A signal reaches the workers, which save and end, and are not killed
 after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process on a
 machine without a GPU, not one a core. Ranks are bound to the cores near their GPU. The ranks of
-several nodes meet on DTRAIN_INTERFACE. What a worker has said already is not said again, and
-nothing is left in /tmp.
+several nodes meet on DTRAIN_INTERFACE. What a worker has printed is not repeated, and nothing is
+left in /tmp.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from dtrain.launching.commands import LAUNCHER, worker_environment
 from dtrain.launching.network import is_host_of, own_address
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# A rank has failed, and the others wait for it: whatever they were about is lost.
+# A rank has failed, and the others wait for it: their work is lost anyway.
 SECONDS_FOR_THE_OTHERS = 10
-# Statuses with which a worker has said all there is to say; the ones that tell most come first.
-_TOLD = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
+# Statuses whose cause a worker has printed; the most specific come first.
+_EXPLAINED = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
 
 
 _OOM_KILLED = """\
@@ -46,7 +46,7 @@ error: rank {rank} was killed by the kernel: the host memory of this job ran out
 
 
 class Signals:
-    """Passes signals on to the workers, which lie in sessions of their own."""
+    """Passes signals on to the workers, each of which leads its own session."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
@@ -54,17 +54,17 @@ class Signals:
     def listen(self) -> None:
         """Catch the signals from now on."""
         for number in PASSED_ON:
-            # nohup's will; a shell's background job ignores SIGINT too, but is not meant to
+            # nohup ignores SIGHUP on purpose; a shell's background job ignores SIGINT by accident
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self.seen:
-            number = signal.SIGKILL  # Ctrl-C twice; what is saved stays whole, whatever comes
+            number = signal.SIGKILL  # Ctrl-C twice; checkpoints stay whole
         self.seen.add(number)
         workers = [child for child in psutil.Process().children() if _leads_session(child.pid)]
         if not workers:
-            raise SystemExit(Exit.INTERRUPTED)  # nothing has begun, or all has ended
+            raise SystemExit(Exit.INTERRUPTED)  # no worker has started, or all have ended
         for worker in workers:
             worker.send_signal(number)
 
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     processes = torchrun.determine_local_world_size(arguments.nproc_per_node)
     os.environ.update(worker_environment(os.environ, processes, has_gpu))
     os.environ[LAUNCHER] = str(os.getpid())
-    # torchrun's own handler kills what has not ended in time; it gets a signal nobody sends here.
+    # torchrun's own handler kills slow workers; it gets a signal that is never sent here.
     arguments.signals_to_handle = "SIGQUIT"
-    # Options that older or newer versions of torchrun have not are left alone.
+    # Older and newer versions of torchrun lack some of these options.
     if getattr(arguments, "shutdown_timeout", 0) is None:
         arguments.shutdown_timeout = SECONDS_FOR_THE_OTHERS
     if getattr(arguments, "numa_binding", "") is None and can_bind_to_numa_nodes(processes):
@@ -114,7 +114,7 @@ def meet_on_interface(arguments: Namespace) -> None:
     if arguments.local_addr or (address := own_address(os.environ)) is None:
         return
     arguments.local_addr = address
-    # torchrun knows the addresses of this machine's name only, so nobody would open the store.
+    # torchrun knows the addresses of this machine's name only, so no node would open the store.
     if "is_host" not in arguments.rdzv_conf and is_host_of(address, arguments.rdzv_endpoint):
         arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, "is_host=true"]))
 
@@ -140,9 +140,9 @@ def can_bind_to_numa_nodes(ranks: int) -> bool:
 
 @contextmanager
 def brief_logs(arguments: Namespace) -> Iterator[None]:
-    """Take away what torchrun otherwise leaves in /tmp at each start: folders of error files.
+    """Remove the folder of error files that torchrun otherwise leaves in /tmp at each start.
 
-    Whoever asks for logs keeps them.
+    Logs that the command line asks for stay.
     """
     with TemporaryDirectory(prefix="torchelastic_") as folder:
         if arguments.redirects == arguments.tee == "0" and not arguments.log_dir:
@@ -153,9 +153,9 @@ def brief_logs(arguments: Namespace) -> Iterator[None]:
 def status_of(
     failures: Mapping[int, ProcessFailure], signals_seen: set[int], memory_ran_out: bool = False
 ) -> int:
-    """One exit status out of those of the ranks that failed; says what no worker could say.
+    """The exit status for the ranks that failed; prints what no worker could print.
 
-    A rank that ends for a reason takes the others down with it: the reason is what counts.
+    A rank that fails takes the others down with it, so the most specific status counts.
 
     Args:
         failures: by rank.
@@ -163,7 +163,7 @@ def status_of(
         memory_ran_out: the kernel has killed a process of this job for it since the start.
     """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    for status in _TOLD:
+    for status in _EXPLAINED:
         if status in codes.values():
             return status
     if memory_ran_out and -signal.SIGKILL in codes.values():
@@ -181,12 +181,12 @@ def status_of(
 
 
 def _killed(signals: Mapping[int, int]) -> str:
-    rank = min(signals, key=lambda r: signals[r] == signal.SIGTERM)  # seldom the cause, see above
+    rank = min(signals, key=lambda r: signals[r] == signal.SIGTERM)  # rarely the cause, see above
     name = signal.Signals(signals[rank]).name
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return (
         f"error: rank {rank} was killed by {name}{hint}\n"
-        "    → the same command goes on from the newest checkpoint"
+        "    → the same command resumes from the newest checkpoint"
     )
 
 

@@ -35,7 +35,7 @@ def run() -> NoReturn:
 def die_with_launcher() -> None:
     """Let the kernel kill this rank when torchrun is killed.
 
-    Orphans would train on, and keep the run folder from the restart that is to go on.
+    Orphans would continue to train, and hold the run folder against the restart.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()

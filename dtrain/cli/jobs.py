@@ -1,4 +1,4 @@
-"""`dtrain jobs`, `status`, `logs` and `cancel`: what became of what was submitted."""
+"""`dtrain jobs`, `status`, `logs` and `cancel`: jobs that were submitted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Print new lines until the job is over.")
+]
 
 
 def jobs() -> None:
-    """List your dtrain jobs that wait or run."""
+    """List your dtrain jobs that are waiting or running."""
     from dtrain.launching import slurm
     from dtrain.launching.status import queue_line
     from dtrain.launching.submit import COMMENT
@@ -26,28 +28,28 @@ def jobs() -> None:
 
 
 def status(run: RunFolder) -> None:
-    """Say where a run's job is: why it waits, how far it is, what became of each attempt."""
+    """Print the state of a run's job: why it waits, its progress, and how each attempt ended."""
     from dtrain.launching.status import status as lines_of
 
     print("\n".join(lines_of(run.absolute())))
 
 
-def logs(run: RunFolder, follow: Follow = False) -> None:
+def logs(run: RunFolder, follow_log: Follow = False) -> None:
     """Print the log of a run's newest job."""
-    from dtrain.launching.status import follow as parts_of
+    from dtrain.launching.status import follow
 
-    for part in parts_of(run.absolute(), until_over=follow):
-        print(part, end="", flush=True)
+    for text in follow(run.absolute(), until_over=follow_log):
+        print(text, end="", flush=True)
 
 
 def cancel(run: RunFolder) -> None:
-    """Cancel a run's jobs; what is saved stays, and submitting again goes on from there."""
+    """Cancel a run's jobs; its checkpoints stay, and submitting it again resumes."""
     from dtrain.launching import slurm
     from dtrain.launching.status import queued_jobs
 
-    numbers = [job.job for job in queued_jobs(run.absolute())]
-    if not numbers:
+    job_ids = [job.job for job in queued_jobs(run.absolute())]
+    if not job_ids:
         print("no job of this run is waiting or running")
         return
-    slurm.cancel(numbers)
-    print(f"cancelled job {' and '.join(numbers)}")
+    slurm.cancel(job_ids)
+    print(f"cancelled job {' and '.join(job_ids)}")

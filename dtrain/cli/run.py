@@ -16,11 +16,11 @@ from dtrain.launching.commands import (
 )
 
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start anew in a new folder beside the old one.")
+    bool, typer.Option("--fresh", help="Start again in a new folder next to the old one.")
 ]
 AllowChange = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY", help="Go on although this key changed; may be given again."),
+    typer.Option(metavar="KEY", help="Resume although this key changed; may be repeated."),
 ]
 
 
@@ -30,7 +30,7 @@ def run(
     fresh: Fresh = False,
     allow_change: AllowChange = None,
 ) -> None:
-    """Train, here and now; run again, it goes on where it was."""
+    """Train on this machine; run it again to resume."""
     from dtrain.config.load import dump, load_recipe
     from dtrain.launching.layout import ranks_per_node, run_dir_of, with_run_dir
     from dtrain.planning.known_models import check_trainable
@@ -47,6 +47,6 @@ def run(
     environment = launcher_environment(os.environ, settings.device)
     environment[LOCKED_BY_LAUNCHER] = str(run_dir.path)
     lock.keep_after_exec()
-    # Becoming torchrun leaves nobody in between to lose a signal or an exit status.
+    # Becoming torchrun leaves no process in between that could lose a signal or an exit status.
     sys.stdout.flush()
     os.execve(command[0], command, environment)

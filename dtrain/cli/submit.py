@@ -29,10 +29,10 @@ Force = Annotated[
     typer.Option("--force", envvar="DTRAIN_FORCE", help="Submit what does not fit by the plan."),
 ]
 Prepare = Annotated[
-    bool, typer.Option("--prepare", help="Tokenise and pack in a job without GPUs before it.")
+    bool, typer.Option("--prepare", help="First tokenize and pack the data in a job without GPUs.")
 ]
 Preflight = Annotated[
-    str, typer.Option(help="on, off, or exclude: submit anew without the nodes at fault.")
+    str, typer.Option(help="on, off, or exclude: submit again without the nodes at fault.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the scripts and commands; submit nothing.")
@@ -66,7 +66,7 @@ def submit(
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
     for line in position_warnings(settings):
-        tell(f"warning: {line}")
+        log(f"warning: {line}")
     run, working = run_dir_of(settings), Path.cwd()
     settings = with_run_dir(settings, run)
     if gpus and settings.device != "cpu":
@@ -86,11 +86,11 @@ def submit(
     )
     if dry_run:
         if prepare:
-            print(jobs.preparation(settings, resources, working).tell())
-        print(jobs.training(settings, resources, working).tell())
+            print(jobs.preparation(settings, resources, working).render())
+        print(jobs.training(settings, resources, working).render())
         return
-    numbers = jobs.submit(settings, resources, working, prepare)
-    print(f"submitted job {' and then '.join(numbers)}; next:")
+    job_ids = jobs.submit(settings, resources, working, prepare)
+    print(f"submitted job {' and then '.join(job_ids)}; next:")
     for verb in ("status", "logs -f", "cancel"):
         print(f"  dtrain {verb} {jobs.quote(run.path)}")
 
@@ -101,7 +101,7 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
     A base whose shape the plan does not know is not refused.
 
     Raises:
-        UserError: it does not fit, and nobody insists; the GPU is not known; or the recipe
+        UserError: it does not fit, and is not forced; the GPU is not known; or the recipe
             cannot run on so many ranks.
     """
     from dtrain.planning.fit_gate import check_plan_fits, plan_known_base
@@ -109,15 +109,15 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
     from dtrain.planning.workload import Cluster
 
     kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
-    plan = plan_known_base(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), tell)
+    plan = plan_known_base(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), log)
     if plan is None:
         return
     if not force:
         check_plan_fits(plan, "--force")
-    told = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
-    tell(f"plan: {plan.verdict} {told}")
+    cluster = f"on {kind.name}" if gpu else "on the largest GPUs; --gpu NAME asks about yours"
+    log(f"plan: {plan.verdict} {cluster}")
 
 
-def tell(line: str) -> None:
-    """Beside what is printed for a program."""
+def log(line: str) -> None:
+    """Print to stderr; stdout is for programs."""
     print(line, file=sys.stderr)

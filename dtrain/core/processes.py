@@ -1,4 +1,4 @@
-"""The same work in several processes of this machine, with one voice."""
+"""Run the same work in several forked processes, and end processes on purpose."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import warn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOOK_EVERY_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
-Tell = Callable[[int], None]
+ProgressCallback = Callable[[int], None]  # called with the units of work done since the last call
+Work = Callable[[int, ProgressCallback], None]
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it dies, however it dies."""
+    """Have the kernel kill this process when its parent dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process without destructors and exit handlers; what was printed is kept."""
+    """Flush stdout and stderr, and end this process without destructors and exit handlers."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader may be gone
             stream.flush()
@@ -39,82 +40,90 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 class WorkerPool:
-    """Processes that do the same work; see `crew`."""
+    """Processes that do the same work; see `worker_pool`."""
 
-    def __init__(self, count: int, work: Callable[[int, Tell], None]) -> None:
+    def __init__(self, count: int, work: Work) -> None:
         context = multiprocessing.get_context("fork")
-        self._told = context.RawArray("q", count)  # a slot each: a lock could die with its holder
-        self._members: dict[int, tuple[ForkProcess, Connection]] = {}
-        for number in range(count):
+        # A slot for each process: a lock would be lost with its holder.
+        self._progress = context.RawArray("q", count)
+        self._workers: dict[int, tuple[ForkProcess, Connection]] = {}
+        for index in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (work, number, self._told, sender, os.getpid())
-            process = context.Process(target=_member, args=arguments, daemon=True)
-            with _quiet_tokenizers():
+            arguments = (work, index, self._progress, sender, os.getpid())
+            process = context.Process(target=_run_worker, args=arguments, daemon=True)
+            with _without_tokenizer_threads():
                 process.start()
             sender.close()
-            self._members[process.sentinel] = process, receiver
+            self._workers[process.sentinel] = process, receiver
 
-    def join(self, advance: Tell) -> None:
-        """Wait for all; `advance` hears the sum of what they tell.
+    def join(self, advance: ProgressCallback) -> None:
+        """Wait for all processes.
+
+        Args:
+            advance: called with the progress of all of them together.
 
         Raises:
             UserError: the first that one of them raised.
+            RuntimeError: one of them crashed.
         """
-        known, alive = 0, list(self._members.values())
+        done, alive = 0, list(self._workers.values())
         while alive:
-            ended = wait([one for p, r in alive for one in (p.sentinel, r)], LOOK_EVERY_SECONDS)
-            advance((now := sum(self._told)) - known)
-            known = now
+            ended = wait([item for pair in alive for item in _waitable(*pair)], POLL_SECONDS)
+            advance((total := sum(self._progress)) - done)
+            done = total
             for process, receiver in list(alive):
                 if process.sentinel in ended or receiver in ended:
-                    _judge(process, receiver)
+                    _check_ended(process, receiver)
                     alive.remove((process, receiver))
 
-    def end(self) -> None:
-        """End those that are left."""
-        for process, _ in self._members.values():
+    def kill(self) -> None:
+        """Kill the processes that still run."""
+        for process, _ in self._workers.values():
             process.kill()
             process.join()
 
 
 @contextmanager
-def worker_pool(count: int, work: Callable[[int, Tell], None]) -> Iterator[WorkerPool]:
-    """Run `work(number, tell)` for number 0 … count - 1, each in a process of its own.
+def worker_pool(count: int, work: Work) -> Iterator[WorkerPool]:
+    """Run `work(index, advance)` for index 0 … count - 1, each in its own process.
 
-    The processes are forked: they start at once and need no copy of their inputs. So `work` must
-    touch no thread, GPU or connection of this process, and progress is shown from here. One that
-    is killed is told, and the others go on: whether all is done is for the caller to see.
+    The processes are forked, so they start at once and need no copy of their inputs, but `work`
+    must touch no thread, GPU or connection of this process. A killed process raises a warning only,
+    so the caller checks whether all work is done.
 
     Args:
         count: of processes.
-        work: what each of them does; it calls `tell(units)` for what it has done.
+        work: calls `advance(units)` for the work it has done.
     """
-    members = WorkerPool(count, work)
+    pool = WorkerPool(count, work)
     try:
-        yield members
+        yield pool
     finally:
-        members.end()
+        pool.kill()
 
 
-def _judge(process: ForkProcess, receiver: Connection) -> None:
+def _waitable(process: ForkProcess, receiver: Connection) -> tuple[int, Connection]:
+    return process.sentinel, receiver
+
+
+def _check_ended(process: ForkProcess, receiver: Connection) -> None:
+    """Raise the error of a process that has ended, or is about to."""
     with suppress(EOFError, OSError):  # OSError: killed while it was sending
         if receiver.poll():  # before the join: a long message waits until it is read
-            what, where, fix, status = json.loads(receiver.recv_bytes())
-            raise UserError(what, where=where, fix=fix, status=Exit(status))
+            message, where, fix, status = json.loads(receiver.recv_bytes())
+            raise UserError(message, where=where, fix=fix, status=Exit(status))
     process.join()
     assert process.exitcode is not None
     if process.exitcode < 0:
         name = signal.Signals(-process.exitcode).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        warn(f"process {process.pid} was killed by {name}{hint}; what it was about is done again")
+        warn(f"process {process.pid} was killed by {name}{hint}; its unfinished work is repeated")
     elif process.exitcode:
         raise RuntimeError(f"process {process.pid} ended with status {process.exitcode}")
 
 
-def _member(
-    work: Callable[[int, Tell], None], number: int, told: Any, sender: Connection, parent: int
-) -> None:
-    gc.freeze()  # what was forked is not looked through, nor copied, at every collection
+def _run_worker(work: Work, index: int, progress: Any, sender: Connection, parent: int) -> None:
+    gc.freeze()  # collections neither visit nor copy the forked objects
     die_with_parent()
     if os.getppid() != parent:
         return  # it died before the line above
@@ -122,20 +131,20 @@ def _member(
         signal.signal(name, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent ends this process
 
-    def tell(units: int) -> None:
-        told[number] += units
+    def advance(units: int) -> None:
+        progress[index] += units
 
     try:
-        work(number, tell)
+        work(index, advance)
     except UserError as error:
-        told = [error.message, error.where, error.fix, error.status]
-        sender.send_bytes(json.dumps(told).encode())
-    os._exit(0)  # at once: what else this process was forked with is not its own to end
+        message = [error.message, error.where, error.fix, error.status]
+        sender.send_bytes(json.dumps(message).encode())
+    os._exit(0)  # at once: exit handlers of the parent must not run here
 
 
 @contextmanager
-def _quiet_tokenizers() -> Iterator[None]:
-    """A forked process must not use the tokenizers' threads, which are not forked with it."""
+def _without_tokenizer_threads() -> Iterator[None]:
+    """A forked process must not use the threads of tokenizers, which are not forked with it."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -17,7 +17,7 @@ from dtrain.core.cpu_resources import available_cores, available_memory
 from dtrain.core.files import write_atomic
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import progress
-from dtrain.core.processes import Tell, worker_pool
+from dtrain.core.processes import ProgressCallback, worker_pool
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import Record, RecordReader
 from dtrain.data.sources import SourceFile
@@ -136,7 +136,7 @@ class ShardBuilder:
         left, total = sum(map(self.rows, self.missing())), int(self.cuts["row"][-1])
         count = min(processes or _processes(left), len(self.missing()))
 
-        def work(number: int, tell: Tell) -> None:
+        def work(number: int, tell: ProgressCallback) -> None:
             start = len(self) * (share.number * count + number) // (share.of * count)
             self._make_from(start, tell, wait=False)
 
@@ -150,7 +150,7 @@ class ShardBuilder:
                 start = len(self) * share.number // share.of
                 self._make_from(start, meter.advance, wait=share.of == 1)
 
-    def _make_from(self, start: int, tell: Tell, *, wait: bool) -> None:
+    def _make_from(self, start: int, tell: ProgressCallback, *, wait: bool) -> None:
         claims = ShardLocks(self.folder / CLAIMS_FILE)
         stretches = RecordReader(self.parts, self.form, self.columns)
         around = [*range(start, len(self)), *range(start)]
@@ -163,7 +163,7 @@ class ShardBuilder:
         finally:
             claims.close()
 
-    def _make_one(self, shard: int, stretches: RecordReader, tell: Tell) -> None:
+    def _make_one(self, shard: int, stretches: RecordReader, tell: ProgressCallback) -> None:
         if self.path(shard).exists():  # made by who held the claim
             return
         counts: Counter[str] = Counter()

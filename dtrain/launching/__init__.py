@@ -1,1 +1,1 @@
-"""Starting the workers, and telling by what they were started. No torch."""
+"""Starts the workers: launchers, Slurm jobs, requeue policy. No torch."""

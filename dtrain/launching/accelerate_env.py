@@ -1,4 +1,4 @@
-"""The engine that `accelerate launch` was told to use, out of the variables it sets."""
+"""The engine in the configuration of `accelerate launch`, from the variables that it sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def launcher_engine(environ: Mapping[str, str]) -> str | None:
     torchrun and deepspeed name none. `accelerate launch` without a plugin means ddp.
 
     Raises:
-        UserError: it names an engine that dtrain has not.
+        UserError: it names an engine that dtrain does not have.
     """
     named = _named(environ)
     return named[0] if named else None
@@ -44,7 +44,7 @@ def resolve_engine(recipe_kind: str, environ: Mapping[str, str]) -> str:
 
 
 def _named(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """The launcher's engine and the variable that says so."""
+    """The launcher's engine, and the variable that names it."""
     if _true(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _zero(environ)
     if _true(environ, "ACCELERATE_USE_FSDP"):
@@ -55,7 +55,7 @@ def _named(environ: Mapping[str, str]) -> tuple[str, str] | None:
         return "fsdp2", "ACCELERATE_USE_FSDP"
     for plugin in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if _true(environ, plugin):
-            what = f"accelerate's file asks for what dtrain has not ({plugin})"
+            what = f"accelerate's file asks for something that dtrain does not have ({plugin})"
             raise UserError(what, where="accelerate launch", fix="a file of launch/accelerate/")
     if "ACCELERATE_MIXED_PRECISION" in environ:  # accelerate always sets it
         return "ddp", "neither ACCELERATE_USE_FSDP nor ACCELERATE_USE_DEEPSPEED is set"

@@ -1,4 +1,4 @@
-"""Command lines as lists and environments as mappings; nothing here goes through a shell."""
+"""Command lines and environments of the workers; nothing here goes through a shell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.core.cache_paths import cache_folder
 WORKER = "dtrain.train"
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
 MOST_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
-# Names of torch's variable, today's and those of before.
+# Torch's variable, by its current and former names.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _CHECKOUT = Path(__file__).parent.parent.parent
 
@@ -28,7 +28,7 @@ def torchrun_command(
     Args:
         recipe_file: the resolved recipe.
         processes: ranks, or "auto": one a GPU, or one on a CPU.
-        allow_change: keys that may differ from those the run was begun with.
+        allow_change: keys that may differ from those of the run's first start.
     """
     command = [sys.executable, "-m", "dtrain.torchrun", "--nnodes=1"]
     command += [f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]
@@ -40,48 +40,48 @@ def torchrun_command(
 
 
 def launcher_environment(environ: Mapping[str, str], device: str) -> dict[str, str]:
-    """The environment of `torchrun_command`, out of that of `dtrain run`.
+    """The environment of `torchrun_command`.
 
     Args:
-        environ: variables as they are.
+        environ: current variables.
         device: the recipe's.
     """
-    found = dict(environ)
+    variables = dict(environ)
     if Path.cwd() != _CHECKOUT:
         # `python -m` looks into the working folder first: a queue.py there must do no harm.
-        found.setdefault("PYTHONSAFEPATH", "1")
+        variables.setdefault("PYTHONSAFEPATH", "1")
     if device == "cpu":
-        found["DS_ACCELERATOR"] = "cpu"
-    return found
+        variables["DS_ACCELERATOR"] = "cpu"
+    return variables
 
 
 def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool) -> dict[str, str]:
-    """What the workers need set, as far as `environ` does not say otherwise.
+    """Variables that the workers need, except those that `environ` sets.
 
     Args:
-        environ: variables as they are.
+        environ: current variables.
         processes: ranks on this machine.
         has_gpu: whether this machine has a GPU.
     """
     cores_of_a_rank = max(1, cores() // processes)
-    wanted = {
+    defaults = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(MOST_COMPILE_THREADS, cores_of_a_rank)),
-        # On the file system that a requeued job finds again, so that it starts warm.
+        # On a shared file system, so that a requeued job starts warm.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
         "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
         # torchrun otherwise hangs at times when it restarts its workers.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # A rank that waits while another tells of an error would tell of its lost connection.
+        # A rank that waits while another fails would report its lost connection.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not has_gpu:
-        wanted["DS_ACCELERATOR"] = "cpu"
+        defaults["DS_ACCELERATOR"] = "cpu"
     elif not any(environ.get(name) for name in ALLOCATOR_SETTINGS):
         # Steps of many lengths otherwise leave gaps that no tensor fits into.
-        wanted[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
-    return {name: value for name, value in wanted.items() if not environ.get(name)}
+        defaults[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    return {name: value for name, value in defaults.items() if not environ.get(name)}
 
 
 def sees_gpu() -> bool:
@@ -116,7 +116,7 @@ def step_command(
         nodes: nodes of the job; a single one needs no listener but the loopback's.
         ranks: processes on each node, or "auto": one a GPU.
         endpoint: host and port of the rendezvous.
-        rendezvous: its id; one that nobody else has.
+        rendezvous: its id, unique to this attempt.
         cores: cores of a node; srun does not take them from sbatch by itself.
         worker: module that the ranks run.
     """

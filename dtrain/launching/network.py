@@ -22,22 +22,26 @@ def own_address(environ: Mapping[str, str]) -> str | None:
         return None
     known = psutil.net_if_addrs()
     addresses = known.get(name, [])
-    found = [a.address for a in addresses if a.family == socket.AF_INET]
-    found += [a.address for a in addresses if a.family == socket.AF_INET6 and _is_routed(a.address)]
-    if not found:
+    candidates = [a.address for a in addresses if a.family == socket.AF_INET]
+    candidates += [
+        a.address for a in addresses if a.family == socket.AF_INET6 and _is_routed(a.address)
+    ]
+    if not candidates:
         fix = f"take one of {', '.join(sorted(known))}"
         raise UserError("no such interface, or no address on it", where=name, fix=fix)
-    return found[0]
+    return candidates[0]
 
 
 def address_of(name: str) -> str:
-    """A node's address by its name: IPv4 if it has one, else one that others can use.
+    """A node's address: IPv4 if it has one, else an IPv6 address that other nodes can use.
 
     Raises:
-        OSError: nobody knows the name.
+        OSError: the name does not resolve.
     """
-    found = [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    return min(found, key=lambda address: (":" in address, not _is_routed(address)))
+    candidates = [
+        str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    ]
+    return min(candidates, key=lambda address: (":" in address, not _is_routed(address)))
 
 
 def _is_routed(address: str) -> bool:
@@ -49,7 +53,7 @@ def rendezvous_endpoint(environ: Mapping[str, str], first_node: str) -> str:
     """Host and port at which the ranks of several nodes meet; called on the first of them.
 
     Raises:
-        UserError: there is no interface as DTRAIN_INTERFACE names.
+        UserError: DTRAIN_INTERFACE names no interface of this machine.
     """
     return with_port(own_address(environ) or first_node, free_port())
 
@@ -63,14 +67,14 @@ def is_host_of(address: str, endpoint: str) -> bool:
     """Whether an endpoint is at `address`, by number or by name."""
     host = endpoint.rpartition(":")[0].strip("[]")
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return address in {str(info[4][0]) for info in found}
+    return address in {str(info[4][0]) for info in candidates}
 
 
 def free_port() -> int:
-    """A port that nobody uses here now; another one for each attempt."""
+    """A free port of this machine; a different one for each attempt."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

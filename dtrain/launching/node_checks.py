@@ -1,4 +1,4 @@
-"""The nodes' reports side by side: what is wrong, and with which node."""
+"""Compare the reports of the nodes: what is wrong, and with which node."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ MOST_GPU_MEMORY_USED = 0.05
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong; `node` is empty where no single node is to blame."""
+    """Something wrong; `node` is empty if no single node is at fault."""
 
     node: str
-    what: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.what}" if self.node else self.what
+        return f"{self.node}: {self.message}" if self.node else self.message
 
 
 def find_faults(reports: Sequence[Report], nodes: Sequence[str], gpus: int) -> list[Fault]:
-    """Every fault.
+    """Find every fault.
 
     Args:
         reports: lines of node_probe, as far as they arrived.
-        nodes: the job's nodes; the first is the one that the others are measured by.
-        gpus: that each node should have; 0 if the recipe wants none.
+        nodes: the job's nodes; the others are compared with the first.
+        gpus: that each node should have; 0 if the recipe uses none.
     """
     by_node = {report["node"]: report for report in reports}
     present = [by_node[node] for node in nodes if node in by_node]
@@ -57,10 +57,10 @@ def find_faults(reports: Sequence[Report], nodes: Sequence[str], gpus: int) -> l
 def _versions(reports: Sequence[Report]) -> Iterator[Fault]:
     names = dict.fromkeys(name for report in reports for name in report["versions"])
     for name in names:
-        found = [report["versions"].get(name, "missing") for report in reports]
-        # Of equally many the first node's counts.
-        usual = Counter(found).most_common(1)[0][0]
-        for report, value in zip(reports, found, strict=True):
+        values = [report["versions"].get(name, "missing") for report in reports]
+        # In a tie the first node wins.
+        usual = Counter(values).most_common(1)[0][0]
+        for report, value in zip(reports, values, strict=True):
             if value != usual:
                 yield Fault(report["node"], f"{name} is {value}; elsewhere it is {usual}")
 
@@ -68,17 +68,17 @@ def _versions(reports: Sequence[Report]) -> Iterator[Fault]:
 def _gpus(report: Report, expected: int) -> Iterator[Fault]:
     if not expected or report["gpus"] is None:
         return
-    found, node = report["gpus"], report["node"]
-    if len(found) < expected:
-        yield Fault(node, f"{len(found)} GPUs instead of {expected}")
-    for gpu in found:
+    present, node = report["gpus"], report["node"]
+    if len(present) < expected:
+        yield Fault(node, f"{len(present)} GPUs instead of {expected}")
+    for gpu in present:
         if problem := gpu.get("problem"):
             yield Fault(node, problem)
             continue
         name = f"GPU {gpu.get('index')}"
         used, total = _number(gpu.get("memory.used")), _number(gpu.get("memory.total"))
         if total and used > MOST_GPU_MEMORY_USED * total:
-            yield Fault(node, f"{name}: {used:.0f} of {total:.0f} MiB are used by somebody else")
+            yield Fault(node, f"{name}: {used:.0f} of {total:.0f} MiB are used by another process")
         if errors := _number(gpu.get("ecc.errors.uncorrected.volatile.total")):
             yield Fault(node, f"{name}: {errors:.0f} uncorrected memory errors")
 
@@ -91,9 +91,9 @@ def _number(text: str | None) -> float:
 
 
 def _free(report: Report) -> Iterator[Fault]:
-    for place, free in report["free"].items():
+    for folder, free in report["free"].items():
         if free < LEAST_FREE_BYTES:
-            yield Fault(report["node"], f"{place}: only {size(free)} free")
+            yield Fault(report["node"], f"{folder}: only {size(free)} free")
 
 
 def _shared(reports: Sequence[Report]) -> Iterator[Fault]:
@@ -105,8 +105,8 @@ def _shared(reports: Sequence[Report]) -> Iterator[Fault]:
     first = reports[0]
     for report in reports[1:]:
         if report["node"] not in first["seen"] and not report.get("meeting_problem"):
-            what = f"its files in the run folder are not seen by {first['node']}: not shared"
-            yield Fault(report["node"], what)
+            message = f"its files in the run folder are not seen by {first['node']}: not shared"
+            yield Fault(report["node"], message)
 
 
 def _links(reports: Sequence[Report]) -> list[Fault]:
@@ -114,12 +114,12 @@ def _links(reports: Sequence[Report]) -> list[Fault]:
     speeds = [link["megabytes_per_second"] for _, _, link in links if "problem" not in link]
     usual = median(speeds) if speeds else 0.0
     least = max(LEAST_MEGABYTES_PER_SECOND, LEAST_SHARE_OF_MEDIAN * usual)
-    bad = [(a, b, what) for a, b, link in links if (what := _bad_link(link, least))]
-    # A node at the end of every bad link is the culprit; else the one where a link begins.
+    bad = [(a, b, problem) for a, b, link in links if (problem := _bad_link(link, least))]
+    # A node at an end of every bad link is at fault.
     ends = Counter(end for a, b, _ in bad for end in {a, b})
     common = [node for node, count in ends.items() if count == len(bad)]
-    culprit = common[0] if len(common) == 1 else ""
-    return [Fault(culprit, f"from {a} to {b}: {what}") for a, b, what in bad]
+    node_at_fault = common[0] if len(common) == 1 else ""
+    return [Fault(node_at_fault, f"from {a} to {b}: {problem}") for a, b, problem in bad]
 
 
 def _bad_link(link: dict[str, Any], least: float) -> str:

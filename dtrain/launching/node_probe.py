@@ -1,7 +1,7 @@
-"""One node's part of the preflight, without torch: `python -m dtrain.launching.node_probe …`.
+"""Probe one node for the preflight, without torch: `python -m dtrain.launching.node_probe …`.
 
 Prints one line of JSON: the node's versions, GPUs, free space, whose files it sees in the run
-folder, and how it reaches the next nodes. node_checks.py compares the lines of all nodes.
+folder, and its links to the next nodes. node_checks.py compares the lines of all nodes.
 """
 
 from __future__ import annotations
@@ -64,16 +64,20 @@ def probe(base: str, recipe: Path) -> dict[str, Any]:
         base: model of the recipe.
         recipe: file of the resolved recipe, in the run folder.
     """
-    found: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
+    report: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
     try:
-        found["versions"]["recipe"] = file_hash(recipe)[:12]
+        report["versions"]["recipe"] = file_hash(recipe)[:12]
     except OSError as error:
-        return found | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}
-    places = {"run folder": recipe.parent, "cache": cache_folder(), "temporary files": _temporary()}
-    found["free"] = {name: free_bytes(place) for name, place in places.items()}
-    problems = (write_problem(place, name) for name, place in places.items())
-    found["problems"] = [p for p in (*problems, base_problem(base)) if p]
-    return found
+        return report | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}
+    folders = {
+        "run folder": recipe.parent,
+        "cache": cache_folder(),
+        "temporary files": _temporary(),
+    }
+    report["free"] = {name: free_bytes(folder) for name, folder in folders.items()}
+    problems = (write_problem(folder, name) for name, folder in folders.items())
+    report["problems"] = [p for p in (*problems, base_problem(base)) if p]
+    return report
 
 
 def _temporary() -> Path:
@@ -81,38 +85,38 @@ def _temporary() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on every node."""
-    found = {"python": platform.python_version(), "dtrain": dtrain.__version__}
+    """Versions that must be the same on every node."""
+    packages = {"python": platform.python_version(), "dtrain": dtrain.__version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            packages[package] = "missing"
+    return packages
 
 
-def free_bytes(place: Path) -> int:
-    """Free space for this user where `place` is or will be."""
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def free_bytes(folder: Path) -> int:
+    """Free space for this user where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
-def write_problem(place: Path, name: str) -> str | None:
-    """Whether a megabyte can be written and kept there; a quota shows only so."""
+def write_problem(folder: Path, name: str) -> str | None:
+    """Write a megabyte, since only that reveals a quota; return what went wrong."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(PROBE)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return f"{name} {place}: {error.strerror or error}"
+        return f"{name} {folder}: {error.strerror or error}"
     return None
 
 
 def base_problem(base: str) -> str | None:
-    """What is wrong with a base model that is a folder; its tensors' heads are read."""
+    """What is wrong with a base model that is a folder; the headers of its weights are read."""
     folder = Path(base).expanduser()
     if not folder.is_dir():
         looks_like_path = base.startswith(("/", "~", "."))
@@ -144,7 +148,9 @@ def probe_links(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
     next_nodes = [nodes[(at + i) % len(nodes)] for i in range(1, min(LINKS, len(nodes) - 1) + 1)]
     links = {node: measure(**cards[node]) for node in next_nodes if node in cards}
     _leave(meeting / f"{name}.done", {})
-    await_files(meeting, ".done", seen, WAIT_SECONDS)  # they may still be talking to this node
+    await_files(
+        meeting, ".done", seen, WAIT_SECONDS
+    )  # they may still be measuring a link to this node
     return {"seen": seen, "links": links}
 
 
@@ -155,10 +161,10 @@ def _leave(path: Path, value: dict[str, Any]) -> None:
 
 
 def await_files(folder: Path, suffix: str, nodes: list[str], seconds: float) -> list[str]:
-    """The nodes whose file is there, as soon as all are, or when the time is over."""
+    """Wait for a file of each node; return the nodes whose file exists."""
     deadline = time.monotonic() + seconds
     while True:
-        names = set(os.listdir(folder))  # a listing makes a network file system look again
+        names = set(os.listdir(folder))  # a listing refreshes a network file system
         seen = [node for node in nodes if f"{node}{suffix}" in names]
         if len(seen) == len(nodes) or time.monotonic() > deadline:
             return seen
@@ -166,7 +172,7 @@ def await_files(folder: Path, suffix: str, nodes: list[str], seconds: float) -> 
 
 
 class LinkServer:
-    """Answers the others' pings with the time, and takes in what they send."""
+    """Answers pings with the time of day, and receives what other nodes send."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -181,7 +187,7 @@ class LinkServer:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Each single byte is a ping; the first longer message begins what is only taken in."""
+    """Answer PINGS bytes, then receive until the sender is done."""
     with connection, suppress(OSError):
         connection.settimeout(TIMEOUT_SECONDS * 2)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -195,11 +201,11 @@ def _answer(connection: socket.socket) -> None:
 
 
 def measure(address: str, port: int) -> dict[str, float | str]:
-    """One link.
+    """Measure one link.
 
     Returns:
-        milliseconds (round trip), megabytes_per_second, clock_seconds (the other's clock minus
-        ours); or `problem`.
+        milliseconds (round trip), megabytes_per_second, clock_seconds (the other
+        clock minus this one); or `problem`.
     """
     try:
         with socket.create_connection((address, port), timeout=TIMEOUT_SECONDS) as link:
@@ -225,7 +231,7 @@ def _ping(link: socket.socket) -> tuple[float, float]:
 
 def _send(link: socket.socket) -> float:
     """Bytes a second that arrive, over a second at most."""
-    link.settimeout(TIMEOUT_SECONDS * 3)  # what lies in the buffers of a slow link
+    link.settimeout(TIMEOUT_SECONDS * 3)  # for what is in the buffers of a slow link
     sent, started = 0, time.perf_counter()
     while sent < SEND_BYTES and time.perf_counter() - started < SEND_SECONDS:
         sent += link.send(CHUNK)

@@ -1,4 +1,4 @@
-"""The one way in which a value gets into a script."""
+"""Quoting of every value that is written into a script."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dtrain.core.errors import UserError
 
 
 def quote(value: object) -> str:
-    """`value` as one word of bash that stands for exactly these characters.
+    """`value` as one word of bash that expands to exactly these characters.
 
     Raises:
-        UserError: it holds a NUL, which no argument can.
+        UserError: it contains a NUL, which no argument can.
     """
     text = str(value)
     if "\0" in text:
@@ -23,7 +23,7 @@ def quote(value: object) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A script from a template of this package; every value is quoted, known to be safe or not."""
+    """A script from a template of this package; every value is quoted."""
     environment = Environment(
         loader=PackageLoader("dtrain.launching", "."),
         undefined=StrictUndefined,

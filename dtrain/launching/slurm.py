@@ -22,7 +22,7 @@ _QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%l", "%D", "%R", "%k", "%j")
 
 @dataclass(frozen=True)
 class JobState:
-    """What the controller says of a job.
+    """The controller's answer about a job.
 
     Attributes:
         state: RUNNING, PENDING, CANCELLED, …; UNKNOWN if it could not be asked.
@@ -88,10 +88,10 @@ def current_allocation(environ: Mapping[str, str]) -> Allocation:
 
 
 def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
-    """Run one of Slurm's commands; return what it prints.
+    """Run a Slurm command; return its output.
 
     Raises:
-        UserError: there is no Slurm here, or it refuses; in its own words.
+        UserError: there is no Slurm here, or the command fails, with its message.
     """
     if shutil.which(command[0]) is None:
         fix = "run this on a login node of the cluster"
@@ -124,7 +124,7 @@ def job_state(job: str) -> JobState:
 
 
 def parse_state(text: str) -> JobState:
-    """Out of `scontrol show job`; only heads of lines count, a job's name may say anything."""
+    """Parse `scontrol show job`; a job's name may contain anything, so lines' starts count."""
     state = re.search(r"^ +JobState=(\S+)", text, re.MULTILINE)
     preempted = re.search(r"^ +PreemptEligibleTime=\S+ PreemptTime=(\S+)", text, re.MULTILINE)
     is_preempted = preempted is not None and preempted[1] not in ("None", "N/A", "Unknown")
@@ -132,7 +132,7 @@ def parse_state(text: str) -> JobState:
 
 
 def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
-    """The caller's jobs that wait or run, or those of `jobs` that do."""
+    """The jobs in the queue: the caller's, or those of `jobs`."""
     separator, last = "\x1f", "\x1e"  # a comment names a folder, which may hold a line break
     choice = [f"--jobs={','.join(jobs)}"] if jobs is not None else ["--me"]
     form = separator.join(_QUEUE_FIELDS) + last
@@ -147,12 +147,12 @@ def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue; its processes are ended by Slurm."""
+    """Put a running job back into the queue; Slurm ends its processes."""
     ask(["scontrol", "requeue", job])
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs; those that are over already do no harm."""
+    """Cancel jobs; jobs that have ended are ignored."""
     ask(["scancel", "--quiet", *jobs])
 
 

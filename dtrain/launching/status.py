@@ -1,4 +1,4 @@
-"""What a run's jobs are doing, out of the run folder and the queue."""
+"""The state of a run's jobs, from the run folder and the queue."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PROGRESS = re.compile(r"^stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILIN
 
 
 def status(run: Path) -> list[str]:
-    """Lines about a run: where its job is, how far, what became of each attempt.
+    """Describe a run: the state of its job, its progress, and each attempt.
 
     Raises:
-        UserError: it is no run folder that a job ever touched.
+        UserError: no job was ever submitted for this folder.
     """
     attempts, queued = read_attempts(RunDir(run)), queued_jobs(run)
     lines = [queue_line(job) for job in queued]
@@ -38,36 +38,36 @@ def status(run: Path) -> list[str]:
 
 
 def known_jobs(run: Path) -> list[str]:
-    """Numbers of every job of a run folder, oldest first.
+    """Ids of every job of a run folder, oldest first.
 
     Raises:
         UserError: there is none.
     """
-    numbers = [str(job["job"]) for job in jobs_of(run)] + [
+    job_ids = [str(job["job"]) for job in jobs_of(run)] + [
         a.job for a in read_attempts(RunDir(run))
     ]
-    if not numbers:
+    if not job_ids:
         fix = "give the folder that output.folder named"
         raise UserError("no job was ever started in this folder", where=str(run), fix=fix)
-    return list(dict.fromkeys(numbers))
+    return list(dict.fromkeys(job_ids))
 
 
 def queued_jobs(run: Path) -> list[QueuedJob]:
-    """Those that wait or run."""
+    """Jobs of a run that are waiting or running."""
     return slurm.queue(known_jobs(run))
 
 
 def queue_line(job: QueuedJob) -> str:
-    """One job of the queue, and why it does not run where it does not."""
+    """Describe a job of the queue, with the reason if it waits."""
     if job.state == "PENDING":
         return f"job {job.job} ({job.name}) is waiting: {job.reason}"
     return f"job {job.job} ({job.name}) is {job.state.lower()} on {job.where} for {job.elapsed}"
 
 
 def ended_line(run: Path, attempts: list[Attempt]) -> str:
-    """How it ended."""
+    """Describe how the last job ended."""
     if not attempts:
-        return "the job is no longer in the queue, and it never began: see dtrain logs"
+        return "the job left the queue before it started: see dtrain logs"
     last = attempts[-1]
     line = f"job {last.job} ended: {last.reason or 'by Slurm, or with its node'}"
     if last.outcome != "finished":
@@ -77,20 +77,20 @@ def ended_line(run: Path, attempts: list[Attempt]) -> str:
 
 
 def progress_lines(run: Path) -> Iterator[str]:
-    """Step, time left and speed, as the log says."""
+    """Step, time left and speed, from the log."""
     log = log_of(run)
     if log is None:
         return
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
         text = file.read().decode(errors="replace")
-    if found := _PROGRESS.findall(text):
-        stage, step, steps, left, note = found[-1]
+    if lines := _PROGRESS.findall(text):
+        stage, step, steps, left, note = lines[-1]
         yield f"stage {stage}: step {step} of {steps}, {left} left,{note}".rstrip(",")
 
 
 def attempt_line(attempt: Attempt) -> str:
-    """One attempt of the list."""
+    """Describe an attempt."""
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(attempt.started))
     head = f"attempt {attempt.number}  {began}  job {attempt.job}  {','.join(attempt.nodes)}"
     if attempt.ended is None:
@@ -100,7 +100,7 @@ def attempt_line(attempt: Attempt) -> str:
 
 
 def times(count: int) -> str:
-    """How often, in words."""
+    """A count of times, in words."""
     return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
@@ -112,7 +112,7 @@ def log_of(run: Path) -> Path | None:
 
 
 def follow(run: Path, *, until_over: bool) -> Iterator[str]:
-    """The log, and with `until_over` what comes to it until no job of the run is in the queue.
+    """Yield the log, and with `until_over` what is added until no job of the run is in the queue.
 
     Raises:
         UserError: there is no log.

@@ -21,8 +21,8 @@ COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
 WARN_SECONDS = 300
 CORES_A_GPU, MEMORY_A_GPU, CORES_WITHOUT_GPU, MEMORY_WITHOUT_GPU = 8, "64", 8, "32G"
 _PACKAGE = Path(__file__).parent.parent
-_PLACES = (_PACKAGE / "slurm", _PACKAGE.parent / "slurm")  # a wheel's; a checkout's
-_FORMS = {
+_FOLDERS = (_PACKAGE / "slurm", _PACKAGE.parent / "slurm")  # a wheel's; a checkout's
+_PATTERNS = {
     "time": (r"[0-9][0-9:-]*", "minutes, HH:MM:SS or D-HH:MM:SS"),
     "partition": (r"[\w.,-]+", "names of partitions"),
     "account": (r"[\w.@+-]+", "the name of an account"),
@@ -35,12 +35,12 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks of the cluster.
+    """Resources that a job requests.
 
     Attributes:
-        gpus: of each node; 0 for a recipe that trains on CPUs.
-        time: longest run, in Slurm's notation.
-        after: job whose success is waited for.
+        gpus: on each node; 0 for a recipe that trains on CPUs.
+        time: time limit, in Slurm's notation.
+        after: id of a job that must succeed first.
         force: start although it does not fit by the plan.
     """
 
@@ -57,14 +57,14 @@ class Resources:
     force: bool = False
 
     def __post_init__(self) -> None:
-        for name, (form, meaning) in _FORMS.items():
+        for name, (pattern, meaning) in _PATTERNS.items():
             value = getattr(self, name)
-            if value is not None and not re.fullmatch(form, value, re.ASCII):
+            if value is not None and not re.fullmatch(pattern, value, re.ASCII):
                 raise UserError(f"{value!r} cannot be passed to Slurm", where=name, fix=meaning)
 
     @property
     def choices(self) -> dict[str, str]:
-        """Options that are left out where nothing is asked for."""
+        """Options that are left out if unset."""
         named = {"partition": self.partition, "account": self.account, "qos": self.qos}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -77,8 +77,8 @@ class Submission:
     path: Path
     command: list[str]
 
-    def tell(self) -> str:
-        """Both, as a person could type them."""
+    def render(self) -> str:
+        """The script and the command, as a person could type them."""
         command = " ".join(quote(word) for word in self.command)
         return f"{self.script}\n# submitted by:\n# " + command.replace("\n", "\n# ")
 
@@ -87,12 +87,12 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
     """The job that trains.
 
     Args:
-        recipe: placed: its run folder is absolute.
-        resources: what it asks for.
+        recipe: with an absolute run folder.
+        resources: to request.
         working: the folder that the recipe's paths start from.
 
     Raises:
-        UserError: the batch cannot be shared among so many ranks, or Slurm could not take a path.
+        UserError: a batch cannot be divided among the ranks, or Slurm cannot handle a path.
     """
     run = Path(recipe.output.folder)
     gpus = 0 if recipe.device == "cpu" else resources.gpus
@@ -119,7 +119,7 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
 
 
 def preparation(recipe: Recipe, resources: Resources, working: Path) -> Submission:
-    """The job that tokenises and packs the data, on CPUs."""
+    """The job that tokenizes and packs the data, on CPUs."""
     run = Path(recipe.output.folder)
     script = render(
         "prepare.sh.jinja",
@@ -142,7 +142,7 @@ def _share(resources: Resources, gpus: int) -> tuple[int, str]:
 
 def _submission(script: str, run: Path, kind: str, working: Path, after: str | None) -> Submission:
     path, log = RunDir(run).job_script(kind), RunDir(run).job_log(kind)
-    # What a person names goes in words of its own: lines of #SBATCH have a quoting of their own.
+    # Paths are separate arguments, because #SBATCH lines have their own quoting rules.
     command = ["sbatch", "--parsable", f"--chdir={working}", f"--output={log_pattern(log)}"]
     command += [f"--comment={COMMENT}{run}"]
     if after:
@@ -151,7 +151,7 @@ def _submission(script: str, run: Path, kind: str, working: Path, after: str | N
 
 
 def log_pattern(path: Path) -> str:
-    """A path as sbatch's --output means it."""
+    """A path, escaped for sbatch's --output."""
     text = str(path)
     if "\\" in text:
         fix = "choose another output.folder"
@@ -160,26 +160,26 @@ def log_pattern(path: Path) -> str:
 
 
 def job_name(name: str) -> str:
-    """A name that no tool stumbles over."""
+    """A job name without special characters."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64] or "dtrain"
 
 
 def shared_script() -> Path:
     """slurm/job.sh."""
-    for folder in _PLACES:
+    for folder in _FOLDERS:
         if (folder / "job.sh").is_file():
             return folder / "job.sh"
-    raise UserError("job.sh is missing", where=str(_PLACES[0]), fix="install dtrain again")
+    raise UserError("job.sh is missing", where=str(_FOLDERS[0]), fix="install dtrain again")
 
 
 def submit(recipe: Recipe, resources: Resources, working: Path, prepare: bool) -> list[str]:
-    """Write the scripts into the run folder and submit them; return the jobs' numbers.
+    """Write the scripts into the run folder and submit them; return the jobs' ids.
 
     Raises:
-        UserError: Slurm refuses, or there is a job for this run folder already.
+        UserError: Slurm refuses, or another job uses this run folder.
     """
     run = Path(recipe.output.folder)
-    refuse_second(run)
+    check_no_other_job(run)
     write_atomic(RunDir(run).submitted_recipe, dump(recipe))
     jobs = []
     if prepare:
@@ -195,15 +195,15 @@ def submit(recipe: Recipe, resources: Resources, working: Path, prepare: bool) -
     return jobs
 
 
-def refuse_second(run: Path) -> None:
-    """A run folder bears one job at a time.
+def check_no_other_job(run: Path) -> None:
+    """Check that no other job uses the run folder.
 
     Raises:
-        UserError: one waits or works already.
+        UserError: one is waiting or running.
     """
-    there = [job for job in slurm.queue() if job.comment == f"{COMMENT}{run}"]
-    if there:
-        what = f"job {there[0].job} is {there[0].state} for this run folder"
+    others = [job for job in slurm.queue() if job.comment == f"{COMMENT}{run}"]
+    if others:
+        what = f"job {others[0].job} is {others[0].state} for this run folder"
         raise UserError(what, where=str(run), fix="dtrain cancel it, or choose another folder")
     RunDir(run).lock().release()
 

@@ -34,7 +34,7 @@ def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
     legs = [("ddp", 2), ("fsdp2", 1), ("zero2", 2), ("zero3", 4), ("fsdp2", 2), ("zero3", 1)]
     for engine, ranks in legs:
         run = start_ranks(f"engine.kind={engine}", ranks=ranks, env=STOP_AT_ONCE).wait(75)
-        assert run.json("outcome.json")["outcome"] == "stopped-to-go-on"
+        assert run.json("outcome.json")["outcome"] == "interrupted"
     micro = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
     run = start_ranks("engine.kind=ddp", *micro, ranks=2).wait(0)
     assert f"going on from step {len(legs)}" in run.output
@@ -71,9 +71,9 @@ def test_a_signal_stops_it_and_a_second_run_is_refused_meanwhile(dtrain_run) -> 
         live.process.send_signal(number)
     live.wait(75)
     assert live.json("outcome.json") == {
-        "outcome": "stopped-to-go-on",
+        "outcome": "interrupted",
         "status": 75,
-        "reason": "asked to stop; start it again to go on",
+        "reason": "asked to stop; start it again to resume",
     }
     (live.folder / "stop").touch()  # of this stop; the next run does not heed it
     again = dtrain_run(*EVERY_STEP).wait(0)

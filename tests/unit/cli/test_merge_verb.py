@@ -24,7 +24,7 @@ from dtrain.core.files import read_json, write_json, write_sealed
 from dtrain.core.hashes import fingerprint
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.weight_files import weight_files
-from dtrain.rank_main import resolved
+from dtrain.rank_main import resolve
 
 RANKS = 3
 
@@ -311,7 +311,7 @@ def test_a_run_with_a_relative_base_is_read_from_any_folder(
     one = adapter(base, tmp_path / "one")
     saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
     monkeypatch.chdir(base.parent)
-    recipe = resolved(load_recipe("tiny", ["model.base=base", "engine.kind=ddp"]))
+    recipe = resolve(load_recipe("tiny", ["model.base=base", "engine.kind=ddp"]))
     (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
     monkeypatch.chdir("/")
     dtrain("merge", saved, tmp_path / "out")

@@ -56,7 +56,7 @@ def test_gpus_missing_used_or_broken():
 
     assert faults_after(change) == [
         "n1: 1 GPUs instead of 2",
-        "n1: GPU 0: 40000 of 81920 MiB are used by somebody else",
+        "n1: GPU 0: 40000 of 81920 MiB are used by another process",
         "n2: GPU 0: 4 uncorrected memory errors",
     ]
 

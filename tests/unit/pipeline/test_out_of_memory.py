@@ -11,7 +11,7 @@ import torch
 from dtrain import rank_main, train
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
-from dtrain.launching.requeue_policy import HOPELESS
+from dtrain.launching.requeue_policy import PERMANENT_FAILURES
 from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
 
 
@@ -138,4 +138,4 @@ def test_a_run_ends_with_its_own_status(tmp_path, monkeypatch, capsys) -> None:
     told = json.loads((run / "outcome.json").read_text())
     assert told["status"] == Exit.OUT_OF_MEMORY and "→" in told["reason"]
     assert "error: out of memory" in capsys.readouterr().err
-    assert Exit.OUT_OF_MEMORY in HOPELESS  # a job is not requeued for it
+    assert Exit.OUT_OF_MEMORY in PERMANENT_FAILURES  # a job is not requeued for it

@@ -17,7 +17,7 @@ import pytest
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
 from dtrain.pipeline.stage_record import stage_record
-from dtrain.rank_main import resolved
+from dtrain.rank_main import resolve
 from dtrain.serving.adapter_list import list_adapters, read_adapter, table
 from dtrain.serving.run_models import BASE, choices_of, open_run
 from dtrain.serving.vllm import max_rank, module, refusals, script
@@ -143,7 +143,7 @@ def test_a_relative_template_is_found_from_any_folder(
     run, stages = make_run(), []
     for template in ("my chat.jinja", str(tmp_path / "my chat.jinja")):
         monkeypatch.chdir(tmp_path)
-        recipe = resolved(load_recipe("tiny", [f"stages.task.data.template={template}"]))
+        recipe = resolve(load_recipe("tiny", [f"stages.task.data.template={template}"]))
         (run / "recipe.yaml").write_text(dump(recipe))
         monkeypatch.chdir("/")
         _, _, task = commands(script(open_run(run)))
