@@ -1,9 +1,8 @@
-"""Files at an address such as s3://bucket/rows/*.jsonl or https://host/rows.jsonl, by fsspec.
+"""Download files from URLs such as s3://bucket/rows/*.jsonl or https://host/rows.jsonl, by fsspec.
 
-They are copied into the cache once, so that every reader, process and later run finds plain files.
-A copy is compared with the length and the digests that the server gave, and with its own hash
-before each use.
-Credentials come from where the store's own client looks for them, never from the address.
+Files are downloaded into the cache once, so that readers need only local files. A copy is checked
+against the size and the digests of the server, and against its own hash before each use.
+Credentials come from the environment of the store's client, never from the URL.
 """
 
 from __future__ import annotations
@@ -33,43 +32,54 @@ from dtrain.core.log import progress, say
 fsspec: Any = LazyModule("fsspec")
 OWN = "blake3"  # the hash that dtrain records; servers publish others
 
-# What tells one version of a file from the next, in the words of the various stores.
-MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "generation", "md5")
+# Keys with which various stores identify a version of a file.
+VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+    "generation",
+    "md5",
+)
 
 
 def is_remote(address: str) -> bool:
-    """Whether an address is one of fsspec's."""
+    """Whether an address is a URL for fsspec."""
     return "://" in address
 
 
 def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list[tuple[str, Path]]:
-    """Copy the files at an address into the cache, those that are not there yet.
+    """Download the files at a URL that are not in the cache yet.
 
     Args:
-        address: of a file, a folder or a glob.
+        address: URL of a file, a folder or a glob.
         cache: folder of the copies.
-        readable: whether a file of a folder is one to copy, by its name.
+        readable: whether to download a file of a folder, by its name.
 
     Returns:
-        Address and copy of each file, in order.
+        URL and copy of each file, in order.
 
     Raises:
-        UserError: the address holds a secret, or cannot be read.
+        UserError: the URL contains a secret, or cannot be read.
     """
-    _refuse_secrets(address)
+    _check_no_secrets(address)
     known = cache / "remote" / f"{fingerprint(address)[:32]}.json"
     try:
         store, path = fsspec.core.url_to_fs(address)
         files = [
             (store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path, readable)
         ]
-    except Exception as raised:  # each store's client raises its own kinds
+    except Exception as raised:  # each store's client raises its own types
         error = _root(raised)
         if known.exists() and not _is_missing(raised, error):
-            say(f"{address}: cannot be reached, taking what was fetched before")
-            return _fetched_before(known, address)
+            say(f"{address}: cannot be reached, using the earlier download")
+            return _earlier_download(known, address)
         raise _unreadable(address, error) from error
-    with progress(f"fetching {address}", sum(info.get("size") or 0 for _, info, _ in files)) as bar:
+    with progress(
+        f"downloading {address}", sum(info.get("size") or 0 for _, info, _ in files)
+    ) as bar:
         copies = []
         for name, info, path in files:
             copies.append((name, _copy(store, path, info, name, cache, address)))
@@ -78,19 +88,19 @@ def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list
     return copies
 
 
-def _fetched_before(known: Path, address: str) -> list[tuple[str, Path]]:
+def _earlier_download(known: Path, address: str) -> list[tuple[str, Path]]:
     copies = [(name, Path(copy)) for name, copy in read_json(known)]
     for name, copy in copies:
         if not _is_whole(copy):
-            what = "cannot be reached, and what was fetched before is damaged"
-            raise UserError(f"{what}: {copy}", where=name, fix="start again when it can be reached")
+            what = "cannot be reached, and the earlier download is damaged"
+            raise UserError(f"{what}: {copy}", where=name, fix="try again when it can be reached")
     return copies
 
 
 def _found(store: Any, path: str, readable: Callable[[Path], object]) -> list[str]:
     if has_magic(path):
         return sorted(p for p in store.glob(path) if not store.isdir(p))
-    if "http" in store.protocol or not store.isdir(path):  # a web server has pages, not folders
+    if "http" in store.protocol or not store.isdir(path):  # a web server has no folders
         return [path]
     found = (p for p in store.find(path) if readable(Path(p)))
     return sorted(p for p in found if not Path(p).name.startswith("."))
@@ -99,15 +109,15 @@ def _found(store: Any, path: str, readable: Callable[[Path], object]) -> list[st
 def _copy(
     store: Any, path: str, info: dict[str, Any], name: str, cache: Path, address: str
 ) -> Path:
-    marks = {key: str(info[key]) for key in MARKS if info.get(key) is not None}
-    folder = cache / "remote" / fingerprint([name, info.get("size"), marks])[:32]
+    version = {key: str(info[key]) for key in VERSION_KEYS if info.get(key) is not None}
+    folder = cache / "remote" / fingerprint([name, info.get("size"), version])[:32]
     copy = folder / Path(path).name
-    if marks and _is_whole(copy):  # without a mark nothing shows whether it has changed
+    if version and _is_whole(copy):  # otherwise a change would go unnoticed
         return copy
-    with FolderLock(folder):  # of several processes one fetches, and the others find the copy
-        if not (marks and _is_whole(copy)):
+    with FolderLock(folder):  # one of several processes downloads
+        if not (version and _is_whole(copy)):
             try:
-                _get(store, path, copy, info, name)
+                _download(store, path, copy, info, name)
             except UserError:
                 raise
             except Exception as error:
@@ -116,7 +126,7 @@ def _copy(
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy is there and holds what was fetched."""
+    """Whether a copy exists and is what was downloaded."""
     with suppress(UserError, OSError, KeyError, TypeError):
         record = read_json(_record(copy))
         return (
@@ -129,11 +139,11 @@ def _record(copy: Path) -> Path:
     return copy.with_name(f".{copy.name}.fetched")
 
 
-def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> None:
-    """Fetch a file; once more if what came is not what the server says it has.
+def _download(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> None:
+    """Download a file; try again once if it differs from what the server says.
 
     Raises:
-        UserError: it is not that twice.
+        UserError: it differs twice.
     """
     digests, etag = digests_of(store, path, info), etag_md5(info)
     seen, fault = list[str](), ""
@@ -143,8 +153,8 @@ def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> 
         try:
             store.get_file(path, temporary)
             found = hash_file(Path(temporary), {OWN, *digests, *(["md5"] if etag else [])})
-            fault = _difference(Path(temporary), found, info, digests)
-            # An ETag may look like an MD5 and be none: that of what comes twice the same.
+            fault = _find_difference(Path(temporary), found, info, digests)
+            # An ETag may only look like an MD5: then the file is the same twice.
             if not fault and etag not in (None, found.get("md5")) and found[OWN] not in seen:
                 fault = "its MD5 is not the ETag"
             if not fault:
@@ -154,23 +164,23 @@ def _get(store: Any, path: str, copy: Path, info: dict[str, Any], name: str) -> 
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-    fix = "start again; if it happens again, ask the owner of the file"
-    raise UserError(f"what the server sends is damaged: {fault}", where=name, fix=fix)
+    fix = "try again; if it fails again, ask the owner of the file"
+    raise UserError(f"the download is damaged: {fault}", where=name, fix=fix)
 
 
-def _difference(path: Path, found: Digests, info: dict[str, Any], digests: Digests) -> str:
-    """What is other than the server said; empty if nothing is."""
-    size, came = info.get("size"), path.stat().st_size
-    if size is not None and came != size:
-        return f"{came:,} bytes came of {size:,}"
+def _find_difference(path: Path, found: Digests, info: dict[str, Any], digests: Digests) -> str:
+    """How a download differs from what the server says; empty if it does not."""
+    size, received = info.get("size"), path.stat().st_size
+    if size is not None and received != size:
+        return f"{received:,} of {size:,} bytes"
     wrong = [name for name, digest in digests.items() if found[name] != digest]
-    return f"its {wrong[0]} is not the one that the server gave" if wrong else ""
+    return f"its {wrong[0]} is not that of the server" if wrong else ""
 
 
 def _keep(temporary: Path, copy: Path, digest: str) -> None:
-    """Put a fetched file in place, on the disk before it has its name, and record its hash."""
+    """Move a download to its final name, after writing it to disk, and record its hash."""
     if _is_whole(copy) and read_json(_record(copy))[OWN] == digest:
-        return  # others may be reading it
+        return  # other processes may be reading it
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     _record(copy).unlink(missing_ok=True)
@@ -182,18 +192,18 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
     write_json(_record(copy), {OWN: digest, "bytes": size})
 
 
-def _refuse_secrets(address: str) -> None:
+def _check_no_secrets(address: str) -> None:
     parts = [_without_secret(part) for part in address.split("::")]  # zip://a.jsonl::https://host/b
     if any(secret for _, secret in parts):
         raise UserError(
-            "the address holds a user, password or query, which would be logged",
+            "the URL contains a user, password or query, which would be logged",
             where="::".join(bare for bare, _ in parts),
-            fix="give credentials where the store's client looks for them, such as AWS_PROFILE",
+            fix="pass credentials to the store's client, for example with AWS_PROFILE",
         )
 
 
 def _without_secret(part: str) -> tuple[str, bool]:
-    """One part of an address without what could be a secret, and whether it held any."""
+    """A URL without possible secrets, and whether it had any."""
     place, _, query = part.partition("?")
     scheme, mark, rest = place.rpartition("://")
     host, slash, path = rest.partition("/")
@@ -202,13 +212,13 @@ def _without_secret(part: str) -> tuple[str, bool]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What lies behind: fsspec says that there is no file where there is no server either."""
+    """The original error: fsspec reports a missing file even if there is no server."""
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     return error if cause is None else _root(cause)
 
 
 def _is_missing(error: Exception, root: BaseException) -> bool:
-    """Whether the store answered that there is no such file."""
+    """Whether the store answered that the file does not exist."""
     no_answer = isinstance(root, OSError) and not isinstance(root, FileNotFoundError)
     return isinstance(error, FileNotFoundError) and not no_answer
 
@@ -232,44 +242,44 @@ Digests = dict[str, str]  # algorithm of hashlib → hex
 
 
 def digests_of(store: Any, path: str, info: dict[str, Any]) -> Digests:
-    """Digests that surely are of the whole content.
+    """Digests that are certainly of the whole content.
 
     Args:
         store: file system of fsspec.
         path: of the file in it.
-        info: what the store said of the file.
+        info: of `store.info`.
     """
-    said = [(str(key).lower(), value) for key, value in info.items()]
+    facts = [(str(key).lower(), value) for key, value in info.items()]
     if "http" in store.protocol:
-        said += _headers(store, path)
-    return {name: digest for key, value in said for name, digest in _digests(key, value)}
+        facts += _headers(store, path)
+    return {name: digest for key, value in facts for name, digest in _digests(key, value)}
 
 
 def etag_md5(info: dict[str, Any]) -> str | None:
-    """The MD5 that an ETag may be.
+    """The ETag, if it looks like an MD5.
 
-    S3 makes it so for objects that were put whole and are not encrypted with a key of one's own;
-    other servers write there what they like, which may look the same.
+    On S3 it is the MD5 of objects that were uploaded in one request and are not encrypted with a
+    customer's key; other servers may use other values of the same form.
     """
     found = re.fullmatch(r'"?([0-9a-fA-F]{32})"?', str(info.get("ETag") or info.get("etag") or ""))
     return found[1].lower() if found else None
 
 
 def hash_file(path: Path, algorithms: set[str]) -> Digests:
-    """Several hashes of a file in one reading."""
+    """Several hashes of a file in one pass."""
     hashes = {
         name: blake3() if name == OWN else hashlib.new(name, usedforsecurity=False)
         for name in algorithms
     }
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
-            for one in hashes.values():
-                one.update(block)
-    return {name: one.hexdigest() for name, one in hashes.items()}
+            for digest in hashes.values():
+                digest.update(block)
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
 def _headers(store: Any, path: str) -> list[tuple[str, Any]]:
-    """All headers of the file, of which fsspec keeps some; none where the server takes no HEAD."""
+    """All headers of the file (fsspec keeps only some); none if the server rejects HEAD."""
 
     async def ask() -> list[tuple[str, Any]]:
         session = await store.set_session()
@@ -284,7 +294,7 @@ def _headers(store: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _digests(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Algorithm and hex digest of each that a header, or a fact that a store gave, holds."""
+    """Algorithm and hex digest of each digest in a header or in a store's info."""
     if key in ("content-md5", "md5hash", "content_md5"):
         yield from _decoded("md5", value)
     elif key in ("digest", "repr-digest", "x-goog-hash"):
@@ -297,7 +307,7 @@ def _digests(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _decoded(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Nothing of an algorithm not known here, or of a digest that has not its length."""
+    """The digest in hex; nothing if the algorithm is unknown or the length is wrong."""
     algorithm = ALGORITHMS.get(name.lower().replace("-", ""))
     try:
         content = bytes(value) if isinstance(value, bytes | bytearray) else b64decode(str(value))

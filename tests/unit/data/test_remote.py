@@ -100,7 +100,7 @@ def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", unreachable)
     assert texts("memory://bucket/a.jsonl", tmp_path) == before
-    assert "taking what was fetched before" in capsys.readouterr().out
+    assert "using the earlier download" in capsys.readouterr().out
     with pytest.raises(UserError, match="no route to host"):
         texts("memory://bucket/b.jsonl", tmp_path)
 

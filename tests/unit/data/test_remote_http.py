@@ -84,7 +84,7 @@ def test_what_was_fetched_serves_without_a_server_but_not_without_the_file(
         patch.setattr("aiohttp.connector.aiohappyeyeballs.start_connection", _refuse)
         fsspec.filesystem("http").clear_instance_cache()
         assert texts(f"{address}/a.jsonl", tmp_path) == before
-    assert "taking what was fetched before" in capsys.readouterr().out
+    assert "using the earlier download" in capsys.readouterr().out
     (folder / "a.jsonl").unlink()
     with pytest.raises(UserError, match="404"):
         texts(f"{address}/a.jsonl", tmp_path)
