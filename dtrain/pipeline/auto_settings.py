@@ -75,7 +75,9 @@ def gpu_of(device: torch.device) -> Gpu:
     return gpu_of_device(properties.name, properties.total_memory)
 
 
-def remember(recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], world: World) -> None:
+def record_calibration(
+    recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], world: World
+) -> None:
     """Add a finished stage to the calibration file; a base that the plan does not know is not.
 
     Args:

@@ -18,7 +18,8 @@ from dtrain.monitoring.summary import run_summary
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord, stage_record
-from dtrain.pipeline.stage_run import StageRun
+from dtrain.pipeline.stage_run import run_stage
+from dtrain.pipeline.stage_setup import StageSetup
 from dtrain.recipes import shipped
 from dtrain.training.preemption import StopFlag
 
@@ -47,10 +48,8 @@ def run_chain(
         else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()
-            stage_run = StageRun(
-                recipe, stage, folder, base, inputs, evaluations, world, stop, watch
-            )
-            if not stage_run.run():
+            setup = StageSetup(recipe, stage, folder, base, inputs, evaluations, world, stop, watch)
+            if not run_stage(setup):
                 return False
         begun.append(folder)
         base = folder.merged

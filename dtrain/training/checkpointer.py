@@ -96,7 +96,7 @@ class Checkpointer:
         """
         if self._folder.exists():
             check_own_folder(self._folder.resolve())
-        checkpoint = self._newest_on_rank0()
+        checkpoint = _newest_on_rank0(self._folder, self._world)
         if checkpoint is not None:
             for change in check_same_inputs(
                 checkpoint.state["inputs"], self._inputs, set(allowed_changes)
@@ -109,21 +109,23 @@ class Checkpointer:
         self._world.barrier()
         return checkpoint
 
-    def _newest_on_rank0(self) -> Checkpoint | None:
-        """The newest complete one as the first rank sees it: all ranks must choose the same."""
-        checkpoint, name = None, ""
-        if self._world.is_first:
-            checkpoint, passed_over = newest_complete(self._folder)
-            for reason in passed_over:
-                say(f"passed over: {reason}")
-            name = checkpoint.folder.name if checkpoint else ""
-        name = self._world.broadcast_text(name)
-        if checkpoint is None and name:
-            checkpoint = Checkpoint.open(self._folder / name)
-        return checkpoint
 
-    def open_final(self, step: int) -> Checkpoint:
-        """The checkpoint of the last step, verified by the first rank."""
-        checkpoint = self._newest_on_rank0()
-        assert checkpoint is not None and checkpoint.step == step
-        return checkpoint
+def open_final_checkpoint(folder: Path, world: World, step: int) -> Checkpoint:
+    """The checkpoint of the last step, verified by the first rank."""
+    checkpoint = _newest_on_rank0(folder, world)
+    assert checkpoint is not None and checkpoint.step == step
+    return checkpoint
+
+
+def _newest_on_rank0(folder: Path, world: World) -> Checkpoint | None:
+    """The newest complete checkpoint that the first rank finds: all ranks must use the same."""
+    checkpoint, name = None, ""
+    if world.is_first:
+        checkpoint, passed_over = newest_complete(folder)
+        for reason in passed_over:
+            say(f"passed over: {reason}")
+        name = checkpoint.folder.name if checkpoint else ""
+    name = world.broadcast_text(name)
+    if checkpoint is None and name:
+        checkpoint = Checkpoint.open(folder / name)
+    return checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.pipeline.distributed_merge import _seen, merge_together
+from dtrain.pipeline.stage_export import _file_state, merge_on_ranks
 
 LOCKS = "merge.locks"
 HOLDS = """
@@ -43,7 +43,7 @@ def base(tmp_path: Path) -> Path:
 
 def calls(world: Rank, base: Path) -> list[int]:
     called: list[int] = []
-    merge_together(world, base, base.parent / LOCKS, called.append)  # type: ignore[arg-type]
+    merge_on_ranks(world, base, base.parent / LOCKS, called.append)  # type: ignore[arg-type]
     return called
 
 
@@ -56,7 +56,7 @@ def test_the_first_rank_always_merges_and_leaves_nothing_behind(base: Path) -> N
 def test_another_rank_merges_if_it_sees_the_same_files_and_the_first_ones_lock(
     base: Path, first: str, held: bool
 ) -> None:
-    world = Rank(False, _seen(base) if first == "same" else "files of another node")
+    world = Rank(False, _file_state(base) if first == "same" else "files of another node")
     command = [sys.executable, "-c", HOLDS, str(base.parent / LOCKS)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdin and holder.stdout and holder.stdout.readline() == b"taken\n"
