@@ -24,7 +24,7 @@ from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import (
     LEAST_LIMIT_SECONDS,
     LEAST_LIMIT_SECONDS_GPU_OR_NODES,
-    Watch,
+    HangWatchdog,
     follow_compilations,
 )
 from dtrain.distributed.world import World, end_world, start_world
@@ -149,7 +149,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     # Until here a signal ends the process at once: what was prepared so far stays.
     stop = StopFlag(run.path, looks_at_file=world.is_first)
     stop.listen()
-    watch = Watch(
+    watchdog = HangWatchdog(
         run.heartbeats,
         world.rank,
         world.size,
@@ -157,13 +157,13 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
         failure=report.failure_elsewhere,
         least_limit_seconds=least_limit_seconds(world),
     )
-    follow_compilations(watch)
+    follow_compilations(watchdog)
     finished = None
-    watch.start()
+    watchdog.start()
     try:
-        finished = run_chain(recipe, inputs, world, stop, watch, allowed)
+        finished = run_chain(recipe, inputs, world, stop, watchdog, allowed)
     finally:
-        watch.stop(all_is_well=finished is not None)
+        watchdog.stop(finished=finished is not None)
     stop.forget_file()
     if lock:  # every rank has ended
         shutil.rmtree(run.heartbeats, ignore_errors=True)

@@ -100,7 +100,7 @@ def start_world(device: str) -> World:
     size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     # What one rank does alone, a merge of 70B say, takes longer than a collective should; a rank
-    # that dies or hangs is found by its closed connection and by `Watch`.
+    # that dies or hangs is found by its closed connection and by the hang watchdog.
     gloo_group = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
     return World(dist.get_rank(), size, local_rank, local_size, place, gloo_group)
 

@@ -11,7 +11,7 @@ from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
 from dtrain.core.log import say, warn
 from dtrain.core.run_dir import RunDir
-from dtrain.distributed.hang_watchdog import Watch
+from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.summary import run_summary
@@ -29,7 +29,7 @@ def run_chain(
     inputs: Inputs,
     world: World,
     stop: StopFlag,
-    watch: Watch,
+    watchdog: HangWatchdog,
     allowed: set[str],
 ) -> bool:
     """Run what is not complete yet; return False if it was stopped to go on later.
@@ -48,7 +48,9 @@ def run_chain(
         else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()
-            setup = StageSetup(recipe, stage, folder, base, inputs, evaluations, world, stop, watch)
+            setup = StageSetup(
+                recipe, stage, folder, base, inputs, evaluations, world, stop, watchdog
+            )
             if not run_stage(setup):
                 return False
         begun.append(folder)

@@ -167,7 +167,7 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     stage = setup.stage
     context = TrackerContext(setup.recipe, stage, setup.folder, progress.step)
     return [
-        HangWatchdogCallback(setup.watch),
+        HangWatchdogCallback(setup.watchdog),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
         *(build_trackers(context) if setup.world.is_first else []),
         ProgressBar(f"stage {stage.name}"),

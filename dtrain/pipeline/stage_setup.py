@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.distributed.hang_watchdog import Watch
+from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.methods.base import Method, build_method
 from dtrain.models.load import resolve_dtype
@@ -37,7 +37,7 @@ class StageSetup:
     evaluations: Evaluations
     world: World
     stop: StopFlag
-    watch: Watch
+    watchdog: HangWatchdog
 
     @cached_property
     def method(self) -> Method[Any]:

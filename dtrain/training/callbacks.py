@@ -21,7 +21,7 @@ from typing import Any
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
-from dtrain.distributed.hang_watchdog import Watch
+from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.training.progress import StageProgress
 
 
@@ -112,23 +112,23 @@ class CallbackGroup(Callback):
 class HangWatchdogCallback(Callback):
     """Reports the main thread's position to the hang watchdog."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, watchdog: HangWatchdog) -> None:
+        self._watchdog = watchdog
 
     def pre_micro_batch(self, step: int, index: int, count: int) -> None:
-        self._watch.mark(f"step {step}, micro-batch {index} of {count}")
+        self._watchdog.mark(f"step {step}, micro-batch {index} of {count}")
 
     def pre_optim_step(self, step: int) -> None:
-        self._watch.mark(f"step {step}, update")
+        self._watchdog.mark(f"step {step}, update")
 
     def post_train_batch(self) -> None:
-        self._watch.step()
+        self._watchdog.step()
 
     def slow_section(self, description: str) -> AbstractContextManager[object]:
-        return self._watch.patience(description)
+        return self._watchdog.patience(description)
 
     def post_train(self) -> None:
-        self._watch.rest()
+        self._watchdog.rest()
 
 
 class ProgressBar(Callback):

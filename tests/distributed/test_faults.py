@@ -254,7 +254,7 @@ def test_a_stopped_worker_is_found_named_and_killed(dtrain_run) -> None:
     assert not worker.is_running()
     outcome = live.json("outcome.json")
     assert outcome["status"] == 5 and outcome["outcome"] == "failed"
-    said = "rank 1 does not move on; last seen at: "
+    said = "rank 1 does not advance; last seen at: "
     assert outcome["reason"].startswith(said) and 'File "' in outcome["reason"]
     assert live.output.count(said) == 1
     again = dtrain_run(*settings).wait(0)

@@ -1,4 +1,4 @@
-"""Ranks that hang, seen by another: real processes that beat, one of which is stopped or killed."""
+"""Ranks that hang, seen by another rank: real processes, one of which is stopped or killed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ RANK = """
 import sys, time
 from pathlib import Path
 from dtrain.distributed import hang_watchdog as watch
-watch.BEAT_SECONDS, watch.LEAST_LIMIT_SECONDS, watch.NEIGHBOUR_EVERY_SECONDS = 0.02, 0.4, 0.1
+watch.BEAT_SECONDS, watch.LEAST_LIMIT_SECONDS, watch.NEIGHBOR_CHECK_SECONDS = 0.02, 0.4, 0.1
 folder, rank, life = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-one = watch.Watch(folder, rank, 2, print)
-one.start()
+watchdog = watch.HangWatchdog(folder, rank, 2, print)
+watchdog.start()
 if "step" in life:
     for number in range(5):
-        one.mark(f"step {number + 1}")
-        one.step()
+        watchdog.mark(f"step {number + 1}")
+        watchdog.step()
 if life == "ends":
     time.sleep(0.2)
-    one.stop()
+    watchdog.stop()
 if life == "fails":
     time.sleep(0.5)
-    one.stop(all_is_well=False)
+    watchdog.stop(finished=False)
 time.sleep(60)
 """
 
@@ -73,7 +73,7 @@ def test_a_stopped_rank_is_killed_and_named_in_a_step_and_outside_of_one(
     said, _ = watching.communicate(timeout=30)
     assert watching.returncode == Exit.HANG
     assert stopped.wait(10) == -signal.SIGKILL
-    assert "rank 1 does not move on; last seen at: " in said and 'File "<string>"' in said
+    assert "rank 1 does not advance; last seen at: " in said and 'File "<string>"' in said
 
 
 def test_a_dead_rank_is_named(rank, tmp_path: Path) -> None:
@@ -107,73 +107,75 @@ class Clock:
         self._ahead += seconds
 
 
-def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_watchdog.Watch:
+def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_watchdog.HangWatchdog:
     """The first of two ranks, which has made five steps; the test does what its thread would."""
-    one = hang_watchdog.Watch(folder, 0, 2, print, least_limit_seconds=least_limit_seconds)
+    watchdog = hang_watchdog.HangWatchdog(
+        folder, 0, 2, print, least_limit_seconds=least_limit_seconds
+    )
     for number in range(5):
-        one.mark(f"step {number + 1}")
-        one.step()
-    one._beat()
-    return one
+        watchdog.mark(f"step {number + 1}")
+        watchdog.step()
+    watchdog._beat()
+    return watchdog
 
 
 def other_beats(folder: Path, **differs: Any) -> None:
     """A heartbeat of the second rank, on another machine if not said otherwise."""
-    beat = {"rank": 1, "pid": 1, "born": "", "host": "elsewhere", "beat": 1, "marks": 5}
-    beat |= {"position": "step 5", "gloo_group": False, "finished": False, "stack": ""}
+    beat = {"rank": 1, "pid": 1, "start_time": "", "host": "elsewhere", "beat": 1, "marks": 5}
+    beat |= {"position": "step 5", "patient": False, "finished": False, "stack": ""}
     (folder / "rank-00001.json").write_text(json.dumps(beat | differs))
 
 
-def ranks_named(one: hang_watchdog.Watch) -> list[int]:
-    return [beat["rank"] for beat in one._culprits()]
+def ranks_named(watchdog: hang_watchdog.HangWatchdog) -> list[int]:
+    return [beat["rank"] for beat in watchdog._culprits()]
 
 
 def test_a_rank_of_another_node_is_not_called_stopped_for_a_minute(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
-    one = in_steps(tmp_path, 60.0)
+    watchdog = in_steps(tmp_path, 60.0)
     other_beats(tmp_path)
     for _ in range(12):  # its node's file system shows the same heartbeat for a minute
         clock.forward(5)
-        assert ranks_named(one) == []
+        assert ranks_named(watchdog) == []
     for _ in range(12):
         clock.forward(5)
-        found = ranks_named(one)
+        found = ranks_named(watchdog)
     assert found == [1]
 
 
 @pytest.mark.parametrize("least", [hang_watchdog.LEAST_LIMIT_SECONDS, 60.0])
 def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: float) -> None:
     clock = Clock(monkeypatch)
-    one = in_steps(tmp_path, least)
+    watchdog = in_steps(tmp_path, least)
     other_beats(tmp_path, beat=0.5, marks=3)
     clock.forward(2 * least - 1)
-    assert ranks_named(one) == []
+    assert ranks_named(watchdog) == []
     other_beats(tmp_path, beat=1.5, marks=3)
     clock.forward(2)
-    assert ranks_named(one) == [1]
+    assert ranks_named(watchdog) == [1]
 
 
 def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
-    one = in_steps(tmp_path)
-    other_beats(tmp_path, marks=3, gloo_group=True)
+    watchdog = in_steps(tmp_path)
+    other_beats(tmp_path, marks=3, patient=True)
     clock.forward(60)
-    assert ranks_named(one) == []
-    one.compiling(True)
+    assert ranks_named(watchdog) == []
+    watchdog.compiling(True)
     other_beats(tmp_path, beat=2, marks=9)
     clock.forward(60)
-    assert ranks_named(one) == []
-    one.compiling(False)
-    assert ranks_named(one) == []  # the limit starts again
+    assert ranks_named(watchdog) == []
+    watchdog.compiling(False)
+    assert ranks_named(watchdog) == []  # the limit starts again
     other_beats(tmp_path, beat=3, marks=9)
     clock.forward(60)
-    assert ranks_named(one) == [0]
+    assert ranks_named(watchdog) == [0]
 
 
 def test_torch_says_when_it_compiles(tmp_path: Path) -> None:
     seen: list[bool] = []
 
-    class Noting(hang_watchdog.Watch):
+    class Noting(hang_watchdog.HangWatchdog):
         def compiling(self, now: bool) -> None:
             seen.append(now)
 
@@ -188,7 +190,7 @@ import sys, time
 from pathlib import Path
 from dtrain.distributed import hang_watchdog as watch
 watch.BEAT_SECONDS = 0.02
-watch.Watch(Path(sys.argv[1]), 0, 2, print, failure=lambda: (1, 4)).start()
+watch.HangWatchdog(Path(sys.argv[1]), 0, 2, print, failure=lambda: (1, 4)).start()
 time.sleep(60)
 """
     done = subprocess.run(
@@ -199,7 +201,11 @@ time.sleep(60)
 
 
 def test_another_process_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
-    beat = {"pid": os.getpid(), "born": hang_watchdog.born(os.getpid()), "host": hang_watchdog.HOST}
-    assert hang_watchdog.is_here(beat) and hang_watchdog.state_of(beat) == "R"
-    assert hang_watchdog.state_of(beat | {"born": "1"}) == ""  # who had it before is dead
-    assert not hang_watchdog.is_here(json.loads(json.dumps(beat | {"host": "other"})))
+    beat = {
+        "pid": os.getpid(),
+        "start_time": hang_watchdog.process_start_time(os.getpid()),
+        "host": hang_watchdog.HOST,
+    }
+    assert hang_watchdog.is_on_this_host(beat) and hang_watchdog.process_state(beat) == "R"
+    assert hang_watchdog.process_state(beat | {"start_time": "1"}) == ""  # reused
+    assert not hang_watchdog.is_on_this_host(json.loads(json.dumps(beat | {"host": "other"})))
