@@ -1,4 +1,4 @@
-"""`dtrain chat` and `dtrain generate`: models and adapters answer."""
+"""`dtrain chat` and `dtrain generate`: text from models and adapters."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from dtrain.core.errors import UserError
 from dtrain.core.log import say
 
 if TYPE_CHECKING:
-    from dtrain.serving.generator import Speaker
-    from dtrain.serving.run_models import Choice
+    from dtrain.serving.generator import TextGenerator
+    from dtrain.serving.run_models import ServedModel
 
 Address = Annotated[
     str, typer.Argument(metavar="MODEL|RUN", help="A model, an adapter's folder, or a run folder.")
 ]
 AdapterName = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="NAME", help="A stage's, `base`, or a folder; the last one."),
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="A stage, `base` or a folder (default: last).",
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
 
 
 def chat(address: Address, adapter: AdapterName = None, max_new_tokens: MaxNewTokens = 512) -> None:
-    """Talk with a model, and switch its adapters meanwhile; /help says how."""
+    """Chat with a model, and switch its adapters; /help lists the commands."""
     from dtrain.serving.chat import Chat, typed
 
     choices, name = _chosen(address, adapter)
@@ -35,13 +39,16 @@ def chat(address: Address, adapter: AdapterName = None, max_new_tokens: MaxNewTo
 
 def generate(
     address: Address,
-    prompts: Annotated[Path, typer.Option("--in", metavar="FILE", help="Prompts, JSON lines.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Answers, JSON lines.")],
+    prompts: Annotated[Path, typer.Option("--in", metavar="FILE", help="Prompts (JSON lines).")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="Answers (JSON lines)."),
+    ],
     adapter: AdapterName = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 8,
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
-    """Answer a file of prompts by greedy decoding; stopped, it goes on where it was."""
+    """Answer a file of prompts by greedy decoding; the same command continues after a stop."""
     from dtrain.serving.generate import Answers, count_prompts
     from dtrain.serving.generate import generate as answer_all
 
@@ -57,23 +64,25 @@ def generate(
     say(f"{out}: {answers.done} of {total} answered")
 
 
-def _chosen(address: str, name: str | None) -> tuple[dict[str, Choice], str]:
+def _chosen(address: str, name: str | None) -> tuple[dict[str, ServedModel], str]:
     """What can answer, and the name of what shall."""
     from dtrain.serving.chat import chosen
-    from dtrain.serving.run_models import choices_of
+    from dtrain.serving.run_models import served_models
 
-    choices = choices_of(address)
+    choices = served_models(address)
     name = name or list(choices)[-1]
     return choices | {name: chosen(choices, name)}, name
 
 
-def _speaker(address: str, choice: Choice) -> Speaker:
+def _speaker(address: str, choice: ServedModel) -> TextGenerator:
     import torch
 
     from dtrain.config.schema import Model
-    from dtrain.serving.generator import Speaker
+    from dtrain.serving.generator import TextGenerator
     from dtrain.serving.run_models import is_run, open_run
 
     path = Path(address).expanduser()
     settings = open_run(path).recipe.model if is_run(address) else Model(base=address)
-    return Speaker(choice, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return TextGenerator(
+        choice, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )

@@ -1,4 +1,4 @@
-"""`dtrain model`: the models and data that dtrain makes on the spot."""
+"""`dtrain model`: creates sample models and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def model() -> None:
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="For example smollm2-135m.")]) -> None:
-    """Make a sample in the cache folder, once, and print where it lies."""
+    """Create a sample in the cache folder, and print its path."""
     from dtrain.samples import ensure
 
     print(ensure(name))

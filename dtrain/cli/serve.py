@@ -1,4 +1,4 @@
-"""`dtrain serve`: the commands that serve a run."""
+"""`dtrain serve`: prints the commands that serve a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dtrain.core.errors import UserError
 
 def serve(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    write: Annotated[bool, typer.Option("--print", help="Print them.")] = False,
+    write: Annotated[bool, typer.Option("--print", help="Print the commands.")] = False,
 ) -> None:
     """Print the vLLM commands for the merged model and the adapters, and what vLLM refuses."""
     if not write:
-        what = "dtrain writes the commands of a server, and runs none"
-        raise UserError(what, where="serve", fix=f"dtrain serve {run} --print")
+        message = "dtrain prints server commands, and does not run them"
+        raise UserError(message, where="serve", fix=f"dtrain serve {run} --print")
     from dtrain.serving.run_models import open_run
     from dtrain.serving.vllm import script
 

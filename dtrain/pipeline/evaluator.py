@@ -19,8 +19,8 @@ from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
 from dtrain.objectives.base import StageContext, build_objective
-from dtrain.serving.generator import Speaker
-from dtrain.serving.run_models import Choice, template_of
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import ServedModel, template_of
 from dtrain.training.train_step import HeldOutSet, evaluate
 
 BASE = "base"
@@ -112,8 +112,8 @@ class Evaluations:
         """
         questions = self.recipe.evaluation.questions
         assert questions is not None
-        choice = Choice(str(folder), template=template_of(self.recipe))
-        speaker, answers = Speaker(choice, self.recipe.model, world.device), list[str]()
+        choice = ServedModel(str(folder), template=template_of(self.recipe))
+        speaker, answers = TextGenerator(choice, self.recipe.model, world.device), list[str]()
         for row in rows:
             prompt = speaker.prompt([{"role": "user", "content": row["question"]}])
             answers += speaker.answers([prompt], questions.max_new_tokens)

@@ -1,1 +1,1 @@
-"""After training: adapters listed, a server's commands written, models and adapters talked to."""
+"""Using the result: list adapters, write server commands, generate text and chat."""

@@ -1,4 +1,4 @@
-"""The adapters of a run or a folder: what each is, of which base, how large. No torch."""
+"""Lists the adapters of a run or a folder, with base, rank and size. Needs no torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AdapterInfo:
 
     @property
     def parameters(self) -> int:
-        """Numbers in it."""
+        """Number of parameters."""
         total = 0
         for shape in self.shapes.values():
             product = 1
@@ -59,7 +59,7 @@ class AdapterInfo:
 
     @property
     def method(self) -> str:
-        """For example lora, qlora, or qlora+dora."""
+        """The method, for example lora, qlora, or qlora+dora."""
         kind = str(self.config["peft_type"]).lower()
         kind = f"q{kind}" if self.origin.quantised else kind
         return "+".join([kind, *(n for n in ("dora", "rslora") if self.config.get(f"use_{n}"))])
@@ -92,8 +92,8 @@ def list_adapters(address: Path) -> list[AdapterInfo]:
     if is_run(str(address)):
         return list(_of_run(open_run(address)))
     address = address.absolute()
-    places = [address, *sorted(address.glob("*")), *sorted(address.glob("*/adapter"))]
-    return [read_adapter(place) for place in places if (place / CONFIG).is_file()]
+    folders = [address, *sorted(address.glob("*")), *sorted(address.glob("*/adapter"))]
+    return [read_adapter(folder) for folder in folders if (folder / CONFIG).is_file()]
 
 
 def _of_run(run: Run) -> Iterator[AdapterInfo]:
@@ -129,7 +129,7 @@ def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
     )
 
 
-def table(adapters: list[AdapterInfo]) -> str:
+def format_table(adapters: list[AdapterInfo]) -> str:
     """A line for each, under a head; the base stands last, since it is long."""
     rows = [COLUMNS, *map(_row, adapters)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]

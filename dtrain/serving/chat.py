@@ -11,8 +11,8 @@ from transformers import TextStreamer
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Messages
 from dtrain.models.peft_format import CONFIG
-from dtrain.serving.generator import Speaker
-from dtrain.serving.run_models import Choice, adapter_choice
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import ServedModel, served_adapter
 
 HELP = "/adapter NAME switches, /adapter lists, /reset forgets the conversation, /quit ends"
 
@@ -26,7 +26,11 @@ class Chat:
     """
 
     def __init__(
-        self, speaker: Speaker, choices: Mapping[str, Choice], name: str, max_new_tokens: int
+        self,
+        speaker: TextGenerator,
+        choices: Mapping[str, ServedModel],
+        name: str,
+        max_new_tokens: int,
     ) -> None:
         self.speaker, self.choices, self.name = speaker, choices, name
         self.max_new_tokens = max_new_tokens
@@ -75,7 +79,7 @@ class Chat:
         self.messages += [turn, {"role": "assistant", "content": answer}]
 
 
-def chosen(choices: Mapping[str, Choice], name: str) -> Choice:
+def chosen(choices: Mapping[str, ServedModel], name: str) -> ServedModel:
     """What a name stands for; the path of an adapter's folder is a name too.
 
     Raises:
@@ -86,7 +90,7 @@ def chosen(choices: Mapping[str, Choice], name: str) -> Choice:
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         first = next(iter(choices.values()))
-        return adapter_choice(folder, first.base, first.template)
+        return served_adapter(folder, first.base, first.template)
     fix = f"one of {', '.join(choices)}, or an adapter's folder"
     raise UserError("there is no such adapter", where=name, fix=fix)
 

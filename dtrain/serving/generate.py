@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, in batches, appended to a file that says how far it is."""
+"""Answers a file of prompts in batches; the file of answers records how far it got."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.core.files import open_text
 from dtrain.core.locks import lock_file
 from dtrain.core.log import progress, say
 from dtrain.data.conversations import Messages, parse_messages
-from dtrain.serving.generator import Speaker
+from dtrain.serving.generator import TextGenerator
 
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWER, BY = "generated", "generated_by"
@@ -24,7 +24,7 @@ PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of the file: what it holds, and the conversation to be gone on with."""
+    """One row of the file, and the conversation to continue."""
 
     row: dict[str, Any]
     messages: Messages
@@ -49,7 +49,7 @@ def _prompt(line: str, where: str) -> Prompt | UserError:
         row = json.loads(line)
         _line({"row": row})
     except UnicodeEncodeError:
-        return UserError("holds half a character", where=where, fix="mend the row")
+        return UserError("contains an unpaired surrogate", where=where, fix="fix the row")
     except (ValueError, RecursionError) as error:
         return UserError(f"is not JSON: {error}", where=where)
     if not isinstance(row, dict):
@@ -64,10 +64,10 @@ def _prompt(line: str, where: str) -> Prompt | UserError:
     key = next((key for key in QUESTIONS if isinstance(row.get(key), str)), None)
     if key is None:
         fix = f"a text under one of {', '.join(QUESTIONS)}; or `messages`"
-        return UserError("holds no prompt", where=where, fix=fix)
-    beside = row.get("input") if key == "instruction" else None
-    parts = {"instruction": row[key], "input": beside} if beside else {}
-    text = f"{row[key]}\n\n{beside}" if beside else row[key]
+        return UserError("contains no prompt", where=where, fix=fix)
+    extra_input = row.get("input") if key == "instruction" else None
+    parts = {"instruction": row[key], "input": extra_input} if extra_input else {}
+    text = f"{row[key]}\n\n{extra_input}" if extra_input else row[key]
     return Prompt(row, [{"role": "user", "content": text, **parts}])
 
 
@@ -88,7 +88,7 @@ def count_prompts(path: Path) -> int:
     if broken:
         raise UserErrors(broken)
     if not rows:
-        raise UserError("holds no prompts", where=str(path))
+        raise UserError("contains no prompts", where=str(path))
     return rows
 
 
@@ -139,8 +139,8 @@ class Answers:
                 self.file.truncate(whole)
                 break
             number, whole = number + 1, whole + len(line)
-            wanted = {**prompt.row, BY: self.by} if isinstance(prompt, Prompt) else None
-            if _without_answer(line) != wanted:
+            expected = {**prompt.row, BY: self.by} if isinstance(prompt, Prompt) else None
+            if _without_answer(line) != expected:
                 raise UserError(
                     f"answers another prompt, or was not answered by {self.by}",
                     where=f"{self.path}:{number}",
@@ -160,7 +160,7 @@ class Answers:
 
 
 def _begins(line: bytes, prompt: Prompt | UserError | None) -> bool:
-    """Whether a cut line is the start of this prompt's answer, and nobody else's text."""
+    """Whether a cut line is the start of this prompt's answer, and not other text."""
     if not isinstance(prompt, Prompt):
         return False
     start = _line({**prompt.row, ANSWER: ""})[: -len('"}')]
@@ -181,7 +181,7 @@ def _without_answer(line: bytes) -> Any:
 
 
 def generate(
-    speaker: Speaker, prompts: Path, answers: Answers, batch_size: int, max_new_tokens: int
+    speaker: TextGenerator, prompts: Path, answers: Answers, batch_size: int, max_new_tokens: int
 ) -> None:
     """Answer what is not answered yet."""
     total = count_prompts(prompts)

@@ -1,4 +1,4 @@
-"""A model in memory that answers, with adapters on it that can be exchanged."""
+"""A model in memory that generates text, with adapters that can be switched."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.models.weight_files import read_header
 from dtrain.samples.make import ensure
-from dtrain.serving.run_models import Choice
+from dtrain.serving.run_models import ServedModel
 
 
-class Speaker:
+class TextGenerator:
     """Answers by greedy decoding, as one `Choice` at a time.
 
     Args:
@@ -43,7 +43,7 @@ class Speaker:
         device: where; on GPUs the model is spread over those of this machine.
     """
 
-    def __init__(self, choice: Choice, settings: Model, device: torch.device) -> None:
+    def __init__(self, choice: ServedModel, settings: Model, device: torch.device) -> None:
         self._settings, self._device = settings, device
         self._dtype = resolve_dtype(settings.dtype, device)
         self._model: Any = None
@@ -52,8 +52,8 @@ class Speaker:
         self._choice = choice
         self._become(choice)
 
-    def switch(self, choice: Choice) -> None:
-        """Answer as `choice` from now on; the base is loaded anew only if it is another one.
+    def switch(self, choice: ServedModel) -> None:
+        """Switch to `choice`; the base is loaded again only if it differs.
 
         Raises:
             UserError: base or adapter cannot be used; what answered before still does.
@@ -66,7 +66,7 @@ class Speaker:
             self._become(self._choice)
             raise
 
-    def _become(self, choice: Choice) -> None:
+    def _become(self, choice: ServedModel) -> None:
         if self._held != (choice.base, choice.quantised):
             self._load(choice)
         for folder in choice.adapters:
@@ -78,7 +78,7 @@ class Speaker:
         self._stop = find_stop_criterion(self._template, self.tokenizer)
         self._choice = choice
 
-    def _load(self, choice: Choice) -> None:
+    def _load(self, choice: ServedModel) -> None:
         if (sample := sample_name(choice.base)) is not None:
             ensure(sample)
         folder = base_folder(choice.base)
@@ -126,7 +126,7 @@ class Speaker:
         return [*result.unexpected_keys, *own]
 
     def prompt(self, messages: Messages) -> str:
-        """The text that the model goes on from.
+        """Return the text that the model continues.
 
         Raises:
             UserError: the chat template refuses the conversation.

@@ -15,6 +15,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
+from dtrain.core.folder_kinds import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
 from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, RunDir
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, WEIGHTS, origin, read_adapter_config
@@ -23,7 +24,7 @@ BASE = "base"  # the name of the model without any adapter
 
 
 @dataclass(frozen=True)
-class Choice:
+class ServedModel:
     """What answers: a model, with adapters one on top of the other.
 
     Attributes:
@@ -40,7 +41,7 @@ class Choice:
 
     @property
     def mark(self) -> str:
-        """Tells it from what lay in the same place before; empty for a base that says nothing."""
+        """Identifies the content at this path; empty for a base without a record."""
         if self.adapters:
             last = self.adapters[-1]
             return (origin(last).identity or file_hash(last / WEIGHTS))[:12]
@@ -50,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, where it lies now."""
+    """A run folder at its current path."""
 
     folder: Path
     recipe: Recipe
@@ -72,11 +73,11 @@ class Run:
         return template_of(self.recipe)
 
     def adapter(self, stage: Stage) -> Path:
-        """Where a stage's adapter lies, or will."""
+        """Return the path of a stage's adapter."""
         return RunDir(self.folder).stage(stage.name).adapter
 
     def merged(self, stage: Stage) -> Path:
-        """Where a stage's merged model lies, or will."""
+        """Return the path of a stage's merged model."""
         return RunDir(self.folder).stage(stage.name).merged
 
     def has_merged(self, stage: Stage) -> bool:
@@ -92,27 +93,27 @@ class Run:
         """Adapters right in the run folder, such as combined ones."""
         return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG}"))
 
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, ServedModel]:
         """What can answer, by name: the base, the extras, then each stage that is there.
 
-        A stage's adapter goes on top of the earlier ones', so that one base in memory serves all;
+        A stage's adapter is added to the earlier ones, so that one base in memory serves all;
         it stands on the merged model before it where that is another model than base + adapters:
         after full fine-tuning, or if it was itself trained over that model in NF4.
         """
-        found = {BASE: Choice(self.base, template=self.template)}
+        found = {BASE: ServedModel(self.base, template=self.template)}
         for folder in self.extra_adapters():
-            found[folder.name] = adapter_choice(folder, self.base, self.template)
-        before: Choice | None = found[BASE]
+            found[folder.name] = served_adapter(folder, self.base, self.template)
+        before: ServedModel | None = found[BASE]
         for stage in self.recipe.stages:
             before = self._after(stage, before)
             if before is not None:
                 found[stage.name] = before
         return found
 
-    def _after(self, stage: Stage, before: Choice | None) -> Choice | None:
+    def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
         if not stage.method.traits.adds_adapter:
             template = trained_template([self.merged(stage)], self.template)
-            merged = Choice(str(self.merged(stage)), template=template)
+            merged = ServedModel(str(self.merged(stage)), template=template)
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
             return None
@@ -121,7 +122,9 @@ class Run:
         if not (first or quantised or before is None):
             base, quantised = before.base, before.quantised
             folders = [*before.adapters, *folders]
-        return Choice(base, quantised, tuple(folders), trained_template(folders, self.template))
+        return ServedModel(
+            base, quantised, tuple(folders), trained_template(folders, self.template)
+        )
 
 
 def template_of(recipe: Recipe) -> str:
@@ -134,7 +137,7 @@ def template_of(recipe: Recipe) -> str:
 
 def is_run(address: str) -> bool:
     """Whether an address is a run folder's."""
-    return RunDir(Path(address).expanduser()).recipe.is_file()
+    return folder_kind(Path(address).expanduser()) is FolderKind.RUN
 
 
 def open_run(folder: Path) -> Run:
@@ -148,7 +151,7 @@ def open_run(folder: Path) -> Run:
     return Run(folder.absolute(), load_recipe(str(run.recipe)))
 
 
-def adapter_choice(folder: Path, base: str | None = None, template: str = "auto") -> Choice:
+def served_adapter(folder: Path, base: str | None = None, template: str = "auto") -> ServedModel:
     """An adapter's folder on `base`; on the base that its config names if None.
 
     Raises:
@@ -162,7 +165,7 @@ def adapter_choice(folder: Path, base: str | None = None, template: str = "auto"
             fix="name the model, and this folder as --adapter",
         )
     template = trained_template([folder], template)
-    return Choice(base, origin(folder).quantised, (folder,), template)
+    return ServedModel(base, origin(folder).quantised, (folder,), template)
 
 
 def trained_template(folders: Sequence[Path], otherwise: str) -> str:
@@ -171,7 +174,7 @@ def trained_template(folders: Sequence[Path], otherwise: str) -> str:
     return next((str(path) for path in reversed(brought) if path.is_file()), otherwise)
 
 
-def choices_of(address: str) -> dict[str, Choice]:
+def served_models(address: str) -> dict[str, ServedModel]:
     """What can answer at an address: of a run, of an adapter's folder, or of a model.
 
     The last one is what is meant if none is named.
@@ -180,11 +183,11 @@ def choices_of(address: str) -> dict[str, Choice]:
     if is_run(address):
         return open_run(path).choices()
     template = _template_beside(path)
-    if (path / CONFIG).is_file() and not (path / "config.json").is_file():
-        own = adapter_choice(path, template=template)
+    if folder_kind(path) is FolderKind.ADAPTER:
+        own = served_adapter(path, template=template)
         name = path.absolute().parent.name if path.name == ADAPTER else path.name
-        return {BASE: Choice(own.base, template=template), name: own}
-    return {BASE: Choice(address, template=template)}
+        return {BASE: ServedModel(own.base, template=template), name: own}
+    return {BASE: ServedModel(address, template=template)}
 
 
 def _template_beside(result: Path) -> str:

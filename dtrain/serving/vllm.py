@@ -51,7 +51,7 @@ def _merged(run: Run) -> Iterator[str]:
         if run.has_merged(stage):
             model = str(run.merged(stage))
             options = [("--served-model-name", run.recipe.name), *_model_options(run)]
-            head = f"# The merged model of stage {stage.name}: everything learnt up to it."
+            head = f"# The merged model of stage {stage.name}: trained in all stages up to it."
             folders = [run.merged(stage)]
             notes, chat = _notes(run, folders), _chat_options(run, folders)
             yield "\n".join([_comment(head), *notes, command(model, [*options, *chat])])

@@ -13,8 +13,8 @@ from dtrain.cli import app
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
 from dtrain.serving.generate import Answers, count_prompts, generate, read_prompts
-from dtrain.serving.generator import Speaker
-from dtrain.serving.run_models import Choice
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import ServedModel
 
 ROWS = [
     {"prompt": "short"},
@@ -27,8 +27,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def speaker() -> Speaker:
-    return Speaker(Choice("dtrain:tiny-llama"), Model(base="tiny"), torch.device("cpu"))
+def speaker() -> TextGenerator:
+    return TextGenerator(ServedModel("dtrain:tiny-llama"), Model(base="tiny"), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -39,12 +39,16 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def answered(speaker: Speaker, prompts: Path, out: Path, batch: int, by: str = "tiny") -> list:
+def answered(
+    speaker: TextGenerator, prompts: Path, out: Path, batch: int, by: str = "tiny"
+) -> list:
     generate(speaker, prompts, Answers.open(out, prompts, by), batch, 8)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_batch_answers_as_each_alone(speaker: Speaker, prompts: Path, tmp_path: Path) -> None:
+def test_a_batch_answers_as_each_alone(
+    speaker: TextGenerator, prompts: Path, tmp_path: Path
+) -> None:
     alone = answered(speaker, prompts, tmp_path / "1.jsonl", 1)
     assert answered(speaker, prompts, tmp_path / "5.jsonl", 5) == alone
     for row, answer in zip(ROWS, alone, strict=True):
@@ -52,18 +56,20 @@ def test_a_batch_answers_as_each_alone(speaker: Speaker, prompts: Path, tmp_path
     assert len({answer["generated"] for answer in alone}) > 2
 
 
-def test_the_prompt_is_what_training_showed(speaker: Speaker, prompts: Path) -> None:
+def test_the_prompt_is_what_training_showed(speaker: TextGenerator, prompts: Path) -> None:
     talks = [prompt.messages for prompt in read_prompts(prompts)]  # type: ignore[union-attr]
     texts = [speaker.prompt(talk) for talk in talks]
     assert texts[0] == "<|im_start|>user\nshort<|im_end|>\n<|im_start|>assistant\n"
     assert texts[2].count("<|im_start|>") == 4 and texts[2].endswith("<|im_start|>assistant\n")
     assert "add\n\n1 2<|im_end|>" in texts[3]
-    speaker.switch(Choice("dtrain:tiny-llama", template="instruction"))
+    speaker.switch(ServedModel("dtrain:tiny-llama", template="instruction"))
     assert "### Input:\n1 2\n\n### Response:\n" in speaker.prompt(talks[3])
-    speaker.switch(Choice("dtrain:tiny-llama"))
+    speaker.switch(ServedModel("dtrain:tiny-llama"))
 
 
-def test_it_goes_on_after_what_is_there(speaker: Speaker, prompts: Path, tmp_path: Path) -> None:
+def test_it_goes_on_after_what_is_there(
+    speaker: TextGenerator, prompts: Path, tmp_path: Path
+) -> None:
     whole = answered(speaker, prompts, tmp_path / "whole.jsonl", 2)
     out = tmp_path / "out.jsonl"
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
@@ -74,7 +80,7 @@ def test_it_goes_on_after_what_is_there(speaker: Speaker, prompts: Path, tmp_pat
 
 
 def test_answers_of_another_model_or_other_prompts_are_not_gone_on_with(
-    speaker: Speaker, prompts: Path, tmp_path: Path
+    speaker: TextGenerator, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
     answered(speaker, prompts, out, 5)
@@ -133,14 +139,14 @@ def test_broken_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         count_prompts(path)
     told = str(caught.value)
-    for number, what in ((2, "is not JSON"), (4, "is not a JSON object"), (5, "holds no prompt"),
-                         (6, "holds no prompt"), (7, "has no `content`"),
+    for number, what in ((2, "is not JSON"), (4, "is not a JSON object"), (5, "contains no prompt"),
+                         (6, "contains no prompt"), (7, "has no `content`"),
                          (8, "has a `generated` already"),
-                         (9, "holds half a character")):  # fmt: skip
+                         (9, "contains an unpaired surrogate")):  # fmt: skip
         assert f"{path}:{number}: " in told and what in told
     assert f"{path}:1: " not in told
     path.write_text("\n")
-    with pytest.raises(UserError, match="holds no prompts"):
+    with pytest.raises(UserError, match="contains no prompts"):
         count_prompts(path)
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match="cannot be read"):
@@ -159,8 +165,8 @@ def test_a_stop_string_ends_an_answer(tmp_path: Path) -> None:
             + "' }}{% endif %}{{ '\\n' }}{% endfor %}"
         )
         template.write_text(rows.replace("{% endfor %}", end))
-        choice = Choice("dtrain:tiny-llama", template=str(template))
-        speaker = Speaker(choice, Model(base="tiny"), torch.device("cpu"))
+        choice = ServedModel("dtrain:tiny-llama", template=str(template))
+        speaker = TextGenerator(choice, Model(base="tiny"), torch.device("cpu"))
         return speaker.answers([speaker.prompt(prompt) for prompt in prompts], 30)[0]
 
     free = answer("")

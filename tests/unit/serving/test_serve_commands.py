@@ -18,8 +18,8 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
 from dtrain.pipeline.stage_record import stage_record
 from dtrain.rank_main import resolve
-from dtrain.serving.adapter_list import list_adapters, read_adapter, table
-from dtrain.serving.run_models import BASE, choices_of, open_run
+from dtrain.serving.adapter_list import format_table, list_adapters, read_adapter
+from dtrain.serving.run_models import BASE, open_run, served_models
 from dtrain.serving.vllm import max_rank, module, refusals, script
 
 Make = Callable[..., Path]
@@ -200,7 +200,7 @@ def test_adapters_are_listed_with_what_they_are(
     assert domain.ranks == [64] and domain.targets == ["down_proj", "q_proj"]
     assert domain.parameters == 64 * (64 + 64 + 64 + 128)
     assert task.base == str(run / "domain" / "merged") and domain.base == "/models/llama"
-    head, first, _ = table([domain, task]).splitlines()
+    head, first, _ = format_table([domain, task]).splitlines()
     assert head.split()[0] == "adapter" and first.endswith("/models/llama (in NF4)")
     assert "20.5k" in first and "down_proj,q_proj" in first
     alone = list_adapters(run / "task" / "adapter")
@@ -213,25 +213,25 @@ def test_a_run_that_was_moved_names_its_places_now(
 ) -> None:
     moved = make_run().rename(tmp_path / "moved")
     assert list_adapters(moved)[1].base == str(moved / "domain" / "merged")
-    assert choices_of(str(moved))["task"].adapters[0] == moved / "domain" / "adapter"
+    assert served_models(str(moved))["task"].adapters[0] == moved / "domain" / "adapter"
 
 
 def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
-    found = choices_of(str(make_run(methods=("qlora", "lora"))))
+    found = served_models(str(make_run(methods=("qlora", "lora"))))
     assert list(found) == [BASE, "domain", "task"]
     assert found["task"].base == "/models/llama" and found["task"].quantised
     assert len(found["task"].adapters) == 2
     run = make_run("second", methods=("lora", "qlora"))
-    over_merged = choices_of(str(run))["task"]
+    over_merged = served_models(str(run))["task"]
     assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantised
     assert over_merged.adapters == (run / "task" / "adapter",)
 
 
 def test_a_stage_s_results_are_talked_to_as_its_recipe_says(make_run: Callable[..., Path]) -> None:
     run = make_run("run", "stages.task.data.template=instruction")
-    (merged,) = choices_of(str(run / "task" / "merged")).values()
+    (merged,) = served_models(str(run / "task" / "merged")).values()
     assert (merged.template, merged.adapters) == ("instruction", ())
-    base, adapter = choices_of(str(run / "domain" / "adapter")).values()
+    base, adapter = served_models(str(run / "domain" / "adapter")).values()
     assert base.template == adapter.template == "instruction"
     assert adapter.adapters == (run / "domain" / "adapter",) and adapter.base == base.base
 
@@ -241,13 +241,13 @@ def test_what_was_trained_anew_in_the_same_place_has_another_mark(
 ) -> None:
     run = make_run()
     make_adapter(run / "both", LAYERS, 76)
-    before = {name: choice.mark for name, choice in choices_of(str(run)).items()}
+    before = {name: choice.mark for name, choice in served_models(str(run)).items()}
     record_stage(run / "task", "trained anew", "id0", "lora")
     (run / "task" / "merged" / "merge.json").write_text('{"result": "another model"}')
-    after_it = {name: choice.mark for name, choice in choices_of(str(run)).items()}
+    after_it = {name: choice.mark for name, choice in served_models(str(run)).items()}
     assert {name for name in before if before[name] != after_it[name]} == {"task"}
     assert before[BASE] == "" and len(before["both"]) == 12
-    assert choices_of(str(run / "task" / "merged"))[BASE].mark == "another mode"
+    assert served_models(str(run / "task" / "merged"))[BASE].mark == "another mode"
 
 
 def test_mistakes_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:

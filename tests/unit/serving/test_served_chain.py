@@ -25,8 +25,8 @@ from dtrain.models.weight_files import weight_files
 from dtrain.serving.adapter_list import list_adapters
 from dtrain.serving.chat import Chat
 from dtrain.serving.generate import Answers, generate
-from dtrain.serving.generator import Speaker
-from dtrain.serving.run_models import choices_of, open_run
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import open_run, served_models
 
 IDS = torch.arange(5, 45)[None]
 TOLERANCE = 1e-4
@@ -98,13 +98,13 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def speaker(run: Path) -> Speaker:
-    choice = choices_of(str(run))["task"]
-    return Speaker(choice, Model(base="of the choice"), torch.device("cpu"))
+def speaker(run: Path) -> TextGenerator:
+    choice = served_models(str(run))["task"]
+    return TextGenerator(choice, Model(base="of the choice"), torch.device("cpu"))
 
 
-def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: Speaker) -> None:
-    choices = choices_of(str(run))
+def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: TextGenerator) -> None:
+    choices = served_models(str(run))
     assert list(choices) == ["base", "domain", "task"]
     models = {name: plain(run / name / "merged") for name in ("domain", "task")}
     models["base"] = plain(stage_base(run))
@@ -114,9 +114,9 @@ def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: Speaker) 
 
 
 def test_what_does_not_fit_is_refused_and_the_one_before_still_answers(
-    run: Path, speaker: Speaker, tmp_path: Path
+    run: Path, speaker: TextGenerator, tmp_path: Path
 ) -> None:
-    choices = choices_of(str(run))
+    choices = served_models(str(run))
     speaker.switch(choices["domain"])
     before = speaker.logits(IDS)
     odd = tmp_path / "odd"
@@ -135,9 +135,9 @@ def test_what_does_not_fit_is_refused_and_the_one_before_still_answers(
 
 
 def test_a_chat_switches_adapters_and_keeps_what_was_said(
-    run: Path, speaker: Speaker, capsys: pytest.CaptureFixture[str]
+    run: Path, speaker: TextGenerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choices = choices_of(str(run))
+    choices = served_models(str(run))
     speaker.switch(choices["task"])
     chat = Chat(speaker, choices, "task", 6)
     lines = ["hello", "/adapter base", "hello", "/adapter nope", "/adapter", "", "/what", "/quit"]
@@ -176,7 +176,7 @@ def test_a_chat_reads_a_pipe(run: Path, environment: dict[str, str]) -> None:
 
 
 def test_generate_killed_goes_on_and_ends_as_undisturbed(
-    run: Path, speaker: Speaker, tmp_path: Path, environment: dict[str, str]
+    run: Path, speaker: TextGenerator, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"question": f"what is {n} and {'more ' * (n % 5)}?", "n": n} for n in range(80)]
@@ -196,7 +196,7 @@ def test_generate_killed_goes_on_and_ends_as_undisturbed(
     if killed.read_bytes().endswith(b"\n"):
         with open(killed, "ab") as file:
             file.write(json.dumps(rows[answered]).encode()[:20])  # cut off in the prompt
-    choice = choices_of(str(run))["task"]
+    choice = served_models(str(run))["task"]
     speaker.switch(choice)
     for target, batch in ((killed, 5), (whole, 3)):
         answers = Answers.open(target, prompts, f"{run} task {choice.mark}, up to 24 tokens")
@@ -207,7 +207,7 @@ def test_generate_killed_goes_on_and_ends_as_undisturbed(
 
 
 def test_the_combined_adapter_of_a_run_is_listed_and_answers(
-    run: Path, speaker: Speaker, tmp_path: Path
+    run: Path, speaker: TextGenerator, tmp_path: Path
 ) -> None:
     both = run / "both"
     if not both.exists():
@@ -218,7 +218,7 @@ def test_the_combined_adapter_of_a_run_is_listed_and_answers(
         assert found["both"].base == found["domain"].base == stage_base(run)
         assert found["task"].base == str(run / "domain" / "merged")
         assert found["both"].ranks == [12] and found["both"].origin.kind == "combined"
-        speaker.switch(choices_of(str(run))["both"])
+        speaker.switch(served_models(str(run))["both"])
         wanted = logits(plain(run / "task" / "merged"))
         assert (speaker.logits(IDS) - wanted).abs().max() < TOLERANCE
     finally:

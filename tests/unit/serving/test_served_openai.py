@@ -20,8 +20,8 @@ from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.merge import MergeJob
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.samples.make import ensure
-from dtrain.serving.generator import Speaker
-from dtrain.serving.run_models import Choice
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import ServedModel
 
 TALK = [{"role": "user", "content": "What is a number?"}]
 START_SECONDS = 180
@@ -76,7 +76,7 @@ def address(merged: Path, environment: dict[str, str], tmp_path: Path) -> Iterat
 
 
 def test_it_answers_as_the_model_does(merged: Path, address: str) -> None:
-    speaker = Speaker(Choice(str(merged)), Model(base="tiny"), torch.device("cpu"))
+    speaker = TextGenerator(ServedModel(str(merged)), Model(base="tiny"), torch.device("cpu"))
     (expected,) = speaker.answers([speaker.prompt(TALK)], 12)  # type: ignore[arg-type]
     http = openai.DefaultHttpxClient(trust_env=False)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", http_client=http)
