@@ -17,7 +17,7 @@ from dtrain.launching.submitit import submit
 
 
 def main() -> int:
-    """Submit, print the jobs' numbers."""
+    """Submit the recipes, print the jobs' ids."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipes", nargs="+", metavar="RECIPE|key=value")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm")
@@ -25,24 +25,24 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--minutes", type=int, default=24 * 60)
-    given = parser.parse_args()
-    overrides = [word for word in given.recipes if "=" in word]
+    arguments = parser.parse_args()
+    overrides = [text for text in arguments.recipes if "=" in text]
     try:
         jobs = submit(
-            [word for word in given.recipes if "=" not in word],
-            folder=given.folder,
+            [text for text in arguments.recipes if "=" not in text],
+            folder=arguments.folder,
             overrides=overrides,
-            executor=given.executor,
-            nodes=given.nodes,
-            gpus_per_node=given.gpus,
-            timeout_minutes=given.minutes,
+            executor=arguments.executor,
+            nodes=arguments.nodes,
+            gpus_per_node=arguments.gpus,
+            timeout_minutes=arguments.minutes,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     for job in jobs:
         print(job.job_id)
-    if given.executor == "local":  # nobody else waits for it
+    if arguments.executor == "local":  # this process alone waits for it
         return max(int(job.exception() is not None) for job in jobs)
     return 0
 

@@ -1,5 +1,5 @@
 # One attempt of a training job; every script here sources this file, and so does what
-# `dtrain submit` writes. README.md beside it lists the variables that it reads.
+# `dtrain submit` writes. README.md lists the variables that it reads.
 python="${DTRAIN_ENV:+$DTRAIN_ENV/bin/python}"
 if [[ -z "$python" && -x "${DTRAIN_HOME:-.}/.venv/bin/python" ]]; then
     python="${DTRAIN_HOME:-.}/.venv/bin/python"

@@ -10,12 +10,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 #SBATCH --comment=dtrain
-# Tokenises and packs a recipe's data without GPUs, in an array whose tasks share the work; the
-# cache (DTRAIN_CACHE) must lie where training sees it. A task that is killed loses one shard a
-# process; submit it again, or the whole array, or train: what is there is not made again.
+# Tokenizes and packs a recipe's data without GPUs, in an array whose tasks share the work. Training
+# must see the same cache (DTRAIN_CACHE). A killed task loses one shard for each of its processes:
+# submit it or the whole array again, or train; finished shards are kept.
 #   sbatch --account=me --array=1-32 slurm/prepare.sh model.base=/models/llama-3.1-70b
 DTRAIN_RECIPE="${DTRAIN_RECIPE:-7b-lora}"
 DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
-# What lies in the working folder must not be taken for a module; a checkout is meant to be.
+# A file of the working folder must not be imported as a module; a checkout's package must.
 [[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
 exec "${DTRAIN_ENV:-$DTRAIN_HOME/.venv}/bin/python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"

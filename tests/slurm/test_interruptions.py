@@ -1,4 +1,4 @@
-"""Whatever befalls a job, it ends with the weights of the job that nothing befell."""
+"""A job that is interrupted in any way ends with the weights of an undisturbed job."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KEYS = [
 RESTART_SECONDS = 150
 
 
-class Disturbed:
-    """A job in the middle of its first stage, to which things are done."""
+class DisturbedJob:
+    """A job that is interrupted several times in its first stage."""
 
     def __init__(self, cluster: Cluster, job: str, run: Path) -> None:
         self.cluster, self.job, self.run = cluster, job, run
-        self.told: list[str] = []
+        self.events: list[str] = []
 
     def last_step_at(self) -> float:
         """When metrics.jsonl was last written."""
@@ -42,7 +42,7 @@ class Disturbed:
         return json.loads(path.read_text()) if path.exists() else []
 
     def reach_limit(self) -> None:
-        """Hold the training still until the limit's warning is there; then take the limit away.
+        """Pause training until Slurm warns of the time limit; then remove the limit.
 
         A machine so busy that the warning comes before the first checkpoint does without.
         """
@@ -74,8 +74,8 @@ class Disturbed:
         self._wait(lambda: len(self.attempts()) >= attempt)
         self._wait(lambda: self.checkpoints() - before)
 
-    def suffer(self, name: str, event: Callable[[], object], *outcomes: str) -> None:
-        """Let something happen in mid stage; wait for the next step that is trained after it."""
+    def interrupt(self, name: str, event: Callable[[], object], *outcomes: str) -> None:
+        """Interrupt the job in mid stage; wait for the first step after it."""
         number = len(self.attempts())
         happened = time.monotonic()
         event()
@@ -84,7 +84,7 @@ class Disturbed:
         self._wait(lambda: self.last_step_at() > new["started"] + 2)
         took = time.monotonic() - happened
         old = self.attempts()[number - 1]
-        self.told.append(f"{name}: {old['outcome']}, next step after {took:.0f} s")
+        self.events.append(f"{name}: {old['outcome']}, next step after {took:.0f} s")
         assert old["outcome"] in outcomes, (name, old)
 
     def _wait(self, is_true: Callable[[], object]) -> None:
@@ -95,8 +95,8 @@ class Disturbed:
         assert state not in OVER or state == "NODE_FAIL", self.story()
 
     def story(self) -> str:
-        """What is known."""
-        return f"{self.told} {self.attempts()} {self.cluster.log_of(self.job)}"
+        """The events so far, the attempts and the log."""
+        return f"{self.events} {self.attempts()} {self.cluster.log_of(self.job)}"
 
 
 def weights(run: Path) -> list[bytes]:
@@ -106,36 +106,36 @@ def weights(run: Path) -> list[bytes]:
 
 
 @pytest.mark.timeout(900)
-def test_nothing_that_befalls_a_job_changes_its_weights(cluster, submit, tmp_path):
+def test_interrupted_job_ends_with_the_weights_of_an_undisturbed_one(cluster, submit, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [*TWO_NODES, "--nodelist=n3,n4"]
-    other = submit("70b-qlora", options, [*KEYS, f"output.folder={whole}"])
-    # Slurm looks at the clock every half minute: the warning comes 10 to 40 s after the start.
+    undisturbed = submit("70b-qlora", options, [*KEYS, f"output.folder={whole}"])
+    # Slurm checks time limits every half minute: the warning comes 10 to 40 s after the start.
     options = [*TWO_NODES, "--exclude=n3,n4", "--time=1", "--signal=B:USR1@20"]
     job = submit("70b-qlora", options, [*KEYS, f"output.folder={run}"])
-    disturbed = Disturbed(cluster, job, run)
+    disturbed = DisturbedJob(cluster, job, run)
     disturbed.until_begun()
 
-    disturbed.suffer("time limit", disturbed.reach_limit, "warned")
+    disturbed.interrupt("time limit", disturbed.reach_limit, "warned")
     disturbed.until_training(2)
     warn = ["scancel", "--batch", "--signal=USR1", job]
-    disturbed.suffer("warned", lambda: cluster.run(*warn), "warned")
+    disturbed.interrupt("warned", lambda: cluster.run(*warn), "warned")
     high = ["--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     nodes = "--nodelist=" + ",".join(f"n{number}" for number in disturbed.nodes())
-    disturbed.suffer("preempted", lambda: cluster.sbatch(*high, nodes), "preempted")
+    disturbed.interrupt("preempted", lambda: cluster.sbatch(*high, nodes), "preempted")
     disturbed.until_training(4)
     worker = cluster.processes(disturbed.nodes()[1], "dtrain.train")[0]
     lost = ("lost a worker", "crashed")
-    disturbed.suffer("worker killed", lambda: cluster.run("kill", "-KILL", worker), *lost)
+    disturbed.interrupt("worker killed", lambda: cluster.run("kill", "-KILL", worker), *lost)
     disturbed.until_training(5)
     agent = cluster.processes(disturbed.nodes()[1], "dtrain.torchrun")[0]
-    disturbed.suffer("agent killed", lambda: cluster.run("kill", "-KILL", agent), *lost)
+    disturbed.interrupt("agent killed", lambda: cluster.run("kill", "-KILL", agent), *lost)
     disturbed.until_training(6)
     node = f"NodeName=n{disturbed.nodes()[1]}"
     down = ["scontrol", "update", node, "State=DOWN", "Reason=test"]
-    disturbed.suffer("node down", lambda: cluster.run(*down), "lost", "completing", "node_fail")
+    disturbed.interrupt("node down", lambda: cluster.run(*down), "lost", "completing", "node_fail")
     cluster.run("scontrol", "update", node, "State=RESUME")
-    print("\n".join(disturbed.told))
-    assert cluster.wait(other, 300)["JobState"] == "COMPLETED"
+    print("\n".join(disturbed.events))
+    assert cluster.wait(undisturbed, 300)["JobState"] == "COMPLETED"
     assert cluster.wait(job, 300)["JobState"] == "COMPLETED"
     assert weights(run) == weights(whole)
