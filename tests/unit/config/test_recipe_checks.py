@@ -50,7 +50,7 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def test_nothing_wrong_says_nothing() -> None:
+def test_a_valid_recipe_has_no_clashes() -> None:
     assert check(recipe()) == []
 
 

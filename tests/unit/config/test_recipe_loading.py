@@ -1,4 +1,4 @@
-"""Reading a recipe: what it becomes, how it is overridden, and that every fault is told."""
+"""Loading a recipe: values, overrides, and messages that report all errors at once."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_wrong_override_is_named(write, override: str, message: str) -> None:
     assert message in faults(write(GOOD), override)
 
 
-def test_every_fault_is_told_at_once_with_its_line(write) -> None:
+def test_all_errors_are_reported_at_once_with_their_lines(write) -> None:
     bad = GOOD.replace("base:", "bsae:").replace("r: 8", "r: lots").replace("epochs: 1", "epoch: 1")
     text = faults(write(bad), "engine.kind=fsdp", "nonsense")
     assert "FILE:3: model.bsae: unknown key\n    → did you mean base?" in text
@@ -144,7 +144,7 @@ def test_every_fault_is_told_at_once_with_its_line(write) -> None:
     assert "override nonsense: is not of the form" in text
 
 
-def test_clashes_are_told_beside_wrong_values(write) -> None:
+def test_clashes_are_reported_together_with_wrong_values(write) -> None:
     bad = GOOD.replace("r: 8", "r: lots").replace("engine: {", "engine: {shard: 2, ")
     text = faults(write(bad))
     assert "stages.0.method.r must be a whole number" in text

@@ -134,7 +134,7 @@ def test_a_hub_id(load, monkeypatch) -> None:
     assert asked == [("org/corpus", "test")]
 
 
-def test_a_hub_id_that_cannot_be_had(fault, monkeypatch) -> None:
+def test_an_unknown_hub_id(fault, monkeypatch) -> None:
     def load_dataset(path, split):
         raise ConnectionError("no route")
 
@@ -171,7 +171,7 @@ def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
         (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
     ],
 )
-def test_faults_in_lines(fault, tmp_path, content, line, what) -> None:
+def test_errors_in_lines(fault, tmp_path, content, line, what) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {what}")
 
@@ -186,7 +186,7 @@ def test_a_broken_parquet_file(fault, tmp_path) -> None:
     assert "a.parquet#1: invalid parquet file" in fault(tmp_path / "a.parquet")
 
 
-def test_missing_columns_name_those_there_are(fault, write_rows, tmp_path) -> None:
+def test_a_missing_column_names_the_existing_ones(fault, write_rows, tmp_path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     message = fault(tmp_path / "a.parquet")
     assert "column `text` is missing; the row has body" in message
@@ -207,7 +207,7 @@ def test_missing_columns_name_those_there_are(fault, write_rows, tmp_path) -> No
         ([{"role": "user", "content": []}], "`messages[0].content` must be a text, not a list"),
     ],
 )
-def test_faults_in_messages(fault, write_rows, messages, what) -> None:
+def test_errors_in_messages(fault, write_rows, messages, what) -> None:
     path = write_rows("a.jsonl", [{"messages": messages}])
     assert fault(path, "messages").startswith(f"{path}:1: {what}")
 

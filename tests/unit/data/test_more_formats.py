@@ -281,7 +281,7 @@ class TestBroken:
         assert load(path) == ["x" * 200_000]
 
 
-def test_only_the_last_answer_is_learnt_if_asked(prepared, write_rows, tokenizer) -> None:
+def test_train_on_last_has_loss_on_the_last_answer_only(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"messages": [ASKED, SAID, ASKED, {**SAID, "content": "c"}]}])
     row = prepared("sft", [{"path": path}], sequence_length=256, train_on="last").row(0)
     assert tokenizer.decode(row.input_ids[row.supervised]) == "c<|im_end|>"

@@ -354,7 +354,7 @@ def test_a_turn_that_the_row_wants_learned_is(learned, key) -> None:
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail"),
     ],
 )
-def test_marks_that_cannot_be_obeyed_are_refused(marks, message) -> None:
+def test_invalid_train_flags_are_refused(marks, message) -> None:
     with pytest.raises(UserError, match=message):
         parse_messages([ASKED, said("Four.", **marks)], "messages", "f:1")
 

@@ -57,7 +57,7 @@ def test_other_values_of_such_a_column_say_nothing(shown, other) -> None:
     assert "⟦Four." in shown([{"messages": [ASKED, GOOD], **other}])
 
 
-def test_marks_of_turns_count_more_than_those_of_their_row(shown) -> None:
+def test_train_flags_of_turns_override_those_of_the_row(shown) -> None:
     turns = [ASKED, BAD, ASKED, {**GOOD, "weight": 1}]
     text = shown([{"messages": turns, "weight": 0}])
     assert "⟦Five." not in text and "⟦Four." in text
@@ -76,14 +76,14 @@ def parts(*marks):
     ]
 
 
-def test_marks_of_parts_are_those_of_the_turn(shown) -> None:
+def test_train_flags_of_blocks_apply_to_the_turn(shown) -> None:
     masked = {"role": "assistant", "content": parts(False, False)}
     text = shown([{"messages": [ASKED, masked, ASKED, GOOD]}])
     assert "⟦t0" not in text and "⟦Four." in text
 
 
 @pytest.mark.parametrize("marks", [(True, False), (None, False)])
-def test_parts_that_are_marked_apart_are_refused(marks) -> None:
+def test_blocks_with_different_train_flags_are_refused(marks) -> None:
     turns = [ASKED, {"role": "assistant", "content": parts(*marks)}]
     with pytest.raises(
         UserError, match=r"f:1: the blocks of `messages\[1\]` differ in whether they have loss"

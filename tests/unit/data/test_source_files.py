@@ -122,7 +122,7 @@ def test_nulls_in_a_json_text_of_arrow_stay(load, tmp_path, name) -> None:
     assert arguments_of(talk) == ARGUMENTS and talk.tools == TOOLS
 
 
-def test_a_key_twice_inside_a_row_is_refused(load, fault, tmp_path) -> None:
+def test_a_duplicate_key_in_a_row_is_refused(load, fault, tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n')
     assert fault(path).startswith(f"{path}:1: duplicate key `content`")
@@ -220,7 +220,7 @@ def test_questions_without_one_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("head", ["text,text", "a,text,b,text"])
-def test_a_column_twice_is_refused(fault, tmp_path, head) -> None:
+def test_a_duplicate_column_is_refused(fault, tmp_path, head) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"{head}\n" + ",".join("x" for _ in head.split(",")) + "\n")
     assert fault(path).startswith(f"{path}:1: duplicate column `text`")
@@ -233,7 +233,7 @@ def test_columns_without_a_name_are_nobodys(load, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_column_twice_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> None:
+def test_a_duplicate_column_in_an_arrow_file_is_refused(fault, tmp_path, suffix) -> None:
     path = tmp_path / f"a{suffix}"
     table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     if suffix == ".parquet":
@@ -288,7 +288,7 @@ def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> N
     assert "no known format has the columns a" in fault(path)
 
 
-def test_a_row_of_a_list_has_its_own_fault(tmp_path) -> None:
+def test_an_error_in_one_row_of_a_list_spares_the_others(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}, {"text": 1, "a": [{"b": 1, "b": 2}]}, {"text": "y"}]')
     parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
