@@ -147,7 +147,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     check_same_on_all_ranks(inputs, world)
     recipe = one_document_each(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far stays.
-    stop = StopFlag(run.path, looks_at_file=world.is_first)
+    stop = StopFlag(run.path, check_file=world.is_first)
     stop.listen()
     watchdog = HangWatchdog(
         run.heartbeats,

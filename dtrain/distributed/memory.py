@@ -9,7 +9,7 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start counting anew."""
+    """Reset the peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

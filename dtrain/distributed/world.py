@@ -1,4 +1,4 @@
-"""Who we are among the ranks, and what they agree on."""
+"""Process rank, device, and small CPU collectives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process's rank and device, and the collectives of all ranks."""
 
     rank: int
     size: int
@@ -34,7 +34,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files of the run."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -57,9 +57,9 @@ class World:
         return bytes(buffer.tolist()).decode()
 
     def rank0_first(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on the first rank, then on the others, which find what it left behind.
+        """Do `work` on the first rank, then on the others, which find its cached results.
 
-        They wait at the rendezvous' store, without a collective that would time out.
+        They wait on the rendezvous store: a collective would time out.
         """
         store = dist.distributed_c10d._get_default_store()
         if not self.is_first:
@@ -75,7 +75,7 @@ class World:
 
 
 def start_world(device: str) -> World:
-    """Join the process group that the launcher describes in the environment; alone without one.
+    """Join the process group that the launcher describes in the environment, if there is one.
 
     Args:
         device: "auto", "cpu" or "cuda" (recipe key `device`).

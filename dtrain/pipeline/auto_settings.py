@@ -1,4 +1,4 @@
-"""The plan beside a run: what `auto` becomes on these GPUs, and what a stage really took."""
+"""The plan during a run: resolve `auto` for these GPUs, and record measured memory and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out of memory: the numbers of that moment, the plan's beside them, and what would fit."""
+"""The out-of-memory message: current usage, the plan's estimate, and settings that would fit."""
 
 from __future__ import annotations
 

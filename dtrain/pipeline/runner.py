@@ -32,14 +32,14 @@ def run_chain(
     watchdog: HangWatchdog,
     allowed: set[str],
 ) -> bool:
-    """Run what is not complete yet; return False if it was stopped to go on later.
+    """Run the stages that are not complete; return False if interrupted.
 
     Args:
-        allowed: keys that may differ from those a half-done stage was begun with.
+        allowed: keys that may differ from those an incomplete stage was started with.
     """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
-    base, begun = inputs.base, list[StageRecord]()
+    base, started = inputs.base, list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
     done = stages_done(folders, world, wants_merged=recipe.output.merge)
     for stage, folder in zip(recipe.stages, folders, strict=True):
@@ -53,10 +53,10 @@ def run_chain(
             )
             if not run_stage(setup):
                 return False
-        begun.append(folder)
+        started.append(folder)
         base = folder.merged
         if world.is_first:
-            write_lineage(run, recipe, inputs, begun)
+            write_lineage(run, recipe, inputs, started)
     finish(run, recipe, inputs, folders[-1], evaluations, world)
     return True
 

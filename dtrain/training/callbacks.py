@@ -176,6 +176,6 @@ class NonFiniteStop(Callback):
             raise UserError(
                 f"loss or gradient was not finite {stage.non_finite_in_a_row} steps in a row",
                 where=f"stage {self._stage}, step {stage.step}",
-                fix="lower train.learning_rate, or look at the documents named in metrics.jsonl",
+                fix="lower train.learning_rate, or check the documents listed in metrics.jsonl",
                 status=Exit.NON_FINITE,
             )

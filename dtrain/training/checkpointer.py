@@ -102,7 +102,7 @@ class Checkpointer:
                 checkpoint.state["inputs"], self._inputs, set(allowed_changes)
             ):
                 say(f"allowed to change: {change}")
-            say(f"going on from step {checkpoint.step} ({checkpoint.folder})")
+            say(f"resuming from step {checkpoint.step} ({checkpoint.folder})")
         self._world.barrier()  # until no rank reads the folder any more
         if self._world.is_first:
             clean_leftovers(self._folder)

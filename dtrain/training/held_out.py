@@ -57,7 +57,7 @@ class HeldOutEvaluator:
             stage.ended_early = True
 
     def monitored_loss(self, stage: StageProgress) -> float | None:
-        """Of the monitored set, if it was evaluated after this very step and is finite."""
+        """The monitored set's loss, if it was evaluated after this very step and is finite."""
         if self._monitored is None or stage.evaluated_step != stage.step:
             return None
         return stage.held_out.get(self._monitored)

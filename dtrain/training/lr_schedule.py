@@ -9,7 +9,7 @@ from dtrain.config.schema import Train
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
-    """Learning rate of `step` (from 0) of `steps`: linear warm-up, then the schedule down to 0."""
+    """Learning rate of `step` (from 0) of `steps`: linear warm-up, then decay by the schedule."""
     warmup = ceil(train.warmup_ratio * steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup

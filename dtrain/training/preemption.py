@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal sets a flag and nothing more; ranks agree at the step's edge."""
+"""Requests to stop: a signal only sets a flag, and the ranks agree on it at the end of a step."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from dtrain.core.errors import Exit
 from dtrain.core.run_dir import RunDir
 
 END_TIME_VARIABLES = ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME")  # seconds since 1970
-SPARE_SECONDS = 30.0  # for what follows the save
+SPARE_SECONDS = 30.0  # for the work after the save
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by a signal, by a file named `stop` in the run folder, or by the job's end coming near.
+    """Set by a signal, by a file named `stop` in the run folder, or shortly before the job ends.
 
-    Once set it stays so. Ctrl-C again, a second or more later, ends this process at once.
+    Once set it stays set. A second Ctrl-C, at least a second later, ends this process at once.
+
+    Args:
+        run: the run folder.
+        check_file: whether this rank checks for the file.
     """
 
-    def __init__(self, run: Path, *, looks_at_file: bool) -> None:
-        self._file = RunDir(run).stop if looks_at_file else None
+    def __init__(self, run: Path, *, check_file: bool) -> None:
+        self._file = RunDir(run).stop if check_file else None
         self._end = end_time(os.environ)
         self._asked = False
         self._interrupted: float | None = None
 
     def listen(self) -> None:
-        """Catch the signals from now on. More of them than one do no harm."""
+        """Install the signal handlers. Repeated signals do no harm."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._catch)
 
     def is_set(self, step_seconds: float, save_seconds: float) -> bool:
-        """Whether this process was asked to stop, or has time for no more than one step and a save.
+        """Whether this process was asked to stop, or has no time for more than a step and a save.
 
         Args:
-            step_seconds: the longest of the last steps.
-            save_seconds: the last save, from its call to the disk.
+            step_seconds: duration of the longest recent step.
+            save_seconds: duration of the last save, from its call until it was on disk.
         """
         if self._end is not None and not self._asked:
             needed = 2 * step_seconds + 2 * save_seconds + SPARE_SECONDS
@@ -49,20 +53,20 @@ class StopFlag:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         if number == signal.SIGINT:
-            # A launcher may pass on what the terminal has sent to this process already.
+            # A launcher may forward a signal that the terminal has sent to this process already.
             now = time.monotonic()
             if self._interrupted is not None and now - self._interrupted > 1:
-                os._exit(Exit.INTERRUPTED)  # what is saved stays whole, whatever comes
+                os._exit(Exit.INTERRUPTED)  # complete checkpoints are not affected
             self._interrupted = self._interrupted or now
 
     def forget_file(self) -> None:
-        """The file has done its work; the next start shall not stop because of it."""
+        """Remove the file, so that it does not stop the next start."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
 
 def end_time(environ: Mapping[str, str]) -> float | None:
-    """When the job ends, in seconds since 1970, where the batch system says so."""
+    """End of the job in seconds since 1970; None if the batch system does not give it."""
     for name in END_TIME_VARIABLES:
         if environ.get(name, "").isdigit():
             return float(environ[name])

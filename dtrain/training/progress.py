@@ -1,4 +1,4 @@
-"""How far a stage has come: the counters that a checkpoint records besides tensors."""
+"""Progress of a stage: the counters that a checkpoint records in addition to tensors."""
 
 from __future__ import annotations
 

@@ -160,11 +160,11 @@ def test_damaged_files_are_named_and_the_run_ends_where_it_would_have(start_rank
     damage(folder / "domain/checkpoints/step-000003/rank-00000.safetensors")
     run = start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
     assert "step 3 cannot be used" in run.output and "rank-00000.safetensors" in run.output
-    assert "going on from step 2" in run.output
+    assert "resuming from step 2" in run.output
     cut(folder / "domain/checkpoints/step-000003/rank-00000.safetensors")
     damage(folder / "domain/stage.json")
     run = start_ranks(ranks=1).wait(0)
-    assert "stage.json is damaged" in run.output and "going on from step 2" in run.output
+    assert "stage.json is damaged" in run.output and "resuming from step 2" in run.output
     assert weights(folder) == weights(undisturbed.folder)
 
     damage(folder / "domain/merged/model.safetensors")
@@ -206,7 +206,7 @@ def test_a_full_disk_is_told_and_more_room_is_all_it_needs(
     assert "the earlier ones are intact" in run.output
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     run = start_ranks(*settings, folder=small_disk).wait(0)
-    assert "going on from step" in run.output
+    assert "resuming from step" in run.output
     assert weights(run.folder) == weights(undisturbed.folder)
 
 
@@ -240,7 +240,7 @@ def test_whoever_is_killed_the_same_command_goes_on(dtrain_run, victim) -> None:
     psutil.wait_procs(workers, 10)
     assert not any(worker.is_running() for worker in workers), "orphans"
     again = dtrain_run(*EVERY_STEP).wait(0)
-    assert "going on from step" in again.output
+    assert "resuming from step" in again.output
     again.assert_golden("lora")
 
 
@@ -258,4 +258,4 @@ def test_a_stopped_worker_is_found_named_and_killed(dtrain_run) -> None:
     assert outcome["reason"].startswith(said) and 'File "' in outcome["reason"]
     assert live.output.count(said) == 1
     again = dtrain_run(*settings).wait(0)
-    assert "going on from step" in again.output
+    assert "resuming from step" in again.output

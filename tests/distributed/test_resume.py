@@ -25,7 +25,7 @@ def test_killed_in_both_stages_it_ends_at_the_same_weights(start_ranks, weights,
         run.until(lambda: run.is_at(stage, step))  # noqa: B023
         run.kill().wait(-signal.SIGKILL)
     run = start_ranks(*settings).wait(0)
-    assert "stage domain: complete already" in run.output and "going on from step" in run.output
+    assert "stage domain: complete already" in run.output and "resuming from step" in run.output
     assert run.losses() == undisturbed.losses()
     assert weights(run.folder) == weights(undisturbed.folder)
 
@@ -37,7 +37,7 @@ def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
         assert run.json("outcome.json")["outcome"] == "interrupted"
     micro = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
     run = start_ranks("engine.kind=ddp", *micro, ranks=2).wait(0)
-    assert f"going on from step {len(legs)}" in run.output
+    assert f"resuming from step {len(legs)}" in run.output
     run.assert_golden("lora")
 
 
@@ -77,7 +77,7 @@ def test_a_signal_stops_it_and_a_second_run_is_refused_meanwhile(dtrain_run) -> 
     }
     (live.folder / "stop").touch()  # of this stop; the next run does not heed it
     again = dtrain_run(*EVERY_STEP).wait(0)
-    assert "going on from step" in again.output
+    assert "resuming from step" in again.output
     assert again.json("outcome.json")["outcome"] == "finished"
 
 
@@ -100,7 +100,7 @@ def test_a_killed_worker_comes_back_under_a_launcher_that_restarts(
     live.until_step("domain", 3)
     live.worker(1).kill()
     live.wait(0)
-    assert "going on from step" in live.output
+    assert "resuming from step" in live.output
     assert weights(live.folder) == weights(undisturbed.folder)
 
 

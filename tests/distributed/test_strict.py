@@ -37,7 +37,7 @@ def test_the_same_weights_when_ranks_change_in_mid_run(start_ranks, weights, kno
     for ranks in (2, 1):
         start_ranks(*SETTINGS, ranks=ranks, env=STOP_AT_ONCE).wait(75)
     run = start_ranks(*SETTINGS, ranks=4).wait(0)
-    assert "going on from step 2" in run.output
+    assert "resuming from step 2" in run.output
     assert same(known, weights(run.folder))
 
 

@@ -26,7 +26,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_and_more_of_them_do_no_harm(tmp_path: Path, number: int) -> None:
-    flag = StopFlag(tmp_path, looks_at_file=True)
+    flag = StopFlag(tmp_path, check_file=True)
     flag.listen()
     assert not flag.is_set(1.0, 1.0)
     for _ in range(3):
@@ -35,7 +35,7 @@ def test_a_signal_asks_and_more_of_them_do_no_harm(tmp_path: Path, number: int) 
 
 
 def test_the_file_asks_the_rank_that_looks_and_is_gone_when_it_was_heeded(tmp_path: Path) -> None:
-    looks, other = (StopFlag(tmp_path, looks_at_file=looks) for looks in (True, False))
+    looks, other = (StopFlag(tmp_path, check_file=checks) for checks in (True, False))
     (tmp_path / "stop").touch()
     assert looks.is_set(0, 0) and not other.is_set(0, 0)
     looks.forget_file()
@@ -50,7 +50,7 @@ def test_it_stops_while_there_is_time_for_a_step_and_a_save(
     needed = 2 * step + 2 * save + SPARE_SECONDS
     monkeypatch.setattr(time, "time", lambda: now)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + needed + left)))
-    assert StopFlag(tmp_path, looks_at_file=False).is_set(step, save) == stops
+    assert StopFlag(tmp_path, check_file=False).is_set(step, save) == stops
 
 
 def test_our_own_variable_counts_more_than_slurms() -> None:
