@@ -35,10 +35,10 @@ def _as_before() -> Iterator[None]:
     """Leave the kernels' compiled loops, which the whole process uses or not, as they were."""
     name = "dtrain.models.kernels.native"
     native = sys.modules.get(name)
-    was_on = native is not None and native.is_on()
+    was_on = native is not None and native.is_enabled()
     yield
-    if (native := sys.modules.get(name)) is not None and native.is_on() != was_on:
-        native.switch(on=was_on)
+    if (native := sys.modules.get(name)) is not None and native.is_enabled() != was_on:
+        native.set_enabled(on=was_on)
 
 
 _loops_of_a_file = pytest.fixture(scope="module", autouse=True)(_as_before)

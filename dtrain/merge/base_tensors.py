@@ -24,7 +24,7 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.models.weight_files import read_header, weight_files
 
 # A second to import, and few merges need them.
-models: Any = LazyModule("dtrain.models.outline")
+models: Any = LazyModule("dtrain.models.meta_model")
 model_names: Any = LazyModule("dtrain.models.weight_files")
 transformers: Any = LazyModule("transformers")
 COMPARED_BYTES = 1 << 22
@@ -95,11 +95,11 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
             model = self._model
         except UserError:
             return {}
-        return {} if model is None else model_names.file_names(model, self).stored
+        return {} if model is None else model_names.match_state_dict(model, self).stored
 
     @cached_property
     def _model(self) -> Any:
-        return _outline(self.folder)
+        return _meta_model(self.folder)
 
     @cached_property
     def has_transposed_layers(self) -> bool:
@@ -200,7 +200,7 @@ def untied_config(folder: Path) -> str:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     with TemporaryDirectory() as probe:
         (Path(probe) / "config.json").write_text(text, encoding="utf-8")
-        if _tied_parameters(_outline(Path(probe))) is not None:
+        if _tied_parameters(_meta_model(Path(probe))) is not None:
             raise UserError(
                 f"embedding and output head of a {config.get('model_type')} cannot be untied, but "
                 "the adapter changes them differently",
@@ -214,7 +214,7 @@ def _tied_parameters(model: Any) -> tuple[str, str] | None:
     """Return the model's own names of the embedding and the head that are one parameter.
 
     Args:
-        model: from `_outline`.
+        model: from `_meta_model`.
     """
     output = model.get_output_embeddings() if model is not None else None
     if model is None or output is None:
@@ -228,11 +228,11 @@ def _tied_parameters(model: Any) -> tuple[str, str] | None:
     return (embedding, f"{head}.weight") if embedding else None
 
 
-def _outline(folder: Path) -> Any:
+def _meta_model(folder: Path) -> Any:
     """Return the model without storage; None if it cannot be built and nothing is tied."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return models.outline(config)
+        return models.build_meta_model(config)
     except Exception as error:  # custom code, an unknown architecture or setting
         raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not raw.get("tie_word_embeddings"):

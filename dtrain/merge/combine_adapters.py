@@ -33,9 +33,9 @@ from dtrain.models.peft_format import (
     CONFIG,
     GENERATION,
     WEIGHTS,
-    Origin,
-    origin,
+    AdapterOrigin,
     read_adapter_config,
+    read_adapter_origin,
 )
 from dtrain.models.tensor_utils import all_finite
 
@@ -128,35 +128,37 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -> Origin:
+def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -> AdapterOrigin:
     """Return the origin of the combined adapter.
 
     Raises:
         UserError: the second was trained neither after the first nor on the same base.
     """
-    a, b = origin(first), origin(second)
+    a, b = read_adapter_origin(first), read_adapter_origin(second)
     if _was_trained_after(first, a, b, configs[1]):
-        if b.quantised:
+        if b.base_in_nf4:
             raise UserError(
                 "was trained over the merged model in NF4, which rounded base and first adapter "
                 "together: no adapter of the first base is equal to that",
                 where=str(second),
                 fix="serve the merged model, or this adapter on the merged model before it",
             )
-        return Origin(b.identity, a.parent, a.quantised, "combined")
+        return AdapterOrigin(b.identity, a.parent, a.base_in_nf4, "combined")
     bases = [config.get("base_model_name_or_path") for config in configs]
     same = a.parent == b.parent if a.parent and b.parent else bases[0] == bases[1]
-    if not same or a.quantised != b.quantised:
+    if not same or a.base_in_nf4 != b.base_in_nf4:
         raise UserError(
             f"was trained on {bases[1]}, which is neither {bases[0]} nor that model with {first} "
             "merged into it",
             where=str(second),
             fix="combine an adapter with the one trained right after it",
         )
-    return Origin(None, a.parent, a.quantised, "combined")
+    return AdapterOrigin(None, a.parent, a.base_in_nf4, "combined")
 
 
-def _was_trained_after(first: Path, a: Origin, b: Origin, config: dict[str, Any]) -> bool:
+def _was_trained_after(
+    first: Path, a: AdapterOrigin, b: AdapterOrigin, config: dict[str, Any]
+) -> bool:
     """Return whether the second adapter was trained on the model with `first` merged into it."""
     if a.identity is not None and b.parent is not None:
         return a.identity == b.parent

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.merge.base_tensors import FLOATS, BaseTensors
-from dtrain.models.kernels.nf4_pack import pack_fast
 from dtrain.models.load import read_config
-from dtrain.models.outline import outline
-from dtrain.models.quantize import nf4_layers
+from dtrain.models.meta_model import build_meta_model
+from dtrain.models.quantize import nf4_layers, pack_natively
 
 CPU = torch.device("cpu")
 SCALES_BLOCK = 256  # of bitsandbytes' double quantization
@@ -53,12 +52,12 @@ class Nf4Base:
         config = read_config(base.folder, trust_remote_code=trust_remote_code)
         self.names: set[str] = set()
         self.dtype, self.device = dtype, device
-        pack_fast()
+        pack_natively()
         loaded_in = str(dtype or "as stored").removeprefix("torch.")
         self.description = {"quantization": "nf4", "loaded_in": loaded_in}
         if device != CPU:
             self.description["quantized_on"] = device.type
-        for layer in sorted(nf4_layers(outline(config, trust_remote_code))):
+        for layer in sorted(nf4_layers(build_meta_model(config, trust_remote_code))):
             name = base.stored_name(f"{layer}.weight")
             if name is None or base[name][0] not in FLOATS:
                 message = f"{layer} was in NF4, but the base has no plain float weight of it"

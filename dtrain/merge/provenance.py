@@ -15,8 +15,7 @@ from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, StageDir
-from dtrain.models.peft_format import COMBINED
-from dtrain.models.peft_format import origin as combined_origin
+from dtrain.models.peft_format import COMBINED, read_adapter_origin
 from dtrain.models.weight_files import weight_files
 
 
@@ -74,11 +73,11 @@ def adapter_origin(folder: Path) -> TrainingOrigin | None:
     """
     if not (folder / COMBINED).is_file():
         return stage_origin(folder.resolve().parent)
-    origin = combined_origin(folder)
+    origin = read_adapter_origin(folder)
     if origin.identity is None or origin.parent is None:
         return None
     run = folder.resolve().parent
-    return TrainingOrigin(origin.identity, origin.parent, origin.quantised, None, {}, run)
+    return TrainingOrigin(origin.identity, origin.parent, origin.base_in_nf4, None, {}, run)
 
 
 def origin_from_inputs(

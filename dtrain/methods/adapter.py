@@ -24,7 +24,7 @@ from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.outline import linear_layers, outline, unused_layers
+from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
 from dtrain.models.peft_format import CONFIG, WEIGHTS
 from dtrain.models.tensor_utils import all_finite
 
@@ -48,8 +48,10 @@ class AdapterMethod(Method[Settings]):
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
-        described = outline(model.config, trust_remote_code=model.is_custom_code())
-        targets = resolve_targets(model, self.settings.target_modules, unused_layers(described))
+        described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
+        targets = resolve_targets(
+            model, self.settings.target_modules, unused_linear_layers(described)
+        )
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()

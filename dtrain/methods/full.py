@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from dtrain.config.methods import Full
 from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
-from dtrain.models.outline import outline, unused_parameters
+from dtrain.models.meta_model import build_meta_model, unused_parameters
 
 
 class FullFineTuning(Method[Full]):
@@ -18,7 +18,9 @@ class FullFineTuning(Method[Full]):
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
-        unused = unused_parameters(outline(model.config, trust_remote_code=model.is_custom_code()))
+        unused = unused_parameters(
+            build_meta_model(model.config, trust_remote_code=model.is_custom_code())
+        )
         for name, parameter in model.named_parameters():
             if parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

@@ -1,1 +1,1 @@
-"""Models: found, loaded, quantised, given adapters, run on packed rows, saved."""
+"""Models: found, loaded, quantized, given adapters, run on packed rows, saved."""

@@ -1,11 +1,11 @@
-"""Attention over packed rows, one document at a time.
+"""Attention over packed sequences, one document at a time.
 
-A row [1, T] holds documents end to end, told apart by position ids that restart. transformers'
-own sdpa keeps them apart by a T x T mask: it computes every pair and throws most away. The
-implementation "documents" registered here computes each document's causal square and nothing
-else: no mask, no wasted pair, the same numbers.
+A packed sequence [1, T] holds documents one after the other; position ids restart at each.
+transformers' sdpa separates them by a T x T mask: it computes every pair and discards most. The
+implementation "documents", registered here, computes only each document's causal square, without a
+mask and with the same results.
 
-Letters: T tokens of a row, n of a document, H query heads, K key/value heads, D head size.
+Letters: T tokens of a sequence, n of a document, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -29,104 +29,105 @@ from transformers.masking_utils import sdpa_mask
 
 from dtrain.core.log import warn
 from dtrain.distributed.memory import send
-from dtrain.models.kernels.causal_attention import causal_attention, fits
+from dtrain.models.kernels.causal_attention import causal_attention, supports_causal_attention
 
 NAME = "documents"
-# What FlashAttention-2 was written for, where torch brings it along.
+# GPUs (compute capability) and head sizes that torch's FlashAttention-2 supports.
 VARLEN_CAPABILITY, VARLEN_HEAD_SIZE = (8, 0), 256
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What stands in the mask's place, found once a forward pass.
+    """The documents of a packed sequence, passed to attention instead of a mask.
 
-    A class that no wrapper looks into: engines rebuild tuples that pass through them.
+    It is a class because engines rebuild tuples that pass through their wrappers.
 
     Attributes:
-        lengths: tokens of each document of the row.
-        window: a token sees itself and the ones before it, this many in all; None: all of them.
+        lengths: tokens of each document.
+        window: how many tokens a token sees, itself included; None: all before it.
     """
 
     lengths: tuple[int, ...]
     window: int | None
     _borders: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def borders(self, device: torch.device) -> Tensor:
-        """Where documents begin, and where the last one ends: int32 [documents + 1].
+    def boundaries(self, device: torch.device) -> Tensor:
+        """Start of each document, and the end of the last: int32 [documents + 1].
 
-        Copied once for all layers, masks and recomputations of a forward pass.
+        The copy to a device is made once per forward pass, for all layers.
         """
         if device not in self._borders:
             ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
             self._borders[device] = send(ends, device)
         return self._borders[device]
 
-    def __getitem__(self, places: Any) -> Tensor:
-        """A part of the mask that sdpa takes in its place, bool [1, 1, T, T], on the CPU.
+    def __getitem__(self, index: Any) -> Tensor:
+        """Index the equivalent mask of sdpa, bool [1, 1, T, T], on the CPU.
 
-        Gemma 4 cuts queries out of it whose logits nobody asked for.
+        Gemma 4 slices it to the queries whose logits are asked for.
         """
         document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         seen = (document[:, None] == document).tril()
         if self.window is not None:
             seen = seen.triu(1 - self.window)
-        return seen[None, None][places]
+        return seen[None, None][index]
 
 
-_row: ContextVar[Documents | None] = ContextVar("row", default=None)
+_documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
 
 
 @contextmanager
-def row_of(lengths: Sequence[int]) -> Iterator[None]:
-    """Make the masks of the forward pass inside from what the caller knows of its row.
+def use_document_lengths(lengths: Sequence[int]) -> Iterator[None]:
+    """Build the masks of the enclosed forward pass from known document lengths.
 
-    Without it transformers and `find_documents` ask the device, and wait for the answer.
+    Without it transformers and `detect_documents` read the lengths from the device and wait for it.
 
     Args:
-        lengths: tokens of each document of the row.
+        lengths: tokens of each document of the packed sequence.
     """
-    token = _row.set(Documents(tuple(lengths), None))
+    token = _documents.set(Documents(tuple(lengths), None))
     try:
         yield
     finally:
-        _row.reset(token)
+        _documents.reset(token)
 
 
-def known_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
-    """Tokens of each document, where the caller of the model said what its row [1, T] holds."""
-    row = _row.get()
-    known = row is not None and position_ids.shape == (1, sum(row.lengths))
-    return row.lengths if row is not None and known else None
-
-
-def _sequence_numbers(position_ids: Tensor) -> Tensor | None:
-    """In place of transformers' `find_packed_sequence_indices`, without its question."""
-    row = _row.get()
-    if row is None or known_lengths(position_ids) is None:
-        return _transformers_sequence_numbers(position_ids)
-    if len(row.lengths) == 1:
+def known_document_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
+    """Tokens of each document of [1, T], if `use_document_lengths` set them."""
+    documents = _documents.get()
+    if documents is None or position_ids.shape != (1, sum(documents.lengths)):
         return None
-    places = torch.arange(position_ids.shape[1], device=position_ids.device)
-    inner_borders = row.borders(position_ids.device)[1:-1]
-    return torch.bucketize(places, inner_borders, right=True).unsqueeze(0)
+    return documents.lengths
+
+
+def _document_indices(position_ids: Tensor) -> Tensor | None:
+    """Replaces transformers' `find_packed_sequence_indices`, which waits for the device."""
+    documents = _documents.get()
+    if documents is None or known_document_lengths(position_ids) is None:
+        return _transformers_document_indices(position_ids)
+    if len(documents.lengths) == 1:
+        return None
+    positions = torch.arange(position_ids.shape[1], device=position_ids.device)
+    inner_boundaries = documents.boundaries(position_ids.device)[1:-1]
+    return torch.bucketize(positions, inner_boundaries, right=True).unsqueeze(0)
 
 
 def _packed_mask_function(
     mask_function: Callable[..., Tensor], *args: Any, **kwargs: Any
 ) -> Callable[..., Tensor]:
-    """As transformers' own, and says which mask it puts into each document."""
+    """transformers' function, which also records the mask inside each document."""
     assert _transformers_packed_mask_function is not None
     result = _transformers_packed_mask_function(mask_function, *args, **kwargs)
     result.inside = mask_function  # type: ignore[attr-defined]
     return result
 
 
-_transformers_sequence_numbers = masking_utils.find_packed_sequence_indices
+_transformers_document_indices = masking_utils.find_packed_sequence_indices
 _transformers_packed_mask_function: Callable[..., Callable[..., Tensor]] | None = getattr(
     masking_utils, "packed_sequence_compatibility_function", None
 )
-masking_utils.find_packed_sequence_indices = _sequence_numbers
-if _transformers_packed_mask_function is not None:  # older versions: `find_documents` asks
+masking_utils.find_packed_sequence_indices = _document_indices
+if _transformers_packed_mask_function is not None:  # else `detect_documents` finds them
     masking_utils.packed_sequence_compatibility_function = _packed_mask_function
 
 
@@ -140,14 +141,14 @@ def document_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | Documents | None:
-    """Called by transformers where it would build a mask.
+    """The documents of a packed sequence; transformers calls this to build a mask.
 
-    A packed row, and nothing else, gives documents. Padding, a key/value cache, several rows or
-    a mask of the model's own making (generation, other people's calls) give sdpa's usual mask.
+    For anything else (padding, a key/value cache, several sequences or a mask of the model's own,
+    as in generation) it returns sdpa's mask.
     """
     if batch_size == 1 and q_length == kv_length and attention_mask is None and not use_vmap:
-        documents = _documents_of_row(mask_function, q_length)
-        documents = documents or find_documents(mask_function, q_length, device)
+        documents = _known_documents(mask_function, q_length)
+        documents = documents or detect_documents(mask_function, q_length, device)
         if documents is not None:
             return documents
     return sdpa_mask(
@@ -156,33 +157,33 @@ def document_mask(
     )  # fmt: skip
 
 
-def _documents_of_row(mask_function: Callable[..., Tensor], tokens: int) -> Documents | None:
-    """Read the window off a mask function, where the row is known; None if that does not do.
+def _known_documents(mask_function: Callable[..., Tensor], tokens: int) -> Documents | None:
+    """The documents of `use_document_lengths`, with the window of a mask function; else None.
 
-    The mask inside a document knows positions alone, so that the host can ask it.
+    The mask inside a document depends on positions alone, so it can be evaluated on the CPU.
     """
-    row = _row.get()
-    if row is None or sum(row.lengths) != tokens:
+    documents = _documents.get()
+    if documents is None or sum(documents.lengths) != tokens:
         return None
-    alone = mask_function if len(row.lengths) == 1 else None
+    alone = mask_function if len(documents.lengths) == 1 else None
     inside = getattr(mask_function, "inside", alone)
-    longest = max(row.lengths)
+    longest = max(documents.lengths)
     try:
-        found = find_documents(inside, longest, "cpu") if inside is not None else None
-    except RuntimeError:  # it holds tensors of a device
+        detected = detect_documents(inside, longest, "cpu") if inside is not None else None
+    except RuntimeError:  # the mask function uses tensors of another device
         return None
-    if found is None or found.lengths != (longest,):
+    if detected is None or detected.lengths != (longest,):
         return None
-    return replace(row, window=found.window)
+    return replace(documents, window=detected.window)
 
 
-def find_documents(
+def detect_documents(
     mask_function: Callable[..., Tensor], tokens: int, device: torch.device | str
 ) -> Documents | None:
-    """Read lengths and window off a mask function in O(T); None if a token sees a later one.
+    """Find document lengths and window of a mask function in O(T); None if it is not causal.
 
     Args:
-        mask_function: (batch, head, query position, key position) → whether it is seen.
+        mask_function: (batch, head, query position, key position) → whether the query sees the key.
     """
 
     def sees(query: Tensor, key: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def document_attention(
     Args:
         query: [1, H, T, D].
         key, value: [1, K, T, D]; H is a multiple of K.
-        attention_mask: what document_mask gave.
+        attention_mask: from `document_mask`.
 
     Returns:
         [1, T, H, D], and no attention weights.
@@ -229,12 +230,12 @@ def document_attention(
         )
         return output, None
     lengths, window = attention_mask.lengths, attention_mask.window
-    if window is None and dropout == 0.0 and fits(query, key, value):
+    if window is None and dropout == 0.0 and supports_causal_attention(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
-    if dropout == 0.0 and takes_varlen(query, value):
+    if dropout == 0.0 and supports_varlen(query, value):
         return varlen_attention(query, key, value, attention_mask, scaling), None
-    # split, not slices: a slice's gradient is a zero tensor as large as the row, one a document.
+    # split, not slices: the gradient of each slice would be a zero-filled tensor of T tokens
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
         _one_document(q, k, v, dropout, scaling, window) for q, k, v in zip(*parts, strict=True)
@@ -242,8 +243,8 @@ def document_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def takes_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's flash attention for rows of documents takes such tensors, by its papers."""
+def supports_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch documents that its varlen flash attention supports such tensors."""
     size = query.shape[-1]
     return (
         query.is_cuda
@@ -254,30 +255,30 @@ def takes_varlen(query: Tensor, value: Tensor) -> bool:
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
-        and torch_varlen() is not None
+        and load_torch_varlen() is not None
     )
 
 
 @cache
-def torch_varlen() -> Callable[..., Any] | None:
-    """Torch's own, where it has the form called here; otherwise a warning, once.
+def load_torch_varlen() -> Callable[..., Any] | None:
+    """torch's varlen attention; None, after one warning, if this version lacks its arguments.
 
-    Looked for when a GPU asks, because what it imports is for GPUs.
+    Imported on first use, as it imports GPU libraries.
     """
     try:
-        found: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
-        if {"scale", "window_size"} <= signature(found).parameters.keys():
-            return found
+        function: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+        if {"scale", "window_size"} <= signature(function).parameters.keys():
+            return function
     except (ImportError, AttributeError):
         pass
-    warn("attention: torch's varlen_attn takes no scale or window here; documents one by one")
+    warn("attention: torch's varlen_attn has no scale or window here; documents run one by one")
     return None
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None
 ) -> Tensor:
-    """All documents of a row in one call of torch's own flash attention; never run here.
+    """All documents of a sequence in one call of torch's flash attention.
 
     Args:
         query, key, value: as for `document_attention`.
@@ -285,8 +286,8 @@ def varlen_attention(
     Returns:
         [1, T, H, D].
     """
-    attend = torch_varlen()
-    assert attend is not None, "ask takes_varlen first"
+    attend = load_torch_varlen()
+    assert attend is not None, "call supports_varlen first"
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     more: dict[str, Any] = {}
     if (groups := q.shape[1] // k.shape[1]) > 1:
@@ -294,10 +295,19 @@ def varlen_attention(
             more["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
-    borders, longest = documents.borders(query.device), max(documents.lengths)
+    boundaries, longest = documents.boundaries(query.device), max(documents.lengths)
     before = -1 if documents.window is None else documents.window - 1
     output: Tensor = attend(
-        q, k, v, borders, borders, longest, longest, scale=scale, window_size=(before, 0), **more
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(before, 0),
+        **more,
     )
     return output.unsqueeze(0)
 
@@ -310,7 +320,7 @@ def _one_document(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """[1, H, n, D], [1, K, n, D] twice → [1, n, H, D]."""
+    """Attention in one document: [1, H, n, D] and [1, K, n, D] twice → [1, n, H, D]."""
     tokens = query.shape[2]
     mask = None
     if window is not None and tokens > window:

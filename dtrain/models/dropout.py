@@ -1,8 +1,7 @@
-"""Dropout whose masks belong to sequences, not to processes.
+"""Dropout keyed by sequence, so that masks do not depend on ranks or micro-batches.
 
-Torch draws dropout from a generator of the process, so that the numbers depend on how many
-ranks there are and on how rows fall into micro-batches. Here the mask of a layer's input is a
-function of (seed, step, sequence, layer) alone: any number of ranks, any micro-batch and any
+torch draws dropout masks from one generator a process. Here the mask of a layer's input is a
+function of (seed, step, sequence, layer) alone: any number of ranks, any micro-batch size and any
 recomputation drop the same elements.
 """
 
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from dtrain.models.kernels import native
 
-LANES = 4  # 16-bit numbers in one drawn int64: a quarter of the draws
+LANES = 4  # 16-bit numbers in a drawn int64: four elements per draw
 LEVELS = 1 << 16
 
 
 @dataclass
 class DropoutKey:
-    """What the next forward pass works on; one object, shared by all layers of a model."""
+    """The sequences of the next forward pass; all layers of a model share one key."""
 
     seed: int = 0
     step: int = 0
@@ -33,10 +32,10 @@ class DropoutKey:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout on [1, T, h] for rows of sequences laid end to end.
+    """Dropout on [1, T, h], where T holds one sequence after the other.
 
     Args:
-        p: share of dropped elements (kept to 1/65,536).
+        p: probability of dropping an element, rounded to 1/65,536.
         layer: the layer's name, part of the mask's key.
         key: shared with the model's other layers.
     """
@@ -48,26 +47,26 @@ class KeyedDropout(nn.Module):
         self.scale = LEVELS / (LEVELS - self.threshold)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop and rescale in training mode; the identity in evaluation."""
+        """Apply dropout in training mode; the identity in evaluation."""
         if not self.drops:
             return x
-        result: Tensor = _Drop.apply(x, self.kept(x), self.scale)
+        result: Tensor = _Drop.apply(x, self.keep_mask(x), self.scale)
         return result
 
     @property
     def drops(self) -> bool:
-        """Whether the next call drops anything: in training only.
+        """Whether the next call drops anything.
 
-        A micro-batch of no sequences is two tokens that count nowhere.
+        It does not in evaluation, nor for an empty micro-batch, whose two tokens count nowhere.
         """
-        assert not self.training or self.key.lengths is not None, "set_dropout_key comes first"
+        assert not self.training or self.key.lengths is not None, "call set_dropout_key first"
         return self.training and self.threshold > 0 and bool(self.key.lengths)
 
-    def kept(self, x: Tensor) -> Tensor:
-        """Which elements of x [1, T, h] stay, as bool."""
-        key, (rows, tokens, width) = self.key, x.shape
-        assert rows == 1, "rows are laid end to end, not stacked"
-        assert key.lengths and sum(key.lengths) == tokens, "the key is of another micro-batch"
+    def keep_mask(self, x: Tensor) -> Tensor:
+        """The elements of x [1, T, h] to keep, as bool."""
+        key, (batch, tokens, width) = self.key, x.shape
+        assert batch == 1, "sequences are concatenated, not stacked"
+        assert key.lengths and sum(key.lengths) == tokens, "the key is for another micro-batch"
         kept = torch.empty(1, tokens, width, dtype=torch.bool, device=x.device)
         parts = kept[0].split(key.lengths)
         for sequence, part in zip(key.sequences, parts, strict=True):
@@ -75,11 +74,11 @@ class KeyedDropout(nn.Module):
         return kept
 
     def _draw(self, kept: Tensor, sequence: int) -> None:
-        """Fill kept [n, h] for one sequence."""
+        """Fill the mask [n, h] of one sequence."""
         name = f"{self.key.seed} {self.key.step} {sequence} {self.layer}"
         number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
         least = self.threshold - LEVELS // 2
-        if kept.is_cpu and native.fits():  # the same numbers, drawn faster
+        if kept.is_cpu and native.supports():  # draws the same numbers, faster
             native.call("keep", kept, kept.numel(), number >> 1 & 0xFFFFFFFF, least)
             return
         generator = torch.Generator(kept.device).manual_seed(number >> 1)
@@ -89,12 +88,12 @@ class KeyedDropout(nn.Module):
         torch.ge(lanes, least, out=kept)
 
     def extra_repr(self) -> str:
-        """As torch's Dropout, plus the key."""
+        """The arguments, for the model's representation."""
         return f"p={self.p}, layer={self.layer}"
 
 
 class _Drop(torch.autograd.Function):
-    """x * kept * scale, remembering one byte an element."""
+    """x * kept * scale; saves one byte per element for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
@@ -109,7 +108,7 @@ class _Drop(torch.autograd.Function):
 
 
 def key_dropouts(model: nn.Module) -> None:
-    """Replace every LoRA dropout with p > 0 by a keyed one."""
+    """Replace every LoRA dropout with p > 0 by KeyedDropout."""
     key = DropoutKey()
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
@@ -123,12 +122,12 @@ def key_dropouts(model: nn.Module) -> None:
 def set_dropout_key(
     model: nn.Module, seed: int, step: int, sequences: list[int], lengths: list[int]
 ) -> None:
-    """Say what the next forward passes work on; a model without keyed dropout is left alone.
+    """Set the dropout key of the next forward pass; does nothing without keyed dropout.
 
     Args:
         model: wrapped by an engine or not.
-        sequences: numbers of the micro-batch's sequences, unique in the step.
-        lengths: their numbers of tokens; the row is these laid end to end.
+        sequences: numbers of the micro-batch's sequences, unique within the step.
+        lengths: tokens of each of these sequences, in their order in the micro-batch.
     """
     for module in model.modules():
         if isinstance(module, KeyedDropout):

@@ -1,4 +1,4 @@
-"""A base model from a folder of safetensors, frozen, ready for an adapter or for full training."""
+"""Loads a base model from a folder of safetensors, frozen and prepared for training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
-from dtrain.models.kernels.nf4_pack import pack_fast
-from dtrain.models.outline import check_dense, first_line, linear_layers, outline
+from dtrain.models.meta_model import build_meta_model, check_dense, first_line, linear_layers
 from dtrain.models.positions import rotate_by_document
-from dtrain.models.quantize import check_quantised, forbid_repacking, nf4_config, nf4_layers
+from dtrain.models.quantize import (
+    check_quantized,
+    forbid_repacking,
+    nf4_config,
+    nf4_layers,
+    pack_natively,
+)
 from dtrain.models.weight_files import check_complete, read_header, weight_files
 from dtrain.planning import shapes
 
@@ -29,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen base and of compute; `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """The compute dtype that `model.dtype` names; auto: bfloat16 on a GPU, float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
@@ -39,74 +44,75 @@ def load_base(
     folder: Path,
     settings: schema.Model,
     *,
-    quantised: bool,
+    quantized: bool,
     dtype: torch.dtype,
     device: torch.device,
-    spread: bool = False,
+    all_gpus: bool = False,
 ) -> PreTrainedModel:
-    """Load a base model, frozen, tensor by tensor from memory-mapped safetensors.
+    """Load a frozen base model, tensor by tensor from memory-mapped safetensors.
 
-    Full fine-tuning wants `dtype=torch.float32`. The base's own dropouts are switched off: their
-    masks would depend on the number of ranks.
+    The base's own dropout is turned off, as its masks would depend on the number of ranks.
 
     Args:
-        folder: from `resolve.base_folder`.
-        quantised: hold the linear layers in NF4, with `dtype` for storage and compute.
-        spread: over all GPUs of this machine, for one process that only computes forward.
+        folder: from `hub.base_folder`.
+        quantized: keep the linear layers in NF4, with `dtype` for storage and compute.
+        dtype: float32 for full fine-tuning.
+        all_gpus: spread the model over all GPUs of this machine, for a process that runs only
+            forward passes.
 
     Raises:
-        UserError: no safetensors, code that is not allowed, tensors missing, an architecture that
-            dtrain does not train.
+        UserError: no safetensors, code that is not allowed, missing tensors, or an architecture
+            that dtrain does not train.
     """
-    config = configured(folder, settings, dtype, device)
+    config = load_config(folder, settings, dtype, device)
     packed: set[str] = set()
     spared: set[str] = set()
-    if quantised:
-        described = outline(config, settings.trust_remote_code)
+    if quantized:
+        described = build_meta_model(config, settings.trust_remote_code)
         packed = nf4_layers(described)
         spared = linear_layers(described).keys() - packed
         if settings.kernels != "off":
-            pack_fast()
+            pack_natively()
     model, info = _from_pretrained(
         folder,
         config=config,
         dtype=dtype,
         attn_implementation=config._attn_implementation,
         trust_remote_code=settings.trust_remote_code,
-        quantization_config=nf4_config(dtype, spared) if quantised else None,
-        device_map="auto" if spread else {"": device},
+        quantization_config=nf4_config(dtype, spared) if quantized else None,
+        device_map="auto" if all_gpus else {"": device},
     )
     reshaped = (str(name) for name, *_ in info["mismatched_keys"])
     check_complete(folder, info["missing_keys"], info["unexpected_keys"], reshaped)
-    check_quantised(model, packed)
+    check_quantized(model, packed)
     return freeze_for_training(model, settings)
 
 
-def configured(
+def load_config(
     folder: Path, settings: schema.Model, dtype: torch.dtype, device: torch.device
 ) -> PretrainedConfig:
-    """The model's config as it will be trained: whole files, no dropouts, attention chosen.
+    """Read a model's config and prepare it for training, after checking the weight files.
 
     Raises:
         UserError: as `load_base`.
     """
     for path in weight_files(folder):
-        read_header(path)  # a file cut short is said here, with its name
+        read_header(path)  # raises if the file is truncated
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
-    return for_training(config, settings, dtype, device)
+    return prepare_config(config, settings, dtype, device)
 
 
-def for_training(
+def prepare_config(
     config: PretrainedConfig, settings: schema.Model, dtype: torch.dtype, device: torch.device
 ) -> PretrainedConfig:
-    """A config without dropouts, with its attention chosen."""
-    _switch_off_dropout(config)
+    """Turn off a config's dropout and set its attention implementation."""
+    _disable_dropout(config)
     config._attn_implementation = resolve_attention(settings.attention, config, device, dtype)
     return config
 
 
 def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTrainedModel:
-    """Freeze, and set what holds for every model that is trained."""
+    """Freeze a model and apply the settings that all training needs."""
     forbid_repacking(model)
     rotate_by_document(model)
     model.config.use_cache = model.config.get_text_config().use_cache = False
@@ -117,22 +123,22 @@ def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTr
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass, by the kind that leaves module names alone."""
+    """Recompute each layer in backward, with the implementation that keeps module names."""
     if not model.supports_gradient_checkpointing:
-        raise UserError("this model cannot do it", where="model.gradient_checkpointing")
-    # the newer name; transformers warns of the older one
+        raise UserError("this model does not support it", where="model.gradient_checkpointing")
+    # newer transformers deprecate the older name
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    # the base has no dropout and an adapter's is keyed: no random state to keep
+    # the base has no dropout and adapters have keyed dropout: no random state to save
     enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with quiet():
+    with silence_transformers():
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and then refused by us
+            ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
             **settings,
         )
     model, info = result
@@ -140,18 +146,18 @@ def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, di
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's config.
+    """Read a model's config.
 
     Raises:
-        UserError: it is missing or broken, it needs code that is not allowed, or transformers
-            does not know it, or the model is not one that dtrain trains.
+        UserError: it is missing or broken, needs code that is not allowed, is unknown to
+            transformers, or belongs to a model that dtrain does not train.
     """
     raw = shapes.read_config(folder / "config.json")
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
         raise UserError(
-            "this model brings Python code of its own",
+            "this model comes with its own Python code",
             where=str(folder),
             fix="read that code, then set model.trust_remote_code: true",
         )
@@ -161,37 +167,40 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # each architecture checks its config in its own way
+    except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
     _check_trainable(folder, config, has_code=needs_code)
-    check_dense(outline(config, trust_remote_code), str(folder / "config.json"))
+    check_dense(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
     return config
 
 
 def resolve_attention(
-    wanted: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    name: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """The attention implementation of transformers that keeps packed documents apart, the fastest.
+    """Choose the fastest attention implementation that separates packed documents.
 
-    flash_attention_2 takes the documents' borders themselves; "documents" is ours; eager and sdpa
-    mask a whole row, and are for models that the others do not compute rightly.
+    flash_attention_2 takes document boundaries; "documents" is dtrain's own; eager and sdpa mask
+    the whole sequence, for models that the others do not support.
+
+    Raises:
+        UserError: the named implementation is not available for this model or machine.
     """
-    usable = _attentions(config)
-    if wanted != "auto":
-        if wanted not in usable:
+    usable = _supported_attentions(config)
+    if name != "auto":
+        if name not in usable:
             raise UserError(
-                f"{config.model_type!r} has no attention {wanted!r}",
+                f"{config.model_type!r} has no attention {name!r}",
                 where="model.attention",
                 fix=f"auto, or one of: {', '.join(n for n in usable if n != attention.NAME)}",
             )
         runs_flash = device.type == "cuda" and is_flash_attn_2_available()
-        if wanted == "flash_attention_2" and not runs_flash:
+        if name == "flash_attention_2" and not runs_flash:
             raise UserError(
                 "flash_attention_2 needs a GPU and the package flash-attn",
                 where="model.attention",
-                fix="auto, which chooses what this machine has",
+                fix="auto, which chooses one that this machine supports",
             )
-        return wanted
+        return name
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     if on_flash and {"flash_attention_2", attention.NAME} <= usable.keys():
         return "flash_attention_2"
@@ -201,7 +210,7 @@ def resolve_attention(
 
 
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that AutoModelForCausalLM makes of a config that `read_config` allowed."""
+    """The class that AutoModelForCausalLM builds from a config of `read_config`."""
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if known is None and reference is not None:
@@ -210,8 +219,8 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return found
 
 
-def _attentions(config: PretrainedConfig) -> dict[str, None]:
-    """Attention implementations that a model's class says it has."""
+def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
+    """The attention implementations that a model's class declares."""
     known = causal_class(config)
     has_sdpa = getattr(known, "_supports_sdpa", False)
     takes_any = getattr(known, "_supports_attention_backend", False)
@@ -221,8 +230,8 @@ def _attentions(config: PretrainedConfig) -> dict[str, None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and reports that transformers draws on every rank."""
+def silence_transformers() -> Iterator[None]:
+    """Suppress the progress bars and reports that transformers prints on every rank."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -246,17 +255,15 @@ def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) 
             fix="choose a causal language model",
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            "the base is quantised already", where=where, fix="use the model it was made from"
-        )
+        raise UserError("the base is already quantized", where=where, fix="use the original model")
 
 
-def _switch_off_dropout(config: PretrainedConfig) -> None:
+def _disable_dropout(config: PretrainedConfig) -> None:
     inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    for one in inner:
-        _switch_off_dropout(one)
+    for config_inside in inner:
+        _disable_dropout(config_inside)
     for name, value in vars(config).items():
         drops = "dropout" in name or name.endswith(("_pdrop", "layerdrop"))
         if drops and isinstance(value, float) and value:
-            warn(f"{name} {value} of the base is switched off; method.dropout is what counts")
+            warn(f"the base's {name} {value} is turned off; only method.dropout applies")
             setattr(config, name, 0.0)

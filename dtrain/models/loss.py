@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from dtrain.models.attention import Documents, row_of
+from dtrain.models.attention import Documents, use_document_lengths
 from dtrain.models.kernels.fused_cross_entropy import FusedLossHead
 
 
@@ -57,7 +57,7 @@ def target_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor
 
     Args:
         model: wrapped by an engine or not.
-        micro_batch: as for `supervised_logits`, and its targets [K].
+        micro_batch: as for `target_logits`, and its targets [K].
 
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
@@ -67,7 +67,7 @@ def target_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor
     if head is None:
         losses = token_losses(target_logits(model, micro_batch), targets)
         return losses.sum(), losses.detach()[: len(targets)]
-    with head.learning(targets):
+    with head.computing_loss(targets):
         output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
     assert head.losses is not None
     return output.squeeze(), head.losses
@@ -87,7 +87,7 @@ def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more:
     """The model's logits, or what stands in their place."""
     if micro_batch.position_ids is not None:
         more |= {"position_ids": micro_batch.position_ids, **_flash_arguments(inner, micro_batch)}
-    with row_of(micro_batch.document_lengths):
+    with use_document_lengths(micro_batch.document_lengths):
         output = model(input_ids=micro_batch.input_ids, use_cache=False, **more)
     logits: Tensor = output.logits
     return logits
@@ -102,14 +102,14 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _flash_arguments(model: PreTrainedModel, micro_batch: Packed) -> dict[str, Any]:
-    """Document borders as flash attention takes them, so that it need not find them per layer."""
+    """Document boundaries for flash attention, which would otherwise find them in each layer."""
     if not str(model.config._attn_implementation).startswith("flash_attention"):
         return {}
     lengths = micro_batch.document_lengths
-    borders = Documents(tuple(lengths), None).borders(micro_batch.input_ids.device)
+    boundaries = Documents(tuple(lengths), None).boundaries(micro_batch.input_ids.device)
     return {
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }

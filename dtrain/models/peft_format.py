@@ -1,4 +1,4 @@
-"""A LoRA adapter's folder in PEFT layout, and where it comes from; read without torch."""
+"""An adapter's folder in PEFT layout, and the record of its training; read without torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dtrain.core.files import read_json
 from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# In the folder of an adapter or merged model: its chat template, and where an answer ends.
+# Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
-COMBINED = "combine.json"  # beside an adapter that was made of two
+COMBINED = "combine.json"  # record of a combined adapter, in its folder
 
-# PEFT's names in memory hold the adapter's own name, which its files leave out.
+# In memory PEFT's names contain the adapter's name, which its files omit.
 _NAMED = (
     re.compile(r"(.*\.lora_(?:embedding_)?[ABE])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?"),
     re.compile(r"(.*\.lora_magnitude_vector)\.([^.]+)()(?:\.weight)?"),
@@ -28,40 +28,40 @@ _NAMED = (
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What is known of an adapter's making; nothing, of one that dtrain did not make.
+class AdapterOrigin:
+    """How an adapter was trained; all fields are empty for one that dtrain did not train.
 
     Attributes:
-        identity: of the stage that trained it, or the last one whose change it holds.
+        identity: identity of the stage that trained it, or of the last stage combined into it.
         parent: identity of the model that it was trained on.
-        quantised: it was trained over that model in NF4.
-        kind: cpt, sft or combined; empty if not known.
+        base_in_nf4: whether it was trained on that model in NF4.
+        kind: kind of the stage, or `combined`.
     """
 
     identity: str | None = None
     parent: str | None = None
-    quantised: bool = False
+    base_in_nf4: bool = False
     kind: str = ""
 
 
-def origin(folder: Path) -> Origin:
-    """Where an adapter comes from, by the record that dtrain left."""
+def read_adapter_origin(folder: Path) -> AdapterOrigin:
+    """Read the record that dtrain wrote of an adapter."""
     if (folder / COMBINED).is_file():
-        return Origin(**read_json(folder / COMBINED)["origin"])
+        return AdapterOrigin(**read_json(folder / COMBINED)["origin"])
     record = folder.absolute().parent / STAGE_RECORD
     if folder.name != ADAPTER or not record.is_file():
-        return Origin()
+        return AdapterOrigin()
     known = read_json(record)
     inputs = known["inputs"]
-    quantised = TRAITS[inputs["method"]["kind"]].quantizes_base
-    return Origin(known["identity"], inputs["parent"], quantised, inputs["kind"])
+    in_nf4 = TRAITS[inputs["method"]["kind"]].quantizes_base
+    return AdapterOrigin(known["identity"], inputs["parent"], in_nf4, inputs["kind"])
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The content of an adapter's adapter_config.json.
 
     Raises:
-        UserError: it is missing or broken, or says no kind of adapter.
+        UserError: it is missing, broken, or not an adapter's config.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"is not an adapter: no {CONFIG} in it", where=str(folder))
@@ -72,7 +72,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def file_key(key: str) -> str:
-    """A tensor's key as PEFT writes it to a file: without the adapter's name."""
+    """The key under which PEFT saves a tensor: its name without the adapter's name."""
     for pattern in _NAMED:
         if found := pattern.fullmatch(key):
             return found[1] + (found[3] or "")
@@ -80,17 +80,17 @@ def file_key(key: str) -> str:
 
 
 def file_keys(keys: Iterable[str], where: Path) -> dict[str, str]:
-    """The stored key of each tensor, by the key that PEFT gives it in a file.
+    """Map the keys of PEFT's layout to the keys that a file really has.
 
     Raises:
-        UserError: the file holds more than one adapter.
+        UserError: the file contains more than one adapter.
     """
-    found: dict[str, str] = {}
+    stored: dict[str, str] = {}
     for key in keys:
-        if (other := found.setdefault(file_key(key), key)) != key:
+        if (first := stored.setdefault(file_key(key), key)) != key:
             raise UserError(
-                f"holds two adapters: {other} and {key}",
+                f"contains two adapters: {first} and {key}",
                 where=str(where),
                 fix="save one adapter with PEFT's save_pretrained(…, selected_adapters=[NAME])",
             )
-    return found
+    return stored

@@ -1,8 +1,8 @@
-"""Rotary frequencies that depend on a document's length, taken from each document of a row.
+"""Rotary embeddings per document, and how many positions a model has.
 
-transformers' longrope and dynamic NTK take them from the longest document of the row, dynamic NTK
-also from the rows before it: a document would be computed differently next to a longer one.
-Letters: T tokens of a row, D rotated dimensions of a head.
+transformers' longrope and dynamic NTK choose their frequencies by the longest document of a packed
+sequence, dynamic NTK also by earlier sequences, so a document would be computed differently next to
+a longer one. Letters: T tokens of a sequence, D rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dtrain.models.attention import known_lengths
-from dtrain.models.outline import outline
+from dtrain.models.attention import known_document_lengths
+from dtrain.models.meta_model import build_meta_model
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+NEAR = 16  # a position table may be this much shorter than its config says, for padding
 
 
 def rotate_by_document(model: nn.Module) -> None:
-    """Make each rotary embedding with length-dependent frequencies compute documents alone."""
+    """Compute length-dependent rotary embeddings for each document by itself."""
     for module in model.modules():
         if is_length_dependent(module):
             module.forward = partial(_by_document, module, module.forward)
@@ -33,19 +34,19 @@ def rotate_by_document(model: nn.Module) -> None:
 
 def is_length_dependent(module: nn.Module) -> bool:
     """Whether a rotary embedding recomputes its frequencies in the forward pass."""
-    kinds = getattr(module, "rope_type", None)  # of each kind of layer, in some models
+    kinds = getattr(module, "rope_type", None)  # in some models a dict by layer type
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(name in str(kind) for kind in kinds for name in LENGTH_DEPENDENT)
 
 
 def document_lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each document of a packed row; of the whole where it is no packed row.
+    """Tokens of each document of a packed sequence; T if it is not packed.
 
     Args:
-        position_ids: [1, T]; of several rows or axes it is no packed row.
+        position_ids: [1, T]; with several sequences or axes it is not packed.
     """
     tokens = position_ids.shape[-1]
-    if (known := known_lengths(position_ids)) is not None:
+    if (known := known_document_lengths(position_ids)) is not None:
         return list(known)
     if position_ids.shape[:-1] != (1,):
         return [tokens]
@@ -57,7 +58,7 @@ def _by_document(
     module: nn.Module, forward: Callable[..., Any], x: Tensor, position_ids: Tensor, *rest: Any,
     **more: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Cosines and sines, [1, T, D] each; documents of one length share them."""
+    """Cosines and sines, [1, T, D] each; documents of equal length share them."""
     lengths = document_lengths(position_ids)
     by_length: dict[int, tuple[Tensor, ...]] = {}
     for start, length in zip(accumulate([0, *lengths]), lengths, strict=False):
@@ -72,7 +73,7 @@ def _by_document(
 
 
 def _reset(module: nn.Module) -> None:
-    """Forget the longest row so far, which dynamic NTK keeps."""
+    """Reset the longest sequence so far, which dynamic NTK stores."""
     longest = "max_seq_len_cached"
     for name in [n for n in vars(module) if n.endswith(longest)]:
         setattr(module, name, module.original_max_seq_len)
@@ -81,51 +82,52 @@ def _reset(module: nn.Module) -> None:
         setattr(module, buffer, original.clone())  # longrope writes into it
 
 
-NEAR = 16  # positions that a table may lack of those that its config names, for padding
-
-
 def position_limit(
     config: PretrainedConfig, longest: int, trust_remote_code: bool = False
 ) -> int | None:
-    """Positions of a model that has fewer than `longest`.
+    """The number of positions of a model that has fewer than `longest`.
 
     Args:
         config: from `read_config`; not changed.
-        longest: tokens of a document.
+        longest: tokens of the longest document.
 
     Returns:
-        None if a document of that length can be placed, or the model's code fails at any length.
+        None if the model can compute such a document, or its code fails at any length.
     """
-    named = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(named, int) and longest + NEAR <= named:
+    configured = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(configured, int) and longest + NEAR <= configured:
         return None
     with torch.no_grad():
         try:
-            model = _with_zeros(outline(config, trust_remote_code, attention=None))
-        except Exception:  # whatever a model's code raises; training says it
+            model = _with_zeros(build_meta_model(config, trust_remote_code, attention=None))
+        except Exception:  # a model's code may raise anything; training reports it
             return None
-        if _places(model, longest) or not _places(model, 1):
+        if _has_position(model, longest) or not _has_position(model, 1):
             return None
-        named = named if isinstance(named, int) else longest
-        if named < longest and _places(model, named) and not _places(model, named + 1):
-            return named  # the usual case, without a search
-        return bisect_left(range(longest), True, key=lambda last: not _places(model, last + 1))
+        configured = configured if isinstance(configured, int) else longest
+        if configured < longest and _is_limit(model, configured):
+            return configured  # the usual case, without a search
+        return bisect_left(range(longest), True, key=lambda n: not _has_position(model, n + 1))
 
 
-def _places(model: PreTrainedModel, count: int) -> bool:
-    """Whether a model computes the last of so many tokens."""
+def _is_limit(model: PreTrainedModel, count: int) -> bool:
+    return _has_position(model, count) and not _has_position(model, count + 1)
+
+
+def _has_position(model: PreTrainedModel, count: int) -> bool:
+    """Whether a model can compute the token at position `count - 1`."""
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     ids = torch.zeros((1, 1 if takes_positions else count), dtype=torch.int64)
     positions = {"position_ids": torch.tensor([[count - 1]])} if takes_positions else {}
     try:
         model(input_ids=ids, use_cache=False, **positions)
-    except Exception:  # of an index, of a shape, or of the model's own
+    except Exception:  # an index or shape error, or the model's own
         return False
     return True
 
 
 def _with_zeros(outlined: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head, able to compute: each tensor is views of one zero."""
+    """The model without its head, all of whose tensors are views of a single zero."""
     model = outlined.base_model
     assert isinstance(model, PreTrainedModel)
     for module in list(model.modules()):

@@ -1,9 +1,9 @@
-"""A base that comes from disk one block at a time, for engines that keep a share of it.
+"""Loads a base block by block, for engines that shard it.
 
-The model is built without storage; an engine asks for a block (a decoder layer), gets its tensors
-on the device, quantised on the way if the method says so, and cuts out its share before it asks
-for the next. Beyond its share a process holds one block. The files are memory-mapped: the ranks of
-a node read each byte from disk once between them.
+The model is built on the meta device. An engine materializes one block (a decoder layer) on its
+device, quantized if the method asks for it, and shards it before it loads the next, so a process
+holds one block beyond its share. The files are memory-mapped: the ranks of a node together read
+each byte from disk once.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.models.kernels.nf4_pack import pack_fast
-from dtrain.models.load import configured, freeze_for_training
-from dtrain.models.outline import outline, without_weights
-from dtrain.models.quantize import nf4_layers
-from dtrain.models.weight_files import check_complete, file_names, read_header, weight_files
+from dtrain.models.load import freeze_for_training, load_config
+from dtrain.models.meta_model import build_meta_model, build_without_parameters
+from dtrain.models.quantize import nf4_layers, pack_natively
+from dtrain.models.weight_files import check_complete, match_state_dict, read_header, weight_files
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; smaller ones mean little without scales
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 
 
-class Streamed:
-    """Where the tensors of a model without storage are stored.
+class StreamedModel:
+    """A model on the meta device, and where its tensors are in the files.
 
     Raises:
-        UserError: the files lack a parameter or a persistent buffer of the model, hold more than
-            it has, or hold one of another shape or of no plain float.
+        UserError: the files lack a parameter or persistent buffer of the model, have others, or
+            have one with another shape or without a plain float dtype.
 
     Attributes:
-        model: its parameters are on the meta device until `fill`.
-        converted: names in the files of what cannot be read one by one; empty in most models.
+        model: its parameters are on the meta device until `materialize`.
+        converted: names in the files of tensors that are combined on loading, so that the model
+            cannot be loaded by block; empty for most models.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
@@ -47,19 +47,19 @@ class Streamed:
         headers = {path: read_header(path)[0] for path in weight_files(folder)}
         self._files = {name: path for path, entries in headers.items() for name in entries}
         entries = {n: e for found in headers.values() for n, e in found.items()}
-        names = file_names(model, self._files)
+        names = match_state_dict(model, self._files)
         self.converted = names.converted
-        # By module, not by name: adapters put modules around modules.
+        # keyed by module, not by name: adapters wrap modules and change their names
         self._names: dict[nn.Module, dict[str, str]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
-        if self.converted:  # which entries they make is known once they are read
+        if self.converted:  # the entries they become are known only after reading them
             return
         check_complete(folder, names.missing, names.unexpected)
         self._untie(names.stored)
-        self._place(folder, names.stored, entries)
+        self._assign_names(folder, names.stored, entries)
 
     def _untie(self, stored: dict[str, str]) -> None:
-        """Part tied parameters whose two stored values differ, as transformers does."""
+        """Untie parameters whose two stored values differ, as transformers does."""
         seen: dict[nn.Parameter, str] = {}
         for own, name in stored.items():
             tensor = self.model.get_parameter_or_buffer(own)
@@ -69,11 +69,11 @@ class Streamed:
                 alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
-    def _place(
+    def _assign_names(
         self, folder: Path, stored: dict[str, str], entries: dict[str, dict[str, Any]]
     ) -> None:
         by_tensor = {self.model.get_parameter_or_buffer(own): n for own, n in stored.items()}
-        places: Counter[Tensor] = Counter()
+        uses: Counter[Tensor] = Counter()
         for module in self.model.modules():
             for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None or tensor not in by_tensor:
@@ -82,41 +82,41 @@ class Streamed:
                 check_shape(folder, name, entries[name]["shape"], list(tensor.shape))
                 check_dtype(folder, name, entries[name]["dtype"], tensor)
                 self._names.setdefault(module, {})[leaf] = name
-                places[tensor] += 1
-        self._shared = {p: None for p, count in places.items() if count > 1}  # type: ignore[misc]
+                uses[tensor] += 1
+        self._shared = {p: None for p, count in uses.items() if count > 1}  # type: ignore[misc]
 
-    def fill(self, block: nn.Module) -> None:
-        """Give what `block` has in the files its values, on the device; once to each.
+    def materialize(self, block: nn.Module) -> None:
+        """Load the tensors of a block onto the device; each is loaded once.
 
-        An engine that shards a block frees what it replaces, so nothing here may refer to it:
-        only parameters that stand in several modules are kept, until the last block.
+        An engine frees the tensors that it shards, so nothing here may reference them. Only
+        parameters that several modules share are referenced, until the last block is loaded.
         """
         for module in block.modules():
             for leaf, name in self._names.pop(module, {}).items():
                 if (buffer := module._buffers.get(leaf)) is not None:
                     module._buffers[leaf] = self._on_device(name, buffer.dtype)
                 elif (parameter := module._parameters[leaf]) is not None:
-                    module._parameters[leaf] = self._fill_one(module, parameter, name)
+                    module._parameters[leaf] = self._load_parameter(module, parameter, name)
         if not self._names:
             self._shared.clear()
 
-    def _fill_one(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
+    def _load_parameter(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
         if empty not in self._shared:
-            return self._make(module, empty, name)
+            return self._read_parameter(module, empty, name)
         shared = self._shared[empty]
         if shared is None:
-            shared = self._shared[empty] = self._make(module, empty, name)
+            shared = self._shared[empty] = self._read_parameter(module, empty, name)
         return shared
 
-    def _make(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
+    def _read_parameter(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
-            # packed from what it computes in, so that it is unpacked to that, not to float32
+            # packed from the compute dtype, so that it is unpacked to that and not to float32
             return _packed(module, empty, self._on_device(name, module.compute_dtype))
         values = self._on_device(name, empty.dtype)
         return nn.Parameter(values, requires_grad=empty.requires_grad)
 
     def _on_device(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A stored tensor; it is moved in its own dtype, as a CPU converts slowly."""
+        """Read a tensor; it is converted on the device, as CPUs convert slowly."""
         return self._read(name).to(self._device).to(dtype)
 
     def _read(self, name: str) -> Tensor:
@@ -125,31 +125,31 @@ class Streamed:
         return values
 
 
-def check_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> None:
-    """Refuse a tensor of another model.
+def check_shape(folder: Path, name: str, stored: list[int], expected: list[int]) -> None:
+    """Check that a stored tensor has the shape of the model's.
 
     Raises:
-        UserError: naming it.
+        UserError: it does not.
     """
-    if found != wanted:
+    if stored != expected:
         raise UserError(
-            f"{name} is {found} in the file, {wanted} by config.json",
+            f"{name} is {stored} in the file, but {expected} by config.json",
             where=str(folder),
-            fix="weights and config.json must be of one model; fetch them again",
+            fix="weights and config.json must belong to the same model; download them again",
         )
 
 
-def check_dtype(folder: Path, name: str, stored: str, wanted: Tensor) -> None:
-    """Refuse quantized numbers where weights belong: a plain cast would take them for values.
+def check_dtype(folder: Path, name: str, stored: str, expected: Tensor) -> None:
+    """Check that a tensor is not stored quantized: a cast would take its codes for values.
 
     Raises:
-        UserError: naming the tensor.
+        UserError: it is.
     """
-    if wanted.is_floating_point() and stored not in FLOATS:
+    if expected.is_floating_point() and stored not in FLOATS:
         raise UserError(
             f"{name} is stored as {stored}, so this base is quantized",
             where=str(folder),
-            fix="use the model that it was made from",
+            fix="use the original model",
         )
 
 
@@ -157,40 +157,42 @@ def stream_base(
     folder: Path,
     settings: schema.Model,
     *,
-    quantised: bool,
+    quantized: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> Streamed:
-    """Open a base to be filled block by block, where its `converted` is empty.
+) -> StreamedModel:
+    """Open a base for loading by block, which is possible if its `converted` is empty.
 
-    Args and errors: as `load_base`.
+    Args and errors: as for `load_base`.
     """
-    config = configured(folder, settings, dtype, device)
-    model = empty_model(config, settings, quantised=quantised, dtype=dtype, device=device)
-    return Streamed(folder, model, device)
+    config = load_config(folder, settings, dtype, device)
+    model = build_frozen_meta_model(
+        config, settings, quantized=quantized, dtype=dtype, device=device
+    )
+    return StreamedModel(folder, model, device)
 
 
-def empty_model(
+def build_frozen_meta_model(
     config: PretrainedConfig,
     settings: schema.Model,
     *,
-    quantised: bool,
+    quantized: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    """A frozen model whose parameters have no storage; its buffers are on the device.
+    """A frozen model with parameters on the meta device and buffers on the device.
 
     Args:
-        config: from `configured` or `for_training`; else as `load_base`.
+        config: from `load_config` or `prepare_config`; the others as for `load_base`.
     """
-    model = without_weights(config, dtype, settings.trust_remote_code)
+    model = build_without_parameters(config, dtype, settings.trust_remote_code)
     _keep_precision(model, dtype)
-    if quantised:
+    if quantized:
         if settings.kernels != "off":
-            pack_fast()
-        for name in nf4_layers(outline(config, settings.trust_remote_code)):
-            _replace(model, name, dtype)
-        model.is_loaded_in_4bit = True  # type: ignore[assignment] # PEFT asks
+            pack_natively()
+        for name in nf4_layers(build_meta_model(config, settings.trust_remote_code)):
+            _replace_by_nf4(model, name, dtype)
+        model.is_loaded_in_4bit = True  # type: ignore[assignment] # read by PEFT
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
@@ -198,7 +200,7 @@ def empty_model(
 
 
 def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give what transformers keeps in float32 that dtype, as `from_pretrained` does."""
+    """Set the dtypes of parameters that transformers keeps in float32, as `from_pretrained`."""
     dtypes = model._get_dtype_plan(dtype)
     if not dtypes:
         return
@@ -208,8 +210,8 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtypes[by_group[str(match.lastgroup)]])
 
 
-def _replace(model: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Put an NF4 layer without storage where a plain one is."""
+def _replace_by_nf4(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Replace a linear layer by an NF4 layer on the meta device."""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them train."""
+"""Parameter counts, and a fast test for finite values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total); a matrix packed in 4 bits counts with its true number of elements.
+    """Count trainable and all parameters, those packed in 4 bits by their original elements.
 
     Call it before an engine shards the model.
     """
@@ -20,14 +20,14 @@ def _elements(parameter: nn.Parameter) -> int:
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return prod(packed.shape)
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # empty under ZeRO-3
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """True if every element is finite.
+    """Whether every element is finite.
 
-    Least and greatest value, through which a NaN passes: one reading of the tensor and no
-    temporary, 14 to 20 times as fast as isfinite on a CPU.
+    The minimum and maximum propagate NaN: one pass over the tensor and no temporary, 14 to 20 times
+    as fast as `isfinite` on a CPU.
     """
     if tensor.numel() == 0:
         return True

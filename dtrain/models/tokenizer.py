@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model."""
+"""Loads a model's tokenizer and fingerprints it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """Load the tokenizer of a model folder.
 
     Raises:
-        UserError: there is none, it is broken, or it needs code that the recipe does not allow.
+        UserError: it is missing or broken, or needs code that the recipe does not allow.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions too
-        fix = "put the tokenizer's files beside the model's weights"
+    except Exception as error:  # tokenizers also raises plain Exception
+        fix = "put the tokenizer's files into the model's folder"
         if "trust_remote_code" in str(error):
             fix = "read that code, then set model.trust_remote_code: true"
         reason = str(error).strip().split("\n")[0]
@@ -32,25 +32,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         ) from error
     if len(tokenizer) == 0:
         raise UserError("the tokenizer has no tokens", where=str(folder))
-    tokenizer.chat_template = _without_mark(tokenizer.chat_template)
+    tokenizer.chat_template = _without_bom(tokenizer.chat_template)
     return tokenizer
 
 
-def _without_mark(template: Any) -> Any:
-    """A chat template, or several by name, without the byte-order mark of the file it was in."""
+def _without_bom(template: Any) -> Any:
+    """A chat template, or several by name, without a byte-order mark."""
     if isinstance(template, dict):
-        return {name: _without_mark(text) for name, text in template.items()}
+        return {name: _without_bom(text) for name, text in template.items()}
     return template.removeprefix("\ufeff") if isinstance(template, str) else template
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that turns text into token ids: vocabulary, rules, special tokens, template."""
+    """Hash everything that turns text into token ids: vocabulary, rules, specials, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = (
         json.loads(backend.to_str()) if backend is not None else {"type": type(tokenizer).__name__}
     )
-    for passing in ("truncation", "padding"):  # left behind by the last call
-        rules.pop(passing, None)
+    for setting in ("truncation", "padding"):  # left over from the last call
+        rules.pop(setting, None)
     return fingerprint(
         {
             "rules": rules,

@@ -1,4 +1,4 @@
-"""Which safetensors file holds which tensor of a model folder."""
+"""The safetensors files of a model folder and the tensors in them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors format
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, sorted by name; the same choice as transformers makes.
+    """List the safetensors files of a model, sorted by name, as transformers chooses them.
 
     Raises:
-        UserError: no folder, none in it, one is missing, or the index points outside the folder.
+        UserError: the folder does not exist or has no such file, a shard is missing, or the index
+            points outside the folder.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -41,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     names = {_inside(index, name) for name in _weight_map(index).values()}
     if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
-        raise UserError(f"shard {missing[0]} is missing", where=str(index), fix="fetch it again")
+        raise UserError(f"shard {missing[0]} is missing", where=str(index), fix="download it again")
     return [folder / name for name in sorted(names)]
 
 
@@ -54,21 +55,21 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def _inside(index: Path, name: object) -> str:
-    """Refuse what leaves the folder: transformers itself would follow `../elsewhere`."""
+    """Check that a name stays in the folder: transformers itself would follow `../elsewhere`."""
     if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name:
         raise UserError(f"points outside its folder: {name!r}", where=str(index))
     return name
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file.
 
     Returns:
-        What stands about each tensor (dtype, shape, data_offsets), in the order of their bytes,
-        and the file's first bytes up to the tensors, verbatim.
+        The entry of each tensor (dtype, shape, data_offsets), in the order of their bytes, and the
+        file's first bytes up to the tensors.
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a complete safetensors file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -93,18 +94,18 @@ def _check_layout(entries: list[tuple[str, dict[str, Any]]], size: int) -> None:
             raise ValueError(f"a gap before {name}")
         position = stop
     if position != size:
-        raise ValueError(f"{size} bytes of tensors, {position} announced")
+        raise ValueError(f"{size} bytes of tensors, but {position} in the header")
 
 
 @dataclass(frozen=True)
-class FileNames:
-    """Which tensor of the files each entry of a model's state dict is.
+class StateDictNames:
+    """How the entries of a model's state dict correspond to the tensors in its files.
 
     Attributes:
-        stored: name in the model → name in the files, where the tensor is the same.
-        converted: names in the files of tensors that are split, joined or turned when loaded.
-        missing: entries of the model that no file has, without tied and ignorable ones.
-        unexpected: names in the files that the model has no entry for, without ignorable ones.
+        stored: name in the model → name in the files, for equal tensors.
+        converted: names in the files of tensors that are split, joined or transposed on loading.
+        missing: entries of the model that no file has, except tied and ignorable ones.
+        unexpected: names in the files without an entry in the model, except ignorable ones.
     """
 
     stored: dict[str, str]
@@ -113,53 +114,55 @@ class FileNames:
     unexpected: list[str]
 
 
-def file_names(model: PreTrainedModel, names: Iterable[str]) -> FileNames:
+def match_state_dict(model: PreTrainedModel, names: Iterable[str]) -> StateDictNames:
     """Match a model's state dict with the names in its files, as `from_pretrained` does.
 
     Args:
-        model: with or without storage.
-        names: of the tensors in the files.
+        model: its parameters may be on the meta device.
+        names: the names of the tensors in the files.
     """
     entries: dict[str, Tensor] = model.state_dict(keep_vars=True)
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
     stored, converted, unexpected = {}, [], set()
     for name in names:
-        own, pattern = rename_source_key(name, renamings, converters, prefix, entries)
-        if own not in entries and name in entries:
-            own, pattern = rename_source_key(name, [], [], prefix, entries)
-        if own not in entries:
-            unexpected.add(own)
+        entry, pattern = rename_source_key(name, renamings, converters, prefix, entries)
+        if entry not in entries and name in entries:
+            entry, pattern = rename_source_key(name, [], [], prefix, entries)
+        if entry not in entries:
+            unexpected.add(entry)
         elif pattern is not None:
             converted.append(name)
         else:
-            stored[own] = name
-    filled = {id(entries[own]) for own in stored}  # a tied parameter is one
-    missing = {own for own, tensor in entries.items() if id(tensor) not in filled}
-    # what transformers itself passes over without a word
+            stored[entry] = name
+    filled = {id(entries[entry]) for entry in stored}  # tied parameters are the same object
+    missing = {entry for entry, tensor in entries.items() if id(tensor) not in filled}
+    # removes the names that transformers ignores
     report = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
     model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type] # reads these two
-    return FileNames(stored, converted, sorted(report.missing_keys), sorted(report.unexpected_keys))
+    return StateDictNames(
+        stored, converted, sorted(report.missing_keys), sorted(report.unexpected_keys)
+    )
 
 
 def check_complete(
     folder: Path, missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str] = ()
 ) -> None:
-    """Refuse weights that are not those of the model: transformers would fill in random numbers.
+    """Check that the files match the model's tensors; transformers would fill in random ones.
 
     Raises:
-        UserError: naming the first ones.
+        UserError: they do not; the error names the first tensors.
     """
-    for found, what in (
+    for names, problem in (
         (missing, "are missing"),
         (reshaped, "are of another shape"),
         (unexpected, "are in the files but not in the model"),
     ):
-        if names := sorted(found):
+        if names := sorted(names):
             raise UserError(
-                f"{len(names)} tensors {what}: {', '.join(names[:3])}",
+                f"{len(names)} tensors {problem}: {', '.join(names[:3])}",
                 where=str(folder),
-                fix="weights and config.json must be of one model; fetch them again",
+                fix="weights and config.json must belong to the same model; download them again",
             )

@@ -49,7 +49,7 @@ def build_model_in_engine(
         f"{count(trainable)} of {count(total)} parameters train ({trainable / total:.2%}), "
         f"{recipe.engine.kind} on {world.size} x {world.device.type}, {setup.dtype}"
     )
-    compiled.switch(on=recipe.determinism != "strict")
+    compiled.set_enabled(on=recipe.determinism != "strict")
     say(f"kernels: {apply_kernels(model, recipe.model)}")
     if recipe.model.kernels != "off":
         compile_ahead(world.device, setup.dtype, trains_base=method.traits.trains_base)
@@ -66,13 +66,13 @@ def _open_base(setup: StageSetup) -> tuple[PreTrainedModel, MaterializeFn]:
     """The base without storage, and the function that loads a block of it."""
     method, options = setup.method, setup.recipe.model
     settings: dict[str, Any] = {
-        "quantised": method.traits.quantizes_base,
+        "quantized": method.traits.quantizes_base,
         "dtype": method.base_dtype(setup.dtype),
         "device": setup.world.device,
     }
     streamed = stream_base(setup.base, options, **settings)
     if not streamed.converted:
-        return streamed.model, streamed.fill
+        return streamed.model, streamed.materialize
     _check_merge(setup, method.attach(streamed.model, seed=0))  # before the slow load
     if ENGINES[setup.recipe.engine.kind].shards_base:
         warn(

@@ -165,7 +165,7 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
 def check_not_experts(config: dict[str, Any], where: str) -> None:
     """Check that a config does not describe a mixture of experts.
 
-    This check needs no torch; `dtrain.models.outline.check_dense` checks the built model.
+    This check needs no torch; `dtrain.models.meta_model.check_dense` checks the built model.
 
     Raises:
         UserError: the config, or a config inside it, gives its layers experts.

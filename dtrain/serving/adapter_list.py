@@ -10,7 +10,13 @@ from typing import Any
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import ADAPTER
 from dtrain.core.units import count, size
-from dtrain.models.peft_format import CONFIG, WEIGHTS, Origin, origin, read_adapter_config
+from dtrain.models.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    AdapterOrigin,
+    read_adapter_config,
+    read_adapter_origin,
+)
 from dtrain.models.weight_files import read_header
 from dtrain.serving.run_models import Run, is_run, open_run
 
@@ -30,7 +36,7 @@ class AdapterInfo:
     name: str
     folder: Path
     base: str
-    origin: Origin
+    origin: AdapterOrigin
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     size_bytes: int
@@ -61,7 +67,7 @@ class AdapterInfo:
     def method(self) -> str:
         """The method, for example lora, qlora, or qlora+dora."""
         kind = str(self.config["peft_type"]).lower()
-        kind = f"q{kind}" if self.origin.quantised else kind
+        kind = f"q{kind}" if self.origin.base_in_nf4 else kind
         return "+".join([kind, *(n for n in ("dora", "rslora") if self.config.get(f"use_{n}"))])
 
     def as_json(self) -> dict[str, Any]:
@@ -70,7 +76,7 @@ class AdapterInfo:
             "name": self.name,
             "folder": str(self.folder),
             "base": self.base,
-            "base_in_nf4": self.origin.quantised,
+            "base_in_nf4": self.origin.base_in_nf4,
             "stage": self.origin.kind or None,
             "method": self.method,
             "ranks": self.ranks,
@@ -122,7 +128,7 @@ def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
         name=folder.parent.name if folder.name == ADAPTER else folder.name,
         folder=folder,
         base=str(base or config.get("base_model_name_or_path") or "?"),
-        origin=origin(folder),
+        origin=read_adapter_origin(folder),
         config=config,
         shapes={key: entry["shape"] for key, entry in entries.items()},
         size_bytes=weights.stat().st_size,
@@ -150,5 +156,5 @@ def _row(adapter: AdapterInfo) -> tuple[str, ...]:
         ",".join(adapter.targets) or "-",
         count(adapter.parameters),
         size(adapter.size_bytes),
-        adapter.base + (" (in NF4)" if adapter.origin.quantised else ""),
+        adapter.base + (" (in NF4)" if adapter.origin.base_in_nf4 else ""),
     )

@@ -67,7 +67,7 @@ class TextGenerator:
             raise
 
     def _become(self, choice: ServedModel) -> None:
-        if self._held != (choice.base, choice.quantised):
+        if self._held != (choice.base, choice.quantized):
             self._load(choice)
         for folder in choice.adapters:
             if folder not in self._names:
@@ -87,13 +87,13 @@ class TextGenerator:
         model = load_base(
             folder,
             self._settings,
-            quantised=choice.quantised,
+            quantized=choice.quantized,
             dtype=self._dtype,
             device=self._device,
-            spread=self._device.type == "cuda",
+            all_gpus=self._device.type == "cuda",
         )
         model.config.use_cache = True
-        self._model, self._held = model.eval(), (choice.base, choice.quantised)
+        self._model, self._held = model.eval(), (choice.base, choice.quantized)
 
     def _add(self, folder: Path) -> None:
         """Put an adapter on the base; PEFT itself is silent about one that fits only in part."""

@@ -18,7 +18,13 @@ from dtrain.core.files import read_json
 from dtrain.core.folder_kinds import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
 from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, RunDir
-from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, WEIGHTS, origin, read_adapter_config
+from dtrain.models.peft_format import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    WEIGHTS,
+    read_adapter_config,
+    read_adapter_origin,
+)
 
 BASE = "base"  # the name of the model without any adapter
 
@@ -29,13 +35,13 @@ class ServedModel:
 
     Attributes:
         base: folder or hub id.
-        quantised: the base is held in NF4.
+        quantized: the base is held in NF4.
         adapters: folders; the later ones were trained on the earlier ones' results.
         template: of conversations, as a recipe names it.
     """
 
     base: str
-    quantised: bool = False
+    quantized: bool = False
     adapters: tuple[Path, ...] = ()
     template: str = "auto"
 
@@ -44,7 +50,7 @@ class ServedModel:
         """Identifies the content at this path; empty for a base without a record."""
         if self.adapters:
             last = self.adapters[-1]
-            return (origin(last).identity or file_hash(last / WEIGHTS))[:12]
+            return (read_adapter_origin(last).identity or file_hash(last / WEIGHTS))[:12]
         manifest = Path(self.base).expanduser() / MERGE_MANIFEST
         return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
 
@@ -117,13 +123,13 @@ class Run:
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
             return None
-        quantised, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
+        quantized, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
         base, folders = self.base_of(stage), [self.adapter(stage)]
-        if not (first or quantised or before is None):
-            base, quantised = before.base, before.quantised
+        if not (first or quantized or before is None):
+            base, quantized = before.base, before.quantized
             folders = [*before.adapters, *folders]
         return ServedModel(
-            base, quantised, tuple(folders), trained_template(folders, self.template)
+            base, quantized, tuple(folders), trained_template(folders, self.template)
         )
 
 
@@ -165,7 +171,7 @@ def served_adapter(folder: Path, base: str | None = None, template: str = "auto"
             fix="name the model, and this folder as --adapter",
         )
     template = trained_template([folder], template)
-    return ServedModel(base, origin(folder).quantised, (folder,), template)
+    return ServedModel(base, read_adapter_origin(folder).base_in_nf4, (folder,), template)
 
 
 def trained_template(folders: Sequence[Path], otherwise: str) -> str:

@@ -62,12 +62,12 @@ def _groups(adapters: list[AdapterInfo]) -> list[list[AdapterInfo]]:
     """Adapters of one base, in one form, may share a server."""
     groups: dict[tuple[str, bool], list[AdapterInfo]] = {}
     for adapter in adapters:
-        groups.setdefault((adapter.base, adapter.origin.quantised), []).append(adapter)
+        groups.setdefault((adapter.base, adapter.origin.base_in_nf4), []).append(adapter)
     return list(groups.values())
 
 
 def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
-    base, quantised = adapters[0].base, adapters[0].origin.quantised
+    base, quantized = adapters[0].base, adapters[0].origin.base_in_nf4
     taken = [adapter for adapter in adapters if not refusals(adapter)]
     names = ", ".join(adapter.name for adapter in adapters)
     lines = [_comment(f"# Adapters of one base ({names}): {base}")]
@@ -76,11 +76,11 @@ def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
         lines += [_comment(f"# {adapter.name}: {note}") for note in cautions(adapter)]
     if not taken:
         return "\n".join([*lines, "# None of them can be served so: serve the merged model."])
-    if quantised:
+    if quantized:
         lines.append(
             "# Trained over this base in NF4: over the plain base they give other answers."
         )
-    options = [*(("--quantization", "bitsandbytes") for _ in range(quantised)), *_lora(taken)]
+    options = [*(("--quantization", "bitsandbytes") for _ in range(quantized)), *_lora(taken)]
     merged = [run.merged(stage) for stage in run.recipe.stages]
     folders = [*(m for m in merged if str(m) == base), *(adapter.folder for adapter in taken)]
     options += [*_model_options(run), *_chat_options(run, folders)]

@@ -26,8 +26,8 @@ from dtrain.methods.base import build_method
 from dtrain.models import attention, positions
 from dtrain.models.kernels import lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import for_training, resolve_dtype
-from dtrain.models.sharded_loading import empty_model
+from dtrain.models.load import prepare_config, resolve_dtype
+from dtrain.models.sharded_loading import build_frozen_meta_model
 from dtrain.simulation.ledger import GRADIENTS, WEIGHTS, MemoryLedger
 
 CPU = torch.device("cpu")  # autograd aborts on fake tensors of a missing GPU
@@ -87,7 +87,7 @@ def build_fake_engine(
     dtype = resolve_dtype(recipe.model.dtype, CPU)
     method = build_method(stage.method)
     width = method.base_dtype(dtype)
-    train_config = for_training(config, recipe.model, width, CPU)
+    train_config = prepare_config(config, recipe.model, width, CPU)
     if train_config._attn_implementation != attention.NAME:
         raise UserError(
             f"attention {train_config._attn_implementation!r} cannot be simulated",
@@ -95,17 +95,19 @@ def build_fake_engine(
             fix="plan without --exact",
         )
     quantized = method.traits.quantizes_base
-    base = empty_model(train_config, recipe.model, quantised=quantized, dtype=width, device=CPU)
+    base = build_frozen_meta_model(
+        train_config, recipe.model, quantized=quantized, dtype=width, device=CPU
+    )
     model = method.attach(base, seed=0, device=torch.device("meta"))
     apply_kernels(model, recipe.model)
-    native.switch(on=False)  # the CPU kernels save less, and read values
+    native.set_enabled(on=False)  # the CPU kernels save less, and read values
     _fake_buffers(model, mode)
     follow(model)
     # An engine with shard groups builds a device mesh, which reads values; DDP's reducer must be
     # built from fake tensors.
     inside = not ENGINES[recipe.engine.kind].shard_group
     with mode if inside else nullcontext(), ledger if inside else nullcontext():
-        engine = build_engine(model, recipe, stage, world, FakeFiller(mode).fill)
+        engine = build_engine(model, recipe, stage, world, FakeFiller(mode).materialize)
     _match_gpu_run(engine, on_gpu)
     ledger.name(_weights(engine.module), WEIGHTS)
     ledger.name_rest(GRADIENTS)  # DDP's buckets, which store the gradients
@@ -119,7 +121,7 @@ class FakeFiller:
         self._mode = mode
         self._built: dict[nn.Parameter, Tensor] = {}  # tied parameters share one tensor
 
-    def fill(self, block: nn.Module) -> None:
+    def materialize(self, block: nn.Module) -> None:
         """Fill every parameter in `block`."""
         for module in block.modules():
             for leaf, parameter in module._parameters.items():

@@ -87,9 +87,9 @@ def warm_up() -> None:
         models.write(models.Case("llama"), Path(folder))
         settings = schema.Model(base=folder)
         dtype, device = torch.float32, torch.device("cpu")
-        for quantised in (False, True):
+        for quantized in (False, True):
             base = load_base(
-                Path(folder), settings, quantised=quantised, dtype=dtype, device=device
+                Path(folder), settings, quantized=quantized, dtype=dtype, device=device
             )
             build_method(Lora(kind="lora")).attach(base, seed=0)
     gc.collect()

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dtrain.models.kernels.patch import KINDS, use_kernels
+from dtrain.models.kernels.patch import KINDS, patch_modules
 
 LATER_LAYER = re.compile(r"\.([1-9]|\d\d+)\.")  # what one layer gets, the others get
 TABLE = Path(__file__).with_name("kernels.txt")
@@ -68,7 +68,7 @@ def built(kind: str) -> Any:
 def found() -> dict[str, list[str]]:
     """Kinds of kernels by model type, of the types that can be built."""
     models = ((kind, built(kind)) for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    each = ((kind, use_kernels(model)) for kind, model in models if model is not None)
+    each = ((kind, patch_modules(model)) for kind, model in models if model is not None)
     return {kind: [name for name in KINDS if name in counts] for kind, counts in each}
 
 

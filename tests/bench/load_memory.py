@@ -131,16 +131,16 @@ def load(base: Path, kind: str, world: Any) -> object:
     recipe = load_recipe("tiny", changes)
     stage = recipe.stages[0]
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "device": world.device}
-    settings["quantised"] = method == "qlora"
-    fill: Any = lambda block: None  # noqa: E731
+    settings["quantized"] = method == "qlora"
+    materialize: Any = lambda block: None  # noqa: E731
     if ENGINES[engine].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
         model: nn.Module = streamed.model
-        fill = streamed.fill
+        materialize = streamed.materialize
     else:
         model = load_base(base, recipe.model, **settings)
     adapted = build_method(stage.method).attach(model, seed=0, device=world.device)  # type: ignore[arg-type]
-    return build_engine(adapted, recipe, stage, world, fill), model
+    return build_engine(adapted, recipe, stage, world, materialize), model
 
 
 def anonymous() -> int:

@@ -41,7 +41,7 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([tokenizer(TEXT.read_text())["input_ids"][: arguments.tokens]])
     cpu, dtype = torch.device("cpu"), torch.float32
-    packed = load_base(base, recipe.model, quantised=True, dtype=dtype, device=cpu)
+    packed = load_base(base, recipe.model, quantized=True, dtype=dtype, device=cpu)
     trained = answer(PeftModel.from_pretrained(packed, adapter), ids)
     for name in ("dequantized", "original"):
         with tempfile.TemporaryDirectory() as place:

@@ -60,7 +60,7 @@ def build(engine: str, world: World) -> tuple[Engine, int, int]:
     world.rank0_first(lambda: ensure("tiny-llama"))
     base = base_folder(recipe.model.base)
     loaded = load_base(
-        base, recipe.model, quantised=False, dtype=torch.float32, device=world.device
+        base, recipe.model, quantized=False, dtype=torch.float32, device=world.device
     )
     model = build_method(recipe.stages[0].method).attach(loaded, seed=0)
     counts = parameter_counts(model)

@@ -36,24 +36,24 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
     """How many parameters were filled, and what still lives of them when the engine is built."""
     own = [f"engine.kind={kind}", f"stages.domain.method={{kind: {method}}}"]
     recipe = load_recipe("tiny", own)
-    stage, quantised = recipe.stages[0], method == "qlora"
+    stage, quantized = recipe.stages[0], method == "qlora"
     base = base_folder(recipe.model.base)
-    settings = {"quantised": quantised, "dtype": torch.float32, "device": world.device}
+    settings = {"quantized": quantized, "dtype": torch.float32, "device": world.device}
     streamed = stream_base(base, recipe.model, **settings)
     refs: list[Any] = []
 
-    def fill(block: nn.Module) -> None:
+    def materialize(block: nn.Module) -> None:
         empty = {id(p) for p in block.parameters() if p.is_meta}
         places = [m for m in block.modules() if any(id(p) in empty for p in m.parameters(False))]
-        streamed.fill(block)
+        streamed.materialize(block)
         for module in places:
             refs.extend(weakref.ref(p) for p in module.parameters(False))
 
     model = build_method(stage.method).attach(streamed.model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
     if not ENGINES[kind].shards_base:
-        fill(model)
-    engine = build_engine(model, recipe, stage, world, fill)
+        materialize(model)
+    engine = build_engine(model, recipe, stage, world, materialize)
     gc.collect()
     found = {"filled": len(refs), "kept": kept(engine, refs)}
     engine.close()

@@ -136,21 +136,21 @@ def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
 def built(recipe, stage, world):
     dtype = resolve_dtype(recipe.model.dtype, world.device)
     settings = {
-        "quantised": stage.method.kind == "qlora",
+        "quantized": stage.method.kind == "qlora",
         "dtype": torch.float32 if stage.method.kind == "full" else dtype,
         "device": world.device,
     }
     base = Path(recipe.model.base)
     if ENGINES[recipe.engine.kind].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
-        model, fill = streamed.model, streamed.fill
+        model, materialize = streamed.model, streamed.materialize
     else:
-        model, fill = load_base(base, recipe.model, **settings), lambda block: None
+        model, materialize = load_base(base, recipe.model, **settings), lambda block: None
     model = build_method(stage.method).attach(model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
-    native.switch(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
+    native.set_enabled(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)
-    return build_engine(model, recipe, stage, world, fill), counts
+    return build_engine(model, recipe, stage, world, materialize), counts
 
 
 def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.models.attention import Documents, document_attention
 from dtrain.models.dropout import DropoutKey, KeyedDropout
-from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.kernels.patch import patch_modules
 
 LENGTHS = (1, 2, 77, 129, 500, 777)  # tokens of the documents of a row
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the end of the job is past: one step, a checkpoint
@@ -71,7 +71,7 @@ def small_llama(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
 @pytest.mark.parametrize("tokens", [1, 2, 77, 2048])
 def test_kernels_compute_what_plain_layers_compute(device, dtype, tokens) -> None:
     plain, fast = small_llama(device, dtype), small_llama(device, dtype)
-    assert use_kernels(fast)
+    assert patch_modules(fast)
     ids = torch.randint(0, 1024, (1, tokens), device=device)
     results = []
     for model in (plain, fast):
@@ -106,9 +106,11 @@ def test_nf4_on_this_device_against_a_cpu(device, dtype, shape, figures) -> None
 def test_dropout_belongs_to_sequences(device, dtype) -> None:
     key = DropoutKey(seed=1, step=2, sequences=[5, 9], lengths=[3, 4])
     layer = KeyedDropout(0.5, "a.layer", key).train()
-    both = layer.kept(torch.empty(1, 7, 64, device=device, dtype=dtype))
+    both = layer.keep_mask(torch.empty(1, 7, 64, device=device, dtype=dtype))
     key.sequences, key.lengths = [9], [4]
-    assert torch.equal(both[:, 3:], layer.kept(torch.empty(1, 4, 64, device=device, dtype=dtype)))
+    assert torch.equal(
+        both[:, 3:], layer.keep_mask(torch.empty(1, 4, 64, device=device, dtype=dtype))
+    )
     assert 0.3 < float(both.float().mean()) < 0.7
 
 

@@ -72,7 +72,7 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
         }
     )
     cpu = torch.device("cpu")
-    model = load_base(base, recipe.model, quantised=False, dtype=torch.float32, device=cpu)
+    model = load_base(base, recipe.model, quantized=False, dtype=torch.float32, device=cpu)
     model.set_attn_implementation("sdpa")
     losses = Losses()
     arguments = SFTConfig(

@@ -1,9 +1,9 @@
-"""Element-wise passes of a GPU made into one kernel each, by torch.compile.
+"""Fuses element-wise passes into one GPU kernel each, with torch.compile.
 
-Matrix products and attention have kernels of their own; what lies between them is bound by memory,
-and every pass that is saved counts. On a CPU the compiled loops do this. Never run on a GPU here;
-the same compilation for a CPU is what a test compares with. Rotary positions are left out: torch
-2.13 cannot compile them for sizes that vary, and they take but two passes.
+Matrix products and attention have their own kernels; everything between them is bound by memory
+bandwidth, so each saved pass counts. On a CPU the loops of loops.cpp do this. Tests compile the
+same functions for a CPU. Rotary positions are not compiled: torch 2.13 cannot do it for varying
+sizes, and they take only two passes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dtrain.models.kernels.native import PLAIN
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# Round where the passes one by one would: the losses of `kernels: off`, to the same digits.
+# Round where separate passes would, so that losses equal those of `kernels: off` to the digit.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 
 _failed: set[Callable[..., Any]] = set()
@@ -29,14 +29,14 @@ _enabled = True
 
 
 def compile_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` of tensors, the first of which says where all of them are.
+    """Compile a function of tensors when its first argument is on a GPU.
 
-    Where it does not compile, it runs pass by pass from then on, with one warning.
+    If compiling fails, the function runs uncompiled from then on, after one warning.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if function in _failed or not compiles(args[0]):
+        if function in _failed or not should_compile(args[0]):
             return function(*args, **kwargs)
         return _try_compiled(function, args, kwargs)
 
@@ -45,22 +45,22 @@ def compile_on_gpu(function: Callable[P, R]) -> Callable[P, R]:
 
 def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
     before = list(_versions(args))
-    # Torch would compile again for what requires a gradient, is a parameter or a view.
-    bare = (a.detach() if isinstance(a, Tensor) else a for a in args)
+    # torch would recompile for tensors that require a gradient, parameters and views
+    plain = (a.detach() if isinstance(a, Tensor) else a for a in args)
     try:
-        result: R = _compiled(function)(*bare, **kwargs)
+        result: R = _compiled(function)(*plain, **kwargs)
     except Exception as error:  # of torch, triton or a compiler
         if _is_out_of_memory(error) or before != list(_versions(args)):
             raise
         _failed.add(function)
         why = str(error).strip().split("\n")[0]
-        warn(f"kernels: {function.__name__} does not compile here, its passes stay apart: {why}")
+        warn(f"kernels: {function.__name__} does not compile here, so it runs uncompiled: {why}")
         return function(*args, **kwargs)
     return result
 
 
 def _versions(args: tuple[Any, ...]) -> Iterator[int]:
-    """Change where a tensor is written to: a function that began to write cannot start again."""
+    """Version counters: a function that has written to an input must not run a second time."""
     return (a._version for a in args if isinstance(a, Tensor) and not a.is_inference())
 
 
@@ -68,16 +68,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def switch(*, on: bool) -> None:
-    """Compile from now on, or never: what a compiled sum adds up first depends on shapes."""
+def set_enabled(*, on: bool) -> None:
+    """Turn compiling on or off; off for strict runs, as compiled sums depend on the shapes."""
     global _enabled
     _enabled = on
 
 
-def compiles(tensor: Any) -> bool:
-    """Whether torch.compile works on this tensor's device: a GPU from Volta on, with triton.
+def should_compile(tensor: Any) -> bool:
+    """Whether to compile for this tensor: on a GPU from Volta on, with triton.
 
-    One token is left alone: torch compiles again for it.
+    A single token stays uncompiled, as torch would recompile for it.
     """
     return (
         _enabled
@@ -90,19 +90,19 @@ def compiles(tensor: Any) -> bool:
 
 @cache
 def _gpu_compiles() -> bool:
-    """Tried on a trifle: triton wants a C compiler and Python's headers beside it."""
+    """Compile a trivial function: triton also needs a C compiler and Python's headers."""
     if find_spec("triton") is None or torch.cuda.get_device_capability() < (7, 0):
         return False
     try:
         _compiled(torch.neg)(torch.zeros(8, device="cuda"))
     except Exception as error:  # of torch, triton or a compiler
         why = str(error).strip().split("\n")[0]
-        warn(f"kernels: torch.compile does not work here, passes stay apart: {why}")
+        warn(f"kernels: torch.compile does not work here, so nothing is compiled: {why}")
         return False
     return True
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # of any size: rows differ in what is learnt, heads of queries and keys in number
+    # dynamic: the number of target tokens varies, and queries and keys differ in heads
     return torch.compile(function, dynamic=True, options=OPTIONS)

@@ -1,11 +1,11 @@
-"""Frozen layers of one input, with their LoRA adapters (arXiv:2106.09685), as one function.
+"""Frozen linear layers that share an input, with their LoRA adapters, as one autograd function.
 
-    y_i = x W_iᵀ + s_i (x A_iᵀ) B_iᵀ
+    y_i = x W_iᵀ + s_i (x A_iᵀ) B_iᵀ    (arXiv:2106.09685)
 
-Kept for backward: x, or what x is made from, and the small products x A_iᵀ. The gradient of x is
-added up in one tensor, the adapters' A meet it as one matrix, and a frozen W gets no gradient.
+Backward saves x, or what x is recomputed from, and the small products x A_iᵀ. It sums the gradient
+of x in one tensor, multiplies all A at once, and computes no gradient of the frozen W.
 
-Letters: T tokens, h width of x, o of y, r rank of an adapter, R of all of them together.
+Letters: T tokens, h width of x, o of y, r rank of an adapter, R sum of the ranks.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dtrain.models.dropout import KeyedDropout
-from dtrain.models.kernels import native
+from dtrain.models.kernels import matmul, native
 from dtrain.models.kernels.compiled import compile_on_gpu
-from dtrain.models.kernels.matmul import add_times, times, times_transposed
-from dtrain.models.kernels.rematerialize import parts_of
+from dtrain.models.kernels.rematerialize import recorded_inputs
 from dtrain.models.kernels.same_program import runs_its_class
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter as it stands at a call.
+class LoraWeights:
+    """A LoRA adapter's weights at a call.
 
     Attributes:
         a, b: [r, h] and [o, r].
-        scale: of the product.
-        kept_scale: what dropout multiplies by what it keeps.
+        scale: factor of B·A.
+        keep_scale: factor by which dropout scales what it keeps.
     """
 
     a: Tensor
     b: Tensor
     scale: float
-    kept_scale: float = 1.0
+    keep_scale: float = 1.0
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A frozen linear layer as it stands at a call.
+class FrozenLinear:
+    """A frozen linear layer's weights at a call.
 
     Attributes:
         weight: [o, h], or packed in 4 bits.
-        packed: how it is packed, if it is.
+        packed: the quantization state of a packed weight.
         bias: [o].
-        adapter: what trains on it, if anything.
+        adapter: its LoRA adapter, if it has one.
     """
 
     weight: Tensor
     packed: QuantState | None = None
     bias: Tensor | None = None
-    adapter: Adapter | None = None
+    adapter: LoraWeights | None = None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """[o, h] in `dtype`; unpacked at each call, as it is needed for one product only."""
+        """The weight [o, h] in `dtype`; a packed one is unpacked at each call."""
         weight = self.weight
         if self.packed is not None:
             weight = dequantize_4bit(weight.view(-1, 1), self.packed)
         return weight.to(dtype)
 
 
-Layers = Sequence[Layer]
+FrozenLinears = Sequence[FrozenLinear]
 Masks = Sequence[Tensor]
 
 
-def shared_input(x: Tensor, layers: Layers, masks: Masks = ()) -> tuple[Tensor, ...]:
-    """What each layer makes of the same x.
+def shared_input_linears(x: Tensor, layers: FrozenLinears, masks: Masks = ()) -> tuple[Tensor, ...]:
+    """Compute the outputs of several layers for the same x.
 
     Args:
         x: [1, T, h].
-        layers: with weights that do not train.
-        masks: bool [1, T, h] for each adapter, what dropout keeps of its x; empty: no dropout.
+        layers: their weights do not train.
+        masks: bool [1, T, h] for each adapter, which elements of x its dropout keeps; empty
+            without dropout.
 
     Returns:
         [1, T, o] of each layer, in autocast's dtype if that is on.
@@ -91,106 +91,105 @@ def shared_input(x: Tensor, layers: Layers, masks: Masks = ()) -> tuple[Tensor, 
     trained = [t for adapter in _adapters(layers) for t in (adapter.a, adapter.b)]
     with torch.autocast(kind, enabled=False):
         outputs: tuple[Tensor, ...] = _SharedInput.apply(x, layers, masks, *trained)
-    # Views made out here: autograd lets nobody write to a view that a function returns.
+    # Reshape out here: autograd forbids in-place writes to views that a function returns.
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
 class _SharedInput(torch.autograd.Function):
-    # Weights are held, not saved: engines that shard them gather them into the same tensor again.
+    # Weights are referenced, not saved: sharding engines gather them into the same tensor again.
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Layers, masks: Masks, *trained: Tensor
+        ctx: Any, x: Tensor, layers: FrozenLinears, masks: Masks, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return [T, o] of each layer."""
         flat = x.flatten(0, -2)
         small = _small_products(flat, _adapters(layers), masks)
-        ctx.make, parts = parts_of(x)
-        ctx.layers, ctx.counts = layers, (len(parts), len(masks), len(small))
-        ctx.save_for_backward(*parts, *masks, *small)
-        each = iter(small)
+        ctx.recompute, inputs = recorded_inputs(x)
+        ctx.layers, ctx.counts = layers, (len(inputs), len(masks), len(small))
+        ctx.save_for_backward(*inputs, *masks, *small)
+        products = iter(small)
         ctx.shape = x.shape
         return tuple(
-            _output(flat, layer, next(each) if layer.adapter else None) for layer in layers
+            _output(flat, layer, next(products) if layer.adapter else None) for layer in layers
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *flat: Tensor) -> tuple[Tensor | None, ...]:
         saved, layers = iter(ctx.saved_tensors), ctx.layers
-        parts, masks, small = ([next(saved) for _ in range(count)] for count in ctx.counts)
-        dx = _through_weights(flat, layers) if ctx.needs_input_grad[0] else None
+        inputs, masks, small = ([next(saved) for _ in range(count)] for count in ctx.counts)
+        dx = _input_gradient(flat, layers) if ctx.needs_input_grad[0] else None
         trained = list[Tensor]()
         if small:
-            reaching = [g for g, layer in zip(flat, layers, strict=True) if layer.adapter]
-            x = ctx.make(*parts).flatten(0, -2)
-            trained = _adapter_gradients(reaching, x, dx, _adapters(layers), masks, small)
+            gradients = [g for g, layer in zip(flat, layers, strict=True) if layer.adapter]
+            x = ctx.recompute(*inputs).flatten(0, -2)
+            trained = _adapter_gradients(gradients, x, dx, _adapters(layers), masks, small)
         return dx if dx is None else dx.view(ctx.shape), None, None, *trained
 
 
-def _adapters(layers: Layers) -> list[Adapter]:
+def _adapters(layers: FrozenLinears) -> list[LoraWeights]:
     return [layer.adapter for layer in layers if layer.adapter is not None]
 
 
-def _output(x: Tensor, layer: Layer, small: Tensor | None) -> Tensor:
-    """y [T, o] from x [T, h] and the small product [T, r]."""
+def _output(x: Tensor, layer: FrozenLinear, small: Tensor | None) -> Tensor:
+    """Compute y [T, o] from x [T, h] and the small product [T, r]."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = times_transposed(x, layer.matrix(x.dtype), bias)
+    y = matmul.linear(x, layer.matrix(x.dtype), bias)
     if layer.adapter is not None and small is not None:
         y.addmm_(small, layer.adapter.b.to(x.dtype).t(), alpha=layer.adapter.scale)
     return y
 
 
-def _small_products(x: Tensor, adapters: Sequence[Adapter], masks: Masks) -> list[Tensor]:
-    """x A_iᵀ [T, r] of each adapter; without dropout one product makes them all."""
+def _small_products(x: Tensor, adapters: Sequence[LoraWeights], masks: Masks) -> list[Tensor]:
+    """x A_iᵀ [T, r] of each adapter; without dropout they are one matrix product."""
     if not adapters:
         return []
     if not masks:
-        together = times_transposed(x, _stacked(adapters, x.dtype))
+        together = matmul.linear(x, _stacked(adapters, x.dtype))
         return list(together.split(_ranks(adapters), dim=1))
     each = zip(adapters, masks, strict=True)
-    return [times_transposed(_dropped(x, a, mask), a.a.to(x.dtype)) for a, mask in each]
+    return [matmul.linear(_dropped(x, a, mask), a.a.to(x.dtype)) for a, mask in each]
 
 
-def _stacked(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """All A [R, h]."""
+def _stacked(adapters: Sequence[LoraWeights], dtype: torch.dtype) -> Tensor:
+    """The A of all adapters, [R, h]."""
     return torch.cat([adapter.a for adapter in adapters]).to(dtype)
 
 
-def _ranks(adapters: Sequence[Adapter]) -> list[int]:
+def _ranks(adapters: Sequence[LoraWeights]) -> list[int]:
     return [adapter.a.shape[0] for adapter in adapters]
 
 
-def _dropped(x: Tensor, adapter: Adapter, mask: Tensor) -> Tensor:
-    """What dropout leaves of [T, h]; its own gradient too."""
+def _dropped(x: Tensor, adapter: LoraWeights, mask: Tensor) -> Tensor:
+    """Apply dropout to [T, h]; the same function computes its gradient."""
     if not _is_plain(x, mask):
-        return _dropped_by_torch(x, adapter.kept_scale, mask.flatten(0, -2))
+        return _dropped_by_torch(x, adapter.keep_scale, mask.flatten(0, -2))
     result = torch.empty_like(x)
-    native.call("drop", x, mask, result, x.numel(), adapter.kept_scale)
+    native.call("drop", x, mask, result, x.numel(), adapter.keep_scale)
     return result
 
 
 @compile_on_gpu
-def _dropped_by_torch(x: Tensor, kept_scale: float, mask: Tensor) -> Tensor:
-    return (x * kept_scale).mul_(mask)
+def _dropped_by_torch(x: Tensor, keep_scale: float, mask: Tensor) -> Tensor:
+    return (x * keep_scale).mul_(mask)
 
 
-def _add_dropped(to: Tensor, x: Tensor, adapter: Adapter, mask: Tensor) -> None:
-    if _is_plain(x, mask) and native.fits_flat(to):
-        native.call("add_dropped", x, mask, to, x.numel(), adapter.kept_scale)
+def _add_dropped(to: Tensor, x: Tensor, adapter: LoraWeights, mask: Tensor) -> None:
+    if _is_plain(x, mask) and native.supports_contiguous(to):
+        native.call("add_dropped", x, mask, to, x.numel(), adapter.keep_scale)
     else:
         to.add_(_dropped(x, adapter, mask))
 
 
 def _is_plain(x: Tensor, mask: Tensor) -> bool:
-    return native.fits_flat(x) and mask.is_contiguous() and mask.dtype == torch.bool
+    return native.supports_contiguous(x) and mask.is_contiguous() and mask.dtype == torch.bool
 
 
-def _through_weights(gradients: Sequence[Tensor], layers: Layers) -> Tensor:
+def _input_gradient(gradients: Sequence[Tensor], layers: FrozenLinears) -> Tensor:
     """The gradient of x [T, h] through the frozen weights."""
     first, *others = zip(gradients, layers, strict=True)
-    dx = times(first[0], first[1].matrix(first[0].dtype))
+    dx = matmul.mm(first[0], first[1].matrix(first[0].dtype))
     for gradient, layer in others:
-        dx = add_times(dx, gradient, layer.matrix(gradient.dtype))
+        dx = matmul.addmm(dx, gradient, layer.matrix(gradient.dtype))
     return dx
 
 
@@ -198,16 +197,16 @@ def _adapter_gradients(
     gradients: Sequence[Tensor],
     x: Tensor,
     dx: Tensor | None,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[LoraWeights],
     masks: Masks,
     small: Sequence[Tensor],
 ) -> list[Tensor]:
-    """dA_1, dB_1, dA_2, …; what goes through the adapters is added to dx."""
+    """dA_1, dB_1, dA_2, …; the part of the input's gradient through the adapters goes into dx."""
     inner, db = list[Tensor](), list[Tensor]()
     for gradient, adapter, product in zip(gradients, adapters, small, strict=True):
-        inner.append(times(gradient, adapter.b.to(x.dtype)).mul_(adapter.scale))
-        # in this order: a tall thin product is several times as slow as a wide flat one
-        db.append(times(product.t(), gradient).mul_(adapter.scale).t().to(adapter.b.dtype))
+        inner.append(matmul.mm(gradient, adapter.b.to(x.dtype)).mul_(adapter.scale))
+        # in this order: a tall, thin product takes several times as long as a wide, flat one
+        db.append(matmul.mm(product.t(), gradient).mul_(adapter.scale).t().to(adapter.b.dtype))
     da = (
         _a_with_dropout(inner, x, dx, adapters, masks)
         if masks
@@ -218,7 +217,7 @@ def _adapter_gradients(
 
 
 def _a_together(
-    inner: Sequence[Tensor], x: Tensor, dx: Tensor | None, adapters: Sequence[Adapter]
+    inner: Sequence[Tensor], x: Tensor, dx: Tensor | None, adapters: Sequence[LoraWeights]
 ) -> list[Tensor]:
     """dA of each adapter from the gradients [T, r] of the small products."""
     joined = torch.cat(list(inner), dim=1)
@@ -231,71 +230,72 @@ def _a_with_dropout(
     inner: Sequence[Tensor],
     x: Tensor,
     dx: Tensor | None,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[LoraWeights],
     masks: Masks,
 ) -> list[Tensor]:
-    """As `_a_together`; each adapter saw an x of its own."""
-    found = []
+    """As `_a_together`, but each adapter has its own dropout mask."""
+    da = []
     for gradient, adapter, mask in zip(inner, adapters, masks, strict=True):
-        found.append(gradient.t() @ _dropped(x, adapter, mask))
+        da.append(gradient.t() @ _dropped(x, adapter, mask))
         if dx is not None:
             _add_dropped(dx, gradient @ adapter.a.to(x.dtype), adapter, mask)
-    return found
+    return da
 
 
-class SharedInput:
-    """Layers that are called one after the other with the same tensor.
+class SharedInputGroup:
+    """Modules that are called one after the other with the same input.
 
-    The first call computes for all; the others take what is theirs. A layer that is called with
-    another tensor computes alone, and what was left for it is let go of.
+    The first call computes all outputs; the others return theirs. A module that is called with
+    another input computes alone, and its waiting output is dropped.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
         self._input: Tensor | None = None
-        self._place: tuple[object, ...] = ()
+        self._input_key: tuple[object, ...] = ()
         self._waiting: dict[int, Tensor] = {}
-        for number, module in enumerate(self._modules):
-            module.forward = _Member(self, number)
+        for index, module in enumerate(self._modules):
+            module.forward = _MemberForward(self, index)
 
-    def call(self, number: int, x: Tensor) -> Tensor:
-        """What layer `number` makes of x [1, T, h]."""
-        waiting = self._waiting.pop(number, None)
-        if waiting is not None and _place(x) == self._place:
+    def call(self, index: int, x: Tensor) -> Tensor:
+        """The output of module `index` for x [1, T, h]."""
+        waiting = self._waiting.pop(index, None)
+        if waiting is not None and _alias_key(x) == self._input_key:
             result = waiting
-        elif number == 0:
+        elif index == 0:
             result, *others = _compute(self._modules, x)
             self._waiting = dict(enumerate(others, start=1))
-            self._input, self._place = x, _place(x)  # held, so that its place stays its own
+            # referenced, so that its memory is not reused
+            self._input, self._input_key = x, _alias_key(x)
         else:
-            (result,) = _compute([self._modules[number]], x)
+            (result,) = _compute([self._modules[index]], x)
         if not self._waiting:
             self._input = None
         return result
 
 
-def _place(x: Tensor) -> tuple[object, ...]:
-    """Equal for one tensor and for its aliases, as long as nobody writes to it.
+def _alias_key(x: Tensor) -> tuple[object, ...]:
+    """A key that is equal for a tensor and its aliases, until someone writes to it.
 
-    Under ZeRO-3 DeepSpeed hands every module an alias of its own.
+    Under ZeRO-3 DeepSpeed gives every module its own alias.
     """
     version = 0 if x.is_inference() else x._version
-    where = x.shape, x.stride(), x.storage_offset()
-    return x.untyped_storage()._cdata, where, x.dtype, x.requires_grad, version
+    layout = x.shape, x.stride(), x.storage_offset()
+    return x.untyped_storage()._cdata, layout, x.dtype, x.requires_grad, version
 
 
-class _Member:
-    """The forward of one layer."""
+class _MemberForward:
+    """The forward of one module of a group."""
 
-    def __init__(self, group: SharedInput, number: int) -> None:
-        self._group, self._number = group, number
+    def __init__(self, group: SharedInputGroup, index: int) -> None:
+        self._group, self._index = group, index
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._group.call(self._number, x)
+        return self._group.call(self._index, x)
 
 
-def is_fast(module: nn.Module) -> bool:
-    """Whether `shared_input` computes what this module does: frozen, plain or NF4, LoRA or none."""
+def is_supported_linear(module: nn.Module) -> bool:
+    """Whether `shared_input_linears` can replace it: frozen, plain or NF4, with LoRA or without."""
     base = module.base_layer if isinstance(module, LoraLayer) else module
     if not isinstance(base, nn.Linear) or any(p.requires_grad for p in base.parameters()):
         return False
@@ -305,7 +305,7 @@ def is_fast(module: nn.Module) -> bool:
 
 
 def _is_plain_lora(module: LoraLayer) -> bool:
-    """No variant such as DoRA, no bias, one adapter, and a dropout that we know."""
+    """Whether there is one adapter, without bias or variant such as DoRA, and known dropout."""
     (name,) = module.lora_A if len(module.lora_A) == 1 else (None,)
     return (
         name is not None
@@ -318,34 +318,36 @@ def _is_plain_lora(module: LoraLayer) -> bool:
 
 def _compute(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     dropouts = [_dropout(module) for module in modules if _adapts(module)]
-    masks = [d.kept(x) for d in dropouts if isinstance(d, KeyedDropout) and d.drops]
-    return shared_input(x, [_layer(module) for module in modules], masks)
+    masks = [d.keep_mask(x) for d in dropouts if isinstance(d, KeyedDropout) and d.drops]
+    return shared_input_linears(x, [_layer(module) for module in modules], masks)
 
 
 def _adapts(module: nn.Module) -> bool:
-    """Whether an adapter is at work; PEFT switches it off to ask what the base says."""
+    """Whether the module's adapter is active; PEFT disables it to compute the base alone."""
     return isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any) -> FrozenLinear:
     base: Any = module.base_layer if isinstance(module, LoraLayer) else module
     packed = _packed(base) if isinstance(base, Linear4bit) else None
-    return Layer(base.weight, packed, base.bias, _adapter(module) if _adapts(module) else None)
+    return FrozenLinear(
+        base.weight, packed, base.bias, _adapter(module) if _adapts(module) else None
+    )
 
 
 def _packed(base: Any) -> QuantState:
-    """How a layer's weight is packed; FSDP2 gathers weights that have forgotten it."""
+    """The quantization state of a layer's weight, which FSDP2's gathered weights lack."""
     fix_4bit_weight_quant_state_from_module(base)
     state: QuantState = base.weight.quant_state
     return state
 
 
-def _adapter(module: Any) -> Adapter:
+def _adapter(module: Any) -> LoraWeights:
     (name,) = module.active_adapters
     dropout = _dropout(module)
-    kept_scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
+    keep_scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return Adapter(a, b, module.scaling[name], kept_scale)
+    return LoraWeights(a, b, module.scaling[name], keep_scale)
 
 
 def _dropout(module: Any) -> nn.Module:

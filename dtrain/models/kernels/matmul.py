@@ -1,8 +1,8 @@
-"""Products of float32 matrices on a CPU of AMD's, by the oneDNN that torch carries.
+"""Float32 matrix products through oneDNN on AMD CPUs.
 
-torch's own `mm` goes to MKL, which knows no AVX-512 on these processors: by oneDNN x Wᵀ runs 7 to
-10 % faster there, g W 8 to 14 %. On Intel's MKL is the faster one, by 3 to 26 %, so there, as for
-anything but plain tensors, it is `mm` after all; on a GPU that is cuBLAS.
+torch's `mm` calls MKL, which uses no AVX-512 on AMD: oneDNN is 7 to 10 % faster for x Wᵀ and 8 to
+14 % faster for g W. On Intel CPUs MKL is 3 to 26 % faster, so there, and for anything but plain CPU
+tensors, these functions call torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from dtrain.models.kernels.native import PLAIN
 
 
-def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b.
 
     Args:
@@ -25,39 +25,39 @@ def times_transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         weight: [o, h].
         bias: [o].
     """
-    if _fits(x, weight):
+    if _supports(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def times(x: Tensor, weight: Tensor) -> Tensor:
+def mm(x: Tensor, weight: Tensor) -> Tensor:
     """x W of x [T, o] and W [o, h]."""
-    return times_transposed(x, weight.t())
+    return linear(x, weight.t())
 
 
-def add_times(to: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`to` + x W of [T, h], x [T, o] and W [o, h]; `to` may be written to."""
-    if _fits(x, weight):
+def addmm(to: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`to` + x W of `to` [T, h], x [T, o] and W [o, h]; `to` may be overwritten."""
+    if _supports(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, to, weight.t(), None, "add")
         return result
     return to.addmm_(x, weight)
 
 
 @cache
-def onednn_pays() -> bool:
-    """Whether torch carries oneDNN, and the processor is one that MKL serves badly."""
+def prefers_onednn() -> bool:
+    """Whether oneDNN is available and the processor is AMD's, for which MKL is slower."""
     processor = ""
-    with suppress(OSError):  # no Linux
+    with suppress(OSError):  # not Linux
         processor = Path("/proc/cpuinfo").read_text()
     return "AuthenticAMD" in processor and torch.backends.mkldnn.is_available()
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def _supports(x: Tensor, weight: Tensor) -> bool:
     return (
         type(x) in PLAIN
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and onednn_pays()
+        and prefers_onednn()
     )

@@ -1,7 +1,7 @@
-"""The two passes over a block of a merge: add to the stored values, round to their dtype.
+"""The two passes of a merge over a block of weights: add the update, round to the stored dtype.
 
-Each goes once through memory that is still in a core's cache, where torch would make three passes;
-the values are the same, to the bit. Called by several threads at once, each with one core.
+Each loop passes once over memory that is in the core's cache, where torch makes three passes; the
+results are equal bit by bit. Several threads call them at once, each on one core.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from dtrain.models.kernels import native
 from dtrain.models.tensor_utils import all_finite
 
 LOOPS = {torch.bfloat16: "add_scaled", torch.float32: "add_scaled_wide"}
-_one_builds = Lock()
+_build_lock = Lock()
 
 
 def add_scaled(old: Tensor, added: Tensor, factor: float) -> Tensor:
-    """`old` + `factor` · `added`, each operation rounded to float32.
+    """Compute `old` + `factor` · `added`, rounding each operation to float32.
 
     Args:
-        old: any float, contiguous.
-        added: float32, of the same shape, contiguous; overwritten, and returned.
+        old: any float dtype, contiguous.
+        added: float32, of the same shape, contiguous; it is overwritten and returned.
     """
     if (loops := _loops()) is None or old.dtype not in LOOPS:
         return added.mul_(factor).add_(old.float())
-    native.call_of(loops, LOOPS[old.dtype], old, added, added.numel(), factor)
+    native.call_in(loops, LOOPS[old.dtype], old, added, added.numel(), factor)
     return added
 
 
 def round_into(value: Tensor, rounded: Tensor) -> bool:
-    """Round `value` to the dtype of `rounded`, of the same size, contiguous both.
+    """Round `value` into `rounded`, a contiguous tensor of the same size.
 
     Returns:
-        Whether every element is finite afterwards.
+        Whether every rounded element is finite.
     """
     loops = _loops()
     if loops is None or (value.dtype, rounded.dtype) != (torch.float32, torch.bfloat16):
         rounded.copy_(value)
         return all_finite(rounded)
-    odd = torch.zeros(1, dtype=torch.int32)
-    native.call_of(loops, "round_bfloat16", value, rounded, odd, value.numel())
-    return not odd.item()
+    non_finite = torch.zeros(1, dtype=torch.int32)
+    native.call_in(loops, "round_bfloat16", value, rounded, non_finite, value.numel())
+    return not non_finite.item()
 
 
 def _loops() -> CDLL | None:
-    with _one_builds:
-        return _found()
+    with _build_lock:
+        return _load()
 
 
 @cache
-def _found() -> CDLL | None:
-    return native.find()[0]
+def _load() -> CDLL | None:
+    return native.load_loops()[0]

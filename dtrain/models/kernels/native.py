@@ -1,7 +1,7 @@
-"""loops.cpp: built at the first use on a machine, called through ctypes.
+"""Calls the compiled CPU loops of loops.cpp, which are built at the first use on a machine.
 
-No header of torch is needed, so it takes a second. Where there is no compiler, or the library does
-not link, or a tensor is not plain float32 in a CPU's memory, the same is computed by torch.
+The build takes a second, as it needs no torch headers. Without a compiler, and for tensors other
+than plain float32 in CPU memory, callers compute the same with torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dtrain.core.cpp_build import load_library
 
 SOURCE = Path(__file__).with_name("loops.cpp")
 
-# Arguments by letters: p a pointer, n an integer, f a float.
+# Argument types: p pointer, n integer, f float.
 SIGNATURES = {
     "keep": "pnnn", "drop": "pppnf", "add_dropped": "pppnf",
     "swiglu": "pppn", "swiglu_backward": "pppppn",
@@ -27,61 +27,61 @@ SIGNATURES = {
     "pack_4bit": "pppppnn",
 }  # fmt: skip
 TYPES = {"p": c_void_p, "n": c_int64, "f": c_float}
-PLAIN = (Tensor, nn.Parameter)  # no other class: fakes and shards have no memory to point at
+PLAIN = (Tensor, nn.Parameter)  # subclasses such as fake tensors have no memory to point to
 
 _library: CDLL | None = None
 
 
-def switch(*, on: bool) -> str:
-    """Use the loops from now on, or torch in their place.
+def set_enabled(*, on: bool) -> str:
+    """Turn the compiled loops on or off.
 
     Returns:
-        Why they are not used; empty if they are.
+        Why they cannot be used; empty if they can, or if they were turned off.
     """
     global _library
-    _library, why = (None, "") if not on else find()
+    _library, why = load_loops() if on else (None, "")
     return why
 
 
-def is_on() -> bool:
+def is_enabled() -> bool:
     """Whether the loops are in use."""
     return _library is not None
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the loops may work on these tensors."""
+def supports(*tensors: Tensor) -> bool:
+    """Whether the loops are on and can read these tensors."""
     return (
-        is_on()
+        is_enabled()
         and all(type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu for t in tensors)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def fits_flat(*tensors: Tensor) -> bool:
-    """Whether they fit and are laid out without gaps."""
-    return fits(*tensors) and all(t.is_contiguous() for t in tensors)
+def supports_contiguous(*tensors: Tensor) -> bool:
+    """Whether the loops support these tensors and all of them are contiguous."""
+    return supports(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 def call(name: str, *arguments: Tensor | float) -> None:
-    """Call a loop of those in use."""
-    call_of(_library, name, *arguments)
+    """Call a loop; they must be on."""
+    call_in(_library, name, *arguments)
 
 
-def call_of(loops: CDLL | None, name: str, *arguments: Tensor | float) -> None:
-    """Call a loop; tensors are given as where they lie."""
-    given = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    getattr(loops, name)(*given)
+def call_in(loops: CDLL | None, name: str, *arguments: Tensor | float) -> None:
+    """Call a loop of a library; tensors are passed as pointers."""
+    values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    getattr(loops, name)(*values)
 
 
-def find() -> tuple[CDLL | None, str]:
-    """The loops, built if they are not there; or why there are none."""
+def load_loops() -> tuple[CDLL | None, str]:
+    """Load the loops, building them if needed; None and the reason where that fails."""
     libraries = Path(torch.__file__).parent / "lib"
-    # torch's own OpenMP: two of them would keep two pools of threads.
-    openmp = [f"-l:{own.name}" for own in sorted(libraries.glob("libgomp*.so*"))[:1]]
+    # torch's own OpenMP: a second one would start a second thread pool
+    openmp = [f"-l:{path.name}" for path in sorted(libraries.glob("libgomp*.so*"))[:1]]
     links = ["-fopenmp", f"-L{libraries}", "-l:libtorch_cpu.so", *openmp]
-    found, why = load_library(SOURCE, links, torch.__version__)
-    for name, letters in SIGNATURES.items() if found else ():
-        function = getattr(found, name)
+    loops, why = load_library(SOURCE, links, torch.__version__)
+    for name, letters in SIGNATURES.items() if loops else ():
+        function = getattr(loops, name)
         function.argtypes = [TYPES[letter] for letter in letters]
         function.restype = None
-    return found, why
+    return loops, why

@@ -1,7 +1,7 @@
-"""What a causal language model does around its output layer, found by running its own forward.
+"""Finds out how a model computes logits around its output layer, by running its own forward.
 
-The model's children are replaced by stubs, so the probe needs no weights, works on a model on the
-meta device and takes milliseconds. Letters: T tokens, h width, V vocabulary, c rows of a chunk.
+The model's children are replaced by stubs, so the probe needs no weights, works on the meta device
+and takes milliseconds. Letters: T tokens, h width, V vocabulary, c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from transformers import PreTrainedModel
 from dtrain.models.kernels.same_program import runs_its_class
 
 TOKENS, KEPT = 5, (1, 3)
-Adjust = Callable[[Tensor], Tensor]
+LogitTransform = Callable[[Tensor], Tensor]  # [c, V] → [c, V]
 
 
 class OutputProbe:
     """A model's own forward between its hidden states and its logits.
 
     Attributes:
-        exact: whether logits are the output layer's, of the hidden states that the caller keeps.
-        adjust: what the model makes of them, row by row, such as a scale or a soft cap
-            ([c, V] → [c, V]); None if nothing.
+        exact: whether the logits follow from the output layer's output for the kept tokens alone.
+        transform: what the model applies to that output token by token, such as a scale or a soft
+            cap; None if nothing.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear) -> None:
         self._width, self._vocabulary = head.in_features, head.out_features
         self._states, self._head = _States(), _Head(head)
         self._model = _with_stubs(model, head, self._states, self._head)
-        self.adjust: Adjust | None = None
+        self.transform: LogitTransform | None = None
         self.exact = _stub_fits(model, head) and self._is_exact()
 
     def _is_exact(self) -> bool:
         try:
-            with torch.device("cpu"):  # whatever the caller builds on
-                return all(self._keeps_what_is_asked(training) for training in (False, True))
-        except Exception:  # a model that needs more than hidden states: any error, of any code
+            with torch.device("cpu"):  # the caller may build on the meta device
+                return all(self._follows_from_kept_tokens(training) for training in (False, True))
+        except Exception:  # a model that needs more than hidden states may raise anything
             return False
 
-    def _keeps_what_is_asked(self, training: bool) -> bool:
+    def _follows_from_kept_tokens(self, training: bool) -> bool:
         self._model.training = training
         rows = torch.arange(1, TOKENS + 1.0).expand(self._width, TOKENS).t()
         raw = _numbers(len(KEPT), self._vocabulary)
@@ -58,17 +58,17 @@ class OutputProbe:
             return False
         if logits is self._head.output:
             return True
-        self.adjust = self._adjusted
+        self.transform = self._transformed
         return self._is_by_row(logits[0], raw)
 
     def _is_by_row(self, logits: Tensor, raw: Tensor) -> bool:
-        """Whether each row of logits follows from the same row of the output layer alone."""
+        """Whether each token's logits follow from the output layer's row for that token alone."""
         first = raw[:1].clone().requires_grad_()
-        alone = self._adjusted(first)
+        alone = self._transformed(first)
         with torch.no_grad():
-            alone.detach().mul_(2.0)  # the loss spends them: backward must not need them
+            alone.detach().mul_(2.0)  # the loss overwrites them: backward must not need them
         (gradient,) = torch.autograd.grad(alone, first, torch.ones_like(alone))
-        again = self._adjusted(raw[:1])
+        again = self._transformed(raw[:1])
         return (
             logits.shape == raw.shape
             and logits.dtype == raw.dtype
@@ -76,13 +76,13 @@ class OutputProbe:
             and bool(gradient.isfinite().all())
         )
 
-    def _adjusted(self, raw: Tensor) -> Tensor:
-        """The model's logits for an output [c, V] of its output layer."""
+    def _transformed(self, raw: Tensor) -> Tensor:
+        """The model's logits for the output [c, V] of its output layer."""
         states = torch.zeros(len(raw), self._width, device=raw.device)
         return self._run(states, raw)[0]
 
     def _run(self, states: Tensor, raw: Tensor, **more: Tensor) -> Tensor:
-        self._states.given, self._head.given = states.unsqueeze(0), raw.unsqueeze(0)
+        self._states.states, self._head.logits = states.unsqueeze(0), raw.unsqueeze(0)
         self._head.inputs.clear()
         positions = torch.arange(len(states), device=states.device).unsqueeze(0)
         output = type(self._model).forward(
@@ -102,7 +102,7 @@ def _stub_fits(model: PreTrainedModel, head: nn.Linear) -> bool:
 
 
 def _with_stubs(model: PreTrainedModel, head: nn.Linear, states: nn.Module, stub: nn.Module) -> Any:
-    """A copy that owns no weights; a forward that asks for one of its own fails."""
+    """A copy of the model without weights; a forward that reads its own parameters fails."""
     result = copy(model)
     result._parameters, result._buffers = {}, {}
     result._modules = {n: stub if m is head else states for n, m in model._modules.items()}
@@ -110,12 +110,12 @@ def _with_stubs(model: PreTrainedModel, head: nn.Linear, states: nn.Module, stub
 
 
 def _numbers(rows: int, width: int) -> Tensor:
-    """Different small numbers of either sign."""
+    """Distinct small numbers of both signs."""
     return torch.linspace(-3.0, 3.0, rows * width).view(rows, width)
 
 
 class _Output:
-    """Hidden states as a model's output, and nothing else that a model may report."""
+    """A decoder's output that has hidden states and nothing else."""
 
     def __init__(self, states: Tensor) -> None:
         self.last_hidden_state = states
@@ -129,9 +129,9 @@ class _Output:
 
 
 class _States(nn.Module):
-    """Gives hidden states [1, T, h] in place of a model's layers, however they are reached."""
+    """A stub of the model's layers that returns hidden states [1, T, h] for any access."""
 
-    given: Tensor
+    states: Tensor
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -139,13 +139,13 @@ class _States(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return _Output(self.given)
+        return _Output(self.states)
 
 
 class _Head(nn.Module):
-    """Notes what an output layer is given, and gives logits [1, c, V]."""
+    """A stub of the output layer that records its inputs and returns logits [1, c, V]."""
 
-    given: Tensor
+    logits: Tensor
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -155,5 +155,5 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.inputs.append(hidden)
-        self.output = self.given
-        return self.given
+        self.output = self.logits
+        return self.logits

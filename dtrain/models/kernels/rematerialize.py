@@ -1,8 +1,8 @@
-"""Tensors that are kept for backward as what they were made from.
+"""Tensors that backward recomputes from inputs that autograd saves anyway.
 
-A normalised input, or the product inside an MLP, is as large as what it was made from, which
-autograd keeps anyway. A layer that needs such an input again keeps its parts and makes it anew:
-a few element-wise passes for a whole tensor less.
+A normalized input, or the product inside an MLP, is as large as what it was computed from, which
+autograd saves in any case. A layer that needs such a tensor in backward saves these inputs instead
+and recomputes it: a few element-wise passes, and one large tensor less in memory.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-_MARK = "_dtrain_parts"
+_ATTRIBUTE = "_dtrain_inputs"
 
-Make = Callable[..., Tensor]
-
-
-def made_by(result: Tensor, make: Make, *parts: Any) -> None:
-    """Note on `result` that it is `make(*parts)`; parts are tensors that autograd keeps anyway."""
-    setattr(result, _MARK, (make, parts, result._version))
+Recompute = Callable[..., Tensor]
 
 
-def parts_of(tensor: Tensor) -> tuple[Make, tuple[Any, ...]]:
-    """What `tensor` is made from; the tensor itself, where nothing is known or it was changed."""
-    known: tuple[Make, tuple[Any, ...], int] | None = getattr(tensor, _MARK, None)
-    if known is None or known[2] != tensor._version:
-        return _itself, (tensor,)
-    return known[:2]
+def record_inputs(result: Tensor, recompute: Recompute, *inputs: Any) -> None:
+    """Record that `result` is `recompute(*inputs)`; autograd must save the inputs anyway."""
+    setattr(result, _ATTRIBUTE, (recompute, inputs, result._version))
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def recorded_inputs(tensor: Tensor) -> tuple[Recompute, tuple[Any, ...]]:
+    """How to recompute a tensor; the tensor itself if nothing is recorded or it was changed."""
+    record: tuple[Recompute, tuple[Any, ...], int] | None = getattr(tensor, _ATTRIBUTE, None)
+    if record is None or record[2] != tensor._version:
+        return _identity, (tensor,)
+    return record[:2]
+
+
+def _identity(tensor: Tensor) -> Tensor:
     return tensor

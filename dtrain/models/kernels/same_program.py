@@ -1,7 +1,7 @@
-"""Whether two functions compute the same, read off their code.
+"""Compares the bytecode of two functions.
 
-Docstrings never count, nor do the names of local variables. What a function names must be the
-same too: globals, closures, defaults, decorators, and methods of its class.
+Docstrings and names of local variables do not count. Everything else that a function refers to must
+be equal: globals, closures, defaults, decorators, and methods of its class.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _ARGUMENT_FLAGS = 0x04 | 0x08 | 0x20 | 0x80 | 0x100 | 0x200  # *args, **kwargs, 
 _LITERALS = (int, float, complex, str, bytes, bool, type(None), type(...), tuple, frozenset)
 
 
-def same_program(one: Any, other: Any, owners: tuple[type, type] | None = None) -> bool:
+def same_program(left: Any, right: Any, owners: tuple[type, type] | None = None) -> bool:
     """Whether two functions run the same instructions on equal constants, globals and closures.
 
-    False where that cannot be seen, as for two objects that are equal only in what they hold.
+    False where that cannot be decided, as for two objects of equal content.
 
     Args:
-        owners: the classes whose methods they are; what they call on themselves is compared too.
+        owners: the classes that define the two methods; attributes of `self` are compared too.
     """
-    if not (isinstance(one, FunctionType) and isinstance(other, FunctionType)):
+    if not (isinstance(left, FunctionType) and isinstance(right, FunctionType)):
         return False
-    return _Comparison(owners).functions(one, other)
+    return _Comparison(owners).functions(left, right)
 
 
 def runs_its_class(module: nn.Module) -> bool:
-    """Whether a call of a module is its class's forward: no hook, no forward of its own."""
+    """Whether calling a module runs its class's forward: no hooks, no replaced forward."""
     hooks = (
         module._forward_hooks, module._forward_pre_hooks,
         module._backward_hooks, module._backward_pre_hooks,
@@ -52,68 +52,72 @@ class _Comparison:
         self._owners = owners if owners is not None and owners[0] is not owners[1] else None
         self._assumed: set[tuple[FunctionType, FunctionType]] = set()  # recursion ends here
 
-    def functions(self, one: FunctionType, other: FunctionType) -> bool:
-        if (one, other) in self._assumed or (one is other and self._owners is None):
+    def functions(self, left: FunctionType, right: FunctionType) -> bool:
+        if (left, right) in self._assumed or (left is right and self._owners is None):
             return True
-        self._assumed.add((one, other))
+        self._assumed.add((left, right))
         return (
-            self._codes(one.__code__, other.__code__, one, other)
-            and self._values(one.__defaults__, other.__defaults__)
-            and self._named_values(one.__kwdefaults__ or {}, other.__kwdefaults__ or {})
-            and self._cells(one.__closure__ or (), other.__closure__ or ())
+            self._codes(left.__code__, right.__code__, left, right)
+            and self._values(left.__defaults__, right.__defaults__)
+            and self._named_values(left.__kwdefaults__ or {}, right.__kwdefaults__ or {})
+            and self._cells(left.__closure__ or (), right.__closure__ or ())
         )
 
-    def _codes(self, one: CodeType, other: CodeType, near: FunctionType, far: FunctionType) -> bool:
+    def _codes(
+        self, left: CodeType, right: CodeType, near: FunctionType, far: FunctionType
+    ) -> bool:
         """Compare code that runs with the globals of `near` and of `far`."""
-        first, second = list(_instructions(one)), list(_instructions(other))
+        first, second = list(_instructions(left)), list(_instructions(right))
         return (
-            _signature(one) == _signature(other)
-            and one.co_exceptiontable == other.co_exceptiontable
+            _signature(left) == _signature(right)
+            and left.co_exceptiontable == right.co_exceptiontable
             and len(first) == len(second)
             and all(self._instructions(a, b, near, far) for a, b in zip(first, second, strict=True))
         )
 
     def _instructions(
-        self, one: tuple[str, Any], other: tuple[str, Any], near: FunctionType, far: FunctionType
+        self, left: tuple[str, Any], right: tuple[str, Any], near: FunctionType, far: FunctionType
     ) -> bool:
-        (name, value), (other_name, other_value) = one, other
-        if name != other_name:
+        (name, value), (right_name, right_value) = left, right
+        if name != right_name:
             return False
-        if isinstance(value, CodeType) and isinstance(other_value, CodeType):
-            return self._codes(value, other_value, near, far)
-        if not self._values(value, other_value):
+        if isinstance(value, CodeType) and isinstance(right_value, CodeType):
+            return self._codes(value, right_value, near, far)
+        if not self._values(value, right_value):
             return False
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             return self._values(_global(near, value), _global(far, value))
         return name not in _ATTRIBUTES or self._attributes(value)
 
     def _attributes(self, name: str) -> bool:
-        """Compare what the two classes hold under a name; what only instances hold is theirs."""
+        """Compare the two classes' attribute of this name; attributes of instances do not count."""
         if self._owners is None:
             return True
-        one, other = (getattr_static(owner, name, _MISSING) for owner in self._owners)
-        return self._values(one, other)
+        left, right = (getattr_static(owner, name, _MISSING) for owner in self._owners)
+        return self._values(left, right)
 
-    def _values(self, one: Any, other: Any) -> bool:
-        if isinstance(one, FunctionType) and isinstance(other, FunctionType):
-            return self.functions(one, other)
-        if one is other:
+    def _values(self, left: Any, right: Any) -> bool:
+        if isinstance(left, FunctionType) and isinstance(right, FunctionType):
+            return self.functions(left, right)
+        if left is right:
             return True
-        if type(one) is not type(other):
+        if type(left) is not type(right):
             return False
-        if isinstance(one, tuple):
-            pairs = zip(one, other, strict=False)
-            return len(one) == len(other) and all(self._values(a, b) for a, b in pairs)
-        if isinstance(one, staticmethod | classmethod):
-            return self._values(one.__func__, other.__func__)
+        if isinstance(left, tuple):
+            pairs = zip(left, right, strict=False)
+            return len(left) == len(right) and all(self._values(a, b) for a, b in pairs)
+        if isinstance(left, staticmethod | classmethod):
+            return self._values(left.__func__, right.__func__)
+        if isinstance(left, Logger):
+            return True
         # by their text, which distinguishes 0.0 from -0.0
-        return isinstance(one, Logger) or (isinstance(one, _LITERALS) and repr(one) == repr(other))
+        return isinstance(left, _LITERALS) and repr(left) == repr(right)
 
-    def _named_values(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        return one.keys() == other.keys() and all(self._values(one[k], other[k]) for k in one)
+    def _named_values(self, left: dict[str, Any], right: dict[str, Any]) -> bool:
+        return left.keys() == right.keys() and all(self._values(left[k], right[k]) for k in left)
 
-    def _cells(self, one: tuple[CellType, ...], other: tuple[CellType, ...]) -> bool:
-        return self._values(tuple(map(_content, one)), tuple(map(_content, other)))
+    def _cells(self, left: tuple[CellType, ...], right: tuple[CellType, ...]) -> bool:
+        return self._values(tuple(map(_content, left)), tuple(map(_content, right)))
 
 
 def _signature(code: CodeType) -> tuple[Any, ...]:
@@ -124,21 +128,21 @@ def _signature(code: CodeType) -> tuple[Any, ...]:
 
 def _instructions(code: CodeType) -> Iterator[tuple[str, Any]]:
     """Names and operands of instructions, independent of where constants and names are stored."""
-    places, found = dict[int, int](), list[dis.Instruction]()
+    positions, instructions = dict[int, int](), list[dis.Instruction]()
     for instruction in dis.get_instructions(code):
-        places[instruction.offset] = len(found)
+        positions[instruction.offset] = len(instructions)
         if instruction.opname not in _NOTHING:
-            found.append(instruction)
-    numbers: dict[str, int] = {}
+            instructions.append(instruction)
+    slots: dict[str, int] = {}
     for name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
-        numbers.setdefault(name, len(numbers))
-    for instruction in found:
+        slots.setdefault(name, len(slots))
+    for instruction in instructions:
         value = instruction.argval
         if instruction.opcode in _JUMPS:
-            value = places.get(value, value)
+            value = positions.get(value, value)
         elif instruction.opcode in _LOCALS:
             names = value if isinstance(value, tuple) else (value,)
-            value = tuple(numbers.get(name, name) for name in names)
+            value = tuple(slots.get(name, name) for name in names)
         yield instruction.opname, value
 
 

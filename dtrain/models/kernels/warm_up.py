@@ -1,6 +1,6 @@
-"""Compiling what a GPU runs in one pass before the first step, by the calls of a step.
+"""Compiles the GPU kernels before the first step, by running each of them once.
 
-Later it would take one rank seconds in the middle of a step, in which the others wait.
+During a step, compiling would take one rank seconds while the others wait.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.models.kernels import compiled
-from dtrain.models.kernels.fused_cross_entropy import head_loss
-from dtrain.models.kernels.lora_linear import Adapter, Layer, shared_input
-from dtrain.models.kernels.rms_norm import rms_norm
-from dtrain.models.kernels.swiglu import swiglu
+from dtrain.models.kernels.elementwise import rms_norm, swiglu
+from dtrain.models.kernels.fused_cross_entropy import fused_cross_entropy
+from dtrain.models.kernels.lora_linear import FrozenLinear, LoraWeights, shared_input_linears
 
-TOKENS = (77, 2)  # sizes vary, but torch may compile small ones apart
-WIDTH, INNER, VOCABULARY, RANK = 64, 96, 160, 8  # different, as torch takes equal ones for one
+TOKENS = (77, 2)  # torch may specialize small sizes
+WIDTH, INNER, VOCABULARY, RANK = (
+    64,
+    96,
+    160,
+    8,
+)  # torch would treat equal sizes as one
 
 Draw = Callable[..., Tensor]
 
 
 def compile_ahead(device: torch.device, dtype: torch.dtype, *, trains_base: bool) -> None:
-    """Compute forward and backward of every kernel that is compiled, on a few random numbers.
+    """Run forward and backward of every compiled kernel on small random tensors.
 
     Args:
-        dtype: what the model computes in.
+        dtype: the dtype that the model computes in.
         trains_base: whether the base's own weights train.
     """
-    if not compiled.compiles(torch.empty(2, 2, device=device)):
+    if not compiled.should_compile(torch.empty(2, 2, device=device)):
         return
 
     def draw(*shape: int, trains: bool = True) -> Tensor:
@@ -39,8 +43,8 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, *, trains_base: bool
         return nn.Parameter(draw(*shape, trains=False), requires_grad=trains_base)
 
     for tokens in TOKENS:
-        for learns in (False, True):  # what precedes the first adapter learns nothing
-            _norm(tokens, lambda *shape, learns=learns: draw(*shape, trains=learns), weight)
+        for trains in (False, True):  # no gradient reaches the norm before the first adapter
+            _norm(tokens, lambda *shape, trains=trains: draw(*shape, trains=trains), weight)
         _mlp(tokens, draw)
         _loss(tokens, draw, weight)
         _dropout(tokens, draw)
@@ -60,15 +64,15 @@ def _mlp(tokens: int, draw: Draw) -> None:
 def _loss(tokens: int, draw: Draw, weight: Draw) -> None:
     hidden = draw(tokens, WIDTH)
     targets = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
-    head_loss(hidden, weight(VOCABULARY, WIDTH), None, targets)[0].backward()
+    fused_cross_entropy(hidden, weight(VOCABULARY, WIDTH), None, targets)[0].backward()
 
 
 def _dropout(tokens: int, draw: Draw) -> None:
-    """An adapter with dropout, on an input that its layer makes again in backward."""
+    """An adapter with dropout, whose input is recomputed in backward."""
     gain = nn.Parameter(draw(WIDTH).detach(), requires_grad=False)
     x = rms_norm(draw(1, tokens, WIDTH), gain, 1e-5)
-    adapter = Adapter(draw(RANK, WIDTH), draw(INNER, RANK), 1.0, 1.25)
-    layer = Layer(draw(INNER, WIDTH).detach(), adapter=adapter)
+    adapter = LoraWeights(draw(RANK, WIDTH), draw(INNER, RANK), 1.0, 1.25)
+    layer = FrozenLinear(draw(INNER, WIDTH).detach(), adapter=adapter)
     kept = torch.ones_like(x, dtype=torch.bool)
-    (result,) = shared_input(x, [layer], [kept])
+    (result,) = shared_input_linears(x, [layer], [kept])
     result.backward(torch.ones_like(result))

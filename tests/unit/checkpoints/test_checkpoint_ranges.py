@@ -182,7 +182,7 @@ def test_every_mismatch_is_reported_at_once(kit: Any, tmp_path: Path) -> None:
     assert all(not t.any() for kinds in blank.values() for t in kinds.values())
 
 
-def _quantised(start: int, stop: int, fill: int) -> ParameterShard:
+def _quantized(start: int, stop: int, fill: int) -> ParameterShard:
     tensors = {
         "weight": torch.full((stop - start,), float(fill)),
         "bnb_state1": torch.full((stop - start,), fill, dtype=torch.uint8),
@@ -193,12 +193,12 @@ def _quantised(start: int, stop: int, fill: int) -> ParameterShard:
 
 def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
-    savers[0].save(1, [_quantised(0, 7, 1)], {})
-    savers[1].save(1, [_quantised(7, 10, 2)], {})
+    savers[0].save(1, [_quantized(0, 7, 1)], {})
+    savers[1].save(1, [_quantized(7, 10, 2)], {})
     for saver in savers:
         saver.wait()
     checkpoint = Checkpoint.open(tmp_path / "step-000001")
-    same, other = _quantised(7, 10, 0), _quantised(5, 10, 0)
+    same, other = _quantized(7, 10, 0), _quantized(5, 10, 0)
     checkpoint.restore([same])
     assert same.tensors["bnb_state1"].tolist() == [2, 2, 2]
     assert same.tensors["bnb_absmax1"].item() == 2

@@ -237,7 +237,7 @@ def test_adapters_of_one_packed_base_find_it_packed_once(base: Path, tmp_path: P
 def test_a_combined_adapter_goes_onto_the_form_of_its_origin(base: Path, tmp_path: Path) -> None:
     alone = adapter(base, tmp_path / "alone")
     both = shutil.copytree(alone, tmp_path / "both")
-    origin = {"identity": "i", "parent": model_fingerprint(base), "quantised": True}
+    origin = {"identity": "i", "parent": model_fingerprint(base), "base_in_nf4": True}
     write_json(both / "combine.json", {"origin": {**origin, "kind": "combined"}})
     dtrain("merge", base, both, tmp_path / "found")
     dtrain("merge", base, alone, tmp_path / "wanted", "--qlora-base", "dequantized")
@@ -299,7 +299,7 @@ def test_a_base_with_code_of_its_own_is_packed_if_the_runs_recipe_trusts_it(
         recipe = load_recipe("tiny", [f"model.trust_remote_code={trusts}"])
         (run / "recipe.yaml").write_text(dump(recipe))
         if trusts == "false":
-            with pytest.raises(UserError, match="brings Python code of its own"):
+            with pytest.raises(UserError, match="comes with its own Python code"):
                 dtrain("merge", base, one, tmp_path / "out")
     dtrain("merge", base, one, tmp_path / "out")
     assert equal(tmp_path / "out", state(tmp_path / "known"))

@@ -77,13 +77,13 @@ def do(
     base: Path,
     *adapters: Path,
     out: Path | None = None,
-    quantised: bool = False,
+    quantized: bool = False,
     dtype: torch.dtype | None = None,
     processes: int = 1,
 ) -> Path:
     out = out or base.parent / "out"
     job = MergeJob(base, out, source="a base", processes=processes)
-    nf4 = Nf4Base(job.tensors, dtype) if quantised else None
+    nf4 = Nf4Base(job.tensors, dtype) if quantized else None
     opened = [MergeableAdapter.open(folder, job.tensors) for folder in adapters]
     job.merge_adapters([adapter_input(adapter, quantized_base=nf4) for adapter in opened])
     return out
@@ -173,7 +173,7 @@ def test_fingerprint_follows_content_not_names(base: Path) -> None:
 def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
     settings = schema.Model(base=str(base))
     model = load_base(
-        base, settings, quantised=True, dtype=torch.float32, device=torch.device("cpu")
+        base, settings, quantized=True, dtype=torch.float32, device=torch.device("cpu")
     )
     lora = Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     method = build_method(lora)
@@ -187,11 +187,11 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_quantised_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -> None:
+def test_quantized_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=tied))
     trained = trained_in_nf4(base, tmp_path / "adapter")
     logits = trained(IDS).logits
-    out = do(base, tmp_path / "adapter", quantised=True)
+    out = do(base, tmp_path / "adapter", quantized=True)
     merged = AutoModelForCausalLM.from_pretrained(out)(IDS).logits
     assert torch.allclose(merged, logits, atol=1e-5)
 
@@ -200,7 +200,7 @@ def test_quantised_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -
     assert (onto_plain - logits).abs().max() > 1e-2  # what a merge onto the original would give
 
     unpacked = load_base(
-        base, schema.Model(base="b"), quantised=True, dtype=torch.float32,
+        base, schema.Model(base="b"), quantized=True, dtype=torch.float32,
         device=torch.device("cpu"),
     ).dequantize()  # fmt: skip
     reference = PeftModel.from_pretrained(unpacked, tmp_path / "adapter").merge_and_unload()
@@ -208,10 +208,10 @@ def test_quantised_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -
     assert all(torch.allclose(ours[n], theirs[n], atol=1e-6) for n in ours)
 
 
-def test_quantised_merge_follows_the_dtype_of_training(tmp_path: Path) -> None:
+def test_quantized_merge_follows_the_dtype_of_training(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.bfloat16)
     trained = trained_in_nf4(base, tmp_path / "adapter")
-    out = do(base, tmp_path / "adapter", quantised=True, dtype=torch.float32)
+    out = do(base, tmp_path / "adapter", quantized=True, dtype=torch.float32)
     layer = trained.base_model.model.model.layers[0].self_attn
     name = "model.layers.0.self_attn.k_proj.weight"
     packed = layer.k_proj.weight
@@ -255,10 +255,10 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refused(base: Path, adapter: Path, match: str, quantised: bool = False) -> None:
+def refused(base: Path, adapter: Path, match: str, quantized: bool = False) -> None:
     before = sorted(p.name for p in base.parent.iterdir())
     with pytest.raises(UserError, match=match):
-        do(base, adapter, quantised=quantised)
+        do(base, adapter, quantized=quantized)
     assert sorted(p.name for p in base.parent.iterdir()) == before
 
 
@@ -354,11 +354,11 @@ def test_too_little_disk(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPa
     refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
 
 
-def test_base_that_is_quantised_already(base: Path, adapter: Path) -> None:
+def test_base_that_is_quantized_already(base: Path, adapter: Path) -> None:
     path = base / "config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     path.write_text(json.dumps(config))
-    refused(base, adapter, "quantised already", quantised=True)
+    refused(base, adapter, "quantized already", quantized=True)
 
 
 def test_stopped_it_goes_on_with_the_shards_that_are_missing(

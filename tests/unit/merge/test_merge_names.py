@@ -37,8 +37,8 @@ def plain(folder: Path) -> nn.Module:
 
 def train(base: Path, folder: Path, method: Method) -> nn.Module:
     settings = schema.Model(base=str(base), attention="eager")
-    quantised, cpu = method.traits.quantizes_base, torch.device("cpu")
-    model = load_base(base, settings, quantised=quantised, dtype=torch.float32, device=cpu)
+    quantized, cpu = method.traits.quantizes_base, torch.device("cpu")
+    model = load_base(base, settings, quantized=quantized, dtype=torch.float32, device=cpu)
     adapted = method.attach(model, seed=0)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     torch.manual_seed(3)

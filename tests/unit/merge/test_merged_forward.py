@@ -312,7 +312,7 @@ def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:
     stored = load_file(file)
     named = {key.replace(".weight", ".other.weight"): t.clone() for key, t in stored.items()}
     save_file(stored | named, file)
-    with pytest.raises(UserError, match="holds two adapters"):
+    with pytest.raises(UserError, match="contains two adapters"):
         merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
 
 

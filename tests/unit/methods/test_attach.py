@@ -34,28 +34,28 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_first_weights_follow_from_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     first = trainable(build_method(LORA).attach(base(), seed=5))
     torch.manual_seed(99)
     model = base()
     torch.rand(1000)
     again = trainable(build_method(LORA).attach(model, seed=5))
     half = trainable(build_method(LORA).attach(base(torch.bfloat16), seed=5))
-    other = trainable(build_method(LORA).attach(base(), seed=6))
+    different = trainable(build_method(LORA).attach(base(), seed=6))
     assert first.keys() == again.keys() == half.keys()
     assert all(torch.equal(first[n], again[n]) and torch.equal(first[n], half[n]) for n in first)
     assert all(t.dtype == torch.float32 for t in half.values())
-    assert not any(torch.equal(first[n], other[n]) for n in first if "lora_A" in n)
+    assert not any(torch.equal(first[n], different[n]) for n in first if "lora_A" in n)
 
 
-def test_no_two_layers_start_alike() -> None:
+def test_layers_get_different_initial_weights() -> None:
     model = build_method(LORA).attach(base(), seed=5)
     first = [tensor for name, tensor in trainable(model).items() if "lora_A" in name]
     marks = {tuple(tensor.flatten()[:8].tolist()) for tensor in first}
     assert len(marks) == len(first) == 14
 
 
-def test_first_weights_are_distributed_as_in_peft() -> None:
+def test_initial_weights_have_pefts_distribution() -> None:
     first = trainable(build_method(Lora(kind="lora", r=64)).attach(base(), seed=5))
     assert all(not t.any() for n, t in first.items() if "lora_B" in n)
     for name, tensor in first.items():
@@ -65,7 +65,7 @@ def test_first_weights_are_distributed_as_in_peft() -> None:
             assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
-def test_no_gradient_is_asked_below_the_first_adapter() -> None:
+def test_no_gradient_below_the_first_adapter() -> None:
     model = base()
     model.activation_checkpointing_enable({"use_reentrant": False})
     adapted = build_method(Lora(kind="lora", dropout=0.0)).attach(model, seed=0)
@@ -80,13 +80,13 @@ def test_no_gradient_is_asked_below_the_first_adapter() -> None:
 
 
 @pytest.mark.parametrize("target_modules", [["q_proj", "nonsense"], ["nonsense"], ["self_attn"]])
-def test_wrong_target_names_the_linear_layers(target_modules: list[str]) -> None:
+def test_unknown_target_lists_the_linear_layers(target_modules: list[str]) -> None:
     with pytest.raises(UserError, match="no linear layer is named") as caught:
         build_method(Lora(kind="lora", target_modules=target_modules)).attach(base(), seed=0)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught)
 
 
-def test_tied_output_matrix_gets_no_adapter() -> None:
+def test_tied_output_layer_is_refused_as_target() -> None:
     method = Lora(kind="lora", target_modules=["lm_head"])
     with pytest.raises(UserError, match="tied"):
         build_method(method).attach(base(tie_word_embeddings=True), seed=0)
@@ -94,7 +94,7 @@ def test_tied_output_matrix_gets_no_adapter() -> None:
     assert len(untied) == 2
 
 
-def test_full_trains_everything_in_float32() -> None:
+def test_full_trains_all_parameters_in_float32() -> None:
     model = build_method(Full(kind="full")).attach(base(torch.bfloat16), seed=0)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert model.training
@@ -125,24 +125,24 @@ def test_peft_loads_the_same_model(tmp_path: Path) -> None:
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in stored
 
 
-def test_config_says_what_was_trained_and_is_written_the_same_each_time(tmp_path: Path) -> None:
+def test_adapter_config_is_complete_and_deterministic(tmp_path: Path) -> None:
     trained(tmp_path / "one")
     trained(tmp_path / "two")
     text = (tmp_path / "one" / "adapter_config.json").read_text()
     assert text == (tmp_path / "two" / "adapter_config.json").read_text()
     config = json.loads(text)
-    wanted = {
+    expected = {
         "r": 4,
         "lora_alpha": 6.0,
         "base_model_name_or_path": "some/base",
         "peft_type": "LORA",
     }
-    assert wanted.items() <= config.items()
+    assert expected.items() <= config.items()
     assert config["inference_mode"] is True
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
-def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     model, tensors = trained(tmp_path / "adapter")
     doubled = {name: 2 * tensor for name, tensor in tensors.items()}
     build_method(LORA).save(tmp_path / "adapter", model, doubled)
@@ -164,7 +164,7 @@ def test_non_finite_adapter_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_an_incomplete_adapter_is_not_saved(change: str, tmp_path: Path) -> None:
+def test_incomplete_adapter_is_not_saved(change: str, tmp_path: Path) -> None:
     model, tensors = trained(tmp_path / "adapter")
     if change == "missing":
         tensors.pop(sorted(tensors)[0])

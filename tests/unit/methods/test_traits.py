@@ -20,7 +20,7 @@ def test_every_kind_of_method_has_traits() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_traits_say_what_trains(kind: str) -> None:
+def test_traits_match_what_trains(kind: str) -> None:
     settings = parse_method({"kind": kind})
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -40,10 +40,10 @@ def test_traits_say_what_trains(kind: str) -> None:
         assert settings.adapter is not None
         expected = traits.adapter_shapes(*linear.weight.shape, settings.adapter.r)
         adapted = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-        found = [tuple(p.shape) for p in adapted.parameters() if p.requires_grad]
-        assert sorted(found) == sorted(expected)
+        shapes = [tuple(p.shape) for p in adapted.parameters() if p.requires_grad]
+        assert sorted(shapes) == sorted(expected)
 
 
-def test_the_base_is_loaded_in_the_dtype_of_what_trains_in_it() -> None:
+def test_base_dtype_of_each_method() -> None:
     dtypes = {k: build_method(parse_method({"kind": k})).base_dtype(torch.bfloat16) for k in KINDS}
     assert dtypes == {"full": torch.float32, "lora": torch.bfloat16, "qlora": torch.bfloat16}

@@ -21,7 +21,7 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.load import read_config, resolve_attention
 from dtrain.models.loss import target_logits
-from dtrain.models.packing_probe import Row, probe_packing
+from dtrain.models.packing_probe import ProbeSequence, probe_packing
 
 CPU = torch.device("cpu")
 SETTINGS = schema.Model(base="unused")
@@ -104,11 +104,11 @@ def plain(config: PretrainedConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def leak(model: PreTrainedModel) -> float:
-    """By how much packing moves the logits, in parts of the largest one."""
+    """How much packing changes the logits, relative to the largest one."""
     documents = [torch.randint(3, 256, (n,)) for n in LENGTHS]
     alone = [model(input_ids=d[None], use_cache=False).logits[0] for d in documents]
     try:
-        packed = target_logits(model, Row.of(documents))
+        packed = target_logits(model, ProbeSequence.of(documents))
     except Exception:
         return float("inf")
     expected = torch.cat(alone)
@@ -116,7 +116,7 @@ def leak(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_what_is_exact_in_a_row_is_packed(name: str) -> None:
+def test_models_that_separate_documents_are_packed(name: str) -> None:
     config = configured(*PACKED[name])
     assert probe_packing(config, SETTINGS).packed
     if "rope" not in name:  # plain transformers mixes those; see test_rope.py
@@ -124,7 +124,7 @@ def test_what_is_exact_in_a_row_is_packed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_what_leaks_in_a_row_goes_alone(name: str) -> None:
+def test_models_that_mix_documents_are_not_packed(name: str) -> None:
     config = configured(*ALONE[name])
     layout = probe_packing(config, SETTINGS)
     assert not layout.packed
@@ -132,13 +132,13 @@ def test_what_leaks_in_a_row_goes_alone(name: str) -> None:
     assert leak(plain(config)) > 1e-3
 
 
-def test_the_recipes_attention_is_what_is_probed() -> None:
+def test_probe_uses_the_recipes_attention() -> None:
     config = configured(*PACKED["llama"])
     for attention in ("sdpa", "eager"):
         assert probe_packing(config, SETTINGS.model_copy(update={"attention": attention})).packed
 
 
-def test_a_70b_model_is_probed_in_its_own_widths_without_its_memory() -> None:
+def test_probing_a_70b_model_needs_little_memory() -> None:
     config = LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072,
@@ -148,14 +148,14 @@ def test_a_70b_model_is_probed_in_its_own_widths_without_its_memory() -> None:
     assert time.process_time() - started < 60  # in full widths it takes minutes and 280 GB
 
 
-def test_a_layer_of_another_kind_behind_many_is_seen() -> None:
+def test_late_layer_of_another_kind_is_probed() -> None:
     kinds = ["full_attention"] * 11 + ["conv"]
     values = ALONE["lfm2"][1] | {"num_hidden_layers": 12, "layer_types": kinds}
     assert not probe_packing(configured("lfm2", values), SETTINGS).packed
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_a_model_that_sees_what_follows_is_refused(kind: str) -> None:
+def test_noncausal_model_is_refused(kind: str) -> None:
     config = configured(kind, HIDDEN | {"intermediate_size": 48, "is_decoder": False})
     with pytest.raises(UserError, match="predictions depend on tokens that follow"):
         probe_packing(config, SETTINGS)
@@ -181,21 +181,21 @@ class Odd(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("act", "why"), [("fail", "its code fails: no such kernel"), ("draw", "it computes at random")]
 )
-def test_odd_code_is_refused_with_the_reason(act: str, why: str) -> None:
+def test_failing_model_code_is_refused_with_the_reason(act: str, why: str) -> None:
     AutoModelForCausalLM.register(OddConfig, Odd, exist_ok=True)
     with pytest.raises(UserError) as e:
         probe_packing(OddConfig(**SMALL, act=act), SETTINGS)
     assert e.value.message == f"'odd' cannot be trained: {why}"
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
     configured("bart", {"d_model": 32}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'bart' is an encoder-decoder model"):
         read_config(tmp_path, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", ["gptj", "gpt_neo", "codegen", "bloom", "mpt", "xglm"])
-def test_a_model_without_sdpa_takes_eager(name: str) -> None:
+def test_model_without_sdpa_uses_eager(name: str) -> None:
     config = configured(*(PACKED | ALONE)[name])
     assert resolve_attention("auto", config, CPU, torch.float32) == "eager"
     with pytest.raises(UserError, match="has no attention 'sdpa'") as refused:
@@ -217,7 +217,7 @@ def test_flash_attention_is_for_models_that_have_it(monkeypatch: pytest.MonkeyPa
         resolve_attention("flash_attention_2", config, gpu, torch.bfloat16)
 
 
-def test_flash_attention_that_this_machine_lacks_is_refused() -> None:
+def test_flash_attention_is_refused_where_it_is_not_installed() -> None:
     config = configured(*PACKED["llama"])
     with pytest.raises(UserError, match="needs a GPU and the package flash-attn") as refused:
         resolve_attention("flash_attention_2", config, CPU, torch.bfloat16)

@@ -33,14 +33,14 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", FIXED)
-def test_a_table_ends_where_the_model_raises(kind: str) -> None:
+def test_position_limit_is_where_the_model_fails(kind: str) -> None:
     config = CONFIG_MAPPING[kind](**{**SMALL, **FIXED[kind]})
     assert position_limit(config, 24) is None
     assert position_limit(config, 25) == position_limit(config, 100) == 24
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_what_is_computed_never_ends(kind: str) -> None:
+def test_computed_positions_have_no_limit(kind: str) -> None:
     config = CONFIG_MAPPING[kind](**{**SMALL, **ENDLESS[kind]})
     assert position_limit(config, 1000) is None
 
@@ -77,7 +77,7 @@ def test_what_is_computed_never_ends(kind: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_positions_as_a_config_names_them(config: dict, positions: int | None) -> None:
+def test_position_limit_by_config(config: dict, positions: int | None) -> None:
     assert trained_positions(config) == positions
 
 
@@ -110,7 +110,7 @@ def recipe(tmp_path: Path):
     return make
 
 
-def test_a_document_beyond_learned_positions_is_refused_before_anything_starts(recipe) -> None:
+def test_document_beyond_learned_positions_is_refused_before_the_start(recipe) -> None:
     with pytest.raises(UserError) as error:
         prepare_inputs(recipe("gpt2", 200))
     assert error.value.where == "stages.domain.data"
@@ -119,13 +119,13 @@ def test_a_document_beyond_learned_positions_is_refused_before_anything_starts(r
     assert error.value.fix == "sequence_length: 24 or less"
 
 
-def test_short_documents_in_a_long_row_are_placed(recipe) -> None:
+def test_short_documents_in_a_long_sequence_are_accepted(recipe) -> None:
     inputs = prepare_inputs(recipe("gpt2", 4))
     data = inputs.stages["domain"]
     assert data.longest_segment <= 24 < int(data.tokens(data.sequence_ids_at(0, 1, 0))[0])
 
 
-def test_documents_of_an_evaluation_set_and_answers_count_too(recipe, tmp_path) -> None:
+def test_evaluation_documents_and_answers_count_too(recipe, tmp_path) -> None:
     held = f"{{kind: cpt, sequence_length: 64, sources: [{{path: {tmp_path}/rows.jsonl}}]}}"
     sets = f"evaluation.sets={{mine: {held}}}"
     short = "stages.domain.data.sequence_length=16"
@@ -138,15 +138,15 @@ def test_documents_of_an_evaluation_set_and_answers_count_too(recipe, tmp_path) 
     assert error.value.where == "evaluation.questions"
 
 
-def test_a_document_beyond_an_unscaled_rope_is_a_warning(recipe, capsys) -> None:
+def test_document_beyond_unscaled_rope_is_a_warning(recipe, capsys) -> None:
     prepare_inputs(recipe("llama", 200))
-    told = capsys.readouterr().out
-    assert "warning: stages.domain.data" in told and "trained for 24 positions" in told
+    output = capsys.readouterr().out
+    assert "warning: stages.domain.data" in output and "trained for 24 positions" in output
     prepare_inputs(recipe("llama", 4))
     assert "positions" not in capsys.readouterr().out
 
 
-def test_sequences_that_may_be_too_long_are_said_without_torch(recipe, tmp_path, capsys) -> None:
+def test_long_sequences_are_reported_without_torch(recipe, tmp_path, capsys) -> None:
     (line,) = position_warnings(recipe("gpt2", 4))
     capsys.readouterr()
     check(str(tmp_path / "r.yaml"))

@@ -167,7 +167,7 @@ class OneStep:
         base = load_base(
             ensure("tiny-llama"),
             recipe.model,
-            quantised=False,
+            quantized=False,
             dtype=torch.float32,
             device=world.device,
         )

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.kernels.patch import patch_modules
 from dtrain.planning.activations import chunk_rows
 from dtrain.planning.shapes import ADAPTED_LAYERS, ARCHITECTURES, KERNELS, LOSS, MLPS, NORMS
 
@@ -28,7 +28,7 @@ def test_the_kernel_table_matches_the_patched_model(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES))
     model.requires_grad_(False)
-    used = use_kernels(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    used = patch_modules(get_peft_model(model, LoraConfig(target_modules="all-linear")))
     assert set(used) & CHANGE_MEMORY == KERNELS[kind]
 
 

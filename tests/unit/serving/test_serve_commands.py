@@ -219,11 +219,11 @@ def test_a_run_that_was_moved_names_its_places_now(
 def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
     found = served_models(str(make_run(methods=("qlora", "lora"))))
     assert list(found) == [BASE, "domain", "task"]
-    assert found["task"].base == "/models/llama" and found["task"].quantised
+    assert found["task"].base == "/models/llama" and found["task"].quantized
     assert len(found["task"].adapters) == 2
     run = make_run("second", methods=("lora", "qlora"))
     over_merged = served_models(str(run))["task"]
-    assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantised
+    assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantized
     assert over_merged.adapters == (run / "task" / "adapter",)
 
 

@@ -141,7 +141,7 @@ def test_a_chain_of_three_is_combined_in_its_order_only(
         combine_adapters(a, c, tmp_path / "out")
     combine_adapters(a, b, tmp_path / "ab")
     origin = json.loads((tmp_path / "ab" / "combine.json").read_text())["origin"]
-    assert origin == {"identity": "two", "parent": "P", "quantised": True, "kind": "combined"}
+    assert origin == {"identity": "two", "parent": "P", "base_in_nf4": True, "kind": "combined"}
     made = combine_adapters(tmp_path / "ab", c, tmp_path / "abc")
     assert made.rank == 6
     with pytest.raises(UserError, match="which is neither"):

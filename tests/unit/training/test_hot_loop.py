@@ -157,15 +157,15 @@ def test_borders_are_copied_once_for_all_layers(
         assert k.shape == v.shape == q.shape
         return q + (k.sum() + v.sum()) * 0
 
-    monkeypatch.setattr(attention, "torch_varlen", lambda: newer if takes_groups else older)
-    monkeypatch.setattr(attention, "takes_varlen", lambda query, value: True)
+    monkeypatch.setattr(attention, "load_torch_varlen", lambda: newer if takes_groups else older)
+    monkeypatch.setattr(attention, "supports_varlen", lambda query, value: True)
     job = engine(CONFIGS[name], METHODS["lora"], "auto", recomputes=True)
     own = 4  # the micro-batch's tensors
     assert forward_backward(job, LENGTHS) == own + 1
 
 
 def test_the_check_itself_finds_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_documents_of_row", lambda *row: None)
+    monkeypatch.setattr(attention, "_known_documents", lambda *row: None)
     job = engine(CONFIGS["llama"], METHODS["lora"], "auto", recomputes=False)
     with pytest.raises((RuntimeError, NotImplementedError)):
         forward_backward(job, LENGTHS)

@@ -15,7 +15,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models import attention
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.loss import target_losses
 
 LORA = Lora(kind="lora", r=4)
@@ -50,15 +50,15 @@ def hooked(module: nn.Module) -> None:
 
 
 def subclassed(module: nn.Module) -> None:
-    own = type(module)
+    original = type(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return larger(own.forward(self, *args, **kwargs))
+        return larger(original.forward(self, *args, **kwargs))
 
-    module.__class__ = type("Changed", (own,), {"forward": forward})
+    module.__class__ = type("Changed", (original,), {"forward": forward})
 
 
-def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> Tensor:
+def losses(change: Callable[[nn.Module], None], submodule: str, *, kernels: bool) -> Tensor:
     """The loss, and the gradients of all that trains."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -67,13 +67,13 @@ def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> 
             num_attention_heads=4, num_key_value_heads=2, attn_implementation=attention.NAME,
         )
     ).requires_grad_(False)  # fmt: skip
-    change(model.get_submodule(PARTS[part]))
+    change(model.get_submodule(PARTS[submodule]))
     adapted = build_method(LORA).attach(model, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     if kernels:
-        use_kernels(adapted)
+        patch_modules(adapted)
     lengths = [9, 14]
     ids = torch.arange(sum(lengths))[None] % 64
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -86,10 +86,12 @@ def losses(change: Callable[[nn.Module], None], part: str, *, kernels: bool) -> 
     return torch.cat([loss.detach().view(1), *gradients])
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("submodule", PARTS)
 @pytest.mark.parametrize("change", [patched, hooked, subclassed])
-def test_no_kernel_drops_a_change(change: Callable[[nn.Module], None], part: str) -> None:
-    plain, fast = (losses(change, part, kernels=kernels) for kernels in (False, True))
+def test_kernels_respect_changed_modules(
+    change: Callable[[nn.Module], None], submodule: str
+) -> None:
+    plain, fast = (losses(change, submodule, kernels=kernels) for kernels in (False, True))
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
-    unchanged = losses(lambda module: None, part, kernels=False)
+    unchanged = losses(lambda module: None, submodule, kernels=False)
     assert not torch.allclose(plain, unchanged, rtol=1e-3)

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dtrain.models.kernels.fused_cross_entropy import head_loss
+from dtrain.models.kernels.fused_cross_entropy import fused_cross_entropy
 from dtrain.models.kernels.output_probe import OutputProbe
 
 SMALL = {
@@ -48,31 +48,29 @@ def of_config(config: PretrainedConfig) -> OutputProbe:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_plain_heads_are_exact_whatever_else_a_model_reports(name: str) -> None:
-    found = of_config(SAME[name])
-    assert found.exact and found.adjust is None
+def test_plain_heads_are_exact_with_any_other_output(name: str) -> None:
+    probe = of_config(SAME[name])
+    assert probe.exact and probe.transform is None
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_others_are_not(name: str) -> None:
+def test_other_heads_are_not_exact(name: str) -> None:
     assert not of_config(OTHERS[name]).exact
 
 
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("name", ADJUSTED)
-def test_adjusted_logits_get_the_loss_and_gradient_of_the_models_own(
-    name: str, learns: bool
-) -> None:
-    found = of_config(ADJUSTED[name])
-    assert found.exact and found.adjust is not None
+def test_transformed_logits_give_the_models_loss_and_gradient(name: str, learns: bool) -> None:
+    probe = of_config(ADJUSTED[name])
+    assert probe.exact and probe.transform is not None
     hidden, weight, targets = torch.randn(9, 32), torch.randn(48, 32), torch.arange(9)
     hidden, weight = hidden.requires_grad_(learns), weight.requires_grad_(learns)
-    loss, losses = head_loss(hidden, weight, None, targets, found.adjust)
-    wanted = cross_entropy(found.adjust(linear(hidden, weight)), targets, reduction="none")
-    torch.testing.assert_close(losses, wanted.detach())
-    torch.testing.assert_close(loss, wanted.sum())
+    loss, losses = fused_cross_entropy(hidden, weight, None, targets, probe.transform)
+    expected = cross_entropy(probe.transform(linear(hidden, weight)), targets, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(loss, expected.sum())
     if learns:
-        ours, plain = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, wanted.sum()))
+        ours, plain = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected.sum()))
         torch.testing.assert_close(ours, plain)
 
 
@@ -121,13 +119,13 @@ class KeepsOthers(Llama):
 
 
 @pytest.mark.parametrize("kind", Llama.__subclasses__())
-def test_what_a_chunk_could_not_compute_is_not_exact(kind: type[Llama]) -> None:
+def test_transform_across_tokens_is_not_exact(kind: type[Llama]) -> None:
     with torch.device("meta"):
         model: Any = kind(LlamaConfig(**SMALL))
     assert not probe(model).exact
 
 
-def test_what_happens_while_learning_alone_is_seen() -> None:
+def test_transform_only_in_training_is_detected() -> None:
     class ScalesWhileLearning(LlamaForCausalLM):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
@@ -137,5 +135,5 @@ def test_what_happens_while_learning_alone_is_seen() -> None:
 
     with torch.device("meta"):
         model: Any = ScalesWhileLearning(LlamaConfig(**SMALL))
-    found = probe(model)
-    assert not found.exact or found.adjust is not None
+    result = probe(model)
+    assert not result.exact or result.transform is not None

@@ -52,30 +52,30 @@ def written(decorator: str = "", **changes: str) -> FunctionType:
     names: dict[str, Any] = {}
     parts = PLAIN | changes
     exec(HEAD.format(**parts) + decorator + BODY.format(**parts), names)
-    found: FunctionType = names["forward"]
-    return found
+    forward: FunctionType = names["forward"]
+    return forward
 
 
-def test_names_docstrings_and_loggers_do_not_count() -> None:
-    other = written(name="two", docstring='"""Says something."""', local="elsewhere")
-    other.__doc__ = "replaced by a decorator"
-    assert same_program(written(), other)
+def test_local_names_docstrings_and_loggers_do_not_count() -> None:
+    right = written(name="two", docstring='"""Says something."""', local="elsewhere")
+    right.__doc__ = "replaced by a decorator"
+    assert same_program(written(), right)
 
 
-def test_a_docstring_that_is_used_counts_as_the_constant_that_it_is() -> None:
-    one, other = (written(docstring=f'"{text}"; x = x or "{text}"') for text in "ab")
-    assert not same_program(one, other)
+def test_used_docstring_counts_as_a_constant() -> None:
+    left, right = (written(docstring=f'"{text}"; x = x or "{text}"') for text in "ab")
+    assert not same_program(left, right)
 
 
 @pytest.mark.parametrize(
-    ("what", "value"),
+    ("case", "value"),
     [
         ("scale", "3.0"), ("operator", "+"), ("default", "2"), ("default", "1.0"), ("shift", "1"),
         ("constant", "1"), ("constant", "-1.0"), ("inner", "4"),
     ],
 )  # fmt: skip
-def test_what_computes_otherwise_counts(what: str, value: str) -> None:
-    assert not same_program(written(), written(**{what: value}))
+def test_different_computation_counts(case: str, value: str) -> None:
+    assert not same_program(written(), written(**{case: value}))
 
 
 def test_decorators_count() -> None:
@@ -113,14 +113,14 @@ def test_methods_of_the_class_count() -> None:
     assert not same_program(Tripled.forward, Doubled.forward, (Tripled, Doubled))
 
 
-def test_functions_that_call_themselves_end() -> None:
-    one, other = written(), written()
-    for function in (one, other):
+def test_recursive_functions_terminate() -> None:
+    left, right = written(), written()
+    for function in (left, right):
         function.__globals__["helper"] = function
-    assert same_program(one, other)
+    assert same_program(left, right)
 
 
-def test_llamas_copies_in_transformers() -> None:
+def test_copies_of_llama_in_transformers_are_recognized() -> None:
     forward = llama.LlamaForCausalLM.forward
     assert same_program(Qwen2ForCausalLM.forward, forward)
     assert same_program(MistralForCausalLM.forward, forward)
@@ -130,7 +130,7 @@ def test_llamas_copies_in_transformers() -> None:
     assert not same_program(Olmo2RMSNorm.forward, llama.LlamaRMSNorm.forward)
 
 
-def test_a_changed_helper_of_llamas_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_helper_of_llama_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = FunctionType(
         llama.apply_rotary_pos_emb.__code__,
         {**vars(llama), "rotate_half": lambda x: torch.roll(x, 1, -1)},
@@ -139,6 +139,6 @@ def test_a_changed_helper_of_llamas_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert not same_program(copies, llama.apply_rotary_pos_emb)
 
 
-def test_what_is_no_function_is_never_the_same() -> None:
+def test_non_functions_are_never_the_same() -> None:
     assert not same_program(len, len)
     assert not same_program(wraps, None)

@@ -1,6 +1,6 @@
 """What a step computes, keeps and calls: figures that do not depend on the machine's mood.
 
-They are committed in tests/golden/step_counts.json and may only fall. To write them anew:
+They are committed in tests/golden/step_counts.json and may only fall. To rewrite them:
 `DTRAIN_WRITE_GOLDEN=1 pytest tests/unit/models/kernels/test_step_counts.py`.
 """
 
@@ -55,22 +55,22 @@ def attention_flops(query: Any, key: Any, *rest: Any, **named: Any) -> int:
 
 
 def attention_backward_flops(gradient: Any, query: Any, key: Any, *rest: Any, **named: Any) -> int:
-    """Five such products: the weights are made anew."""
+    """Five such products, as the weights are recomputed."""
     return attention_flops(query, key) * 5 // 2
 
 
 def added_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
-    """Of `to.addmm_(left, right)`."""
+    """FLOPs of `to.addmm_(left, right)`."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def batched_flops(to: Any, left: Any, right: Any, **named: Any) -> int:
-    """Of `to.baddbmm_(left, right)`."""
+    """FLOPs of `to.baddbmm_(left, right)`."""
     return left[0] * added_flops(to, left[1:], right[1:])
 
 
 def linear_flops(x: Any, weight: Any, *rest: Any, **named: Any) -> int:
-    """Of x Wᵀ + b, given x, W, b; or of a sum, given x, what it is added to, W."""
+    """FLOPs of x Wᵀ + b, given x, W, b; or of a sum, given x, what it is added to, W."""
     matrix = rest[0] if rest[0] is not None and len(rest[0]) == 2 else weight
     return 2 * x[0] * x[1] * matrix[0]
 
@@ -87,7 +87,7 @@ COUNTED = {
 
 @dataclass
 class Counts:
-    """Of one forward and backward pass."""
+    """Counts of one forward and backward pass."""
 
     flops: int
     saved_bytes: int
@@ -95,7 +95,7 @@ class Counts:
 
 
 class Calls(TorchDispatchMode):
-    """Counts operations that compute, not those that only look at a tensor in another way."""
+    """Counts operations that compute, not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ def batch() -> MicroBatch:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Of the tensors that a forward pass keeps for backward, each storage once, no parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes that a forward pass saves for backward, each storage once, without parameters."""
+    parameter_storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -137,7 +137,11 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
     assert loss.requires_grad
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    return sum(
+        t.untyped_storage().nbytes()
+        for address, t in kept.items()
+        if address not in parameter_storages
+    )
 
 
 @cache
@@ -149,7 +153,7 @@ def measured(
     loops: bool = False,  # torch does not see into them
 ) -> Counts:
     model, row = build(METHODS[method], kernels, attention_name), batch()
-    native.switch(on=loops)
+    native.set_enabled(on=loops)
 
     def forward() -> Tensor:
         set_dropout_key(model, 0, 0, row.sequences, row.sequence_lengths)
@@ -165,22 +169,22 @@ def measured(
 @pytest.fixture(autouse=True)
 def no_loops() -> Iterator[None]:
     yield
-    native.switch(on=False)
+    native.set_enabled(on=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_costs_no_more_than_is_committed(method: str) -> None:
-    found = asdict(measured(method))
+def test_step_costs_no_more_than_the_golden_counts(method: str) -> None:
+    counts = asdict(measured(method))
     known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if "DTRAIN_WRITE_GOLDEN" in os.environ:
-        GOLDEN.write_text(json.dumps(known | {method: found}, indent=2) + "\n")
+        GOLDEN.write_text(json.dumps(known | {method: counts}, indent=2) + "\n")
         return
-    more = {what: (count, known[method][what]) for what, count in found.items()}
+    more = {quantity: (count, known[method][quantity]) for quantity, count in counts.items()}
     assert all(count <= committed for count, committed in more.values()), more
 
 
-def test_flops_are_those_that_cannot_be_left_out() -> None:
-    """Weights meet each token twice, an adapter's matrices thrice, the head what is learnt."""
+def test_flops_are_minimal() -> None:
+    """Tokens pass the weights twice, adapter matrices three times; only targets pass the head."""
     q, kv, h, inner = 576, 192, 576, 1536
     layers = [(h, q), (h, kv), (h, kv), (q, h), (h, inner), (h, inner), (inner, h)]
     frozen = sum(a * b for a, b in layers)
@@ -194,7 +198,7 @@ def test_flops_are_those_that_cannot_be_left_out() -> None:
     assert ratio <= 1.02
 
 
-def test_less_is_kept_than_by_peft_and_transformers() -> None:
+def test_saved_memory_is_below_peft_and_transformers() -> None:
     ours, theirs = measured("lora"), measured("lora", "off", "sdpa")
     ratio = ours.saved_bytes / theirs.saved_bytes
     print(f"{ratio:.3f}x the bytes, {ours.calls / theirs.calls:.2f}x the calls")
@@ -202,7 +206,7 @@ def test_less_is_kept_than_by_peft_and_transformers() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_loops_keep_no_more_and_call_less(method: str) -> None:
+def test_loops_save_no_more_memory_and_call_fewer_operations(method: str) -> None:
     ours, torchs = measured(method, loops=True), measured(method)
     assert ours.saved_bytes <= torchs.saved_bytes
     assert ours.calls < torchs.calls

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
 from dtrain.models.kernels import native
-from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.kernels.patch import patch_modules
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -50,7 +50,7 @@ def gradients(fast: bool, module: str, write: str) -> dict[str, Tensor]:
         model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
     if fast:
-        use_kernels(adapted)
+        patch_modules(adapted)
     for name, child in list(adapted.named_modules()):
         if name.rsplit(".", 1)[-1] == module:
             parent, _, last = name.rpartition(".")
@@ -65,26 +65,26 @@ def gradients(fast: bool, module: str, write: str) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["loops", "torch"])
 def who_computes(request: pytest.FixtureRequest) -> Any:
-    native.switch(on=request.param)
+    native.set_enabled(on=request.param)
     yield
-    native.switch(on=False)
+    native.set_enabled(on=False)
 
 
 def check_written(module: str, write: str) -> None:
-    found, wanted = (gradients(fast, module, write) for fast in (True, False))
-    assert found.keys() == wanted.keys() and found
-    for name, gradient in found.items():
-        assert (gradient - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max()
+    result, expected = (gradients(fast, module, write) for fast in (True, False))
+    assert result.keys() == expected.keys() and result
+    for name, gradient in result.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max()
 
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("module", MODULES)
-def test_gradients_are_those_of_the_plain_model(module: str, write: str) -> None:
+def test_gradients_equal_the_unpatched_model(module: str, write: str) -> None:
     check_written(module, write)
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_rotated_queries_and_keys_may_be_written_to(
+def test_rotary_outputs_can_be_written_in_place(
     write: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = llama.eager_attention_forward

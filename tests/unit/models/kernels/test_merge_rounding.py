@@ -14,7 +14,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def _loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(merge_rounding, "_found", lambda: None)
+        monkeypatch.setattr(merge_rounding, "_load", lambda: None)
     else:
         assert merge_rounding._loops() is not None
 
@@ -27,9 +27,9 @@ def values(count: int = 10_007) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_product_is_rounded_before_the_sum(dtype: torch.dtype) -> None:
     old, added = values().to(dtype), values().flip(0)
-    wanted = added.mul(1.7).add(old.float())
-    found = merge_rounding.add_scaled(old, added.clone(), 1.7)
-    assert torch.equal(found, wanted)
+    expected = added.mul(1.7).add(old.float())
+    result = merge_rounding.add_scaled(old, added.clone(), 1.7)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -41,9 +41,9 @@ def test_rounding(dtype: torch.dtype) -> None:
     assert torch.equal(rounded.view(torch.uint8), finite.to(dtype).view(torch.uint8))
 
 
-@pytest.mark.parametrize("place", [0, 5_000, 10_006])
+@pytest.mark.parametrize("index", [0, 5_000, 10_006])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 3.4e38])
-def test_what_is_not_finite_once_rounded_is_found(odd: float, place: int) -> None:
+def test_non_finite_after_rounding_is_detected(odd: float, index: int) -> None:
     tensor = values()
-    tensor[place] = odd
+    tensor[index] = odd
     assert not merge_rounding.round_into(tensor, torch.empty(len(tensor), dtype=torch.bfloat16))

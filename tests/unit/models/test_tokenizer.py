@@ -16,28 +16,28 @@ def tokenizer(words: str = "a b c", template: str | None = None) -> PreTrainedTo
     vocabulary = {word: number for number, word in enumerate(("<unk>", *words.split()))}
     rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>", eos_token="c")
-    made.chat_template = template
-    return made
+    result = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>", eos_token="c")
+    result.chat_template = template
+    return result
 
 
 def test_fingerprint_survives_saving_and_loading(tmp_path: Path) -> None:
-    made = tokenizer(template="{{ messages }}")
-    made.save_pretrained(tmp_path / "one")
+    result = tokenizer(template="{{ messages }}")
+    result.save_pretrained(tmp_path / "one")
     loaded = load_tokenizer(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(load_tokenizer(tmp_path / "two"))
 
 
-def test_fingerprint_sees_what_changes_ids_and_not_what_was_tokenised() -> None:
+def test_fingerprint_depends_on_rules_and_not_on_past_calls() -> None:
     first = tokenizer()
-    mark = tokenizer_fingerprint(first)
+    before = tokenizer_fingerprint(first)
     first("a b c", truncation=True, max_length=2)
-    assert tokenizer_fingerprint(first) == mark
-    assert tokenizer_fingerprint(tokenizer("a c b")) != mark
-    assert tokenizer_fingerprint(tokenizer(template="{{ messages }}")) != mark
+    assert tokenizer_fingerprint(first) == before
+    assert tokenizer_fingerprint(tokenizer("a c b")) != before
+    assert tokenizer_fingerprint(tokenizer(template="{{ messages }}")) != before
 
 
-def test_missing_tokenizer_is_said(tmp_path: Path) -> None:
+def test_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)

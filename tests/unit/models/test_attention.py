@@ -1,4 +1,4 @@
-"""A document's numbers do not depend on what lies beside it in a row."""
+"""A document's results do not depend on other documents of its sequence."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def saved(config: PretrainedConfig, folder: Path) -> Path:
 def load(folder: Path, **settings: object) -> PreTrainedModel:
     chosen = schema.Model(base=str(folder), **settings)  # type: ignore[arg-type]
     return load_base(
-        folder, chosen, quantised=False, dtype=torch.float32, device=torch.device("cpu")
+        folder, chosen, quantized=False, dtype=torch.float32, device=torch.device("cpu")
     )
 
 
@@ -98,7 +98,9 @@ def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_equals_alone(name: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_packed_documents_equal_documents_alone(
+    name: str, checkpointing: bool, tmp_path: Path
+) -> None:
     model = load(saved(CONFIGS[name], tmp_path), gradient_checkpointing=checkpointing)
     model.requires_grad_(True).train()
     logits, losses, gradient = losses_and_gradient(model, [pack(documents())])
@@ -109,17 +111,17 @@ def test_packed_equals_alone(name: str, checkpointing: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_document_without_positions_is_computed_as_in_a_row(name: str, tmp_path: Path) -> None:
+def test_document_without_position_ids_equals_a_packed_one(name: str, tmp_path: Path) -> None:
     """As models are trained that take one document a forward pass."""
     model = load(saved(CONFIGS[name], tmp_path)).requires_grad_(True).train()
     packed = losses_and_gradient(model, [pack(documents())])
     rows = [replace(pack([document]), position_ids=None) for document in documents()]
-    for one, other in zip(packed, losses_and_gradient(model, rows), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for first, second in zip(packed, losses_and_gradient(model, rows), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_eager_with_the_whole_mask(name: str, tmp_path: Path) -> None:
+def test_equals_eager_attention_with_a_full_mask(name: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS[name], tmp_path)
     results = []
     for kind in ("auto", "eager"):
@@ -139,7 +141,7 @@ def test_llama_uses_documents_and_equals_sdpa(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_model_may_cut_queries_out_of_the_mask(kept: int, tmp_path: Path) -> None:
+def test_models_may_slice_queries_out_of_the_mask(kept: int, tmp_path: Path) -> None:
     """Gemma 4 does where its last layers share keys, unless logits are asked for by place."""
     kinds = ["sliding_attention", "full_attention"] * 2
     config = Gemma4TextConfig(
@@ -150,8 +152,8 @@ def test_a_model_may_cut_queries_out_of_the_mask(kept: int, tmp_path: Path) -> N
     folder, row = saved(config, tmp_path), pack(documents())
     model, sdpa = load(folder), load(folder, attention="sdpa")
     assert model.config._attn_implementation == "documents"
-    given = {"position_ids": row.position_ids, "use_cache": False, "logits_to_keep": kept}
-    ours, expected = (m(input_ids=row.input_ids, **given).logits for m in (model, sdpa))
+    arguments = {"position_ids": row.position_ids, "use_cache": False, "logits_to_keep": kept}
+    ours, expected = (m(input_ids=row.input_ids, **arguments).logits for m in (model, sdpa))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -161,7 +163,7 @@ def test_softcap_falls_back_to_eager(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-sliding"])
-def test_generation_with_padding_and_cache_is_untouched(name: str, tmp_path: Path) -> None:
+def test_generation_with_padding_and_cache_is_unchanged(name: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS[name], tmp_path)
     ids = torch.stack([documents()[2], documents()[2].flip(0)])
     mask = torch.ones_like(ids)
@@ -177,7 +179,7 @@ def test_generation_with_padding_and_cache_is_untouched(name: str, tmp_path: Pat
     assert all(torch.equal(text, texts[0]) for text in texts)
 
 
-def test_no_supervised_token_gives_a_zero_with_a_graph(tmp_path: Path) -> None:
+def test_no_target_token_gives_zero_loss_with_a_graph(tmp_path: Path) -> None:
     model = load(saved(CONFIGS["llama"], tmp_path)).requires_grad_(True)
     logits = target_logits(model, pack([documents()[1]]))
     assert logits.shape == (0, 64)
@@ -208,18 +210,18 @@ def varlen_as_documented(
     before, after = window_size
     outputs = []
     for q, k, v in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
-        place = torch.arange(len(q))
-        ahead = place[None] - place[:, None]
+        positions = torch.arange(len(q))
+        ahead = positions[None] - positions[:, None]
         seen = ahead <= after if after >= 0 else ahead > -len(q)
         seen &= ahead >= -before if before >= 0 else ahead < len(q)
         heads = [t.transpose(0, 1) for t in (q, k, v)]
-        found = scaled_dot_product_attention(*heads, seen, scale=scale, enable_gqa=enable_gqa)
-        outputs.append(found.transpose(0, 1))
+        result = scaled_dot_product_attention(*heads, seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(result.transpose(0, 1))
     return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "mistral-sliding"])
-def test_one_call_for_all_documents_gives_the_same(
+def test_varlen_attention_equals_one_call_per_document(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, row = load(saved(CONFIGS[name], tmp_path)), pack(documents())
@@ -230,8 +232,8 @@ def test_one_call_for_all_documents_gives_the_same(
         calls.append(args)
         return varlen_as_documented(*args, **named)
 
-    assert attention.torch_varlen() is not None
-    monkeypatch.setattr(attention, "torch_varlen", lambda: counted)
-    monkeypatch.setattr(attention, "takes_varlen", lambda query, value: True)
+    assert attention.load_torch_varlen() is not None
+    monkeypatch.setattr(attention, "load_torch_varlen", lambda: counted)
+    monkeypatch.setattr(attention, "supports_varlen", lambda query, value: True)
     torch.testing.assert_close(target_logits(model, row), expected)
     assert len(calls) == model.config.num_hidden_layers

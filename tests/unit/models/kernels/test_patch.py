@@ -71,8 +71,8 @@ def saved(config: PretrainedConfig, folder: Path) -> Path:
 
 def build(folder: Path, method: Full | Lora, kernels: str, **settings: object) -> nn.Module:
     chosen = schema.Model(base=str(folder), kernels=kernels, **settings)  # type: ignore[arg-type]
-    quantised = method.kind == "qlora"
-    base = load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)
+    quantized = method.kind == "qlora"
+    base = load_base(folder, chosen, quantized=quantized, dtype=torch.float32, device=CPU)
     model = build_method(method).attach(base, seed=3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # it starts at zero; of 1.0, float32's own rounding would decide
@@ -109,12 +109,12 @@ def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 def assert_alike(fast: nn.Module, plain: nn.Module, tolerance: float = 2e-5) -> None:
     loss, gradients = loss_and_gradients(fast)
-    expected, wanted = loss_and_gradients(plain)
+    expected, expected_value = loss_and_gradients(plain)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert gradients.keys() == wanted.keys()
+    assert gradients.keys() == expected_value.keys()
     for name, gradient in gradients.items():
-        scale = wanted[name].abs().max()
-        assert torch.allclose(gradient / scale, wanted[name] / scale, atol=tolerance), name
+        scale = expected_value[name].abs().max()
+        assert torch.allclose(gradient / scale, expected_value[name] / scale, atol=tolerance), name
 
 
 @pytest.fixture(autouse=True)
@@ -128,49 +128,49 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def who_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything holds with the compiled loops and where there is no compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "find", lambda: (None, ""))
+        monkeypatch.setattr(native, "load_loops", lambda: (None, ""))
     yield
-    native.switch(on=False)
+    native.set_enabled(on=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_gets_the_same_loss_and_gradients(method: str, tmp_path: Path) -> None:
+def test_same_loss_and_gradients_for_every_method(method: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
     assert_alike(*(build(folder, METHODS[method], k) for k in ("auto", "off")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_architecture_gets_the_same(name: str, tmp_path: Path) -> None:
+def test_same_loss_and_gradients_for_every_architecture(name: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS[name], tmp_path)
     assert_alike(*(build(folder, LORA, k) for k in ("auto", "off")))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_recomputed_layers_get_the_same(method: str, tmp_path: Path) -> None:
+def test_same_with_gradient_checkpointing(method: str, tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
     recomputed = build(folder, METHODS[method], "auto", gradient_checkpointing=True)
     assert_alike(recomputed, build(folder, METHODS[method], "off"))
 
 
-def test_what_is_put_in_is_told(tmp_path: Path) -> None:
-    told = {}
+def test_summary_names_the_patched_modules(tmp_path: Path) -> None:
+    summaries = {}
     for name in ("llama", "gemma2", "gpt2"):
         folder = saved(CONFIGS[name], tmp_path / name)
         chosen = schema.Model(base=str(folder))
-        base = load_base(folder, chosen, quantised=False, dtype=torch.float32, device=CPU)
-        told[name] = apply_kernels(build_method(LORA).attach(base, seed=0), chosen)
-    assert told["llama"] == (
+        base = load_base(folder, chosen, quantized=False, dtype=torch.float32, device=CPU)
+        summaries[name] = apply_kernels(build_method(LORA).attach(base, seed=0), chosen)
+    assert summaries["llama"] == (
         "14 adapted layers, 5 norms, 2 MLPs, 2 rotary embeddings, 1 chunked loss"
     )
-    assert told["gemma2"] == (
-        "14 adapted layers, 2 rotary embeddings, 1 chunked loss; plain: norms, MLPs"
+    assert summaries["gemma2"] == (
+        "14 adapted layers, 2 rotary embeddings, 1 chunked loss; not replaced: norms, MLPs"
     )
-    assert told["gpt2"].startswith("1 chunked loss; plain")
+    assert summaries["gpt2"].startswith("1 chunked loss; not replaced")
 
 
-def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
+def test_half_precision_error_is_no_larger_than_without_kernels(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
-    exact, wanted = loss_and_gradients(build(folder, METHODS["no dropout"], "off"))
+    exact, expected_value = loss_and_gradients(build(folder, METHODS["no dropout"], "off"))
     errors = []
     for kernels in ("auto", "off"):
         model = build(folder, METHODS["no dropout"], kernels)
@@ -180,7 +180,7 @@ def test_half_precision_is_no_worse_than_the_plain_path(tmp_path: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss, gradients = loss_and_gradients(model)
         assert all(g.dtype == torch.float32 for g in gradients.values())
-        offs = [(gradients[n] - w).norm() / w.norm() for n, w in wanted.items()]
+        offs = [(gradients[n] - w).norm() / w.norm() for n, w in expected_value.items()]
         errors.append([abs(loss / exact - 1).item(), torch.stack(offs).mean().item()])
     (loss_off, off), (plain_loss_off, plain_off) = errors
     assert loss_off < 2 * plain_loss_off + 1e-3 and off < 1.2 * plain_off
@@ -198,15 +198,15 @@ def test_generation_and_logits_do_not_change(tmp_path: Path) -> None:
     assert torch.equal(a, b)
 
 
-def test_an_adapter_that_is_switched_off_is_not_computed(tmp_path: Path) -> None:
+def test_disabled_adapter_is_not_computed(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
     fast, plain = (build(folder, LORA, k).eval() for k in ("auto", "off"))
     with torch.no_grad(), fast.disable_adapter(), plain.disable_adapter():
-        found, wanted = (target_losses(model, batch())[0] for model in (fast, plain))
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+        result, expected_value = (target_losses(model, batch())[0] for model in (fast, plain))
+    assert result.item() == pytest.approx(expected_value.item(), rel=1e-6)
 
 
-def test_a_layer_called_with_another_tensor_computes_alone(tmp_path: Path) -> None:
+def test_layer_called_with_another_input_computes_alone(tmp_path: Path) -> None:
     folder = saved(CONFIGS["llama"], tmp_path)
     fast, plain = (build(folder, METHODS["no dropout"], k) for k in ("auto", "off"))
     x, y = torch.randn(2, 1, 4, 64)
@@ -222,7 +222,7 @@ def test_a_layer_called_with_another_tensor_computes_alone(tmp_path: Path) -> No
     assert torch.allclose(*results, atol=1e-5)
 
 
-def test_aliases_of_one_tensor_are_computed_together(tmp_path: Path, monkeypatch) -> None:
+def test_aliases_of_a_tensor_share_one_computation(tmp_path: Path, monkeypatch) -> None:
     """DeepSpeed's ZeRO-3 hands each module an alias; what is not taken must not stay."""
     model = build(saved(CONFIGS["llama"], tmp_path), METHODS["no dropout"], "auto")
     q, k, v, *_ = (
@@ -243,7 +243,7 @@ def test_aliases_of_one_tensor_are_computed_together(tmp_path: Path, monkeypatch
     assert [ref() for ref in left] == [None, None]
 
 
-def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: Path) -> None:
+def test_sequence_without_targets_gives_zero_loss_with_a_graph(tmp_path: Path) -> None:
     model = build(saved(CONFIGS["llama"], tmp_path), METHODS["no dropout"], "auto")
     none = torch.zeros(0, dtype=torch.int64)
     token = torch.zeros(1, 1, dtype=torch.int64)
@@ -254,12 +254,12 @@ def test_a_row_without_targets_gives_a_zero_that_reaches_the_adapters(tmp_path: 
 
 
 @pytest.mark.parametrize("method", ["no dropout", "full"])
-def test_the_loss_of_each_target_is_known_too(method: str, tmp_path: Path, monkeypatch) -> None:
+def test_per_target_losses(method: str, tmp_path: Path, monkeypatch) -> None:
     folder = saved(CONFIGS["llama-biased"], tmp_path)
     monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda vocabulary: 3)
     fast, plain = (build(folder, METHODS[method], k) for k in ("auto", "off"))
-    (total, losses), (_, wanted) = (target_losses(m, batch()) for m in (fast, plain))
-    assert losses.shape == wanted.shape == batch().targets.shape
-    assert torch.allclose(losses, wanted, atol=1e-5)
+    (total, losses), (_, expected_value) = (target_losses(m, batch()) for m in (fast, plain))
+    assert losses.shape == expected_value.shape == batch().targets.shape
+    assert torch.allclose(losses, expected_value, atol=1e-5)
     assert total.item() == pytest.approx(losses.sum().item())
-    assert not losses.requires_grad and not wanted.requires_grad
+    assert not losses.requires_grad and not expected_value.requires_grad

@@ -17,7 +17,7 @@ from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, read_config, resolve_dtype
-from dtrain.models.outline import outline
+from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import nf4_layers
 from dtrain.models.tensor_utils import parameter_counts
 from dtrain.models.weight_files import weight_files
@@ -36,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def load(folder: Path, quantised: bool = False, **settings: object) -> PreTrainedModel:
+def load(folder: Path, quantized: bool = False, **settings: object) -> PreTrainedModel:
     chosen = schema.Model(base=str(folder), **settings)  # type: ignore[arg-type]
-    return load_base(folder, chosen, quantised=quantised, dtype=torch.float32, device=CPU)
+    return load_base(folder, chosen, quantized=quantized, dtype=torch.float32, device=CPU)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -69,7 +69,7 @@ def test_dtypes() -> None:
 
 
 def test_nf4_keeps_its_weights_through_evaluation(folder: Path) -> None:
-    model = load(folder, quantised=True)
+    model = load(folder, quantized=True)
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert weight.dtype == torch.float32  # a float storage is what FSDP2 shards
     before, bytes_before = logits(model, True), weight.data.clone()
@@ -82,23 +82,23 @@ def test_nf4_keeps_its_weights_through_evaluation(folder: Path) -> None:
 
 
 def test_nf4_layers_are_known_without_loading(folder: Path) -> None:
-    model = load(folder, quantised=True)
+    model = load(folder, quantized=True)
     packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
-    assert nf4_layers(outline(read_config(folder, trust_remote_code=False))) == packed
+    assert nf4_layers(build_meta_model(read_config(folder, trust_remote_code=False))) == packed
     assert len(packed) == 14 and "lm_head" not in packed
 
 
-def test_parameters_are_counted_alike_in_nf4(folder: Path) -> None:
+def test_nf4_does_not_change_parameter_counts(folder: Path) -> None:
     total = sum(p.numel() for p in load(folder).parameters())
     assert parameter_counts(load(folder)) == (0, total)
-    assert parameter_counts(load(folder, quantised=True)) == (0, total)
-    adapted = build_method(Lora(kind="qlora", r=2)).attach(load(folder, quantised=True), seed=0)
+    assert parameter_counts(load(folder, quantized=True)) == (0, total)
+    adapted = build_method(Lora(kind="qlora", r=2)).attach(load(folder, quantized=True), seed=0)
     trains, everything = parameter_counts(adapted)
     assert everything == total + trains > total
     assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
 
 
-def test_missing_tensor_is_refused_not_filled_with_random_numbers(folder: Path) -> None:
+def test_missing_tensor_is_refused(folder: Path) -> None:
     shard = weight_files(folder)[2]
     tensors = load_file(shard)
     lost = sorted(tensors)[0]
@@ -107,7 +107,7 @@ def test_missing_tensor_is_refused_not_filled_with_random_numbers(folder: Path) 
         load(folder)
 
 
-def test_shape_that_contradicts_the_config_is_refused(folder: Path) -> None:
+def test_shape_other_than_the_configs_is_refused(folder: Path) -> None:
     edit_config(folder, vocab_size=65)
     with pytest.raises(UserError, match=r"2 tensors are of another shape: .*embed_tokens"):
         load(folder)
@@ -145,14 +145,14 @@ def test_missing_shard_is_named(folder: Path) -> None:
         load(folder)
 
 
-def test_code_beside_the_model_needs_the_switch(folder: Path) -> None:
+def test_code_of_a_model_needs_trust_remote_code(folder: Path) -> None:
     edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
     (folder / "own.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError, match=r"model.trust_remote_code: true"):
         load(folder)
 
 
-def test_unknown_or_unfit_architectures_are_refused(folder: Path) -> None:
+def test_unknown_or_unsupported_architectures_are_refused(folder: Path) -> None:
     edit_config(folder, model_type="nothing-known")
     with pytest.raises(UserError, match="unknown model_type 'nothing-known'"):
         load(folder)
@@ -164,20 +164,22 @@ def test_unknown_or_unfit_architectures_are_refused(folder: Path) -> None:
         load(folder)
 
 
-def test_quantised_base_is_refused(folder: Path) -> None:
+def test_quantized_base_is_refused(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UserError, match="quantised already"):
+    with pytest.raises(UserError, match="already quantized"):
         load(folder)
 
 
-def test_addresses_of_bases(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_folder_resolves_each_kind_of_address(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
     assert base_folder(str(folder)) == folder
     sample = tmp_path / "cache" / "samples" / "small"
     sample.mkdir(parents=True)
     (sample / "config.json").write_text("{}")
     assert base_folder("dtrain:small") == sample
-    with pytest.raises(UserError, match="not made yet"):
+    with pytest.raises(UserError, match="has not been built yet"):
         base_folder("dtrain:other")
     with pytest.raises(UserError, match="no folder"):
         base_folder(str(tmp_path / "nowhere"))
@@ -187,17 +189,17 @@ def test_addresses_of_bases(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         base_folder("owner/na me")
 
 
-def test_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise ConnectionError("no route")
 
     monkeypatch.setattr("dtrain.models.hub.snapshot_download", offline)
-    with pytest.raises(UserError, match="cannot be fetched from the hub") as caught:
+    with pytest.raises(UserError, match="cannot be downloaded from the hub") as caught:
         base_folder("owner/model")
     assert "HF_HOME" in str(caught.value)
 
 
-def test_training_in_place_leaves_the_bases_files_alone(folder: Path) -> None:
+def test_training_in_place_does_not_change_the_bases_files(folder: Path) -> None:
     """Loaded tensors are memory-mapped: a shared mapping would write the updates to the disk."""
     before = [path.read_bytes() for path in weight_files(folder)]
     model = build_method(Full(kind="full")).attach(load(folder), seed=0)

@@ -37,25 +37,25 @@ def test_masks_do_not_depend_on_earlier_random_numbers() -> None:
     assert torch.equal(masks(layer(), [7]), first)
 
 
-@pytest.mark.parametrize("other", [{"name": "b"}, {"seed": 9}, {"step": 3}])
-def test_every_part_of_the_key_changes_the_mask(other: dict[str, int]) -> None:
-    assert not torch.equal(masks(layer(), [7]), masks(layer(**other), [7]))  # type: ignore[arg-type]
+@pytest.mark.parametrize("change", [{"name": "b"}, {"seed": 9}, {"step": 3}])
+def test_every_part_of_the_key_changes_the_mask(change: dict[str, int]) -> None:
+    assert not torch.equal(masks(layer(), [7]), masks(layer(**change), [7]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_share_and_mean_are_right(p: float) -> None:
+def test_dropped_share_and_mean(p: float) -> None:
     output = masks(layer(p), [7, 8], width=20_000)
     assert (output == 0).float().mean().item() == pytest.approx(p, abs=0.002)
     assert output.mean().item() == pytest.approx(1.0, abs=0.005)
 
 
-def test_neighbouring_sequences_are_independent() -> None:
+def test_masks_of_neighboring_sequences_are_independent() -> None:
     LENGTHS[9] = LENGTHS[10] = 50
     both = (masks(layer(0.5), [9], 2000) == 0) & (masks(layer(0.5), [10], 2000) == 0)
     assert both.float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
-def test_gradient_goes_through_the_same_mask() -> None:
+def test_gradient_uses_the_same_mask() -> None:
     dropout = layer()
     dropout.key.sequences, dropout.key.lengths = [7], [12]
     x = torch.randn(1, 12, 16, requires_grad=True, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_evaluation_and_empty_micro_batches_drop_nothing() -> None:
     assert torch.equal(dropout.eval()(torch.ones(3, 5, 16)), torch.ones(3, 5, 16))
 
 
-def test_a_key_of_another_micro_batch_is_noticed() -> None:
+def test_key_of_another_micro_batch_is_an_error() -> None:
     dropout = layer()
     set_dropout_key(nn.Sequential(dropout), 1, 1, [7], [12])
     with pytest.raises(AssertionError, match="another micro-batch"):
@@ -99,7 +99,7 @@ def with_live_b(model: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module, micro_batches: list[list[int]]) -> Tensor:
-    """Of the summed logits of sequences 7 and 8, in the micro-batches given."""
+    """Gradients of the summed logits of sequences 7 and 8, split into these micro-batches."""
     generator = torch.Generator().manual_seed(5)
     ids = {s: torch.randint(0, 64, (n,), generator=generator) for s, n in {7: 12, 8: 20}.items()}
     for sequences in micro_batches:
@@ -110,11 +110,11 @@ def gradients(model: nn.Module, micro_batches: list[list[int]]) -> Tensor:
         model(
             input_ids=row, position_ids=positions, use_cache=False
         ).logits.square().sum().backward()
-    found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat(found)
+    result = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(result)
 
 
-def test_a_model_trains_alike_in_any_micro_batch_and_with_recomputation() -> None:
+def test_same_training_with_any_micro_batch_and_with_checkpointing() -> None:
     one_by_one = gradients(adapted(False), [[7], [8]])
     together = gradients(adapted(False), [[7, 8]])
     recomputed = gradients(adapted(True), [[7, 8]])
@@ -132,9 +132,9 @@ def test_every_adapter_has_a_keyed_dropout() -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [3, 1249], [700]])
 def test_compiled_loops_draw_the_same_masks(lengths: list[int]) -> None:
-    tokens, found = sum(lengths), []
+    tokens, result = sum(lengths), []
     for on in (True, False):
-        assert not native.switch(on=on), "this machine has no compiler"
+        assert not native.set_enabled(on=on), "this machine has no compiler"
         key = DropoutKey(7, 11, list(range(len(lengths))), lengths)
-        found.append(KeyedDropout(0.05, "layer", key).kept(torch.empty(1, tokens, 3)))
-    assert torch.equal(*found)
+        result.append(KeyedDropout(0.05, "layer", key).keep_mask(torch.empty(1, tokens, 3)))
+    assert torch.equal(*result)

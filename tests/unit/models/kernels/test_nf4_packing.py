@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from dtrain.models.kernels.nf4_pack import pack_fast
+from dtrain.models.quantize import pack_natively
 
 # bitsandbytes' own, in a process where nothing stands in for it.
 PLAIN = """
@@ -23,7 +23,7 @@ torch.save([(bits, state.as_dict(packed=True)) for bits, state in made], out)
 SHAPES = [(64, 64), (3, 5), (1, 64), (129, 96), (50, 1), (200, 320)]
 
 
-def test_the_bits_are_the_same(tmp_path) -> None:
+def test_packed_bits_equal_bitsandbytes(tmp_path) -> None:
     torch.manual_seed(0)
     cases = []
     for shape in SHAPES:
@@ -31,24 +31,24 @@ def test_the_bits_are_the_same(tmp_path) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             cases += [(x.to(dtype), kind, 64, True) for kind in ("nf4", "fp4")]
     cases += [(torch.zeros(64, 64), "nf4", 64, False), (torch.randn(64, 64), "nf4", 128, False)]
-    bounds = torch.linspace(-1, 1, 1 << 16)  # and values that lie on the bounds of the codes
+    bounds = torch.linspace(-1, 1, 1 << 16)  # including values on the bounds of the codes
     cases.append((bounds.view(-1, 64), "nf4", 4096, False))
     torch.save(cases, tmp_path / "given")
     command = [sys.executable, "-c", PLAIN, str(tmp_path / "given"), str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True)
     theirs = torch.load(tmp_path / "out")
-    assert pack_fast()
+    assert pack_natively()
     for (x, kind, size, double), (bits, state) in zip(cases, theirs, strict=True):
         ours = quantize_4bit(x, quant_type=kind, blocksize=size, compress_statistics=double)
         assert torch.equal(ours[0], bits)
-        found = ours[1].as_dict(packed=True)
-        assert found.keys() == state.keys()
-        assert all(torch.equal(found[key], state[key]) for key in state)
+        packed_state = ours[1].as_dict(packed=True)
+        assert packed_state.keys() == state.keys()
+        assert all(torch.equal(packed_state[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(odd: float) -> None:
-    assert pack_fast()
+def test_non_finite_values_stay_non_finite(odd: float) -> None:
+    assert pack_natively()
     x = torch.ones(4, 64)
     x[2, 30] = odd
     bits, state = quantize_4bit(x, quant_type="nf4")

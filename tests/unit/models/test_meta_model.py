@@ -16,7 +16,7 @@ from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base, read_config
-from dtrain.models.outline import check_dense, outline, unused_parameters
+from dtrain.models.meta_model import build_meta_model, check_dense, unused_parameters
 from dtrain.models.quantize import nf4_layers
 from dtrain.models.sharded_loading import stream_base
 
@@ -35,12 +35,12 @@ def adapted_names(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "got_ocr2", "bart", "llama"])
-def test_what_no_text_reaches_is_what_gets_no_gradient(
+def test_unused_parameters_are_those_without_gradient(
     tmp_path: Path, save_small: Callable, kind: str
 ) -> None:
     """Compared with a real backward pass; for a text-only model it is nothing."""
     model = save_small(kind, tmp_path)
-    unused = unused_parameters(outline(model.config))
+    unused = unused_parameters(build_meta_model(model.config))
     loss(model).backward()
     assert unused == {name for name, p in model.named_parameters() if p.grad is None}
     assert bool(unused) == (kind != "llama")
@@ -63,7 +63,7 @@ def test_every_adapter_gets_a_gradient(
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
 
 
-def test_what_peft_does_not_adapt_is_refused(tmp_path: Path, save_small: Callable) -> None:
+def test_layers_that_peft_cannot_adapt_are_refused(tmp_path: Path, save_small: Callable) -> None:
     model = save_small("mamba", tmp_path).requires_grad_(False)
     with pytest.raises(UserError, match="incompatible with Mamba-based models"):
         build_method(LORA).attach(model, seed=0)
@@ -84,7 +84,7 @@ def test_full_training_leaves_an_image_tower_frozen(
     )
 
 
-def test_targets_in_an_image_tower_alone_are_refused(tmp_path: Path, save_small: Callable) -> None:
+def test_targets_only_in_an_image_tower_are_refused(tmp_path: Path, save_small: Callable) -> None:
     model = save_small("gemma3", tmp_path)
     with pytest.raises(UserError, match="no text reaches"):
         build_method(LORA.model_copy(update={"target_modules": ["out_proj"]})).attach(model, seed=0)
@@ -96,14 +96,14 @@ def test_targets_in_an_image_tower_alone_are_refused(tmp_path: Path, save_small:
      ("deepseek_v3", {"first_k_dense_replace": 1}), ("doge", {"is_moe": True, "num_experts": 16}),
      ("granitemoehybrid", {"num_local_experts": 4})],
 )  # fmt: skip
-def test_a_mixture_of_experts_is_refused_wherever_its_config_says_so(
+def test_mixture_of_experts_is_refused_wherever_its_config_says_so(
     tmp_path: Path, save_small: Callable, kind: str, changes: dict[str, object]
 ) -> None:
     config = save_small(kind, None, **changes)
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"is a mixture of experts .*; dtrain trains dense models"):
-        check_dense(outline(config), "config.json")
+        check_dense(build_meta_model(config), "config.json")
     if kind != "granitemoehybrid":  # refused for its recurrent layers
         with pytest.raises(UserError, match="is a mixture of experts"):
             read_config(tmp_path, trust_remote_code=False)
@@ -114,10 +114,10 @@ def test_a_mixture_of_experts_is_refused_wherever_its_config_says_so(
     [("deepseek_v3", {"first_k_dense_replace": 2}), ("doge", {"is_moe": False}),
      ("granitemoehybrid", {"num_local_experts": 0}), ("gemma4", {}), ("gemma4_text", {})],
 )  # fmt: skip
-def test_a_dense_model_of_a_family_with_experts_is_not_refused(
+def test_dense_model_of_a_family_with_experts_is_accepted(
     save_small: Callable, kind: str, changes: dict[str, object]
 ) -> None:
-    check_dense(outline(save_small(kind, None, **changes)), "config.json")
+    check_dense(build_meta_model(save_small(kind, None, **changes)), "config.json")
 
 
 @pytest.mark.parametrize(
@@ -125,24 +125,24 @@ def test_a_dense_model_of_a_family_with_experts_is_not_refused(
     [("falcon", {}), ("gpt2", {}), ("llama", {"hidden_size": 36, "intermediate_size": 37})],
 )
 @pytest.mark.parametrize("load", [stream_base, load_base])
-def test_qlora_of_layers_that_nf4_cannot_hold_is_refused_before_the_load(
+def test_layers_that_nf4_cannot_pack_are_refused_before_loading(
     tmp_path: Path, save_small: Callable, kind: str, changes: dict[str, int], load: Callable
 ) -> None:
     save_small(kind, tmp_path, **changes)
     settings = schema.Model(base=str(tmp_path))
-    with pytest.raises(UserError, match=r"\.0\..*cannot be held in NF4\n.*: lora"):
-        load(tmp_path, settings, quantised=True, dtype=torch.float32, device=CPU)
+    with pytest.raises(UserError, match=r"\.0\..*cannot be quantized to NF4\n.*: lora"):
+        load(tmp_path, settings, quantized=True, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
 @pytest.mark.parametrize("load", [stream_base, load_base])
-def test_nf4_holds_what_text_passes_through_and_no_image_tower(
+def test_nf4_packs_text_layers_and_no_image_tower(
     tmp_path: Path, save_small: Callable, kind: str, load: Callable
 ) -> None:
     save_small(kind, tmp_path)
     settings = schema.Model(base=str(tmp_path))
-    found = load(tmp_path, settings, quantised=True, dtype=torch.float32, device=CPU)
-    model = found.model if load is stream_base else found
+    loaded = load(tmp_path, settings, quantized=True, dtype=torch.float32, device=CPU)
+    model = loaded.model if load is stream_base else loaded
     packed = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
     assert packed and all("language_model" in name for name in packed)
     adapted = build_method(LORA.model_copy(update={"kind": "qlora"})).attach(model, seed=0)
@@ -153,8 +153,10 @@ def test_nf4_holds_what_text_passes_through_and_no_image_tower(
 @pytest.mark.parametrize(
     ("kind", "layer"), [("gemma3n_text", "prediction_coefs"), ("rwkv", "attention.output")]
 )
-def test_no_nf4_where_code_takes_the_weight_for_numbers(kind: str, layer: str) -> None:
+def test_nf4_is_refused_where_other_code_reads_the_weight(kind: str, layer: str) -> None:
     """One clamps it in training, one divides it in evaluation: both would change packed bits."""
-    with pytest.raises(UserError, match=f"reads the weight of .*{layer} itself") as refused:
-        nf4_layers(outline(AutoConfig.for_model(kind, num_hidden_layers=10)))
+    with pytest.raises(
+        UserError, match=f"reads the weight of .*{layer}, which NF4 packs"
+    ) as refused:
+        nf4_layers(build_meta_model(AutoConfig.for_model(kind, num_hidden_layers=10)))
     assert "qlora" in str(refused.value)

@@ -16,8 +16,8 @@ from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
-from dtrain.models.kernels import compiled, fused_cross_entropy, rms_norm, swiglu
-from dtrain.models.kernels.patch import use_kernels
+from dtrain.models.kernels import compiled, elementwise, fused_cross_entropy
+from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.loss import target_losses
 
@@ -31,34 +31,34 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def spent() -> tuple[Tensor, Tensor]:
     logits, losses = drawn(TOKENS, VOCABULARY, dtype=torch.float32), torch.empty(TOKENS)
-    fused_cross_entropy._spend_by_torch(logits, losses, torch.arange(TOKENS), True)
+    fused_cross_entropy._cross_entropy_by_torch(logits, losses, torch.arange(TOKENS), True)
     return logits, losses
 
 
 X, GRADIENT, WEIGHT = drawn(TOKENS, WIDTH), drawn(TOKENS, WIDTH + 1)[:, 1:], drawn(WIDTH)
 RSTD = drawn(TOKENS, 1, dtype=torch.float32).abs()
 PASSES: dict[str, Callable[[], Any]] = {
-    "norm": lambda: rms_norm._normed_by_torch(X, WEIGHT, 1e-5),
-    "norm, backward": lambda: rms_norm._input_gradient(GRADIENT, X, WEIGHT, RSTD),
-    "swiglu": lambda: swiglu._product_by_torch(X, GRADIENT),
-    "swiglu, backward": lambda: swiglu._gradients_by_torch(GRADIENT, X, X),
+    "norm": lambda: elementwise._norm_and_rstd_by_torch(X, WEIGHT, 1e-5),
+    "norm, backward": lambda: elementwise._input_gradient(GRADIENT, X, WEIGHT, RSTD),
+    "swiglu": lambda: elementwise._product_by_torch(X, GRADIENT),
+    "swiglu, backward": lambda: elementwise._product_gradients_by_torch(GRADIENT, X, X),
     "loss": spent,
 }
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_compiled_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_functions_equal_uncompiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = PASSES[name]
     expected = compute()
-    monkeypatch.setattr(compiled, "compiles", lambda tensor: True)
+    monkeypatch.setattr(compiled, "should_compile", lambda tensor: True)
     before = compiled._compiled.cache_info().misses
     with torch.no_grad():
-        found = compute()
+        results = compute()
     assert compiled._compiled.cache_info().misses == before + 1
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_gpu_that_cannot_compile_is_told_and_computes_on(
+def test_gpu_without_compiler_warns_and_runs_uncompiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiled, "find_spec", lambda name: object())
@@ -91,21 +91,21 @@ def fails_at(number: int, error: Exception, *, after_writing: bool = False) -> A
 
 @pytest.fixture
 def everything_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "compiles", lambda tensor: True)
+    monkeypatch.setattr(compiled, "should_compile", lambda tensor: True)
     monkeypatch.setattr(compiled, "_failed", set())
 
 
 @pytest.mark.usefixtures("everything_compiles")
 @pytest.mark.parametrize("number", [1, 3])
-def test_what_stops_to_compile_goes_on_pass_by_pass(
+def test_function_that_fails_to_compile_runs_uncompiled(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing = fails_at(number, RuntimeError("no such instruction\nmore"))
     monkeypatch.setattr(compiled, "_compiled", failing)
     expected = torch.nn.functional.silu(X) * GRADIENT
     for _ in range(number + 3):
-        torch.testing.assert_close(swiglu._product_by_torch(X, GRADIENT), expected)
-    assert failing(swiglu._product_by_torch.__wrapped__).calls() == number
+        torch.testing.assert_close(elementwise._product_by_torch(X, GRADIENT), expected)
+    assert failing(elementwise._product_by_torch.__wrapped__).calls() == number
     out = capsys.readouterr().out
     assert out.count("_product_by_torch does not compile here") == 1
     assert "no such instruction" in out
@@ -125,24 +125,24 @@ def test_other_errors_are_raised(
 ) -> None:
     monkeypatch.setattr(compiled, "_compiled", fails_at(1, error, after_writing=writes))
     with pytest.raises(type(error)):
-        swiglu._product_by_torch(X.clone(), GRADIENT)
+        elementwise._product_by_torch(X.clone(), GRADIENT)
 
 
 def test_strict_runs_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_gpu_compiles", lambda: True)
     tensor = SimpleNamespace(is_cuda=True, shape=(4, 8), numel=lambda: 32)
     monkeypatch.setattr(compiled, "PLAIN", (SimpleNamespace,))
-    assert compiled.compiles(tensor)
-    compiled.switch(on=False)
-    assert not compiled.compiles(tensor)
-    compiled.switch(on=True)
+    assert compiled.should_compile(tensor)
+    compiled.set_enabled(on=False)
+    assert not compiled.should_compile(tensor)
+    compiled.set_enabled(on=True)
     one_token = SimpleNamespace(is_cuda=True, shape=(1, 1, 8), numel=lambda: 8)
-    assert not compiled.compiles(one_token)
+    assert not compiled.should_compile(one_token)
 
 
 @pytest.mark.usefixtures("everything_compiles")
 @pytest.mark.parametrize("full", [False, True])
-def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
+def test_compile_ahead_covers_every_kernel_of_a_step(
     full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def traced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,7 +154,9 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
 
     graphs: list[Any] = []
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled, "compiles", lambda tensor: tensor.numel() > tensor.shape[-1])
+    monkeypatch.setattr(
+        compiled, "should_compile", lambda tensor: tensor.numel() > tensor.shape[-1]
+    )
     monkeypatch.setattr(compiled, "_compiled", cache(traced))
     compile_ahead(torch.device("cpu"), torch.float32, trains_base=full)
     ahead = len(graphs)
@@ -165,7 +167,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_ahead(
     base = LlamaForCausalLM(config).requires_grad_(False)
     method: Any = Full(kind="full") if full else Lora(kind="lora", r=4, dropout=0.1)
     model = build_method(method).attach(base, seed=0).train()
-    use_kernels(model)
+    patch_modules(model)
     for tokens in (33, 2, 5):
         positions = torch.arange(tokens)
         set_dropout_key(model, 0, 0, [0], [tokens])

@@ -1,4 +1,4 @@
-"""Models without storage: built here, and asked what they use and whether they have experts."""
+"""Models without weights: built on the meta device, and analyzed for what a text uses."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from dtrain.core.errors import UserError
 TOKENS = 8
 
 
-def outline(
+def build_meta_model(
     config: PretrainedConfig, trust_remote_code: bool = False, attention: str | None = "eager"
 ) -> PreTrainedModel:
-    """The model that a config describes, parameters and buffers on the meta device.
+    """Build the model of a config with parameters and buffers on the meta device.
 
     Args:
-        attention: None for the one that transformers chooses.
+        attention: attention implementation; None for transformers' default.
 
     Raises:
         UserError: it cannot be built, or needs code that is not allowed.
     """
-    own = deepcopy(config)  # building it writes dtype and attention into its config
-    own.__dict__.pop("quantization_config", None)
-    chosen = {"attn_implementation": attention} if attention else {}
+    config = deepcopy(config)  # building writes dtype and attention into the config
+    config.__dict__.pop("quantization_config", None)
+    implementation = {"attn_implementation": attention} if attention else {}
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                own, trust_remote_code=trust_remote_code, **chosen
+                config, trust_remote_code=trust_remote_code, **implementation
             )
-    except Exception as error:  # each architecture checks its config in its own way
+    except Exception as error:  # architectures check their configs in many ways
         raise UserError(
             f"the model cannot be built: {first_line(error)}",
             where=f"config.json of {config._name_or_path or config.model_type}",
@@ -45,18 +45,17 @@ def outline(
         ) from error
 
 
-def without_weights(
+def build_without_parameters(
     config: PretrainedConfig,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     kept_elements: int = 0,
 ) -> PreTrainedModel:
-    """The model that a config describes: its buffers with their values, its parameters without.
+    """Build the model of a config with real buffers, but parameters on the meta device.
 
     Args:
-        config: the model keeps it.
-        kept_elements: parameters of at most so many are built as the model's code does; the others
-            are on the meta device.
+        config: becomes the model's own.
+        kept_elements: parameters of at most this many elements are built and initialized too.
     """
     with _parameters_on_meta(kept_elements):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -67,9 +66,9 @@ def without_weights(
 
 @contextmanager
 def _parameters_on_meta(kept_elements: int) -> Iterator[None]:
-    """Move each parameter to the meta device as a module registers it, so that few exist at once.
+    """Move each parameter to the meta device when a module registers it, so that few exist at once.
 
-    A module may register the parameter of another one, which ties the two: that one is moved once.
+    A tied parameter, which another module registers again, is moved only once.
     """
     register = nn.Module.register_parameter
 
@@ -86,24 +85,24 @@ def _parameters_on_meta(kept_elements: int) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; its class if it says nothing."""
+    """The first line of an error's message; its class name if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_dense(model: PreTrainedModel, where: str) -> None:
-    """Refuse a mixture of experts.
+    """Check that a model is not a mixture of experts.
 
-    Its experts are one tensor of three dimensions, no linear layers: bitsandbytes leaves them as
-    they are, a merge has no place for their adapters, and nothing balances their load.
+    Experts are one three-dimensional tensor, not linear layers: bitsandbytes skips them, a merge
+    cannot write their adapters, and nothing balances their load.
 
     Args:
-        model: from `outline`; its config may name experts that no layer of it has.
+        model: from `build_meta_model`; a config may name experts that no layer has.
 
     Raises:
-        UserError: one of its layers counts experts.
+        UserError: a layer has a number of experts.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) and _counts_experts(module):
+        if not isinstance(module, PreTrainedModel) and _has_experts(module):
             raise UserError(
                 f"{model.config.model_type!r} is a mixture of experts ({name}); dtrain trains "
                 "dense models",
@@ -112,20 +111,20 @@ def check_dense(model: PreTrainedModel, where: str) -> None:
             )
 
 
-def _counts_experts(module: nn.Module) -> bool:
+def _has_experts(module: nn.Module) -> bool:
     return any("expert" in key and type(value) is int for key, value in vars(module).items())
 
 
 def unused_parameters(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that no text passes through: image towers, cross attention.
+    """Names of the parameters that the logits of a text do not depend on, such as image towers.
 
-    Read from the autograd graph of a forward pass, so that nothing depends on names.
+    Found in the autograd graph of a forward pass, independently of names.
 
     Args:
-        model: from `outline`.
+        model: from `build_meta_model`.
 
     Returns:
-        An empty set where the forward pass does not run without values.
+        An empty set if the forward pass needs values.
     """
     used = _used(model)
     if used is None:
@@ -133,13 +132,13 @@ def unused_parameters(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter not in used}
 
 
-def unused_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that compute nothing of a text.
+def unused_linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that a forward pass of a text does not call.
 
-    An adapter there would get no gradient, and NF4 be read as numbers: Gemma 3n takes the weight of
-    one of its layers without calling it.
+    An adapter there would get no gradient, and an NF4 weight would be read as numbers: Gemma 3n
+    reads the weight of one of its layers without calling it.
 
-    Args and return: as for `unused_parameters`.
+    Args and return value: as for `unused_parameters`.
     """
     layers, called = linear_layers(model), set[nn.Module]()
     hooks = [
@@ -154,47 +153,47 @@ def unused_layers(model: PreTrainedModel) -> set[str]:
     return {n for n, layer in layers.items() if layer not in called or layer.weight not in used}
 
 
-def layers_read_by_others(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers whose weight the model's code reads or changes by itself.
+def layers_read_outside_forward(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers whose weight other code of the model reads or changes.
 
-    It then takes the bits of a packed weight for numbers: Gemma 3n clamps one, RWKV divides some
-    when it is evaluated.
+    That code would take the bits of a packed weight for numbers: Gemma 3n clamps one, RWKV divides
+    some in evaluation mode.
 
     Args:
-        model: from `outline`.
+        model: from `build_meta_model`.
 
     Returns:
-        What was seen until the forward pass asked for values, in training and in evaluation.
+        Those found until the forward pass needed values, in training and in evaluation mode.
     """
     layers = linear_layers(model)
-    reads = Reads({layer.get_parameter("weight"): layer for layer in layers.values()})
+    reads = WeightReadRecorder({layer.get_parameter("weight"): layer for layer in layers.values()})
     hooks = [
         hook
         for layer in layers.values()
         for hook in (
-            layer.register_forward_pre_hook(lambda module, _: reads.open.add(module)),
-            layer.register_forward_hook(lambda module, *_: reads.open.discard(module)),
+            layer.register_forward_pre_hook(lambda module, _: reads.running.add(module)),
+            layer.register_forward_hook(lambda module, *_: reads.running.discard(module)),
         )
     ]
     for training in (False, True):
         model.train(training)
-        reads.open.clear()
-        with suppress(Exception), reads, Undecided(), torch.no_grad():  # as in `_used`
+        reads.running.clear()
+        with suppress(Exception), reads, MetaValueDefaults(), torch.no_grad():  # as in `_used`
             _forward(model)
     for hook in hooks:
         hook.remove()
-    return {name for name, layer in layers.items() if layer in reads.found}
+    return {name for name, layer in layers.items() if layer in reads.read}
 
 
-class Reads(TorchFunctionMode):
-    """Notes whose weight is used while its own layer is not computing.
+class WeightReadRecorder(TorchFunctionMode):
+    """Records the weights that are used outside their own layer's forward.
 
     Attributes:
-        open: layers that are computing.
-        found: layers whose weight something else used.
+        running: layers whose forward is running.
+        read: layers whose weight was used while their forward was not running.
     """
 
-    ABOUT: ClassVar[set[Any]] = {  # as true of a packed weight
+    METADATA: ClassVar[set[Any]] = {  # correct for a packed weight too
         torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
         torch.Tensor.device.__get__,
         torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
@@ -207,32 +206,32 @@ class Reads(TorchFunctionMode):
     def __init__(self, owners: dict[Tensor, nn.Module]) -> None:
         super().__init__()
         self._owners = owners
-        self.open: set[nn.Module] = set()
-        self.found: set[nn.Module] = set()
+        self.running: set[nn.Module] = set()
+        self.read: set[nn.Module] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in self.ABOUT:
+        if func not in self.METADATA:
             for value in (*args, *(kwargs or {}).values()):
                 owner = self._owners.get(value) if isinstance(value, nn.Parameter) else None
-                if owner is not None and owner not in self.open:
-                    self.found.add(owner)
+                if owner is not None and owner not in self.running:
+                    self.read.add(owner)
         return func(*args, **(kwargs or {}))
 
 
 def _used(model: PreTrainedModel) -> set[Tensor] | None:
-    """The parameters that the logits depend on; None where the forward pass needs values."""
+    """The parameters that the logits depend on; None if the forward pass needs values."""
     try:
-        with Undecided(), torch.enable_grad():
+        with MetaValueDefaults(), torch.enable_grad():
             logits = _forward(model.requires_grad_(True))
-    except Exception:  # code of any model, on tensors without values
+    except Exception:  # a model's code may raise anything on tensors without values
         return None
     return _leaves(logits)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of a model by name, quantised ones and GPT-2's transposed ones too."""
+    """Linear layers of a model by name, including quantized and GPT-2's transposed ones."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
@@ -242,10 +241,10 @@ def _forward(model: PreTrainedModel) -> Tensor:
     return logits
 
 
-class Undecided(TorchFunctionMode):
-    """Answers what a model asks of values that a meta tensor does not have."""
+class MetaValueDefaults(TorchFunctionMode):
+    """Returns a default where a model reads a value from a meta tensor."""
 
-    ANSWERS: ClassVar[dict[Any, Any]] = {
+    DEFAULTS: ClassVar[dict[Any, Any]] = {
         torch.Tensor.__bool__: True,
         torch.Tensor.__int__: 1,
         torch.Tensor.__index__: 1,
@@ -256,20 +255,20 @@ class Undecided(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in self.ANSWERS and args[0].is_meta:
-            return self.ANSWERS[func]
+        if func in self.DEFAULTS and args[0].is_meta:
+            return self.DEFAULTS[func]
         return func(*args, **(kwargs or {}))
 
 
 def _leaves(output: Tensor) -> set[Tensor]:
-    """The leaf tensors that an output's gradient reaches."""
-    found, seen, todo = set(), set(), [output.grad_fn]
+    """The leaf tensors that the gradient of an output reaches."""
+    leaves, seen, todo = set(), set(), [output.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(node.variable)
+            leaves.add(node.variable)
         todo.extend(following for following, _ in node.next_functions)
-    return found
+    return leaves

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 from dtrain.config import schema
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_logits
-from dtrain.models.packing_probe import Row
+from dtrain.models.packing_probe import ProbeSequence
 from dtrain.models.positions import document_lengths
 
 ORIGINAL = 64
@@ -46,7 +46,7 @@ def base(name: str, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     settings = schema.Model(base=str(folder))
     return load_base(
-        folder, settings, quantised=False, dtype=torch.float32, device=torch.device("cpu")
+        folder, settings, quantized=False, dtype=torch.float32, device=torch.device("cpu")
     )
 
 
@@ -59,31 +59,31 @@ def in_transformers(document: Tensor, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rows_equal_documents_alone_whatever_came_before(name: str, tmp_path: Path) -> None:
+def test_packed_rotations_equal_documents_alone(name: str, tmp_path: Path) -> None:
     model = base(name, tmp_path)
     for lengths in ROWS:
         documents = [torch.randint(256, (n,)) for n in lengths]
         expected = torch.cat([in_transformers(document, tmp_path) for document in documents])
         with torch.no_grad():
-            logits = target_logits(model, Row.of(documents))
+            logits = target_logits(model, ProbeSequence.of(documents))
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generation_is_untouched(name: str, tmp_path: Path) -> None:
+def test_generation_is_unchanged(name: str, tmp_path: Path) -> None:
     model = base(name, tmp_path)
     ids = torch.randint(1, 256, (2, 40))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     texts = [
-        one.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-        for one in (model, plain)
+        m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for m in (model, plain)
     ]
     assert torch.equal(*texts)
 
 
-def test_lengths_are_read_off_positions() -> None:
+def test_lengths_from_position_ids() -> None:
     assert document_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
     assert document_lengths(torch.tensor([[5]])) == [1]
     assert document_lengths(torch.tensor([[0, 1], [0, 1]])) == [2]

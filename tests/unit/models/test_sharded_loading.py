@@ -18,23 +18,23 @@ from transformers import AutoModelForCausalLM
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.models.load import load_base
-from dtrain.models.sharded_loading import Streamed, stream_base
+from dtrain.models.sharded_loading import StreamedModel, stream_base
 
 CPU = torch.device("cpu")
 FILE = "model.safetensors"
 
 
 def stream(
-    folder: Path, quantised: bool = False, dtype: torch.dtype = torch.float32, **more: Any
-) -> Streamed:
+    folder: Path, quantized: bool = False, dtype: torch.dtype = torch.float32, **more: Any
+) -> StreamedModel:
     settings = schema.Model(base=str(folder), **more)
-    return stream_base(folder, settings, quantised=quantised, dtype=dtype, device=CPU)
+    return stream_base(folder, settings, quantized=quantized, dtype=dtype, device=CPU)
 
 
 def filled(folder: Path, **settings: Any) -> Any:
     streamed = stream(folder, **settings)
     assert not streamed.converted
-    streamed.fill(streamed.model)
+    streamed.materialize(streamed.model)
     return streamed.model
 
 
@@ -56,7 +56,7 @@ def test_a_tied_base_is_streamed(tmp_path: Path, save_small: Callable) -> None:
     assert not model.lm_head.weight.is_meta
 
 
-def test_two_stored_matrices_that_differ_are_not_tied(tmp_path: Path, save_small: Callable) -> None:
+def test_differing_stored_matrices_are_untied(tmp_path: Path, save_small: Callable) -> None:
     save_small("llama", tmp_path, tie_word_embeddings=False)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
@@ -65,12 +65,10 @@ def test_two_stored_matrices_that_differ_are_not_tied(tmp_path: Path, save_small
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
 
 
-def test_a_streamed_layer_is_unpacked_to_what_it_computes_in(
-    tmp_path: Path, save_small: Callable
-) -> None:
-    """To float32 it would need three times the room, for the largest matrix of a large model."""
+def test_streamed_layer_unpacks_to_the_compute_dtype(tmp_path: Path, save_small: Callable) -> None:
+    """Unpacking to float32 would need three times the memory of the largest matrix."""
     save_small("llama", tmp_path)
-    weight = filled(tmp_path, quantised=True, dtype=torch.bfloat16).model.layers[0].mlp.down_proj
+    weight = filled(tmp_path, quantized=True, dtype=torch.bfloat16).model.layers[0].mlp.down_proj
     assert weight.weight.quant_state.dtype == torch.bfloat16
 
 
@@ -80,21 +78,21 @@ def test_every_entry_of_the_files_is_loaded(
 ) -> None:
     """Buffers such as Gemma 4's layer_scalar too, under whatever names the files have."""
     saved = save_small(kind, tmp_path)
-    model, wanted = filled(tmp_path, attention="eager"), saved.state_dict()
-    assert model.state_dict().keys() == wanted.keys()
+    model, expected = filled(tmp_path, attention="eager"), saved.state_dict()
+    assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+        assert torch.equal(tensor, expected[name]), name
     for name, buffer in saved.named_buffers():  # those that no file has
         assert torch.equal(model.get_buffer(name), buffer), name
     torch.testing.assert_close(logits(model), logits(saved), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "apertus"])
-def test_buffers_are_loaded_beside_nf4_and_in_bfloat16(
+def test_buffers_are_loaded_with_nf4_and_bfloat16(
     tmp_path: Path, save_small: Callable, kind: str
 ) -> None:
     save_small(kind, tmp_path)
-    for settings in ({"quantised": True}, {"dtype": torch.bfloat16}):
+    for settings in ({"quantized": True}, {"dtype": torch.bfloat16}):
         model = filled(tmp_path, **settings)
         dtype = settings.get("dtype", torch.float32)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -104,7 +102,7 @@ def test_buffers_are_loaded_beside_nf4_and_in_bfloat16(
 
 
 @pytest.mark.parametrize("load", [stream, "load_base"])
-def test_what_is_missing_or_left_over_is_refused(
+def test_missing_and_unexpected_tensors_are_refused(
     tmp_path: Path, save_small: Callable, load: Any
 ) -> None:
     save_small("gemma4_text", tmp_path)
@@ -112,7 +110,7 @@ def test_what_is_missing_or_left_over_is_refused(
 
         def load(folder: Path) -> object:
             settings = schema.Model(base=str(folder))
-            return load_base(folder, settings, quantised=False, dtype=torch.float32, device=CPU)
+            return load_base(folder, settings, quantized=False, dtype=torch.float32, device=CPU)
 
     scalar = "model.layers.1.layer_scalar"
     edit(tmp_path, lambda tensors: tensors.update({"model.layers.1.extra": torch.ones(2)}))
@@ -124,7 +122,7 @@ def test_what_is_missing_or_left_over_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_numbers_are_not_taken_for_weights(
+def test_quantized_tensors_are_refused(
     tmp_path: Path, save_small: Callable, dtype: torch.dtype
 ) -> None:
     save_small("llama", tmp_path)
@@ -134,22 +132,22 @@ def test_quantized_numbers_are_not_taken_for_weights(
         stream(tmp_path)
 
 
-def test_what_transformers_passes_over_is_no_error(tmp_path: Path, save_small: Callable) -> None:
+def test_tensors_that_transformers_ignores_are_no_error(
+    tmp_path: Path, save_small: Callable
+) -> None:
     save_small("llama", tmp_path)
     old = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(tmp_path, lambda tensors: tensors.update({old: torch.ones(8)}))
     filled(tmp_path)
 
 
-def test_what_is_filled_is_free_once_an_engine_has_replaced_it(
-    tmp_path: Path, save_small: Callable
-) -> None:
+def test_materialized_tensors_are_freed_once_replaced(tmp_path: Path, save_small: Callable) -> None:
     """Else every rank would keep the whole base in addition to its shards."""
     save_small("llama", tmp_path, tie_word_embeddings=True)
     streamed = stream(tmp_path)
     model, alive = streamed.model, []
     for block in [*model.model.layers, model]:
-        streamed.fill(block)
+        streamed.materialize(block)
         for module in block.modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.numel():
@@ -157,10 +155,10 @@ def test_what_is_filled_is_free_once_an_engine_has_replaced_it(
                     module._parameters[leaf] = nn.Parameter(torch.empty(0), requires_grad=False)
         del parameter
     gc.collect()
-    assert alive and not [one for one in alive if one() is not None]
+    assert alive and not [entry for entry in alive if entry() is not None]
 
 
-def test_what_must_stay_precise_is_float32_in_a_bfloat16_base(
+def test_parameters_kept_in_float32_stay_so_in_bfloat16(
     tmp_path: Path, save_small: Callable
 ) -> None:
     save_small("llama", tmp_path)

@@ -1,4 +1,4 @@
-"""Products by oneDNN: torch's own numbers, whatever the strides, and no one who asks in vain."""
+"""Products by oneDNN equal torch's for any strides; unsupported tensors go to torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from dtrain.models.kernels import matmul
-from dtrain.models.kernels.matmul import add_times, times, times_transposed
 
 TOKENS, INNER, OUTER = 37, 48, 29
-ONEDNN_PAYS = matmul.onednn_pays
+ONEDNN_PAYS = matmul.prefers_onednn
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["onednn", "torch"])
@@ -22,7 +21,7 @@ def by_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """As on each maker's processors."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(matmul, "onednn_pays", lambda: request.param)
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: request.param)
     return bool(request.param)
 
 
@@ -43,45 +42,45 @@ def filled(*shape: int) -> Tensor:
     ],
     ids=["plain", "transposed", "expanded", "part"],
 )  # fmt: skip
-def test_they_are_torchs_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def test_products_equal_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     expected = torch.nn.functional.linear(x, weight, bias)
-    assert_close(times_transposed(x, weight, bias), expected)
-    assert_close(times(x, weight.t()), x @ weight.t())
-    assert_close(add_times(expected.clone(), x, weight.t()), expected + x @ weight.t())
+    assert_close(matmul.linear(x, weight, bias), expected)
+    assert_close(matmul.mm(x, weight.t()), x @ weight.t())
+    assert_close(matmul.addmm(expected.clone(), x, weight.t()), expected + x @ weight.t())
 
 
-def test_the_same_product_twice_is_the_same_to_the_bit() -> None:
+def test_products_are_deterministic() -> None:
     x, weight = filled(300, 576), filled(1536, 576)
-    assert torch.equal(times_transposed(x, weight), times_transposed(x.clone(), weight.clone()))
+    assert torch.equal(matmul.linear(x, weight), matmul.linear(x.clone(), weight.clone()))
 
 
-def test_float32_is_multiplied_by_the_faster(by_onednn: bool) -> None:
-    with torch.profiler.profile() as found:
-        times(times_transposed(filled(TOKENS, INNER), filled(OUTER, INNER)), filled(OUTER, INNER))
-    names = [event.key for event in found.key_averages()]
+def test_float32_uses_the_faster_library(by_onednn: bool) -> None:
+    with torch.profiler.profile() as result:
+        matmul.mm(matmul.linear(filled(TOKENS, INNER), filled(OUTER, INNER)), filled(OUTER, INNER))
+    names = [event.key for event in result.key_averages()]
     assert ("mkldnn::_linear_pointwise" in names) == by_onednn
     assert ("aten::mm" in names) == (not by_onednn)
 
 
-def test_what_onednn_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_tensors_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = filled(TOKENS, INNER), filled(OUTER, INNER)
-    half = times_transposed(x.bfloat16(), weight.bfloat16())
+    half = matmul.linear(x.bfloat16(), weight.bfloat16())
     assert_close(half, x.bfloat16() @ weight.bfloat16().t())
-    assert times(x[:0], weight.t()).shape == (0, OUTER)
+    assert matmul.mm(x[:0], weight.t()).shape == (0, OUTER)
     with FakeTensorMode() as fake:
-        assert times_transposed(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
-    monkeypatch.setattr(matmul, "onednn_pays", lambda: False)
-    assert torch.equal(times_transposed(x, weight), x @ weight.t())
-    assert torch.equal(add_times(torch.zeros(37, 29), x, weight.t()), x @ weight.t())
+        assert matmul.linear(fake.from_tensor(x), fake.from_tensor(weight)).shape == (37, 29)
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
+    assert torch.equal(matmul.linear(x, weight), x @ weight.t())
+    assert torch.equal(matmul.addmm(torch.zeros(37, 29), x, weight.t()), x @ weight.t())
 
 
 @pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", None])
-def test_onednn_is_for_amd(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_only_on_amd(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_text(path: Path) -> str:
         if maker is None:
             raise FileNotFoundError(path)
         return f"processor\t: 0\nvendor_id\t: {maker}\n"
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    found = ONEDNN_PAYS.__wrapped__()
-    assert found == (maker == "AuthenticAMD" and torch.backends.mkldnn.is_available())
+    result = ONEDNN_PAYS.__wrapped__()
+    assert result == (maker == "AuthenticAMD" and torch.backends.mkldnn.is_available())
