@@ -33,7 +33,11 @@ from dtrain.pipeline.auto_settings import without_choice
 from dtrain.pipeline.exit_report import ExitReport
 from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
 from dtrain.pipeline.runner import run_chain
-from dtrain.pipeline.stage_inputs import check_same_on_all_ranks, one_document_each, prepare_inputs
+from dtrain.pipeline.stage_inputs import (
+    check_same_on_all_ranks,
+    limit_micro_batches,
+    prepare_inputs,
+)
 from dtrain.training.preemption import StopFlag
 
 
@@ -145,7 +149,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     recipe = chosen
     inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
     check_same_on_all_ranks(inputs, world)
-    recipe = one_document_each(recipe, inputs.layout)
+    recipe = limit_micro_batches(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far stays.
     stop = StopFlag(run.path, check_file=world.is_first)
     stop.listen()

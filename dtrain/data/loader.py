@@ -1,7 +1,8 @@
-"""Rows into the tensors of a micro-batch, for any rank of any number of ranks.
+"""The micro-batches of any rank at any step, for any number of ranks.
 
-The state of the loader is the step number: what a step holds follows from the mixture and the seed.
-Shapes: T tokens of a micro-batch, K targets in it.
+The loader's state is the step number: the content of a step follows from dataset and seed alone.
+
+Letters: T tokens of a micro-batch, K targets, D documents.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ __all__ = ["BatchCounts", "Loader", "MicroBatch"]
 Int64s = NDArray[np.int64]
 
 NO_SEQUENCE = -1
-ORDER_AHEAD = 1 << 14  # rows whose numbers are worked out at once
+ORDER_AHEAD = 1 << 14  # sequences whose ids are computed at once
 
 
-def _no_numbers() -> Int64s:
+def _empty() -> Int64s:
     return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that a rank computes at once, one after the other, never padded.
+    """Sequences that a rank computes at once, laid end to end, never padded.
 
     Attributes:
         input_ids: int64 [1, T].
-        position_ids: int64 [1, T], from 0 in each document; none for one document alone.
-        predict: int64 [K], places whose next token is a target of the same document.
+        position_ids: int64 [1, T], from 0 in each document; None for a single document.
+        target_positions: int64 [K], positions whose next token is a target of the same document.
         targets: int64 [K], those next tokens.
         document_lengths: tokens of each document, sum T.
-        sequences: place of each sequence in the endless stream.
+        sequences: position of each sequence in the endless stream.
         sequence_lengths: tokens of each sequence, sum T.
-        sequence_ids: number of each sequence in the dataset, whatever the order of training.
-        document_ids: number of each document in the dataset, [D]. The documents of one row follow
-            one another.
+        sequence_ids: id of each sequence in the dataset, whatever the order of training.
+        document_ids: id of each document in the dataset, [D]. The documents of one row follow one
+            another.
         labels: of each document, as its row encoder set it, [D].
     """
 
@@ -55,11 +56,11 @@ class MicroBatch:
     sequences: list[int]
     sequence_lengths: list[int]
     sequence_ids: list[int] = field(default_factory=list)
-    document_ids: Int64s = field(default_factory=_no_numbers)
-    labels: Int64s = field(default_factory=_no_numbers)
+    document_ids: Int64s = field(default_factory=_empty)
+    labels: Int64s = field(default_factory=_empty)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The micro-batch with its tensors on `device`."""
+        """Return the micro-batch with its tensors on `device`."""
         if device.type == "cpu":
             return self
         tensors: dict[str, Any] = {
@@ -71,7 +72,7 @@ class MicroBatch:
 
 
 class Loader:
-    """The batches of a stage."""
+    """The batches of a stage or of a held-out set."""
 
     def __init__(
         self,
@@ -82,44 +83,49 @@ class Loader:
         total_sequences: int,
         alone: bool = False,
     ) -> None:
-        """Lay `total_rows` rows of the stream out in steps.
+        """Divide the first `total_sequences` sequences of the stream into steps.
 
         Args:
-            mixture: prepared data.
+            dataset: prepared data.
             seed: of the recipe.
-            global_batch: rows of a step, over all ranks.
-            total_rows: rows of the whole stage; the last step may be short.
-            alone: the model computes one document at once, so that each row holds one, and each
-                micro-batch one row.
+            global_batch: sequences of a step, over all ranks.
+            total_sequences: sequences of the whole stage; the last step may be short.
+            alone: the model computes one document at a time: every sequence has one document, and
+                every micro-batch one sequence.
         """
         self.dataset, self.seed = dataset, seed
-        self.global_batch, self.total_sequences, self.alone = global_batch, total_sequences, alone
-        self._order = OrderCache(max(1, ORDER_AHEAD // global_batch))
-        self._rows = np.empty((0, global_batch), dtype=np.int64)
+        self.global_batch, self.total_sequences = global_batch, total_sequences
+        self.alone = alone
+        self._window = StepWindow(max(1, ORDER_AHEAD // global_batch))
+        self._ids = np.empty((0, global_batch), dtype=np.int64)
 
     @property
     def steps(self) -> int:
-        """Steps of the stage."""
+        """Number of steps."""
         return -(-self.total_sequences // self.global_batch)
 
     def batch(self, step: int) -> Int64s:
-        """Row numbers [global_batch] of a step; NO_ROW fills a short last one."""
-        if steps := self._order.wanted(step):
-            self._rows = self._batches(step, min(steps, max(1, self.steps - step)))
-            self._order.stop = step + len(self._rows)
-        return self._rows[step - self._order.first]
+        """Sequence ids [global_batch] of a step; NO_SEQUENCE fills a short last one."""
+        if steps := self._window.advance(step):
+            self._ids = self._batches(step, min(steps, max(1, self.steps - step)))
+            self._window.stop = step + len(self._ids)
+        return self._ids[step - self._window.first]
 
     def _batches(self, step: int, steps: int) -> Int64s:
-        """Row numbers [steps, global_batch] of some steps."""
+        """Sequence ids [steps, global_batch] of several steps."""
         start = step * self.global_batch
         stop = min(start + steps * self.global_batch, self.total_sequences)
-        rows = np.full(steps * self.global_batch, NO_SEQUENCE, dtype=np.int64)
-        rows[: max(0, stop - start)] = self.dataset.sequence_ids_at(start, stop, self.seed)
-        return rows.reshape(steps, self.global_batch)
+        ids = np.full(steps * self.global_batch, NO_SEQUENCE, dtype=np.int64)
+        ids[: max(0, stop - start)] = self.dataset.sequence_ids_at(start, stop, self.seed)
+        return ids.reshape(steps, self.global_batch)
 
     def counts(self, step: int) -> BatchCounts:
-        """What the global batch holds, over all ranks."""
-        return self.dataset.counts(self._real(step))
+        """Counts over the global batch of all ranks."""
+        return self.dataset.counts(self._existing(step))
+
+    def counts_by_source(self, step: int) -> dict[str, BatchCounts]:
+        """Counts over what each source contributes to the global batch."""
+        return self.dataset.counts_by_source(self._existing(step))
 
     @property
     def source_names(self) -> list[str]:
@@ -127,79 +133,75 @@ class Loader:
         return self.dataset.names
 
     def sources_at(self, step: int, batch: MicroBatch, positions: Int64s) -> Int64s:
-        """Number of the source of each of these token positions [n] in a micro-batch of a step."""
-        places = np.array(batch.sequences) - step * self.global_batch
-        sources = self.dataset.sources_of(self.batch(step)[places])
+        """Index of the source of each of these token positions [n] in a micro-batch of a step."""
+        indices = np.array(batch.sequences) - step * self.global_batch
+        sources = self.dataset.sources_of(self.batch(step)[indices])
         ends = np.cumsum(batch.sequence_lengths)
         return sources[ends.searchsorted(positions, side="right")]
-
-    def counts_by_source(self, step: int) -> dict[str, BatchCounts]:
-        """What each source contributes to the global batch."""
-        return self.dataset.counts_by_source(self._real(step))
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_batch: int
     ) -> Iterator[MicroBatch]:
-        """What `rank` computes in a step; all ranks get the same number of micro-batches.
+        """Yield the micro-batches of `rank` in a step; every rank gets the same number of them.
 
         Args:
             step: from 0.
             rank: 0 … ranks - 1.
-            ranks: how many share the global batch; each takes a contiguous slice of it.
+            ranks: number of ranks; each takes a contiguous slice of the global batch.
             micro_batch: sequences at once.
         """
         assert micro_batch == 1 or not self.alone
         share = -(-self.global_batch // ranks)
-        mine = self.batch(step)[rank * share : (rank + 1) * share]
-        mine = mine if step + 1 < self.steps else mine[mine != NO_SEQUENCE]
-        place = step * self.global_batch + rank * share
+        ids = self.batch(step)[rank * share : (rank + 1) * share]
+        ids = ids if step + 1 < self.steps else ids[ids != NO_SEQUENCE]
+        position = step * self.global_batch + rank * share
         for start in range(0, share, micro_batch):
-            yield self._micro_batch(mine[start : start + micro_batch], place + start)
+            yield self._micro_batch(ids[start : start + micro_batch], position + start)
 
-    def _micro_batch(self, rows: Int64s, place: int) -> MicroBatch:
-        """These rows, the first at `place` of the stream."""
-        if not rows.size:
-            return _nothing(place, alone=self.alone)
-        made = self.dataset.read(rows)
-        assert len(made.lengths) == 1 or not self.alone
+    def _micro_batch(self, ids: Int64s, position: int) -> MicroBatch:
+        """These sequences, the first of which is at `position` of the stream."""
+        if not ids.size:
+            return _empty_micro_batch(position, alone=self.alone)
+        collated = self.dataset.read(ids)
+        assert len(collated.lengths) == 1 or not self.alone
         return MicroBatch(
-            torch.from_numpy(made.ids),
-            None if self.alone else torch.from_numpy(made.positions),
-            torch.from_numpy(made.target_positions),
-            torch.from_numpy(made.targets),
-            made.lengths,
-            list(range(place, place + len(rows))),
-            made.sequence_tokens,
-            rows.tolist(),
-            made.documents,
-            made.labels,
+            torch.from_numpy(collated.ids),
+            None if self.alone else torch.from_numpy(collated.positions),
+            torch.from_numpy(collated.target_positions),
+            torch.from_numpy(collated.targets),
+            collated.lengths,
+            list(range(position, position + len(ids))),
+            collated.sequence_tokens,
+            ids.tolist(),
+            collated.documents,
+            collated.labels,
         )
 
-    def _real(self, step: int) -> Int64s:
-        rows = self.batch(step)
-        return rows[rows != NO_SEQUENCE]
+    def _existing(self, step: int) -> Int64s:
+        ids = self.batch(step)
+        return ids[ids != NO_SEQUENCE]
 
 
-class OrderCache:
-    """How many steps to work out at once: one after a jump, then four times as many each time."""
+class StepWindow:
+    """The steps whose order is computed: one after a jump, then four times as many each time."""
 
-    def __init__(self, most: int) -> None:
-        self.first, self.stop, self.most = 0, 0, most
+    def __init__(self, max_steps: int) -> None:
+        self.first, self.stop, self.max_steps = 0, 0, max_steps
 
-    def wanted(self, step: int) -> int:
-        """0 if `step` is worked out already; else steps to work out from it on."""
+    def advance(self, step: int) -> int:
+        """Return 0 if `step` is computed already; otherwise how many steps to compute from it."""
         if self.first <= step < self.stop:
             return 0
-        goes_on = step == self.stop and self.stop > self.first
-        size = min(4 * (self.stop - self.first), self.most) if goes_on else 1
+        is_next = step == self.stop and self.stop > self.first
+        size = min(4 * (self.stop - self.first), self.max_steps) if is_next else 1
         self.first, self.stop = step, step + size
         return size
 
 
-def _nothing(position: int, *, alone: bool) -> MicroBatch:
-    """Two tokens and no target: a rank without rows still takes part in every collective.
+def _empty_micro_batch(position: int, *, alone: bool) -> MicroBatch:
+    """Two tokens and no target: a rank without sequences still takes part in every collective.
 
-    Of one token, GPUs would compile their kernels again, on this rank alone.
+    With one token, GPUs would compile their kernels again, on this rank alone.
     """
     none = torch.zeros(0, dtype=torch.int64)
     tokens = torch.zeros(1, 2, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""Which tokens hold a character of an answer.
+"""Find the tokens that contain at least one character of an answer.
 
-A tokenizer that tells the characters of every token takes a third more time. Where a vocabulary
-is of bytes, as GPT-2's and those after it, and tokens are a text's bytes one after the other, the
-lengths of the tokens tell the same.
+Asking a tokenizer for the characters of every token takes a third more time. If a vocabulary is
+made of bytes, as GPT-2's and its successors', and tokens are a text's bytes in order, the byte
+lengths of the tokens give the same result.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from dtrain.data.chat_templates import Span
 Int32s = NDArray[np.int32]
 
 QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-# Blanks at all edges, several of them, signs of one to four bytes, signs made of several.
+# Spaces at all edges, repeated ones, characters of one to four bytes, combined characters.
 PROBE = "x a  b\n\nc\t don't 12345\r\n ß é漢字 e\u0301 👩🏽‍🚀 \u00a0x  \n"
 
 
 class TokenByteLengths:
-    """Bytes of each token of a vocabulary of bytes."""
+    """Number of bytes of each token of a byte-level vocabulary."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, core = tokenizer, tokenizer.backend_tokenizer
         vocabulary = core.get_vocab(with_added_tokens=True)
         self.sizes = np.zeros(max(vocabulary.values(), default=0) + 1, np.int32)
-        for token, number in vocabulary.items():
-            self.sizes[number] = len(token)  # a character stands for a byte
-        for number, added in core.get_added_tokens_decoder().items():
-            self.sizes[number] = len(added.content.encode())
+        for token, token_id in vocabulary.items():
+            self.sizes[token_id] = len(token)  # a character stands for a byte
+        for token_id, added in core.get_added_tokens_decoder().items():
+            self.sizes[token_id] = len(added.content.encode())
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenByteLengths | None:
-        """None where the lengths do not tell what the tokenizer says of a probe."""
-        own = cls(tokenizer)
+        """Return None if the lengths do not reproduce the tokenizer's own offsets of a probe."""
+        lengths = cls(tokenizer)
         (encoding,) = tokenizer([PROBE], add_special_tokens=False, **QUIET).encodings
-        bounds = np.cumsum([0, *(len(sign.encode()) for sign in PROBE)])
-        ends = np.cumsum(own.sizes[encoding.ids])
-        firsts = bounds.searchsorted(ends - own.sizes[encoding.ids], side="right") - 1
-        told = list(zip(firsts.tolist(), bounds.searchsorted(ends).tolist(), strict=True))
-        return own if told == encoding.offsets else None
+        bounds = np.cumsum([0, *(len(character.encode()) for character in PROBE)])
+        ends = np.cumsum(lengths.sizes[encoding.ids])
+        firsts = bounds.searchsorted(ends - lengths.sizes[encoding.ids], side="right") - 1
+        offsets = list(zip(firsts.tolist(), bounds.searchsorted(ends).tolist(), strict=True))
+        return lengths if offsets == encoding.offsets else None
 
     def encode(
         self, texts: list[str], spans: list[list[Span]]
     ) -> Iterator[tuple[Int32s, Int32s] | None]:
-        """Tokens and supervised runs of each text; None where its bytes are not its tokens'."""
-        self.tokenizer(["a"], **QUIET)  # leaves no padding and no cutting set, as files may ask for
+        """Yield tokens and target runs of each text; None if its tokens are not its bytes."""
+        self.tokenizer(["a"], **QUIET)  # resets padding and truncation, which files may set
         core = self.tokenizer.backend_tokenizer
         encodings = core.encode_batch_fast(texts, add_special_tokens=False)
-        for encoding, text, own in zip(encodings, texts, spans, strict=True):
+        for encoding, text, answers in zip(encodings, texts, spans, strict=True):
             tokens = np.array(encoding.ids, dtype=np.int32)
             ends = np.cumsum(self.sizes[tokens])
             size = len(text) if text.isascii() else len(text.encode())
             fits = (int(ends[-1]) if ends.size else 0) == size
-            yield (tokens, _runs_of_bytes(ends, text, own)) if fits else None
+            yield (tokens, _runs_of_bytes(ends, text, answers)) if fits else None
 
 
 def _runs_of_bytes(ends: NDArray[np.int64], text: str, spans: list[Span]) -> Int32s:
@@ -67,34 +67,34 @@ def _runs_of_bytes(ends: NDArray[np.int64], text: str, spans: list[Span]) -> Int
         edges = np.array([len(text[:edge].encode()) for edge in edges.tolist()], dtype=np.int64)
     firsts = ends.searchsorted(edges[::2], side="right").tolist()
     stops = (ends.searchsorted(edges[1::2], side="left") + 1).tolist()
-    return _joined(zip(firsts, stops, strict=True))
+    return _join_runs(zip(firsts, stops, strict=True))
 
 
 def target_runs(encoding: Encoding, text: str, spans: list[Span]) -> Int32s:
-    """Runs of the tokens that hold at least one character of an answer.
+    """Return runs of the tokens that contain at least one character of an answer.
 
     Args:
         encoding: of the text.
-        spans: characters of the answers, one after the other.
+        spans: (start, stop) of the characters of each answer, in order.
 
     Returns:
         int32 [2 k]: start and stop of each run; token 0 cannot be predicted and is in none.
     """
-    found = []
+    runs = []
     for start, stop in spans:
         edges = _edges(encoding, text, start, stop)
         if edges is None:
             return _runs_of_offsets(encoding.offsets, spans)
-        found.append(edges)
-    return _joined(found)
+        runs.append(edges)
+    return _join_runs(runs)
 
 
-def _joined(found: Iterable[tuple[int, int]]) -> Int32s:
-    """Runs without token 0, and without an edge between two that touch."""
+def _join_runs(runs: Iterable[tuple[int, int]]) -> Int32s:
+    """Remove token 0 from the runs, and join runs that touch."""
     edges: list[int] = []
-    for first, end in found:
+    for first, end in runs:
         first = max(first, 1)
-        if edges and first <= edges[-1]:  # a token that holds characters of two answers
+        if edges and first <= edges[-1]:  # a token with characters of two answers
             edges[-1] = max(end, edges[-1])
         elif first < end:
             edges += first, end
@@ -102,7 +102,7 @@ def _joined(found: Iterable[tuple[int, int]]) -> Int32s:
 
 
 def _edges(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int] | None:
-    """First token of a span and the one behind its last; None where that takes all offsets."""
+    """First token of a span and the one after its last; None if only all offsets can tell."""
     if start >= stop:
         return None
     first = encoding.char_to_token(start)
@@ -114,7 +114,7 @@ def _edges(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, i
         encoding.token_to_chars(end - 1),
         encoding.token_to_chars(end) if end < len(encoding) else (stop, stop),
     )
-    # Tokens may share a character, hold none, or stand across the edge.
+    # Tokens may share a character, have none, or cross the edge.
     simple = opens and last and behind and last[0] < stop <= behind[0] and opens[1] > start
     return (first, end) if simple else None
 
@@ -123,7 +123,7 @@ def _runs_of_offsets(offsets: list[Span], spans: list[Span]) -> Int32s:
     if not offsets or not spans:
         return np.empty(0, dtype=np.int32)
     edges = np.array(offsets, dtype=np.int64)
-    mask = np.zeros(len(offsets) + 2, dtype=bool)  # a false on either side ends every run
+    mask = np.zeros(len(offsets) + 2, dtype=bool)  # false on either side ends every run
     for start, stop in spans:
         mask[1:-1] |= (edges[:, 0] < stop) & (edges[:, 1] > start)
     mask[1] = False

@@ -1,4 +1,4 @@
-"""The prepared sources of a stage as one endless, ordered stream of rows."""
+"""The prepared sources of a stage as one endless, ordered stream of sequences."""
 
 from __future__ import annotations
 
@@ -30,31 +30,24 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One sequence, of one or more documents.
+    """A sequence of one or more documents.
 
     Attributes:
         input_ids: int32 [n].
-        supervised: bool [n], whether the token is a target.
+        is_target: bool [n], the loss mask.
         lengths: int32 [documents], sum n.
         documents: "file:line" or "file#row" of each document.
     """
 
     input_ids: Int32s
-    supervised: NDArray[np.bool_]
+    is_target: NDArray[np.bool_]
     lengths: Int32s
     documents: list[str]
 
 
-COUNTED_COLUMNS = (
-    "sequence_tokens",
-    "sequence_targets",
-    "sequence_examples",
-)  # in BatchCounts' order
-
-
 @dataclass(frozen=True)
 class BatchCounts:
-    """What some sequences hold.
+    """Counts over some sequences.
 
     Attributes:
         supervised_tokens: targets.
@@ -67,111 +60,127 @@ class BatchCounts:
     examples: int
 
 
+# Columns of a store, in the order of `BatchCounts` behind its first field.
+COUNTED_COLUMNS = ("sequence_tokens", "sequence_targets", "sequence_examples")
+
+
 @dataclass(frozen=True)
 class PreparedSource:
     """A source and its store."""
 
     name: str
-    parts: list[SourceFile]
+    source_files: list[SourceFile]
     store: Store
 
 
 class PackedDataset:
-    """All sources of a stage; what stands where is arithmetic of (position, seed)."""
+    """All sources of a stage; the order of their sequences is arithmetic of (position, seed).
+
+    A sequence's id is its number over all sources, one source after the other.
+    """
 
     def __init__(
-        self, sources: list[PreparedSource], mix: SamplingPlan, sequence_length: int
+        self, sources: list[PreparedSource], sampling: SamplingPlan, sequence_length: int
     ) -> None:
-        self.sources, self.mix, self.sequence_length = sources, mix, sequence_length
-        self.first_sequences = np.cumsum([0, *(source.store.rows for source in sources)])
+        self.sources, self.sampling, self.sequence_length = sources, sampling, sequence_length
+        self.first_sequences = np.cumsum([0, *(source.store.sequences for source in sources)])
         self.first_documents = np.cumsum([0, *(source.store.documents for source in sources)])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that shapes the stream, but the seed."""
+        """Fingerprint of everything that shapes the stream, except the seed."""
         stores = [[s.store.manifest["fingerprint"], None] for s in self.sources]
         shape: dict[str, Any] = {"sources": stores, "sequence_length": self.sequence_length}
-        if self.mix.phases:
-            shape["phases"] = [[phase.start, *phase.quotas] for phase in self.mix.phases]
+        if self.sampling.phases:
+            shape["phases"] = [[phase.start, *phase.quotas] for phase in self.sampling.phases]
         return fingerprint(shape)
 
     @property
     def sequences_per_epoch(self) -> int:
-        """All rows; of a weighted mixture, positions for one pass over the heaviest source."""
-        return self.mix.sequences_per_epoch
+        """All sequences; of weighted sources, positions of one pass over the heaviest source."""
+        return self.sampling.sequences_per_epoch
 
     @property
     def longest_segment(self) -> int:
-        """Tokens of the longest document, as far as one row holds it."""
+        """Tokens of the longest document, or of the longest part of it in one sequence."""
         return max(int(source.store.manifest["longest_segment"]) for source in self.sources)
 
-    def sequences_in_epochs(self, passes: float) -> int:
-        """Positions of so many passes."""
-        return self.mix.sequences_in_epochs(passes)
+    def sequences_in_epochs(self, epochs: float) -> int:
+        """Positions of this many epochs."""
+        return self.sampling.sequences_in_epochs(epochs)
 
     def sequence_ids_at(self, start: int, stop: int, seed: int) -> Int64s:
-        """Global row numbers [stop - start] at positions start … stop-1 of the endless stream."""
-        return self.mix.sequence_ids_at(np.arange(start, stop, dtype=np.int64), seed)
+        """Sequence ids [stop - start] at positions start … stop - 1 of the endless stream."""
+        return self.sampling.sequence_ids_at(np.arange(start, stop, dtype=np.int64), seed)
 
-    def row(self, number: int) -> PackedSequence:
-        """Read the row with this global number."""
-        source, local = self._locate(number)
-        data = self.sources[source].store.row(local)
-        parts = self.sources[source].parts
-        places = [parts[p].location(n) for p, n in zip(data.parts, data.numbers, strict=True)]
-        return PackedSequence(data.tokens, data.supervised, data.lengths, places)
+    def sequence(self, sequence_id: int) -> PackedSequence:
+        """Read a sequence."""
+        source = int(self.sources_of(np.array([sequence_id]))[0])
+        stored = self.sources[source].store.sequence(
+            sequence_id - int(self.first_sequences[source])
+        )
+        files = self.sources[source].source_files
+        documents = [
+            files[file].location(row)
+            for file, row in zip(stored.file_indices, stored.row_numbers, strict=True)
+        ]
+        return PackedSequence(stored.tokens, stored.is_target, stored.lengths, documents)
 
-    def read(self, numbers: Int64s) -> CollatedBatch:
-        """The rows [n] with these global numbers, as a micro-batch has them."""
-        return self._gatherer(numbers) if self._gatherer else collate_segments(self.gather(numbers))
+    def read(self, sequence_ids: Int64s) -> CollatedBatch:
+        """Collate these sequences [n] for a micro-batch."""
+        if self._native_collator:
+            return self._native_collator(sequence_ids)
+        return collate_segments(self.gather(sequence_ids))
 
     @cached_property
-    def _gatherer(self) -> NativeCollator | None:
-        return build_native_collator(
-            [source.store for source in self.sources], self.sequence_length
-        )
+    def _native_collator(self) -> NativeCollator | None:
+        stores = [source.store for source in self.sources]
+        return build_native_collator(stores, self.sequence_length)
 
-    def gather(self, numbers: Int64s) -> Segments:
-        """What the rows [n] with these global numbers are made of."""
-        which = self.sources_of(numbers)
-        places = [np.flatnonzero(which == source) for source in range(len(self.sources))]
-        used = [(source, place) for source, place in enumerate(places) if place.size]
-        parts = []
-        for source, place in used:
-            part = self.sources[source].store.gather(numbers[place] - self.first_sequences[source])
-            parts.append(replace(part, documents=part.documents + self.first_documents[source]))
-        return join_segments(parts, [place for _, place in used])
+    def gather(self, sequence_ids: Int64s) -> Segments:
+        """Return the segments of these sequences [n]."""
+        sources = self.sources_of(sequence_ids)
+        by_store, indices = [], []
+        for source in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == source)
+            local = sequence_ids[here] - self.first_sequences[source]
+            segments = self.sources[source].store.gather(local)
+            documents = segments.documents + self.first_documents[source]
+            by_store.append(replace(segments, documents=documents))
+            indices.append(here)
+        return join_segments(by_store, indices)
 
-    def tokens(self, numbers: Int64s) -> Int64s:
-        """Tokens in each of these rows, [n]."""
-        return self._look_up(numbers, "sequence_tokens")
+    def tokens(self, sequence_ids: Int64s) -> Int64s:
+        """Tokens of each of these sequences, [n]."""
+        return self._look_up(sequence_ids, "sequence_tokens")
+
+    def counts(self, sequence_ids: Int64s) -> BatchCounts:
+        """Counts over these sequences [n]."""
+        sums = [int(self._look_up(sequence_ids, column).sum()) for column in COUNTED_COLUMNS]
+        return BatchCounts(len(sequence_ids), *sums)
+
+    def counts_by_source(self, sequence_ids: Int64s) -> dict[str, BatchCounts]:
+        """Counts over those of these sequences [n] that are of each source, by its name."""
+        sources = self.sources_of(sequence_ids)
+        sums = [np.bincount(sources, minlength=len(self.names))]
+        for column in COUNTED_COLUMNS:
+            values = self._look_up(sequence_ids, column)
+            sums.append(np.bincount(sources, values, len(self.names)))
+        totals = np.stack(sums, axis=1).astype(np.int64).tolist()
+        return {name: BatchCounts(*row) for name, row in zip(self.names, totals, strict=True)}
 
     @cached_property
     def names(self) -> list[str]:
-        """What each source is called; one that is there twice gets a number."""
+        """Name of each source; a source that is listed twice gets a number."""
         paths = [source.name for source in self.sources]
         return [
-            f"{path} #{paths[:place].count(path) + 1}" if paths.count(path) > 1 else path
-            for place, path in enumerate(paths)
+            f"{path} #{paths[:index].count(path) + 1}" if paths.count(path) > 1 else path
+            for index, path in enumerate(paths)
         ]
 
-    def sources_of(self, numbers: Int64s) -> Int64s:
-        """Number of the source of each of these rows [n]."""
-        return np.searchsorted(self.first_sequences, numbers, side="right") - 1
-
-    def counts(self, numbers: Int64s) -> BatchCounts:
-        """What these rows [n] hold."""
-        sums = [int(self._look_up(numbers, column).sum()) for column in COUNTED_COLUMNS]
-        return BatchCounts(len(numbers), *sums)
-
-    def counts_by_source(self, numbers: Int64s) -> dict[str, BatchCounts]:
-        """What these rows [n] hold of each source, by its name."""
-        which = self.sources_of(numbers)
-        sums = [np.bincount(which, minlength=len(self.names))]
-        for column in COUNTED_COLUMNS:
-            sums.append(np.bincount(which, self._look_up(numbers, column), len(self.names)))
-        totals = np.stack(sums, axis=1).astype(np.int64).tolist()
-        return {name: BatchCounts(*row) for name, row in zip(self.names, totals, strict=True)}
+    def sources_of(self, sequence_ids: Int64s) -> Int64s:
+        """Index of the source of each of these sequences [n]."""
+        return np.searchsorted(self.first_sequences, sequence_ids, side="right") - 1
 
     def verify(self) -> None:
         """Hash the stores again.
@@ -183,16 +192,16 @@ class PackedDataset:
             source.store.verify()
 
     def describe(self) -> str:
-        """A line for each source: rows, tokens, how full the rows are, what was cut or left out."""
+        """A line for each source: sequences, tokens, how full they are, what was left out."""
         lines = [self._describe(source) for source in self.sources]
-        if len(self.mix.rows) == len(lines):  # else the sources are one beside what is replayed
-            for phase in self.mix.phases:
+        if len(self.sampling.sequences) == len(lines):  # else the plan has sources and replay
+            for phase in self.sampling.phases:
                 shares = ", ".join(f"{share:.2%}" for share in phase.shares)
                 lines.append(f"from sequence {phase.start + 1:,} on: {shares} of the sequences")
         return "\n".join(lines)
 
     def notes(self) -> list[str]:
-        """What was cut, left out or read in another way, each with its source."""
+        """What was cut, left out or changed when the rows were read, each with its source."""
         return [
             f"{source.name}: {note}"
             for source in self.sources
@@ -200,31 +209,27 @@ class PackedDataset:
         ]
 
     def _describe(self, source: PreparedSource) -> str:
-        facts = source.store.manifest
-        fill = facts["tokens"] / (facts["rows"] * self.sequence_length)
+        totals = source.store.manifest
+        fill = totals["tokens"] / (totals["sequences"] * self.sequence_length)
         line = (
-            f"{source.name}: {facts['documents']:,} documents in {facts['rows']:,} rows of "
-            f"{self.sequence_length}, {units.count(facts['tokens'])} tokens "
-            f"({units.count(facts['supervised_tokens'])} learnt), rows {fill:.2%} full"
+            f"{source.name}: {totals['documents']:,} documents in {totals['sequences']:,} "
+            f"sequences of {self.sequence_length}, {units.count(totals['tokens'])} tokens "
+            f"({units.count(totals['supervised_tokens'])} targets), {fill:.2%} full"
         )
-        return "; ".join([line, *notes(facts["counts"])])
+        return "; ".join([line, *notes(totals["counts"])])
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        first_sequences = self.first_sequences
-        source = int(np.searchsorted(first_sequences, number, side="right")) - 1
-        return source, number - int(first_sequences[source])
-
-    def _look_up(self, numbers: Int64s, column: str) -> Int64s:
-        out = np.empty(len(numbers), dtype=np.int64)
-        which = self.sources_of(numbers)
+    def _look_up(self, sequence_ids: Int64s, column: str) -> Int64s:
+        values = np.empty(len(sequence_ids), dtype=np.int64)
+        sources = self.sources_of(sequence_ids)
         for index, source in enumerate(self.sources):
-            here = which == index
-            out[here] = getattr(source.store, column)[numbers[here] - self.first_sequences[index]]
-        return out
+            here = sources == index
+            local = sequence_ids[here] - self.first_sequences[index]
+            values[here] = getattr(source.store, column)[local]
+        return values
 
 
 def check_vocabulary(dataset: PackedDataset, vocabulary_size: int) -> None:
-    """Refuse data with a token id that the model has no embedding for.
+    """Check that the model has an embedding for every token id of the data.
 
     Raises:
         UserError: naming the source and the token id.

@@ -1,4 +1,4 @@
-"""Sources into a mixture: read, render, tokenise, pack and store, once for each fingerprint."""
+"""Prepare the sources of a stage: read, render, tokenize, pack and store, once per fingerprint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.packed_dataset import (
     PackedDataset,
-    PackedSequence,
     PreparedSource,
     check_vocabulary,
 )
 from dtrain.data.packing import Packing
 from dtrain.data.records import Record, detect_source_format, read_records
-from dtrain.data.sampling import mix
+from dtrain.data.sampling import build_sampling_plan
 from dtrain.data.shards import (
     BOUNDARIES_FILE,
     ShardBoundaries,
@@ -40,9 +39,9 @@ from dtrain.data.store import MANIFEST, Store
 from dtrain.data.store_writer import StoreWriter
 from dtrain.data.tokenize import RowEncoder, check_tokenizer
 
-__all__ = ["PackedDataset", "PackedSequence", "check_vocabulary", "prepare"]
+__all__ = ["PackedDataset", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 8  # raise it whenever the same input would give another store or manifest
+CODE_VERSION = 9  # raise it whenever the same input gives another store or manifest
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ def prepare(
     processes: int | None = None,
     global_batch: int = 1,
 ) -> PackedDataset:
-    """Open the prepared data of a stage; prepare first what is not there yet.
+    """Open the prepared data of a stage, after preparing what is missing.
 
-    Each source has a store of its own, `cache/<fingerprint>`, so that a changed weight or an
-    added source costs nothing for the others. Interrupted, the next call goes on; while another
-    process works on a source, this one waits and says so.
+    Each source has a store of its own, `cache/<fingerprint>`, so a changed weight or an added
+    source costs nothing for the others. After an interruption, the next call continues; while
+    another process prepares a source, this one waits for it and says so.
 
     Args:
         data: group of the recipe.
@@ -81,24 +80,26 @@ def prepare(
         tokenizer: of the base model.
         tokenizer_fingerprint: of everything that shapes its token ids.
         cache: folder for prepared data.
-        processes: that tokenise; None for as many as cores and memory allow. The stores they make
-            do not depend on it.
-        global_batch: sequences of a step, where weights change at steps.
+        processes: that tokenize; None for as many as cores and memory allow. Their number does not
+            change the stores.
+        global_batch: sequences of a step, for weights that change after some steps.
 
     Raises:
         UserError: a source, a row or the tokenizer cannot be used.
     """
     check_tokenizer(tokenizer, needs_end_token=spec.encoder.needs_end_token)
     names = [source.path for source in data.all_sources]
-    weights = {steps * global_batch: given for steps, given in data.weights_by_step.items()}
+    weights = {steps * global_batch: values for steps, values in data.weights_by_step.items()}
     replay = data.replay.ratio if data.replay else None
-    mix([1] * len(names), weights, names, replay)  # fails at once
-    prepared = [
-        _Preparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache).run(processes)
+    build_sampling_plan([1] * len(names), weights, names, replay)  # fails before the work
+    preparations = [
+        SourcePreparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache)
         for source in data.all_sources
     ]
-    shares = mix([source.store.rows for source in prepared], weights, names, replay)
-    return PackedDataset(prepared, shares, data.sequence_length)
+    prepared = [preparation.run(processes) for preparation in preparations]
+    sequences = [source.store.sequences for source in prepared]
+    sampling = build_sampling_plan(sequences, weights, names, replay)
+    return PackedDataset(prepared, sampling, data.sequence_length)
 
 
 def prepare_share(
@@ -110,26 +111,26 @@ def prepare_share(
     share: WorkShare,
     processes: int | None = None,
 ) -> bool:
-    """Do one share of `prepare`, beside others on this node or others that share `cache`.
+    """Do one share of `prepare`, while other processes or nodes with this `cache` do the rest.
 
     Returns:
-        Whether all is ready; if not, others still work on what is left, and the last of them (or
-        the next `prepare`) finishes.
+        Whether all data is ready; if not, others are still working, and the last of them (or the
+        next `prepare`) finishes.
 
     Raises:
         UserError: as `prepare`.
     """
     check_tokenizer(tokenizer, needs_end_token=spec.encoder.needs_end_token)
-    own = [
-        _Preparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache)
+    preparations = [
+        SourcePreparation(data, source, spec, tokenizer, tokenizer_fingerprint, cache)
         for source in data.all_sources
     ]
-    for preparation in own:
+    for preparation in preparations:
         preparation.run_share(share, processes)
-    return all(preparation.is_ready() for preparation in own)  # others may have ended meanwhile
+    return all(preparation.is_ready() for preparation in preparations)
 
 
-class _Preparation:
+class SourcePreparation:
     """The preparation of one source."""
 
     def __init__(
@@ -142,34 +143,32 @@ class _Preparation:
         cache: Path,
     ) -> None:
         self.data, self.source, self.spec = data, source, spec
-        self.parts = find_source_files(source, cache)
-        self.form = (
-            source.format
-            if source.format != "auto"
-            else detect_source_format(self.parts, source.columns)
-        )
-        if mismatch := format_mismatch(spec.objective, self.form):
-            where = f"{source.path}: format: {self.form} with kind: {spec.objective}"
+        self.source_files = files = find_source_files(source, cache)
+        auto = source.format == "auto"
+        self.row_format = detect_source_format(files, source.columns) if auto else source.format
+        if mismatch := format_mismatch(spec.objective, self.row_format):
+            where = f"{source.path}: format: {self.row_format} with kind: {spec.objective}"
             raise UserError(mismatch[0], where=where, fix=mismatch[1])
-        self.template = None if self.form == "text" else resolve_template(data.template, tokenizer)
+        is_text = self.row_format == "text"
+        self.template = None if is_text else resolve_template(data.template, tokenizer)
         self.encoder = spec.encoder(
             tokenizer,
             self.template,
             data.sequence_length,
             data.overlong,
-            self.parts,
+            files,
             data.train_on,
             data.split_special_tokens,
         )
-        self.fingerprint = fingerprint(self._shape(tokenizer_fingerprint))
+        self.fingerprint = fingerprint(self._identity(tokenizer_fingerprint))
         self.folder = cache / self.fingerprint
 
-    def _shape(self, tokenizer_fingerprint: str) -> dict[str, Any]:
-        """Everything that shapes the store; no path is among it."""
+    def _identity(self, tokenizer_fingerprint: str) -> dict[str, Any]:
+        """Everything that shapes the store; paths do not."""
         return {
             "code": CODE_VERSION,
-            "content": [[part.kind, part.identity] for part in self.parts],
-            "format": self.form,
+            "content": [[file.kind, file.identity] for file in self.source_files],
+            "format": self.row_format,
             "columns": dict(self.source.columns),
             "kind": self.spec.objective,
             "template": self.template.source if self.template else None,
@@ -181,66 +180,72 @@ class _Preparation:
         }
 
     def run(self, processes: int | None) -> PreparedSource:
-        """Open the store, or wait for it, or make it."""
+        """Open the store, after building it or waiting for the process that builds it."""
         if not self.is_ready():
-            with _only_one(self.folder, self.source.path):
+            with _locked(self.folder, self.source.path):
                 if not self.is_ready():
-                    shards = self._shards()
-                    self._make(shards, WorkShare(), processes)
+                    shards = self._shard_builder()
+                    self._build_shards(shards, WorkShare(), processes)
                     self._finish(shards)
-        return PreparedSource(self.source.path, self.parts, Store(self.folder))
+        return PreparedSource(self.source.path, self.source_files, Store(self.folder))
 
     def run_share(self, share: WorkShare, processes: int | None) -> None:
-        """Make shards beside others that do the same; the last of them finishes the store."""
-        if not self.is_ready():
-            with _only_one(self.folder, self.source.path):
-                shards = None if self.is_ready() else self._shards()
-            if shards:
-                self._make(shards, share, processes)
-                if not shards.missing():
-                    with _only_one(self.folder, self.source.path):
-                        if not self.is_ready():
-                            self._finish(shards)
+        """Build shards while others do the same; the last one finishes the store."""
+        if self.is_ready():
+            return
+        with _locked(self.folder, self.source.path):
+            shards = None if self.is_ready() else self._shard_builder()
+        if shards is None:
+            return
+        self._build_shards(shards, share, processes)
+        if not shards.missing():
+            with _locked(self.folder, self.source.path):
+                if not self.is_ready():
+                    self._finish(shards)
 
     def is_ready(self) -> bool:
         """Whether the store is complete."""
         return (self.folder / MANIFEST).exists()
 
-    def _shards(self) -> ShardBuilder:
-        cuts = load_boundaries(self.folder)
-        if cuts is None:
-            for stray in self.folder.glob("shard-*"):  # cut in another way
-                stray.unlink()
-            cuts = self._cut()
+    def _shard_builder(self) -> ShardBuilder:
+        boundaries = load_boundaries(self.folder)
+        if boundaries is None:
+            for shard in self.folder.glob("shard-*"):  # of other boundaries
+                shard.unlink()
+            boundaries = self._find_boundaries()
             self._check_unchanged()
-            save_boundaries(self.folder, cuts)
+            save_boundaries(self.folder, boundaries)
         return ShardBuilder(
-            self.folder, cuts, self.parts, self.form, self.source.columns, self.encoder
+            self.folder,
+            boundaries,
+            self.source_files,
+            self.row_format,
+            self.source.columns,
+            self.encoder,
         )
 
-    def _cut(self) -> ShardBoundaries:
-        """Read all rows once, so that a broken one is told before hours of work on the others."""
-        with progress(f"reading {self.source.path}", len(self.parts)) as meter:
-            cuts = find_boundaries(self._read(meter))
-        if len(cuts) == 1:
-            raise EmptyDataError(
-                "the source has no rows", where=self.source.path, fix="correct `path`"
-            )
-        return cuts
+    def _find_boundaries(self) -> ShardBoundaries:
+        """Read all rows once, so that a bad row is reported before hours of work on the others."""
+        with progress(f"reading {self.source.path}", len(self.source_files)) as meter:
+            boundaries = find_boundaries(self._read(meter))
+        if len(boundaries) == 1:
+            message = "the source has no rows"
+            raise EmptyDataError(message, where=self.source.path, fix="correct `path`")
+        return boundaries
 
     def _read(self, meter: Meter) -> Iterator[Record]:
-        for record in read_records(self.parts, self.form, self.source.columns):
+        for record in read_records(self.source_files, self.row_format, self.source.columns):
             meter.advance(record.file_index - meter.done)
             yield record
 
-    def _make(self, shards: ShardBuilder, share: WorkShare, processes: int | None) -> None:
-        if there := len(shards) - len(shards.missing()):
-            say(f"{self.source.path}: {there:,} of {len(shards):,} shards are there, going on")
-        shards.make(f"tokenising {self.source.path}", share, processes)
+    def _build_shards(self, shards: ShardBuilder, share: WorkShare, processes: int | None) -> None:
+        if finished := len(shards) - len(shards.missing()):
+            say(f"{self.source.path}: {finished:,} of {len(shards):,} shards exist, continuing")
+        shards.build(f"tokenizing {self.source.path}", share, processes)
 
     def _check_unchanged(self) -> None:
-        for part in self.parts:
-            part.check_unchanged(again=True)
+        for file in self.source_files:
+            file.check_unchanged(again=True)
 
     def _finish(self, shards: ShardBuilder) -> None:
         self._check_unchanged()
@@ -248,19 +253,17 @@ class _Preparation:
             packing=self.spec.packing,
             packed=self.data.packing,
             sequence_length=self.data.sequence_length,
-            about={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
+            extra={"fingerprint": self.fingerprint, "code_version": CODE_VERSION},
             where=self.source.path,
         )
-        for leftover in (
-            self.folder / BOUNDARIES_FILE,
-            *self.folder.glob(".shard-*"),
-        ):  # of killed ones
-            leftover.unlink()
+        (self.folder / BOUNDARIES_FILE).unlink()
+        for temporary in self.folder.glob(".shard-*"):  # of killed processes
+            temporary.unlink()
 
 
 @contextmanager
-def _only_one(folder: Path, name: str) -> Iterator[None]:
-    """The lock on a store; waiting for it is announced."""
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock on a store; say so if that means to wait."""
     lock = FolderLock(folder)
     if not lock.acquire():
         say(f"{name}: waiting for {lock.holder()}, which prepares the same data")

@@ -1,4 +1,9 @@
-"""Where a source is cut into shards: by its rows alone, whoever makes them and with how many."""
+"""Write the shards of a store, by any number of processes on one or many nodes.
+
+A source is divided by its rows alone. Each shard follows from the source and its two boundaries,
+is locked while it is written, and appears complete or not at all, so a store has the same bytes
+no matter how many processes wrote it.
+"""
 
 from __future__ import annotations
 
@@ -25,71 +30,73 @@ from dtrain.data.store import shard_name
 from dtrain.data.store_writer import write_shard
 from dtrain.data.tokenize import Document, RowEncoder
 
-# A cut: the part it lies in, how many rows of that part come before it, how many of the source.
-BOUNDARY = np.dtype([("part", "<i8"), ("skip", "<i8"), ("row", "<i8")])
-BOUNDARIES_FILE = "cuts.npy"
+# The file of a boundary, the rows before it in that file, and the rows before it in the source.
+BOUNDARY = np.dtype([("file", "<i8"), ("skip", "<i8"), ("row", "<i8")])
+BOUNDARIES_FILE = "boundaries.npy"
+LOCKS_FILE = ".locks"
 
 BLOCK_ROWS = 512
 BLOCK_CHARACTERS = 1 << 22
-MOST_BLOCKS = 16  # in a shard, so that it fits in memory
-GOOD_SHARDS = 64  # as many as there can be up to here, so that processes share them evenly
+MAX_BLOCKS = 16  # in a shard, so that it fits in memory
+TARGET_SHARDS = 64  # blocks are not combined below this number, so that processes share evenly
+BATCH_ROWS = 500  # in one call of the tokenizer
+PROCESS_BYTES = 1 << 30  # memory of a process with a shard of long texts
+FEW_ROWS = 2000  # for so few rows, starting more processes takes longer than the work
 
 ShardBoundaries = NDArray[np.void]
 
 
 def find_boundaries(records: Iterator[Record]) -> ShardBoundaries:
-    """Cuts [shards + 1] before each shard and after the last one; [1] of no rows.
+    """Divide a source into shards.
 
     Args:
-        records: all rows of a source.
+        records: all rows of the source.
+
+    Returns:
+        BOUNDARY [shards + 1], before each shard and after the last; [1] if there are no rows.
     """
     blocks: list[tuple[int, int, int]] = []
-    part = skip = rows = in_block = characters = 0
+    file = skip = rows = in_block = characters = 0
     for record in records:
-        part, skip = (part, skip) if record.file_index == part else (record.file_index, 0)
+        file, skip = (file, skip) if record.file_index == file else (record.file_index, 0)
         if not blocks or in_block == BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
-            blocks.append((part, skip, rows))
+            blocks.append((file, skip, rows))
             in_block = characters = 0
         skip, rows, in_block = skip + 1, rows + 1, in_block + 1
-        characters += _size(record)
-    each = min(MOST_BLOCKS, max(1, len(blocks) // GOOD_SHARDS))
-    return np.array([*blocks[::each], (part, skip, rows)], dtype=BOUNDARY)
+        characters += _count_characters(record)
+    each = min(MAX_BLOCKS, max(1, len(blocks) // TARGET_SHARDS))
+    return np.array([*blocks[::each], (file, skip, rows)], dtype=BOUNDARY)
 
 
-def _size(record: Record) -> int:
+def _count_characters(record: Record) -> int:
     if isinstance(record.value, Conversation):
         return sum(len(message["content"]) for message in record.value.messages)
     return len(record.value) if isinstance(record.value, str) else 0
 
 
-def save_boundaries(folder: Path, cuts: ShardBoundaries) -> None:
-    """Keep the cuts of a store that is under way."""
+def save_boundaries(folder: Path, boundaries: ShardBoundaries) -> None:
+    """Save the boundaries of an unfinished store."""
     buffer = io.BytesIO()
-    np.save(buffer, cuts, allow_pickle=False)
+    np.save(buffer, boundaries, allow_pickle=False)
     write_atomic(folder / BOUNDARIES_FILE, buffer.getvalue())
 
 
 def load_boundaries(folder: Path) -> ShardBoundaries | None:
-    """The cuts of a store that is under way; None before they are made."""
+    """Load the boundaries of an unfinished store; None if there are none yet."""
     path = folder / BOUNDARIES_FILE
     if not path.exists():
         return None
-    cuts: ShardBoundaries = np.load(path, allow_pickle=False)
-    return cuts
-
-
-BATCH_ROWS = 500  # in one call of the tokenizer
-PROCESS_BYTES = 1 << 30  # of a process with a shard of long texts
-FEW_ROWS = 2000  # one process is done with them before others could help
-CLAIMS_FILE = ".claims"
+    boundaries: ShardBoundaries = np.load(path, allow_pickle=False)
+    return boundaries
 
 
 @dataclass(frozen=True)
 class WorkShare:
-    """One of several preparations of the same data that work together; all make what is left.
+    """One of several processes or nodes that prepare the same data together.
 
     Attributes:
-        number, of: this one, from 0, and how many there are.
+        number, of: index of this one, from 0, and how many there are. It decides where to begin;
+            everyone then continues with whatever is missing.
     """
 
     number: int = 0
@@ -98,87 +105,88 @@ class WorkShare:
 
 @dataclass(frozen=True)
 class ShardBuilder:
-    """The shards of a store under way."""
+    """Builds the shards of a store."""
 
     folder: Path
-    cuts: ShardBoundaries
-    parts: list[SourceFile]
-    form: str
+    boundaries: ShardBoundaries
+    source_files: list[SourceFile]
+    row_format: str
     columns: Mapping[Any, str]
     encoder: RowEncoder
 
     def __len__(self) -> int:
-        return len(self.cuts) - 1
+        return len(self.boundaries) - 1
 
     def path(self, shard: int) -> Path:
-        """Where a shard lies once it is made."""
+        """Path of a finished shard."""
         return self.folder / shard_name(shard)
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
+        """Shards that are not written yet."""
         return [shard for shard in range(len(self)) if not self.path(shard).exists()]
 
-    def rows(self, shard: int) -> int:
-        """Rows of the source that a shard is made of."""
-        return int(self.cuts["row"][shard + 1] - self.cuts["row"][shard])
+    def count_rows(self, shards: list[int]) -> int:
+        """Rows of the source in these shards."""
+        return int(np.diff(self.boundaries["row"])[shards].sum())
 
-    def make(self, title: str, share: WorkShare, processes: int | None) -> None:
-        """Make all shards that nobody else makes; of a single share, wait for those as well.
+    def build(self, title: str, share: WorkShare, processes: int | None) -> None:
+        """Write all shards that no other process writes; without other shares, wait for those too.
 
         Args:
-            title: of the progress that is shown.
-            share: which part of the source to begin with.
+            title: of the progress bar.
+            share: decides which shard to begin with.
             processes: on this machine; None for as many as cores and memory allow.
 
         Raises:
             UserError: a row cannot be used.
         """
-        left, total = sum(map(self.rows, self.missing())), int(self.cuts["row"][-1])
-        count = min(processes or _processes(left), len(self.missing()))
+        left, total = self.count_rows(self.missing()), int(self.boundaries["row"][-1])
+        count = min(processes or _choose_processes(left), len(self.missing()))
 
-        def work(number: int, tell: ProgressCallback) -> None:
+        def work(number: int, advance: ProgressCallback) -> None:
             start = len(self) * (share.number * count + number) // (share.of * count)
-            self._make_from(start, tell, wait=False)
+            self._build_from(start, advance, wait=False)
 
         if count > 1:
-            self.encoder.warm_up()  # once, before there are several processes
-            with worker_pool(count, work) as members, progress(title, total, total - left) as meter:
-                members.join(meter.advance)
-        if count == 1 or self.missing():  # those of who was killed
-            left = sum(map(self.rows, self.missing()))
+            self.encoder.warm_up()  # before the fork, so that processes inherit it
+            with worker_pool(count, work) as pool, progress(title, total, total - left) as meter:
+                pool.join(meter.advance)
+        if count == 1 or self.missing():  # a killed process leaves its shard
+            left = self.count_rows(self.missing())
             with progress(title, total, total - left) as meter:
                 start = len(self) * share.number // share.of
-                self._make_from(start, meter.advance, wait=share.of == 1)
+                self._build_from(start, meter.advance, wait=share.of == 1)
 
-    def _make_from(self, start: int, tell: ProgressCallback, *, wait: bool) -> None:
-        claims = ShardLocks(self.folder / CLAIMS_FILE)
-        stretches = RecordReader(self.parts, self.form, self.columns)
-        around = [*range(start, len(self)), *range(start)]
+    def _build_from(self, start: int, advance: ProgressCallback, *, wait: bool) -> None:
+        locks = ShardLocks(self.folder / LOCKS_FILE)
+        reader = RecordReader(self.source_files, self.row_format, self.columns)
+        order = [*range(start, len(self)), *range(start)]
         try:
-            for gloo_group in (False, wait):
-                for shard in around:
-                    if not self.path(shard).exists() and claims.acquire(shard, wait=gloo_group):
-                        self._make_one(shard, stretches, tell)
-                        claims.release(shard)
+            for waits in (False, wait):
+                for shard in order:
+                    if not self.path(shard).exists() and locks.acquire(shard, wait=waits):
+                        self._build_shard(shard, reader, advance)
+                        locks.release(shard)
         finally:
-            claims.close()
+            locks.close()
 
-    def _make_one(self, shard: int, stretches: RecordReader, tell: ProgressCallback) -> None:
-        if self.path(shard).exists():  # made by who held the claim
+    def _build_shard(self, shard: int, reader: RecordReader, advance: ProgressCallback) -> None:
+        if self.path(shard).exists():  # written by the last holder of the lock
             return
         counts: Counter[str] = Counter()
         documents: list[Document] = []
-        part, skip, _ = self.cuts[shard].tolist()
-        records = stretches.records(part, skip, self.rows(shard))
+        first_file, skip, _ = self.boundaries[shard].tolist()
+        last_file, _, rows_read = self.boundaries[shard + 1].tolist()
+        records = reader.records(first_file, skip, self.count_rows([shard]))
         while batch := list(islice(records, BATCH_ROWS)):
             documents += self.encoder.documents(batch, counts)
-            tell(len(batch))
-        for read in self.parts[max(part, 0) : int(self.cuts["part"][shard + 1]) + 1]:
-            read.check_unchanged()  # nothing of another content is kept, even if this ends here
-        write_shard(self.path(shard), documents, int(self.cuts["row"][shard + 1]), counts)
+            advance(len(batch))
+        for source_file in self.source_files[max(first_file, 0) : last_file + 1]:
+            source_file.check_unchanged()  # no shard of changed content is kept
+        write_shard(self.path(shard), documents, rows_read, counts)
 
 
-def _processes(rows: int) -> int:
+def _choose_processes(rows: int) -> int:
     if rows < FEW_ROWS:
         return 1
     return max(1, min(available_cores(), available_memory() // PROCESS_BYTES))

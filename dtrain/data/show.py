@@ -41,11 +41,11 @@ def sequences(
     numbers = dataset.sequence_ids_at(0, count, seed).tolist()
     total = int(dataset.first_sequences[-1])
     for place, number in enumerate(numbers[: dataset.sequences_per_epoch], start=1):
-        row = dataset.row(number)
+        row = dataset.sequence(number)
         head = (
             f"sequence {place}: row {number + 1:,} of {total:,}, "
             f"{row.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
-            f"{int(row.supervised.sum()):,} with loss, documents: {row.lengths.size}\n"
+            f"{int(row.is_target.sum()):,} with loss, documents: {row.lengths.size}\n"
         )
         yield Text(head, style=HEAD)
         yield from _documents(row, tokenizer, color)
@@ -59,7 +59,7 @@ def _documents(
     start = 0
     for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
         ids = row.input_ids[start : start + length]
-        has_loss = row.supervised[start : start + length]
+        has_loss = row.is_target[start : start + length]
         note = (
             f"── {place}: tokens {start}–{start + length - 1}, {int(has_loss.sum()):,} with loss\n"
         )

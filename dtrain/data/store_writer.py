@@ -1,10 +1,11 @@
-"""Writing a store: shard after shard, each whole or not there, then the plan, then the manifest."""
+"""Write a store: one shard after another, each complete or absent, then the plan and manifest."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,8 @@ from dtrain.data.packing import (
     pack_stream,
     pack_whole,
 )
-from dtrain.data.store import (
-    MANIFEST,
-    PLAN_FILES,
-    SHARD,
-    SUMS,
-    Columns,
-    map_shard,
-    shard_name,
-)
-from dtrain.data.tokenize import EMPTY, MASKED, TOO_LONG, UNLEARNABLE, Document
+from dtrain.data.store import MANIFEST, PLAN_FILES, SHARD, SUMS, ShardColumns, map_shard, shard_name
+from dtrain.data.tokenize import EMPTY, MASKED, NO_TARGETS, TOO_LONG, Document
 
 Int64s = NDArray[np.int64]
 
@@ -54,10 +47,10 @@ def write_shard(
     note = {"rows_read": rows_read, "counts": dict(counts)}
     batch = pa.record_batch(
         {
-            "tokens": _lists([d.tokens for d in documents]),
-            "runs": _lists([d.runs for d in documents]),
-            "part": pa.array([d.part for d in documents], pa.int32()),
-            "number": pa.array([d.number for d in documents], pa.int64()),
+            "tokens": _list_array([d.tokens for d in documents]),
+            "target_runs": _list_array([d.target_runs for d in documents]),
+            "file_index": pa.array([d.file_index for d in documents], pa.int32()),
+            "row_number": pa.array([d.row_number for d in documents], pa.int64()),
             "label": pa.array([d.label for d in documents], pa.int32()),
         }
     ).replace_schema_metadata({NOTE: json.dumps(note).encode()})
@@ -67,8 +60,25 @@ def write_shard(
     write_atomic(path, sink.getvalue().to_pybytes())
 
 
+@dataclass(frozen=True)
+class ShardTotals:
+    """What packing needs of all shards.
+
+    Attributes:
+        lengths, targets: tokens and target tokens of each document, [documents].
+        starts_example: whether a document is the first of its row, bool [documents].
+        largest_token: -1 if there is none.
+    """
+
+    lengths: Int64s
+    targets: Int64s
+    starts_example: NDArray[np.bool_]
+    largest_token: int
+    counts: Counter[str]
+
+
 class StoreWriter:
-    """Makes a store of its shards."""
+    """Completes a store whose shards are written."""
 
     def __init__(self, folder: Path, shards: int) -> None:
         self.folder, self.shards = folder, shards
@@ -79,76 +89,82 @@ class StoreWriter:
         packing: Packing,
         packed: bool,
         sequence_length: int,
-        about: dict[str, Any],
+        extra: dict[str, Any],
         where: str,
     ) -> None:
-        """Plan the rows, write plan, hashes and manifest.
+        """Pack the documents; write the plan, hashes and the manifest.
 
         Args:
             packing: how documents share sequences.
-            packed: whether they do; otherwise each example has its own.
-            sequence_length: tokens of a row.
-            about: what the manifest says besides.
+            packed: whether they do; otherwise each example has a sequence of its own.
+            sequence_length: tokens of a sequence.
+            extra: more entries of the manifest.
             where: the source, for a message.
 
         Raises:
-            UserError: there is no token to learn in the whole source.
+            EmptyDataError: there is no target token in the whole source.
         """
-        lengths, supervised, starts, summary = self._survey()
-        sizes = np.diff(np.append(np.flatnonzero(starts), lengths.size))
-        plan = _plan(lengths, sizes, packing, packed, sequence_length)
-        per_piece = supervised[plan.pieces["document"]]
+        totals = self._survey()
+        plan = _pack(totals, packing, packed, sequence_length)
+        by_segment = totals.targets[plan.segments["document"]]
         if packing is Packing.STREAM:  # the first token of a segment has no context
-            per_piece = plan.pieces["tokens"].astype(np.int64) - 1
-        learnt = _row_sums(plan, per_piece)
-        summary["counts"][UNLEARNABLE] = int((learnt == 0).sum())
-        plan, learnt = keep_sequences(plan, learnt > 0), learnt[learnt > 0]
-        if not learnt.size:
-            raise _nothing_to_learn(summary["counts"], where)
-        examples = _row_sums(plan, starts[plan.pieces["document"]].astype(np.int64))
-        self._write_plan(plan, learnt, examples)
-        tokens, targets = int(plan.pieces["tokens"].sum()), int(learnt.sum())
-        totals = {
-            "rows": learnt.size,
-            "tokens": tokens,
-            "supervised_tokens": targets,
-            "longest_segment": int(plan.pieces["tokens"].max()),
-        }
-        self._seal({**about, "sequence_length": sequence_length, **totals, **summary})
+            by_segment = plan.segments["tokens"].astype(np.int64) - 1
+        targets = _sum_by_sequence(plan, by_segment)
+        counts = {**totals.counts, NO_TARGETS: int((targets == 0).sum())}
+        plan, targets = keep_sequences(plan, targets > 0), targets[targets > 0]
+        if not targets.size:
+            raise _no_targets(counts, where)
+        starts = totals.starts_example[plan.segments["document"]].astype(np.int64)
+        self._write_plan(plan, targets, _sum_by_sequence(plan, starts))
+        self._seal(
+            {
+                **extra,
+                "sequence_length": sequence_length,
+                "sequences": targets.size,
+                "documents": totals.lengths.size,
+                "tokens": int(plan.segments["tokens"].sum()),
+                "supervised_tokens": int(targets.sum()),
+                "longest_segment": int(plan.segments["tokens"].max()),
+                "largest_token": totals.largest_token,
+                "counts": counts,
+            }
+        )
 
-    def _write_plan(self, plan: PackingPlan, learnt: Int64s, examples: Int64s) -> None:
-        tokens = _row_sums(plan, plan.pieces["tokens"].astype(np.int64)).astype(np.int32)
+    def _write_plan(self, plan: PackingPlan, targets: Int64s, examples: Int64s) -> None:
+        tokens = _sum_by_sequence(plan, plan.segments["tokens"].astype(np.int64))
         arrays: dict[str, NDArray[Any]] = {
-            "pieces.npy": plan.pieces,
-            "rows.npy": plan.rows,
-            "sequence_tokens.npy": tokens,
-            "sequence_targets.npy": learnt.astype(np.int32),
+            "segments.npy": plan.segments,
+            "sequences.npy": plan.sequences,
+            "sequence_tokens.npy": tokens.astype(np.int32),
+            "sequence_targets.npy": targets.astype(np.int32),
             "sequence_examples.npy": examples.astype(np.int32),
             "shards.npy": self._shard_table(),
         }
         for name in PLAN_FILES:
-            _save(self.folder / name, arrays[name])
+            _write_array(self.folder / name, arrays[name])
 
-    def _columns(self, shard: int) -> Columns:
+    def _columns(self, shard: int) -> ShardColumns:
         return map_shard(self.folder / shard_name(shard))
 
-    def _survey(self) -> tuple[Int64s, Int64s, NDArray[np.bool_], dict[str, Any]]:
-        """Tokens and supervised tokens of each document, whether it is the first of its row, and
-        totals over all shards."""
-        lengths, supervised, starts, counts, largest = [], [], [], Counter[str](), -1
+    def _survey(self) -> ShardTotals:
+        lengths, targets, starts, counts, largest = [], [], [], Counter[str](), -1
         for shard in range(self.shards):
             columns = self._columns(shard)
             lengths.append(np.diff(columns.token_offsets))
-            runs = columns.runs.astype(np.int64)
+            runs = columns.target_runs.astype(np.int64)
             ends = np.concatenate([[0], np.cumsum(runs[1::2] - runs[::2])])
-            supervised.append(np.diff(ends[columns.run_offsets // 2]))
-            changes = (np.diff(columns.part) != 0) | (np.diff(columns.number) != 0)
-            starts.append(np.append(True, changes)[: columns.part.size])
-            counts.update(_note(columns)["counts"])
+            targets.append(np.diff(ends[columns.run_offsets // 2]))
+            changes = (np.diff(columns.file_index) != 0) | (np.diff(columns.row_number) != 0)
+            starts.append(np.append(True, changes)[: columns.file_index.size])
+            counts.update(json.loads(columns.metadata[NOTE])["counts"])
             largest = max(largest, int(columns.tokens.max(initial=-1)))
-        documents = int(sum(part.size for part in lengths))
-        summary = {"documents": documents, "largest_token": largest, "counts": dict(counts)}
-        return _joined(lengths), _joined(supervised), _joined(starts).astype(bool), summary
+        return ShardTotals(
+            np.concatenate(lengths).astype(np.int64),
+            np.concatenate(targets).astype(np.int64),
+            np.concatenate(starts).astype(bool),
+            largest,
+            counts,
+        )
 
     def _shard_table(self) -> NDArray[np.void]:
         table = np.zeros(self.shards, dtype=SHARD)
@@ -156,7 +172,7 @@ class StoreWriter:
         for shard in range(self.shards):
             path = self.folder / shard_name(shard)
             table[shard] = first, path.stat().st_size
-            first += self._columns(shard).part.size
+            first += self._columns(shard).file_index.size
         return table
 
     def _seal(self, manifest: dict[str, Any]) -> None:
@@ -173,53 +189,44 @@ class StoreWriter:
         write_sealed(self.folder / MANIFEST, {**manifest, "shards": self.shards, "files": files})
 
 
-def _nothing_to_learn(counts: dict[str, int], where: str) -> EmptyDataError:
-    reasons = {
+def _no_targets(counts: dict[str, int], where: str) -> EmptyDataError:
+    causes = {
         MASKED: "{} without an answer that fits in a sequence",
         TOO_LONG: "{} longer than a sequence",
         EMPTY: "{} empty",
     }
-    told = [text.format(f"{counts[key]:,}") for key, text in reasons.items() if counts.get(key)]
+    found = [text.format(f"{counts[key]:,}") for key, text in causes.items() if counts.get(key)]
     return EmptyDataError(
-        f"there is nothing to learn in it: of its rows, {', '.join(told) or 'all too short'}",
+        f"no trainable tokens in this source: of its rows, {', '.join(found) or 'all too short'}",
         where=where,
         fix="check the answers (role: assistant, or `output`), `template` and `sequence_length`",
     )
 
 
-def _plan(
-    lengths: Int64s, example_sizes: Int64s, packing: Packing, packed: bool, capacity: int
-) -> PackingPlan:
+def _pack(totals: ShardTotals, packing: Packing, packed: bool, capacity: int) -> PackingPlan:
     if packing is Packing.STREAM:
-        return (pack_stream if packed else pack_one_document)(lengths, capacity)
+        return (pack_stream if packed else pack_one_document)(totals.lengths, capacity)
+    firsts = np.flatnonzero(totals.starts_example)
+    example_sizes = np.diff(np.append(firsts, totals.lengths.size))
     if not packed:
-        return pack_one_example(lengths, example_sizes)
-    return pack_whole(lengths, capacity, example_sizes)
+        return pack_one_example(totals.lengths, example_sizes)
+    return pack_whole(totals.lengths, capacity, example_sizes)
 
 
-def _row_sums(plan: PackingPlan, per_piece: Int64s) -> Int64s:
-    ends = np.concatenate([[0], np.cumsum(per_piece)])
-    return np.diff(ends[plan.rows])
+def _sum_by_sequence(plan: PackingPlan, by_segment: Int64s) -> Int64s:
+    ends = np.concatenate([[0], np.cumsum(by_segment)])
+    return np.diff(ends[plan.sequences])
 
 
-def _joined(arrays: list[NDArray[Any]]) -> Int64s:
-    return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
-
-
-def _note(columns: Columns) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads(columns.metadata[NOTE])
-    return note
-
-
-def _lists(arrays: list[NDArray[np.int32]]) -> pa.LargeListArray:
+def _list_array(arrays: list[NDArray[np.int32]]) -> pa.LargeListArray:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
     np.cumsum([array.size for array in arrays], out=offsets[1:])
     values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
 
 
-def _save(path: Path, array: NDArray[Any]) -> None:
-    """Write an array that counts only once the manifest names it: no temporary file needed."""
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array without a temporary file: it counts only once the manifest names it."""
     with open(path, "wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()

@@ -1,4 +1,4 @@
-"""Texts and conversations into token ids and runs of supervised tokens."""
+"""Tokenize texts and conversations into documents: token ids and runs of target tokens."""
 
 from __future__ import annotations
 
@@ -26,22 +26,16 @@ from dtrain.data.special_tokens import SpecialTokens
 
 Int32s = NDArray[np.int32]
 
-EMPTY, CUT, TOO_LONG, MASKED = (
-    "empty",
-    "cut",
-    "too_long",
-    "masked",
-)  # counts of documents
-UNLEARNABLE = "unlearnable_rows"  # rows of one token
-SPECIAL = "special_tokens"  # documents whose text holds some
-
+# Counts of documents (of sequences: NO_TARGETS), as keys of a store's manifest.
+EMPTY, TRUNCATED, TOO_LONG, MASKED = "empty", "truncated", "too_long", "masked"
+NO_TARGETS, SPECIAL = "no_targets", "special_tokens"
 
 NOTES = {
-    CUT: "cut at the end of a sequence",
+    TRUNCATED: "truncated to a sequence",
     TOO_LONG: "left out, longer than a sequence",
     MASKED: "left out, no answer in them",
     EMPTY: "left out, empty",
-    UNLEARNABLE: "rows of a single token left out",
+    NO_TARGETS: "sequences of a single token left out",
     SPECIAL: "with special tokens in their text, encoded as plain text",
     NO_REASONING: "earlier answers without their reasoning: the chat template leaves it out",
     NO_END: "answers after which nothing that ends a turn is learned: the model will not learn to "
@@ -50,7 +44,7 @@ NOTES = {
 
 
 def notes(counts: Mapping[str, int]) -> list[str]:
-    """What was cut, left out or read in another way, for a person."""
+    """Describe what was truncated, left out or changed when rows were read."""
     known = [f"{counts[key]:,} {note}" for key, note in NOTES.items() if counts.get(key)]
     renamed = sorted(key for key in counts if key.startswith((AS_ROLE, UNREAD)))
     return [*known, *(f"{key} in {counts[key]:,} rows" for key in renamed)]
@@ -58,20 +52,20 @@ def notes(counts: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Document:
-    """One document as tokens.
+    """A tokenized text, conversation, or answer of a pair.
 
     Attributes:
         tokens: [n].
-        runs: [2 k], (start, stop) of each run of supervised tokens; token 0 is in none of them.
-        part, number: where it comes from. The documents of one row are an example, which packing
-            keeps together (`Packing.WHOLE`).
-        label: what the objective makes of it, such as 1 for a chosen and 0 for a rejected answer.
+        target_runs: [2 k], (start, stop) of each run of targets; token 0 is in none of them.
+        file_index, row_number: where it comes from. The documents of one row are an example, which
+            packing keeps together (`Packing.WHOLE`).
+        label: for the objective, such as 1 for a chosen and 0 for a rejected answer.
     """
 
     tokens: Int32s
-    runs: Int32s
-    part: int
-    number: int
+    target_runs: Int32s
+    file_index: int
+    row_number: int
     label: int = 0
 
 
@@ -81,10 +75,11 @@ class RowEncoder(ABC):
 
     Attributes:
         template: of conversations; None for texts.
-        sequence_length, overlong: limit for documents that are not cut, and what to do beyond.
-        train_on: which turns of a conversation are supervised, where not every token is.
+        sequence_length, overlong: the longest document that is not cut, and what happens to a
+            longer one.
+        train_on: which turns of a conversation are targets, where not every token is.
         split_special_tokens: encode special tokens in the text of rows as plain text.
-        settings: keys of the recipe's `data` group that shape these documents and no others.
+        settings: keys of the recipe's `data` group that change the documents of this encoder only.
         needs_end_token: whether the tokenizer must have an end-of-text token.
     """
 
@@ -92,7 +87,7 @@ class RowEncoder(ABC):
     template: ChatTemplate | None
     sequence_length: int
     overlong: str
-    parts: list[SourceFile]
+    source_files: list[SourceFile]
     train_on: str = "all"
     split_special_tokens: bool = True
 
@@ -101,14 +96,14 @@ class RowEncoder(ABC):
 
     @abstractmethod
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        """Tokenize a batch; what is left out or cut is counted in `counts`.
+        """Tokenize a batch of rows; count what is left out or truncated in `counts`.
 
         Raises:
             UserError: a row cannot be rendered, or is too long under `overlong: fail`.
         """
 
     def warm_up(self) -> None:
-        """Compute what several processes would otherwise compute each."""
+        """Compute what every process would otherwise compute for itself."""
         return
 
     @cached_property
@@ -116,28 +111,28 @@ class RowEncoder(ABC):
         """The tokenizer's special tokens, and how they are kept out of the text of rows."""
         return SpecialTokens(self.tokenizer)
 
-    def _place(self, record: Record) -> str:
-        return self.parts[record.file_index].location(record.row_number)
+    def location(self, record: Record) -> str:
+        """File and line of a row."""
+        return self.source_files[record.file_index].location(record.row_number)
 
-    def _rendered(
-        self, record: Record, train_on: str, counts: Counter[str]
-    ) -> tuple[str, list[Span]]:
+    def render(self, record: Record, train_on: str, counts: Counter[str]) -> tuple[str, list[Span]]:
+        """Text of a conversation, and the spans of its answers."""
         assert self.template is not None and isinstance(record.value, Conversation)
-        return render_answers(self.template, record.value, self._place(record), train_on, counts)
+        return render_answers(self.template, record.value, self.location(record), train_on, counts)
 
-    def _plain(
+    def hide_special_tokens(
         self, record: Record, text: str, train_on: str, counts: Counter[str]
     ) -> tuple[str, list[Span]] | None:
-        """What is encoded instead of a text, and its answers, if the row holds special tokens."""
+        """Text and answer spans to encode instead, if the row's text has special tokens."""
         if not (self.split_special_tokens and self.special_tokens.find(record.value)):
             return None
         counts[SPECIAL] += 1
-        place, hidden = self._place(record), self.special_tokens.hidden(record.value)
+        hidden = self.special_tokens.hidden(record.value)
         spans: list[Span] = []
         if isinstance(hidden, Conversation):
-            own = replace(record, value=hidden)
-            hidden, spans = self._rendered(own, train_on, Counter())  # counted already
-        return self.special_tokens.template_hidden(text, hidden, place), spans
+            # the row is counted already
+            hidden, spans = self.render(replace(record, value=hidden), train_on, Counter())
+        return self.special_tokens.template_hidden(text, hidden, self.location(record)), spans
 
 
 class FullTextEncoder(RowEncoder):
@@ -147,27 +142,27 @@ class FullTextEncoder(RowEncoder):
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         texts = [self._text(record, counts) for record in records]
-        kept = [i for i, text in enumerate(texts) if text]
+        kept = [index for index, text in enumerate(texts) if text]
         counts[EMPTY] += len(texts) - len(kept)
         if not kept:
             return []
-        written = self.template is not None  # a template has written the special tokens
-        chosen = [texts[i] for i in kept]
-        ids = self.tokenizer(chosen, add_special_tokens=not written, **QUIET).input_ids
-        for place, index in enumerate(kept):
-            if plain := self._plain(records[index], texts[index], "", counts):
-                where = self._place(records[index])
-                ids[place], _ = self.special_tokens.encode(
-                    plain[0], where, add_special_tokens=not written
+        adds_special = self.template is None  # a template writes them itself
+        batch = [texts[index] for index in kept]
+        ids = self.tokenizer(batch, add_special_tokens=adds_special, **QUIET).input_ids
+        for position, index in enumerate(kept):
+            if plain := self.hide_special_tokens(records[index], texts[index], "", counts):
+                where = self.location(records[index])
+                ids[position], _ = self.special_tokens.encode(
+                    plain[0], where, add_special_tokens=adds_special
                 )
-        return [self._whole(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
+        return [self._document(tokens, records[i]) for i, tokens in zip(kept, ids, strict=True)]
 
     def _text(self, record: Record, counts: Counter[str]) -> str:
         if isinstance(record.value, str):
             return record.value
-        return self._rendered(record, "", counts)[0]  # every token is learned, of every role
+        return self.render(record, "", counts)[0]  # tokens of every role are targets
 
-    def _whole(self, ids: list[int], record: Record) -> Document:
+    def _document(self, ids: list[int], record: Record) -> Document:
         eos = self.tokenizer.eos_token_id
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int32)
         runs = np.array([1, tokens.size], dtype=np.int32)
@@ -180,63 +175,64 @@ class AnswerEncoder(RowEncoder):
     settings = ("overlong", "train_on")
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        places = [self.parts[r.file_index].location(r.row_number) for r in records]
-        rendered = [self._rendered(record, self.train_on, counts) for record in records]
-        texts, spans = [text for text, _ in rendered], [own for _, own in rendered]
+        rendered = [self.render(record, self.train_on, counts) for record in records]
+        texts, spans = [text for text, _ in rendered], [answers for _, answers in rendered]
         documents = []
-        for index, (tokens, runs) in enumerate(self._encoded(texts, spans)):
-            record = records[index]
-            if plain := self._plain(record, texts[index], self.train_on, counts):
+        for index, (tokens, runs) in enumerate(self._encode(texts, spans)):
+            record, where = records[index], self.location(records[index])
+            if plain := self.hide_special_tokens(record, texts[index], self.train_on, counts):
                 ids, encoding = self.special_tokens.encode(
-                    plain[0], places[index], add_special_tokens=False
+                    plain[0], where, add_special_tokens=False
                 )
                 runs = target_runs(encoding, *plain)
                 tokens = np.array(ids, dtype=np.int32)
             document = Document(tokens, runs, record.file_index, record.row_number)
-            if fitting := self._fit(document, places[index], counts):
+            if fitting := self.fit(document, where, counts):
                 documents.append(fitting)
         return documents
 
-    def _encoded(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[Int32s, Int32s]]:
-        """Tokens and supervised runs of each text; the template has written the special tokens."""
-        quick = self.lengths.encode(texts, spans) if self.lengths else repeat(None, len(texts))
-        found = dict(enumerate(quick))
-        if left := [index for index, one in found.items() if one is None]:
-            own = self.tokenizer([texts[i] for i in left], add_special_tokens=False, **QUIET)
-            for index, encoding in zip(left, own.encodings, strict=True):
+    def _encode(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[Int32s, Int32s]]:
+        """Tokens and target runs of each text; the template has written the special tokens."""
+        lengths = self.byte_lengths
+        fast = lengths.encode(texts, spans) if lengths else repeat(None, len(texts))
+        encoded = dict(enumerate(fast))
+        if left := [index for index, result in encoded.items() if result is None]:
+            batch = self.tokenizer([texts[i] for i in left], add_special_tokens=False, **QUIET)
+            for index, encoding in zip(left, batch.encodings, strict=True):
                 runs = target_runs(encoding, texts[index], spans[index])
-                found[index] = np.array(encoding.ids, dtype=np.int32), runs
-        return [one for one in found.values() if one]
+                encoded[index] = np.array(encoding.ids, dtype=np.int32), runs
+        return [result for result in encoded.values() if result]
 
     def warm_up(self) -> None:
-        _ = self.lengths
+        _ = self.byte_lengths
 
     @cached_property
-    def lengths(self) -> TokenByteLengths | None:
-        """Where tokens start and end, if their lengths tell it."""
+    def byte_lengths(self) -> TokenByteLengths | None:
+        """Bytes of each token, if they determine where tokens start and end."""
         return TokenByteLengths.of(self.tokenizer)
 
-    def _fit(self, document: Document, place: str, counts: Counter[str]) -> Document | None:
+    def fit(self, document: Document, where: str, counts: Counter[str]) -> Document | None:
+        """Truncate or leave out a document that is too long, or has no target."""
         limit = self.sequence_length
         if document.tokens.size > limit:
             if self.overlong == "fail":
-                raise _too_long(document.tokens.size, limit, place)
-            counts[CUT if self.overlong == "truncate" else TOO_LONG] += 1
+                raise _too_long(document.tokens.size, limit, where)
+            counts[TRUNCATED if self.overlong == "truncate" else TOO_LONG] += 1
             if self.overlong == "drop":
                 return None
-            pairs = np.minimum(document.runs, limit).reshape(-1, 2)
+            pairs = np.minimum(document.target_runs, limit).reshape(-1, 2)
             runs = pairs[pairs[:, 0] < pairs[:, 1]].reshape(-1)
-            document = replace(document, tokens=document.tokens[:limit], runs=runs)
-        if not document.runs.size:
+            document = replace(document, tokens=document.tokens[:limit], target_runs=runs)
+        if not document.target_runs.size:
             counts[MASKED] += 1
             return None
         return document
 
 
-def _too_long(tokens: int, limit: int, place: str) -> UserError:
+def _too_long(tokens: int, limit: int, where: str) -> UserError:
     return UserError(
         f"the conversation has {tokens} tokens, a sequence holds {limit}",
-        where=place,
+        where=where,
         fix="raise `sequence_length`, or write `overlong: truncate` or `overlong: drop`",
     )
 
@@ -249,7 +245,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, needs_end_token: bool
     """
     if not tokenizer.is_fast:
         raise UserError(
-            "the tokenizer cannot tell which characters a token holds",
+            "the tokenizer does not map tokens to characters",
             where=type(tokenizer).__name__,
             fix="use a model that has a tokenizer.json",
         )

@@ -1,6 +1,6 @@
-"""From a packed micro-batch to the loss of its supervised tokens.
+"""Logits and cross-entropy of the target tokens of a packed micro-batch.
 
-Letters: T tokens of a row, K supervised tokens, V vocabulary.
+Letters: T tokens of a micro-batch, K targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dtrain.models.attention import Documents, use_document_lengths
 from dtrain.models.kernels.fused_cross_entropy import FusedLossHead
 
 
-class Packed(Protocol):
-    """What is read of a micro-batch."""
+class PackedInputs(Protocol):
+    """The inputs of a micro-batch."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -29,21 +29,21 @@ class Packed(Protocol):
     def document_lengths(self) -> list[int]: ...
 
 
-class Learnt(Packed, Protocol):
-    """A micro-batch with its targets."""
+class PackedTargets(PackedInputs, Protocol):
+    """The inputs and targets of a micro-batch."""
 
     @property
     def targets(self) -> Tensor: ...
 
 
-def target_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
-    """Logits [K, V] at the positions whose next token is learnt.
+def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
+    """Compute logits [K, V] at the positions whose next token is a target.
 
-    The output matrix, the largest of a small model, meets those positions only.
+    The output matrix, the largest matrix of a small model, is applied at those positions only.
 
     Args:
         model: wrapped by an engine or not.
-        micro_batch: input_ids and position_ids [1, T], predict [K]; without position ids it is one
+        micro_batch: input_ids and position_ids [1, T], target_positions [K]; without position ids it is one
             document, which the model computes by itself.
     """
     inner = _transformers_model(model)
@@ -52,12 +52,12 @@ def target_logits(model: nn.Module, micro_batch: Packed) -> Tensor:
     return _call(model, inner, micro_batch)[0, micro_batch.target_positions]
 
 
-def target_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the targets of a micro-batch, in float32.
+def target_losses(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tensor, Tensor]:
+    """Compute the cross-entropy of the targets of a micro-batch, in float32.
 
     Args:
         model: wrapped by an engine or not.
-        micro_batch: as for `target_logits`, and its targets [K].
+        micro_batch: as for `target_logits`, with targets [K].
 
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
@@ -74,17 +74,19 @@ def target_losses(model: nn.Module, micro_batch: Learnt) -> tuple[Tensor, Tensor
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy [K] of logits [K, V] and targets [K], in float32.
+    """Compute the cross-entropy [K] of logits [K, V] and targets [K], in float32.
 
-    With K = 0 it is one zero that still reaches the parameters, as engines wait for gradients.
+    With K = 0 it is a single zero that depends on the parameters, as engines wait for gradients.
     """
     if len(targets) == 0:
         return logits.float().sum().view(1)
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _call(model: nn.Module, inner: PreTrainedModel, micro_batch: Packed, **more: Any) -> Tensor:
-    """The model's logits, or what stands in their place."""
+def _call(
+    model: nn.Module, inner: PreTrainedModel, micro_batch: PackedInputs, **more: Any
+) -> Tensor:
+    """The model's logits, or the fused head's output in their place."""
     if micro_batch.position_ids is not None:
         more |= {"position_ids": micro_batch.position_ids, **_flash_arguments(inner, micro_batch)}
     with use_document_lengths(micro_batch.document_lengths):
@@ -101,8 +103,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 
-def _flash_arguments(model: PreTrainedModel, micro_batch: Packed) -> dict[str, Any]:
-    """Document boundaries for flash attention, which would otherwise find them in each layer."""
+def _flash_arguments(model: PreTrainedModel, micro_batch: PackedInputs) -> dict[str, Any]:
+    """Document boundaries for flash attention, which otherwise computes them in every layer."""
     if not str(model.config._attn_implementation).startswith("flash_attention"):
         return {}
     lengths = micro_batch.document_lengths

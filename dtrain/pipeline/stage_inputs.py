@@ -1,4 +1,4 @@
-"""Everything a run reads, made ready by the first rank, never inside a collective."""
+"""The inputs of a run: base, tokenizer and prepared data, made ready outside of any collective."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Inputs:
     """A run's base, tokenizer and packed data.
 
     Attributes:
-        layout: how documents go through the base, and so through what is made of it.
-        stages: mixture of each stage, by the stage's name.
-        sets: mixture of each evaluation set, by its name.
+        layout: how documents go through the base, and through every model trained from it.
+        stages: dataset of each stage, by the stage's name.
+        sets: dataset of each evaluation set, by its name.
     """
 
     base: Path
@@ -48,7 +48,7 @@ class Inputs:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What was read, by the key of the recipe that names it."""
+        """Fingerprint of each input, by the recipe key that names it."""
         return {
             "model.base": self.base_fingerprint,
             "the tokenizer of model.base": self.tokenizer_fingerprint,
@@ -59,36 +59,36 @@ class Inputs:
 
 
 def check_same_on_all_ranks(inputs: Inputs, world: World) -> None:
-    """Check that every rank has read what the first one has: files may differ from node to node.
+    """Check that every rank has the inputs of rank 0: files may differ between nodes.
 
     Raises:
-        UserError: this rank has read something else.
+        UserError: this rank has other inputs.
     """
-    own = inputs.fingerprints
-    first = json.loads(world.broadcast_text(json.dumps(own)))
-    if others := [key for key in own if own[key] != first.get(key)]:
-        what = f"rank {world.rank} reads something else than rank 0 there"
+    fingerprints = inputs.fingerprints
+    first = json.loads(world.broadcast_text(json.dumps(fingerprints)))
+    if different := [key for key in fingerprints if fingerprints[key] != first.get(key)]:
+        message = f"rank {world.rank} reads other content than rank 0"
         fix = "put the same files on every node, and let nothing write to them during a run"
-        raise UserError(what, where=", ".join(others), fix=fix)
+        raise UserError(message, where=", ".join(different), fix=fix)
 
 
 def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | None = None) -> Inputs:
-    """Make samples, find the base, tokenise and pack all data.
+    """Create samples, find the base, tokenize and pack all data.
 
     Args:
         verify: hash the prepared data again; one rank is enough.
-        processes: that tokenise; None for as many as cores and memory allow.
+        processes: that tokenize; None for as many as cores and memory allow.
 
     Raises:
         UserError: base or data cannot be used, or the base has too few positions for the data.
     """
-    base, tokenizer, mark = _base_of(recipe)
+    base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
-    layout = layout_of(recipe, config)
+    layout = check_layout(recipe, config)
     base_fingerprint = model_fingerprint(base)
     datasets: dict[str, PackedDataset] = {}
     for group in _groups(recipe):
-        dataset = _prepared(group, tokenizer, mark, processes)
+        dataset = _prepare_group(group, tokenizer, tokenizer_hash, processes)
         check_vocabulary(dataset, config.get_text_config().vocab_size)
         if verify:
             dataset.verify()
@@ -98,7 +98,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         base=base,
         base_fingerprint=base_fingerprint,
         tokenizer=tokenizer,
-        tokenizer_fingerprint=mark,
+        tokenizer_fingerprint=tokenizer_hash,
         layout=layout,
         stages={stage.name: datasets[f"stages.{stage.name}.data"] for stage in recipe.stages},
         sets={name: datasets[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
@@ -106,12 +106,13 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The data of a stage or of an evaluation set.
+class DataGroup:
+    """A `data` group of a stage, or an evaluation set.
 
     Attributes:
         key: of the recipe.
-        name: for a message.
+        name: for messages.
+        spec: from its objective.
         global_batch: sequences of a step.
     """
 
@@ -122,68 +123,67 @@ class _Group:
     global_batch: int = 1
 
 
-def _groups(recipe: Recipe) -> Iterator[_Group]:
+def _groups(recipe: Recipe) -> Iterator[DataGroup]:
     """All data that a recipe names."""
     for stage in recipe.stages:
         key, name = f"stages.{stage.name}.data", f"the data of stage {stage.name}"
         spec = build_objective(stage).dataset
-        yield _Group(key, name, stage.data, spec, stage.train.global_batch_size)
+        yield DataGroup(key, name, stage.data, spec, stage.train.global_batch_size)
     for name, data in recipe.evaluation.sets.items():
         spec = build_objective(data).dataset
-        yield _Group(f"evaluation.sets.{name}", f"the evaluation set {name}", data, spec)
+        yield DataGroup(f"evaluation.sets.{name}", f"the evaluation set {name}", data, spec)
 
 
-def _prepared(
-    group: _Group, tokenizer: PreTrainedTokenizerBase, mark: str, processes: int | None
+def _prepare_group(
+    group: DataGroup, tokenizer: PreTrainedTokenizerBase, tokenizer_hash: str, processes: int | None
 ) -> PackedDataset:
-    """The data of one group.
-
-    Raises:
-        UserError: it cannot be used.
-    """
+    batch = group.global_batch
     try:
         return prepare(
-            group.data, group.spec, tokenizer, mark, store_folder(), processes, group.global_batch
+            group.data, group.spec, tokenizer, tokenizer_hash, store_folder(), processes, batch
         )
     except EmptyDataError as error:
-        what = f"{group.name} is empty: {error.message}"
-        raise EmptyDataError(what, where=error.where, fix=error.fix) from error
+        message = f"{group.name} is empty: {error.message}"
+        raise EmptyDataError(message, where=error.where, fix=error.fix) from error
 
 
-def prepare_inputs_partly(recipe: Recipe, share: WorkShare, processes: int | None = None) -> bool:
-    """Do one share of the work on all data, beside others that do the rest.
+def prepare_inputs_share(recipe: Recipe, share: WorkShare, processes: int | None = None) -> bool:
+    """Do one share of the preparation of all data, while others do the rest.
 
     Returns:
-        Whether all of it is ready; if not, others are still at work, or were killed.
+        Whether all data is ready; if not, others are still working, or were killed.
 
     Raises:
         UserError: base or data cannot be used.
     """
-    base, tokenizer, mark = _base_of(recipe)
-    layout_of(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
-    done = [
-        prepare_share(one.data, one.spec, tokenizer, mark, store_folder(), share, processes)
-        for one in _groups(recipe)
+    base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
+    check_layout(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
+    ready = [
+        prepare_share(
+            group.data, group.spec, tokenizer, tokenizer_hash, store_folder(), share, processes
+        )
+        for group in _groups(recipe)
     ]
-    return all(done)
+    return all(ready)
 
 
-def _base_of(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, str]:
-    """Base, tokenizer and the tokenizer's fingerprint; samples are made first."""
+def _base_and_tokenizer(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, str]:
+    """Base, tokenizer and the tokenizer's fingerprint; samples are created first."""
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    if wanted := recipe.evaluation.questions:
-        read_questions(local_path(wanted.path), wanted.count)  # not after days of training
+    if questions := recipe.evaluation.questions:
+        read_questions(local_path(questions.path), questions.count)  # fails before the training
     base = base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
 
 
-def layout_of(recipe: Recipe, config: PretrainedConfig) -> Layout:
-    """How documents must go through the base, after a look at what the recipe packs.
+def check_layout(recipe: Recipe, config: PretrainedConfig) -> Layout:
+    """Return how documents must go through the base, and check that the recipe allows it.
 
     Raises:
-        UserError: it packs documents that the model would mix, or the model cannot be trained.
+        UserError: the recipe packs documents and the model would let them attend to each other, or
+            the model cannot be trained.
     """
     layout = probe_packing(config, recipe.model)
     packs = [f"{group.key}.packing" for group in _groups(recipe) if group.data.packing]
@@ -191,46 +191,46 @@ def layout_of(recipe: Recipe, config: PretrainedConfig) -> Layout:
         raise UserError(
             f"{config.model_type!r} cannot be packed: {layout.reason}",
             where=", ".join(packs),
-            fix="packing: false, one document in a row",
+            fix="packing: false, one document per sequence",
         )
     return layout
 
 
-def one_document_each(recipe: Recipe, layout: Layout) -> Recipe:
-    """The recipe as it is run: a model that is not packed computes one sequence at once."""
+def limit_micro_batches(recipe: Recipe, layout: Layout) -> Recipe:
+    """Return the recipe with micro-batches of one sequence for a model that cannot be packed."""
     if layout.packed:
         return recipe
     stages = []
     for stage in recipe.stages:
         if stage.train.micro_batch > 1:
-            say(f"stage {stage.name}: one sequence at once, as {layout.reason}")
+            say(f"stage {stage.name}: micro-batches of one sequence, as {layout.reason}")
         train = stage.train.model_copy(update={"micro_batch_size": 1})
         stages.append(stage.model_copy(update={"train": train}))
     return recipe.model_copy(update={"stages": stages})
 
 
 def store_folder() -> Path:
-    """Where prepared data lies."""
+    """Folder of prepared data."""
     return cache_folder() / "stores"
 
 
 def samples_of(recipe: Recipe) -> set[str]:
-    """Names of the shipped samples that a recipe asks for."""
+    """Names of the shipped samples that a recipe uses."""
     addresses = [recipe.model.base]
-    addresses += [source.path for one in _groups(recipe) for source in one.data.all_sources]
+    addresses += [source.path for group in _groups(recipe) for source in group.data.all_sources]
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)
     return {name for address in addresses if (name := sample_name(address))}
 
 
 def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = None) -> None:
-    """Prepare all data of a recipe, or a share of it, and say what there is.
+    """Prepare all data of a recipe, or a share of it, and describe it.
 
     Raises:
         UserError: base or data cannot be used.
     """
-    if share.of > 1 and not prepare_inputs_partly(recipe, share, processes):
-        say("others still make what is missing; the last of them packs, or else the next start")
+    if share.of > 1 and not prepare_inputs_share(recipe, share, processes):
+        say("other shares are not finished; the last of them packs, or else the next start")
         return
     inputs = prepare_inputs(recipe, processes=processes)
     for name, dataset in {**inputs.stages, **inputs.sets}.items():
@@ -238,9 +238,10 @@ def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = Non
 
 
 def share_of_array(environ: Mapping[str, str]) -> WorkShare:
-    """The share of this task of a Slurm array; all of the work outside of one.
+    """The share of this task of a Slurm array; all of the work outside of an array.
 
-    Of an array with gaps (3,7) two tasks may begin at the same place: each makes what is left.
+    In an array with gaps (3,7) two tasks may begin at the same shard, as all continue with whatever
+    is missing.
     """
     try:
         number, first, count = (
@@ -256,10 +257,10 @@ def parse_share(text: str) -> WorkShare:
     """'2/8' → the second of eight shares.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: the text is not such a share.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    number, of = (int(group) for group in found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(group) for group in match.groups()) if match else (0, 0)
     if not 1 <= number <= of:
         raise UserError("not a share", where=f"--shard {text}", fix="write 1/8 to 8/8 for eight")
     return WorkShare(number - 1, of)

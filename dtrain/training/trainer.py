@@ -158,5 +158,7 @@ class Trainer:
         if not result.finite:
             metrics["skipped"] = "non-finite loss or gradient"
             rows = [int(row) for row in loader.batch(step - 1) if row != NO_SEQUENCE]
-            metrics["documents"] = [d for row in rows for d in loader.dataset.row(row).documents]
+            metrics["documents"] = [
+                d for row in rows for d in loader.dataset.sequence(row).documents
+            ]
         return metrics

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dtrain.core.files import write_sealed
 from dtrain.data.packing import SEGMENT
-from dtrain.data.sampling import mix
+from dtrain.data.sampling import build_sampling_plan
 from dtrain.data.store import PLAN_FILES, SHARD, SUMS, TOTALS, shard_name
 
 ROW_TOKENS = 2048
@@ -29,7 +29,7 @@ import json, sys, time
 from pathlib import Path
 import pyarrow as pa
 from dtrain.data.loader import Loader
-from dtrain.data.sampling import mix
+from dtrain.data.sampling import build_sampling_plan
 from dtrain.data.packed_dataset import PackedDataset, PreparedSource
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import Store
@@ -43,9 +43,9 @@ pa.array([1]).to_numpy()  # imports pandas at its first call
 before, started = resident(), time.process_time()
 store = Store(folder)
 part = SourceFile("p", ".jsonl", "x")
-sampling = mix([store.rows], {0: [None]}, ["s"])
+sampling = build_sampling_plan([store.sequences], {0: [None]}, ["s"])
 mixture = PackedDataset([PreparedSource("s", [part], store)], sampling, 2048)
-loader = Loader(mixture, seed=1, global_batch=8, total_sequences=store.rows)
+loader = Loader(mixture, seed=1, global_batch=8, total_sequences=store.sequences)
 first = next(iter(loader.micro_batches(0, 0, 1, 8)))
 opened = time.process_time()
 middle = next(iter(loader.micro_batches(loader.steps // 2, 0, 1, 8)))
@@ -75,22 +75,22 @@ def make(folder: Path, rows: int) -> None:
     names = (*PLAN_FILES, SUMS)
     (folder / SUMS).write_text("")
     files = {name: {"bytes": (folder / name).stat().st_size, "blake3": ""} for name in names}
-    manifest = dict.fromkeys(TOTALS, ROW_TOKENS) | {"rows": rows, "documents": 1}
+    manifest = dict.fromkeys(TOTALS, ROW_TOKENS) | {"sequences": rows, "documents": 1}
     manifest |= {"counts": {}, "fingerprint": "x", "files": files}
     write_sealed(folder / "store.json", manifest)
 
 
 def plan(folder: Path, rows: int) -> None:
     """Write sparse arrays with the rows of the first and of the middle batch only."""
-    kinds = {"pieces.npy": SEGMENT, "rows.npy": "<i8", "sequence_tokens.npy": "<i4"}
+    kinds = {"segments.npy": SEGMENT, "sequences.npy": "<i8", "sequence_tokens.npy": "<i4"}
     kinds |= {"sequence_targets.npy": "<i4", "sequence_examples.npy": "<i4"}
     arrays = {}
     for name, kind in kinds.items():
-        shape = (rows + (name == "rows.npy"),)
+        shape = (rows + (name == "sequences.npy"),)
         arrays[name] = np.lib.format.open_memmap(folder / name, "w+", kind, shape)
     for row in loaded_rows(rows):
-        arrays["rows.npy"][row : row + 2] = [row, row + 1]
-        arrays["pieces.npy"][row] = (0, 0, ROW_TOKENS)
+        arrays["sequences.npy"][row : row + 2] = [row, row + 1]
+        arrays["segments.npy"][row] = (0, 0, ROW_TOKENS)
         arrays["sequence_tokens.npy"][row] = ROW_TOKENS
         arrays["sequence_targets.npy"][row] = ROW_TOKENS - 1
         arrays["sequence_examples.npy"][row] = 1
@@ -101,7 +101,7 @@ def plan(folder: Path, rows: int) -> None:
 
 def loaded_rows(rows: int) -> list[int]:
     """Indices of the rows that the child process reads."""
-    mixed, middle = mix([rows], {0: [None]}, ["s"]), -(-rows // 8) // 2 * 8
+    mixed, middle = build_sampling_plan([rows], {0: [None]}, ["s"]), -(-rows // 8) // 2 * 8
     positions = np.concatenate([np.arange(8), np.arange(middle, middle + 8)])
     return mixed.sequence_ids_at(positions, 1).tolist()
 

@@ -63,7 +63,10 @@ def test_losses_are_the_same_on_any_ranks(start_ranks, hybrid, tmp_path):
             assert line[2:] == pytest.approx(first[2:], abs=2e-5), (engine, ranks, micro)
         for name, losses in other.json("evaluation.json")["losses"].items():
             assert losses == pytest.approx(held_out[name], abs=2e-5), (engine, ranks, micro)
-        told = "one sequence at once, as its predictions depend on other documents" in other.output
+        told = (
+            "micro-batches of one sequence, as its predictions depend on other documents"
+            in other.output
+        )
         assert told == (micro > 1)
 
 

@@ -64,11 +64,11 @@ def train_with_trl(run: Path, out: Path) -> list[float]:
     store = cache_folder() / "stores"
     dataset = prepare(stage.data, SFT, tokenizer, tokenizer_fingerprint(tokenizer), store)
     loader = Loader(dataset, seed=recipe.seed, global_batch=BATCH, total_sequences=STEPS * BATCH)
-    rows = [dataset.row(int(n)) for step in range(STEPS) for n in loader.batch(step)]
+    rows = [dataset.sequence(int(n)) for step in range(STEPS) for n in loader.batch(step)]
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids.tolist() for row in rows],
-            "completion_mask": [row.supervised.astype(int).tolist() for row in rows],
+            "completion_mask": [row.is_target.astype(int).tolist() for row in rows],
         }
     )
     cpu = torch.device("cpu")

@@ -100,9 +100,9 @@ def at_first_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, change
 
 
 MOMENTS = {
-    "while it is cut": (shards, "_size"),
+    "while it is cut": (shards, "_count_characters"),
     "while it is tokenized": (FullTextEncoder, "documents"),
-    "after the last shard": (ShardBuilder, "make"),
+    "after the last shard": (ShardBuilder, "build"),
 }
 
 
@@ -125,8 +125,8 @@ def test_a_change_in_the_middle_is_refused_and_nothing_is_sealed(
         assert not list((tmp_path / "cache").rglob("shard-*"))  # nor kept for another start
     after = prepared(path)
     write(tmp_path / "other.jsonl", AFTER)
-    rows = [prepared(tmp_path / "other.jsonl").row(0).input_ids.tolist()]
-    assert [after.row(0).input_ids.tolist()] == rows
+    rows = [prepared(tmp_path / "other.jsonl").sequence(0).input_ids.tolist()]
+    assert [after.sequence(0).input_ids.tolist()] == rows
 
 
 def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, monkeypatch) -> None:
@@ -135,7 +135,7 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
     write(path, BEFORE)
     state = hash_cache.file_state(path)
     monkeypatch.setattr(hash_cache, "file_state", lambda path: state)
-    at_first_call(monkeypatch, ShardBuilder, "make", lambda: write(path, AFTER))
+    at_first_call(monkeypatch, ShardBuilder, "build", lambda: write(path, AFTER))
     with pytest.raises(UserError, match="the file changed while it was read"):
         prepared(path)
     assert not list((tmp_path / "cache").rglob("store.json"))
@@ -144,7 +144,7 @@ def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, m
 def test_a_removed_file_is_named(prepared, tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
-    at_first_call(monkeypatch, ShardBuilder, "make", path.unlink)
+    at_first_call(monkeypatch, ShardBuilder, "build", path.unlink)
     with pytest.raises(UserError, match=r"a\.jsonl: the file changed while it was read"):
         prepared(path)
 

@@ -38,7 +38,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("kind", ["dataset", "stream"])
 def test_both_ways_to_read_give_the_same(kind, request) -> None:
     found = request.getfixturevalue(kind)
-    assert isinstance(found._gatherer, NativeCollator)
+    assert isinstance(found._native_collator, NativeCollator)
     rows = np.random.default_rng(0).permutation(found.sequences_per_epoch)
     for start in range(0, len(rows), 3):
         some = rows[start : start + 3]
@@ -50,7 +50,7 @@ def test_few_shards_are_open_at_once(dataset, monkeypatch) -> None:
     monkeypatch.setattr(collate, "OPEN_SHARDS", 1)
     every = np.arange(dataset.sequences_per_epoch)
     assert same(dataset.read(every), collate_segments(dataset.gather(every)))
-    assert len(dataset._gatherer._open) == 1
+    assert len(dataset._native_collator._open) == 1
 
 
 def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> None:
@@ -62,10 +62,10 @@ def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> No
 
     fast = batches()
     monkeypatch.setattr(collate, "load_library", lambda *_: (None, "no C++ compiler"))
-    monkeypatch.setattr(collate, "_loops", collate._loops.__wrapped__)
-    del dataset.__dict__["_gatherer"]
+    monkeypatch.setattr(collate, "_load_library", collate._load_library.__wrapped__)
+    del dataset.__dict__["_native_collator"]
     slow = batches()
-    assert dataset._gatherer is None
+    assert dataset._native_collator is None
     for one, other in zip(fast, slow, strict=True):
         for name, value in vars(one).items():
             assert np.array_equal(value, getattr(other, name)), name
@@ -76,7 +76,7 @@ def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> No
 )
 def test_numbers_that_lead_elsewhere_are_refused(stream, field, value) -> None:
     store = stream.sources[0].store
-    store.pieces = store.pieces.copy()
-    store.pieces[field][0] = value
+    store.segments = store.segments.copy()
+    store.segments[field][0] = value
     with pytest.raises(UserError, match="damaged"):
         stream.read(np.array([0]))

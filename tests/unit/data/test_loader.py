@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dtrain.data.collate import CollatedBatch, collate_segments
 from dtrain.data.loader import NO_SEQUENCE, BatchCounts, Loader
 from dtrain.data.packing import Segments
-from dtrain.data.sampling import mix
+from dtrain.data.sampling import build_sampling_plan
 
 
 class Simulated:
@@ -24,7 +24,7 @@ class Simulated:
         replay: float | None = None,
     ) -> None:
         by_position = weights if isinstance(weights, dict) else {0: weights}
-        self.mix = mix(rows, by_position, ["s"] * len(rows), replay)
+        self.mix = build_sampling_plan(rows, by_position, ["s"] * len(rows), replay)
         self.sequences_per_epoch = self.mix.sequences_per_epoch
         self.rows_read = 0
 

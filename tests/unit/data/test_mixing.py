@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.core.errors import UserError
-from dtrain.data.sampling import MAX_PATTERN, SamplingPlan, mix, pattern_quotas
+from dtrain.data.sampling import MAX_PATTERN, SamplingPlan, build_sampling_plan, pattern_quotas
 
 sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
 seeds = st.integers(0, 2**63 - 1)
 
 
 def plain(rows: list[int]):
-    return mix(rows, {0: [None] * len(rows)}, [f"s{i}" for i in range(len(rows))])
+    return build_sampling_plan(rows, {0: [None] * len(rows)}, [f"s{i}" for i in range(len(rows))])
 
 
 @given(sizes, seeds, st.integers(0, 1000))
@@ -33,7 +33,7 @@ def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None
 def test_a_slice_is_the_same_alone_and_in_a_longer_one(rows, seed, a, b, c, weighted) -> None:
     start, middle, stop = sorted((a, b, c))
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
-    dataset = mix(rows, {0: weights}, ["s"] * len(rows))
+    dataset = build_sampling_plan(rows, {0: weights}, ["s"] * len(rows))
     whole = dataset.sequence_ids_at(np.arange(start, stop), seed)
     parts = [
         dataset.sequence_ids_at(np.arange(*ends), seed)
@@ -60,7 +60,7 @@ def test_shares_are_exact_in_each_phase_and_each_pass_holds_each_row_once(
 ) -> None:
     starts = np.cumsum([0, *(length for length, _ in phases)])
     weights = {int(a): [w / 10 for w in ws] for a, (_, ws) in zip(starts, phases, strict=False)}
-    dataset = mix(list(rows), weights, [*"abc"])
+    dataset = build_sampling_plan(list(rows), weights, [*"abc"])
     stream = dataset.sequence_ids_at(np.arange(starts[-1]), seed)
     for start, (length, ws) in zip(starts, phases, strict=False):
         found = sources_of(dataset, stream[start : start + length])[:, None] == np.arange(3)
@@ -83,7 +83,7 @@ def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
     sources, epochs, seed
 ) -> None:
     rows, weights = [n for n, _ in sources], [w for _, w in sources]
-    dataset = mix(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
+    dataset = build_sampling_plan(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
     heaviest = max(range(len(rows)), key=lambda i: (weights[i], rows[i]))
     stream = dataset.sequence_ids_at(np.arange(dataset.sequences_in_epochs(epochs)), seed)
     times = np.bincount(stream, minlength=sum(rows))
@@ -93,7 +93,9 @@ def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
 
 
 def test_shares_are_exact_far_away() -> None:
-    dataset = mix([10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"])
+    dataset = build_sampling_plan(
+        [10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"]
+    )
     positions = 10**12 + np.arange(4000)
     stream = dataset.sequence_ids_at(positions, 3)
     assert (stream < 10**12).sum() == 1000
@@ -105,7 +107,7 @@ def test_shares_are_exact_far_away() -> None:
 
 
 def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
-    dataset = mix([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
+    dataset = build_sampling_plan([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
     assert dataset.phases[0].quotas == (19, 1)
     assert dataset.sequences_per_epoch in (99, 100)  # the last row may be of the other source
     out = dataset.sequence_ids_at(np.arange(dataset.sequences_per_epoch), 3)
@@ -127,13 +129,13 @@ def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
 
 def test_a_weight_for_some_sources_only_is_refused() -> None:
     with pytest.raises(UserError, match=r"some have none: b\.jsonl") as error:
-        mix([1, 1], {0: [0.5, None]}, ["a.jsonl", "b.jsonl"])
+        build_sampling_plan([1, 1], {0: [0.5, None]}, ["a.jsonl", "b.jsonl"])
     assert "each source a weight" in error.value.fix
 
 
 def test_a_weight_too_small_to_ever_come_is_refused() -> None:
-    with pytest.raises(UserError, match="the weight of b is under one row in 4096"):
-        mix([1, 1], {0: [1.0, 1.2345e-6]}, ["a", "b"])
+    with pytest.raises(UserError, match="the weight of b is less than one sequence in 4096"):
+        build_sampling_plan([1, 1], {0: [1.0, 1.2345e-6]}, ["a", "b"])
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 40), seeds)
@@ -141,7 +143,9 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
     rows, percent, replayed, seed
 ) -> None:
     share = percent / 100
-    dataset = mix([*rows, replayed], {0: [None] * len(rows)}, [*"abcde"[: len(rows)], "r"], share)
+    dataset = build_sampling_plan(
+        [*rows, replayed], {0: [None] * len(rows)}, [*"abcde"[: len(rows)], "r"], share
+    )
     block = sum(dataset.phases[0].quotas)
     out = dataset.sequence_ids_at(np.arange(7 * block), seed)
     assert (out >= sum(rows)).sum() * 100 == 7 * block * percent
@@ -158,7 +162,7 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
 
 @given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
 def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed) -> None:
-    dataset = mix(
+    dataset = build_sampling_plan(
         [*rows, replayed], {0: [None] * len(rows)}, ["s"] * len(rows) + ["r"], percent / 100
     )
     epochs = 3
@@ -172,7 +176,7 @@ def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed
 
 
 def test_replay_beside_weights_leaves_their_proportions() -> None:
-    dataset = mix([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
+    dataset = build_sampling_plan([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
     assert dataset.phases[0].quotas == (3, 1, 1)
-    with pytest.raises(UserError, match="the weight of r is under one row"):
-        mix([1, 1], {0: [None]}, ["a", "r"], 1e-7)
+    with pytest.raises(UserError, match="the weight of r is less than one sequence"):
+        build_sampling_plan([1, 1], {0: [None]}, ["a", "r"], 1e-7)

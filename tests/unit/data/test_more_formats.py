@@ -283,8 +283,8 @@ class TestBroken:
 
 def test_train_on_last_has_loss_on_the_last_answer_only(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [{"messages": [ASKED, SAID, ASKED, {**SAID, "content": "c"}]}])
-    row = prepared("sft", [{"path": path}], sequence_length=256, train_on="last").row(0)
-    assert tokenizer.decode(row.input_ids[row.supervised]) == "c<|im_end|>"
+    row = prepared("sft", [{"path": path}], sequence_length=256, train_on="last").sequence(0)
+    assert tokenizer.decode(row.input_ids[row.is_target]) == "c<|im_end|>"
 
 
 def test_what_is_advised_for_preferences_can_be_done(prepared, write_rows) -> None:

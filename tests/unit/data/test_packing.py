@@ -36,14 +36,14 @@ def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
 def tokens_of(plan: PackingPlan) -> list[tuple[int, int]]:
     return [
         (int(document), token)
-        for document, start, size in plan.pieces.tolist()
+        for document, start, size in plan.segments.tolist()
         for token in range(start, start + size)
     ]
 
 
 def row_sizes(plan: PackingPlan) -> list[int]:
-    sizes = plan.pieces["tokens"].tolist()
-    return [sum(sizes[a:b]) for a, b in zip(plan.rows[:-1], plan.rows[1:], strict=True)]
+    sizes = plan.segments["tokens"].tolist()
+    return [sum(sizes[a:b]) for a, b in zip(plan.sequences[:-1], plan.sequences[1:], strict=True)]
 
 
 @given(short)
@@ -56,8 +56,8 @@ def test_rows_are_those_of_the_textbook(lengths: np.ndarray) -> None:
 @given(short)
 def test_whole_documents_each_in_one_row(lengths: np.ndarray) -> None:
     plan = pack_whole(lengths, CAPACITY)
-    assert sorted(plan.pieces["document"].tolist()) == list(range(lengths.size))
-    assert plan.pieces["tokens"].tolist() == lengths[plan.pieces["document"]].tolist()
+    assert sorted(plan.segments["document"].tolist()) == list(range(lengths.size))
+    assert plan.segments["tokens"].tolist() == lengths[plan.segments["document"]].tolist()
     assert all(0 < size <= CAPACITY for size in row_sizes(plan))
 
 
@@ -73,14 +73,14 @@ def test_a_stream_keeps_every_token_in_order_in_full_rows(lengths: np.ndarray) -
 def test_unpacked_rows_hold_one_document_and_lose_nothing(lengths: np.ndarray) -> None:
     plan = pack_one_document(lengths, CAPACITY)
     assert tokens_of(plan) == [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
-    assert set(np.diff(plan.rows).tolist()) <= {1}
+    assert set(np.diff(plan.sequences).tolist()) <= {1}
     assert all(size <= CAPACITY for size in row_sizes(plan))
 
 
 @given(short, st.randoms())
 def test_dropped_rows_take_their_pieces_along(lengths: np.ndarray, random) -> None:
     plan = pack_whole(lengths, CAPACITY)
-    keep = np.array([random.random() < 0.5 for _ in range(plan.rows.size - 1)], dtype=bool)
+    keep = np.array([random.random() < 0.5 for _ in range(plan.sequences.size - 1)], dtype=bool)
     sizes = [size for size, kept in zip(row_sizes(plan), keep, strict=True) if kept]
     assert row_sizes(keep_sequences(plan, keep)) == sizes
 

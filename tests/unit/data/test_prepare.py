@@ -31,7 +31,7 @@ def conversation(question: str, *answers: str) -> dict:
 
 
 def all_rows(dataset):
-    return [dataset.row(number) for number in range(sum(dataset.mix.rows))]
+    return [dataset.sequence(number) for number in range(sum(dataset.sampling.sequences))]
 
 
 def documents(dataset):
@@ -40,7 +40,7 @@ def documents(dataset):
         start = 0
         for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
             piece = slice(start, start + length)
-            yield place, row.input_ids[piece].tolist(), row.supervised[piece].tolist()
+            yield place, row.input_ids[piece].tolist(), row.is_target[piece].tolist()
             start += length
 
 
@@ -71,7 +71,7 @@ def test_cpt_keeps_every_token_and_its_end(prepared, write_rows, tokenizer) -> N
     assert tokenizer.decode(stream) == "<|endoftext|>".join([*texts, ""])
     for row in rows:
         starts = np.cumsum(row.lengths) - row.lengths
-        assert np.flatnonzero(~row.supervised).tolist() == starts.tolist()
+        assert np.flatnonzero(~row.is_target).tolist() == starts.tolist()
 
 
 def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> None:
@@ -79,7 +79,7 @@ def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> No
     dataset = prepared("cpt", [{"path": path, "format": "alpaca"}])
     (row,) = all_rows(dataset)
     assert tokenizer.decode(row.input_ids).endswith("Me.<|im_end|>\n<|endoftext|>")
-    assert row.supervised[1:].all()
+    assert row.is_target[1:].all()
 
 
 def test_a_tokenizer_that_adds_its_own_begin_keeps_it(prepared, write_rows, make_tokenizer) -> None:
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_adds_its_own_begin_keeps_it(prepared, write_rows, make
     from_llama.backend_tokenizer.post_processor = begin_processor(begin)
     path = write_rows("a.jsonl", [{"text": "fox"}])
     dataset = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=from_llama)
-    ids = dataset.row(0).input_ids.tolist()
+    ids = dataset.sequence(0).input_ids.tolist()
     assert (ids[0], ids[-1]) == (begin, from_llama.eos_token_id)
     assert ids.count(begin) == 1
 
@@ -135,7 +135,7 @@ def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
     assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(dataset)) == ["1", "2"]
     assert {len(ids) for place, ids, _ in documents(dataset) if place.endswith(":2")} == {80}
     told = dataset.describe()
-    assert "2 cut at the end of a sequence" in told
+    assert "2 truncated to a sequence" in told
     assert "1 left out, no answer in them" in told
 
 
@@ -155,7 +155,9 @@ def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
     rows = [{"messages": [{"role": "user", "content": "Anyone?"}]}] * 3
     path = write_rows("a.jsonl", rows)
     for _ in range(2):  # the second time too, although shards are there
-        with pytest.raises(UserError, match=r"nothing to learn in it: .* 3 without an answer"):
+        with pytest.raises(
+            UserError, match=r"no trainable tokens in this source: .* 3 without an answer"
+        ):
             prepared("sft", [{"path": path, "format": "messages"}])
     assert not list(Path(path).parent.rglob("store.json"))
 
@@ -188,7 +190,7 @@ def test_a_tokenizer_without_template_is_refused(prepared, write_rows, make_toke
     with pytest.raises(UserError, match="no chat template"):
         prepared("sft", [source], tokenizer=make_tokenizer(None))
     base = prepared("sft", [source], tokenizer=make_tokenizer(None), template="instruction")
-    assert base.row(0).supervised.any()
+    assert base.sequence(0).is_target.any()
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(prepared, write_rows, make_tokenizer) -> None:
@@ -201,7 +203,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(prepared, write_rows, make_t
 def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
     dataset = prepared("cpt", [{"path": path, "format": "text"}])
-    largest = max(dataset.row(0).input_ids.tolist())
+    largest = max(dataset.sequence(0).input_ids.tolist())
     check_vocabulary(dataset, largest + 1)
     with pytest.raises(UserError, match=f"token id {largest} is beyond the model's vocabulary"):
         check_vocabulary(dataset, largest)
@@ -224,7 +226,7 @@ def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
     numbers = np.arange(len(rows))[::-1]
     assert dataset.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
     targets = [dataset.counts(numbers[[n]]).supervised_tokens for n in range(len(rows))]
-    assert targets == [r.supervised.sum() for r in rows[::-1]]
+    assert targets == [r.is_target.sum() for r in rows[::-1]]
     examples = [dataset.counts(numbers[[n]]).examples for n in range(len(rows))]
     assert examples == [len(r.documents) for r in rows[::-1]]
     assert rows[-1].documents == [f"{few}:1"]
@@ -250,7 +252,7 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
         assert tuple(totals) == astuple(loader.counts(step))
         (batch,) = loader.micro_batches(step, 0, 1, 8)
         numbers = loader.batch(step).tolist()
-        ids = np.concatenate([mixed.row(number).input_ids for number in numbers])
+        ids = np.concatenate([mixed.sequence(number).input_ids for number in numbers])
         assert batch.input_ids[0].tolist() == ids.tolist()
     assert Loader(plain, seed=3, global_batch=8, total_sequences=8).counts_by_source(0) != {}
 
@@ -327,7 +329,7 @@ class TestFingerprint:
         again = prepared("sft", [moved])
         assert again.fingerprint == first
         assert len(list((tmp_path / "cache").rglob("store.json"))) == 1
-        assert again.row(0).documents[0].startswith(str(tmp_path / "b"))
+        assert again.sequence(0).documents[0].startswith(str(tmp_path / "b"))
 
     def test_other_content_is_other_data(self, prepared, source, write_rows) -> None:
         first = prepared("sft", [source]).fingerprint

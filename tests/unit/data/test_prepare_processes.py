@@ -101,8 +101,8 @@ def last_words(process: subprocess.Popen) -> list[str]:
 
 
 def contents(dataset) -> list:
-    rows = [dataset.row(number) for number in range(dataset.sequences_per_epoch)]
-    return [(r.input_ids.tolist(), r.supervised.tolist(), r.documents) for r in rows]
+    rows = [dataset.sequence(number) for number in range(dataset.sequences_per_epoch)]
+    return [(r.input_ids.tolist(), r.is_target.tolist(), r.documents) for r in rows]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])

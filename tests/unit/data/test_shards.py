@@ -98,7 +98,7 @@ def hold(folder: Path, shard: int):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        ShardLocks(folder / shards.CLAIMS_FILE).acquire(shard)
+        ShardLocks(folder / shards.LOCKS_FILE).acquire(shard)
         os.write(writer, b"x")
         signal.pause()
     os.read(reader, 1)

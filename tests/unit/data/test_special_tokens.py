@@ -40,12 +40,15 @@ def talk(question: str, answer: str) -> dict[str, Any]:
 
 
 def ids_of(dataset) -> list[list[int]]:
-    return [dataset.row(number).input_ids.tolist() for number in range(sum(dataset.mix.rows))]
+    return [
+        dataset.sequence(number).input_ids.tolist()
+        for number in range(sum(dataset.sampling.sequences))
+    ]
 
 
 def learned(dataset, tokenizer) -> list[str]:
-    rows = [dataset.row(number) for number in range(sum(dataset.mix.rows))]
-    return [tokenizer.decode(row.input_ids[row.supervised].tolist()) for row in rows]
+    rows = [dataset.sequence(number) for number in range(sum(dataset.sampling.sequences))]
+    return [tokenizer.decode(row.input_ids[row.is_target].tolist()) for row in rows]
 
 
 def specials(tokenizer, ids: list[int]) -> list[str]:

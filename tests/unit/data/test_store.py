@@ -27,7 +27,7 @@ def test_a_store_verifies_itself_and_lists_hashes_as_b3sum_does(folder) -> None:
     assert sorted((folder / "B3SUMS").read_text().splitlines()) == sorted(lines)
 
 
-@pytest.mark.parametrize("name", ["rows.npy", "pieces.npy", "B3SUMS"])
+@pytest.mark.parametrize("name", ["sequences.npy", "segments.npy", "B3SUMS"])
 def test_a_plan_that_lost_bytes_does_not_open(folder, name) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
@@ -41,13 +41,13 @@ def test_a_shard_that_is_gone_or_short_is_not_read(folder) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data[:100])
     with pytest.raises(UserError, match=r"shard-00000\.arrow: .* 100 bytes instead of"):
-        Store(folder).row(0)
+        Store(folder).sequence(0)
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00000\.arrow: .* it is missing"):
-        Store(folder).row(0)
+        Store(folder).sequence(0)
 
 
-@pytest.mark.parametrize("name", ["rows.npy", "shard-00000.arrow", "B3SUMS"])
+@pytest.mark.parametrize("name", ["sequences.npy", "shard-00000.arrow", "B3SUMS"])
 def test_one_flipped_bit_is_found_by_verify(folder, name) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -75,7 +75,7 @@ def test_a_manifest_of_another_version_does_not_open(folder, key) -> None:
 def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None:
     monkeypatch.setattr(module, "map_shard", pytest.fail)
     store = Store(folder)
-    for array in (store.pieces, store.sequence_offsets, store.sequence_tokens, store.shards):
+    for array in (store.segments, store.sequence_offsets, store.sequence_tokens, store.shards):
         assert isinstance(array.base, np.memmap)
 
 
@@ -83,27 +83,27 @@ def test_a_store_of_1e9_rows_opens_without_reading_them(folder) -> None:
     """The plan of a huge store, as sparse files: opening may not touch what it does not need."""
     manifest = read_sealed(folder / "store.json")
     rows = 10**9
-    kinds = {"pieces.npy": SEGMENT, "rows.npy": "<i8", "sequence_tokens.npy": "<i4"}
+    kinds = {"segments.npy": SEGMENT, "sequences.npy": "<i8", "sequence_tokens.npy": "<i4"}
     for name, kind in {
         **kinds,
         "sequence_targets.npy": "<i4",
         "sequence_examples.npy": "<i4",
     }.items():
         array = np.lib.format.open_memmap(
-            folder / name, mode="w+", dtype=kind, shape=(rows + (name == "rows.npy"),)
+            folder / name, mode="w+", dtype=kind, shape=(rows + (name == "sequences.npy"),)
         )
-        if name == "rows.npy":
+        if name == "sequences.npy":
             array[rows - 1 :] = [rows - 1, rows]
-        elif name == "pieces.npy":
+        elif name == "segments.npy":
             array[rows - 1] = (3, 0, 20)
         else:
             array[rows - 1] = 20
         del array
         manifest["files"][name]["bytes"] = (folder / name).stat().st_size
-    write_sealed(folder / "store.json", {**manifest, "rows": rows})
+    write_sealed(folder / "store.json", {**manifest, "sequences": rows})
     before = resident_bytes()
     store = Store(folder)
-    assert store.row(rows - 1).numbers == [4]
+    assert store.sequence(rows - 1).row_numbers == [4]
     assert resident_bytes() - before < 16 << 20
 
 

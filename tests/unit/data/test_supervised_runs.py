@@ -75,7 +75,7 @@ def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
     def documents():
         own = AnswerEncoder(tokenizer, template, 999, "fail", parts)
         made = own.documents(records, Counter())
-        return [(one.tokens.tolist(), one.runs.tolist()) for one in made]
+        return [(one.tokens.tolist(), one.target_runs.tolist()) for one in made]
 
     quick = documents()
     monkeypatch.setattr(TokenByteLengths, "of", lambda tokenizer: None)

@@ -16,9 +16,9 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.models.packing_probe import Layout
 from dtrain.pipeline.stage_inputs import (
+    check_layout,
     check_same_on_all_ranks,
-    layout_of,
-    one_document_each,
+    limit_micro_batches,
     prepare_inputs,
 )
 
@@ -68,7 +68,9 @@ def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path)
     check_same_on_all_ranks(first, world)
     recipe["stages"][1]["data"]["sequence_length"] = 96
     other = prepare_inputs(Recipe.model_validate(recipe))
-    with pytest.raises(UserError, match=r"stages\.task\.data: rank 1 reads something else"):
+    with pytest.raises(
+        UserError, match=r"stages\.task\.data: rank 1 reads other content than rank 0"
+    ):
         check_same_on_all_ranks(other, world)
     with pytest.raises(UserError, match=r"model\.base: rank 1 reads"):
         check_same_on_all_ranks(replace(first, base_fingerprint="another"), world)
@@ -83,16 +85,16 @@ def test_packing_what_would_mix_is_refused_at_each_key() -> None:
     recipe["stages"][1]["data"]["packing"] = False
     recipe["evaluation"]["sets"]["task"]["packing"] = False
     with pytest.raises(UserError, match="'opt' cannot be packed: its predictions") as error:
-        layout_of(Recipe.model_validate(recipe), mixing)
+        check_layout(Recipe.model_validate(recipe), mixing)
     assert error.value.where == "stages.domain.data.packing, evaluation.sets.domain.packing"
     assert "packing: false" in error.value.fix
     recipe["stages"][0]["data"]["packing"] = False
     recipe["evaluation"]["sets"]["domain"]["packing"] = False
-    assert not layout_of(Recipe.model_validate(recipe), mixing).packed
+    assert not check_layout(Recipe.model_validate(recipe), mixing).packed
 
 
 def test_a_model_that_is_not_packed_computes_one_sequence_at_once() -> None:
     recipe = load_recipe("tiny", ["stages.task.train.micro_batch_size=2"])
-    assert one_document_each(recipe, Layout(packed=True)) == recipe
-    alone = one_document_each(recipe, Layout(packed=False, reason="of a test"))
+    assert limit_micro_batches(recipe, Layout(packed=True)) == recipe
+    alone = limit_micro_batches(recipe, Layout(packed=False, reason="of a test"))
     assert [stage.train.micro_batch for stage in alone.stages] == [1, 1]
