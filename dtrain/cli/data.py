@@ -175,9 +175,9 @@ def _scan(
 
 def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -> Iterator[Text]:
     from dtrain.data.show import sequences
-    from dtrain.pipeline.data_inspection import stage_mixture
+    from dtrain.pipeline.data_inspection import stage_dataset
 
-    dataset, tokenizer = stage_mixture(recipe, stage)
+    dataset, tokenizer = stage_dataset(recipe, stage)
     yield from sequences(dataset, tokenizer, recipe.seed, count, color)
 
 

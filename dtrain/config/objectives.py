@@ -14,9 +14,9 @@ ObjectiveKind = Literal["cpt", "sft"]
 RowFormat = Literal[
     "text", "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "kto"
 ]
-RowContent = Literal["text", "conversation", "preference", "labeled answer"]
+ContentKind = Literal["text", "conversation", "preference", "labeled answer"]
 
-CONTENT: dict[str, RowContent] = {
+CONTENT: dict[str, ContentKind] = {
     "text": "text",
     "alpaca": "conversation",
     "messages": "conversation",
@@ -43,7 +43,7 @@ class ObjectiveTraits:
     title: str
     implementation: str
     description: str
-    contents: frozenset[RowContent]
+    contents: frozenset[ContentKind]
     trains_on_answers: bool
 
 
@@ -66,7 +66,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
 KINDS_HELP = "; ".join(f"{kind}: {traits.description}" for kind, traits in OBJECTIVES.items())
 
 # Why rows of this content do not suit another objective, and what to do about it.
-_MISMATCH: dict[RowContent, tuple[str, str]] = {
+_MISMATCH: dict[ContentKind, tuple[str, str]] = {
     "text": ("plain text has no answers", "kind=cpt, or format=alpaca or messages"),
     "conversation": (
         "a conversation has one answer, not two to compare",

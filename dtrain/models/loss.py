@@ -43,8 +43,8 @@ def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
 
     Args:
         model: wrapped by an engine or not.
-        micro_batch: input_ids and position_ids [1, T], target_positions [K]; without position ids it is one
-            document, which the model computes by itself.
+        micro_batch: input_ids and position_ids [1, T], target_positions [K]; without position ids
+            it is a single document, which the model computes by itself.
     """
     inner = _transformers_model(model)
     if _takes_positions(inner):

@@ -1,4 +1,4 @@
-"""What the verbs that look at data need of a recipe: its tokenizer, its rows, its held-out sets."""
+"""Tokenizer, rows and held-out sets of a recipe, for the commands that inspect data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Source, Stage
-from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import ChatTemplate, resolve_template
@@ -29,40 +28,44 @@ from dtrain.data_quality.scan_result import ScanResult
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
-from dtrain.pipeline.stage_inputs import samples_of
+from dtrain.pipeline.stage_inputs import samples_of, store_folder
 from dtrain.samples.make import ensure
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; the recipe's samples are made first.
+    """Load the base's tokenizer, after creating the recipe's samples.
 
     Raises:
-        UserError: the base cannot be had.
+        UserError: the base cannot be found or downloaded.
     """
     for name in sorted(samples_of(recipe)):
         ensure(name)
     return load_tokenizer(base_folder(recipe.model.base), recipe.model.trust_remote_code)
 
 
-def stage_mixture(recipe: Recipe, stage: Stage) -> tuple[PackedDataset, PreTrainedTokenizerBase]:
-    """A stage's prepared data, as training opens it.
+def stage_dataset(recipe: Recipe, stage: Stage) -> tuple[PackedDataset, PreTrainedTokenizerBase]:
+    """Open a stage's prepared data, as training does.
 
     Raises:
         UserError: base or data cannot be used.
     """
     tokenizer = recipe_tokenizer(recipe)
-    mark = tokenizer_fingerprint(tokenizer)
-    batch, folder = stage.train.global_batch_size, cache_folder() / "stores"
-    spec = build_objective(stage).dataset
-    dataset = prepare(stage.data, spec, tokenizer, mark, folder, global_batch=batch)
+    dataset = prepare(
+        stage.data,
+        build_objective(stage).dataset,
+        tokenizer,
+        tokenizer_fingerprint(tokenizer),
+        store_folder(),
+        global_batch=stage.train.global_batch_size,
+    )
     return dataset, tokenizer
 
 
 def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> ScanResult:
-    """Scan a stage's rows, against the recipe's held-out sets, in tokens of its base.
+    """Scan a stage's rows against the recipe's held-out sets, and count tokens of its base.
 
     Raises:
-        UserError: base or data cannot be had at all; rows that are wrong are findings.
+        UserError: base or data cannot be read at all; bad rows are findings.
     """
     train_on = stage.data.train_on if OBJECTIVES[stage.kind].trains_on_answers else ""
     data, tokenizer = stage.data, recipe_tokenizer(recipe)
@@ -82,22 +85,23 @@ def scan_path(path: str, against: list[str], processes: int) -> ScanResult:
     Raises:
         UserError: there is nothing to read.
     """
-    held = [Source(path=address) for address in against]
-    return scan([open_source(Source(path=path))], held_out=index_sources(held), processes=processes)
+    held_out = index_sources([Source(path=address) for address in against])
+    return scan([open_source(Source(path=path))], held_out=held_out, processes=processes)
 
 
 def held_out_of(recipe: Recipe) -> HeldOutIndex | None:
-    """An index of a recipe's evaluation sets and questions; None without any."""
-    held = [source for one in recipe.evaluation.sets.values() for source in one.sources]
+    """Build an index of a recipe's evaluation sets and questions; None if there are none."""
+    sources = [source for data in recipe.evaluation.sets.values() for source in data.sources]
     if recipe.evaluation.questions:
         columns = {"instruction": "question", "output": "answer"}
         path = recipe.evaluation.questions.path
-        held.append(Source.model_validate({"path": path, "format": "alpaca", "columns": columns}))
-    return index_sources(held)
+        source = {"path": path, "format": "alpaca", "columns": columns}
+        sources.append(Source.model_validate(source))
+    return index_sources(sources)
 
 
 def index_sources(sources: list[Source]) -> HeldOutIndex | None:
-    """An index of the rows of held-out sources; None without any."""
+    """Build an index of the rows of held-out sources; None if there are none."""
 
     def texts() -> Iterator[tuple[str, RowText]]:
         for source in sources:
@@ -110,11 +114,11 @@ def index_sources(sources: list[Source]) -> HeldOutIndex | None:
 
 
 class TokenCounter:
-    """Renders, checks and tokenises rows, and keeps only how many tokens came out.
+    """Renders, checks and tokenizes rows, and keeps only the number of tokens.
 
     Attributes:
-        reasons: of the last batch, why the template refuses a row, by its number.
-        counts: of all batches, what `tokenise.notes` puts into words.
+        reasons: why the template rejects a row of the last batch, by the row's index.
+        counts: of all batches, for `tokenize.notes`.
     """
 
     def __init__(
@@ -124,10 +128,9 @@ class TokenCounter:
         train_on: str = "all",
         split_special_tokens: bool = True,
     ) -> None:
-        """Count with the recipe's settings; `train_on` is "" where every token is learned.
+        """Count with the recipe's settings; `train_on` is "" if every token is a target.
 
-        Raises:
-            UserError: there is no such template, and a conversation comes (see `__call__`).
+        The template is resolved at the first conversation, which may raise a UserError then.
         """
         self.tokenizer, self.setting, self.train_on = tokenizer, template, train_on
         self.template: ChatTemplate | None = None
@@ -136,7 +139,7 @@ class TokenCounter:
         self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
 
     def __call__(self, values: list[RowContent]) -> NDArray[np.int32]:
-        """Tokens of each row, REJECTED where the template does not take it."""
+        """Return tokens of each row, REJECTED if the template rejects it."""
         self.reasons = {}
         texts = [self._text(number, value) for number, value in enumerate(values)]
         known = [text for text in texts if text is not None]
@@ -151,8 +154,8 @@ class TokenCounter:
 
     def _split(self, number: int, value: RowContent, text: str) -> int:
         """Tokens of a row whose special tokens are encoded as plain text."""
-        own = (value.chosen or value.rejected) if isinstance(value, Preference) else value
-        hidden = self.special_tokens.hidden(own)
+        shown = (value.chosen or value.rejected) if isinstance(value, Preference) else value
+        hidden = self.special_tokens.hidden(shown)
         try:
             if isinstance(hidden, Conversation):
                 assert self.template is not None

@@ -1,4 +1,4 @@
-"""evaluation.json: held-out losses of the base and after each stage, and questions answered."""
+"""Write evaluation.json: held-out losses of the base and after each stage, and answers."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ BASE = "base"
 
 
 class Evaluations:
-    """What was measured of a run's models so far; every rank measures, the first one writes."""
+    """Measurements of a run's models; every rank measures, the first one writes the file."""
 
     def __init__(
         self, run: Path, recipe: Recipe, sets: dict[str, PackedDataset], layout: Layout
     ) -> None:
         self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
         self.layout = layout
-        marks = {name: dataset.fingerprint for name, dataset in sets.items()}
-        self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": marks}
+        fingerprints = {name: dataset.fingerprint for name, dataset in sets.items()}
+        self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": fingerprints}
         known = read_json(self.path) if self.path.exists() else {}
-        if known.get("sets") == marks:  # losses on other rows cannot be compared
+        if known.get("sets") == fingerprints:  # losses on other rows cannot be compared
             self.known = known
 
     def wants_base(self) -> bool:
-        """Whether the untrained base was not measured yet."""
+        """Whether the untrained base is still to be measured."""
         return bool(self.sets) and BASE not in self.known["models"]
 
     def record_base(self, engine: Engine, base: Path) -> None:
-        """Measure the base: a fresh adapter changes nothing yet."""
+        """Measure the base, with a fresh adapter that does not change its output."""
         self.record(BASE, engine, base)
 
     def held_out_sets(self, engine: Engine, base: Path) -> dict[str, HeldOutSet]:
@@ -59,7 +59,7 @@ class Evaluations:
         return sets
 
     def record(self, model: str, engine: Engine, base: Path) -> None:
-        """Measure every set with the engine's model as it is now.
+        """Measure every set with the engine's current model.
 
         Args:
             model: its name in the file.
@@ -67,8 +67,8 @@ class Evaluations:
         """
         if not self.sets:
             return
-        rows = sum(m.sequences_per_epoch for m in self.sets.values())
-        with progress(f"held-out loss, {model}", rows) as bar:
+        total = sum(dataset.sequences_per_epoch for dataset in self.sets.values())
+        with progress(f"held-out loss, {model}", total) as bar:
             for name, held_out in self.held_out_sets(engine, base).items():
                 metrics = evaluate(engine, held_out)
                 loss = metrics.pop("loss")
@@ -83,16 +83,16 @@ class Evaluations:
         self.write(engine.world)
 
     def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
-        """Let base and final model answer the recipe's questions (first rank).
+        """Answer the recipe's questions with the base and the final model, on the first rank.
 
         Args:
             identity: of the final model.
         """
-        wanted = self.recipe.evaluation.questions
-        if wanted is None or not world.is_first:
+        questions = self.recipe.evaluation.questions
+        if questions is None or not world.is_first:
             return
-        rows = read_questions(local_path(wanted.path), wanted.count)
-        answered = {"model": identity, "questions": rows, "tokens": wanted.max_new_tokens}
+        rows = read_questions(local_path(questions.path), questions.count)
+        answered = {"model": identity, "questions": rows, "tokens": questions.max_new_tokens}
         if self.known.get("answered") == answered:
             return
         with progress("answers", 2 * len(rows)) as bar:
@@ -105,10 +105,10 @@ class Evaluations:
         self.write(world)
 
     def ask(self, folder: Path, rows: list[dict[str, str]], world: World, bar: Meter) -> list[str]:
-        """A model's answers, asked in the template that the recipe trains with.
+        """Return a model's answers, with the chat template that the recipe trains with.
 
-        On GPUs the model is spread over those of this node, so that a 70B model needs no engine
-        for three questions.
+        The model is spread over the node's GPUs, so that a 70B model needs no engine for a few
+        questions.
         """
         questions = self.recipe.evaluation.questions
         assert questions is not None
@@ -121,13 +121,13 @@ class Evaluations:
         return answers
 
     def write(self, world: World) -> None:
-        """Write the file (first rank)."""
+        """Write the file, on the first rank."""
         if world.is_first:
             write_json(self.path, finite(self.known))
 
 
 def held_out_loader(dataset: PackedDataset, engine: Engine, layout: Layout) -> Loader:
-    """All rows of a held-out set once, in batches that every rank takes an equal part of."""
+    """Build a loader of all sequences of a held-out set, in batches that ranks share equally."""
     batch = engine.world.size * engine.stage.train.micro_batch
     return Loader(
         dataset,
@@ -139,7 +139,7 @@ def held_out_loader(dataset: PackedDataset, engine: Engine, layout: Layout) -> L
 
 
 def read_questions(path: Path, count: int) -> list[dict[str, str]]:
-    """The first `count` questions of a JSON-lines file.
+    """Read the first `count` questions of a JSON-lines file.
 
     Raises:
         UserError: it cannot be read or is empty, or a line lacks `question` or `answer`.
@@ -151,7 +151,7 @@ def read_questions(path: Path, count: int) -> list[dict[str, str]]:
             error.message, where=f"evaluation.questions.path: {error.where}", fix=error.fix
         ) from error
     if not any(lines):
-        raise UserError("holds no question", where=f"evaluation.questions.path: {path}")
+        raise UserError("the file has no questions", where=f"evaluation.questions.path: {path}")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

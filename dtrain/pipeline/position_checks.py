@@ -1,4 +1,4 @@
-"""Whether the base can place the documents of a run, and what it answers."""
+"""Check that the base has enough positions for the documents and questions of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtrain.planning.known_models import trained_positions
 from dtrain.serving.generator import answering_template
 from dtrain.serving.run_models import template_of
 
-# Where it is said in the recipe, what is placed, its tokens, what to do if that is too many.
+# Recipe key, description, tokens, and the fix if there are too many.
 Length = tuple[str, str, int, str]
 
 
@@ -28,27 +28,27 @@ def check_positions(
     tokenizer: PreTrainedTokenizerBase,
     datasets: dict[str, PackedDataset],
 ) -> None:
-    """Check that the base places all that is trained, measured and asked.
+    """Check that the base has a position for every token that is trained, evaluated or asked.
 
-    Of a packed row it is each document that counts, not the row.
+    In a packed sequence, each document counts by itself.
 
     Args:
-        mixtures: prepared data, by the key of the recipe.
+        datasets: prepared data, by the key of the recipe.
 
     Raises:
-        UserError: positions are learned, or of a fixed number, and there are too few.
+        UserError: the number of positions is fixed and too small.
     """
     lengths = [*_documents(datasets), *_questions(recipe, tokenizer)]
     longest = max(tokens for _, _, tokens, _ in lengths)
     limit = position_limit(config, longest, recipe.model.trust_remote_code)
     known = trained_positions(config.get_text_config(decoder=True).to_dict())
-    for where, what, tokens, fix in lengths:
+    for where, description, tokens, fix in lengths:
         if limit is not None and tokens > limit:
-            short = f"{what}, but the model has {limit:,} positions"
-            raise UserError(short, where=where, fix=fix.format(limit))
+            message = f"{description}, but the model has {limit:,} positions"
+            raise UserError(message, where=where, fix=fix.format(limit))
         if limit is None and known is not None and tokens > known:
             warn(
-                f"{where}: {what}, but the model was trained for {known:,} positions "
+                f"{where}: {description}, but the model was trained for {known:,} positions "
                 f"(max_position_embeddings), and its config scales no rope beyond them"
             )
 
@@ -56,12 +56,14 @@ def check_positions(
 def _documents(datasets: dict[str, PackedDataset]) -> Iterator[Length]:
     for key, dataset in datasets.items():
         longest = dataset.longest_segment
-        what = f"a document of {longest:,} tokens (sequence_length {dataset.sequence_length})"
-        yield key, what, longest, "sequence_length: {} or less"
+        description = (
+            f"a document of {longest:,} tokens (sequence_length {dataset.sequence_length})"
+        )
+        yield key, description, longest, "sequence_length: {} or less"
 
 
 def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Length]:
-    """The longest question of the report, with its answer."""
+    """The longest question, with its answer."""
     questions = recipe.evaluation.questions
     if questions is None:
         return
@@ -73,6 +75,6 @@ def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[L
     ]
     prompt = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
     answer = f"an answer of max_new_tokens {questions.max_new_tokens}"
-    what = f"a question of {prompt:,} tokens and {answer}"
+    description = f"a question of {prompt:,} tokens and {answer}"
     tokens = prompt + questions.max_new_tokens
-    yield "evaluation.questions", what, tokens, "shorter questions, or less max_new_tokens"
+    yield "evaluation.questions", description, tokens, "shorter questions, or fewer max_new_tokens"

@@ -73,7 +73,7 @@ def seen(loader: Loader, step: int, ranks: int, micro_batch: int) -> list[tuple[
     micro_batch=st.integers(1, 5),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_ranks_and_micro_batches_change_nothing(
+def test_stream_is_independent_of_ranks_and_micro_batches(
     rows, weighted, global_batch, ranks, micro_batch, seed
 ) -> None:
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
@@ -99,7 +99,7 @@ def test_ranks_and_micro_batches_change_nothing(
     seed=st.integers(0, 2**63 - 1),
     data=st.data(),
 )
-def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
+def test_stream_with_replay_is_independent_of_ranks_and_first_step(
     rows, percent, weighted, changes_after, global_batch, ranks, seed, data
 ) -> None:
     weights = {0: [float(i + 1) if weighted else None for i in range(len(rows) - 1)]}
@@ -122,7 +122,7 @@ def test_with_replay_any_ranks_see_the_same_stream_from_any_step_on(
         assert all(sorted(own[i : i + n]) == list(range(n)) for i in range(0, len(own) - n + 1, n))
 
 
-def test_1024_ranks_share_a_batch_of_a_mixture() -> None:
+def test_1024_ranks_share_a_batch_of_weighted_sources() -> None:
     dataset = Simulated([900, 700], {0: [0.75, 0.25], 1024: [0.25, 0.75]})
     loader = Loader(dataset, seed=1, global_batch=1024, total_sequences=1500)
     stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
@@ -139,14 +139,14 @@ def test_1024_ranks_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8, 1024])
-def test_every_rank_has_as_many_micro_batches(ranks: int) -> None:
+def test_every_rank_has_the_same_number_of_micro_batches(ranks: int) -> None:
     loader = Loader(Simulated([50], [None]), seed=0, global_batch=16, total_sequences=35)
     for step in range(loader.steps):
         counts = {len(list(loader.micro_batches(step, r, ranks, 3))) for r in range(min(ranks, 20))}
         assert len(counts) == 1
 
 
-def test_a_step_far_away_is_had_at_once_and_alone() -> None:
+def test_a_distant_step_is_computed_directly() -> None:
     dataset = Simulated([10**12], [None])
     loader = Loader(dataset, seed=5, global_batch=8, total_sequences=10**13)
     late = seen(loader, 10**12, 2, 2)
@@ -156,14 +156,14 @@ def test_a_step_far_away_is_had_at_once_and_alone() -> None:
     assert seen(again, 10**12, 4, 1) == late
 
 
-def test_batches_cross_the_edge_of_an_epoch() -> None:
+def test_batches_span_the_end_of_an_epoch() -> None:
     loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=20)
     rows = np.concatenate([loader.batch(step) for step in range(loader.steps)])
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10].tolist() != rows[10:].tolist()
 
 
-def test_the_last_short_batch_is_kept() -> None:
+def test_the_short_last_batch_is_kept() -> None:
     loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=10)
     assert loader.steps == 3
     last = loader.batch(2)
@@ -173,7 +173,7 @@ def test_the_last_short_batch_is_kept() -> None:
     assert loader.counts(2) == BatchCounts(2, tokens, targets, 4)
 
 
-def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
+def test_a_rank_without_sequences_gets_two_tokens_and_no_target() -> None:
     loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=9)
     (batch,) = loader.micro_batches(2, 3, 4, 1)
     assert batch.input_ids.tolist() == [[0, 0]] and batch.position_ids.tolist() == [[0, 1]]
@@ -182,7 +182,7 @@ def test_a_rank_without_rows_gets_two_tokens_and_no_target() -> None:
     assert batch.sequences == [11]
 
 
-def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_rows) -> None:
+def test_targets_follow_their_positions_within_a_document(prepared, write_rows) -> None:
     texts = [{"text": "fox " * n} for n in (3, 40, 5, 9)]
     source = {"path": write_rows("a.jsonl", texts), "format": "text"}
     dataset = prepared("cpt", [source])
@@ -201,7 +201,7 @@ def test_targets_follow_their_places_and_stay_in_their_document(prepared, write_
         assert batch.targets.numel() == ids.numel() - len(batch.document_lengths)
 
 
-def test_a_rank_without_rows_of_a_store_looks_nothing_up(prepared, write_rows) -> None:
+def test_a_rank_without_sequences_reads_no_store(prepared, write_rows) -> None:
     source = {"path": write_rows("a.jsonl", [{"text": "fox"}]), "format": "text"}
     loader = Loader(prepared("cpt", [source]), seed=0, global_batch=2, total_sequences=1)
     (batch,) = loader.micro_batches(0, 1, 2, 1)

@@ -47,14 +47,14 @@ def row_sizes(plan: PackingPlan) -> list[int]:
 
 
 @given(short)
-def test_rows_are_those_of_the_textbook(lengths: np.ndarray) -> None:
+def test_packing_equals_textbook_best_fit(lengths: np.ndarray) -> None:
     rows = best_fit_decreasing(lengths, CAPACITY)
     used = np.bincount(rows, weights=lengths).astype(int) if rows.size else np.array([], int)
     assert sorted(CAPACITY - used) == plain_best_fit(lengths.tolist(), CAPACITY)
 
 
 @given(short)
-def test_whole_documents_each_in_one_row(lengths: np.ndarray) -> None:
+def test_whole_documents_are_each_in_one_sequence(lengths: np.ndarray) -> None:
     plan = pack_whole(lengths, CAPACITY)
     assert sorted(plan.segments["document"].tolist()) == list(range(lengths.size))
     assert plan.segments["tokens"].tolist() == lengths[plan.segments["document"]].tolist()
@@ -62,7 +62,7 @@ def test_whole_documents_each_in_one_row(lengths: np.ndarray) -> None:
 
 
 @given(any_length)
-def test_a_stream_keeps_every_token_in_order_in_full_rows(lengths: np.ndarray) -> None:
+def test_a_stream_fills_sequences_with_every_token_in_order(lengths: np.ndarray) -> None:
     plan = pack_stream(lengths, CAPACITY)
     everything = [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
     assert tokens_of(plan) == everything
@@ -70,7 +70,7 @@ def test_a_stream_keeps_every_token_in_order_in_full_rows(lengths: np.ndarray) -
 
 
 @given(any_length)
-def test_unpacked_rows_hold_one_document_and_lose_nothing(lengths: np.ndarray) -> None:
+def test_unpacked_sequences_have_one_document_and_lose_nothing(lengths: np.ndarray) -> None:
     plan = pack_one_document(lengths, CAPACITY)
     assert tokens_of(plan) == [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
     assert set(np.diff(plan.sequences).tolist()) <= {1}
@@ -78,7 +78,7 @@ def test_unpacked_rows_hold_one_document_and_lose_nothing(lengths: np.ndarray) -
 
 
 @given(short, st.randoms())
-def test_dropped_rows_take_their_pieces_along(lengths: np.ndarray, random) -> None:
+def test_dropped_sequences_drop_their_segments(lengths: np.ndarray, random) -> None:
     plan = pack_whole(lengths, CAPACITY)
     keep = np.array([random.random() < 0.5 for _ in range(plan.sequences.size - 1)], dtype=bool)
     sizes = [size for size, kept in zip(row_sizes(plan), keep, strict=True) if kept]
@@ -86,7 +86,7 @@ def test_dropped_rows_take_their_pieces_along(lengths: np.ndarray, random) -> No
 
 
 @pytest.mark.parametrize("capacity", [2048, 8192])
-def test_a_hundred_thousand_documents_fill_their_rows(capacity: int) -> None:
+def test_a_hundred_thousand_documents_fill_their_sequences(capacity: int) -> None:
     lengths = np.random.default_rng(0).gamma(2.0, 120.0, 100_000).astype(np.int64) + 8
     rows = best_fit_decreasing(np.minimum(lengths, capacity), capacity)
     least = -(-int(lengths.sum()) // capacity)

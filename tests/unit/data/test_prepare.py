@@ -48,7 +48,7 @@ def learnt_text(tokenizer, ids, supervised):
     return tokenizer.decode([i for i, s in zip(ids, supervised, strict=True) if s])
 
 
-def test_sft_learns_answers_and_nothing_else(prepared, write_rows, tokenizer) -> None:
+def test_sft_targets_are_the_answers(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [conversation("Who?", "Me, é 😀", "You."), conversation("a", "a")])
     source = {"path": path, "format": "messages"}
     dataset = prepared("sft", [source], sequence_length=256)
@@ -61,7 +61,7 @@ def test_sft_learns_answers_and_nothing_else(prepared, write_rows, tokenizer) ->
     assert [ids for place, ids, _ in documents(dataset) if place == f"{path}:2"] == [expected]
 
 
-def test_cpt_keeps_every_token_and_its_end(prepared, write_rows, tokenizer) -> None:
+def test_cpt_keeps_every_token_and_ends_documents(prepared, write_rows, tokenizer) -> None:
     texts = ["The quick brown fox " * n for n in (1, 30, 2, 7)]
     path = write_rows("a.jsonl", [{"text": text} for text in texts])
     dataset = prepared("cpt", [{"path": path, "format": "text"}])
@@ -82,7 +82,7 @@ def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> No
     assert row.is_target[1:].all()
 
 
-def test_a_tokenizer_that_adds_its_own_begin_keeps_it(prepared, write_rows, make_tokenizer) -> None:
+def test_a_tokenizer_that_adds_a_begin_token_keeps_it(prepared, write_rows, make_tokenizer) -> None:
     from_llama = make_tokenizer(bos_token="<|begin_of_text|>")
     begin = from_llama.bos_token_id
     from_llama.backend_tokenizer.post_processor = begin_processor(begin)
@@ -97,7 +97,7 @@ def begin_processor(begin: int):
     return TemplateProcessing(single="<b> $A", special_tokens=[("<b>", begin)])
 
 
-def test_without_packing_a_row_is_a_document(prepared, write_rows) -> None:
+def test_without_packing_a_sequence_is_a_document(prepared, write_rows) -> None:
     rows = [conversation("Who?", f"Number {n}.") for n in range(5)]
     source = {"path": write_rows("a.jsonl", rows), "format": "messages"}
     dataset = prepared("sft", [source], packing=False, sequence_length=256)
@@ -107,7 +107,7 @@ def test_without_packing_a_row_is_a_document(prepared, write_rows) -> None:
     assert packed.sequences_per_epoch < 5
 
 
-def test_unpacked_texts_lose_nothing_beyond_a_row(prepared, write_rows, tokenizer) -> None:
+def test_unpacked_long_texts_are_not_truncated(prepared, write_rows, tokenizer) -> None:
     text = "The lazy dog. " * 60
     source = {"path": write_rows("a.jsonl", [{"text": text}]), "format": "text"}
     rows = all_rows(prepared("cpt", [source], packing=False))
@@ -130,7 +130,7 @@ def long_rows(write_rows):
     }
 
 
-def test_overlong_truncate_cuts_and_counts(prepared, long_rows) -> None:
+def test_overlong_truncate_truncates_and_counts(prepared, long_rows) -> None:
     dataset = prepared("sft", [long_rows], sequence_length=80)
     assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(dataset)) == ["1", "2"]
     assert {len(ids) for place, ids, _ in documents(dataset) if place.endswith(":2")} == {80}
@@ -151,7 +151,7 @@ def test_overlong_fail_names_the_row(prepared, long_rows) -> None:
     assert "sequence_length" in e.value.fix
 
 
-def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
+def test_data_without_targets_is_rejected(prepared, write_rows) -> None:
     rows = [{"messages": [{"role": "user", "content": "Anyone?"}]}] * 3
     path = write_rows("a.jsonl", rows)
     for _ in range(2):  # the second time too, although shards are there
@@ -162,20 +162,20 @@ def test_all_labels_masked_is_refused(prepared, write_rows) -> None:
     assert not list(Path(path).parent.rglob("store.json"))
 
 
-def test_empty_data_is_refused(prepared, write_rows) -> None:
+def test_empty_data_is_rejected(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [])
     with pytest.raises(UserError, match=r"a\.jsonl: the source has no rows"):
         prepared("cpt", [{"path": path, "format": "text"}])
 
 
-def test_empty_texts_are_counted_not_learnt(prepared, write_rows) -> None:
+def test_empty_texts_are_counted_and_left_out(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": ""}, {"text": "fox"}])
     dataset = prepared("cpt", [{"path": path, "format": "text"}])
     assert [place for place, _, _ in documents(dataset)] == [f"{path}:2"]
     assert "1 left out, empty" in dataset.describe()
 
 
-def test_texts_have_no_answers(prepared, write_rows) -> None:
+def test_sft_rejects_texts(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
     with pytest.raises(
         UserError, match="sft cannot train on text rows: plain text has no answers"
@@ -184,7 +184,7 @@ def test_texts_have_no_answers(prepared, write_rows) -> None:
     assert "kind=cpt" in error.value.fix
 
 
-def test_a_tokenizer_without_template_is_refused(prepared, write_rows, make_tokenizer) -> None:
+def test_a_tokenizer_without_template_is_rejected(prepared, write_rows, make_tokenizer) -> None:
     path = write_rows("a.jsonl", [conversation("a", "b")])
     source = {"path": path, "format": "messages"}
     with pytest.raises(UserError, match="no chat template"):
@@ -193,14 +193,14 @@ def test_a_tokenizer_without_template_is_refused(prepared, write_rows, make_toke
     assert base.sequence(0).is_target.any()
 
 
-def test_a_tokenizer_without_end_of_text_is_refused(prepared, write_rows, make_tokenizer) -> None:
+def test_a_tokenizer_without_end_of_text_is_rejected(prepared, write_rows, make_tokenizer) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
     endless = make_tokenizer(eos_token=None)
     with pytest.raises(UserError, match="no end-of-text token"):
         prepared("cpt", [{"path": path, "format": "text"}], tokenizer=endless)
 
 
-def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
+def test_a_token_beyond_the_vocabulary_is_rejected(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": "fox"}])
     dataset = prepared("cpt", [{"path": path, "format": "text"}])
     largest = max(dataset.sequence(0).input_ids.tolist())
@@ -209,7 +209,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(prepared, write_rows) -> None:
         check_vocabulary(dataset, largest)
 
 
-def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch) -> None:
+def test_a_bad_row_is_reported_before_any_work(prepared, write_rows, monkeypatch) -> None:
     monkeypatch.setattr(shards, "BLOCK_ROWS", 1)
     path = write_rows("a.jsonl", [{"text": "fox"}, {"txt": "dog"}])
     with pytest.raises(UserError, match=r"a\.jsonl:2: column `text` is missing"):
@@ -217,7 +217,7 @@ def test_a_broken_row_is_told_before_any_work(prepared, write_rows, monkeypatch)
     assert not list(Path(path).parent.rglob("*.arrow"))
 
 
-def test_counts_of_rows_are_those_of_the_rows(prepared, write_rows) -> None:
+def test_counts_match_the_sequences(prepared, write_rows) -> None:
     many = write_rows("a.jsonl", [conversation("Who?", "Me. " * n) for n in range(1, 30)])
     few = write_rows("b.jsonl", [conversation("What?", "That.")])
     sources = [{"path": path, "format": "messages"} for path in (many, few)]
@@ -257,7 +257,7 @@ def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
     assert Loader(plain, seed=3, global_batch=8, total_sequences=8).counts_by_source(0) != {}
 
 
-def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
+def test_weights_change_after_steps(prepared, write_rows) -> None:
     a, b = (write_rows(f"{n}.jsonl", [{"text": f"{n} " * 30}] * 40) for n in ("fox", "dog"))
     later = [{"after_steps": 0, "weight": 0}, {"after_steps": 3, "weight": 3}]
 
@@ -274,7 +274,7 @@ def test_weights_change_after_so_many_steps(prepared, write_rows) -> None:
     assert len(marks) == 3  # a checkpoint of another order is not gone on with
 
 
-def test_many_shards_give_the_rows_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
+def test_many_shards_give_the_sequences_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
     path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
     source = {"path": path, "format": "text"}
     one = prepared("cpt", [source], cache=tmp_path / "one")
@@ -300,7 +300,7 @@ WITHOUT_NUL = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
     ),
     capacity=st.integers(120, 300),
 )
-def test_any_conversations_come_through_whole(
+def test_any_conversation_is_encoded_completely(
     prepared, write_rows, tokenizer, tmp_path, rows, capacity
 ) -> None:
     path = write_rows("a.jsonl", [conversation("q", *answers) for answers in rows])

@@ -106,7 +106,7 @@ def contents(dataset) -> list:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 10])
-def test_a_killed_preparation_goes_on(start, expected, tmp_path, tokenizer, monkeypatch, batch):
+def test_a_killed_preparation_continues(start, expected, tmp_path, tokenizer, monkeypatch, batch):
     worker = start(die_in_batch=batch)
     worker.communicate()
     assert worker.returncode == -9
@@ -140,7 +140,7 @@ def test_of_two_processes_one_works_and_one_waits(start, expected, tmp_path) -> 
     assert ended[0][2] == ended[1][2] == expected().fingerprint
 
 
-def test_when_the_working_process_dies_the_waiting_one_takes_over(start, tmp_path) -> None:
+def test_the_waiting_process_takes_over_when_the_other_dies(start, tmp_path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     first = start(wait_for=str(gate))

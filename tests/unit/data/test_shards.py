@@ -74,7 +74,7 @@ def test_the_store_does_not_depend_on_processes(
     assert len(alone) > 8 and alone == together
 
 
-def test_shares_in_any_order_make_the_store_once(
+def test_shares_in_any_order_build_the_store_once(
     rows_of_all_kinds, tokenizer, tmp_path, monkeypatch
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
@@ -126,7 +126,7 @@ class Murderous:
         return self.tokenizer(texts, **how)
 
 
-def test_a_killed_process_is_told_and_its_shard_made(
+def test_a_killed_process_is_reported_and_its_shard_built(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
@@ -145,7 +145,7 @@ class Deadly(Murderous):
         return self.tokenizer(texts, **how)
 
 
-def test_a_share_makes_the_shards_of_its_killed_processes(
+def test_a_share_builds_the_shards_of_its_killed_processes(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
@@ -170,7 +170,7 @@ def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -
     assert share_of_array(environ) == share
 
 
-def test_the_mistake_that_a_process_finds_is_told_as_alone(
+def test_an_error_in_a_process_is_reported_as_without_processes(
     tokenizer, tmp_path, write_rows, monkeypatch
 ) -> None:
     monkeypatch.setattr(shards, "BLOCK_ROWS", 2)
@@ -190,7 +190,7 @@ def test_the_mistake_that_a_process_finds_is_told_as_alone(
     assert "overlong: truncate" in error.value.fix
 
 
-def test_what_processes_tell_is_summed() -> None:
+def test_progress_of_processes_is_summed() -> None:
     told: list[int] = []
     with worker_pool(3, lambda number, tell: [tell(number), tell(10)]) as members:
         members.join(told.append)
@@ -198,7 +198,7 @@ def test_what_processes_tell_is_summed() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_any_text_of_a_mistake_in_a_process_is_told() -> None:
+def test_any_error_text_of_a_process_is_reported() -> None:
     long = "\0\ud800é" * 100_000  # more than a pipe holds
 
     def work(number: int, tell: object) -> None:
@@ -225,7 +225,7 @@ def crash(number: int, tell: object) -> None:
     st.integers(1, 9),
     st.integers(1, 3),
 )
-def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
+def test_boundaries_cover_every_row_once(sizes, block, parts) -> None:
     records = [
         shards.Record("x" * size, index * parts // len(sizes), index)
         for index, size in enumerate(sizes)
@@ -244,9 +244,7 @@ def test_cuts_hold_every_row_once(sizes, block, parts) -> None:
         assert len(before) == place[1] and records[place[2]].file_index == place[0]
 
 
-def test_half_made_shards_of_other_cuts_are_not_used(
-    rows_of_all_kinds, tokenizer, tmp_path
-) -> None:
+def test_shards_of_other_boundaries_are_not_used(rows_of_all_kinds, tokenizer, tmp_path) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     folder = tmp_path / "again" / store_of(tmp_path / "alone").name
     folder.mkdir(parents=True)
@@ -276,7 +274,7 @@ def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
     assert cpu_resources.available_memory() == 7 << 20
 
 
-def test_reading_counts_the_same_rows_as_the_stretches(rows_of_all_kinds, tmp_path) -> None:
+def test_reading_all_rows_equals_reading_by_shard(rows_of_all_kinds, tmp_path) -> None:
     parts = find_source_files(rows_of_all_kinds.sources[0], tmp_path)
     whole = list(read_records(parts, "text"))
     stretches = shards.RecordReader(parts, "text", {})

@@ -215,7 +215,7 @@ def test_a_byte_order_mark_is_no_part_of_recipes_and_deepspeed_files(tmp_path) -
 
 def test_questions_without_one_are_refused(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no question"):
+    with pytest.raises(UserError, match="the file has no questions"):
         read_questions(tmp_path / "a.jsonl", 3)
 
 

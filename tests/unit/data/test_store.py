@@ -28,7 +28,7 @@ def test_a_store_verifies_itself_and_lists_hashes_as_b3sum_does(folder) -> None:
 
 
 @pytest.mark.parametrize("name", ["sequences.npy", "segments.npy", "B3SUMS"])
-def test_a_plan_that_lost_bytes_does_not_open(folder, name) -> None:
+def test_a_truncated_plan_does_not_open(folder, name) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
     with pytest.raises(UserError, match=rf"{name}: the prepared data is damaged: .* bytes") as e:
@@ -36,7 +36,7 @@ def test_a_plan_that_lost_bytes_does_not_open(folder, name) -> None:
     assert f"delete the folder {folder}" in e.value.fix
 
 
-def test_a_shard_that_is_gone_or_short_is_not_read(folder) -> None:
+def test_a_missing_or_truncated_shard_is_not_read(folder) -> None:
     shard = folder / "shard-00000.arrow"
     data = shard.read_bytes()
     shard.write_bytes(data[:100])
@@ -56,7 +56,7 @@ def test_one_flipped_bit_is_found_by_verify(folder, name) -> None:
         Store(folder).verify()
 
 
-def test_a_broken_manifest_is_told(folder) -> None:
+def test_a_broken_manifest_is_reported(folder) -> None:
     (folder / "store.json").write_text("{")
     with pytest.raises(UserError, match=r"store\.json: .*cannot be read"):
         Store(folder)
@@ -72,7 +72,7 @@ def test_a_manifest_of_another_version_does_not_open(folder, key) -> None:
     assert f"delete the folder {folder}" in e.value.fix
 
 
-def test_opening_reads_the_plan_by_map_and_no_shard(folder, monkeypatch) -> None:
+def test_opening_maps_the_plan_and_reads_no_shard(folder, monkeypatch) -> None:
     monkeypatch.setattr(module, "map_shard", pytest.fail)
     store = Store(folder)
     for array in (store.segments, store.sequence_offsets, store.sequence_tokens, store.shards):

@@ -41,7 +41,7 @@ def rows_file(path: Path, conversations: list[list[tuple[str, str]]]) -> str:
 
 
 @pytest.mark.parametrize("case", EMPTY)
-def test_an_empty_evaluation_set_is_called_empty_by_its_name(tmp_path: Path, case: str) -> None:
+def test_an_empty_evaluation_set_is_reported_by_name(tmp_path: Path, case: str) -> None:
     conversations, settings, why = EMPTY[case]
     source = {"path": rows_file(tmp_path / "held.jsonl", conversations), "format": "messages"}
     held = {"kind": "sft", "sources": [source], "template": "instruction", **settings}
@@ -52,7 +52,7 @@ def test_an_empty_evaluation_set_is_called_empty_by_its_name(tmp_path: Path, cas
     assert why in error.value.message and error.value.where == source["path"]
 
 
-def test_an_empty_stage_is_called_empty_by_its_name(tmp_path: Path) -> None:
+def test_an_empty_stage_is_reported_by_name(tmp_path: Path) -> None:
     recipe = load_recipe("tiny").model_dump()
     path = rows_file(tmp_path / "task.jsonl", [])
     recipe["stages"][1]["data"]["sources"] = [{"path": path, "format": "messages"}]
@@ -60,7 +60,7 @@ def test_an_empty_stage_is_called_empty_by_its_name(tmp_path: Path) -> None:
         prepare_inputs(Recipe.model_validate(recipe))
 
 
-def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path) -> None:
+def test_a_rank_with_other_files_is_rejected(tmp_path: Path) -> None:
     recipe = load_recipe("tiny").model_dump()
     first = prepare_inputs(Recipe.model_validate(recipe))
     text = json.dumps(first.fingerprints)
@@ -76,7 +76,7 @@ def test_a_rank_that_reads_other_files_than_the_first_is_refused(tmp_path: Path)
         check_same_on_all_ranks(replace(first, base_fingerprint="another"), world)
 
 
-def test_packing_what_would_mix_is_refused_at_each_key() -> None:
+def test_packing_of_an_unpackable_model_is_rejected_at_each_key() -> None:
     recipe = load_recipe("tiny").model_dump()
     mixing = AutoConfig.for_model(
         "opt", vocab_size=256, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
@@ -93,7 +93,7 @@ def test_packing_what_would_mix_is_refused_at_each_key() -> None:
     assert not check_layout(Recipe.model_validate(recipe), mixing).packed
 
 
-def test_a_model_that_is_not_packed_computes_one_sequence_at_once() -> None:
+def test_an_unpackable_model_gets_micro_batches_of_one_sequence() -> None:
     recipe = load_recipe("tiny", ["stages.task.train.micro_batch_size=2"])
     assert limit_micro_batches(recipe, Layout(packed=True)) == recipe
     alone = limit_micro_batches(recipe, Layout(packed=False, reason="of a test"))

@@ -36,7 +36,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["dataset", "stream"])
-def test_both_ways_to_read_give_the_same(kind, request) -> None:
+def test_native_and_numpy_collation_agree(kind, request) -> None:
     found = request.getfixturevalue(kind)
     assert isinstance(found._native_collator, NativeCollator)
     rows = np.random.default_rng(0).permutation(found.sequences_per_epoch)
@@ -45,7 +45,7 @@ def test_both_ways_to_read_give_the_same(kind, request) -> None:
         assert same(found.read(some), collate_segments(found.gather(some)))
 
 
-def test_few_shards_are_open_at_once(dataset, monkeypatch) -> None:
+def test_few_shards_are_mapped_at_a_time(dataset, monkeypatch) -> None:
     assert sum(len(source.store.shards) for source in dataset.sources) == 20
     monkeypatch.setattr(collate, "OPEN_SHARDS", 1)
     every = np.arange(dataset.sequences_per_epoch)
@@ -53,7 +53,7 @@ def test_few_shards_are_open_at_once(dataset, monkeypatch) -> None:
     assert len(dataset._native_collator._open) == 1
 
 
-def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> None:
+def test_batches_are_the_same_without_a_compiler(dataset, monkeypatch) -> None:
     def batches():
         loader = Loader(
             dataset, seed=0, global_batch=4, total_sequences=dataset.sequences_per_epoch
@@ -74,7 +74,7 @@ def test_without_a_compiler_the_batches_are_the_same(dataset, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("field", "value"), [("document", 10**9), ("document", -1), ("tokens", 10**6), ("start", -5)]
 )
-def test_numbers_that_lead_elsewhere_are_refused(stream, field, value) -> None:
+def test_corrupt_segments_are_reported_as_damage(stream, field, value) -> None:
     store = stream.sources[0].store
     store.segments = store.segments.copy()
     store.segments[field][0] = value

@@ -21,7 +21,7 @@ def plain(rows: list[int]):
 
 
 @given(sizes, seeds, st.integers(0, 1000))
-def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None:
+def test_unweighted_epochs_contain_each_sequence_once(rows, seed, epoch) -> None:
     dataset = plain(rows)
     n = dataset.sequences_per_epoch
     assert n == sum(rows)
@@ -30,7 +30,7 @@ def test_without_weights_each_row_comes_once_an_epoch(rows, seed, epoch) -> None
 
 
 @given(sizes, seeds, st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), st.booleans())
-def test_a_slice_is_the_same_alone_and_in_a_longer_one(rows, seed, a, b, c, weighted) -> None:
+def test_a_slice_of_the_stream_is_independent_of_its_length(rows, seed, a, b, c, weighted) -> None:
     start, middle, stop = sorted((a, b, c))
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
     dataset = build_sampling_plan(rows, {0: weights}, ["s"] * len(rows))
@@ -55,9 +55,7 @@ def sources_of(dataset: SamplingPlan, rows: np.ndarray) -> np.ndarray:
     st.tuples(*[st.integers(1, 60)] * 3),
     seeds,
 )
-def test_shares_are_exact_in_each_phase_and_each_pass_holds_each_row_once(
-    phases, rows, seed
-) -> None:
+def test_phases_have_exact_shares_and_passes_each_sequence_once(phases, rows, seed) -> None:
     starts = np.cumsum([0, *(length for length, _ in phases)])
     weights = {int(a): [w / 10 for w in ws] for a, (_, ws) in zip(starts, phases, strict=False)}
     dataset = build_sampling_plan(list(rows), weights, [*"abc"])
@@ -79,9 +77,7 @@ def test_shares_are_exact_in_each_phase_and_each_pass_holds_each_row_once(
     st.integers(1, 5),
     seeds,
 )
-def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
-    sources, epochs, seed
-) -> None:
+def test_epochs_repeat_the_heaviest_source_exactly(sources, epochs, seed) -> None:
     rows, weights = [n for n, _ in sources], [w for _, w in sources]
     dataset = build_sampling_plan(rows, {0: [float(w) for w in weights]}, ["s"] * len(rows))
     heaviest = max(range(len(rows)), key=lambda i: (weights[i], rows[i]))
@@ -92,7 +88,7 @@ def test_so_many_epochs_hold_each_row_of_the_heaviest_source_so_many_times(
     assert sources_of(dataset, stream)[-1] == heaviest  # and not a row more
 
 
-def test_shares_are_exact_far_away() -> None:
+def test_shares_are_exact_at_distant_positions() -> None:
     dataset = build_sampling_plan(
         [10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"]
     )
@@ -106,7 +102,7 @@ def test_shares_are_exact_far_away() -> None:
     )  # the last 3e10 rows of b at 3 of 4
 
 
-def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
+def test_a_weighted_epoch_is_one_pass_over_the_heaviest_source() -> None:
     dataset = build_sampling_plan([95, 1000], {0: [0.95, 0.05]}, ["a", "b"])
     assert dataset.phases[0].quotas == (19, 1)
     assert dataset.sequences_per_epoch in (99, 100)  # the last row may be of the other source
@@ -119,7 +115,7 @@ def test_an_epoch_of_a_mixture_is_one_pass_over_the_heaviest_source() -> None:
     )
 
 
-def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
+def test_inexact_shares_are_rounded_to_the_nearest() -> None:
     weights = ("1", "3.14159265", "2.7182818")
     quotas = pattern_quotas([Fraction(weight) for weight in weights])
     assert sum(quotas) == MAX_PATTERN
@@ -127,19 +123,19 @@ def test_shares_that_never_come_out_even_are_rounded_to_the_nearest() -> None:
     assert np.abs(np.array(quotas) - exact).max() < 1
 
 
-def test_a_weight_for_some_sources_only_is_refused() -> None:
+def test_weights_for_some_sources_only_are_rejected() -> None:
     with pytest.raises(UserError, match=r"some have none: b\.jsonl") as error:
         build_sampling_plan([1, 1], {0: [0.5, None]}, ["a.jsonl", "b.jsonl"])
     assert "each source a weight" in error.value.fix
 
 
-def test_a_weight_too_small_to_ever_come_is_refused() -> None:
+def test_a_weight_below_one_sequence_is_rejected() -> None:
     with pytest.raises(UserError, match="the weight of b is less than one sequence in 4096"):
         build_sampling_plan([1, 1], {0: [1.0, 1.2345e-6]}, ["a", "b"])
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 40), seeds)
-def test_replay_has_its_exact_share_and_every_other_row_comes_once(
+def test_replay_has_its_exact_share_and_other_sequences_come_once(
     rows, percent, replayed, seed
 ) -> None:
     share = percent / 100
@@ -161,7 +157,9 @@ def test_replay_has_its_exact_share_and_every_other_row_comes_once(
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
-def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed) -> None:
+def test_an_epoch_with_replay_contains_each_sequence_of_the_sources(
+    rows, percent, replayed, seed
+) -> None:
     dataset = build_sampling_plan(
         [*rows, replayed], {0: [None] * len(rows)}, ["s"] * len(rows) + ["r"], percent / 100
     )
@@ -175,7 +173,7 @@ def test_an_epoch_beside_replay_holds_each_own_row(rows, percent, replayed, seed
     assert dataset.sequences_per_epoch <= blocks * sum(dataset.phases[0].quotas)  # none for nothing
 
 
-def test_replay_beside_weights_leaves_their_proportions() -> None:
+def test_replay_keeps_the_proportions_of_weights() -> None:
     dataset = build_sampling_plan([10, 10, 10], {0: [3.0, 1.0]}, ["a", "b", "r"], 0.2)
     assert dataset.phases[0].quotas == (3, 1, 1)
     with pytest.raises(UserError, match="the weight of r is less than one sequence"):

@@ -20,7 +20,7 @@ PIECES = st.text(st.sampled_from("ab fox\n éß漢👩🏽‍🚀<|>\u0301"), ma
 
 
 @given(st.lists(st.tuples(PIECES, PIECES), min_size=1, max_size=4), st.booleans())
-def test_every_token_with_a_character_of_an_answer_is_learnt(tokenizer, turns, closed) -> None:
+def test_every_token_with_a_character_of_an_answer_is_a_target(tokenizer, turns, closed) -> None:
     text, spans = "", []
     for question, answer in turns:
         end = "<|im_end|>" if closed else ""
@@ -43,7 +43,7 @@ def test_every_token_with_a_character_of_an_answer_is_learnt(tokenizer, turns, c
 
 
 @pytest.mark.parametrize("change", ["blank in front", "composed", "trimmed"])
-def test_lengths_are_not_trusted_where_they_tell_something_else(make_tokenizer, change) -> None:
+def test_lengths_are_not_used_if_they_differ_from_offsets(make_tokenizer, change) -> None:
     tokenizer = make_tokenizer()
     core = tokenizer.backend_tokenizer
     if change == "blank in front":
@@ -55,7 +55,7 @@ def test_lengths_are_not_trusted_where_they_tell_something_else(make_tokenizer, 
     assert TokenByteLengths.of(tokenizer) is None
 
 
-def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer) -> None:
+def test_a_token_that_strips_spaces_is_noticed(make_tokenizer) -> None:
     tokenizer = make_tokenizer()
     greedy = AddedToken("<|greedy|>", lstrip=True, rstrip=True)
     tokenizer.backend_tokenizer.add_special_tokens([greedy])
@@ -64,7 +64,7 @@ def test_a_token_that_takes_blanks_with_it_is_noticed_in_its_text(make_tokenizer
     assert taken is None and plain is not None
 
 
-def test_documents_are_the_same_either_way(tokenizer, monkeypatch) -> None:
+def test_lengths_and_offsets_give_the_same_documents(tokenizer, monkeypatch) -> None:
     talks = [
         Conversation([{"role": "user", "content": q}, {"role": "assistant", "content": a}])
         for q, a in [("Hi 漢", "so <|im_end|> é"), ("a", "👩🏽‍🚀"), ("b\n\n", "\n c ")]

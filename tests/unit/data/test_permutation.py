@@ -13,7 +13,7 @@ epochs = st.integers(0, 2**40)
 
 
 @given(st.integers(1, 3000), keys, epochs)
-def test_every_item_comes_once(n: int, key: int, epoch: int) -> None:
+def test_every_index_occurs_once(n: int, key: int, epoch: int) -> None:
     assert sorted(permute(np.arange(n), n, key, epoch).tolist()) == list(range(n))
 
 
