@@ -157,9 +157,7 @@ def test_replay_has_its_exact_share_and_other_sequences_come_once(
 
 
 @given(sizes, st.integers(1, 99), st.integers(1, 400), seeds)
-def test_an_epoch_with_replay_contains_each_sequence_of_the_sources(
-    rows, percent, replayed, seed
-) -> None:
+def test_an_epoch_with_replay_contains_each_sequence(rows, percent, replayed, seed) -> None:
     dataset = build_sampling_plan(
         [*rows, replayed], {0: [None] * len(rows)}, ["s"] * len(rows) + ["r"], percent / 100
     )
