@@ -63,9 +63,11 @@ def make(folder: Path, rows: int) -> None:
     batch = pa.record_batch(
         {
             "tokens": lists(pa.array([0, ROW_TOKENS], pa.int64()), tokens),
-            "runs": lists(pa.array([0, 2], pa.int64()), pa.array([1, ROW_TOKENS], pa.int32())),
-            "part": pa.array([0], pa.int32()),
-            "number": pa.array([1], pa.int64()),
+            "target_runs": lists(
+                pa.array([0, 2], pa.int64()), pa.array([1, ROW_TOKENS], pa.int32())
+            ),
+            "file_index": pa.array([0], pa.int32()),
+            "row_number": pa.array([1], pa.int64()),
             "label": pa.array([0], pa.int32()),
         }
     ).replace_schema_metadata({b"dtrain": b"{}"})

@@ -25,7 +25,7 @@ from dtrain.pipeline.stage_inputs import (
 LONG = "a long answer " * 40
 EMPTY = {
     "no row": ([], {}, "the source has no rows"),
-    "no answer": ([[("user", "q")]], {}, "there is nothing to learn"),
+    "no answer": ([[("user", "q")]], {}, "no trainable tokens"),
     "all too long": (
         [[("user", "q"), ("assistant", LONG)]],
         {"overlong": "drop", "sequence_length": 32},
