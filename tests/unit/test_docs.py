@@ -13,6 +13,7 @@ IGNORED = {".venv", ".venv-lowest", ".git", "node_modules"}
 PAGES = sorted(p for p in ROOT.rglob("*.md") if not IGNORED & set(p.relative_to(ROOT).parts))
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 FILE = re.compile(r"`((?:dtrain|tests|slurm|launch|ds_configs)/[\w./-]*\w(?:/|\.\w+))`")
+CODE = re.compile(r"`(?:([A-Z]\w+)\.)?(\w+)\(\)`")  # `function()`, `Class.method()`
 TEST = re.compile(r"`(?:([\w/]+/)?(test_\w+\.py))?::(test_\w+)")
 
 
@@ -43,6 +44,16 @@ def test_the_table_of_faults_names_real_tests() -> None:
     assert named <= defined, sorted(named - defined)
     files = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
     assert set(re.findall(r"test_\w+\.py", page)) <= files
+
+
+def test_the_architecture_page_names_functions_that_exist() -> None:
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "dtrain").rglob("*.py"))
+    classes = set(re.findall(r"^class (\w+)", source, re.MULTILINE))
+    functions = set(re.findall(r"^ *def (\w+)", source, re.MULTILINE))
+    named = CODE.findall((ROOT / "dtrain" / "README.md").read_text("utf-8"))
+    assert len(named) > 20
+    assert not {name for _, name in named} - functions
+    assert not {owner for owner, _ in named if owner} - classes
 
 
 def test_the_floors_of_the_architecture_page_are_those_of_the_test() -> None:
