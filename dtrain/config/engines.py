@@ -18,6 +18,8 @@ class EngineCapabilities:
         title: the engine's full name.
         use_case: when to choose it, for the documentation.
         implementation: "module:class" of its `dtrain.engines.base.Engine`.
+        memory_model: "module:class" of the `dtrain.planning.engine_base.EngineModel` that the plan
+            uses; an engine that stores and sends the same as another one may share its model.
         strict_implementation: "module:class" of its variant for `determinism: strict`, whose
             weights do not depend on the number of ranks; None if it has none.
         shards_base: each rank stores a share of the base model's weights and the engine takes the
@@ -41,6 +43,7 @@ class EngineCapabilities:
     title: str
     use_case: str
     implementation: str
+    memory_model: str
     strict_implementation: str | None = None
     shards_base: bool = False
     shards_gradients: bool = False
@@ -69,6 +72,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         title="torch DistributedDataParallel",
         use_case="adapters on a model that fits on each GPU",
         implementation="dtrain.engines.ddp:Ddp",
+        memory_model="dtrain.planning.engine_models:DdpModel",
         strict_implementation="dtrain.engines.ddp:StrictDdp",
         eight_bit_optimizer=True,
         simulated=True,
@@ -77,6 +81,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         title="torch fully_shard",
         use_case="adapters or full fine-tuning of a model that does not fit on each GPU",
         implementation="dtrain.engines.fsdp2:Fsdp2",
+        memory_model="dtrain.planning.engine_models:Fsdp2Model",
         shards_base=True,
         shards_gradients=True,
         shards_optimizer=True,
@@ -88,6 +93,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         title="DeepSpeed ZeRO-2",
         use_case="full fine-tuning of a model that fits on each GPU",
         implementation="dtrain.engines.deepspeed:Zero2",
+        memory_model="dtrain.planning.engine_models:Zero2Model",
         shards_gradients=True,
         shards_optimizer=True,
         zero_stage=2,
@@ -96,6 +102,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         title="DeepSpeed ZeRO-3",
         use_case="full fine-tuning of a model that does not fit on each GPU",
         implementation="dtrain.engines.deepspeed:Zero3",
+        memory_model="dtrain.planning.engine_models:Zero3Model",
         shards_base=True,
         shards_gradients=True,
         shards_optimizer=True,

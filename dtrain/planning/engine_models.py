@@ -1,4 +1,4 @@
-"""Memory and communication of each engine, and the table from engine kinds to these models.
+"""Memory and communication of each engine; `dtrain.config.engines` names the model of each.
 
 The rules follow torch (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py,
 torch/nn/parallel/distributed.py) and DeepSpeed (deepspeed/runtime/zero/stage_1_and_2.py,
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
+from importlib import import_module
 
+from dtrain.config.engines import ENGINES
 from dtrain.planning.activations import DTRAIN, TrainerProfile
 from dtrain.planning.engine_base import Collective, EngineModel, GatherPoint, MemoryEstimate
 from dtrain.planning.parameters import FLOAT32, ParameterSpec, padded_bytes, reduced_bytes
@@ -337,15 +339,8 @@ def _fullest_partition(
     return max(touched)
 
 
-ENGINE_MODELS: dict[str, type[EngineModel]] = {
-    "ddp": DdpModel,
-    "fsdp2": Fsdp2Model,
-    "zero2": Zero2Model,
-    "zero3": Zero3Model,
-}
-"""Engine kind → its model; the kinds are those of `dtrain.config.engines.ENGINES`."""
-
-
 def build_engine_model(workload: Workload, profile: TrainerProfile = DTRAIN) -> EngineModel:
-    """The model of the workload's engine."""
-    return ENGINE_MODELS[workload.engine](workload, profile)
+    """The memory model that the table of engines names for the workload's engine."""
+    module, _, name = ENGINES[workload.engine].memory_model.partition(":")
+    model: EngineModel = getattr(import_module(module), name)(workload, profile)
+    return model
