@@ -34,5 +34,5 @@ def test_losses_of_sources(run_tiny):
                 wanted = first["sources"][name]
                 assert source["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
                 assert source["tokens"] == wanted["tokens"]
-        assert "training loss, first tenth" in (run.folder / "report.html").read_text()
+        assert "training loss, first 10 %" in (run.folder / "report.html").read_text()
         shutil.rmtree(run.folder)
