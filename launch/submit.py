@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Recipes through submitit: launch/submit.py [--executor local] [--nodes N] RECIPE … [key=value …].
 
-Several recipes become one array. Everything else: dtrain/launching/submitit.py.
+Several recipes become one array. Everything else: dtrain/submitit_jobs.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dtrain.core.errors import UserError
-from dtrain.launching.submitit import submit
+from dtrain.submitit_jobs import submit
 
 
 def main() -> int:

@@ -8,4 +8,4 @@ fi
 [[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
 export DTRAIN_PREFLIGHT DTRAIN_FORCE # the script may have set them for bash alone
 trap '' USR1 # Slurm's warning must not end the supervisor before it listens
-exec "${python:-python3}" -m dtrain.launching.supervisor "$0" "$DTRAIN_RECIPE" "$@"
+exec "${python:-python3}" -m dtrain.supervisor "$0" "$DTRAIN_RECIPE" "$@"

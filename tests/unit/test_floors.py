@@ -17,17 +17,17 @@ FLOORS: list[set[str]] = [
     {"core"},
     {"recipes"},
     {"config"},
-    {"planning", "distributed"},
-    {"data", "models", "checkpoints", "monitoring", "samples", "launching"},
+    {"planning", "launching", "distributed"},
+    {"data", "models", "checkpoints", "monitoring", "samples"},
     {"methods", "objectives", "data_quality", "augmentation"},
     {"engines", "merge", "serving"},
     {"training"},
-    {"pipeline", "simulation"},
-    {"cli", "train", "rank_main", "torchrun", "prepare"},
+    {"pipeline", "simulation", "supervisor"},
+    {"cli", "train", "rank_main", "submitit_jobs", "torchrun", "prepare"},
     {"__main__"},
 ]
 HEIGHT = {part: number for number, floor in enumerate(FLOORS) for part in floor}
-NO_TORCH = {"core", "recipes", "config", "planning", "launching"}
+NO_TORCH = {"core", "recipes", "config", "planning", "launching", "supervisor", "submitit_jobs"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "deepspeed", "accelerate", "numpy"}
 
 

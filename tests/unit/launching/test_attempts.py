@@ -6,13 +6,13 @@ import json
 
 import pytest
 
+from dtrain import supervisor as module
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
-from dtrain.launching import supervisor as module
 from dtrain.launching.attempts import failures_in_a_row, read_attempts
-from dtrain.launching.supervisor import Supervisor
+from dtrain.supervisor import Supervisor
 
 ENVIRON = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_CPUS_PER_TASK": "8"}
 

@@ -12,9 +12,9 @@ import pytest
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.launching.submitit import Training
 from dtrain.planning.fit_gate import check_job
 from dtrain.planning.known_models import check_trainable
+from dtrain.submitit_jobs import Training
 
 RTX4090, H100 = "NVIDIA GeForce RTX 4090, 24564", "NVIDIA H100 80GB HBM3, 81559"
 JOB = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "8"}
@@ -108,7 +108,7 @@ def test_a_submitit_job_is_stopped_too(monkeypatch):
 
 def test_the_module_runs_as_the_job_script_runs_it():
     environ = os.environ | JOB | {"DTRAIN_GPU": "rtx4090"}
-    command = [sys.executable, "-m", "dtrain.launching.supervisor", "job.sh", LARGE_RECIPE]
+    command = [sys.executable, "-m", "dtrain.supervisor", "job.sh", LARGE_RECIPE]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (Exit.USER_ERROR, "")
     wrong = subprocess.run(

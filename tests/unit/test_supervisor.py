@@ -16,7 +16,7 @@ from dtrain.core.errors import Exit
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.attempts import read_attempts
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SECONDS = 60
 COMMANDS = {
     "scontrol": """\
@@ -133,5 +133,5 @@ def test_mistake_in_the_recipe_ends_the_job_before_an_attempt(start) -> None:
 
 
 def test_supervisor_imports_no_torch() -> None:
-    code = "import sys, dtrain.launching.supervisor; sys.exit('torch' in sys.modules)"
+    code = "import sys, dtrain.supervisor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

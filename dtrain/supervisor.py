@@ -1,6 +1,6 @@
 """Supervise one attempt of a Slurm job: plan, begin, preflight, train, end.
 
-slurm/job.sh becomes `python -m dtrain.launching.supervisor SCRIPT RECIPE [key=value …]`, so Slurm's
+slurm/job.sh becomes `python -m dtrain.supervisor SCRIPT RECIPE [key=value …]`, so Slurm's
 signals come here. The recipe is parsed once, and once more by each rank.
 """
 
