@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# launch/accelerate.sh ENGINE RECIPE [key=value ...]: the workers of this node, by accelerate.
-# ENGINE: ddp, fsdp2, zero2 or zero3, each a file in launch/accelerate/.
-# NPROC: processes; one a GPU, or one on a CPU, if not set.
+# launch/accelerate.sh ENGINE RECIPE [key=value ...]: start the workers of this node with accelerate.
+# ENGINE: ddp, fsdp2, zero2 or zero3; each has a file in launch/accelerate/.
+# NPROC: number of processes; default: one per GPU, or one on a CPU.
 set -euo pipefail
 root="$(dirname "$(dirname "$(readlink -f "$0")")")"
 if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# launch/deepspeed.sh RECIPE [key=value ...]: the workers of this node, started by deepspeed.
-# The engine is the recipe's, whatever started it.
-# NPROC: processes; one a GPU, or one on a CPU, if not set.
+# launch/deepspeed.sh RECIPE [key=value ...]: start the workers of this node with deepspeed.
+# The recipe chooses the engine, also under this launcher.
+# NPROC: number of processes; default: one per GPU, or one on a CPU.
 set -euo pipefail
 root="$(dirname "$(dirname "$(readlink -f "$0")")")"
 if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then

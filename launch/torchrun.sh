@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# launch/torchrun.sh RECIPE [key=value ...]: the workers of this node, started by torchrun.
-# NPROC: processes here; one a GPU, or one on a CPU, if not set.
-# Several nodes: on each of them NNODES, MASTER_ADDR and, if 29500 is taken, MASTER_PORT.
+# launch/torchrun.sh RECIPE [key=value ...]: start the workers of this node with torchrun.
+# NPROC: number of processes on this node; default: one per GPU, or one on a CPU.
+# Several nodes: set NNODES, MASTER_ADDR and, if port 29500 is taken, MASTER_PORT on each of them.
 set -euo pipefail
 root="$(dirname "$(dirname "$(readlink -f "$0")")")"
 if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
