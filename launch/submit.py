@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Recipes through submitit: launch/submit.py [--executor local] [--nodes N] RECIPE … [key=value …].
+"""Submit recipes through submitit: launch/submit.py [--executor local] [--nodes N] RECIPE … [key=value …].
 
-Several recipes become one array. Everything else: dtrain/submitit_jobs.py.
+Several recipes become one array. The rest is in dtrain/submitit_jobs.py.
 """
 
 from __future__ import annotations
