@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submit recipes through submitit: launch/submit.py [--executor local] [--nodes N] RECIPE … [key=value …].
+"""Submit recipes through submitit: `launch/submit.py [--nodes N] RECIPE … [key=value …]`.
 
 Several recipes become one array. The rest is in dtrain/submitit_jobs.py.
 """
