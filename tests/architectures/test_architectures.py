@@ -42,7 +42,7 @@ def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(SECONDS)
-def test_families_get_what_the_table_says(tmp_path: Path) -> None:
+def test_families_match_the_table(tmp_path: Path) -> None:
     assert os.environ.get("OMP_NUM_THREADS", "1") == "1", "forks would fight for the cores"
     done = sweep("--results", str(tmp_path), *FAMILIES)
     assert done.returncode == 0, done.stdout + done.stderr

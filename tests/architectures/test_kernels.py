@@ -93,15 +93,15 @@ def test_no_model_type_loses_a_kernel() -> None:
     assert not lost
 
 
-def test_the_table_knows_every_model_type_that_is_built() -> None:
+def test_table_has_every_buildable_model_type() -> None:
     assert found().keys() <= committed().keys(), "write the table again"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "smollm3", "internlm3", "cwm"])
-def test_copies_of_llama_get_all(kind: str) -> None:
+def test_copies_of_llama_get_every_kernel(kind: str) -> None:
     assert found()[kind] == list(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "phi3", "olmo2", "granite", "cohere"])
-def test_others_get_the_chunked_loss(kind: str) -> None:
+def test_other_models_get_the_chunked_loss(kind: str) -> None:
     assert "chunked loss" in found()[kind]

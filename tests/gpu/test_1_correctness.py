@@ -69,7 +69,7 @@ def small_llama(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 77, 2048])
-def test_kernels_compute_what_plain_layers_compute(device, dtype, tokens) -> None:
+def test_kernels_equal_plain_layers(device, dtype, tokens) -> None:
     plain, fast = small_llama(device, dtype), small_llama(device, dtype)
     assert patch_modules(fast)
     ids = torch.randint(0, 1024, (1, tokens), device=device)
@@ -87,7 +87,7 @@ def test_kernels_compute_what_plain_layers_compute(device, dtype, tokens) -> Non
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (1000, 384), (64, 4096)])
-def test_nf4_on_this_device_against_a_cpu(device, dtype, shape, figures) -> None:
+def test_nf4_codes_match_a_cpu(device, dtype, shape, figures) -> None:
     """A GPU divides approximately, so codes may differ: a merge packs where training did."""
     weight = (torch.randn(shape) * 0.02).to(dtype)
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -103,7 +103,7 @@ def test_nf4_on_this_device_against_a_cpu(device, dtype, shape, figures) -> None
     assert torch.equal(dequantize_4bit(packed, state), again)
 
 
-def test_dropout_belongs_to_sequences(device, dtype) -> None:
+def test_dropout_masks_depend_only_on_the_sequence(device, dtype) -> None:
     key = DropoutKey(seed=1, step=2, sequences=[5, 9], lengths=[3, 4])
     layer = KeyedDropout(0.5, "a.layer", key).train()
     both = layer.keep_mask(torch.empty(1, 7, 64, device=device, dtype=dtype))
@@ -116,7 +116,7 @@ def test_dropout_belongs_to_sequences(device, dtype) -> None:
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("launched", [False, True], ids=["by itself", "launcher"])
-def test_the_whole_chain_runs(train, launched, figures) -> None:
+def test_two_stage_chain_runs(train, launched, figures) -> None:
     run = train("tiny", launched=launched)
     figures[f"tiny, {'by the launcher' if launched else 'by itself'}: seconds"] = run.seconds
     assert run.losses("task")[-1] < run.losses("task")[0]
@@ -125,7 +125,7 @@ def test_the_whole_chain_runs(train, launched, figures) -> None:
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("method", METHODS)
-def test_kernels_give_plain_losses_over_twenty_steps(train, method, figures) -> None:
+def test_kernels_keep_the_losses_of_twenty_steps(train, method, figures) -> None:
     settings = [*TINY_16, f"stages.domain.method={METHODS[method]}"]
     settings += ["stages.domain.train.steps=20", "stages.task.train.steps=1"]
     plain = train("tiny", *settings, "model.kernels=off", folder="plain").losses("domain")
@@ -157,7 +157,7 @@ def weights(folder: Path) -> str:
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
-def test_stopped_and_resumed_ends_at_the_same_weights(train, engine) -> None:
+def test_resumed_run_ends_with_the_same_weights(train, engine) -> None:
     settings = [*TINY_16, f"engine.kind={engine}"]
     whole = train("tiny", *settings, folder="whole")
     train("tiny", *settings, env=STOP_AT_ONCE, expect=75)
@@ -166,7 +166,7 @@ def test_stopped_and_resumed_ends_at_the_same_weights(train, engine) -> None:
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_eight_bit_optimizers(train, optimizer) -> None:
+def test_eight_bit_optimizers_train(train, optimizer) -> None:
     # Matrices of 4096 elements: smaller ones keep a state of 32 bits.
     settings = [*TINY_16, "engine.kind=ddp", "stages.domain.method={kind: lora, r: 64}"]
     settings += ["stages.domain.train.learning_rate=1e-3"]
@@ -176,7 +176,7 @@ def test_eight_bit_optimizers(train, optimizer) -> None:
 
 
 @pytest.mark.whole_run
-def test_strict_gives_the_same_bits_twice(train) -> None:
+def test_strict_runs_are_bitwise_reproducible(train) -> None:
     settings = [*TINY_16, "engine.kind=ddp", "determinism=strict"]
     once, again = (train("tiny", *settings, folder=name).folder for name in ("once", "again"))
     assert weights(once) == weights(again)

@@ -57,7 +57,9 @@ def this_gpu() -> Any:
 @pytest.mark.measures_gpu
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
-def test_loading_takes_little_beyond_the_base(train, recipe, method, engine, figures) -> None:
+def test_loading_needs_little_memory_beyond_the_base(
+    train, recipe, method, engine, figures
+) -> None:
     settings = [f"stages.stage.method={method}", f"engine.kind={engine}"]
     facts = train(recipe, *settings, "stages.stage.train.steps=2").facts("stage")
     shape, _ = find_shape(str(load_recipe(str(recipe), settings).model.base))
@@ -73,7 +75,7 @@ def test_loading_takes_little_beyond_the_base(train, recipe, method, engine, fig
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("method", [LORA, QLORA, FULL], ids=["lora", "qlora", "full"])
-def test_the_plan_is_what_a_gpu_takes(
+def test_planned_memory_matches_the_gpu(
     train, recipe, method, checkpointing, tokens, figures
 ) -> None:
     settings = [
@@ -97,7 +99,7 @@ def test_the_plan_is_what_a_gpu_takes(
 
 @pytest.mark.measures_gpu
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
-def test_a_step_waits_for_the_gpu_four_times_at_most(recipe, tmp_path, method, figures) -> None:
+def test_step_synchronizes_at_most_four_times(recipe, tmp_path, method, figures) -> None:
     command = [sys.executable, str(HERE / "count_syncs.py"), str(recipe)]
     command += [f"stages.stage.method={method}", f"output.folder={tmp_path / 'syncs'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
@@ -111,7 +113,7 @@ def test_a_step_waits_for_the_gpu_four_times_at_most(recipe, tmp_path, method, f
 @pytest.mark.measures_gpu
 @pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
-def test_tokens_a_second(train, recipe, method, kernels, figures) -> None:
+def test_tokens_per_second(train, recipe, method, kernels, figures) -> None:
     run = train(recipe, f"stages.stage.method={method}", f"model.kernels={kernels}")
     speed = tokens_per_second(run)
     shape, _ = find_shape(load_recipe(str(recipe), []).model.base)
@@ -124,7 +126,7 @@ def test_tokens_a_second(train, recipe, method, kernels, figures) -> None:
 
 @pytest.mark.measures_gpu
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not there")
-def test_beside_trl(train, recipe, large_base, long_texts, tmp_path, figures) -> None:
+def test_speed_against_trl(train, recipe, large_base, long_texts, tmp_path, figures) -> None:
     ours = tokens_per_second(train(recipe))
     arguments = [large_base, long_texts, 4096, STEPS, tmp_path / "trl"]
     command = [sys.executable, str(HERE / "train_trl.py"), *map(str, arguments)]
@@ -138,7 +140,9 @@ def test_beside_trl(train, recipe, large_base, long_texts, tmp_path, figures) ->
 
 @pytest.mark.measures_gpu
 @pytest.mark.parametrize("documents", [1, 8, 64])
-def test_rows_of_many_documents(train, recipe, tmp_path, documents, figures) -> None:
+def test_sequences_of_many_documents_are_not_slower(
+    train, recipe, tmp_path, documents, figures
+) -> None:
     """A row of short documents computes less attention, and must not cost more."""
     from dtrain.samples.tiny_text import document
 
@@ -152,7 +156,7 @@ def test_rows_of_many_documents(train, recipe, tmp_path, documents, figures) -> 
 
 
 @pytest.mark.measures_gpu
-def test_the_first_step_is_quick_with_a_warm_cache(train, recipe, tmp_path, figures) -> None:
+def test_first_step_is_fast_with_a_warm_cache(train, recipe, tmp_path, figures) -> None:
     env = {"DTRAIN_CACHE": str(tmp_path / "cache")}
     for name in ("cold", "warm"):
         run = train(recipe, "stages.stage.train.steps=2", folder=name, env=env)

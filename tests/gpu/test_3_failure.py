@@ -32,7 +32,7 @@ def wait_for(path: Path, process, seconds: float = 120) -> None:
 
 
 @pytest.mark.measures_gpu
-def test_a_row_that_does_not_fit_ends_with_status_4(train, large_base, long_texts) -> None:
+def test_out_of_memory_exits_with_status_4(train, large_base, long_texts) -> None:
     settings = [
         f"model.base={large_base}",
         "evaluation={sets: {}}",
@@ -46,7 +46,7 @@ def test_a_row_that_does_not_fit_ends_with_status_4(train, large_base, long_text
 
 
 @pytest.mark.whole_run
-def test_a_signal_in_a_step_saves_and_the_next_start_goes_on(start, train) -> None:
+def test_signal_in_a_step_saves_and_the_next_start_resumes(start, train) -> None:
     whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
     process, folder, log = start("tiny", *TINY, *EVERY_STEP)
     wait_for(folder / "domain" / "checkpoints" / "step-000002", process)
@@ -57,7 +57,7 @@ def test_a_signal_in_a_step_saves_and_the_next_start_goes_on(start, train) -> No
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("moment", ["step", "save"])
-def test_killed_it_goes_on_to_the_same_weights(start, train, moment) -> None:
+def test_killed_run_resumes_to_the_same_weights(start, train, moment) -> None:
     whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
     process, folder, _ = start("tiny", *TINY, *EVERY_STEP)
     checkpoints = folder / "domain" / "checkpoints"
@@ -70,7 +70,7 @@ def test_killed_it_goes_on_to_the_same_weights(start, train, moment) -> None:
 
 
 @pytest.mark.whole_run
-def test_two_stages_of_qlora_and_their_merges(train) -> None:
+def test_two_qlora_stages_and_their_merges(train) -> None:
     run = train("tiny", *TINY, *QLORA)
     assert run.losses("task")[-1] < run.losses("task")[0]
     for stage in ("domain", "task"):
@@ -82,7 +82,7 @@ def test_two_stages_of_qlora_and_their_merges(train) -> None:
 
 
 @pytest.mark.whole_run
-def test_offload(train) -> None:
+def test_offload_trains(train) -> None:
     run = train("tiny", *TINY, "engine={kind: zero3, offload: true}")
     kept = train("tiny", *TINY, "engine={kind: zero3}", folder="kept")
     assert run.losses("domain") == pytest.approx(kept.losses("domain"), abs=3e-2)

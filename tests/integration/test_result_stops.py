@@ -99,7 +99,9 @@ def check(model: Path) -> None:
     assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
 
 
-def test_merged_models_keep_stop_and_template_through_the_chain(run: Path, tmp_path: Path) -> None:
+def test_merged_models_keep_stop_tokens_and_template_through_the_chain(
+    run: Path, tmp_path: Path
+) -> None:
     check(run / "task" / "merged")
     check(run / "more" / "merged")
     base, task, more = run.parent / "base", run / "task" / "adapter", run / "more" / "adapter"
@@ -108,7 +110,7 @@ def test_merged_models_keep_stop_and_template_through_the_chain(run: Path, tmp_p
     check(merge(run / "task" / "checkpoints" / "step-000080", tmp_path / "of a checkpoint"))
 
 
-def test_plain_transformers_answers_as_it_was_trained(run: Path) -> None:
+def test_transformers_generate_stops_as_trained(run: Path) -> None:
     merged = run / "more" / "merged"
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(merged)
     chat = [{"role": "user", "content": QUESTION}]
@@ -121,7 +123,7 @@ def test_plain_transformers_answers_as_it_was_trained(run: Path) -> None:
     assert tokenizer.decode(new) == f"{ANSWER}<|im_end|>"
 
 
-def test_the_reports_questions_are_asked_in_the_recipes_template(run: Path) -> None:
+def test_report_questions_use_the_recipe_template(run: Path) -> None:
     (row,) = json.loads((run / "evaluation.json").read_text())["answers"]
     assert row["final"] == ANSWER and ANSWER not in row["base"]
 
@@ -139,7 +141,7 @@ def test_generate_stops_for_runs_adapters_and_merged_models(
 
 
 @pytest.mark.parametrize("name", ["", ".default"])
-def test_a_moved_adapter_brings_its_template(name: str, run: Path, tmp_path: Path) -> None:
+def test_moved_adapter_keeps_its_template(name: str, run: Path, tmp_path: Path) -> None:
     """With its name in the keys too, as a state dict in memory has it."""
     adapter = tmp_path / "task-adapter"
     shutil.copytree(run / "task" / "adapter", adapter)
@@ -153,7 +155,7 @@ def test_a_moved_adapter_brings_its_template(name: str, run: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out.jsonl").read_text())["generated"] == ANSWER
 
 
-def test_vllm_gets_stop_and_template(run: Path) -> None:
+def test_vllm_command_has_stop_tokens_and_template(run: Path) -> None:
     merged, task, more = script(open_run(run)).split("vllm serve ")[1:]
     folder = run / "task" / "adapter"
     assert f"--generation-config {folder}" in task

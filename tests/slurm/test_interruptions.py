@@ -106,7 +106,7 @@ def weights(run: Path) -> list[bytes]:
 
 
 @pytest.mark.timeout(900)
-def test_interrupted_job_ends_with_the_weights_of_an_undisturbed_one(cluster, submit, tmp_path):
+def test_interrupted_job_ends_with_the_weights_of_an_uninterrupted_one(cluster, submit, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [*TWO_NODES, "--nodelist=n3,n4"]
     undisturbed = submit("70b-qlora", options, [*KEYS, f"output.folder={whole}"])

@@ -58,13 +58,13 @@ def dtrain(cluster: Cluster, *arguments: object, check: bool = True) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_slurm_would_take_every_script(cluster, script):
+def test_sbatch_accepts_every_script(cluster, script):
     said = cluster.run("sbatch", "--test-only", f"slurm/{script}.sh").stderr
     assert "to start at" in said
 
 
 @pytest.mark.timeout(180)
-def test_70b_qlora_on_a_tiny_model_and_no_secret_leaks(cluster, submit, tmp_path):
+def test_70b_qlora_script_trains_a_tiny_model_without_leaking_secrets(cluster, submit, tmp_path):
     run = tmp_path / "run"
     method = [f"stages.{stage}.method.kind=qlora" for stage in ("domain", "task")]
     keys = [*SHORT, *method, "engine={kind: fsdp2, shard: node}", "launch.processes=2"]
@@ -107,7 +107,7 @@ def watch_arguments(cluster: Cluster, job: str) -> str:
     return "\n".join(seen)
 
 
-def test_mistake_fails_at_once_and_is_not_tried_again(cluster, submit, tmp_path):
+def test_recipe_error_fails_at_once_without_a_requeue(cluster, submit, tmp_path):
     job = submit("single-node", [], ["engine.kin=ddp", f"output.folder={tmp_path}/run"])
     facts = cluster.wait(job, 20)
     assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0"
@@ -115,7 +115,7 @@ def test_mistake_fails_at_once_and_is_not_tried_again(cluster, submit, tmp_path)
     assert "did you mean" in cluster.log_of(job)
 
 
-def test_what_cannot_fit_ends_before_any_rank_starts(cluster, submit, tmp_path):
+def test_job_that_cannot_fit_ends_before_any_rank_starts(cluster, submit, tmp_path):
     """The pretended GPUs get a driver that says which they are."""
     driver = tmp_path / "bin/nvidia-smi"
     driver.parent.mkdir()
@@ -131,7 +131,7 @@ def test_what_cannot_fit_ends_before_any_rank_starts(cluster, submit, tmp_path):
 
 
 @pytest.mark.timeout(150)
-def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
+def test_permanent_failure_is_requeued_a_limited_number_of_times(cluster, submit, tmp_path):
     run = tmp_path / "run"
     broken = {"LOGLEVEL": "no level", "DTRAIN_MAX_FAILURES": "2"}  # torchrun dies of it
     keys = [*SHORT, "launch.processes=1", f"output.folder={run}"]
@@ -143,7 +143,7 @@ def test_what_always_fails_is_bounded(cluster, submit, tmp_path):
 
 
 @pytest.mark.timeout(150)
-def test_submitted_under_a_hostile_name_seen_and_cancelled(cluster, tmp_path):
+def test_job_with_a_hostile_name_is_listed_and_canceled(cluster, tmp_path):
     run = tmp_path / "a'; touch stolen; $(touch stolen) #\n%j"
     keys = [*LONG, "device=cpu", "launch.processes=1", 'name="a\'; touch stolen"']
     folder = f"output.folder={json.dumps(str(run))}"
@@ -168,7 +168,7 @@ def test_submitted_under_a_hostile_name_seen_and_cancelled(cluster, tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_submitit(cluster, tmp_path):
+def test_submitit_job_trains(cluster, tmp_path):
     python = f"{cluster.environment['DTRAIN_ENV']}/bin/python"
     common = [python, "launch/submit.py", "--folder", tmp_path / "submitit", "--gpus", 1]
     keys = ["device=cpu", "evaluation.questions=null", "launch.processes=1"]

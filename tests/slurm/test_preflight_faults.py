@@ -52,7 +52,7 @@ def other_version(tmp_path: Path) -> tuple[Path, Path]:
     return copy, real
 
 
-def test_version_full_disk_and_slow_link(cluster, tmp_path):
+def test_other_version_full_disk_and_slow_link_are_found(cluster, tmp_path):
     cache = cluster.environment["DTRAIN_CACHE"]
     Path(cache).mkdir(exist_ok=True)
     with ExitStack() as faults:
@@ -69,7 +69,7 @@ def test_version_full_disk_and_slow_link(cluster, tmp_path):
     assert "from n1 to n0: slow" in said
 
 
-def test_folder_that_is_not_shared(cluster, tmp_path):
+def test_unshared_folder_is_found(cluster, tmp_path):
     (tmp_path / "run").mkdir()
     with mounted(cluster, 1, "-t", "tmpfs", "tmpfs", tmp_path / "run"):
         status, said = look(cluster, tmp_path / "run")
@@ -77,7 +77,7 @@ def test_folder_that_is_not_shared(cluster, tmp_path):
     assert "n1: its files in the run folder are not seen by n0: not shared" in said
 
 
-def test_node_that_cannot_reach_another(cluster, tmp_path):
+def test_unreachable_node_is_found(cluster, tmp_path):
     with traffic(cluster, 1, "ip", "route", "blackhole", "10.99.0.10/32"):
         status, said = look(cluster, tmp_path / "run")
     assert status == 1
@@ -85,7 +85,7 @@ def test_node_that_cannot_reach_another(cluster, tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_job_goes_on_without_the_node_at_fault(cluster, submit, tmp_path):
+def test_job_continues_without_the_faulty_node(cluster, submit, tmp_path):
     run = tmp_path / "run"
     copy, real = other_version(tmp_path)
     keys = [f"output.folder={run}", "launch.processes=1", "stages.domain.train.steps=2"]

@@ -17,7 +17,7 @@ print(json.dumps([sorted(sys.modules), gc.isenabled(), os.environ.get("TORCHDYNA
 """
 
 
-def test_a_worker_imports_what_it_needs_and_leaves_no_trace() -> None:
+def test_worker_imports_only_what_training_needs() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     modules, collects, compiler = json.loads(done.stdout.splitlines()[-1])
     assert "dtrain.training.trainer" in modules

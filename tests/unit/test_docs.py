@@ -18,7 +18,7 @@ TEST = re.compile(r"`(?:([\w/]+/)?(test_\w+\.py))?::(test_\w+)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     missing = [
         link for link in LINK.findall(page.read_text("utf-8")) if not (page.parent / link).exists()
     ]
@@ -26,13 +26,13 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_a_page_names_exist(page: Path) -> None:
+def test_files_named_by_a_page_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     missing = [name for name in FILE.findall(text) if not (ROOT / name).exists()]
     assert not missing
 
 
-def test_the_table_of_faults_names_real_tests() -> None:
+def test_fault_table_names_existing_tests() -> None:
     defined = {
         name
         for file in (ROOT / "tests").rglob("test_*.py")
@@ -46,7 +46,7 @@ def test_the_table_of_faults_names_real_tests() -> None:
     assert set(re.findall(r"test_\w+\.py", page)) <= files
 
 
-def test_the_architecture_page_names_functions_that_exist() -> None:
+def test_architecture_page_names_existing_functions() -> None:
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "dtrain").rglob("*.py"))
     classes = set(re.findall(r"^class (\w+)", source, re.MULTILINE))
     functions = set(re.findall(r"^ *def (\w+)", source, re.MULTILINE))
@@ -56,7 +56,7 @@ def test_the_architecture_page_names_functions_that_exist() -> None:
     assert not {owner for owner, _ in named if owner} - classes
 
 
-def test_the_floors_of_the_architecture_page_are_those_of_the_test() -> None:
+def test_architecture_page_lists_the_floors() -> None:
     spec = importlib.util.spec_from_file_location(
         "floors", Path(__file__).with_name("test_floors.py")
     )

@@ -58,19 +58,19 @@ def parts_imported(file: Path) -> set[str]:
     return {name[1] for name in names if name[0] == "dtrain" and len(name) > 1}
 
 
-def test_every_part_has_a_floor() -> None:
+def test_every_package_has_a_floor() -> None:
     assert {part(file) for file in FILES} - {"__init__"} <= set(HEIGHT)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_go_down(file: Path) -> None:
+def test_imports_point_to_lower_floors(file: Path) -> None:
     own = part(file)
     too_high = {p for p in parts_imported(file) - {own} if HEIGHT[p] >= HEIGHT.get(own, 0)}
     assert not too_high, f"{own} may not import {too_high}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_stand_at_the_head(file: Path) -> None:
+def test_imports_are_at_the_head_of_the_file(file: Path) -> None:
     if part(file) == "cli":  # verbs import what they need when they run
         return
     functions = (n for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef))
@@ -79,7 +79,7 @@ def test_imports_stand_at_the_head(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NO_TORCH))
-def test_a_login_node_needs_no_torch(name: str) -> None:
+def test_login_node_packages_need_no_torch(name: str) -> None:
     for file in (file for file in FILES if part(file) == name):
         heavy = {module.split(".")[0] for module in imported(tree(file))} & HEAVY
         assert not heavy, f"{file}: {heavy}"

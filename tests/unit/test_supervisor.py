@@ -103,7 +103,7 @@ def test_warning_reaches_the_ranks_and_the_job_is_requeued(start) -> None:
     assert job.outcomes() == [("warned", "requeue")]
 
 
-def test_terminate_does_not_end_the_wait_for_the_ranks(start) -> None:
+def test_sigterm_does_not_end_the_wait_for_the_ranks(start) -> None:
     job = start()
     job.wait_for("training")
     for _ in range(3):
@@ -125,7 +125,7 @@ def test_exit_status_of_the_ranks_is_kept(start, status: Exit) -> None:
     assert job.outcomes() == [("failed", "stop")]
 
 
-def test_mistake_in_the_recipe_ends_the_job_before_an_attempt(start) -> None:
+def test_recipe_error_ends_the_job_before_an_attempt(start) -> None:
     job = start(SLURM_JOB_NODELIST="")
     assert "error: SLURM_JOB_NODELIST: this is not a job of Slurm" in job.log()
     assert job.process.returncode == Exit.USER_ERROR

@@ -171,7 +171,7 @@ def test_rows_are_generated_in_source_order_and_labeled(serve, make, tmp_path) -
     assert len(list(read_records(files, "auto"))) == 20
 
 
-def test_other_answers_keep_the_conversation(serve, make, tmp_path) -> None:
+def test_alternative_answers_keep_the_conversation(serve, make, tmp_path) -> None:
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Why?"},
@@ -339,7 +339,7 @@ def test_an_unusable_reply_counts_against_the_limits_of_later_runs(
     assert summary["spent"]["tokens_in"] == first["tokens_in"] + 10
 
 
-def test_a_file_in_place_of_the_output_folder_is_refused(serve, make, tmp_path) -> None:
+def test_output_path_that_is_a_file_is_refused(serve, make, tmp_path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="cannot be created"):
         make(serve())
@@ -369,7 +369,7 @@ def test_requests_per_minute_are_limited(serve, make, monkeypatch) -> None:
     assert [round(wait, -1) for wait in waits] == [0, 10, 20, 30]
 
 
-def test_other_settings_need_another_folder(serve, make, tmp_path) -> None:
+def test_changed_settings_need_another_folder(serve, make, tmp_path) -> None:
     server = serve()
     make(server)
     for change in ({"how": "answers"}, {"model": "n"}, {"rows": ROWS[1:]}):
@@ -378,7 +378,9 @@ def test_other_settings_need_another_folder(serve, make, tmp_path) -> None:
     assert len(server.bodies) == 10
 
 
-def test_an_incomplete_last_line_is_repeated_and_a_corrupt_one_named(serve, make, tmp_path) -> None:
+def test_incomplete_last_line_is_requested_again_and_corrupt_line_is_named(
+    serve, make, tmp_path
+) -> None:
     server = serve()
     make(server)
     expected = (tmp_path / "out" / "generated.jsonl").read_bytes()
@@ -422,7 +424,7 @@ def start_command(server, tmp_path, *more):
     )
 
 
-def test_the_same_command_continues_after_a_kill(serve, make, tmp_path) -> None:
+def test_rerun_resumes_after_a_kill(serve, make, tmp_path) -> None:
     server = serve()
     make(server)
     expected = (tmp_path / "out" / "generated.jsonl").read_bytes()
@@ -505,7 +507,7 @@ def test_skipped_rows_are_reported(serve, make, capsys) -> None:
     assert "skips: 1 (with tools)" in capsys.readouterr().out
 
 
-def test_columns_can_have_other_names(serve, write_rows, tmp_path, monkeypatch) -> None:
+def test_columns_can_be_renamed(serve, write_rows, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
     server = serve()
     path = write_rows("q.jsonl", [{"question": r["instruction"], "a": r["output"]} for r in ROWS])

@@ -47,7 +47,7 @@ def _assert_found(folder: Path, path: Path) -> None:
     assert len(reasons) == 1 and path.name in reasons[0] and "step 2" in reasons[0]
 
 
-def test_every_flipped_bit_is_found(kit: Any, tmp_path: Path) -> None:
+def test_every_bit_flip_is_found(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1)
     files = _files(kit.save(tmp_path, 2, rate=1e-5, name="é"))
     draw = random.Random(0)
@@ -64,7 +64,7 @@ def test_every_flipped_bit_is_found(kit: Any, tmp_path: Path) -> None:
     assert found is not None and found.step == 2 and not reasons
 
 
-def test_a_flip_that_changes_no_value_of_the_manifest_is_found(kit: Any, tmp_path: Path) -> None:
+def test_manifest_edit_that_changes_no_value_is_found(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1)
     manifest = kit.save(tmp_path, 2, rate=1e-7) / "manifest.json"
     manifest.write_text(manifest.read_text().replace("1e-7", "1E-7"))
@@ -94,9 +94,7 @@ def test_a_missing_file_is_found(kit: Any, tmp_path: Path, gone: str) -> None:
     _assert_found(tmp_path, path)
 
 
-def test_nothing_is_lost_when_ranks_are_killed_at_any_moment(
-    kit: Any, start: Any, tmp_path: Path
-) -> None:
+def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_path: Path) -> None:
     told = multiprocessing.Value("q", 0)  # the last step that rank 0 called complete
 
     def train(rank: int, attempt: str, first: int) -> None:
@@ -169,7 +167,7 @@ def _drain(savers: list[Saver]) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_not_saved(kit: Any, tmp_path: Path, poison: float) -> None:
+def test_non_finite_values_are_not_saved(kit: Any, tmp_path: Path, poison: float) -> None:
     kit.save(tmp_path, 1)
     whole = kit.whole(2)
     whole["layers.0.b"]["exp_avg"][100] = poison
@@ -182,7 +180,7 @@ def test_what_is_not_finite_is_not_saved(kit: Any, tmp_path: Path, poison: float
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_the_next_save_tells_of_the_last_ones_failure(kit: Any, tmp_path: Path) -> None:
+def test_next_save_reports_the_failure_of_the_last(kit: Any, tmp_path: Path) -> None:
     whole = kit.whole(1)
     whole["layers.1.gate"]["weight"][0] = float("nan")
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
@@ -195,7 +193,7 @@ def test_the_next_save_tells_of_the_last_ones_failure(kit: Any, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
-def test_nan_in_a_shard_with_right_hashes_is_refused(
+def test_nan_in_a_shard_with_valid_hashes_is_refused(
     kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = kit.whole(1)
@@ -213,7 +211,7 @@ def test_nan_in_a_shard_with_right_hashes_is_refused(
         checkpoint.read("layers.0.b", "weight", 100, 130)
 
 
-def test_a_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
+def test_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
     saver = Saver(tmp_path, rank=0, ranks=3, attempt="a", timeout_seconds=0.05)
     saver.save(1, kit.pieces(kit.whole(1), 0, 1), {})
     with pytest.raises(UserError, match=r"ranks \[1, 2\] did not write") as refused:
@@ -231,7 +229,7 @@ def test_a_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
         ([(0, 0), (10, 10)], "no weight was saved"),
     ],
 )
-def test_gaps_and_overlaps_never_become_a_checkpoint(
+def test_gaps_and_overlaps_are_refused(
     tmp_path: Path, ranges: list[tuple[int, int]], said: str
 ) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
@@ -255,7 +253,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(kit: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
-def test_state_that_json_cannot_hold_is_refused_at_the_call(tmp_path: Path, value: Any) -> None:
+def test_state_that_is_not_json_serializable_is_refused(tmp_path: Path, value: Any) -> None:
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
     with pytest.raises((ValueError, TypeError)):
         saver.save(1, [], {"loss": value})

@@ -26,14 +26,14 @@ def _unfinished(folder: Path, step: int) -> None:
     (work / "rank-00000.safetensors").write_bytes(b"12345")
 
 
-def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+def test_missing_folder_has_no_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "none"
     assert newest_complete(folder) == (None, [])
     assert list_checkpoints(folder) == []
     assert clean_leftovers(folder) == []
 
 
-def test_the_list_tells_all_that_is_known(kit: Any, tmp_path: Path) -> None:
+def test_list_describes_every_checkpoint(kit: Any, tmp_path: Path) -> None:
     for step, loss in ((1, 3.5), (2, None), (3, 2.5)):
         kit.save(tmp_path, step, held_out_loss=loss)
     shard = tmp_path / "step-000003/rank-00000.safetensors"
@@ -60,7 +60,7 @@ def test_the_list_tells_all_that_is_known(kit: Any, tmp_path: Path) -> None:
     assert "rank-00000.safetensors" in verified[2].problem
 
 
-def test_a_resume_says_why_not_from_a_newer_one(kit: Any, tmp_path: Path) -> None:
+def test_resume_reports_skipped_newer_checkpoints(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1)
     (kit.save(tmp_path, 2) / "manifest.json").write_text("{}")
     _unfinished(tmp_path, 1)
@@ -71,7 +71,7 @@ def test_a_resume_says_why_not_from_a_newer_one(kit: Any, tmp_path: Path) -> Non
     assert reasons[1].startswith("step 2 cannot be used:") and len(reasons) == 2
 
 
-def test_leftovers_go_and_nothing_else(kit: Any, tmp_path: Path) -> None:
+def test_cleanup_removes_only_leftovers(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1)
     _unfinished(tmp_path, 2)
     (tmp_path / ".removed.step-000001.77").mkdir()
@@ -114,7 +114,7 @@ def test_a_broken_checkpoint_does_not_count_as_one_of_the_newest(kit: Any, tmp_p
     assert _steps(tmp_path) == [2, 3, 4]
 
 
-def test_one_that_a_person_has_to_look_at_stays(kit: Any, tmp_path: Path) -> None:
+def test_checkpoint_with_unknown_files_is_kept(kit: Any, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         kit.save(tmp_path, step)
     (tmp_path / "step-000001/odd.bin").touch()
@@ -122,7 +122,7 @@ def test_one_that_a_person_has_to_look_at_stays(kit: Any, tmp_path: Path) -> Non
     assert _steps(tmp_path) == [1, 3]
 
 
-def test_older_ones_go_in_the_background_once_the_new_one_is_complete(
+def test_older_checkpoints_are_removed_in_the_background_after_publishing(
     kit: Any, tmp_path: Path
 ) -> None:
     seen = []

@@ -23,7 +23,7 @@ def _changed(**train: Any) -> dict[str, Any]:
     return {**SAVED, "train": {**SAVED["train"], **train}}  # type: ignore[dict-item]
 
 
-def test_the_same_is_the_same() -> None:
+def test_equal_identities_have_no_differences() -> None:
     assert differences(SAVED, {**SAVED, "method": {"target_modules": ("q", "v"), "r": 8}}) == []
     assert check_same_inputs(SAVED, SAVED, set()) == []
 
@@ -44,7 +44,7 @@ def test_every_difference_is_reported_with_both_values() -> None:
     ]
 
 
-def test_what_may_change_is_proposed_and_then_told() -> None:
+def test_allowed_change_is_suggested_and_then_reported() -> None:
     now = _changed(learning_rate=1e-4, steps=9)
     with pytest.raises(UserError) as refused:
         check_same_inputs(SAVED, now, {"train.steps"})
@@ -54,19 +54,19 @@ def test_what_may_change_is_proposed_and_then_told() -> None:
     assert len(check_same_inputs(SAVED, now, {"train.steps", "train.learning_rate"})) == 2
 
 
-def test_what_must_not_change_means_starting_anew() -> None:
+def test_forbidden_change_requires_a_fresh_start() -> None:
     now = _changed(learning_rate=1e-4, global_batch_size=4)
     with pytest.raises(UserError) as refused:
         check_same_inputs(SAVED, now, {"train.learning_rate"})
     assert "--fresh" in refused.value.fix and "--allow-change" not in refused.value.fix
 
 
-def test_a_key_that_cannot_change_is_not_let_through() -> None:
+def test_unchangeable_key_cannot_be_allowed() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size, typo cannot change"):
         check_same_inputs(SAVED, SAVED, {"train.global_batch_size", "typo", "train.steps"})
 
 
-def test_every_changeable_key_is_one_of_the_recipe() -> None:
+def test_every_changeable_key_is_a_recipe_key() -> None:
     fields = {f"train.{name}" for name in Train.model_fields}
     fields |= {f"method.{name}" for name in {**Lora.model_fields, **Full.model_fields}}
     assert fields >= CHANGEABLE

@@ -29,7 +29,7 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return ranges
 
 
-def test_no_more_is_locked_than_a_save_needs(locked) -> None:
+def test_save_pins_only_the_memory_it_needs(locked) -> None:
     elements = (1 << 18) + 1  # a little more than a power of two
     shard = HostShard({"a|weight|0": torch.ones(elements)}, pinned=True)
     (size,) = locked.values()

@@ -41,7 +41,7 @@ def _positions(total: int, count: int) -> st.SearchStrategy[list[int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(_model_and_cuts())
-def test_any_split_restores_into_any_other(kit: Any, case: Any) -> None:
+def test_any_split_restores_into_any_other_split(kit: Any, case: Any) -> None:
     shapes, saved_at, read_at, before, after = case
     whole = kit.whole(7, shapes)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def test_any_split_restores_into_any_other(kit: Any, case: Any) -> None:
         assert all(torch.equal(blank[name][kind], kinds[kind]) for kind in kinds)
 
 
-def test_real_processes_save_together(kit: Any, start: Any, tmp_path: Path) -> None:
+def test_processes_save_one_checkpoint_together(kit: Any, start: Any, tmp_path: Path) -> None:
     def save(rank: int) -> None:
         saver = Saver(tmp_path, rank=rank, ranks=4, attempt="a1")
         for step in (1, 2, 3):
@@ -77,7 +77,7 @@ def test_real_processes_save_together(kit: Any, start: Any, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000{s}" for s in (1, 2, 3)]
 
 
-def test_read_takes_a_range_over_several_files(kit: Any, tmp_path: Path) -> None:
+def test_read_range_spans_several_files(kit: Any, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(kit.save(tmp_path, 3, ranks=4))
     expected = kit.whole(3)["layers.0.b"]["exp_avg"]
     assert torch.equal(checkpoint.read("layers.0.b", "exp_avg", 20, 150), expected[20:150])
@@ -88,9 +88,7 @@ def test_read_takes_a_range_over_several_files(kit: Any, tmp_path: Path) -> None
         checkpoint.read("layers.0.b", "weight", 0, 193)
 
 
-def test_a_checkpoint_that_was_read_frees_its_room_when_it_is_removed(
-    kit: Any, tmp_path: Path
-) -> None:
+def test_removed_checkpoint_frees_disk_space_after_a_read(kit: Any, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(kit.save(tmp_path, 3))
     for read in (
         lambda: kit.assert_holds(checkpoint, kit.whole(3)),
@@ -100,14 +98,14 @@ def test_a_checkpoint_that_was_read_frees_its_room_when_it_is_removed(
         assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def test_large_ranges_are_read_in_bounded_parts(
+def test_large_ranges_are_read_in_bounded_chunks(
     kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_file, "READ_ELEMENTS", 7)
     kit.assert_holds(Checkpoint.open(kit.save(tmp_path, 3)), kit.whole(3))
 
 
-def test_what_is_saved_is_the_moment_of_the_call(kit: Any, tmp_path: Path) -> None:
+def test_save_stores_the_values_at_the_call(kit: Any, tmp_path: Path) -> None:
     whole, state = kit.whole(1), {"counters": [1]}
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
     saver.save(1, kit.pieces(whole, 0, 1), state)
@@ -121,7 +119,7 @@ def test_what_is_saved_is_the_moment_of_the_call(kit: Any, tmp_path: Path) -> No
     assert checkpoint.state == {"counters": [1]}
 
 
-def test_pieces_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
+def test_parameter_shards_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
     def gathered() -> Iterator[ParameterShard]:
         room = torch.empty(200)  # one buffer for all, as a gather would have
         for piece in kit.pieces(kit.whole(5), 0, 1):
@@ -139,7 +137,7 @@ def test_pieces_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
     kit.assert_holds(Checkpoint.open(tmp_path / "step-000005"), weights)
 
 
-def test_files_are_plain_safetensors_of_the_owner_alone(kit: Any, tmp_path: Path) -> None:
+def test_files_are_safetensors_that_only_the_owner_can_read(kit: Any, tmp_path: Path) -> None:
     folder = kit.save(tmp_path / "checkpoints", 3)
     tensors = load_file(folder / "rank-00001.safetensors")
     assert torch.equal(tensors["layers.0.a|weight|20"], kit.whole(3)["layers.0.a"]["weight"][20:])
@@ -152,7 +150,7 @@ def test_files_are_plain_safetensors_of_the_owner_alone(kit: Any, tmp_path: Path
     assert json.loads((folder / "manifest.json").read_text())["step"] == 3
 
 
-def test_a_rank_without_pieces_writes_no_file(kit: Any, tmp_path: Path) -> None:
+def test_rank_without_parameters_writes_no_file(kit: Any, tmp_path: Path) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
     savers[0].save(1, kit.pieces(kit.whole(1), 0, 1), {})
     savers[1].save(1, [], {})
@@ -191,7 +189,7 @@ def _quantized(start: int, stop: int, fill: int) -> ParameterShard:
     return ParameterShard("w", (10,), start, stop, tensors)
 
 
-def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> None:
+def test_opaque_state_restores_only_into_the_same_range(tmp_path: Path) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
     savers[0].save(1, [_quantized(0, 7, 1)], {})
     savers[1].save(1, [_quantized(7, 10, 2)], {})
@@ -217,12 +215,12 @@ def test_opaque_state_comes_back_into_the_same_range_only(tmp_path: Path) -> Non
         {"exp_avg": torch.zeros(1, 2)},
     ],
 )
-def test_a_piece_that_contradicts_itself_is_refused(tensors: dict[str, torch.Tensor]) -> None:
+def test_inconsistent_parameter_shard_is_refused(tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="layer"):
         ParameterShard("layer", (4,), 1, 3, tensors)
 
 
-def test_copies_share_a_save_and_leave_no_hole(kit: Any, tmp_path: Path) -> None:
+def test_replicas_share_a_save_without_gaps(kit: Any, tmp_path: Path) -> None:
     copies = 3
     whole = kit.whole(1)
     savers = [Saver(tmp_path, rank=r, ranks=copies, attempt="a") for r in range(copies)]

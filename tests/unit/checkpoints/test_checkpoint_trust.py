@@ -85,7 +85,7 @@ def _nonsense(body: dict[str, Any]) -> None:
         (lambda folder: _rewritten(folder, _nonsense), "not a manifest of dtrain"),
     ],
 )
-def test_it_is_refused_and_not_passed_over(
+def test_untrusted_checkpoint_is_refused_and_not_skipped(
     kit: Any, tmp_path: Path, attack: Callable[[Path], Any], said: str
 ) -> None:
     kit.save(tmp_path, 1)
@@ -98,20 +98,20 @@ def test_it_is_refused_and_not_passed_over(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("name", [".", "manifest.json", "rank-00000.safetensors"])
-def test_a_foreign_owner_is_refused(kit: Any, tmp_path: Path, name: str) -> None:
+def test_checkpoint_of_another_owner_is_refused(kit: Any, tmp_path: Path, name: str) -> None:
     folder = kit.save(tmp_path, 1)
     os.chown(folder / name, 12345, -1)
     with pytest.raises(Untrusted, match="belongs to user 12345"):
         Checkpoint.open(folder)
 
 
-def test_a_renamed_checkpoint_does_not_pass_for_a_newer_one(kit: Any, tmp_path: Path) -> None:
+def test_renamed_checkpoint_is_not_accepted_as_newer(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1).rename(tmp_path / "step-000009")
     found, reasons = newest_complete(tmp_path)
     assert found is None and "contains step 1" in reasons[0]
 
 
-def test_slices_that_point_at_another_tensor_are_refused(kit: Any, tmp_path: Path) -> None:
+def test_slices_that_point_to_another_tensor_are_refused(kit: Any, tmp_path: Path) -> None:
     folder = kit.save(tmp_path, 1, ranks=1)
 
     def swell(body: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_slices_that_point_at_another_tensor_are_refused(kit: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"blake3": 1}', "[" * 100_000])
-def test_a_manifest_of_rubbish_is_no_checkpoint(kit: Any, tmp_path: Path, text: str) -> None:
+def test_invalid_manifest_is_not_a_checkpoint(kit: Any, tmp_path: Path, text: str) -> None:
     folder = kit.save(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest"):

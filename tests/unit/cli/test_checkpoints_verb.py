@@ -30,14 +30,14 @@ def listed(run: Path, *options: str) -> tuple[int, str]:
     return done.exit_code, " ".join(done.output.split())
 
 
-def test_it_lists_step_loss_size_and_state(run: Path) -> None:
+def test_list_shows_step_loss_size_and_state(run: Path) -> None:
     status, said = listed(run)
     assert status == 0
     assert "domain 5 2.5000" in said and "domain 10 - " in said and "B yes -" in said
     assert listed(run, "--verify")[1].count("yes yes") == 2
 
 
-def test_what_is_broken_is_named_and_is_the_exit_status(run: Path) -> None:
+def test_damage_is_named_and_sets_the_exit_status(run: Path) -> None:
     (run / "domain/checkpoints/.step-000011.dead").mkdir()
     status, said = listed(run)
     assert status == 0 and "domain 11 - 0 B no - its save was not finished" in said

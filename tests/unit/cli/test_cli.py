@@ -48,7 +48,7 @@ def dtrain(*arguments: str, cwd: Path, code: str = "") -> subprocess.CompletedPr
     ],
     ids=" ".join,
 )
-def test_what_a_login_node_runs_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
+def test_login_node_commands_import_no_torch(arguments: list[str], tmp_path: Path) -> None:
     done = dtrain(*arguments, cwd=tmp_path, code=IMPORTS)
     assert done.returncode == 0, done.stderr
     modules = set(done.stdout.rpartition("MODULES")[2].split())
@@ -68,7 +68,7 @@ CLOSED = OPEN.replace("m.content", "m.content + eos_token")
         ("{% for m in messages %}{{ broken", "not checked here; `dtrain data scan`"),
     ],
 )
-def test_check_warns_of_a_template_that_closes_no_turn(tmp_path: Path, template, told) -> None:
+def test_check_warns_about_a_template_without_end_of_turn(tmp_path: Path, template, told) -> None:
     (tmp_path / "own.jinja").write_text(template)
     setting = "stages.task.data.template=own.jinja"
     done = dtrain("check", "tiny", setting, cwd=tmp_path, code=IMPORTS)
@@ -88,25 +88,25 @@ def test_a_mixture_of_experts_is_refused_by_every_verb(verb: str, tmp_path: Path
     assert str(base / "config.json") in done.stderr and "choose a dense model" in done.stderr
 
 
-def test_check_prints_what_reads_back_equal(tmp_path: Path) -> None:
+def test_check_output_loads_as_the_same_recipe(tmp_path: Path) -> None:
     done = dtrain("check", "tiny", "seed=7", cwd=tmp_path)
     (tmp_path / "copy.yaml").write_text(done.stdout)
     assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("tiny", ["seed=7"])
 
 
-def test_check_tells_every_error_and_exits_2(tmp_path: Path) -> None:
+def test_check_reports_every_error_and_exits_2(tmp_path: Path) -> None:
     done = dtrain("check", "tiny", "sede=7", "engine.kind=zero4", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert "did you mean seed?" in done.stderr and "engine.kind must be" in done.stderr
 
 
-def test_recipes_lists_every_shipped_one(tmp_path: Path) -> None:
+def test_recipes_lists_every_shipped_recipe(tmp_path: Path) -> None:
     listed = dtrain("recipes", cwd=tmp_path).stdout
     assert all(f"\n{name} " in f"\n{listed}" for name in shipped())
 
 
-def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> None:
+def test_recipe_copy_is_identical_and_never_overwrites(tmp_path: Path) -> None:
     assert dtrain("recipes", "copy", "tiny", cwd=tmp_path).returncode == 0
     copy = tmp_path / "tiny.yaml"
     assert copy.read_bytes() == shipped()["tiny"].read_bytes()
@@ -130,7 +130,7 @@ def test_a_copied_recipe_is_the_same_and_never_overwrites(tmp_path: Path) -> Non
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_exit_2_without_a_traceback(
+def test_user_errors_exit_2_without_a_traceback(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a-file").write_text("")
@@ -161,7 +161,7 @@ main()
 """
 
 
-def test_run_becomes_torchrun_with_the_resolved_recipe(tmp_path: Path) -> None:
+def test_run_starts_torchrun_with_the_resolved_recipe(tmp_path: Path) -> None:
     arguments = ("run", "tiny", "output.folder=out", "--allow-change", "train.learning_rate")
     done = dtrain(*arguments, cwd=tmp_path, code=CATCH_EXEC)
     recipe = tmp_path / "out" / "recipe.yaml"
@@ -170,14 +170,14 @@ def test_run_becomes_torchrun_with_the_resolved_recipe(tmp_path: Path) -> None:
     assert load_recipe(str(recipe)) == load_recipe("tiny", [f"output.folder={tmp_path}/out"])
 
 
-def test_fresh_takes_a_new_folder_and_leaves_the_old(tmp_path: Path) -> None:
+def test_fresh_uses_a_new_folder_and_keeps_the_old(tmp_path: Path) -> None:
     for _ in range(3):
         dtrain("run", "tiny", "output.folder=out", "--fresh", cwd=tmp_path, code=CATCH_EXEC)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2", "out-3"]
     assert load_recipe(str(tmp_path / "out-3/recipe.yaml")).output.folder == f"{tmp_path}/out-3"
 
 
-def test_an_own_defect_gives_a_traceback_and_status_1(tmp_path: Path) -> None:
+def test_internal_error_prints_a_traceback_and_exits_1(tmp_path: Path) -> None:
     code = "import dtrain.cli.root as a, sys\na.app = lambda: 1 / 0\nsys.exit(a.main())"
     done = dtrain(cwd=tmp_path, code=code)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

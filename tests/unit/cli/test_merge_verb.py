@@ -111,7 +111,7 @@ def by_peft(base: Path, *adapters: Path) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def test_one_adapter_and_two(base: Path, tmp_path: Path) -> None:
+def test_merge_of_one_and_two_adapters(base: Path, tmp_path: Path) -> None:
     one, two = adapter(base, tmp_path / "one"), adapter(base, tmp_path / "two", 2)
     assert str(tmp_path / "a") in dtrain("merge", base, one, tmp_path / "a")
     assert equal(tmp_path / "a", by_peft(base, one))
@@ -125,7 +125,7 @@ def test_one_adapter_and_two(base: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_the_merged_model_answers(base: Path, tmp_path: Path) -> None:
+def test_merged_model_generates_the_answers_of_the_adapter(base: Path, tmp_path: Path) -> None:
     one = adapter(base, tmp_path / "one")
     dtrain("merge", base, one, tmp_path / "out")
     ids = torch.arange(12)[None]
@@ -146,14 +146,16 @@ def test_what_the_merged_model_answers(base: Path, tmp_path: Path) -> None:
         (["--combine", "dare_linear"], "draws at random"),
     ],
 )
-def test_wrong_usage(arguments: list[str], said: str, base: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(
+    arguments: list[str], said: str, base: Path, tmp_path: Path
+) -> None:
     places = [base] if not arguments else [base, adapter(base, tmp_path / "one")]
     with pytest.raises(UserError, match=said):
         dtrain("merge", *places, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_record_beside_an_adapter_decides(base: Path, tmp_path: Path) -> None:
+def test_stage_record_selects_and_checks_the_base(base: Path, tmp_path: Path) -> None:
     """Its form of the base, and whether this is the base."""
     one = adapter(base, tmp_path / "stage" / "adapter")
     trained_by(tmp_path / "stage", base, "qlora")
@@ -185,7 +187,7 @@ def test_a_chain_out_of_order_is_refused(base: Path, tmp_path: Path) -> None:
         dtrain("merge", base, two, one, tmp_path / "b")
 
 
-def test_a_full_checkpoint_of_three_ranks_becomes_a_model(base: Path, tmp_path: Path) -> None:
+def test_full_checkpoint_of_three_ranks_is_merged(base: Path, tmp_path: Path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(3)
     tensors = {n: p.detach() + torch.randn_like(p) for n, p in model.named_parameters()}
@@ -195,9 +197,7 @@ def test_a_full_checkpoint_of_three_ranks_becomes_a_model(base: Path, tmp_path: 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_an_output_matrix_stored_beside_its_tied_embedding_changes_with_it(
-    base: Path, tmp_path: Path
-) -> None:
+def test_stored_tied_output_matrix_is_merged_with_the_embedding(base: Path, tmp_path: Path) -> None:
     stored = state(base)
     for path in [*weight_files(base), base / "model.safetensors.index.json"]:
         path.unlink()
@@ -213,7 +213,7 @@ def test_an_output_matrix_stored_beside_its_tied_embedding_changes_with_it(
     assert torch.equal(found[embedding], trained) and torch.equal(found["lm_head.weight"], trained)
 
 
-def test_adapters_over_unlike_forms_of_one_base_are_refused(base: Path, tmp_path: Path) -> None:
+def test_adapters_trained_on_different_base_dtypes_are_refused(base: Path, tmp_path: Path) -> None:
     for name, kind in (("a", "lora"), ("b", "qlora")):
         trained_by(tmp_path / name, base, kind)
         adapter(base, tmp_path / name / "adapter")
@@ -223,7 +223,7 @@ def test_adapters_over_unlike_forms_of_one_base_are_refused(base: Path, tmp_path
             dtrain("merge", *more, base, *folders, tmp_path / "out")
 
 
-def test_adapters_of_one_packed_base_find_it_packed_once(base: Path, tmp_path: Path) -> None:
+def test_adapters_of_one_quantized_base_quantize_it_once(base: Path, tmp_path: Path) -> None:
     for name in "ab":
         trained_by(tmp_path / name, base, "qlora")
     one, two = (adapter(base, tmp_path / n / "adapter", s) for s, n in enumerate("ab", 1))
@@ -234,7 +234,9 @@ def test_adapters_of_one_packed_base_find_it_packed_once(base: Path, tmp_path: P
     assert equal(tmp_path / "both", state(tmp_path / "in turn"))
 
 
-def test_a_combined_adapter_goes_onto_the_form_of_its_origin(base: Path, tmp_path: Path) -> None:
+def test_combined_adapter_is_merged_into_the_base_it_was_trained_on(
+    base: Path, tmp_path: Path
+) -> None:
     alone = adapter(base, tmp_path / "alone")
     both = shutil.copytree(alone, tmp_path / "both")
     origin = {"identity": "i", "parent": model_fingerprint(base), "base_in_nf4": True}
@@ -250,14 +252,14 @@ def as_saved(adapter: Path) -> dict[str, Tensor]:
     return {key.replace(".weight", ".default.weight"): tensors[key] for key in tensors}
 
 
-def test_an_adapters_checkpoint_becomes_a_model(base: Path, tmp_path: Path) -> None:
+def test_adapter_checkpoint_is_merged(base: Path, tmp_path: Path) -> None:
     one = adapter(base, tmp_path / "one")
     saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
     dtrain("merge", saved, tmp_path / "out")
     assert equal(tmp_path / "out", by_peft(base, one))
 
 
-def test_a_checkpoint_of_dtype_auto_is_merged_in_what_it_was_trained_in(
+def test_checkpoint_of_dtype_auto_is_merged_in_its_training_dtype(
     base: Path, tmp_path: Path
 ) -> None:
     """A base packed in bfloat16, on a GPU, where this machine's `auto` is float32."""
@@ -284,7 +286,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_a_base_with_code_of_its_own_is_packed_if_the_runs_recipe_trusts_it(
+def test_base_with_remote_code_is_quantized_if_the_recipe_trusts_it(
     base: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -305,7 +307,7 @@ def test_a_base_with_code_of_its_own_is_packed_if_the_runs_recipe_trusts_it(
     assert equal(tmp_path / "out", state(tmp_path / "known"))
 
 
-def test_a_run_with_a_relative_base_is_read_from_any_folder(
+def test_run_with_a_relative_base_path_is_merged_from_any_folder(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = adapter(base, tmp_path / "one")
@@ -318,7 +320,7 @@ def test_a_run_with_a_relative_base_is_read_from_any_folder(
     assert equal(tmp_path / "out", by_peft(base, one))
 
 
-def test_a_damaged_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
     tensors = deepcopy(state(base))
     saved = checkpoint(tmp_path / "run", base, tensors, "full")
     shard = saved / "rank-00001.safetensors"

@@ -220,7 +220,7 @@ def test_every_key_of_a_foreign_recipe_has_an_answer(answers, recipe, expected) 
         ("output.save_total_limit=1", "use keep_checkpoints"),
     ],
 )
-def test_the_answer_fits_the_group_that_holds_the_key(answers, override, fix) -> None:
+def test_answer_matches_the_group_of_the_key(answers, override, fix) -> None:
     assert answers(GOOD, override) == {override.partition("=")[0]: fix}
 
 
@@ -242,7 +242,7 @@ def test_a_similar_key_is_proposed(answers, override, key) -> None:
     assert key in fix
 
 
-def test_a_text_in_place_of_a_group_is_shown_as_a_group(tmp_path) -> None:
+def test_string_where_a_group_belongs_is_shown_as_a_group(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(GOOD.replace("{base: some/folder}", "some/folder"))
     with pytest.raises(UserErrors) as caught:

@@ -159,7 +159,7 @@ def test_a_clash_names_the_keys(changes: dict[str, Any], keys: list[str]) -> Non
         assert key in str(clashes[0])
 
 
-def test_all_clashes_come_at_once() -> None:
+def test_all_clashes_are_reported_at_once() -> None:
     found = check(recipe(engine={"shard": 4, "offload": True}, launch={"processes": 5}))
     assert len(found) == 3
 
@@ -183,7 +183,7 @@ def test_all_clashes_come_at_once() -> None:
         ),
     ],
 )
-def test_a_wrong_deepspeed_file(tmp_path: Path, content: Any, message: str) -> None:
+def test_invalid_deepspeed_file_is_reported(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "a.json"
     if isinstance(content, dict):
         content = json.dumps({"zero_optimization": {"stage": 2}} | content)
@@ -194,7 +194,7 @@ def test_a_wrong_deepspeed_file(tmp_path: Path, content: Any, message: str) -> N
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20))
-def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micro: int) -> None:
+def test_indivisible_batch_is_refused_with_a_suggestion(batch: int, ranks: int, micro: int) -> None:
     try:
         assert accumulation(batch, ranks, micro) * ranks * micro == batch
     except UserError as error:
@@ -208,7 +208,7 @@ def test_accumulation_divides_or_proposes_what_does(batch: int, ranks: int, micr
             assert accumulation(batch, int(proposals[1].split()[0]), 1) >= 1
 
 
-def test_a_method_that_cannot_be_merged_is_refused_where_a_merge_is_due(
+def test_unmergeable_method_is_refused_if_a_merge_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(TRAITS, "lora", replace(TRAITS["lora"], cannot_merge="it has no weights"))

@@ -54,11 +54,11 @@ def faults(address: str, *overrides: str) -> str:
     return str(caught.value).replace(address, "FILE")
 
 
-def test_a_number_with_an_exponent_is_a_number(write) -> None:
+def test_exponent_notation_is_a_number(write) -> None:
     assert load_recipe(write(GOOD)).stages[0].train.learning_rate == 2e-4
 
 
-def test_an_integer_will_do_for_a_float(write) -> None:
+def test_integer_is_accepted_for_a_float(write) -> None:
     assert load_recipe(write(GOOD)).stages[1].train.epochs == 1.0
 
 
@@ -69,7 +69,7 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
     assert summary(shipped()[name]), "the first line of a recipe says what it is for"
 
 
-def test_what_is_dumped_reads_back_equal(write) -> None:
+def test_dumped_recipe_loads_equal(write) -> None:
     for address in (write(GOOD), *shipped()):
         recipe = load_recipe(address)
         assert load_recipe(write(dump(recipe))) == recipe
@@ -129,7 +129,7 @@ def test_a_later_override_wins(write) -> None:
         ("seed=x", "override seed=x: seed must be a whole number, not 'x'"),
     ],
 )
-def test_a_wrong_override_is_named(write, override: str, message: str) -> None:
+def test_invalid_override_is_named(write, override: str, message: str) -> None:
     assert message in faults(write(GOOD), override)
 
 
@@ -144,14 +144,14 @@ def test_all_errors_are_reported_at_once_with_their_lines(write) -> None:
     assert "override nonsense: is not of the form" in text
 
 
-def test_clashes_are_reported_together_with_wrong_values(write) -> None:
+def test_clashes_are_reported_together_with_invalid_values(write) -> None:
     bad = GOOD.replace("r: 8", "r: lots").replace("engine: {", "engine: {shard: 2, ")
     text = faults(write(bad))
     assert "stages.0.method.r must be a whole number" in text
     assert "FILE:4: engine.shard and engine.kind: only fsdp2 can use shard groups" in text
 
 
-def test_a_left_out_wrong_value_makes_no_clash_of_its_own(write) -> None:
+def test_omitted_invalid_value_causes_no_further_clash(write) -> None:
     text = faults(write(GOOD.replace("steps: 10", "steps: ten")))
     assert text == "FILE:14: stages.0.train.steps must be a whole number, not 'ten'"
 
@@ -174,7 +174,7 @@ def test_a_left_out_wrong_value_makes_no_clash_of_its_own(write) -> None:
         ("{kind: zero3}", "zero3", "engine must be a group of keys, not 'zero3'"),
     ],
 )
-def test_messages_in_plain_english(write, old: str, new: str, message: str) -> None:
+def test_messages_name_the_problem(write, old: str, new: str, message: str) -> None:
     text = faults(write(GOOD.replace(old, new, 1)))
     assert message in text
     assert "pydantic" not in text and "literal[" not in text and "Input" not in text
@@ -200,30 +200,30 @@ def test_messages_in_plain_english(write, old: str, new: str, message: str) -> N
         (b"\x00\x01", "FILE: is not valid YAML"),
     ],
 )
-def test_what_is_no_recipe_at_all(write, text: str | bytes, message: str) -> None:
+def test_files_that_are_not_recipes_are_refused(write, text: str | bytes, message: str) -> None:
     assert message in faults(write(text))
 
 
-def test_aliases_that_multiply_are_stopped(write) -> None:
+def test_exponential_yaml_aliases_are_refused(write) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     assert "too many values" in faults(write("\n".join(lines)))
 
 
-def test_a_yaml_tag_runs_no_code(write) -> None:
+def test_yaml_tag_executes_no_code(write) -> None:
     mark = Path(write("")).with_name("mark")
     tag = f"name: !!python/object/apply:os.system ['touch {mark}']\n"
     faults(write(tag))
     assert not mark.exists()
 
 
-def test_a_missing_recipe_offers_the_nearest(tmp_path: Path) -> None:
+def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
     assert faults("tinny") == "FILE: there is no such recipe\n    → did you mean tiny?"
     assert "is a folder, not a recipe" in faults(str(tmp_path))
     assert "there is no such recipe" in faults(str(tmp_path / "no.yaml"))
 
 
-def test_problems_survive_a_pickle_between_processes(write) -> None:
+def test_problems_survive_pickling(write) -> None:
     with pytest.raises(UserErrors) as caught:
         load_recipe(write(GOOD), ["seed=x", "name=3"])
     kind, arguments = caught.value.__reduce__()

@@ -6,7 +6,7 @@ from dtrain.config.reference import reference
 from dtrain.recipes import FOLDER
 
 
-def test_the_page_is_what_the_schema_says() -> None:
+def test_reference_page_matches_the_schema() -> None:
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert page == reference(), "python -m dtrain.config.reference > dtrain/recipes/README.md"
 

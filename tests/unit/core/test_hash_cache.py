@@ -21,7 +21,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_hashed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = file_hash(file)
     assert cached_hash(file) == wanted
     monkeypatch.setattr(hash_cache, "file_hash", None)
@@ -29,7 +29,7 @@ def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("how", ["time", "size", "replaced", "overwritten"])
-def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
+def test_changed_file_is_hashed_again(file: Path, how: str) -> None:
     """Replaced and overwritten: by one of the same size, with the same time of its content."""
     before, changed = cached_hash(file), file.stat().st_ctime_ns
     if how == "replaced":
@@ -40,7 +40,7 @@ def test_a_file_that_changed_is_read_again(file: Path, how: str) -> None:
     assert cached_hash(file) == file_hash(file) != before
 
 
-def test_what_was_just_written_may_change_again_unseen(
+def test_hash_of_a_just_written_file_is_not_cached(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 3600)
@@ -50,14 +50,14 @@ def test_what_was_just_written_may_change_again_unseen(
     assert lookup_hash(file) == "of what was written here"
 
 
-def test_a_change_while_it_was_read_is_not_remembered(file: Path) -> None:
+def test_hash_of_a_file_changed_during_the_read_is_not_cached(file: Path) -> None:
     state = file_state(file)
     os.utime(file, (2e9, 2e9))
     remember_hash(file, "old", state, written_here=True)
     assert lookup_hash(file) is None
 
 
-def test_a_broken_entry_is_as_none(file: Path) -> None:
+def test_corrupt_cache_entry_is_ignored(file: Path) -> None:
     wanted = cached_hash(file)
     hash_cache._entry_path(file).write_text("[")
     assert cached_hash(file) == wanted

@@ -49,7 +49,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
-def test_killed_process_releases_the_folder(tmp_path: Path) -> None:
+def test_killed_process_releases_its_folder_lock(tmp_path: Path) -> None:
     process, lock = start(HOLD, tmp_path), FolderLock(tmp_path)
     assert not lock.acquire()
     assert lock.holder() == f"process {process.pid} on {os.uname().nodename}"
@@ -83,7 +83,9 @@ def test_killed_process_releases_its_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_planted_link_is_refused_and_its_target_untouched(tmp_path: Path, link) -> None:
+def test_symlink_at_the_lock_path_is_refused_and_its_target_is_untouched(
+    tmp_path: Path, link
+) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / "run").mkdir()
@@ -95,7 +97,7 @@ def test_planted_link_is_refused_and_its_target_untouched(tmp_path: Path, link) 
     assert precious.read_text() == "mine"
 
 
-def test_pipe_in_place_of_the_lock_does_not_block(tmp_path: Path) -> None:
+def test_pipe_at_the_lock_path_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(UserError, match="is not a lock file"):
         FolderLock(tmp_path).acquire()

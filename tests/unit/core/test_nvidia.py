@@ -60,7 +60,7 @@ def test_only_gpus_of_this_job_are_reported(
     assert [row["index"] for row in gpus() or []] == expected
 
 
-def test_a_mig_device_has_its_own_memory_which_nobody_else_uses(
+def test_mig_device_reports_its_own_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1111-2222")

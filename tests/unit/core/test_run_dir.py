@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def test_no_other_module_spells_a_file_of_a_run_folder() -> None:
+def test_only_run_dir_names_files_of_a_run_folder() -> None:
     for file in ROOT.rglob("*.py"):
         if file != Path(run_dir.__file__):
             tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -35,7 +35,7 @@ def test_every_file_of_the_folder_is_reserved() -> None:
     assert files - {run_dir.HEARTBEATS} == RESERVED_NAMES  # a stage's name begins with a letter
 
 
-def test_second_run_is_refused_unless_its_launcher_has_the_lock(tmp_path, monkeypatch) -> None:
+def test_second_run_is_refused_unless_its_launcher_holds_the_lock(tmp_path, monkeypatch) -> None:
     run = RunDir(tmp_path / "run")
     lock = run.lock()
     with pytest.raises(UserError, match=r"another run is using this folder \(process"):
@@ -46,21 +46,21 @@ def test_second_run_is_refused_unless_its_launcher_has_the_lock(tmp_path, monkey
     assert FolderLock(run.path).acquire()
 
 
-def test_file_in_place_of_the_folder_is_a_user_error(tmp_path) -> None:
+def test_run_folder_path_that_is_a_file_is_a_user_error(tmp_path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="cannot be used as the run folder"):
         RunDir(tmp_path / "run").lock()
     assert create_numbered(tmp_path / "run").path == tmp_path / "run-2"
 
 
-def test_folder_that_others_may_write_to_is_refused(tmp_path) -> None:
+def test_folder_writable_by_others_is_refused(tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(0o777)
     with pytest.raises(UserError, match="anyone may write to it"):
         RunDir(tmp_path / "run").lock()
 
 
-def test_reset_clears_what_the_last_start_left(tmp_path) -> None:
+def test_reset_clears_files_of_the_last_start(tmp_path) -> None:
     run = RunDir(tmp_path)
     run.stop.touch()
     run.exit_report.write_text("{}")

@@ -60,7 +60,7 @@ def cleaned(corpus, out, **policy):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_it_stops_at_file_and_line(corpus, tmp_path, name) -> None:
+def test_broken_row_is_refused_with_file_and_line(corpus, tmp_path, name) -> None:
     write(corpus, name)
     _, told, line = BROKEN[name]
     with pytest.raises(UserError, match=rf"{name}:{line}: .*{re.escape(told)}"):
@@ -68,7 +68,7 @@ def test_it_stops_at_file_and_line(corpus, tmp_path, name) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
+def test_quarantine_removes_all_broken_rows_and_keeps_the_rest(corpus, tmp_path) -> None:
     for name in BROKEN:
         write(corpus, name)
     rows = [{"instruction": os.urandom(40).hex(), "output": "It is so."} for _ in range(3000)]
@@ -86,7 +86,7 @@ def test_or_all_is_set_aside_and_the_rest_goes_on(corpus, tmp_path) -> None:
     assert len(kept) == 2 * len(BROKEN) + whole
 
 
-def test_nothing_of_the_scan_holds_the_long_line(corpus) -> None:
+def test_scan_result_does_not_contain_the_long_line(corpus) -> None:
     write(corpus, "long.jsonl")
     result = scan([open_source(Source(path=str(corpus), format="alpaca"))])
     assert result.rows == 2 and result.unreadable == 1

@@ -71,7 +71,7 @@ def prepared(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("how", [overwrite, replace])
 @pytest.mark.parametrize("large", [False, True])
-def test_a_file_of_the_same_size_and_time_is_other_data(
+def test_replaced_file_of_equal_size_and_time_is_new_data(
     prepared, tmp_path, monkeypatch, how, large
 ) -> None:
     if large:
@@ -108,7 +108,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "saved"])
-def test_a_change_in_the_middle_is_refused_and_nothing_is_sealed(
+def test_change_during_preparation_is_refused_and_no_store_is_published(
     prepared, tmp_path, monkeypatch, name, moment
 ) -> None:
     monkeypatch.setattr(shards, "BLOCK_ROWS", 30)
@@ -129,7 +129,7 @@ def test_a_change_in_the_middle_is_refused_and_nothing_is_sealed(
     assert [after.sequence(0).input_ids.tolist()] == rows
 
 
-def test_a_change_that_no_clock_shows_is_found_by_the_hash(prepared, tmp_path, monkeypatch) -> None:
+def test_change_without_a_new_timestamp_is_found_by_hash(prepared, tmp_path, monkeypatch) -> None:
     """A file written a moment ago may change again within one tick of the clock."""
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
@@ -149,7 +149,7 @@ def test_a_removed_file_is_named(prepared, tmp_path, monkeypatch) -> None:
         prepared(path)
 
 
-def test_what_changed_since_its_scan_is_not_cleaned(tmp_path) -> None:
+def test_source_changed_since_its_scan_is_not_cleaned(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
     result = scan([open_source(data(path).sources[0])])

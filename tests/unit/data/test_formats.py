@@ -45,18 +45,18 @@ def fault(load):
     return run
 
 
-def test_a_text_file_is_one_document(load, tmp_path) -> None:
+def test_text_file_is_one_document(load, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
     assert load(tmp_path / "a.txt") == [("one\n\ntwo\n", str(tmp_path / "a.txt"))]
 
 
-def test_lines_are_counted_with_blank_ones(load, write_rows, tmp_path) -> None:
+def test_line_numbers_count_blank_lines(load, write_rows, tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n\n{"text": "y", "more": 1}')
     assert load(path) == [("x", f"{path}:1"), ("y", f"{path}:3")]
 
 
-def test_json_as_a_list_and_as_lines(load, tmp_path) -> None:
+def test_json_list_and_json_lines_are_read(load, tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x"}, {"text": "y"}], indent=1))
     assert load(path) == [("x", f"{path}#1"), ("y", f"{path}#2")]
@@ -64,7 +64,7 @@ def test_json_as_a_list_and_as_lines(load, tmp_path) -> None:
     assert [value for value, _ in load(path)] == ["x", "y"]
 
 
-def test_parquet(load, tmp_path) -> None:
+def test_parquet_is_read(load, tmp_path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(2500)], "other": [0] * 2500}), path)
     rows = load(path)
@@ -79,7 +79,7 @@ def test_messages_from_parquet_equal_those_from_json(load, write_rows, tmp_path)
     assert load(tmp_path / "a.parquet", "messages")[0][0] == load(path, "messages")[0][0]
 
 
-def test_alpaca_rows_are_exchanges(load, write_rows) -> None:
+def test_alpaca_rows_become_conversations(load, write_rows) -> None:
     path = write_rows(
         "a.jsonl",
         [
@@ -94,7 +94,7 @@ def test_alpaca_rows_are_exchanges(load, write_rows) -> None:
     assert second == third
 
 
-def test_globs_and_folders_are_read_in_order_of_names(load, write_rows, tmp_path) -> None:
+def test_globs_and_folders_are_read_in_name_order(load, write_rows, tmp_path) -> None:
     for name in ("c/b.jsonl", "c/a.jsonl", "c/deep/d.jsonl"):
         write_rows(name, [{"text": name}])
     (tmp_path / "c" / "README.md").write_text("not data")
@@ -104,14 +104,14 @@ def test_globs_and_folders_are_read_in_order_of_names(load, write_rows, tmp_path
     assert sorted(v for v, _ in deep) == ["c/a.jsonl", "c/b.jsonl", "c/deep/d.jsonl"]
 
 
-def test_samples_are_found_by_their_address(load, tmp_path, monkeypatch) -> None:
+def test_sample_addresses_are_resolved(load, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
     (tmp_path / "samples" / "words").mkdir(parents=True)
     (tmp_path / "samples" / "words" / "a.txt").write_text("hello")
     assert load("dtrain:words/a.txt")[0][0] == "hello"
 
 
-def test_a_folder_of_save_to_disk(load, fault, tmp_path) -> None:
+def test_save_to_disk_folder_is_read(load, fault, tmp_path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["x", "y"], "id": [1, 2]})
     rows.save_to_disk(str(tmp_path / "one"))
     assert load(tmp_path / "one") == [("x", f"{tmp_path}/one#1"), ("y", f"{tmp_path}/one#2")]
@@ -122,7 +122,7 @@ def test_a_folder_of_save_to_disk(load, fault, tmp_path) -> None:
     assert "column `instruction` is missing" in fault(tmp_path / "one", "alpaca")
 
 
-def test_a_hub_id(load, monkeypatch) -> None:
+def test_hub_dataset_is_read(load, monkeypatch) -> None:
     asked = []
 
     def load_dataset(path, split):
@@ -134,7 +134,7 @@ def test_a_hub_id(load, monkeypatch) -> None:
     assert asked == [("org/corpus", "test")]
 
 
-def test_an_unknown_hub_id(fault, monkeypatch) -> None:
+def test_unknown_hub_id_is_reported(fault, monkeypatch) -> None:
     def load_dataset(path, split):
         raise ConnectionError("no route")
 
@@ -143,14 +143,14 @@ def test_an_unknown_hub_id(fault, monkeypatch) -> None:
     assert "no such file or folder, and not on the hub: no route" in message
 
 
-def test_missing_files(fault, tmp_path) -> None:
+def test_missing_files_are_reported(fault, tmp_path) -> None:
     assert "a.jsonl: no such file" in fault(tmp_path / "a.jsonl")
     assert "no readable files here" in fault(tmp_path / "*.jsonl")
     (tmp_path / "empty").mkdir()
     assert "no readable files here" in fault(tmp_path / "empty")
 
 
-def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
+def test_unknown_file_type_is_refused(fault, tmp_path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     assert "unknown file type: .xlsx" in fault(tmp_path / "a.xlsx")
 
@@ -171,22 +171,22 @@ def test_an_unknown_kind_of_file(fault, tmp_path) -> None:
         (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
     ],
 )
-def test_errors_in_lines(fault, tmp_path, content, line, what) -> None:
+def test_invalid_lines_are_reported_with_their_number(fault, tmp_path, content, line, what) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {what}")
 
 
-def test_a_broken_list_names_its_line(fault, tmp_path) -> None:
+def test_truncated_json_list_is_reported_with_its_line(fault, tmp_path) -> None:
     (tmp_path / "a.json").write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
     assert f"{tmp_path}/a.json:3: invalid JSON" in fault(tmp_path / "a.json")
 
 
-def test_a_broken_parquet_file(fault, tmp_path) -> None:
+def test_corrupt_parquet_file_is_reported(fault, tmp_path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing PAR1")
     assert "a.parquet#1: invalid parquet file" in fault(tmp_path / "a.parquet")
 
 
-def test_a_missing_column_names_the_existing_ones(fault, write_rows, tmp_path) -> None:
+def test_missing_column_is_reported_with_existing_columns(fault, write_rows, tmp_path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     message = fault(tmp_path / "a.parquet")
     assert "column `text` is missing; the row has body" in message
@@ -207,18 +207,18 @@ def test_a_missing_column_names_the_existing_ones(fault, write_rows, tmp_path) -
         ([{"role": "user", "content": []}], "`messages[0].content` must be a text, not a list"),
     ],
 )
-def test_errors_in_messages(fault, write_rows, messages, what) -> None:
+def test_invalid_messages_are_reported(fault, write_rows, messages, what) -> None:
     path = write_rows("a.jsonl", [{"messages": messages}])
     assert fault(path, "messages").startswith(f"{path}:1: {what}")
 
 
-def test_a_text_file_holds_no_conversations(fault, tmp_path) -> None:
+def test_text_file_has_no_conversations(fault, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     assert "a .txt file contains plain text, not rows of alpaca" in fault(
         tmp_path / "a.txt", "alpaca"
     )
 
 
-def test_a_text_file_that_is_not_utf8(fault, tmp_path) -> None:
+def test_text_file_that_is_not_utf8_is_refused(fault, tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     assert "a.txt:1: is not UTF-8 text (byte 0xe9)" in fault(tmp_path / "a.txt")

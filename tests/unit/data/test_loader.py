@@ -163,7 +163,7 @@ def test_batches_span_the_end_of_an_epoch() -> None:
     assert rows[:10].tolist() != rows[10:].tolist()
 
 
-def test_the_short_last_batch_is_kept() -> None:
+def test_short_last_batch_is_kept() -> None:
     loader = Loader(Simulated([10], [None]), seed=2, global_batch=4, total_sequences=10)
     assert loader.steps == 3
     last = loader.batch(2)

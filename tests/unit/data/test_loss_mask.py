@@ -55,7 +55,7 @@ def test_lengths_are_not_used_if_they_differ_from_offsets(make_tokenizer, change
     assert TokenByteLengths.of(tokenizer) is None
 
 
-def test_a_token_that_strips_spaces_is_noticed(make_tokenizer) -> None:
+def test_token_that_strips_spaces_is_detected(make_tokenizer) -> None:
     tokenizer = make_tokenizer()
     greedy = AddedToken("<|greedy|>", lstrip=True, rstrip=True)
     tokenizer.backend_tokenizer.add_special_tokens([greedy])

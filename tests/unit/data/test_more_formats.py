@@ -59,14 +59,14 @@ SAME = {
 
 
 @pytest.mark.parametrize("form", SAME)
-def test_one_conversation_in_every_format(load, write_rows, form) -> None:
+def test_every_format_gives_the_same_conversation(load, write_rows, form) -> None:
     path = write_rows("a.jsonl", [SAME[form]])
     for named in (form, "auto"):
         (talk,) = load(path, named)
         assert (talk.messages, talk.tools) == ([ASKED, SAID], None)
 
 
-def test_system_and_history_come_first(load, write_rows) -> None:
+def test_system_and_history_precede_the_instruction(load, write_rows) -> None:
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     (talk,) = load(write_rows("a.jsonl", [row]))
     assert [m["content"] for m in talk.messages] == ["s", "a", "b", "c", "d"]
@@ -74,7 +74,7 @@ def test_system_and_history_come_first(load, write_rows) -> None:
     assert talk.messages == [{"role": "system", "content": "s"}, ASKED, SAID]
 
 
-def test_calls_of_tools_are_one_whoever_wrote_them(load, write_rows) -> None:
+def test_tool_calls_of_all_formats_are_equal(load, write_rows) -> None:
     openai = [
         ASKED,
         {
@@ -103,7 +103,7 @@ def test_calls_of_tools_are_one_whoever_wrote_them(load, write_rows) -> None:
         assert talk.tools == [{"type": "function", "function": schema}]
 
 
-def test_preferences_in_three_ways(load, write_rows) -> None:
+def test_three_preference_formats_are_equal(load, write_rows) -> None:
     rows = [
         {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "c"}},
         {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -116,7 +116,7 @@ def test_preferences_in_three_ways(load, write_rows) -> None:
         assert [m["content"] for m in pair.rejected.messages] == ["a", "c"]
 
 
-def test_kto_rows_are_wanted_or_not(load, write_rows) -> None:
+def test_kto_rows_have_a_label(load, write_rows) -> None:
     rows = [
         {"messages": [ASKED, SAID], "label": True},
         {"prompt": "a", "completion": "b", "label": False},
@@ -151,13 +151,13 @@ def test_columns_are_renamed(load, write_rows) -> None:
         load(path, "alpaca", columns={"instruction": "question", "output": "reply"})
 
 
-def test_a_column_that_no_format_has_is_refused(tmp_path) -> None:
+def test_unknown_column_is_refused(tmp_path) -> None:
     with pytest.raises(UserErrors) as error:
         load_recipe("tiny", ["stages.task.data.sources.0.columns={instrution: question}"])
     assert "instrution" in str(error.value)
 
 
-def test_auto_says_what_it_found(write_rows, tmp_path) -> None:
+def test_auto_reports_the_detected_format(write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [{"title": "x", "body": "y"}])
     parts = find_source_files(Source(path=path), tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no known format has the columns title, body"):
@@ -166,7 +166,7 @@ def test_auto_says_what_it_found(write_rows, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json.gz", "csv", "csv.gz", "arrow"])
-def test_other_kinds_of_files_hold_the_same_rows(load, tmp_path, kind) -> None:
+def test_every_file_type_gives_the_same_rows(load, tmp_path, kind) -> None:
     rows = [{"instruction": "a, or\n“b”", "output": str(n)} for n in range(3000)]
     path = tmp_path / f"a.{kind}"
     if kind == "arrow":
@@ -196,7 +196,7 @@ def write_packed(path, content: bytes) -> None:
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def test_arrow_of_the_file_format(load, tmp_path) -> None:
+def test_arrow_file_format_is_read(load, tmp_path) -> None:
     table = pa.table({"text": ["x", "y"]})
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
         file.write_table(table)
@@ -206,7 +206,7 @@ def test_arrow_of_the_file_format(load, tmp_path) -> None:
 class TestBroken:
     """Each fault is told with its place, and what comes after it is read."""
 
-    def test_rows_behind_a_broken_one_are_read(self, seen, tmp_path) -> None:
+    def test_rows_after_a_broken_row_are_read(self, seen, tmp_path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_bytes(
             b'{"text": "a"}\n{"text": "\xff"}\n{"text" 1}\n{"text": "b", "text": "c"}\n'
@@ -223,13 +223,13 @@ class TestBroken:
             "z",
         ]
 
-    def test_a_key_twice_deep_inside(self, seen, tmp_path) -> None:
+    def test_nested_duplicate_key_is_reported(self, seen, tmp_path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_text('{"messages": [{"role": "user", "role": "tool", "content": "a"}]}\n')
         (told,) = seen(path, "messages")
         assert told.startswith(f"{path}:1: ") and "duplicate key `role`" in told
 
-    def test_a_line_too_long_is_skipped(self, seen, tmp_path, monkeypatch) -> None:
+    def test_overlong_line_is_skipped(self, seen, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
         path = tmp_path / "a.jsonl"
         path.write_text('{"text": "a"}\n{"text": "' + "b" * 500 + '"}\n{"text": "c"}\n')
@@ -238,7 +238,7 @@ class TestBroken:
         assert long == f"{path}:2: the line has 513 bytes, the maximum is 100"
 
     @pytest.mark.parametrize("kind", ["gz", "zst"])
-    def test_a_packed_file_cut_short(self, seen, tmp_path, kind) -> None:
+    def test_truncated_compressed_file_is_reported(self, seen, tmp_path, kind) -> None:
         path, whole = tmp_path / f"a.jsonl.{kind}", tmp_path / f"whole.jsonl.{kind}"
         rows = [{"text": os.urandom(40).hex()} for _ in range(9000)]
         write_packed(whole, as_text(rows, "jsonl"))
@@ -249,7 +249,7 @@ class TestBroken:
         path.write_bytes(whole.read_bytes()[:40])
         assert "truncated or damaged" in seen(path)[0]
 
-    def test_a_csv_row_with_too_many_cells(self, seen, tmp_path) -> None:
+    def test_csv_row_with_too_many_cells_is_reported(self, seen, tmp_path) -> None:
         path = tmp_path / "a.csv"
         path.write_text('text,id\n"a\nb",1\nc,2,3\nd,4\n')
         told = f"{path}:4: 3 cells, but the header has 2 columns"
@@ -257,7 +257,7 @@ class TestBroken:
         path.write_text('text\n"a\n')
         assert seen(path) == [f"{path}:2: invalid CSV: unexpected end of data"]
 
-    def test_a_link_out_of_the_folder(self, load, tmp_path) -> None:
+    def test_symlink_out_of_the_folder_is_refused(self, load, tmp_path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "secret.jsonl").write_text('{"text": "a"}\n')
         (tmp_path / "in" / "a.jsonl").symlink_to("../secret.jsonl")
@@ -267,7 +267,7 @@ class TestBroken:
             load(tmp_path / "in")
         assert load(tmp_path / "in" / "a.jsonl") == ["a"]
 
-    def test_an_archive(self, load, tmp_path) -> None:
+    def test_archive_is_refused(self, load, tmp_path) -> None:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             archive.writestr("../evil.jsonl", "{}")
         with pytest.raises(UserError, match=r"a\.zip: archives are not unpacked"):
@@ -287,7 +287,7 @@ def test_train_on_last_has_loss_on_the_last_answer_only(prepared, write_rows, to
     assert tokenizer.decode(row.input_ids[row.is_target]) == "c<|im_end|>"
 
 
-def test_what_is_advised_for_preferences_can_be_done(prepared, write_rows) -> None:
+def test_suggested_fix_for_preferences_works(prepared, write_rows) -> None:
     turn = {"from": "human", "value": "Who?"}
     sides = {name: {"from": "gpt", "value": "It is me."} for name in ("chosen", "rejected")}
     path = write_rows("a.jsonl", [{"conversations": [turn], **sides}])

@@ -54,7 +54,7 @@ def test_packing_equals_textbook_best_fit(lengths: np.ndarray) -> None:
 
 
 @given(short)
-def test_whole_documents_are_each_in_one_sequence(lengths: np.ndarray) -> None:
+def test_best_fit_keeps_each_document_in_one_sequence(lengths: np.ndarray) -> None:
     plan = pack_whole(lengths, CAPACITY)
     assert sorted(plan.segments["document"].tolist()) == list(range(lengths.size))
     assert plan.segments["tokens"].tolist() == lengths[plan.segments["document"]].tolist()
@@ -62,7 +62,7 @@ def test_whole_documents_are_each_in_one_sequence(lengths: np.ndarray) -> None:
 
 
 @given(any_length)
-def test_a_stream_fills_sequences_with_every_token_in_order(lengths: np.ndarray) -> None:
+def test_stream_packing_keeps_every_token_in_order(lengths: np.ndarray) -> None:
     plan = pack_stream(lengths, CAPACITY)
     everything = [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
     assert tokens_of(plan) == everything
@@ -70,7 +70,7 @@ def test_a_stream_fills_sequences_with_every_token_in_order(lengths: np.ndarray)
 
 
 @given(any_length)
-def test_unpacked_sequences_have_one_document_and_lose_nothing(lengths: np.ndarray) -> None:
+def test_unpacked_sequences_contain_one_document_each_without_loss(lengths: np.ndarray) -> None:
     plan = pack_one_document(lengths, CAPACITY)
     assert tokens_of(plan) == [(d, t) for d, n in enumerate(lengths.tolist()) for t in range(n)]
     assert set(np.diff(plan.sequences).tolist()) <= {1}

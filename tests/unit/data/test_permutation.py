@@ -19,14 +19,14 @@ def test_every_index_occurs_once(n: int, key: int, epoch: int) -> None:
 
 @settings(max_examples=50)
 @given(st.integers(2**40, MAX_ITEMS), keys, st.integers(0, 2**40 - 300))
-def test_huge_sets_stay_in_range_without_collisions(n: int, key: int, start: int) -> None:
+def test_huge_permutations_have_no_collisions(n: int, key: int, start: int) -> None:
     out = permute(np.arange(start, start + 300), n, key, 0)
     assert out.min() >= 0 and out.max() < n
     assert len(set(out.tolist())) == 300
 
 
 @given(st.lists(epochs, min_size=1, max_size=20), keys)
-def test_epochs_mixed_in_one_call_equal_one_call_each(many: list[int], key: int) -> None:
+def test_epochs_in_one_call_equal_separate_calls(many: list[int], key: int) -> None:
     index = np.arange(len(many)) % 7
     together = permute(index, 7, key, np.array(many))
     alone = [int(permute(index[i : i + 1], 7, key, epoch)[0]) for i, epoch in enumerate(many)]

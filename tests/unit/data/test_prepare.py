@@ -82,7 +82,7 @@ def test_cpt_reads_conversations_as_texts(prepared, write_rows, tokenizer) -> No
     assert row.is_target[1:].all()
 
 
-def test_a_tokenizer_that_adds_a_begin_token_keeps_it(prepared, write_rows, make_tokenizer) -> None:
+def test_begin_token_of_the_tokenizer_is_kept(prepared, write_rows, make_tokenizer) -> None:
     from_llama = make_tokenizer(bos_token="<|begin_of_text|>")
     begin = from_llama.bos_token_id
     from_llama.backend_tokenizer.post_processor = begin_processor(begin)
@@ -97,7 +97,7 @@ def begin_processor(begin: int):
     return TemplateProcessing(single="<b> $A", special_tokens=[("<b>", begin)])
 
 
-def test_without_packing_a_sequence_is_a_document(prepared, write_rows) -> None:
+def test_without_packing_each_sequence_is_one_document(prepared, write_rows) -> None:
     rows = [conversation("Who?", f"Number {n}.") for n in range(5)]
     source = {"path": write_rows("a.jsonl", rows), "format": "messages"}
     dataset = prepared("sft", [source], packing=False, sequence_length=256)
@@ -322,7 +322,7 @@ class TestFingerprint:
         rows = [conversation("Who?", "Me."), conversation("What?", "That.")]
         return {"path": write_rows("a/x.jsonl", rows), "format": "messages"}
 
-    def test_another_path_is_the_same_data(self, prepared, source, tmp_path) -> None:
+    def test_fingerprint_does_not_depend_on_the_path(self, prepared, source, tmp_path) -> None:
         first = prepared("sft", [source]).fingerprint
         shutil.move(tmp_path / "a", tmp_path / "b")
         moved = {**source, "path": str(tmp_path / "b" / "x.jsonl")}
@@ -331,7 +331,7 @@ class TestFingerprint:
         assert len(list((tmp_path / "cache").rglob("store.json"))) == 1
         assert again.sequence(0).documents[0].startswith(str(tmp_path / "b"))
 
-    def test_other_content_is_other_data(self, prepared, source, write_rows) -> None:
+    def test_fingerprint_depends_on_the_content(self, prepared, source, write_rows) -> None:
         first = prepared("sft", [source]).fingerprint
         rows = [conversation("Who?", "Me."), conversation("What?", "This.")]
         write_rows("a/x.jsonl", rows)
@@ -347,12 +347,12 @@ class TestFingerprint:
             {"template": "instruction"},
         ],
     )
-    def test_settings_count(self, prepared, source, change) -> None:
+    def test_fingerprint_depends_on_the_settings(self, prepared, source, change) -> None:
         base = {"sequence_length": 256}
         first = prepared("sft", [source], **base).fingerprint
         assert prepared("sft", [source], **{**base, **change}).fingerprint != first
 
-    def test_kind_tokenizer_weight_and_code_count(
+    def test_fingerprint_depends_on_kind_tokenizer_weight_and_code(
         self, source, tokenizer, tmp_path, monkeypatch
     ) -> None:
         def run(kind="sft", fingerprint="t1", **more):
@@ -365,7 +365,7 @@ class TestFingerprint:
         found.append(run())
         assert len(set(found)) == 5
 
-    def test_a_new_weight_prepares_nothing_anew(self, prepared, source, tmp_path) -> None:
+    def test_new_weight_reuses_the_prepared_data(self, prepared, source, tmp_path) -> None:
         prepared("sft", [source])
         stores = list((tmp_path / "cache").rglob("store.json"))
         prepared("sft", [{**source, "weight": 1.0}])

@@ -126,7 +126,7 @@ def test_a_killed_preparation_continues(start, expected, tmp_path, tokenizer, mo
     dataset.sources[0].store.verify()
 
 
-def test_of_two_processes_one_works_and_one_waits(start, expected, tmp_path) -> None:
+def test_second_process_waits_for_the_first(start, expected, tmp_path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     first = start(wait_for=str(gate))
@@ -140,7 +140,7 @@ def test_of_two_processes_one_works_and_one_waits(start, expected, tmp_path) -> 
     assert ended[0][2] == ended[1][2] == expected().fingerprint
 
 
-def test_the_waiting_process_takes_over_when_the_other_dies(start, tmp_path) -> None:
+def test_waiting_process_takes_over_from_a_killed_process(start, tmp_path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     first = start(wait_for=str(gate))

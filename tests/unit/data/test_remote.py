@@ -36,7 +36,7 @@ def texts(address: str, cache) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
+def test_remote_file_folder_and_glob_are_read(bucket, tmp_path) -> None:
     bucket("a.jsonl", ["one", "two"])
     bucket("deep/b.jsonl", ["three"])
     first = [("memory:///bucket/a.jsonl:1", "one"), ("memory:///bucket/a.jsonl:2", "two")]
@@ -46,7 +46,7 @@ def test_a_file_a_folder_and_a_glob(bucket, tmp_path) -> None:
     assert texts("memory://bucket/**/b.jsonl", tmp_path) == deep
 
 
-def test_a_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
+def test_remote_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
     for name in ("a.jsonl", "README.md", "_SUCCESS", ".b.jsonl"):
         bucket(name, ["one"])
     assert texts("memory://bucket", tmp_path) == [("memory:///bucket/a.jsonl:1", "one")]
@@ -55,7 +55,7 @@ def test_a_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
         texts("memory://bucket/*", tmp_path)
 
 
-def test_what_another_process_fetched_meanwhile_is_not_fetched_again(
+def test_file_fetched_by_another_process_is_not_fetched_again(
     bucket, tmp_path, monkeypatch
 ) -> None:
     class Waiting(FolderLock):
@@ -73,9 +73,7 @@ def test_what_another_process_fetched_meanwhile_is_not_fetched_again(
     assert found == [("memory:///bucket/a.jsonl:1", "of the other")]
 
 
-def test_a_changed_file_is_fetched_anew_and_an_unchanged_one_is_not(
-    bucket, tmp_path, monkeypatch
-) -> None:
+def test_only_a_changed_file_is_fetched_again(bucket, tmp_path, monkeypatch) -> None:
     bucket("a.jsonl", ["one"])
     before = find_source_files(Source(path="memory://bucket/a.jsonl"), tmp_path)[0]
     store = type(fsspec.filesystem("memory"))
@@ -89,9 +87,7 @@ def test_a_changed_file_is_fetched_anew_and_an_unchanged_one_is_not(
     assert len(fetched) == 1 and after.identity != before.identity
 
 
-def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
-    bucket, tmp_path, monkeypatch, capsys
-) -> None:
+def test_unreachable_store_keeps_fetched_files(bucket, tmp_path, monkeypatch, capsys) -> None:
     bucket("a.jsonl", ["fox"])
     before = texts("memory://bucket/a.jsonl", tmp_path)
 
@@ -115,13 +111,13 @@ def test_a_store_that_cannot_be_reached_leaves_what_was_fetched(
         "zip://a.jsonl::s3://bucket/a.zip?signature=hunter2",
     ],
 )
-def test_a_secret_in_an_address_is_refused_and_not_repeated(address, tmp_path) -> None:
+def test_address_with_a_secret_is_refused_without_showing_it(address, tmp_path) -> None:
     with pytest.raises(UserError, match="would be logged") as error:
         remote.fetch(address, tmp_path, file_kind)
     assert "hunter2" not in str(error.value)
 
 
-def test_a_missing_file_and_an_unknown_store(tmp_path) -> None:
+def test_missing_file_and_unknown_store_are_reported(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         remote.fetch("memory://nowhere/a.jsonl", tmp_path, file_kind)
     with pytest.raises(UserError, match=r"Protocol not known: nostore") as error:

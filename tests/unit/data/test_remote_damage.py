@@ -86,7 +86,7 @@ HEADERS = {
 }
 
 
-def test_what_ends_early_is_refused_and_not_kept(site, tmp_path) -> None:
+def test_truncated_download_is_refused_and_removed(site, tmp_path) -> None:
     site.bodies = [GOOD[: GOOD.rindex(b"\n", 0, -1) + 1]]  # at the end of a row
     with pytest.raises(UserError, match=f"of {len(GOOD):,} bytes") as error:
         texts(site, tmp_path)
@@ -95,7 +95,7 @@ def test_what_ends_early_is_refused_and_not_kept(site, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_other_content_of_the_same_length_is_refused(site, tmp_path, header) -> None:
+def test_download_with_a_wrong_digest_is_refused(site, tmp_path, header) -> None:
     site.headers = {header: HEADERS[header]}
     site.bodies = [GOOD.replace(b"row 7", b"row 8")]
     with pytest.raises(UserError, match="is not that of the server"):
@@ -106,14 +106,14 @@ def test_other_content_of_the_same_length_is_refused(site, tmp_path, header) -> 
 
 
 @pytest.mark.parametrize("first", [GOOD[:-5], GOOD.replace(b"row 7", b"row 8")])
-def test_what_came_damaged_is_fetched_once_more(site, tmp_path, first) -> None:
+def test_corrupt_download_is_retried_once(site, tmp_path, first) -> None:
     site.headers = {"ETag": f'"{hashlib.md5(GOOD).hexdigest()}"'}
     site.bodies = [first, GOOD]
     assert texts(site, tmp_path) == TEXTS
     assert site.sent == 2
 
 
-def test_an_etag_that_only_looks_like_an_md5_is_a_mere_mark(site, tmp_path) -> None:
+def test_etag_that_is_not_an_md5_is_not_verified(site, tmp_path) -> None:
     """As FastAPI's, of time and size, or that of an object S3 has encrypted."""
     site.headers = {"ETag": f'"{hashlib.md5(b"time and size").hexdigest()}"'}
     assert texts(site, tmp_path) == TEXTS
@@ -124,7 +124,7 @@ def test_an_etag_that_only_looks_like_an_md5_is_a_mere_mark(site, tmp_path) -> N
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "removed", "no record"])
-def test_a_damaged_copy_is_fetched_again(site, tmp_path, how) -> None:
+def test_corrupt_cached_copy_is_fetched_again(site, tmp_path, how) -> None:
     site.headers = {"ETag": '"1"'}
     assert texts(site, tmp_path) == texts(site, tmp_path) == TEXTS
     assert site.sent == 1
@@ -141,7 +141,7 @@ def test_a_damaged_copy_is_fetched_again(site, tmp_path, how) -> None:
     assert site.sent == 2
 
 
-def test_a_damaged_copy_is_not_taken_when_the_server_is_away(site, tmp_path) -> None:
+def test_corrupt_cached_copy_is_not_used_offline(site, tmp_path) -> None:
     site.headers = {"ETag": '"1"'}
     assert texts(site, tmp_path) == TEXTS
     (copy,) = tmp_path.rglob("a.jsonl")
@@ -158,7 +158,7 @@ def _refuse(*_: object, **__: object) -> None:
     raise ConnectionRefusedError("nobody is there")
 
 
-def test_what_comes_again_the_same_is_not_replaced_under_its_readers(site, tmp_path) -> None:
+def test_unchanged_download_does_not_replace_the_cached_file(site, tmp_path) -> None:
     """Without a mark every start fetches; another one may still read the copy."""
     parts = find_source_files(Source(path=site.address), tmp_path)
     find_source_files(Source(path=site.address), tmp_path)

@@ -47,7 +47,7 @@ def texts(address: str, cache: Path) -> list[tuple[str, str]]:
     ]
 
 
-def test_rows_of_a_web_server_are_read_and_named_by_their_address(site, tmp_path) -> None:
+def test_http_rows_are_read_and_named_by_their_url(site, tmp_path) -> None:
     folder, address = site
     (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     expected = [(f"{address}/a.jsonl:1", "one"), (f"{address}/a.jsonl:2", "two")]
@@ -56,7 +56,7 @@ def test_rows_of_a_web_server_are_read_and_named_by_their_address(site, tmp_path
     assert texts(f"{address}/a.jsonl", tmp_path) == [(f"{address}/a.jsonl:1", "another")]
 
 
-def test_what_a_server_does_not_have_is_told(site, tmp_path) -> None:
+def test_missing_file_on_the_server_is_reported(site, tmp_path) -> None:
     _, address = site
     with pytest.raises(UserError, match="404") as error:
         texts(f"{address}/none.jsonl", tmp_path)
@@ -64,7 +64,7 @@ def test_what_a_server_does_not_have_is_told(site, tmp_path) -> None:
     assert not list((tmp_path / "remote").rglob("none*"))
 
 
-def test_a_server_that_is_not_there_is_told(site, tmp_path) -> None:
+def test_unreachable_server_is_reported(site, tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jsonl"
@@ -73,9 +73,7 @@ def test_a_server_that_is_not_there_is_told(site, tmp_path) -> None:
     assert error.value.where == nobody
 
 
-def test_what_was_fetched_serves_without_a_server_but_not_without_the_file(
-    site, tmp_path, capsys
-) -> None:
+def test_cached_file_is_used_offline_until_it_is_removed(site, tmp_path, capsys) -> None:
     folder, address = site
     (folder / "a.jsonl").write_text('{"text": "one"}\n')
     before = texts(f"{address}/a.jsonl", tmp_path)
@@ -94,7 +92,7 @@ def _refuse(*_: object, **__: object) -> None:
     raise ConnectionRefusedError("nobody is there")
 
 
-def test_a_missing_package_is_named(tmp_path) -> None:
+def test_missing_package_is_named(tmp_path) -> None:
     code = "import sys; sys.modules['aiohttp'] = None; from pathlib import Path; "
     code += "from dtrain.data.remote import fetch; fetch('http://127.0.0.1:9/a', Path('.'), str)"
     done = subprocess.run(

@@ -83,7 +83,7 @@ LAST = {
 
 @pytest.mark.parametrize("family", LAST)
 @pytest.mark.parametrize("form", ROW_FORMATS)
-def test_the_last_reasoning_is_learned_and_earlier_ones_are_counted(learned, family, form) -> None:
+def test_last_reasoning_is_a_target_and_earlier_ones_are_counted(learned, family, form) -> None:
     turns = thoughts(form, "Four.", "Six.")
     every, counts = learned(family, turns)
     assert "R1" not in every[0] and "Four." in every[0]
@@ -92,7 +92,7 @@ def test_the_last_reasoning_is_learned_and_earlier_ones_are_counted(learned, fam
     assert learned(family, turns, train_on="last")[0] == every[1:]
 
 
-def test_reasoning_inside_of_the_content(learned) -> None:
+def test_reasoning_tags_in_the_content_are_read(learned) -> None:
     turns = thoughts("inside", "Four.", "Six.")
     every, counts = learned("qwen3", turns)
     assert every == ["Four.<|im_end|>", LAST["reasoning"]]
@@ -106,12 +106,12 @@ def test_reasoning_inside_of_the_content(learned) -> None:
     [("chatml", "reasoning_content"), ("llama3", "thinking"), ("deepseek", "inside")],
 )
 @pytest.mark.parametrize("turns", [("Four.",), ("Four.", "Six.")])
-def test_reasoning_cut_out_of_the_last_answer_is_refused(learned, family, form, turns) -> None:
+def test_reasoning_dropped_from_the_last_answer_is_refused(learned, family, form, turns) -> None:
     with pytest.raises(UserError, match=r"f:1: .* leaves out the reasoning of the last answer"):
         learned(family, thoughts(form, *turns))
 
 
-def test_reasoning_around_calls_of_tools_is_learned(learned) -> None:
+def test_reasoning_around_tool_calls_is_a_target(learned) -> None:
     turns = [
         ASKED,
         said("", reasoning_content="R1", tool_calls=[CALL]),
@@ -123,7 +123,7 @@ def test_reasoning_around_calls_of_tools_is_learned(learned) -> None:
         assert "R1" in call and '"city"' in call and "R2" in answer and not counts
 
 
-def test_two_keys_of_reasoning_that_say_the_same_are_one(learned) -> None:
+def test_equal_reasoning_under_two_keys_is_accepted(learned) -> None:
     turns = [ASKED, said("Four.", reasoning="R", reasoning_content="R")]
     assert learned("reasoning", turns)[0] == ["<think>\nR\n</think>\n\nFour.<|im_end|>"]
 
@@ -142,19 +142,19 @@ def test_two_keys_of_reasoning_that_say_the_same_are_one(learned) -> None:
         {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "add"}'}]},
     ],
 )
-def test_a_call_under_a_template_that_knows_none_is_refused(learned, family, answer) -> None:
+def test_tool_call_is_refused_by_a_template_without_tool_calls(learned, family, answer) -> None:
     with pytest.raises(UserError, match=r"f:1: the chat template .*message 2"):
         learned(family, [ASKED, answer])
 
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "deepseek"])
-def test_tools_that_the_template_leaves_out_are_refused(learned, family) -> None:
+def test_tools_that_the_template_does_not_render_are_refused(learned, family) -> None:
     with pytest.raises(UserError, match=r"f:1: the chat template leaves out the row's tools"):
         learned(family, [ASKED, said("Four.")], TOOLS)
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "reasoning"])
-def test_parallel_calls_are_learned_with_their_text(learned, family) -> None:
+def test_parallel_tool_calls_and_their_text_are_targets(learned, family) -> None:
     other = {"function": {"name": "mul", "arguments": {"rows": ["a", 1, {"k": "v"}], "b": None}}}
     turns = [ASKED, said("Let me see.", tool_calls=[CALL, other]), RESULT, RESULT, said("Four.")]
     (calls, answer), counts = learned(family, turns, TOOLS)
@@ -172,7 +172,7 @@ def test_parallel_calls_are_learned_with_their_text(learned, family) -> None:
         ("llama3", '{{"name": "add", "parameters": {}}}<|eot_id|>'),
     ],
 )
-def test_calls_of_families(learned, family, call) -> None:
+def test_tool_calls_of_each_template_family_are_targets(learned, family, call) -> None:
     turns = [ASKED, said("", tool_calls=[CALL]), RESULT, said("Four.")]
     texts, _ = learned(family, turns, TOOLS)
     assert texts[0] == call.format('{"a": 2, "city": "R \\"x\\"\\n"}')
@@ -180,7 +180,7 @@ def test_calls_of_families(learned, family, call) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral-tools", "harmony"])
-def test_text_left_out_beside_a_call_is_refused(learned, family) -> None:
+def test_text_dropped_next_to_a_tool_call_is_refused(learned, family) -> None:
     turns = [ASKED, said("Let me see.", tool_calls=[CALL]), RESULT, said("Four.")]
     with pytest.raises(UserError, match="leaves out the text of message 2"):
         learned(family, turns, TOOLS)
@@ -211,7 +211,7 @@ CALLS = (
         ("{{ call.function.name }}{{ (call.function.arguments | tojson)[:9] }}", False),
     ],
 )
-def test_each_part_of_a_call_must_be_written(learned, writes, whole) -> None:
+def test_every_field_of_a_tool_call_must_be_rendered(learned, writes, whole) -> None:
     turns = [ASKED, said("", tool_calls=[CALL]), RESULT, said("é. Four.")]
     own = CALLS.replace("CALL", writes)
     if whole:
@@ -237,7 +237,7 @@ SOME = (
     [("developer", "system"), ("User", "user"), ("human", "user"), ("SYSTEM", "system")],
 )
 @pytest.mark.parametrize("family", [SOME, "chatml", "qwen2.5", "llama3"])
-def test_a_role_with_a_standard_name_gets_it(template, family, role, standard) -> None:
+def test_role_alias_is_replaced_by_the_standard_role(template, family, role, standard) -> None:
     counts: Counter[str] = Counter()
     turns = parse_messages(
         [{"role": role, "content": "HEAR"}, ASKED, said("RED")], "messages", "f:1"
@@ -250,12 +250,12 @@ def test_a_role_with_a_standard_name_gets_it(template, family, role, standard) -
 
 @pytest.mark.parametrize("role", ["model", "gpt", "Assistant", "bot", "chatbot"])
 @pytest.mark.parametrize("family", [SOME, "chatml", "gemma", "mistral"])
-def test_an_answer_is_learned_whatever_its_role_is_called(learned, family, role) -> None:
+def test_answer_is_a_target_under_any_role_name(learned, family, role) -> None:
     (answer,), _ = learned(family, [ASKED, {"role": role, "content": "RED"}])
     assert "RED" in answer
 
 
-def test_a_role_that_the_template_names_stays(template, learned) -> None:
+def test_role_of_the_template_is_kept(template, learned) -> None:
     own = SOME.replace("'system', ", "'developer', 'model', ")
     turns = [{"role": "developer", "content": "HEAR"}, ASKED, {"role": "model", "content": "RED"}]
     (answer,), counts = learned(own, turns)
@@ -267,7 +267,7 @@ def test_a_role_that_the_template_names_stays(template, learned) -> None:
 
 
 @pytest.mark.parametrize("role", ["observation", "function", "tool_response", "ipython", "Tool"])
-def test_results_of_tools_under_other_names(learned, role) -> None:
+def test_tool_results_under_role_aliases_are_read(learned, role) -> None:
     result = {"role": role, "name": "add", "content": "RESULT"}
     turns = [ASKED, said("", tool_calls=[CALL]), result, said("Four.")]
     texts, _ = learned("qwen2.5", turns, TOOLS, "all+tool")
@@ -282,13 +282,13 @@ def test_results_of_tools_under_other_names(learned, role) -> None:
         ([ASKED, said("RED"), {"role": "tool", "content": "18"}], "message 3 .*`tool`"),
     ],
 )
-def test_a_turn_that_the_template_skips_is_refused(learned, turns, message) -> None:
+def test_turn_skipped_by_the_template_is_refused(learned, turns, message) -> None:
     with pytest.raises(UserError, match=f"f:1: .* leaves out the text of {message}"):
         learned(SOME, turns)
 
 
 @pytest.mark.parametrize("train_on", ["all", "last", "user", ""])
-def test_a_system_message_that_is_dropped_is_refused(learned, train_on) -> None:
+def test_dropped_system_message_is_refused(learned, train_on) -> None:
     turns = [{"role": "system", "content": "HEAR"}, ASKED, said("RED")]
     with pytest.raises(UserError, match="message 1"):
         learned(SOME.replace("'system', ", ""), turns, train_on=train_on)
@@ -318,7 +318,7 @@ BAD, GOOD = "BAD", "GOOD<|im_end|>"
 )
 @pytest.mark.parametrize("sharegpt", [False, True])
 @pytest.mark.parametrize("family", ["chatml", MARKED], ids=["chatml", "marked"])
-def test_a_turn_that_the_row_masks_is_not_learned(learned, family, sharegpt, bad, good) -> None:
+def test_turn_masked_by_the_row_is_not_a_target(learned, family, sharegpt, bad, good) -> None:
     turns = [ASKED, said(BAD, **bad), AGAIN, said("GOOD", **good)]
     if sharegpt:
         names = {"user": "human", "assistant": "gpt"}
@@ -331,7 +331,7 @@ def test_a_turn_that_the_row_masks_is_not_learned(learned, family, sharegpt, bad
 
 
 @pytest.mark.parametrize("key", ["train", "weight", "loss"])
-def test_a_turn_that_the_row_wants_learned_is(learned, key) -> None:
+def test_turn_enabled_by_the_row_is_a_target(learned, key) -> None:
     turns = [{**ASKED, key: True}, said("Four.", **{key: True}), AGAIN, said("Six.")]
     assert learned("chatml", turns)[0] == [
         "Two and two?<|im_end|>",
@@ -374,7 +374,7 @@ def test_invalid_train_flags_are_refused(marks, message) -> None:
     ],
 )
 @pytest.mark.parametrize("family", ["chatml", "parts-only", "qwen3"])
-def test_a_part_of_text_is_a_text(learned, family, part) -> None:
+def test_text_block_is_read_as_text(learned, family, part) -> None:
     turns = [
         {"role": "system", "content": [part]},
         {"role": "user", "content": [part]},
@@ -387,7 +387,7 @@ def test_a_part_of_text_is_a_text(learned, family, part) -> None:
 @pytest.mark.parametrize(
     ("family", "joined"), [("chatml", "a\nb"), ("parts", "ab"), ("parts-only", "ab")]
 )
-def test_parts_are_joined_as_the_template_does(learned, family, joined) -> None:
+def test_content_blocks_are_joined_as_the_template_does(learned, family, joined) -> None:
     parts = [{"type": "text", "text": text} for text in "ab"]
     (asked, answer), _ = learned(
         family, [{"role": "user", "content": parts}, said(parts)], None, "all+user"
@@ -408,7 +408,7 @@ def test_parts_are_joined_as_the_template_does(learned, family, joined) -> None:
         ({"type": "text", "text": None}, "text"),
     ],
 )
-def test_other_parts_are_refused_by_name(part, kind) -> None:
+def test_other_content_blocks_are_refused_by_type(part, kind) -> None:
     turns = [{"role": "user", "content": [{"type": "text", "text": "See"}, part]}, said("Four.")]
     with pytest.raises(
         UserError, match=rf"f:1: `messages\[0\].content\[1\]` is not a text: {kind}"
@@ -428,14 +428,14 @@ def test_a_row_with_images_is_refused() -> None:
 # Ends of turns
 
 
-def test_a_template_that_closes_no_turn_is_counted(learned, template) -> None:
+def test_turns_without_an_end_are_counted(learned, template) -> None:
     open_ended = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
     texts, counts = learned(open_ended, [ASKED, said("Four."), AGAIN, said("Six.")])
     assert counts["answers_without_end"] == 2 and texts[-1].endswith("Six.")
     assert end_of_turn(template(open_ended)) == ""
 
 
-def test_a_template_that_closes_the_last_turn_alone(learned, template) -> None:
+def test_template_that_closes_only_the_last_turn(learned, template) -> None:
     once = SOME.replace(" + '<|im_end|>\n'", "") + "{{ eos_token }}"
     texts, counts = learned(once, [ASKED, said("Four."), AGAIN, said("Six.")])
     assert counts["answers_without_end"] == 1 and texts[-1].endswith("Six.</s>")
@@ -443,7 +443,7 @@ def test_a_template_that_closes_the_last_turn_alone(learned, template) -> None:
     assert end_of_turn(template(once)) == "</s>"
 
 
-def test_ends_of_turns_of_gpt_oss(learned, template) -> None:
+def test_gpt_oss_turn_ends_are_targets(learned, template) -> None:
     texts, counts = learned("harmony", [ASKED, said("Four."), AGAIN, said("Six.")])
     final = "<|channel|>final<|message|>"
     assert texts == [f"{final}Four.<|end|>", f"{final}Six.<|return|>"] and not counts
@@ -469,12 +469,12 @@ def test_ends_of_turns_of_gpt_oss(learned, template) -> None:
     ],
     ids=["no end", "last only", "none", "half"],
 )
-def test_marks_that_miss_some_of_an_answer_are_refused(learned, marks) -> None:
+def test_generation_tags_that_miss_part_of_an_answer_are_refused(learned, marks) -> None:
     with pytest.raises(UserError, match=r"f:1: .*marks leave out"):
         learned(marks, [ASKED, said("Four."), AGAIN, said("Six.")])
 
 
-def test_marks_in_two_spans_of_an_answer(learned) -> None:
+def test_generation_tags_may_split_an_answer(learned) -> None:
     two = MARKED.replace(
         "{{ m.content + '<|im_end|>' }}{% endgen",
         "{{ m.content }}{% endgeneration %}\n{% generation %}{{ m.tool_calls | tojson }}"
@@ -499,7 +499,7 @@ def test_marks_in_two_spans_of_an_answer(learned) -> None:
         ("lower", False),
     ],
 )
-def test_an_answer_that_is_changed_is_refused(learned, filter, kept) -> None:
+def test_altered_answer_is_refused(learned, filter, kept) -> None:
     own = SOME.replace("m.content", f"(m.content | {filter})")
     turns = [ASKED, said("Four.")]
     if kept:
@@ -514,7 +514,7 @@ def test_an_answer_that_is_changed_is_refused(learned, filter, kept) -> None:
     ["m.content[:4]", "m.content[2:]", "m.content | truncate(3)", "m.content.split('d')[0]"],
 )
 @pytest.mark.parametrize("who", ["user", "assistant", "system"])
-def test_a_text_that_is_cut_is_refused(learned, change, who) -> None:
+def test_truncated_text_is_refused(learned, change, who) -> None:
     own = SOME.replace("m.content", f"(({change}) if m.role == '{who}' else m.content)")
     turns = [
         {"role": "system", "content": "Be kind and brief."},
@@ -526,7 +526,7 @@ def test_a_text_that_is_cut_is_refused(learned, change, who) -> None:
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_a_template_that_looks_at_a_text_is_followed(learned, role) -> None:
+def test_template_that_depends_on_the_text_is_followed(learned, role) -> None:
     """Qwen 3 does so: a question in these tags does not begin a new exchange."""
     wrapped = "<tool_response>\n4\n</tool_response>"
     turns = [
@@ -544,7 +544,7 @@ def test_a_template_that_looks_at_a_text_is_followed(learned, role) -> None:
     assert texts[0].endswith("Two is the answer.<|im_end|>")
 
 
-def test_private_use_characters_of_a_row_are_no_marks(learned) -> None:
+def test_private_use_characters_in_a_row_are_plain_text(learned) -> None:
     odd = "".join(map(chr, range(0xF0000, 0xF0040))) + "\ue000"
     turns = [{"role": "user", "content": odd}, said(f"{odd} Four."), AGAIN, said(odd[::-1])]
     for family in ("chatml", "llama3", "qwen3"):
@@ -554,7 +554,7 @@ def test_private_use_characters_of_a_row_are_no_marks(learned) -> None:
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\n", "<think>\n\n</think>\n\n"])
 @pytest.mark.parametrize("family", ["chatml", "llama3", "qwen3", "mistral", "parts-only"])
-def test_an_answer_without_text_teaches_its_end_alone(learned, template, family, blank) -> None:
+def test_empty_answer_has_only_its_end_as_target(learned, template, family, blank) -> None:
     (answer,), counts = learned(family, [ASKED, said(blank)])
     assert answer.replace("<think>", "").replace("</think>", "").strip() == end_of_turn(
         template(family)

@@ -37,7 +37,7 @@ def shown(prepared, write_rows, tokenizer):
     "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}, {"masked": 1}]
 )
 @pytest.mark.parametrize("kind", ["messages", "alpaca"])
-def test_a_row_that_is_marked_as_a_whole_is_not_learned(shown, mark, kind) -> None:
+def test_row_masked_as_a_whole_has_no_targets(shown, mark, kind) -> None:
     rows = {
         "messages": [{"messages": [ASKED, BAD], **mark}, {"messages": [ASKED, GOOD]}],
         "alpaca": [
@@ -53,7 +53,7 @@ def test_a_row_that_is_marked_as_a_whole_is_not_learned(shown, mark, kind) -> No
 @pytest.mark.parametrize(
     "other", [{"weight": 1}, {"weight": 0.3}, {"loss": 2.5}, {"train": None}, {"masked": False}]
 )
-def test_other_values_of_such_a_column_say_nothing(shown, other) -> None:
+def test_other_values_of_a_mask_column_are_ignored(shown, other) -> None:
     assert "⟦Four." in shown([{"messages": [ASKED, GOOD], **other}])
 
 
@@ -64,7 +64,7 @@ def test_train_flags_of_turns_override_those_of_the_row(shown) -> None:
 
 
 @pytest.mark.parametrize("key", ["loss_mask", "trainable", "train_on_turn"])
-def test_more_keys_that_mask_a_turn(shown, key) -> None:
+def test_alternative_turn_mask_keys_are_read(shown, key) -> None:
     text = shown([{"messages": [ASKED, {**BAD, key: 0}, ASKED, {**GOOD, key: 1}]}])
     assert "⟦Five." not in text and "⟦Four." in text
 
@@ -91,7 +91,7 @@ def test_blocks_with_different_train_flags_are_refused(marks) -> None:
         parse_messages(turns, "messages", "f:1")
 
 
-def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
+def test_ignored_keys_and_unknown_roles_are_reported(shown) -> None:
     odd = {**GOOD, "thought": "R1", "prefix": None, "name": "bot", "quality": 0}
     text = shown([{"messages": [{"role": "critic", "content": "Well."}, ASKED, odd]}])
     assert "message key `thought` is not read in 1 rows" in text
@@ -103,7 +103,7 @@ def test_keys_and_roles_that_mean_nothing_are_said(shown) -> None:
 @pytest.mark.parametrize(
     ("reads", "silent"), [("m.tools", True), ("m['tools']", True), ("", False)]
 )
-def test_a_key_that_the_template_names_otherwise_is_not_read(
+def test_key_with_another_meaning_in_the_template_is_not_read(
     shown, make_tokenizer, reads, silent
 ) -> None:
     own = make_tokenizer("{% if tools %}<tools>{% endif %}" + CHATML + f"{{# {reads} #}}")
@@ -111,21 +111,21 @@ def test_a_key_that_the_template_names_otherwise_is_not_read(
     assert ("message key `tools` is not read in 1 rows" not in text) == silent
 
 
-def test_reasoning_of_a_question_that_is_left_out_is_refused(shown) -> None:
+def test_dropped_reasoning_of_a_question_is_refused(shown) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:1: .* leaves out the reasoning of message 1"):
         shown([{"messages": [{**ASKED, "reasoning_content": "R"}, GOOD]}])
 
 
 @pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
 @pytest.mark.parametrize("key", ["arguments", "parameters"])
-def test_arguments_under_both_of_their_names(key, arguments) -> None:
+def test_tool_call_arguments_under_both_names(key, arguments) -> None:
     turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "add", key: arguments}]}]
     (call,) = parse_messages(turns, "messages", "f:1")[1]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": {"a": 2}}
 
 
 @pytest.mark.parametrize("none", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}])
-def test_a_call_without_arguments(none) -> None:
+def test_tool_call_without_arguments(none) -> None:
     turns = [ASKED, {"role": "assistant", "tool_calls": [{"name": "now", "id": "1", **none}]}]
     (call,) = parse_messages(turns, "messages", "f:1")[1]["tool_calls"]
     assert call["function"] == {"name": "now", "arguments": {}}
@@ -148,7 +148,7 @@ CALL = {"function": {"name": "add", "arguments": {"a": 2}}}
         ({"content": "See.", "images": ["x.png"]}, "is not a text: images"),
     ],
 )
-def test_what_would_be_lost_of_a_message_is_refused(turn, message) -> None:
+def test_message_content_that_would_be_lost_is_refused(turn, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_messages([ASKED, {"role": "assistant", **turn}], "messages", "f:1")
     assert "f:1: `messages[1]" in str(caught.value)
@@ -161,7 +161,7 @@ def test_a_tool_without_a_name_is_refused(tool) -> None:
 
 
 @pytest.mark.parametrize("instruction", ["", " \n"])
-def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
+def test_instruction_only_in_the_input_is_used_once(instruction) -> None:
     row = {"instruction": instruction, "input": "Two and two?", "output": "Four."}
     asked = convert_row(row, "alpaca", {}, "f:1").messages[0]
     assert (asked["content"], asked["instruction"], asked["input"]) == (
@@ -181,14 +181,14 @@ def test_a_task_in_the_input_alone_is_said_once(instruction) -> None:
         ("a.jsonl", "\n\n"),
     ],
 )
-def test_a_source_without_a_row_is_called_empty(tmp_path: Path, name, content) -> None:
+def test_source_without_rows_is_reported_as_empty(tmp_path: Path, name, content) -> None:
     (tmp_path / name).write_text(content)
     parts = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
     with pytest.raises(EmptyDataError, match=f"{name}: the source has no rows"):
         detect_source_format(parts, {})
 
 
-def test_rows_under_a_key_that_also_marks_turns(tmp_path: Path) -> None:
+def test_rows_under_a_key_that_is_also_a_turn_mask(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": [{"messages": [ASKED, GOOD]}]}))
     parts = find_source_files(Source(path=str(tmp_path / "a.json")), tmp_path)
     (record,) = read_records(parts, "auto")

@@ -60,12 +60,12 @@ def shown(prepared, tokenizer, write_rows):
     return run
 
 
-def test_a_row_in_parts_with_weights_is_read(shown) -> None:
+def test_content_blocks_with_weights_are_read(shown) -> None:
     text, _ = shown([{"messages": PARTS}])
     assert "user\nhi<|im_end|>" in text and "⟦Hello!<|im_end|>⟧" in text
 
 
-def test_reasoning_and_calls_in_parts_are_read(shown, make_tokenizer) -> None:
+def test_reasoning_and_tool_calls_in_content_blocks_are_read(shown, make_tokenizer) -> None:
     own = make_tokenizer((FAMILIES / "reasoning.jinja").read_text())
     text, _ = shown([{"messages": TOOL_USE, "tools": json.dumps([AREA])}], tokenizer=own)
     assert (
@@ -75,7 +75,7 @@ def test_reasoning_and_calls_in_parts_are_read(shown, make_tokenizer) -> None:
     assert "⟦<think>\nSay it.\n</think>\n\n7.07.<|im_end|>⟧" in text
 
 
-def test_what_was_done_to_rows_is_said(shown) -> None:
+def test_changes_to_rows_are_reported(shown) -> None:
     rows = [
         {"messages": [{"role": "developer", "content": "Be brief."}, ASKED, ANSWER]},
         {"messages": [ASKED, {**ANSWER, "weight": 0}]},
@@ -86,7 +86,7 @@ def test_what_was_done_to_rows_is_said(shown) -> None:
         assert "1 left out, no answer in them" in said
 
 
-def test_open_ends_are_said(shown, make_tokenizer) -> None:
+def test_turns_without_an_end_are_reported(shown, make_tokenizer) -> None:
     own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
     text, dataset = shown([{"messages": [ASKED, ANSWER]}] * 3, tokenizer=own)
     for said in (text, dataset.describe()):
@@ -105,7 +105,7 @@ def test_open_ends_are_said(shown, make_tokenizer) -> None:
         {"prompt": [ASKED], "completion": [{**ANSWER, "reasoning": "Add."}]},
     ],
 )
-def test_what_the_template_leaves_out_is_refused_with_its_line(
+def test_content_dropped_by_the_template_is_refused_with_its_line(
     prepared, write_rows, row, kind
 ) -> None:
     rows = [row if number == 2 else {**row} for number in range(3)]
@@ -132,7 +132,7 @@ def scanned(tokenizer, write_rows):
 BAD = {"messages": [ASKED, {**ANSWER, "tool_calls": [CALL]}]}
 
 
-def test_a_scan_finds_what_training_would_refuse(scanned) -> None:
+def test_scan_finds_rows_that_training_would_refuse(scanned) -> None:
     report = build_report(scanned([{"messages": [ASKED, ANSWER]}, BAD, BAD]))
     finding = next(f for f in report["findings"] if f["kind"] == "template")
     assert finding["rows"] == 2
@@ -140,7 +140,7 @@ def test_a_scan_finds_what_training_would_refuse(scanned) -> None:
     assert "leaves out a tool call in message 2" in finding["examples"][0]["note"]
 
 
-def test_a_scan_says_what_the_template_does_to_rows(scanned, make_tokenizer) -> None:
+def test_scan_reports_how_the_template_changes_rows(scanned, make_tokenizer) -> None:
     own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
     rows = [{"messages": [{"role": "human", "content": "Two?"}, ANSWER]}]
     verdict = build_report(scanned(rows, own))["verdict"]
@@ -148,13 +148,13 @@ def test_a_scan_says_what_the_template_does_to_rows(scanned, make_tokenizer) -> 
     assert any("role `human` read as `user`" in line["text"] for line in verdict)
 
 
-def test_a_scan_sees_secrets_in_reasoning(scanned) -> None:
+def test_scan_finds_secrets_in_reasoning(scanned) -> None:
     thought = {**ANSWER, "reasoning_content": "Write to jane.doe@posteo.de about it."}
     result = scanned([{"messages": [ASKED, thought]}])
     assert result.has_finding("email").all()
 
 
-def test_cleaned_rows_read_back_as_they_were(scanned, tmp_path, write_rows) -> None:
+def test_cleaned_rows_read_back_unchanged(scanned, tmp_path, write_rows) -> None:
     rows = [
         {"messages": PARTS},
         {"messages": [{"role": "developer", "content": "Be brief."}, ASKED, ANSWER]},

@@ -30,7 +30,7 @@ def test_unweighted_epochs_contain_each_sequence_once(rows, seed, epoch) -> None
 
 
 @given(sizes, seeds, st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), st.booleans())
-def test_a_slice_of_the_stream_is_independent_of_its_length(rows, seed, a, b, c, weighted) -> None:
+def test_stream_slice_does_not_depend_on_its_length(rows, seed, a, b, c, weighted) -> None:
     start, middle, stop = sorted((a, b, c))
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
     dataset = build_sampling_plan(rows, {0: weights}, ["s"] * len(rows))
@@ -88,7 +88,7 @@ def test_epochs_repeat_the_heaviest_source_exactly(sources, epochs, seed) -> Non
     assert sources_of(dataset, stream)[-1] == heaviest  # and not a row more
 
 
-def test_shares_are_exact_at_distant_positions() -> None:
+def test_weights_are_exact_at_distant_positions() -> None:
     dataset = build_sampling_plan(
         [10**12, 10**11], {0: [0.9, 0.1], 7 * 10**11: [0.25, 0.75]}, ["a", "b"]
     )

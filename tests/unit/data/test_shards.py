@@ -58,7 +58,7 @@ def store_of(cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_the_store_does_not_depend_on_processes(
+def test_store_does_not_depend_on_the_number_of_processes(
     rows_of_all_kinds, tokenizer, tmp_path, processes
 ) -> None:
     for count in (1, processes):
@@ -164,7 +164,7 @@ def test_a_share_builds_the_shards_of_its_killed_processes(
         (2, 1, 4, WorkShare(1, 4)),
     ],
 )
-def test_a_task_of_an_array_with_gaps_has_a_share(number, first, count, share) -> None:
+def test_task_of_an_array_with_gaps_gets_a_share(number, first, count, share) -> None:
     names = {"ID": number, "MIN": first, "COUNT": count}
     environ = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in names.items()}
     assert share_of_array(environ) == share
@@ -211,7 +211,7 @@ def test_any_error_text_of_a_process_is_reported() -> None:
     assert told.status is Exit.NON_FINITE
 
 
-def test_a_crash_in_a_process_is_a_crash() -> None:
+def test_crash_of_a_worker_raises_an_error() -> None:
     with pytest.raises(RuntimeError, match="ended with status 1"), worker_pool(2, crash) as members:
         members.join(lambda units: None)
 
@@ -244,7 +244,9 @@ def test_boundaries_cover_every_row_once(sizes, block, parts) -> None:
         assert len(before) == place[1] and records[place[2]].file_index == place[0]
 
 
-def test_shards_of_other_boundaries_are_not_used(rows_of_all_kinds, tokenizer, tmp_path) -> None:
+def test_shards_with_other_boundaries_are_not_reused(
+    rows_of_all_kinds, tokenizer, tmp_path
+) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
     folder = tmp_path / "again" / store_of(tmp_path / "alone").name
     folder.mkdir(parents=True)
@@ -266,7 +268,7 @@ def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch)
     assert cpu_resources.available_cores() == 3
 
 
-def test_the_page_cache_is_free_memory(tmp_path, monkeypatch) -> None:
+def test_page_cache_counts_as_free_memory(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cpu_resources, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{9 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{8 << 20}\n")

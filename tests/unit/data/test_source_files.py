@@ -76,7 +76,7 @@ ARGUMENTS = {"unit": None, "deep": {"none": None, "list": [None, {"x": None}]}}
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
 @pytest.mark.parametrize("as_text", [False, True])
-def test_nulls_of_json_stay_in_schemas_and_arguments(load, tmp_path, suffix, as_text) -> None:
+def test_json_nulls_in_schemas_and_arguments_are_kept(load, tmp_path, suffix, as_text) -> None:
     written = json.dumps if as_text else lambda value: value
     row = {"messages": [ASKED, call(written(ARGUMENTS))], "tools": written(TOOLS)}
     content = json.dumps([row] if suffix == ".json" else row).encode()
@@ -100,7 +100,7 @@ def arrow_file(path: Path, rows: list[Any]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "saved"])
-def test_of_arrow_only_what_it_filled_in_goes(load, tmp_path, name) -> None:
+def test_only_nulls_added_by_arrow_are_removed(load, tmp_path, name) -> None:
     rows = [
         {"messages": [ASKED, call({"city": "Paris", "list": [None, "x"]})], "tools": None},
         {
@@ -116,7 +116,7 @@ def test_of_arrow_only_what_it_filled_in_goes(load, tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "saved"])
-def test_nulls_in_a_json_text_of_arrow_stay(load, tmp_path, name) -> None:
+def test_nulls_in_json_strings_of_arrow_are_kept(load, tmp_path, name) -> None:
     row = {"messages": [ASKED, call(json.dumps(ARGUMENTS))], "tools": json.dumps(TOOLS)}
     (talk,) = load(arrow_file(tmp_path / name, [row]))
     assert arguments_of(talk) == ARGUMENTS and talk.tools == TOOLS
@@ -144,7 +144,7 @@ ROWS = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_byte_order_mark_is_no_part_of_rows(load, fault, tmp_path, name, packed) -> None:
+def test_byte_order_mark_is_removed_from_rows(load, fault, tmp_path, name, packed) -> None:
     path = tmp_path / (name + ".gz" * packed)
 
     def write(content: bytes) -> None:
@@ -157,13 +157,13 @@ def test_a_byte_order_mark_is_no_part_of_rows(load, fault, tmp_path, name, packe
         assert "is UTF-16 text, not UTF-8" in fault(path) and "iconv" in fault(path)
 
 
-def test_a_file_of_nothing_but_a_mark_has_no_row(load, tmp_path) -> None:
+def test_file_with_only_a_byte_order_mark_has_no_rows(load, tmp_path) -> None:
     for name in ("a.jsonl", "a.csv", "a.txt", "a.json"):
         (tmp_path / name).write_text(BOM, encoding="utf-8")
         assert load(tmp_path / name, "text") == []
 
 
-def test_a_byte_order_mark_is_no_part_of_a_template(tokenizer, tmp_path) -> None:
+def test_byte_order_mark_is_removed_from_template_files(tokenizer, tmp_path) -> None:
     path = tmp_path / "a.jinja"
     path.write_text(BOM + "{{ messages[0].content }}", encoding="utf-8")
     assert template_text(str(path), tokenizer) == "{{ messages[0].content }}"
@@ -174,7 +174,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tokenizer, tmp_path) -> None
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_byte_order_mark_is_no_part_of_the_tokenizers_template(
+def test_byte_order_mark_is_removed_from_tokenizer_templates(
     make_tokenizer, tmp_path, named
 ) -> None:
     make_tokenizer(template=BOM + "{{ 1 }}").save_pretrained(tmp_path)
@@ -188,7 +188,7 @@ def test_a_byte_order_mark_is_no_part_of_the_tokenizers_template(
     assert BOM not in str(tokenizer.chat_template)
 
 
-def test_a_byte_order_mark_is_no_part_of_questions_and_prompts(tmp_path) -> None:
+def test_byte_order_mark_is_removed_from_questions_and_prompts(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(BOM + '{"question": "a\u2028b", "answer": "c"}\n', encoding="utf-8")
     assert read_questions(path, 3) == [{"question": "a\u2028b", "answer": "c"}]
@@ -200,7 +200,7 @@ def test_a_byte_order_mark_is_no_part_of_questions_and_prompts(tmp_path) -> None
             use()
 
 
-def test_a_byte_order_mark_is_no_part_of_recipes_and_deepspeed_files(tmp_path) -> None:
+def test_byte_order_mark_is_removed_from_recipes_and_deepspeed_files(tmp_path) -> None:
     recipe, deepspeed = tmp_path / "a.yaml", tmp_path / "ds.json"
     known = Path("ds_configs/zero2.json").read_text(encoding="utf-8")
     deepspeed.write_text(BOM + known, encoding="utf-8")
@@ -213,7 +213,7 @@ def test_a_byte_order_mark_is_no_part_of_recipes_and_deepspeed_files(tmp_path) -
         load_recipe("tiny", overrides)
 
 
-def test_questions_without_one_are_refused(tmp_path) -> None:
+def test_questions_file_without_questions_is_refused(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match="the file has no questions"):
         read_questions(tmp_path / "a.jsonl", 3)
@@ -226,7 +226,7 @@ def test_a_duplicate_column_is_refused(fault, tmp_path, head) -> None:
     assert fault(path).startswith(f"{path}:1: duplicate column `text`")
 
 
-def test_columns_without_a_name_are_nobodys(load, tmp_path) -> None:
+def test_unnamed_columns_are_ignored(load, tmp_path) -> None:
     """As spreadsheets leave behind their last column."""
     (tmp_path / "a.csv").write_text("text,,\nx,,\n")
     assert load(tmp_path / "a.csv", "text") == ["x"]
@@ -262,7 +262,7 @@ ROW = {"instruction": "q", "output": "a"}
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("key", ["data", "rows", "train", "anything"])
-def test_an_object_that_holds_the_rows_is_read(load, tmp_path, key, indent) -> None:
+def test_rows_inside_an_object_are_read(load, tmp_path, key, indent) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"version": "1", key: [ROW, ROW], "n": [1]}, indent=indent))
     assert [talk.messages[1]["content"] for talk in load(path)] == ["a", "a"]
@@ -270,7 +270,7 @@ def test_an_object_that_holds_the_rows_is_read(load, tmp_path, key, indent) -> N
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_an_object_that_is_a_row_is_one(load, tmp_path, indent) -> None:
+def test_single_object_is_one_row(load, tmp_path, indent) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"id": 1, "messages": [ASKED, ASKED]}, indent=indent))
     assert [len(talk.messages) for talk in load(path)] == [2]
@@ -288,7 +288,7 @@ def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> N
     assert "no known format has the columns a" in fault(path)
 
 
-def test_an_error_in_one_row_of_a_list_spares_the_others(tmp_path) -> None:
+def test_error_in_one_row_of_a_list_keeps_the_other_rows(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}, {"text": 1, "a": [{"b": 1, "b": 2}]}, {"text": "y"}]')
     parts = find_source_files(Source(path=str(path)), tmp_path / "cache")

@@ -72,7 +72,7 @@ def test_texts_are_encoded_as_by_split_special_tokens(prepared, write_rows, toke
     assert [specials(tokenizer, ids) for ids in allowed] == turns
 
 
-def test_a_tokenizer_that_adds_a_begin_still_does(prepared, write_rows, make_tokenizer) -> None:
+def test_begin_token_is_still_added(prepared, write_rows, make_tokenizer) -> None:
     own = make_tokenizer(bos_token="<|begin_of_text|>")
     begin = [("<|begin_of_text|>", own.bos_token_id)]
     own.backend_tokenizer.post_processor = TemplateProcessing(
@@ -108,14 +108,14 @@ def test_a_conversation_has_the_tokens_of_its_template_only(
     assert hostile[: -len(ending) or None] == tokenizer(whole).input_ids
 
 
-def test_text_around_is_cut_into_tokens_as_without_the_template(tokenizer) -> None:
+def test_text_around_special_tokens_is_tokenized_without_the_template(tokenizer) -> None:
     """No token ends where the special token begins, if plain text would have one across."""
     own, text = SpecialTokens(tokenizer), f"the quick{END}brown"
     ids, _ = own.encode(text, "", add_special_tokens=False)
     assert ids == tokenizer(text, split_special_tokens=True).input_ids
 
 
-def test_names_and_arguments_of_calls_and_schemas_are_text_too(tokenizer) -> None:
+def test_tool_call_names_arguments_and_schemas_are_plain_text(tokenizer) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["<|im_start|>"]}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     tools = [{"function": {"description": "<|eot_id|>"}}]
@@ -133,7 +133,7 @@ READS = (
 )
 
 
-def test_a_template_that_reads_special_tokens_is_told_apart(
+def test_template_that_reads_special_tokens_is_detected(
     prepared, write_rows, make_tokenizer
 ) -> None:
     path = write_rows("a.jsonl", [talk(f"a{END}b", "c")])
@@ -153,7 +153,7 @@ def test_a_template_that_reads_special_tokens_is_told_apart(
         (normalizers.Replace("\u200b", ""), "a<|im_\u200bend|>b"),
     ],
 )
-def test_what_a_normalizer_makes_a_special_token_is_text_too(
+def test_text_normalized_to_a_special_token_is_plain_text(
     normalizer, text, prepared, write_rows, make_tokenizer
 ) -> None:
     own = make_tokenizer(CHATML)
@@ -171,7 +171,7 @@ def test_what_a_normalizer_makes_a_special_token_is_text_too(
     assert "1 with special tokens in their text" in dataset.describe()
 
 
-def test_stand_ins_in_a_row_are_refused(prepared, write_rows) -> None:
+def test_placeholder_characters_in_a_row_are_refused(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": f"\U00100002 {END}"}])
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*special tokens in the row's text"):
         prepared("cpt", [{"path": path, "format": "text"}])
@@ -214,7 +214,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blanks_that_sentencepiece_adds_are_those_of_the_tokenizer(kind, prepared, write_rows):
+def test_spaces_added_by_sentencepiece_match_the_tokenizer(kind, prepared, write_rows):
     """Where the model itself would merge text into a special token, the row is refused."""
     own = sentencepiece_like(**KINDS[kind])
     specials_of = SpecialTokens(own)
@@ -242,7 +242,7 @@ PIECES = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(question=PIECES, answer=PIECES.filter(lambda parts: "".join(parts).strip()))
-def test_any_conversation_comes_through_whole(tokenizer, question, answer) -> None:
+def test_any_conversation_is_encoded_without_loss(tokenizer, question, answer) -> None:
     own, row = SpecialTokens(tokenizer), talk("".join(question), "".join(answer))
 
     def rendered(one: Conversation) -> str:
@@ -259,7 +259,7 @@ def test_any_conversation_comes_through_whole(tokenizer, question, answer) -> No
         assert ids == tokenizer(text).input_ids
 
 
-def test_a_scan_counts_tokens_as_training_makes_them(
+def test_scan_counts_the_tokens_of_training(
     prepared, write_rows, tokenizer, make_tokenizer
 ) -> None:
     rows = [talk(HOSTILE, f"{END} x"), talk("q", "plain")]
@@ -273,7 +273,9 @@ def test_a_scan_counts_tokens_as_training_makes_them(
     assert result.has_finding("template").tolist() == [True, False]
 
 
-def test_a_scan_names_them_and_a_policy_takes_them_away(tokenizer, write_rows, tmp_path) -> None:
+def test_scan_reports_special_tokens_and_a_policy_removes_them(
+    tokenizer, write_rows, tmp_path
+) -> None:
     path = write_rows("a.jsonl", [talk("q", "a good answer."), talk("q2", f"an answer.{END}")])
     source = open_source(Source(path=path, format="messages"))
     result = scan([source], token_counter=TokenCounter(tokenizer, "auto"))

@@ -36,17 +36,21 @@ def template(closing: str, behind: str = "\\n") -> ChatTemplate:
         ("\\n\\nover <|im_end|>", "<|im_end|>"),  # ends with it, and blanks are in answers too
     ],
 )
-def test_a_token_of_its_own(closing: str, token: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_end_of_turn_is_a_special_token(
+    closing: str, token: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     found = find_stop_criterion(template(closing), tokenizer)
     assert found == StopCriterion(token=tokenizer.convert_tokens_to_ids(token))
 
 
 @pytest.mark.parametrize(("closing", "text"), [("###", "###"), ("\\n\\nover", "\n\nover")])
-def test_ordinary_tokens(closing: str, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_end_of_turn_is_a_string_of_ordinary_tokens(
+    closing: str, text: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert find_stop_criterion(template(closing), tokenizer) == StopCriterion(text=text)
 
 
-def test_none(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_template_without_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     assert find_stop_criterion(template(""), tokenizer) == StopCriterion()
     refusing = ChatTemplate("{{ raise_exception('no') }}", ())
     assert find_stop_criterion(refusing, tokenizer) == StopCriterion()
@@ -54,6 +58,6 @@ def test_none(tokenizer: PreTrainedTokenizerBase) -> None:
     assert find_stop_criterion(ChatTemplate(endless, ()), tokenizer) == StopCriterion()
 
 
-def test_the_instruction_form_ends_with_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_instruction_template_ends_with_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
     found = find_stop_criterion(resolve_template("instruction", tokenizer), tokenizer)
     assert found == StopCriterion(token=tokenizer.eos_token_id)

@@ -19,7 +19,7 @@ def folder(prepared, write_rows):
     return prepared("cpt", [{"path": path, "format": "text"}]).sources[0].store.folder
 
 
-def test_a_store_verifies_itself_and_lists_hashes_as_b3sum_does(folder) -> None:
+def test_verify_accepts_an_intact_store_and_lists_hashes_like_b3sum(folder) -> None:
     Store(folder).verify()
     listed = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     names = listed - {"store.json", "B3SUMS"}
@@ -28,7 +28,7 @@ def test_a_store_verifies_itself_and_lists_hashes_as_b3sum_does(folder) -> None:
 
 
 @pytest.mark.parametrize("name", ["sequences.npy", "segments.npy", "B3SUMS"])
-def test_a_truncated_plan_does_not_open(folder, name) -> None:
+def test_truncated_plan_does_not_open(folder, name) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
     with pytest.raises(UserError, match=rf"{name}: the prepared data is damaged: .* bytes") as e:

@@ -75,7 +75,7 @@ def test_every_template_file_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("family", [*ENDS, "harmony"])
-def test_a_login_node_sees_the_same_ends(template, family) -> None:
+def test_login_node_finds_the_same_turn_ends(template, family) -> None:
     own = template(family)
     light = LightTemplate(own.text, own.specials)
     assert light.render(Conversation([SYSTEM, *TURNS])) == own.render(
@@ -91,20 +91,20 @@ def bare(answer: str) -> str:
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
 @pytest.mark.parametrize("family", ENDS)
-def test_answers_and_their_ends_are_learnt(template, family, system) -> None:
+def test_answers_and_their_turn_ends_are_targets(template, family, system) -> None:
     found = learnt(template(family), [*system, *TURNS])
     assert [bare(a) for a in found] == [ENDS[family].format(t) for t in ("Four.", "Six.")]
 
 
 @pytest.mark.parametrize("family", ENDS)
-def test_the_last_answer_alone(template, family) -> None:
+def test_train_on_last_answer_only(template, family) -> None:
     (found,) = learnt(template(family), TURNS, "last")
     assert bare(found).removesuffix(CLOSING.get(family, "")) == ENDS[family].format("Six.")
     assert learnt(template(family), TURNS[:3], "last") == []
 
 
 @pytest.mark.parametrize("family", ENDS)
-def test_blanks_and_repeated_words_do_not_move_the_mask(template, family) -> None:
+def test_spaces_and_repeated_words_do_not_move_the_mask(template, family) -> None:
     same = [{"role": "user", "content": "Four."}, {"role": "assistant", "content": "Four.\n"}]
     (found,) = learnt(template(family), same)
     found = bare(found).removesuffix(CLOSING.get(family, ""))
@@ -120,7 +120,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("family", CALLS)
-def test_calls_of_tools_are_learnt_and_what_tools_say_is_not(template, family) -> None:
+def test_tool_calls_are_targets_and_tool_results_are_not(template, family) -> None:
     ready = template(family)
     call, answer = learnt(ready, CALLING, tools=TOOLS)
     assert call.strip() == CALLS[family]
@@ -129,12 +129,12 @@ def test_calls_of_tools_are_learnt_and_what_tools_say_is_not(template, family) -
     assert '"type": "object"' in text and "4" in text
 
 
-def test_a_template_that_wants_arguments_as_text_gets_them_so(template) -> None:
+def test_template_that_expects_json_arguments_gets_json(template) -> None:
     text, _ = render_answers(template("deepseek"), Conversation(CALLING[:2]), "f:1", "last")
     assert '```json\n{"a": 2, "b": 2}\n```' in text
 
 
-def test_a_call_that_cannot_be_told_apart_is_refused_with_a_way_out(template) -> None:
+def test_ambiguous_tool_call_is_refused_with_a_fix(template) -> None:
     numbered = template("qwen3").text.replace(
         "message.role + '\\n' + content", "message.role + '\\n' + content + messages|string"
     )
@@ -157,7 +157,7 @@ def test_a_call_that_cannot_be_told_apart_is_refused_with_a_way_out(template) ->
     ],
     ids=["endless", "huge", "padded", "long", "power", "doubling"],
 )
-def test_a_hostile_template_is_stopped_with_a_reason(template, harm, when) -> None:
+def test_hostile_template_is_refused_with_a_reason(template, harm, when) -> None:
     text = f"{{% if {when} %}}{harm}{{% endif %}}" + (FAMILIES / "chatml.jinja").read_text()
     with pytest.raises(UserError) as error:
         learnt(template(text), TURNS)
@@ -187,7 +187,7 @@ QUESTIONS = ["Two and two?", "And two?"]
 
 
 @pytest.mark.parametrize("family", ENDS)
-def test_what_the_user_says_is_learnt_when_asked(template, family) -> None:
+def test_user_turns_are_targets_if_configured(template, family) -> None:
     ready = template(family)
     said = [SAID[family].format(text) for text in QUESTIONS]
     assert learnt(ready, TURNS, "user") == said
@@ -196,7 +196,7 @@ def test_what_the_user_says_is_learnt_when_asked(template, family) -> None:
     assert both == [said[0], answers[0], said[1], answers[1]]
 
 
-def test_training_on_all_is_the_same_with_a_role_that_nobody_has(template) -> None:
+def test_training_on_an_absent_role_changes_nothing(template) -> None:
     for family in ENDS:
         ready = template(family)
         assert learnt(ready, TURNS, "all+tool") == learnt(ready, TURNS, "all")
@@ -210,7 +210,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("family", TOLD)
-def test_what_tools_say_is_learnt_when_asked(template, family) -> None:
+def test_tool_results_are_targets_if_configured(template, family) -> None:
     ready = template(family)
     found = learnt(ready, CALLING, "all+tool", TOOLS)
     assert found[1] == TOLD[family]
@@ -219,13 +219,13 @@ def test_what_tools_say_is_learnt_when_asked(template, family) -> None:
     assert everything == [SAID[family].format("Two and two?"), *found]
 
 
-def test_what_tools_say_is_learnt_under_a_template_that_writes_any_role(template) -> None:
+def test_tool_results_are_targets_under_a_template_for_any_role(template) -> None:
     plain = [CALLING[0], {"role": "assistant", "content": "Adding."}, *CALLING[2:]]
     found = learnt(template("chatml"), plain, "all+tool")
     assert found == ["Adding.<|im_end|>", "4<|im_end|>", "Four.<|im_end|>"]
 
 
-def test_marks_of_the_template_are_taken_for_the_answers_alone(template) -> None:
+def test_generation_tags_apply_only_to_answers(template) -> None:
     text = (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
@@ -238,13 +238,13 @@ def test_marks_of_the_template_are_taken_for_the_answers_alone(template) -> None
     assert learnt(ready, TURNS, "user") == [f"{text}<|im_end|>" for text in QUESTIONS]
 
 
-def test_an_instruction_and_its_input_are_learnt_together(make_tokenizer) -> None:
+def test_instruction_and_input_are_targets_together(make_tokenizer) -> None:
     user = {"role": "user", "content": "Add\n\n2 2", "instruction": "Add", "input": "2 2"}
     ready = resolve_template("instruction", make_tokenizer(None))
     assert learnt(ready, [user, TURNS[1]], "user") == ["Add\n\n### Input:\n2 2"]
 
 
-def test_a_template_that_leaves_a_turn_out_is_told(template) -> None:
+def test_template_that_drops_a_turn_is_reported(template) -> None:
     deaf = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="message 3"):
         learnt(template(deaf), CALLING, "all+tool")

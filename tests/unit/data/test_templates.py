@@ -60,26 +60,26 @@ def answers(make_tokenizer):
     return run
 
 
-def test_chatml(answers, tokenizer) -> None:
+def test_chatml_answers_are_targets(answers, tokenizer) -> None:
     assert answers(tokenizer.chat_template, TWO_TURNS) == ["Four.<|im_end|>", "Six.<|im_end|>"]
 
 
-def test_llama3_which_strips_answers(answers) -> None:
+def test_llama3_stripped_answers_are_targets(answers) -> None:
     blank = [*TWO_TURNS[:-1], {"role": "assistant", "content": "\n Six. \n"}]
     assert answers(LLAMA3, blank) == ["Four.<|eot_id|>", "Six.<|eot_id|>"]
 
 
-def test_a_template_that_writes_earlier_answers_differently(answers) -> None:
+def test_template_that_renders_earlier_answers_differently(answers) -> None:
     found = answers(THINKING, TWO_TURNS)
     assert found[0] == "Four.<|im_end|>"
     assert found[1].endswith("Six.<|im_end|>")
 
 
-def test_a_template_without_headers(answers) -> None:
+def test_template_without_headers(answers) -> None:
     assert answers(BRACKETS, TWO_TURNS[1:]) == [" Four.<|endoftext|>", " Six.<|endoftext|>"]
 
 
-def test_marks_of_the_template_are_used_where_there_are_any(answers) -> None:
+def test_generation_tags_are_used_if_present(answers) -> None:
     assert answers(MARKED, TWO_TURNS) == ["Four.<|im_end|>", "Six.<|im_end|>"]
 
 
@@ -99,23 +99,23 @@ def test_an_empty_answer_still_ends_its_turn(answers, tokenizer) -> None:
     assert answers(tokenizer.chat_template, messages) == ["<|im_end|>"]
 
 
-def test_the_blank_end_of_an_answer_is_kept_inside_its_turn(answers, tokenizer) -> None:
+def test_trailing_spaces_of_an_answer_stay_in_its_turn(answers, tokenizer) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\n"}]
     assert answers(tokenizer.chat_template, messages) == ["b\n<|im_end|>"]
 
 
-def test_no_answer_no_span(answers, tokenizer) -> None:
+def test_conversation_without_answers_has_no_spans(answers, tokenizer) -> None:
     assert answers(tokenizer.chat_template, TWO_TURNS[:2]) == []
 
 
-def test_todays_date_is_not_rendered(make_tokenizer) -> None:
+def test_current_date_is_not_rendered(make_tokenizer) -> None:
     dated = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     template = resolve_template("auto", make_tokenizer(dated))
     assert template.render(Conversation([{"role": "user", "content": "x"}])) == "26 Jul 2024x"
     assert template.text == dated
 
 
-def test_the_instruction_form(make_tokenizer) -> None:
+def test_instruction_template(make_tokenizer) -> None:
     template = resolve_template("instruction", make_tokenizer(None))
     row = [
         {"role": "user", "content": "Add.\n\n1 1", "instruction": "Add.", "input": "1 1"},
@@ -136,7 +136,7 @@ def test_a_tokenizer_without_template_names_the_fix(make_tokenizer) -> None:
     assert "`template: instruction`" in error.value.fix
 
 
-def test_a_file_is_a_template(make_tokenizer, tmp_path) -> None:
+def test_template_file_is_read(make_tokenizer, tmp_path) -> None:
     (tmp_path / "own.jinja").write_text(LLAMA3)
     assert template_text(str(tmp_path / "own.jinja"), make_tokenizer(None)) == LLAMA3
     with pytest.raises(UserError, match="cannot be read"):
@@ -151,7 +151,7 @@ def test_a_refused_conversation_names_its_row(answers) -> None:
         answers(BRACKETS, TWO_TURNS)
 
 
-def test_what_a_template_says_is_cut_where_it_repeats_the_conversation(answers) -> None:
+def test_template_error_that_repeats_the_conversation_is_truncated(answers) -> None:
     with pytest.raises(UserError, match="refuses this conversation: xxx") as error:
         answers("{{ raise_exception('x' * 99999) }}", TWO_TURNS)
     assert len(str(error.value)) < 1000

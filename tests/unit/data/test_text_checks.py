@@ -21,7 +21,7 @@ from dtrain.data.text_checks import check_quality, is_cut_off
         ("船长在日出之前出售航海图。女医生在深秋时节整理旧钟表。养蜂人在山谷对面搬运8", True),
     ],
 )
-def test_cut_off(text, cut) -> None:
+def test_truncated_answers_are_detected(text, cut) -> None:
     prefix = "A sentence that is complete and long enough to count. "
     assert is_cut_off(prefix + text) is cut
 
@@ -50,5 +50,5 @@ def test_a_long_text_with_a_small_vocabulary_is_not_repetitive() -> None:
     assert "repeated_lines" in repetitive
 
 
-def test_the_full_text_of_a_conversation_has_question_and_answer() -> None:
+def test_full_text_of_a_conversation_has_question_and_answer() -> None:
     assert RowText("a", "b").full == "a\nb"

@@ -62,7 +62,7 @@ def test_a_mask_leaves_the_surrounding_words() -> None:
         "12345678901",
     ],
 )
-def test_similar_texts_are_left_alone(text) -> None:
+def test_similar_texts_are_not_masked(text) -> None:
     assert find_pii(text) == []
 
 

@@ -64,7 +64,7 @@ def until_it_beats(folder: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("life", ["steps and waits", "waits"])
-def test_a_stopped_rank_is_killed_and_named_in_a_step_and_outside_of_one(
+def test_stopped_rank_is_killed_and_named_inside_and_outside_a_step(
     rank, tmp_path: Path, life: str
 ) -> None:
     watching, stopped = rank(0, life), rank(1, life)
@@ -84,13 +84,13 @@ def test_a_dead_rank_is_named(rank, tmp_path: Path) -> None:
     assert watching.returncode == Exit.HANG and "rank 1 has died; last seen at: start" in said
 
 
-def test_a_rank_that_has_ended_is_not_missed(rank, tmp_path: Path) -> None:
+def test_finished_rank_is_not_reported(rank, tmp_path: Path) -> None:
     watching, _ = rank(0, "waits"), rank(1, "ends")
     with pytest.raises(subprocess.TimeoutExpired):
         watching.wait(3)
 
 
-def test_a_rank_whose_heartbeat_is_gone_is_named(rank, tmp_path: Path) -> None:
+def test_rank_without_a_heartbeat_is_named(rank, tmp_path: Path) -> None:
     watching, _ = rank(0, "waits"), rank(1, "fails")
     said, _ = watching.communicate(timeout=30)
     assert watching.returncode == Exit.HANG and "rank 1 has died; last seen at: start" in said
@@ -130,7 +130,7 @@ def ranks_named(watchdog: hang_watchdog.HangWatchdog) -> list[int]:
     return [beat["rank"] for beat in watchdog._culprits()]
 
 
-def test_a_rank_of_another_node_is_not_called_stopped_for_a_minute(tmp_path, monkeypatch) -> None:
+def test_remote_rank_is_not_reported_as_stopped_for_a_minute(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path, 60.0)
     other_beats(tmp_path)
@@ -144,7 +144,7 @@ def test_a_rank_of_another_node_is_not_called_stopped_for_a_minute(tmp_path, mon
 
 
 @pytest.mark.parametrize("least", [hang_watchdog.LEAST_LIMIT_SECONDS, 60.0])
-def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: float) -> None:
+def test_step_may_take_twice_the_minimum_limit(tmp_path, monkeypatch, least: float) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path, least)
     other_beats(tmp_path, beat=0.5, marks=3)
@@ -155,7 +155,7 @@ def test_a_step_may_take_twice_the_least_limit(tmp_path, monkeypatch, least: flo
     assert ranks_named(watchdog) == [1]
 
 
-def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
+def test_compiling_rank_is_not_killed(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path)
     other_beats(tmp_path, marks=3, patient=True)
@@ -172,7 +172,7 @@ def test_a_rank_that_compiles_is_waited_for(tmp_path, monkeypatch) -> None:
     assert ranks_named(watchdog) == [0]
 
 
-def test_torch_says_when_it_compiles(tmp_path: Path) -> None:
+def test_torch_reports_compilation(tmp_path: Path) -> None:
     seen: list[bool] = []
 
     class Noting(hang_watchdog.HangWatchdog):
@@ -184,7 +184,7 @@ def test_torch_says_when_it_compiles(tmp_path: Path) -> None:
     assert seen == [True, False]
 
 
-def test_a_failure_elsewhere_ends_a_rank_that_waits_with_its_status(tmp_path: Path) -> None:
+def test_waiting_rank_exits_with_the_status_of_a_failed_rank(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
@@ -200,7 +200,7 @@ time.sleep(60)
     assert "rank 1 has failed with status 4" in done.stdout
 
 
-def test_another_process_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
+def test_process_with_a_reused_pid_is_not_killed(tmp_path: Path) -> None:
     beat = {
         "pid": os.getpid(),
         "start_time": hang_watchdog.process_start_time(os.getpid()),

@@ -35,7 +35,7 @@ def listeners(process: psutil.Process) -> set[str]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_a_store_listens_on_its_address_alone(host: str) -> None:
+def test_store_listens_only_on_its_address(host: str) -> None:
     try:
         socket.getaddrinfo(host, 0, flags=socket.AI_ADDRCONFIG)
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -58,7 +58,7 @@ def test_a_store_listens_on_its_address_alone(host: str) -> None:
         ("10.0.0.5", "eth3", "eth3"),
     ],
 )
-def test_gloo_and_nccl_use_the_interface_that_the_ranks_meet_on(
+def test_gloo_and_nccl_use_the_rendezvous_interface(
     monkeypatch, master: str, chosen: str | None, expected: str
 ) -> None:
     environ = {"MASTER_ADDR": master, "DTRAIN_INTERFACE": "ib0"}
@@ -69,7 +69,7 @@ def test_gloo_and_nccl_use_the_interface_that_the_ranks_meet_on(
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, None), (2, torch.device("cuda", 0))])
-def test_a_communicator_is_made_at_once_only_for_several_ranks(
+def test_communicator_is_created_eagerly_only_for_several_ranks(
     monkeypatch, ranks: int, expected: torch.device | None
 ) -> None:
     """NCCL's of a single rank ends in a CUDA error."""
@@ -86,7 +86,7 @@ def test_a_communicator_is_made_at_once_only_for_several_ranks(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_single_node_listens_on_the_loopback_alone():
+def test_single_node_listens_only_on_the_loopback():
     command = [sys.executable, "-m", "dtrain.torchrun", "--nproc-per-node=2"]
     command += ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     command += ["-m", "dtrain.distributed.all_reduce_check", str(RECIPE)]

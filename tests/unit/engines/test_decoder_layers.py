@@ -26,7 +26,7 @@ SIZES = {
 }
 
 
-def test_a_block_never_holds_the_embeddings() -> None:
+def test_decoder_layers_exclude_the_embeddings() -> None:
     """BERT names its embeddings among what must not be split, and ties them to its head."""
     with torch.device("meta"):
         bert = BertLMHeadModel(BertConfig(is_decoder=True, **SIZES))
@@ -35,7 +35,7 @@ def test_a_block_never_holds_the_embeddings() -> None:
     assert [type(block).__name__ for block in decoder_layers(llama)] == ["LlamaDecoderLayer"] * 3
 
 
-def test_of_nested_blocks_the_outermost_count_and_shared_weights_are_refused() -> None:
+def test_outermost_nested_layers_are_used_and_shared_weights_are_refused() -> None:
     """Zamba 2's hybrid layers hold a Mamba layer each, and one attention between them."""
     kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
     with torch.device("meta"):

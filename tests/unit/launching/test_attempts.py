@@ -32,7 +32,7 @@ def start(run, *overrides, **environ):
     return Supervisor(environ).begin(recipe, slurm.current_allocation(environ))
 
 
-def test_begin_clears_what_the_last_attempt_left(slurm_of_two, tmp_path):
+def test_begin_clears_files_of_the_last_attempt(slurm_of_two, tmp_path):
     run = tmp_path / "run"
     start(run)
     (run / "stop").touch()
@@ -51,13 +51,13 @@ def test_each_attempt_has_its_own_rendezvous(slurm_of_two, tmp_path):
     assert "--nnodes=2" in commands[0] and "--kill-on-bad-exit=1" in commands[0]
 
 
-def test_single_node_stays_on_the_loopback(monkeypatch, tmp_path):
+def test_single_node_uses_the_loopback(monkeypatch, tmp_path):
     monkeypatch.setattr(slurm, "ask", lambda command, **_: "n0\n")
     command = start(tmp_path / "run")
     assert "--rdzv-endpoint=127.0.0.1:0" in command and "--local-addr=127.0.0.1" in command
 
 
-def test_attempts_of_a_job_lost_with_its_node_are_limited(slurm_of_two, tmp_path):
+def test_attempts_lost_with_a_node_are_limited(slurm_of_two, tmp_path):
     for _ in range(3):
         start(tmp_path)
     with pytest.raises(UserError, match="3 tries in a row"):
@@ -65,7 +65,7 @@ def test_attempts_of_a_job_lost_with_its_node_are_limited(slurm_of_two, tmp_path
     start(tmp_path, SLURM_JOB_ID="13")  # submitted again by hand
 
 
-def test_new_checkpoint_resets_the_count_of_failures(slurm_of_two, tmp_path):
+def test_new_checkpoint_resets_the_failure_count(slurm_of_two, tmp_path):
     start(tmp_path)
     for step in (5, 1_000_000, 999_999):
         folder = tmp_path / f"domain/checkpoints/step-{step:06d}"
@@ -82,7 +82,7 @@ def test_indivisible_batch_is_refused_before_the_ranks_start(slurm_of_two, tmp_p
         start(tmp_path, "stages.domain.train.global_batch_size=9")
 
 
-def test_hostile_path_is_one_word_of_the_command(slurm_of_two, tmp_path):
+def test_hostile_path_is_a_single_argument(slurm_of_two, tmp_path):
     run = tmp_path / "a'b\n#SBATCH"
     assert start(run)[-1] == f"{run}/recipe.yaml"
 

@@ -29,16 +29,16 @@ FILES = Path(__file__).parents[3] / "launch" / "accelerate"
         (ZERO3, "zero3"),
     ],
 )
-def test_what_the_launcher_names(environ: dict[str, str], kind: str | None) -> None:
+def test_engine_is_read_from_the_launcher_file(environ: dict[str, str], kind: str | None) -> None:
     assert launcher_engine(environ) == kind
     assert resolve_engine("auto", environ) == (kind or "ddp")
 
 
-def test_the_recipe_decides_where_the_launcher_is_silent() -> None:
+def test_recipe_engine_applies_if_the_launcher_names_none() -> None:
     assert resolve_engine("zero3", TORCHRUN) == "zero3"
 
 
-def test_agreement_is_no_error() -> None:
+def test_equal_engines_are_accepted() -> None:
     assert resolve_engine("fsdp2", FSDP) == "fsdp2"
 
 
@@ -50,7 +50,9 @@ def test_agreement_is_no_error() -> None:
         ("fsdp2", PLAIN, "ACCELERATE_USE_FSDP"),
     ],
 )
-def test_a_contradiction_names_both(kind: str, environ: dict[str, str], variable: str) -> None:
+def test_contradiction_names_both_engines(
+    kind: str, environ: dict[str, str], variable: str
+) -> None:
     with pytest.raises(UserError) as caught:
         resolve_engine(kind, environ)
     for word in ("engine.kind", kind, variable, f"launch/accelerate/{kind}.yaml"):
@@ -65,19 +67,19 @@ def test_a_contradiction_names_both(kind: str, environ: dict[str, str], variable
         PLAIN | {"ACCELERATE_USE_MEGATRON_LM": "true"},
     ],
 )
-def test_what_dtrain_has_not_is_refused(environ: dict[str, str]) -> None:
+def test_unsupported_launcher_setting_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(UserError, match="accelerate's file asks for"):
         resolve_engine("auto", environ)
 
 
-def test_the_stage_of_a_deepspeed_file(tmp_path: Path) -> None:
+def test_zero_stage_of_a_deepspeed_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"zero_optimization": {"stage": 3}}')
     assert launcher_engine(ZERO2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}) == "zero3"
 
 
 @pytest.mark.parametrize("file", sorted(FILES.glob("*.yaml")), ids=lambda file: file.stem)
-def test_an_accelerate_file_sets_only_the_launchers_part(file: Path) -> None:
+def test_accelerate_file_sets_only_launcher_options(file: Path) -> None:
     settings = YAML(typ="safe", pure=True).load(file)
     engine = {
         "ddp": ("MULTI_GPU", {}),

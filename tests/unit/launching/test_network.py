@@ -36,7 +36,7 @@ def interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("interfaces")
-def test_the_address_is_that_of_the_interface() -> None:
+def test_address_belongs_to_the_named_interface() -> None:
     assert own_address({}) is None
     assert own_address({"DTRAIN_INTERFACE": "eth0"}) == "10.0.0.5"
     assert own_address({"DTRAIN_INTERFACE": "ib0"}) == "fd00::5"
@@ -49,13 +49,13 @@ def test_the_address_is_that_of_the_interface() -> None:
 @pytest.mark.parametrize(
     ("interface", "host"), [("", "node7"), ("eth0", "10.0.0.5"), ("ib0", "fd00::5")]
 )
-def test_torchrun_understands_where_the_ranks_meet(interface: str, host: str) -> None:
+def test_torchrun_parses_the_rendezvous_endpoint(interface: str, host: str) -> None:
     endpoint = rendezvous_endpoint({"DTRAIN_INTERFACE": interface}, "node7")
     found, port = parse_rendezvous_endpoint(endpoint, default_port=0)
     assert found == host and port > 0
 
 
-def test_a_node_knows_that_an_endpoint_is_its_own_by_number_or_name() -> None:
+def test_node_recognizes_its_own_endpoint_by_address_or_name() -> None:
     assert with_port("::1", 5) == "[::1]:5" and with_port("n0", 5) == "n0:5"
     assert is_host_of("::1", "[::1]:29500") and is_host_of("127.0.0.1", "127.0.0.1:29500")
     assert is_host_of("127.0.0.1", "localhost:29500")
@@ -70,14 +70,14 @@ def test_a_node_knows_that_an_endpoint_is_its_own_by_number_or_name() -> None:
         (["fe80::1%eth0", "fd00::5"], "fd00::5"),
     ],
 )
-def test_a_name_stands_for_an_address_that_others_can_use(monkeypatch, known, expected) -> None:
+def test_hostname_resolves_to_a_reachable_address(monkeypatch, known, expected) -> None:
     infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in known]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
     assert address_of("n0") == expected
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_links_are_measured_over_both_protocols(address: str) -> None:
+def test_bandwidth_is_measured_over_ipv4_and_ipv6(address: str) -> None:
     if address == "::1" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
     link = measure(address, LinkServer(address).port)
@@ -108,7 +108,7 @@ def output(after_up: str, after_done: str = "0") -> str:
     return preflight.output_of(command, 60, up="up", up_seconds=0.5)
 
 
-def test_time_is_counted_from_the_moment_that_ranks_are_up() -> None:
+def test_measurement_starts_once_all_ranks_are_up() -> None:
     assert output("0") == "up 1\ndone\n"
     assert output("60") == "up 1\n"
     assert output("0", "60") == "up 1\ndone\n"

@@ -49,7 +49,7 @@ def test_silent_node_is_named():
     assert "n2: did not report" in faults_after(lambda r: r.pop("n2"))[0]
 
 
-def test_gpus_missing_used_or_broken():
+def test_missing_busy_or_broken_gpus_are_reported():
     def change(r):
         r["n1"]["gpus"] = [GPU | {"memory.used": "40000"}]
         r["n2"]["gpus"][1] = GPU | {"ecc.errors.uncorrected.volatile.total": "4"}
@@ -61,7 +61,7 @@ def test_gpus_missing_used_or_broken():
     ]
 
 
-def test_links_name_the_node_they_share():
+def test_slow_links_name_the_shared_node():
     def change(r):
         r["n0"]["links"]["n1"] = LINK | {"megabytes_per_second": 100.0}
         r["n1"]["links"]["n2"] = {"problem": "timed out"}
@@ -72,7 +72,7 @@ def test_links_name_the_node_they_share():
     ]
 
 
-def test_clock_space_and_folder():
+def test_clock_disk_space_and_folder_faults_are_reported():
     def change(r):
         r["n1"]["links"]["n2"] = LINK | {"clock_seconds": -90.0}
         r["n2"]["free"]["run folder"] = 3e6

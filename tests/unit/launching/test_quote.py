@@ -24,7 +24,7 @@ def values() -> list[str]:
     return ["".join(draw.choices(PIECES, k=draw.randrange(9))) for _ in range(VALUES)]
 
 
-def test_values_come_back_to_the_byte(tmp_path):
+def test_quoted_values_survive_bash_unchanged(tmp_path):
     drawn = values()
     for start in range(0, VALUES, BATCH):
         batch = drawn[start : start + BATCH]
@@ -39,7 +39,7 @@ def test_values_come_back_to_the_byte(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_value_gets_into_a_script_unquoted(tmp_path):
+def test_script_values_are_always_quoted(tmp_path):
     hostile = "a'; touch x #\n#SBATCH --time=1\n$(touch x)"
     script = render(
         "prepare.sh.jinja",

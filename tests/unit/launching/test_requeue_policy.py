@@ -76,7 +76,7 @@ def test_decision(change, action, outcome):
     assert (decision.status == 0) == (action == "over")
 
 
-def test_job_name_cannot_pose_as_the_state():
+def test_job_name_is_not_parsed_as_the_state():
     assert parse_state(SHOWN) == JobState("RUNNING", True)
     assert parse_state(SHOWN.replace("PreemptTime=2026-11-22T00:00:09", "PreemptTime=None")) == (
         JobState("RUNNING")

@@ -14,7 +14,7 @@ CASES = [("zero2", False), ("zero3", False), ("zero3", True)]
 
 
 @pytest.mark.parametrize(("kind", "offload"), CASES)
-def test_a_shipped_file_leaves_to_the_recipe_what_is_the_recipes(kind: str, offload: bool) -> None:
+def test_shipped_deepspeed_file_sets_no_recipe_keys(kind: str, offload: bool) -> None:
     config = load_ds_config(None, kind, offload)
     for knob in DECIDED_BY_RECIPE:
         group, _, name = knob.rpartition(".")
@@ -24,7 +24,7 @@ def test_a_shipped_file_leaves_to_the_recipe_what_is_the_recipes(kind: str, offl
 
 
 @pytest.mark.parametrize(("kind", "offload"), CASES)
-def test_nothing_in_it_is_auto_that_nobody_fills(kind: str, offload: bool) -> None:
+def test_every_auto_value_is_filled_in(kind: str, offload: bool) -> None:
     config = load_ds_config(None, kind, offload)
     left = [key for key, value in config.items() if value == "auto"]
     assert set(left) <= set(DECIDED_BY_RECIPE)
@@ -32,12 +32,12 @@ def test_nothing_in_it_is_auto_that_nobody_fills(kind: str, offload: bool) -> No
     assert {key for key, value in zero.items() if value == "auto"} <= {PREFETCH}
 
 
-def test_what_is_gathered_ahead_is_in_proportion_to_the_model() -> None:
+def test_prefetch_size_scales_with_the_model() -> None:
     assert prefetch_elements(576) == 298_598
     assert prefetch_elements(8192) == 50_000_000
 
 
-def test_a_file_of_the_users_own(tmp_path: Path) -> None:
+def test_clashing_user_deepspeed_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3}')
     with pytest.raises(UserError, match=r"mine\.json: gradient_clipping is 3, but"):

@@ -41,7 +41,7 @@ def settled(text: str, working: Path) -> str:
 
 
 @pytest.mark.parametrize("recipe", shipped())
-def test_script_of_every_recipe(recipe, tmp_path, monkeypatch):
+def test_job_script_of_every_recipe_matches_the_golden_file(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = settled(dry_run(recipe, *OPTIONS.get(recipe, [])), tmp_path)
     golden = GOLDEN / f"{recipe}.txt"
@@ -52,7 +52,7 @@ def test_script_of_every_recipe(recipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_submit_forces_the_job_does_not_refuse(tmp_path, monkeypatch):
+def test_job_accepts_settings_forced_by_submit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     much = ["70b-lora-zero3", "--gpu", "rtx4090", "--force"]
     lines = dry_run(*much).splitlines()
@@ -60,7 +60,7 @@ def test_what_submit_forces_the_job_does_not_refuse(tmp_path, monkeypatch):
     assert "DTRAIN_FORCE" not in dry_run("70b-qlora")
 
 
-def test_what_a_script_sets_reaches_the_programs_it_starts(tmp_path):
+def test_script_environment_reaches_its_programs(tmp_path):
     """Lines of the script that `dtrain submit` writes, up to the first program."""
     (tmp_path / "python").write_text("#!/bin/sh\nenv >seen\nexit 2\n")
     (tmp_path / "python").chmod(0o755)
@@ -72,7 +72,7 @@ def test_what_a_script_sets_reaches_the_programs_it_starts(tmp_path):
     assert {"DTRAIN_PREFLIGHT=exclude", "DTRAIN_FORCE=1"} <= set(seen)
 
 
-def test_hostile_names_stay_names(tmp_path, monkeypatch):
+def test_hostile_names_are_quoted(tmp_path, monkeypatch):
     hostile = "a'; touch x; $(touch x)\n#SBATCH --uid=0\n`touch x`"
     working = tmp_path / hostile
     working.mkdir()
@@ -87,7 +87,7 @@ def test_hostile_names_stay_names(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("x")]
 
 
-def test_what_slurm_cannot_take_is_refused():
+def test_names_that_slurm_rejects_are_refused():
     for bad in ({"partition": "a b"}, {"time": "1h"}, {"after": "1;2"}, {"preflight": "of"}):
         with pytest.raises(UserError, match="cannot be passed"):
             Resources(**bad)

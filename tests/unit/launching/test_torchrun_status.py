@@ -80,18 +80,20 @@ def failures(*codes: int) -> dict[int, ProcessFailure]:
         ((17, 0), (), Exit.CRASHED),
     ],
 )
-def test_one_status_out_of_many(codes: tuple[int, ...], seen: tuple[int, ...], status: int) -> None:
+def test_exit_status_is_chosen_from_all_workers(
+    codes: tuple[int, ...], seen: tuple[int, ...], status: int
+) -> None:
     assert status_of(failures(*codes), set(seen)) == status
 
 
-def test_a_workers_own_status_and_words_are_all_there_is(tmp_path: Path) -> None:
+def test_only_the_workers_status_and_message_are_reported(tmp_path: Path) -> None:
     process = start(tmp_path, "user error")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == Exit.USER_ERROR
     assert errors.strip() == "error: the worker's own words"
 
 
-def test_nothing_is_left_in_the_temporary_folder(
+def test_temporary_folder_is_empty_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "temporary"
@@ -101,7 +103,7 @@ def test_nothing_is_left_in_the_temporary_folder(
     assert list(temporary.iterdir()) == []
 
 
-def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+def test_killed_worker_is_reported(tmp_path: Path) -> None:
     process = start(tmp_path, "killed")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == Exit.CRASHED
@@ -127,7 +129,7 @@ def small_memory() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_a_worker_that_the_kernel_kills_for_memory_is_out_of_memory(
+def test_worker_killed_by_the_kernel_oom_is_out_of_memory(
     tmp_path: Path, small_memory: Path
 ) -> None:
     process = start(tmp_path, "memory", group=small_memory)
@@ -139,7 +141,7 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_out_of_memory(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
+def test_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
     process = start(tmp_path, "wait")
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
@@ -149,12 +151,12 @@ def test_a_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
     assert errors == ""
 
 
-def test_hostile_names_stay_one_argument() -> None:
+def test_hostile_names_remain_one_argument() -> None:
     name = 'a\'; echo "$HOME" `id` && \n'
     assert torchrun_command(Path(name), 2, ["--x y"])[-3:] == [name, "--allow-change", "--x y"]
 
 
-def test_the_workers_environment() -> None:
+def test_worker_environment() -> None:
     found = worker_environment({}, 10**6, has_gpu=False)
     assert found["OMP_NUM_THREADS"] == "1" and found["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_environment({}, 1, has_gpu=True)
@@ -171,7 +173,7 @@ def test_the_workers_environment() -> None:
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_gpus_get_segments_that_grow_unless_the_user_chose_otherwise(name: str) -> None:
+def test_expandable_segments_are_the_default_on_gpus(name: str) -> None:
     found = worker_environment({}, 1, has_gpu=True)
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_ALLOC_CONF" not in worker_environment({}, 1, has_gpu=False)
@@ -179,7 +181,7 @@ def test_gpus_get_segments_that_grow_unless_the_user_chose_otherwise(name: str) 
     assert "PYTORCH_ALLOC_CONF" not in worker_environment(chosen, 1, has_gpu=True)
 
 
-def test_every_launchers_workers_get_that_environment(tmp_path: Path) -> None:
+def test_every_launcher_sets_the_worker_environment(tmp_path: Path) -> None:
     """`python -m dtrain.train` sets it itself, for launchers that are not dtrain's."""
     code = """
 import os, sys
@@ -216,14 +218,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, lacks: Sequence[str] 
     return ran[0]
 
 
-def test_a_torchrun_without_the_newer_options_is_used_without_them(monkeypatch) -> None:
+def test_options_missing_in_an_older_torchrun_are_omitted(monkeypatch) -> None:
     assert parsed(monkeypatch, "--nnodes=1").shutdown_timeout == SECONDS_FOR_THE_OTHERS
     found = parsed(monkeypatch, "--nnodes=1", lacks=["shutdown_timeout", "numa_binding"])
     assert not {"shutdown_timeout", "numa_binding"} & set(vars(found))
 
 
 @pytest.mark.parametrize("is_newer", [False, True])  # torch 2.14 renamed an argument
-def test_ranks_are_bound_to_the_cores_near_their_gpus_where_all_can_be(
+def test_ranks_are_bound_to_cores_near_their_gpus_if_all_can_be(
     monkeypatch, is_newer: bool
 ) -> None:
     near: dict[int, set[int]] = {0: {0}, 1: {1}}
@@ -253,7 +255,7 @@ def test_ranks_are_bound_to_the_cores_near_their_gpus_where_all_can_be(
     assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None
 
 
-def test_ranks_of_several_nodes_meet_on_the_interface(monkeypatch, capsys) -> None:
+def test_multi_node_rendezvous_uses_the_interface(monkeypatch, capsys) -> None:
     monkeypatch.setenv("DTRAIN_INTERFACE", "lo")
     several = ["--nnodes=2", "--rdzv-backend=c10d"]
     first = parsed(monkeypatch, *several, "--rdzv-endpoint=127.0.0.1:1234")
@@ -267,5 +269,5 @@ def test_ranks_of_several_nodes_meet_on_the_interface(monkeypatch, capsys) -> No
     assert "nothing7: no such interface" in capsys.readouterr().err
 
 
-def test_python_is_the_one_that_runs_us() -> None:
+def test_workers_use_the_current_python() -> None:
     assert torchrun_command(Path("x"), "auto")[0] == sys.executable

@@ -49,7 +49,7 @@ def stage(**data: Any) -> Stage:
         (None, {}, 7),
     ],
 )
-def test_the_end_of_a_turn_stands_beside_the_bases_own(
+def test_end_of_turn_is_added_to_the_eos_of_the_base(
     own: dict[str, Any] | None, model: dict[str, Any], ends: object, tmp_path: Path
 ) -> None:
     write(tmp_path, "config.json", {"model_type": "llama", **model})
@@ -62,7 +62,7 @@ def test_the_end_of_a_turn_stands_beside_the_bases_own(
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == ends
 
 
-def test_a_stop_string_is_kept_beside_others(tmp_path: Path) -> None:
+def test_stop_string_is_added_to_existing_ones(tmp_path: Path) -> None:
     write(tmp_path, GENERATION, {"eos_token_id": 2, "stop_strings": ["User:"]})
     made = json.loads(
         generation_config(tmp_path, [StopCriterion(text="###"), StopCriterion(text="User:")])
@@ -70,7 +70,7 @@ def test_a_stop_string_is_kept_beside_others(tmp_path: Path) -> None:
     assert made == {"eos_token_id": 2, "stop_strings": ["User:", "###"]}
 
 
-def test_a_recipes_template_replaces_every_form_of_the_old_one(tmp_path: Path) -> None:
+def test_recipe_template_replaces_every_stored_template(tmp_path: Path) -> None:
     base, tokenizer = ensure("tiny-llama"), load_tokenizer(ensure("tiny-llama"))
     assert TEMPLATE not in adapter_chat_files(stage(template="auto"), base, tokenizer)
     files = merged_chat_files(
@@ -90,13 +90,13 @@ def test_a_recipes_template_replaces_every_form_of_the_old_one(tmp_path: Path) -
     assert later[TEMPLATE] == tokenizer.chat_template
 
 
-def test_a_stage_of_plain_text_writes_nothing(tmp_path: Path) -> None:
+def test_plain_text_stage_writes_no_chat_files(tmp_path: Path) -> None:
     base = ensure("tiny-llama")
     plain = stage().model_copy(update={"kind": "cpt"})
     assert adapter_chat_files(plain, base, load_tokenizer(base)) == {}
 
 
-def test_a_template_is_found_in_the_form_of_any_transformers(tmp_path: Path) -> None:
+def test_template_of_any_transformers_version_is_found(tmp_path: Path) -> None:
     assert stored_template(tmp_path) is None
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     write(tmp_path, "tokenizer_config.json", {"chat_template": named})
@@ -107,7 +107,7 @@ def test_a_template_is_found_in_the_form_of_any_transformers(tmp_path: Path) -> 
     assert stored_template(tmp_path) == "newer"
 
 
-def test_adapters_carry_every_stop_and_the_last_template(tmp_path: Path) -> None:
+def test_adapters_store_every_stop_string_and_the_last_template(tmp_path: Path) -> None:
     write(tmp_path / "base", GENERATION, {"eos_token_id": 2, "top_p": 0.9})
     for number, name in enumerate(("one", "two", "three")):
         (tmp_path / name).mkdir()

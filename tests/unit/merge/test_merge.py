@@ -117,7 +117,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_peft_to_the_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_merge_equals_peft_bit_for_bit(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config, settings = CASES[case]
     base = make_base(tmp_path / "base", config, dtype)
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
@@ -127,7 +127,7 @@ def test_equals_peft_to_the_bit(case: str, dtype: torch.dtype, tmp_path: Path) -
     assert sum(not torch.equal(ours[n], before[n]) for n in ours) >= 3
 
 
-def test_layout_and_what_lies_beside_stay(base: Path, adapter: Path) -> None:
+def test_shard_layout_and_other_files_are_kept(base: Path, adapter: Path) -> None:
     (base / "special.py").write_text("code = 1")
     out = do(base, adapter)
     kept = {p.name for p in base.iterdir()} - {"training_args.bin"}
@@ -139,7 +139,7 @@ def test_layout_and_what_lies_beside_stay(base: Path, adapter: Path) -> None:
     assert len(weight_files(out)) == len(weight_files(base)) > 2
 
 
-def test_one_file_base(tmp_path: Path) -> None:
+def test_single_file_base_is_merged(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), shard="1GB")
     out = do(base, make_adapter(base, tmp_path / "adapter"))
     assert [p.name for p in weight_files(out)] == ["model.safetensors"]
@@ -147,7 +147,7 @@ def test_one_file_base(tmp_path: Path) -> None:
     assert torch.isfinite(model(IDS).logits).all()
 
 
-def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter: Path) -> None:
+def test_manifest_lists_inputs_and_output_files(base: Path, adapter: Path) -> None:
     out = do(base, adapter)
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["source"] == "a base"
@@ -158,7 +158,7 @@ def test_manifest_names_what_it_was_made_from_and_every_file(base: Path, adapter
     assert manifest["files"] == files
 
 
-def test_fingerprint_follows_content_not_names(base: Path) -> None:
+def test_fingerprint_depends_on_content_and_not_on_names(base: Path) -> None:
     mark = model_fingerprint(base)
     moved = shutil.copytree(base, base.parent / "moved")
     (moved / "README.md").write_text("new")
@@ -187,7 +187,7 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_quantized_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -> None:
+def test_quantized_merge_equals_the_trained_model(tied: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=tied))
     trained = trained_in_nf4(base, tmp_path / "adapter")
     logits = trained(IDS).logits
@@ -208,7 +208,7 @@ def test_quantized_merge_computes_what_was_trained(tied: bool, tmp_path: Path) -
     assert all(torch.allclose(ours[n], theirs[n], atol=1e-6) for n in ours)
 
 
-def test_quantized_merge_follows_the_dtype_of_training(tmp_path: Path) -> None:
+def test_quantized_merge_uses_the_training_dtype(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.bfloat16)
     trained = trained_in_nf4(base, tmp_path / "adapter")
     out = do(base, tmp_path / "adapter", quantized=True, dtype=torch.float32)
@@ -219,7 +219,7 @@ def test_quantized_merge_follows_the_dtype_of_training(tmp_path: Path) -> None:
     assert torch.equal(state(out)[name], computed_with.to(torch.bfloat16))
 
 
-def test_full_weights_in_the_layout_of_their_base(tmp_path: Path) -> None:
+def test_full_weights_keep_the_layout_of_their_base(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=True))
     model = AutoModelForCausalLM.from_pretrained(base)
     tensors = {n: p.detach() * 1.5 for n, p in model.named_parameters()}
@@ -265,7 +265,7 @@ def refused(base: Path, adapter: Path, match: str, quantized: bool = False) -> N
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def test_key_that_matches_nothing(base: Path, adapter: Path) -> None:
+def test_unmatched_adapter_key_is_refused(base: Path, adapter: Path) -> None:
     lost = "base_model.model.model.layers.9.self_attn.q_proj"
     pair = {f"{lost}.lora_A.weight": torch.ones(8, 64), f"{lost}.lora_B.weight": torch.ones(64, 8)}
     edit_adapter(adapter, **pair)
@@ -273,40 +273,40 @@ def test_key_that_matches_nothing(base: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
-def test_half_an_adapter(key: str, base: Path, adapter: Path) -> None:
+def test_incomplete_lora_pair_is_refused(key: str, base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.{key}": None})
     refused(base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half of an adapter")
 
 
-def test_shape_of_another_base(base: Path, adapter: Path) -> None:
+def test_shape_mismatch_with_the_base_is_refused(base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(8, 65)})
     refused(base, adapter, r"q_proj\.weight is \[64, 64\] in the base, \[64, 65\] in the adapter")
 
 
-def test_ranks_that_disagree(base: Path, adapter: Path) -> None:
+def test_rank_mismatch_between_a_and_b_is_refused(base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(7, 64)})
     refused(base, adapter, r"ranks of .*q_proj\.weight disagree")
 
 
-def test_rank_of_the_config_that_disagrees(base: Path, adapter: Path) -> None:
+def test_rank_mismatch_with_the_config_is_refused(base: Path, adapter: Path) -> None:
     edit_config(adapter, r=4)
     refused(base, adapter, r"disagree: adapter_config\.json says 4, A is \[8, ")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_poisoned_adapter(value: float, base: Path, adapter: Path) -> None:
+def test_non_finite_adapter_is_refused(value: float, base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), value)})
     refused(base, adapter, rf"{Q}\.lora_B\.weight is not finite")
 
 
-def test_overflow_of_the_bases_dtype(tmp_path: Path) -> None:
+def test_overflow_of_the_base_dtype_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.float16)
     adapter = make_adapter(base, tmp_path / "adapter")
     edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), 1e9)})
     refused(base, adapter, r"q_proj\.weight is not finite in F16")
 
 
-def test_other_kinds_of_adapter(base: Path, adapter: Path) -> None:
+def test_unsupported_adapter_types_are_refused(base: Path, adapter: Path) -> None:
     edit_config(adapter, target_parameters=["experts"])
     refused(base, adapter, "target_parameters")
     edit_config(adapter, target_parameters=None, peft_type="IA3")
@@ -318,7 +318,7 @@ def test_other_kinds_of_adapter(base: Path, adapter: Path) -> None:
     refused(base, adapter, "lora_of_tomorrow belongs to an unknown method")
 
 
-def test_pickled_and_truncated_adapters(base: Path, adapter: Path) -> None:
+def test_pickled_and_truncated_adapters_are_refused(base: Path, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     refused(base, adapter, r"adapter_model\.safetensors: is not a complete safetensors file")
@@ -326,7 +326,7 @@ def test_pickled_and_truncated_adapters(base: Path, adapter: Path) -> None:
     refused(base, adapter, r"no adapter_model\.safetensors")
 
 
-def test_index_that_leaves_its_folder(base: Path, adapter: Path) -> None:
+def test_index_path_outside_its_folder_is_refused(base: Path, adapter: Path) -> None:
     index = base / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["lm_head.weight"] = "../outside/x.safetensors"
@@ -334,13 +334,13 @@ def test_index_that_leaves_its_folder(base: Path, adapter: Path) -> None:
     refused(base, adapter, r"points outside its folder: '\.\./outside/x\.safetensors'")
 
 
-def test_truncated_base(base: Path, adapter: Path) -> None:
+def test_truncated_base_is_refused(base: Path, adapter: Path) -> None:
     shard = weight_files(base)[1]
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(base, adapter, f"{shard.name}: not a whole safetensors file")
 
 
-def test_out_that_is_the_base_or_there_already(base: Path, adapter: Path) -> None:
+def test_output_that_exists_or_is_the_base_is_refused(base: Path, adapter: Path) -> None:
     before = model_fingerprint(base)
     for out, match in ((base, "would overwrite the base"), (base.parent, "exists already")):
         with pytest.raises(UserError, match=match):
@@ -348,20 +348,22 @@ def test_out_that_is_the_base_or_there_already(base: Path, adapter: Path) -> Non
     assert model_fingerprint(base) == before
 
 
-def test_too_little_disk(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_space_is_refused(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(9, 9, 1_000_000))
     refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
 
 
-def test_base_that_is_quantized_already(base: Path, adapter: Path) -> None:
+def test_quantized_base_on_disk_is_refused(base: Path, adapter: Path) -> None:
     path = base / "config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     path.write_text(json.dumps(config))
     refused(base, adapter, "quantized already", quantized=True)
 
 
-def test_stopped_it_goes_on_with_the_shards_that_are_missing(
+def test_interrupted_merge_resumes_with_missing_shards(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = state(do(base, adapter, out=base.parent / "whole"))
@@ -391,7 +393,7 @@ def test_stopped_it_goes_on_with_the_shards_that_are_missing(
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_another_merge_ends_between_the_look_and_the_lock(
+def test_merge_finished_before_the_lock_is_detected(
     alike: bool, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acquire, out = ShardLocks.acquire, base.parent / "out"
@@ -413,7 +415,7 @@ def test_another_merge_ends_between_the_look_and_the_lock(
     assert (out / "merge.json").is_file() and not (base.parent / ".out.making").exists()
 
 
-def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
+def test_interrupted_merge_does_not_resume_from_other_inputs(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -432,7 +434,7 @@ def test_what_was_stopped_is_not_gone_on_with_from_other_inputs(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) -> None:
+def test_tensors_at_unaligned_offsets_are_merged(known: bool, tmp_path: Path) -> None:
     """Bytes of an odd number lie before it, so elements lie across what is written at once."""
     base, wide = tmp_path / "base", torch.randn(192, 8192)
     base.mkdir()
@@ -463,13 +465,13 @@ def test_a_tensor_may_begin_anywhere_in_its_file(known: bool, tmp_path: Path) ->
     assert manifest["files"][path.name] == file_hash(out / path.name)
 
 
-def test_a_place_that_cannot_be_written_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_unwritable_output_is_reported(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         do(base, adapter, out=tmp_path / "file" / "out")
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told_and_the_same_call_goes_on(
+def test_full_disk_is_reported_and_a_rerun_resumes(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(handle: int, block: memoryview) -> None:
@@ -484,7 +486,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_the_same_call_goes_on(
     assert state(do(base, adapter)).keys() == state(base).keys()
 
 
-def test_another_base_is_told_before_the_work(
+def test_mismatched_base_is_reported_before_the_merge(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in weight_files(base):
@@ -497,7 +499,7 @@ def test_another_base_is_told_before_the_work(
     assert not (base.parent / ".out.making").exists()
 
 
-def test_a_folder_that_is_not_there_is_told(base: Path, tmp_path: Path) -> None:
+def test_missing_folder_is_reported(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         do(base, tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no adapter_config\.json in it"):

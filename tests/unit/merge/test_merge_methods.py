@@ -163,7 +163,7 @@ def prune(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_peft_to_the_bit(
+def test_merge_equals_peft_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream.row_blocks, "__defaults__", (1,))  # 64 rows at a time
@@ -187,7 +187,7 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor], name: str) -> flo
     return float((found[name].double() - wanted[name]).norm())
 
 
-def test_embeddings_are_rounded_once_where_peft_rounds_twice(tmp_path: Path) -> None:
+def test_embeddings_are_rounded_once(tmp_path: Path) -> None:
     model = made(EMBEDDED, torch.bfloat16, tmp_path)
     merged, reference = ours(tmp_path), theirs(model, tmp_path)
     truth = exact(model, tmp_path / "adapter")
@@ -204,7 +204,7 @@ def test_embeddings_in_float32_equal_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_adalora_whose_ranks_were_cut(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_adalora_with_pruned_ranks(dtype: torch.dtype, tmp_path: Path) -> None:
     """Such an adapter PEFT rounds to the base's dtype when it is loaded; here it stays float32."""
     model = made(CASES["adalora"], dtype, tmp_path)
     prune(tmp_path / "adapter")
@@ -218,7 +218,7 @@ def test_adalora_whose_ranks_were_cut(dtype: torch.dtype, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_one_after_another(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_adapters_are_merged_in_order(dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(CASES["lora"], dtype, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj", "lm_head"], r=3), tmp_path / "second", 2)
     merged = ours(tmp_path, "adapter", "second")
@@ -234,7 +234,7 @@ def test_one_after_another(dtype: torch.dtype, tmp_path: Path) -> None:
     assert error(merged, truth, name) < error(reference, truth, name)
 
 
-def test_weights_are_factors_of_what_is_added(tmp_path: Path) -> None:
+def test_weights_scale_each_delta(tmp_path: Path) -> None:
     model = made(CASES["lora"], torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second", 2)
     merged = ours(tmp_path, "adapter", "second", weights=(0.5, -0.25))
@@ -251,7 +251,7 @@ def test_weights_are_factors_of_what_is_added(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["linear", "ties", "dare_linear", "dare_ties"])
 @pytest.mark.parametrize(("make", "target"), [(llama, "q_proj"), (wide_convolution, "line")])
-def test_combined_as_peft_combines(
+def test_weighted_merge_equals_peft(
     make: Callable[[], nn.Module],
     target: str,
     how: str,
@@ -277,7 +277,7 @@ def test_combined_as_peft_combines(
     assert all(torch.equal(merged[n], reference[n]) for n in merged)
 
 
-def test_dare_draws_from_its_seed_alone(tmp_path: Path) -> None:
+def test_dare_depends_only_on_its_seed(tmp_path: Path) -> None:
     model = made(CASES["lora"], torch.float32, tmp_path)
     base = BaseTensors(tmp_path / "base")
     adapter = MergeableAdapter.open(tmp_path / "adapter", base)
@@ -292,7 +292,7 @@ def test_dare_draws_from_its_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(drawn(3), drawn(4))
 
 
-def test_what_cannot_be_weighted_or_combined(tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
     model = made(CASES["dora"], torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second")
     an_adapter(model, Lora(target_modules=["q_proj"], r=2), tmp_path / "third")
@@ -308,7 +308,7 @@ def test_what_cannot_be_weighted_or_combined(tmp_path: Path) -> None:
         CombinedAdapters([two, three], [1, 1], CombineMethod("linear"))
 
 
-def test_layers_that_lie_both_ways_are_refused_if_one_is_square(tmp_path: Path) -> None:
+def test_mixed_transposed_layers_with_a_square_weight_are_refused(tmp_path: Path) -> None:
     config = Lora(target_modules=["c_attn", "c_proj", "lm_head"])
     case = (partial(gpt2, tied=False), config)
     made(case, torch.float32, tmp_path)
@@ -316,7 +316,7 @@ def test_layers_that_lie_both_ways_are_refused_if_one_is_square(tmp_path: Path) 
         ours(tmp_path)
 
 
-def test_shards_at_once_give_the_same_bytes(tmp_path: Path) -> None:
+def test_parallel_shards_give_the_same_bytes(tmp_path: Path) -> None:
     model: Any = made(CASES["dora"], torch.bfloat16, tmp_path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     adapter = MergeableAdapter.open(tmp_path / "adapter", BaseTensors(tmp_path / "sharded"))
@@ -329,7 +329,7 @@ def test_shards_at_once_give_the_same_bytes(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1] and len(manifests[0]["files"]) > 4
 
 
-def test_fan_in_fan_out_counts_only_where_the_base_has_such_layers(tmp_path) -> None:
+def test_fan_in_fan_out_applies_only_to_transposed_layers(tmp_path) -> None:
     """PEFT sets it right when it loads the adapter of a model of plain layers."""
     model = made((llama, Lora(target_modules=["q_proj"])), torch.float32, tmp_path)
     model.config.save_pretrained(tmp_path / "base")

@@ -50,7 +50,7 @@ def train(base: Path, folder: Path, method: Method) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_merged_wrapper_computes_as_the_adapter_on_its_base(
+def test_merged_wrapper_equals_the_adapter_on_its_base(
     tmp_path: Path, save_small: Callable, wrapper: str, kind: str
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
@@ -69,7 +69,7 @@ def test_a_merged_wrapper_computes_as_the_adapter_on_its_base(
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
+def test_full_weights_of_a_wrapper_keep_the_tensor_names_of_its_files(
     tmp_path: Path, save_small: Callable, wrapper: str
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
@@ -92,7 +92,7 @@ def test_full_training_of_a_wrapper_is_written_where_its_files_have_it(
 
 
 @pytest.mark.parametrize("settings", [Lora(kind="lora", r=2), Full(kind="full")])
-def test_targets_that_the_files_hold_in_another_form_are_refused(
+def test_targets_stored_in_another_layout_are_refused(
     tmp_path: Path, save_small: Callable, settings: MethodSettings
 ) -> None:
     """HRM's queries, keys and values are one tensor in its files."""

@@ -94,7 +94,9 @@ def content(folder: Path) -> dict[str, str]:
     return {path.name: file_hash(path) for path in folder.iterdir()}
 
 
-def test_three_share_a_merge_and_one_is_killed(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_three_processes_finish_a_merge_after_one_is_killed(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     said, out = tmp_path / "said", tmp_path / "out"
     victim = start(said, PROCESSES, "victim", base, adapter, out)
     until(lambda: bool(lines(said)))

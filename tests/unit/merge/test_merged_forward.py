@@ -158,7 +158,7 @@ def has_own_head(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("case", TIED)
-def test_a_tied_head_computes_as_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
+def test_tied_head_equals_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
     adapter, unties = TIED[case]
     make(tmp_path, BASES["tied llama"], adapter)
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
@@ -169,7 +169,7 @@ def test_a_tied_head_computes_as_the_adapter_on_the_base(case: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_merged_computes_as_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
+def test_merged_model_equals_the_adapter_on_the_base(case: str, tmp_path: Path) -> None:
     base, adapter = OTHERS[case]
     make(tmp_path, BASES[base], adapter)
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
@@ -178,7 +178,7 @@ def test_merged_computes_as_the_adapter_on_the_base(case: str, tmp_path: Path) -
     assert gap(logits(out), wanted) < 1e-5
 
 
-def test_a_sharded_base_gets_a_head_in_the_embeddings_shard(tmp_path: Path) -> None:
+def test_untied_head_is_written_to_the_embedding_shard(tmp_path: Path) -> None:
     make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0], shards="20KB")
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
     assert gap(logits(out), logits(tmp_path / "base", tmp_path / "adapter")) < 1e-5
@@ -192,7 +192,7 @@ def test_a_sharded_base_gets_a_head_in_the_embeddings_shard(tmp_path: Path) -> N
     assert new["metadata"]["total_size"] == old["metadata"]["total_size"] + 300 * 32 * 4
 
 
-def test_a_head_of_its_own_is_the_old_embedding_to_the_bit(tmp_path: Path) -> None:
+def test_untied_head_equals_the_old_embedding_bit_for_bit(tmp_path: Path) -> None:
     make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
     base = tmp_path / "base"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -205,7 +205,7 @@ def test_a_head_of_its_own_is_the_old_embedding_to_the_bit(tmp_path: Path) -> No
     assert found.equal == len(new) - len(found.changes)
 
 
-def test_a_pair_that_is_stored_twice_is_untied_too(tmp_path: Path) -> None:
+def test_tied_pair_stored_twice_is_untied(tmp_path: Path) -> None:
     make(tmp_path, BASES["tied llama"], TIED["embedding saved"][0])
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
@@ -216,7 +216,7 @@ def test_a_pair_that_is_stored_twice_is_untied_too(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_chain_over_an_untied_model(tmp_path: Path) -> None:
+def test_adapter_chain_over_an_untied_model(tmp_path: Path) -> None:
     """The second adapter was trained on the untied model, or is put on with the first at once."""
     make(tmp_path, BASES["tied llama"], TIED["embedding adapted"][0])
     first = merged(tmp_path / "base", tmp_path / "first", tmp_path / "adapter")
@@ -230,7 +230,7 @@ def test_a_chain_over_an_untied_model(tmp_path: Path) -> None:
     assert gap(logits(at_once), wanted) < 1e-5
 
 
-def test_adapters_combined_into_one_untie_the_head_too(tmp_path: Path) -> None:
+def test_combined_adapters_untie_the_head(tmp_path: Path) -> None:
     """Linear, as PEFT's add_weighted_adapter combines them: A and B apart."""
     make(tmp_path, BASES["tied llama"], Lora(target_modules=[Q, HEAD]))
     base, folders = tmp_path / "base", [tmp_path / "adapter", tmp_path / "second"]
@@ -287,7 +287,7 @@ def test_tied_tensors_of_a_model_that_cannot_be_built_are_refused(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["default", "task-1"])
 @pytest.mark.parametrize("case", ["embeddings", "dora", "modules to save", "adalora", "tokens"])
-def test_an_adapters_own_name_in_its_keys_is_read(case: str, name: str, tmp_path: Path) -> None:
+def test_adapter_name_in_its_keys_is_read(case: str, name: str, tmp_path: Path) -> None:
     base, adapter = OTHERS[case]
     make(tmp_path, BASES[base], adapter)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -316,7 +316,7 @@ def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:
         merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
 
 
-def test_every_field_of_peft_has_a_statement() -> None:
+def test_every_peft_config_field_is_classified() -> None:
     fields = {f.name for kind in (LoraConfig, AdaLoraConfig) for f in dataclasses.fields(kind)}
     assert fields == USED | WITHOUT_EFFECT | REFUSED.keys()
     assert not (USED & WITHOUT_EFFECT or (USED | WITHOUT_EFFECT) & REFUSED.keys())
@@ -330,9 +330,7 @@ def test_every_field_of_peft_has_a_statement() -> None:
                                              "mica", "of_a_later_peft")),
     ],
 )  # fmt: skip
-def test_what_peft_computes_in_another_way_is_refused(
-    field: str, value: object, tmp_path: Path
-) -> None:
+def test_unsupported_peft_computation_is_refused(field: str, value: object, tmp_path: Path) -> None:
     make(tmp_path, BASES["llama"], Lora(target_modules=[Q]))
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))

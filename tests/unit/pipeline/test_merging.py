@@ -47,13 +47,13 @@ def calls(world: Rank, base: Path) -> list[int]:
     return called
 
 
-def test_the_first_rank_always_merges_and_leaves_nothing_behind(base: Path) -> None:
+def test_rank_0_always_merges_and_leaves_no_files(base: Path) -> None:
     assert calls(Rank(True, "", local_size=10_000), base) == [1]
     assert not (base.parent / LOCKS).exists()
 
 
 @pytest.mark.parametrize(("first", "held"), [("same", True), ("same", False), ("other", True)])
-def test_another_rank_merges_if_it_sees_the_same_files_and_the_first_ones_lock(
+def test_other_rank_merges_if_it_sees_the_files_and_lock_of_rank_0(
     base: Path, first: str, held: bool
 ) -> None:
     world = Rank(False, _file_state(base) if first == "same" else "files of another node")

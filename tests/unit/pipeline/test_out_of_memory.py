@@ -21,7 +21,7 @@ def allocator_error() -> RuntimeError:
     return caught.value
 
 
-def test_what_the_allocators_raise_is_recognised() -> None:
+def test_allocator_errors_are_recognized() -> None:
     assert is_out_of_memory(allocator_error())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(MemoryError())
@@ -58,7 +58,7 @@ def test_what_the_allocators_raise_is_recognised() -> None:
     ],
     ids=lambda error: str(error)[:50],
 )
-def test_what_libraries_say_is_recognized_also_as_a_cause(error: BaseException) -> None:
+def test_library_messages_are_recognized_also_as_a_cause(error: BaseException) -> None:
     assert is_out_of_memory(error)
     later = RuntimeError("the backward pass failed")
     later.__cause__ = error
@@ -83,11 +83,11 @@ def test_what_libraries_say_is_recognized_also_as_a_cause(error: BaseException) 
     ],
     ids=lambda error: str(error)[:50],
 )
-def test_other_errors_are_not_called_out_of_memory(error: BaseException) -> None:
+def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
 
 
-def test_an_error_that_only_followed_one_that_was_handled_is_its_own() -> None:
+def test_error_after_a_handled_out_of_memory_error_is_not_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -96,7 +96,7 @@ def test_an_error_that_only_followed_one_that_was_handled_is_its_own() -> None:
     assert not is_out_of_memory(caught.value)
 
 
-def test_a_library_without_room_for_its_workspace_is_recognized_by_a_full_gpu(monkeypatch) -> None:
+def test_workspace_error_on_a_full_gpu_is_out_of_memory(monkeypatch) -> None:
     error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 << 20, 80 << 30))
@@ -105,7 +105,7 @@ def test_a_library_without_room_for_its_workspace_is_recognized_by_a_full_gpu(mo
     assert not is_out_of_memory(error)
 
 
-def test_the_plans_numbers_and_what_would_help_are_told() -> None:
+def test_message_has_the_planned_memory_and_suggestions() -> None:
     recipe = load_recipe("7b-lora", ["stages.task.train.micro_batch_size=16"])
     text = out_of_memory_text(allocator_error(), recipe)
     assert text.startswith("out of memory: ") and "tried to allocate" in text
@@ -114,19 +114,19 @@ def test_the_plans_numbers_and_what_would_help_are_told() -> None:
     assert "train.micro_batch_size=" in text.rpartition("→")[2]
 
 
-def test_a_base_that_the_plan_does_not_know_gets_general_advice(tmp_path) -> None:
+def test_unknown_base_gets_general_advice(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     recipe = load_recipe("7b-lora", [f"model.base={tmp_path}"])
     text = out_of_memory_text(MemoryError("no more"), recipe)
     assert "plan" not in text and "gradient_checkpointing=true" in text
 
 
-def test_an_error_without_words_is_told_by_its_name() -> None:
+def test_error_without_a_message_is_reported_by_its_type() -> None:
     text = out_of_memory_text(MemoryError(), load_recipe("7b-lora", []))
     assert text.startswith("out of memory: MemoryError\n")
 
 
-def test_a_run_ends_with_its_own_status(tmp_path, monkeypatch, capsys) -> None:
+def test_run_exits_with_the_out_of_memory_status(tmp_path, monkeypatch, capsys) -> None:
     error = allocator_error()
 
     def out_of_memory(*_: object) -> None:

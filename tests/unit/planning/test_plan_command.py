@@ -94,7 +94,7 @@ def test_a_plan_that_does_not_fit_suggests_changes() -> None:
         ),
     ],
 )
-def test_mistakes_are_reported(arguments: list[str], message: str) -> None:
+def test_user_errors_are_reported(arguments: list[str], message: str) -> None:
     error = invoke("plan", *arguments).exception
     assert isinstance(error, UserError) and message in str(error)
 

@@ -29,7 +29,7 @@ def _function(name: str, doc: str, arguments: str | None = "(text)") -> Entry:
         ("Title\n\nA paragraph that belongs to something else.", ""),
     ],
 )
-def test_summary(doc: str, expected: str) -> None:
+def test_summary_is_the_first_sentence(doc: str, expected: str) -> None:
     assert summary(doc) == expected
 
 
@@ -53,7 +53,7 @@ def test_kinds_and_answers() -> None:
     assert by_kind["base", "Box"].answer == "`Base` and `Mixin`."
 
 
-def test_no_question_with_two_right_answers_or_with_its_answer_in_it() -> None:
+def test_every_question_has_one_answer_that_it_does_not_contain() -> None:
     same = [
         _function("one", "Do the very same thing."),
         _function("two", "Do the very same thing."),

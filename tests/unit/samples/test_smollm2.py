@@ -85,6 +85,6 @@ def test_an_installed_package_is_used_only_with_the_known_file(
     assert smollm2.find_installed() == path
 
 
-def test_no_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_installed_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package-as-this")
     assert smollm2.find_installed() is None

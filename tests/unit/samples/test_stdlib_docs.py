@@ -79,7 +79,7 @@ def test_modules_in_c_are_inspected() -> None:
     assert methods["bytes.partition"].arguments == "(sep, /)"
 
 
-def test_the_library_of_this_machine() -> None:
+def test_standard_library_is_read() -> None:
     found = entries()
     assert found == sorted(found, key=lambda e: (e.module, e.name))
     by_name = {entry.full_name: entry for entry in found}
@@ -89,7 +89,7 @@ def test_the_library_of_this_machine() -> None:
     assert not any(" at 0x" in (entry.arguments or "") for entry in found)
 
 
-def test_full_names() -> None:
+def test_full_names_are_resolved() -> None:
     assert Entry("builtins", "len", "function", "(obj)", (), "d").full_name == "len"
     assert Entry("json", "", "module", None, (), "d").full_name == "json"
 

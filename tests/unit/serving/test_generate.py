@@ -46,7 +46,7 @@ def answered(
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_batch_answers_as_each_alone(
+def test_batched_answers_equal_single_answers(
     speaker: TextGenerator, prompts: Path, tmp_path: Path
 ) -> None:
     alone = answered(speaker, prompts, tmp_path / "1.jsonl", 1)
@@ -56,7 +56,7 @@ def test_a_batch_answers_as_each_alone(
     assert len({answer["generated"] for answer in alone}) > 2
 
 
-def test_the_prompt_is_what_training_showed(speaker: TextGenerator, prompts: Path) -> None:
+def test_prompt_tokens_equal_those_of_training(speaker: TextGenerator, prompts: Path) -> None:
     talks = [prompt.messages for prompt in read_prompts(prompts)]  # type: ignore[union-attr]
     texts = [speaker.prompt(talk) for talk in talks]
     assert texts[0] == "<|im_start|>user\nshort<|im_end|>\n<|im_start|>assistant\n"
@@ -67,7 +67,7 @@ def test_the_prompt_is_what_training_showed(speaker: TextGenerator, prompts: Pat
     speaker.switch(ServedModel("dtrain:tiny-llama"))
 
 
-def test_it_goes_on_after_what_is_there(
+def test_generate_resumes_after_existing_answers(
     speaker: TextGenerator, prompts: Path, tmp_path: Path
 ) -> None:
     whole = answered(speaker, prompts, tmp_path / "whole.jsonl", 2)
@@ -79,7 +79,7 @@ def test_it_goes_on_after_what_is_there(
     assert again[0]["generated"] == "kept " + whole[0]["generated"] and again[1:] == whole[1:]
 
 
-def test_answers_of_another_model_or_other_prompts_are_not_gone_on_with(
+def test_answers_of_another_model_or_prompts_are_not_resumed(
     speaker: TextGenerator, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
@@ -99,16 +99,14 @@ def test_answers_of_another_model_or_other_prompts_are_not_gone_on_with(
 @pytest.mark.parametrize(
     "text", ['{"prompt": "mine"}', '{"prompt": "short", "notes": 1}', "[1, 2]"]
 )
-def test_a_file_of_one_line_that_is_no_answer_is_left_alone(
-    prompts: Path, tmp_path: Path, text: str
-) -> None:
+def test_output_file_without_answers_is_untouched(prompts: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(UserError, match="answers another prompt"):
         Answers.open(tmp_path / "mine.json", prompts, "tiny")
     assert (tmp_path / "mine.json").read_text() == text
 
 
-def test_answers_of_another_length_are_not_gone_on_with(prompts: Path, tmp_path: Path) -> None:
+def test_answers_with_another_length_limit_are_not_resumed(prompts: Path, tmp_path: Path) -> None:
     def dtrain(tokens: int) -> Result:
         options = ["--in", str(prompts), "--out", str(tmp_path / "out.jsonl")]
         options += ["--max-new-tokens", str(tokens)]
@@ -123,14 +121,14 @@ def test_answers_of_another_length_are_not_gone_on_with(prompts: Path, tmp_path:
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "".join(rows)
 
 
-def test_two_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:
+def test_two_processes_do_not_write_one_file(prompts: Path, tmp_path: Path) -> None:
     first = Answers.open(tmp_path / "out.jsonl", prompts, "tiny")
     with pytest.raises(UserError, match="another process is writing it"):
         Answers.open(tmp_path / "out.jsonl", prompts, "tiny")
     first.file.close()
 
 
-def test_broken_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
+def test_broken_lines_are_reported_with_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     lines = ['{"prompt": "a"}', "{", "", "[1]", '{"text": "a"}', '{"prompt": 3}',
              '{"messages": [{"role": "user"}]}', '{"prompt": "a", "generated": "b"}',

@@ -68,7 +68,9 @@ def after(words: list[str], option: str) -> list[str]:
     return values[:stop]
 
 
-def test_the_merged_model_and_each_adapter_on_its_own_base(make_run: Callable[..., Path]) -> None:
+def test_commands_serve_the_merged_model_and_each_adapter_on_its_base(
+    make_run: Callable[..., Path],
+) -> None:
     run = make_run()
     merged, domain, task = commands(script(open_run(run)))
     assert merged[:2] == ["serve", str(run / "task" / "merged")] and "--enable-lora" not in merged
@@ -92,7 +94,7 @@ def test_adapters_of_one_base_share_a_server(
     assert after(shared, "--max-lora-rank") == ["128"] and after(shared, "--max-loras") == ["2"]
 
 
-def test_hostile_names_stay_one_word(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_hostile_names_remain_one_shell_word(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(HOSTILE, f"name={json.dumps(HOSTILE)}")
     merged, domain, task = commands(script(open_run(run)))
     assert merged[1] == str(tmp_path / HOSTILE / "task" / "merged")
@@ -108,7 +110,7 @@ def test_a_newline_in_a_name_does_not_end_a_comment(make_run: Callable[..., Path
     assert len(commands(script(open_run(run)))) == 3
 
 
-def test_nf4_a_template_and_code_go_into_the_command(make_run: Callable[..., Path]) -> None:
+def test_nf4_template_and_remote_code_are_in_the_command(make_run: Callable[..., Path]) -> None:
     options = ("model.trust_remote_code=true", "stages.task.data.template=my chat.jinja")
     run = make_run("run", *options, "model.dtype=auto", methods=("qlora", "lora"))
     text = script(open_run(run))
@@ -136,7 +138,7 @@ def test_vllm_gets_a_template_without_its_byte_order_mark(
         assert Path(path).read_text(encoding="utf-8") == "{{ 1 }}"
 
 
-def test_a_relative_template_is_found_from_any_folder(
+def test_relative_template_is_found_from_any_folder(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the stage is the same one wherever it was started from."""
@@ -167,7 +169,7 @@ def test_a_relative_template_is_found_from_any_folder(
     ],
     ids=str,
 )
-def test_what_vllm_refuses_is_said_and_left_out(
+def test_adapters_that_vllm_refuses_are_reported_and_omitted(
     config: dict, what: str, make_run: Callable[..., Path], make_adapter: Make
 ) -> None:
     run = make_run()
@@ -182,7 +184,7 @@ def test_what_vllm_refuses_is_said_and_left_out(
     assert len(commands(text)) == 2 and "None of them can be served so" in text
 
 
-def test_ranks(tmp_path: Path, make_adapter: Make) -> None:
+def test_max_lora_rank_covers_every_adapter(tmp_path: Path, make_adapter: Make) -> None:
     assert [max_rank([r]) for r in (1, 2, 8, 9, 65, 300, 512, 513)] == [
         1, 8, 8, 16, 128, 320, 512, None,
     ]  # fmt: skip
@@ -191,7 +193,7 @@ def test_ranks(tmp_path: Path, make_adapter: Make) -> None:
     assert module("a", Path("/x y")) == "a=/x y"
 
 
-def test_adapters_are_listed_with_what_they_are(
+def test_adapter_list_describes_each_adapter(
     make_run: Callable[..., Path], make_adapter: Make
 ) -> None:
     run = make_run(methods=("qlora", "lora"))
@@ -208,15 +210,13 @@ def test_adapters_are_listed_with_what_they_are(
     assert {a.name for a in list_adapters(run / "task")} == {"task"}
 
 
-def test_a_run_that_was_moved_names_its_places_now(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_moved_run_lists_its_current_paths(make_run: Callable[..., Path], tmp_path: Path) -> None:
     moved = make_run().rename(tmp_path / "moved")
     assert list_adapters(moved)[1].base == str(moved / "domain" / "merged")
     assert served_models(str(moved))["task"].adapters[0] == moved / "domain" / "adapter"
 
 
-def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
+def test_adapter_list_shows_base_dependencies(make_run: Callable[..., Path]) -> None:
     found = served_models(str(make_run(methods=("qlora", "lora"))))
     assert list(found) == [BASE, "domain", "task"]
     assert found["task"].base == "/models/llama" and found["task"].quantized
@@ -227,7 +227,7 @@ def test_what_stands_on_what(make_run: Callable[..., Path]) -> None:
     assert over_merged.adapters == (run / "task" / "adapter",)
 
 
-def test_a_stage_s_results_are_talked_to_as_its_recipe_says(make_run: Callable[..., Path]) -> None:
+def test_stage_results_use_the_chat_settings_of_the_recipe(make_run: Callable[..., Path]) -> None:
     run = make_run("run", "stages.task.data.template=instruction")
     (merged,) = served_models(str(run / "task" / "merged")).values()
     assert (merged.template, merged.adapters) == ("instruction", ())
@@ -236,7 +236,7 @@ def test_a_stage_s_results_are_talked_to_as_its_recipe_says(make_run: Callable[.
     assert adapter.adapters == (run / "domain" / "adapter",) and adapter.base == base.base
 
 
-def test_what_was_trained_anew_in_the_same_place_has_another_mark(
+def test_retrained_adapter_has_another_fingerprint(
     make_run: Callable[..., Path], make_adapter: Make, record_stage: Record
 ) -> None:
     run = make_run()
@@ -250,7 +250,7 @@ def test_what_was_trained_anew_in_the_same_place_has_another_mark(
     assert served_models(str(run / "task" / "merged"))[BASE].mark == "another mode"
 
 
-def test_mistakes_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_user_errors_are_printed(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     (run / "task" / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
@@ -290,7 +290,7 @@ def test_a_login_node_lists_and_prints_without_torch(
     assert refused.returncode == 2 and f"serve {shlex.quote(str(run))} --print" in refused.stderr
 
 
-def test_an_adapter_s_stop_and_template_go_into_the_command(make_run: Callable[..., Path]) -> None:
+def test_adapter_stop_string_and_template_are_in_the_command(make_run: Callable[..., Path]) -> None:
     run = make_run("run", "stages.task.data.template=instruction")
     for folder in (run / "task" / "adapter", run / "task" / "merged"):
         (folder / "chat_template.jinja").write_text("a template")

@@ -53,13 +53,13 @@ def state(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in weight_files(folder) for name, t in load_file(path).items()}
 
 
-def test_a_checkpoint_says_what_its_run_was_trained_in(run: Path) -> None:
+def test_checkpoint_records_the_training_dtype(run: Path) -> None:
     assert open_run(run).recipe.model.dtype == "auto"
     (step,) = (run / "domain" / "checkpoints").glob("step-*")
     assert Checkpoint.open(step).state["dtype"] == "float32"
 
 
-def test_the_chain_ends_at_the_weights_of_pefts_own_two_merges(run: Path) -> None:
+def test_chain_equals_two_peft_merges(run: Path) -> None:
     model = plain(stage_base(run))
     for stage in ("domain", "task"):
         model = PeftModel.from_pretrained(model, run / stage / "adapter").merge_and_unload()
@@ -69,7 +69,7 @@ def test_the_chain_ends_at_the_weights_of_pefts_own_two_merges(run: Path) -> Non
     assert sum(not torch.equal(ours[n], before[n]) for n in ours) == 14  # 7 layers of 2 blocks
 
 
-def test_adapters_as_a_stack_and_combined_answer_as_the_merged_model(
+def test_stacked_and_combined_adapters_answer_like_the_merged_model(
     run: Path, tmp_path: Path
 ) -> None:
     merged = plain(run / "task" / "merged")
@@ -113,7 +113,7 @@ def test_one_base_in_memory_answers_as_every_stage(run: Path, speaker: TextGener
         assert (speaker.logits(IDS) - logits(models[name])).abs().max() < TOLERANCE
 
 
-def test_what_does_not_fit_is_refused_and_the_one_before_still_answers(
+def test_incompatible_adapter_is_refused_and_the_previous_stays_active(
     run: Path, speaker: TextGenerator, tmp_path: Path
 ) -> None:
     choices = served_models(str(run))
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_and_the_one_before_still_answers(
     assert torch.equal(speaker.logits(IDS), before)
 
 
-def test_a_chat_switches_adapters_and_keeps_what_was_said(
+def test_chat_keeps_its_history_when_switching_adapters(
     run: Path, speaker: TextGenerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choices = served_models(str(run))
@@ -163,7 +163,7 @@ def test_a_chat_switches_adapters_and_keeps_what_was_said(
     assert [turn["content"] for turn in chat.messages] == ["hello", *speaker.answers([alone], 6)]
 
 
-def test_a_chat_reads_a_pipe(run: Path, environment: dict[str, str]) -> None:
+def test_chat_reads_from_a_pipe(run: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dtrain", "chat", str(run), "--max-new-tokens", "4"],
         input="hello\n/adapter domain\nhello\n", capture_output=True, text=True, timeout=120,
@@ -175,7 +175,7 @@ def test_a_chat_reads_a_pipe(run: Path, environment: dict[str, str]) -> None:
     assert done.stderr == ""
 
 
-def test_generate_killed_goes_on_and_ends_as_undisturbed(
+def test_generate_resumes_after_a_kill_with_identical_output(
     run: Path, speaker: TextGenerator, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -206,7 +206,7 @@ def test_generate_killed_goes_on_and_ends_as_undisturbed(
     assert [{"question": a["question"], "n": a["n"]} for a in answered] == rows
 
 
-def test_the_combined_adapter_of_a_run_is_listed_and_answers(
+def test_combined_adapter_is_listed_and_answers(
     run: Path, speaker: TextGenerator, tmp_path: Path
 ) -> None:
     both = run / "both"

@@ -75,7 +75,7 @@ def address(merged: Path, environment: dict[str, str], tmp_path: Path) -> Iterat
         log.close()
 
 
-def test_it_answers_as_the_model_does(merged: Path, address: str) -> None:
+def test_server_answers_equal_the_model(merged: Path, address: str) -> None:
     speaker = TextGenerator(ServedModel(str(merged)), Model(base="tiny"), torch.device("cpu"))
     (expected,) = speaker.answers([speaker.prompt(TALK)], 12)  # type: ignore[arg-type]
     http = openai.DefaultHttpxClient(trust_env=False)

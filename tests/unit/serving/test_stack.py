@@ -61,7 +61,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_it_answers_as_pefts_two_merges(
+def test_combined_adapter_equals_two_peft_merges(
     case: str, base: Path, tmp_path: Path, make_adapter: Make
 ) -> None:
     settings = [{"lora_alpha": 0.1, "base_model_name_or_path": str(base)} | s
@@ -81,7 +81,7 @@ def test_it_answers_as_pefts_two_merges(
     assert (wanted - plain).abs().max() > 1e-2
 
 
-def test_cut_to_a_rank_it_is_the_nearest_and_the_error_is_true(
+def test_truncated_rank_is_the_best_approximation_with_the_reported_error(
     tmp_path: Path, make_adapter: Make
 ) -> None:
     same = {"base_model_name_or_path": "b"}
@@ -103,7 +103,7 @@ def test_cut_to_a_rank_it_is_the_nearest_and_the_error_is_true(
         combine_adapters(first, second, tmp_path / "new", rank=11)
 
 
-def test_the_thin_factors_give_the_full_matrix_s_singular_values() -> None:
+def test_thin_factors_have_the_singular_values_of_the_full_matrix() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(6, 50), torch.randn(40, 6)
     (down, up), values = nearest_of_rank((a, b), 6)
@@ -111,7 +111,7 @@ def test_the_thin_factors_give_the_full_matrix_s_singular_values() -> None:
     assert torch.allclose(up @ down, b @ a, atol=1e-4)
 
 
-def test_what_does_nothing_is_cut_without_error(tmp_path: Path, make_adapter: Make) -> None:
+def test_zero_adapter_is_truncated_without_error(tmp_path: Path, make_adapter: Make) -> None:
     folders = [make_adapter(tmp_path / n, {Q: (8, 8)}, 2, base_model_name_or_path="b")
                for n in "ab"]  # fmt: skip
     for folder in folders:
@@ -133,7 +133,7 @@ def stages(tmp_path: Path, make: Make, record: Record, *methods: str, parent: st
     return folders
 
 
-def test_a_chain_of_three_is_combined_in_its_order_only(
+def test_chain_of_three_combines_only_in_order(
     tmp_path: Path, make_adapter: Make, record_stage: Record
 ) -> None:
     a, b, c = stages(tmp_path, make_adapter, record_stage, "qlora", "lora", "lora")
@@ -157,7 +157,7 @@ def test_an_adapter_over_the_merged_model_in_nf4_is_refused(
         combine_adapters(a, b, tmp_path / "out")
 
 
-def test_a_base_that_says_what_was_merged_into_it(
+def test_base_that_records_its_merged_adapters(
     base: Path, tmp_path: Path, make_adapter: Make
 ) -> None:
     first = make_adapter(tmp_path / "a", LAYERS, 4, base_model_name_or_path=str(base))
@@ -185,7 +185,7 @@ def test_a_base_that_says_what_was_merged_into_it(
     ],
     ids=str,
 )
-def test_what_is_no_plain_sum_is_refused(
+def test_adapters_that_are_not_a_sum_are_refused(
     change: dict, match: str, tmp_path: Path, make_adapter: Make
 ) -> None:
     same = {"base_model_name_or_path": "b"}
@@ -216,7 +216,7 @@ def test_broken_tensors_are_refused(tmp_path: Path, make_adapter: Make) -> None:
         combine_adapters(first, second, tmp_path / "out")
 
 
-def test_the_stop_and_the_template_of_the_later_one_are_kept(
+def test_stop_string_and_template_of_the_last_adapter_are_kept(
     tmp_path: Path, make_adapter: Make
 ) -> None:
     for name in ("one", "two"):

@@ -126,22 +126,22 @@ METHODS = {
 @pytest.mark.parametrize("lengths", [LENGTHS, [32], [1, 31]], ids=str)
 @pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_is_asked_of_the_device(name: str, kernels: str, lengths: list[int]) -> None:
+def test_step_does_not_synchronize_with_the_device(
+    name: str, kernels: str, lengths: list[int]
+) -> None:
     forward_backward(engine(CONFIGS[name], METHODS["lora"], kernels, recomputes=False), lengths)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_not_by_other_methods_nor_where_layers_are_recomputed(
-    method: str, recomputes: bool
-) -> None:
+def test_other_methods_and_recomputation_do_not_synchronize(method: str, recomputes: bool) -> None:
     job = engine(CONFIGS["llama"], METHODS[method], "auto", recomputes=recomputes)
     forward_backward(job, LENGTHS)
 
 
 @pytest.mark.parametrize("takes_groups", [True, False], ids=["groups", "torch 2.11"])
 @pytest.mark.parametrize("name", ["llama", "sliding"])
-def test_borders_are_copied_once_for_all_layers(
+def test_document_boundaries_are_copied_once_for_all_layers(
     name: str, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def newer(
@@ -164,7 +164,7 @@ def test_borders_are_copied_once_for_all_layers(
     assert forward_backward(job, LENGTHS) == own + 1
 
 
-def test_the_check_itself_finds_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronization_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_known_documents", lambda *row: None)
     job = engine(CONFIGS["llama"], METHODS["lora"], "auto", recomputes=False)
     with pytest.raises((RuntimeError, NotImplementedError)):

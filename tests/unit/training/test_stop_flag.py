@@ -25,7 +25,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_asks_and_more_of_them_do_no_harm(tmp_path: Path, number: int) -> None:
+def test_repeated_signals_request_one_stop(tmp_path: Path, number: int) -> None:
     flag = StopFlag(tmp_path, check_file=True)
     flag.listen()
     assert not flag.is_set(1.0, 1.0)
@@ -34,7 +34,7 @@ def test_a_signal_asks_and_more_of_them_do_no_harm(tmp_path: Path, number: int) 
     assert flag.is_set(1.0, 1.0)
 
 
-def test_the_file_asks_the_rank_that_looks_and_is_gone_when_it_was_heeded(tmp_path: Path) -> None:
+def test_stop_file_is_seen_only_by_the_rank_that_checks_it(tmp_path: Path) -> None:
     looks, other = (StopFlag(tmp_path, check_file=checks) for checks in (True, False))
     (tmp_path / "stop").touch()
     assert looks.is_set(0, 0) and not other.is_set(0, 0)
@@ -43,7 +43,7 @@ def test_the_file_asks_the_rank_that_looks_and_is_gone_when_it_was_heeded(tmp_pa
 
 
 @pytest.mark.parametrize(("left", "stops"), [(-1, True), (1, False)])
-def test_it_stops_while_there_is_time_for_a_step_and_a_save(
+def test_stops_while_a_step_and_a_save_still_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, stops: bool
 ) -> None:
     step, save, now = 100.0, 50.0, 1_000_000.0
@@ -53,6 +53,6 @@ def test_it_stops_while_there_is_time_for_a_step_and_a_save(
     assert StopFlag(tmp_path, check_file=False).is_set(step, save) == stops
 
 
-def test_our_own_variable_counts_more_than_slurms() -> None:
+def test_dtrain_variable_overrides_slurm() -> None:
     assert end_time({"DTRAIN_END_TIME": "5", "SLURM_JOB_END_TIME": "9"}) == 5.0
     assert end_time({"DTRAIN_END_TIME": "soon"}) is None
