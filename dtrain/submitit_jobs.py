@@ -55,8 +55,8 @@ class Training:
         else:
             status = self._train_here(recipe, run)
         if status != Exit.FINISHED:
-            what = f"ended with status {status}"
-            raise UserError(what, where=str(run.path), fix=f"see {EXIT_REPORT} there")
+            message = f"ended with status {status}"
+            raise UserError(message, where=str(run.path), fix=f"see {EXIT_REPORT} there")
         return str(run.path)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:

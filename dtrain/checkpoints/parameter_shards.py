@@ -21,9 +21,8 @@ NEUTRAL_KINDS = frozenset({"weight", "exp_avg", "exp_avg_sq"})
 class ParameterShard:
     """Elements [start, stop) of one flattened (row-major) parameter, with their state.
 
-    A rank that holds nothing of a parameter says so with start == stop: only if every rank names
-    every parameter can a parameter that is missing from the model be told from one that is on
-    another rank.
+    A rank without elements of a parameter has a shard with start == stop. Since every rank lists
+    every parameter, one that is missing from the model is not mistaken for one on another rank.
 
     Attributes:
         name: the parameter's name in the model.

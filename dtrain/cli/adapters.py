@@ -18,11 +18,11 @@ def adapters(
     """List adapters: their stage, method, rank, layers, size and base."""
     from dtrain.serving.adapter_list import format_table, list_adapters
 
-    found = list_adapters(folder.expanduser())
+    adapters = list_adapters(folder.expanduser())
     if as_json:
-        print(json.dumps([adapter.as_json() for adapter in found], indent=2))
-    elif found:
-        print(format_table(found))
+        print(json.dumps([adapter.as_json() for adapter in adapters], indent=2))
+    elif adapters:
+        print(format_table(adapters))
     else:
         print("no adapters")
 

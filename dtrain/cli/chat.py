@@ -56,7 +56,9 @@ def generate(
         raise UserError("would be overwritten", where=str(prompts), fix="name another --out")
     choices, name = _chosen(address, adapter)
     total = count_prompts(prompts)
-    by = f"{address} {name} {choices[name].mark}".strip() + f", up to {max_new_tokens} tokens"
+    by = (
+        f"{address} {name} {choices[name].fingerprint}".strip() + f", up to {max_new_tokens} tokens"
+    )
     answers = Answers.open(out, prompts, by)
     if answers.done < total:
         speaker = _speaker(address, choices[name])

@@ -188,8 +188,8 @@ def _rows_of_path(path: str, count: int) -> Iterator[Text]:
     from dtrain.data.show import render_records
     from dtrain.data.sources import find_source_files
 
-    parts = find_source_files(Source(path=path), cache_folder() / "stores")
-    yield from render_records(iter_records(parts, "auto"), parts, count)
+    source_files = find_source_files(Source(path=path), cache_folder() / "stores")
+    yield from render_records(iter_records(source_files, "auto"), source_files, count)
 
 
 def is_recipe(address: str) -> bool:
@@ -205,8 +205,8 @@ def chosen_stage(recipe: Recipe, name: str | None) -> Stage:
     Raises:
         UserError: there is no such stage.
     """
-    found = [stage for stage in recipe.stages if name in (None, stage.name)]
-    if not found:
+    matching = [stage for stage in recipe.stages if name in (None, stage.name)]
+    if not matching:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise UserError("no such stage", where=f"--stage {name}", fix=f"one of {names}")
-    return found[0]
+    return matching[0]

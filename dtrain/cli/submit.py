@@ -108,7 +108,7 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
     from dtrain.planning.gpus import GPUS, find_gpu
     from dtrain.planning.workload import Cluster
 
-    kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda one: one.memory_gib)
+    kind = find_gpu(gpu) if gpu else max(GPUS.values(), key=lambda kind: kind.memory_gib)
     plan = plan_known_base(recipe, Cluster(kind, nodes, recipe.launch.ranks_on_node(gpus)), log)
     if plan is None:
         return

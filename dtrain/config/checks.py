@@ -20,10 +20,10 @@ RESERVED_NAMES = RUN_FILES | {"base"}
 class Clash(UserError):
     """An error in a combination of keys."""
 
-    def __init__(self, keys: list[Key], what: str, fix: str = "") -> None:
+    def __init__(self, keys: list[Key], message: str, fix: str = "") -> None:
         self.keys = keys
         names = " and ".join(dotted(key) for key in keys)
-        super().__init__(f"{names}: {what}", fix=fix)
+        super().__init__(f"{names}: {message}", fix=fix)
 
 
 CHOSEN_BY_AUTO = ("strict", "eight_bit_optimizer")
@@ -57,9 +57,11 @@ def accumulation(global_batch: int, ranks: int, micro_batch: int) -> int:
     together = ranks * micro_batch
     if global_batch % together == 0:
         return global_batch // together
-    what = f"{global_batch} sequences cannot be divided by {ranks} ranks x {micro_batch} sequences"
+    message = (
+        f"{global_batch} sequences cannot be divided by {ranks} ranks x {micro_batch} sequences"
+    )
     raise UserError(
-        what, where="train.global_batch_size", fix=_divisors(global_batch, ranks, together)
+        message, where="train.global_batch_size", fix=_divisors(global_batch, ranks, together)
     )
 
 
@@ -98,9 +100,9 @@ def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
         able = engines_with(capability)
         if engine.kind in able or (engine.kind == "auto" and capability in CHOSEN_BY_AUTO):
             continue
-        what = f"only {' and '.join(able)} can use {feature}, and this is {engine.kind}"
+        message = f"only {' and '.join(able)} can use {feature}, and this is {engine.kind}"
         fix = f"engine.kind={' or '.join(able)}, or {alternative}"
-        yield Clash([key, ("engine", "kind")], what, fix)
+        yield Clash([key, ("engine", "kind")], message, fix)
 
 
 def _deepspeed_file(recipe: Recipe) -> Iterator[Clash]:
@@ -122,8 +124,10 @@ def _device(recipe: Recipe) -> Iterator[Clash]:
         if recipe.device == "cpu":
             yield Clash([attention, ("device",)], "flash attention needs a GPU", "attention=sdpa")
         if recipe.model.dtype == "float32":
-            what = "flash attention computes in 16 bits only"
-            yield Clash([attention, ("model", "dtype")], what, "dtype=bfloat16, or attention=sdpa")
+            message = "flash attention computes in 16 bits only"
+            yield Clash(
+                [attention, ("model", "dtype")], message, "dtype=bfloat16, or attention=sdpa"
+            )
 
 
 def _stage_names(recipe: Recipe) -> Iterator[Clash]:
@@ -131,8 +135,8 @@ def _stage_names(recipe: Recipe) -> Iterator[Clash]:
     for number, stage in enumerate(recipe.stages):
         numbers.setdefault(stage.name, []).append(number)
         if stage.name in RESERVED_NAMES:
-            what = f"the run folder needs {stage.name} for something else"
-            yield Clash([("stages", number, "name")], what, "choose another name")
+            message = f"the run folder needs {stage.name} for something else"
+            yield Clash([("stages", number, "name")], message, "choose another name")
     for name, same in numbers.items():
         if len(same) > 1:
             keys: list[Key] = [("stages", number, "name") for number in same]
@@ -147,9 +151,9 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
-        what = f"{stage.method.kind} cannot be merged: {reason}"
+        message = f"{stage.method.kind} cannot be merged: {reason}"
         fix = "make it the last stage, with output.merge=false"
-        yield Clash([(*at, "method", "kind"), ("output", "merge")], what, fix)
+        yield Clash([(*at, "method", "kind"), ("output", "merge")], message, fix)
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:
@@ -168,15 +172,15 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     if train.evaluate_every_steps is None:
         for name in ("early_stopping_patience", "evaluate_on"):
             if getattr(train, name) is not None:
-                what = "nothing is evaluated during training"
-                yield Clash([(*at, name), every], what, "set evaluate_every_steps")
+                message = "nothing is evaluated during training"
+                yield Clash([(*at, name), every], message, "set evaluate_every_steps")
     elif not sets:
         fix = "add a set to evaluation.sets, or remove evaluate_every_steps"
         yield Clash([every, ("evaluation", "sets")], "there is no evaluation set", fix)
     if train.evaluate_on is not None and sets and train.evaluate_on not in sets:
-        what = f"there is no set named {train.evaluate_on}"
+        message = f"there is no set named {train.evaluate_on}"
         fix = f"use one of {', '.join(sets)}"
-        yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], what, fix)
+        yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], message, fix)
 
 
 def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
@@ -201,11 +205,11 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
         missing = [n for n in range(len(data.sources)) if n not in weighted]
         keys: list[Key] = [(*at, weighted[0], "weight"), (*at, missing[0], "weight")]
         yield Clash(keys, "some sources have a weight and some do not", "set all weights, or none")
-    places: list[Key] = [(*at, number) for number in range(len(data.sources))]
-    places.append((*at[:-1], "replay"))
-    for place, source in zip(places, data.all_sources, strict=False):
+    keys_of_sources: list[Key] = [(*at, number) for number in range(len(data.sources))]
+    keys_of_sources.append((*at[:-1], "replay"))
+    for source_key, source in zip(keys_of_sources, data.all_sources, strict=False):
         if source.format != "auto" and (mismatch := format_mismatch(kind, source.format)):
-            yield Clash([(*owner, "kind"), (*place, "format")], *mismatch)
+            yield Clash([(*owner, "kind"), (*source_key, "format")], *mismatch)
 
 
 def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
@@ -220,12 +224,12 @@ def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
             return
         if train.steps is not None and after[-1] >= train.steps:
             keys: list[Key] = [here, (*at, "train", "steps")]
-            what = f"the weight after {after[-1]} steps never applies in {train.steps} steps"
-            yield Clash(keys, what, "remove it, or train longer")
+            message = f"the weight after {after[-1]} steps never applies in {train.steps} steps"
+            yield Clash(keys, message, "remove it, or train longer")
         if train.epochs is not None:
             keys = [here, (*at, "train", "epochs")]
-            what = "the length of an epoch depends on the weights, which change"
-            yield Clash(keys, what, "set train.steps or train.tokens instead")
+            message = "the length of an epoch depends on the weights, which change"
+            yield Clash(keys, message, "set train.steps or train.tokens instead")
         if not any(entry.weight for entry in entries):
             yield Clash([here], "the weight is always 0", "remove the source")
     for steps, weights in data.weights_by_step.items() if lists else ():
@@ -240,6 +244,6 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
         at = ("evaluation", "sets", name)
         for number, source in enumerate(held_out.sources):
             if isinstance(source.weight, list):
-                what = "an evaluation set has no steps"
-                yield Clash([(*at, "sources", number, "weight")], what, "set a single weight")
+                message = "an evaluation set has no steps"
+                yield Clash([(*at, "sources", number, "weight")], message, "set a single weight")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))

@@ -55,8 +55,8 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        what = f"is not valid JSON: {error.msg}"
-        raise UserError(what, where=f"{path}:{error.lineno}") from error
+        message = f"is not valid JSON: {error.msg}"
+        raise UserError(message, where=f"{path}:{error.lineno}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not valid JSON: {error}", where=str(path)) from error
     if not isinstance(config, dict):
@@ -71,8 +71,8 @@ def _decided_by_recipe(config: dict[str, Any], path: Path) -> Iterator[UserError
         if not isinstance(holder, dict):
             yield UserError(f"{group} is not a JSON object", where=str(path))
         elif holder.get(name, "auto") != "auto":
-            what = f"{setting} is {json.dumps(holder[name])}, but the recipe's {key} decides it"
-            yield UserError(what, where=str(path), fix='set it to "auto", or remove it')
+            message = f"{setting} is {json.dumps(holder[name])}, but the recipe's {key} decides it"
+            yield UserError(message, where=str(path), fix='set it to "auto", or remove it')
 
 
 def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Iterator[UserError]:
@@ -82,15 +82,15 @@ def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Itera
         return
     stage = zero.get("stage")
     if stage != ENGINES[kind].zero_stage:
-        what = f"zero_optimization.stage is {json.dumps(stage)}, but engine.kind is {kind}"
-        yield UserError(what, where=str(path), fix=f"set it to {ENGINES[kind].zero_stage}")
+        message = f"zero_optimization.stage is {json.dumps(stage)}, but engine.kind is {kind}"
+        yield UserError(message, where=str(path), fix=f"set it to {ENGINES[kind].zero_stage}")
     offloaded = [name for name in _OFFLOADS if _device(zero.get(name)) != "none"]
     if offloaded and not offload:
-        what = f"zero_optimization.{offloaded[0]} is set, but engine.offload is false"
-        yield UserError(what, where=str(path), fix="engine.offload=true, or remove it")
+        message = f"zero_optimization.{offloaded[0]} is set, but engine.offload is false"
+        yield UserError(message, where=str(path), fix="engine.offload=true, or remove it")
     elif offload and not offloaded:
-        what = "zero_optimization has no offload_param, but engine.offload is true"
-        yield UserError(what, where=str(path), fix="engine.offload=false, or add the group")
+        message = "zero_optimization has no offload_param, but engine.offload is true"
+        yield UserError(message, where=str(path), fix="engine.offload=false, or add the group")
 
 
 def _device(group: Any) -> str:

@@ -102,8 +102,8 @@ def _problem(key: Key, details: list[Mapping[str, Any]], document: Document) -> 
         return UserError(f"{name} is missing", where=where, fix=f"one of {', '.join(TRAITS)}")
     value = value_at(key, document.values)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
-    what = f"{name} must be {expected}, not {_shown(value)}"
-    return UserError(what, where=where, fix=_hint(key, document.values, details))
+    message = f"{name} must be {expected}, not {_shown(value)}"
+    return UserError(message, where=where, fix=_hint(key, document.values, details))
 
 
 def _replacement(key: Key, values: Any) -> str:

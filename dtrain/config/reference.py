@@ -127,8 +127,8 @@ def _type(annotation: Any) -> str:
     if kind is dict:
         return "groups by name" if subgroups(annotation) else f"{_type(arguments[-1])}s by name"
     if kind in (Union, types.UnionType):
-        parts = [_type(part) for part in arguments if part is not type(None)]
-        return " or ".join(dict.fromkeys(parts))
+        options = [_type(argument) for argument in arguments if argument is not type(None)]
+        return " or ".join(dict.fromkeys(options))
     return "group"
 
 

@@ -29,7 +29,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: written beside it, fsynced, renamed."""
+    """Replace `path` by `content`: write a temporary file in its folder, fsync it, rename it."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -77,7 +77,7 @@ def open_text(path: Path) -> IO[str]:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """The content of a UTF-8 file as text, without a byte-order mark at its head.
+    """The content of a UTF-8 file as text, without a byte-order mark.
 
     Raises:
         UserError: it is not UTF-8, with `name` and the line.
@@ -86,18 +86,18 @@ def decode_text(data: bytes, name: str) -> str:
         return without_mark(data, name).decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
-        raise UserError(what, where=f"{name}:{line}", fix="save the file as UTF-8") from error
+        message = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+        raise UserError(message, where=f"{name}:{line}", fix="save the file as UTF-8") from error
 
 
 def without_mark(head: bytes, name: str) -> bytes:
     """The head of a UTF-8 file without its byte-order mark.
 
     Raises:
-        UserError: the mark says UTF-16 or UTF-32.
+        UserError: the mark is that of UTF-16 or UTF-32.
     """
     if head.startswith(UTF_16):
-        fix = "save the file as UTF-8, such as by iconv -f UTF-16 -t UTF-8 OLD > NEW"
+        fix = "save the file as UTF-8, for example with iconv -f UTF-16 -t UTF-8 OLD > NEW"
         raise UserError("is UTF-16 text, not UTF-8", where=name, fix=fix)
     return head.removeprefix(codecs.BOM_UTF8)
 
@@ -118,14 +118,14 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, for `json.loads(…, object_pairs_hook=unique_keys)`.
 
     Raises:
-        ValueError: a key is there twice, and json alone would keep the last one.
+        ValueError: a key occurs twice; json would silently keep the last one.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key} is there twice")
-        found[key] = value
-    return found
+        if key in result:
+            raise ValueError(f"the key {key} occurs twice")
+        result[key] = value
+    return result
 
 
 class OldFormat(UserError):

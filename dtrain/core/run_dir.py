@@ -92,7 +92,7 @@ class StageDir:
         return self.path / ".merging"
 
     def progress(self) -> str:
-        """Name of the newest complete checkpoint, "begun" before the first, or "complete"."""
+        """Name of the newest complete checkpoint, "started" before the first, or "complete"."""
         try:
             if read_json(self.record).get("complete"):
                 return "complete"
@@ -100,7 +100,7 @@ class StageDir:
             pass  # a damaged record: the checkpoints count
         manifests = self.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
         names = [path.parent.name for path in manifests]
-        return max(names, key=lambda name: (len(name), name), default="begun")
+        return max(names, key=lambda name: (len(name), name), default="started")
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,11 @@ class RunDir:
         """
         if not self.recipe.is_file():
             fix = "give the folder that output.folder named"
-            what = f"is not a run folder: no {RECIPE} in it"
-            raise UserError(what, where=str(self.path), fix=fix)
+            message = f"is not a run folder: no {RECIPE} in it"
+            raise UserError(message, where=str(self.path), fix=fix)
 
     def progress(self) -> dict[str, str]:
-        """Progress of each stage that was begun, by name."""
+        """Progress of each started stage, by name."""
         stages = sorted(path.parent for path in self.path.glob(f"*/{STAGE_RECORD}"))
         return {stage.name: StageDir(stage).progress() for stage in stages}
 
@@ -225,16 +225,16 @@ class RunDir:
                 if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
                     break
                 if time.monotonic() > deadline:
-                    what = f"another run is using this folder ({lock.holder()})"
+                    message = f"another run is using this folder ({lock.holder()})"
                     fix = fix or "wait for it, or choose another output.folder"
-                    raise UserError(what, where=str(self.path), fix=fix)
+                    raise UserError(message, where=str(self.path), fix=fix)
                 time.sleep(LOCK_POLL_SECONDS)
         except OSError as error:
             raise self.unusable(error) from error
         return lock
 
     def reset(self, recipe: str) -> None:
-        """Write the resolved recipe, and clear what was meant for the last start.
+        """Write the resolved recipe; remove the stop file and the exit report of the last start.
 
         Raises:
             UserError: the folder cannot be written.
@@ -248,8 +248,8 @@ class RunDir:
 
     def unusable(self, error: OSError) -> UserError:
         """The error for a run folder that the system refuses."""
-        what = f"cannot be used as the run folder: {error.strerror or error}"
-        return UserError(what, where=str(self.path), fix="choose another output.folder")
+        message = f"cannot be used as the run folder: {error.strerror or error}"
+        return UserError(message, where=str(self.path), fix="choose another output.folder")
 
 
 def create_numbered(folder: Path) -> RunDir:

@@ -1,1 +1,1 @@
-"""From sources to micro-batches: read, template, tokenise, pack, store, order, load."""
+"""Data preparation and loading: read, render, tokenize, pack, store, order, batch."""

@@ -102,7 +102,7 @@ def _join_runs(runs: Iterable[tuple[int, int]]) -> Int32s:
 
 
 def _edges(encoding: Encoding, text: str, start: int, stop: int) -> tuple[int, int] | None:
-    """First token of a span and the one after its last; None if only all offsets can tell."""
+    """First token of a span and the one after its last; None if only the offsets show them."""
     if start >= stop:
         return None
     first = encoding.char_to_token(start)

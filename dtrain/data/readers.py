@@ -120,8 +120,8 @@ def _open_stream(source_file: SourceFile) -> IO[bytes]:
 def _broken_file(source_file: SourceFile, number: int, error: Exception) -> UserError:
     """The error for a truncated or damaged file."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    what = f"the file is truncated or damaged: {reason}"
-    return UserError(what, where=source_file.location(number), fix="download the file again")
+    message = f"the file is truncated or damaged: {reason}"
+    return UserError(message, where=source_file.location(number), fix="download the file again")
 
 
 def _content(source_file: SourceFile) -> bytes:
@@ -185,8 +185,8 @@ def _skip_line(file: IO[bytes]) -> int:
 
 
 def _too_long(size: int, source_file: SourceFile, number: int) -> UserError:
-    what = f"the line has {size:,} bytes, the maximum is {MAX_LINE_BYTES:,}"
-    return UserError(what, where=source_file.location(number), fix="split or remove this row")
+    message = f"the line has {size:,} bytes, the maximum is {MAX_LINE_BYTES:,}"
+    return UserError(message, where=source_file.location(number), fix="split or remove this row")
 
 
 def parse_json(line: bytes, source_file: SourceFile, first_line: int) -> Any:
@@ -197,8 +197,8 @@ def parse_json(line: bytes, source_file: SourceFile, first_line: int) -> Any:
         at = min(error.pos, len(error.doc.rstrip()))  # truncated JSON is reported in its last line
         before = error.doc[:at].split("\n")
         where = f"{source_file.name}:{first_line + len(before) - 1}"
-        what = f"invalid JSON: {error.msg} (column {len(before[-1]) + 1})"
-        return UserError(what, where=where, fix="fix or remove this line")
+        message = f"invalid JSON: {error.msg} (column {len(before[-1]) + 1})"
+        return UserError(message, where=where, fix="fix or remove this line")
     except UnicodeDecodeError as error:
         where = f"{source_file.name}:{first_line + line[: error.start].count(10)}"
         return UserError("not UTF-8", where=where, fix="convert the file to UTF-8")
@@ -269,8 +269,8 @@ def _rows_in(document: Any, source_file: SourceFile, columns: Collection[str]) -
         return [document]
     lists = {key: value for key, value in document.items() if _is_rows(value)}
     if len(lists) > 1:
-        what = f"several keys contain rows: {', '.join(lists)}"
-        raise UserError(what, where=source_file.name, fix="write each list into a separate file")
+        message = f"several keys contain rows: {', '.join(lists)}"
+        raise UserError(message, where=source_file.name, fix="write each list into a separate file")
     return next(iter(lists.values()), [document])
 
 
@@ -286,8 +286,10 @@ def _csv(source_file: SourceFile) -> Iterator[RawRow]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            what = f"invalid CSV: {error}"
-            raise UserError(what, where=source_file.location(number), fix="fix the file") from error
+            message = f"invalid CSV: {error}"
+            raise UserError(
+                message, where=source_file.location(number), fix="fix the file"
+            ) from error
         if cells is None:
             return
         if header is None:
@@ -299,15 +301,15 @@ def _csv(source_file: SourceFile) -> Iterator[RawRow]:
 
 def _header(cells: list[str], source_file: SourceFile) -> list[str]:
     if duplicates := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
-        what = f"duplicate column `{duplicates[0]}`"
-        raise UserError(what, where=source_file.location(1), fix="rename or remove one of them")
+        message = f"duplicate column `{duplicates[0]}`"
+        raise UserError(message, where=source_file.location(1), fix="rename or remove one of them")
     return cells
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
     if len(cells) != len(header):
-        what = f"{len(cells)} cells, but the header has {len(header)} columns"
-        return UserError(what, fix="fix or remove this row")
+        message = f"{len(cells)} cells, but the header has {len(header)} columns"
+        return UserError(message, fix="fix or remove this row")
     return dict(zip(header, cells, strict=True))
 
 

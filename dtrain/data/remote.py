@@ -92,8 +92,10 @@ def _earlier_download(known: Path, address: str) -> list[tuple[str, Path]]:
     copies = [(name, Path(copy)) for name, copy in read_json(known)]
     for name, copy in copies:
         if not _is_whole(copy):
-            what = "cannot be reached, and the earlier download is damaged"
-            raise UserError(f"{what}: {copy}", where=name, fix="try again when it can be reached")
+            message = "cannot be reached, and the earlier download is damaged"
+            raise UserError(
+                f"{message}: {copy}", where=name, fix="try again when it can be reached"
+            )
     return copies
 
 
@@ -102,8 +104,8 @@ def _found(store: Any, path: str, readable: Callable[[Path], object]) -> list[st
         return sorted(p for p in store.glob(path) if not store.isdir(p))
     if "http" in store.protocol or not store.isdir(path):  # a web server has no folders
         return [path]
-    found = (p for p in store.find(path) if readable(Path(p)))
-    return sorted(p for p in found if not Path(p).name.startswith("."))
+    paths = (p for p in store.find(path) if readable(Path(p)))
+    return sorted(p for p in paths if not Path(p).name.startswith("."))
 
 
 def _copy(
@@ -152,15 +154,15 @@ def _download(store: Any, path: str, copy: Path, info: dict[str, Any], name: str
         os.close(handle)
         try:
             store.get_file(path, temporary)
-            found = hash_file(Path(temporary), {OWN, *digests, *(["md5"] if etag else [])})
-            fault = _find_difference(Path(temporary), found, info, digests)
+            computed = hash_file(Path(temporary), {OWN, *digests, *(["md5"] if etag else [])})
+            fault = _find_difference(Path(temporary), computed, info, digests)
             # An ETag may only look like an MD5: then the file is the same twice.
-            if not fault and etag not in (None, found.get("md5")) and found[OWN] not in seen:
+            if not fault and etag not in (None, computed.get("md5")) and computed[OWN] not in seen:
                 fault = "its MD5 is not the ETag"
             if not fault:
-                _keep(Path(temporary), copy, found[OWN])
+                _keep(Path(temporary), copy, computed[OWN])
                 return
-            seen += [found[OWN]]
+            seen += [computed[OWN]]
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -168,12 +170,12 @@ def _download(store: Any, path: str, copy: Path, info: dict[str, Any], name: str
     raise UserError(f"the download is damaged: {fault}", where=name, fix=fix)
 
 
-def _find_difference(path: Path, found: Digests, info: dict[str, Any], digests: Digests) -> str:
+def _find_difference(path: Path, computed: Digests, info: dict[str, Any], digests: Digests) -> str:
     """How a download differs from what the server says; empty if it does not."""
     size, received = info.get("size"), path.stat().st_size
     if size is not None and received != size:
         return f"{received:,} of {size:,} bytes"
-    wrong = [name for name, digest in digests.items() if found[name] != digest]
+    wrong = [name for name, digest in digests.items() if computed[name] != digest]
     return f"its {wrong[0]} is not that of the server" if wrong else ""
 
 
@@ -193,22 +195,22 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
 
 
 def _check_no_secrets(address: str) -> None:
-    parts = [_without_secret(part) for part in address.split("::")]  # zip://a.jsonl::https://host/b
-    if any(secret for _, secret in parts):
+    checked = [_without_secret(url) for url in address.split("::")]  # zip://a.jsonl::https://host/b
+    if any(secret for _, secret in checked):
         raise UserError(
             "the URL contains a user, password or query, which would be logged",
-            where="::".join(bare for bare, _ in parts),
+            where="::".join(bare for bare, _ in checked),
             fix="pass credentials to the store's client, for example with AWS_PROFILE",
         )
 
 
-def _without_secret(part: str) -> tuple[str, bool]:
+def _without_secret(url: str) -> tuple[str, bool]:
     """A URL without possible secrets, and whether it had any."""
-    place, _, query = part.partition("?")
-    scheme, mark, rest = place.rpartition("://")
+    location, _, query = url.partition("?")
+    scheme, separator, rest = location.rpartition("://")
     host, slash, path = rest.partition("/")
     _, at, bare = host.rpartition("@")
-    return f"{scheme}{mark}{bare}{slash}{path}", bool(at or query)
+    return f"{scheme}{separator}{bare}{slash}{path}", bool(at or query)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -261,8 +263,8 @@ def etag_md5(info: dict[str, Any]) -> str | None:
     On S3 it is the MD5 of objects that were uploaded in one request and are not encrypted with a
     customer's key; other servers may use other values of the same form.
     """
-    found = re.fullmatch(r'"?([0-9a-fA-F]{32})"?', str(info.get("ETag") or info.get("etag") or ""))
-    return found[1].lower() if found else None
+    match = re.fullmatch(r'"?([0-9a-fA-F]{32})"?', str(info.get("ETag") or info.get("etag") or ""))
+    return match[1].lower() if match else None
 
 
 def hash_file(path: Path, algorithms: set[str]) -> Digests:
@@ -289,8 +291,8 @@ def _headers(store: Any, path: str) -> list[tuple[str, Any]]:
             known = got.headers.items() if got.status == 200 and plain else ()
             return [(key.lower(), value) for key, value in known]
 
-    found: list[tuple[str, Any]] = asyn.sync(store.loop, ask)
-    return found
+    headers: list[tuple[str, Any]] = asyn.sync(store.loop, ask)
+    return headers
 
 
 def _digests(key: str, value: Any) -> Iterator[tuple[str, str]]:

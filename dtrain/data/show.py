@@ -32,23 +32,23 @@ def sequences(
     """The first sequences of training, document by document.
 
     Args:
-        mixture: of a stage.
+        dataset: of a stage.
         tokenizer: that made it.
         seed: of the recipe.
         count: sequences to show.
         color: show tokens with loss in green; otherwise between ⟦ and ⟧.
     """
-    numbers = dataset.sequence_ids_at(0, count, seed).tolist()
+    sequence_ids = dataset.sequence_ids_at(0, count, seed).tolist()
     total = int(dataset.first_sequences[-1])
-    for place, number in enumerate(numbers[: dataset.sequences_per_epoch], start=1):
-        row = dataset.sequence(number)
+    for position, number in enumerate(sequence_ids[: dataset.sequences_per_epoch], start=1):
+        sequence = dataset.sequence(number)
         head = (
-            f"sequence {place}: row {number + 1:,} of {total:,}, "
-            f"{row.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
-            f"{int(row.is_target.sum()):,} with loss, documents: {row.lengths.size}\n"
+            f"sequence {position}: row {number + 1:,} of {total:,}, "
+            f"{sequence.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
+            f"{int(sequence.is_target.sum()):,} with loss, documents: {sequence.lengths.size}\n"
         )
         yield Text(head, style=HEAD)
-        yield from _documents(row, tokenizer, color)
+        yield from _documents(sequence, tokenizer, color)
     for note in dataset.notes():
         yield Text(f"{note}\n", style=NOTE)
 
@@ -57,12 +57,11 @@ def _documents(
     row: PackedSequence, tokenizer: PreTrainedTokenizerBase, color: bool
 ) -> Iterator[Text]:
     start = 0
-    for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
+    for location, length in zip(row.documents, row.lengths.tolist(), strict=True):
         ids = row.input_ids[start : start + length]
         has_loss = row.is_target[start : start + length]
-        note = (
-            f"── {place}: tokens {start}–{start + length - 1}, {int(has_loss.sum()):,} with loss\n"
-        )
+        tokens = f"tokens {start}–{start + length - 1}, {int(has_loss.sum()):,} with loss"
+        note = f"── {location}: {tokens}\n"
         yield Text(note, style=NOTE) + _colored(ids, has_loss, tokenizer, color) + Text("\n")
         start += length
 
@@ -86,15 +85,15 @@ def _colored(
 
 
 def render_records(
-    records: Iterator[Record | BadRecord], parts: list[SourceFile], count: int
+    records: Iterator[Record | BadRecord], source_files: list[SourceFile], count: int
 ) -> Iterator[Text]:
     """The first rows before any template; a bad row is shown as its error."""
     for item in islice(records, count):
-        place = parts[item.file_index].location(item.row_number)
+        location = source_files[item.file_index].location(item.row_number)
         if isinstance(item, BadRecord):
             yield Text(f"── {item.error}\n", style="red")
             continue
-        yield Text(f"── {place}\n", style=HEAD)
+        yield Text(f"── {location}\n", style=HEAD)
         for title, value in _sides(item.value):
             yield (Text(f"{title}\n", style=HEAD) if title else Text()) + _turns(value)
 

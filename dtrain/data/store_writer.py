@@ -195,9 +195,9 @@ def _no_targets(counts: dict[str, int], where: str) -> EmptyDataError:
         TOO_LONG: "{} longer than a sequence",
         EMPTY: "{} empty",
     }
-    found = [text.format(f"{counts[key]:,}") for key, text in causes.items() if counts.get(key)]
+    reasons = [text.format(f"{counts[key]:,}") for key, text in causes.items() if counts.get(key)]
     return EmptyDataError(
-        f"no trainable tokens in this source: of its rows, {', '.join(found) or 'all too short'}",
+        f"no trainable tokens in this source: of its rows, {', '.join(reasons) or 'all too short'}",
         where=where,
         fix="check the answers (role: assistant, or `output`), `template` and `sequence_length`",
     )

@@ -47,11 +47,11 @@ def groups(world: World) -> Iterator[tuple[str, dist.ProcessGroup | None]]:
     """The ranks of each node, and the whole world; every rank is in one of each."""
     starts = range(0, world.size, world.local_size)
     if world.local_size > 1 and len(starts) > 1:
-        own = None
+        node_group = None
         for start in starts:
             group = dist.new_group(list(range(start, start + world.local_size)))
-            own = group if start <= world.rank < start + world.local_size else own
-        yield "inside a node", own
+            node_group = group if start <= world.rank < start + world.local_size else node_group
+        yield "inside a node", node_group
     yield "over all ranks", None
 
 

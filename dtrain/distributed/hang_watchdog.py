@@ -102,7 +102,7 @@ class HangWatchdog:
         self._thread.start()
 
     def stop(self, *, finished: bool = True) -> None:
-        """Stop the thread and tell the other ranks how this one ended.
+        """Stop the thread and record for the other ranks how this one ended.
 
         Args:
             finished: this rank's run is over, and the others must not miss it. If not, the
@@ -117,7 +117,7 @@ class HangWatchdog:
             else:
                 self._path(self.rank).unlink(missing_ok=True)
 
-    def mark(self, position: str) -> None:
+    def record_position(self, position: str) -> None:
         """Record that the main thread has reached `position`."""
         self._position, self._marked = position, time.monotonic()
         self._marks += 1
@@ -137,19 +137,19 @@ class HangWatchdog:
     @contextmanager
     def patience(self, position: str) -> Iterator[None]:
         """Lift the time limit during an operation, such as a save, that may take any time."""
-        self.mark(position)
+        self.record_position(position)
         before, self._patient = self._patient, True
         try:
             yield
         finally:
-            self.mark(f"after {position}")
+            self.record_position(f"after {position}")
             self._patient, self._stepped = before, self._marked
 
     def compiling(self, now: bool) -> None:
         """Record that a compilation begins or ends, which may happen on this rank only."""
         self._compiling = now
         if not now:
-            self.mark(self._position)
+            self.record_position(self._position)
 
     def limit_seconds(self) -> float | None:
         """How long the marks may not advance; None while there are too few steps to know."""

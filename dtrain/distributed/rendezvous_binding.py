@@ -43,8 +43,8 @@ def _resolved(host_name: str, port: int) -> Any:
 
     A machine's own name may stand for a link-local IPv6 address, which others cannot use.
     """
-    found = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)
-    return min(found, key=lambda info: info[0] != socket.AF_INET)
+    addresses = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)
+    return min(addresses, key=lambda info: info[0] != socket.AF_INET)
 
 
 def listen_narrowly() -> None:

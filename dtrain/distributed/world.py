@@ -82,9 +82,9 @@ def start_world(device: str) -> World:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    torch_device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(torch_device)
     if "RANK" not in os.environ:
         os.environ.update(_alone())
     listen_narrowly()
@@ -95,14 +95,14 @@ def start_world(device: str) -> World:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=place if use_gpu and not is_alone else None,
+        device_id=torch_device if use_gpu and not is_alone else None,
     )
     size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     # What one rank does alone, a merge of 70B say, takes longer than a collective should; a rank
     # that dies or hangs is found by its closed connection and by the hang watchdog.
     gloo_group = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
-    return World(dist.get_rank(), size, local_rank, local_size, place, gloo_group)
+    return World(dist.get_rank(), size, local_rank, local_size, torch_device, gloo_group)
 
 
 def end_world() -> None:

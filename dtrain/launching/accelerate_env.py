@@ -37,9 +37,9 @@ def resolve_engine(recipe_kind: str, environ: Mapping[str, str]) -> str:
         return DEFAULT_ENGINE if recipe_kind == "auto" else recipe_kind
     kind, source = named
     if recipe_kind not in ("auto", kind):
-        what = f"the recipe says {recipe_kind}, but accelerate's file says {kind} ({source})"
+        message = f"the recipe says {recipe_kind}, but accelerate's file says {kind} ({source})"
         fix = f"engine.kind=auto, or --config_file launch/accelerate/{recipe_kind}.yaml"
-        raise UserError(what, where="engine.kind", fix=fix)
+        raise UserError(message, where="engine.kind", fix=fix)
     return kind
 
 
@@ -50,13 +50,15 @@ def _named(environ: Mapping[str, str]) -> tuple[str, str] | None:
     if _true(environ, "ACCELERATE_USE_FSDP"):
         version = environ.get("FSDP_VERSION", "1")
         if version != "2":
-            what = f"accelerate's file asks for FSDP version {version} (FSDP_VERSION)"
-            raise UserError(what, where="accelerate launch", fix="fsdp_config: {fsdp_version: 2}")
+            message = f"accelerate's file asks for FSDP version {version} (FSDP_VERSION)"
+            raise UserError(
+                message, where="accelerate launch", fix="fsdp_config: {fsdp_version: 2}"
+            )
         return "fsdp2", "ACCELERATE_USE_FSDP"
     for plugin in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if _true(environ, plugin):
-            what = f"accelerate's file asks for something that dtrain does not have ({plugin})"
-            raise UserError(what, where="accelerate launch", fix="a file of launch/accelerate/")
+            message = f"accelerate's file asks for something that dtrain does not have ({plugin})"
+            raise UserError(message, where="accelerate launch", fix="a file of launch/accelerate/")
     if "ACCELERATE_MIXED_PRECISION" in environ:  # accelerate always sets it
         return "ddp", "neither ACCELERATE_USE_FSDP nor ACCELERATE_USE_DEEPSPEED is set"
     return None
@@ -68,8 +70,8 @@ def _zero(environ: Mapping[str, str]) -> tuple[str, str]:
     if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         variable, stage = f"ACCELERATE_DEEPSPEED_CONFIG_FILE={file}", read_stage(Path(file))
     if stage not in _ZERO_KINDS:
-        what = f"accelerate's file asks for ZeRO stage {stage or '?'} ({variable})"
-        raise UserError(what, where="accelerate launch", fix="dtrain has zero2 and zero3")
+        message = f"accelerate's file asks for ZeRO stage {stage or '?'} ({variable})"
+        raise UserError(message, where="accelerate launch", fix="dtrain has zero2 and zero3")
     return _ZERO_KINDS[stage], variable
 
 

@@ -65,8 +65,8 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     try:
         return [Attempt(**record) for record in read_json(run.attempts)]
     except TypeError as error:
-        what = f"is not a list of attempts: {error}"
-        raise UserError(what, where=str(run.attempts)) from error
+        message = f"is not a list of attempts: {error}"
+        raise UserError(message, where=str(run.attempts)) from error
 
 
 def write_attempts(run: RunDir, attempts: Sequence[Attempt]) -> None:
@@ -97,9 +97,9 @@ def begin_attempt(run: RunDir, allocation: slurm.Allocation, environ: Mapping[st
     if failures >= RetryLimits.from_environ(environ).failures:
         # `end_attempt` is never reached by a job that is lost with its node each time.
         write_attempts(run, attempts)
-        what = f"{failures} tries in a row without a new checkpoint"
+        message = f"{failures} tries in a row without a new checkpoint"
         fix = "read the log; submit it again to resume"
-        raise UserError(what, where=f"job {attempt.job}", fix=fix)
+        raise UserError(message, where=f"job {attempt.job}", fix=fix)
     write_attempts(run, [*attempts, attempt])
     nodes = ", ".join(attempt.nodes)
     slurm.log_line(

@@ -186,8 +186,8 @@ def handle_faults(
 ) -> None:
     """Record a failed preflight; with DTRAIN_PREFLIGHT=exclude, submit the job again.
 
-    A running job cannot change the nodes that it excludes, and a requeued one has nobody left to
-    change them, so a new job replaces it.
+    A running job cannot change the nodes that it excludes, and nothing would change them for a
+    requeued one, so a new job replaces it.
 
     Args:
         faults: what is wrong.

@@ -15,7 +15,7 @@ PERMANENT_FAILURES = {
     Exit.OUT_OF_MEMORY: "out of memory",
 }
 # Outcomes that count as failures where an attempt saved no new checkpoint. A time limit too short
-# for a checkpoint stays too short; a preemption is nobody's fault and does not count.
+# for a checkpoint stays too short; a preemption is not a failure and does not count.
 FAILED_OUTCOMES = ("hang", "crashed", "lost", "lost a worker", "warned")
 
 

@@ -107,8 +107,8 @@ def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
             errors="surrogateescape",
         )
     except subprocess.TimeoutExpired as error:
-        what = f"{command[0]} has not answered in {ANSWER_SECONDS} s"
-        raise UserError(what, where="Slurm", fix="try again later") from error
+        message = f"{command[0]} has not answered in {ANSWER_SECONDS} s"
+        raise UserError(message, where="Slurm", fix="try again later") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().replace(f"{command[0]}: ", "")
         raise UserError(f"{command[0]}: {said or done.returncode}", where="Slurm")

@@ -201,10 +201,10 @@ def check_no_other_job(run: Path) -> None:
     Raises:
         UserError: one is waiting or running.
     """
-    others = [job for job in slurm.queue() if job.comment == f"{COMMENT}{run}"]
-    if others:
-        what = f"job {others[0].job} is {others[0].state} for this run folder"
-        raise UserError(what, where=str(run), fix="dtrain cancel it, or choose another folder")
+    queued = [job for job in slurm.queue() if job.comment == f"{COMMENT}{run}"]
+    if queued:
+        message = f"job {queued[0].job} is {queued[0].state} for this run folder"
+        raise UserError(message, where=str(run), fix="dtrain cancel it, or choose another folder")
     RunDir(run).lock().release()
 
 

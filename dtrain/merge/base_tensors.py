@@ -103,7 +103,7 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
 
     @cached_property
     def has_transposed_layers(self) -> bool:
-        """Whether layers store their matrix as [in, out], or the model cannot be built to tell."""
+        """Whether layers store their matrix as [in, out]; True if the model cannot be built."""
         try:
             model = self._model
         except UserError:

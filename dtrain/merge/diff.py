@@ -110,13 +110,13 @@ def diff_models(old: Path, new: Path) -> ModelDiff:
 
 
 def _add_tied_head(
-    folder: Path, tensors: dict[str, StoredTensor], others: dict[str, StoredTensor]
+    folder: Path, tensors: dict[str, StoredTensor], other_tensors: dict[str, StoredTensor]
 ) -> None:
     """Add a tied model's output head under its own name, if the other model stores one."""
-    if all(name in tensors for name in others) or (folder / WEIGHTS).is_file():
+    if all(name in tensors for name in other_tensors) or (folder / WEIGHTS).is_file():
         return
     pair = BaseTensors(folder).tied if (folder / "config.json").is_file() else None
-    if pair is not None and pair.missing in others:
+    if pair is not None and pair.missing in other_tensors:
         tensors[pair.missing] = tensors[pair.stored]
 
 

@@ -37,7 +37,7 @@ from dtrain.merge.resumable_dir import ResumableDir
 from dtrain.merge.stream import AddedTensor, ChangeBlocks, rewrite_file
 from dtrain.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
-# Files besides the weights: config, tokenizer, template, license, the model's code.
+# Files other than the weights: config, tokenizer, template, license, the model's code.
 COPIED_PATTERNS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*"
 )  # fmt: skip
@@ -182,7 +182,7 @@ class MergeJob:
     def _write(self, model: MergedModel) -> None:
         hashes = [lookup_hash(path) for path in self.weights]
         if all(hashes):  # a wrong base is then reported before the work, not after it
-            self._check_base(combined_fingerprint([str(one) for one in hashes], self.base))
+            self._check_base(combined_fingerprint([str(digest) for digest in hashes], self.base))
         plan = fingerprint(self._plan(model))
         try:
             work = ResumableDir(self.output, {"plan": plan})

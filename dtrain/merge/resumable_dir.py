@@ -105,7 +105,7 @@ class ResumableDir:
         fsync_folder(self.target)
         os.rename(self.target, self._out)
         fsync_folder(self._out.parent)
-        self._locks.acquire(BEGIN, wait=True)  # nobody joins while the folder is being removed
+        self._locks.acquire(BEGIN, wait=True)  # no process joins while the folder is being removed
         self._remove()
 
     def discard(self) -> None:

@@ -215,8 +215,8 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if known is None and reference is not None:
         known = get_class_from_dynamic_module(reference, config._name_or_path)
-    found: type[PreTrainedModel] | None = known
-    return found
+    model_class: type[PreTrainedModel] | None = known
+    return model_class
 
 
 def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
@@ -224,9 +224,9 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
     known = causal_class(config)
     has_sdpa = getattr(known, "_supports_sdpa", False)
     takes_any = getattr(known, "_supports_attention_backend", False)
-    found = {"eager": True, "sdpa": has_sdpa, attention.NAME: has_sdpa and takes_any}
-    found["flash_attention_2"] = getattr(known, "_supports_flash_attn", False)
-    return {name: None for name, has in found.items() if has}
+    support = {"eager": True, "sdpa": has_sdpa, attention.NAME: has_sdpa and takes_any}
+    support["flash_attention_2"] = getattr(known, "_supports_flash_attn", False)
+    return {name: None for name, has in support.items() if has}
 
 
 @contextmanager

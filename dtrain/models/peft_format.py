@@ -74,8 +74,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def file_key(key: str) -> str:
     """The key under which PEFT saves a tensor: its name without the adapter's name."""
     for pattern in _NAMED:
-        if found := pattern.fullmatch(key):
-            return found[1] + (found[3] or "")
+        if match := pattern.fullmatch(key):
+            return match[1] + (match[3] or "")
     return key
 
 

@@ -111,8 +111,8 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
 
 def _not_nf4(name: str, module: Any) -> UserError:
     kind, shape = type(module).__name__, list(module.weight.shape)
-    what = f"{name} ({kind} {shape}) cannot be quantized to NF4"
-    return UserError(what, where="method.kind: qlora", fix="kind: lora")
+    message = f"{name} ({kind} {shape}) cannot be quantized to NF4"
+    return UserError(message, where="method.kind: qlora", fix="kind: lora")
 
 
 @cache

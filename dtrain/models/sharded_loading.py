@@ -46,7 +46,7 @@ class StreamedModel:
         self.model, self._device = model, device
         headers = {path: read_header(path)[0] for path in weight_files(folder)}
         self._files = {name: path for path, entries in headers.items() for name in entries}
-        entries = {n: e for found in headers.values() for n, e in found.items()}
+        entries = {n: e for header in headers.values() for n, e in header.items()}
         names = match_state_dict(model, self._files)
         self.converted = names.converted
         # keyed by module, not by name: adapters wrap modules and change their names
@@ -61,18 +61,18 @@ class StreamedModel:
     def _untie(self, stored: dict[str, str]) -> None:
         """Untie parameters whose two stored values differ, as transformers does."""
         seen: dict[nn.Parameter, str] = {}
-        for own, name in stored.items():
-            tensor = self.model.get_parameter_or_buffer(own)
+        for local_name, name in stored.items():
+            tensor = self.model.get_parameter_or_buffer(local_name)
             first = seen.setdefault(tensor, name)
             if first != name and not torch.equal(self._read(first), self._read(name)):
-                parent, _, leaf = own.rpartition(".")
+                parent, _, leaf = local_name.rpartition(".")
                 alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
     def _assign_names(
         self, folder: Path, stored: dict[str, str], entries: dict[str, dict[str, Any]]
     ) -> None:
-        by_tensor = {self.model.get_parameter_or_buffer(own): n for own, n in stored.items()}
+        by_tensor = {self.model.get_parameter_or_buffer(n): name for n, name in stored.items()}
         uses: Counter[Tensor] = Counter()
         for module in self.model.modules():
             for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:

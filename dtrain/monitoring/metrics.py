@@ -14,7 +14,7 @@ class Metrics:
     """The metrics of one stage, open for writing.
 
     Lines of steps after `resume_at` were written by a run that was stopped before it saved: they
-    are dropped, so that no step is there twice. So is a last line that was cut off.
+    are dropped, so that no step occurs twice. So is a last line that was cut off.
     """
 
     def __init__(self, path: Path, resume_at: int) -> None:

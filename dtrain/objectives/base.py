@@ -53,7 +53,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What an objective may need besides its batches.
+    """What an objective may need in addition to its batches.
 
     Attributes:
         base: folder of the model that the stage starts from, such as a reference model.
@@ -83,7 +83,7 @@ class Objective(ABC):
         self.settings = settings
 
     def begin_stage(self, context: StageContext) -> None:
-        """Load or compute what the objective needs besides batches; called once, on all ranks."""
+        """Load or compute what `loss` needs in addition to batches; called once, on all ranks."""
         return
 
     def begin_step(self, model: nn.Module, batches: Sequence[MicroBatch], world: World) -> Any:

@@ -54,15 +54,17 @@ def _memory_error(error: BaseException) -> BaseException | None:
     """The first error that says so: this one, its causes, or those of a group."""
     waiting, seen = [error], set[int]()
     while waiting:
-        one = waiting.pop(0)
-        if id(one) in seen:
+        current = waiting.pop(0)
+        if id(current) in seen:
             continue
-        seen.add(id(one))
-        if _says_so(one):
-            return one
-        if isinstance(one, BaseExceptionGroup):
-            waiting += one.exceptions
-        before = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        seen.add(id(current))
+        if _says_so(current):
+            return current
+        if isinstance(current, BaseExceptionGroup):
+            waiting += current.exceptions
+        before = current.__cause__ or (
+            None if current.__suppress_context__ else current.__context__
+        )
         waiting += [before] if before is not None else []
     return None
 
@@ -138,8 +140,8 @@ def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
 
 def terms(stage: StagePlan) -> str:
     """The plan's terms in a line."""
-    parts = [f"{name} {size(value)}" for name, value in stage.memory.terms().items() if value]
-    return f"{', '.join(parts)}; {size(stage.memory.peak)} of tensors at the peak"
+    texts = [f"{name} {size(value)}" for name, value in stage.memory.terms().items() if value]
+    return f"{', '.join(texts)}; {size(stage.memory.peak)} of tensors at the peak"
 
 
 def _device() -> torch.device:

@@ -37,7 +37,7 @@ class StageRecord(StageDir):
         return fingerprint(self.inputs)
 
     def read(self) -> dict[str, Any] | None:
-        """The record on disk; None if the stage was never begun, or the record is damaged.
+        """The record on disk; None if the stage was never started, or the record is damaged.
 
         A damaged record is no loss: every checkpoint contains the inputs that it was made from.
 
@@ -82,7 +82,7 @@ class StageRecord(StageDir):
                 yield self.merged / name, digest
 
     def allowed_changes(self) -> set[str]:
-        """Keys that were ever allowed to change after this stage was begun."""
+        """Keys that were ever allowed to change after this stage was started."""
         return set((self.read() or {}).get("allowed", []))
 
     def begin(self, allowed: set[str]) -> None:

@@ -144,7 +144,7 @@ def tokens_per_sequence(dataset: PackedDataset) -> float:
 
 
 def build_stage_objective(setup: StageSetup, engine: Engine, loader: Loader) -> Objective:
-    """The stage's objective, with what it needs besides batches."""
+    """The stage's objective, with what it needs in addition to batches."""
     objective = build_objective(setup.stage)
     cache = cache_folder() / "objectives"
     objective.begin_stage(StageContext(setup.base, cache, engine.model, loader, setup.world))

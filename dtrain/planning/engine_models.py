@@ -36,7 +36,10 @@ class DdpModel(EngineModel):
         return self.profile.train_bytes * self.matrix_elements
 
     def gradients_at_embeddings(self) -> float:
-        """With two micro-batches, the first has no embedding gradient yet and the last sends it."""
+        """Gradients in the backward pass of the embeddings, of the micro-batch that has the most.
+
+        Of two micro-batches, the first has no embedding gradient yet and the last sends it.
+        """
         gradients = self.gradient_bytes
         if self.workload.accumulation == 2:
             gradients -= self.matrix_gradient_bytes()

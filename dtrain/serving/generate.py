@@ -66,9 +66,9 @@ def _prompt(line: str, where: str) -> Prompt | UserError:
         fix = f"a text under one of {', '.join(QUESTIONS)}; or `messages`"
         return UserError("contains no prompt", where=where, fix=fix)
     extra_input = row.get("input") if key == "instruction" else None
-    parts = {"instruction": row[key], "input": extra_input} if extra_input else {}
+    fields = {"instruction": row[key], "input": extra_input} if extra_input else {}
     text = f"{row[key]}\n\n{extra_input}" if extra_input else row[key]
-    return Prompt(row, [{"role": "user", "content": text, **parts}])
+    return Prompt(row, [{"role": "user", "content": text, **fields}])
 
 
 def count_prompts(path: Path) -> int:

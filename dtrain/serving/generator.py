@@ -122,8 +122,8 @@ class TextGenerator:
                 self._model = get_peft_model(self._model, config, name)
             with _with_plain_keys(folder) as readable:
                 result = self._model.load_adapter(readable, name)
-        own = [key for key in result.missing_keys if f".{name}" in key]
-        return [*result.unexpected_keys, *own]
+        missing = [key for key in result.missing_keys if f".{name}" in key]
+        return [*result.unexpected_keys, *missing]
 
     def prompt(self, messages: Messages) -> str:
         """Return the text that the model continues.
@@ -179,8 +179,8 @@ class TextGenerator:
 
     def _ends(self) -> list[int] | None:
         """Tokens that end an answer: the model's own, the tokenizer's, and the template's."""
-        own = self._model.generation_config.eos_token_id
-        ends = own if isinstance(own, list) else [own]
+        eos = self._model.generation_config.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
         ends = [*ends, self.tokenizer.eos_token_id, self._stop.token]
         return sorted({end for end in ends if end is not None}) or None
 

@@ -46,7 +46,7 @@ class ServedModel:
     template: str = "auto"
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """Identifies the content at this path; empty for a base without a record."""
         if self.adapters:
             last = self.adapters[-1]
@@ -92,8 +92,8 @@ class Run:
 
     def base_of(self, stage: Stage) -> str:
         """What a stage was trained on: the base, or the merged model of the stage before."""
-        place = self.recipe.stages.index(stage)
-        return str(self.merged(self.recipe.stages[place - 1])) if place else self.base
+        index = self.recipe.stages.index(stage)
+        return str(self.merged(self.recipe.stages[index - 1])) if index else self.base
 
     def extra_adapters(self) -> list[Path]:
         """Adapters right in the run folder, such as combined ones."""
@@ -106,15 +106,15 @@ class Run:
         it stands on the merged model before it where that is another model than base + adapters:
         after full fine-tuning, or if it was itself trained over that model in NF4.
         """
-        found = {BASE: ServedModel(self.base, template=self.template)}
+        models = {BASE: ServedModel(self.base, template=self.template)}
         for folder in self.extra_adapters():
-            found[folder.name] = served_adapter(folder, self.base, self.template)
-        before: ServedModel | None = found[BASE]
+            models[folder.name] = served_adapter(folder, self.base, self.template)
+        before: ServedModel | None = models[BASE]
         for stage in self.recipe.stages:
             before = self._after(stage, before)
             if before is not None:
-                found[stage.name] = before
-        return found
+                models[stage.name] = before
+        return models
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
         if not stage.method.traits.adds_adapter:
@@ -190,9 +190,9 @@ def served_models(address: str) -> dict[str, ServedModel]:
         return open_run(path).choices()
     template = _template_beside(path)
     if folder_kind(path) is FolderKind.ADAPTER:
-        own = served_adapter(path, template=template)
+        adapter = served_adapter(path, template=template)
         name = path.absolute().parent.name if path.name == ADAPTER else path.name
-        return {BASE: ServedModel(own.base, template=template), name: own}
+        return {BASE: ServedModel(adapter.base, template=template), name: adapter}
     return {BASE: ServedModel(address, template=template)}
 
 

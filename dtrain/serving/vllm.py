@@ -38,12 +38,12 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 def script(run: Run) -> str:
     """Commands to choose from, with what there is to know before as comments."""
-    parts = ["# Each command below is a server of its own; choose one.", *_merged(run)]
+    commands = ["# Each command below is a server of its own; choose one.", *_merged(run)]
     for adapters in _groups(list_adapters(run.folder)):
-        parts.append(_adapters(run, adapters))
-    if len(parts) == 1:
-        parts.append("# Nothing can be served yet: no stage is complete.")
-    return "\n\n".join(parts) + "\n"
+        commands.append(_adapters(run, adapters))
+    if len(commands) == 1:
+        commands.append("# Nothing can be served yet: no stage is complete.")
+    return "\n\n".join(commands) + "\n"
 
 
 def _merged(run: Run) -> Iterator[str]:
@@ -118,8 +118,8 @@ def refusals(adapter: AdapterInfo) -> list[str]:
 def cautions(adapter: AdapterInfo) -> list[str]:
     """What may be refused, by the model's architecture."""
     tables = sorted(set(adapter.targets) & set(EMBEDDINGS))
-    what = f"on {' and '.join(tables)}, which vLLM takes for some architectures only"
-    return [what] if tables else []
+    message = f"on {' and '.join(tables)}, which vLLM supports for some architectures only"
+    return [message] if tables else []
 
 
 def max_rank(ranks: Sequence[int]) -> int | None:
@@ -153,8 +153,8 @@ def _chat_options(run: Run, folders: Sequence[Path]) -> list[tuple[str, ...]]:
     """The chat template and the ends of an answer, where the model's own folder has others."""
     options: list[tuple[str, ...]] = []
     template = trained_template(folders, run.template)
-    own = [run.merged(stage) / CHAT_TEMPLATE for stage in run.recipe.stages]
-    if template not in ("auto", "instruction", *map(str, own)):
+    templates = [run.merged(stage) / CHAT_TEMPLATE for stage in run.recipe.stages]
+    if template not in ("auto", "instruction", *map(str, templates)):
         options.append(("--chat-template", str(_template_file(local_path(template)))))
     ends = [folder for folder in folders if (folder / CONFIG).is_file()]
     ends = [folder for folder in ends if (folder / GENERATION).is_file()]

@@ -116,10 +116,10 @@ class HangWatchdogCallback(Callback):
         self._watchdog = watchdog
 
     def pre_micro_batch(self, step: int, index: int, count: int) -> None:
-        self._watchdog.mark(f"step {step}, micro-batch {index} of {count}")
+        self._watchdog.record_position(f"step {step}, micro-batch {index} of {count}")
 
     def pre_optim_step(self, step: int) -> None:
-        self._watchdog.mark(f"step {step}, update")
+        self._watchdog.record_position(f"step {step}, update")
 
     def post_train_batch(self) -> None:
         self._watchdog.step()

@@ -108,7 +108,7 @@ def fused_cross_entropy(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """With e = exp(logit - max) and s its sum: dlogit = e / s - 1 at the target."""
+    """Chunked cross-entropy: e = exp(logit - max), s = sum(e), dlogit = e / s, - 1 at the target."""
 
     @staticmethod
     def forward(

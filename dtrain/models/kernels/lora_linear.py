@@ -212,8 +212,8 @@ def _adapter_gradients(
         if masks
         else _a_together(inner, x, dx, adapters)
     )
-    da = [found.to(adapter.a.dtype) for found, adapter in zip(da, adapters, strict=True)]
-    return [found for pair in zip(da, db, strict=True) for found in pair]
+    da = [value.to(adapter.a.dtype) for value, adapter in zip(da, adapters, strict=True)]
+    return [value for pair in zip(da, db, strict=True) for value in pair]
 
 
 def _a_together(

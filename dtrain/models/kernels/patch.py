@@ -88,8 +88,8 @@ def _replace_forward(
     module: nn.Module, known: type[nn.Module], forward: Callable[..., Any]
 ) -> bool:
     """Use `forward` if the module's own is that of the class `known`."""
-    own = type(module)
-    fits = runs_its_class(module) and _same(own.forward, known.forward, (own, known))
+    owner = type(module)
+    fits = runs_its_class(module) and _same(owner.forward, known.forward, (owner, known))
     if fits:
         module.forward = partial(forward, module)
     return fits

@@ -169,7 +169,7 @@ def test_all_clashes_are_reported_at_once() -> None:
     [
         ("{", "a.json:1: is not valid JSON"),
         ("[]", "is not a JSON object"),
-        ('{"zero_optimization": {"stage": 3}, "zero_optimization": 1}', "is there twice"),
+        ('{"zero_optimization": {"stage": 3}, "zero_optimization": 1}', "occurs twice"),
         ("{}", "has no zero_optimization group"),
         ({"zero_optimization": {"stage": 3}}, "stage is 3, but engine.kind is zero2"),
         ({"train_batch_size": 4}, "train_batch_size is 4, but the recipe's train.global_batch"),

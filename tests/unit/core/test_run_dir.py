@@ -79,4 +79,4 @@ def test_progress_of_each_stage(tmp_path) -> None:
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
     (run.stage("b").checkpoints / "step-2000000").mkdir()  # its manifest is missing
-    assert run.progress() == {"a": "complete", "b": "step-1000000", "c": "begun"}
+    assert run.progress() == {"a": "complete", "b": "step-1000000", "c": "started"}

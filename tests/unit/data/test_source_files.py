@@ -128,7 +128,7 @@ def test_a_duplicate_key_in_a_row_is_refused(load, fault, tmp_path) -> None:
     assert fault(path).startswith(f"{path}:1: duplicate key `content`")
     row = {"messages": [ASKED, call('{"a": 1, "a": 2}')]}
     path.write_text(json.dumps(row))
-    assert "the key a is there twice" in fault(path)
+    assert "the key a occurs twice" in fault(path)
 
 
 BOM = "\ufeff"

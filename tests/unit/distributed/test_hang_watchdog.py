@@ -28,7 +28,7 @@ watchdog = watch.HangWatchdog(folder, rank, 2, print)
 watchdog.start()
 if "step" in life:
     for number in range(5):
-        watchdog.mark(f"step {number + 1}")
+        watchdog.record_position(f"step {number + 1}")
         watchdog.step()
 if life == "ends":
     time.sleep(0.2)
@@ -113,7 +113,7 @@ def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_wat
         folder, 0, 2, print, least_limit_seconds=least_limit_seconds
     )
     for number in range(5):
-        watchdog.mark(f"step {number + 1}")
+        watchdog.record_position(f"step {number + 1}")
         watchdog.step()
     watchdog._beat()
     return watchdog

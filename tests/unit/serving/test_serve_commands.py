@@ -241,13 +241,13 @@ def test_retrained_adapter_has_another_fingerprint(
 ) -> None:
     run = make_run()
     make_adapter(run / "both", LAYERS, 76)
-    before = {name: choice.mark for name, choice in served_models(str(run)).items()}
+    before = {name: choice.fingerprint for name, choice in served_models(str(run)).items()}
     record_stage(run / "task", "trained anew", "id0", "lora")
     (run / "task" / "merged" / "merge.json").write_text('{"result": "another model"}')
-    after_it = {name: choice.mark for name, choice in served_models(str(run)).items()}
+    after_it = {name: choice.fingerprint for name, choice in served_models(str(run)).items()}
     assert {name for name in before if before[name] != after_it[name]} == {"task"}
     assert before[BASE] == "" and len(before["both"]) == 12
-    assert served_models(str(run / "task" / "merged"))[BASE].mark == "another mode"
+    assert served_models(str(run / "task" / "merged"))[BASE].fingerprint == "another mode"
 
 
 def test_user_errors_are_printed(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_generate_resumes_after_a_kill_with_identical_output(
     choice = served_models(str(run))["task"]
     speaker.switch(choice)
     for target, batch in ((killed, 5), (whole, 3)):
-        answers = Answers.open(target, prompts, f"{run} task {choice.mark}, up to 24 tokens")
+        answers = Answers.open(target, prompts, f"{run} task {choice.fingerprint}, up to 24 tokens")
         generate(speaker, prompts, answers, batch, 24)
     assert killed.read_bytes() == whole.read_bytes()
     answered = [json.loads(line) for line in whole.read_text().splitlines()]
