@@ -108,7 +108,7 @@ def fused_cross_entropy(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Chunked cross-entropy: e = exp(logit - max), s = sum(e), dlogit = e / s, - 1 at the target."""
+    """Chunked cross-entropy: e = exp(logit - max), s = sum(e), dlogit = e / s - target."""
 
     @staticmethod
     def forward(
