@@ -1,6 +1,6 @@
 """The plan's choices as a table.
 
-After an intended change, `python tests/unit/planning/test_plan_golden.py` rewrites the table; give
+After an intended change, `python tests/unit/planning/test_choose.py` rewrites the table; give
 the reason in the commit.
 """
 
