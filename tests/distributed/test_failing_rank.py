@@ -44,7 +44,7 @@ runpy.run_module("dtrain.distributed.all_reduce_check", run_name="__main__", alt
 """
 
 
-def test_a_rank_that_fails_in_the_preflight_ends_it(tmp_path: Path) -> None:
+def test_failing_rank_ends_the_preflight(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(PREFLIGHT)
     command = torchrun_command(ROOT / "dtrain/recipes/tiny.yaml", 2)

@@ -92,9 +92,7 @@ def nothing(place: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_what_does_not_belong_together_is_refused(
-    start_ranks, own, tmp_path, change, override, said
-) -> None:
+def test_changed_inputs_are_rejected(start_ranks, own, tmp_path, change, override, said) -> None:
     run = start_ranks(*own, ranks=1, env=STOP_AT_ONCE).wait(75)
     change(tmp_path)
     before = content(run.folder)
@@ -104,7 +102,7 @@ def test_what_does_not_belong_together_is_refused(
     assert refused.json("outcome.json")["status"] == 2 or said.startswith("anyone")
 
 
-def test_a_checkpoint_of_another_run_is_not_taken(start_ranks) -> None:
+def test_checkpoint_of_another_run_is_rejected(start_ranks) -> None:
     run = start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
     rate = "stages.domain.train.learning_rate=0.02"
     other = start_ranks(rate, ranks=1, folder="other", env=STOP_AT_ONCE).wait(75)
@@ -121,7 +119,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(start_ranks) -> None:
     ("line", "said"),
     [('{"text": "half a li', "texts.jsonl:241"), ('{"txet": "a slip"}', "texts.jsonl:241")],
 )
-def test_a_broken_line_is_told_once(start_ranks, own, tmp_path, line, said) -> None:
+def test_broken_line_is_reported_once(start_ranks, own, tmp_path, line, said) -> None:
     with open(tmp_path / "texts.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
     run = start_ranks(*own).wait()
@@ -129,7 +127,7 @@ def test_a_broken_line_is_told_once(start_ranks, own, tmp_path, line, said) -> N
     assert run.json("outcome.json")["status"] == 2
 
 
-def test_a_loss_that_stays_nan_ends_the_run(start_ranks) -> None:
+def test_persistent_nan_loss_ends_the_run(start_ranks) -> None:
     run = start_ranks("stages.domain.train.learning_rate=1e30", *EVERY_STEP).wait(3)
     assert_told_once(run.output, "not finite 3 steps in a row")
     assert run.json("outcome.json")["status"] == 3
@@ -152,7 +150,9 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_damaged_files_are_named_and_the_run_ends_where_it_would_have(start_ranks, weights) -> None:
+def test_damaged_files_are_named_and_the_run_ends_with_the_same_weights(
+    start_ranks, weights
+) -> None:
     undisturbed = start_ranks(ranks=1, folder="undisturbed").wait(0)
     for _ in range(3):
         start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
@@ -196,7 +196,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_more_room_is_all_it_needs(
+def test_full_disk_is_reported_and_the_run_resumes_with_more_space(
     start_ranks, weights, small_disk
 ) -> None:
     settings = [*EVERY_STEP, "output.keep_checkpoints=9"]
@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_and_more_room_is_all_it_needs(
 # --- processes that are killed or stopped -------------------------------------------------------
 
 
-def test_killed_in_a_save_it_goes_on_from_the_one_before(start_ranks, weights) -> None:
+def test_kill_during_a_save_resumes_from_the_previous_checkpoint(start_ranks, weights) -> None:
     undisturbed = start_ranks(*EVERY_STEP, folder="undisturbed").wait(0)
     checkpoints = undisturbed.folder.with_name("run") / "domain/checkpoints"
     for _ in range(5):
@@ -231,7 +231,7 @@ def test_killed_in_a_save_it_goes_on_from_the_one_before(start_ranks, weights) -
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_whoever_is_killed_the_same_command_goes_on(dtrain_run, victim) -> None:
+def test_same_command_resumes_after_a_kill(dtrain_run, victim) -> None:
     live = dtrain_run(*EVERY_STEP)
     live.until_step("domain", 2)
     workers = [live.worker(0), live.worker(1)]
@@ -244,7 +244,7 @@ def test_whoever_is_killed_the_same_command_goes_on(dtrain_run, victim) -> None:
     again.assert_golden("lora")
 
 
-def test_a_stopped_worker_is_found_named_and_killed(dtrain_run) -> None:
+def test_stopped_worker_is_named_and_killed(dtrain_run) -> None:
     settings = ["stages.domain.train.steps=60", *EVERY_STEP]
     live = dtrain_run(*settings)
     live.until_step("domain", 5)

@@ -66,7 +66,7 @@ def test_micro_batch_of_two(run_tiny, engine, ranks):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_plain_kernels_give_the_same(run_tiny, method):
+def test_kernels_off_gives_the_same_losses(run_tiny, method):
     run = run_tiny("model.kernels=off", "engine.kind=zero3", *METHODS[method])
     run.assert_golden(method)
 

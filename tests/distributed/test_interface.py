@@ -61,7 +61,7 @@ def inside(sleeper: subprocess.Popen[bytes]) -> list[str]:
     return ["nsenter", "-t", str(sleeper.pid), "-n"]
 
 
-def test_ranks_meet_on_the_second_interface(nodes: list[list[str]], tmp_path: Path) -> None:
+def test_ranks_connect_over_the_second_interface(nodes: list[list[str]], tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "dtrain.torchrun", "--nnodes=2", "--nproc-per-node=1"]

@@ -72,7 +72,7 @@ def test_engines_agree_on_stored_buffers_and_renamed_files(
         assert found == pytest.approx(losses["ddp"], abs=1e-5), engine
 
 
-def test_a_merge_that_cannot_be_written_is_refused_before_the_first_step(
+def test_impossible_merge_is_rejected_before_the_first_step(
     start_ranks: Callable, base: Callable
 ) -> None:
     run = start_ranks(*SHORT, f"model.base={base('hrm_text')}").wait(2)
@@ -80,7 +80,7 @@ def test_a_merge_that_cannot_be_written_is_refused_before_the_first_step(
     assert not (run.folder / "domain" / "metrics.jsonl").exists()
 
 
-def test_engines_agree_on_full_training_beside_a_frozen_tower(
+def test_engines_agree_on_full_training_with_a_frozen_tower(
     start_ranks: Callable, base: Callable
 ) -> None:
     folder, losses = base("gemma3"), {}

@@ -32,7 +32,7 @@ def hybrid(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_losses_are_the_same_on_any_ranks(start_ranks, hybrid, tmp_path):
+def test_losses_do_not_depend_on_the_number_of_ranks(start_ranks, hybrid, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     overrides = [

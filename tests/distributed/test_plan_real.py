@@ -82,7 +82,7 @@ def overrides(base: Path, engine: str, method: str, checkpointing: bool) -> list
     ]
 
 
-def test_the_plan_is_what_real_ranks_take_and_send(start, base: Path) -> None:
+def test_plan_matches_memory_and_traffic_of_real_ranks(start, base: Path) -> None:
     words = [word for case in CASES for word in ("+", *overrides(base, *case))][1:]
     lines = start(2, [str(WORKER), *words]).splitlines()
     facts = [json.loads(x.removeprefix("FACTS ")) for x in lines if x.startswith("FACTS ")]

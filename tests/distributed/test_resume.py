@@ -17,7 +17,7 @@ EVERY_STEP = [
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_killed_in_both_stages_it_ends_at_the_same_weights(start_ranks, weights, engine) -> None:
+def test_kills_in_both_stages_end_with_the_same_weights(start_ranks, weights, engine) -> None:
     settings = [f"engine.kind={engine}", *EVERY_STEP]
     undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
     for stage, step in (("domain", 6), ("task", 3)):
@@ -51,7 +51,7 @@ def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:
     ],
     ids=["full", "qlora", "adamw_8bit"],
 )
-def test_other_methods_go_on_as_well(start_ranks, weights, changes) -> None:
+def test_other_methods_resume(start_ranks, weights, changes) -> None:
     settings = ["engine.kind=ddp"]
     settings += [f"stages.{s}.{change}" for s in ("domain", "task") for change in changes]
     undisturbed = start_ranks(*settings, ranks=1, folder="undisturbed").wait(0)
@@ -60,7 +60,7 @@ def test_other_methods_go_on_as_well(start_ranks, weights, changes) -> None:
     assert weights(run.folder) == weights(undisturbed.folder)
 
 
-def test_a_signal_stops_it_and_a_second_run_is_refused_meanwhile(dtrain_run) -> None:
+def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
     live = dtrain_run(*EVERY_STEP)
     live.until_step("domain", 1)
     recipe = (live.folder / "recipe.yaml").read_bytes()
@@ -81,7 +81,7 @@ def test_a_signal_stops_it_and_a_second_run_is_refused_meanwhile(dtrain_run) -> 
     assert again.json("outcome.json")["outcome"] == "finished"
 
 
-def test_a_stop_file_stops_it_once(start_ranks) -> None:
+def test_stop_file_stops_the_run_once(start_ranks) -> None:
     run = start_ranks()
     run.folder.mkdir(exist_ok=True)
     (run.folder / "stop").touch()
@@ -90,9 +90,7 @@ def test_a_stop_file_stops_it_once(start_ranks) -> None:
     assert len(run.records("domain")) == 1
 
 
-def test_a_killed_worker_comes_back_under_a_launcher_that_restarts(
-    dtrain_run, start_ranks, weights
-) -> None:
+def test_restarting_launcher_replaces_a_killed_worker(dtrain_run, start_ranks, weights) -> None:
     undisturbed = start_ranks(*EVERY_STEP, folder="undisturbed").wait(0)
     launcher = [sys.executable, "-m", "dtrain.torchrun", "--standalone", "--nproc-per-node=2"]
     launcher += ["--max-restarts=2", "-m", "dtrain.train"]
@@ -104,9 +102,7 @@ def test_a_killed_worker_comes_back_under_a_launcher_that_restarts(
     assert weights(live.folder) == weights(undisturbed.folder)
 
 
-def test_a_finished_stage_may_be_lengthened_and_its_results_are_made_again(
-    start_ranks, weights
-) -> None:
+def test_lengthening_a_finished_stage_rewrites_its_results(start_ranks, weights) -> None:
     settings = ["stages.domain.train.lr_scheduler=constant", "evaluation={sets: {}}"]
     settings += [
         f"stages.{stage}.train.{key}=null"

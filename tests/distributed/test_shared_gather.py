@@ -10,7 +10,7 @@ WORKER = Path(__file__).with_name("gather_worker.py")
 GATHERS = 300
 
 
-def test_what_is_gathered_is_whole_as_long_as_it_is_held(start: Callable) -> None:
+def test_gathered_tensors_stay_valid_while_in_use(start: Callable) -> None:
     for ranks in (2, 3):
         lines = start(ranks, [str(WORKER), str(GATHERS)]).splitlines()
         facts = json.loads(next(li for li in lines if li.startswith("FACTS ")).split(" ", 1)[1])

@@ -28,7 +28,7 @@ def base(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("method", ["{kind: lora, r: 8}", "{kind: full}"])
-def test_every_rank_merges_and_a_killed_one_is_no_loss(
+def test_ranks_merge_together_and_resume_after_a_kill(
     run_tiny: Callable,
     weights: Callable[[Path], str],
     base: Path,

@@ -18,7 +18,7 @@ SHORT = [
 ]
 
 
-def test_losses_of_sources(run_tiny):
+def test_losses_by_source_add_up(run_tiny):
     alone = run_tiny("engine.kind=ddp", *SHORT, ranks=1, folder="alone").records("domain")
     own, old = alone[0]["sources"]
     for line in (line for line in alone if "loss" in line):

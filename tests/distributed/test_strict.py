@@ -28,12 +28,14 @@ def same(known: dict[str, str], found: str) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_same_weights_on_any_number_of_ranks(start_ranks, weights, known, ranks) -> None:
+def test_strict_weights_do_not_depend_on_the_number_of_ranks(
+    start_ranks, weights, known, ranks
+) -> None:
     run = start_ranks(*SETTINGS, ranks=ranks).wait(0)
     assert same(known, weights(run.folder))
 
 
-def test_the_same_weights_when_ranks_change_in_mid_run(start_ranks, weights, known) -> None:
+def test_strict_weights_survive_a_change_of_ranks(start_ranks, weights, known) -> None:
     for ranks in (2, 1):
         start_ranks(*SETTINGS, ranks=ranks, env=STOP_AT_ONCE).wait(75)
     run = start_ranks(*SETTINGS, ranks=4).wait(0)
@@ -41,7 +43,7 @@ def test_the_same_weights_when_ranks_change_in_mid_run(start_ranks, weights, kno
     assert same(known, weights(run.folder))
 
 
-def test_another_dropout_gives_other_weights(start_ranks, weights, known) -> None:
+def test_dropout_changes_the_weights(start_ranks, weights, known) -> None:
     """Or the tests above would show nothing."""
     run = start_ranks(*SETTINGS, "seed=1", ranks=1).wait(0)
     assert not same(known, weights(run.folder))
@@ -58,7 +60,7 @@ def test_another_dropout_gives_other_weights(start_ranks, weights, known) -> Non
         ),
     ],
 )
-def test_where_strict_does_not_hold_it_is_refused(start_ranks, overrides, ranks, said) -> None:
+def test_strict_is_rejected_where_it_is_not_supported(start_ranks, overrides, ranks, said) -> None:
     run = start_ranks(*SETTINGS, *overrides, ranks=ranks).wait(2)
     assert said in run.output and run.output.count("error:") == 1
     assert "Traceback" not in run.output
