@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dtrain.config import deepspeed_file
 from dtrain.config.engines import ENGINES, engines_with
-from dtrain.config.objectives import format_mismatch
+from dtrain.config.objectives import OBJECTIVES, format_mismatch
+from dtrain.config.preference import Preference
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import UserError, UserErrors
@@ -150,10 +151,36 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
+    yield from _preference(stage.kind, stage.preference, at)
+    yield from _reference(stage, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
         message = f"{stage.method.kind} cannot be merged: {reason}"
         fix = "make it the last stage, with output.merge=false"
         yield Clash([(*at, "method", "kind"), ("output", "merge")], message, fix)
+
+
+def _preference(kind: str, preference: Preference, at: Key) -> Iterator[Clash]:
+    known = OBJECTIVES[kind].preference_keys
+    defaults = Preference()
+    for name in type(preference).model_fields.keys() - known:
+        if getattr(preference, name) == getattr(defaults, name):
+            continue  # a resolved recipe names every key
+        fix = f"remove it; {kind} reads {', '.join(sorted(known)) or 'no key of preference'}"
+        yield Clash([(*at, "kind"), (*at, "preference", name)], f"{kind} has no {name}", fix)
+    if preference.label_smoothing and preference.loss not in ("sigmoid", "robust"):
+        keys: list[Key] = [(*at, "preference", name) for name in ("label_smoothing", "loss")]
+        what = f"{preference.loss} has no label smoothing"
+        yield Clash(keys, what, "loss=sigmoid or robust, or remove label_smoothing")
+
+
+def _reference(stage: Stage, at: Key) -> Iterator[Clash]:
+    if OBJECTIVES[stage.kind].needs_reference and stage.method.traits.trains_base:
+        what = (
+            f"{stage.kind} compares with the model that the stage starts from, which "
+            f"{stage.method.kind} overwrites"
+        )
+        fix = "method.kind=lora or qlora; or an objective without a reference: simpo, orpo or cpo"
+        yield Clash([(*at, "kind"), (*at, "method", "kind")], what, fix)
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:
@@ -247,3 +274,16 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
                 message = "an evaluation set has no steps"
                 yield Clash([(*at, "sources", number, "weight")], message, "set a single weight")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
+        yield from _preference(held_out.kind, held_out.preference, at)
+        yield from _held_out_reference(recipe, held_out.kind, at)
+
+
+def _held_out_reference(recipe: Recipe, kind: str, at: Key) -> Iterator[Clash]:
+    for number, stage in enumerate(recipe.stages):
+        if OBJECTIVES[kind].needs_reference and stage.method.traits.trains_base:
+            method: Key = ("stages", number, "method", "kind")
+            what = (
+                f"{kind} compares with the model that the stage {stage.name} starts from, which "
+                f"{stage.method.kind} overwrites"
+            )
+            yield Clash([(*at, "kind"), method], what, "kind=simpo, which needs no reference")

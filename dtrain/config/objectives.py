@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ObjectiveKind = Literal["cpt", "sft"]
+ObjectiveKind = Literal["cpt", "sft", "dpo", "kto", "orpo", "simpo", "cpo"]
 RowFormat = Literal[
     "text", "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "kto"
 ]
@@ -38,6 +38,8 @@ class ObjectiveTraits:
         contents: what a row may hold.
         trains_on_answers: only turns of a conversation are trained, which the chat template
             renders; otherwise every token is.
+        preference_keys: keys of the `preference` group that it reads.
+        needs_reference: the model that the stage started from computes each batch too.
     """
 
     title: str
@@ -45,6 +47,8 @@ class ObjectiveTraits:
     description: str
     contents: frozenset[ContentKind]
     trains_on_answers: bool
+    preference_keys: frozenset[str] = frozenset()
+    needs_reference: bool = False
 
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
@@ -62,6 +66,50 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         contents=frozenset({"conversation"}),
         trains_on_answers=True,
     ),
+    "dpo": ObjectiveTraits(
+        title="direct preference optimization",
+        implementation="dtrain.objectives.preference:Dpo",
+        description="chosen over rejected answers, against the stage's base",
+        contents=frozenset({"preference"}),
+        trains_on_answers=True,
+        preference_keys=frozenset(
+            {"loss", "beta", "label_smoothing", "length_normalized", "sft_weight"}
+        ),
+        needs_reference=True,
+    ),
+    "kto": ObjectiveTraits(
+        title="Kahneman-Tversky optimization",
+        implementation="dtrain.objectives.kto:Kto",
+        description="answers rated true or false, against the stage's base",
+        contents=frozenset({"labeled answer"}),
+        trains_on_answers=True,
+        preference_keys=frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+        needs_reference=True,
+    ),
+    "orpo": ObjectiveTraits(
+        title="odds ratio preference optimization",
+        implementation="dtrain.objectives.preference:Orpo",
+        description="fine-tuning on chosen answers with a penalty on rejected ones",
+        contents=frozenset({"preference"}),
+        trains_on_answers=True,
+        preference_keys=frozenset({"beta"}),
+    ),
+    "simpo": ObjectiveTraits(
+        title="simple preference optimization",
+        implementation="dtrain.objectives.preference:SimPo",
+        description="chosen over rejected answers by log-probability per token, no reference",
+        contents=frozenset({"preference"}),
+        trains_on_answers=True,
+        preference_keys=frozenset({"beta", "target_margin"}),
+    ),
+    "cpo": ObjectiveTraits(
+        title="contrastive preference optimization",
+        implementation="dtrain.objectives.preference:Cpo",
+        description="chosen over rejected answers and fine-tuning on chosen ones, no reference",
+        contents=frozenset({"preference"}),
+        trains_on_answers=True,
+        preference_keys=frozenset({"beta", "sft_weight"}),
+    ),
 }
 KINDS_HELP = "; ".join(f"{kind}: {traits.description}" for kind, traits in OBJECTIVES.items())
 
@@ -74,12 +122,13 @@ _MISMATCH: dict[ContentKind, tuple[str, str]] = {
     ),
     "preference": (
         "each row compares two answers",
-        "train on the chosen answers: format=prompt_completion with columns={completion: chosen, "
-        "prompt: NAME}, where NAME is the prompt's column, such as prompt or conversations",
+        "kind=dpo; or train on the chosen answers: format=prompt_completion with "
+        "columns={completion: chosen, prompt: NAME}, where NAME is the prompt's column, such as "
+        "prompt or conversations",
     ),
     "labeled answer": (
         "each row rates an answer",
-        "keep the rows with a true label, as format=messages or prompt_completion",
+        "kind=kto; or keep the rows with a true label, as format=messages or prompt_completion",
     ),
 }
 

@@ -29,12 +29,15 @@ Int32s = NDArray[np.int32]
 # Counts of documents (of sequences: NO_TARGETS), as keys of a store's manifest.
 EMPTY, TRUNCATED, TOO_LONG, MASKED = "empty", "truncated", "too_long", "masked"
 NO_TARGETS, SPECIAL = "no_targets", "special_tokens"
+SAME_ANSWERS, OTHER_PROMPTS = "same_answers", "other_prompts"  # of pairs
 
 NOTES = {
     TRUNCATED: "truncated to a sequence",
     TOO_LONG: "left out, longer than a sequence",
     MASKED: "left out, no answer in them",
     EMPTY: "left out, empty",
+    SAME_ANSWERS: "pairs left out, the chosen answer is the rejected one",
+    OTHER_PROMPTS: "pairs left out, their answers are to different prompts",
     NO_TARGETS: "sequences of a single token left out",
     SPECIAL: "with special tokens in their text, encoded as plain text",
     NO_REASONING: "earlier answers without their reasoning: the chat template leaves it out",
@@ -81,6 +84,7 @@ class RowEncoder(ABC):
         split_special_tokens: encode special tokens in the text of rows as plain text.
         settings: keys of the recipe's `data` group that change the documents of this encoder only.
         needs_end_token: whether the tokenizer must have an end-of-text token.
+        documents_per_row: more than 1 needs a model that can be packed.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -93,6 +97,7 @@ class RowEncoder(ABC):
 
     settings: ClassVar[tuple[str, ...]] = ()
     needs_end_token: ClassVar[bool] = False
+    documents_per_row: ClassVar[int] = 1
 
     @abstractmethod
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
@@ -175,6 +180,12 @@ class AnswerEncoder(RowEncoder):
     settings = ("overlong", "train_on")
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
+        encoded = zip(self.encode(records, counts), records, strict=True)
+        fitting = [self.fit(document, self.location(row), counts) for document, row in encoded]
+        return [document for document in fitting if document]
+
+    def encode(self, records: list[Record], counts: Counter[str]) -> list[Document]:
+        """Tokenize conversations of any length, one document each."""
         rendered = [self.render(record, self.train_on, counts) for record in records]
         texts, spans = [text for text, _ in rendered], [answers for _, answers in rendered]
         documents = []
@@ -186,9 +197,7 @@ class AnswerEncoder(RowEncoder):
                 )
                 runs = target_runs(encoding, *plain)
                 tokens = np.array(ids, dtype=np.int32)
-            document = Document(tokens, runs, record.file_index, record.row_number)
-            if fitting := self.fit(document, where, counts):
-                documents.append(fitting)
+            documents.append(Document(tokens, runs, record.file_index, record.row_number))
         return documents
 
     def _encode(self, texts: list[str], spans: list[list[Span]]) -> list[tuple[Int32s, Int32s]]:
@@ -216,20 +225,25 @@ class AnswerEncoder(RowEncoder):
         limit = self.sequence_length
         if document.tokens.size > limit:
             if self.overlong == "fail":
-                raise _too_long(document.tokens.size, limit, where)
+                raise overlong_error(document.tokens.size, limit, where)
             counts[TRUNCATED if self.overlong == "truncate" else TOO_LONG] += 1
             if self.overlong == "drop":
                 return None
-            pairs = np.minimum(document.target_runs, limit).reshape(-1, 2)
-            runs = pairs[pairs[:, 0] < pairs[:, 1]].reshape(-1)
-            document = replace(document, tokens=document.tokens[:limit], target_runs=runs)
+            document = truncate(document, limit)
         if not document.target_runs.size:
             counts[MASKED] += 1
             return None
         return document
 
 
-def _too_long(tokens: int, limit: int, where: str) -> UserError:
+def truncate(document: Document, limit: int) -> Document:
+    """The document without its tokens beyond `limit`."""
+    pairs = np.minimum(document.target_runs, limit).reshape(-1, 2)
+    runs = pairs[pairs[:, 0] < pairs[:, 1]].reshape(-1)
+    return replace(document, tokens=document.tokens[:limit], target_runs=runs)
+
+
+def overlong_error(tokens: int, limit: int, where: str) -> UserError:
     return UserError(
         f"the conversation has {tokens} tokens, a sequence holds {limit}",
         where=where,

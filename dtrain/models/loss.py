@@ -73,6 +73,25 @@ def target_losses(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tensor,
     return output.squeeze(), head.losses
 
 
+def target_token_losses(model: nn.Module, micro_batch: PackedTargets) -> Tensor:
+    """Cross entropy of each target of a micro-batch, float32 [K], with a gradient.
+
+    With K = 0 it is empty, but its sum still reaches the parameters.
+
+    Args:
+        model: wrapped by an engine or not.
+        micro_batch: as for `target_losses`.
+    """
+    inner, targets = _transformers_model(model), micro_batch.targets
+    head = FusedLossHead.of(inner)
+    if head is None:
+        logits = target_logits(model, micro_batch)
+        return cross_entropy(logits.float(), targets, reduction="none")
+    with head.computing_loss(targets, by_token=True):
+        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
+    return output.reshape(-1)
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy [K] of logits [K, V] and targets [K], in float32.
 

@@ -14,7 +14,7 @@ Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from dtrain.config.objectives import OBJECTIVES
@@ -86,8 +87,8 @@ class Objective(ABC):
         """Load or compute what `loss` needs in addition to batches; called once, on all ranks."""
         return
 
-    def begin_step(self, model: nn.Module, batches: Sequence[MicroBatch], world: World) -> Any:
-        """Compute a statistic over the global batch, such as KTO's baseline.
+    def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
+        """Compute a statistic over the global batch or a held-out set, such as KTO's baseline.
 
         Called on all ranks before the first loss of a step, so it may use collectives.
 
@@ -139,7 +140,8 @@ def build_objective(settings: Stage | EvaluationSet) -> Objective:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Let the model compute as its base does, without changing what requires a gradient."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # adapters, and copies of whole modules
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, kinds)]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

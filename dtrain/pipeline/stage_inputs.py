@@ -193,6 +193,14 @@ def check_layout(recipe: Recipe, config: PretrainedConfig) -> Layout:
             where=", ".join(packs),
             fix="packing: false, one document per sequence",
         )
+    pairs = [group.key for group in _groups(recipe) if group.spec.encoder.documents_per_row > 1]
+    if pairs and not layout.packed:
+        raise UserError(
+            f"{config.model_type!r} cannot be packed ({layout.reason}), but both answers of a row "
+            "share a sequence",
+            where=", ".join(pairs),
+            fix="use another base model, or train on the better answers with kind: sft",
+        )
     return layout
 
 

@@ -8,7 +8,7 @@ over ranks and micro-batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Protocol
@@ -121,7 +121,7 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     )
 
 
-def begin_step(engine: Engine, objective: Objective, batches: Sequence[MicroBatch]) -> Any:
+def begin_step(engine: Engine, objective: Objective, batches: Iterable[MicroBatch]) -> Any:
     """The objective's statistics of the global batch, before the first loss."""
     with engine.autocast():
         return objective.begin_step(engine.model, batches, engine.world)
@@ -194,16 +194,21 @@ def evaluate(engine: Engine, held_out: HeldOutSet) -> dict[str, float]:
     total = weight = 0.0
     sums = dict.fromkeys(objective.metric_sum_names, 0.0)
     engine.model.eval()
-    for step in range(loader.steps):
-        micro_batch = engine.stage.train.micro_batch
-        batches = list(loader.micro_batches(step, world.rank, world.size, micro_batch))
-        statistics = begin_step(engine, objective, batches)
-        for batch in batches:
-            output = compute_loss(engine, objective, batch, statistics)
-            total, weight = total + float(output.loss), weight + output.weight
-            for name in sums:
-                sums[name] += float(output.metric_sums[name])
+    # The set counts as one batch: its statistics must not depend on ranks and micro-batches.
+    statistics = begin_step(engine, objective, held_out_batches(engine, loader))
+    for batch in held_out_batches(engine, loader):
+        output = compute_loss(engine, objective, batch, statistics)
+        total, weight = total + float(output.loss), weight + output.weight
+        for name in sums:
+            sums[name] += float(output.metric_sums[name])
     total, weight, *totals = world.sum([total, weight, *sums.values()])
     weight = max(1.0, weight)
     metrics = objective.metrics(dict(zip(sums, totals, strict=True)), weight)
     return {"loss": total / weight, **metrics}
+
+
+def held_out_batches(engine: Engine, loader: Loader) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a held-out set."""
+    world, micro_batch = engine.world, engine.stage.train.micro_batch
+    for step in range(loader.steps):
+        yield from loader.micro_batches(step, world.rank, world.size, micro_batch)

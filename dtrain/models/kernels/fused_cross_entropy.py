@@ -37,6 +37,7 @@ class FusedLossHead:
         """
         self._model, self._head, self._transform = model, head, transform
         self._targets: Tensor | None = None
+        self._by_token = False
         self.losses: Tensor | None = None  # of each target [K] in the last call, without gradient
         head.forward = self._forward  # type: ignore[assignment]
         setattr(model, _ATTRIBUTE, self)
@@ -48,9 +49,13 @@ class FusedLossHead:
         return head
 
     @contextmanager
-    def computing_loss(self, targets: Tensor) -> Iterator[None]:
-        """Return the loss of targets [K] at the K tokens whose logits are asked for, [1, 1, 1]."""
-        self._targets = targets
+    def computing_loss(self, targets: Tensor, *, by_token: bool = False) -> Iterator[None]:
+        """Return the loss of targets [K] at the K tokens whose logits are asked for, [1, 1, 1].
+
+        Args:
+            by_token: return the loss of each target instead, [1, K, 1].
+        """
+        self._targets, self._by_token = targets, by_token
         with ExitStack() as stack:
             stack.callback(setattr, self, "_targets", None)
             if self._transform is not None:
@@ -75,6 +80,9 @@ class FusedLossHead:
         if self._targets is None:
             return linear(hidden, weight, bias)
         hidden = hidden.flatten(0, -2)
+        if self._by_token:
+            losses = token_cross_entropy(hidden, weight, bias, self._targets, self._transform)
+            return losses.view(1, -1, 1)
         loss, self.losses = fused_cross_entropy(
             hidden, weight, bias, self._targets, self._transform
         )
@@ -105,6 +113,75 @@ def fused_cross_entropy(
     with torch.autocast(hidden.device.type, enabled=False):
         loss, losses = _HeadLoss.apply(hidden, weight, bias, targets, transform)
     return loss, losses
+
+
+def token_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """As `fused_cross_entropy`, but the loss of each target [K], with a gradient.
+
+    A frozen output matrix is read once: the gradient of each hidden state is kept, and scaled in
+    the backward pass. One that trains is read again in the backward pass.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform)
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The losses of `_HeadLoss`, whose gradients are scaled token by token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform | None,
+    ) -> Tensor:
+        ctx.wants, ctx.transform = ctx.needs_input_grad[:3], transform
+        ctx.head_trains = any(ctx.wants[1:])
+        dhidden = torch.zeros_like(hidden) if ctx.wants[0] and not ctx.head_trains else None
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        matrix = weight.to(hidden.dtype)
+        for chunk in _chunks(len(targets), chunk_rows(weight.shape[0])):
+            _add_chunk(
+                matmul.linear(hidden[chunk], matrix),
+                losses[chunk], hidden, matrix, bias, targets, chunk, [dhidden, None, None],
+                transform,
+            )  # fmt: skip
+        if ctx.head_trains:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        else:
+            ctx.save_for_backward(dhidden)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.head_trains:
+            (dhidden,) = ctx.saved_tensors
+            return dhidden * gradient.unsqueeze(1).to(dhidden.dtype), None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        gradients = [
+            torch.zeros_like(t) if want and t is not None else None
+            for want, t in zip(ctx.wants, (hidden, weight, bias), strict=True)
+        ]
+        matrix = weight.to(hidden.dtype)
+        for chunk in _chunks(len(targets), chunk_rows(weight.shape[0])):
+            losses = torch.empty(len(targets[chunk]), dtype=torch.float32, device=hidden.device)
+            _add_chunk(
+                matmul.linear(hidden[chunk], matrix),
+                losses, hidden, matrix, bias, targets, chunk, gradients, ctx.transform, gradient,
+            )  # fmt: skip
+        return *gradients, None, None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -163,8 +240,13 @@ def _add_chunk(
     chunk: slice,
     gradients: list[Tensor | None],
     transform: LogitTransform | None,
+    scale: Tensor | None = None,
 ) -> None:
-    """Compute a chunk's losses [c] and add to the gradients; overwrites its logits [c, V]."""
+    """Compute a chunk's losses [c] and add to the gradients; overwrites its logits [c, V].
+
+    Args:
+        scale: of the gradient of each target [K]; None for 1.
+    """
     logits = logits.float()
     if bias is not None:
         logits += bias
@@ -174,6 +256,8 @@ def _add_chunk(
     else:
         logits = _cross_entropy_before(transform, logits, losses, targets[chunk], learns=learns)
     if learns:
+        if scale is not None:
+            logits = logits * scale[chunk].unsqueeze(1)
         _add_gradients(logits.to(hidden.dtype), hidden[chunk], matrix, chunk, gradients)
 
 

@@ -46,7 +46,7 @@ def recipe(**changes: Any) -> Recipe:
         if value is None:
             del holder[last]
         else:
-            holder[last] = value
+            holder[last] = deepcopy(value)
     return Recipe.model_validate(values)
 
 
@@ -57,6 +57,8 @@ def test_a_valid_recipe_has_no_clashes() -> None:
 ALPACA = {"path": "b.json", "format": "alpaca"}
 TEXT = {"path": "a.txt", "format": "text"}
 STAGE = BASE["stages"][0]
+PAIRS = {"path": "p.json", "format": "preference"}
+PAIR_STAGE = STAGE | {"kind": "dpo", "data": {"sources": [PAIRS]}}
 
 
 BY_STEP = [{"after_steps": 0, "weight": 1.0}]
@@ -136,6 +138,48 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         (
             {"evaluation__sets__domain__kind": "sft"},
             ["evaluation.sets.domain.kind", "evaluation.sets.domain.sources.0.format"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE | {"kind": "sft"}},
+            ["stages.0.kind", "sources.0.format", "each row compares two answers", "kind=dpo"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE | {"kind": "kto"}},
+            ["stages.0.kind", "sources.0.format", "each row compares two answers"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE | {"kind": "cpt"}},
+            ["stages.0.kind", "sources.0.format"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__data__sources": [ALPACA]},
+            ["stages.0.kind", "sources.0.format"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__preference": {"target_margin": 1.0}},
+            ["stages.0.preference.target_margin", "dpo has no target_margin", "beta, label_smooth"],
+        ),
+        (
+            {"stages__0__preference": {"beta": 0.2}},
+            ["stages.0.preference.beta", "cpt reads no key of preference"],
+        ),
+        (
+            {
+                "stages__0": PAIR_STAGE,
+                "stages__0__preference": {"loss": "hinge", "label_smoothing": 0.1},
+            },
+            ["preference.label_smoothing", "preference.loss", "hinge has no label smoothing"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__method": {"kind": "full"}},
+            ["stages.0.kind", "stages.0.method.kind", "full overwrites", "simpo, orpo or cpo"],
+        ),
+        (
+            {
+                "stages__0__method": {"kind": "full"},
+                "evaluation__sets__domain": {"kind": "dpo", "sources": [PAIRS]},
+            },
+            ["evaluation.sets.domain.kind", "stages.0.method.kind", "full overwrites"],
         ),
         (
             {"launch": {"processes": 3}},

@@ -1,0 +1,176 @@
+"""Encode preference rows: the two answers of a pair, or a rated answer.
+
+The documents of a row share a sequence (`Packing.WHOLE`). Only answers are targets: turns that both
+sides of a pair begin with are part of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dtrain.data.conversations import Conversation, Messages, Preference
+from dtrain.data.records import Record
+from dtrain.data.tokenize import (
+    MASKED,
+    OTHER_PROMPTS,
+    SAME_ANSWERS,
+    TOO_LONG,
+    TRUNCATED,
+    AnswerEncoder,
+    Document,
+    overlong_error,
+    truncate,
+)
+
+REJECTED, CHOSEN, UNRELATED = 0, 1, 2  # labels of documents
+ASKING_ROLES = ("user", "system")
+
+
+class ExampleEncoder(AnswerEncoder):
+    """Encodes rows that become several documents, which share a sequence or are left out."""
+
+    settings = ("overlong", "train_on")
+    documents_per_row = 2
+
+    def encode_sides(
+        self, rows: Sequence[tuple[Record, Conversation]], counts: Counter[str]
+    ) -> list[Document]:
+        """Tokenize a conversation of each row."""
+        return self.encode([replace(record, value=side) for record, side in rows], counts)
+
+    def fit_example(
+        self, documents: list[Document], record: Record, counts: Counter[str]
+    ) -> list[Document]:
+        """The documents of a row, cut where they exceed a sequence; none if an answer is lost.
+
+        Raises:
+            UserError: they are too long, and `overlong` is `fail`.
+        """
+        total, limit = sum(d.tokens.size for d in documents), self.sequence_length
+        if total > limit:
+            if self.overlong == "fail":
+                raise overlong_error(total, limit, self.location(record))
+            if self.overlong == "truncate":
+                limits = share_sequence([d.tokens.size for d in documents], limit)
+                documents = [truncate(d, n) for d, n in zip(documents, limits, strict=True)]
+            if self.overlong == "drop" or not all(d.target_runs.size for d in documents):
+                counts[TOO_LONG] += 1
+                return []
+            counts[TRUNCATED] += 1
+        if not all(d.target_runs.size for d in documents):
+            counts[MASKED] += 1
+            return []
+        return documents
+
+
+class PairEncoder(ExampleEncoder):
+    """Two documents per row: the prompt with the chosen answer, then with the rejected one."""
+
+    def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
+        pairs = []
+        for record in records:
+            chosen, rejected = sides(record)
+            shared = shared_turns(chosen, rejected)
+            next_turns = [side.messages[shared:][:1] for side in (chosen, rejected)]
+            if chosen.messages == rejected.messages:
+                counts[SAME_ANSWERS] += 1
+            elif any(turn["role"] in ASKING_ROLES for turns in next_turns for turn in turns):
+                counts[OTHER_PROMPTS] += 1
+            else:
+                pairs.append((record, _untrained(chosen, shared), _untrained(rejected, shared)))
+        flat = [(record, side) for record, *both in pairs for side in both]
+        encoded = self.encode_sides(flat, counts)
+        documents = []
+        for (record, *_), chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
+            both = [replace(chosen, label=CHOSEN), replace(rejected, label=REJECTED)]
+            documents += self.fit_example(both, record, counts)
+        return documents
+
+
+class RatedAnswerEncoder(ExampleEncoder):
+    """Two documents per row: the answer, and the prompt with the answer of the next row.
+
+    The second estimates how far the model has moved from its reference on unrelated answers
+    (KTO's baseline, arXiv:2402.01306, section 4.1).
+    """
+
+    def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
+        rated = [(record, *rated_side(record)) for record in records]
+        answers = self.encode_sides(
+            [(r, with_last_answer_only(side)) for r, side, _ in rated], counts
+        )
+        others = [rated[(i + 1) % len(rated)][1] for i in range(len(rated))]  # one alone: itself
+        mixed = [
+            (record, with_last_answer_only(with_answer_of(side, other)))
+            for (record, side, _), other in zip(rated, others, strict=True)
+        ]
+        unrelated = self.encode_sides(mixed, Counter())
+        documents = []
+        for (record, _, label), answer, other in zip(rated, answers, unrelated, strict=True):
+            both = [replace(answer, label=label), replace(other, label=UNRELATED)]
+            documents += self.fit_example(both, record, counts)
+        return documents
+
+
+def sides(record: Record) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of a row with both."""
+    value = record.value
+    assert isinstance(value, Preference) and value.chosen and value.rejected
+    return value.chosen, value.rejected
+
+
+def rated_side(record: Record) -> tuple[Conversation, int]:
+    """The conversation of a row with one answer, and its label."""
+    value = record.value
+    assert isinstance(value, Preference)
+    side = value.chosen or value.rejected
+    assert side is not None
+    return side, CHOSEN if value.chosen else REJECTED
+
+
+def shared_turns(chosen: Conversation, rejected: Conversation) -> int:
+    """Number of turns that both sides begin with."""
+    for index, (left, right) in enumerate(zip(chosen.messages, rejected.messages, strict=False)):
+        if left != right:
+            return index
+    return min(len(chosen.messages), len(rejected.messages))
+
+
+def with_last_answer_only(conversation: Conversation) -> Conversation:
+    """The conversation with only the turns after the last user turn trained."""
+    return _untrained(conversation, _prompt_length(conversation.messages))
+
+
+def with_answer_of(conversation: Conversation, other: Conversation) -> Conversation:
+    """The prompt of one conversation with the answer of another."""
+    prompt = conversation.messages[: _prompt_length(conversation.messages)]
+    answer = other.messages[_prompt_length(other.messages) :]
+    return replace(conversation, messages=[*prompt, *answer])
+
+
+def share_sequence(lengths: list[int], limit: int) -> list[int]:
+    """Tokens that each document keeps so that all fit in `limit`; the longest are cut first."""
+    limits, left = list(lengths), limit
+    for position, index in enumerate(np.argsort(lengths, kind="stable").tolist()):
+        limits[index] = min(lengths[index], left // (len(lengths) - position))
+        left -= limits[index]
+    return limits
+
+
+def _prompt_length(messages: Messages) -> int:
+    """Number of messages before the answer: up to the last one of the user or the system."""
+    asked = [i for i, message in enumerate(messages) if message["role"] in ASKING_ROLES]
+    return asked[-1] + 1 if asked else 0
+
+
+def _untrained(conversation: Conversation, count: int) -> Conversation:
+    """The conversation with its first `count` turns marked as not trained."""
+    messages = [
+        {**message, "train": False} if index < count and message["role"] == "assistant" else message
+        for index, message in enumerate(conversation.messages)
+    ]
+    return replace(conversation, messages=messages)

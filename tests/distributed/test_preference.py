@@ -1,0 +1,156 @@
+"""Preference stages give the same losses and metrics under every engine, rank count and batch.
+
+The golden files contain loss, gradient norm and metrics of every step. To write them again after a
+change that is meant to change them: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distributed/
+test_preference.py -k writes`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PAIRS, PACKED_SEQUENCES = 24, 11
+TOLERANCE = {"rel": 2e-6, "abs": 2e-6}  # of runs on one machine
+GOLDEN_TOLERANCE = {"rel": 2e-4, "abs": 2e-5}
+Start = Callable[..., Any]
+
+
+def pair_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"What is number {n}{' in words' * (n % 4)}?",
+            "chosen": f"It is {n} {'and more ' * (n % 5)}",
+            "rejected": "I do not know " * (1 + n % 3),
+        }
+        for n in range(PAIRS)
+    ]
+
+
+def rated_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if n % 3 else "rejected"],
+            "label": n % 3 > 0,
+        }
+        for n, row in enumerate(pair_rows())
+    ]
+
+
+@pytest.fixture
+def start_stage(start_ranks, write_rows) -> Start:
+    """start_stage(kind, overrides of the stage, …) → ranks of a run of one preference stage."""
+
+    def start(kind: str, *overrides: str, micro: int = 1, dropout: float = 0.0, **more: Any) -> Any:
+        rows = rated_rows() if kind == "kto" else pair_rows()
+        sources = json.dumps([{"path": write_rows(f"{kind}.jsonl", rows)}])
+        method = f"{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
+        batch = f"global_batch_size: 4, micro_batch_size: {micro}"
+        data = f"{{sequence_length: 256, sources: {sources}}}"
+        held_out = f"{{kind: {kind}, sequence_length: 256, sources: {sources}}}"
+        return start_ranks(
+            f"stages=[{{name: task, kind: {kind}, method: {method}, data: {data},"
+            f" train: {{{batch}, steps: 5, learning_rate: 0.01}}}}]",
+            f"evaluation={{sets: {{rows: {held_out}}}}}",
+            *(f"stages.task.{override}" for override in overrides),
+            **more,
+        )
+
+    return start
+
+
+def figures(run: Any) -> list[list[float]]:
+    """Loss, gradient norm and metrics of each step, then those of the evaluations."""
+    steps = [
+        [record["loss"], record["grad_norm"], *record["metrics"].values()]
+        for record in run.records("task")
+        if "loss" in record
+    ]
+    known = run.json("evaluation.json")
+    for model in ("base", "task"):
+        steps.append([known["losses"]["rows"][model], *known["metrics"]["rows"][model].values()])
+    return steps
+
+
+def assert_same(found: list[list[float]], expected: list[list[float]], **tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for step, right in zip(found, expected, strict=True):
+        assert step == pytest.approx(right, **(tolerance or TOLERANCE))
+
+
+def golden(kind: str) -> list[list[float]]:
+    lines = (GOLDEN / f"tiny-{kind}.txt").read_text().splitlines()
+    return [[float(number) for number in line.split()] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[list[float]]]:
+    """The figures of one rank with a micro-batch of one, by kind."""
+    return {}
+
+
+@pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden files")
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_writes_golden(start_stage, kind) -> None:
+    run = start_stage(kind, ranks=1).wait(0)
+    lines = [" ".join(f"{number:.6f}" for number in step) for step in figures(run)]
+    (GOLDEN / f"tiny-{kind}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "ranks", "micro"),
+    [
+        ("dpo", "ddp", 1, 1),
+        ("dpo", "ddp", 2, 1),
+        ("dpo", "ddp", 1, 2),
+        ("dpo", "fsdp2", 2, 2),
+        ("dpo", "zero2", 2, 1),
+        ("dpo", "zero3", 2, 2),
+        ("kto", "ddp", 1, 1),
+        ("kto", "ddp", 2, 2),
+        ("kto", "zero3", 2, 1),
+    ],
+)
+def test_engines_ranks_and_micro_batches(start_stage, alone, kind, engine, ranks, micro) -> None:
+    run = start_stage(kind, ranks=ranks, micro=micro, options=[f"engine.kind={engine}"]).wait(0)
+    found = figures(run)
+    assert found[-1][0] < 0.6 * found[0][0], "nothing was learned: this would show nothing"
+    assert_same(found, golden(kind), **GOLDEN_TOLERANCE)
+    assert_same(found, alone.setdefault(kind, found))
+
+
+def test_packed_and_unpacked_are_the_same(start_stage) -> None:
+    whole_set = "train.global_batch_size={}", "train.steps=3"
+    packed = start_stage(
+        "dpo", *(text.format(PACKED_SEQUENCES) for text in whole_set), ranks=1
+    ).wait(0)
+    unpacked = start_stage(
+        "dpo",
+        *(text.format(PAIRS) for text in whole_set),
+        "data.packing=false",
+        ranks=1,
+        folder="unpacked",
+    ).wait(0)
+    tokens = {record["tokens"] for r in (packed, unpacked) for record in r.records("task")}
+    assert len(tokens) == 1  # every step is an epoch
+    assert_same(figures(unpacked), figures(packed))
+
+
+def test_killed_in_a_dpo_stage_it_ends_at_the_same_weights(start_stage, weights) -> None:
+    settings = {"dropout": 0.1, "ranks": 1}
+    undisturbed = start_stage("dpo", folder="undisturbed", **settings).wait(0)
+    run = start_stage("dpo", "train.checkpoint_every_steps=1", **settings)
+    run.until(lambda: run.is_at("task", 3))
+    run.kill().wait(-signal.SIGKILL)
+    run = start_stage("dpo", "train.checkpoint_every_steps=1", **settings).wait(0)
+    assert "resuming from step" in run.output
+    assert figures(run) == figures(undisturbed)
+    assert weights(run.folder) == weights(undisturbed.folder)
