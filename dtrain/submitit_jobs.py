@@ -24,8 +24,7 @@ from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.run_dir import EXIT_REPORT, RunDir
-from dtrain.launching.commands import torchrun_command
-from dtrain.launching.layout import ranks_per_node, run_dir_of, with_run_dir
+from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
 from dtrain.supervisor import Supervisor
 
 WARN_SECONDS = 300

@@ -23,8 +23,13 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import begin_attempt, end_attempt
-from dtrain.launching.commands import step_command
-from dtrain.launching.layout import check_batches, ranks_per_node, run_dir_of, with_run_dir
+from dtrain.launching.commands import (
+    check_batches,
+    ranks_per_node,
+    run_dir_of,
+    step_command,
+    with_run_dir,
+)
 from dtrain.launching.network import rendezvous_endpoint
 from dtrain.launching.preflight import check_allocation, handle_faults
 from dtrain.planning.fit_gate import check_job

@@ -27,9 +27,9 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from dtrain.core.cpu_resources import oom_kills
 from dtrain.core.errors import Exit, UserError
-from dtrain.distributed.rendezvous_binding import listen_narrowly
+from dtrain.core.hardware import oom_kills
+from dtrain.distributed.world import listen_narrowly
 from dtrain.launching.commands import LAUNCHER, worker_environment
 from dtrain.launching.network import is_host_of, own_address
 

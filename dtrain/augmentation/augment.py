@@ -28,8 +28,7 @@ from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
 from dtrain.data.formats import to_row
-from dtrain.data.records import Record
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import Record, SourceRows
 
 SETTINGS_FILE, REPLIES_FILE, SUMMARY_FILE = "settings.json", "replies.jsonl", "augment.json"
 GENERATED_FILE, REJECTED_FILE = "generated.jsonl", "rejected.jsonl"

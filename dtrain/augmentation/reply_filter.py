@@ -25,7 +25,6 @@ from dtrain.data.duplicates import (
     text_key,
 )
 from dtrain.data.permutation import mix64
-from dtrain.data.row_text import RowText, row_text
 from dtrain.data.text_checks import (
     CUT_OFF,
     EMPTY,
@@ -33,7 +32,9 @@ from dtrain.data.text_checks import (
     REFUSAL,
     REPEATED,
     SAME,
+    RowText,
     check_quality,
+    row_text,
 )
 
 REJECTED_KINDS = {EMPTY, SAME, GARBLED, REPEATED, REFUSAL, CUT_OFF}

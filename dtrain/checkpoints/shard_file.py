@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtrain.checkpoints.parameter_shards import is_finite
-from dtrain.core.direct_io import set_direct_io, write_all
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import set_direct_io, write_all
 
 DTYPES = {
     torch.float64: "F64",

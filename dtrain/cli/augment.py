@@ -88,7 +88,7 @@ def augment(
         if error.name != "openai":
             raise
         raise UserError("needs openai", fix="pip install 'dtrain[augment]'") from error
-    from dtrain.data.source_rows import open_source
+    from dtrain.data.records import open_source
 
     limits = SpendingLimits(
         most_requests, most_tokens, most_cost, (price_in, price_out), per_minute

@@ -1,4 +1,4 @@
-"""`dtrain chat` and `dtrain generate`: text from models and adapters."""
+"""`dtrain chat`, `generate` and `serve`: text from models and adapters."""
 
 from __future__ import annotations
 
@@ -88,3 +88,17 @@ def _speaker(address: str, choice: ServedModel) -> TextGenerator:
     return TextGenerator(
         choice, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    write: Annotated[bool, typer.Option("--print", help="Print the commands.")] = False,
+) -> None:
+    """Print the vLLM commands for the merged model and the adapters, and what vLLM refuses."""
+    if not write:
+        message = "dtrain prints server commands, and does not run them"
+        raise UserError(message, where="serve", fix=f"dtrain serve {run} --print")
+    from dtrain.serving.run_models import open_run
+    from dtrain.serving.vllm import script
+
+    print(script(open_run(run.expanduser())), end="")

@@ -7,25 +7,7 @@ import traceback
 
 import typer
 
-from dtrain.cli import (
-    adapters,
-    chat,
-    check,
-    checkpoints,
-    data,
-    diff,
-    jobs,
-    merge,
-    model,
-    plan,
-    preflight,
-    recipes,
-    report,
-    run,
-    serve,
-    submit,
-    verify,
-)
+from dtrain.cli import chat, data, jobs, merge, models, recipes, run
 from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
@@ -36,27 +18,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
-app.command("check")(check.check)
-app.command("plan")(plan.plan)
-app.command("report")(report.report)
-app.command("checkpoints")(checkpoints.checkpoints)
+app.command("check")(recipes.check)
+app.command("plan")(recipes.plan)
+app.command("report")(run.report)
+app.command("checkpoints")(run.checkpoints)
 app.command("merge")(merge.merge)
-app.command("verify")(verify.verify)
-app.command("diff")(diff.diff)
-app.command("adapters")(adapters.adapters)
-app.command("combine")(adapters.combine)
-app.command("serve")(serve.serve)
+app.command("verify")(models.verify)
+app.command("diff")(models.diff)
+app.command("adapters")(models.adapters)
+app.command("combine")(models.combine)
+app.command("serve")(chat.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(chat.generate)
-app.command("submit")(submit.submit)
+app.command("submit")(jobs.submit)
 app.command("jobs")(jobs.jobs)
 app.command("status")(jobs.status)
 app.command("logs")(jobs.logs)
 app.command("cancel")(jobs.cancel)
-app.command("preflight")(preflight.preflight)
+app.command("preflight")(jobs.preflight)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
-app.add_typer(model.app, name="model")
+app.add_typer(models.app, name="model")
 
 
 def main() -> int:

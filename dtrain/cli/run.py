@@ -1,19 +1,19 @@
-"""`dtrain run`: check, then become torchrun."""
+"""`dtrain run`, `report` and `checkpoints`: a run and its results."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
-from dtrain.core.run_dir import LOCKED_BY_LAUNCHER, create_numbered
-from dtrain.launching.commands import (
-    launcher_environment,
-    torchrun_command,
-)
+from dtrain.core.errors import Exit
+from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
+from dtrain.core.units import size
+from dtrain.launching.commands import launcher_environment, torchrun_command
 
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start again in a new folder next to the old one.")
@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Train on this machine; run it again to resume."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.launching.layout import ranks_per_node, run_dir_of, with_run_dir
+    from dtrain.launching.commands import ranks_per_node, run_dir_of, with_run_dir
     from dtrain.planning.known_models import check_trainable
 
     settings = load_recipe(recipe, overrides or [])
@@ -50,3 +50,37 @@ def run(
     # Becoming torchrun leaves no process in between that could lose a signal or an exit status.
     sys.stdout.flush()
     os.execve(command[0], command, environment)
+
+
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write RUN/report.html and print its path."""
+    RunDir(run).check_exists()
+    from dtrain.monitoring.report import write_report
+
+    print(write_report(run))
+
+
+COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"
+
+
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+) -> None:
+    """List a run's checkpoints; with --verify, exit status 2 if one is damaged or incomplete."""
+    RunDir(run).check_exists()
+    from dtrain.checkpoints import list_checkpoints
+
+    print(COLUMNS.format("stage", "step", "held-out loss", "size", "complete", "verified"))
+    broken = 0
+    for folder in sorted(run.glob(f"*/{CHECKPOINTS}"), key=lambda path: path.stat().st_ctime):
+        for info in list_checkpoints(folder, verify=verify):
+            loss = "-" if info.loss is None else f"{info.loss:.4f}"
+            complete = "yes" if info.complete else "no"
+            verified = {None: "-", True: "yes", False: "no"}[info.verified]
+            row = (folder.parent.name, info.step, loss, size(info.size), complete, verified)
+            print(COLUMNS.format(*row).rstrip())
+            if info.problem:
+                print(f"    {info.problem}")
+            broken += verify and not info.verified
+    raise typer.Exit(Exit.USER_ERROR if broken else Exit.FINISHED)

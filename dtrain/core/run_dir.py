@@ -4,6 +4,8 @@ RUN/
   recipe.yaml  lineage.json  evaluation.json  report.html  outcome.json
   STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
   slurm/   attempts.json  jobs.json  job.sh  job.log
+
+`folder_kind` tells a run from a checkpoint, an adapter and a model.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +279,31 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
+CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+
+
+class FolderKind(Enum):
+    """The kinds of folders that verbs accept."""
+
+    RUN = "run"
+    CHECKPOINT = "checkpoint"
+    ADAPTER = "adapter"
+    MODEL = "model"
+
+
+def folder_kind(folder: Path) -> FolderKind | None:
+    """Return what a folder is, by the files in it; None if it is none of these.
+
+    A folder with both an adapter and a model is a model.
+    """
+    if RunDir(folder).recipe.is_file():
+        return FolderKind.RUN
+    if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / CHECKPOINT_MANIFEST).is_file():
+        return FolderKind.CHECKPOINT
+    if (folder / MODEL_CONFIG).is_file():
+        return FolderKind.MODEL
+    return FolderKind.ADAPTER if (folder / ADAPTER_CONFIG).is_file() else None

@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, Span
+from dtrain.data.chat_templates import (
+    RENDER_SECONDS,
+    ChatTemplate,
+    LimitExceeded,
+    Span,
+    resource_limits,
+)
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import ANSWER, common_prefix_length, endings
 from dtrain.data.rendered_conversation import AS_ROLE, REMEMBERED, RenderedConversation
-from dtrain.data.sandbox import LimitExceeded, resource_limits
 from dtrain.data.template_fields import TOOLS_INDEX, MarkedText
 
 REASON_CHARACTERS = 300  # of a template's own error message

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate
+from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, LimitExceeded, resource_limits
 from dtrain.data.conversations import Conversation, Messages
-from dtrain.data.sandbox import LimitExceeded, resource_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

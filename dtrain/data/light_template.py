@@ -15,10 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate
+from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, LimitExceeded, resource_limits
 from dtrain.data.conversations import Messages
 from dtrain.data.end_of_turn import endings
-from dtrain.data.sandbox import LimitExceeded, resource_limits
 
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.core.cpu_resources import available_cores, available_memory
 from dtrain.core.files import write_atomic
+from dtrain.core.hardware import available_cores, available_memory
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import progress
 from dtrain.core.processes import ProgressCallback, worker_pool

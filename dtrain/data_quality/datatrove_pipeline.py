@@ -46,10 +46,9 @@ from dtrain.core.files import read_sealed, write_sealed
 from dtrain.core.hashes import fingerprint
 from dtrain.data.duplicates import SHINGLE_CHARACTERS, normalize_text, shingle_hashes, text_key
 from dtrain.data.formats import to_row
-from dtrain.data.records import BadRecord, Record
-from dtrain.data.row_text import row_text
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import BadRecord, Record, SourceRows
 from dtrain.data.sources import SourceFile, file_kind
+from dtrain.data.text_checks import row_text
 from dtrain.data_quality.clean import (
     KEEP,
     MASK,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.data.duplicates import UInt64s, letters_and_digits, shingle_hashes
-from dtrain.data.row_text import RowText
+from dtrain.data.text_checks import RowText
 
 NGRAM = 30  # characters of an alphabet, about six words; half as many in CJK scripts
 KEPT_ONE_IN = np.uint64(8)

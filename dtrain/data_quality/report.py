@@ -20,9 +20,8 @@ from dtrain.data.assistant_spans import NO_END
 from dtrain.data.conversations import Conversation
 from dtrain.data.duplicates import count_distinct
 from dtrain.data.records import BadRecord
-from dtrain.data.row_text import row_text
 from dtrain.data.show import printable
-from dtrain.data.text_checks import excerpt
+from dtrain.data.text_checks import excerpt, row_text
 from dtrain.data.tokenize import notes
 from dtrain.data_quality.finding_types import BROKEN, FINDING_TYPES, FLAG_BITS
 from dtrain.data_quality.pii import PII_KINDS, mask_pii

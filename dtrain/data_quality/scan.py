@@ -20,11 +20,9 @@ from dtrain.data.duplicates import (
     near_duplicates,
 )
 from dtrain.data.formats import RowContent
-from dtrain.data.records import BadRecord, Record
-from dtrain.data.row_text import row_text
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import BadRecord, Record, SourceRows
 from dtrain.data.special_tokens import SpecialTokens
-from dtrain.data.text_checks import EMPTY
+from dtrain.data.text_checks import EMPTY, row_text
 from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import (
     EXACT,

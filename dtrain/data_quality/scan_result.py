@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.data.duplicates import PERMUTATIONS, Int64s
-from dtrain.data.records import Record
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import Record, SourceRows
 from dtrain.data_quality.finding_types import FLAG_BITS
 
 MAX_NOTES = 20  # kept of each kind, the most severe ones

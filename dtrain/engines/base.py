@@ -1,4 +1,4 @@
-"""The protocol of an engine, and what the engines share.
+"""The protocol of an engine, what the engines share, and how one is built.
 
 An engine owns the optimizer and this rank's shards of the trainable parameters. Every engine
 averages gradients over the ranks, so the training step multiplies the loss by their number.
@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from importlib import import_module
 from math import isfinite
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.config.checks import unsupported_by_engine
+from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
@@ -230,3 +233,27 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         for kind in ADAM_KINDS:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state
+
+
+def build_engine(
+    model: nn.Module, recipe: Recipe, stage: Stage, world: World, materialize: MaterializeFn
+) -> Engine:
+    """Wrap `model` in the engine that the resolved recipe names.
+
+    Args:
+        materialize: loads blocks of the model that have no storage yet.
+
+    Raises:
+        UserError: the engine does not support what the recipe asks for, or the number of ranks.
+    """
+    for clash in unsupported_by_engine(recipe):  # a launcher may have chosen the engine
+        raise clash
+    capabilities = ENGINES[recipe.engine.kind]
+    path = capabilities.implementation
+    if recipe.determinism == "strict":
+        assert capabilities.strict_implementation
+        path = capabilities.strict_implementation
+    # Imported by name, so that a run under ddp does not pay for importing DeepSpeed.
+    module, _, name = path.partition(":")
+    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, materialize)
+    return engine

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import accumulation
-from dtrain.config.deepspeed_file import PREFETCH, prefetch_elements
+from dtrain.config.deepspeed_file import PREFETCH, load_ds_config, prefetch_elements
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
@@ -32,7 +32,6 @@ from dtrain.engines.base import (
     set_learning_rate,
 )
 from dtrain.engines.shared_gather import shared_gather
-from dtrain.launching.deepspeed_config import load_ds_config
 
 _ORIGINAL_ALL_GATHER = partition_parameters._dist_allgather_fn
 

@@ -1,13 +1,21 @@
-"""Command lines and environments of the workers; nothing here goes through a shell."""
+"""Command lines and environments of the workers, and quoting for those written into scripts."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dtrain.config.checks import accumulation
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import cache_folder
+from dtrain.core.errors import UserError
+from dtrain.core.run_dir import RunDir
 
 WORKER = "dtrain.train"
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
@@ -129,3 +137,64 @@ def step_command(
     else:
         command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
     return [*command, "-m", worker, *arguments]
+
+
+def quote(value: object) -> str:
+    """`value` as one word of bash that expands to exactly these characters.
+
+    Raises:
+        UserError: it contains a NUL, which no argument can.
+    """
+    text = str(value)
+    if "\0" in text:
+        raise UserError("a NUL character cannot be passed to a program", where=repr(text))
+    return shlex.quote(text)
+
+
+def render(template: str, **values: Any) -> str:
+    """A script from a template of this package; every value is quoted."""
+    environment = Environment(
+        loader=PackageLoader("dtrain.launching", "."),
+        undefined=StrictUndefined,
+        finalize=quote,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def run_dir_of(recipe: Recipe) -> RunDir:
+    """The recipe's run folder, by its absolute path."""
+    return RunDir(Path(recipe.output.folder).expanduser().absolute())
+
+
+def with_run_dir(recipe: Recipe, run: RunDir) -> Recipe:
+    """The recipe with the path of its run folder."""
+    output = recipe.output.model_copy(update={"folder": str(run.path)})
+    return recipe.model_copy(update={"output": output})
+
+
+def ranks_per_node(recipe: Recipe, gpus: int) -> int | str:
+    """Processes on each node: the recipe's; for auto one a GPU of the node.
+
+    Args:
+        recipe: of the run.
+        gpus: on a node; 0 leaves "auto" to the launcher, which counts them.
+    """
+    if recipe.launch.processes == "auto":
+        return 1 if recipe.device == "cpu" else gpus or "auto"
+    return recipe.launch.processes
+
+
+def check_batches(recipe: Recipe, nodes: int, ranks: int | str) -> None:
+    """Check that every stage's batch can be divided among the ranks, before any of them starts.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if isinstance(ranks, str):
+        return
+    for stage in recipe.stages:
+        train = stage.train
+        accumulation(train.global_batch_size, nodes * ranks, train.micro_batch)

@@ -24,8 +24,8 @@ from typing import Any
 
 import dtrain
 from dtrain.core.cache_paths import cache_folder
+from dtrain.core.hardware import gpus
 from dtrain.core.hashes import file_hash
-from dtrain.core.nvidia import gpus
 from dtrain.launching.network import address_of, own_address
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy")

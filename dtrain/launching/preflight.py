@@ -26,8 +26,7 @@ from dtrain.core.files import write_atomic
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import Attempt, read_attempts, write_attempts
-from dtrain.launching.commands import step_command
-from dtrain.launching.layout import ranks_per_node
+from dtrain.launching.commands import ranks_per_node, step_command
 from dtrain.launching.network import rendezvous_endpoint
 from dtrain.launching.node_checks import Fault, Report, find_faults
 

@@ -14,8 +14,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_atomic, write_json
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
-from dtrain.launching.layout import check_batches
-from dtrain.launching.shell_quote import quote, render
+from dtrain.launching.commands import check_batches, quote, render
 
 COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
 WARN_SECONDS = 300

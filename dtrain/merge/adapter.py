@@ -15,10 +15,15 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.merge.adapter_config import check_config, layer_from_config
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.stream import row_blocks
-from dtrain.merge.weight_delta import CONVOLUTIONS, BlockUpdate, LayerDelta
+from dtrain.merge.weight_delta import (
+    CONVOLUTIONS,
+    BlockUpdate,
+    LayerDelta,
+    check_config,
+    layer_from_config,
+)
 from dtrain.models.peft_format import file_keys
 from dtrain.models.tensor_utils import all_finite
 

@@ -14,8 +14,7 @@ from dtrain.core.files import write_atomic
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import count, duration, size
-from dtrain.monitoring.run_record import RunRecord, read_run
-from dtrain.monitoring.summary import format_loss, rate_change
+from dtrain.monitoring.run_record import RunRecord, format_loss, rate_change, read_run
 
 # Only the rank that writes the report needs matplotlib.
 plots: Any = LazyModule("dtrain.monitoring.plots")

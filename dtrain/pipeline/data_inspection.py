@@ -17,10 +17,9 @@ from dtrain.data.chat_templates import ChatTemplate, resolve_template
 from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.formats import RowContent
 from dtrain.data.prepare import PackedDataset, prepare
-from dtrain.data.records import Record
-from dtrain.data.row_text import RowText, row_text
-from dtrain.data.source_rows import open_source
+from dtrain.data.records import Record, open_source
 from dtrain.data.special_tokens import SpecialTokens
+from dtrain.data.text_checks import RowText, row_text
 from dtrain.data.tokenize import MASKED
 from dtrain.data_quality.decontamination import HeldOutIndex, index_held_out
 from dtrain.data_quality.scan import REJECTED, scan

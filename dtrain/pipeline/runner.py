@@ -14,12 +14,11 @@ from dtrain.core.run_dir import RunDir
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.monitoring.report import write_report
-from dtrain.monitoring.summary import run_summary
+from dtrain.monitoring.run_record import run_summary
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
-from dtrain.pipeline.stage_record import StageRecord, stage_record
+from dtrain.pipeline.stage_record import StageRecord, StageSetup, stage_record
 from dtrain.pipeline.stage_run import run_stage
-from dtrain.pipeline.stage_setup import StageSetup
 from dtrain.recipes import shipped
 from dtrain.training.preemption import StopFlag
 

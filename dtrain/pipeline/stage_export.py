@@ -19,7 +19,7 @@ from dtrain.merge.merge import MergeJob, default_processes
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
 from dtrain.models.weight_files import weight_files
-from dtrain.pipeline.stage_setup import StageSetup
+from dtrain.pipeline.stage_record import StageSetup
 
 
 def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,7 @@
-"""The inputs of a run: base, tokenizer and prepared data, made ready outside of any collective."""
+"""The inputs of a run: base, tokenizer and prepared data, prepared and checked before training.
+
+No rank waits in a collective meanwhile: preparation may take longer than a collective's timeout.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import cache_folder, local_path, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
-from dtrain.core.log import say
+from dtrain.core.log import say, warn
+from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import WorkShare
 from dtrain.distributed.world import World
@@ -21,11 +25,14 @@ from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
 from dtrain.models.load import read_config
 from dtrain.models.packing_probe import Layout, probe_packing
+from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.evaluator import read_questions
-from dtrain.pipeline.position_checks import check_positions
+from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
+from dtrain.serving.generator import answering_template
+from dtrain.serving.run_models import template_of
 
 
 @dataclass(frozen=True)
@@ -272,3 +279,65 @@ def parse_share(text: str) -> WorkShare:
     if not 1 <= number <= of:
         raise UserError("not a share", where=f"--shard {text}", fix="write 1/8 to 8/8 for eight")
     return WorkShare(number - 1, of)
+
+
+# Recipe key, description, tokens, and the fix if there are too many.
+Length = tuple[str, str, int, str]
+
+
+def check_positions(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: dict[str, PackedDataset],
+) -> None:
+    """Check that the base has a position for every token that is trained, evaluated or asked.
+
+    In a packed sequence, each document counts by itself.
+
+    Args:
+        datasets: prepared data, by the key of the recipe.
+
+    Raises:
+        UserError: the number of positions is fixed and too small.
+    """
+    lengths = [*_documents(datasets), *_questions(recipe, tokenizer)]
+    longest = max(tokens for _, _, tokens, _ in lengths)
+    limit = position_limit(config, longest, recipe.model.trust_remote_code)
+    known = trained_positions(config.get_text_config(decoder=True).to_dict())
+    for where, description, tokens, fix in lengths:
+        if limit is not None and tokens > limit:
+            message = f"{description}, but the model has {limit:,} positions"
+            raise UserError(message, where=where, fix=fix.format(limit))
+        if limit is None and known is not None and tokens > known:
+            warn(
+                f"{where}: {description}, but the model was trained for {known:,} positions "
+                f"(max_position_embeddings), and its config scales no rope beyond them"
+            )
+
+
+def _documents(datasets: dict[str, PackedDataset]) -> Iterator[Length]:
+    for key, dataset in datasets.items():
+        longest = dataset.longest_segment
+        description = (
+            f"a document of {longest:,} tokens (sequence_length {dataset.sequence_length})"
+        )
+        yield key, description, longest, "sequence_length: {} or less"
+
+
+def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Length]:
+    """The longest question, with its answer."""
+    questions = recipe.evaluation.questions
+    if questions is None:
+        return
+    template = answering_template(template_of(recipe), tokenizer)
+    rows = read_questions(local_path(questions.path), questions.count)
+    texts = [
+        template.render(Conversation([{"role": "user", "content": row["question"]}]), prompt=True)
+        for row in rows
+    ]
+    prompt = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+    answer = f"an answer of max_new_tokens {questions.max_new_tokens}"
+    description = f"a question of {prompt:,} tokens and {answer}"
+    tokens = prompt + questions.max_new_tokens
+    yield "evaluation.questions", description, tokens, "shorter questions, or fewer max_new_tokens"

@@ -11,8 +11,7 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
 from dtrain.core.log import say, warn
 from dtrain.core.units import count
-from dtrain.engines.base import Engine, MaterializeFn
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import Engine, MaterializeFn, build_engine
 from dtrain.merge.from_checkpoint import read_parameter
 from dtrain.merge.merge import check_mergeable
 from dtrain.models.kernels import compiled
@@ -21,7 +20,7 @@ from dtrain.models.kernels.warm_up import compile_ahead
 from dtrain.models.load import load_base
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tensor_utils import parameter_counts
-from dtrain.pipeline.stage_setup import StageSetup
+from dtrain.pipeline.stage_record import StageSetup
 
 
 def build_model_in_engine(

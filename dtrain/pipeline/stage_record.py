@@ -1,11 +1,14 @@
-"""A stage's record: what the stage is made from, and whether its results are complete."""
+"""The settings and inputs of a stage, and its record: whether its results are complete."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dtrain.checkpoints.identity import check_same_inputs
 from dtrain.config.schema import Recipe, Stage
@@ -15,7 +18,13 @@ from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
 from dtrain.core.ownership import check_own_folder
 from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
+from dtrain.distributed.hang_watchdog import HangWatchdog
+from dtrain.distributed.world import World
+from dtrain.methods.base import Method, build_method
+from dtrain.models.load import resolve_dtype
+from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.training.preemption import StopFlag
 
 # They change neither the numbers nor their order, so a run may resume with another value.
 FREE_KEYS = ("micro_batch_size", "checkpoint_every_steps")
@@ -134,3 +143,38 @@ def stage_record(
         **settings,
     }
     return StageRecord(RunDir(run).stage(stage.name).path, stage_inputs)
+
+
+@dataclass(frozen=True)
+class StageSetup:
+    """What a stage is run with.
+
+    Attributes:
+        base: folder of the model that the stage starts from: the recipe's, or the merged model
+            of the stage before.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    folder: StageRecord
+    base: Path
+    inputs: Inputs
+    evaluations: Evaluations
+    world: World
+    stop: StopFlag
+    watchdog: HangWatchdog
+
+    @cached_property
+    def method(self) -> Method[Any]:
+        """The stage's fine-tuning method."""
+        return build_method(self.stage.method)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype on this device, where the recipe may say `auto`."""
+        return resolve_dtype(self.recipe.model.dtype, self.world.device)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the stage writes a merged model."""
+        return self.recipe.merges(self.stage)

@@ -20,14 +20,13 @@ from dtrain.objectives.base import Objective, StageContext, build_objective
 from dtrain.pipeline.auto_settings import record_calibration
 from dtrain.pipeline.stage_export import export_adapter, export_merged_model
 from dtrain.pipeline.stage_model import build_model_in_engine
-from dtrain.pipeline.stage_setup import StageSetup
+from dtrain.pipeline.stage_record import StageSetup
 from dtrain.training.callbacks import Callback, HangWatchdogCallback, NonFiniteStop, ProgressBar
 from dtrain.training.checkpointer import Checkpointer, open_final_checkpoint
 from dtrain.training.held_out import HeldOutEvaluator
-from dtrain.training.lr_schedule import total_sequences
 from dtrain.training.progress import StageProgress
 from dtrain.training.trackers import TrackerContext, build_trackers
-from dtrain.training.trainer import Trainer
+from dtrain.training.trainer import Trainer, total_sequences
 
 MEASURED_SEQUENCES = 4096
 

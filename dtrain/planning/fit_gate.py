@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.nvidia import gpus
+from dtrain.core.hardware import gpus
 from dtrain.core.units import size
 from dtrain.planning.fit import DOES_NOT_FIT
 from dtrain.planning.gpus import Gpu, find_gpu, gpu_of_device

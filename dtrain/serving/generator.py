@@ -21,10 +21,15 @@ from transformers.generation.streamers import BaseStreamer
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, resolve_template
+from dtrain.data.chat_templates import (
+    RENDER_SECONDS,
+    ChatTemplate,
+    LimitExceeded,
+    resolve_template,
+    resource_limits,
+)
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_stop_criterion
-from dtrain.data.sandbox import LimitExceeded, resource_limits
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys

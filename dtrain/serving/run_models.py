@@ -15,9 +15,8 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
-from dtrain.core.folder_kinds import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
-from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, RunDir
+from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, FolderKind, RunDir, folder_kind
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     CONFIG,

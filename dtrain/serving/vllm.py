@@ -15,7 +15,7 @@ from pathlib import Path
 from dtrain.core.cache_paths import cache_folder, local_path
 from dtrain.core.files import read_json, read_text, write_atomic
 from dtrain.core.hashes import fingerprint
-from dtrain.launching.shell_quote import quote
+from dtrain.launching.commands import quote
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, list_adapters
 from dtrain.serving.run_models import Run, trained_template

@@ -20,8 +20,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine, TorchEngine
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import Engine, TorchEngine, build_engine
 from dtrain.methods.base import build_method
 from dtrain.models import attention, positions
 from dtrain.models.kernels import lora_linear, native

@@ -1,13 +1,15 @@
-"""The training loop."""
+"""The training loop, the learning-rate schedule and the length of a stage."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil, cos, pi
 from typing import Any
 
+from dtrain.config.schema import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.memory import peak_memory_bytes
 from dtrain.engines.base import Engine
@@ -15,7 +17,6 @@ from dtrain.objectives.base import Objective
 from dtrain.training.callbacks import Callback, CallbackGroup
 from dtrain.training.checkpointer import Checkpointer
 from dtrain.training.held_out import HeldOutEvaluator
-from dtrain.training.lr_schedule import learning_rate
 from dtrain.training.preemption import StopFlag
 from dtrain.training.progress import StageProgress
 from dtrain.training.train_step import StepResult, train_step
@@ -162,3 +163,31 @@ class Trainer:
                 d for row in rows for d in loader.dataset.sequence(row).documents
             ]
         return metrics
+
+
+def learning_rate(step: int, steps: int, train: Train) -> float:
+    """Learning rate of `step` (from 0) of `steps`: linear warm-up, then decay by the schedule."""
+    warmup = ceil(train.warmup_ratio * steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}
+    return train.learning_rate * shape[train.lr_scheduler]
+
+
+def total_sequences(
+    train: Train, sequences_in_epochs: Callable[[float], int], tokens_per_row: float
+) -> int:
+    """Sequences that the stage trains on; only `epochs` may end inside a global batch.
+
+    Args:
+        rows_of: sequences in so many passes.
+        tokens_per_row: mean number of tokens in a sequence, padding not counted.
+    """
+    batch = train.global_batch_size
+    if train.steps is not None:
+        return train.steps * batch
+    if train.tokens is not None:
+        return ceil(train.tokens / (tokens_per_row * batch)) * batch
+    assert train.epochs is not None
+    return sequences_in_epochs(train.epochs)

@@ -25,10 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrain.config.schema import Source
-from dtrain.data.records import BadRecord
-from dtrain.data.row_text import RowText
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import BadRecord, SourceRows
 from dtrain.data.sources import find_source_files
+from dtrain.data.text_checks import RowText
 from dtrain.data_quality.decontamination import index_held_out
 from dtrain.data_quality.finding_types import BROKEN, FLAG_BITS
 from dtrain.data_quality.scan import scan

@@ -19,9 +19,9 @@ from stdnum import luhn
 from stdnum.cn import ric
 
 from dtrain.config.schema import Source
-from dtrain.data.row_text import RowText
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
+from dtrain.data.text_checks import RowText
 from dtrain.data_quality.decontamination import index_held_out
 from dtrain.data_quality.scan import scan
 

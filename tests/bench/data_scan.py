@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from dtrain.config.schema import Source
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.report import build_report
 from dtrain.data_quality.scan import scan

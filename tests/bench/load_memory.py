@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.distributed.world import end_world, start_world
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import build_engine
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.quantize import nf4_config

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dtrain.cli.plan import no_progress
+from dtrain.cli.recipes import no_progress
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import find_gpu

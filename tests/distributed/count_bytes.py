@@ -16,8 +16,7 @@ from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
-from dtrain.engines.base import Engine
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import Engine, build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder

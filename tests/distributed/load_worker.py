@@ -15,7 +15,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import sample_name
 from dtrain.distributed.world import World, end_world, start_world
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import build_engine
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels

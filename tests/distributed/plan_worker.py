@@ -26,7 +26,7 @@ from dtrain.config.load import load_recipe
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.engines import shared_gather
-from dtrain.engines.build import build_engine
+from dtrain.engines.base import build_engine
 from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native

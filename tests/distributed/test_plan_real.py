@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtrain.config.deepspeed_file import load_ds_config
 from dtrain.config.load import load_recipe
-from dtrain.launching.deepspeed_config import load_ds_config
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape

@@ -22,8 +22,7 @@ from dtrain.augmentation.request_pool import SpendingLimits
 from dtrain.cli.root import app
 from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
-from dtrain.data.records import read_records
-from dtrain.data.source_rows import open_source
+from dtrain.data.records import open_source, read_records
 from dtrain.data.sources import find_source_files
 
 KEY = "sk-of-nobody-0123456789"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.core.nvidia import gpus
+from dtrain.core.hardware import gpus
 
 DRIVER = """#!/bin/sh
 if [ "$1" = -L ]; then

@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
-from dtrain.data.source_rows import open_source
+from dtrain.data.records import open_source
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.scan import scan
 

@@ -17,8 +17,8 @@ from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
 from dtrain.data import shards
 from dtrain.data.prepare import prepare
+from dtrain.data.records import open_source
 from dtrain.data.shards import ShardBuilder
-from dtrain.data.source_rows import open_source
 from dtrain.data.tokenize import FullTextEncoder
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.scan import scan

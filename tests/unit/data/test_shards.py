@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.schema import Data
-from dtrain.core import cpu_resources
+from dtrain.core import hardware
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.locks import ShardLocks
 from dtrain.core.processes import worker_pool
@@ -256,24 +256,24 @@ def test_shards_with_other_boundaries_are_not_reused(
 
 
 def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cpu_resources, "CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert cpu_resources.available_cores() == 16
+    assert hardware.available_cores() == 16
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cpu_resources.available_cores() == 16
+    assert hardware.available_cores() == 16
     (tmp_path / "cpu.max").write_text("450000 100000\n")
-    assert cpu_resources.available_cores() == 4
+    assert hardware.available_cores() == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    assert cpu_resources.available_cores() == 3
+    assert hardware.available_cores() == 3
 
 
 def test_page_cache_counts_as_free_memory(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cpu_resources, "CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text(f"{9 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{8 << 20}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {6 << 20}\nactive_file 7\n")
-    assert cpu_resources.available_memory() == 7 << 20
+    assert hardware.available_memory() == 7 << 20
 
 
 def test_reading_all_rows_equals_reading_by_shard(rows_of_all_kinds, tmp_path) -> None:

@@ -10,9 +10,8 @@ import pytest
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
-from dtrain.data.records import read_records
+from dtrain.data.records import open_source, read_records
 from dtrain.data.show import sequences
-from dtrain.data.source_rows import open_source
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.report import build_report

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation, Preference
-from dtrain.data.source_rows import open_source
+from dtrain.data.records import open_source
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.finding_types import SPECIAL

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtrain.data.row_text import RowText
-from dtrain.data.text_checks import check_quality, is_cut_off
+from dtrain.data.text_checks import RowText, check_quality, is_cut_off
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dtrain.config.schema import Source
-from dtrain.data.source_rows import open_source
+from dtrain.data.records import open_source
 from dtrain.data_quality.scan import scan
 from dtrain.pipeline.data_inspection import TokenCounter
 

@@ -9,8 +9,7 @@ import pytest
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.formats import to_row
-from dtrain.data.records import read_records
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import SourceRows, read_records
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean, mask_value
 from dtrain.data_quality.scan import scan

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dtrain.config.schema import Source
-from dtrain.data.source_rows import SourceRows
+from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.finding_types import FINDING_TYPES, FLAG_BITS
 from dtrain.data_quality.report import build_report, terminal_report, write_html

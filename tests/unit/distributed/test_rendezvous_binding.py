@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.rendezvous_binding import bound_store, choose_interface, loopback_interface
-from dtrain.distributed.world import start_world
+from dtrain.distributed.world import bound_store, choose_interface, loopback_interface, start_world
 
 RECIPE = Path(__file__).parents[3] / "dtrain/recipes/tiny.yaml"
 SECONDS = 60

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.deepspeed_file import DECIDED_BY_RECIPE, PREFETCH, prefetch_elements
+from dtrain.config.deepspeed_file import (
+    DECIDED_BY_RECIPE,
+    PREFETCH,
+    load_ds_config,
+    prefetch_elements,
+)
 from dtrain.core.errors import UserError
-from dtrain.launching.deepspeed_config import load_ds_config
 
 CASES = [("zero2", False), ("zero3", False), ("zero3", True)]
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from dtrain.core.errors import UserError
-from dtrain.launching.shell_quote import quote, render
+from dtrain.launching.commands import quote, render
 
 VALUES, BATCH = 10_000, 2_500
 PIECES = [

@@ -22,8 +22,8 @@ from dtrain.core.errors import UserError
 from dtrain.core.hash_cache import file_state, remember_hash
 from dtrain.core.hashes import file_hash
 from dtrain.core.locks import ShardLocks
-from dtrain.merge import hashing_copy
 from dtrain.merge import merge as module
+from dtrain.merge import stream
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.merge import MergeJob, TrainedWeights
 from dtrain.merge.merge_inputs import adapter_input
@@ -478,7 +478,7 @@ def test_full_disk_is_reported_and_a_rerun_resumes(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(hashing_copy, "write_all", full)
+        patched.setattr(stream, "write_all", full)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
             do(base, adapter)
     assert not (tmp_path / "out").exists()

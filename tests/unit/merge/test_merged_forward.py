@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import MergeableAdapter
-from dtrain.merge.adapter_config import REFUSED, USED, WITHOUT_EFFECT
 from dtrain.merge.diff import diff_models
 from dtrain.merge.merge import MergeJob, TrainedWeights
 from dtrain.merge.merge_inputs import CombineMethod, adapter_input, combined_input
 from dtrain.merge.verify import verify_model
+from dtrain.merge.weight_delta import REFUSED, USED, WITHOUT_EFFECT
 from dtrain.models.peft_format import file_key
 
 IDS = torch.arange(2, 42)[None]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from dtrain.cli.check import check
+from dtrain.cli.recipes import check
 from dtrain.config.load import load_recipe
 from dtrain.core.cache_paths import sample_folder
 from dtrain.core.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 
 from dtrain.monitoring.metrics import Metrics
 from dtrain.monitoring.report import write_report
-from dtrain.monitoring.summary import rate_change, run_summary
+from dtrain.monitoring.run_record import rate_change, run_summary
 
 RECIPE = """\
 name: {name}

@@ -12,7 +12,7 @@ from dtrain import rank_main, train
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
 from dtrain.launching.requeue_policy import PERMANENT_FAILURES
-from dtrain.pipeline.out_of_memory import is_out_of_memory, out_of_memory_text
+from dtrain.pipeline.exit_report import is_out_of_memory, out_of_memory_text
 
 
 def allocator_error() -> RuntimeError:

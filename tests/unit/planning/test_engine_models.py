@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from dtrain.config.deepspeed_file import load_ds_config
 from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
-from dtrain.launching.deepspeed_config import load_ds_config
 from dtrain.planning.activations import TrainerProfile, layer_bytes
 from dtrain.planning.engine_base import MemoryEstimate
 from dtrain.planning.engine_models import build_engine_model

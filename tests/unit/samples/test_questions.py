@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.samples.questions import questions, raised, summary
+from dtrain.samples.python_docs import questions, raised, summary
 from dtrain.samples.stdlib import Entry
 
 
