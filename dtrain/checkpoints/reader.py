@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dtrain.checkpoints.manifest import MANIFEST, Manifest, SavedKind, read_manifest, step_of
-from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard, is_finite
+from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard
 from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
+from dtrain.distributed.tensor_utils import all_finite
 
 MAX_NAMES = 8  # of each group in a message
 
@@ -199,7 +200,7 @@ class Checkpoint:
         return parameter.kinds[kind]
 
     def _check_finite(self, block: Tensor, name: str, kind: str, at: int) -> None:
-        if not is_finite(block):
+        if not all_finite(block):
             raise UserError(
                 f"{name} {kind} contains NaN or infinity (from element {at})",
                 where=str(self.folder),

@@ -19,9 +19,9 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dtrain.checkpoints.parameter_shards import is_finite
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import set_direct_io, write_all
+from dtrain.distributed.tensor_utils import all_finite
 
 DTYPES = {
     torch.float64: "F64",
@@ -115,8 +115,8 @@ class HostShard:
     def _check_finite(self) -> None:
         begin = self._begin
         for dtype, end in self._ends.items():
-            if not is_finite(self._bytes[begin:end].view(dtype)):
-                key = next(key for key, view in self._views.items() if not is_finite(view))
+            if not all_finite(self._bytes[begin:end].view(dtype)):
+                key = next(key for key, view in self._views.items() if not all_finite(view))
                 raise UserError(
                     f"{_describe(key)} contains NaN or infinity; nothing was saved",
                     fix="resume from an earlier checkpoint with a lower train.learning_rate",

@@ -75,7 +75,7 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
 def template_notes(recipe: Recipe) -> Iterator[str]:
     """Warnings about stages whose chat template does not end a turn."""
     from dtrain.config.objectives import OBJECTIVES
-    from dtrain.data.light_template import closes_turns
+    from dtrain.data.end_of_turn import closes_turns
     from dtrain.planning.known_models import find_config
 
     try:

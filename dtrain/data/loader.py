@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtrain.data.packed_dataset import BatchCounts, PackedDataset
-from dtrain.distributed.memory import send
+from dtrain.distributed.tensor_utils import send
 
 __all__ = ["BatchCounts", "Loader", "MicroBatch"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.stream import row_blocks
 from dtrain.merge.weight_delta import (
@@ -25,7 +26,6 @@ from dtrain.merge.weight_delta import (
     layer_from_config,
 )
 from dtrain.models.peft_format import file_keys
-from dtrain.models.tensor_utils import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -25,6 +25,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter import PREFIX, AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config
 from dtrain.models.peft_format import (
@@ -37,7 +38,6 @@ from dtrain.models.peft_format import (
     read_adapter_config,
     read_adapter_origin,
 )
-from dtrain.models.tensor_utils import all_finite
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 # Settings that can be merged, but add something other than scale·B·A.

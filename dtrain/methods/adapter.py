@@ -22,11 +22,11 @@ from dtrain.config.methods import AdapterSettings
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
+from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method, summarize_names
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
 from dtrain.models.peft_format import CONFIG, WEIGHTS
-from dtrain.models.tensor_utils import all_finite
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 

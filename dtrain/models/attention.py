@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dtrain.core.log import warn
-from dtrain.distributed.memory import send
+from dtrain.distributed.tensor_utils import send
 from dtrain.models.kernels.causal_attention import causal_attention, supports_causal_attention
 
 NAME = "documents"

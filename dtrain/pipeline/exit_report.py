@@ -25,7 +25,7 @@ from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import size
-from dtrain.distributed.memory import peak_memory_bytes
+from dtrain.distributed.tensor_utils import peak_memory_bytes
 from dtrain.pipeline.auto_settings import gpu_of, simplest
 from dtrain.planning.fit import suggest_reductions
 from dtrain.planning.plan import StagePlan, make_plan

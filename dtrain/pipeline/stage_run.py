@@ -14,12 +14,11 @@ from dtrain.core.log import say
 from dtrain.core.units import duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
-from dtrain.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dtrain.distributed.tensor_utils import peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective, StageContext, build_objective
 from dtrain.pipeline.auto_settings import record_calibration
-from dtrain.pipeline.stage_export import export_adapter, export_merged_model
-from dtrain.pipeline.stage_model import build_model_in_engine
+from dtrain.pipeline.stage_model import build_model_in_engine, export_adapter, export_merged_model
 from dtrain.pipeline.stage_record import StageSetup
 from dtrain.training.callbacks import Callback, HangWatchdogCallback, NonFiniteStop, ProgressBar
 from dtrain.training.checkpointer import Checkpointer, open_final_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.config.schema import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
-from dtrain.distributed.memory import peak_memory_bytes
+from dtrain.distributed.tensor_utils import peak_memory_bytes
 from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective
 from dtrain.training.callbacks import Callback, CallbackGroup

@@ -31,9 +31,8 @@ from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.load import load_base, parameter_counts, resolve_dtype
 from dtrain.models.sharded_loading import stream_base
-from dtrain.models.tensor_utils import parameter_counts
 from dtrain.objectives.base import build_objective
 from dtrain.simulation.ledger import watch_resizes
 from dtrain.training.train_step import compute_loss

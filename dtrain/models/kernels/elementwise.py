@@ -1,11 +1,16 @@
 """Llama's element-wise layers: RMSNorm, rotary positions and the inside of a gated MLP.
 
 Each keeps only its inputs for backward and makes fewer passes over memory than transformers' code.
+A normalized input, or the product inside an MLP, is as large as what it was computed from, which
+autograd saves in any case. So its result records these inputs, and a layer that needs the result in
+backward saves them instead and recomputes it: a few passes more, and one large tensor less.
+
 Letters: T tokens, h width, H heads, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +20,27 @@ from torch.nn.functional import silu
 
 from dtrain.models.kernels import native
 from dtrain.models.kernels.compiled import compile_on_gpu
-from dtrain.models.kernels.rematerialize import record_inputs
+
+_ATTRIBUTE = "_dtrain_inputs"
+
+Recompute = Callable[..., Tensor]
+
+
+def record_inputs(result: Tensor, recompute: Recompute, *inputs: Any) -> None:
+    """Record that `result` is `recompute(*inputs)`; autograd must save the inputs anyway."""
+    setattr(result, _ATTRIBUTE, (recompute, inputs, result._version))
+
+
+def recorded_inputs(tensor: Tensor) -> tuple[Recompute, tuple[Any, ...]]:
+    """How to recompute a tensor; the tensor itself if nothing is recorded or it was changed."""
+    record: tuple[Recompute, tuple[Any, ...], int] | None = getattr(tensor, _ATTRIBUTE, None)
+    if record is None or record[2] != tensor._version:
+        return _identity, (tensor,)
+    return record[:2]
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from dtrain.models.dropout import KeyedDropout
 from dtrain.models.kernels import matmul, native
 from dtrain.models.kernels.compiled import compile_on_gpu
-from dtrain.models.kernels.rematerialize import recorded_inputs
+from dtrain.models.kernels.elementwise import recorded_inputs
 from dtrain.models.kernels.same_program import runs_its_class
 
 

@@ -13,8 +13,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from dtrain.distributed.tensor_utils import all_finite
 from dtrain.models.kernels import native
-from dtrain.models.tensor_utils import all_finite
 
 LOOPS = {torch.bfloat16: "add_scaled", torch.float32: "add_scaled_wide"}
 _build_lock = Lock()

@@ -3,6 +3,9 @@
 transformers copies Llama's code into many models. A module whose forward is Llama's, instruction
 for instruction, gets a kernel; any other keeps its own. The fused loss works for every model whose
 forward returns the output layer's logits, or adjusts them token by token.
+
+GPU kernels are compiled before the first step, by running each of them once: during a step,
+compiling would take one rank seconds while the others wait.
 """
 
 from __future__ import annotations
@@ -12,19 +15,89 @@ from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from dtrain.config import schema
-from dtrain.models.kernels import native
-from dtrain.models.kernels.elementwise import mlp_forward, norm_forward, rotary
-from dtrain.models.kernels.fused_cross_entropy import FusedLossHead
-from dtrain.models.kernels.lora_linear import SharedInputGroup, is_supported_linear
+from dtrain.models.kernels import compiled, native
+from dtrain.models.kernels.elementwise import mlp_forward, norm_forward, rms_norm, rotary, swiglu
+from dtrain.models.kernels.fused_cross_entropy import FusedLossHead, fused_cross_entropy
+from dtrain.models.kernels.lora_linear import (
+    FrozenLinear,
+    LoraWeights,
+    SharedInputGroup,
+    is_supported_linear,
+    shared_input_linears,
+)
 from dtrain.models.kernels.output_probe import OutputProbe
 from dtrain.models.kernels.same_program import runs_its_class, same_program
+
+TOKENS = (77, 2)  # torch may specialize small sizes
+WIDTH, INNER, VOCABULARY, RANK = (
+    64,
+    96,
+    160,
+    8,
+)  # torch would treat equal sizes as one
+
+Draw = Callable[..., Tensor]
+
+
+def compile_ahead(device: torch.device, dtype: torch.dtype, *, trains_base: bool) -> None:
+    """Run forward and backward of every compiled kernel on small random tensors.
+
+    Args:
+        dtype: the dtype that the model computes in.
+        trains_base: whether the base's own weights train.
+    """
+    if not compiled.should_compile(torch.empty(2, 2, device=device)):
+        return
+
+    def draw(*shape: int, trains: bool = True) -> Tensor:
+        return torch.rand(shape, device=device, dtype=dtype).requires_grad_(trains)
+
+    def weight(*shape: int) -> Tensor:
+        return nn.Parameter(draw(*shape, trains=False), requires_grad=trains_base)
+
+    for tokens in TOKENS:
+        for trains in (False, True):  # no gradient reaches the norm before the first adapter
+            _norm(tokens, lambda *shape, trains=trains: draw(*shape, trains=trains), weight)
+        _mlp(tokens, draw)
+        _loss(tokens, draw, weight)
+        _dropout(tokens, draw)
+
+
+def _norm(tokens: int, draw: Draw, weight: Draw) -> None:
+    result = rms_norm(draw(1, tokens, WIDTH), weight(WIDTH), 1e-5)
+    if result.requires_grad:
+        result.backward(torch.ones_like(result))
+
+
+def _mlp(tokens: int, draw: Draw) -> None:
+    result = swiglu(draw(1, tokens, INNER), draw(1, tokens, INNER))
+    result.backward(torch.ones_like(result))
+
+
+def _loss(tokens: int, draw: Draw, weight: Draw) -> None:
+    hidden = draw(tokens, WIDTH)
+    targets = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
+    fused_cross_entropy(hidden, weight(VOCABULARY, WIDTH), None, targets)[0].backward()
+
+
+def _dropout(tokens: int, draw: Draw) -> None:
+    """An adapter with dropout, whose input is recomputed in backward."""
+    gain = nn.Parameter(draw(WIDTH).detach(), requires_grad=False)
+    x = rms_norm(draw(1, tokens, WIDTH), gain, 1e-5)
+    adapter = LoraWeights(draw(RANK, WIDTH), draw(INNER, RANK), 1.0, 1.25)
+    layer = FrozenLinear(draw(INNER, WIDTH).detach(), adapter=adapter)
+    kept = torch.ones_like(x, dtype=torch.bool)
+    (result,) = shared_input_linears(x, [layer], [kept])
+    result.backward(torch.ones_like(result))
+
 
 # Children that a module calls one after the other with the same input.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

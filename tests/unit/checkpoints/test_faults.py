@@ -198,7 +198,7 @@ def test_nan_in_a_shard_with_valid_hashes_is_refused(
 ) -> None:
     whole = kit.whole(1)
     whole["layers.0.b"]["weight"][120] = float("nan")
-    monkeypatch.setattr("dtrain.checkpoints.shard_file.is_finite", lambda tensor: True)
+    monkeypatch.setattr("dtrain.checkpoints.shard_file.all_finite", lambda tensor: True)
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
     saver.save(1, kit.pieces(whole, 0, 1), {})
     saver.wait()

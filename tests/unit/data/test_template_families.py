@@ -10,8 +10,7 @@ from dtrain.core.errors import UserError
 from dtrain.data.assistant_spans import render_answers
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.conversations import Conversation
-from dtrain.data.end_of_turn import end_of_turn
-from dtrain.data.light_template import LightTemplate
+from dtrain.data.end_of_turn import LightTemplate, end_of_turn
 
 FAMILIES = Path(__file__).with_name("templates")
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
 from dtrain.methods.base import build_method
-from dtrain.models.tensor_utils import parameter_counts
+from dtrain.models.load import parameter_counts
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
 

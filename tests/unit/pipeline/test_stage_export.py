@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.pipeline.stage_export import _file_state, merge_on_ranks
+from dtrain.pipeline.stage_model import _file_state, merge_on_ranks
 
 LOCKS = "merge.locks"
 HOLDS = """

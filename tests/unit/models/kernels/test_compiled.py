@@ -17,8 +17,7 @@ from dtrain.data.loader import MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import compiled, elementwise, fused_cross_entropy
-from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.kernels.warm_up import compile_ahead
+from dtrain.models.kernels.patch import compile_ahead, patch_modules
 from dtrain.models.loss import target_losses
 
 TOKENS, WIDTH, VOCABULARY = 7, 64, 96
