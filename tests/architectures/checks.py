@@ -42,18 +42,18 @@ class Row:
     measures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def fault(self, what: str, detail: object = "") -> None:
+    def fault(self, name: str, detail: object = "") -> None:
         self.outcome = "fault"
-        if what not in self.faults:
-            self.faults.append(what)
+        if name not in self.faults:
+            self.faults.append(name)
         if detail != "":
-            self.measures[what] = str(detail)
+            self.measures[name] = str(detail)
 
-    def close(self, what: str, difference: float, tolerance: float) -> None:
+    def close(self, name: str, difference: float, tolerance: float) -> None:
         """Note a difference; one above the tolerance is a fault."""
-        self.measures[what] = float(f"{difference:.1e}")
+        self.measures[name] = float(f"{difference:.1e}")
         if not difference <= tolerance:
-            self.fault(f"{what} differ")
+            self.fault(f"{name} differ")
 
 
 class Checks:
@@ -134,12 +134,12 @@ class Checks:
     def without_folder(self, text: str) -> str:
         return text.replace(f"{self.folder}/", "").replace("base/config.json: ", "")
 
-    def attempt(self, what: str, check: Callable[[], None]) -> None:
-        """A check whose own failure is a fault to look at."""
+    def attempt(self, name: str, check: Callable[[], None]) -> None:
+        """Run a check; an exception in it is recorded as a fault."""
         try:
             check()
         except RuntimeError as error:
-            self.row.fault(f"{what} fails", error)
+            self.row.fault(f"{name} fails", error)
 
     def compute(self, name: str, work: Callable[[], Any]) -> Any:
         return forks.call(work, self.folder / f"{name}.log", SECONDS)
@@ -150,27 +150,27 @@ class Checks:
 
         def differences() -> dict[str, Any]:
             model = reference.adapted(self.base, adapter, self.case.dtype, quantized=quantized)
-            found: dict[str, Any] = {"keys": reference.key_differences(model, adapter)}
-            found["experts"] = reference.unadapted_experts(model)
+            facts: dict[str, Any] = {"keys": reference.key_differences(model, adapter)}
+            facts["experts"] = reference.unadapted_experts(model)
             ids = noted[0]["steps"][0][0]["ids"][:20]
-            found["later"] = reference.sees_later_tokens(model, ids)
-            return found | reference.step_differences(model, noted)
+            facts["later"] = reference.sees_later_tokens(model, ids)
+            return facts | reference.step_differences(model, noted)
 
-        found = self.compute(f"step-{name}", differences)
+        facts = self.compute(f"step-{name}", differences)
         row, prefix = self.row, f"{name} " if name else ""
-        row.close(f"{prefix}losses and documents alone", found["losses"], self.tolerance)
-        row.close(f"{prefix}gradients and documents alone", found["gradients"], self.tolerance)
+        row.close(f"{prefix}losses and documents alone", facts["losses"], self.tolerance)
+        row.close(f"{prefix}gradients and documents alone", facts["gradients"], self.tolerance)
         if name:
             return
-        row.notes.append("packed" if found["packed"] > 1 else "one document a sequence")
-        if found["later"] > 1e-3:
-            row.fault("not causal: tokens see later ones", f"{found['later']:.1e}")
-        if found["keys"]:
-            row.fault("adapter names are not PEFT's", found["keys"][:4])
-        if found["idle"]:
-            row.fault("adapters without gradient", found["idle"])
-        if found["experts"]:
-            row.fault("experts silently left out", found["experts"][:2])
+        row.notes.append("packed" if facts["packed"] > 1 else "one document a sequence")
+        if facts["later"] > 1e-3:
+            row.fault("not causal: tokens see later ones", f"{facts['later']:.1e}")
+        if facts["keys"]:
+            row.fault("adapter names are not PEFT's", facts["keys"][:4])
+        if facts["idle"]:
+            row.fault("adapters without gradient", facts["idle"])
+        if facts["experts"]:
+            row.fault("experts silently left out", facts["experts"][:2])
 
     def results(self, chain: runs.Run, *, name: str = "", quantized: bool = False) -> None:
         """Each stage's merged model against its adapter on its base."""
@@ -181,34 +181,34 @@ class Checks:
                 continue
 
             def difference(base: Path = base, folder: Path = folder) -> float:
-                one = reference.adapted(
+                adapted = reference.adapted(
                     base, folder / "adapter", self.case.dtype, quantized=quantized
                 )
-                other = reference.plain(folder / "merged", self.case.dtype)
+                plain = reference.plain(folder / "merged", self.case.dtype)
                 generator = torch.Generator().manual_seed(0)
                 texts = [
                     torch.randint(4, 365, (length,), generator=generator) for length in (7, 45, 100)
                 ]
-                return reference.output_difference(one, other, texts)
+                return reference.output_difference(adapted, plain, texts)
 
-            what = f"{name}{' ' if name else ''}{stage}: merged model and adapter on its base"
-            self.row.close(what, self.compute(f"merged-{name}{stage}", difference), self.tolerance)
+            title = f"{name}{' ' if name else ''}{stage}: merged model and adapter on its base"
+            self.row.close(title, self.compute(f"merged-{name}{stage}", difference), self.tolerance)
             base = folder / "merged"
 
     def same_losses(
         self, name: str, chain: runs.Run, overrides: tuple[str, ...], ranks: int = 1
     ) -> runs.Run:
         """Another way to the same numbers; what it refuses is noted."""
-        other = self.run(slug(name), overrides, ranks, stages=1)
-        if other.refusal:
-            self.row.notes.append(f"{name}: refused: {self.without_folder(other.refusal)}")
-            if other.records():
+        result = self.run(slug(name), overrides, ranks, stages=1)
+        if result.refusal:
+            self.row.notes.append(f"{name}: refused: {self.without_folder(result.refusal)}")
+            if result.records():
                 self.row.fault(f"{name}: refused after training")
-        elif other.crash:
-            self.row.fault(f"{name}: crash", other.crash)
+        elif result.crash:
+            self.row.fault(f"{name}: crash", result.crash)
         else:
-            self.row.close(f"{name}: losses", far(chain.losses(), other.losses()), self.tolerance)
-        return other
+            self.row.close(f"{name}: losses", far(chain.losses(), result.losses()), self.tolerance)
+        return result
 
     def qlora(self) -> None:
         """Over NF4: every target is held in it under every engine, or the run is refused."""
@@ -224,12 +224,12 @@ class Checks:
         for engine in ("fsdp2", "zero3"):
             name = f"qlora {engine}"
             if first.refusal:
-                other = self.run(slug(name), (*QLORA, f"engine.kind={engine}"), 2, stages=1)
-                if not other.refusal:
-                    self.row.fault(f"{name}: runs where ddp refuses", other.crash)
+                result = self.run(slug(name), (*QLORA, f"engine.kind={engine}"), 2, stages=1)
+                if not result.refusal:
+                    self.row.fault(f"{name}: runs where ddp refuses", result.crash)
             elif not first.crash:
-                other = self.same_losses(name, first, (*QLORA, f"engine.kind={engine}"), ranks=2)
-                self.quantized(name, other)
+                result = self.same_losses(name, first, (*QLORA, f"engine.kind={engine}"), ranks=2)
+                self.quantized(name, result)
 
     def quantized(self, name: str, run: runs.Run) -> None:
         for rank in run.observed():
@@ -260,11 +260,11 @@ class Checks:
         self.attempt("full", check)
 
 
-def far(expected: list[float], found: list[float]) -> float:
+def far(expected: list[float], actual: list[float]) -> float:
     """Greatest relative difference; infinite where a step is missing."""
-    if len(expected) != len(found) or not expected:
+    if len(expected) != len(actual) or not expected:
         return float("inf")
-    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found, strict=True))
+    return max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, actual, strict=True))
 
 
 def slug(name: str) -> str:

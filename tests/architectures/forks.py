@@ -99,7 +99,7 @@ def start_ranks(work: Callable[[], int], ranks: int, log: Path) -> list[Child]:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

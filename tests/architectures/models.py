@@ -206,9 +206,9 @@ class Case:
     def attention(self) -> str:
         return self._after("%", "auto")
 
-    def _after(self, mark: str, default: str) -> str:
-        found = re.search(f"{mark}([a-z0-9_]+)", self.name)
-        return found.group(1) if found else default
+    def _after(self, prefix: str, default: str) -> str:
+        match = re.search(f"{prefix}([a-z0-9_]+)", self.name)
+        return match.group(1) if match else default
 
 
 def all_cases() -> list[Case]:
@@ -244,7 +244,7 @@ def _shrunk(content: dict[str, Any]) -> dict[str, Any]:
             kind = {"model_type": value["model_type"]} if value.get("model_type") else {}
             result[key] = _shrunk(value) | kind
         elif isinstance(value, list) and len(value) == layers and layers > few:
-            result[key] = [_small_or_same(key, one) for one in _covering(value, few)]
+            result[key] = [_small_or_same(key, item) for item in _covering(value, few)]
         elif isinstance(value, int) and not isinstance(value, bool):
             small = few if key in LAYER_COUNTS and value > few else _small(key, value)
             if small is not None:
@@ -252,8 +252,8 @@ def _shrunk(content: dict[str, Any]) -> dict[str, Any]:
         elif value is None and key in WHERE_NONE:
             result[key] = WHERE_NONE[key]
     if "kv_lora_rank" in content:  # latent attention: a key for each query, a small rotated part
-        own = {"num_key_value_heads": HEADS, "head_dim": HEAD_SIZE // 2}
-        result |= {key: value for key, value in own.items() if key in content}
+        head_settings = {"num_key_value_heads": HEADS, "head_dim": HEAD_SIZE // 2}
+        result |= {key: value for key, value in head_settings.items() if key in content}
     return result
 
 

@@ -25,19 +25,19 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     Its attention is transformers' own choice (Falcon's eager adds its alibi twice), but eager where
     scores are capped, which sdpa leaves out.
     """
-    own = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     config = AutoConfig.from_pretrained(folder).get_text_config()
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=own,
-        bnb_4bit_compute_dtype=own,
+        bnb_4bit_quant_storage=torch_dtype,
+        bnb_4bit_compute_dtype=torch_dtype,
     )
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=own,
+        dtype=torch_dtype,
         attn_implementation="eager" if is_capped else None,
         quantization_config=nf4 if quantized else None,
         device_map={"": "cpu"} if quantized else None,
@@ -66,9 +66,9 @@ def documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     start = 0
     for length in batch["documents"]:
         inside = (batch["target_positions"] >= start) & (batch["target_positions"] < start + length)
-        places = batch["target_positions"][inside] - start
+        positions = batch["target_positions"][inside] - start
         ids = batch["ids"][start : start + length]
-        yield ids, places, batch["targets"][inside], batch["losses"][inside]
+        yield ids, positions, batch["targets"][inside], batch["losses"][inside]
         start += length
 
 
@@ -80,11 +80,11 @@ def forget_longest(model: nn.Module) -> None:
             module.inv_freq = module.original_inv_freq.clone()
 
 
-def losses_alone(model: nn.Module, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+def losses_alone(model: nn.Module, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of a document's targets, in float32."""
     forget_longest(model)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    return cross_entropy(logits[places].float(), targets, reduction="none")
+    return cross_entropy(logits[positions].float(), targets, reduction="none")
 
 
 def step_differences(model: nn.Module, ranks: list[dict[str, Any]]) -> dict[str, float]:
@@ -96,26 +96,28 @@ def step_differences(model: nn.Module, ranks: list[dict[str, Any]]) -> dict[str,
         packed: most documents of a micro-batch; idle: adapters whose B has no gradient.
     """
     weights, gradients = ranks[0]["weights"], ranks[0]["gradients"]
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad or name in weights}
+    trainable = {
+        name: p for name, p in model.named_parameters() if p.requires_grad or name in weights
+    }
     with torch.no_grad():
         for name, value in weights.items():
-            own[name].copy_(value)
-            own[name].requires_grad_(True)
+            trainable[name].copy_(value)
+            trainable[name].requires_grad_(True)
     batches = [batch for rank in ranks for batch in rank["steps"][-1]]
     learned = sum(len(batch["targets"]) for batch in batches)
     worst, scale, packed = 0.0, 1.0, 0
     for batch in batches:
         packed = max(packed, len(batch["documents"]))
-        for ids, places, targets, found in documents(batch):
+        for ids, positions, targets, document_losses in documents(batch):
             if not len(targets):
                 continue
-            losses = losses_alone(model, ids, places, targets)
+            losses = losses_alone(model, ids, positions, targets)
             (losses.sum() / learned).backward()
-            worst = max(worst, float((losses.detach() - found).abs().max()))
+            worst = max(worst, float((losses.detach() - document_losses).abs().max()))
             scale = max(scale, float(losses.detach().abs().max()))
     far, largest = 0.0, 0.0
     for name, gradient in gradients.items():
-        expected = own[name].grad
+        expected = trainable[name].grad
         expected = torch.zeros_like(gradient) if expected is None else expected
         far = max(far, float((gradient - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
@@ -140,14 +142,14 @@ def unadapted_experts(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def output_difference(one: nn.Module, other: nn.Module, texts: list[Tensor]) -> float:
+def output_difference(left: nn.Module, right: nn.Module, texts: list[Tensor]) -> float:
     """Greatest difference of two models' logits, relative to the greatest logit (at least 1)."""
     worst, scale = 0.0, 1.0
     for ids in texts:
-        forget_longest(one)
-        forget_longest(other)
-        first = one(input_ids=ids[None], use_cache=False).logits.float()
-        second = other(input_ids=ids[None], use_cache=False).logits.float()
+        forget_longest(left)
+        forget_longest(right)
+        first = left(input_ids=ids[None], use_cache=False).logits.float()
+        second = right(input_ids=ids[None], use_cache=False).logits.float()
         worst = max(worst, float((first - second).abs().max()))
         scale = max(scale, float(first.abs().max()))
     return worst / scale if math.isfinite(worst) else math.inf
@@ -179,8 +181,8 @@ def full_losses(
         batches = [batch for rank in ranks for batch in rank["steps"][number]]
         learned, total = sum(len(batch["targets"]) for batch in batches), 0.0
         for batch in batches:
-            for ids, places, targets, _ in documents(batch):
-                loss = losses_alone(model, ids, places, targets).sum() / learned
+            for ids, positions, targets, _ in documents(batch):
+                loss = losses_alone(model, ids, positions, targets).sum() / learned
                 loss.backward()
                 total += float(loss.detach())
         losses.append(total)

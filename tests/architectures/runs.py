@@ -80,7 +80,7 @@ class Run:
         return f"status {self.status}: {last[:200]}"
 
     def records(self, stage: str = "domain") -> list[dict[str, Any]]:
-        """A stage's lines of metrics.jsonl that tell of a step."""
+        """The lines of a stage's metrics.jsonl that describe a step."""
         path = self.folder / stage / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [record for line in lines if "loss" in (record := json.loads(line))]
@@ -95,8 +95,8 @@ class Run:
 
     def said(self, start: str) -> str:
         """The rest of the first line that begins so."""
-        found = (line for line in self.output.splitlines() if line.startswith(start))
-        return next(found, "").removeprefix(start).strip()
+        lines = (line for line in self.output.splitlines() if line.startswith(start))
+        return next(lines, "").removeprefix(start).strip()
 
 
 def reason_of(output: str) -> str:
@@ -152,7 +152,7 @@ def severity(status: int) -> int:
 
 
 def rank_of_run(recipe: Path, overrides: list[str], noted: Path) -> int:
-    """One rank: what `dtrain run` looks at first, then the worker."""
+    """One rank: the checks of `dtrain run`, then the worker."""
     from dtrain.core.errors import UserError
 
     try:
@@ -216,10 +216,10 @@ def observe(noted: Path) -> None:
 
 def base_layers(model: torch.nn.Module) -> dict[str, str]:
     """The class of the layer under each adapter; it shows NF4 that was never quantized."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
             empty = hasattr(base, "quant_state") and base.quant_state is None
-            found[name] = type(base).__name__ + (" without state" if empty else "")
-    return found
+            layers[name] = type(base).__name__ + (" without state" if empty else "")
+    return layers

@@ -71,7 +71,7 @@ def tell_missing() -> int:
     """Whether table.txt has a line for every case; those of another transformers may stay."""
     names, known = {case.name for case in models.all_cases()}, set(read_table())
     if missing := " ".join(sorted(names - known)):
-        print(f"not in table.txt; look at what they get, then: {COMMAND} {missing}")
+        print(f"not in table.txt; check what they get, then: {COMMAND} {missing}")
     return int(not names <= known)
 
 
@@ -112,12 +112,12 @@ def parse() -> argparse.Namespace:
 
 def chosen(patterns: list[str]) -> list[models.Case]:
     """The cases that the patterns name."""
-    found = [
+    names = [
         c for c in models.all_cases() if not patterns or any(fnmatch(c.name, p) for p in patterns)
     ]
-    if not found:
+    if not names:
         sys.exit(f"no case is named {', '.join(patterns)}")
-    return found
+    return names
 
 
 def rows_of(cases: list[models.Case], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -176,7 +176,7 @@ def regression(line: str | None, row: dict[str, Any]) -> str:
     """What is worse than the table says; empty if nothing is."""
     name = row["case"]
     if line is None:
-        return f"{name} is not in table.txt; look at what it gets, then: {COMMAND} {name}"
+        return f"{name} is not in table.txt; check what it gets, then: {COMMAND} {name}"
     before = line.split()[1]
     new = [fault for fault in row["faults"] if fault not in line]
     if ORDER[row["outcome"]] > ORDER[before] or new:

@@ -65,7 +65,7 @@ def built(kind: str) -> Any:
 
 
 @cache
-def found() -> dict[str, list[str]]:
+def replaced_kernels() -> dict[str, list[str]]:
     """Kinds of kernels by model type, of the types that can be built."""
     models = ((kind, built(kind)) for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     each = ((kind, patch_modules(model)) for kind, model in models if model is not None)
@@ -80,10 +80,10 @@ def committed() -> dict[str, list[str]]:
 
 def test_no_model_type_loses_a_kernel() -> None:
     if "DTRAIN_WRITE_GOLDEN" in os.environ:
-        rows = committed() | found()
+        rows = committed() | replaced_kernels()
         lines = (f"{kind}: {', '.join(rows[kind]) or 'none'}" for kind in sorted(rows))
         TABLE.write_text("\n".join([HEAD, "", *lines]) + "\n")
-    now = found()
+    now = replaced_kernels()
     lost = {
         kind: sorted(missing)
         for kind, names in committed().items()
@@ -94,14 +94,14 @@ def test_no_model_type_loses_a_kernel() -> None:
 
 
 def test_table_has_every_buildable_model_type() -> None:
-    assert found().keys() <= committed().keys(), "write the table again"
+    assert replaced_kernels().keys() <= committed().keys(), "write the table again"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "smollm3", "internlm3", "cwm"])
 def test_copies_of_llama_get_every_kernel(kind: str) -> None:
-    assert found()[kind] == list(KINDS)
+    assert replaced_kernels()[kind] == list(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "phi3", "olmo2", "granite", "cohere"])
 def test_other_models_get_the_chunked_loss(kind: str) -> None:
-    assert "chunked loss" in found()[kind]
+    assert "chunked loss" in replaced_kernels()[kind]

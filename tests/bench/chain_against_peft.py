@@ -58,11 +58,11 @@ def main(folder: Path) -> None:
 
     logits, tokens = said(plain(run.merged(stages[-1])), ids)
 
-    def against(what: str, model: torch.nn.Module) -> None:
-        own, own_tokens = said(model.eval(), ids)
-        same = "equal" if own_tokens == tokens else "OTHER"
-        apart, new = float((own - logits).abs().max()), len(own_tokens) - ids.shape[1]
-        print(f"{what}: logits {apart:.2e} apart, {new} greedy tokens {same}", flush=True)
+    def against(title: str, model: torch.nn.Module) -> None:
+        base_logits, base_tokens = said(model.eval(), ids)
+        same = "equal" if base_tokens == tokens else "OTHER"
+        apart, new = float((base_logits - logits).abs().max()), len(base_tokens) - ids.shape[1]
+        print(f"{title}: logits {apart:.2e} apart, {new} greedy tokens {same}", flush=True)
 
     stacked = PeftModel.from_pretrained(plain(run.base), adapters[0], "a0")
     stacked.load_adapter(adapters[1], "a1")
@@ -70,14 +70,14 @@ def main(folder: Path) -> None:
     against("base + stack", stacked)
     del stacked
     against("base alone", plain(run.base))
-    with tempfile.TemporaryDirectory() as place:
-        exact = combine_adapters(*adapters, Path(place) / "exact")
+    with tempfile.TemporaryDirectory() as temporary:
+        exact = combine_adapters(*adapters, Path(temporary) / "exact")
         sizes = [None, exact.rank * 4 // 5, exact.rank // 2, exact.rank // 5]
         for rank in sizes:
-            out = Path(place) / f"r{rank}"
-            made = combine_adapters(*adapters, out, rank=rank)
-            what = f"combined, rank {made.rank}, error {made.error:.2e}"
-            against(what, PeftModel.from_pretrained(plain(run.base), out))
+            out = Path(temporary) / f"r{rank}"
+            combined = combine_adapters(*adapters, out, rank=rank)
+            title = f"combined, rank {combined.rank}, error {combined.error:.2e}"
+            against(title, PeftModel.from_pretrained(plain(run.base), out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a checkpoint at every step costs, on the quickstart's model and data.
+"""Cost of a checkpoint at every step, on the quickstart's model and data.
 
     python tests/bench/checkpoint_cost.py [--blocks 3] [--steps 8] [--ranks 2] [OVERRIDE ...]
 
@@ -45,36 +45,36 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace, phase: int) -> dict[str, float]:
     """One run: saves in the first block of each pair (phase 0), or in the second."""
-    place = Path(tempfile.mkdtemp(prefix="dtrain-cost-"))
+    folder = Path(tempfile.mkdtemp(prefix="dtrain-cost-"))
     steps = arguments.steps * (2 * arguments.blocks + 1) + 1
     command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
     command += [f"--nproc-per-node={arguments.ranks}", __file__, "--rank"]
-    overrides = ["quickstart", *arguments.overrides, f"output.folder={place}/run"]
+    overrides = ["quickstart", *arguments.overrides, f"output.folder={folder}/run"]
     overrides += ["evaluation={sets: {}}", "stages.domain.train.checkpoint_every_steps=1"]
     overrides += [f"stages.domain.train.steps={steps}", "output.merge=false"]
-    times = {"DTRAIN_BENCH": f"{place}/times", "DTRAIN_BENCH_STEPS": str(arguments.steps)}
+    times = {"DTRAIN_BENCH": f"{folder}/times", "DTRAIN_BENCH_STEPS": str(arguments.steps)}
     paths = {"PYTHONPATH": str(ROOT), "DTRAIN_BENCH_PHASE": str(phase)}
     done = subprocess.run([*command, *overrides], env={**os.environ, **times, **paths})
     assert done.returncode == 75, done.returncode
-    return tell(place, arguments.steps, phase)
+    return report_costs(folder, arguments.steps, phase)
 
 
-def tell(place: Path, block: int, phase: int) -> dict[str, float]:
-    """Medians from the marks of all ranks, one at each step's end."""
-    files = sorted(place.glob("times-*"))
-    marks = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    wall = [mark["wall"] for mark in marks[0]]
-    cpu = [sum(mark["cpu"] for mark in row) for row in zip(*marks, strict=True)]
+def report_costs(folder: Path, block: int, phase: int) -> dict[str, float]:
+    """Medians from the records of all ranks, one at the end of each step."""
+    files = sorted(folder.glob("times-*"))
+    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    wall = [record["wall"] for record in records[0]]
+    cpu = [sum(record["cpu"] for record in row) for row in zip(*records, strict=True)]
     kept = {}
     for name, series in (("wall", wall), ("cpu", cpu)):
         ends = series[block - 1 :: block]  # the first block warms up
         spans = [b - a for a, b in pairwise(ends)]
         saving, plain = spans[phase::2], spans[1 - phase :: 2]
         ratios = [p / s for s, p in zip(saving, plain, strict=True)]
-        told = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        ratios_text = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         print(
             f"{name}: a step with a save {median(saving) / block:.3f} s, without "
-            f"{median(plain) / block:.3f} s; speed kept by pairs: {told}",
+            f"{median(plain) / block:.3f} s; speed kept by pairs: {ratios_text}",
             flush=True,
         )
         kept[name] = median(ratios)
@@ -82,7 +82,7 @@ def tell(place: Path, block: int, phase: int) -> dict[str, float]:
 
 
 def rank(argv: list[str]) -> int:
-    """One rank: the run itself, with saves in every other block, and a mark after each step."""
+    """One rank: the run itself, with saves in every other block, and a record after each step."""
     from dtrain import train
     from dtrain.training import checkpointer, trainer
 
@@ -102,14 +102,14 @@ def rank(argv: list[str]) -> int:
 
     def train_step(inputs: Any, step: int, *args: Any, **named: Any) -> Any:
         if step:
-            mark(step)
+            write_record(step)
         if step == inputs.loader.steps - 2:
             inputs.stop = SimpleNamespace(
                 is_set=lambda *_: True
             )  # with the next step, the stage's last
         return plain_train_step(inputs, step, *args, **named)
 
-    def mark(step: int) -> None:
+    def write_record(step: int) -> None:
         if saves(step) and step % block == 0:
             savers[0].wait_for_save()
         with open(path, "a", encoding="utf-8") as file:

@@ -35,28 +35,28 @@ LOOK_EVERY = 0.01  # seconds
 
 def main(pairs: int = 5) -> None:
     imports(pairs)
-    with tempfile.TemporaryDirectory() as place:
-        show("tiny", [way("tiny", Path(place) / f"tiny-{n}") for n in range(pairs + 1)][1:])
-        run = Path(place) / "quickstart"
-        way("quickstart", run)  # data and model are made, the base is measured
-        found = [(way("quickstart", run), bare()) for _ in range(pairs)]
-        show("quickstart, again", [ours for ours, _ in found])
-        seconds = median(theirs for _, theirs in found)
-        ratio = median(ours["first step"] / theirs for ours, theirs in found)
+    with tempfile.TemporaryDirectory() as folder:
+        show("tiny", [time_run("tiny", Path(folder) / f"tiny-{n}") for n in range(pairs + 1)][1:])
+        run = Path(folder) / "quickstart"
+        time_run("quickstart", run)  # data and model are made, the base is measured
+        timings = [(time_run("quickstart", run), bare()) for _ in range(pairs)]
+        show("quickstart, again", [ours for ours, _ in timings])
+        seconds = median(theirs for _, theirs in timings)
+        ratio = median(ours["first step"] / theirs for ours, theirs in timings)
         print(f"imports and model alone {seconds:.2f} s: {ratio:.2f}x")
 
 
 def imports(pairs: int) -> None:
     """CPU of what a worker imports against that of TRL's trainer, in alternating runs."""
-    cpu_seconds(WORKER), cpu_seconds(TRL)  # from now on all of it lies in memory
-    found = [(cpu_seconds(WORKER), cpu_seconds(TRL)) for _ in range(pairs)]
-    worker, trl = (median(times) for times in zip(*found, strict=True))
-    ratio = median(a / b for a, b in found)
+    cpu_seconds(WORKER), cpu_seconds(TRL)  # warms the page cache
+    timings = [(cpu_seconds(WORKER), cpu_seconds(TRL)) for _ in range(pairs)]
+    worker, trl = (median(times) for times in zip(*timings, strict=True))
+    ratio = median(a / b for a, b in timings)
     print(f"imports of a worker {worker:.2f} CPU s, of TRL's trainer {trl:.2f}: {ratio:.2f}x")
 
 
 def cpu_seconds(program: str) -> float:
-    """Of a Python that runs `program`."""
+    """CPU seconds of a Python that runs `program`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -75,7 +75,7 @@ def bare() -> float:
     return time.time() - started
 
 
-def way(recipe: str, run: Path) -> dict[str, float]:
+def time_run(recipe: str, run: Path) -> dict[str, float]:
     """Seconds from the command to each mark on the way to the first step; the run is then killed.
 
     Nothing was saved by then, so the same command starts at the same step again.
@@ -91,9 +91,9 @@ def way(recipe: str, run: Path) -> dict[str, float]:
         marks = {}
         while not (metrics.exists() and metrics.read_text().endswith("\n")):
             assert process.poll() is None, log.read_text()[-2000:]
-            for text, mark in (("stage domain", "base loaded"), ("rows of", "engine built")):
-                if mark not in marks and text in log.read_text():
-                    marks[mark] = time.time() - started
+            for text, event in (("stage domain", "base loaded"), ("rows of", "engine built")):
+                if event not in marks and text in log.read_text():
+                    marks[event] = time.time() - started
             time.sleep(LOOK_EVERY)
     line = json.loads(metrics.read_text().splitlines()[0])
     first = metrics.stat().st_mtime - started - sum(line["seconds"].values())
@@ -110,10 +110,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def show(name: str, found: list[dict[str, float]]) -> None:
+def show(name: str, timings: list[dict[str, float]]) -> None:
     """The medians of some starts."""
-    told = ", ".join(f"{mark} {median(one[mark] for one in found):.2f}" for mark in found[0])
-    print(f"{name}, seconds after the command: {told}")
+    text = ", ".join(
+        f"{event} {median(timing[event] for timing in timings):.2f}" for event in timings[0]
+    )
+    print(f"{name}, seconds after the command: {text}")
 
 
 if __name__ == "__main__":

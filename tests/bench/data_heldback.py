@@ -440,17 +440,17 @@ def measure(rows: int, seed: int, folder: Path) -> Iterator[tuple[str, float, fl
                 flagged[kind].add(result.location(row))
     for kind in sorted({k for k in truth.values() if k}):
         planted_at = {location for location, planted_kind in truth.items() if planted_kind == kind}
-        found = flagged[names.get(kind, kind)]
-        correct = len(planted_at & found)
+        flagged_rows = flagged[names.get(kind, kind)]
+        correct = len(planted_at & flagged_rows)
         yield (
             kind,
-            correct / max(len(found), 1),
+            correct / max(len(flagged_rows), 1),
             correct / len(planted_at),
             [
-                *(f"missed {p}" for p in sorted(planted_at - found)[:4]),
+                *(f"missed {p}" for p in sorted(planted_at - flagged_rows)[:4]),
                 *(
                     f"wrong {p} ({truth.get(p) or 'nothing'})"
-                    for p in sorted(found - planted_at)[:4]
+                    for p in sorted(flagged_rows - planted_at)[:4]
                 ),
             ],
         )

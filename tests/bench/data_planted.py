@@ -202,13 +202,16 @@ def measure(rows: int, folder: Path) -> dict[str, tuple[float, float]]:
     scores = {}
     for kind, lines in truth.items():
         if kind == "broken":
-            found = set(range(1, rows + 1)) - {line_number(row) for row in range(result.rows)}
+            removed = set(range(1, rows + 1)) - {line_number(row) for row in range(result.rows)}
         else:
             flagged = np.flatnonzero(result.has_finding(kind)).tolist()
-            found = {line_number(row) for row in flagged}
-        scores[kind] = (len(found & lines) / max(len(found), 1), len(found & lines) / len(lines))
+            removed = {line_number(row) for row in flagged}
+        scores[kind] = (
+            len(removed & lines) / max(len(removed), 1),
+            len(removed & lines) / len(lines),
+        )
         if "-v" in sys.argv:
-            for line in sorted(found - lines)[:3]:
+            for line in sorted(removed - lines)[:3]:
                 wrong = next((k for k, v in truth.items() if line in v), "none")
                 print("not", kind, "but", wrong, texts[line - 1][:300])
     return scores

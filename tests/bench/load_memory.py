@@ -1,9 +1,9 @@
-"""What loading a base costs: host memory of a rank, and bytes that a node reads.
+"""Cost of loading a base: host memory of a rank, and bytes that a node reads.
 
     python tests/bench/load_memory.py [--gigabytes 1] [--ranks 2 4]
         [--kinds fsdp2 zero3 nf4 plain plain-nf4]
 
-A random bfloat16 model, out of the page cache at each start. `plain` is transformers'
+A random bfloat16 model, not in the page cache at each start. `plain` is transformers'
 from_pretrained on every rank, each parameter then read once, since it only maps the files;
 `plain-nf4` the same in 4 bits; `nf4` is ddp over a base in 4 bits. Memory is anonymous, over that
 of the imports; bytes are those that the ranks' reads brought from the disk, all ranks together.
@@ -43,7 +43,7 @@ KINDS = ["fsdp2", "zero3", "nf4", "plain", "plain-nf4"]
 
 
 def main() -> None:
-    """Start ranks of each kind; print what they tell."""
+    """Start ranks of each kind; print their reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
@@ -52,36 +52,38 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rank:
         return rank(Path(arguments.rank[0]), arguments.rank[1])
-    place = Path(tempfile.mkdtemp(prefix="dtrain-load-"))
-    size = make_model(place / "base", arguments.gigabytes, 400_000_000)
-    whole = json.loads((place / "base" / "config.json").read_text())
+    folder = Path(tempfile.mkdtemp(prefix="dtrain-load-"))
+    size = make_model(folder / "base", arguments.gigabytes, 400_000_000)
+    whole = json.loads((folder / "base" / "config.json").read_text())
     layer = 2 * sum(a * b for a, b in layer_shapes(whole).values())
     print(f"{size / 1e9:.2f} GB, a layer {layer / 1e6:.0f} MB")
     try:
         for ranks in arguments.ranks:
             for kind in arguments.kinds:
-                told = start(place / "base", kind, ranks)
-                tell(kind, ranks, size, layer, told)
+                reports = start(folder / "base", kind, ranks)
+                print_result(kind, ranks, size, layer, reports)
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
 
 
-def tell(kind: str, ranks: int, size: int, layer: int, told: list[dict[str, float]]) -> None:
+def print_result(
+    kind: str, ranks: int, size: int, layer: int, reports: list[dict[str, float]]
+) -> None:
     """One line: the worst rank's memory against what it keeps, and the node's bytes."""
-    worst = max(told, key=lambda one: one["peak"] - one["kept"])
+    worst = max(reports, key=lambda report: report["peak"] - report["kept"])
     over = worst["peak"] - worst["kept"] - layer
-    read = sum(one["read"] for one in told)
+    read = sum(report["read"] for report in reports)
     print(
         f"{kind:9} {ranks} ranks: keeps {worst['kept'] / 1e6:.0f} MB, peak "
         f"{worst['peak'] / 1e6:.0f} MB, over share and a layer {over / 1e6:.0f} MB "
         f"({'within' if over <= ALLOWED_BYTES else 'above'} 300); "
-        f"node reads {read / size:.2f}x; {max(one['seconds'] for one in told):.1f} s",
+        f"node reads {read / size:.2f}x; {max(report['seconds'] for report in reports):.1f} s",
         flush=True,
     )
 
 
 def start(base: Path, kind: str, ranks: int) -> list[dict[str, float]]:
-    """Forget the files, start the ranks, and collect what they found."""
+    """Drop the files from the page cache, start the ranks, and collect their reports."""
     for path in base.glob("*.safetensors"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -89,13 +91,13 @@ def start(base: Path, kind: str, ranks: int) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "dtrain.torchrun", "--standalone"]
     command += [f"--nproc-per-node={ranks}", __file__, "--rank", str(base), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert len(lines) == ranks, done.stderr[-2000:]
-    return [json.loads(line.removeprefix("TOLD ")) for line in lines]
+    return [json.loads(line.removeprefix("REPORT ")) for line in lines]
 
 
 def rank(base: Path, kind: str) -> None:
-    """Load, and print what it cost."""
+    """Load, and print the cost."""
     world = start_world("cpu")
     watch = Peak()
     world.barrier()
@@ -107,8 +109,8 @@ def rank(base: Path, kind: str) -> None:
     kept = anonymous() - watch.imports
     world.barrier()
     watch.over = True
-    told = {"peak": watch.peak - watch.imports, "kept": kept, "read": read, "seconds": seconds}
-    os.write(1, f"TOLD {json.dumps(told)}\n".encode())  # at once: print may write the end apart
+    report = {"peak": watch.peak - watch.imports, "kept": kept, "read": read, "seconds": seconds}
+    os.write(1, f"REPORT {json.dumps(report)}\n".encode())  # at once: print may write the end apart
     world.barrier()
     del model
     end_world()
@@ -149,7 +151,7 @@ def anonymous() -> int:
 
 
 class Peak(threading.Thread):
-    """Looks at this process's memory every few milliseconds."""
+    """Samples this process's memory every few milliseconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -157,7 +159,7 @@ class Peak(threading.Thread):
         self.over = False
 
     def run(self) -> None:
-        """Until it is over."""
+        """Sample until stopped."""
         while not self.over:
             self.peak = max(self.peak, anonymous())
             time.sleep(0.005)

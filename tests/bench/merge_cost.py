@@ -1,14 +1,14 @@
-"""What a merge costs: memory, bytes, and wall time against a copy of the same folder.
+"""Cost of a merge: memory, bytes, and wall time against a copy of the same folder.
 
     python tests/bench/merge_cost.py [--gigabytes 1 4] [--rounds 3] [--rank 16] [--peft 1] [--cold]
         [--new-base]
 
 Random bfloat16 models, sharded; a LoRA adapter on every linear layer. Merges and copies
-(`cp`, then fsync of every file) take turns, and the ratio of each neighbouring pair is kept; with
+(`cp`, then fsync of every file) take turns, and the ratio of each neighboring pair is kept; with
 --cold the model is out of the page cache before each, as one that is larger than it. From the
 second merge on the base's hashes are remembered; with --new-base they never are. Bytes read
-are those beyond the imports and the adapter. PEFT's own way (load, merge_and_unload,
-save_pretrained) runs beside it where --peft names the size.
+are those beyond the imports and the adapter. For the sizes that --peft names, PEFT
+(load, merge_and_unload, save_pretrained) is measured too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 
 @dataclass
 class Cost:
-    """Of one process: wall seconds, CPU seconds, peak anonymous bytes, bytes read and written."""
+    """Wall and CPU seconds of a process, its peak anonymous bytes, and bytes read and written."""
 
     wall: float
     cpu: float
@@ -53,7 +53,7 @@ class Cost:
 
 
 def main() -> None:
-    """Make, measure, print, remove."""
+    """Generate, measure, print, remove."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,37 +64,38 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     for gigabytes in arguments.gigabytes:
-        place = Path(tempfile.mkdtemp(prefix="dtrain-merge-cost-", dir=arguments.folder))
+        folder = Path(tempfile.mkdtemp(prefix="dtrain-merge-cost-", dir=arguments.folder))
         try:
-            measure(place, gigabytes, arguments)
+            measure(folder, gigabytes, arguments)
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(folder)
 
 
-def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> None:
+def measure(folder: Path, gigabytes: float, arguments: argparse.Namespace) -> None:
     """All figures of one size."""
-    size = make_model(place / "base", gigabytes, SHARD_BYTES)
-    make_adapter(place / "adapter", gigabytes, arguments.rank)
-    inputs = [str(place / "base"), str(place / "adapter")]
-    command = [sys.executable, "-m", "dtrain", "merge", *inputs, str(place / "out")]
-    beside = watched([sys.executable, "-c", IMPORTS]).read
-    beside += (place / "adapter" / "adapter_model.safetensors").stat().st_size
+    size = make_model(folder / "base", gigabytes, SHARD_BYTES)
+    make_adapter(folder / "adapter", gigabytes, arguments.rank)
+    inputs = [str(folder / "base"), str(folder / "adapter")]
+    command = [sys.executable, "-m", "dtrain", "merge", *inputs, str(folder / "out")]
+    other_reads = watched([sys.executable, "-c", IMPORTS]).read
+    other_reads += (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     merges, copies = [], []
     for _ in range(arguments.rounds):
-        settle(place / "base", arguments.cold)
-        copies.append(copy(place / "base", place / "copy"))
-        settle(place / "base", arguments.cold)
+        settle(folder / "base", arguments.cold)
+        copies.append(copy(folder / "base", folder / "copy"))
+        settle(folder / "base", arguments.cold)
         if arguments.new_base:
-            for path in (place / "base").iterdir():
+            for path in (folder / "base").iterdir():
                 os.utime(path)
         merges.append(watched(command))
-        shutil.rmtree(place / "out")
+        shutil.rmtree(folder / "out")
     ratios = [m.wall / c for m, c in zip(merges, copies, strict=True)]
     how = "cold, " * arguments.cold + "new base, " * arguments.new_base
     print(
-        f"{size / 1e9:.2f} GB, {len(list((place / 'base').glob('*.safetensors')))} shards: "
+        f"{size / 1e9:.2f} GB, {len(list((folder / 'base').glob('*.safetensors')))} shards: "
         f"anonymous {max(m.anonymous for m in merges) / 1e6:.0f} MB, "
-        f"read {(merges[0].read - beside) / size:.3f}x, written {merges[0].written / size:.3f}x, "
+        f"read {(merges[0].read - other_reads) / size:.3f}x, "
+        f"written {merges[0].written / size:.3f}x, "
         f"{how}wall {median(m.wall for m in merges):.1f} s "
         f"({median(m.cpu for m in merges):.1f} s CPU), "
         f"cp + fsync {median(copies):.1f} s, ratio {median(ratios):.2f} "
@@ -102,7 +103,7 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
         flush=True,
     )
     if gigabytes == arguments.peft:
-        cost = watched([sys.executable, "-c", PEFT, *inputs, str(place / "out")])
+        cost = watched([sys.executable, "-c", PEFT, *inputs, str(folder / "out")])
         print(
             f"    PEFT: anonymous {cost.anonymous / 1e6:.0f} MB, "
             f"wall {cost.wall:.1f} s ({cost.cpu:.1f} s CPU)",
@@ -111,7 +112,7 @@ def measure(place: Path, gigabytes: float, arguments: argparse.Namespace) -> Non
 
 
 def settle(folder: Path, cold: bool) -> None:
-    """Let nothing be left to write; the folder's files out of the page cache, or all in it."""
+    """Flush all writes; drop the folder's files from the page cache, or load them into it."""
     os.sync()
     for path in folder.iterdir():
         with open(path, "rb") as file:
@@ -120,7 +121,7 @@ def settle(folder: Path, cold: bool) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of a copy that is on the disk in the end."""
+    """Seconds of a copy, until it is on disk."""
     began = time.monotonic()
     subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
     for path in target.iterdir():
@@ -132,7 +133,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def watched(command: list[str]) -> Cost:
-    """Run a command, looking at its memory every few milliseconds."""
+    """Run a command, and sample its memory every few milliseconds."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     anonymous, io = 0, {"rchar": 0, "wchar": 0}
@@ -148,7 +149,7 @@ def watched(command: list[str]) -> Cost:
 
 
 def fields(process: int, file: str) -> dict[str, int]:
-    """The numbers of a file of /proc."""
+    """The numbers in a file of /proc."""
     try:
         lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
     except (OSError, ProcessLookupError):

@@ -93,14 +93,14 @@ def values_of(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def make_adapter(folder: Path, gigabytes: float, r: int = 16) -> None:
     """Write a random float32 LoRA adapter on every linear layer of `make_model`'s."""
     folder.mkdir(parents=True)
-    found: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}
     torch.manual_seed(99)
     for name, shape in tensors(config(gigabytes)):  # type: ignore[arg-type]
         if name.split(".")[-2] in TARGETS:
             module = PREFIX + name.removesuffix(".weight")
-            found[f"{module}.lora_A.weight"] = torch.randn(r, shape[1]) * 0.02
-            found[f"{module}.lora_B.weight"] = torch.randn(shape[0], r) * 0.02
-    save_file(found, folder / "adapter_model.safetensors")
+            stored[f"{module}.lora_A.weight"] = torch.randn(r, shape[1]) * 0.02
+            stored[f"{module}.lora_B.weight"] = torch.randn(shape[0], r) * 0.02
+    save_file(stored, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r}
     settings |= {"target_modules": list(TARGETS), "base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""What a QLoRA adapter's merged model answers, for both choices of base, against what was trained.
+"""Logits of a QLoRA adapter's merged models, for both choices of base, against the trained model's.
 
     python tests/bench/merge_qlora.py RUN [--stage domain] [--tokens 512]
 
@@ -44,14 +44,14 @@ def main() -> None:
     packed = load_base(base, recipe.model, quantized=True, dtype=dtype, device=cpu)
     trained = answer(PeftModel.from_pretrained(packed, adapter), ids)
     for name in ("dequantized", "original"):
-        with tempfile.TemporaryDirectory() as place:
-            out = Path(place) / "out"
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
             job = MergeJob(base, out, source="bench")
             packing = Nf4Base(job.tensors, dtype) if name == "dequantized" else None
             opened = MergeableAdapter.open(adapter, job.tensors)
             job.merge_adapters([adapter_input(opened, quantized_base=packing)])
-            found = answer(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), ids)
-        tell(name, trained, found)
+            merged = answer(AutoModelForCausalLM.from_pretrained(out, dtype=dtype), ids)
+        print_difference(name, trained, merged)
 
 
 @torch.no_grad()
@@ -61,12 +61,12 @@ def answer(model: Any, ids: Tensor) -> Tensor:
     return logits.double()
 
 
-def tell(name: str, trained: Tensor, found: Tensor) -> None:
-    """One line."""
-    gap = (found - trained).abs()
-    before, after = (x.log_softmax(-1) for x in (trained, found))
+def print_difference(name: str, trained: Tensor, merged: Tensor) -> None:
+    """Print one line."""
+    gap = (merged - trained).abs()
+    before, after = (x.log_softmax(-1) for x in (trained, merged))
     divergence = (before.exp() * (before - after)).sum(-1).mean()
-    same = (trained.argmax(-1) == found.argmax(-1)).double().mean()
+    same = (trained.argmax(-1) == merged.argmax(-1)).double().mean()
     print(
         f"{name:12} logits off by {gap.max():.2e} at most, {gap.mean():.2e} on average; "
         f"KL {divergence:.2e}; the same greedy token at {same:.1%}"

@@ -73,8 +73,8 @@ def shape_named(name: str) -> ModelShape:
 
 def fused(shape: ModelShape) -> ModelShape:
     """One matrix and one adapter for queries, keys and values, as in Qwen's first model."""
-    one = LinearShape("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
-    return replace(shape, linears=(one, *shape.linears[3:]))
+    qkv = LinearShape("self_attn.c_attn", shape.hidden, shape.q + 2 * shape.kv, True)
+    return replace(shape, linears=(qkv, *shape.linears[3:]))
 
 
 def sequences_in_epochs(path: Path) -> list[dict[str, str]]:
@@ -137,11 +137,11 @@ class Point:
     label: str
     planned: float
     real: float
-    what: str
+    quantity: str
 
     def guess(self, factor: float, extra: float) -> float:
         """The predicted figure; a driver also counts the CUDA context."""
-        if self.what == ALLOCATED:
+        if self.quantity == ALLOCATED:
             return self.planned
         return factor * self.planned + extra + least_beside(self)
 
@@ -161,22 +161,22 @@ def memory_points(path: Path) -> tuple[list[Point], dict[str, int]]:
         unit = GIB if "GiB" in row["measured_what"] else GB
         label = f"{row['model']} {row['method']} {row['engine']} {row['gpus']}x{row['seq_len']}"
         peak = tensors(workload_of_row(row, trainer), trainer)
-        what = what_of(row)
-        real = float(row["measured_peak_gb"]) * (GIB if what == CAPACITY else unit)
-        points.append(Point(short(row["source"]), label, peak, real, what))
+        quantity = what_of(row)
+        real = float(row["measured_peak_gb"]) * (GIB if quantity == CAPACITY else unit)
+        points.append(Point(short(row["source"]), label, peak, real, quantity))
     return points, left_out
 
 
 def fitted(points: list[Point]) -> tuple[float, float]:
     """The factor and the bytes, of tensors, that make the least median error."""
-    peaks = [p for p in points if p.what in (RESERVED, PROCESS)]
+    peaks = [p for p in points if p.quantity in (RESERVED, PROCESS)]
     tries = [(0.90 + 0.01 * a, 0.1 * GB * b) for a in range(41) for b in range(41)]
     return min(tries, key=lambda t: median(abs(p.guess(*t) / p.real - 1) for p in peaks))
 
 
 def covering(points: list[Point]) -> float:
     """The factor that covers every point, together with the budget's bytes."""
-    return max((p.real - BUDGET_BYTES) / p.planned for p in points if p.what != CAPACITY)
+    return max((p.real - BUDGET_BYTES) / p.planned for p in points if p.quantity != CAPACITY)
 
 
 def print_memory(points: list[Point]) -> None:
@@ -185,11 +185,11 @@ def print_memory(points: list[Point]) -> None:
     print(f"{'median':>9}{'bias':>8}{'budget x':>10}{'covers':>8}{'plan':>7}")
     errors, fair, ours = [], [], []
     for source in sorted({p.source for p in points}):
-        mine = [p for p in points if p.source == source and p.what != CAPACITY]
+        mine = [p for p in points if p.source == source and p.quantity != CAPACITY]
         if not mine:
             continue
-        others = [p for p in points if p.source != source]
-        (factor, extra), cover = fitted(others), covering(others)
+        other_points = [p for p in points if p.source != source]
+        (factor, extra), cover = fitted(other_points), covering(other_points)
         off = [p.guess(factor, extra) / p.real - 1 for p in mine]
         covered = [p.real <= cover * p.planned + BUDGET_BYTES for p in mine]
         planned = [p.real <= BUDGET_FACTOR * p.planned + BUDGET_BYTES for p in mine]
@@ -199,17 +199,17 @@ def print_memory(points: list[Point]) -> None:
         print(f"{line}{sum(covered):>8}{sum(planned):>7}")
     print(f"{len(errors)} rows: median {median(errors):.1%}, worst {max(errors):.1%}", end="; ")
     print(f"budgets of the others cover {sum(fair)}, the plan's {sum(ours)}")
-    peaks = [p for p in points if p.what != CAPACITY]
+    peaks = [p for p in points if p.quantity != CAPACITY]
     least = sum(p.real >= LOWER_FACTOR * p.planned + least_beside(p) for p in peaks)
     print(f"the plan's `at least` is below {least} of them")
-    roomy = [p for p in points if p.what == CAPACITY]
+    roomy = [p for p in points if p.quantity == CAPACITY]
     print(f"longest rows that fit: tensors below capacity in {sum(map(below, roomy))}", end=" ")
     print(f"of {len(roomy)}, at {median(p.planned / p.real for p in roomy):.0%} of it")
 
 
 def least_beside(point: Point) -> float:
     """Bytes of the CUDA context, where the figure includes it."""
-    return LOWER_BYTES if point.what == PROCESS else 0.0
+    return LOWER_BYTES if point.quantity == PROCESS else 0.0
 
 
 def below(point: Point) -> bool:
@@ -245,13 +245,15 @@ def speed_points(path: Path) -> tuple[list[Rate], dict[str, int]]:
         if why:
             left_out[why] = left_out.get(why, 0) + 1
             continue
-        one = workload_of_row(row, trainer_of(row) or Trainer(()))
+        workload = workload_of_row(row, trainer_of(row) or Trainer(()))
         gpu = find_gpu({"a100": "a100-80g", "h100": "h100-80g"}.get(family, family))
         rate = float(row["tokens_per_s_per_gpu"])
-        share = flops_per_token(replace(one, ranks=1)) * rate / (gpu.tflops * 1e12)
+        share = flops_per_token(replace(workload, ranks=1)) * rate / (gpu.tflops * 1e12)
         label = f"{row['model']} {row['method']} {row['engine']}"
-        planned = tokens_per_second(one, Cluster(gpu, one.ranks // one.node_ranks, one.node_ranks))
-        source, real = short(row["source"]), rate * one.ranks
+        planned = tokens_per_second(
+            workload, Cluster(gpu, workload.ranks // workload.node_ranks, workload.node_ranks)
+        )
+        source, real = short(row["source"]), rate * workload.ranks
         points.append(Rate(source, family, label, share, planned, real))
     return points, left_out
 
@@ -260,11 +262,11 @@ def print_speed(points: list[Rate]) -> None:
     print(f"\n{'speed, source left out':<36}{'rows':>5}{'median':>9}{'worst':>8}")
     errors = []
     for source in sorted({p.source for p in points}):
-        others = [p for p in points if p.source != source]
+        other_points = [p for p in points if p.source != source]
         off = []
         for point in (p for p in points if p.source == source):
-            like = [p.share for p in others if p.family == point.family]
-            guess = median(like or [p.share for p in others])
+            like = [p.share for p in other_points if p.family == point.family]
+            guess = median(like or [p.share for p in other_points])
             off.append((abs(guess / point.share - 1), point.label))
         errors += off
         middle, worst = median(x for x, _ in off), max(off)

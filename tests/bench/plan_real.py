@@ -52,8 +52,8 @@ def main() -> None:
     words = [overrides(arguments, case) for case in cases]
     print(f"{'engine':<8}{'method':<7}{'ckpt':<6}{'peak MB':>9}{'plan':>9}{'off':>8}", end="")
     print(f"{'less buckets':>14}{'received MB':>13}{'plan':>9}{'off':>8}{'exact':>9}{'off':>8}")
-    for case, own, real in zip(cases, words, measured(words), strict=True):
-        report(case, own, real, exact=arguments.exact and case[0] in ("ddp", "fsdp2"))
+    for case, case_overrides, real in zip(cases, words, measured(words), strict=True):
+        report(case, case_overrides, real, exact=arguments.exact and case[0] in ("ddp", "fsdp2"))
 
 
 def overrides(arguments: argparse.Namespace, case: Case) -> list[str]:
@@ -106,8 +106,8 @@ def report(case: Case, words: list[str], real: dict, *, exact: bool) -> None:
     line += f"{sent / 1e6:>13.2f}{planned / 1e6:>9.2f}{planned / sent - 1:>8.2%}"
     if exact:
         config = find_config(recipe.model.base)[0]
-        found = simulate_step(recipe, "domain", workload, config, lambda done: None).peak.total
-        line += f"{found / 1e6:>9.1f}{found / peak - 1:>8.2%}"
+        simulated = simulate_step(recipe, "domain", workload, config, lambda done: None).peak.total
+        line += f"{simulated / 1e6:>9.1f}{simulated / peak - 1:>8.2%}"
     print(line, flush=True)
 
 

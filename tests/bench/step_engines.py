@@ -3,9 +3,9 @@
     python tests/bench/step_engines.py DATA [ROUNDS] [STEPS]
 
 SmolLM2-135M, LoRA, float32, 512 tokens a rank and step; DATA is a file of instructions. Two steps
-warm up: ZeRO-3 records its trace in the first and works out from it in the second what to release
-when, once in a run; what they took is printed too. Beside it what the loop itself takes of a step:
-all that is not loading, computing or updating.
+warm up: once in a run, ZeRO-3 records its trace in the first and derives from it in the second what
+to release when; their time is printed too. So is the loop's share of a step: all that is not
+loading, computing or updating.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ MARK = "DTRAIN_BENCH"
 
 
 def main(data: str, rounds: int = 3, steps: int = 4) -> None:
-    found: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
+    results: dict[str, list[list[float]]] = {engine: [] for engine in ENGINES}
     for _ in range(rounds):
         for engine in ENGINES:
-            found[engine].append(run(engine, Path(data).absolute(), steps))
-            own, loop, *first = found[engine][-1]
-            print(f"{engine}: {own:.2f} CPU s a step, loop {loop:.2%};", end=" ")
+            results[engine].append(run(engine, Path(data).absolute(), steps))
+            cpu_seconds, loop, *first = results[engine][-1]
+            print(f"{engine}: {cpu_seconds:.2f} CPU s a step, loop {loop:.2%};", end=" ")
             print("before:", *(f"{value:.2f}" for value in first), flush=True)
     for engine in ENGINES:
-        ratios = [own[0] / ddp[0] for own, ddp in zip(found[engine], found["ddp"], strict=True)]
-        share = median(loop for _, loop, *_ in found[engine])
+        ratios = [
+            cpu_seconds[0] / ddp[0]
+            for cpu_seconds, ddp in zip(results[engine], results["ddp"], strict=True)
+        ]
+        share = median(loop for _, loop, *_ in results[engine])
         print(f"{engine}: {median(ratios):.3f}x the CPU of ddp; the loop {share:.2%} of a step")
 
 
 def run(engine: str, data: Path, steps: int) -> list[float]:
     """CPU seconds of a step on both ranks, the loop's share of it, the steps that warm up."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         path = folder / "recipe.json"
         path.write_text(json.dumps(recipe(engine, data, steps, folder)))
         command = [sys.executable, "-m", "dtrain.torchrun", "--standalone", "--nproc-per-node=2"]
@@ -52,7 +55,7 @@ def run(engine: str, data: Path, steps: int) -> list[float]:
         )  # fmt: skip
         marks = [folder / f"rank-{rank}" for rank in range(2)]
         assert all(m.exists() for m in marks), done.stdout[-2000:] + done.stderr[-4000:]
-        ranks = [json.loads(mark.read_text()) for mark in marks]
+        ranks = [json.loads(result_file.read_text()) for result_file in marks]
     cpu, loop, *first = zip(*ranks, strict=True)
     return [sum(cpu), median(loop), *map(sum, first)]
 
@@ -72,7 +75,7 @@ def recipe(engine: str, data: Path, steps: int, folder: Path) -> dict[str, objec
 
 
 def rank(path: str) -> int:
-    """One rank of a run, with a mark at each step."""
+    """One rank of a run, with a record of each step."""
     import time
 
     from dtrain import train
@@ -87,10 +90,10 @@ def rank(path: str) -> int:
         marks.append((time.process_time(), time.perf_counter()))
         if step == inputs.loader.steps - 1:
             cpu, wall = ([b - a for a, b in pairwise(clock)] for clock in zip(*marks, strict=True))
-            shares = [1 - own / whole for own, whole in zip(inside, wall, strict=True)]
+            shares = [1 - inner / whole for inner, whole in zip(inside, wall, strict=True)]
             measured = [mean(cpu[WARM_UP:]), median(shares[WARM_UP:])]
-            place = Path(f"{os.environ[MARK]}-{os.environ['RANK']}")
-            place.write_text(json.dumps([*measured, *cpu[:WARM_UP]]))
+            result_file = Path(f"{os.environ[MARK]}-{os.environ['RANK']}")
+            result_file.write_text(json.dumps([*measured, *cpu[:WARM_UP]]))
         result = plain(inputs, step, *args, **named)
         inside.append(sum(result.seconds.values()))
         return result

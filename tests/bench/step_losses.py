@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 
 
 def losses(kernels: str, data: Path, tokens: int, steps: int, folder: Path) -> list[float]:
-    """Of a run of one stage."""
+    """Loss of each step of a run of one stage."""
     stage = {
         "name": "stage", "kind": "sft", "method": {"kind": "lora", "dropout": 0.05},
         "data": {"sequence_length": tokens, "sources": [{"path": str(data), "format": "alpaca"}]},
@@ -35,9 +35,9 @@ def losses(kernels: str, data: Path, tokens: int, steps: int, folder: Path) -> l
 
 def main(data: str, tokens: int = 128, steps: int = 50) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        path = Path(folder)
         fast, plain = (
-            losses(kernels, Path(data).absolute(), tokens, steps, place)
+            losses(kernels, Path(data).absolute(), tokens, steps, path)
             for kernels in ("auto", "off")
         )
     apart = max(abs(a - b) for a, b in zip(fast, plain, strict=True))

@@ -43,7 +43,7 @@ def main() -> None:
             show(number, name, runs[name][-1])
     for name in names[1:]:
         compare(name, runs["dtrain"], runs[name])
-    bounds = [found["bound"] for found in runs["dtrain"] if "bound" in found]
+    bounds = [result["bound"] for result in runs["dtrain"] if "bound" in result]
     if bounds:
         print(f"share of the bound: {median(bounds):.2f}")
 
@@ -70,15 +70,15 @@ def run(name: str, arguments: argparse.Namespace) -> Found:
         job = {**vars(arguments), "data": str(arguments.data.absolute()), "name": name}
         job |= {"folder": folder, "result": str(result)}
         # A thread that waits for one that other processes hold up shall not count as computing.
-        own = {"OMP_NUM_THREADS": THREADS, "OMP_WAIT_POLICY": "passive"}
-        environment = {**os.environ, **own, "TOKENIZERS_PARALLELISM": "false"}
+        variables = {"OMP_NUM_THREADS": THREADS, "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, **variables, "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", str(script), json.dumps(job)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        found: Found = json.loads(result.read_text())
-    return found
+        facts: Found = json.loads(result.read_text())
+    return facts
 
 
 def add(job: Found, **more: Any) -> None:
@@ -95,17 +95,17 @@ def finish(job: Found, marks: list[Found]) -> None:
     """
     measured = marks[1:] if len(marks) > 2 else marks
     cpu, wall = (measured[-1][clock] - measured[0][clock] for clock in ("cpu", "wall"))
-    tokens = sum(mark["tokens"] for mark in measured[:-1])
+    tokens = sum(record["tokens"] for record in measured[:-1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"per_cpu": tokens / cpu, "per_wall": tokens / wall, "peak": peak}
-    Path(job["result"]).write_text(json.dumps(found))
+    facts = {"per_cpu": tokens / cpu, "per_wall": tokens / wall, "peak": peak}
+    Path(job["result"]).write_text(json.dumps(facts))
 
 
-def show(number: int, name: str, found: Found) -> None:
-    share = f", {found['bound']:.2f} of the bound" if "bound" in found else ""
+def show(number: int, name: str, facts: Found) -> None:
+    share = f", {facts['bound']:.2f} of the bound" if "bound" in facts else ""
     print(
-        f"{number + 1} {name:7} {found['per_cpu']:6.1f} tokens per CPU second, "
-        f"{found['per_wall']:6.1f} per second, peak {found['peak'] / 1e9:.2f} GB{share}",
+        f"{number + 1} {name:7} {facts['per_cpu']:6.1f} tokens per CPU second, "
+        f"{facts['per_wall']:6.1f} per second, peak {facts['peak'] / 1e9:.2f} GB{share}",
         flush=True,
     )
 
@@ -114,7 +114,7 @@ def compare(peer: str, ours: list[Found], theirs: list[Found]) -> None:
     """Medians of the ratios of neighbouring runs."""
     pairs = list(zip(ours, theirs, strict=True))
     cpu, wall, peak = (
-        median(a[what] / b[what] for a, b in pairs) for what in ("per_cpu", "per_wall", "peak")
+        median(a[key] / b[key] for a, b in pairs) for key in ("per_cpu", "per_wall", "peak")
     )
     print(f"against {peer}: {cpu:.2f}x per CPU second, {wall:.2f}x per second, {peak:.2f}x memory")
 

@@ -1,4 +1,4 @@
-"""One run of dtrain for step_speed.py: the worker itself, with a mark at each step."""
+"""One run of dtrain for step_speed.py: the worker itself, with a record of each step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def main(job: Found) -> None:
     marks: list[Found] = []
     plain = trainer.train_step
 
-    def mark(tokens: int) -> None:
+    def record_step(tokens: int) -> None:
         marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "tokens": tokens})
 
     def train_step(inputs: Any, step: int, rate: float, **more: Any) -> Any:
-        mark(inputs.loader.counts(step).tokens)
+        record_step(inputs.loader.counts(step).tokens)
         if step == job["steps"] + 1:
             finish(job, marks)
             first = min(1, job["steps"])  # that is measured
@@ -59,10 +59,10 @@ def least_seconds(inputs: Any, steps: range) -> float:
     for batch in batches:
         inputs.callbacks.pre_micro_batch(0, 0, 0)  # or many steps look like a hang
         tokens = batch.input_ids.shape[1]
-        found = {shape: product_seconds(tokens, *shape) for shape in set(shapes)}
-        total += times * sum(found[shape] for shape in shapes)
+        seconds_by_shape = {shape: product_seconds(tokens, *shape) for shape in set(shapes)}
+        total += times * sum(seconds_by_shape[shape] for shape in shapes)
         total += times * product_seconds(len(batch.targets), *head)
-        rate = max(2 * tokens * o * i / seconds for (o, i), seconds in found.items())
+        rate = max(2 * tokens * o * i / seconds for (o, i), seconds in seconds_by_shape.items())
         squares = sum(n * n for n in batch.document_lengths)
         total += 3 * 2 * squares * config.hidden_size * config.num_hidden_layers / rate
     return total
@@ -76,14 +76,14 @@ def is_inner(name: str, module: Any) -> bool:
 def product_seconds(tokens: int, out: int, width: int) -> float:
     """CPU seconds of [tokens, width] x [width, out], the best of some, by MKL or oneDNN."""
     x, weight, y = torch.randn(tokens, width), torch.randn(out, width), torch.empty(tokens, out)
-    ways = [lambda: torch.mm(x, weight.t(), out=y)]
+    functions = [lambda: torch.mm(x, weight.t(), out=y)]
     if torch.backends.mkldnn.is_available():
         onednn = torch.ops.mkldnn._linear_pointwise
-        ways.append(lambda: onednn(x, weight, None, "none", [], ""))
+        functions.append(lambda: onednn(x, weight, None, "none", [], ""))
     best = float("inf")
-    for way in ways * REPEATS:
+    for function in functions * REPEATS:
         started = time.process_time()
-        way()
+        function()
         best = min(best, time.process_time() - started)
     return best
 

@@ -31,12 +31,12 @@ class Marks(TrainerCallback):
         self.seen = 0
 
     def on_step_begin(self, *args: Any, **more: Any) -> None:
-        self.mark()
+        self.record_step()
 
     def on_train_end(self, *args: Any, **more: Any) -> None:
-        self.mark()
+        self.record_step()
 
-    def mark(self) -> None:
+    def record_step(self) -> None:
         if self.found:
             self.found[-1]["tokens"] = self.seen
         self.seen = 0
@@ -45,7 +45,7 @@ class Marks(TrainerCallback):
 
 
 class Counting(SFTTrainer):
-    """The trainer, told to count tokens that are not padding."""
+    """The trainer; it counts tokens that are not padding."""
 
     marks: Marks
 
@@ -113,12 +113,12 @@ def rows(job: Found) -> Dataset:
     text = Path(job["data"]).read_text(encoding="utf-8")
     if job["kind"] == "cpt":
         return Dataset.from_dict({"text": [t for t in text.split("\n\n") if t.strip()]})
-    found = json.loads(text)
-    asked = [f"{row['instruction']}\n{row.get('input', '')}".strip() for row in found]
+    parsed = json.loads(text)
+    asked = [f"{row['instruction']}\n{row.get('input', '')}".strip() for row in parsed]
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": question}] for question in asked],
-            "completion": [[{"role": "assistant", "content": row["output"]}] for row in found],
+            "completion": [[{"role": "assistant", "content": row["output"]}] for row in parsed],
         }
     )
 

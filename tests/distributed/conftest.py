@@ -28,7 +28,7 @@ NORM_TOLERANCE = 2e-3  # relative: near convergence a norm is a sum of small can
 
 @dataclass
 class Run:
-    """What a finished `tiny` run left behind."""
+    """A finished `tiny` run."""
 
     folder: Path
     status: int
@@ -72,17 +72,17 @@ def torchrun(ranks: int) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank; no GPU; nothing of an outer launcher."""
-    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    """One thread per rank, no GPU."""
+    defaults = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **own, "PYTHONPATH": path, **more}
+    return {**os.environ, **defaults, "PYTHONPATH": path, **more}
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples and packed data, made once for all tests."""
-    given = os.environ.get("DTRAIN_CACHE")
-    return Path(given) if given else tmp_path_factory.mktemp("cache")
+    """Samples and packed data, shared by all tests."""
+    folder = os.environ.get("DTRAIN_CACHE")
+    return Path(folder) if folder else tmp_path_factory.mktemp("cache")
 
 
 def execute(command: Sequence[str], cache: Path) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def execute(command: Sequence[str], cache: Path) -> subprocess.CompletedProcess[
 
 @pytest.fixture
 def start(cache: Path) -> Callable[[int, Sequence[str]], str]:
-    """Start a worker of the test's own on some ranks; gives what it printed."""
+    """Start the test's own worker on some ranks; returns what it printed."""
 
     def run(ranks: int, worker: Sequence[str]) -> str:
         done = execute([*torchrun(ranks), *worker], cache)
@@ -112,7 +112,7 @@ def start(cache: Path) -> Callable[[int, Sequence[str]], str]:
 
 @pytest.fixture
 def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
-    """Run `tiny` with overrides under a launcher; the folder is the test's own."""
+    """Run `tiny` with overrides under a launcher, in a folder of the test."""
 
     def run(
         *overrides: str,
@@ -123,14 +123,14 @@ def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
         worker: Sequence[str] = WORKER,
         expect: int | None = 0,
     ) -> Run:
-        place = tmp_path / folder
+        run_folder = tmp_path / folder
         quiet = ["evaluation.questions=null"]
         command = [*(launcher or torchrun(ranks)), *worker, "tiny", *quiet, *overrides]
-        command += [f"output.folder={place}", *options]
+        command += [f"output.folder={run_folder}", *options]
         done = execute(command, cache)
         output = done.stdout + done.stderr
         assert expect is None or done.returncode == expect, output[-6000:]
-        return Run(place, done.returncode, output)
+        return Run(run_folder, done.returncode, output)
 
     return run
 
@@ -165,12 +165,12 @@ class Ranks(Run):
     log: Path
 
     def wait(self, *expected: int) -> Ranks:
-        """Wait until all have ended, with the status given for all, or those given for each."""
+        """Wait until all ranks have ended; check one status for all, or one for each."""
         statuses = [self.zygote.ask(wait=pid) for pid in self.pids]
         self.pids.clear()
         self.output = self.log.read_text()
-        wanted = list(expected) * (len(statuses) if len(expected) == 1 else 1)
-        assert not wanted or statuses == wanted, self.output[-6000:]
+        expected_statuses = list(expected) * (len(statuses) if len(expected) == 1 else 1)
+        assert not expected_statuses or statuses == expected_statuses, self.output[-6000:]
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> Ranks:
@@ -180,38 +180,38 @@ class Ranks(Run):
         return self
 
     def until(self, happened: Callable[[], object], seconds: float = 60) -> None:
-        """Look until something has happened."""
-        look_until(happened, seconds, lambda: self.log.read_text()[-6000:])
+        """Wait until something has happened."""
+        wait_until(happened, seconds, lambda: self.log.read_text()[-6000:])
 
     def is_at(self, stage: str, step: int) -> bool:
-        """Whether the line of a step is written."""
+        """Whether the metrics of a step are written."""
         with suppress(FileNotFoundError, ValueError):
             return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
         return False
 
 
-def look_until(
-    happened: Callable[[], object], seconds: float, tell: Callable[[], str] = lambda: ""
+def wait_until(
+    happened: Callable[[], object], seconds: float, describe: Callable[[], str] = lambda: ""
 ) -> None:
-    """Look every few milliseconds; fail when it takes too long."""
+    """Poll every few milliseconds; fail when it takes too long."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < deadline, tell()
+        assert time.monotonic() < deadline, describe()
         time.sleep(0.005)
 
 
 @pytest.fixture(scope="session")
 def zygote(cache: Path) -> Iterator[Zygote]:
-    """One process that has imported everything."""
-    found = Zygote(cache)
-    yield found
-    found.process.kill()
-    found.process.wait()
+    """One process that has imported everything, from which ranks are forked."""
+    server = Zygote(cache)
+    yield server
+    server.process.kill()
+    server.process.wait()
 
 
 @pytest.fixture
 def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]]:
-    """Start ranks of `tiny` with overrides on a folder; what still lives at the end is killed."""
+    """Start ranks of `tiny` with overrides; those still running at the end are killed."""
     started: list[Ranks] = []
 
     def start(
@@ -221,34 +221,34 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
         options: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> Ranks:
-        place, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
+        run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
         arguments = ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
-        arguments += [f"output.folder={place}", *options]
+        arguments += [f"output.folder={run_folder}", *options]
         port = str(free_port())
         common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
         common |= {"MASTER_ADDR": "127.0.0.1", **(env or {})}
         pids = []
         for rank in range(ranks):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            request = {"arguments": arguments, "environment": own, "log": str(log)}
+            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            request = {"arguments": arguments, "environment": variables, "log": str(log)}
             pids.append(zygote.ask(start=request))
-        started.append(Ranks(place, -1, "", zygote, pids, log))
+        started.append(Ranks(run_folder, -1, "", zygote, pids, log))
         return started[-1]
 
     yield start
-    for one in started:
-        one.kill().wait()
+    for run in started:
+        run.kill().wait()
 
 
 @dataclass
 class Live(Run):
-    """A `dtrain run` under way: a launcher and its workers, in a session of their own."""
+    """A running `dtrain run`: a launcher and its workers, in their own process group."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     def worker(self, rank: int) -> psutil.Process | None:
-        """The process of a rank, once there is one."""
+        """The process of a rank; None if it has not started."""
         with suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children():
                 with suppress(psutil.Error, KeyError):
@@ -257,7 +257,7 @@ class Live(Run):
         return None
 
     def until_step(self, stage: str, step: int) -> None:
-        """Look until a step's line is written."""
+        """Wait until the metrics of a step are written."""
 
         def written() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -265,10 +265,10 @@ class Live(Run):
                 return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
             return False
 
-        look_until(written, TIMEOUT_SECONDS)
+        wait_until(written, TIMEOUT_SECONDS)
 
     def wait(self, *expected: int) -> Live:
-        """Wait for the end, with one of the given statuses."""
+        """Wait for the end; check that the status is an expected one."""
         self.status = self.process.wait(TIMEOUT_SECONDS)
         self.output = self.log.read_text()
         assert not expected or self.status in expected, self.output[-6000:]
@@ -277,7 +277,7 @@ class Live(Run):
 
 @pytest.fixture
 def dtrain_run(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Live]]:
-    """Start `dtrain run tiny` on two ranks; what still lives at the end is killed."""
+    """Start `dtrain run tiny` on two ranks; processes still running at the end are killed."""
     started: list[Live] = []
 
     def start(*overrides: str, folder: str = "run", launcher: Sequence[str] = ()) -> Live:
@@ -306,7 +306,7 @@ def dtrain_run(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Live]]:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -314,12 +314,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path], str]:
-    """SHA-256 over adapters and models of a run folder."""
+    """SHA-256 of the adapters and models of a run folder."""
 
     def digest(folder: Path) -> str:
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         for path in sorted(folder.glob("*/[am]*/*.safetensors")):
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-        return found.hexdigest()
+            hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        return hasher.hexdigest()
 
     return digest

@@ -1,7 +1,7 @@
 """A worker that fails in its first step on one rank, as under NCCL.
 
-There the other ranks stay in a collective that never returns, and so does whoever leaves the
-process group while they are.
+Under NCCL the other ranks wait in a collective that never returns, and so does a rank that leaves
+the process group meanwhile.
 `failing_worker.py FAILING_RANK crash|memory|exit|interrupt RECIPE [key=value …]`
 """
 

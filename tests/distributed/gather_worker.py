@@ -1,7 +1,7 @@
 """Ranks that gather through shared memory; prints how often torch gathered instead.
 
-Every gather is checked when it is there and once more when it is let go of. Ranks hold some of them
-for longer than FSDP2 does, and one rank is always late.
+Every gathered tensor is checked before it is freed. Ranks keep some of them longer than FSDP2 does,
+and one rank is always late.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def gathers(world: World) -> None:
     for number in range(int(sys.argv[1])):
         size = chance.randint(1, GREATEST)
         output = gather.allocate((size * world.size,), dtype=torch.float32, device=CPU)
-        part = output.narrow(0, size * world.rank, size).fill_(number + world.rank / 8)
-        gather(output, part, group)
+        local_shard = output.narrow(0, size * world.rank, size).fill_(number + world.rank / 8)
+        gather(output, local_shard, group)
         if world.rank == number % world.size:  # late: the others run ahead as far as they may
             sum(range(20_000))
         held.append((number, size, output))
-        del output, part
+        del output, local_shard
         while len(held) > chance.choice(HELD):
-            then, length, found = held.pop(chance.randrange(len(held)))
-            assert torch.equal(found, expected(then, length, world.size)), then
-            del found
+            then, length, gathered = held.pop(chance.randrange(len(held)))
+            assert torch.equal(gathered, expected(then, length, world.size)), then
+            del gathered
 
     for size in (5, GREATEST, 1):
         whole = torch.empty(size * world.size)
@@ -76,19 +76,19 @@ def outputs_of_a_sharded_model(world: World) -> Tensor:
     for block in (*model, model):
         fully_shard(block, mesh=mesh)
     share_gathers(model, mesh.get_group("shard"), world)
-    found = model(x)
-    found.sum().backward()
-    assert torch.allclose(found, plain)
-    return found
+    outputs = model(x)
+    outputs.sum().backward()
+    assert torch.allclose(outputs, plain)
+    return outputs
 
 
 def elements_of_zero3(world: World) -> tuple[int, int]:
     """What forward and backward gather through memory; what the model has."""
     sizes, into = list[int](), SharedGather.into
 
-    def noted(self: SharedGather, part: Tensor, whole: Tensor) -> None:
+    def noted(self: SharedGather, shard: Tensor, whole: Tensor) -> None:
         sizes.append(whole.numel())
-        into(self, part, whole)
+        into(self, shard, whole)
 
     SharedGather.into = noted
     engine, _, total = build("{kind: zero3}", world)

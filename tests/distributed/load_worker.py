@@ -25,17 +25,17 @@ from dtrain.samples.make import ensure
 
 def kept(engine: Any, refs: list[Any]) -> list[str]:
     """Shapes of filled parameters that live on, though the engine does not compute with them."""
-    own = {id(p) for p in engine.module.parameters()}
-    alive = [parameter for one in refs if (parameter := one()) is not None]
+    engine_params = {id(p) for p in engine.module.parameters()}
+    alive = [parameter for ref in refs if (parameter := ref()) is not None]
     sharded = ENGINES[engine.recipe.engine.kind].shards_base
     # ZeRO-3 empties the very parameter; where nothing is sharded it stays as it is
-    return [str(p.shape) for p in alive if id(p) not in own or (sharded and p.numel())]
+    return [str(p.shape) for p in alive if id(p) not in engine_params or (sharded and p.numel())]
 
 
 def facts(kind: str, method: str, world: World) -> dict[str, Any]:
     """How many parameters were filled, and what still lives of them when the engine is built."""
-    own = [f"engine.kind={kind}", f"stages.domain.method={{kind: {method}}}"]
-    recipe = load_recipe("tiny", own)
+    overrides = [f"engine.kind={kind}", f"stages.domain.method={{kind: {method}}}"]
+    recipe = load_recipe("tiny", overrides)
     stage, quantized = recipe.stages[0], method == "qlora"
     base = base_folder(recipe.model.base)
     settings = {"quantized": quantized, "dtype": torch.float32, "device": world.device}
@@ -44,9 +44,9 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
 
     def materialize(block: nn.Module) -> None:
         empty = {id(p) for p in block.parameters() if p.is_meta}
-        places = [m for m in block.modules() if any(id(p) in empty for p in m.parameters(False))]
+        owners = [m for m in block.modules() if any(id(p) in empty for p in m.parameters(False))]
         streamed.materialize(block)
-        for module in places:
+        for module in owners:
             refs.extend(weakref.ref(p) for p in module.parameters(False))
 
     model = build_method(stage.method).attach(streamed.model, seed=0, device=world.device)
@@ -55,18 +55,18 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
         materialize(model)
     engine = build_engine(model, recipe, stage, world, materialize)
     gc.collect()
-    found = {"filled": len(refs), "kept": kept(engine, refs)}
+    result = {"filled": len(refs), "kept": kept(engine, refs)}
     engine.close()
-    return found
+    return result
 
 
 def main(cases: list[str]) -> None:
     world = start_world("cpu")
     ensure(sample_name(load_recipe("tiny").model.base))
     for case in cases:
-        found = facts(*case.split(":"), world)
+        result = facts(*case.split(":"), world)
         if world.is_first:
-            print("FACTS", json.dumps({"case": case, **found}), flush=True)
+            print("FACTS", json.dumps({"case": case, **result}), flush=True)
     end_world()
 
 

@@ -1,6 +1,6 @@
-"""A rank of a run that begins its first shard of a merge only when every other rank begins one.
+"""A rank of a run that starts its first shard of a merge only when every other rank starts one.
 
-Tells in the file $SAID which rank begins which shard; rank $VICTIM kills itself once all have.
+Writes to the file $SAID which rank starts which shard; rank $VICTIM then kills itself.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ said, rank, ranks = Path(os.environ["SAID"]), os.environ["RANK"], int(os.environ
 rewrite = module.rewrite_file
 
 
-def begun(stage: str) -> set[str]:
-    """The ranks that have begun a shard of this stage's model."""
+def ranks_at_merge(stage: str) -> set[str]:
+    """The ranks that have started a shard of this stage's model."""
     lines = (line.split() for line in said.read_text().splitlines())
     return {line[0] for line in lines if line[1] == stage}
 
 
-def begin(source: Path, target: Path, *others: Any) -> tuple[str, str]:
-    """Rewrite a shard when all ranks are at one."""
+def rewrite_together(source: Path, target: Path, *rest: Any) -> tuple[str, str]:
+    """Rewrite a shard once every rank has started one."""
     stage = target.parents[2].name
     with open(said, "a", encoding="utf-8") as file:
         file.write(f"{rank} {stage} {target.name}\n")
-    while len(begun(stage)) < ranks:
+    while len(ranks_at_merge(stage)) < ranks:
         time.sleep(0.01)
     if os.environ.get("VICTIM") == rank:
         os.kill(os.getpid(), signal.SIGKILL)
-    return rewrite(source, target, *others)
+    return rewrite(source, target, *rest)
 
 
 if __name__ == "__main__":
-    module.rewrite_file = begin
+    module.rewrite_file = rewrite_together
     sys.exit(main(sys.argv[1:]))

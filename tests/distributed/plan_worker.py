@@ -1,8 +1,8 @@
 """Worker: real optimizer steps under an engine; prints tensor-level peaks and the bytes sent.
 
-Started under torchrun with a recipe's overrides. A mode that sees every operation keeps a sum of
-the living storages, so that the peak is that of tensors: no allocator, no libraries. Collectives
-are wrapped, so that what an engine really sends is what is counted.
+Started under torchrun with a recipe's overrides. A dispatch mode sees every operation and sums up
+the live storages, so the peak counts tensors only, without allocator and libraries. Collectives are
+wrapped, so the bytes are those that an engine really sends.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def reduce_in_python(model: torch.nn.parallel.DistributedDataParallel) -> None:
 def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
     ids = torch.randint(0, vocabulary, (1, tokens))
     every = torch.arange(tokens - 1)
-    places = torch.arange(tokens)[None]
-    return MicroBatch(ids, places, every, ids[0, 1:], [tokens], [number], [tokens])
+    positions = torch.arange(tokens)[None]
+    return MicroBatch(ids, positions, every, ids[0, 1:], [tokens], [number], [tokens])
 
 
 def built(recipe, stage, world):
@@ -203,7 +203,7 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
             engine.backward(loss, last=last)
             ends("backward")
             del loss
-            gc.collect()  # what is alive, not what Python has not looked at yet
+            gc.collect()  # count live tensors, not garbage
         engine.step(1e-4)
         ends("update")
     return phases

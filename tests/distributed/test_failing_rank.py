@@ -1,4 +1,4 @@
-"""One rank fails while the others are in a collective that never returns: all end, and say why."""
+"""One rank fails while the others wait in a collective that never returns: all end, with a reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_all_ranks_end_with_the_failing_ranks_status(
     assert (outcome["status"], outcome["rank"]) == (status, rank)
     assert outcome["reason"].startswith(reason)
     assert run.output.count(reason) == 1
-    if rank:  # the first rank was ended by its own watch, not by the launcher
+    if rank:  # the first rank was ended by its own hang watchdog, not by the launcher
         assert f"rank {rank} has failed with status {status}; the others end" in run.output
 
 

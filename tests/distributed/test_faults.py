@@ -1,6 +1,6 @@
-"""The fault matrix: found, told in one message, and gone on from; never a silent wrong outcome.
+"""The fault matrix: each fault is detected, reported once, and the run resumes or is rejected.
 
-Rows that need no run of several processes have unit tests; tests/README.md lists which.
+Faults that need no run of several processes have unit tests; tests/README.md lists all of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("do
 
 
 @pytest.fixture
-def own(tmp_path: Path, cache: Path, start_ranks) -> list[str]:
-    """Overrides for a base and data of the test's own."""
+def separate_inputs(tmp_path: Path, cache: Path, start_ranks) -> list[str]:
+    """Overrides for a separate copy of base and data."""
     start_ranks(ranks=1, folder="samples", env=STOP_AT_ONCE).wait(75)  # makes them
     shutil.copytree(cache / "samples/tiny-llama", tmp_path / "base")
     shutil.copy(cache / "samples/tiny-text/domain.jsonl", tmp_path / "texts.jsonl")
@@ -32,32 +32,32 @@ def own(tmp_path: Path, cache: Path, start_ranks) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All that a run holds of its stages."""
+    """Content of every file of a run's stages."""
     return {str(p): p.read_bytes() for p in sorted(folder.glob("*/**/*")) if p.is_file()}
 
 
-def assert_told_once(output: str, said: str) -> None:
+def assert_reported_once(output: str, said: str) -> None:
     assert said in output, output
     assert output.count("error:") == 1 and "Traceback" not in output, output
 
 
-# --- what changed since the run was begun: refused, and nothing is touched ----------------------
+# --- inputs that changed since the run was started: rejected, and nothing is modified -----------
 
 
-def grow_data(place: Path) -> None:
-    with open(place / "texts.jsonl", "a", encoding="utf-8") as file:
+def grow_data(folder: Path) -> None:
+    with open(folder / "texts.jsonl", "a", encoding="utf-8") as file:
         file.write('{"text": "one more"}\n')
 
 
-def change_base(place: Path) -> None:
-    path = place / "base/model.safetensors"
+def change_base(folder: Path) -> None:
+    path = folder / "base/model.safetensors"
     weights = bytearray(path.read_bytes())
     weights[-2] ^= 1
     path.write_bytes(weights)
 
 
-def change_tokenizer(place: Path) -> None:
-    path = place / "base/tokenizer.json"
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "base/tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = sorted(vocabulary)[-2:]
@@ -66,15 +66,15 @@ def change_tokenizer(place: Path) -> None:
 
 
 def open_to_all(name: str) -> Callable[[Path], None]:
-    return lambda place: (place / "run" / name).chmod(0o777)
+    return lambda folder: (folder / "run" / name).chmod(0o777)
 
 
-def put_pickle(place: Path) -> None:
-    (place / "run/domain/checkpoints/step-000001/optimizer.pt").write_bytes(b"\x80\x04N.")
+def put_pickle(folder: Path) -> None:
+    (folder / "run/domain/checkpoints/step-000001/optimizer.pt").write_bytes(b"\x80\x04N.")
 
 
-def nothing(place: Path) -> None:
-    """Only the overrides differ."""
+def nothing(folder: Path) -> None:
+    """Change no file: only the overrides differ."""
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,14 @@ def nothing(place: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_changed_inputs_are_rejected(start_ranks, own, tmp_path, change, override, said) -> None:
-    run = start_ranks(*own, ranks=1, env=STOP_AT_ONCE).wait(75)
+def test_changed_inputs_are_rejected(
+    start_ranks, separate_inputs, tmp_path, change, override, said
+) -> None:
+    run = start_ranks(*separate_inputs, ranks=1, env=STOP_AT_ONCE).wait(75)
     change(tmp_path)
     before = content(run.folder)
-    refused = start_ranks(*own, override, ranks=1).wait(2)
-    assert_told_once(refused.output, said)
+    refused = start_ranks(*separate_inputs, override, ranks=1).wait(2)
+    assert_reported_once(refused.output, said)
     assert content(run.folder) == before
     assert refused.json("outcome.json")["status"] == 2 or said.startswith("anyone")
 
@@ -105,36 +107,36 @@ def test_changed_inputs_are_rejected(start_ranks, own, tmp_path, change, overrid
 def test_checkpoint_of_another_run_is_rejected(start_ranks) -> None:
     run = start_ranks(ranks=1, env=STOP_AT_ONCE).wait(75)
     rate = "stages.domain.train.learning_rate=0.02"
-    other = start_ranks(rate, ranks=1, folder="other", env=STOP_AT_ONCE).wait(75)
+    other_run = start_ranks(rate, ranks=1, folder="other", env=STOP_AT_ONCE).wait(75)
     shutil.rmtree(run.folder / "domain/checkpoints")
-    shutil.copytree(other.folder / "domain/checkpoints", run.folder / "domain/checkpoints")
+    shutil.copytree(other_run.folder / "domain/checkpoints", run.folder / "domain/checkpoints")
     refused = start_ranks(ranks=1).wait(2)
-    assert_told_once(refused.output, "train.learning_rate: 0.02 in the checkpoint, 0.01 now")
+    assert_reported_once(refused.output, "train.learning_rate: 0.02 in the checkpoint, 0.01 now")
 
 
-# --- wrong input: told once by all ranks --------------------------------------------------------
+# --- wrong input: reported once by all ranks ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [('{"text": "half a li', "texts.jsonl:241"), ('{"txet": "a slip"}', "texts.jsonl:241")],
 )
-def test_broken_line_is_reported_once(start_ranks, own, tmp_path, line, said) -> None:
+def test_broken_line_is_reported_once(start_ranks, separate_inputs, tmp_path, line, said) -> None:
     with open(tmp_path / "texts.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    run = start_ranks(*own).wait()
-    assert_told_once(run.output, said)
+    run = start_ranks(*separate_inputs).wait()
+    assert_reported_once(run.output, said)
     assert run.json("outcome.json")["status"] == 2
 
 
 def test_persistent_nan_loss_ends_the_run(start_ranks) -> None:
     run = start_ranks("stages.domain.train.learning_rate=1e30", *EVERY_STEP).wait(3)
-    assert_told_once(run.output, "not finite 3 steps in a row")
+    assert_reported_once(run.output, "not finite 3 steps in a row")
     assert run.json("outcome.json")["status"] == 3
     assert [r["loss"] for r in run.records("domain") if "skipped" in r] == [None] * 3
 
 
-# --- damage: found before use, and gone on from what is whole -----------------------------------
+# --- damage: detected before use; the run resumes from intact files -----------------------------
 
 
 def damage(path: Path) -> None:
@@ -146,7 +148,7 @@ def damage(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    """Lose the second half."""
+    """Remove the second half."""
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -181,7 +183,7 @@ def test_damaged_data_is_named(start_ranks, tmp_path) -> None:
     shard = sorted((tmp_path / "cache/stores").glob("*/shard-*.arrow"))[0]
     damage(shard)
     run = start_ranks(env=env).wait(2)
-    assert_told_once(run.output, str(shard))
+    assert_reported_once(run.output, str(shard))
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ def test_full_disk_is_reported_and_the_run_resumes_with_more_space(
     settings = [*EVERY_STEP, "output.keep_checkpoints=9"]
     undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
     run = start_ranks(*settings, folder=small_disk).wait(2)
-    assert_told_once(run.output, "No space left on device")
+    assert_reported_once(run.output, "No space left on device")
     assert "the earlier ones are intact" in run.output
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     run = start_ranks(*settings, folder=small_disk).wait(0)

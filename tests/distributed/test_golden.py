@@ -1,10 +1,10 @@
 """One recipe gives the same losses under every engine, rank count, micro-batch and launcher.
 
 The golden files hold the loss and the gradient norm of every step of `tiny`, both stages, as text.
-That of qlora trains its second stage as lora: a base that was merged a moment ago differs by last
-bits from machine to machine, and put into NF4 some weights would fall into the code beside theirs.
-To write them anew after a change that is meant to change them: `DTRAIN_WRITE_GOLDEN=1 pytest
-tests/distributed/test_golden.py -k writes`.
+The qlora file trains its second stage with lora: the merged base differs in its last bits from
+machine to machine, so some weights would get another NF4 code. To rewrite the files after a change
+that is meant to change the losses: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distributed/test_golden.py
+-k writes`.
 """
 
 from __future__ import annotations

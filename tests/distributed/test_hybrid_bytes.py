@@ -1,4 +1,4 @@
-"""Hybrid sharding: between the groups only gradients of what trains travel."""
+"""Hybrid sharding: only gradients of trainable parameters are sent between the groups."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_only_adapter_gradients_cross_the_groups(start):
     half = facts["trainable"] * FLOAT32_BYTES / 2
     assert sum(between.values()) == half
     assert [key.split()[0] for key in between] == ["all_reduce"]
-    # The frozen base is gathered inside the group: more bytes than it has.
+    # The frozen base is gathered inside the group: more bytes than its size.
     gathered = sum(v for k, v in inside.items() if k.startswith("all_gather"))
     assert gathered > facts["total"] * FLOAT32_BYTES

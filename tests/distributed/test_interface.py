@@ -1,4 +1,4 @@
-"""Two nodes that reach each other over a second interface, with IPv6 alone, as named by the user.
+"""Two nodes that are connected only by a second interface with IPv6, which the user names.
 
 Each node is a network namespace; the machine's own name has no address there.
 """
@@ -28,13 +28,13 @@ end_world()
 
 @pytest.fixture
 def nodes() -> Iterator[list[list[str]]]:
-    """Beginnings of commands that run on one node or the other."""
+    """For each of two nodes, the start of a command that runs on it."""
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("nsenter")):
         pytest.skip("network namespaces need root and iproute2")
     sleepers = [subprocess.Popen(["unshare", "--net", "sleep", "300"]) for _ in range(2)]
     try:
-        first, second = (inside(one) for one in sleepers)
-        names = [str(one.pid) for one in sleepers]
+        first, second = (inside(sleeper) for sleeper in sleepers)
+        names = [str(sleeper.pid) for sleeper in sleepers]
         link = ["ip", "link", "add", "ib0", "netns", names[0], "type", "veth"]
         subprocess.run([*link, "peer", "name", "ib0", "netns", names[1]], check=True)
         for number, node in enumerate([first, second]):
@@ -45,15 +45,15 @@ def nodes() -> Iterator[list[list[str]]]:
                 pytest.skip("this kernel has no IPv6")
         yield [first, second]
     finally:
-        for one in sleepers:
-            one.kill()
-            one.wait()
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
 
 
 def inside(sleeper: subprocess.Popen[bytes]) -> list[str]:
-    """The beginning of a command in the namespace of a process, once it has its own."""
-    own, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + 10
-    while os.readlink(f"/proc/{sleeper.pid}/ns/net") == own:
+    """The start of a command in a process's network namespace, once it has its own."""
+    own_namespace, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + 10
+    while os.readlink(f"/proc/{sleeper.pid}/ns/net") == own_namespace:
         if sleeper.poll() is not None:
             pytest.skip("no network namespace can be made here")
         assert time.monotonic() < deadline
@@ -78,11 +78,11 @@ def test_ranks_connect_over_the_second_interface(nodes: list[list[str]], tmp_pat
         for node in nodes
     ]
     try:
-        said = [one.communicate(timeout=100)[0] for one in started]
+        said = [process.communicate(timeout=100)[0] for process in started]
     finally:
-        for one in started:
-            one.kill()
-    assert [one.returncode for one in started] == [0, 0]
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0]
     for text in said:
         words = text.split()
         assert words[:2] == ["sum", "[2.0]"] and words[3:] == ["ib0", "ib0"]

@@ -1,4 +1,4 @@
-"""What a base's files hold is what every engine computes with, and no rank keeps more of it."""
+"""Every engine computes with the values in the base's files; no rank keeps more than its share."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def test_no_rank_keeps_an_unsharded_parameter(start: Callable, cases: list[str])
     """FSDP2 frees an original when nothing refers to it: one list would hold a whole 70B base."""
     lines = [line for line in start(2, [str(WORKER), *cases]).splitlines() if "FACTS " in line]
     facts = [json.loads(line.split("FACTS ", 1)[1]) for line in lines]
-    assert [one["case"] for one in facts] == cases
-    assert all(one["filled"] >= 21 and one["kept"] == [] for one in facts), facts
+    assert [case_facts["case"] for case_facts in facts] == cases
+    assert all(case_facts["filled"] >= 21 and case_facts["kept"] == [] for case_facts in facts), (
+        facts
+    )
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def base(cache: Path, tmp_path: Path, save_small: Callable, start_ranks: Callabl
 def test_engines_agree_on_stored_buffers_and_renamed_files(
     start_ranks: Callable, base: Callable, kind: str, engines: list[str]
 ) -> None:
-    """Both stages: the second one begins with what the first one's merge wrote."""
+    """Both stages: the second one starts from the merged model of the first."""
     losses: dict[str, list[float]] = {}
     folder = base(kind)
     for engine in engines:
@@ -68,8 +70,8 @@ def test_engines_agree_on_stored_buffers_and_renamed_files(
         assert artefact["load_peak_memory_bytes"] > 0
         assert "every rank loads the whole base" not in run.output
     assert len(losses["ddp"]) == 4
-    for engine, found in losses.items():
-        assert found == pytest.approx(losses["ddp"], abs=1e-5), engine
+    for engine, engine_losses in losses.items():
+        assert engine_losses == pytest.approx(losses["ddp"], abs=1e-5), engine
 
 
 def test_impossible_merge_is_rejected_before_the_first_step(
@@ -86,8 +88,8 @@ def test_engines_agree_on_full_training_with_a_frozen_tower(
     folder, losses = base("gemma3"), {}
     full = [f"stages.{stage}.method={{kind: full}}" for stage in ("domain", "task")]
     for engine in ("ddp", "fsdp2", "zero3"):
-        own = [*SHORT, *full, f"model.base={folder}", f"engine.kind={engine}"]
-        run = start_ranks(*own, folder=engine).wait(0)
+        overrides = [*SHORT, *full, f"model.base={folder}", f"engine.kind={engine}"]
+        run = start_ranks(*overrides, folder=engine).wait(0)
         losses[engine] = [float(line.split()[2]) for line in run.losses()]
         assert "parameters stay frozen, as no text reaches them" in run.output
     assert losses["fsdp2"] == pytest.approx(losses["ddp"], abs=1e-5)

@@ -54,23 +54,23 @@ def test_losses_do_not_depend_on_the_number_of_ranks(start_ranks, hybrid, tmp_pa
         ).wait(0)
 
     alone = run("ddp", 1, 1)
-    expected, held_out = numbers(alone), alone.json("evaluation.json")["losses"]
+    expected, held_out = step_losses(alone), alone.json("evaluation.json")["losses"]
     assert [name for name, *_ in expected] == ["domain"] * 3 + ["task"] * 2
     for engine, ranks, micro in WAYS:
-        other = run(engine, ranks, micro)
-        for line, first in zip(numbers(other), expected, strict=True):
+        result = run(engine, ranks, micro)
+        for line, first in zip(step_losses(result), expected, strict=True):
             assert line[:2] == first[:2]
             assert line[2:] == pytest.approx(first[2:], abs=2e-5), (engine, ranks, micro)
-        for name, losses in other.json("evaluation.json")["losses"].items():
+        for name, losses in result.json("evaluation.json")["losses"].items():
             assert losses == pytest.approx(held_out[name], abs=2e-5), (engine, ranks, micro)
-        told = (
+        is_reported = (
             "micro-batches of one sequence, as its predictions depend on other documents"
-            in other.output
+            in result.output
         )
-        assert told == (micro > 1)
+        assert is_reported == (micro > 1)
 
 
-def numbers(run) -> list[tuple[str, int, float]]:
+def step_losses(run) -> list[tuple[str, int, float]]:
     """Stage, step and loss of every step."""
     return [
         (stage, record["step"], record["loss"])

@@ -28,7 +28,7 @@ SIZES = {
 }
 LORA = "{kind: lora, r: 8, dropout: 0.05}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
-# As large beside DeepSpeed's sizes as this model is small beside those of the shipped files.
+# DeepSpeed's sizes, reduced as much as this model is smaller than those of the shipped files.
 SMALL = {
     "reduce_bucket_size": 1_000_000,
     "stage3_prefetch_bucket_size": 250_000,
@@ -67,9 +67,9 @@ def overrides(base: Path, engine: str, method: str, checkpointing: bool) -> list
         settings = load_ds_config(None, engine, False)
         zero = settings["zero_optimization"]
         zero |= {key: value for key, value in SMALL.items() if key in zero}
-        own = base / f"{engine}.json"
-        own.write_text(json.dumps(settings))
-        sizes = [f"engine.config={own}"]
+        config_file = base / f"{engine}.json"
+        config_file.write_text(json.dumps(settings))
+        sizes = [f"engine.config={config_file}"]
     return [
         *sizes,
         f"model.base={base}",

@@ -67,7 +67,7 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
     second = dtrain_run("seed=7").wait(2)
     assert "another run is using this folder" in second.output
     assert (live.folder / "recipe.yaml").read_bytes() == recipe
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # more than one do no harm
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # repeated signals are harmless
         live.process.send_signal(number)
     live.wait(75)
     assert live.json("outcome.json") == {
@@ -75,7 +75,7 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
         "status": 75,
         "reason": "asked to stop; start it again to resume",
     }
-    (live.folder / "stop").touch()  # of this stop; the next run does not heed it
+    (live.folder / "stop").touch()  # left over from this stop; the next run ignores it
     again = dtrain_run(*EVERY_STEP).wait(0)
     assert "resuming from step" in again.output
     assert again.json("outcome.json")["outcome"] == "finished"

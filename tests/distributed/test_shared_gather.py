@@ -1,4 +1,4 @@
-"""CPU ranks of one node gather through memory; nobody overwrites what another still reads."""
+"""CPU ranks of one node gather through shared memory; no rank overwrites what others still read."""
 
 from __future__ import annotations
 

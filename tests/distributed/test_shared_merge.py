@@ -1,4 +1,4 @@
-"""Between two stages every rank merges shards of the base, and a killed one is no loss."""
+"""Between two stages every rank merges shards of the base; after a kill the merge is resumed."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def test_ranks_merge_together_and_resume_after_a_kill(
     monkeypatch.delenv("VICTIM")
     said.write_text("")
     done = run_tiny(*settings, worker=WORKER)
-    begun = [line.split() for line in said.read_text().splitlines()]
+    shard_starts = [line.split() for line in said.read_text().splitlines()]
     for stage in ("domain", "task"):
-        of_it = [(rank, shard) for rank, name, shard in begun if name == stage]
-        assert {rank for rank, _ in of_it} == {"0", "1"}
-        assert len({shard for _, shard in of_it}) == len(of_it), "no shard was made twice"
+        stage_starts = [(rank, shard) for rank, name, shard in shard_starts if name == stage]
+        assert {rank for rank, _ in stage_starts} == {"0", "1"}
+        assert len({shard for _, shard in stage_starts}) == len(stage_starts), (
+            "no shard was written twice"
+        )
     assert not [*done.folder.rglob(".merging"), *done.folder.rglob(".*.making")]
     assert [path.name for path in weight_files(done.folder / "task" / "merged")] == [
         path.name for path in weight_files(base)

@@ -1,4 +1,4 @@
-"""The training loss of each source of a mixture, the same under every engine and on any ranks."""
+"""The training loss of each source is the same under every engine and number of ranks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SHORT = [
 
 def test_losses_by_source_add_up(run_tiny):
     alone = run_tiny("engine.kind=ddp", *SHORT, ranks=1, folder="alone").records("domain")
-    own, old = alone[0]["sources"]
+    new, old = alone[0]["sources"]
     for line in (line for line in alone if "loss" in line):
         both = line["sources"]
-        assert (both[own]["sequences"], both[old]["sequences"]) == (3, 1)
+        assert (both[new]["sequences"], both[old]["sequences"]) == (3, 1)
         total = sum(source["loss"] * source["supervised_tokens"] for source in both.values())
         assert total / line["supervised_tokens"] == pytest.approx(line["loss"], rel=1e-6)
-        assert abs(both[own]["loss"] - both[old]["loss"]) > 1e-4
+        assert abs(both[new]["loss"] - both[old]["loss"]) > 1e-4
     for engine, kernels in (("fsdp2", "off"), ("zero3", "auto")):
         run = run_tiny(f"engine.kind={engine}", f"model.kernels={kernels}", *SHORT, folder=engine)
         for line, first in zip(run.records("domain"), alone, strict=True):
             for name, source in line.get("sources", {}).items():
-                wanted = first["sources"][name]
-                assert source["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
-                assert source["tokens"] == wanted["tokens"]
+                expected = first["sources"][name]
+                assert source["loss"] == pytest.approx(expected["loss"], abs=2e-5)
+                assert source["tokens"] == expected["tokens"]
         assert "training loss, first 10 %" in (run.folder / "report.html").read_text()
         shutil.rmtree(run.folder)

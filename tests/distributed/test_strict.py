@@ -1,4 +1,4 @@
-"""`determinism: strict`: one weight hash, whatever the number of ranks, with dropout on."""
+"""`determinism: strict`: the same weights on any number of ranks, with dropout on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, str]:
-    """What the first of these tests has found."""
+    """The hash of the first test's weights."""
     return {}
 
 
-def same(known: dict[str, str], found: str) -> bool:
-    return known.setdefault("hash", found) == found
+def same(known: dict[str, str], digest: str) -> bool:
+    return known.setdefault("hash", digest) == digest
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -44,7 +44,7 @@ def test_strict_weights_survive_a_change_of_ranks(start_ranks, weights, known) -
 
 
 def test_dropout_changes_the_weights(start_ranks, weights, known) -> None:
-    """Or the tests above would show nothing."""
+    """Without this, the tests above would prove nothing."""
     run = start_ranks(*SETTINGS, "seed=1", ranks=1).wait(0)
     assert not same(known, weights(run.folder))
 

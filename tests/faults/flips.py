@@ -1,10 +1,10 @@
-"""Bit flips and truncations in every type of file of a run: all found before use, and named.
+"""Bit flips and truncations in every type of file of a run: all are detected before use, by name.
 
     python tests/faults/flips.py [--flips 300] [--cuts 100] [--seed S]
 
-A `tiny` run is made, then each of its files is damaged in turn, at random places, and looked at by
-the very functions that a start calls before it uses the file. The exit status is 1 if one damage
-is missed, is told without the file's name, or hides an earlier checkpoint that is whole.
+After a `tiny` run each type of its files is damaged at random positions and checked by the
+functions that a start calls before it uses the file. The exit status is 1 if damage is not
+detected, is reported without the file's name, or hides an earlier intact checkpoint.
 """
 
 from __future__ import annotations
@@ -25,43 +25,45 @@ from dtrain.core.files import read_sealed
 from dtrain.data.store import Store
 from dtrain.pipeline.stage_record import StageRecord
 
-Look = Callable[[Path], str]  # what a start says of a damaged file; empty if it sees nothing
+Look = Callable[[Path], str]  # the report about a damaged file; empty if nothing was detected
 
 
 def main() -> int:
-    """Damage, look, count."""
+    """Damage files, check them, count."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flips", type=int, default=300)
     parser.add_argument("--cuts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="dtrain-flips-"))
-    os.environ["DTRAIN_CACHE"] = str(place / "cache")
-    start = Start(place / "run", [*OVERRIDES, "engine.kind=zero3"])  # both ranks write a shard
+    folder = Path(tempfile.mkdtemp(prefix="dtrain-flips-"))
+    os.environ["DTRAIN_CACHE"] = str(folder / "cache")
+    start = Start(folder / "run", [*OVERRIDES, "engine.kind=zero3"])  # both ranks write a shard
     assert start.end(600) == 0, start.log.read_text()
     draw = random.Random(arguments.seed)
     missed = 0
-    for title, files, look in kinds(place):
-        assert files and not any(look(file) for file in files), title  # silent while all is well
-        flips = sum(found(draw.choice(files), look, flip, draw) for _ in range(arguments.flips))
-        cuts = sum(found(draw.choice(files), look, cut, draw) for _ in range(arguments.cuts))
+    for title, files, look in kinds(folder):
+        assert files and not any(look(file) for file in files), title  # no report without damage
+        flips = sum(
+            is_detected(draw.choice(files), look, flip, draw) for _ in range(arguments.flips)
+        )
+        cuts = sum(is_detected(draw.choice(files), look, cut, draw) for _ in range(arguments.cuts))
         missed += arguments.flips + arguments.cuts - flips - cuts
         print(
             f"{title:<20} {len(files):>2} files: {flips} of {arguments.flips} flips, "
-            f"{cuts} of {arguments.cuts} truncations found and named"
+            f"{cuts} of {arguments.cuts} truncations detected by name"
         )
     print(f"{missed} missed")
     return 1 if missed else 0
 
 
-def kinds(place: Path) -> list[tuple[str, list[Path], Look]]:
-    """Each type of file: its files, and how a start looks at them."""
-    run, stage = place / "run", place / "run/domain"
+def kinds(folder: Path) -> list[tuple[str, list[Path], Look]]:
+    """Each type of file: its files, and the check that a start makes."""
+    run, stage = folder / "run", folder / "run/domain"
     checkpoints = stage / "checkpoints"
     newest = sorted(checkpoints.glob("step-*"))[-1]
     results = StageRecord(stage, read_sealed(stage / "stage.json")["inputs"])
-    stores = sorted((place / "cache/stores").glob("*"))
-    assert len(list(checkpoints.glob("step-*"))) > 1, "no earlier checkpoint to go back to"
+    stores = sorted((folder / "cache/stores").glob("*"))
+    assert len(list(checkpoints.glob("step-*"))) > 1, "no earlier checkpoint to fall back to"
 
     def at_checkpoint(file: Path) -> str:
         best, reasons = newest_complete(checkpoints)
@@ -92,14 +94,14 @@ def kinds(place: Path) -> list[tuple[str, list[Path], Look]]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Its files with content, but the lock."""
+    """Its non-empty files, without the lock."""
     return sorted(p for p in folder.iterdir() if p.name != ".lock" and p.stat().st_size)
 
 
-def found(
+def is_detected(
     file: Path, look: Look, damage: Callable[[bytearray, random.Random], None], draw: random.Random
 ) -> bool:
-    """Damage a file, look, put it back; whether the look named it."""
+    """Damage a file, check it, restore it; return whether the report names it."""
     before, times = file.read_bytes(), file.stat()
     content = bytearray(before)
     damage(content, draw)
@@ -113,12 +115,12 @@ def found(
 
 
 def flip(content: bytearray, draw: random.Random) -> None:
-    """One bit."""
+    """Flip one bit."""
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
 
 
 def cut(content: bytearray, draw: random.Random) -> None:
-    """The end."""
+    """Cut off the end."""
     del content[draw.randrange(len(content)) :]
 
 

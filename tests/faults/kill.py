@@ -1,11 +1,11 @@
-"""kill -9, at every step or at any instant: the same command goes on, and ends at the same weights.
+"""kill -9 at every step or at random moments: the same command resumes to the same weights.
 
     python tests/faults/kill.py --every-step ENGINE [--seed S] [--forked]
     python tests/faults/kill.py --random N [--engine ENGINE] [--seed S] [--forked]
     python tests/faults/kill.py --restart-time N   # a worker's death to the next step: seconds
 
-Both stages of `tiny`, 15 steps each, packed rows, dropout on, a checkpoint at every step, 2 ranks.
-Figures are printed at the end; the exit status is 1 if one of them is not what it should be.
+Both stages of `tiny`, 15 steps each, packed, with dropout, a checkpoint at every step, 2 ranks. The
+results are printed at the end; the exit status is 1 if one of them is wrong.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dtrain.checkpoints import newest_complete
 
 TYPICAL_STEP_SECONDS = 0.1
 MOST_FOR_A_RESTART = 1.2
-INTERVAL = 1  # steps from save to save: the most that a kill may cost
+INTERVAL = 1  # steps between saves: the most that a kill may cost
 
 
 def main() -> int:
-    """Run what was asked for; 0 if nothing was lost."""
+    """Run what the options ask for; return 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every-step", metavar="ENGINE")
     parser.add_argument("--random", type=int, metavar="N")
@@ -42,22 +42,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
-    place = arguments.folder or Path(tempfile.mkdtemp(prefix="dtrain-kill-"))
-    place.mkdir(parents=True, exist_ok=True)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="dtrain-kill-"))
+    folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(arguments.seed)
     engine = arguments.every_step or arguments.engine
     overrides = [*OVERRIDES, f"engine.kind={engine}"]
     if arguments.restart_time:
-        return restart_time(place, overrides, arguments.restart_time)
-    expected = undisturbed(place / "undisturbed", overrides)
+        return restart_time(folder, overrides, arguments.restart_time)
+    expected = undisturbed(folder / "undisturbed", overrides)
     kind = ForkedStart if arguments.forked else Start
     if arguments.every_step:
-        return every_step(place / "run", overrides, expected, draw, kind)
-    return at_random(place, overrides, expected, draw, arguments.random, kind)
+        return every_step(folder / "run", overrides, expected, draw, kind)
+    return at_random(folder, overrides, expected, draw, arguments.random, kind)
 
 
 def undisturbed(folder: Path, overrides: list[str]) -> str:
-    """The hash to end with."""
+    """The hash of an uninterrupted run."""
     start = Start(folder, overrides)
     status = start.end(600)
     assert status == 0, start.log.read_text()
@@ -87,13 +87,13 @@ def every_step(
     same = status == 0 and final_hash(folder) == expected and max(lost) <= INTERVAL
     kills = sum(statuses.values())
     print(f"{kills} kills, steps lost by a kill {dict(sorted(lost.items()))}, statuses")
-    verdict = "hash equal" if same else "NOT AS IT SHOULD BE"
+    verdict = "hash equal" if same else "WRONG"
     print(f"{dict(statuses)}; final status {status}, {verdict}")
     return 0 if same else 1
 
 
 def at_random(
-    place: Path,
+    parent: Path,
     overrides: list[str],
     expected: str,
     draw: random.Random,
@@ -105,7 +105,7 @@ def at_random(
     done = runs = 0
     slowest = 0.0
     while done < kills or runs == 0:
-        folder = place / f"run-{runs}"
+        folder = parent / f"run-{runs}"
         while True:
             start = kind(folder, overrides)
             victim, moment = draw.choice(VICTIMS[kind]), draw.choice(MOMENTS)
@@ -145,11 +145,11 @@ def at_random(
     return 1 if bad else 0
 
 
-def restart_time(place: Path, overrides: list[str], pairs: int) -> int:
-    """In turn: a cold start to its first step, and a killed worker to the restart's first step."""
+def restart_time(folder: Path, overrides: list[str], pairs: int) -> int:
+    """Time a cold start up to its first step, and a restart from the kill to its first step."""
     cold, warm = list[float](), list[float]()
     for number in range(pairs + 1):  # the first makes samples and data, and is not counted
-        start = Start(place / f"restart-{number}", overrides)
+        start = Start(folder / f"restart-{number}", overrides)
         start.wait_for(lambda: start.steps("domain"))  # noqa: B023
         cold.append(time.monotonic() - start.began)
         start.wait_for(lambda: len(start.steps("domain")) > 5)  # noqa: B023
@@ -183,7 +183,7 @@ MOMENTS = ("any time", "in training", "in training", "in a save", "in a save")
 
 
 def wait_until(moment: str, start: Start, draw: random.Random) -> bool:
-    """Wait for a moment in the life of a start; False if it ended before."""
+    """Wait for a moment of a start; return False if it ended before."""
     if moment == "any time":
         time.sleep(draw.uniform(0, 12 if type(start) is Start else 4))
     elif moment == "in training":
@@ -206,7 +206,7 @@ def unfinished_saves(folder: Path, seen: set[str]) -> set[str]:
 
 
 def strike(start: Start, victim: str) -> bool:
-    """kill -9; False if there was nobody."""
+    """kill -9; return False if no such process was running."""
     workers = start.workers()
     launcher = [] if isinstance(start, ForkedStart) else [start.launcher]
     chosen = {"launcher": launcher, "all": [*launcher, *workers.values()]}
@@ -218,14 +218,14 @@ def strike(start: Start, victim: str) -> bool:
 
 
 def position(folder: Path) -> int:
-    """Steps done, over both stages, as the metrics tell."""
+    """Steps in the metrics of both stages."""
     return sum(max(steps_in(folder / stage / "metrics.jsonl"), default=0) for stage in STAGES)
 
 
 def saved(folder: Path) -> int:
     """Steps in complete checkpoints, over both stages."""
-    found = [newest_complete(folder / stage / "checkpoints")[0] for stage in STAGES]
-    return sum(checkpoint.step for checkpoint in found if checkpoint)
+    newest = [newest_complete(folder / stage / "checkpoints")[0] for stage in STAGES]
+    return sum(checkpoint.step for checkpoint in newest if checkpoint)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python tests/faults/merge_kill.py [--kills 50] [--seed 0] [--megabytes 60]
 
-A merge is killed at a random byte of what it writes, until so many kills have been done; every
-third is killed once more as it goes on. Processes are forked from one that has imported
-everything, so that the moments fall into the merge; the last five are started as a user does.
+Each merge is killed at a random byte of its output; every third is killed again while it resumes.
+Processes are forked from one that has imported everything, so that the kills hit the merge; the
+last five are started as a user would.
 """
 
 from __future__ import annotations
@@ -32,65 +32,65 @@ from dtrain.merge.merge import MergeJob
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.resumable_dir import MODEL, making_folder
 
-COMMANDS = 5  # started as a user does
+COMMANDS = 5  # started as a user would
 
 
 def main() -> int:
-    """Kill; 0 if every merge that was killed ended with the bytes of one that was not."""
+    """Kill merges; return 0 if each ended with the bytes of an uninterrupted one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=int, default=60)
     arguments = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="dtrain-merge-kill-"))
+    folder = Path(tempfile.mkdtemp(prefix="dtrain-merge-kill-"))
     size = arguments.megabytes / 1000
-    made = make_model(place / "base", size, shard_bytes=int(size * 1e8))
-    make_adapter(place / "adapter", size)
-    assert run(place, place / "whole") == 0
-    wanted = content(place / "whole")
-    shards = len(list((place / "base").glob("*.safetensors")))
-    print(f"{made / 1e6:.0f} MB in {shards} shards; undisturbed: {wanted[:16]}")
-    status = kills(place, wanted, made, arguments.kills, random.Random(arguments.seed))
-    shutil.rmtree(place)
+    model_bytes = make_model(folder / "base", size, shard_bytes=int(size * 1e8))
+    make_adapter(folder / "adapter", size)
+    assert run(folder, folder / "whole") == 0
+    expected = content(folder / "whole")
+    shards = len(list((folder / "base").glob("*.safetensors")))
+    print(f"{model_bytes / 1e6:.0f} MB in {shards} shards; undisturbed: {expected[:16]}")
+    status = kills(folder, expected, model_bytes, arguments.kills, random.Random(arguments.seed))
+    shutil.rmtree(folder)
     return status
 
 
-def kills(place: Path, wanted: str, made: int, count: int, draw: random.Random) -> int:
-    """Kill so often; print what each kill found."""
-    found, wrong, done = Counter[str](), 0, 0
+def kills(folder: Path, expected: str, model_bytes: int, count: int, draw: random.Random) -> int:
+    """Kill `count` times; print how far the merges were."""
+    states, wrong, done = Counter[str](), 0, 0
     while done < count:
-        out = place / f"out-{done}"
+        out = folder / f"out-{done}"
         as_user = done >= count - COMMANDS
         for _ in range(2 if done % 3 == 2 and done + 2 <= count else 1):
-            kill(place, out, draw.uniform(0, 1.02) * made, draw.uniform(0, 0.05), as_user)
-            found[what_is_there(out)] += 1
+            kill(folder, out, draw.uniform(0, 1.02) * model_bytes, draw.uniform(0, 0.05), as_user)
+            states[what_is_there(out)] += 1
             done += 1
-        if problem := after(place, out, wanted):
+        if problem := after(folder, out, expected):
             print(f"{out}: {problem}")
             wrong += 1
         else:
             shutil.rmtree(out)
-    for state, number in sorted(found.items()):
-        print(f"{number:4} kills found {state}")
-    print(f"{done} kills, {wrong} merges that did not end as an undisturbed one")
+    for state, number in sorted(states.items()):
+        print(f"{number:4} kills at: {state}")
+    print(f"{done} kills, {wrong} merges with a wrong result")
     return 1 if wrong else 0
 
 
-def after(place: Path, out: Path, wanted: str) -> str:
-    """What is wrong once the next call has ended; empty if it is as it should be."""
-    if status := run(place, out):
+def after(folder: Path, out: Path, expected: str) -> str:
+    """What is wrong after the next call; empty if the result is correct."""
+    if status := run(folder, out):
         return f"exit status {status}"
-    if content(out) != wanted:
-        whole = {path.name: file_hash(path) for path in (place / "whole").iterdir()}
-        found = {path.name: file_hash(path) for path in out.iterdir()}
-        return f"differs in {sorted(n for n, _ in whole.items() ^ found.items())}"
+    if content(out) != expected:
+        whole = {path.name: file_hash(path) for path in (folder / "whole").iterdir()}
+        hashes = {path.name: file_hash(path) for path in out.iterdir()}
+        return f"differs in {sorted(n for n, _ in whole.items() ^ hashes.items())}"
     return "leftovers" if making_folder(out).exists() else ""
 
 
-def kill(place: Path, out: Path, moment: float, more: float, as_user: bool) -> None:
-    """Start a merge, and kill it some seconds after it has written so many bytes."""
+def kill(folder: Path, out: Path, moment: float, more: float, as_user: bool) -> None:
+    """Start a merge; kill it `more` seconds after it has written `moment` bytes."""
     if as_user:
-        command = ["merge", place / "base", place / "adapter", out]
+        command = ["merge", folder / "base", folder / "adapter", out]
         process = subprocess.Popen(
             [sys.executable, "-m", "dtrain", *command], stdout=subprocess.DEVNULL
         )
@@ -99,7 +99,7 @@ def kill(place: Path, out: Path, moment: float, more: float, as_user: bool) -> N
         process.kill()
         process.wait()
         return
-    forked = multiprocessing.get_context("fork").Process(target=one, args=(place, out))
+    forked = multiprocessing.get_context("fork").Process(target=merge_once, args=(folder, out))
     forked.start()
     wait(out, moment, forked.is_alive)
     time.sleep(more)
@@ -108,13 +108,13 @@ def kill(place: Path, out: Path, moment: float, more: float, as_user: bool) -> N
 
 
 def wait(out: Path, moment: float, alive: Callable[[], bool]) -> None:
-    """Until so many bytes are there, or the merge is over."""
+    """Wait until that many bytes are written, or the merge has ended."""
     while alive() and not out.exists() and written(out) < moment:
         time.sleep(0.002)
 
 
 def written(out: Path) -> int:
-    """Bytes of shards that are there, whole or not; -1 before there is a folder."""
+    """Bytes of all shards, complete or not; -1 before the folder exists."""
     total = -1
     with suppress(FileNotFoundError):
         for entry in os.scandir(making_folder(out) / MODEL):
@@ -122,24 +122,24 @@ def written(out: Path) -> int:
     return total
 
 
-def run(place: Path, out: Path) -> int | None:
-    """A merge that nobody kills, in a process of its own: its exit status."""
-    process = multiprocessing.get_context("fork").Process(target=one, args=(place, out))
+def run(folder: Path, out: Path) -> int | None:
+    """Merge in another process without a kill; return the exit status."""
+    process = multiprocessing.get_context("fork").Process(target=merge_once, args=(folder, out))
     process.start()
     process.join()
     return process.exitcode
 
 
-def one(place: Path, out: Path) -> None:
-    """The merge; two shards at once."""
+def merge_once(folder: Path, out: Path) -> None:
+    """Merge two shards at once."""
     os.setpgid(0, 0)
-    base, adapter = place / "base", place / "adapter"
+    base, adapter = folder / "base", folder / "adapter"
     job = MergeJob(base, out, source=str(base), processes=2)
     job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
 
 
 def what_is_there(out: Path) -> str:
-    """How far it was."""
+    """How far a killed merge was."""
     if out.exists():
         return "OUT, complete" + (" with leftovers" if making_folder(out).exists() else "")
     if not making_folder(out).exists():

@@ -1,4 +1,4 @@
-"""Runs of the recipe `tiny` that are started, watched, killed and compared from outside."""
+"""Start runs of the recipe `tiny`, watch them, and compare their results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OVERRIDES = ["evaluation.questions=null", "launch.processes=2", "device=cpu"] + 
 
 @dataclass
 class Start:
-    """One start of `dtrain run` on a folder, in a session of its own."""
+    """One start of `dtrain run` on a folder, in its own process group."""
 
     folder: Path
     overrides: list[str] = field(default_factory=list)
@@ -63,28 +63,28 @@ class Start:
         return self.folder / stage / "metrics.jsonl"
 
     def steps(self, stage: str) -> list[int]:
-        """Steps of a stage that this start knows of; none until it has opened the file anew."""
+        """Steps of a stage that this start has recorded, after it has rewritten the file."""
         path = self.metrics(stage)
         if inode(path) in (None, self.files_before[stage]):
             return []
         return list(steps_in(path))
 
     def workers(self) -> dict[int, psutil.Process]:
-        """Rank → its process, of those that live."""
-        found = {}
+        """The running processes by rank."""
+        by_rank = {}
         for child in children(self.launcher):
             try:
-                found[int(child.environ()["RANK"])] = child
+                by_rank[int(child.environ()["RANK"])] = child
             except (psutil.Error, KeyError):
                 continue
-        return found
+        return by_rank
 
     def is_over(self) -> bool:
         """Whether the launcher has ended."""
         return self.process.poll() is not None
 
     def wait_for(self, happened: Callable[[], bool], seconds: float = END_SECONDS) -> bool:
-        """Look until something happened (True), the start ended, or the time is over."""
+        """Wait until something happened (True), the start ended, or the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if happened():
@@ -95,7 +95,7 @@ class Start:
         return False
 
     def end(self, seconds: float = END_SECONDS) -> int | None:
-        """Exit status once launcher and workers are gone; None if they do not go by themselves."""
+        """Exit status once launcher and workers have ended; None if they had to be killed."""
         left = [self.launcher, *self.workers().values()]
         try:
             status = self.process.wait(seconds)
@@ -111,7 +111,7 @@ class Start:
 
 
 class ForkedStart(Start):
-    """The same without launcher and imports: ranks forked by tests/distributed/zygote.py."""
+    """A start without launcher and imports: ranks are forked by tests/distributed/zygote.py."""
 
     zygote: subprocess.Popen[str] | None = None
 
@@ -127,9 +127,9 @@ class ForkedStart(Start):
         self.ranks = {rank: self._fork(rank, common) for rank in range(2)}
 
     def _fork(self, rank: int, common: dict[str, int]) -> psutil.Process:
-        own = {**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        variables = {**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         arguments = [self.recipe, *self.overrides, f"output.folder={self.folder}"]
-        environment = {name: str(value) for name, value in own.items()}
+        environment = {name: str(value) for name, value in variables.items()}
         request = {"arguments": arguments, "environment": environment, "log": str(self.log)}
         return psutil.Process(self._ask(start=request))
 
@@ -150,15 +150,15 @@ class ForkedStart(Start):
         return int(pipe.stdout.readline())
 
     def workers(self) -> dict[int, psutil.Process]:
-        """Rank → its process, of those that live."""
+        """The running processes by rank."""
         return {rank: process for rank, process in self.ranks.items() if lives(process)}
 
     def is_over(self) -> bool:
-        """Whether nobody is left."""
+        """Whether all ranks have ended."""
         return not self.workers()
 
     def end(self, seconds: float = END_SECONDS) -> int | None:
-        """The first bad exit status; None if they do not end by themselves."""
+        """The first non-zero exit status, or 0; None if the ranks had to be killed."""
         self.wait_for(lambda: len(self.workers()) < len(self.ranks), seconds)
         overdue = len(self.workers()) == len(self.ranks)
         # The other rank ends by itself, or else as a launcher ends it.
@@ -170,7 +170,7 @@ class ForkedStart(Start):
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether a process runs, and is not a child that nobody has waited for."""
+    """Whether a process is running, and not a zombie."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -178,7 +178,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
-    """Children of a process that may be gone."""
+    """Children of a process that may have ended."""
     try:
         return process.children()
     except psutil.NoSuchProcess:
@@ -186,13 +186,13 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, no GPU."""
-    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "200"}
-    return {**os.environ, **own, "PYTHONPATH": str(ROOT)}
+    """One thread per rank, no GPU."""
+    defaults = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "200"}
+    return {**os.environ, **defaults, "PYTHONPATH": str(ROOT)}
 
 
 def inode(path: Path) -> int | None:
-    """Which file it is; None if there is none."""
+    """The file's inode; None if there is none."""
     try:
         return path.stat().st_ino
     except FileNotFoundError:
@@ -215,16 +215,18 @@ def steps_in(path: Path) -> Iterator[int]:
 
 
 def final_hash(folder: Path) -> str:
-    """SHA-256 over all that a run has made: adapters, models, last checkpoints, loss of each step.
+    """SHA-256 of a run's results: adapters, models, last checkpoints, and the loss of each step.
 
-    A manifest holds times and is left out; the shards beside it hold weights and Adam's state.
+    Manifests are left out, as they contain times; the shards contain weights and Adam's state.
     """
     digest = hashlib.sha256()
     for stage in STAGES:
         last = sorted((folder / stage / "checkpoints").glob("step-*"))[-1]
         assert last.name == f"step-{STEPS:06d}", last
-        parts = [last, folder / stage / "adapter", folder / stage / "merged"]
-        for path in sorted(p for part in parts for p in part.glob("*.safetensors")):
+        folders = [last, folder / stage / "adapter", folder / stage / "merged"]
+        for path in sorted(
+            p for result_folder in folders for p in result_folder.glob("*.safetensors")
+        ):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
         for line in (folder / stage / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)

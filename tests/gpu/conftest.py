@@ -78,15 +78,17 @@ def dtype(device: torch.device) -> torch.dtype:
 @pytest.fixture(scope="session")
 def figures() -> Iterator[dict[str, Any]]:
     """What is measured, by name; at the end added to a JSON file of earlier parts."""
-    found: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
+    values: dict[str, Any] = {"torch": torch.__version__, "device": "cpu"}
     if ON_GPU:
         free, total = torch.cuda.mem_get_info()
-        found["device"] = torch.cuda.get_device_name(0)
-        found["memory_bytes"] = total
-        found["free_bytes_at_start"] = free
-    yield found
+        values["device"] = torch.cuda.get_device_name(0)
+        values["memory_bytes"] = total
+        values["free_bytes_at_start"] = free
+    yield values
     known = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
-    FIGURES.write_text(json.dumps(known | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    FIGURES.write_text(
+        json.dumps(known | values, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Run:
     def facts(self, stage: str) -> dict[str, Any]:
         """What the lineage knows of a finished stage."""
         lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
-        return next(one for one in lineage["artefacts"] if one["name"] == stage)
+        return next(artifact for artifact in lineage["artefacts"] if artifact["name"] == stage)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -140,8 +142,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes
         folder: str = "run",
         env: dict[str, str] | None = None,
     ) -> tuple[subprocess.Popen[bytes], Path, Path]:
-        place, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
-        arguments = [str(recipe), *overrides, f"output.folder={place}"]
+        run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
+        arguments = [str(recipe), *overrides, f"output.folder={run_folder}"]
         with open(log, "wb") as output:
             process = subprocess.Popen(
                 [*(torchrun() if launched else ALONE), *arguments],
@@ -151,7 +153,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes
                 start_new_session=True,
             )
         started.append(process)
-        return process, place, log
+        return process, run_folder, log
 
     yield begin
     for process in started:
@@ -165,11 +167,11 @@ def train(start: Callable[..., Any]) -> Callable[..., Run]:
 
     def run(recipe: str | Path, *overrides: str, expect: int | None = 0, **more: Any) -> Run:
         began = time.perf_counter()
-        process, place, log = start(recipe, *overrides, **more)
+        process, run_folder, log = start(recipe, *overrides, **more)
         status = process.wait(TIMEOUT_SECONDS)
         output = log.read_text(errors="replace")
         assert expect is None or status == expect, output[-6000:]
-        return Run(place, status, output, time.perf_counter() - began)
+        return Run(run_folder, status, output, time.perf_counter() - began)
 
     return run
 
@@ -197,12 +199,12 @@ def write_random_llama(folder: Path, shape: dict[str, int]) -> None:
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    place = "cuda" if ON_GPU else "cpu"
+    device = "cuda" if ON_GPU else "cpu"
     blocks: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         block = ".".join(parts[:3]) if parts[1] == "layers" else "rest"
-        values = torch.ones(parameter.shape, device=place, dtype=torch.bfloat16)
+        values = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
         if parameter.dim() == 2:
             values.normal_(0.0, 0.02)
         blocks.setdefault(block, {})[name] = values.cpu()

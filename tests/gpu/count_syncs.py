@@ -18,12 +18,12 @@ from dtrain import train
 from dtrain.training import train_step, trainer
 
 
-def place(caught: list[warnings.WarningMessage]) -> Counter[str]:
+def call_sites(caught: list[warnings.WarningMessage]) -> Counter[str]:
     """Where each wait was asked for."""
     return Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchron" in str(w.message))
 
 
-def watched(function: Any, name: str, found: dict[str, Counter[str]]) -> Any:
+def watched(function: Any, name: str, counts: dict[str, Counter[str]]) -> Any:
     """`function`, with the waits in it counted under `name`."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +31,7 @@ def watched(function: Any, name: str, found: dict[str, Counter[str]]) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = function(*args, **kwargs)
-        found.setdefault(name, Counter()).update(place(caught))
+        counts.setdefault(name, Counter()).update(call_sites(caught))
         return result
 
     return call
@@ -43,17 +43,17 @@ def main() -> int:
     plain_step, plain_losses = trainer.train_step, train_step.compute_loss
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
-        found: dict[str, Counter[str]] = {}
-        steps.append(found)
-        train_step.compute_loss = watched(plain_losses, "forward", found)
-        result = watched(plain_step, "step", found)(*args, **kwargs)
+        counts: dict[str, Counter[str]] = {}
+        steps.append(counts)
+        train_step.compute_loss = watched(plain_losses, "forward", counts)
+        result = watched(plain_step, "step", counts)(*args, **kwargs)
         torch.cuda.set_sync_debug_mode("default")
         return result
 
     trainer.train_step = counted_step
     status = train.main(sys.argv[1:])
     worst = {
-        name: max((found.get(name, Counter()) for found in steps[2:]), key=Counter.total)
+        name: max((counts.get(name, Counter()) for counts in steps[2:]), key=Counter.total)
         for name in ("forward", "step")
     }
     print("SYNCS " + json.dumps({name: dict(where) for name, where in worst.items()}), flush=True)

@@ -48,12 +48,15 @@ def test_attention_over_documents(device, dtype, size, heads, window, figures) -
     )
     upstream = torch.randn(1, tokens, heads[0], size, device=device, dtype=dtype)
     output, _ = document_attention(nn.Identity(), query, key, value, Documents(LENGTHS, window))
-    found = [output, *torch.autograd.grad(output, (query, key, value), upstream)]
+    results = [output, *torch.autograd.grad(output, (query, key, value), upstream)]
     expected = alone(query, key, value, window)
-    wanted = [expected, *torch.autograd.grad(expected, (query, key, value), upstream.float())]
+    expected_results = [
+        expected,
+        *torch.autograd.grad(expected, (query, key, value), upstream.float()),
+    ]
     errors = [
         float((a.detach().float() - b.detach()).abs().max() / b.detach().abs().max())
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(results, expected_results, strict=True)
     ]
     figures[f"attention error, head {size}, {heads[1]} key heads, window {window}"] = max(errors)
     assert max(errors) < (2e-2 if dtype == torch.bfloat16 else 1e-5), errors
@@ -149,10 +152,10 @@ def test_engines_agree_on_one_rank(train, figures) -> None:
 
 
 def weights(folder: Path) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(folder.glob("*/[am]*/*.safetensors")):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
+        hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return hasher.hexdigest()
 
 
 @pytest.mark.whole_run

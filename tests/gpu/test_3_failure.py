@@ -17,10 +17,10 @@ EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("do
 
 
 def weights(folder: Path) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(folder.glob("*/[am]*/*.safetensors")):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
+        hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return hasher.hexdigest()
 
 
 def wait_for(path: Path, process, seconds: float = 120) -> None:

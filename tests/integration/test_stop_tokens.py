@@ -85,10 +85,10 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def merge(*places: Path) -> Path:
-    done = CliRunner().invoke(app, ["merge", *map(str, places)])
+def merge(*paths: Path) -> Path:
+    done = CliRunner().invoke(app, ["merge", *map(str, paths)])
     assert done.exit_code == 0, done.output
-    return places[-1]
+    return paths[-1]
 
 
 def check(model: Path) -> None:
@@ -128,13 +128,13 @@ def test_report_questions_use_the_recipe_template(run: Path) -> None:
     assert row["final"] == ANSWER and ANSWER not in row["base"]
 
 
-@pytest.mark.parametrize("part", [".", "task/adapter", "task/merged", "more/merged"])
+@pytest.mark.parametrize("result", [".", "task/adapter", "task/merged", "more/merged"])
 def test_generate_stops_for_runs_adapters_and_merged_models(
-    part: str, run: Path, tmp_path: Path
+    result: str, run: Path, tmp_path: Path
 ) -> None:
     lines(tmp_path / "p.jsonl", [{"prompt": QUESTION}, {"prompt": "Which color is hen 11?"}])
     options = ["--in", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
-    done = CliRunner().invoke(app, ["generate", str(run / part), *options])
+    done = CliRunner().invoke(app, ["generate", str(run / result), *options])
     assert done.exit_code == 0, done.output
     answers = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(answer)["generated"] for answer in answers] == [ANSWER, ANSWER]
@@ -142,7 +142,7 @@ def test_generate_stops_for_runs_adapters_and_merged_models(
 
 @pytest.mark.parametrize("name", ["", ".default"])
 def test_moved_adapter_keeps_its_template(name: str, run: Path, tmp_path: Path) -> None:
-    """With its name in the keys too, as a state dict in memory has it."""
+    """Also with the adapter's name in the keys, as in a state dict in memory."""
     adapter = tmp_path / "task-adapter"
     shutil.copytree(run / "task" / "adapter", adapter)
     file = adapter / "adapter_model.safetensors"
@@ -160,5 +160,5 @@ def test_vllm_command_has_stop_tokens_and_template(run: Path) -> None:
     folder = run / "task" / "adapter"
     assert f"--generation-config {folder}" in task
     assert f"--chat-template {folder / 'chat_template.jinja'}" in task
-    for own in (merged, more):  # a merged model brings both itself
-        assert "--generation-config" not in own and "--chat-template" not in own
+    for model in (merged, more):  # a merged model brings both itself
+        assert "--generation-config" not in model and "--chat-template" not in model

@@ -86,9 +86,9 @@ class Cluster:
 
     def processes(self, number: int, module: str) -> list[str]:
         """Processes of a node (as numbered inside) that run `python -m MODULE`, oldest first."""
-        found = self.run("pgrep", "-f", f"^[^ ]*python[^ ]* (-u )?-m {module} ").stdout.split()
+        pids = self.run("pgrep", "-f", f"^[^ ]*python[^ ]* (-u )?-m {module} ").stdout.split()
         name = f"n{number}"
-        return [p for p in found if self._host_of(p) == name]
+        return [p for p in pids if self._host_of(p) == name]
 
     def _host_of(self, process: str) -> str:
         done = self.run("nsenter", "-t", process, "-u", "hostname", check=False)
@@ -101,7 +101,7 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job; of an array's the first."""
         text = self.run("scontrol", "show", "job", "-o", job).stdout.splitlines()[0]
-        return dict(part.split("=", 1) for part in text.split() if "=" in part)
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def wait(self, job: str, seconds: float = 120) -> dict[str, str]:
         """Wait for a job's end."""
@@ -124,11 +124,11 @@ class Cluster:
 
 
 def wait_for(look: Callable[[], T | None], seconds: float, story: Callable[[], str]) -> T:
-    """Look until there is something, for at most so many seconds; then tell the story."""
+    """Poll until there is a result; after that many seconds fail with the logs."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = look()
-        if found is not None:
-            return found
+        result = look()
+        if result is not None:
+            return result
         time.sleep(0.2)
     raise AssertionError(f"not within {seconds} s; {story()}")

@@ -90,10 +90,10 @@ def network(nodes: int) -> None:
     call("ip", "link", "set", "br0", "up")
     hosts = "127.0.0.1 localhost\n" + f"{HEAD} head\n"
     hosts += "".join(f"10.99.0.1{i} n{i}\n" for i in range(nodes))
-    own = Path("/run/dtrain-hosts")
+    hosts_file = Path("/run/dtrain-hosts")
     call("mount", "-t", "tmpfs", "tmpfs", "/run")
-    own.write_text(hosts)
-    call("mount", "--bind", own, "/etc/hosts")
+    hosts_file.write_text(hosts)
+    call("mount", "--bind", hosts_file, "/etc/hosts")
 
 
 def start_node(folder: Path, number: int) -> int:

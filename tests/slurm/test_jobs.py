@@ -90,8 +90,8 @@ def test_70b_qlora_script_trains_a_tiny_model_without_leaking_secrets(cluster, s
     script = cluster.run("scontrol", "write", "batch_script", job, "-").stdout
     for text in (arguments, log, shown, script):
         assert CANARY not in text
-    found = subprocess.run(["grep", "-rl", CANARY, run, tmp_path], capture_output=True, text=True)
-    assert found.stdout == ""
+    matches = subprocess.run(["grep", "-rl", CANARY, run, tmp_path], capture_output=True, text=True)
+    assert matches.stdout == ""
 
 
 def watch_arguments(cluster: Cluster, job: str) -> str:

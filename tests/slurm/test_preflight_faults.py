@@ -12,24 +12,24 @@ from cluster import Cluster
 
 
 @contextmanager
-def mounted(cluster: Cluster, node: int, *what: object) -> Iterator[None]:
+def mounted(cluster: Cluster, node: int, *options: object) -> Iterator[None]:
     """Something mounted on one node alone; the last word is where."""
-    cluster.on_node(node, "mount", *what)
+    cluster.on_node(node, "mount", *options)
     try:
         yield
     finally:
-        cluster.on_node(node, "umount", what[-1])
+        cluster.on_node(node, "umount", options[-1])
 
 
 @contextmanager
-def traffic(cluster: Cluster, node: int, *what: str) -> Iterator[None]:
+def traffic(cluster: Cluster, node: int, *arguments: str) -> Iterator[None]:
     """A queueing discipline or a route on one node alone."""
-    kind, thing, *rest = what
-    cluster.on_node(node, kind, thing, "add", *rest)
+    kind, device, *rest = arguments
+    cluster.on_node(node, kind, device, "add", *rest)
     try:
         yield
     finally:
-        cluster.on_node(node, kind, thing, "del", *rest)
+        cluster.on_node(node, kind, device, "del", *rest)
 
 
 def look(cluster: Cluster, run: Path, *options: str) -> tuple[int, str]:
@@ -41,7 +41,7 @@ def look(cluster: Cluster, run: Path, *options: str) -> tuple[int, str]:
 
 
 def other_version(tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of peft's metadata with another version, and where the real one lies."""
+    """A copy of peft's metadata with another version, and the path of the real one."""
     real = Path(str(importlib.metadata.distribution("peft").locate_file(""))) / (
         f"peft-{importlib.metadata.version('peft')}.dist-info/METADATA"
     )
