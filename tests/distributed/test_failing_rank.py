@@ -1,4 +1,4 @@
-"""One rank fails while the others wait in a collective that never returns: all end, with a reason."""
+"""One rank fails while the others wait in a collective that never returns: all end and say why."""
 
 from __future__ import annotations
 
