@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"cli", "train", "rank_main", "submitit_jobs", "torchrun", "prepare"},
     {"__main__"},
 ]
-HEIGHT = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+HEIGHT = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 NO_TORCH = {"core", "recipes", "config", "planning", "launching", "supervisor", "submitit_jobs"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "deepspeed", "accelerate", "numpy"}
 
@@ -36,7 +36,7 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def part(file: Path) -> str:
+def package(file: Path) -> str:
     """dtrain/config/load.py → config; dtrain/train.py → train."""
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -53,25 +53,27 @@ def imported(node: ast.AST) -> Iterator[str]:
                 yield from (f"dtrain.{name.name}" for name in child.names)
 
 
-def parts_imported(file: Path) -> set[str]:
+def packages_imported(file: Path) -> set[str]:
     names = [name.split(".") for name in imported(tree(file))]
     return {name[1] for name in names if name[0] == "dtrain" and len(name) > 1}
 
 
 def test_every_package_has_a_floor() -> None:
-    assert {part(file) for file in FILES} - {"__init__"} <= set(HEIGHT)
+    assert {package(file) for file in FILES} - {"__init__"} <= set(HEIGHT)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_point_to_lower_floors(file: Path) -> None:
-    own = part(file)
-    too_high = {p for p in parts_imported(file) - {own} if HEIGHT[p] >= HEIGHT.get(own, 0)}
-    assert not too_high, f"{own} may not import {too_high}"
+    importer = package(file)
+    too_high = {
+        p for p in packages_imported(file) - {importer} if HEIGHT[p] >= HEIGHT.get(importer, 0)
+    }
+    assert not too_high, f"{importer} may not import {too_high}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_are_at_the_head_of_the_file(file: Path) -> None:
-    if part(file) == "cli":  # verbs import what they need when they run
+    if package(file) == "cli":  # verbs import what they need when they run
         return
     functions = (n for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef))
     hidden = [name for function in functions for name in imported(function)]
@@ -80,6 +82,6 @@ def test_imports_are_at_the_head_of_the_file(file: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(NO_TORCH))
 def test_login_node_packages_need_no_torch(name: str) -> None:
-    for file in (file for file in FILES if part(file) == name):
+    for file in (file for file in FILES if package(file) == name):
         heavy = {module.split(".")[0] for module in imported(tree(file))} & HEAVY
         assert not heavy, f"{file}: {heavy}"

@@ -44,11 +44,11 @@ sys.exit(75)
 """
 
 
-def start(tmp_path: Path, what: str, group: Path | None = None) -> subprocess.Popen[str]:
+def start(tmp_path: Path, scenario: str, group: Path | None = None) -> subprocess.Popen[str]:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = torchrun_command(Path("unused"), 2)
-    command = [*command[: command.index("dtrain.train") - 1], str(worker), what]
+    command = [*command[: command.index("dtrain.train") - 1], str(worker), scenario]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if group is not None:
         command = ["sh", "-c", f'echo $$ >{group}/cgroup.procs; exec "$@"', "sh", *command]
@@ -115,8 +115,8 @@ def small_memory() -> Iterator[Path]:
     """A control group of 1 GiB inside this one."""
     line = next((s for s in Path("/proc/self/cgroup").read_text().split() if ":memory:" in s), "")
     root = Path("/sys/fs/cgroup")
-    own = root / "memory" / line.split(":")[2].lstrip("/") if line else root
-    group = own / f"dtrain-test-{os.getpid()}"
+    control_group = root / "memory" / line.split(":")[2].lstrip("/") if line else root
+    group = control_group / f"dtrain-test-{os.getpid()}"
     try:
         group.mkdir()
         limit = "memory.limit_in_bytes" if line else "memory.max"
@@ -157,14 +157,14 @@ def test_hostile_names_remain_one_argument() -> None:
 
 
 def test_worker_environment() -> None:
-    found = worker_environment({}, 10**6, has_gpu=False)
-    assert found["OMP_NUM_THREADS"] == "1" and found["DS_ACCELERATOR"] == "cpu"
+    environment = worker_environment({}, 10**6, has_gpu=False)
+    assert environment["OMP_NUM_THREADS"] == "1" and environment["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_environment({}, 1, has_gpu=True)
     assert "OMP_NUM_THREADS" not in worker_environment({"OMP_NUM_THREADS": "7"}, 1, has_gpu=True)
-    assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     assert int(worker_environment({}, 1, has_gpu=True)["TORCHINDUCTOR_COMPILE_THREADS"]) <= 4
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # what is compiled is kept
-        assert Path(found[name]).parent == cache_folder()
+        assert Path(environment[name]).parent == cache_folder()
         assert name not in worker_environment({name: "/elsewhere"}, 1, has_gpu=True)
     assert (
         launcher_environment({"A": "b"}, "cpu").items()
@@ -174,8 +174,8 @@ def test_worker_environment() -> None:
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_expandable_segments_are_the_default_on_gpus(name: str) -> None:
-    found = worker_environment({}, 1, has_gpu=True)
-    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    environment = worker_environment({}, 1, has_gpu=True)
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "PYTORCH_ALLOC_CONF" not in worker_environment({}, 1, has_gpu=False)
     chosen = {name: "max_split_size_mb:128"}
     assert "PYTORCH_ALLOC_CONF" not in worker_environment(chosen, 1, has_gpu=True)
@@ -220,8 +220,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, lacks: Sequence[str] 
 
 def test_options_missing_in_an_older_torchrun_are_omitted(monkeypatch) -> None:
     assert parsed(monkeypatch, "--nnodes=1").shutdown_timeout == SECONDS_FOR_THE_OTHERS
-    found = parsed(monkeypatch, "--nnodes=1", lacks=["shutdown_timeout", "numa_binding"])
-    assert not {"shutdown_timeout", "numa_binding"} & set(vars(found))
+    environment = parsed(monkeypatch, "--nnodes=1", lacks=["shutdown_timeout", "numa_binding"])
+    assert not {"shutdown_timeout", "numa_binding"} & set(vars(environment))
 
 
 @pytest.mark.parametrize("is_newer", [False, True])  # torch 2.14 renamed an argument
@@ -243,7 +243,7 @@ def test_ranks_are_bound_to_cores_near_their_gpus_if_all_can_be(
 
     name = "torch.numa.binding._get_validated_logical_cpus_to_bind_to"
     installed = signature(resolve_name(name)).parameters
-    assert list(installed) in [list(signature(one).parameters) for one in (older, newer)]
+    assert list(installed) in [list(signature(version).parameters) for version in (older, newer)]
     monkeypatch.setattr(name, newer if is_newer else older)
     assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None  # no GPU
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -260,8 +260,8 @@ def test_multi_node_rendezvous_uses_the_interface(monkeypatch, capsys) -> None:
     several = ["--nnodes=2", "--rdzv-backend=c10d"]
     first = parsed(monkeypatch, *several, "--rdzv-endpoint=127.0.0.1:1234")
     assert (first.local_addr, first.rdzv_conf) == ("127.0.0.1", "is_host=true")
-    other = parsed(monkeypatch, *several, "--rdzv-endpoint=10.9.8.7:1234", "--rdzv-conf=a=b")
-    assert (other.local_addr, other.rdzv_conf) == ("127.0.0.1", "a=b")
+    external = parsed(monkeypatch, *several, "--rdzv-endpoint=10.9.8.7:1234", "--rdzv-conf=a=b")
+    assert (external.local_addr, external.rdzv_conf) == ("127.0.0.1", "a=b")
     chosen = parsed(monkeypatch, "--nnodes=1", "--local-addr=127.0.0.9")
     assert (chosen.local_addr, chosen.rdzv_conf) == ("127.0.0.9", "")
     monkeypatch.setenv("DTRAIN_INTERFACE", "nothing7")

@@ -43,14 +43,14 @@ class Kit:
         edges: dict[str, list[int]] | None = None,
     ) -> list[ParameterShard]:
         """Rank's pieces: even ranges, or those between `edges` (ranks + 1 positions a name)."""
-        found = []
+        shards = []
         for name, kinds in whole.items():
             total = elements(shapes[name])
             cuts = edges[name] if edges else [total * i // ranks for i in range(ranks + 1)]
             start, stop = cuts[rank], cuts[rank + 1]
             tensors = {kind: tensor[start:stop] for kind, tensor in kinds.items()}
-            found.append(ParameterShard(name, shapes[name], start, stop, tensors))
-        return found
+            shards.append(ParameterShard(name, shapes[name], start, stop, tensors))
+        return shards
 
     def save(self, folder: Path, step: int, *, ranks: int = 2, **state: Any) -> Path:
         """Save `whole(step)` from so many ranks, and wait until it is complete."""

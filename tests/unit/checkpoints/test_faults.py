@@ -42,8 +42,8 @@ def _damaged(path: Path, damage: Callable[[bytearray], None]) -> bytes:
 
 
 def _assert_found(folder: Path, path: Path) -> None:
-    found, reasons = newest_complete(folder)
-    assert found is not None and found.step == 1, path
+    newest, reasons = newest_complete(folder)
+    assert newest is not None and newest.step == 1, path
     assert len(reasons) == 1 and path.name in reasons[0] and "step 2" in reasons[0]
 
 
@@ -60,8 +60,8 @@ def test_every_bit_flip_is_found(kit: Any, tmp_path: Path) -> None:
         before = _damaged(path, flip)
         _assert_found(tmp_path, path)
         path.write_bytes(before)
-    found, reasons = newest_complete(tmp_path)
-    assert found is not None and found.step == 2 and not reasons
+    newest, reasons = newest_complete(tmp_path)
+    assert newest is not None and newest.step == 2 and not reasons
 
 
 def test_manifest_edit_that_changes_no_value_is_found(kit: Any, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_missing_file_is_found(kit: Any, tmp_path: Path, gone: str) -> None:
 
 
 def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_path: Path) -> None:
-    told = multiprocessing.Value("q", 0)  # the last step that rank 0 called complete
+    completed = multiprocessing.Value("q", 0)  # the last step that rank 0 called complete
 
     def train(rank: int, attempt: str, first: int) -> None:
         saver = Saver(tmp_path, rank=rank, ranks=2, attempt=attempt)
@@ -103,7 +103,7 @@ def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_pat
             saver.save(step, kit.pieces(kit.whole(step, BIG), rank, 2, BIG), {})
             saver.wait()
             if rank == 0:
-                told.value = step
+                completed.value = step
 
     draw, newest, interrupted = random.Random(0), 0, 0
     for attempt in range(KILLS):
@@ -114,11 +114,11 @@ def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_pat
             process.kill()
             process.join()
         interrupted += any(path.name.startswith(".step-") for path in tmp_path.iterdir())
-        found, _ = newest_complete(tmp_path)
-        newest = found.step if found else 0
-        assert newest >= told.value
-        if found is not None:
-            kit.assert_holds(found, kit.whole(newest, BIG))
+        checkpoint, _ = newest_complete(tmp_path)
+        newest = checkpoint.step if checkpoint else 0
+        assert newest >= completed.value
+        if checkpoint is not None:
+            kit.assert_holds(checkpoint, kit.whole(newest, BIG))
         remove_old_checkpoints(tmp_path, 2, best=False, every=None)
     assert newest > 0 and interrupted > 0
 
@@ -151,9 +151,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(kit: Any, small_disk: Path, r
     with pytest.raises(UserError, match=r"No space left[\s\S]*output\.keep_checkpoints"):
         save(3)
     _drain(savers)
-    found, _ = newest_complete(small_disk)
-    assert found is not None and found.step == 2
-    kit.assert_holds(found, kit.whole(2, shapes))
+    checkpoint, _ = newest_complete(small_disk)
+    assert checkpoint is not None and checkpoint.step == 2
+    kit.assert_holds(checkpoint, kit.whole(2, shapes))
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-000001", "step-000002"]
     remove_old_checkpoints(small_disk, 1, best=False, every=None)
     save(3)
@@ -247,8 +247,8 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(kit: Any, tmp_path: Pa
     kit.save(tmp_path, 1)
     (kit.save(tmp_path, 2) / "rank-00000.safetensors").write_bytes(b"")
     kit.save(tmp_path, 2)
-    found, reasons = newest_complete(tmp_path)
-    assert found is not None and found.step == 2 and not reasons
+    newest, reasons = newest_complete(tmp_path)
+    assert newest is not None and newest.step == 2 and not reasons
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 

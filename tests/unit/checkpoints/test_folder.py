@@ -17,7 +17,7 @@ from dtrain.checkpoints import (
 
 
 def _steps(folder: Path) -> list[int]:
-    return [one.step for one in list_checkpoints(folder)]
+    return [checkpoint.step for checkpoint in list_checkpoints(folder)]
 
 
 def _unfinished(folder: Path, step: int) -> None:
@@ -44,7 +44,10 @@ def test_list_describes_every_checkpoint(kit: Any, tmp_path: Path) -> None:
     _unfinished(tmp_path, 4)
 
     listed = list_checkpoints(tmp_path)
-    assert [(one.step, one.loss, one.complete, one.verified) for one in listed] == [
+    assert [
+        (checkpoint.step, checkpoint.loss, checkpoint.complete, checkpoint.verified)
+        for checkpoint in listed
+    ] == [
         (1, 3.5, True, None),
         (2, None, False, None),
         (3, 2.5, True, None),
@@ -53,7 +56,7 @@ def test_list_describes_every_checkpoint(kit: Any, tmp_path: Path) -> None:
     assert listed[3].size == 5 and "not finished" in listed[3].problem
 
     verified = list_checkpoints(tmp_path, verify=True)
-    assert [(one.complete, one.verified) for one in verified[:3:2]] == [
+    assert [(checkpoint.complete, checkpoint.verified) for checkpoint in verified[:3:2]] == [
         (True, True),
         (False, False),
     ]
@@ -65,8 +68,8 @@ def test_resume_reports_skipped_newer_checkpoints(kit: Any, tmp_path: Path) -> N
     (kit.save(tmp_path, 2) / "manifest.json").write_text("{}")
     _unfinished(tmp_path, 1)
     _unfinished(tmp_path, 3)
-    found, reasons = newest_complete(tmp_path)
-    assert found is not None and found.step == 1
+    newest, reasons = newest_complete(tmp_path)
+    assert newest is not None and newest.step == 1
     assert reasons[0] == "the save of step 3 was not finished"
     assert reasons[1].startswith("step 2 cannot be used:") and len(reasons) == 2
 

@@ -122,12 +122,12 @@ def test_save_stores_the_values_at_the_call(kit: Any, tmp_path: Path) -> None:
 def test_parameter_shards_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
     def gathered() -> Iterator[ParameterShard]:
         room = torch.empty(200)  # one buffer for all, as a gather would have
-        for piece in kit.pieces(kit.whole(5), 0, 1):
-            for kind, tensor in piece.tensors.items():
+        for shard in kit.pieces(kit.whole(5), 0, 1):
+            for kind, tensor in shard.tensors.items():
                 room[: tensor.numel()] = tensor
                 if kind == "weight":
                     yield ParameterShard(
-                        piece.name, piece.shape, 0, piece.stop, {kind: room[: tensor.numel()]}
+                        shard.name, shard.shape, 0, shard.stop, {kind: room[: tensor.numel()]}
                     )
 
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
@@ -196,12 +196,12 @@ def test_opaque_state_restores_only_into_the_same_range(tmp_path: Path) -> None:
     for saver in savers:
         saver.wait()
     checkpoint = Checkpoint.open(tmp_path / "step-000001")
-    same, other = _quantized(7, 10, 0), _quantized(5, 10, 0)
+    same, different = _quantized(7, 10, 0), _quantized(5, 10, 0)
     checkpoint.restore([same])
     assert same.tensors["bnb_state1"].tolist() == [2, 2, 2]
     assert same.tensors["bnb_absmax1"].item() == 2
     with pytest.raises(UserError, match=r"cannot be resharded[\s\S]*same engine"):
-        checkpoint.restore([other])
+        checkpoint.restore([different])
     same.tensors["bnb_state1"] = torch.zeros(3, dtype=torch.int8)
     with pytest.raises(UserError, match=r"this optimizer has torch\.int8"):
         checkpoint.restore([same])

@@ -107,8 +107,8 @@ def test_checkpoint_of_another_owner_is_refused(kit: Any, tmp_path: Path, name: 
 
 def test_renamed_checkpoint_is_not_accepted_as_newer(kit: Any, tmp_path: Path) -> None:
     kit.save(tmp_path, 1).rename(tmp_path / "step-000009")
-    found, reasons = newest_complete(tmp_path)
-    assert found is None and "contains step 1" in reasons[0]
+    newest, reasons = newest_complete(tmp_path)
+    assert newest is None and "contains step 1" in reasons[0]
 
 
 def test_slices_that_point_to_another_tensor_are_refused(kit: Any, tmp_path: Path) -> None:

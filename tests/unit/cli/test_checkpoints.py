@@ -18,8 +18,8 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text("name: any\n")
     saver = Saver(tmp_path / "domain/checkpoints", rank=0, ranks=1, attempt="a")
     for step, loss in ((5, 2.5), (10, None)):
-        piece = ParameterShard("w", (8,), 0, 8, {"weight": torch.ones(8)})
-        saver.save(step, [piece], {"held_out_loss": loss})
+        shard = ParameterShard("w", (8,), 0, 8, {"weight": torch.ones(8)})
+        saver.save(step, [shard], {"held_out_loss": loss})
         saver.wait()
     return tmp_path
 

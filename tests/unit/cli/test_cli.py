@@ -60,7 +60,7 @@ CLOSED = OPEN.replace("m.content", "m.content + eos_token")
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "warning"),
     [
         (OPEN, "the end of a turn has no loss: the model will not learn to stop"),
         (CLOSED, ""),
@@ -68,12 +68,14 @@ CLOSED = OPEN.replace("m.content", "m.content + eos_token")
         ("{% for m in messages %}{{ broken", "not checked here; `dtrain data scan`"),
     ],
 )
-def test_check_warns_about_a_template_without_end_of_turn(tmp_path: Path, template, told) -> None:
+def test_check_warns_about_a_template_without_end_of_turn(
+    tmp_path: Path, template, warning
+) -> None:
     (tmp_path / "own.jinja").write_text(template)
     setting = "stages.task.data.template=own.jinja"
     done = dtrain("check", "tiny", setting, cwd=tmp_path, code=IMPORTS)
-    assert done.returncode == 0 and told in done.stderr
-    assert bool(told) == ("own.jinja" in done.stderr)
+    assert done.returncode == 0 and warning in done.stderr
+    assert bool(warning) == ("own.jinja" in done.stderr)
     assert not set(done.stdout.rpartition("MODULES")[2].split()) & HEAVY
 
 

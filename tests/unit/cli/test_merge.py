@@ -42,8 +42,8 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 
 def equal(folder: Path, reference: dict[str, Tensor]) -> bool:
-    found = state(folder)
-    return all(torch.equal(found[name], reference[name].to(found[name].dtype)) for name in found)
+    actual = state(folder)
+    return all(torch.equal(actual[name], reference[name].to(actual[name].dtype)) for name in actual)
 
 
 @pytest.fixture
@@ -92,13 +92,15 @@ def checkpoint(
     folder = run / "domain" / "checkpoints"
     savers = [Saver(folder, rank=r, ranks=RANKS, attempt="a") for r in range(RANKS)]
     for rank, saver in enumerate(savers):
-        pieces = []
+        shards = []
         for name, tensor in tensors.items():
             total = prod(tensor.shape)
             start, stop = total * rank // RANKS, total * (rank + 1) // RANKS
-            part = tensor.detach().flatten()[start:stop].float()
-            pieces.append(ParameterShard(name, tuple(tensor.shape), start, stop, {"weight": part}))
-        saver.save(7, pieces, {"inputs": inputs, "dtype": "bfloat16"})
+            values = tensor.detach().flatten()[start:stop].float()
+            shards.append(
+                ParameterShard(name, tuple(tensor.shape), start, stop, {"weight": values})
+            )
+        saver.save(7, shards, {"inputs": inputs, "dtype": "bfloat16"})
     for saver in savers:
         saver.wait()
     return folder / "step-000007"
@@ -112,25 +114,25 @@ def by_peft(base: Path, *adapters: Path) -> dict[str, Tensor]:
 
 
 def test_merge_of_one_and_two_adapters(base: Path, tmp_path: Path) -> None:
-    one, two = adapter(base, tmp_path / "one"), adapter(base, tmp_path / "two", 2)
-    assert str(tmp_path / "a") in dtrain("merge", base, one, tmp_path / "a")
-    assert equal(tmp_path / "a", by_peft(base, one))
-    dtrain("merge", base, one, two, tmp_path / "b", "--processes", 2)
-    assert equal(tmp_path / "b", by_peft(base, one, two))
-    dtrain("merge", base, one, two, tmp_path / "c", "--weights", "0,1")
-    assert equal(tmp_path / "c", by_peft(base, two))
-    dtrain("merge", base, one, two, tmp_path / "d", "--combine", "dare_ties", "--seed", 5)
+    first, second = adapter(base, tmp_path / "one"), adapter(base, tmp_path / "two", 2)
+    assert str(tmp_path / "a") in dtrain("merge", base, first, tmp_path / "a")
+    assert equal(tmp_path / "a", by_peft(base, first))
+    dtrain("merge", base, first, second, tmp_path / "b", "--processes", 2)
+    assert equal(tmp_path / "b", by_peft(base, first, second))
+    dtrain("merge", base, first, second, tmp_path / "c", "--weights", "0,1")
+    assert equal(tmp_path / "c", by_peft(base, second))
+    dtrain("merge", base, first, second, tmp_path / "d", "--combine", "dare_ties", "--seed", 5)
     assert read_json(tmp_path / "d" / "merge.json")["adapters"][0]["combine"] == [
         "dare_ties", 0.5, 5
     ]  # fmt: skip
 
 
 def test_merged_model_generates_the_answers_of_the_adapter(base: Path, tmp_path: Path) -> None:
-    one = adapter(base, tmp_path / "one")
-    dtrain("merge", base, one, tmp_path / "out")
+    adapter_folder = adapter(base, tmp_path / "one")
+    dtrain("merge", base, adapter_folder, tmp_path / "out")
     ids = torch.arange(12)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter_folder)
     assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
     answers = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (merged, adapted)]
     assert torch.equal(*answers)
@@ -149,42 +151,42 @@ def test_merged_model_generates_the_answers_of_the_adapter(base: Path, tmp_path:
 def test_invalid_arguments_are_refused(
     arguments: list[str], said: str, base: Path, tmp_path: Path
 ) -> None:
-    places = [base] if not arguments else [base, adapter(base, tmp_path / "one")]
+    inputs = [base] if not arguments else [base, adapter(base, tmp_path / "one")]
     with pytest.raises(UserError, match=said):
-        dtrain("merge", *places, tmp_path / "out", *arguments)
+        dtrain("merge", *inputs, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_stage_record_selects_and_checks_the_base(base: Path, tmp_path: Path) -> None:
     """Its form of the base, and whether this is the base."""
-    one = adapter(base, tmp_path / "stage" / "adapter")
+    adapter_folder = adapter(base, tmp_path / "stage" / "adapter")
     trained_by(tmp_path / "stage", base, "qlora")
-    for place, options in (("a", []), ("b", ["--qlora-base", "dequantized"])):
-        dtrain("merge", base, one, tmp_path / place, *options)
-    dtrain("merge", base, one, tmp_path / "c", "--qlora-base", "original")
-    unpacked, again, plain = (state(tmp_path / place) for place in "abc")
+    for out_name, options in (("a", []), ("b", ["--qlora-base", "dequantized"])):
+        dtrain("merge", base, adapter_folder, tmp_path / out_name, *options)
+    dtrain("merge", base, adapter_folder, tmp_path / "c", "--qlora-base", "original")
+    unpacked, again, plain = (state(tmp_path / out_name) for out_name in "abc")
     assert all(torch.equal(unpacked[name], again[name]) for name in again)
-    assert equal(tmp_path / "c", by_peft(base, one))
+    assert equal(tmp_path / "c", by_peft(base, adapter_folder))
     name = "model.layers.0.self_attn.k_proj.weight"  # without an adapter
     assert torch.equal(plain[name], state(base)[name]) and not torch.equal(
         unpacked[name], plain[name]
     )
-    other = tmp_path / "a"  # same shapes, other numbers
+    other_base = tmp_path / "a"  # same shapes, other numbers
     with pytest.raises(UserError, match="is not the base that the adapter was trained on"):
-        dtrain("merge", other, one, tmp_path / "d", "--qlora-base", "original")
+        dtrain("merge", other_base, adapter_folder, tmp_path / "d", "--qlora-base", "original")
     assert not (tmp_path / "d").exists() and not (tmp_path / ".d.making").exists()
 
 
 def test_a_chain_out_of_order_is_refused(base: Path, tmp_path: Path) -> None:
-    one, two = (adapter(base, tmp_path / name / "adapter") for name in ("one", "two"))
+    first, second = (adapter(base, tmp_path / name / "adapter") for name in ("one", "two"))
     inputs = trained_by(tmp_path / "one", base)
     later = inputs | {"parent": fingerprint(inputs)}
     record = {"identity": fingerprint(later), "inputs": later, "complete": True}
     write_sealed(tmp_path / "two" / "stage.json", record)
-    dtrain("merge", base, one, two, tmp_path / "a")
-    assert equal(tmp_path / "a", by_peft(base, one, two))
+    dtrain("merge", base, first, second, tmp_path / "a")
+    assert equal(tmp_path / "a", by_peft(base, first, second))
     with pytest.raises(UserError, match="none of the adapters before it"):
-        dtrain("merge", base, two, one, tmp_path / "b")
+        dtrain("merge", base, second, first, tmp_path / "b")
 
 
 def test_full_checkpoint_of_three_ranks_is_merged(base: Path, tmp_path: Path) -> None:
@@ -209,8 +211,10 @@ def test_stored_tied_output_matrix_is_merged_with_the_embedding(base: Path, tmp_
     with pytest.raises(UserError, match="--weights and --combine do not apply"):
         dtrain("merge", step, tmp_path / "out", "--weights", "0.5")
     dtrain("merge", step, tmp_path / "out")
-    found = state(tmp_path / "out")
-    assert torch.equal(found[embedding], trained) and torch.equal(found["lm_head.weight"], trained)
+    merged = state(tmp_path / "out")
+    assert torch.equal(merged[embedding], trained) and torch.equal(
+        merged["lm_head.weight"], trained
+    )
 
 
 def test_adapters_trained_on_different_base_dtypes_are_refused(base: Path, tmp_path: Path) -> None:
@@ -226,10 +230,10 @@ def test_adapters_trained_on_different_base_dtypes_are_refused(base: Path, tmp_p
 def test_adapters_of_one_quantized_base_quantize_it_once(base: Path, tmp_path: Path) -> None:
     for name in "ab":
         trained_by(tmp_path / name, base, "qlora")
-    one, two = (adapter(base, tmp_path / n / "adapter", s) for s, n in enumerate("ab", 1))
-    dtrain("merge", base, one, two, tmp_path / "both")
-    dtrain("merge", base, one, tmp_path / "one")
-    bare = shutil.copytree(two, tmp_path / "of no record")
+    first, second = (adapter(base, tmp_path / n / "adapter", s) for s, n in enumerate("ab", 1))
+    dtrain("merge", base, first, second, tmp_path / "both")
+    dtrain("merge", base, first, tmp_path / "one")
+    bare = shutil.copytree(second, tmp_path / "of no record")
     dtrain("merge", tmp_path / "one", bare, tmp_path / "in turn", "--qlora-base", "original")
     assert equal(tmp_path / "both", state(tmp_path / "in turn"))
 
@@ -253,24 +257,24 @@ def as_saved(adapter: Path) -> dict[str, Tensor]:
 
 
 def test_adapter_checkpoint_is_merged(base: Path, tmp_path: Path) -> None:
-    one = adapter(base, tmp_path / "one")
-    saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
+    adapter_folder = adapter(base, tmp_path / "one")
+    saved = checkpoint(tmp_path / "run", base, as_saved(adapter_folder), "lora")
     dtrain("merge", saved, tmp_path / "out")
-    assert equal(tmp_path / "out", by_peft(base, one))
+    assert equal(tmp_path / "out", by_peft(base, adapter_folder))
 
 
 def test_checkpoint_of_dtype_auto_is_merged_in_its_training_dtype(
     base: Path, tmp_path: Path
 ) -> None:
     """A base packed in bfloat16, on a GPU, where this machine's `auto` is float32."""
-    one = adapter(base, tmp_path / "stage" / "adapter")
-    saved = checkpoint(tmp_path / "run", base, as_saved(one), "qlora", "auto")
+    adapter_folder = adapter(base, tmp_path / "stage" / "adapter")
+    saved = checkpoint(tmp_path / "run", base, as_saved(adapter_folder), "qlora", "auto")
     dtrain("merge", saved, tmp_path / "out")
     for dtype in ("bfloat16", "float32"):
         inputs = trained_by(tmp_path / "stage", base, "qlora", dtype)
         record = {"identity": fingerprint(inputs), "inputs": inputs, "facts": {"dtype": dtype}}
         write_sealed(tmp_path / "stage" / "stage.json", record)
-        dtrain("merge", base, one, tmp_path / dtype)
+        dtrain("merge", base, adapter_folder, tmp_path / dtype)
     assert equal(tmp_path / "out", state(tmp_path / "bfloat16"))
     assert not equal(tmp_path / "out", state(tmp_path / "float32"))
 
@@ -290,8 +294,8 @@ def test_base_with_remote_code_is_quantized_if_the_recipe_trusts_it(
     base: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    one = adapter(base, run / "domain" / "adapter")
-    dtrain("merge", base, one, tmp_path / "known", "--qlora-base", "dequantized")
+    adapter_folder = adapter(base, run / "domain" / "adapter")
+    dtrain("merge", base, adapter_folder, tmp_path / "known", "--qlora-base", "dequantized")
     (base / "own.py").write_text(OWN_CODE)
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     config = read_json(base / "config.json")
@@ -302,22 +306,22 @@ def test_base_with_remote_code_is_quantized_if_the_recipe_trusts_it(
         (run / "recipe.yaml").write_text(dump(recipe))
         if trusts == "false":
             with pytest.raises(UserError, match="comes with its own Python code"):
-                dtrain("merge", base, one, tmp_path / "out")
-    dtrain("merge", base, one, tmp_path / "out")
+                dtrain("merge", base, adapter_folder, tmp_path / "out")
+    dtrain("merge", base, adapter_folder, tmp_path / "out")
     assert equal(tmp_path / "out", state(tmp_path / "known"))
 
 
 def test_run_with_a_relative_base_path_is_merged_from_any_folder(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = adapter(base, tmp_path / "one")
-    saved = checkpoint(tmp_path / "run", base, as_saved(one), "lora")
+    adapter_folder = adapter(base, tmp_path / "one")
+    saved = checkpoint(tmp_path / "run", base, as_saved(adapter_folder), "lora")
     monkeypatch.chdir(base.parent)
     recipe = resolve(load_recipe("tiny", ["model.base=base", "engine.kind=ddp"]))
     (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
     monkeypatch.chdir("/")
     dtrain("merge", saved, tmp_path / "out")
-    assert equal(tmp_path / "out", by_peft(base, one))
+    assert equal(tmp_path / "out", by_peft(base, adapter_folder))
 
 
 def test_corrupt_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def recipe(**changes: Any) -> Recipe:
     values = deepcopy(BASE)
     for address, value in changes.items():
         holder: Any = values
-        *way, last = (int(p) if p.isdigit() else p for p in address.split("__"))
-        for step in way:
+        *parents, last = (int(p) if p.isdigit() else p for p in address.split("__"))
+        for step in parents:
             holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
         if value is None:
             del holder[last]
@@ -204,8 +204,8 @@ def test_a_clash_names_the_keys(changes: dict[str, Any], keys: list[str]) -> Non
 
 
 def test_all_clashes_are_reported_at_once() -> None:
-    found = check(recipe(engine={"shard": 4, "offload": True}, launch={"processes": 5}))
-    assert len(found) == 3
+    problems = check(recipe(engine={"shard": 4, "offload": True}, launch={"processes": 5}))
+    assert len(problems) == 3
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,9 @@ def test_invalid_deepspeed_file_is_reported(tmp_path: Path, content: Any, messag
     if isinstance(content, dict):
         content = json.dumps({"zero_optimization": {"stage": 2}} | content)
     path.write_text(content)
-    found = check(recipe(engine={"kind": "zero2", "config": str(path)}))
-    assert len(found) == 1
-    assert message in str(found[0])
+    problems = check(recipe(engine={"kind": "zero2", "config": str(path)}))
+    assert len(problems) == 1
+    assert message in str(problems[0])
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20))
@@ -257,6 +257,9 @@ def test_unmergeable_method_is_refused_if_a_merge_is_needed(
 ) -> None:
     monkeypatch.setitem(TRAITS, "lora", replace(TRAITS["lora"], cannot_merge="it has no weights"))
     (clash,) = check(recipe())
-    what = "stages.0.method.kind and output.merge: lora cannot be merged: it has no weights"
-    assert (clash.message, clash.fix) == (what, "make it the last stage, with output.merge=false")
+    message = "stages.0.method.kind and output.merge: lora cannot be merged: it has no weights"
+    assert (clash.message, clash.fix) == (
+        message,
+        "make it the last stage, with output.merge=false",
+    )
     assert not check(recipe(output__merge=False))

@@ -211,10 +211,10 @@ def test_exponential_yaml_aliases_are_refused(write) -> None:
 
 
 def test_yaml_tag_executes_no_code(write) -> None:
-    mark = Path(write("")).with_name("mark")
-    tag = f"name: !!python/object/apply:os.system ['touch {mark}']\n"
+    marker = Path(write("")).with_name("mark")
+    tag = f"name: !!python/object/apply:os.system ['touch {marker}']\n"
     faults(write(tag))
-    assert not mark.exists()
+    assert not marker.exists()
 
 
 def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_file_is_hashed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = file_hash(file)
-    assert cached_hash(file) == wanted
+    expected = file_hash(file)
+    assert cached_hash(file) == expected
     monkeypatch.setattr(hash_cache, "file_hash", None)
-    assert cached_hash(file) == wanted
+    assert cached_hash(file) == expected
 
 
 @pytest.mark.parametrize("how", ["time", "size", "replaced", "overwritten"])
@@ -58,6 +58,6 @@ def test_hash_of_a_file_changed_during_the_read_is_not_cached(file: Path) -> Non
 
 
 def test_corrupt_cache_entry_is_ignored(file: Path) -> None:
-    wanted = cached_hash(file)
+    expected = cached_hash(file)
     hash_cache._entry_path(file).write_text("[")
-    assert cached_hash(file) == wanted
+    assert cached_hash(file) == expected

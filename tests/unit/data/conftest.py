@@ -57,12 +57,17 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     """prepared(kind, [source, …], sequence_length=…) → the mixture, made in tmp_path/cache."""
 
     def run(kind: Any, sources: list[dict[str, Any]], **settings: Any) -> PackedDataset:
-        own = settings.pop("tokenizer", tokenizer)
+        chosen_tokenizer = settings.pop("tokenizer", tokenizer)
         cache = settings.pop("cache", tmp_path / "cache")
         batch = settings.pop("global_batch", 1)
         data = Data.model_validate({"sources": sources, "sequence_length": 64, **settings})
         return prepare(
-            data, objective_class(kind).dataset, own, "tokenizer-1", cache, global_batch=batch
+            data,
+            objective_class(kind).dataset,
+            chosen_tokenizer,
+            "tokenizer-1",
+            cache,
+            global_batch=batch,
         )
 
     return run

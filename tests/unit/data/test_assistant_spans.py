@@ -70,9 +70,9 @@ def test_llama3_stripped_answers_are_targets(answers) -> None:
 
 
 def test_template_that_renders_earlier_answers_differently(answers) -> None:
-    found = answers(THINKING, TWO_TURNS)
-    assert found[0] == "Four.<|im_end|>"
-    assert found[1].endswith("Six.<|im_end|>")
+    spans = answers(THINKING, TWO_TURNS)
+    assert spans[0] == "Four.<|im_end|>"
+    assert spans[1].endswith("Six.<|im_end|>")
 
 
 def test_template_without_headers(answers) -> None:
@@ -85,8 +85,8 @@ def test_generation_tags_are_used_if_present(answers) -> None:
 
 def test_an_answer_that_opens_the_conversation(answers, tokenizer) -> None:
     messages = [{"role": "assistant", "content": "Hello!"}, *TWO_TURNS[1:3]]
-    found = answers(tokenizer.chat_template, messages)
-    assert found == ["Hello!<|im_end|>", "Four.<|im_end|>"]
+    spans = answers(tokenizer.chat_template, messages)
+    assert spans == ["Hello!<|im_end|>", "Four.<|im_end|>"]
 
 
 def test_an_answer_that_repeats_the_question(answers, tokenizer) -> None:

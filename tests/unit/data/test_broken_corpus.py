@@ -42,9 +42,9 @@ def write(folder, name):
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    made = tmp_path / "corpus"
-    made.mkdir()
-    return made
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return folder
 
 
 def cleaned(corpus, out, **policy):
@@ -62,8 +62,8 @@ def cleaned(corpus, out, **policy):
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_row_is_refused_with_file_and_line(corpus, tmp_path, name) -> None:
     write(corpus, name)
-    _, told, line = BROKEN[name]
-    with pytest.raises(UserError, match=rf"{name}:{line}: .*{re.escape(told)}"):
+    _, message, line = BROKEN[name]
+    with pytest.raises(UserError, match=rf"{name}:{line}: .*{re.escape(message)}"):
         cleaned(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -77,12 +77,12 @@ def test_quarantine_removes_all_broken_rows_and_keeps_the_rest(corpus, tmp_path)
 
     kept, gone = cleaned(corpus, tmp_path / "out", broken="quarantine")
     faults = {line["location"].rsplit("/", 1)[1]: line["error"] for line in gone}
-    (cut,) = [place for place in faults if place.startswith("cut")]
+    (cut,) = [location for location in faults if location.startswith("cut")]
     assert "truncated or damaged" in faults.pop(cut)
     whole = int(cut.rpartition(":")[2]) - 1
     assert 1000 < whole < 2000
     assert faults.keys() == {f"{name}:{line}" for name, (_, _, line) in BROKEN.items()}
-    assert all(BROKEN[place.split(":")[0]][1] in fault for place, fault in faults.items())
+    assert all(BROKEN[location.split(":")[0]][1] in fault for location, fault in faults.items())
     assert len(kept) == 2 * len(BROKEN) + whole
 
 

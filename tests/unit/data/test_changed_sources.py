@@ -54,10 +54,10 @@ def overwrite(path: Path) -> None:
 def replace(path: Path) -> None:
     """Another file of the same size and time under the name."""
     before = path.stat()
-    other = path.with_name(f"new{path.suffix}")
-    write(other, AFTER)
-    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
-    os.replace(other, path)
+    replacement = path.with_name(f"new{path.suffix}")
+    write(replacement, AFTER)
+    os.utime(replacement, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(replacement, path)
 
 
 def data(path: Path) -> Data:

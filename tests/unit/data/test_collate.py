@@ -28,21 +28,22 @@ def stream(prepared, write_rows):
     return prepared("cpt", [{"path": write_rows("t.jsonl", texts), "format": "text"}])
 
 
-def same(one, other) -> bool:
+def same(first, second) -> bool:
     arrays = all(
-        a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[:6], other[:6], strict=True)
+        a.dtype == b.dtype and np.array_equal(a, b)
+        for a, b in zip(first[:6], second[:6], strict=True)
     )
-    return arrays and one[6:] == other[6:]
+    return arrays and first[6:] == second[6:]
 
 
 @pytest.mark.parametrize("kind", ["dataset", "stream"])
 def test_native_and_numpy_collation_agree(kind, request) -> None:
-    found = request.getfixturevalue(kind)
-    assert isinstance(found._native_collator, NativeCollator)
-    rows = np.random.default_rng(0).permutation(found.sequences_per_epoch)
+    packed = request.getfixturevalue(kind)
+    assert isinstance(packed._native_collator, NativeCollator)
+    rows = np.random.default_rng(0).permutation(packed.sequences_per_epoch)
     for start in range(0, len(rows), 3):
         some = rows[start : start + 3]
-        assert same(found.read(some), collate_segments(found.gather(some)))
+        assert same(packed.read(some), collate_segments(packed.gather(some)))
 
 
 def test_few_shards_are_mapped_at_a_time(dataset, monkeypatch) -> None:
@@ -66,9 +67,9 @@ def test_batches_are_the_same_without_a_compiler(dataset, monkeypatch) -> None:
     del dataset.__dict__["_native_collator"]
     slow = batches()
     assert dataset._native_collator is None
-    for one, other in zip(fast, slow, strict=True):
-        for name, value in vars(one).items():
-            assert np.array_equal(value, getattr(other, name)), name
+    for native, fallback in zip(fast, slow, strict=True):
+        for name, value in vars(native).items():
+            assert np.array_equal(value, getattr(fallback, name)), name
 
 
 @pytest.mark.parametrize(

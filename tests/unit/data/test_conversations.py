@@ -27,21 +27,23 @@ def shown(prepared, write_rows, tokenizer):
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
         dataset = prepared("sft", [source], **{"sequence_length": 256, **settings})
-        own = settings.get("tokenizer", tokenizer)
-        return "".join(str(text) for text in sequences(dataset, own, 0, 5, color=False))
+        chosen_tokenizer = settings.get("tokenizer", tokenizer)
+        return "".join(
+            str(text) for text in sequences(dataset, chosen_tokenizer, 0, 5, color=False)
+        )
 
     return run
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}, {"masked": 1}]
+    "flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0.0}, {"masked": 1}]
 )
 @pytest.mark.parametrize("kind", ["messages", "alpaca"])
-def test_row_masked_as_a_whole_has_no_targets(shown, mark, kind) -> None:
+def test_row_masked_as_a_whole_has_no_targets(shown, flag, kind) -> None:
     rows = {
-        "messages": [{"messages": [ASKED, BAD], **mark}, {"messages": [ASKED, GOOD]}],
+        "messages": [{"messages": [ASKED, BAD], **flag}, {"messages": [ASKED, GOOD]}],
         "alpaca": [
-            {"instruction": "Two?", "output": "Five.", **mark},
+            {"instruction": "Two?", "output": "Five.", **flag},
             {"instruction": "Two?", "output": "Four."},
         ],
     }
@@ -51,10 +53,10 @@ def test_row_masked_as_a_whole_has_no_targets(shown, mark, kind) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"weight": 1}, {"weight": 0.3}, {"loss": 2.5}, {"train": None}, {"masked": False}]
+    "value", [{"weight": 1}, {"weight": 0.3}, {"loss": 2.5}, {"train": None}, {"masked": False}]
 )
-def test_other_values_of_a_mask_column_are_ignored(shown, other) -> None:
-    assert "⟦Four." in shown([{"messages": [ASKED, GOOD], **other}])
+def test_other_values_of_a_mask_column_are_ignored(shown, value) -> None:
+    assert "⟦Four." in shown([{"messages": [ASKED, GOOD], **value}])
 
 
 def test_train_flags_of_turns_override_those_of_the_row(shown) -> None:
@@ -69,22 +71,22 @@ def test_alternative_turn_mask_keys_are_read(shown, key) -> None:
     assert "⟦Five." not in text and "⟦Four." in text
 
 
-def parts(*marks):
+def blocks(*flags):
     return [
-        {"type": "text", "text": f"t{n}", **({} if mark is None else {"train": mark})}
-        for n, mark in enumerate(marks)
+        {"type": "text", "text": f"t{n}", **({} if flag is None else {"train": flag})}
+        for n, flag in enumerate(flags)
     ]
 
 
 def test_train_flags_of_blocks_apply_to_the_turn(shown) -> None:
-    masked = {"role": "assistant", "content": parts(False, False)}
+    masked = {"role": "assistant", "content": blocks(False, False)}
     text = shown([{"messages": [ASKED, masked, ASKED, GOOD]}])
     assert "⟦t0" not in text and "⟦Four." in text
 
 
-@pytest.mark.parametrize("marks", [(True, False), (None, False)])
-def test_blocks_with_different_train_flags_are_refused(marks) -> None:
-    turns = [ASKED, {"role": "assistant", "content": parts(*marks)}]
+@pytest.mark.parametrize("flags", [(True, False), (None, False)])
+def test_blocks_with_different_train_flags_are_refused(flags) -> None:
+    turns = [ASKED, {"role": "assistant", "content": blocks(*flags)}]
     with pytest.raises(
         UserError, match=r"f:1: the blocks of `messages\[1\]` differ in whether they have loss"
     ):
@@ -106,8 +108,12 @@ def test_ignored_keys_and_unknown_roles_are_reported(shown) -> None:
 def test_key_with_another_meaning_in_the_template_is_not_read(
     shown, make_tokenizer, reads, silent
 ) -> None:
-    own = make_tokenizer("{% if tools %}<tools>{% endif %}" + CHATML + f"{{# {reads} #}}")
-    text = shown([{"messages": [{**ASKED, "tools": [{"name": "f"}]}, GOOD]}], tokenizer=own)
+    custom_tokenizer = make_tokenizer(
+        "{% if tools %}<tools>{% endif %}" + CHATML + f"{{# {reads} #}}"
+    )
+    text = shown(
+        [{"messages": [{**ASKED, "tools": [{"name": "f"}]}, GOOD]}], tokenizer=custom_tokenizer
+    )
     assert ("message key `tools` is not read in 1 rows" not in text) == silent
 
 
@@ -183,13 +189,13 @@ def test_instruction_only_in_the_input_is_used_once(instruction) -> None:
 )
 def test_source_without_rows_is_reported_as_empty(tmp_path: Path, name, content) -> None:
     (tmp_path / name).write_text(content)
-    parts = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
+    source_files = find_source_files(Source(path=str(tmp_path / name)), tmp_path)
     with pytest.raises(EmptyDataError, match=f"{name}: the source has no rows"):
-        detect_source_format(parts, {})
+        detect_source_format(source_files, {})
 
 
 def test_rows_under_a_key_that_is_also_a_turn_mask(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": [{"messages": [ASKED, GOOD]}]}))
-    parts = find_source_files(Source(path=str(tmp_path / "a.json")), tmp_path)
-    (record,) = read_records(parts, "auto")
+    source_files = find_source_files(Source(path=str(tmp_path / "a.json")), tmp_path)
+    (record,) = read_records(source_files, "auto")
     assert [message["content"] for message in record.value.messages] == ["Two and two?", "Four."]

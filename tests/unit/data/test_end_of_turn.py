@@ -39,8 +39,8 @@ def template(closing: str, behind: str = "\\n") -> ChatTemplate:
 def test_end_of_turn_is_a_special_token(
     closing: str, token: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    found = find_stop_criterion(template(closing), tokenizer)
-    assert found == StopCriterion(token=tokenizer.convert_tokens_to_ids(token))
+    stop = find_stop_criterion(template(closing), tokenizer)
+    assert stop == StopCriterion(token=tokenizer.convert_tokens_to_ids(token))
 
 
 @pytest.mark.parametrize(("closing", "text"), [("###", "###"), ("\\n\\nover", "\n\nover")])
@@ -59,5 +59,5 @@ def test_template_without_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def test_instruction_template_ends_with_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    found = find_stop_criterion(resolve_template("instruction", tokenizer), tokenizer)
-    assert found == StopCriterion(token=tokenizer.eos_token_id)
+    stop = find_stop_criterion(resolve_template("instruction", tokenizer), tokenizer)
+    assert stop == StopCriterion(token=tokenizer.eos_token_id)

@@ -26,9 +26,14 @@ def load(tmp_path):
         return value.messages if isinstance(value, Conversation) else value
 
     def run(path, form="text", **more):
-        parts = find_source_files(Source(path=str(path), format=form, **more), tmp_path / "cache")
-        rows = read_records(parts, form, more.get("columns"))
-        return [(plain(row.value), parts[row.file_index].location(row.row_number)) for row in rows]
+        source_files = find_source_files(
+            Source(path=str(path), format=form, **more), tmp_path / "cache"
+        )
+        rows = read_records(source_files, form, more.get("columns"))
+        return [
+            (plain(row.value), source_files[row.file_index].location(row.row_number))
+            for row in rows
+        ]
 
     return run
 
@@ -156,7 +161,7 @@ def test_unknown_file_type_is_refused(fault, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "what"),
+    ("content", "line", "message"),
     [
         (b'{"text": "a"}\n{"text": "b\n', 2, "invalid JSON: Invalid control character"),
         (b'{"text": "a"}\n\n{"text"}\n', 3, "invalid JSON: Expecting ':' delimiter (column 8)"),
@@ -171,9 +176,11 @@ def test_unknown_file_type_is_refused(fault, tmp_path) -> None:
         (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
     ],
 )
-def test_invalid_lines_are_reported_with_their_number(fault, tmp_path, content, line, what) -> None:
+def test_invalid_lines_are_reported_with_their_number(
+    fault, tmp_path, content, line, message
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {what}")
+    assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {message}")
 
 
 def test_truncated_json_list_is_reported_with_its_line(fault, tmp_path) -> None:
@@ -197,7 +204,7 @@ def test_missing_column_is_reported_with_existing_columns(fault, write_rows, tmp
 
 
 @pytest.mark.parametrize(
-    ("messages", "what"),
+    ("messages", "message"),
     [
         ("hello", "`messages` must be a list of messages, not a text"),
         ([], "`messages` must be a list of messages, not an empty list"),
@@ -207,9 +214,9 @@ def test_missing_column_is_reported_with_existing_columns(fault, write_rows, tmp
         ([{"role": "user", "content": []}], "`messages[0].content` must be a text, not a list"),
     ],
 )
-def test_invalid_messages_are_reported(fault, write_rows, messages, what) -> None:
+def test_invalid_messages_are_reported(fault, write_rows, messages, message) -> None:
     path = write_rows("a.jsonl", [{"messages": messages}])
-    assert fault(path, "messages").startswith(f"{path}:1: {what}")
+    assert fault(path, "messages").startswith(f"{path}:1: {message}")
 
 
 def test_text_file_has_no_conversations(fault, tmp_path) -> None:

@@ -31,22 +31,22 @@ class Simulated:
     def sequence_ids_at(self, start: int, stop: int, seed: int):
         return self.mix.sequence_ids_at(np.arange(start, stop), seed)
 
-    def read(self, numbers) -> CollatedBatch:
-        self.rows_read += len(numbers)
+    def read(self, indices) -> CollatedBatch:
+        self.rows_read += len(indices)
         views = []
-        for number in numbers.tolist():
+        for number in indices.tolist():
             ids = np.arange(number % 3 + 3, dtype=np.int64) + 10 * number
             views += [ids[: number % 3 + 1], ids[number % 3 + 1 :]]
         sizes = np.array([view.size for view in views])
-        learnt = np.flatnonzero(sizes > 1)  # all tokens but the first
-        rows = np.repeat(np.arange(len(numbers)), 2)
+        has_target = np.flatnonzero(sizes > 1)  # all tokens but the first
+        rows = np.repeat(np.arange(len(indices)), 2)
         documents, labels = np.arange(rows.size), np.zeros(rows.size, int)
-        runs = learnt, np.ones(learnt.size, int), sizes[learnt]
-        pieces = Segments(views, sizes, rows, documents, labels, *runs)
-        return collate_segments(pieces)
+        runs = has_target, np.ones(has_target.size, int), sizes[has_target]
+        segments = Segments(views, sizes, rows, documents, labels, *runs)
+        return collate_segments(segments)
 
-    def counts(self, numbers) -> BatchCounts:
-        size, extra = len(numbers), int((np.asarray(numbers) % 3).sum())
+    def counts(self, indices) -> BatchCounts:
+        size, extra = len(indices), int((np.asarray(indices) % 3).sum())
         return BatchCounts(size, extra + 3 * size, extra + size, 2 * size)
 
 
@@ -56,9 +56,9 @@ def seen(loader: Loader, step: int, ranks: int, micro_batch: int) -> list[tuple[
     for rank in range(ranks):
         for batch in loader.micro_batches(step, rank, ranks, micro_batch):
             start = 0
-            for place, length in zip(batch.sequences, batch.sequence_lengths, strict=True):
+            for position, length in zip(batch.sequences, batch.sequence_lengths, strict=True):
                 if batch.targets.numel():
-                    out.append((place, int(batch.input_ids[0, start]) // 10))
+                    out.append((position, int(batch.input_ids[0, start]) // 10))
                 start += length
             assert start == batch.input_ids.shape[1] == sum(batch.document_lengths)
     return out
@@ -109,17 +109,20 @@ def test_stream_with_replay_is_independent_of_ranks_and_first_step(
     total = 2 * dataset.sequences_per_epoch
     stream = dataset.sequence_ids_at(0, total, seed).tolist()
     if len(weights) > 1:  # from that very step on there is none of the others
-        own = [row for row in stream[changes_after * global_batch :] if row < sum(rows[:-1])]
-        assert all(row < rows[0] for row in own)
+        main_rows = [row for row in stream[changes_after * global_batch :] if row < sum(rows[:-1])]
+        assert all(row < rows[0] for row in main_rows)
     first = data.draw(st.integers(0, max(0, -(-total // global_batch) - 5)))
     loader = Loader(dataset, seed=seed, global_batch=global_batch, total_sequences=total)
     for step in range(first, min(first + 5, loader.steps)):  # a resume at `first`
         low, high = step * global_batch, min((step + 1) * global_batch, total)
         assert seen(loader, step, ranks, 1) == list(enumerate(stream))[low:high]
-    own = [row for row in stream if row < sum(rows[:-1])]
+    main_rows = [row for row in stream if row < sum(rows[:-1])]
     if not weighted:
         n = sum(rows[:-1])
-        assert all(sorted(own[i : i + n]) == list(range(n)) for i in range(0, len(own) - n + 1, n))
+        assert all(
+            sorted(main_rows[i : i + n]) == list(range(n))
+            for i in range(0, len(main_rows) - n + 1, n)
+        )
 
 
 def test_1024_ranks_share_a_batch_of_weighted_sources() -> None:
@@ -151,7 +154,7 @@ def test_a_distant_step_is_computed_directly() -> None:
     loader = Loader(dataset, seed=5, global_batch=8, total_sequences=10**13)
     late = seen(loader, 10**12, 2, 2)
     assert dataset.rows_read == 8
-    assert [place for place, _ in late] == list(range(8 * 10**12, 8 * 10**12 + 8))
+    assert [position for position, _ in late] == list(range(8 * 10**12, 8 * 10**12 + 8))
     again = Loader(Simulated([10**12], [None]), seed=5, global_batch=8, total_sequences=10**13)
     assert seen(again, 10**12, 4, 1) == late
 

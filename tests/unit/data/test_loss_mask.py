@@ -27,16 +27,16 @@ def test_every_token_with_a_character_of_an_answer_is_a_target(tokenizer, turns,
         spans.append((len(text + question), len(text + question + answer + end)))
         text += question + answer + end
     encoding = tokenizer([text], add_special_tokens=False).encodings[0]
-    wanted = [
-        place > 0 and any(first < stop and last > start for start, stop in spans)
-        for place, (first, last) in enumerate(encoding.offsets)
+    expected = [
+        index > 0 and any(first < stop and last > start for start, stop in spans)
+        for index, (first, last) in enumerate(encoding.offsets)
     ]
     runs = target_runs(encoding, text, spans).tolist()
-    found = [False] * len(encoding)
+    actual = [False] * len(encoding)
     for start, stop in zip(runs[::2], runs[1::2], strict=True):
         assert start < stop
-        found[start:stop] = [True] * (stop - start)
-    assert found == wanted
+        actual[start:stop] = [True] * (stop - start)
+    assert actual == expected
     assert runs == sorted(set(runs))  # no run touches the next
     ((tokens, quick),) = TokenByteLengths.of(tokenizer).encode([text], [spans])
     assert tokens.tolist() == encoding.ids and quick.tolist() == runs
@@ -70,12 +70,15 @@ def test_lengths_and_offsets_give_the_same_documents(tokenizer, monkeypatch) -> 
         for q, a in [("Hi 漢", "so <|im_end|> é"), ("a", "👩🏽‍🚀"), ("b\n\n", "\n c ")]
     ]
     records = [Record(talk, 0, n) for n, talk in enumerate(talks)]
-    template, parts = resolve_template("auto", tokenizer), [SourceFile("a.jsonl", ".jsonl", "")]
+    template, source_files = (
+        resolve_template("auto", tokenizer),
+        [SourceFile("a.jsonl", ".jsonl", "")],
+    )
 
     def documents():
-        own = AnswerEncoder(tokenizer, template, 999, "fail", parts)
-        made = own.documents(records, Counter())
-        return [(one.tokens.tolist(), one.target_runs.tolist()) for one in made]
+        encoder = AnswerEncoder(tokenizer, template, 999, "fail", source_files)
+        encoded = encoder.documents(records, Counter())
+        return [(document.tokens.tolist(), document.target_runs.tolist()) for document in encoded]
 
     quick = documents()
     monkeypatch.setattr(TokenByteLengths, "of", lambda tokenizer: None)

@@ -36,12 +36,12 @@ def test_epochs_in_one_call_equal_separate_calls(many: list[int], key: int) -> N
 def test_seed_epoch_and_label_each_change_the_order() -> None:
     index = np.arange(1000)
     first = permute(index, 1000, stream_key(1, "rows"), 0)
-    for other in (
+    for changed in (
         permute(index, 1000, stream_key(2, "rows"), 0),
         permute(index, 1000, stream_key(1, "slots"), 0),
         permute(index, 1000, stream_key(1, "rows"), 1),
     ):
-        assert (first == other).sum() < 12  # one in a thousand agrees by chance
+        assert (first == changed).sum() < 12  # one in a thousand agrees by chance
     assert abs(np.corrcoef(index, first)[0, 1]) < 0.15
 
 

@@ -38,27 +38,27 @@ def documents(dataset):
     """(place, tokens, supervised) of every piece of every row."""
     for row in all_rows(dataset):
         start = 0
-        for place, length in zip(row.documents, row.lengths.tolist(), strict=True):
-            piece = slice(start, start + length)
-            yield place, row.input_ids[piece].tolist(), row.is_target[piece].tolist()
+        for location, length in zip(row.documents, row.lengths.tolist(), strict=True):
+            span = slice(start, start + length)
+            yield location, row.input_ids[span].tolist(), row.is_target[span].tolist()
             start += length
 
 
-def learnt_text(tokenizer, ids, supervised):
-    return tokenizer.decode([i for i, s in zip(ids, supervised, strict=True) if s])
+def target_text(tokenizer, ids, is_target):
+    return tokenizer.decode([i for i, s in zip(ids, is_target, strict=True) if s])
 
 
 def test_sft_targets_are_the_answers(prepared, write_rows, tokenizer) -> None:
     path = write_rows("a.jsonl", [conversation("Who?", "Me, é 😀", "You."), conversation("a", "a")])
     source = {"path": path, "format": "messages"}
     dataset = prepared("sft", [source], sequence_length=256)
-    found = {place: learnt_text(tokenizer, i, s) for place, i, s in documents(dataset)}
-    assert found == {
+    texts = {location: target_text(tokenizer, i, s) for location, i, s in documents(dataset)}
+    assert texts == {
         f"{path}:1": "Me, é 😀<|im_end|>You.<|im_end|>",
         f"{path}:2": "a<|im_end|>",
     }
     expected = tokenizer.apply_chat_template(conversation("a", "a")["messages"]).input_ids
-    assert [ids for place, ids, _ in documents(dataset) if place == f"{path}:2"] == [expected]
+    assert [ids for location, ids, _ in documents(dataset) if location == f"{path}:2"] == [expected]
 
 
 def test_cpt_keeps_every_token_and_ends_documents(prepared, write_rows, tokenizer) -> None:
@@ -133,10 +133,10 @@ def long_rows(write_rows):
 def test_overlong_truncate_truncates_and_counts(prepared, long_rows) -> None:
     dataset = prepared("sft", [long_rows], sequence_length=80)
     assert sorted(p.rsplit(":", 1)[1] for p, _, _ in documents(dataset)) == ["1", "2"]
-    assert {len(ids) for place, ids, _ in documents(dataset) if place.endswith(":2")} == {80}
-    told = dataset.describe()
-    assert "2 truncated to a sequence" in told
-    assert "1 left out, no answer in them" in told
+    assert {len(ids) for location, ids, _ in documents(dataset) if location.endswith(":2")} == {80}
+    report = dataset.describe()
+    assert "2 truncated to a sequence" in report
+    assert "1 left out, no answer in them" in report
 
 
 def test_overlong_drop_leaves_out_and_counts(prepared, long_rows) -> None:
@@ -171,7 +171,7 @@ def test_empty_data_is_rejected(prepared, write_rows) -> None:
 def test_empty_texts_are_counted_and_left_out(prepared, write_rows) -> None:
     path = write_rows("a.jsonl", [{"text": ""}, {"text": "fox"}])
     dataset = prepared("cpt", [{"path": path, "format": "text"}])
-    assert [place for place, _, _ in documents(dataset)] == [f"{path}:2"]
+    assert [location for location, _, _ in documents(dataset)] == [f"{path}:2"]
     assert "1 left out, empty" in dataset.describe()
 
 
@@ -223,36 +223,36 @@ def test_counts_match_the_sequences(prepared, write_rows) -> None:
     sources = [{"path": path, "format": "messages"} for path in (many, few)]
     dataset = prepared("sft", sources, sequence_length=200)
     rows = all_rows(dataset)
-    numbers = np.arange(len(rows))[::-1]
-    assert dataset.tokens(numbers).tolist() == [r.input_ids.size for r in rows[::-1]]
-    targets = [dataset.counts(numbers[[n]]).supervised_tokens for n in range(len(rows))]
+    indices = np.arange(len(rows))[::-1]
+    assert dataset.tokens(indices).tolist() == [r.input_ids.size for r in rows[::-1]]
+    targets = [dataset.counts(indices[[n]]).supervised_tokens for n in range(len(rows))]
     assert targets == [r.is_target.sum() for r in rows[::-1]]
-    examples = [dataset.counts(numbers[[n]]).examples for n in range(len(rows))]
+    examples = [dataset.counts(indices[[n]]).examples for n in range(len(rows))]
     assert examples == [len(r.documents) for r in rows[::-1]]
     assert rows[-1].documents == [f"{few}:1"]
 
 
 def test_replay_is_prepared_mixed_and_counted(prepared, write_rows) -> None:
-    own = [write_rows(f"{n}.jsonl", [{"text": "fox " * 30}] * 40) for n in range(2)]
+    new_sources = [write_rows(f"{n}.jsonl", [{"text": "fox " * 30}] * 40) for n in range(2)]
     old = write_rows("old.jsonl", [{"text": "dog " * 30}] * 9)
-    sources = [{"path": path, "format": "text"} for path in own]
+    sources = [{"path": path, "format": "text"} for path in new_sources]
     plain = prepared("cpt", sources)
     mixed = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.25})
     assert mixed.fingerprint != plain.fingerprint
-    other = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.5})
-    assert mixed.fingerprint != other.fingerprint
+    swapped = prepared("cpt", sources, replay={"path": old, "format": "text", "ratio": 0.5})
+    assert mixed.fingerprint != swapped.fingerprint
     loader = Loader(
         mixed, seed=3, global_batch=8, total_sequences=mixed.sequences_per_epoch // 8 * 8
     )
     for step in range(loader.steps):
-        found = loader.counts_by_source(step)
-        assert list(found) == [*own, old]
-        assert found[old].sequences == 2
-        totals = [sum(column) for column in zip(*map(astuple, found.values()), strict=True)]
+        counts = loader.counts_by_source(step)
+        assert list(counts) == [*new_sources, old]
+        assert counts[old].sequences == 2
+        totals = [sum(column) for column in zip(*map(astuple, counts.values()), strict=True)]
         assert tuple(totals) == astuple(loader.counts(step))
         (batch,) = loader.micro_batches(step, 0, 1, 8)
-        numbers = loader.batch(step).tolist()
-        ids = np.concatenate([mixed.sequence(number).input_ids for number in numbers])
+        indices = loader.batch(step).tolist()
+        ids = np.concatenate([mixed.sequence(number).input_ids for number in indices])
         assert batch.input_ids[0].tolist() == ids.tolist()
     assert Loader(plain, seed=3, global_batch=8, total_sequences=8).counts_by_source(0) != {}
 
@@ -267,8 +267,8 @@ def test_weights_change_after_steps(prepared, write_rows) -> None:
 
     dataset = mixed(later)
     loader = Loader(dataset, seed=1, global_batch=8, total_sequences=48)
-    found = [loader.counts_by_source(step)[b].sequences for step in range(6)]
-    assert found == [0, 0, 0, 6, 6, 6]
+    counts = [loader.counts_by_source(step)[b].sequences for step in range(6)]
+    assert counts == [0, 0, 0, 6, 6, 6]
     assert "from sequence 25 on: 25.00%, 75.00%" in dataset.describe()
     marks = {mixed(weight).fingerprint for weight in (1.0, 3.0, later)}
     assert len(marks) == 3  # a checkpoint of another order is not gone on with
@@ -277,16 +277,16 @@ def test_weights_change_after_steps(prepared, write_rows) -> None:
 def test_many_shards_give_the_sequences_of_one(prepared, write_rows, tmp_path, monkeypatch) -> None:
     path = write_rows("a.jsonl", [{"text": "fox and dog " * (n % 9 + 1)} for n in range(50)])
     source = {"path": path, "format": "text"}
-    one = prepared("cpt", [source], cache=tmp_path / "one")
+    single = prepared("cpt", [source], cache=tmp_path / "one")
     monkeypatch.setattr(shards, "BLOCK_ROWS", 7)
     many = prepared("cpt", [source], cache=tmp_path / "many")
     assert len(list((tmp_path / "many").rglob("*.arrow"))) == 8
-    assert list(documents(one)) == list(documents(many))
+    assert list(documents(single)) == list(documents(many))
     monkeypatch.setattr(shards, "BLOCK_ROWS", 1000)
     monkeypatch.setattr(shards, "BLOCK_CHARACTERS", 100)
     long = prepared("cpt", [source], cache=tmp_path / "long")
     assert len(list((tmp_path / "long").rglob("*.arrow"))) > 8
-    assert list(documents(one)) == list(documents(long))
+    assert list(documents(single)) == list(documents(long))
 
 
 # JSON rows with NUL characters are refused.
@@ -306,12 +306,12 @@ def test_any_conversation_is_encoded_completely(
     path = write_rows("a.jsonl", [conversation("q", *answers) for answers in rows])
     source = {"path": path, "format": "messages"}
     dataset = prepared("sft", [source], sequence_length=capacity, overlong="drop")
-    for place, ids, supervised in documents(dataset):
-        answers = rows[int(place.rsplit(":", 1)[1]) - 1]
+    for location, ids, is_target in documents(dataset):
+        answers = rows[int(location.rsplit(":", 1)[1]) - 1]
         messages = conversation("q", *answers)["messages"]
         assert ids == tokenizer.apply_chat_template(messages).input_ids
         expected = "".join(f"{answer}<|im_end|>" for answer in answers)
-        assert learnt_text(tokenizer, ids, supervised) == expected
+        assert target_text(tokenizer, ids, is_target) == expected
 
 
 class TestFingerprint:
@@ -360,10 +360,10 @@ class TestFingerprint:
             spec, cache = objective_class(kind).dataset, tmp_path / "cache"
             return prepare(data, spec, tokenizer, fingerprint, cache).fingerprint
 
-        found = [run(), run("cpt"), run(fingerprint="t2"), run(weight=1.0)]
+        fingerprints = [run(), run("cpt"), run(fingerprint="t2"), run(weight=1.0)]
         monkeypatch.setattr(module, "CODE_VERSION", 0)
-        found.append(run())
-        assert len(set(found)) == 5
+        fingerprints.append(run())
+        assert len(set(fingerprints)) == 5
 
     def test_new_weight_reuses_the_prepared_data(self, prepared, source, tmp_path) -> None:
         prepared("sft", [source])

@@ -49,8 +49,8 @@ def load(tmp_path):
 
     def run(path: Path, form: str = "auto", **more: Any) -> list[Any]:
         source = Source(path=str(path), format=form, **more)
-        parts = find_source_files(source, tmp_path / "cache")
-        return [record.value for record in read_records(parts, form, source.columns)]
+        source_files = find_source_files(source, tmp_path / "cache")
+        return [record.value for record in read_records(source_files, form, source.columns)]
 
     return run
 
@@ -247,14 +247,14 @@ def test_a_duplicate_column_in_an_arrow_file_is_refused(fault, tmp_path, suffix)
 def test_a_csv_row_of_another_length_is_refused_with_its_line(tmp_path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text,b\n"two\nlines",1\nx\nx,1,2\ny,1\n')
-    parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
-    told = [
+    source_files = find_source_files(Source(path=str(path)), tmp_path / "cache")
+    values = [
         str(item.error) if isinstance(item, BadRecord) else item
-        for item in iter_records(parts, "text")
+        for item in iter_records(source_files, "text")
     ]
-    assert told[1].startswith(f"{path}:4: 1 cells, but the header has 2 columns")
-    assert told[2].startswith(f"{path}:5: 3 cells")
-    assert told[0].value == "two\nlines" and told[3].value == "y"
+    assert values[1].startswith(f"{path}:4: 1 cells, but the header has 2 columns")
+    assert values[2].startswith(f"{path}:5: 3 cells")
+    assert values[0].value == "two\nlines" and values[3].value == "y"
 
 
 ROW = {"instruction": "q", "output": "a"}
@@ -291,9 +291,10 @@ def test_an_object_with_rows_under_several_keys_is_refused(fault, tmp_path) -> N
 def test_error_in_one_row_of_a_list_keeps_the_other_rows(tmp_path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}, {"text": 1, "a": [{"b": 1, "b": 2}]}, {"text": "y"}]')
-    parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
-    told = [
-        str(i.error) if isinstance(i, BadRecord) else i.value for i in iter_records(parts, "text")
+    source_files = find_source_files(Source(path=str(path)), tmp_path / "cache")
+    values = [
+        str(i.error) if isinstance(i, BadRecord) else i.value
+        for i in iter_records(source_files, "text")
     ]
-    assert told[0] == "x" and told[2] == "y"
-    assert told[1].startswith(f"{path}#2: duplicate key `b`")
+    assert values[0] == "x" and values[2] == "y"
+    assert values[1].startswith(f"{path}#2: duplicate key `b`")

@@ -31,8 +31,8 @@ def load(tmp_path):
 
     def run(path, form="auto", **more):
         source = Source(path=str(path), format=form, **more)
-        parts = find_source_files(source, tmp_path / "cache")
-        return [record.value for record in read_records(parts, form, source.columns)]
+        source_files = find_source_files(source, tmp_path / "cache")
+        return [record.value for record in read_records(source_files, form, source.columns)]
 
     return run
 
@@ -42,10 +42,10 @@ def seen(tmp_path):
     """seen(path) → every row's value or fault, and none is left out"""
 
     def run(path, form="text"):
-        parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
+        source_files = find_source_files(Source(path=str(path)), tmp_path / "cache")
         return [
             str(item.error).splitlines()[0] if isinstance(item, BadRecord) else item.value
-            for item in iter_records(parts, form)
+            for item in iter_records(source_files, form)
         ]
 
     return run
@@ -159,10 +159,10 @@ def test_unknown_column_is_refused(tmp_path) -> None:
 
 def test_auto_reports_the_detected_format(write_rows, tmp_path) -> None:
     path = write_rows("a.jsonl", [{"title": "x", "body": "y"}])
-    parts = find_source_files(Source(path=path), tmp_path / "cache")
+    source_files = find_source_files(Source(path=path), tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no known format has the columns title, body"):
-        detect_source_format(parts, {})
-    assert detect_source_format(parts, {"text": "body"}) == "text"
+        detect_source_format(source_files, {})
+    assert detect_source_format(source_files, {"text": "body"}) == "text"
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json.gz", "csv", "csv.gz", "arrow"])
@@ -226,8 +226,8 @@ class TestBroken:
     def test_nested_duplicate_key_is_reported(self, seen, tmp_path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_text('{"messages": [{"role": "user", "role": "tool", "content": "a"}]}\n')
-        (told,) = seen(path, "messages")
-        assert told.startswith(f"{path}:1: ") and "duplicate key `role`" in told
+        (message,) = seen(path, "messages")
+        assert message.startswith(f"{path}:1: ") and "duplicate key `role`" in message
 
     def test_overlong_line_is_skipped(self, seen, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
@@ -243,17 +243,17 @@ class TestBroken:
         rows = [{"text": os.urandom(40).hex()} for _ in range(9000)]
         write_packed(whole, as_text(rows, "jsonl"))
         path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        *read_rows, told = seen(path)
+        *read_rows, message = seen(path)
         assert read_rows and read_rows == [row["text"] for row in rows[: len(read_rows)]]
-        assert told.startswith(f"{path}:{len(read_rows) + 1}: the file is truncated or damaged")
+        assert message.startswith(f"{path}:{len(read_rows) + 1}: the file is truncated or damaged")
         path.write_bytes(whole.read_bytes()[:40])
         assert "truncated or damaged" in seen(path)[0]
 
     def test_csv_row_with_too_many_cells_is_reported(self, seen, tmp_path) -> None:
         path = tmp_path / "a.csv"
         path.write_text('text,id\n"a\nb",1\nc,2,3\nd,4\n')
-        told = f"{path}:4: 3 cells, but the header has 2 columns"
-        assert seen(path) == ["a\nb", told, "d"]
+        message = f"{path}:4: 3 cells, but the header has 2 columns"
+        assert seen(path) == ["a\nb", message, "d"]
         path.write_text('text\n"a\n')
         assert seen(path) == [f"{path}:2: invalid CSV: unexpected end of data"]
 
@@ -291,9 +291,11 @@ def test_suggested_fix_for_preferences_works(prepared, write_rows) -> None:
     turn = {"from": "human", "value": "Who?"}
     sides = {name: {"from": "gpt", "value": "It is me."} for name in ("chosen", "rejected")}
     path = write_rows("a.jsonl", [{"conversations": [turn], **sides}])
-    with pytest.raises(UserError, match="preference rows: each row compares two answers") as told:
+    with pytest.raises(
+        UserError, match="preference rows: each row compares two answers"
+    ) as message:
         prepared("sft", [{"path": path}])
-    assert "{completion: chosen, prompt: NAME}" in told.value.fix
+    assert "{completion: chosen, prompt: NAME}" in message.value.fix
     columns = {"completion": "chosen", "prompt": "conversations"}
     source = {"path": path, "format": "prompt_completion", "columns": columns}
     assert prepared("sft", [source]).sequences_per_epoch == 1

@@ -30,9 +30,10 @@ def bucket():
 
 
 def texts(address: str, cache) -> list[tuple[str, str]]:
-    parts = find_source_files(Source(path=address), cache)
+    source_files = find_source_files(Source(path=address), cache)
     return [
-        (parts[r.file_index].location(r.row_number), r.value) for r in read_records(parts, "auto")
+        (source_files[r.file_index].location(r.row_number), r.value)
+        for r in read_records(source_files, "auto")
     ]
 
 
@@ -69,8 +70,8 @@ def test_file_fetched_by_another_process_is_not_fetched_again(
 
     bucket("a.jsonl", ["one"])
     monkeypatch.setattr(remote, "FolderLock", Waiting)
-    found = texts("memory://bucket/a.jsonl", tmp_path)
-    assert found == [("memory:///bucket/a.jsonl:1", "of the other")]
+    rows = texts("memory://bucket/a.jsonl", tmp_path)
+    assert rows == [("memory:///bucket/a.jsonl:1", "of the other")]
 
 
 def test_only_a_changed_file_is_fetched_again(bucket, tmp_path, monkeypatch) -> None:

@@ -41,9 +41,10 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def texts(address: str, cache: Path) -> list[tuple[str, str]]:
-    parts = find_source_files(Source(path=address), cache)
+    source_files = find_source_files(Source(path=address), cache)
     return [
-        (parts[r.file_index].location(r.row_number), r.value) for r in read_records(parts, "auto")
+        (source_files[r.file_index].location(r.row_number), r.value)
+        for r in read_records(source_files, "auto")
     ]
 
 
@@ -67,10 +68,10 @@ def test_missing_file_on_the_server_is_reported(site, tmp_path) -> None:
 def test_unreachable_server_is_reported(site, tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jsonl"
+        unused_address = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jsonl"
     with pytest.raises(UserError, match="Cannot connect to host") as error:
-        texts(nobody, tmp_path)
-    assert error.value.where == nobody
+        texts(unused_address, tmp_path)
+    assert error.value.where == unused_address
 
 
 def test_cached_file_is_used_offline_until_it_is_removed(site, tmp_path, capsys) -> None:

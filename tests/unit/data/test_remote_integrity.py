@@ -41,7 +41,7 @@ class Site:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    own = Site()
+    fake = Site()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -49,28 +49,28 @@ def site() -> Iterator[Site]:
 
         def do_HEAD(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", str(own.length))
-            for name, value in own.headers.items():
+            self.send_header("Content-Length", str(fake.length))
+            for name, value in fake.headers.items():
                 self.send_header(name, value)
             self.end_headers()
 
         def do_GET(self) -> None:  # without a length, as behind a proxy that drops it
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(own.body())
+            self.wfile.write(fake.body())
 
     fsspec.filesystem("http").clear_instance_cache()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    own.address = f"http://127.0.0.1:{server.server_port}/a.jsonl"
-    yield own
+    fake.address = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+    yield fake
     server.shutdown()
     server.server_close()
 
 
 def texts(site: Site, cache: Path) -> list[str]:
-    parts = find_source_files(Source(path=site.address), cache)
-    return [str(record.value) for record in read_records(parts, "text")]
+    source_files = find_source_files(Source(path=site.address), cache)
+    return [str(record.value) for record in read_records(source_files, "text")]
 
 
 def base64(algorithm: str, content: bytes = GOOD) -> str:
@@ -160,7 +160,7 @@ def _refuse(*_: object, **__: object) -> None:
 
 def test_unchanged_download_does_not_replace_the_cached_file(site, tmp_path) -> None:
     """Without a mark every start fetches; another one may still read the copy."""
-    parts = find_source_files(Source(path=site.address), tmp_path)
+    source_files = find_source_files(Source(path=site.address), tmp_path)
     find_source_files(Source(path=site.address), tmp_path)
     assert site.sent == 2
-    parts[0].check_unchanged(again=True)
+    source_files[0].check_unchanged(again=True)

@@ -64,12 +64,12 @@ def thoughts(form, *answers):
     turns = []
     for number, answer in enumerate(answers, start=1):
         thought = f"R{number}"
-        own = {"content": f"<think>\n{thought}\n</think>\n\n{answer}"}
+        fields = {"content": f"<think>\n{thought}\n</think>\n\n{answer}"}
         if form == "parts":
-            own = {"content": [{"type": "reasoning", "value": thought}, answer]}
+            fields = {"content": [{"type": "reasoning", "value": thought}, answer]}
         elif form != "inside":
-            own = {"content": answer, form: thought}
-        turns += [ASKED, {"role": "assistant", **own}]
+            fields = {"content": answer, form: thought}
+        turns += [ASKED, {"role": "assistant", **fields}]
     return turns
 
 
@@ -155,8 +155,16 @@ def test_tools_that_the_template_does_not_render_are_refused(learned, family) ->
 
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "reasoning"])
 def test_parallel_tool_calls_and_their_text_are_targets(learned, family) -> None:
-    other = {"function": {"name": "mul", "arguments": {"rows": ["a", 1, {"k": "v"}], "b": None}}}
-    turns = [ASKED, said("Let me see.", tool_calls=[CALL, other]), RESULT, RESULT, said("Four.")]
+    second_call = {
+        "function": {"name": "mul", "arguments": {"rows": ["a", 1, {"k": "v"}], "b": None}}
+    }
+    turns = [
+        ASKED,
+        said("Let me see.", tool_calls=[CALL, second_call]),
+        RESULT,
+        RESULT,
+        said("Four."),
+    ]
     (calls, answer), counts = learned(family, turns, TOOLS)
     assert calls.startswith("Let me see.") and calls.endswith("</tool_call><|im_end|>")
     assert '"city": "R \\"x\\"\\n"' in calls and '"rows": ["a", 1, {"k": "v"}]' in calls
@@ -213,14 +221,14 @@ CALLS = (
 )
 def test_every_field_of_a_tool_call_must_be_rendered(learned, writes, whole) -> None:
     turns = [ASKED, said("", tool_calls=[CALL]), RESULT, said("é. Four.")]
-    own = CALLS.replace("CALL", writes)
+    custom = CALLS.replace("CALL", writes)
     if whole:
-        (call, answer), _ = learned(own, turns)
+        (call, answer), _ = learned(custom, turns)
         assert call.startswith("<call>") and call.endswith("</call><|im_end|>")
         assert answer == "é. Four.<|im_end|>"
     else:
         with pytest.raises(UserError, match=r"f:1: the chat template .* message 2"):
-            learned(own, turns)
+            learned(custom, turns)
 
 
 # Roles
@@ -256,13 +264,14 @@ def test_answer_is_a_target_under_any_role_name(learned, family, role) -> None:
 
 
 def test_role_of_the_template_is_kept(template, learned) -> None:
-    own = SOME.replace("'system', ", "'developer', 'model', ")
+    custom = SOME.replace("'system', ", "'developer', 'model', ")
     turns = [{"role": "developer", "content": "HEAR"}, ASKED, {"role": "model", "content": "RED"}]
-    (answer,), counts = learned(own, turns)
+    (answer,), counts = learned(custom, turns)
     assert answer == "RED<|im_end|>" and not counts
     read = parse_messages(turns, "messages", "f:1")
     assert (
-        "<|im_start|>developer\nHEAR" in render_answers(template(own), Conversation(read), "f:1")[0]
+        "<|im_start|>developer\nHEAR"
+        in render_answers(template(custom), Conversation(read), "f:1")[0]
     )
 
 
@@ -363,7 +372,7 @@ def test_invalid_train_flags_are_refused(marks, message) -> None:
 
 
 @pytest.mark.parametrize(
-    "part",
+    "block",
     [
         {"type": "text", "text": "Four."},
         {"type": "text", "value": "Four."},
@@ -374,11 +383,11 @@ def test_invalid_train_flags_are_refused(marks, message) -> None:
     ],
 )
 @pytest.mark.parametrize("family", ["chatml", "parts-only", "qwen3"])
-def test_text_block_is_read_as_text(learned, family, part) -> None:
+def test_text_block_is_read_as_text(learned, family, block) -> None:
     turns = [
-        {"role": "system", "content": [part]},
-        {"role": "user", "content": [part]},
-        said([part]),
+        {"role": "system", "content": [block]},
+        {"role": "user", "content": [block]},
+        said([block]),
     ]
     (answer,), _ = learned(family, turns)
     assert answer.endswith("Four.<|im_end|>") and "type" not in answer
@@ -388,15 +397,15 @@ def test_text_block_is_read_as_text(learned, family, part) -> None:
     ("family", "joined"), [("chatml", "a\nb"), ("parts", "ab"), ("parts-only", "ab")]
 )
 def test_content_blocks_are_joined_as_the_template_does(learned, family, joined) -> None:
-    parts = [{"type": "text", "text": text} for text in "ab"]
+    blocks = [{"type": "text", "text": text} for text in "ab"]
     (asked, answer), _ = learned(
-        family, [{"role": "user", "content": parts}, said(parts)], None, "all+user"
+        family, [{"role": "user", "content": blocks}, said(blocks)], None, "all+user"
     )
     assert asked.startswith(joined) and answer.startswith(joined)
 
 
 @pytest.mark.parametrize(
-    ("part", "kind"),
+    ("block", "kind"),
     [
         ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
         ({"type": "image"}, "image"),
@@ -408,8 +417,8 @@ def test_content_blocks_are_joined_as_the_template_does(learned, family, joined)
         ({"type": "text", "text": None}, "text"),
     ],
 )
-def test_other_content_blocks_are_refused_by_type(part, kind) -> None:
-    turns = [{"role": "user", "content": [{"type": "text", "text": "See"}, part]}, said("Four.")]
+def test_other_content_blocks_are_refused_by_type(block, kind) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "See"}, block]}, said("Four.")]
     with pytest.raises(
         UserError, match=rf"f:1: `messages\[0\].content\[1\]` is not a text: {kind}"
     ):
@@ -500,13 +509,13 @@ def test_generation_tags_may_split_an_answer(learned) -> None:
     ],
 )
 def test_altered_answer_is_refused(learned, filter, kept) -> None:
-    own = SOME.replace("m.content", f"(m.content | {filter})")
+    custom = SOME.replace("m.content", f"(m.content | {filter})")
     turns = [ASKED, said("Four.")]
     if kept:
-        assert learned(own, turns)[0][0].endswith("Four.<|im_end|>")
+        assert learned(custom, turns)[0][0].endswith("Four.<|im_end|>")
     else:
         with pytest.raises(UserError, match="changes the answer in message 2"):
-            learned(own, turns)
+            learned(custom, turns)
 
 
 @pytest.mark.parametrize(
@@ -515,14 +524,14 @@ def test_altered_answer_is_refused(learned, filter, kept) -> None:
 )
 @pytest.mark.parametrize("who", ["user", "assistant", "system"])
 def test_truncated_text_is_refused(learned, change, who) -> None:
-    own = SOME.replace("m.content", f"(({change}) if m.role == '{who}' else m.content)")
+    custom = SOME.replace("m.content", f"(({change}) if m.role == '{who}' else m.content)")
     turns = [
         {"role": "system", "content": "Be kind and brief."},
         ASKED,
         said("Four and four and more."),
     ]
     with pytest.raises(UserError, match=r"f:1: the chat template (changes|leaves out)"):
-        learned(own, turns)
+        learned(custom, turns)
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
@@ -536,11 +545,11 @@ def test_template_that_depends_on_the_text_is_followed(learned, role) -> None:
         said("<think>\nR\n</think>\n\nSix."),
     ]
     assert learned("qwen3", turns)[0] == ["x<|im_end|>", "<think>\nR\n</think>\n\nSix.<|im_end|>"]
-    own = SOME.replace(
+    custom = SOME.replace(
         "m.content",
         f"(m.content if m.content.startswith('Two') or m.role != '{role}' else m.content + '!')",
     )
-    texts, _ = learned(own, [ASKED, said("Two is the answer."), AGAIN, said("Six.")])
+    texts, _ = learned(custom, [ASKED, said("Two is the answer."), AGAIN, said("Six.")])
     assert texts[0].endswith("Two is the answer.<|im_end|>")
 
 

@@ -35,11 +35,11 @@ def test_stream_slice_does_not_depend_on_its_length(rows, seed, a, b, c, weighte
     weights = [float(i + 1) if weighted else None for i in range(len(rows))]
     dataset = build_sampling_plan(rows, {0: weights}, ["s"] * len(rows))
     whole = dataset.sequence_ids_at(np.arange(start, stop), seed)
-    parts = [
+    sources = [
         dataset.sequence_ids_at(np.arange(*ends), seed)
         for ends in ((start, middle), (middle, stop))
     ]
-    assert whole.tolist() == np.concatenate(parts).tolist()
+    assert whole.tolist() == np.concatenate(sources).tolist()
 
 
 weight_lists = st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any)
@@ -61,13 +61,13 @@ def test_phases_have_exact_shares_and_passes_each_sequence_once(phases, rows, se
     dataset = build_sampling_plan(list(rows), weights, [*"abc"])
     stream = dataset.sequence_ids_at(np.arange(starts[-1]), seed)
     for start, (length, ws) in zip(starts, phases, strict=False):
-        found = sources_of(dataset, stream[start : start + length])[:, None] == np.arange(3)
-        wanted = np.arange(1, length + 1)[:, None] * np.array(ws) / sum(ws)
-        assert np.abs(np.cumsum(found, axis=0) - wanted).max() < 1  # at any place in it
+        actual = sources_of(dataset, stream[start : start + length])[:, None] == np.arange(3)
+        expected = np.arange(1, length + 1)[:, None] * np.array(ws) / sum(ws)
+        assert np.abs(np.cumsum(actual, axis=0) - expected).max() < 1  # at any place in it
     for first, n in zip(dataset.first_sequences, rows, strict=False):
-        own = stream[(stream >= first) & (stream < first + n)]
-        for begin in range(0, own.size - n + 1, n):
-            assert sorted(own[begin : begin + n]) == list(range(first, first + n))
+        selected = stream[(stream >= first) & (stream < first + n)]
+        for begin in range(0, selected.size - n + 1, n):
+            assert sorted(selected[begin : begin + n]) == list(range(first, first + n))
     a, b = np.sort(np.random.default_rng(seed).integers(0, starts[-1], 2))
     assert dataset.sequence_ids_at(np.arange(a, b), seed).tolist() == stream[a:b].tolist()
 
@@ -149,9 +149,9 @@ def test_replay_has_its_exact_share_and_other_sequences_come_once(
         np.arange(3 * dataset.sequences_per_epoch + block), seed
     ).tolist()
     for low, n in ((0, sum(rows)), (sum(rows), replayed)):
-        own = [row for row in stream if low <= row < low + n]
-        for start in range(0, len(own) - n + 1, n):
-            assert sorted(own[start : start + n]) == list(range(low, low + n))
+        selected = [row for row in stream if low <= row < low + n]
+        for start in range(0, len(selected) - n + 1, n):
+            assert sorted(selected[start : start + n]) == list(range(low, low + n))
     a, b = len(stream) // 3, len(stream) // 2  # any part of it can be had alone
     assert dataset.sequence_ids_at(np.arange(a, b), seed).tolist() == stream[a:b]
 

@@ -78,18 +78,18 @@ def test_shares_in_any_order_build_the_store_once(
     rows_of_all_kinds, tokenizer, tmp_path, monkeypatch
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
-    made = []
+    built = []
     write = shards.write_shard
     monkeypatch.setattr(
-        shards, "write_shard", lambda path, *a: made.append(path) or write(path, *a)
+        shards, "write_shard", lambda path, *a: built.append(path) or write(path, *a)
     )
     cache = tmp_path / "shared"
     taken = hold(cache / store_of(tmp_path / "alone").name, shard=5)
     first = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, WorkShare(2, 3), 1)
-    assert not first and len(made) == 7  # another process holds one, and may yet end
+    assert not first and len(built) == 7  # another process holds one, and may yet end
     taken()
     last = prepare_share(rows_of_all_kinds, CPT, tokenizer, "t", cache, WorkShare(0, 3), 1)
-    assert last and len(set(made)) == len(made) == 8
+    assert last and len(set(built)) == len(built) == 8
     assert digests(cache) == digests(tmp_path / "alone")
 
 
@@ -113,8 +113,8 @@ def hold(folder: Path, shard: int):
 class Murderous:
     """A tokenizer that is killed once, in the process that comes to a certain document first."""
 
-    def __init__(self, tokenizer, mark: Path) -> None:
-        self.tokenizer, self.mark = tokenizer, mark
+    def __init__(self, tokenizer, marker: Path) -> None:
+        self.tokenizer, self.mark = tokenizer, marker
 
     def __getattr__(self, name: str):
         return getattr(self.tokenizer, name)
@@ -191,24 +191,26 @@ def test_an_error_in_a_process_is_reported_as_without_processes(
 
 
 def test_progress_of_processes_is_summed() -> None:
-    told: list[int] = []
-    with worker_pool(3, lambda number, tell: [tell(number), tell(10)]) as members:
-        members.join(told.append)
-    assert sum(told) == 33
+    counts: list[int] = []
+    with worker_pool(
+        3, lambda number, report_progress: [report_progress(number), report_progress(10)]
+    ) as members:
+        members.join(counts.append)
+    assert sum(counts) == 33
 
 
 @pytest.mark.timeout(60)
 def test_any_error_text_of_a_process_is_reported() -> None:
     long = "\0\ud800é" * 100_000  # more than a pipe holds
 
-    def work(number: int, tell: object) -> None:
+    def work(number: int, report_progress: object) -> None:
         raise UserError(long, where="a\0b", fix="\udfff", status=Exit.NON_FINITE)
 
     with pytest.raises(UserError) as error, worker_pool(2, work) as members:
         members.join(lambda units: None)
-    told = error.value
-    assert (told.message, told.where, told.fix) == (long, "a\0b", "\udfff")
-    assert told.status is Exit.NON_FINITE
+    raised = error.value
+    assert (raised.message, raised.where, raised.fix) == (long, "a\0b", "\udfff")
+    assert raised.status is Exit.NON_FINITE
 
 
 def test_crash_of_a_worker_raises_an_error() -> None:
@@ -216,7 +218,7 @@ def test_crash_of_a_worker_raises_an_error() -> None:
         members.join(lambda units: None)
 
 
-def crash(number: int, tell: object) -> None:
+def crash(number: int, report_progress: object) -> None:
     raise ZeroDivisionError
 
 
@@ -225,23 +227,23 @@ def crash(number: int, tell: object) -> None:
     st.integers(1, 9),
     st.integers(1, 3),
 )
-def test_boundaries_cover_every_row_once(sizes, block, parts) -> None:
+def test_boundaries_cover_every_row_once(sizes, block, partitions) -> None:
     records = [
-        shards.Record("x" * size, index * parts // len(sizes), index)
+        shards.Record("x" * size, index * partitions // len(sizes), index)
         for index, size in enumerate(sizes)
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "BLOCK_ROWS", block)
         patch.setattr(shards, "BLOCK_CHARACTERS", 500)
-        found = shards.find_boundaries(iter(records))
-    assert found["row"][0] == 0
-    assert found["row"][-1] == len(sizes)
-    rows = found["row"].tolist()
+        boundaries = shards.find_boundaries(iter(records))
+    assert boundaries["row"][0] == 0
+    assert boundaries["row"][-1] == len(sizes)
+    rows = boundaries["row"].tolist()
     assert rows == sorted(set(rows))
     assert all(stop - start <= block for start, stop in pairwise(rows))
-    for place in found[:-1].tolist():
-        before = [record for record in records[: place[2]] if record.file_index == place[0]]
-        assert len(before) == place[1] and records[place[2]].file_index == place[0]
+    for boundary in boundaries[:-1].tolist():
+        before = [record for record in records[: boundary[2]] if record.file_index == boundary[0]]
+        assert len(before) == boundary[1] and records[boundary[2]].file_index == boundary[0]
 
 
 def test_shards_with_other_boundaries_are_not_reused(
@@ -277,10 +279,15 @@ def test_page_cache_counts_as_free_memory(tmp_path, monkeypatch) -> None:
 
 
 def test_reading_all_rows_equals_reading_by_shard(rows_of_all_kinds, tmp_path) -> None:
-    parts = find_source_files(rows_of_all_kinds.sources[0], tmp_path)
-    whole = list(read_records(parts, "text"))
-    stretches = shards.RecordReader(parts, "text", {})
-    found = []
-    for part, skip, row in ((0, 0, 0), (0, 55, 55), (1, 38, 98), (0, 10, 10)):  # on, over, back
-        found = list(stretches.records(part, skip, 9))
-        assert found == whole[row : row + 9]
+    source_files = find_source_files(rows_of_all_kinds.sources[0], tmp_path)
+    whole = list(read_records(source_files, "text"))
+    record_reader = shards.RecordReader(source_files, "text", {})
+    records = []
+    for file_index, skip, row in (
+        (0, 0, 0),
+        (0, 55, 55),
+        (1, 38, 98),
+        (0, 10, 10),
+    ):  # on, over, back
+        records = list(record_reader.records(file_index, skip, 9))
+        assert records == whole[row : row + 9]

@@ -28,14 +28,18 @@ def test_rows_of_a_path_are_shown_with_errors_and_without_control_characters(
         {"prompt": "a\x1b[2J", "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": "b"},
     ]
-    parts = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
-    output = "".join(text.plain for text in render_records(iter_records(parts, "auto"), parts, 9))
+    source_files = find_source_files(Source(path=write_rows("a.jsonl", rows)), tmp_path / "cache")
+    output = "".join(
+        text.plain for text in render_records(iter_records(source_files, "auto"), source_files, 9)
+    )
     assert "user: a␛[2J\n" in output and "\x1b" not in output
     assert "rejected\nuser: a␛[2J\nassistant: c" in output
     assert "a.jsonl:2: column `rejected` is missing" in output
 
 
 def test_a_long_text_is_shortened(write_rows, tmp_path) -> None:
-    parts = find_source_files(Source(path=write_rows("a.jsonl", [{"text": "ab" * 3000}])), tmp_path)
-    (_, shown) = render_records(iter_records(parts, "auto"), parts, 1)
+    source_files = find_source_files(
+        Source(path=write_rows("a.jsonl", [{"text": "ab" * 3000}])), tmp_path
+    )
+    (_, shown) = render_records(iter_records(source_files, "auto"), source_files, 1)
     assert shown.plain == "ab" * 2000 + " … and 2,000 more characters\n"

@@ -53,8 +53,8 @@ def shown(prepared, tokenizer, write_rows):
     def run(rows, **settings):
         source = {"path": write_rows("rows.jsonl", rows)}
         dataset = prepared("sft", [source], sequence_length=512, **settings)
-        own = settings.get("tokenizer", tokenizer)
-        return "".join(map(str, sequences(dataset, own, 0, 9, False))), dataset
+        chosen_tokenizer = settings.get("tokenizer", tokenizer)
+        return "".join(map(str, sequences(dataset, chosen_tokenizer, 0, 9, False))), dataset
 
     return run
 
@@ -65,8 +65,10 @@ def test_content_blocks_with_weights_are_read(shown) -> None:
 
 
 def test_reasoning_and_tool_calls_in_content_blocks_are_read(shown, make_tokenizer) -> None:
-    own = make_tokenizer((FAMILIES / "reasoning.jinja").read_text())
-    text, _ = shown([{"messages": TOOL_USE, "tools": json.dumps([AREA])}], tokenizer=own)
+    custom_tokenizer = make_tokenizer((FAMILIES / "reasoning.jinja").read_text())
+    text, _ = shown(
+        [{"messages": TOOL_USE, "tools": json.dumps([AREA])}], tokenizer=custom_tokenizer
+    )
     assert (
         "⟦<think>\nCall it.\n</think>" in text
         and '"radius": 1.5}}\n</tool_call><|im_end|>⟧' in text
@@ -86,8 +88,10 @@ def test_changes_to_rows_are_reported(shown) -> None:
 
 
 def test_turns_without_an_end_are_reported(shown, make_tokenizer) -> None:
-    own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
-    text, dataset = shown([{"messages": [ASKED, ANSWER]}] * 3, tokenizer=own)
+    custom_tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    )
+    text, dataset = shown([{"messages": [ASKED, ANSWER]}] * 3, tokenizer=custom_tokenizer)
     for said in (text, dataset.describe()):
         assert "3 answers after which nothing that ends a turn is learned" in said
 
@@ -120,9 +124,9 @@ def test_content_dropped_by_the_template_is_refused_with_its_line(
 def scanned(tokenizer, write_rows):
     """scanned(rows) → what a scan finds."""
 
-    def run(rows, own=tokenizer, train_on="all"):
+    def run(rows, custom_tokenizer=tokenizer, train_on="all"):
         source = open_source(Source(path=write_rows("rows.jsonl", rows)))
-        counter = TokenCounter(own, "auto", train_on)
+        counter = TokenCounter(custom_tokenizer, "auto", train_on)
         return scan([source], token_counter=counter, sequence_length=512)
 
     return run
@@ -140,9 +144,11 @@ def test_scan_finds_rows_that_training_would_refuse(scanned) -> None:
 
 
 def test_scan_reports_how_the_template_changes_rows(scanned, make_tokenizer) -> None:
-    own = make_tokenizer("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}")
+    custom_tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    )
     rows = [{"messages": [{"role": "human", "content": "Two?"}, ANSWER]}]
-    verdict = build_report(scanned(rows, own))["verdict"]
+    verdict = build_report(scanned(rows, custom_tokenizer))["verdict"]
     assert any(line["severe"] and "nothing that ends a turn" in line["text"] for line in verdict)
     assert any("role `human` read as `user`" in line["text"] for line in verdict)
 
@@ -165,8 +171,8 @@ def test_cleaned_rows_read_back_unchanged(scanned, tmp_path, write_rows) -> None
     clean(result, Clean(short="keep", template="quarantine"), tmp_path / "out")
 
     def values(path):
-        parts = find_source_files(Source(path=str(path)), tmp_path / "cache")
-        return [record.value for record in read_records(parts, "messages")]
+        source_files = find_source_files(Source(path=str(path)), tmp_path / "cache")
+        return [record.value for record in read_records(source_files, "messages")]
 
     kept = values(tmp_path / "out" / "rows-1.jsonl")
     assert kept == values(tmp_path / "rows.jsonl")[:3] and isinstance(kept[0], Conversation)

@@ -73,16 +73,16 @@ def test_texts_are_encoded_as_by_split_special_tokens(prepared, write_rows, toke
 
 
 def test_begin_token_is_still_added(prepared, write_rows, make_tokenizer) -> None:
-    own = make_tokenizer(bos_token="<|begin_of_text|>")
-    begin = [("<|begin_of_text|>", own.bos_token_id)]
-    own.backend_tokenizer.post_processor = TemplateProcessing(
+    custom_tokenizer = make_tokenizer(bos_token="<|begin_of_text|>")
+    begin = [("<|begin_of_text|>", custom_tokenizer.bos_token_id)]
+    custom_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=begin
     )
     path = write_rows("a.jsonl", [{"text": "x <|begin_of_text|> y"}])
-    dataset = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=own)
+    dataset = prepared("cpt", [{"path": path, "format": "text"}], tokenizer=custom_tokenizer)
     (ids,) = ids_of(dataset)
-    assert specials(own, ids) == ["<|begin_of_text|>", "<|endoftext|>"]
-    assert own.decode(ids) == "<|begin_of_text|>x <|begin_of_text|> y<|endoftext|>"
+    assert specials(custom_tokenizer, ids) == ["<|begin_of_text|>", "<|endoftext|>"]
+    assert custom_tokenizer.decode(ids) == "<|begin_of_text|>x <|begin_of_text|> y<|endoftext|>"
 
 
 @pytest.mark.parametrize("kind", ["cpt", "sft"])
@@ -110,8 +110,8 @@ def test_a_conversation_has_the_tokens_of_its_template_only(
 
 def test_text_around_special_tokens_is_tokenized_without_the_template(tokenizer) -> None:
     """No token ends where the special token begins, if plain text would have one across."""
-    own, text = SpecialTokens(tokenizer), f"the quick{END}brown"
-    ids, _ = own.encode(text, "", add_special_tokens=False)
+    special, text = SpecialTokens(tokenizer), f"the quick{END}brown"
+    ids, _ = special.encode(text, "", add_special_tokens=False)
     assert ids == tokenizer(text, split_special_tokens=True).input_ids
 
 
@@ -119,12 +119,12 @@ def test_tool_call_names_arguments_and_schemas_are_plain_text(tokenizer) -> None
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["<|im_start|>"]}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     tools = [{"function": {"description": "<|eot_id|>"}}]
-    own = SpecialTokens(tokenizer)
-    found = {END, "<|im_start|>", "<|eot_id|>"}
-    assert set(own.find(Conversation([message], tools))) == found
-    assert set(own.find(Preference(None, Conversation([message], tools)))) == found
-    assert not own.find(own.hidden(Conversation([message], tools)))
-    assert own.find(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
+    special = SpecialTokens(tokenizer)
+    texts = {END, "<|im_start|>", "<|eot_id|>"}
+    assert set(special.find(Conversation([message], tools))) == texts
+    assert set(special.find(Preference(None, Conversation([message], tools)))) == texts
+    assert not special.find(special.hidden(Conversation([message], tools)))
+    assert special.find(Conversation([{"role": "user", "content": "<|im_en|>"}])) == []
 
 
 READS = (
@@ -137,12 +137,14 @@ def test_template_that_reads_special_tokens_is_detected(
     prepared, write_rows, make_tokenizer
 ) -> None:
     path = write_rows("a.jsonl", [talk(f"a{END}b", "c")])
-    source, own = {"path": path, "format": "messages"}, make_tokenizer(template=READS)
+    source, custom_tokenizer = {"path": path, "format": "messages"}, make_tokenizer(template=READS)
     with pytest.raises(UserError, match="reads the special tokens in the row's text") as error:
-        prepared("cpt", [source], tokenizer=own)
+        prepared("cpt", [source], tokenizer=custom_tokenizer)
     assert error.value.where == f"{path}:1" and "split_special_tokens: false" in error.value.fix
-    (ids,) = ids_of(prepared("cpt", [source], tokenizer=own, split_special_tokens=False))
-    assert own.decode(ids) == f"s{END}!a{END}b{END}c{END}<|endoftext|>"
+    (ids,) = ids_of(
+        prepared("cpt", [source], tokenizer=custom_tokenizer, split_special_tokens=False)
+    )
+    assert custom_tokenizer.decode(ids) == f"s{END}!a{END}b{END}c{END}<|endoftext|>"
 
 
 @pytest.mark.parametrize(
@@ -156,18 +158,20 @@ def test_template_that_reads_special_tokens_is_detected(
 def test_text_normalized_to_a_special_token_is_plain_text(
     normalizer, text, prepared, write_rows, make_tokenizer
 ) -> None:
-    own = make_tokenizer(CHATML)
-    raw = json.loads(own.backend_tokenizer.to_str())
+    custom_tokenizer = make_tokenizer(CHATML)
+    raw = json.loads(custom_tokenizer.backend_tokenizer.to_str())
     for token in raw["added_tokens"]:
         token["normalized"] = True
     core = Tokenizer.from_str(json.dumps(raw))
     core.normalizer = normalizer
-    own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
-    own.chat_template = CHATML
+    custom_tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    custom_tokenizer.chat_template = CHATML
     path = write_rows("a.jsonl", [talk(text, text), talk("ab", "ab")])
-    dataset = prepared("sft", [{"path": path}], tokenizer=own, packing=False, sequence_length=256)
+    dataset = prepared(
+        "sft", [{"path": path}], tokenizer=custom_tokenizer, packing=False, sequence_length=256
+    )
     hostile, plain = ids_of(dataset)
-    assert specials(own, hostile) == specials(own, plain)
+    assert specials(custom_tokenizer, hostile) == specials(custom_tokenizer, plain)
     assert "1 with special tokens in their text" in dataset.describe()
 
 
@@ -197,13 +201,13 @@ def sentencepiece_like(begin: str = "<s>", **prepend: Any) -> PreTrainedTokenize
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     core.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", begin, "</s>")])
-    own = PreTrainedTokenizerFast(
+    custom_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=begin, eos_token="</s>", unk_token="<unk>"
     )
-    own.chat_template = (
+    custom_tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}"
     )
-    return own
+    return custom_tokenizer
 
 
 KINDS = {
@@ -216,23 +220,27 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_spaces_added_by_sentencepiece_match_the_tokenizer(kind, prepared, write_rows):
     """Where the model itself would merge text into a special token, the row is refused."""
-    own = sentencepiece_like(**KINDS[kind])
-    specials_of = SpecialTokens(own)
+    custom_tokenizer = sentencepiece_like(**KINDS[kind])
+    specials_of = SpecialTokens(custom_tokenizer)
     text = "ab<s> ab"
     ids, _ = specials_of.encode(text, "", add_special_tokens=False)
-    assert ids == own(text, split_special_tokens=True, add_special_tokens=False).input_ids
+    assert (
+        ids == custom_tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids
+    )
     path = write_rows("a.jsonl", [talk("ab<s> ab", "ab"), talk("ab ab", "ab")])
-    dataset = prepared("cpt", [{"path": path, "format": "messages"}], tokenizer=own, packing=False)
+    dataset = prepared(
+        "cpt", [{"path": path, "format": "messages"}], tokenizer=custom_tokenizer, packing=False
+    )
     hostile, plain = ids_of(dataset)
     turns = ["<s>", "</s>", "</s>", "</s>"]
-    assert specials(own, hostile) == specials(own, plain) == turns
+    assert specials(custom_tokenizer, hostile) == specials(custom_tokenizer, plain) == turns
     same = sentencepiece_like(begin="<begin>", **KINDS[kind])  # in which "<s>" is nothing special
     for ids, question in ((hostile, "ab<s> ab"), (plain, "ab ab")):
         whole = same.apply_chat_template(talk(question, "ab")["messages"], tokenize=False)
         assert ids == same(whole, add_special_tokens=False).input_ids
     path = write_rows("b.jsonl", [talk("ab</s>", "ab")])
     with pytest.raises(UserError, match="cannot encode the special tokens in the row's text"):
-        prepared("cpt", [{"path": path, "format": "messages"}], tokenizer=own)
+        prepared("cpt", [{"path": path, "format": "messages"}], tokenizer=custom_tokenizer)
 
 
 PIECES = st.lists(
@@ -241,21 +249,23 @@ PIECES = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(question=PIECES, answer=PIECES.filter(lambda parts: "".join(parts).strip()))
+@given(question=PIECES, answer=PIECES.filter(lambda strings: "".join(strings).strip()))
 def test_any_conversation_is_encoded_without_loss(tokenizer, question, answer) -> None:
-    own, row = SpecialTokens(tokenizer), talk("".join(question), "".join(answer))
+    special, row = SpecialTokens(tokenizer), talk("".join(question), "".join(answer))
 
-    def rendered(one: Conversation) -> str:
-        return tokenizer.apply_chat_template(one.messages, chat_template=CHATML, tokenize=False)
+    def rendered(conversation: Conversation) -> str:
+        return tokenizer.apply_chat_template(
+            conversation.messages, chat_template=CHATML, tokenize=False
+        )
 
     value = Conversation(row["messages"])
     text = rendered(value)
-    hidden = own.template_hidden(text, rendered(own.hidden(value)), "")
-    ids, encoding = own.encode(hidden, "", add_special_tokens=False)
+    hidden = special.template_hidden(text, rendered(special.hidden(value)), "")
+    ids, encoding = special.encode(hidden, "", add_special_tokens=False)
     assert specials(tokenizer, ids) == ["<|im_start|>", END] * 3
     assert tokenizer.decode(ids) == text
     assert encoding.offsets[-1][1] == len(text)
-    if not own.find(value):
+    if not special.find(value):
         assert ids == tokenizer(text).input_ids
 
 

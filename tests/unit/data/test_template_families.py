@@ -63,7 +63,7 @@ def template(make_tokenizer):
     return run
 
 
-def learnt(template, messages, train_on="all", tools=None):
+def target_texts(template, messages, train_on="all", tools=None):
     text, spans = render_answers(template, Conversation(messages, tools), "f:1", train_on)
     return [text[start:stop] for start, stop in spans]
 
@@ -75,12 +75,12 @@ def test_every_template_file_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("family", [*ENDS, "harmony"])
 def test_login_node_finds_the_same_turn_ends(template, family) -> None:
-    own = template(family)
-    light = LightTemplate(own.text, own.specials)
-    assert light.render(Conversation([SYSTEM, *TURNS])) == own.render(
+    family_template = template(family)
+    light = LightTemplate(family_template.text, family_template.specials)
+    assert light.render(Conversation([SYSTEM, *TURNS])) == family_template.render(
         Conversation([SYSTEM, *TURNS])
     )
-    assert end_of_turn(light) == end_of_turn(own)
+    assert end_of_turn(light) == end_of_turn(family_template)
 
 
 def bare(answer: str) -> str:
@@ -91,23 +91,23 @@ def bare(answer: str) -> str:
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["plain", "system"])
 @pytest.mark.parametrize("family", ENDS)
 def test_answers_and_their_turn_ends_are_targets(template, family, system) -> None:
-    found = learnt(template(family), [*system, *TURNS])
-    assert [bare(a) for a in found] == [ENDS[family].format(t) for t in ("Four.", "Six.")]
+    texts = target_texts(template(family), [*system, *TURNS])
+    assert [bare(a) for a in texts] == [ENDS[family].format(t) for t in ("Four.", "Six.")]
 
 
 @pytest.mark.parametrize("family", ENDS)
 def test_train_on_last_answer_only(template, family) -> None:
-    (found,) = learnt(template(family), TURNS, "last")
-    assert bare(found).removesuffix(CLOSING.get(family, "")) == ENDS[family].format("Six.")
-    assert learnt(template(family), TURNS[:3], "last") == []
+    (text,) = target_texts(template(family), TURNS, "last")
+    assert bare(text).removesuffix(CLOSING.get(family, "")) == ENDS[family].format("Six.")
+    assert target_texts(template(family), TURNS[:3], "last") == []
 
 
 @pytest.mark.parametrize("family", ENDS)
 def test_spaces_and_repeated_words_do_not_move_the_mask(template, family) -> None:
     same = [{"role": "user", "content": "Four."}, {"role": "assistant", "content": "Four.\n"}]
-    (found,) = learnt(template(family), same)
-    found = bare(found).removesuffix(CLOSING.get(family, ""))
-    assert found.replace("\n", "") == ENDS[family].format("Four.")
+    (text,) = target_texts(template(family), same)
+    text = bare(text).removesuffix(CLOSING.get(family, ""))
+    assert text.replace("\n", "") == ENDS[family].format("Four.")
 
 
 QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
@@ -121,7 +121,7 @@ CALLS = {
 @pytest.mark.parametrize("family", CALLS)
 def test_tool_calls_are_targets_and_tool_results_are_not(template, family) -> None:
     ready = template(family)
-    call, answer = learnt(ready, CALLING, tools=TOOLS)
+    call, answer = target_texts(ready, CALLING, tools=TOOLS)
     assert call.strip() == CALLS[family]
     assert bare(answer) == ENDS[family].format("Four.")
     text, _ = render_answers(ready, Conversation(CALLING, TOOLS), "f:1")
@@ -138,7 +138,7 @@ def test_ambiguous_tool_call_is_refused_with_a_fix(template) -> None:
         "message.role + '\\n' + content", "message.role + '\\n' + content + messages|string"
     )
     with pytest.raises(UserError, match="f:1: the chat template changes the answer") as error:
-        learnt(template(numbered), [*CALLING, *TURNS[2:]], tools=TOOLS)
+        target_texts(template(numbered), [*CALLING, *TURNS[2:]], tools=TOOLS)
     assert "train_on: last" in error.value.fix
 
 
@@ -159,8 +159,8 @@ def test_ambiguous_tool_call_is_refused_with_a_fix(template) -> None:
 def test_hostile_template_is_refused_with_a_reason(template, harm, when) -> None:
     text = f"{{% if {when} %}}{harm}{{% endif %}}" + (FAMILIES / "chatml.jinja").read_text()
     with pytest.raises(UserError) as error:
-        learnt(template(text), TURNS)
-    assert any(word in str(error.value) for word in ("seconds", "memory", "characters"))
+        target_texts(template(text), TURNS)
+    assert any(limit in str(error.value) for limit in ("seconds", "memory", "characters"))
 
 
 # What the user says and what tools say, with the end of the turn where it is that of an answer.
@@ -189,8 +189,8 @@ QUESTIONS = ["Two and two?", "And two?"]
 def test_user_turns_are_targets_if_configured(template, family) -> None:
     ready = template(family)
     said = [SAID[family].format(text) for text in QUESTIONS]
-    assert learnt(ready, TURNS, "user") == said
-    both = [bare(text) for text in learnt(ready, TURNS, "all+user")]
+    assert target_texts(ready, TURNS, "user") == said
+    both = [bare(text) for text in target_texts(ready, TURNS, "all+user")]
     answers = [ENDS[family].format(text) for text in ("Four.", "Six.")]
     assert both == [said[0], answers[0], said[1], answers[1]]
 
@@ -198,30 +198,30 @@ def test_user_turns_are_targets_if_configured(template, family) -> None:
 def test_training_on_an_absent_role_changes_nothing(template) -> None:
     for family in ENDS:
         ready = template(family)
-        assert learnt(ready, TURNS, "all+tool") == learnt(ready, TURNS, "all")
+        assert target_texts(ready, TURNS, "all+tool") == target_texts(ready, TURNS, "all")
 
 
-TOLD = {
+TOOL_RESULTS = {
     "llama3": "4",
     "qwen2.5": "4",
     "qwen3": "4",
 }
 
 
-@pytest.mark.parametrize("family", TOLD)
+@pytest.mark.parametrize("family", TOOL_RESULTS)
 def test_tool_results_are_targets_if_configured(template, family) -> None:
     ready = template(family)
-    found = learnt(ready, CALLING, "all+tool", TOOLS)
-    assert found[1] == TOLD[family]
-    assert found[::2] == learnt(ready, CALLING, "all", TOOLS)
-    everything = learnt(ready, CALLING, "all+user+tool", TOOLS)
-    assert everything == [SAID[family].format("Two and two?"), *found]
+    texts = target_texts(ready, CALLING, "all+tool", TOOLS)
+    assert texts[1] == TOOL_RESULTS[family]
+    assert texts[::2] == target_texts(ready, CALLING, "all", TOOLS)
+    everything = target_texts(ready, CALLING, "all+user+tool", TOOLS)
+    assert everything == [SAID[family].format("Two and two?"), *texts]
 
 
 def test_tool_results_are_targets_under_a_template_for_any_role(template) -> None:
     plain = [CALLING[0], {"role": "assistant", "content": "Adding."}, *CALLING[2:]]
-    found = learnt(template("chatml"), plain, "all+tool")
-    assert found == ["Adding.<|im_end|>", "4<|im_end|>", "Four.<|im_end|>"]
+    texts = target_texts(template("chatml"), plain, "all+tool")
+    assert texts == ["Adding.<|im_end|>", "4<|im_end|>", "Four.<|im_end|>"]
 
 
 def test_generation_tags_apply_only_to_answers(template) -> None:
@@ -232,18 +232,18 @@ def test_generation_tags_apply_only_to_answers(template) -> None:
         "{% endfor %}"
     )
     ready = template(text)
-    assert learnt(ready, TURNS) == ["Four.<|im_end|>", "Six.<|im_end|>"]
-    assert learnt(ready, TURNS, "last") == ["Six.<|im_end|>"]
-    assert learnt(ready, TURNS, "user") == [f"{text}<|im_end|>" for text in QUESTIONS]
+    assert target_texts(ready, TURNS) == ["Four.<|im_end|>", "Six.<|im_end|>"]
+    assert target_texts(ready, TURNS, "last") == ["Six.<|im_end|>"]
+    assert target_texts(ready, TURNS, "user") == [f"{text}<|im_end|>" for text in QUESTIONS]
 
 
 def test_instruction_and_input_are_targets_together(make_tokenizer) -> None:
     user = {"role": "user", "content": "Add\n\n2 2", "instruction": "Add", "input": "2 2"}
     ready = resolve_template("instruction", make_tokenizer(None))
-    assert learnt(ready, [user, TURNS[1]], "user") == ["Add\n\n### Input:\n2 2"]
+    assert target_texts(ready, [user, TURNS[1]], "user") == ["Add\n\n### Input:\n2 2"]
 
 
 def test_template_that_drops_a_turn_is_reported(template) -> None:
     deaf = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="message 3"):
-        learnt(template(deaf), CALLING, "all+tool")
+        target_texts(template(deaf), CALLING, "all+tool")

@@ -25,8 +25,8 @@ def test_locations_are_returned_as_added(batches) -> None:
 def test_consecutive_lines_take_no_memory() -> None:
     locations = RowLocations()
     for start in range(0, 5000, 1000):
-        numbers = np.arange(start, start + 1000)
-        locations.add(np.column_stack([np.zeros(1000), np.zeros(1000), numbers]).astype(np.int64))
+        indices = np.arange(start, start + 1000)
+        locations.add(np.column_stack([np.zeros(1000), np.zeros(1000), indices]).astype(np.int64))
     assert locations[4321] == (0, 0, 4321) and locations.nbytes < 1000
 
 

@@ -139,8 +139,8 @@ def test_remote_rank_is_not_reported_as_stopped_for_a_minute(tmp_path, monkeypat
         assert ranks_named(watchdog) == []
     for _ in range(12):
         clock.forward(5)
-        found = ranks_named(watchdog)
-    assert found == [1]
+        named = ranks_named(watchdog)
+    assert named == [1]
 
 
 @pytest.mark.parametrize("least", [hang_watchdog.LEAST_LIMIT_SECONDS, 60.0])

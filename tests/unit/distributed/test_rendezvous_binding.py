@@ -23,14 +23,14 @@ SECONDS = 60
 
 def listeners(process: psutil.Process) -> set[str]:
     """Addresses that a process and those below it listen on."""
-    found = set()
-    for one in [process, *process.children(recursive=True)]:
+    addresses = set()
+    for child in [process, *process.children(recursive=True)]:
         try:
-            sockets = one.net_connections(kind="tcp")
+            sockets = child.net_connections(kind="tcp")
         except psutil.Error:
             continue
-        found |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
-    return found
+        addresses |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -55,8 +55,8 @@ def test_contradiction_names_both_engines(
 ) -> None:
     with pytest.raises(UserError) as caught:
         resolve_engine(kind, environ)
-    for word in ("engine.kind", kind, variable, f"launch/accelerate/{kind}.yaml"):
-        assert word in str(caught.value)
+    for name in ("engine.kind", kind, variable, f"launch/accelerate/{kind}.yaml"):
+        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_address_belongs_to_the_named_interface() -> None:
 )
 def test_torchrun_parses_the_rendezvous_endpoint(interface: str, host: str) -> None:
     endpoint = rendezvous_endpoint({"DTRAIN_INTERFACE": interface}, "node7")
-    found, port = parse_rendezvous_endpoint(endpoint, default_port=0)
-    assert found == host and port > 0
+    address, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    assert address == host and port > 0
 
 
 def test_node_recognizes_its_own_endpoint_by_address_or_name() -> None:
@@ -71,7 +71,7 @@ def test_node_recognizes_its_own_endpoint_by_address_or_name() -> None:
     ],
 )
 def test_hostname_resolves_to_a_reachable_address(monkeypatch, known, expected) -> None:
-    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in known]
+    infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in known]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
     assert address_of("n0") == expected
 

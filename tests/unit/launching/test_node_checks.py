@@ -29,9 +29,9 @@ def reports() -> dict[str, dict]:
 
 
 def faults_after(change) -> list[str]:
-    found = deepcopy(reports())
-    change(found)
-    return [str(fault) for fault in find_faults(list(found.values()), NODES, gpus=2)]
+    changed = deepcopy(reports())
+    change(changed)
+    return [str(fault) for fault in find_faults(list(changed.values()), NODES, gpus=2)]
 
 
 def test_healthy_nodes_have_no_faults():

@@ -32,9 +32,9 @@ def test_quoted_values_survive_bash_unchanged(tmp_path):
         lines = (f"x={quote(v)}\nprintf '%s\\0' {quote(v)} \"$x\"\n" for v in batch)
         script = "".join(lines).encode("utf-8", "surrogateescape")
         done = subprocess.run(["bash"], input=script, capture_output=True, cwd=tmp_path, check=True)
-        found = done.stdout.split(b"\0")[:-1]
-        wanted = [value.encode("utf-8", "surrogateescape") for value in batch]
-        assert found[::2] == wanted and found[1::2] == wanted
+        actual = done.stdout.split(b"\0")[:-1]
+        expected = [value.encode("utf-8", "surrogateescape") for value in batch]
+        assert actual[::2] == expected and actual[1::2] == expected
         assert done.stderr == b""
     assert list(tmp_path.iterdir()) == []
 

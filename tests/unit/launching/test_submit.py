@@ -35,8 +35,8 @@ def dry_run(*arguments: object) -> str:
 
 def settled(text: str, working: Path) -> str:
     """Without what differs between machines."""
-    for place, name in ((working, "/work"), (sys.prefix, "/env"), (ROOT, "/checkout")):
-        text = text.replace(str(place), name)
+    for folder, name in ((working, "/work"), (sys.prefix, "/env"), (ROOT, "/checkout")):
+        text = text.replace(str(folder), name)
     return text
 
 

@@ -38,7 +38,7 @@ def stage(**data: Any) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("own", "model", "ends"),
+    ("base_config", "model", "ends"),
     [
         ({"eos_token_id": 2}, {}, [2, 7]),
         ({"eos_token_id": [4, 2]}, {}, [4, 2, 7]),
@@ -50,24 +50,24 @@ def stage(**data: Any) -> Stage:
     ],
 )
 def test_end_of_turn_is_added_to_the_eos_of_the_base(
-    own: dict[str, Any] | None, model: dict[str, Any], ends: object, tmp_path: Path
+    base_config: dict[str, Any] | None, model: dict[str, Any], ends: object, tmp_path: Path
 ) -> None:
     write(tmp_path, "config.json", {"model_type": "llama", **model})
-    if own is not None:
-        write(tmp_path, GENERATION, {"_from_model_config": True, **own})
-    made = json.loads(generation_config(tmp_path, [StopCriterion(token=7)]))
-    kept = {key: value for key, value in (own or {}).items() if key != "eos_token_id"}
-    assert made == {**kept, "eos_token_id": ends}
-    write(tmp_path / "out", GENERATION, made)
+    if base_config is not None:
+        write(tmp_path, GENERATION, {"_from_model_config": True, **base_config})
+    written = json.loads(generation_config(tmp_path, [StopCriterion(token=7)]))
+    kept = {key: value for key, value in (base_config or {}).items() if key != "eos_token_id"}
+    assert written == {**kept, "eos_token_id": ends}
+    write(tmp_path / "out", GENERATION, written)
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == ends
 
 
 def test_stop_string_is_added_to_existing_ones(tmp_path: Path) -> None:
     write(tmp_path, GENERATION, {"eos_token_id": 2, "stop_strings": ["User:"]})
-    made = json.loads(
+    written = json.loads(
         generation_config(tmp_path, [StopCriterion(text="###"), StopCriterion(text="User:")])
     )
-    assert made == {"eos_token_id": 2, "stop_strings": ["User:", "###"]}
+    assert written == {"eos_token_id": 2, "stop_strings": ["User:", "###"]}
 
 
 def test_recipe_template_replaces_every_stored_template(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_recipe_template_replaces_every_stored_template(tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for name, text in files.items():
         write(tmp_path, name, text)
-    found = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "Why?"}]
-    text = found.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text = loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert str(text).endswith("### Instruction:\nWhy?\n\n### Response:\n")
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     # A later stage with the base's own template writes that one back.

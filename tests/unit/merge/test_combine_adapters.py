@@ -73,12 +73,12 @@ def test_combined_adapter_equals_two_peft_merges(
     plain = model(IDS).logits
     for folder in (first, second):
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    wanted = model(IDS).logits
+    expected = model(IDS).logits
     combined = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), tmp_path / "both"
     )
-    assert (combined.eval()(IDS).logits - wanted).abs().max() < 1e-4
-    assert (wanted - plain).abs().max() > 1e-2
+    assert (combined.eval()(IDS).logits - expected).abs().max() < 1e-4
+    assert (expected - plain).abs().max() > 1e-2
 
 
 def test_truncated_rank_is_the_best_approximation_with_the_reported_error(
@@ -88,17 +88,19 @@ def test_truncated_rank_is_the_best_approximation_with_the_reported_error(
     first = make_adapter(tmp_path / "a", LAYERS, 8, **same)
     second = make_adapter(tmp_path / "b", LAYERS, 3, lora_alpha=1, **same)
     combine_adapters(first, second, tmp_path / "exact")
-    made = combine_adapters(first, second, tmp_path / "cut", rank=5)
+    result = combine_adapters(first, second, tmp_path / "cut", rank=5)
     exact, cut = deltas(tmp_path / "exact"), deltas(tmp_path / "cut")
     gone = sum(float((exact[n] - cut[n]).square().sum()) for n in exact)
     whole = sum(float(t.square().sum()) for t in exact.values())
-    assert made.error == pytest.approx((gone / whole) ** 0.5, rel=1e-4) and 0.1 < made.error < 0.9
+    assert (
+        result.error == pytest.approx((gone / whole) ** 0.5, rel=1e-4) and 0.1 < result.error < 0.9
+    )
     for name, delta in exact.items():
         values = torch.linalg.svdvals(delta.double())
         best = float(values[5:].square().sum().sqrt())
         assert float((delta - cut[name]).norm()) == pytest.approx(best, rel=1e-4)
     about = json.loads((tmp_path / "cut" / "combine.json").read_text())
-    assert about["relative_error"] == made.error and about["worst_layer"] in LAYERS
+    assert about["relative_error"] == result.error and about["worst_layer"] in LAYERS
     with pytest.raises(UserError, match="the exact sum has only rank 11"):
         combine_adapters(first, second, tmp_path / "new", rank=11)
 
@@ -117,8 +119,8 @@ def test_zero_adapter_is_truncated_without_error(tmp_path: Path, make_adapter: M
     for folder in folders:
         path = folder / "adapter_model.safetensors"
         save_file({key: torch.zeros_like(t) for key, t in load_file(path).items()}, path)
-    made = combine_adapters(*folders, tmp_path / "cut", rank=1)
-    assert made.error == 0 and not deltas(tmp_path / "cut")[Q].any()
+    result = combine_adapters(*folders, tmp_path / "cut", rank=1)
+    assert result.error == 0 and not deltas(tmp_path / "cut")[Q].any()
 
 
 # --- what belongs together --------------------------------------------------------------------
@@ -142,8 +144,8 @@ def test_chain_of_three_combines_only_in_order(
     combine_adapters(a, b, tmp_path / "ab")
     origin = json.loads((tmp_path / "ab" / "combine.json").read_text())["origin"]
     assert origin == {"identity": "two", "parent": "P", "base_in_nf4": True, "kind": "combined"}
-    made = combine_adapters(tmp_path / "ab", c, tmp_path / "abc")
-    assert made.rank == 6
+    result = combine_adapters(tmp_path / "ab", c, tmp_path / "abc")
+    assert result.rank == 6
     with pytest.raises(UserError, match="which is neither"):
         combine_adapters(b, a, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -161,14 +163,14 @@ def test_base_that_records_its_merged_adapters(
     base: Path, tmp_path: Path, make_adapter: Make
 ) -> None:
     first = make_adapter(tmp_path / "a", LAYERS, 4, base_model_name_or_path=str(base))
-    other = make_adapter(tmp_path / "c", LAYERS, 4, base_model_name_or_path=str(base))
+    unrelated = make_adapter(tmp_path / "c", LAYERS, 4, base_model_name_or_path=str(base))
     job = MergeJob(base, tmp_path / "merged", source="s")
     job.merge_adapters([adapter_input(MergeableAdapter.open(first, job.tensors))])
     merged = str(tmp_path / "merged")
     second = make_adapter(tmp_path / "b", LAYERS, 2, base_model_name_or_path=merged)
     assert combine_adapters(first, second, tmp_path / "out").base == str(base)
     with pytest.raises(UserError, match="which is neither"):
-        combine_adapters(other, second, tmp_path / "new")
+        combine_adapters(unrelated, second, tmp_path / "new")
 
 
 @pytest.mark.parametrize(

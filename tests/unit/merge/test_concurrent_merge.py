@@ -72,9 +72,9 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def start(said: Path, processes: int, role: str, *places: Path) -> subprocess.Popen[bytes]:
+def start(said: Path, processes: int, role: str, *paths: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-c", MERGE, said, str(processes), role, *places]
+    command = [sys.executable, "-c", MERGE, said, str(processes), role, *paths]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
@@ -100,12 +100,12 @@ def test_three_processes_finish_a_merge_after_one_is_killed(
     said, out = tmp_path / "said", tmp_path / "out"
     victim = start(said, PROCESSES, "victim", base, adapter, out)
     until(lambda: bool(lines(said)))
-    others = [start(said, PROCESSES, "", base, adapter, out) for _ in range(PROCESSES - 1)]
+    workers = [start(said, PROCESSES, "", base, adapter, out) for _ in range(PROCESSES - 1)]
     until(lambda: len({name for _, name in lines(said)}) == SHARDS)
     assert not out.exists()
     victim.kill()
     victim.communicate()
-    for process in others:
+    for process in workers:
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 0, errors.decode()
     taken = Counter(name for _, name in lines(said))

@@ -159,15 +159,15 @@ def test_manifest_lists_inputs_and_output_files(base: Path, adapter: Path) -> No
 
 
 def test_fingerprint_depends_on_content_and_not_on_names(base: Path) -> None:
-    mark = model_fingerprint(base)
+    original = model_fingerprint(base)
     moved = shutil.copytree(base, base.parent / "moved")
     (moved / "README.md").write_text("new")
-    assert model_fingerprint(moved) == mark
+    assert model_fingerprint(moved) == original
     shard = weight_files(moved)[0]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert model_fingerprint(moved) != mark
+    assert model_fingerprint(moved) != original
 
 
 def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
@@ -352,7 +352,7 @@ def test_insufficient_disk_space_is_refused(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(9, 9, 1_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(9, 9, 1_000_000))
     refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
 
 
@@ -378,10 +378,10 @@ def test_interrupted_merge_resumes_with_missing_shards(
         ".out.making", "adapter", "base", "whole"
     ]  # fmt: skip
     shard = weight_files(base)[0].name
-    made = base.parent / ".out.making" / "model"
-    first = (made / shard).stat()
-    (made / weight_files(base)[1].name).write_bytes(b"half a shard")
-    (made / ".merge.json.k1ll3d").write_bytes(b"being written")
+    unfinished = base.parent / ".out.making" / "model"
+    first = (unfinished / shard).stat()
+    (unfinished / weight_files(base)[1].name).write_bytes(b"half a shard")
+    (unfinished / ".merge.json.k1ll3d").write_bytes(b"being written")
     out = do(base, adapter)
     assert (out / shard).stat().st_ino == first.st_ino  # not made again
     assert (out / shard).stat().st_mtime_ns == first.st_mtime_ns
@@ -458,8 +458,8 @@ def test_tensors_at_unaligned_offsets_are_merged(known: bool, tmp_path: Path) ->
     out = do(base, adapter)
     written = (out / path.name).read_bytes()
     assert written[:-length] == path.read_bytes()[:-length]
-    found = torch.frombuffer(bytearray(written[-length:]), dtype=torch.bfloat16)
-    assert torch.equal(found.view(192, 8192), ((b @ a) * 2 + wide.bfloat16().float()).bfloat16())
+    actual = torch.frombuffer(bytearray(written[-length:]), dtype=torch.bfloat16)
+    assert torch.equal(actual.view(192, 8192), ((b @ a) * 2 + wide.bfloat16().float()).bfloat16())
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["base"] == model_fingerprint(base)
     assert manifest["files"][path.name] == file_hash(out / path.name)

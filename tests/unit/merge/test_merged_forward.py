@@ -146,8 +146,8 @@ def logits(folder: Path, adapter: Path | None = None) -> Tensor:
     return result
 
 
-def gap(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / max(1.0, other.abs().max()))
+def gap(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max() / max(1.0, second.abs().max()))
 
 
 def has_own_head(folder: Path) -> bool:
@@ -162,9 +162,9 @@ def test_tied_head_equals_the_adapter_on_the_base(case: str, tmp_path: Path) -> 
     adapter, unties = TIED[case]
     make(tmp_path, BASES["tied llama"], adapter)
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
-    wanted = logits(tmp_path / "base", tmp_path / "adapter")
-    assert gap(logits(tmp_path / "base"), wanted) > 1e-3
-    assert gap(logits(out), wanted) < 1e-5
+    expected = logits(tmp_path / "base", tmp_path / "adapter")
+    assert gap(logits(tmp_path / "base"), expected) > 1e-3
+    assert gap(logits(out), expected) < 1e-5
     assert has_own_head(out) == unties
 
 
@@ -173,9 +173,9 @@ def test_merged_model_equals_the_adapter_on_the_base(case: str, tmp_path: Path) 
     base, adapter = OTHERS[case]
     make(tmp_path, BASES[base], adapter)
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "adapter")
-    wanted = logits(tmp_path / "base", tmp_path / "adapter")
-    assert gap(logits(tmp_path / "base"), wanted) > 1e-3
-    assert gap(logits(out), wanted) < 1e-5
+    expected = logits(tmp_path / "base", tmp_path / "adapter")
+    assert gap(logits(tmp_path / "base"), expected) > 1e-3
+    assert gap(logits(out), expected) < 1e-5
 
 
 def test_untied_head_is_written_to_the_embedding_shard(tmp_path: Path) -> None:
@@ -200,9 +200,11 @@ def test_untied_head_equals_the_old_embedding_bit_for_bit(tmp_path: Path) -> Non
     out = merged(base, tmp_path / "out", tmp_path / "adapter")
     old, new = (load_file(folder / "model.safetensors") for folder in (base, out))
     assert torch.equal(new["lm_head.weight"], old["model.embed_tokens.weight"])
-    found = diff_models(base, out)
-    assert not found.incomparable and "lm_head.weight" not in {c.name for c in found.changes}
-    assert found.equal == len(new) - len(found.changes)
+    differences = diff_models(base, out)
+    assert not differences.incomparable and "lm_head.weight" not in {
+        c.name for c in differences.changes
+    }
+    assert differences.equal == len(new) - len(differences.changes)
 
 
 def test_tied_pair_stored_twice_is_untied(tmp_path: Path) -> None:
@@ -221,13 +223,13 @@ def test_adapter_chain_over_an_untied_model(tmp_path: Path) -> None:
     make(tmp_path, BASES["tied llama"], TIED["embedding adapted"][0])
     first = merged(tmp_path / "base", tmp_path / "first", tmp_path / "adapter")
     add_adapter(first, Lora(target_modules=[Q, EMBED, HEAD]), tmp_path / "adapter2", 2)
-    wanted = logits(first, tmp_path / "adapter2")
+    expected = logits(first, tmp_path / "adapter2")
     second = merged(first, tmp_path / "second", tmp_path / "adapter2")
     at_once = merged(
         tmp_path / "base", tmp_path / "both", tmp_path / "adapter", tmp_path / "adapter2"
     )
-    assert gap(logits(second), wanted) < 1e-5
-    assert gap(logits(at_once), wanted) < 1e-5
+    assert gap(logits(second), expected) < 1e-5
+    assert gap(logits(at_once), expected) < 1e-5
 
 
 def test_combined_adapters_untie_the_head(tmp_path: Path) -> None:
@@ -248,8 +250,8 @@ def test_combined_adapters_untie_the_head(tmp_path: Path) -> None:
     model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "both", "linear")
     model.set_adapter("both")
     with torch.no_grad():
-        wanted = model.eval()(input_ids=IDS).logits
-    assert gap(logits(tmp_path / "out"), wanted) < 1e-5 < gap(logits(base), wanted)
+        expected = model.eval()(input_ids=IDS).logits
+    assert gap(logits(tmp_path / "out"), expected) < 1e-5 < gap(logits(base), expected)
 
 
 @pytest.mark.parametrize("stored", ["once", "twice"])
@@ -269,8 +271,8 @@ def test_full_training_of_a_tied_model_keeps_one_matrix(stored: str, tmp_path: P
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(new[name])
-        wanted = model(input_ids=IDS).logits
-    assert gap(logits(out), wanted) < 1e-5
+        expected = model(input_ids=IDS).logits
+    assert gap(logits(out), expected) < 1e-5
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     again = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in again) == (stored == "twice")
@@ -302,8 +304,8 @@ def test_adapter_name_in_its_keys_is_read(case: str, name: str, tmp_path: Path) 
     save_file(tensors, tmp_path / "named" / file.name)
     plain = merged(tmp_path / "base", tmp_path / "plain", tmp_path / "adapter")
     out = merged(tmp_path / "base", tmp_path / "out", tmp_path / "named")
-    one, other = (load_file(folder / "model.safetensors") for folder in (plain, out))
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    first, second = (load_file(folder / "model.safetensors") for folder in (plain, out))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ def model(folder: Path, dtype: torch.dtype = torch.float32, **changed: Tensor) -
 
 
 def test_an_intact_model_has_no_problems(tmp_path: Path) -> None:
-    found = verify_model(model(tmp_path / "m"))
-    assert found.problems == [] and found.tensors == 4 and found.hashed == 6
-    assert found.bytes == sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
+    problems = verify_model(model(tmp_path / "m"))
+    assert problems.problems == [] and problems.tensors == 4 and problems.hashed == 6
+    assert problems.bytes == sum(p.stat().st_size for p in (tmp_path / "m").glob("*.safetensors"))
 
 
 def test_every_problem_is_reported(tmp_path: Path) -> None:
@@ -54,14 +54,14 @@ def test_every_problem_is_reported(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"b.weight"', '"d.weight"'))
     problems = "\n".join(verify_model(folder).problems)
-    for part in (
+    for message in (
         "model-a.safetensors: was changed after it was written",
         "model-c.safetensors: c.bias contains NaN or infinity",
         "config.json: was changed after it was written",
         "b.weight: the index says None, but it is in model-b.safetensors",
         "d.weight: the index says model-b.safetensors, but it is in None",
     ):
-        assert part in problems
+        assert message in problems
     assert "model-b.safetensors: is" not in problems
 
 
@@ -75,10 +75,10 @@ def test_differences_are_sorted_and_measured(
     a, b = was["a.weight"].clone(), was["b.weight"] * 3
     a[129, 69] += 1
     new = model(tmp_path / "new", dtype, **{"a.weight": a, "b.weight": b})
-    found = diff_models(old, new)
-    assert [change.name for change in found.changes] == ["b.weight", "a.weight"]
-    assert found.equal == 2 and found.incomparable == []
-    for change in found.changes:
+    differences = diff_models(old, new)
+    assert [change.name for change in differences.changes] == ["b.weight", "a.weight"]
+    assert differences.equal == 2 and differences.incomparable == []
+    for change in differences.changes:
         before = was[change.name].double()
         gap = {"a.weight": a, "b.weight": b}[change.name].double() - before
         assert change.old_norm == pytest.approx(float(before.norm()))
@@ -94,19 +94,21 @@ def test_tensors_without_a_counterpart_are_reported(tmp_path: Path) -> None:
         **{"c.bias": torch.zeros(6), "d.bias": torch.zeros(1)},
     )
     sentences = "\n".join(diff_models(old, new).incomparable)
-    for part in (
+    for message in (
         "d.bias: only in",
         "c.bias: [5] and [6]",
         "ids: not equal, and not floats (I64, I64)",
     ):
-        assert part in sentences
+        assert message in sentences
     assert diff_models(old, old).changes == [] and diff_models(old, old).equal == 4
 
 
 def test_non_finite_tensors_cannot_be_compared(tmp_path: Path) -> None:
     bad = model(tmp_path / "bad", **{"c.bias": torch.tensor([1, float("nan"), 0, 0, 0])})
-    found = diff_models(model(tmp_path / "good"), bad)
-    assert found.changes == [] and found.incomparable == ["c.bias: contains NaN or infinity"]
+    differences = diff_models(model(tmp_path / "good"), bad)
+    assert differences.changes == [] and differences.incomparable == [
+        "c.bias: contains NaN or infinity"
+    ]
 
 
 def test_a_manifest_of_an_older_dtrain_is_reported(tmp_path: Path) -> None:

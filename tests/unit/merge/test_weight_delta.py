@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
 EMBEDDED = (llama, Lora(target_modules=["embed_tokens", "q_proj"]))
 
 
-def made(
+def make_case(
     case: tuple[Callable[[], nn.Module], PeftConfig], dtype: torch.dtype, folder: Path
 ) -> nn.Module:
     """A base in `folder`/base and an adapter with random values in `folder`/adapter; the base."""
@@ -167,7 +167,7 @@ def test_merge_equals_peft_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream.row_blocks, "__defaults__", (1,))  # 64 rows at a time
-    model = made(CASES[name], dtype, tmp_path)
+    model = make_case(CASES[name], dtype, tmp_path)
     merged, reference = ours(tmp_path), theirs(model, tmp_path)
     before = load_file(tmp_path / "base" / "model.safetensors")
     assert all(torch.equal(merged[n], reference[n]) and merged[n].dtype == dtype for n in before)
@@ -183,12 +183,12 @@ def exact(model: nn.Module, *folders: Path) -> dict[str, Tensor]:
     return dict(adapted.state_dict())
 
 
-def error(found: dict[str, Tensor], wanted: dict[str, Tensor], name: str) -> float:
-    return float((found[name].double() - wanted[name]).norm())
+def error(actual: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> float:
+    return float((actual[name].double() - expected[name]).norm())
 
 
 def test_embeddings_are_rounded_once(tmp_path: Path) -> None:
-    model = made(EMBEDDED, torch.bfloat16, tmp_path)
+    model = make_case(EMBEDDED, torch.bfloat16, tmp_path)
     merged, reference = ours(tmp_path), theirs(model, tmp_path)
     truth = exact(model, tmp_path / "adapter")
     name = "model.embed_tokens.weight"
@@ -198,7 +198,7 @@ def test_embeddings_are_rounded_once(tmp_path: Path) -> None:
 
 
 def test_embeddings_in_float32_equal_peft(tmp_path: Path) -> None:
-    model = made(EMBEDDED, torch.float32, tmp_path)
+    model = make_case(EMBEDDED, torch.float32, tmp_path)
     merged, reference = ours(tmp_path), theirs(model, tmp_path)
     assert all(torch.equal(merged[n], reference[n]) for n in merged)
 
@@ -206,7 +206,7 @@ def test_embeddings_in_float32_equal_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_adalora_with_pruned_ranks(dtype: torch.dtype, tmp_path: Path) -> None:
     """Such an adapter PEFT rounds to the base's dtype when it is loaded; here it stays float32."""
-    model = made(CASES["adalora"], dtype, tmp_path)
+    model = make_case(CASES["adalora"], dtype, tmp_path)
     prune(tmp_path / "adapter")
     merged, reference = ours(tmp_path), theirs(model, tmp_path)
     if dtype == torch.float32:
@@ -219,7 +219,7 @@ def test_adalora_with_pruned_ranks(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_adapters_are_merged_in_order(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = made(CASES["lora"], dtype, tmp_path)
+    model = make_case(CASES["lora"], dtype, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj", "lm_head"], r=3), tmp_path / "second", 2)
     merged = ours(tmp_path, "adapter", "second")
     twice: Any = deepcopy(model)
@@ -235,7 +235,7 @@ def test_adapters_are_merged_in_order(dtype: torch.dtype, tmp_path: Path) -> Non
 
 
 def test_weights_scale_each_delta(tmp_path: Path) -> None:
-    model = made(CASES["lora"], torch.float32, tmp_path)
+    model = make_case(CASES["lora"], torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second", 2)
     merged = ours(tmp_path, "adapter", "second", weights=(0.5, -0.25))
     adapted: Any = PeftModel.from_pretrained(deepcopy(model), tmp_path / "adapter", "one")
@@ -259,7 +259,7 @@ def test_weighted_merge_equals_peft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream.row_blocks, "__defaults__", (1,))  # 64 rows at a time
-    model = made((make, Lora(target_modules=[target])), torch.float32, tmp_path)
+    model = make_case((make, Lora(target_modules=[target])), torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=[target]), tmp_path / "second", 2)
     base, factors = tmp_path / "base", (0.7, -0.4)
     folders = [tmp_path / "adapter", tmp_path / "second"]
@@ -278,7 +278,7 @@ def test_weighted_merge_equals_peft(
 
 
 def test_dare_depends_only_on_its_seed(tmp_path: Path) -> None:
-    model = made(CASES["lora"], torch.float32, tmp_path)
+    model = make_case(CASES["lora"], torch.float32, tmp_path)
     base = BaseTensors(tmp_path / "base")
     adapter = MergeableAdapter.open(tmp_path / "adapter", base)
     old = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach()
@@ -293,7 +293,7 @@ def test_dare_depends_only_on_its_seed(tmp_path: Path) -> None:
 
 
 def test_adapters_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
-    model = made(CASES["dora"], torch.float32, tmp_path)
+    model = make_case(CASES["dora"], torch.float32, tmp_path)
     an_adapter(model, Lora(target_modules=["q_proj"]), tmp_path / "second")
     an_adapter(model, Lora(target_modules=["q_proj"], r=2), tmp_path / "third")
     base = BaseTensors(tmp_path / "base")
@@ -311,13 +311,13 @@ def test_adapters_that_cannot_be_combined_are_refused(tmp_path: Path) -> None:
 def test_mixed_transposed_layers_with_a_square_weight_are_refused(tmp_path: Path) -> None:
     config = Lora(target_modules=["c_attn", "c_proj", "lm_head"])
     case = (partial(gpt2, tied=False), config)
-    made(case, torch.float32, tmp_path)
+    make_case(case, torch.float32, tmp_path)
     with pytest.raises(UserError, match=r"c_proj\.weight is square: nothing says how it is stored"):
         ours(tmp_path)
 
 
 def test_parallel_shards_give_the_same_bytes(tmp_path: Path) -> None:
-    model: Any = made(CASES["dora"], torch.bfloat16, tmp_path)
+    model: Any = make_case(CASES["dora"], torch.bfloat16, tmp_path)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     adapter = MergeableAdapter.open(tmp_path / "adapter", BaseTensors(tmp_path / "sharded"))
     manifests = []
@@ -331,7 +331,7 @@ def test_parallel_shards_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_fan_in_fan_out_applies_only_to_transposed_layers(tmp_path) -> None:
     """PEFT sets it right when it loads the adapter of a model of plain layers."""
-    model = made((llama, Lora(target_modules=["q_proj"])), torch.float32, tmp_path)
+    model = make_case((llama, Lora(target_modules=["q_proj"])), torch.float32, tmp_path)
     model.config.save_pretrained(tmp_path / "base")
     config = tmp_path / "adapter" / "adapter_config.json"
     plain = ours(tmp_path)

@@ -83,8 +83,8 @@ def load(folder: Path, **settings: object) -> PreTrainedModel:
 def each(logits: Tensor, row: Row) -> list[Tensor]:
     """The loss of each document of a row."""
     counts = [n - 1 for n in row.document_lengths]
-    parts = zip(logits.split(counts), row.targets.split(counts), strict=True)
-    return [token_losses(x, targets).sum() for x, targets in parts]
+    pairs = zip(logits.split(counts), row.targets.split(counts), strict=True)
+    return [token_losses(x, targets).sum() for x, targets in pairs]
 
 
 def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:

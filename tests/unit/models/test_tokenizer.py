@@ -13,7 +13,7 @@ from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 def tokenizer(words: str = "a b c", template: str | None = None) -> PreTrainedTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate(("<unk>", *words.split()))}
+    vocabulary = {token: number for number, token in enumerate(("<unk>", *words.split()))}
     rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
     result = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>", eos_token="c")

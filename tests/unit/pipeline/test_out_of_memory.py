@@ -135,7 +135,7 @@ def test_run_exits_with_the_out_of_memory_status(tmp_path, monkeypatch, capsys) 
     monkeypatch.setattr(rank_main, "start_world", out_of_memory)
     run = tmp_path / "run"
     assert train.main(["tiny", f"output.folder={run}"]) == Exit.OUT_OF_MEMORY
-    told = json.loads((run / "outcome.json").read_text())
-    assert told["status"] == Exit.OUT_OF_MEMORY and "→" in told["reason"]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["status"] == Exit.OUT_OF_MEMORY and "→" in outcome["reason"]
     assert "error: out of memory" in capsys.readouterr().err
     assert Exit.OUT_OF_MEMORY in PERMANENT_FAILURES  # a job is not requeued for it

@@ -35,7 +35,7 @@ EMPTY = {
 
 
 def rows_file(path: Path, conversations: list[list[tuple[str, str]]]) -> str:
-    rows = [{"messages": [{"role": r, "content": c} for r, c in one]} for one in conversations]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in conversations]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -64,14 +64,14 @@ def test_a_rank_with_other_files_is_rejected(tmp_path: Path) -> None:
     recipe = load_recipe("tiny").model_dump()
     first = prepare_inputs(Recipe.model_validate(recipe))
     text = json.dumps(first.fingerprints)
-    world: Any = SimpleNamespace(rank=1, broadcast_text=lambda own: text)
+    world: Any = SimpleNamespace(rank=1, broadcast_text=lambda text_of_rank: text)
     check_same_on_all_ranks(first, world)
     recipe["stages"][1]["data"]["sequence_length"] = 96
-    other = prepare_inputs(Recipe.model_validate(recipe))
+    inputs = prepare_inputs(Recipe.model_validate(recipe))
     with pytest.raises(
         UserError, match=r"stages\.task\.data: rank 1 reads other content than rank 0"
     ):
-        check_same_on_all_ranks(other, world)
+        check_same_on_all_ranks(inputs, world)
     with pytest.raises(UserError, match=r"model\.base: rank 1 reads"):
         check_same_on_all_ranks(replace(first, base_fingerprint="another"), world)
 

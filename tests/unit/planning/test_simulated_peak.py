@@ -23,9 +23,9 @@ from dtrain.planning.workload import Cluster, build_workload
 def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedPeak]:
     return [
         SimulatedPeak(
-            phase, place, "", fixed + each * layers, {"weights": fixed, "kept": each * layers}
+            phase, device, "", fixed + each * layers, {"weights": fixed, "kept": each * layers}
         )
-        for phase, place, fixed, each in sizes
+        for phase, device, fixed, each in sizes
     ]
 
 

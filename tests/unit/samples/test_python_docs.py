@@ -13,9 +13,9 @@ from dtrain.samples import python_docs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("python-docs")
-    python_docs.make(made)
-    return made
+    built = tmp_path_factory.mktemp("python-docs")
+    python_docs.make(built)
+    return built
 
 
 def _lines(path: Path) -> list[dict[str, str]]:

@@ -78,8 +78,8 @@ def test_an_installed_package_is_used_only_with_the_known_file(
 ) -> None:
     path = tmp_path / "w.gguf"
     path.write_bytes(b"weights")
-    found = SimpleNamespace(locate_file=lambda _: path)
-    monkeypatch.setattr(smollm2.metadata, "distribution", lambda _: found)
+    installed = SimpleNamespace(locate_file=lambda _: path)
+    monkeypatch.setattr(smollm2.metadata, "distribution", lambda _: installed)
     assert smollm2.find_installed() is None
     monkeypatch.setattr(smollm2, "GGUF_SHA256", file_sha256(path))
     assert smollm2.find_installed() == path

@@ -46,16 +46,16 @@ def _private():
 
 
 def test_entries_of_a_source() -> None:
-    found = {entry.name: entry for entry in parse("pack.mod", SOURCE)}
-    assert set(found) == {"", "wrap", "Box", "Box.put", "Box.make", "Box.of", "Box.weight"}
-    assert found["wrap"].heading == "pack.mod.wrap(text, width=70, *, end='x', **more)"
-    assert found["Box"].heading == "class pack.mod.Box(size=1)"
-    assert found["Box"].bases == ("Base", "other.Mixin")
-    assert found["Box.put"].arguments == "(thing, /, at=0)"
-    assert found["Box.make"].arguments == "(size)"
-    assert found["Box.of"].arguments == "(*things)"
-    assert (found["Box.weight"].kind, found["Box.weight"].arguments) == ("property", None)
-    assert found[""].heading == "module pack.mod"
+    parsed = {entry.name: entry for entry in parse("pack.mod", SOURCE)}
+    assert set(parsed) == {"", "wrap", "Box", "Box.put", "Box.make", "Box.of", "Box.weight"}
+    assert parsed["wrap"].heading == "pack.mod.wrap(text, width=70, *, end='x', **more)"
+    assert parsed["Box"].heading == "class pack.mod.Box(size=1)"
+    assert parsed["Box"].bases == ("Base", "other.Mixin")
+    assert parsed["Box.put"].arguments == "(thing, /, at=0)"
+    assert parsed["Box.make"].arguments == "(size)"
+    assert parsed["Box.of"].arguments == "(*things)"
+    assert (parsed["Box.weight"].kind, parsed["Box.weight"].arguments) == ("property", None)
+    assert parsed[""].heading == "module pack.mod"
 
 
 def test_source_with_other_syntax_yields_no_entries() -> None:
@@ -71,8 +71,8 @@ def test_private_and_test_modules_are_skipped(tmp_path: Path) -> None:
 
 
 def test_modules_in_c_are_inspected() -> None:
-    found = {entry.name: entry for entry in inspected("math")}
-    assert found["isqrt"].arguments == "(n, /)"
+    math_entries = {entry.name: entry for entry in inspected("math")}
+    assert math_entries["isqrt"].arguments == "(n, /)"
     assert list(inspected("no_such_module")) == []
     methods = {entry.full_name: entry for entry in inspected("builtins")}
     assert methods["str.upper"].arguments == "()"
@@ -80,13 +80,13 @@ def test_modules_in_c_are_inspected() -> None:
 
 
 def test_standard_library_is_read() -> None:
-    found = entries()
-    assert found == sorted(found, key=lambda e: (e.module, e.name))
-    by_name = {entry.full_name: entry for entry in found}
+    library = entries()
+    assert library == sorted(library, key=lambda e: (e.module, e.name))
+    by_name = {entry.full_name: entry for entry in library}
     assert by_name["textwrap.wrap"].arguments == "(text, width=70, **kwargs)"
     assert by_name["json.decoder.JSONDecodeError"].bases == ("ValueError",)
-    assert len(found) > 3000
-    assert not any(" at 0x" in (entry.arguments or "") for entry in found)
+    assert len(library) > 3000
+    assert not any(" at 0x" in (entry.arguments or "") for entry in library)
 
 
 def test_full_names_are_resolved() -> None:

@@ -17,9 +17,9 @@ WEIGHTS_SHA256 = "fad4067bc4c9d21450b106b167fc922b916771a1e29da5f5e414ff0ea5da83
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama.make(made)
-    return made
+    built = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama.make(built)
+    return built
 
 
 def test_weights_match_the_known_hash(folder: Path) -> None:

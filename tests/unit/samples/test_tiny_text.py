@@ -13,15 +13,15 @@ FILES_HASH = "bc4bf3a600c104ef2844787982c1c14f33aa84533682d1bc30f64dfe9eb479bc"
 
 def test_files_match_the_known_hashes(tmp_path: Path) -> None:
     tiny_text.make(tmp_path)
-    found = {path.name: file_hash(path) for path in tmp_path.iterdir()}
-    assert set(found) == {
+    hashes = {path.name: file_hash(path) for path in tmp_path.iterdir()}
+    assert set(hashes) == {
         "domain.jsonl",
         "domain-heldout.jsonl",
         "task.json",
         "task-heldout.json",
         "questions.jsonl",
     }
-    assert fingerprint(found) == FILES_HASH
+    assert fingerprint(hashes) == FILES_HASH
 
 
 def test_answers_follow_from_the_sentence(tmp_path: Path) -> None:

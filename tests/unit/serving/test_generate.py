@@ -136,13 +136,13 @@ def test_broken_lines_are_reported_with_line_numbers(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
         count_prompts(path)
-    told = str(caught.value)
-    for number, what in ((2, "is not JSON"), (4, "is not a JSON object"), (5, "contains no prompt"),
-                         (6, "contains no prompt"), (7, "has no `content`"),
-                         (8, "has a `generated` already"),
-                         (9, "contains an unpaired surrogate")):  # fmt: skip
-        assert f"{path}:{number}: " in told and what in told
-    assert f"{path}:1: " not in told
+    message = str(caught.value)
+    for number, problem in ((2, "is not JSON"), (4, "is not a JSON object"),
+                            (5, "contains no prompt"), (6, "contains no prompt"),
+                            (7, "has no `content`"), (8, "has a `generated` already"),
+                            (9, "contains an unpaired surrogate")):  # fmt: skip
+        assert f"{path}:{number}: " in message and problem in message
+    assert f"{path}:1: " not in message
     path.write_text("\n")
     with pytest.raises(UserError, match="contains no prompts"):
         count_prompts(path)

@@ -57,14 +57,14 @@ def commands(text: str) -> list[list[str]]:
     show = 'vllm() { printf "%s\\0" "$@"; printf "\\1"; }\n'
     done = subprocess.run(["bash", "-c", show + text], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    return [one.split("\0")[:-1] for one in done.stdout.split("\1")[:-1]]
+    return [command.split("\0")[:-1] for command in done.stdout.split("\1")[:-1]]
 
 
 def after(words: list[str], option: str) -> list[str]:
     """The values of an option."""
     start = words.index(option) + 1
     values = words[start:]
-    stop = next((n for n, word in enumerate(values) if word.startswith("--")), len(values))
+    stop = next((n for n, value in enumerate(values) if value.startswith("--")), len(values))
     return values[:stop]
 
 
@@ -89,8 +89,8 @@ def test_adapters_of_one_base_share_a_server(
     run = make_run()
     make_adapter(run / "both", LAYERS, 76)
     _, shared, _ = commands(script(open_run(run)))
-    places = [f"domain={run / 'domain' / 'adapter'}", f"both={run / 'both'}"]
-    assert after(shared, "--lora-modules") == places
+    modules = [f"domain={run / 'domain' / 'adapter'}", f"both={run / 'both'}"]
+    assert after(shared, "--lora-modules") == modules
     assert after(shared, "--max-lora-rank") == ["128"] and after(shared, "--max-loras") == ["2"]
 
 
@@ -158,7 +158,7 @@ def test_relative_template_is_found_from_any_folder(
 
 
 @pytest.mark.parametrize(
-    ("config", "what"),
+    ("config", "problem"),
     [
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -170,12 +170,12 @@ def test_relative_template_is_found_from_any_folder(
     ids=str,
 )
 def test_adapters_that_vllm_refuses_are_reported_and_omitted(
-    config: dict, what: str, make_run: Callable[..., Path], make_adapter: Make
+    config: dict, problem: str, make_run: Callable[..., Path], make_adapter: Make
 ) -> None:
     run = make_run()
     make_adapter(run / "odd", LAYERS, 8, **config)
     (reason,) = refusals(read_adapter(run / "odd"))
-    assert what in reason
+    assert problem in reason
     text = script(open_run(run))
     assert f"# odd: {reason}" in text
     assert after(commands(text)[1], "--lora-modules") == [f"domain={run / 'domain' / 'adapter'}"]
@@ -217,10 +217,10 @@ def test_moved_run_lists_its_current_paths(make_run: Callable[..., Path], tmp_pa
 
 
 def test_adapter_list_shows_base_dependencies(make_run: Callable[..., Path]) -> None:
-    found = served_models(str(make_run(methods=("qlora", "lora"))))
-    assert list(found) == [BASE, "domain", "task"]
-    assert found["task"].base == "/models/llama" and found["task"].quantized
-    assert len(found["task"].adapters) == 2
+    models = served_models(str(make_run(methods=("qlora", "lora"))))
+    assert list(models) == [BASE, "domain", "task"]
+    assert models["task"].base == "/models/llama" and models["task"].quantized
+    assert len(models["task"].adapters) == 2
     run = make_run("second", methods=("lora", "qlora"))
     over_merged = served_models(str(run))["task"]
     assert over_merged.base == str(run / "domain" / "merged") and over_merged.quantized

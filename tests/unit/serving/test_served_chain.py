@@ -73,8 +73,8 @@ def test_stacked_and_combined_adapters_answer_like_the_merged_model(
     run: Path, tmp_path: Path
 ) -> None:
     merged = plain(run / "task" / "merged")
-    wanted, tokens = logits(merged), greedy(merged)
-    assert (logits(plain(stage_base(run))) - wanted).abs().max() > 100 * TOLERANCE
+    expected, tokens = logits(merged), greedy(merged)
+    assert (logits(plain(stage_base(run))) - expected).abs().max() > 100 * TOLERANCE
 
     stacked = PeftModel.from_pretrained(
         plain(stage_base(run)), run / "domain" / "adapter", "domain"
@@ -83,11 +83,13 @@ def test_stacked_and_combined_adapters_answer_like_the_merged_model(
     stacked.base_model.set_adapter(["domain", "task"])
     on_merged = PeftModel.from_pretrained(plain(run / "domain" / "merged"), run / "task/adapter")
 
-    made = combine_adapters(run / "domain" / "adapter", run / "task" / "adapter", tmp_path / "both")
-    assert made.rank == 8 + 4 and made.error == 0
+    result = combine_adapters(
+        run / "domain" / "adapter", run / "task" / "adapter", tmp_path / "both"
+    )
+    assert result.rank == 8 + 4 and result.error == 0
     combined = PeftModel.from_pretrained(plain(stage_base(run)), tmp_path / "both")
     for model in (stacked, on_merged, combined):
-        assert (logits(model.eval()) - wanted).abs().max() < TOLERANCE
+        assert (logits(model.eval()) - expected).abs().max() < TOLERANCE
         assert greedy(model) == tokens
     together = state_of(combined.merge_and_unload())
     assert all(torch.allclose(together[n], t, atol=1e-6) for n, t in merged.state_dict().items())
@@ -142,12 +144,12 @@ def test_chat_keeps_its_history_when_switching_adapters(
     chat = Chat(speaker, choices, "task", 6)
     lines = ["hello", "/adapter base", "hello", "/adapter nope", "/adapter", "", "/what", "/quit"]
     chat.run(iter([*lines, "not read"]))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     first, second = (turn["content"] for turn in chat.messages[1::2])
-    wanted = [first, "(base answers now)", second]
-    assert [line.strip() for line in told.splitlines()[:3]] == wanted
-    assert "error: nope: there is no such adapter" in told and "[base] domain task" in told
-    assert "/reset forgets" in told and "not read" not in told
+    expected = [first, "(base answers now)", second]
+    assert [line.strip() for line in output.splitlines()[:3]] == expected
+    assert "error: nope: there is no such adapter" in output and "[base] domain task" in output
+    assert "/reset forgets" in output and "not read" not in output
     alone = speaker.prompt([{"role": "user", "content": "hello"}])
     speaker.switch(choices["task"])
     assert speaker.answers([alone], 6) == [first]
@@ -213,14 +215,14 @@ def test_combined_adapter_is_listed_and_answers(
     if not both.exists():
         combine_adapters(run / "domain" / "adapter", run / "task" / "adapter", both)
     try:
-        found = {adapter.name: adapter for adapter in list_adapters(run)}
-        assert list(found) == ["domain", "task", "both"]
-        assert found["both"].base == found["domain"].base == stage_base(run)
-        assert found["task"].base == str(run / "domain" / "merged")
-        assert found["both"].ranks == [12] and found["both"].origin.kind == "combined"
+        adapters = {adapter.name: adapter for adapter in list_adapters(run)}
+        assert list(adapters) == ["domain", "task", "both"]
+        assert adapters["both"].base == adapters["domain"].base == stage_base(run)
+        assert adapters["task"].base == str(run / "domain" / "merged")
+        assert adapters["both"].ranks == [12] and adapters["both"].origin.kind == "combined"
         speaker.switch(served_models(str(run))["both"])
-        wanted = logits(plain(run / "task" / "merged"))
-        assert (speaker.logits(IDS) - wanted).abs().max() < TOLERANCE
+        expected = logits(plain(run / "task" / "merged"))
+        assert (speaker.logits(IDS) - expected).abs().max() < TOLERANCE
     finally:
         for path in (*both.iterdir(), both):
             path.rmdir() if path.is_dir() else path.unlink()

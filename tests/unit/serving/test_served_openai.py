@@ -83,6 +83,6 @@ def test_server_answers_equal_the_model(merged: Path, address: str) -> None:
     asked = {"model": str(merged), "messages": TALK, "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
     assert expected and str(whole.choices[0].message.content).strip() == expected
-    parts = client.chat.completions.create(**asked, stream=True)  # type: ignore[call-overload]
-    texts = [part.choices[0].delta.content or "" for part in parts if part.choices]
+    chunks = client.chat.completions.create(**asked, stream=True)  # type: ignore[call-overload]
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts).strip() == expected and len(texts) > 1

@@ -35,11 +35,11 @@ def test_repeated_signals_request_one_stop(tmp_path: Path, number: int) -> None:
 
 
 def test_stop_file_is_seen_only_by_the_rank_that_checks_it(tmp_path: Path) -> None:
-    looks, other = (StopFlag(tmp_path, check_file=checks) for checks in (True, False))
+    checking, unchecked = (StopFlag(tmp_path, check_file=checks) for checks in (True, False))
     (tmp_path / "stop").touch()
-    assert looks.is_set(0, 0) and not other.is_set(0, 0)
-    looks.forget_file()
-    assert not looks.is_set(0, 0)
+    assert checking.is_set(0, 0) and not unchecked.is_set(0, 0)
+    checking.forget_file()
+    assert not checking.is_set(0, 0)
 
 
 @pytest.mark.parametrize(("left", "stops"), [(-1, True), (1, False)])

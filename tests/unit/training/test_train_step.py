@@ -160,8 +160,8 @@ def test_document_boundaries_are_copied_once_for_all_layers(
     monkeypatch.setattr(attention, "load_torch_varlen", lambda: newer if takes_groups else older)
     monkeypatch.setattr(attention, "supports_varlen", lambda query, value: True)
     job = engine(CONFIGS[name], METHODS["lora"], "auto", recomputes=True)
-    own = 4  # the micro-batch's tensors
-    assert forward_backward(job, LENGTHS) == own + 1
+    batch_tensors = 4  # the micro-batch's tensors
+    assert forward_backward(job, LENGTHS) == batch_tensors + 1
 
 
 def test_synchronization_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,10 @@ def ours(inputs: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
 
 
 def theirs(inputs: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
-    parts = zip(*(tensor.split(lengths, 2) for tensor in inputs), strict=True)
+    documents = zip(*(tensor.split(lengths, 2) for tensor in inputs), strict=True)
     result = [
         scaled_dot_product_attention(*segment, is_causal=True, scale=0.3, enable_gqa=True)
-        for segment in parts
+        for segment in documents
     ]
     return torch.cat(result, 2).transpose(1, 2)
 

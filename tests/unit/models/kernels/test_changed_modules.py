@@ -77,8 +77,8 @@ def losses(change: Callable[[nn.Module], None], submodule: str, *, kernels: bool
     lengths = [9, 14]
     ids = torch.arange(sum(lengths))[None] % 64
     positions = torch.cat([torch.arange(n) for n in lengths])
-    places = (positions > 0).nonzero()[:, 0]
-    row = MicroBatch(ids, positions[None], places - 1, ids[0, places], lengths, [3], [23])
+    columns = (positions > 0).nonzero()[:, 0]
+    row = MicroBatch(ids, positions[None], columns - 1, ids[0, columns], lengths, [3], [23])
     set_dropout_key(adapted, 1, 2, row.sequences, row.sequence_lengths)
     loss = target_losses(adapted, row)[0]
     loss.backward()

@@ -50,8 +50,8 @@ PLAIN = {
 
 def written(decorator: str = "", **changes: str) -> FunctionType:
     names: dict[str, Any] = {}
-    parts = PLAIN | changes
-    exec(HEAD.format(**parts) + decorator + BODY.format(**parts), names)
+    sources = PLAIN | changes
+    exec(HEAD.format(**sources) + decorator + BODY.format(**sources), names)
     forward: FunctionType = names["forward"]
     return forward
 
