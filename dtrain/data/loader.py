@@ -1,6 +1,7 @@
 """The micro-batches of any rank at any step, for any number of ranks.
 
 The loader's state is the step number: the content of a step follows from dataset and seed alone.
+So the batch of a resumed step is computed in `Loader.batch`, as every other one.
 
 Letters: T tokens of a micro-batch, K targets, D documents.
 """

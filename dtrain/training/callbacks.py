@@ -45,7 +45,8 @@ class Callback:
 
         Args:
             step: steps finished.
-            metrics: values that JSON can represent, except that floats may be NaN or infinite.
+            metrics: of a step the keys of `Trainer.step_metrics`; of an evaluation the losses of
+                the held-out sets. JSON can represent all values except NaN and infinity.
         """
 
     def post_step(self, stage: StageProgress) -> None:

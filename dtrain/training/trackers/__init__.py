@@ -1,7 +1,10 @@
 """Trackers send a stage's metrics somewhere: to a file, to a service.
 
 To add one, add a module here with a function `build_tracker(context)` that returns a `Callback`,
-or None if the recipe does not ask for it. No other file changes.
+or None if it should not run, for example because its service's variable is not set. No other file
+changes. A tracker overrides `Callback.log_metrics`, which also gets evaluations: those have no
+`loss`. It drops what an earlier attempt recorded after `context.resume_step`, as
+`dtrain.monitoring.metrics.Metrics` does. It writes to `context.folder.path`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dtrain.training.callbacks import Callback
 
 @dataclass(frozen=True)
 class TrackerContext:
-    """What a tracker may want to know.
+    """The stage that a tracker follows.
 
     Attributes:
         folder: names of the files in the stage's folder.
@@ -31,7 +34,7 @@ class TrackerContext:
 
 
 def build_trackers(context: TrackerContext) -> list[Callback]:
-    """The trackers that the recipe asks for; only the first rank has any."""
+    """All trackers that run; called on the first rank only."""
     names = sorted(module.name for module in iter_modules(__path__))
     built = [import_module(f"{__name__}.{name}").build_tracker(context) for name in names]
     return [tracker for tracker in built if tracker is not None]
