@@ -1,4 +1,4 @@
-"""What a rank imports before it can train: every start and restart pays for it."""
+"""Imports of a rank before training; every start and restart pays for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages say of files, tests and floors is true."""
+"""Files, tests and floors named in the documentation exist."""
 
 from __future__ import annotations
 

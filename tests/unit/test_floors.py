@@ -1,4 +1,4 @@
-"""The house keeps its floors: imports go down only, and a login node needs no torch."""
+"""Imports point only to lower floors, and login-node packages import no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small model's parameters, cut into ranks' pieces in any way."""
+"""Parameters of a small model, split among ranks at any boundaries."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Whole = dict[str, dict[str, Tensor]]
 
 
 class Kit:
-    """What the tests of checkpoints share."""
+    """Shared helpers of the checkpoint tests."""
 
     shapes = SHAPES
 
     def whole(self, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Whole:
-        """Name → kind → flat tensor; the numbers follow from the step."""
+        """Return name → kind → flat tensor, with values that depend on the step."""
         draw = torch.Generator().manual_seed(step)
         return {
             name: {kind: torch.randn(elements(shape), generator=draw) for kind in KINDS}
@@ -42,7 +42,7 @@ class Kit:
         shapes: dict[str, tuple[int, ...]] = SHAPES,
         edges: dict[str, list[int]] | None = None,
     ) -> list[ParameterShard]:
-        """Rank's pieces: even ranges, or those between `edges` (ranks + 1 positions a name)."""
+        """Return the shards of `rank`: even ranges, or between `edges` (ranks + 1 per name)."""
         shards = []
         for name, kinds in whole.items():
             total = elements(shapes[name])
@@ -53,7 +53,7 @@ class Kit:
         return shards
 
     def save(self, folder: Path, step: int, *, ranks: int = 2, **state: Any) -> Path:
-        """Save `whole(step)` from so many ranks, and wait until it is complete."""
+        """Save `whole(step)` from `ranks` ranks and wait until the checkpoint is complete."""
         savers = [Saver(folder, rank=r, ranks=ranks, attempt="test") for r in range(ranks)]
         for rank, saver in enumerate(savers):
             saver.save(step, self.pieces(self.whole(step), rank, ranks), {"step": step, **state})
@@ -62,7 +62,7 @@ class Kit:
         return folder / f"step-{step:06d}"
 
     def assert_holds(self, checkpoint: Checkpoint, expected: Whole) -> None:
-        """Restore on one rank, and compare to the bit."""
+        """Restore on one rank and compare bit for bit."""
         blank = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in expected.items()}
         shapes = checkpoint.names
         checkpoint.restore(self.pieces(blank, 0, 1, shapes))
@@ -78,7 +78,7 @@ def kit() -> Kit:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., BaseProcess]]:
-    """Start a function in a process of its own; what still lives at the test's end is killed."""
+    """Start a function in a subprocess; it is killed at the end of the test."""
     started: list[BaseProcess] = []
 
     def run(function: Callable[..., None], *args: Any) -> BaseProcess:

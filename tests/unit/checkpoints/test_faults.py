@@ -1,4 +1,4 @@
-"""Whatever is killed, full, flipped, cut short or poisoned: found, and the earlier one is there."""
+"""Kills, full disks, bit flips and NaN are found, and the previous checkpoint remains."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _damaged(path: Path, damage: Callable[[bytearray], None]) -> bytes:
-    """Damage a file in place; its former content is returned."""
+    """Damage a file in place and return its former content."""
     before = path.read_bytes()
     content = bytearray(before)
     damage(content)

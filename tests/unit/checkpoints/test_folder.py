@@ -1,4 +1,4 @@
-"""A stage's folder: what is listed, cleaned, kept."""
+"""Listing, cleaning and retention in a stage's checkpoint folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resume with other inputs is refused with a diff, unless the change is allowed and can work."""
+"""A resume with other inputs is refused with a diff, unless the change is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved in any ranges, read back in any other, to the bit."""
+"""Parameters saved in any ranges restore bit for bit into any other ranges."""
 
 from __future__ import annotations
 

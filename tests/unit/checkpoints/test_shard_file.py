@@ -1,4 +1,4 @@
-"""Memory that is locked for a GPU's copies; the CUDA runtime is a stand-in that counts."""
+"""Host memory pinned for GPU copies; a fake CUDA runtime counts it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain.checkpoints.shard_file import PAGE_BYTES, HostShard
 
 @pytest.fixture
 def locked(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Address → bytes of what is locked now."""
+    """Address → bytes of the memory pinned now."""
     ranges: dict[int, int] = {}
 
     def register(start: int, size: int, flags: int) -> int:

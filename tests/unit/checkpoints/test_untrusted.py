@@ -1,4 +1,4 @@
-"""Nothing is read that somebody else could have put there."""
+"""Checkpoints that another user could have written are not read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _sealed(body: dict[str, Any]) -> str:
 
 
 def _rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest, as one who knows how to hash it again."""
+    """Change the manifest and hash it again, as an attacker could."""
     body = json.loads((folder / "manifest.json").read_text())
     del body["blake3"]
     change(body)

@@ -74,7 +74,7 @@ def adapter(base: Path, folder: Path, seed: int = 1) -> Path:
 def trained_by(
     folder: Path, base: Path, kind: str = "lora", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """A stage's record beside its adapter, and what its checkpoints say."""
+    """Write the stage record of an adapter, with the dtype that its checkpoints state."""
     method = {"kind": kind, "r": 4, "alpha": 8.0}
     inputs = {"parent": model_fingerprint(base), "dtype": dtype, "method": method}
     folder.mkdir(parents=True, exist_ok=True)

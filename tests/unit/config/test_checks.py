@@ -1,4 +1,4 @@
-"""Keys that do not go together: both are named, with a way out."""
+"""Keys that clash are both named, with a fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASE: dict[str, Any] = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    """BASE with `a__0__b=value` put at a.0.b; None takes a key away."""
+    """Return BASE with `a__0__b=value` set at a.0.b; None removes a key."""
     values = deepcopy(BASE)
     for address, value in changes.items():
         holder: Any = values
@@ -66,7 +66,7 @@ EPOCHS = {"stages__0__train__epochs": 2.0}
 
 
 def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
-    """Changes to a recipe: sources with these weights after these steps."""
+    """Return recipe changes: sources with these weights after these steps."""
     lists = [[{"after_steps": a, "weight": w} for a, w in source] for source in sources]
     return {"stages__0__data__sources": [TEXT | {"weight": entries} for entries in lists]}
 

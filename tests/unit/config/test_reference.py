@@ -1,4 +1,4 @@
-"""The page of keys is made from the schema and is up to date."""
+"""The reference page of recipe keys is generated from the schema and is current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remembered hashes are used for as long as the file is the same, and no longer."""
+"""A cached hash is used only while the file is unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_file_is_hashed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("how", ["time", "size", "replaced", "overwritten"])
 def test_changed_file_is_hashed_again(file: Path, how: str) -> None:
-    """Replaced and overwritten: by one of the same size, with the same time of its content."""
+    """The file is replaced and overwritten with equal size and modification time."""
     before, changed = cached_hash(file), file.stat().st_ctime_ns
     if how == "replaced":
         file.rename(file.with_name("old"))

@@ -1,4 +1,4 @@
-"""A run folder's names stand in one module; its lock, progress and exit report."""
+"""File names, lock, progress and exit report of a run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer mask: exactly the answers and their ends of turn, whatever the template."""
+"""Assistant spans: exactly the answers and their turn ends under every template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus with every sort of broken input: stopped at its place, or set aside and told."""
+"""A corpus with every kind of broken input is refused by file and line, or quarantined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtrain.data_quality.scan import scan
 
 LINE_BYTES = 50_000_000
 GOOD = b'{"instruction": "Name a %s that people keep.", "output": "It is kept by many people."}'
-# file → (its content between two good rows, what is told, at which line)
+# file → (content between two good rows, error message, line)
 BROKEN = {
     "utf8.jsonl": (b'{"instruction": "a", "output": "\xc3\x28\xff"}', "not UTF-8", 2),
     "nul.jsonl": (b'{"instruction": "a", "output": "b\\u0000c"}', "`output` contains a NUL", 2),

@@ -1,4 +1,4 @@
-"""A source that changes while it is read makes no store; one that changed before is read again."""
+"""A source that changes during preparation is refused; one changed before is read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rows say in unusual ways: it is read as meant, refused with its place, or said."""
+"""Unusual rows are read as intended, refused with their location, or reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What closes a turn: a token of its own, or a string of ordinary ones."""
+"""The end of a turn is a special token or a string of ordinary tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = "{%- for m in messages -%}"
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    """With blanks as tokens of their own, as GPT-NeoX's has them."""
+    """Build a tokenizer with tokens for runs of spaces, like GPT-NeoX's."""
     tokenizer = load_tokenizer(ensure("tiny-llama"))
     tokenizer.add_tokens([AddedToken("\n\n", special=False), AddedToken("[/A]", special=False)])
     return tokenizer

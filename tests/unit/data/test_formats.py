@@ -1,4 +1,4 @@
-"""Every format is read; every fault is told with its file and line."""
+"""Every format is read, and every error names its file and line."""
 
 from __future__ import annotations
 

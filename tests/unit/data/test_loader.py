@@ -1,4 +1,4 @@
-"""Any number of ranks and any micro-batch see the same batches; any step can be had alone."""
+"""Batches do not depend on ranks or micro-batches, and any step can be computed alone."""
 
 from __future__ import annotations
 

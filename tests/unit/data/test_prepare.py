@@ -1,4 +1,4 @@
-"""From files to rows: masks, cuts, counts, fingerprints, and what is refused."""
+"""Preparation: loss masks, truncation, counts, fingerprints and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes: two that prepare at once, and one that is killed in the middle."""
+"""Concurrent and killed preparation in real processes."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def wait_until_at_work(process: subprocess.Popen) -> None:
 
 
 def last_words(process: subprocess.Popen) -> list[str]:
-    """Of its last line: on a busy machine, lines of progress come before it."""
+    """Return the words of the last line; progress lines may precede it on a busy machine."""
     return process.communicate()[0].splitlines()[-1].split()
 
 

@@ -1,4 +1,4 @@
-"""What a file holds is what is read: nulls, byte-order marks, columns, rows inside an object."""
+"""Readers of source files: nulls, byte-order marks, columns, rows inside an object."""
 
 from __future__ import annotations
 

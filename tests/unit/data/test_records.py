@@ -1,4 +1,4 @@
-"""More formats and kinds of files, `auto`, and what harms or breaks."""
+"""Formats, file types, `auto`, and broken or hostile files."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_arrow_file_format_is_read(load, tmp_path) -> None:
 
 
 class TestBroken:
-    """Each fault is told with its place, and what comes after it is read."""
+    """Each error names its location, and the rows after it are read."""
 
     def test_rows_after_a_broken_row_are_read(self, seen, tmp_path) -> None:
         path = tmp_path / "a.jsonl"

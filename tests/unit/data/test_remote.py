@@ -1,4 +1,4 @@
-"""Rows at addresses of fsspec, from a store in memory."""
+"""Rows are read from fsspec addresses; the store is in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows from a web server: a real one, on this machine."""
+"""Rows are read from a local web server."""
 
 from __future__ import annotations
 

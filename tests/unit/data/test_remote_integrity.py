@@ -1,4 +1,4 @@
-"""A fetched file is what the server has: its length, its digests, and the copy in the cache."""
+"""A fetched file is checked by length and digest, and so is its cached copy."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_corrupt_download_is_retried_once(site, tmp_path, first) -> None:
 
 
 def test_etag_that_is_not_an_md5_is_not_verified(site, tmp_path) -> None:
-    """As FastAPI's, of time and size, or that of an object S3 has encrypted."""
+    """FastAPI's ETag is made of time and size; S3's of an encrypted object is not an MD5."""
     site.headers = {"ETag": f'"{hashlib.md5(b"time and size").hexdigest()}"'}
     assert texts(site, tmp_path) == TEXTS
     site.headers = {"ETag": f'"{hashlib.md5(b"another").hexdigest()}"'}
@@ -159,7 +159,7 @@ def _refuse(*_: object, **__: object) -> None:
 
 
 def test_unchanged_download_does_not_replace_the_cached_file(site, tmp_path) -> None:
-    """Without a mark every start fetches; another one may still read the copy."""
+    """Without an ETag every start fetches the file, while another process may read the copy."""
     source_files = find_source_files(Source(path=site.address), tmp_path)
     find_source_files(Source(path=site.address), tmp_path)
     assert site.sent == 2

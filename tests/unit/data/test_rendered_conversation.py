@@ -1,4 +1,4 @@
-"""What a row says is in its rendering and learned to its end, or the row is refused by name."""
+"""A rendered row contains all its content with complete targets, or is refused by name."""
 
 from __future__ import annotations
 

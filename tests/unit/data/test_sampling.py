@@ -1,4 +1,4 @@
-"""Shares are exact, rows come once an epoch, and any slice of the stream can be had alone."""
+"""Weights are exact, sequences occur once an epoch, and any stream slice can be computed alone."""
 
 from __future__ import annotations
 

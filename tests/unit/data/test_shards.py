@@ -1,4 +1,4 @@
-"""Any number of processes, and any number of shares, make the same bytes; nothing is made twice."""
+"""Any number of processes and array shares builds the same store, each shard once."""
 
 from __future__ import annotations
 

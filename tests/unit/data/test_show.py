@@ -1,4 +1,4 @@
-"""What `dtrain data show` prints: exactly the tokens of training, and which of them are learnt."""
+"""`dtrain data show` prints exactly the tokens of training and marks the targets."""
 
 from __future__ import annotations
 

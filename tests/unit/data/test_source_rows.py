@@ -1,4 +1,4 @@
-"""Rows on their whole way: prepared, shown, scanned and cleaned, all by the one check."""
+"""Rows are prepared, shown, scanned and cleaned under the same checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store opens at once, and never opens damaged."""
+"""The store opens quickly and never opens when damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer mask under the templates of the common families, and templates made to do harm."""
+"""Assistant spans under the templates of common families and under hostile templates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALLING = [
     {"role": "tool", "content": "4"},
     {"role": "assistant", "content": "Four."},
 ]
-# family → what is learnt of the answers "Four." and "Six."
+# family → target texts of the answers "Four." and "Six."
 ENDS = {
     "chatml": "{}<|im_end|>",
     "smollm2": "{}<|im_end|>",

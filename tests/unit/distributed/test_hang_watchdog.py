@@ -1,4 +1,4 @@
-"""Ranks that hang, seen by another rank: real processes, one of which is stopped or killed."""
+"""The watchdog detects hung ranks in real processes that are stopped or killed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ time.sleep(60)
 
 @pytest.fixture
 def rank(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a rank of two with a life of its own; see RANK."""
+    """Start one of two ranks as a subprocess; see RANK."""
     started: list[subprocess.Popen[str]] = []
 
     def start(number: int, life: str) -> subprocess.Popen[str]:

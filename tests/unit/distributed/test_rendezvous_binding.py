@@ -1,4 +1,4 @@
-"""Ranks of one node are reached over the loopback alone."""
+"""Ranks of one node communicate only over the loopback."""
 
 from __future__ import annotations
 

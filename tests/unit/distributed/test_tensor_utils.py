@@ -1,4 +1,4 @@
-"""No NaN or infinity goes unseen."""
+"""Every NaN and infinity is detected."""
 
 from __future__ import annotations
 

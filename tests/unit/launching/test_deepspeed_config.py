@@ -1,4 +1,4 @@
-"""The DeepSpeed files: found, valid, and no knob set in two places."""
+"""The DeepSpeed files are found, valid, and set no recipe key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a person names comes back from bash to the byte, and runs nothing."""
+"""Quoted names survive bash byte for byte and execute nothing."""
 
 from __future__ import annotations
 

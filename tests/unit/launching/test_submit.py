@@ -1,6 +1,6 @@
 """`dtrain submit --dry-run` of every shipped recipe, and of hostile names.
 
-`DTRAIN_WRITE_GOLDEN=1 pytest tests/unit/launching/test_submit.py` writes the files anew.
+`DTRAIN_WRITE_GOLDEN=1 pytest tests/unit/launching/test_submit.py` rewrites the files.
 """
 
 from __future__ import annotations

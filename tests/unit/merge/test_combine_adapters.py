@@ -1,4 +1,4 @@
-"""Two adapters in one: exactly their sum, or the nearest of a rank with the error told."""
+"""Two adapters are combined into their exact sum, or into the best lower-rank approximation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes make one model: each takes shards, one publishes, a killed one is no loss."""
+"""Several processes share a merge, and it survives a killed process."""
 
 from __future__ import annotations
 

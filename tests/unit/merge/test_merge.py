@@ -1,4 +1,4 @@
-"""The streaming merge equals PEFT's, and refuses what it cannot do right."""
+"""The streaming merge equals PEFT's and refuses unsupported inputs."""
 
 from __future__ import annotations
 
@@ -435,7 +435,7 @@ def test_interrupted_merge_does_not_resume_from_other_inputs(
 
 @pytest.mark.parametrize("known", [True, False])
 def test_tensors_at_unaligned_offsets_are_merged(known: bool, tmp_path: Path) -> None:
-    """Bytes of an odd number lie before it, so elements lie across what is written at once."""
+    """An odd number of bytes precedes the tensor, so elements cross write boundaries."""
     base, wide = tmp_path / "base", torch.randn(192, 8192)
     base.mkdir()
     (base / "config.json").write_text("{}")

@@ -237,7 +237,7 @@ def test_combined_adapters_untie_the_head(tmp_path: Path) -> None:
     make(tmp_path, BASES["tied llama"], Lora(target_modules=[Q, HEAD]))
     base, folders = tmp_path / "base", [tmp_path / "adapter", tmp_path / "second"]
     add_adapter(base, Lora(target_modules=[Q, HEAD]), folders[1], 2)
-    for folder in folders:  # without the base's weights that PEFT saves beside an adapted head
+    for folder in folders:  # without the base weights that PEFT saves with an adapted head
         file = folder / "adapter_model.safetensors"
         save_file({k: t for k, t in load_file(file).items() if "base_layer" not in k}, file)
     job = MergeJob(base, tmp_path / "out", source="test")

@@ -1,4 +1,4 @@
-"""A merge finds its tensors whatever names the files have, or is refused before the training."""
+"""A merge finds its tensors under the names of the files, or is refused before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verify and diff: nothing that is wrong stays unsaid, and the numbers are those of torch."""
+"""Verify reports every problem, and diff measures differences as torch does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method of PEFT that can be merged, to the bit what its merge_and_unload gives."""
+"""Every mergeable PEFT method merges bit for bit like merge_and_unload."""
 
 from __future__ import annotations
 

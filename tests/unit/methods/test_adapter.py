@@ -1,4 +1,4 @@
-"""What trains, how it starts, and what PEFT reads back."""
+"""Trainable parameters, their initialization, and loading by PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bases: found, loaded in full or in NF4, or refused with a reason."""
+"""Base models are resolved, loaded in full or in NF4, or refused with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is, asked of the model: which layers text reaches, experts, what NF4 can hold."""
+"""Model facts from a meta model: layers used by text, experts, layers that NF4 can pack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the probe says of a model, held against the model itself in plain transformers."""
+"""The packing probe agrees with the model in plain transformers."""
 
 from __future__ import annotations
 

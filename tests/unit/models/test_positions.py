@@ -1,4 +1,4 @@
-"""How many positions a model has is asked of its code; documents beyond them stop a run."""
+"""Position limits are measured on the model code; longer documents stop a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base that comes block by block: every entry of its files, once, in its dtype."""
+"""Streaming a base layer by layer loads every tensor of its files once, in its dtype."""
 
 from __future__ import annotations
 

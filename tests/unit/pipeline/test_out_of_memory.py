@@ -1,4 +1,4 @@
-"""Out of memory: recognised, told once with the plan's numbers, and never tried again."""
+"""Out-of-memory errors are recognized, reported once with the planned memory, and not retried."""
 
 from __future__ import annotations
 

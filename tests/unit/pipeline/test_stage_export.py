@@ -1,4 +1,4 @@
-"""Who takes part in a merge between stages; distributed/test_shared_merge.py has real ranks."""
+"""Ranks that take part in a merge between stages; real ones: distributed/test_shared_merge.py."""
 
 from __future__ import annotations
 

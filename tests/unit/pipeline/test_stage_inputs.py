@@ -1,4 +1,4 @@
-"""What a run reads is looked at before anything trains."""
+"""A run checks its inputs before training."""
 
 from __future__ import annotations
 

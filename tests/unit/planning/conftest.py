@@ -1,4 +1,4 @@
-"""Plans of tests ignore what ran on this machine."""
+"""Plans in tests ignore the calibration of this machine."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedP
 
 
 def test_the_greatest_peak_at_the_real_depth_is_found() -> None:
-    """With few layers, another phase has the greatest peak."""
+    """The peak phase at the real depth differs from that of a few layers."""
     grows, large = ("backward", "last layer", 10.0, 5.0), ("forward", "outside", 100.0, 1.0)
     peak = extrapolate_peak([peaks(n, grows, large) for n in (3, 4, 5)], (3, 4, 5), 80)
     assert (peak.phase, peak.region, peak.total) == ("backward", "last layer", 410.0)

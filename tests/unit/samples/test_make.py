@@ -1,4 +1,4 @@
-"""Samples are made once, whole or not at all."""
+"""Samples are built once and atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.samples import ensure, make
 
 @pytest.fixture
 def maker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A sample `toy` whose maker can be told to fail, and counts its calls."""
+    """A sample `toy` whose builder counts its calls and fails on request."""
     control = SimpleNamespace(calls=0, fails=None)
 
     def write(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts: in batches as alone, only for these prompts, only by this model."""
+"""Answers to a file of prompts: batching, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_broken_lines_are_reported_with_line_numbers(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_ends_an_answer(tmp_path: Path) -> None:
-    """Of a template that closes a turn with ordinary tokens; the prompt is the same for both."""
+    """The template closes a turn with ordinary tokens; the prompt is the same for both."""
     rows = "{%- for m in messages -%}{{ '<|im_start|>' + m.content }}{% endfor %}"
     template, prompts = tmp_path / "chat.jinja", [[{"role": "user", "content": "Why is it red?"}]]
 

@@ -1,4 +1,4 @@
-"""What `dtrain adapters` and `dtrain serve` say of a run, read by a real shell."""
+"""Output of `dtrain adapters` and `dtrain serve`, parsed by a real shell."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_hostile_names_remain_one_shell_word(make_run: Callable[..., Path], tmp_
     assert merged[1] == str(tmp_path / HOSTILE / "task" / "merged")
     assert after(merged, "--served-model-name") == [HOSTILE]
     (named,) = after(domain, "--lora-modules")
-    # name=path is cut at every '=', and JSON is told from it by a comma
+    # name=path is cut at every '=', and a comma distinguishes JSON from it
     assert json.loads(named) == {"name": "domain", "path": str(run / "domain" / "adapter")}
     assert task[1] == str(run / "domain" / "merged")
 

@@ -1,4 +1,4 @@
-"""A run's adapters and merged models say the same, whoever loads them."""
+"""A run's adapters and merged models give the same answers under every loader."""
 
 from __future__ import annotations
 

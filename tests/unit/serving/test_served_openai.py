@@ -52,7 +52,7 @@ def merged(tmp_path: Path, make_adapter: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def address(merged: Path, environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
-    """Of `transformers serve` with the merged model."""
+    """The address of `transformers serve` with the merged model."""
     port = free_port()
     program = Path(sys.executable).with_name("transformers")
     command = [program, "serve", merged, "--device", "cpu"]

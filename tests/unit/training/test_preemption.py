@@ -1,4 +1,4 @@
-"""When a process asks to stop: signals, the file, the end of the job."""
+"""Stop requests: signals, the stop file, and the end of the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.training.preemption import SPARE_SECONDS, STOP_SIGNALS, StopFlag, en
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No job's end from outside; the handlers of the test runner come back."""
+    """Unset the job's end time and restore the signal handlers afterwards."""
     for name in ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

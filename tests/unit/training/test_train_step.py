@@ -1,4 +1,4 @@
-"""A micro-batch goes forward and backward without waiting for its device.
+"""A micro-batch runs forward and backward without device synchronization.
 
 The meta device stands for a GPU: whatever asks it for a number, or for a size that depends on
 numbers, raises an error.

@@ -1,4 +1,4 @@
-"""A module that somebody changed, by a hook, a patch or a subclass, keeps computing as it did."""
+"""Kernels leave modules alone that hooks, patches or subclasses change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU compiles, compiled for this CPU: the same numbers as pass by pass."""
+"""Functions compiled for GPUs give the uncompiled results; compiled here for the CPU."""
 
 from __future__ import annotations
 

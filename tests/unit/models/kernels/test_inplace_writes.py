@@ -1,4 +1,4 @@
-"""A model may write into what a kernel gives, as it may into what its own modules give."""
+"""A model may write in place into the outputs of kernels, as into those of its own modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's own forward says what it does around its output layer."""
+"""The probe detects what a model's forward computes around its output layer."""
 
 from __future__ import annotations
 

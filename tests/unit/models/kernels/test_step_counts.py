@@ -1,4 +1,4 @@
-"""What a step computes, keeps and calls: figures that do not depend on the machine's mood.
+"""FLOPs, saved bytes and operations of a step: figures that do not depend on timing.
 
 They are committed in tests/golden/step_counts.json and may only fall. To rewrite them:
 `DTRAIN_WRITE_GOLDEN=1 pytest tests/unit/models/kernels/test_step_counts.py`.
