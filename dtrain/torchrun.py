@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.hardware import oom_kills
-from dtrain.distributed.world import listen_narrowly
+from dtrain.distributed.world import restrict_store_address
 from dtrain.launching.commands import LAUNCHER, worker_environment
 from dtrain.launching.network import is_host_of, own_address
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.numa_binding = "node"
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
-    listen_narrowly()
+    restrict_store_address()
     signals, killed_before = Signals(), oom_kills()
     signals.listen()
     try:

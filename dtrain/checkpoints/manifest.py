@@ -22,7 +22,6 @@ from dtrain.core.errors import UserError
 from dtrain.core.ownership import Untrusted
 
 FORMAT = 3
-MANIFEST = "manifest.json"
 FILE_PATTERN = r"^rank-\d{5,}\.safetensors$"  # no way out of the folder
 
 Natural = Annotated[int, Field(ge=0)]

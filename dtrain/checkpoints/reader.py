@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.checkpoints.manifest import MANIFEST, Manifest, SavedKind, read_manifest, step_of
+from dtrain.checkpoints.manifest import Manifest, SavedKind, read_manifest, step_of
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard
 from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
+from dtrain.core.run_dir import CHECKPOINT_MANIFEST
 from dtrain.distributed.tensor_utils import all_finite
 
 MAX_NAMES = 8  # of each group in a message
@@ -42,10 +43,10 @@ class Checkpoint:
             UserError: no manifest, or one that was changed; a file missing or cut short.
         """
         check_own_folder(folder)
-        manifest = read_manifest(check_own_file(folder / MANIFEST))
+        manifest = read_manifest(check_own_file(folder / CHECKPOINT_MANIFEST))
         if step_of(folder) not in (None, manifest.step):
             raise UserError(f"contains step {manifest.step}", where=str(folder))
-        for extra in sorted(set(os.listdir(folder)) - set(manifest.files) - {MANIFEST}):
+        for extra in sorted(set(os.listdir(folder)) - set(manifest.files) - {CHECKPOINT_MANIFEST}):
             raise Untrusted(
                 "this file is not listed in the checkpoint's manifest, and is not read",
                 where=str(folder / extra),
@@ -82,7 +83,7 @@ class Checkpoint:
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
-        manifest_bytes = (self.folder / MANIFEST).stat().st_size
+        manifest_bytes = (self.folder / CHECKPOINT_MANIFEST).stat().st_size
         return manifest_bytes + sum(file.bytes for file in self._manifest.files.values())
 
     def verify(self) -> None:

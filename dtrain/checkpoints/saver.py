@@ -26,7 +26,6 @@ from torch import Tensor
 
 from dtrain.checkpoints.folder import remove
 from dtrain.checkpoints.manifest import (
-    MANIFEST,
     PARAMETERS,
     REMOVED_PREFIX,
     Manifest,
@@ -45,6 +44,7 @@ from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.checkpoints.shard_file import DTYPES, HostShard, tensor_key
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import fsync_folder
+from dtrain.core.run_dir import CHECKPOINT_MANIFEST
 
 TIMEOUT_SECONDS = 600.0
 NICE = 5  # training comes first, but must not wait for a save that never gets a core
@@ -254,7 +254,7 @@ def publish(
     _check_sizes(manifest, work)
     for rank in range(ranks):
         (work / record_name(rank)).unlink()
-    write_new(work / MANIFEST, manifest.render())
+    write_new(work / CHECKPOINT_MANIFEST, manifest.render())
     fsync_folder(work)
     _put_in_place(work, target)
 

@@ -88,7 +88,7 @@ def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
         uses.append((("determinism",), "strict", "determinism: strict", "determinism=off"))
     for number, stage in enumerate(recipe.stages):
         if (optimizer := stage.train.optimizer) != "adamw":
-            key = ("stages", number, "train", "optimizer")
+            key: Key = ("stages", number, "train", "optimizer")
             uses.append((key, "eight_bit_optimizer", optimizer, "optimizer=adamw"))
     if engine.offload:
         uses.append((("engine", "offload"), "offload", "offload", "offload=false"))

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from dtrain.config.checks import Clash, check
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
-from dtrain.config.yaml_document import Document, Key, dotted, parse_value, read_document
+from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
 
@@ -76,14 +76,14 @@ def dump(recipe: Recipe) -> str:
     return stream.getvalue()
 
 
-def _with_lines(clash: Clash, document: Document) -> UserError:
+def _with_lines(clash: Clash, document: YamlDocument) -> UserError:
     """The error with the line of each of its keys that the document contains."""
     origins = list(dict.fromkeys(document.where(key) for key in clash.keys))
     lines = [origin for origin in origins if origin != document.name] or origins
     return UserError(clash.message, where=", ".join(lines), fix=clash.fix)
 
 
-def _clashes_without(broken: dict[Key, UserError], document: Document) -> list[UserError]:
+def _clashes_without(broken: dict[Key, UserError], document: YamlDocument) -> list[UserError]:
     """Clashes among the valid keys: the recipe is checked without the broken ones."""
     valid = deepcopy(document.values)
     for key in sorted(broken, key=len, reverse=True):
@@ -114,7 +114,7 @@ def _remove(values: Any, key: Key) -> None:
 _SYNTAX = "write key=value or group.key=value, for example engine.kind=zero3"
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> list[UserError]:
+def apply_overrides(document: YamlDocument, overrides: Sequence[str]) -> list[UserError]:
     """Apply each `key=value` to the document, in order.
 
     Entries of a list are addressed by index (`stages.0.…`) or by name (`stages.domain.…`).
@@ -131,7 +131,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> list[UserEr
     return problems
 
 
-def _apply(document: Document, override: str) -> None:
+def _apply(document: YamlDocument, override: str) -> None:
     origin = f"override {override}"
     address, equals, text = override.partition("=")
     steps = address.strip().split(".")
@@ -176,7 +176,7 @@ def _choices(names: list[str], count: int) -> str:
     return ", ".join([*names, *(str(number) for number in range(count))]) or "none: it is empty"
 
 
-def _forget(document: Document, key: Key) -> None:
+def _forget(document: YamlDocument, key: Key) -> None:
     """Remove the lines of a value that was replaced."""
     for old in [k for k in document.origins if k[: len(key)] == key]:
         del document.origins[old]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dtrain.config import foreign_keys
 from dtrain.config.methods import TRAITS
 from dtrain.config.schema_paths import groups_at, key_owners, path_of, value_at
-from dtrain.config.yaml_document import Document, Key, dotted
+from dtrain.config.yaml_document import Key, YamlDocument, dotted
 from dtrain.core.errors import UserError
 
 _LONGEST_VALUE = 60
@@ -41,7 +41,7 @@ _BOUNDS = {
 }
 
 
-def problems(error: ValidationError, document: Document) -> dict[Key, UserError]:
+def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserError]:
     """Translate pydantic's errors.
 
     Args:
@@ -90,7 +90,7 @@ def _document_key(loc: tuple[str | int, ...], values: Any) -> tuple[Key, bool]:
     return tuple(key), False
 
 
-def _problem(key: Key, details: list[Mapping[str, Any]], document: Document) -> UserError:
+def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument) -> UserError:
     kind, name = details[0]["type"], dotted(key)
     where = document.where(key if kind not in ("missing", "union_tag_not_found") else key[:-1])
     if kind == "extra_forbidden":

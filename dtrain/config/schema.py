@@ -65,7 +65,7 @@ def _for(capability: str, meaning: str) -> str:
     return f"{', '.join(engines_with(capability))}: {meaning}"
 
 
-class Engine(Group):
+class EngineSettings(Group):
     """How the model is distributed over the ranks."""
 
     kind: Literal["auto", EngineKind] = Field(
@@ -366,7 +366,7 @@ class Recipe(Group):
         "off", description="strict: bitwise identical weights on 1, 2, 4, … ranks"
     )
     model: Model
-    engine: Engine = Engine()
+    engine: EngineSettings = EngineSettings()
     launch: Launch = Launch()
     stages: list[Stage] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()

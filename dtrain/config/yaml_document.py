@@ -22,7 +22,7 @@ MAX_DEPTH = 40
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """A recipe as written.
 
     Attributes:
@@ -48,7 +48,7 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path) -> YamlDocument:
     """Read a YAML file.
 
     Raises:
@@ -59,7 +59,7 @@ def read_document(path: Path) -> Document:
         raise UserError("is empty", where=str(path), fix="start from `dtrain recipes copy tiny`")
     if not isinstance(values, dict):
         raise UserError("is not a group of `key: value` lines", where=str(path))
-    return Document(str(path), values, origins)
+    return YamlDocument(str(path), values, origins)
 
 
 def parse_value(text: str, name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Scan all rows of a stage or of files; memory holds a compact record per row, never the rows."""
+"""Scan all rows of a stage or of files, and count their tokens.
+
+Memory holds a compact record per row, never the rows.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from dtrain.core.errors import UserError
 from dtrain.core.log import Meter, progress
+from dtrain.data.assistant_spans import render_answers
+from dtrain.data.chat_templates import ChatTemplate, resolve_template
+from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.duplicates import (
     NEAR_SIMILARITY,
     conflicting_answers,
@@ -23,6 +30,7 @@ from dtrain.data.formats import RowContent
 from dtrain.data.records import BadRecord, Record, SourceRows
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data.text_checks import EMPTY, row_text
+from dtrain.data.tokenize import MASKED
 from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import (
     EXACT,
@@ -43,22 +51,85 @@ REJECTED = -1  # token count of a row that the chat template rejects
 Batch = list[tuple[int, Record]]  # records with the index of their source
 
 
-class RowTokenCounter(Protocol):
-    """Counts the tokens of rows as a stage tokenizes them."""
+class TokenCounter:
+    """Renders, checks and tokenizes rows, and keeps only the number of tokens.
 
-    reasons: dict[int, str]
-    counts: Counter[str]
-    special_tokens: SpecialTokens
+    Attributes:
+        reasons: why the template rejects a row of the last batch, by the row's index.
+        counts: of all batches, for `tokenize.notes`.
+    """
 
-    def __call__(self, values: list[RowContent], /) -> NDArray[np.int32]:
-        """Tokens of each row, REJECTED where the template rejects it."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        train_on: str = "all",
+        split_special_tokens: bool = True,
+    ) -> None:
+        """Count with the recipe's settings; `train_on` is "" if every token is a target.
+
+        The template is resolved at the first conversation, which may raise a UserError then.
+        """
+        self.tokenizer, self.setting, self.train_on = tokenizer, template, train_on
+        self.template: ChatTemplate | None = None
+        self.reasons: dict[int, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
+
+    def __call__(self, values: list[RowContent]) -> NDArray[np.int32]:
+        """Return tokens of each row, REJECTED if the template rejects it."""
+        self.reasons = {}
+        texts = [self._text(number, value) for number, value in enumerate(values)]
+        known = [text for text in texts if text is not None]
+        special = any(isinstance(value, str) for value in values)
+        encoded = self.tokenizer(known, add_special_tokens=special, verbose=False) if known else {}
+        lengths = iter([len(ids) for ids in encoded.get("input_ids", [])])
+        counts = np.array([REJECTED if t is None else next(lengths) for t in texts], np.int32)
+        for number, (value, text) in enumerate(zip(values, texts, strict=True)):
+            if self.split and text is not None and self.special_tokens.find(value):
+                counts[number] = self._split(number, value, text)
+        return counts
+
+    def _split(self, number: int, value: RowContent, text: str) -> int:
+        """Tokens of a row whose special tokens are encoded as plain text."""
+        shown = (value.chosen or value.rejected) if isinstance(value, Preference) else value
+        hidden = self.special_tokens.hidden(shown)
+        try:
+            if isinstance(hidden, Conversation):
+                assert self.template is not None
+                hidden = render_answers(self.template, hidden, "", self.train_on, Counter())[0]
+            plain = self.special_tokens.template_hidden(text, hidden, "")
+            adds = isinstance(value, str)
+            return len(self.special_tokens.encode(plain, "", add_special_tokens=adds)[0])
+        except UserError as error:
+            self.reasons[number] = error.message
+            return REJECTED
+
+    def _text(self, number: int, value: RowContent) -> str | None:
+        if isinstance(value, str):
+            return value
+        if self.template is None:
+            self.template = resolve_template(self.setting, self.tokenizer)
+        sides = (value.chosen, value.rejected) if isinstance(value, Preference) else (value,)
+        texts = []
+        for talk in sides:
+            if talk is None:
+                continue
+            try:
+                text, spans = render_answers(self.template, talk, "", self.train_on, self.counts)
+            except UserError as error:
+                self.reasons[number] = error.message
+                return None
+            self.counts[MASKED] += bool(self.train_on) and not spans
+            texts.append(text)
+        return texts[0]
 
 
 def scan(
     sources: list[SourceRows],
     *,
     held_out: HeldOutIndex | None = None,
-    token_counter: RowTokenCounter | None = None,
+    token_counter: TokenCounter | None = None,
     sequence_length: int | None = None,
     processes: int = 1,
 ) -> ScanResult:

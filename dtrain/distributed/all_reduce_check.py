@@ -1,7 +1,7 @@
 """Check that an all-reduce works on all ranks: `… -m dtrain.distributed.all_reduce_check DEVICE`.
 
 Each rank prints a line when it has imported what it needs. The first rank prints the bus bandwidth
-of an all-reduce inside a node and over all nodes, a rank that got a wrong sum the name of its node.
+of an all-reduce within a node and over all nodes; a rank with a wrong sum prints its node's name.
 All lines are JSON.
 """
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def groups(world: World) -> Iterator[tuple[str, dist.ProcessGroup | None]]:
-    """The ranks of each node, and the whole world; every rank is in one of each."""
+    """The group of this rank's node, if there are several nodes, and the group of all ranks."""
     starts = range(0, world.size, world.local_size)
     if world.local_size > 1 and len(starts) > 1:
         node_group = None
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except Exception:
-        # Not by Python's own end: under NCCL that may wait for ranks that are in a collective.
+        # Python's normal exit may, under NCCL, wait for ranks that are in a collective.
         traceback.print_exc()
         exit_at_once(Exit.CRASHED)
     sys.exit(status)

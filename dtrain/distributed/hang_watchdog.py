@@ -82,10 +82,10 @@ class HangWatchdog:
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
         self._failure = failure
         self._least_limit = least_limit_seconds or LEAST_LIMIT_SECONDS
-        self._marks, self._position, self._patient = 0, "start", True
+        self._position_count, self._position, self._patient = 0, "start", True
         self._compiling = self._finished = False
         self._known: dict[int, dict[str, Any]] = {}  # the last heartbeat seen of each rank
-        self._marked = self._stepped = time.monotonic()
+        self._reached_at = self._stepped = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=MEDIAN_OVER_STEPS)
         self._seen: dict[int, tuple[str, float]] = {}
         self._neighbor_checked = 0.0
@@ -119,8 +119,8 @@ class HangWatchdog:
 
     def record_position(self, position: str) -> None:
         """Record that the main thread has reached `position`."""
-        self._position, self._marked = position, time.monotonic()
-        self._marks += 1
+        self._position, self._reached_at = position, time.monotonic()
+        self._position_count += 1
 
     def step(self) -> None:
         """Record a finished step; the median duration sets the time limit."""
@@ -143,7 +143,7 @@ class HangWatchdog:
             yield
         finally:
             self.record_position(f"after {position}")
-            self._patient, self._stepped = before, self._marked
+            self._patient, self._stepped = before, self._reached_at
 
     def compiling(self, now: bool) -> None:
         """Record that a compilation begins or ends, which may happen on this rank only."""
@@ -171,7 +171,7 @@ class HangWatchdog:
 
     def _culprits(self) -> list[dict[str, Any]]:
         """Ranks that block this one; empty while it advances."""
-        stuck, limit = time.monotonic() - self._marked, self.limit_seconds()
+        stuck, limit = time.monotonic() - self._reached_at, self.limit_seconds()
         if stuck < LEAST_LIMIT_SECONDS / 2:
             self._seen.clear()
             return []
@@ -218,7 +218,7 @@ class HangWatchdog:
             "start_time": process_start_time(os.getpid()),
             "host": HOST,
             "beat": time.monotonic_ns(),
-            "marks": self._marks,
+            "positions": self._position_count,
             "position": self._position,
             "patient": self._patient or self._compiling,
             "finished": self._finished,
@@ -235,10 +235,10 @@ class HangWatchdog:
         now = time.monotonic()
         if lost := [b for b in beats if self._is_lost(b)]:
             return lost
-        if any(b["patient"] for b in beats) or now - self._marked < 2 * limit:
+        if any(b["patient"] for b in beats) or now - self._reached_at < 2 * limit:
             return []
-        least = min(b["marks"] for b in beats)
-        return [b for b in beats if b["marks"] == least]
+        least = min(b["positions"] for b in beats)
+        return [b for b in beats if b["positions"] == least]
 
     def _read(self, rank: int) -> dict[str, Any]:
         """A rank's heartbeat; if the file is missing, the last one read, with "gone" set."""
@@ -247,7 +247,7 @@ class HangWatchdog:
                 beat: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
                 self._known[rank] = beat | {"gone": False}
                 return self._known[rank]
-        unknown = {"rank": rank, "beat": 0, "marks": 0, "position": "unknown", "patient": False}
+        unknown = {"rank": rank, "beat": 0, "positions": 0, "position": "unknown", "patient": False}
         return self._known.get(rank, unknown | {"finished": False}) | {"gone": True}
 
     def _end(self, culprits: list[dict[str, Any]]) -> None:

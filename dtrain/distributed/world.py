@@ -1,7 +1,7 @@
 """Process rank, device, small CPU collectives, and the rendezvous store.
 
 torch's TCPStore listens on all addresses of a machine. On a shared login node or an open network
-that lets anybody write into a run. A store that gets its listening socket from outside does not.
+that lets anybody write into a run. Here the store gets a socket that is bound to one address.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class World:
         return [float(v) for v in total]
 
     def broadcast_text(self, text: str) -> str:
-        """The first rank's `text`, on every rank."""
+        """Return the first rank's `text` on every rank."""
         data = text.encode()
         length = torch.tensor([len(data)], dtype=torch.int64)
         dist.broadcast(length, 0, group=self.gloo_group)
@@ -93,10 +93,10 @@ def start_world(device: str) -> World:
     if use_gpu:
         torch.cuda.set_device(torch_device)
     if "RANK" not in os.environ:
-        os.environ.update(_alone())
-    listen_narrowly()
+        os.environ.update(_single_process_environment())
+    restrict_store_address()
     choose_interface()
-    # A communicator made at once, as `device_id` asks for, is a CUDA error where a rank is alone.
+    # With `device_id` NCCL connects at once, which fails with a CUDA error for a single rank.
     is_alone = os.environ["WORLD_SIZE"] == "1"
     # gloo carries the CPU tensors of `World`; NCCL carries those of the model.
     dist.init_process_group(
@@ -106,22 +106,22 @@ def start_world(device: str) -> World:
     )
     size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    # What one rank does alone, a merge of 70B say, takes longer than a collective should; a rank
-    # that dies or hangs is found by its closed connection and by the hang watchdog.
+    # Work of a single rank, such as a merge of 70B, takes longer than a collective's time limit.
+    # A rank that dies closes its connections; the hang watchdog detects one that hangs.
     gloo_group = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
     return World(dist.get_rank(), size, local_rank, local_size, torch_device, gloo_group)
 
 
 def end_world() -> None:
-    """Leave the process group; only for ranks that have all come to their end.
+    """Leave the process group; call it only after success.
 
-    Under NCCL this waits until nothing is under way, so it must not follow a failure.
+    Under NCCL this waits for running collectives, which never finish after a failure.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _alone() -> dict[str, str]:
+def _single_process_environment() -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,9 +136,9 @@ def _alone() -> dict[str, str]:
 
 
 def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPStore:
-    """A TCPStore that, if it is the server, listens on `host_name` alone; port 0 is a free one.
+    """A TCPStore whose server listens on `host_name` only; port 0 chooses a free port.
 
-    Takes what `TCPStore` takes, `is_master` by name, as torch's two callers do.
+    Takes the arguments of `TCPStore`, `is_master` by keyword, as torch's two callers pass it.
     """
     if settings.get("is_master") and not _is_only_known_here(host_name):
         family, _, _, _, address = _resolved(host_name, port)
@@ -149,33 +149,33 @@ def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPSt
 
 
 def _is_only_known_here(host_name: str) -> bool:
-    """Whether a name stands for the loopback on this machine, as Debian writes its own name.
+    """Whether a name means the loopback on this machine only, as Debian's /etc/hosts sets it.
 
-    Others know it by another address, so the store has to listen everywhere.
+    Other machines use another address, so the store must listen on all of them.
     """
     return not _is_loopback(host_name) and _is_loopback(str(_resolved(host_name, 0)[4][0]))
 
 
 def _resolved(host_name: str, port: int) -> Any:
-    """A name's TCP address as `getaddrinfo` gives it: IPv4 if there is one.
+    """A name's TCP address as `getaddrinfo` returns it: IPv4 if there is one.
 
-    A machine's own name may stand for a link-local IPv6 address, which others cannot use.
+    A machine's name may resolve to a link-local IPv6 address, which others cannot use.
     """
     addresses = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)
     return min(addresses, key=lambda info: info[0] != socket.AF_INET)
 
 
-def listen_narrowly() -> None:
-    """Let torchrun, or the rank that this process is, make such stores."""
+def restrict_store_address() -> None:
+    """Make torchrun, or torch in this rank, create their stores with `bound_store`."""
     c10d_rendezvous_backend.TCPStore = bound_store  # type: ignore[assignment,misc]
     # `torch.distributed.rendezvous` by attribute is a function of the same name.
     importlib.import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore
 
 
 def choose_interface() -> None:
-    """Let gloo and NCCL use the interface that the ranks meet on, unless the user chose others.
+    """Make gloo and NCCL use the interface of the rendezvous, unless the user chose others.
 
-    On a single node, where that is the loopback, nothing else is listened on.
+    On a single node this is the loopback, and no other interface is open.
     """
     is_local = _is_loopback(os.environ.get("MASTER_ADDR", ""))
     if name := loopback_interface() if is_local else os.environ.get("DTRAIN_INTERFACE"):
@@ -184,7 +184,7 @@ def choose_interface() -> None:
 
 
 def loopback_interface() -> str | None:
-    """`lo`, or what this system calls it."""
+    """Name of the loopback interface, usually `lo`; None without one."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and _is_loopback(a.address) for a in addresses):
             return name

@@ -231,7 +231,7 @@ class MergeJob:
         manifest = read_json(path) if path.is_file() else None
         if not isinstance(manifest, dict) or manifest.get("plan") != plan:
             raise UserError("exists already", where=str(self.output), fix="choose another folder")
-        say(f"{self.output} is complete already")
+        say(f"{self.output} is already complete")
         return True
 
     def _write_into(self, work: ResumableDir, model: MergedModel, plan: str) -> None:

@@ -85,7 +85,7 @@ class RunRecord:
     @property
     def artifacts(self) -> dict[str, dict[str, Any]]:
         """The artifacts of the lineage, by name."""
-        return {str(a["name"]): a for a in self.lineage.get("artefacts") or []}
+        return {str(a["name"]): a for a in self.lineage.get("artifacts") or []}
 
     @property
     def models(self) -> list[str]:

@@ -1,1 +1,1 @@
-"""The chain of stages: what is done already, what each artefact was made from."""
+"""The chain of stages: which are complete, and what each artifact was built from."""

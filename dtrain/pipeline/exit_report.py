@@ -38,21 +38,21 @@ WRITE_TRIES = 5
 
 
 class ExitReport:
-    """The exit report of one rank; nothing is written until `open`, as another run may own it."""
+    """The exit report of one rank; before `open` nothing is written: another run may own it."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self._started = time.time()
-        self._lock = threading.Lock()  # the hang watchdog's thread reports too
+        self._lock = threading.Lock()  # the hang watchdog's thread also reports
 
     def open(self, run: RunDir) -> None:
-        """Write to this run folder; the first rank removes the report of the last start."""
+        """Set the run folder; the first rank removes the report of the previous start."""
         self.path = run.exit_report
         if is_first_rank():
             self.path.unlink(missing_ok=True)
 
     def end(self, status: Exit, reason: str = "") -> int:
-        """Report an end that is no failure; return the exit status."""
+        """Report an end without failure; return the exit status."""
         if is_first_rank():
             self._write(status, reason)
         return int(status)
@@ -86,7 +86,7 @@ class ExitReport:
         return None if report is None else (int(report.get("rank", 0)), int(report["status"]))
 
     def _await_failure(self, seconds: float) -> int | None:
-        """The status that another rank reports within so many seconds."""
+        """The status that another rank reports within `seconds`, or None."""
         deadline = time.monotonic() + seconds
         while (report := self._read_failure()) is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -115,73 +115,75 @@ class ExitReport:
             time.sleep(POLL_SECONDS)
 
 
-# What libraries say when an allocation outside torch's GPU allocator fails; most often in a bare
-# RuntimeError.
-WORDS = (
+# Messages of libraries when an allocation outside torch's GPU allocator fails, most often in a
+# plain RuntimeError.
+PATTERNS = (
     # Drivers of CUDA and HIP; NCCL ("Cuda failure 2 'out of memory'"), bitsandbytes, Triton.
     r"\bout of memory\b",
     r"\bcudaErrorMemoryAllocation\b|\bhipErrorOutOfMemory\b",
-    # cuBLAS, cuDNN ("…_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), and others of their kind.
+    # cuBLAS, cuDNN ("…_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED") and similar libraries.
     r"\b[A-Z]+_(STATUS|ERROR)_\w*(ALLOC|ALLOCATION)_FAILED\b|\bCUDA_ERROR_OUT_OF_MEMORY\b",
-    r"\bFailed to (CUDA |HIP )?(host )?[cm]?alloc\b",  # NCCL, of a GPU or of the host
-    # Host memory: torch's two wordings, C++, the kernel's ENOMEM, numpy.
+    r"\bFailed to (CUDA |HIP )?(host )?[cm]?alloc\b",  # NCCL, for GPU or host memory
+    # Host memory: two messages of torch, C++, the kernel's ENOMEM, numpy.
     r"\bDefaultCPUAllocator: |\bnot enough memory: you tried to allocate\b",
     r"\bstd::bad_alloc\b|\bcannot allocate memory\b|\bunable to allocate [\d.]+ \w*B\b",
     # Pinned memory, for offloading and for saves.
     r"\b(unable|failed) to (allocate|pin|lock|register)\b.{0,80}\bmemory\b",
 )
-_WORDS = re.compile("|".join(WORDS), re.IGNORECASE)
-# A kernel that wants more shared memory or registers than the GPU has: a defect, not a size.
-_OF_A_KERNEL = re.compile(r"\bout of resources?\b", re.IGNORECASE)
-# What cuBLAS and cuDNN say, among others, when their own workspace finds no room.
-_MAY_BE = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)")
+_PATTERN = re.compile("|".join(PATTERNS), re.IGNORECASE)
+# A kernel that needs more shared memory or registers than the GPU has: a bug, not a setting.
+_KERNEL_RESOURCES = re.compile(r"\bout of resources?\b", re.IGNORECASE)
+# Messages of cuBLAS and cuDNN, among others, when there is no memory for their workspace.
+_WORKSPACE_ERROR = re.compile(
+    r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)"
+)
 LEAST_FREE_BYTES = 512 << 20
-ALWAYS = (
+GENERAL_ADVICE = (
     "train.micro_batch_size=1, model.gradient_checkpointing=true, "
     "a shorter data.sequence_length, method.kind=qlora, or engine={kind: fsdp2, shard: node}"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the host, in this error or in what caused it."""
+    """Whether GPU or host memory ran out, according to this error or its causes."""
     return _memory_error(error) is not None
 
 
 def _memory_error(error: BaseException) -> BaseException | None:
-    """The first error that says so: this one, its causes, or those of a group."""
-    waiting, seen = [error], set[int]()
-    while waiting:
-        current = waiting.pop(0)
+    """The first error that reports it: this one, its causes, or those of a group."""
+    queue, seen = [error], set[int]()
+    while queue:
+        current = queue.pop(0)
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if _says_so(current):
+        if _reports_out_of_memory(current):
             return current
         if isinstance(current, BaseExceptionGroup):
-            waiting += current.exceptions
+            queue += current.exceptions
         before = current.__cause__ or (
             None if current.__suppress_context__ else current.__context__
         )
-        waiting += [before] if before is not None else []
+        queue += [before] if before is not None else []
     return None
 
 
-def _says_so(error: BaseException) -> bool:
+def _reports_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     from_library = type(error).__module__.partition(".")[0] not in ("builtins", "dtrain")
     if not (from_library or isinstance(error, RuntimeError | OSError)):
-        return False  # a ValueError, say, that has the words from data
+        return False  # for example a ValueError that quotes a row of the data
     text = str(error)
-    if _MAY_BE.search(text) and _gpu_is_full():
+    if _WORKSPACE_ERROR.search(text) and _gpu_is_full():
         return True
-    return bool(_WORDS.search(text)) and not _OF_A_KERNEL.search(text)
+    return bool(_PATTERN.search(text)) and not _KERNEL_RESOURCES.search(text)
 
 
 def _gpu_is_full() -> bool:
-    """Whether the driver has no room left for a library's workspace."""
+    """Whether too little GPU memory is free for a library's workspace."""
     if not torch.cuda.is_available():
         return False
     with suppress(RuntimeError):
@@ -190,43 +192,44 @@ def _gpu_is_full() -> bool:
 
 
 def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
-    """The message: it is the same at another try, so a job is not requeued for it."""
+    """The message for the terminal: the error, current usage, the plan, and what to change."""
     first = _memory_error(error) or error
-    said = str(first).strip().splitlines() or [type(first).__name__]  # Python's own says nothing
-    fix = ALWAYS
-    lines = [f"out of memory: {said[0]}"]
-    with suppress(RuntimeError):  # of a GPU that answers nothing any more
-        lines.append(f"    now: {now()}")
+    # Python's MemoryError has no message.
+    message = str(first).strip().splitlines() or [type(first).__name__]
+    fix = GENERAL_ADVICE
+    lines = [f"out of memory: {message[0]}"]
+    with suppress(RuntimeError):  # the GPU may no longer respond
+        lines.append(f"    now: {memory_usage()}")
     with suppress(UserError, RuntimeError):  # UserError: the plan does not know the architecture
-        stage, ways = planned(recipe)
-        lines.append(f"    plan, stage {stage.name}: {terms(stage)}")
-        fix = "; or ".join(ways) or ALWAYS
+        stage, changes = plan_reductions(recipe)
+        lines.append(f"    plan, stage {stage.name}: {format_terms(stage)}")
+        fix = "; or ".join(changes) or GENERAL_ADVICE
     return "\n".join([*lines, f"    → {fix}"])
 
 
-def now() -> str:
-    """Memory at this moment, of this rank."""
+def memory_usage() -> str:
+    """Memory that this rank uses now, and its peak."""
     device = _device()
     peak = f"peak of this rank {size(peak_memory_bytes(device))}"
     if device.type != "cuda":
         return peak
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     return (
-        f"{size(held[0])} in tensors, {size(held[1])} held by the allocator, {peak}, "
+        f"{size(allocated)} in tensors, {size(reserved)} reserved by the allocator, {peak}, "
         f"{size(free)} free of {size(total)}"
     )
 
 
-def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
-    """The plan of the stage that needs most, and the cheapest ways to less.
+def plan_reductions(recipe: Recipe) -> tuple[StagePlan, list[str]]:
+    """The plan of the stage that needs the most memory, and the cheapest ways to reduce it.
 
     Raises:
-        UserError: the plan does not know the base.
+        UserError: the plan does not know the base model.
     """
     device = _device()
     if device.type != "cuda":
-        recipe = simplest(recipe)  # as the run itself has it
+        recipe = simplest(recipe)  # as the run resolved it
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
     cluster = Cluster(gpu_of(device), max(1, ranks // on_node), on_node)
@@ -235,8 +238,8 @@ def planned(recipe: Recipe) -> tuple[StagePlan, list[str]]:
     return stage, [f"{' '.join(x.settings)} ({x.cost})" for x in suggestions]
 
 
-def terms(stage: StagePlan) -> str:
-    """The plan's terms in a line."""
+def format_terms(stage: StagePlan) -> str:
+    """The terms of a memory plan on one line."""
     texts = [f"{name} {size(value)}" for name, value in stage.memory.terms().items() if value]
     return f"{', '.join(texts)}; {size(stage.memory.peak)} of tensors at the peak"
 

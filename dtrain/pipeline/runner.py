@@ -1,4 +1,4 @@
-"""All stages of a recipe, one after another, in the same processes."""
+"""Run all stages of a recipe, one after another, in the same processes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def run_chain(
     """Run the stages that are not complete; return False if interrupted.
 
     Args:
-        allowed: keys that may differ from those an incomplete stage was started with.
+        allowed: keys that may differ from those that an incomplete stage was started with.
     """
     run = Path(recipe.output.folder)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
     base, started = inputs.base, list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
-    done = stages_done(folders, world, wants_merged=recipe.output.merge)
+    done = complete_stages(folders, world, needs_merged=recipe.output.merge)
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder in done:
-            say(f"stage {stage.name}: complete already ({folder.identity[:12]}), not run again")
+            say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
         else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()
@@ -61,7 +61,7 @@ def run_chain(
 
 
 def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageRecord]:
-    """The folder of each stage; the identity of one is part of the next one's."""
+    """The record of each stage; its identity is part of the next stage's."""
     folders: list[StageRecord] = []
     for stage in recipe.stages:
         parent = folders[-1].identity if folders else inputs.base_fingerprint
@@ -69,24 +69,24 @@ def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageRecord
     return folders
 
 
-def stages_done(
-    folders: list[StageRecord], world: World, *, wants_merged: bool
+def complete_stages(
+    folders: list[StageRecord], world: World, *, needs_merged: bool
 ) -> list[StageRecord]:
-    """The complete stages whose results are what was written.
+    """The complete stages whose results are undamaged.
 
-    A merged model is hashed where it is needed: as the run's result, or the next stage's base.
+    A merged model is hashed only where it is needed: as the run's result or the next stage's base.
 
     Args:
-        wants_merged: whether the last stage's merged model is wanted.
+        needs_merged: whether the last stage's merged model is needed.
     """
     done: list[StageRecord] = []
-    needed = wants_merged
+    needed = needs_merged
     for folder in reversed(folders):
         complete = folder.is_complete()
         if complete:
             damage = folder.find_corruption(with_merged=needed) if world.is_first else ""
             if damage := world.broadcast_text(damage):
-                warn(f"stage {folder.path.name}: {damage}; made again from the last checkpoint")
+                warn(f"stage {folder.path.name}: {damage}; it is rebuilt from the last checkpoint")
                 complete = False
         if complete:
             done.append(folder)
@@ -102,18 +102,18 @@ def finish(
     evaluations: Evaluations,
     world: World,
 ) -> None:
-    """Answers, report and the summary on the terminal."""
+    """Record answers, write the report, and print the summary."""
     if recipe.output.merge:
         evaluations.record_answers(inputs.base, last.merged, last.identity, world)
     if world.is_first:
         write_report(run)
         say(run_summary(run))
         say(next_step(recipe))
-    world.barrier()  # torchrun gives ranks of other nodes only minutes after the first has ended
+    world.barrier()  # torchrun stops ranks of other nodes minutes after the first has ended
 
 
 def next_step(recipe: Recipe) -> str:
-    """What to type next."""
+    """The command to type next."""
     command = Path(sys.executable).with_name("dtrain")
     with suppress(ValueError):
         command = command.relative_to(Path.cwd())
@@ -123,28 +123,28 @@ def next_step(recipe: Recipe) -> str:
 
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRecord]) -> None:
-    """Record what every artefact was made from."""
+    """Record the inputs of every artifact."""
     base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
-    artefacts: list[dict[str, Any]] = []
+    artifacts: list[dict[str, Any]] = []
     for folder in done:
-        known = folder.read() or {}
+        record = folder.read() or {}
         made_from = {
             "parent": folder.inputs["parent"],
             "data": folder.inputs["data"]["content"],
             "settings": folder.inputs,
         }
-        artefacts.append(
+        artifacts.append(
             {
                 "name": folder.path.name,
                 "kind": "stage",
                 "identity": folder.identity,
                 "made_from": made_from,
-                **known.get("facts", {}),
+                **record.get("facts", {}),
                 "adapter": _inside(run, folder.adapter),
                 "merged": _inside(run, folder.merged),
             }
         )
-    write_json(RunDir(run).lineage, {"name": recipe.name, "base": base, "artefacts": artefacts})
+    write_json(RunDir(run).lineage, {"name": recipe.name, "base": base, "artifacts": artifacts})
 
 
 def _inside(run: Path, path: Path) -> str | None:

@@ -67,7 +67,6 @@ _ROWS = (
     Gpu("b200-180g", 180, 2250, 8000, 900, 50),
 )
 GPUS = {gpu.name: gpu for gpu in _ROWS}
-DEFAULT = "h100-80g"
 
 
 def find_gpu(name: str) -> Gpu:

@@ -82,7 +82,7 @@ def test_started_by_accelerate(run_tiny, engine):
     launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
     run = run_tiny(launcher=launcher)
     run.assert_golden("lora")
-    assert run.json("lineage.json")["artefacts"][0]["engine"] == engine
+    assert run.json("lineage.json")["artifacts"][0]["engine"] == engine
 
 
 def test_started_by_deepspeed(run_tiny):

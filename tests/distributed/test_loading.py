@@ -66,8 +66,8 @@ def test_engines_agree_on_stored_buffers_and_renamed_files(
         run = start_ranks(*SHORT, f"model.base={folder}", f"engine.kind={engine}", folder=engine)
         run.wait(0)
         losses[engine] = [float(line.split()[2]) for line in run.losses()]
-        artefact = run.json("lineage.json")["artefacts"][0]
-        assert artefact["load_peak_memory_bytes"] > 0
+        artifact = run.json("lineage.json")["artifacts"][0]
+        assert artifact["load_peak_memory_bytes"] > 0
         assert "every rank loads the whole base" not in run.output
     assert len(losses["ddp"]) == 4
     for engine, engine_losses in losses.items():

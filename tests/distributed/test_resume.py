@@ -25,7 +25,7 @@ def test_kills_in_both_stages_end_with_the_same_weights(start_ranks, weights, en
         run.until(lambda: run.is_at(stage, step))  # noqa: B023
         run.kill().wait(-signal.SIGKILL)
     run = start_ranks(*settings).wait(0)
-    assert "stage domain: complete already" in run.output and "resuming from step" in run.output
+    assert "stage domain: already complete" in run.output and "resuming from step" in run.output
     assert run.losses() == undisturbed.losses()
     assert weights(run.folder) == weights(undisturbed.folder)
 

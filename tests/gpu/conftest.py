@@ -112,7 +112,7 @@ class Run:
     def facts(self, stage: str) -> dict[str, Any]:
         """What the lineage knows of a finished stage."""
         lineage = json.loads((self.folder / "lineage.json").read_text(encoding="utf-8"))
-        return next(artifact for artifact in lineage["artefacts"] if artifact["name"] == stage)
+        return next(artifact for artifact in lineage["artifacts"] if artifact["name"] == stage)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -80,8 +80,8 @@ def test_70b_qlora_script_trains_a_tiny_model_without_leaking_secrets(cluster, s
         assert (run / stage / "adapter/adapter_model.safetensors").is_file()
     assert (run / "task/merged/config.json").is_file()
     lineage = json.loads((run / "lineage.json").read_text())
-    assert {a["engine"] for a in lineage["artefacts"]} == {"fsdp2"}
-    assert {a["ranks"] for a in lineage["artefacts"]} == {4}
+    assert {a["engine"] for a in lineage["artifacts"]} == {"fsdp2"}
+    assert {a["ranks"] for a in lineage["artifacts"]} == {4}
     assert "all is well on 2 nodes" in log and "all-reduce inside a node" in log
     parses = (tmp_path / "parses").read_text().splitlines()
     by_ranks = [line for line in parses if "-m dtrain.train " in line]

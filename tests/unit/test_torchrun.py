@@ -211,7 +211,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, lacks: Sequence[str] 
     monkeypatch.setattr(torchrun, "parse_args", parse)
     monkeypatch.setattr(torchrun, "run", ran.append)
     monkeypatch.setattr(Signals, "listen", lambda self: None)
-    monkeypatch.setattr("dtrain.torchrun.listen_narrowly", lambda: None)
+    monkeypatch.setattr("dtrain.torchrun.restrict_store_address", lambda: None)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main([*options, "-m", "dtrain.train", "x"]) == Exit.FINISHED

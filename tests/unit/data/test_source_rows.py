@@ -15,8 +15,7 @@ from dtrain.data.show import sequences
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.report import build_report
-from dtrain.data_quality.scan import scan
-from dtrain.pipeline.data_inspection import TokenCounter
+from dtrain.data_quality.scan import TokenCounter, scan
 
 FAMILIES = Path(__file__).with_name("templates")
 ASKED = {"role": "user", "content": "Two and two?"}

@@ -20,8 +20,7 @@ from dtrain.data.records import open_source
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data_quality.clean import clean
 from dtrain.data_quality.finding_types import SPECIAL
-from dtrain.data_quality.scan import scan
-from dtrain.pipeline.data_inspection import TokenCounter
+from dtrain.data_quality.scan import TokenCounter, scan
 from tests.unit.data.conftest import CHATML
 
 END = "<|im_end|>"

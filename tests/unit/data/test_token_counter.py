@@ -7,8 +7,7 @@ import pytest
 
 from dtrain.config.schema import Source
 from dtrain.data.records import open_source
-from dtrain.data_quality.scan import scan
-from dtrain.pipeline.data_inspection import TokenCounter
+from dtrain.data_quality.scan import TokenCounter, scan
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_wat
 
 def other_beats(folder: Path, **differs: Any) -> None:
     """A heartbeat of the second rank, on another machine if not said otherwise."""
-    beat = {"rank": 1, "pid": 1, "start_time": "", "host": "elsewhere", "beat": 1, "marks": 5}
+    beat = {"rank": 1, "pid": 1, "start_time": "", "host": "elsewhere", "beat": 1, "positions": 5}
     beat |= {"position": "step 5", "patient": False, "finished": False, "stack": ""}
     (folder / "rank-00001.json").write_text(json.dumps(beat | differs))
 
@@ -147,10 +147,10 @@ def test_remote_rank_is_not_reported_as_stopped_for_a_minute(tmp_path, monkeypat
 def test_step_may_take_twice_the_minimum_limit(tmp_path, monkeypatch, least: float) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path, least)
-    other_beats(tmp_path, beat=0.5, marks=3)
+    other_beats(tmp_path, beat=0.5, positions=3)
     clock.forward(2 * least - 1)
     assert ranks_named(watchdog) == []
-    other_beats(tmp_path, beat=1.5, marks=3)
+    other_beats(tmp_path, beat=1.5, positions=3)
     clock.forward(2)
     assert ranks_named(watchdog) == [1]
 
@@ -158,16 +158,16 @@ def test_step_may_take_twice_the_minimum_limit(tmp_path, monkeypatch, least: flo
 def test_compiling_rank_is_not_killed(tmp_path, monkeypatch) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path)
-    other_beats(tmp_path, marks=3, patient=True)
+    other_beats(tmp_path, positions=3, patient=True)
     clock.forward(60)
     assert ranks_named(watchdog) == []
     watchdog.compiling(True)
-    other_beats(tmp_path, beat=2, marks=9)
+    other_beats(tmp_path, beat=2, positions=9)
     clock.forward(60)
     assert ranks_named(watchdog) == []
     watchdog.compiling(False)
     assert ranks_named(watchdog) == []  # the limit starts again
-    other_beats(tmp_path, beat=3, marks=9)
+    other_beats(tmp_path, beat=3, positions=9)
     clock.forward(60)
     assert ranks_named(watchdog) == [0]
 

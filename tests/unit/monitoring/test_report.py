@@ -76,7 +76,7 @@ def run(tmp_path: Path) -> Path:
     _write(
         folder,
         "lineage.json",
-        {"name": "toy", "artefacts": [_artifact("domain"), _artifact("task")]},
+        {"name": "toy", "artifacts": [_artifact("domain"), _artifact("task")]},
     )
     _write(
         folder,
@@ -132,7 +132,7 @@ def test_all_text_is_escaped(run: Path) -> None:
     evaluation["losses"][EVIL] = {"base": 1.0, "task": 2.0}
     _write(run, "evaluation.json", evaluation)
     bad = _artifact("task") | {"identity": EVIL, "merged": EVIL, "kind": EVIL}
-    _write(run, "lineage.json", {"name": EVIL, "artefacts": [bad]})
+    _write(run, "lineage.json", {"name": EVIL, "artifacts": [bad]})
     Metrics(run / "task" / "metrics.jsonl", resume_at=9).write(
         {"step": 6, "skipped": EVIL, "documents": [EVIL]}
     )
@@ -160,7 +160,7 @@ def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
 
 
 def test_report_of_an_unfinished_run(run: Path) -> None:
-    _write(run, "lineage.json", {"name": "toy", "artefacts": [_artifact("domain")]})
+    _write(run, "lineage.json", {"name": "toy", "artifacts": [_artifact("domain")]})
     _write(
         run,
         "evaluation.json",
