@@ -360,7 +360,7 @@ def test_quantized_base_on_disk_is_refused(base: Path, adapter: Path) -> None:
     path = base / "config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     path.write_text(json.dumps(config))
-    refused(base, adapter, "quantized already", quantized=True)
+    refused(base, adapter, "already quantized", quantized=True)
 
 
 def test_interrupted_merge_resumes_with_missing_shards(
