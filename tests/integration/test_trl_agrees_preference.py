@@ -209,7 +209,7 @@ def train_with_trl(run: Path, out: Path) -> list[dict[str, float]]:
             assert prompt == same
             rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     model = load_base(
-        base, recipe.model, quantised=False, dtype=torch.float32, device=torch.device("cpu")
+        base, recipe.model, quantized=False, dtype=torch.float32, device=torch.device("cpu")
     )
     model.set_attn_implementation("sdpa")
     losses = Losses()
