@@ -92,16 +92,16 @@ def reply(text, finish="stop", usage=(10, 5)):
     return out
 
 
-def asked(body) -> str:
+def requested_text(body) -> str:
     """The text between the tags, or the last question."""
     text = body["messages"][-1]["content"]
     match = re.search(r"<(instruction|text)>\n(.*)\n</\1>", text, re.DOTALL)
     return match.group(2) if match else text
 
 
-def again(body, number=0) -> str:
+def rewrite_reply(body, number=0) -> str:
     """A rewrite that depends on the request alone."""
-    words = asked(body).rstrip("?").split()
+    words = requested_text(body).rstrip("?").split()
     if body["seed"]:
         return f"Explain to a child of {body['seed'] + 5} years: {' '.join(sorted(words))}."
     return f"Could you tell me, in short: {' '.join(reversed(words))}?"
@@ -113,7 +113,7 @@ def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     running = []
 
-    def run(answer=again):
+    def run(answer=rewrite_reply):
         running.append(Server(answer))
         return running[-1]
 
@@ -197,7 +197,7 @@ def test_a_rewrite_keeps_the_alpaca_input(serve, make, tmp_path) -> None:
     rows = [{"instruction": "Count the words", "input": "one two three", "output": "There are 3."}]
     server = serve(lambda body, n: "How many words are there?")
     make(server, rows)
-    assert asked(server.bodies[0]) == "Count the words"
+    assert requested_text(server.bodies[0]) == "Count the words"
     (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert row["messages"][0] == {
         "role": "user",
@@ -219,9 +219,9 @@ def test_bad_replies_are_rejected_with_a_reason(serve, make, tmp_path) -> None:
     }
 
     def answer(body, n):
-        noun = next(noun for noun in NOUNS if noun in asked(body))
+        noun = next(noun for noun in NOUNS if noun in requested_text(body))
         finish = "length" if noun == "ledger" else "stop"
-        return 200, reply(answers.get(noun) or again(body), finish), {}
+        return 200, reply(answers.get(noun) or rewrite_reply(body), finish), {}
 
     summary = make(serve(answer))
     reasons = [line["reason"] for line in lines(tmp_path / "out" / "rejected.jsonl")]
@@ -245,9 +245,13 @@ def test_requests_to_a_busy_server_are_retried(serve, make, status) -> None:
     seen = Counter()
 
     def answer(body, n):
-        seen[asked(body)] += 1
+        seen[requested_text(body)] += 1
         wait = {"retry-after-ms": "1"}
-        return again(body) if seen[asked(body)] > 2 else (status, {"error": {"message": "x"}}, wait)
+        return (
+            rewrite_reply(body)
+            if seen[requested_text(body)] > 2
+            else (status, {"error": {"message": "x"}}, wait)
+        )
 
     summary = make(serve(answer), ROWS[:3])
     assert summary["counts"] == {"generated": 3} and not summary["failed"]
@@ -266,16 +270,18 @@ MALFORMED = {
 
 @pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_reply_affects_only_its_row_until_the_next_run(serve, make, content) -> None:
-    server = serve(lambda body, n: content if "harbour" in asked(body) else again(body))
+    server = serve(
+        lambda body, n: content if "harbour" in requested_text(body) else rewrite_reply(body)
+    )
     summary = make(server)
     assert summary["counts"] == {"generated": 9} and summary["failed"] == 1
     assert "a.jsonl:2: " in summary["failures"][0]
-    server.answer, server.bodies = again, []
+    server.answer, server.bodies = rewrite_reply, []
     assert make(server)["counts"] == {"generated": 10} and len(server.bodies) == 1
 
 
 def test_repeated_failures_stop_the_run_and_keep_earlier_replies(serve, make, tmp_path) -> None:
-    server = serve(lambda body, n: again(body) if n <= 3 else (200, b"{]", {}))
+    server = serve(lambda body, n: rewrite_reply(body) if n <= 3 else (200, b"{]", {}))
     with pytest.raises(UserError, match="5 requests in a row failed"):
         make(server, concurrency=1)
     assert len(server.bodies) == 8
@@ -301,7 +307,7 @@ def test_no_limit_is_exceeded_and_a_raised_limit_continues(serve, make) -> None:
 
 
 def test_tokens_and_cost_stay_within_their_limits(serve, make) -> None:
-    server = serve(lambda body, n: (200, reply(again(body), usage=(100, 64)), {}))
+    server = serve(lambda body, n: (200, reply(rewrite_reply(body), usage=(100, 64)), {}))
     summary = make(server, limits=SpendingLimits(tokens=1500), concurrency=8)
     spent = summary["spent"]
     assert 0 < spent["tokens_in"] + spent["tokens_out"] <= 1500 and summary["limit_reached"]
@@ -311,7 +317,7 @@ def test_tokens_and_cost_stay_within_their_limits(serve, make) -> None:
 
 
 def test_the_maximum_is_charged_if_the_server_reports_no_usage(serve, make) -> None:
-    server = serve(lambda body, n: (200, reply(again(body), usage=None), {}))
+    server = serve(lambda body, n: (200, reply(rewrite_reply(body), usage=None), {}))
     summary = make(server, ROWS[:1])
     assert summary["spent"]["tokens_out"] == 64 and summary["spent"]["tokens_in"] > 300
 
@@ -332,7 +338,7 @@ def test_an_unusable_reply_counts_against_the_limits_of_later_runs(
     paid = first["tokens_in"] + first["tokens_out"]
     summary = make(server, ROWS[:1], limits=SpendingLimits(tokens=paid + 100))
     assert len(server.bodies) == 1 and summary["limit_reached"]  # the next may pass the limit
-    server.answer = again
+    server.answer = rewrite_reply
     summary = make(server, ROWS[:1])
     assert summary["counts"] == {"generated": 1} and summary["spent"]["requests"] == 2
     assert summary["spent"]["tokens_in"] == first["tokens_in"] + 10
@@ -350,7 +356,7 @@ def test_concurrency_is_limited(serve, make) -> None:
 
     def answer(body, n):
         together.wait(timeout=30)
-        return again(body)
+        return rewrite_reply(body)
 
     server = serve(answer)
     make(server, ROWS[:9], concurrency=3)
@@ -435,14 +441,14 @@ def test_rerun_resumes_after_a_kill(serve, make, tmp_path) -> None:
         if n == 5:
             os.kill(process.pid, signal.SIGKILL)
             killed.set()
-        return again(body)
+        return rewrite_reply(body)
 
     server.answer = answer
     process = start_command(server, tmp_path, "--at-once", "1")
     assert killed.wait(120)
     process.communicate()
     assert len(lines(tmp_path / "cli" / "replies.jsonl")) == 4
-    server.answer, server.bodies = again, []
+    server.answer, server.bodies = rewrite_reply, []
     out, _ = start_command(server, tmp_path).communicate(timeout=120)
     assert "10 requests, 100 tokens in, 50 out" in out and KEY not in out
     assert len(server.bodies) == 6
@@ -466,7 +472,7 @@ BAD = {"prompt": "Is it far?", "completion": "I'm sorry, I can't help.", "label"
 
 
 def test_a_rewrite_keeps_tool_calls(serve, make, tmp_path) -> None:
-    server = serve(lambda body, n: f"Tell me this: {asked(body)}")
+    server = serve(lambda body, n: f"Tell me this: {requested_text(body)}")
     make(server, [WITH_TOOLS])
     (row,) = lines(tmp_path / "out" / "generated.jsonl")
     assert row["messages"][0]["content"] == "Tell me this: Is it cold in Oslo?"
@@ -475,7 +481,7 @@ def test_a_rewrite_keeps_tool_calls(serve, make, tmp_path) -> None:
 
 
 def test_a_rewrite_keeps_the_preference(serve, make, tmp_path, write_rows) -> None:
-    server = serve(lambda body, n: f"Tell me this: {asked(body)}")
+    server = serve(lambda body, n: f"Tell me this: {requested_text(body)}")
     make(server, [PAIR])
     (row,) = lines(tmp_path / "out" / "generated.jsonl")
     for side in ("chosen", "rejected"):

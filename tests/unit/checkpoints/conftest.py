@@ -34,7 +34,7 @@ class Kit:
             for name, shape in shapes.items()
         }
 
-    def pieces(
+    def rank_shards(
         self,
         whole: Whole,
         rank: int,
@@ -56,7 +56,9 @@ class Kit:
         """Save `whole(step)` from `ranks` ranks and wait until the checkpoint is complete."""
         savers = [Saver(folder, rank=r, ranks=ranks, attempt="test") for r in range(ranks)]
         for rank, saver in enumerate(savers):
-            saver.save(step, self.pieces(self.whole(step), rank, ranks), {"step": step, **state})
+            saver.save(
+                step, self.rank_shards(self.whole(step), rank, ranks), {"step": step, **state}
+            )
         for saver in savers:
             saver.wait()
         return folder / f"step-{step:06d}"
@@ -65,7 +67,7 @@ class Kit:
         """Restore on one rank and compare bit for bit."""
         blank = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in expected.items()}
         shapes = checkpoint.names
-        checkpoint.restore(self.pieces(blank, 0, 1, shapes))
+        checkpoint.restore(self.rank_shards(blank, 0, 1, shapes))
         for name, kinds in expected.items():
             for kind, tensor in kinds.items():
                 assert torch.equal(blank[name][kind], tensor), (name, kind)

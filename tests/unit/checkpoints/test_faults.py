@@ -100,7 +100,7 @@ def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_pat
     def train(rank: int, attempt: str, first: int) -> None:
         saver = Saver(tmp_path, rank=rank, ranks=2, attempt=attempt)
         for step in range(first, first + 1000):
-            saver.save(step, kit.pieces(kit.whole(step, BIG), rank, 2, BIG), {})
+            saver.save(step, kit.rank_shards(kit.whole(step, BIG), rank, 2, BIG), {})
             saver.wait()
             if rank == 0:
                 completed.value = step
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(kit: Any, small_disk: Path, r
 
     def save(step: int) -> None:
         for rank, saver in enumerate(savers):
-            saver.save(step, kit.pieces(kit.whole(step, shapes), rank, ranks, shapes), {})
+            saver.save(step, kit.rank_shards(kit.whole(step, shapes), rank, ranks, shapes), {})
         for saver in reversed(savers):
             saver.wait()
 
@@ -173,7 +173,7 @@ def test_non_finite_values_are_not_saved(kit: Any, tmp_path: Path, poison: float
     whole["layers.0.b"]["exp_avg"][100] = poison
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
     for rank, saver in enumerate(savers):
-        saver.save(2, kit.pieces(whole, rank, 2), {})
+        saver.save(2, kit.rank_shards(whole, rank, 2), {})
     for saver in savers:  # rank 1's tensor it is, and rank 0 says so too
         with pytest.raises(UserError, match=r"layers\.0\.b \(exp_avg, from element 96\)"):
             saver.wait()
@@ -184,11 +184,11 @@ def test_next_save_reports_the_failure_of_the_last(kit: Any, tmp_path: Path) -> 
     whole = kit.whole(1)
     whole["layers.1.gate"]["weight"][0] = float("nan")
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
-    saver.save(1, kit.pieces(whole, 0, 1), {})
+    saver.save(1, kit.rank_shards(whole, 0, 1), {})
     with pytest.raises(UserError, match="NaN") as refused:
-        saver.save(2, kit.pieces(kit.whole(2), 0, 1), {})
+        saver.save(2, kit.rank_shards(kit.whole(2), 0, 1), {})
     assert refused.value.status == Exit.NON_FINITE
-    saver.save(3, kit.pieces(kit.whole(3), 0, 1), {})
+    saver.save(3, kit.rank_shards(kit.whole(3), 0, 1), {})
     saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
@@ -200,20 +200,20 @@ def test_nan_in_a_shard_with_valid_hashes_is_refused(
     whole["layers.0.b"]["weight"][120] = float("nan")
     monkeypatch.setattr("dtrain.checkpoints.shard_file.all_finite", lambda tensor: True)
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
-    saver.save(1, kit.pieces(whole, 0, 1), {})
+    saver.save(1, kit.rank_shards(whole, 0, 1), {})
     saver.wait()
     monkeypatch.undo()
     checkpoint, _ = newest_complete(tmp_path)
     assert checkpoint is not None
     with pytest.raises(UserError, match=r"layers\.0\.b weight contains NaN"):
-        checkpoint.restore(kit.pieces(kit.whole(2), 0, 1))
+        checkpoint.restore(kit.rank_shards(kit.whole(2), 0, 1))
     with pytest.raises(UserError, match=r"layers\.0\.b weight contains NaN"):
         checkpoint.read("layers.0.b", "weight", 100, 130)
 
 
 def test_rank_that_never_writes_is_named(kit: Any, tmp_path: Path) -> None:
     saver = Saver(tmp_path, rank=0, ranks=3, attempt="a", timeout_seconds=0.05)
-    saver.save(1, kit.pieces(kit.whole(1), 0, 1), {})
+    saver.save(1, kit.rank_shards(kit.whole(1), 0, 1), {})
     with pytest.raises(UserError, match=r"ranks \[1, 2\] did not write") as refused:
         saver.wait()
     assert refused.value.status == Exit.HANG

@@ -136,6 +136,6 @@ def test_older_checkpoints_are_removed_in_the_background_after_publishing(
 
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a", on_published=published)
     for step in (1, 2):
-        saver.save(step, kit.pieces(kit.whole(step), 0, 1), {})
+        saver.save(step, kit.rank_shards(kit.whole(step), 0, 1), {})
     saver.wait()
     assert seen == ["step-000001", "step-000002"] and _steps(tmp_path) == [2]

@@ -47,13 +47,13 @@ def test_any_split_restores_into_any_other_split(kit: Any, case: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         savers = [Saver(Path(folder), rank=r, ranks=before, attempt="t") for r in range(before)]
         for rank, saver in enumerate(savers):
-            saver.save(7, kit.pieces(whole, rank, before, shapes, saved_at), {})
+            saver.save(7, kit.rank_shards(whole, rank, before, shapes, saved_at), {})
         for saver in savers:
             saver.wait()
         checkpoint = Checkpoint.open(Path(folder) / "step-000007")
         blank = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in whole.items()}
         for rank in range(after):
-            checkpoint.restore(kit.pieces(blank, rank, after, shapes, read_at))
+            checkpoint.restore(kit.rank_shards(blank, rank, after, shapes, read_at))
     for name, kinds in whole.items():
         assert all(torch.equal(blank[name][kind], kinds[kind]) for kind in kinds)
 
@@ -62,7 +62,7 @@ def test_processes_save_one_checkpoint_together(kit: Any, start: Any, tmp_path: 
     def save(rank: int) -> None:
         saver = Saver(tmp_path, rank=rank, ranks=4, attempt="a1")
         for step in (1, 2, 3):
-            saver.save(step, kit.pieces(kit.whole(step), rank, 4), {"rank": rank})
+            saver.save(step, kit.rank_shards(kit.whole(step), rank, 4), {"rank": rank})
         saver.wait()
 
     processes = [start(save, rank) for rank in range(4)]
@@ -108,7 +108,7 @@ def test_large_ranges_are_read_in_bounded_chunks(
 def test_save_stores_the_values_at_the_call(kit: Any, tmp_path: Path) -> None:
     whole, state = kit.whole(1), {"counters": [1]}
     saver = Saver(tmp_path, rank=0, ranks=1, attempt="a")
-    saver.save(1, kit.pieces(whole, 0, 1), state)
+    saver.save(1, kit.rank_shards(whole, 0, 1), state)
     for kinds in whole.values():
         for tensor in kinds.values():
             tensor.zero_()
@@ -122,7 +122,7 @@ def test_save_stores_the_values_at_the_call(kit: Any, tmp_path: Path) -> None:
 def test_parameter_shards_may_be_gathered_one_by_one(kit: Any, tmp_path: Path) -> None:
     def gathered() -> Iterator[ParameterShard]:
         room = torch.empty(200)  # one buffer for all, as a gather would have
-        for shard in kit.pieces(kit.whole(5), 0, 1):
+        for shard in kit.rank_shards(kit.whole(5), 0, 1):
             for kind, tensor in shard.tensors.items():
                 room[: tensor.numel()] = tensor
                 if kind == "weight":
@@ -152,7 +152,7 @@ def test_files_are_safetensors_that_only_the_owner_can_read(kit: Any, tmp_path: 
 
 def test_rank_without_parameters_writes_no_file(kit: Any, tmp_path: Path) -> None:
     savers = [Saver(tmp_path, rank=r, ranks=2, attempt="a") for r in range(2)]
-    savers[0].save(1, kit.pieces(kit.whole(1), 0, 1), {})
+    savers[0].save(1, kit.rank_shards(kit.whole(1), 0, 1), {})
     savers[1].save(1, [], {})
     for saver in savers:
         saver.wait()
@@ -169,7 +169,7 @@ def test_every_mismatch_is_reported_at_once(kit: Any, tmp_path: Path) -> None:
     del whole["layers.1.gate"]["exp_avg"]
     blank = {n: {k: torch.zeros_like(t) for k, t in ks.items()} for n, ks in whole.items()}
     with pytest.raises(UserError) as refused:
-        checkpoint.restore(kit.pieces(blank, 0, 1, shapes))
+        checkpoint.restore(kit.rank_shards(blank, 0, 1, shapes))
     for said in (
         "1 missing in the checkpoint: new",
         "1 not in the model: layers.0.b",
@@ -225,7 +225,7 @@ def test_replicas_share_a_save_without_gaps(kit: Any, tmp_path: Path) -> None:
     whole = kit.whole(1)
     savers = [Saver(tmp_path, rank=r, ranks=copies, attempt="a") for r in range(copies)]
     for rank, saver in enumerate(savers):
-        saver.save(1, split_among_replicas(kit.pieces(whole, 0, 1), rank, copies), {})
+        saver.save(1, split_among_replicas(kit.rank_shards(whole, 0, 1), rank, copies), {})
     for saver in reversed(savers):
         saver.wait()
     sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*/*.safetensors"))]

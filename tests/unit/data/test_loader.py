@@ -50,7 +50,9 @@ class Simulated:
         return BatchCounts(size, extra + 3 * size, extra + size, 2 * size)
 
 
-def seen(loader: Loader, step: int, ranks: int, micro_batch: int) -> list[tuple[int, int]]:
+def computed_sequences(
+    loader: Loader, step: int, ranks: int, micro_batch: int
+) -> list[tuple[int, int]]:
     """(place in the stream, row number) of every sequence that all ranks compute in a step."""
     out = []
     for rank in range(ranks):
@@ -81,7 +83,9 @@ def test_stream_is_independent_of_ranks_and_micro_batches(
     total = dataset.sequences_per_epoch
     loader = Loader(dataset, seed=seed, global_batch=global_batch, total_sequences=total)
     stream = [
-        pair for step in range(loader.steps) for pair in seen(loader, step, ranks, micro_batch)
+        pair
+        for step in range(loader.steps)
+        for pair in computed_sequences(loader, step, ranks, micro_batch)
     ]
     assert stream == list(enumerate(dataset.sequence_ids_at(0, total, seed).tolist()))
     if not weighted:
@@ -115,7 +119,7 @@ def test_stream_with_replay_is_independent_of_ranks_and_first_step(
     loader = Loader(dataset, seed=seed, global_batch=global_batch, total_sequences=total)
     for step in range(first, min(first + 5, loader.steps)):  # a resume at `first`
         low, high = step * global_batch, min((step + 1) * global_batch, total)
-        assert seen(loader, step, ranks, 1) == list(enumerate(stream))[low:high]
+        assert computed_sequences(loader, step, ranks, 1) == list(enumerate(stream))[low:high]
     main_rows = [row for row in stream if row < sum(rows[:-1])]
     if not weighted:
         n = sum(rows[:-1])
@@ -128,7 +132,7 @@ def test_stream_with_replay_is_independent_of_ranks_and_first_step(
 def test_1024_ranks_share_a_batch_of_weighted_sources() -> None:
     dataset = Simulated([900, 700], {0: [0.75, 0.25], 1024: [0.25, 0.75]})
     loader = Loader(dataset, seed=1, global_batch=1024, total_sequences=1500)
-    stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
+    stream = [pair for step in range(2) for pair in computed_sequences(loader, step, 1024, 1)]
     assert stream == list(enumerate(dataset.sequence_ids_at(0, 1500, 1).tolist()))
     assert sum(row < 900 for _, row in stream) == 768 + 119
 
@@ -136,8 +140,8 @@ def test_1024_ranks_share_a_batch_of_weighted_sources() -> None:
 def test_1024_ranks_share_a_batch() -> None:
     dataset = Simulated([1500], [None])
     loader = Loader(dataset, seed=1, global_batch=1024, total_sequences=1500)
-    stream = [pair for step in range(2) for pair in seen(loader, step, 1024, 1)]
-    assert stream == [pair for step in range(2) for pair in seen(loader, step, 1, 64)]
+    stream = [pair for step in range(2) for pair in computed_sequences(loader, step, 1024, 1)]
+    assert stream == [pair for step in range(2) for pair in computed_sequences(loader, step, 1, 64)]
     assert sorted(row for _, row in stream) == list(range(1500))
 
 
@@ -152,11 +156,11 @@ def test_every_rank_has_the_same_number_of_micro_batches(ranks: int) -> None:
 def test_a_distant_step_is_computed_directly() -> None:
     dataset = Simulated([10**12], [None])
     loader = Loader(dataset, seed=5, global_batch=8, total_sequences=10**13)
-    late = seen(loader, 10**12, 2, 2)
+    late = computed_sequences(loader, 10**12, 2, 2)
     assert dataset.rows_read == 8
     assert [position for position, _ in late] == list(range(8 * 10**12, 8 * 10**12 + 8))
     again = Loader(Simulated([10**12], [None]), seed=5, global_batch=8, total_sequences=10**13)
-    assert seen(again, 10**12, 4, 1) == late
+    assert computed_sequences(again, 10**12, 4, 1) == late
 
 
 def test_batches_span_the_end_of_an_epoch() -> None:

@@ -110,7 +110,7 @@ def hold(folder: Path, shard: int):
     return end
 
 
-class Murderous:
+class TokenizerKilledOnce:
     """A tokenizer that is killed once, in the process that comes to a certain document first."""
 
     def __init__(self, tokenizer, marker: Path) -> None:
@@ -130,13 +130,13 @@ def test_a_killed_process_is_reported_and_its_shard_built(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
-    killer = Murderous(tokenizer, tmp_path / "killed")
+    killer = TokenizerKilledOnce(tokenizer, tmp_path / "killed")
     prepare(rows_of_all_kinds, CPT, killer, "t", tmp_path / "two", 2)
     assert "was killed by SIGKILL (out of memory?)" in capsys.readouterr().out
     assert digests(tmp_path / "two") == digests(tmp_path / "alone")
 
 
-class Deadly(Murderous):
+class TokenizerKilledInWorkers(TokenizerKilledOnce):
     """A tokenizer that is killed in every process but the one that made it."""
 
     def __call__(self, texts, **how):
@@ -149,7 +149,7 @@ def test_a_share_builds_the_shards_of_its_killed_processes(
     rows_of_all_kinds, tokenizer, tmp_path, capsys
 ) -> None:
     prepare(rows_of_all_kinds, CPT, tokenizer, "t", tmp_path / "alone", 1)
-    killer, cache = Deadly(tokenizer, Path(str(os.getpid()))), tmp_path / "shared"
+    killer, cache = TokenizerKilledInWorkers(tokenizer, Path(str(os.getpid()))), tmp_path / "shared"
     assert prepare_share(rows_of_all_kinds, CPT, killer, "t", cache, WorkShare(1, 2), 2)
     assert "was killed by SIGKILL" in capsys.readouterr().out
     assert digests(cache) == digests(tmp_path / "alone")

@@ -83,7 +83,7 @@ def test_login_node_finds_the_same_turn_ends(template, family) -> None:
     assert end_of_turn(light) == end_of_turn(family_template)
 
 
-def bare(answer: str) -> str:
+def without_empty_thought(answer: str) -> str:
     """Without the empty thought that Qwen 3 writes before the last answer only."""
     return answer.removeprefix("<think>\n\n</think>\n\n")
 
@@ -92,13 +92,17 @@ def bare(answer: str) -> str:
 @pytest.mark.parametrize("family", ENDS)
 def test_answers_and_their_turn_ends_are_targets(template, family, system) -> None:
     texts = target_texts(template(family), [*system, *TURNS])
-    assert [bare(a) for a in texts] == [ENDS[family].format(t) for t in ("Four.", "Six.")]
+    assert [without_empty_thought(a) for a in texts] == [
+        ENDS[family].format(t) for t in ("Four.", "Six.")
+    ]
 
 
 @pytest.mark.parametrize("family", ENDS)
 def test_train_on_last_answer_only(template, family) -> None:
     (text,) = target_texts(template(family), TURNS, "last")
-    assert bare(text).removesuffix(CLOSING.get(family, "")) == ENDS[family].format("Six.")
+    assert without_empty_thought(text).removesuffix(CLOSING.get(family, "")) == ENDS[family].format(
+        "Six."
+    )
     assert target_texts(template(family), TURNS[:3], "last") == []
 
 
@@ -106,7 +110,7 @@ def test_train_on_last_answer_only(template, family) -> None:
 def test_spaces_and_repeated_words_do_not_move_the_mask(template, family) -> None:
     same = [{"role": "user", "content": "Four."}, {"role": "assistant", "content": "Four.\n"}]
     (text,) = target_texts(template(family), same)
-    text = bare(text).removesuffix(CLOSING.get(family, ""))
+    text = without_empty_thought(text).removesuffix(CLOSING.get(family, ""))
     assert text.replace("\n", "") == ENDS[family].format("Four.")
 
 
@@ -123,7 +127,7 @@ def test_tool_calls_are_targets_and_tool_results_are_not(template, family) -> No
     ready = template(family)
     call, answer = target_texts(ready, CALLING, tools=TOOLS)
     assert call.strip() == CALLS[family]
-    assert bare(answer) == ENDS[family].format("Four.")
+    assert without_empty_thought(answer) == ENDS[family].format("Four.")
     text, _ = render_answers(ready, Conversation(CALLING, TOOLS), "f:1")
     assert '"type": "object"' in text and "4" in text
 
@@ -190,7 +194,7 @@ def test_user_turns_are_targets_if_configured(template, family) -> None:
     ready = template(family)
     said = [SAID[family].format(text) for text in QUESTIONS]
     assert target_texts(ready, TURNS, "user") == said
-    both = [bare(text) for text in target_texts(ready, TURNS, "all+user")]
+    both = [without_empty_thought(text) for text in target_texts(ready, TURNS, "all+user")]
     answers = [ENDS[family].format(text) for text in ("Four.", "Six.")]
     assert both == [said[0], answers[0], said[1], answers[1]]
 

@@ -73,7 +73,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return make_adapter(base, tmp_path / "adapter")
 
 
-def do(
+def merge_adapter(
     base: Path,
     *adapters: Path,
     out: Path | None = None,
@@ -121,7 +121,7 @@ def test_merge_equals_peft_bit_for_bit(case: str, dtype: torch.dtype, tmp_path: 
     config, settings = CASES[case]
     base = make_base(tmp_path / "base", config, dtype)
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
-    ours, theirs, before = state(do(base, adapter)), by_peft(base, adapter), state(base)
+    ours, theirs, before = state(merge_adapter(base, adapter)), by_peft(base, adapter), state(base)
     assert ours.keys() == before.keys() <= theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) and ours[n].dtype == dtype for n in ours)
     assert sum(not torch.equal(ours[n], before[n]) for n in ours) >= 3
@@ -129,7 +129,7 @@ def test_merge_equals_peft_bit_for_bit(case: str, dtype: torch.dtype, tmp_path: 
 
 def test_shard_layout_and_other_files_are_kept(base: Path, adapter: Path) -> None:
     (base / "special.py").write_text("code = 1")
-    out = do(base, adapter)
+    out = merge_adapter(base, adapter)
     kept = {p.name for p in base.iterdir()} - {"training_args.bin"}
     assert {p.name for p in out.iterdir()} == kept | {"merge.json"}
     for name in ("config.json", "chat_template.jinja", "tokenizer.json", "special.py"):
@@ -141,14 +141,14 @@ def test_shard_layout_and_other_files_are_kept(base: Path, adapter: Path) -> Non
 
 def test_single_file_base_is_merged(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), shard="1GB")
-    out = do(base, make_adapter(base, tmp_path / "adapter"))
+    out = merge_adapter(base, make_adapter(base, tmp_path / "adapter"))
     assert [p.name for p in weight_files(out)] == ["model.safetensors"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert torch.isfinite(model(IDS).logits).all()
 
 
 def test_manifest_lists_inputs_and_output_files(base: Path, adapter: Path) -> None:
-    out = do(base, adapter)
+    out = merge_adapter(base, adapter)
     manifest = json.loads((out / "merge.json").read_text())
     assert manifest["source"] == "a base"
     assert [(a["weight"], a["quantized_base"]) for a in manifest["adapters"]] == [(1.0, None)]
@@ -191,7 +191,7 @@ def test_quantized_merge_equals_the_trained_model(tied: bool, tmp_path: Path) ->
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL, tie_word_embeddings=tied))
     trained = trained_in_nf4(base, tmp_path / "adapter")
     logits = trained(IDS).logits
-    out = do(base, tmp_path / "adapter", quantized=True)
+    out = merge_adapter(base, tmp_path / "adapter", quantized=True)
     merged = AutoModelForCausalLM.from_pretrained(out)(IDS).logits
     assert torch.allclose(merged, logits, atol=1e-5)
 
@@ -211,7 +211,7 @@ def test_quantized_merge_equals_the_trained_model(tied: bool, tmp_path: Path) ->
 def test_quantized_merge_uses_the_training_dtype(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.bfloat16)
     trained = trained_in_nf4(base, tmp_path / "adapter")
-    out = do(base, tmp_path / "adapter", quantized=True, dtype=torch.float32)
+    out = merge_adapter(base, tmp_path / "adapter", quantized=True, dtype=torch.float32)
     layer = trained.base_model.model.model.layers[0].self_attn
     name = "model.layers.0.self_attn.k_proj.weight"
     packed = layer.k_proj.weight
@@ -255,10 +255,10 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refused(base: Path, adapter: Path, match: str, quantized: bool = False) -> None:
+def assert_refused(base: Path, adapter: Path, match: str, quantized: bool = False) -> None:
     before = sorted(p.name for p in base.parent.iterdir())
     with pytest.raises(UserError, match=match):
-        do(base, adapter, quantized=quantized)
+        merge_adapter(base, adapter, quantized=quantized)
     assert sorted(p.name for p in base.parent.iterdir()) == before
 
 
@@ -269,61 +269,65 @@ def test_unmatched_adapter_key_is_refused(base: Path, adapter: Path) -> None:
     lost = "base_model.model.model.layers.9.self_attn.q_proj"
     pair = {f"{lost}.lora_A.weight": torch.ones(8, 64), f"{lost}.lora_B.weight": torch.ones(64, 8)}
     edit_adapter(adapter, **pair)
-    refused(base, adapter, rf"{lost}\.lora_A\.weight matches nothing in the base")
+    assert_refused(base, adapter, rf"{lost}\.lora_A\.weight matches nothing in the base")
 
 
 @pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight"])
 def test_incomplete_lora_pair_is_refused(key: str, base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.{key}": None})
-    refused(base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half of an adapter")
+    assert_refused(
+        base, adapter, r"model\.layers\.0\.self_attn\.q_proj has only half of an adapter"
+    )
 
 
 def test_shape_mismatch_with_the_base_is_refused(base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(8, 65)})
-    refused(base, adapter, r"q_proj\.weight is \[64, 64\] in the base, \[64, 65\] in the adapter")
+    assert_refused(
+        base, adapter, r"q_proj\.weight is \[64, 64\] in the base, \[64, 65\] in the adapter"
+    )
 
 
 def test_rank_mismatch_between_a_and_b_is_refused(base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(7, 64)})
-    refused(base, adapter, r"ranks of .*q_proj\.weight disagree")
+    assert_refused(base, adapter, r"ranks of .*q_proj\.weight disagree")
 
 
 def test_rank_mismatch_with_the_config_is_refused(base: Path, adapter: Path) -> None:
     edit_config(adapter, r=4)
-    refused(base, adapter, r"disagree: adapter_config\.json says 4, A is \[8, ")
+    assert_refused(base, adapter, r"disagree: adapter_config\.json says 4, A is \[8, ")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_adapter_is_refused(value: float, base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), value)})
-    refused(base, adapter, rf"{Q}\.lora_B\.weight is not finite")
+    assert_refused(base, adapter, rf"{Q}\.lora_B\.weight is not finite")
 
 
 def test_overflow_of_the_base_dtype_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LlamaConfig(**SMALL), torch.float16)
     adapter = make_adapter(base, tmp_path / "adapter")
     edit_adapter(adapter, **{f"{Q}.lora_B.weight": torch.full((64, 8), 1e9)})
-    refused(base, adapter, r"q_proj\.weight is not finite in F16")
+    assert_refused(base, adapter, r"q_proj\.weight is not finite in F16")
 
 
 def test_unsupported_adapter_types_are_refused(base: Path, adapter: Path) -> None:
     edit_config(adapter, target_parameters=["experts"])
-    refused(base, adapter, "target_parameters")
+    assert_refused(base, adapter, "target_parameters")
     edit_config(adapter, target_parameters=None, peft_type="IA3")
-    refused(base, adapter, "not the config of a LoRA adapter")
+    assert_refused(base, adapter, "not the config of a LoRA adapter")
     edit_config(adapter, peft_type="LORA", init_lora_weights="pissa_niter_4")
-    refused(base, adapter, "removes a component from the base")
+    assert_refused(base, adapter, "removes a component from the base")
     edit_config(adapter, init_lora_weights=True)
     edit_adapter(adapter, **{f"{Q}.lora_of_tomorrow": torch.ones(64)})
-    refused(base, adapter, "lora_of_tomorrow belongs to an unknown method")
+    assert_refused(base, adapter, "lora_of_tomorrow belongs to an unknown method")
 
 
 def test_pickled_and_truncated_adapters_are_refused(base: Path, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    refused(base, adapter, r"adapter_model\.safetensors: is not a complete safetensors file")
+    assert_refused(base, adapter, r"adapter_model\.safetensors: is not a complete safetensors file")
     weights.rename(adapter / "adapter_model.bin")
-    refused(base, adapter, r"no adapter_model\.safetensors")
+    assert_refused(base, adapter, r"no adapter_model\.safetensors")
 
 
 def test_index_path_outside_its_folder_is_refused(base: Path, adapter: Path) -> None:
@@ -331,20 +335,20 @@ def test_index_path_outside_its_folder_is_refused(base: Path, adapter: Path) -> 
     content = json.loads(index.read_text())
     content["weight_map"]["lm_head.weight"] = "../outside/x.safetensors"
     index.write_text(json.dumps(content))
-    refused(base, adapter, r"points outside its folder: '\.\./outside/x\.safetensors'")
+    assert_refused(base, adapter, r"points outside its folder: '\.\./outside/x\.safetensors'")
 
 
 def test_truncated_base_is_refused(base: Path, adapter: Path) -> None:
     shard = weight_files(base)[1]
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(base, adapter, f"{shard.name}: not a whole safetensors file")
+    assert_refused(base, adapter, f"{shard.name}: not a whole safetensors file")
 
 
 def test_output_that_exists_or_is_the_base_is_refused(base: Path, adapter: Path) -> None:
     before = model_fingerprint(base)
     for out, match in ((base, "would overwrite the base"), (base.parent, "exists already")):
         with pytest.raises(UserError, match=match):
-            do(base, adapter, out=out)
+            merge_adapter(base, adapter, out=out)
     assert model_fingerprint(base) == before
 
 
@@ -353,27 +357,27 @@ def test_insufficient_disk_space_is_refused(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(9, 9, 1_000_000))
-    refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
+    assert_refused(base, adapter, r"the merged model needs .* MB, 1 MB are free")
 
 
 def test_quantized_base_on_disk_is_refused(base: Path, adapter: Path) -> None:
     path = base / "config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     path.write_text(json.dumps(config))
-    refused(base, adapter, "already quantized", quantized=True)
+    assert_refused(base, adapter, "already quantized", quantized=True)
 
 
 def test_interrupted_merge_resumes_with_missing_shards(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = state(do(base, adapter, out=base.parent / "whole"))
+    whole = state(merge_adapter(base, adapter, out=base.parent / "whole"))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr("shutil.copyfile", full)
-        do(base, adapter)
+        merge_adapter(base, adapter)
     assert sorted(p.name for p in base.parent.iterdir()) == [
         ".out.making", "adapter", "base", "whole"
     ]  # fmt: skip
@@ -382,14 +386,14 @@ def test_interrupted_merge_resumes_with_missing_shards(
     first = (unfinished / shard).stat()
     (unfinished / weight_files(base)[1].name).write_bytes(b"half a shard")
     (unfinished / ".merge.json.k1ll3d").write_bytes(b"being written")
-    out = do(base, adapter)
+    out = merge_adapter(base, adapter)
     assert (out / shard).stat().st_ino == first.st_ino  # not made again
     assert (out / shard).stat().st_mtime_ns == first.st_mtime_ns
     after = state(out)
     assert all(torch.equal(after[name], whole[name]) for name in whole)
     assert {p.name for p in out.iterdir()} == {p.name for p in (base.parent / "whole").iterdir()}
     assert not (base.parent / ".out.making").exists()
-    assert do(base, adapter) == out  # it is there already, from the same
+    assert merge_adapter(base, adapter) == out  # it is there already, from the same
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -402,16 +406,16 @@ def test_merge_finished_before_the_lock_is_detected(
     def late(claims: ShardLocks, number: int, **how: bool) -> bool:
         monkeypatch.setattr(ShardLocks, "acquire", acquire)
         edit_config(adapter, lora_alpha=12 if alike else 99)
-        do(base, adapter)
+        merge_adapter(base, adapter)
         edit_config(adapter, lora_alpha=12)
         return acquire(claims, number, **how)
 
     monkeypatch.setattr(ShardLocks, "acquire", late)
     if alike:
-        do(base, adapter)
+        merge_adapter(base, adapter)
     else:
         with pytest.raises(UserError, match="exists already"):
-            do(base, adapter)
+            merge_adapter(base, adapter)
     assert (out / "merge.json").is_file() and not (base.parent / ".out.making").exists()
 
 
@@ -423,14 +427,14 @@ def test_interrupted_merge_does_not_resume_from_other_inputs(
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr("shutil.copyfile", full)
-        do(base, adapter)
+        merge_adapter(base, adapter)
     edit_config(adapter, lora_alpha=99)
     theirs = by_peft(base, adapter)
-    ours = state(do(base, adapter))
+    ours = state(merge_adapter(base, adapter))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(UserError, match="exists already"):
         edit_config(adapter, lora_alpha=1)
-        do(base, adapter)
+        merge_adapter(base, adapter)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -455,7 +459,7 @@ def test_tensors_at_unaligned_offsets_are_merged(known: bool, tmp_path: Path) ->
     key = "base_model.model.w.lora_"
     save_file({f"{key}A.weight": a, f"{key}B.weight": b}, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    out = do(base, adapter)
+    out = merge_adapter(base, adapter)
     written = (out / path.name).read_bytes()
     assert written[:-length] == path.read_bytes()[:-length]
     actual = torch.frombuffer(bytearray(written[-length:]), dtype=torch.bfloat16)
@@ -468,7 +472,7 @@ def test_tensors_at_unaligned_offsets_are_merged(known: bool, tmp_path: Path) ->
 def test_unwritable_output_is_reported(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        do(base, adapter, out=tmp_path / "file" / "out")
+        merge_adapter(base, adapter, out=tmp_path / "file" / "out")
 
 
 def test_full_disk_is_reported_and_a_rerun_resumes(
@@ -480,10 +484,10 @@ def test_full_disk_is_reported_and_a_rerun_resumes(
     with monkeypatch.context() as patched:
         patched.setattr(stream, "write_all", full)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
-            do(base, adapter)
+            merge_adapter(base, adapter)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    assert state(do(base, adapter)).keys() == state(base).keys()
+    assert state(merge_adapter(base, adapter)).keys() == state(base).keys()
 
 
 def test_mismatched_base_is_reported_before_the_merge(
@@ -501,8 +505,8 @@ def test_mismatched_base_is_reported_before_the_merge(
 
 def test_missing_folder_is_reported(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
-        do(base, tmp_path / "nowhere")
+        merge_adapter(base, tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no adapter_config\.json in it"):
-        do(base, base)
+        merge_adapter(base, base)
     with pytest.raises(UserError, match="there is no such folder"):
         weight_files(tmp_path / "nowhere")

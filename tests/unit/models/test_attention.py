@@ -80,7 +80,7 @@ def load(folder: Path, **settings: object) -> PreTrainedModel:
     )
 
 
-def each(logits: Tensor, row: Row) -> list[Tensor]:
+def document_losses(logits: Tensor, row: Row) -> list[Tensor]:
     """The loss of each document of a row."""
     counts = [n - 1 for n in row.document_lengths]
     pairs = zip(logits.split(counts), row.targets.split(counts), strict=True)
@@ -90,7 +90,9 @@ def each(logits: Tensor, row: Row) -> list[Tensor]:
 def losses_and_gradient(model: PreTrainedModel, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
     model.zero_grad()
     logits = [target_logits(model, row) for row in rows]
-    losses = torch.stack([loss for x, r in zip(logits, rows, strict=True) for loss in each(x, r)])
+    losses = torch.stack(
+        [loss for x, r in zip(logits, rows, strict=True) for loss in document_losses(x, r)]
+    )
     losses.sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return torch.cat(logits).detach(), losses.detach(), gradient

@@ -90,7 +90,7 @@ def configured(kind: str, values: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **values)
 
 
-def plain(config: PretrainedConfig) -> PreTrainedModel:
+def build_model(config: PretrainedConfig) -> PreTrainedModel:
     """As transformers makes it, with weights that let what leaks through show."""
     attention = resolve_attention("auto", config, CPU, torch.float32)
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def plain(config: PretrainedConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def leak(model: PreTrainedModel) -> float:
+def packing_effect(model: PreTrainedModel) -> float:
     """How much packing changes the logits, relative to the largest one."""
     documents = [torch.randint(3, 256, (n,)) for n in LENGTHS]
     alone = [model(input_ids=d[None], use_cache=False).logits[0] for d in documents]
@@ -120,7 +120,7 @@ def test_models_that_separate_documents_are_packed(name: str) -> None:
     config = configured(*PACKED[name])
     assert probe_packing(config, SETTINGS).packed
     if "rope" not in name:  # plain transformers mixes those; see test_rope.py
-        assert leak(plain(config)) < 1e-4
+        assert packing_effect(build_model(config)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -129,7 +129,7 @@ def test_models_that_mix_documents_are_not_packed(name: str) -> None:
     layout = probe_packing(config, SETTINGS)
     assert not layout.packed
     assert layout.reason
-    assert leak(plain(config)) > 1e-3
+    assert packing_effect(build_model(config)) > 1e-3
 
 
 def test_probe_uses_the_recipes_attention() -> None:

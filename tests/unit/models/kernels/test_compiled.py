@@ -23,19 +23,23 @@ from dtrain.models.loss import target_losses
 TOKENS, WIDTH, VOCABULARY = 7, 64, 96
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
 def spent() -> tuple[Tensor, Tensor]:
-    logits, losses = drawn(TOKENS, VOCABULARY, dtype=torch.float32), torch.empty(TOKENS)
+    logits, losses = random_tensor(TOKENS, VOCABULARY, dtype=torch.float32), torch.empty(TOKENS)
     fused_cross_entropy._cross_entropy_by_torch(logits, losses, torch.arange(TOKENS), True)
     return logits, losses
 
 
-X, GRADIENT, WEIGHT = drawn(TOKENS, WIDTH), drawn(TOKENS, WIDTH + 1)[:, 1:], drawn(WIDTH)
-RSTD = drawn(TOKENS, 1, dtype=torch.float32).abs()
+X, GRADIENT, WEIGHT = (
+    random_tensor(TOKENS, WIDTH),
+    random_tensor(TOKENS, WIDTH + 1)[:, 1:],
+    random_tensor(WIDTH),
+)
+RSTD = random_tensor(TOKENS, 1, dtype=torch.float32).abs()
 PASSES: dict[str, Callable[[], Any]] = {
     "norm": lambda: elementwise._norm_and_rstd_by_torch(X, WEIGHT, 1e-5),
     "norm, backward": lambda: elementwise._input_gradient(GRADIENT, X, WEIGHT, RSTD),
