@@ -40,6 +40,8 @@ class ObjectiveTraits:
             renders; otherwise every token is.
         preference_keys: keys of the `preference` group that it reads.
         needs_reference: the model that the stage started from computes each batch too.
+        extra_forwards: forward passes of each token without a backward pass, such as the
+            reference's.
     """
 
     title: str
@@ -49,6 +51,7 @@ class ObjectiveTraits:
     trains_on_answers: bool
     preference_keys: frozenset[str] = frozenset()
     needs_reference: bool = False
+    extra_forwards: int = 0
 
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
@@ -76,6 +79,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
             {"loss", "beta", "label_smoothing", "length_normalized", "sft_weight"}
         ),
         needs_reference=True,
+        extra_forwards=1,
     ),
     "kto": ObjectiveTraits(
         title="Kahneman-Tversky optimization",
@@ -85,6 +89,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         trains_on_answers=True,
         preference_keys=frozenset({"beta", "desirable_weight", "undesirable_weight"}),
         needs_reference=True,
+        extra_forwards=2,  # the reference's; both models' of half of the tokens, for the baseline
     ),
     "orpo": ObjectiveTraits(
         title="odds ratio preference optimization",

@@ -52,13 +52,15 @@ def flops_per_token(workload: Workload) -> float:
 
     Each weight of a matrix costs 2 in the forward pass, 2 for the gradient of the input, and 2 for
     its own gradient if it trains. Attention costs 2 q for each token that a token attends to, half
-    of a sequence on average, in the forward pass, and twice that in the backward pass.
+    of a sequence on average, in the forward pass, and twice that in the backward pass. The
+    adapter takes no part in the extra forward passes of a reference.
     """
     shape, recomputed = workload.shape, int(workload.checkpointing)
-    passes = 2 + workload.traits.trains_base
+    passes = 2 + workload.traits.trains_base + workload.extra_forwards
     linear = 2 * (passes + recomputed) * shape.linear_elements
     head = 2 * passes * shape.vocabulary * shape.hidden
-    attention = 2 * shape.q * workload.sequence_length * shape.layers * (3 + recomputed)
+    attention_passes = 3 + recomputed + workload.extra_forwards
+    attention = 2 * shape.q * workload.sequence_length * shape.layers * attention_passes
     adapters = 0
     if workload.traits.adds_adapter:
         adapters = 2 * (3 + recomputed) * workload.trainable
@@ -109,7 +111,7 @@ def dequantize_seconds(workload: Workload, gpu: Gpu) -> float:
     """Seconds a micro-batch that dequantizing takes: forward, backward, and in recomputation."""
     if not workload.traits.quantizes_base:
         return 0.0
-    passes = 2 + workload.checkpointing
+    passes = 2 + workload.checkpointing + workload.extra_forwards
     bandwidth = gpu.memory_gb_s * 1e9
     return passes * DEQUANTIZE_BYTES * workload.shape.linear_elements / bandwidth
 

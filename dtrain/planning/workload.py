@@ -60,6 +60,8 @@ class Workload:
         kernels: dtrain's own layers that are used in this model.
         trains_on_all_tokens: every token is a target; otherwise only answers are, and there may be
             few rows of logits.
+        extra_forwards: forward passes of each token without a backward pass, such as those of a
+            reference model.
         uses_autocast: computes under autocast where the trained parameters are wider than the
             compute dtype, as dtrain always does.
     """
@@ -88,6 +90,7 @@ class Workload:
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
     trains_on_all_tokens: bool = True
+    extra_forwards: int = 0
     uses_autocast: bool = True
 
     @property
@@ -181,6 +184,7 @@ def build_workload(
         offload=recipe.engine.offload and ENGINES[kind].offload,
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
+        extra_forwards=OBJECTIVES[stage.kind].extra_forwards,
         kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),

@@ -17,6 +17,7 @@ from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.parameters import layer_parameters, padded_bytes
+from dtrain.planning.speed import flops_per_token
 from dtrain.planning.workload import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
@@ -276,3 +277,12 @@ def test_a_recipe_becomes_a_workload() -> None:
     bad = load_recipe("70b-qlora", ["engine.shard=3"])
     with pytest.raises(UserError, match="do not divide into groups of 3"):
         build_workload(bad, bad.stages[0], shape, cluster)
+
+
+def test_a_reference_costs_a_forward_pass_of_the_base() -> None:
+    job = workload("meta-llama/Llama-3.1-70B", "lora", "fsdp2")
+    shape = job.shape
+    attention = 2 * shape.q * job.sequence_length * shape.layers
+    forward = 2 * (shape.linear_elements + shape.vocabulary * shape.hidden) + attention
+    with_reference = flops_per_token(replace(job, extra_forwards=1))
+    assert with_reference - flops_per_token(job) == forward
