@@ -101,6 +101,17 @@ class RunRecord:
         ]
 
     @property
+    def held_out_metrics(self) -> list[tuple[str, str, dict[str, float | None]]]:
+        """Metrics of evaluation sets: name of the set, of the metric, and values by model."""
+        rows = []
+        for name, by_model in (self.evaluation.get("metrics") or {}).items():
+            metrics = dict.fromkeys(key for values in by_model.values() for key in values)
+            for metric in metrics:
+                values = {m: by_model.get(m, {}).get(metric) for m in self.models}
+                rows.append((str(name), metric, values))
+        return rows
+
+    @property
     def answers(self) -> list[dict[str, Any]]:
         """Questions with the answers of the base model and the final model."""
         return list(self.evaluation.get("answers") or [])
@@ -161,7 +172,9 @@ def run_summary(run: Path) -> str:
     answers = [_answer_block(i, answer) for i, answer in enumerate(record.answers, start=1)]
     results = [("merged model", record.merged), ("report", HTML_REPORT)]
     paths = "\n".join(f"{name:<14} {record.folder / path}" for name, path in results if path)
-    return "\n\n".join(block for block in (_loss_table(record), *answers, paths) if block)
+    return "\n\n".join(
+        block for block in (_loss_table(record), _metric_table(record), *answers, paths) if block
+    )
 
 
 def format_loss(value: object) -> str:
@@ -185,6 +198,23 @@ def _loss_table(record: RunRecord) -> str:
     for losses in record.losses:
         values = [format_loss(losses.values.get(model)) for model in record.models]
         rows.append([losses.name, *values, *_change_cells(losses)])
+    return _align(rows)
+
+
+def _metric_table(record: RunRecord) -> str:
+    """Other metrics of the sets, such as the accuracy on held-out pairs; empty without any."""
+    if not record.held_out_metrics:
+        return ""
+    columns = [f"after {name}" if i else name for i, name in enumerate(record.models)]
+    rows = [["held-out metric", *columns, ""]]
+    for name, metric, values in record.held_out_metrics:
+        cells = [format_loss(values[model]) for model in record.models]
+        rows.append([f"{name} {metric.replace('_', ' ')}", *cells, ""])
+    return _align(rows)
+
+
+def _align(rows: list[list[str]]) -> str:
+    """Align the columns of a table; the last is not padded."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

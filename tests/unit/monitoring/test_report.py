@@ -215,6 +215,24 @@ report         {run}/report.html"""
     )
 
 
+def test_held_out_metrics_have_a_table_of_their_own(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["metrics"] = {
+        "pairs": {
+            "base": {"likelier": 0.5, "reward_margin": 0.0},
+            "task": {"likelier": 0.875, "reward_margin": None},
+        }
+    }
+    _write(run, "evaluation.json", evaluation)
+    assert """\
+held-out metric        base   after domain   after task
+pairs likelier        0.500              —        0.875
+pairs reward margin   0.000              —            —
+""" in run_summary(run)
+    text = write_report(run).read_text()
+    assert "Held-out metrics" in text and "reward margin" in text and "0.875" in text
+
+
 def test_control_characters_are_removed_from_answers(run: Path) -> None:
     evaluation = json.loads((run / "evaluation.json").read_text())
     evaluation["answers"][0]["final"] = "\x1b[2Jgone\x07"
