@@ -31,6 +31,7 @@ GENERAL = Path(__file__).with_name("general.jsonl")
 SMALL_CHARACTERS = 10_000
 SMALL_DOCUMENT_CHARACTERS = 1_500
 SMALL_ROWS = 36
+SMALL_PAIRS = 24
 QUESTION_KINDS = ("does", "which", "call", "base", "raises")
 
 
@@ -40,7 +41,7 @@ def make(folder: Path) -> None:
     texts = documents(documented, help_topics())
     rows = questions(documented)
     counts = {"python": platform.python_version(), "packages": len({*map(package, documented)})}
-    counts |= write_domain(folder, texts) | write_task(folder, rows)
+    counts |= write_domain(folder, texts) | write_task(folder, rows) | write_pairs(folder, rows)
     shutil.copyfile(GENERAL, folder / "general.jsonl")
     counts["general"] = len(GENERAL.read_text(encoding="utf-8").splitlines())
     write_json(folder / "counts.json", counts)
@@ -97,6 +98,37 @@ def write_task(folder: Path, rows: list[Question]) -> dict[str, object]:
         for name, split in files.items()
     }
     return {name: len(split) for name, split in files.items()} | {"kinds": kinds}
+
+
+def write_pairs(folder: Path, rows: list[Question]) -> dict[str, int]:
+    """Write each question with its answer and a wrong one; return the number in each file."""
+    train, held = (
+        [row for row in _shuffled(rows) if is_held_out(row.entry.module) == side]
+        for side in (False, True)
+    )
+    known = {row.question for row in train} | {row.answer for row in train}
+    held = [row for row in held if not {row.question, row.answer} & known]
+    files = {"pairs-train": pairs(train), "pairs-heldout": pairs(held)}
+    files["pairs-heldout-small"] = files["pairs-heldout"][:SMALL_PAIRS]
+    for name, split in files.items():
+        write_json(folder / f"{name}.json", split)
+    return {name: len(split) for name, split in files.items()}
+
+
+def pairs(rows: list[Question]) -> list[dict[str, str]]:
+    """Preference rows: the rejected answer is that of another question of the same kind."""
+    result = []
+    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in QUESTION_KINDS}
+    index = dict.fromkeys(QUESTION_KINDS, 0)
+    for row in rows:
+        same, start = by_kind[row.kind], index[row.kind] + 1
+        index[row.kind] = start
+        others = (same[n % len(same)] for n in range(start, start + len(same)))
+        wrong = next((other for other in others if other.answer != row.answer), None)
+        if wrong:
+            prompt = {"prompt": row.question, "chosen": row.answer}
+            result.append(prompt | {"rejected": wrong.answer})
+    return result
 
 
 def shuffled_rows(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:

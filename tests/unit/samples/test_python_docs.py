@@ -69,3 +69,21 @@ def test_the_first_questions_are_of_different_kinds(folder: Path) -> None:
     asked = [row["question"] for row in _lines(folder / "questions.jsonl")[:3]]
     assert asked[0].startswith("What does")
     assert "these words" in asked[1] and asked[2].startswith("How is")
+
+
+def test_a_rejected_answer_is_that_of_another_question(folder: Path) -> None:
+    files = ("pairs-train", "pairs-heldout", "pairs-heldout-small")
+    train, held, small = (json.loads((folder / f"{name}.json").read_text()) for name in files)
+    tasks = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in ("task-train", "task-heldout")
+    }
+    for pairs, task in ((train, tasks["task-train"]), (held, tasks["task-heldout"])):
+        right = {(row["instruction"], row["output"]) for row in task}
+        answers = {row["output"] for row in task}
+        assert len(pairs) > 0.8 * len(task)
+        for row in pairs:
+            assert (row["prompt"], row["chosen"]) in right
+            assert row["rejected"] in answers and row["rejected"] != row["chosen"]
+    assert small == held[: python_docs.SMALL_PAIRS]
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
