@@ -129,16 +129,11 @@ def test_engines_ranks_and_micro_batches(start_stage, alone, kind, engine, ranks
 
 def test_packed_and_unpacked_are_the_same(start_stage) -> None:
     whole_set = "train.global_batch_size={}", "train.steps=3"
-    packed = start_stage(
-        "dpo", *(text.format(PACKED_SEQUENCES) for text in whole_set), ranks=1
-    ).wait(0)
-    unpacked = start_stage(
-        "dpo",
-        *(text.format(PAIRS) for text in whole_set),
-        "data.packing=false",
-        ranks=1,
-        folder="unpacked",
-    ).wait(0)
+    alone = {"ranks": 1, "options": ["launch.processes=1"]}
+    batch = [text.format(PACKED_SEQUENCES) for text in whole_set]
+    packed = start_stage("dpo", *batch, **alone).wait(0)
+    batch = ["data.packing=false", *(text.format(PAIRS) for text in whole_set)]
+    unpacked = start_stage("dpo", *batch, folder="unpacked", **alone).wait(0)
     tokens = {record["tokens"] for r in (packed, unpacked) for record in r.records("task")}
     assert len(tokens) == 1  # every step is an epoch
     assert_same(figures(unpacked), figures(packed))
