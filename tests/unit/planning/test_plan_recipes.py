@@ -28,6 +28,7 @@ CLUSTER_OF = {
     "32b-lora": ("l40s-48g", 1, 8),
     "32b-qlora": ("rtx4090-24g", 1, 8),
     "70b-qlora": ("l40s-48g", 2, 8),
+    "70b-dpo": ("l40s-48g", 2, 8),
     "70b-lora-zero3": ("h100-80g", 2, 8),
 }
 SMALL = ("tiny", "quickstart")  # run on any machine
@@ -50,6 +51,7 @@ ROWS = (
     ("8b-full", THIRTY),
     ("70b-lora-zero3", SEVENTY),
     ("70b-qlora", SEVENTY),
+    ("70b-dpo", SEVENTY),
 )
 
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=70b-dpo
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=500G
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --comment=dtrain
+# Llama-3.1-70B, QLoRA and then DPO, two nodes of 8 GPUs; each node holds one copy of the base in 4 bits.
+# Options of sbatch override those above; arguments are keys of the recipe:
+#   sbatch --account=me --partition=gpu slurm/70b-dpo.sh model.base=/models/llama-3.1-70b
+DTRAIN_RECIPE="${DTRAIN_RECIPE:-70b-dpo}"
+DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
+source "$DTRAIN_HOME/slurm/job.sh"
