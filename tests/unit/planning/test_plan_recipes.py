@@ -31,7 +31,7 @@ CLUSTER_OF = {
     "70b-dpo": ("l40s-48g", 2, 8),
     "70b-lora-zero3": ("h100-80g", 2, 8),
 }
-SMALL = ("tiny", "quickstart")  # run on any machine
+SMALL = ("tiny", "quickstart", "quickstart-dpo")  # run on any machine
 
 GPUS = ("rtx4090-24g", "l40s-48g", "h100-80g")
 CLUSTERS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))
