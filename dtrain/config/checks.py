@@ -8,7 +8,7 @@ from pathlib import Path
 from dtrain.config import deepspeed_file
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
-from dtrain.config.preference import Preference
+from dtrain.config.preference import PreferenceSettings
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.yaml_document import Key, dotted
 from dtrain.core.errors import UserError, UserErrors
@@ -88,8 +88,8 @@ def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
         uses.append((("determinism",), "strict", "determinism: strict", "determinism=off"))
     for number, stage in enumerate(recipe.stages):
         if (optimizer := stage.train.optimizer) != "adamw":
-            key: Key = ("stages", number, "train", "optimizer")
-            uses.append((key, "eight_bit_optimizer", optimizer, "optimizer=adamw"))
+            at: Key = ("stages", number, "train", "optimizer")
+            uses.append((at, "eight_bit_optimizer", optimizer, "optimizer=adamw"))
     if engine.offload:
         uses.append((("engine", "offload"), "offload", "offload", "offload=false"))
     if engine.shard != "all":
@@ -159,9 +159,9 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
         yield Clash([(*at, "method", "kind"), ("output", "merge")], message, fix)
 
 
-def _preference(kind: str, preference: Preference, at: Key) -> Iterator[Clash]:
+def _preference(kind: str, preference: PreferenceSettings, at: Key) -> Iterator[Clash]:
     known = OBJECTIVES[kind].preference_keys
-    defaults = Preference()
+    defaults = PreferenceSettings()
     for name in type(preference).model_fields.keys() - known:
         if getattr(preference, name) == getattr(defaults, name):
             continue  # a resolved recipe names every key

@@ -12,7 +12,7 @@ PairLoss = Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down"]
 Weight = Annotated[float, Field(ge=0)]
 
 
-class Preference(Group):
+class PreferenceSettings(Group):
     """How answers are compared; for the kinds dpo, kto, orpo, simpo and cpo."""
 
     loss: PairLoss = Field(

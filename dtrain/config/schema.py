@@ -10,7 +10,7 @@ from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.group import Count, Group, Share, Text
 from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
-from dtrain.config.preference import Preference
+from dtrain.config.preference import PreferenceSettings
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -313,14 +313,14 @@ class Stage(Group):
     method: Method = Field(description="which parameters train")
     data: Data
     train: Train
-    preference: Preference = Preference()
+    preference: PreferenceSettings = PreferenceSettings()
 
 
 class EvaluationSet(Data):
     """Held-out rows; their loss is measured before the first stage and after each stage."""
 
     kind: ObjectiveKind = Field(description=KINDS_HELP)
-    preference: Preference = Preference()
+    preference: PreferenceSettings = PreferenceSettings()
 
 
 class Questions(Group):

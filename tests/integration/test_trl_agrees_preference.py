@@ -20,7 +20,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from dtrain.config.load import load_recipe
-from dtrain.config.preference import Preference
+from dtrain.config.preference import PreferenceSettings
 from dtrain.core.cache_paths import cache_folder
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
@@ -57,7 +57,9 @@ def pairs(tokens: Tensor, mask: Tensor, reference: Tensor) -> Pairs:
 
 
 def mean_loss(kind: str, values: Pairs, **preference: Any) -> float:
-    objective: Any = objective_class(kind)(SimpleNamespace(preference=Preference(**preference)))
+    objective: Any = objective_class(kind)(
+        SimpleNamespace(preference=PreferenceSettings(**preference))
+    )
     return float(objective.pair_losses(values).mean())
 
 

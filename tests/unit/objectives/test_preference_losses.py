@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.config.preference import Preference
+from dtrain.config.preference import PreferenceSettings
 from dtrain.data.loader import MicroBatch
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED
 from dtrain.objectives.answers import documents_labeled, select_documents
@@ -19,7 +19,7 @@ from dtrain.objectives.preference import Pairs, log_complement
 
 
 def settings(**preference: Any) -> Any:
-    return SimpleNamespace(preference=Preference(**preference))
+    return SimpleNamespace(preference=PreferenceSettings(**preference))
 
 
 def build(kind: str, **preference: Any) -> Any:
