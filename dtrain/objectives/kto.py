@@ -53,7 +53,7 @@ class Kto(Objective):
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> float:
         """The mean log-ratio of unrelated answers over the global batch, at least 0."""
         set_dropout_key(model, 0, 0, [], [])  # the baseline is an estimate without dropout
-        total, count = 0.0, 0
+        total = count = 0.0
         for batch in batches:
             unrelated = documents_labeled(batch, UNRELATED)
             answers = select_documents(batch, unrelated).to(world.device)
