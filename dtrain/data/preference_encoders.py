@@ -83,11 +83,11 @@ class PairEncoder(ExampleEncoder):
             else:
                 pairs.append((record, _untrained(chosen, shared), _untrained(rejected, shared)))
         flat = [(record, side) for record, *both in pairs for side in both]
-        encoded = self.encode_sides(flat, counts)
+        encoded = iter(self.encode_sides(flat, counts))
         documents = []
-        for (record, *_), chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
-            both = [replace(chosen, label=CHOSEN), replace(rejected, label=REJECTED)]
-            documents += self.fit_example(both, record, counts)
+        for record, *_ in pairs:
+            pair = [replace(next(encoded), label=label) for label in (CHOSEN, REJECTED)]
+            documents += self.fit_example(pair, record, counts)
         return documents
 
 
