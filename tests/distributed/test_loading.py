@@ -78,7 +78,7 @@ def test_impossible_merge_is_rejected_before_the_first_step(
     start_ranks: Callable, base: Callable
 ) -> None:
     run = start_ranks(*SHORT, f"model.base={base('hrm_text')}").wait(2)
-    assert "hold it in another form" in run.output and "Traceback" not in run.output
+    assert "store it in another layout" in run.output and "Traceback" not in run.output
     assert not (run.folder / "domain" / "metrics.jsonl").exists()
 
 
