@@ -197,9 +197,14 @@ def one_step(dataset: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Ten
     board, barrier = [None] * ranks, threading.Barrier(ranks, timeout=60)
     total = dataset.sequences_per_epoch
     results: list[Any] = [None] * ranks
+    # Built one after the other: transformers patches classes while it loads a model, and two
+    # threads that load at once leave them patched.
+    engines = [
+        OneStep(ThreadWorld(rank, ranks, board, barrier), micro_batch) for rank in range(ranks)
+    ]
 
     def work(rank: int) -> None:
-        engine = OneStep(ThreadWorld(rank, ranks, board, barrier), micro_batch)
+        engine = engines[rank]
         loader = Loader(dataset, seed=0, global_batch=BATCH, total_sequences=total)
         objective = Pairwise(None)  # type: ignore[arg-type]
         trainer = SimpleNamespace(
