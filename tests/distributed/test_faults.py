@@ -88,7 +88,7 @@ def nothing(folder: Path) -> None:
         (open_to_all("."), "seed=0", "anyone may write to it"),
         (open_to_all("domain"), "seed=0", "anyone may write to it"),
         (open_to_all("domain/checkpoints"), "seed=0", "anyone may write to it"),
-        (put_pickle, "seed=0", "not part of the checkpoint"),
+        (put_pickle, "seed=0", "not listed in the checkpoint's manifest"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
