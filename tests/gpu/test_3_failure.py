@@ -78,7 +78,7 @@ def test_two_qlora_stages_and_their_merges(train) -> None:
             path.read_text(encoding="utf-8")
             for path in (run.folder / stage / "merged").glob("*.json")
         )
-        assert ('"packed_on": "cuda"' in about) == torch.cuda.is_available(), stage
+        assert ('"quantized_on": "cuda"' in about) == torch.cuda.is_available(), stage
 
 
 @pytest.mark.whole_run
