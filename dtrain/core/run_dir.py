@@ -5,7 +5,7 @@ RUN/
   STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
   slurm/   attempts.json  jobs.json  job.sh  job.log
 
-`folder_kind` tells a run from a checkpoint, an adapter and a model.
+`folder_kind` distinguishes a run, a checkpoint, an adapter and a model.
 """
 
 from __future__ import annotations
