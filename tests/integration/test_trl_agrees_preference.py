@@ -14,19 +14,17 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from dtrain.config.load import load_recipe
 from dtrain.config.preference import PreferenceSettings
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
-from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
-from dtrain.models.load import load_base
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import objective_class
 from dtrain.objectives.preference import Pairs
@@ -164,17 +162,6 @@ def run(tmp_path: Path, write_rows) -> Path:
     return folder
 
 
-class Losses(TrainerCallback):
-    """What the trainer logs."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, float]] = []
-
-    def on_log(self, args, state, control, logs=None, **more):
-        if "loss" in logs:
-            self.lines.append({key: float(value) for key, value in logs.items()})
-
-
 class TokenizedPairsTrainer(DPOTrainer):
     """TRL's trainer of pairs that are tokenized already."""
 
@@ -182,9 +169,8 @@ class TokenizedPairsTrainer(DPOTrainer):
         return dataset
 
 
-def train_with_trl(run: Path, out: Path) -> list[dict[str, float]]:
-    """The same pairs in the same order, from the same first adapter."""
-    recipe = load_recipe(str(run / "recipe.yaml"))
+def tokenized_pairs(recipe: Recipe) -> Dataset:
+    """The pairs of a run in the order of its training."""
     stage, base = recipe.stages[0], base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base)
     dataset = prepare(
@@ -210,43 +196,13 @@ def train_with_trl(run: Path, out: Path) -> list[dict[str, float]]:
             (prompt, chosen), (same, rejected) = answers
             assert prompt == same
             rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    model = load_base(
-        base, recipe.model, quantized=False, dtype=torch.float32, device=torch.device("cpu")
-    )
-    model.set_attn_implementation("sdpa")
-    losses = Losses()
-    arguments = DPOConfig(
-        output_dir=str(out),
-        per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=BATCH // MICRO,
-        max_steps=STEPS,
-        learning_rate=stage.train.learning_rate,
-        lr_scheduler_type="linear",
-        weight_decay=stage.train.weight_decay,
-        max_grad_norm=stage.train.max_grad_norm,
-        train_sampling_strategy="sequential",
-        max_length=None,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
-    trainer = TokenizedPairsTrainer(
-        model=build_method(stage.method).attach(model, seed=recipe.seed),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[losses],
-    )
-    trainer.train()
-    return losses.lines
+    return Dataset.from_list(rows)
 
 
-def test_steps_of_dpo_equal_those_of_trl(run: Path, tmp_path: Path) -> None:
+def test_steps_of_dpo_equal_those_of_trl(run: Path, train_with_trl) -> None:
     ours = [json.loads(line) for line in (run / "task" / "metrics.jsonl").read_text().splitlines()]
-    theirs = train_with_trl(run, tmp_path / "trl")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    theirs = train_with_trl(recipe, tokenized_pairs(recipe), TokenizedPairsTrainer, DPOConfig)
     print("\n".join(f"{a['loss']:.6f} {b['loss']:.6f}" for a, b in zip(ours, theirs, strict=True)))
     for own, other in zip(ours, theirs, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], abs=LOSS_TOLERANCE)
