@@ -1,6 +1,6 @@
 """The protocol of a fine-tuning method: what it makes trainable in a base, and what it saves.
 
-What needs no torch (recipe keys, memory, whether it merges) is in `dtrain/config/methods.py`. To
+What needs no torch (recipe keys, memory, whether it merges) is in `dtrain/config/methods/`. To
 add a method, add its settings and traits there, and the class that the traits name here.
 """
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.checks import accumulation, check
-from dtrain.config.methods import TRAITS
+from dtrain.config.methods import TRAITS, Lora
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 
@@ -255,7 +255,8 @@ def test_indivisible_batch_is_refused_with_a_suggestion(batch: int, ranks: int, 
 def test_unmergeable_method_is_refused_if_a_merge_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(TRAITS, "lora", replace(TRAITS["lora"], cannot_merge="it has no weights"))
+    traits = replace(TRAITS["lora"], cannot_merge="it has no weights")
+    monkeypatch.setattr(Lora, "traits_by_kind", {"lora": traits})
     (clash,) = check(recipe())
     message = "stages.0.method.kind and output.merge: lora cannot be merged: it has no weights"
     assert (clash.message, clash.fix) == (

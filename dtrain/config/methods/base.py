@@ -1,16 +1,12 @@
-"""The fine-tuning methods: their recipe keys, and their traits that need no torch.
-
-Config checks, the plan, reports and engines ask `settings.traits` and never compare kinds. What a
-method does to a model is in the class of `dtrain/methods/` that its traits name.
-"""
+"""What the settings of all fine-tuning methods share, and the traits that need no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from dtrain.config.group import Count, Group, Text
 
@@ -46,50 +42,25 @@ class MethodTraits:
         return self.adapter_shapes is not None
 
 
-def _lora_shapes(outputs: int, inputs: int, rank: int) -> tuple[tuple[int, int], ...]:
-    return (rank, inputs), (outputs, rank)
-
-
-TRAITS = {
-    "full": MethodTraits(
-        title="every parameter",
-        implementation="dtrain.methods.full:FullFineTuning",
-        trains_base=True,
-    ),
-    "lora": MethodTraits(
-        title="LoRA",
-        implementation="dtrain.methods.lora:LoraMethod",
-        adapter_shapes=_lora_shapes,
-    ),
-    "qlora": MethodTraits(
-        title="QLoRA",
-        implementation="dtrain.methods.lora:LoraMethod",
-        quantizes_base=True,
-        adapter_shapes=_lora_shapes,
-    ),
-}
-
-
 class MethodSettings(Group):
-    """The keys that all methods share."""
+    """The keys that all methods share.
 
+    Attributes:
+        traits_by_kind: the traits of each kind that these settings have.
+    """
+
+    traits_by_kind: ClassVar[Mapping[str, MethodTraits]]
     kind: str
 
     @property
     def traits(self) -> MethodTraits:
         """The traits of this kind."""
-        return TRAITS[self.kind]
+        return self.traits_by_kind[self.kind]
 
     @property
     def adapter(self) -> AdapterSettings | None:
         """These settings, if the method adds an adapter to linear layers."""
         return None
-
-
-class Full(MethodSettings):
-    """Every parameter trains."""
-
-    kind: Literal["full"]
 
 
 class AdapterSettings(MethodSettings):
@@ -110,36 +81,3 @@ class AdapterSettings(MethodSettings):
     def peft_config(self) -> dict[str, Any]:
         """The settings of adapter_config.json that decide what PEFT computes."""
         raise NotImplementedError
-
-
-class Lora(AdapterSettings):
-    """Low-rank adapters (arXiv:2106.09685); qlora: over a base in NF4 (arXiv:2305.14314)."""
-
-    kind: Literal["lora", "qlora"]
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="the adapter is scaled by alpha / r; default: 2 r",
-    )
-
-    @property
-    def scale_alpha(self) -> float:
-        """Alpha as used: the recipe's, or twice the rank."""
-        return self.alpha if self.alpha is not None else 2.0 * self.r
-
-    def peft_config(self) -> dict[str, Any]:
-        """The settings of PEFT's LoraConfig."""
-        return {
-            "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": self.scale_alpha,
-            "lora_dropout": self.dropout,
-        }
-
-
-Method = Annotated[Full | Lora, Field(discriminator="kind")]
-_METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
-
-
-def parse_method(settings: dict[str, Any]) -> MethodSettings:
-    """The method that a checkpoint or a stage's record says it was trained with."""
-    return _METHOD.validate_python(settings)

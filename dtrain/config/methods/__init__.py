@@ -1,0 +1,35 @@
+"""The fine-tuning methods: their recipe keys, and their traits that need no torch.
+
+Config checks, the plan, reports and engines ask `settings.traits` and never compare kinds. What a
+method does to a model is in the class of `dtrain/methods/` that its traits name. To add a method,
+add its settings in a file here, and name them in `Method`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from dtrain.config.methods.base import AdapterSettings, MethodSettings, MethodTraits
+from dtrain.config.methods.full import Full
+from dtrain.config.methods.lora import Lora
+
+__all__ = [
+    "AdapterSettings",
+    "Full",
+    "Lora",
+    "Method",
+    "MethodSettings",
+    "MethodTraits",
+    "parse_method",
+]
+
+Method = Annotated[Full | Lora, Field(discriminator="kind")]
+TRAITS: dict[str, MethodTraits] = {**Full.traits_by_kind, **Lora.traits_by_kind}
+_METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
+
+
+def parse_method(settings: dict[str, Any]) -> MethodSettings:
+    """The method that a checkpoint or a stage's record says it was trained with."""
+    return _METHOD.validate_python(settings)
