@@ -6,25 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config import deepspeed_file
+from dtrain.config.clash import Clash
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.schema import Data, Recipe, Stage
-from dtrain.config.yaml_document import Key, dotted
+from dtrain.config.train_checks import check_train
+from dtrain.config.yaml_document import Key
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 
 # "base" is the untrained model in tables of losses.
 RESERVED_NAMES = RUN_FILES | {"base"}
-
-
-class Clash(UserError):
-    """An error in a combination of keys."""
-
-    def __init__(self, keys: list[Key], message: str, fix: str = "") -> None:
-        self.keys = keys
-        names = " and ".join(dotted(key) for key in keys)
-        super().__init__(f"{names}: {message}", fix=fix)
 
 
 CHOSEN_BY_AUTO = ("strict", "eight_bit_optimizer")
@@ -146,8 +139,7 @@ def _stage_names(recipe: Recipe) -> Iterator[Clash]:
 
 def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     stage, at = recipe.stages[number], ("stages", number)
-    yield from _length(stage, (*at, "train"))
-    yield from _watching(recipe, stage, (*at, "train"))
+    yield from check_train(recipe, stage, (*at, "train"))
     yield from _batch(recipe, stage, at)
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
@@ -181,33 +173,6 @@ def _reference(stage: Stage, at: Key) -> Iterator[Clash]:
         )
         fix = "method.kind=lora or qlora; or an objective without a reference: simpo, orpo or cpo"
         yield Clash([(*at, "kind"), (*at, "method", "kind")], what, fix)
-
-
-def _length(stage: Stage, at: Key) -> Iterator[Clash]:
-    names = ("epochs", "steps", "tokens")
-    present = [name for name in names if getattr(stage.train, name) is not None]
-    if not present:
-        keys: list[Key] = [(*at, name) for name in names]
-        yield Clash(keys, "the length of the training is missing", "set one of them")
-    elif len(present) > 1:
-        yield Clash([(*at, name) for name in present], "only one of them can be set")
-
-
-def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
-    train, sets = stage.train, recipe.evaluation.sets
-    every: Key = (*at, "evaluate_every_steps")
-    if train.evaluate_every_steps is None:
-        for name in ("early_stopping_patience", "evaluate_on"):
-            if getattr(train, name) is not None:
-                message = "nothing is evaluated during training"
-                yield Clash([(*at, name), every], message, "set evaluate_every_steps")
-    elif not sets:
-        fix = "add a set to evaluation.sets, or remove evaluate_every_steps"
-        yield Clash([every, ("evaluation", "sets")], "there is no evaluation set", fix)
-    if train.evaluate_on is not None and sets and train.evaluate_on not in sets:
-        message = f"there is no set named {train.evaluate_on}"
-        fix = f"use one of {', '.join(sets)}"
-        yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], message, fix)
 
 
 def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:

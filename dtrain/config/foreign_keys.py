@@ -72,6 +72,8 @@ EQUIVALENTS = {
     "stages[].train.tokens": "max_tokens num_tokens total_tokens",
     "stages[].train.learning_rate": "lr peak_lr max_lr base_lr",
     "stages[].train.lr_scheduler": "lr_scheduler_type lr_decay_style scheduler scheduler_type",
+    "stages[].train.min_lr_ratio": "min_lr min_lr_rate cosine_min_lr_ratio lr_scheduler_kwargs",
+    "stages[].train.decay_ratio": "num_decay_steps lr_decay_steps",
     "stages[].train.optimizer": "optim optimizer_type optim_name",
     "stages[].train.max_grad_norm": (
         "gradient_clipping gradient_clip_val clip_grad grad_clip clip_grad_norm clip_norm"

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from dtrain.config.checks import Clash, check
+from dtrain.config.checks import check
+from dtrain.config.clash import Clash
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document

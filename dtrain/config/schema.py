@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.engines import EngineKind, engines_with
-from dtrain.config.group import Count, Group, Share, Text
+from dtrain.config.group import Count, Group, Text
 from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
+from dtrain.config.train import Train
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -241,66 +242,6 @@ class Data(Group):
         lists = [source.weight for source in self.sources if isinstance(source.weight, list)]
         after = {0, *(entry.after_steps for entries in lists for entry in entries)}
         return {steps: [s.weight_after(steps) for s in self.sources] for steps in sorted(after)}
-
-
-class Train(Group):
-    """Length of the training, batch size, optimizer."""
-
-    global_batch_size: Count = Field(
-        description="sequences per optimizer step, over all ranks",
-    )
-    micro_batch_size: Literal["auto"] | Count = Field(
-        1, description="sequences per rank and forward pass; auto: as many as the plan allows"
-    )
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="passes over the data (of a mixture: over the source with the largest weight)",
-    )
-    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    tokens: Count | None = Field(
-        None,
-        description="tokens, instead of epochs; rounded up to a whole step",
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        2e-4, description="peak, after the warm-up; lower it if the loss oscillates"
-    )
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="decay of the learning rate after the warm-up"
-    )
-    warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw",
-        description="8bit: a quarter of the state; paged: moved to the host when memory is short",
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
-        1.0,
-        description="clip the global gradient norm to this value",
-    )
-    evaluate_every_steps: Count | None = Field(
-        None, description="measure the held-out loss every so many steps"
-    )
-    evaluate_on: str | None = Field(
-        None,
-        description="evaluation set for early stopping; default: the first",
-    )
-    early_stopping_patience: Count | None = Field(
-        None,
-        description="stop after this many evaluations without a better held-out loss",
-    )
-    max_non_finite_steps: Count = Field(
-        3,
-        description="stop after this many steps in a row with NaN or infinite gradients",
-    )
-    checkpoint_every_steps: Count | None = Field(
-        None,
-        description="save every so many steps; the last step is always saved",
-    )
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences per forward pass; 1 for `auto`, which divides every choice."""
-        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class Stage(Group):

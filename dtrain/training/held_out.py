@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from dtrain.config.schema import Train
+from dtrain.config.train import Train
 from dtrain.core.log import say
 from dtrain.engines.base import Engine
 from dtrain.training.progress import StageProgress, is_due

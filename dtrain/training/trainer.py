@@ -1,4 +1,4 @@
-"""The training loop, the learning-rate schedule and the length of a stage."""
+"""The training loop, and the length of a stage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil, cos, pi
+from math import ceil
 from typing import Any
 
-from dtrain.config.schema import Train
+from dtrain.config.train import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.tensor_utils import peak_memory_bytes
 from dtrain.engines.base import Engine
@@ -17,6 +17,7 @@ from dtrain.objectives.base import Objective
 from dtrain.training.callbacks import Callback, CallbackGroup
 from dtrain.training.checkpointer import Checkpointer
 from dtrain.training.held_out import HeldOutEvaluator
+from dtrain.training.lr_schedule import learning_rate
 from dtrain.training.preemption import StopFlag
 from dtrain.training.progress import StageProgress
 from dtrain.training.train_step import StepResult, train_step
@@ -163,16 +164,6 @@ class Trainer:
                 d for row in rows for d in loader.dataset.sequence(row).documents
             ]
         return metrics
-
-
-def learning_rate(step: int, steps: int, train: Train) -> float:
-    """Learning rate of `step` (from 0) of `steps`: linear warm-up, then decay by the schedule."""
-    warmup = ceil(train.warmup_ratio * steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}
-    return train.learning_rate * shape[train.lr_scheduler]
 
 
 def total_sequences(

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.checkpoints import CHANGEABLE, check_same_inputs, differences
 from dtrain.config.methods import Full, Lora
-from dtrain.config.schema import Train
+from dtrain.config.train import Train
 from dtrain.core.errors import UserError
 
 SAVED = {

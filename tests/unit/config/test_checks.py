@@ -92,6 +92,17 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             {"stages__0__train__evaluate_every_steps": 1, "evaluation": {}},
             ["evaluate_every_steps", "evaluation.sets"],
         ),
+        (
+            {"stages__0__train__decay_ratio": 0.2},
+            ["lr_scheduler", "decay_ratio", "cosine has no decay_ratio", "warmup_stable_decay"],
+        ),
+        (
+            {
+                "stages__0__train__lr_scheduler": "warmup_stable_decay",
+                "stages__0__train__decay_ratio": 1.0,
+            },
+            ["train.warmup_ratio", "train.decay_ratio"],
+        ),
         ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
         ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
         ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),

@@ -1,0 +1,91 @@
+"""The recipe's group `train`: length, batch size, learning rate, optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dtrain.config.group import Count, Group, Share
+
+LrScheduler = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+LR_SCHEDULER_KEYS: dict[LrScheduler, frozenset[str]] = {
+    "cosine": frozenset({"min_lr_ratio"}),
+    "linear": frozenset({"min_lr_ratio"}),
+    "constant": frozenset(),
+    "warmup_stable_decay": frozenset({"min_lr_ratio", "decay_ratio", "decay_type"}),
+}
+"""The keys that each schedule reads in addition to `learning_rate` and `warmup_ratio`."""
+
+
+class Train(Group):
+    """Length of the training, batch size, optimizer."""
+
+    global_batch_size: Count = Field(
+        description="sequences per optimizer step, over all ranks",
+    )
+    micro_batch_size: Literal["auto"] | Count = Field(
+        1, description="sequences per rank and forward pass; auto: as many as the plan allows"
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="passes over the data (of a mixture: over the source with the largest weight)",
+    )
+    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    tokens: Count | None = Field(
+        None,
+        description="tokens, instead of epochs; rounded up to a whole step",
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-4, description="peak, after the warm-up; lower it if the loss oscillates"
+    )
+    lr_scheduler: LrScheduler = Field(
+        "cosine",
+        description=(
+            "decay of the learning rate after the warm-up; warmup_stable_decay: constant, then "
+            "decayed over the last steps"
+        ),
+    )
+    warmup_ratio: Share = Field(0.03, description="share of the steps with a rising learning rate")
+    min_lr_ratio: Share = Field(
+        0.0, description="where the decay ends, as a share of `learning_rate`"
+    )
+    decay_ratio: Share = Field(
+        0.1, description="warmup_stable_decay: share of the steps with a falling learning rate"
+    )
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = Field(
+        "linear", description="warmup_stable_decay: shape of the decay"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="8bit: a quarter of the state; paged: moved to the host when memory is short",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="clip the global gradient norm to this value",
+    )
+    evaluate_every_steps: Count | None = Field(
+        None, description="measure the held-out loss every so many steps"
+    )
+    evaluate_on: str | None = Field(
+        None,
+        description="evaluation set for early stopping; default: the first",
+    )
+    early_stopping_patience: Count | None = Field(
+        None,
+        description="stop after this many evaluations without a better held-out loss",
+    )
+    max_non_finite_steps: Count = Field(
+        3,
+        description="stop after this many steps in a row with NaN or infinite gradients",
+    )
+    checkpoint_every_steps: Count | None = Field(
+        None,
+        description="save every so many steps; the last step is always saved",
+    )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass; 1 for `auto`, which divides every choice."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size

@@ -1,0 +1,57 @@
+"""Checks of a stage's group `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dtrain.config.clash import Clash
+from dtrain.config.schema import Recipe, Stage
+from dtrain.config.train import LR_SCHEDULER_KEYS, Train
+from dtrain.config.yaml_document import Key
+
+
+def check_train(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
+    """Errors in the settings of a stage's training, whose key in the recipe is `at`."""
+    yield from _length(stage, at)
+    yield from _watching(recipe, stage, at)
+    yield from _learning_rate(stage.train, at)
+
+
+def _length(stage: Stage, at: Key) -> Iterator[Clash]:
+    names = ("epochs", "steps", "tokens")
+    present = [name for name in names if getattr(stage.train, name) is not None]
+    if not present:
+        keys: list[Key] = [(*at, name) for name in names]
+        yield Clash(keys, "the length of the training is missing", "set one of them")
+    elif len(present) > 1:
+        yield Clash([(*at, name) for name in present], "only one of them can be set")
+
+
+def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
+    train, sets = stage.train, recipe.evaluation.sets
+    every: Key = (*at, "evaluate_every_steps")
+    if train.evaluate_every_steps is None:
+        for name in ("early_stopping_patience", "evaluate_on"):
+            if getattr(train, name) is not None:
+                message = "nothing is evaluated during training"
+                yield Clash([(*at, name), every], message, "set evaluate_every_steps")
+    elif not sets:
+        fix = "add a set to evaluation.sets, or remove evaluate_every_steps"
+        yield Clash([every, ("evaluation", "sets")], "there is no evaluation set", fix)
+    if train.evaluate_on is not None and sets and train.evaluate_on not in sets:
+        message = f"there is no set named {train.evaluate_on}"
+        fix = f"use one of {', '.join(sets)}"
+        yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], message, fix)
+
+
+def _learning_rate(train: Train, at: Key) -> Iterator[Clash]:
+    schedule: Key = (*at, "lr_scheduler")
+    known = LR_SCHEDULER_KEYS[train.lr_scheduler]
+    for name in sorted(frozenset().union(*LR_SCHEDULER_KEYS.values()) - known):
+        if getattr(train, name) != Train.model_fields[name].default:
+            able = [kind for kind, keys in LR_SCHEDULER_KEYS.items() if name in keys]
+            message = f"{train.lr_scheduler} has no {name}"
+            yield Clash([schedule, (*at, name)], message, f"lr_scheduler={' or '.join(able)}")
+    if "decay_ratio" in known and train.warmup_ratio + train.decay_ratio > 1:
+        keys: list[Key] = [(*at, "warmup_ratio"), (*at, "decay_ratio")]
+        yield Clash(keys, "together they are more than all steps", "lower one of them")
