@@ -91,7 +91,7 @@ def record_calibration(
             CalibrationRecord(
                 gpu=cluster.gpu.name,
                 engine=workload.engine,
-                method=workload.method,
+                method=workload.method.kind,
                 versions=versions(),
                 base=recipe.model.base,
                 peak=float(facts["peak_memory_bytes"]),

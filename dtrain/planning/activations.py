@@ -77,7 +77,7 @@ def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
         + attention
         + mlp
         + _linear_input_bytes(workload, profile)
-        + e * workload.rank * products
+        + e * workload.method.rank * products
     )
 
 
@@ -108,11 +108,13 @@ def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
     linears = shape.linears if workload.traits.trains_base else workload.adapted
     linears = tuple(x for x in linears if x.name != "lm_head")
     if _adapters_copy_inputs(workload):
-        return sum((e + workload.has_dropout) * x.inputs for x in linears)
+        return sum((e + workload.method.has_dropout) * x.inputs for x in linears)
     unshared = ("self_attn.o_proj", "mlp.down_proj")
     shared = {x.name if x.name in unshared else x.name.split(".")[0]: x for x in linears}
     recomputed = _recomputed_inputs(workload)
-    total = float(workload.has_dropout * sum(x.inputs for x in linears))  # mask: a byte an element
+    total = float(
+        workload.method.has_dropout * sum(x.inputs for x in linears)
+    )  # mask: a byte an element
     for group, linear in shared.items():
         is_output_of_attention = group == unshared[0] and not profile.attention_copies
         if group not in recomputed and not is_output_of_attention:
@@ -125,7 +127,7 @@ def _adapters_copy_inputs(workload: Workload) -> bool:
     if ADAPTED_LAYERS in workload.kernels:
         return False
     casts = workload.autocasts and not workload.traits.quantizes_base
-    return workload.traits.adds_adapter and (workload.has_dropout or casts)
+    return workload.traits.adds_adapter and (workload.method.has_dropout or casts)
 
 
 def _recomputed_inputs(workload: Workload) -> set[str]:
@@ -169,7 +171,7 @@ def backward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> floa
     shape, e = workload.shape, workload.element_bytes
     width = 2 * e * shape.mlp + stream_bytes(workload, profile) * shape.hidden
     gradients = width * workload.tokens
-    if ADAPTED_LAYERS in workload.kernels and workload.has_dropout:
+    if ADAPTED_LAYERS in workload.kernels and workload.method.has_dropout:
         gradients += 2 * e * shape.mlp * workload.tokens  # recomputed inputs, after dropout too
     recomputed = 0.0
     if workload.checkpointing:

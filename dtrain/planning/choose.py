@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from dtrain.config.checks import accumulation
 from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
-from dtrain.config.methods import TRAITS
+from dtrain.config.methods import TRAITS, MethodSettings, method_like
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.units import size
 from dtrain.planning.engine_models import build_engine_model
@@ -44,11 +44,11 @@ class PlanOption:
 
 
 def list_options(workload: Workload, cluster: Cluster) -> list[PlanOption]:
-    """Every engine with every method; best fit first, then the recipe's method, then speed."""
+    """Every engine with each method; best fit first, then the recipe's method, then speed."""
     options = [
         _best_micro_batch(variant, cluster)
-        for method in TRAITS
-        for variant in _engine_variants(_with_method(workload, method))
+        for method in _compared_methods(workload.method)
+        for variant in _engine_variants(replace(workload, method=method))
     ]
 
     def rank(option: PlanOption) -> tuple[int, bool, float]:
@@ -58,12 +58,10 @@ def list_options(workload: Workload, cluster: Cluster) -> list[PlanOption]:
     return sorted(options, key=rank)
 
 
-def _with_method(workload: Workload, method: str) -> Workload:
-    if method == workload.method:
-        return workload
-    if not TRAITS[method].adds_adapter:
-        return replace(workload, method=method, rank=0, has_dropout=False)
-    return replace(workload, method=method, rank=workload.rank or 16, has_dropout=True)
+def _compared_methods(method: MethodSettings) -> list[MethodSettings]:
+    """The methods that every plan shows, and the recipe's."""
+    kinds = [kind for kind, traits in TRAITS.items() if traits.is_compared]
+    return [method_like(method, kind) for kind in dict.fromkeys([*kinds, method.kind])]
 
 
 def _engine_variants(workload: Workload) -> list[Workload]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.config.engines import ENGINES, engines_with
-from dtrain.config.methods import TRAITS
+from dtrain.config.methods import TRAITS, method_like
 from dtrain.planning.calibration import find_correction
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import GPUS
@@ -49,7 +49,7 @@ def assess_fit(workload: Workload, cluster: Cluster) -> MemoryFit:
     """Compare a stage's memory with the GPU's, corrected by what earlier runs here needed."""
     model = build_engine_model(workload)
     peak = model.peak_memory().peak
-    correction = find_correction(cluster.gpu.name, workload.engine, workload.method, peak)
+    correction = find_correction(cluster.gpu.name, workload.engine, workload.method.kind, peak)
     tensors = peak * (correction.memory_factor if correction else 1)
     lower = LOWER_FACTOR * model.least_bytes() + LOWER_BYTES
     budget = BUDGET_FACTOR * tensors + BUDGET_BYTES
@@ -169,13 +169,13 @@ def _shorter_sequences(workload: Workload, cluster: Cluster) -> Suggestion | Non
 def _quantized_base(workload: Workload, cluster: Cluster) -> Suggestion | None:
     if workload.traits.quantizes_base:
         return None
-    method = next(kind for kind, traits in TRAITS.items() if traits.quantizes_base)
-    changed = replace(workload, method=method, rank=workload.rank or 64, has_dropout=True)
+    kind = next(kind for kind, traits in TRAITS.items() if traits.quantizes_base)
+    changed = replace(workload, method=method_like(workload.method, kind))
     if workload.traits.trains_base:
         cost = "trains an adapter instead of every parameter"
     else:
         cost = "20-30 % slower, 1-3 % worse"
-    return Suggestion((f"method.kind={method}",), cost, changed, cluster)
+    return Suggestion((f"method.kind={kind}",), cost, changed, cluster)
 
 
 def _more_nodes(workload: Workload, cluster: Cluster) -> Suggestion | None:

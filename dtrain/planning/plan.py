@@ -138,7 +138,9 @@ def _plan_stage(
     workload = build_workload(recipe, stage, shape, cluster)
     model = build_engine_model(workload)
     memory, fit = model.peak_memory(), assess_fit(workload, cluster)
-    correction = find_correction(cluster.gpu.name, workload.engine, workload.method, memory.peak)
+    correction = find_correction(
+        cluster.gpu.name, workload.engine, workload.method.kind, memory.peak
+    )
     speed = tokens_per_second(workload, cluster)
     if correction:
         speed = speed.times(correction.speed_ratio)
@@ -232,7 +234,7 @@ def _settings_json(workload: Workload) -> dict[str, Any]:
     return {
         "engine": workload.engine,
         "shard": workload.shard,
-        "method": workload.method,
+        "method": workload.method.kind,
         "micro_batch_size": workload.micro_batch,
         "gradient_checkpointing": workload.checkpointing,
         "offload": workload.offload,

@@ -91,9 +91,9 @@ def _stage_items(stage: StagePlan, plan: RecipePlan) -> Iterator[tuple[str, str]
 
 def _settings_text(workload: Workload) -> str:
     """Method, engine and batch."""
-    method = workload.method
-    if workload.traits.adds_adapter:
-        method += f" with rank {workload.rank}"
+    method = workload.method.kind
+    if rank := workload.method.rank:
+        method += f" with rank {rank}"
     engine = workload.engine
     if workload.capabilities.shards_base:
         ranks = "1 rank" if workload.shard == 1 else f"{workload.shard} ranks"
@@ -188,10 +188,11 @@ def _option_lines(plan: RecipePlan) -> Iterator[str]:
     """Engines and methods side by side."""
     yield f"engines and methods for stage {plan.largest.name}, best first"
     yield "  (where it does not fit: the missing memory, and the largest term)"
-    head = f"  {'engine':<11}{'method':<7}{'micro':>5}{'budget':>9}  {'verdict':<13}{'tokens/s':>8}"
-    yield f"{head}  sent per step"
+    width = max(len(option.workload.method.kind) for option in plan.options) + 2
+    head = f"  {'engine':<11}{'method':<{width}}{'micro':>5}{'budget':>9}  {'verdict':<13}"
+    yield f"{head}{'tokens/s':>8}  sent per step"
     for option in plan.options:
         workload = option.workload
-        line = f"  {option.engine:<11}{workload.method:<7}{workload.micro_batch:>5}"
+        line = f"  {option.engine:<11}{workload.method.kind:<{width}}{workload.micro_batch:>5}"
         line += f"{size(option.fit.budget):>9}  {option.fit.verdict:<13}{count(option.speed):>8}"
         yield f"{line}  {option.reason}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from dtrain.config import deepspeed_file
 from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
-from dtrain.config.methods import TRAITS, MethodTraits
+from dtrain.config.methods import MethodSettings, MethodTraits
+from dtrain.config.methods.base import Shapes
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
@@ -44,8 +45,7 @@ class Workload:
     """A stage as it would run.
 
     Attributes:
-        method: kind of the method, a key of `dtrain.config.methods.TRAITS`.
-        rank: rank of the adapter; 0 without one.
+        method: the method's settings.
         engine: kind of the engine, a key of `dtrain.config.engines.ENGINES`.
         ranks: ranks of the run.
         node_ranks: ranks on one node.
@@ -67,10 +67,7 @@ class Workload:
     """
 
     shape: ModelShape
-    method: str
-    rank: int
-    target_modules: str | tuple[str, ...]
-    has_dropout: bool
+    method: MethodSettings = field(hash=False)  # it may have a list
     engine: str
     ranks: int
     node_ranks: int
@@ -96,7 +93,7 @@ class Workload:
     @property
     def traits(self) -> MethodTraits:
         """What the method does to memory."""
-        return TRAITS[self.method]
+        return self.method.traits
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -121,14 +118,13 @@ class Workload:
     @property
     def adapted(self) -> tuple[LinearShape, ...]:
         """Linear layers of a decoder layer that get an adapter."""
-        if not self.traits.adds_adapter:
-            return ()
-        return select_linears(self.shape, self.target_modules)
+        adapter = self.method.adapter
+        return select_linears(self.shape, adapter.target_modules) if adapter else ()
 
-    def adapter_shapes(self, linear: LinearShape) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the matrices that the method adds to one linear layer."""
-        shapes = self.traits.adapter_shapes
-        return shapes(linear.outputs, linear.inputs, self.rank) if shapes else ()
+    def adapter_shapes(self, linear: LinearShape) -> Shapes:
+        """Rows and columns of the matrices that the method adds to one of `adapted`."""
+        assert self.method.adapter
+        return self.method.adapter.shapes(linear.name, linear.outputs, linear.inputs)
 
     @property
     def supports_optimizer(self) -> bool:
@@ -159,18 +155,12 @@ def build_workload(
             DeepSpeed file cannot be read.
     """
     kind = engine or (DEFAULT_ENGINE if recipe.engine.kind == "auto" else recipe.engine.kind)
-    adapter, micro_batch = stage.method.adapter, stage.train.micro_batch
-    target_modules: str | tuple[str, ...] = "all-linear"
-    if adapter is not None and not isinstance(adapter.target_modules, str):
-        target_modules = tuple(adapter.target_modules)
+    micro_batch = stage.train.micro_batch
     on_cpu = recipe.device == "cpu"
     is_float32 = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
     return Workload(
         shape=shape,
-        method=stage.method.kind,
-        rank=adapter.r if adapter else 0,
-        target_modules=target_modules,
-        has_dropout=bool(adapter and adapter.dropout),
+        method=stage.method,
         engine=kind,
         ranks=cluster.ranks,
         node_ranks=cluster.gpus_per_node,

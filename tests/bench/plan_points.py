@@ -19,6 +19,7 @@ from statistics import median
 
 from plan_trainers import Trainer, tensors, trainer_of
 
+from dtrain.config.methods import Full, Lora, MethodSettings
 from dtrain.planning.fit import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, ModelSizes
@@ -91,6 +92,18 @@ def reason_against(row: dict[str, str]) -> str:
     return next((why for word, why in DOUBTFUL.items() if word in text), "")
 
 
+def method_of(kind: str, trainer: Trainer) -> MethodSettings:
+    if kind == "full":
+        return Full(kind="full")
+    targets = trainer.target_modules
+    return Lora(
+        kind=kind,
+        r=trainer.rank,
+        dropout=0.05 * trainer.has_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+
+
 def workload_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
     engine, ranks = row["engine"], int(row["gpus"])
     kind = {"single": "ddp", "fsdp1": "fsdp2"}.get(engine, engine)
@@ -98,10 +111,7 @@ def workload_of_row(row: dict[str, str], trainer: Trainer) -> Workload:
         kind = "fsdp2"
     return Workload(
         shape=shape_named(row["model"]),
-        method=row["method"],
-        rank=0 if row["method"] == "full" else trainer.rank,
-        target_modules=trainer.target_modules,
-        has_dropout=trainer.has_dropout and row["method"] != "full",
+        method=method_of(row["method"], trainer),
         engine=kind,
         ranks=ranks,
         node_ranks=min(ranks, 8),

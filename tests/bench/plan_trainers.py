@@ -106,7 +106,7 @@ def also_kept(moment: str, workload: Workload, trainer: Trainer) -> float:
     layers = 1 if workload.checkpointing else shape.layers
     within = moment == "backward" or (moment == "loss" and not workload.checkpointing)
     kept = 0.0
-    if trainer.keeps_inputs and workload.method == "qlora" and within:
+    if trainer.keeps_inputs and workload.method.kind == "qlora" and within:
         kept += layers * workload.tokens * e * (2 * shape.hidden + shape.mlp)
     if trainer.keeps_dequantized and moment == "backward":
         kept += e * shape.linear_elements / shape.layers

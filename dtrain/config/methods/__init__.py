@@ -11,7 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from dtrain.config.methods.base import AdapterSettings, MethodSettings, MethodTraits
+from dtrain.config.methods.base import (
+    AdapterSettings,
+    LowRankSettings,
+    MethodSettings,
+    MethodTraits,
+)
 from dtrain.config.methods.full import Full
 from dtrain.config.methods.lora import Lora
 
@@ -19,6 +24,7 @@ __all__ = [
     "AdapterSettings",
     "Full",
     "Lora",
+    "LowRankSettings",
     "Method",
     "MethodSettings",
     "MethodTraits",
@@ -28,6 +34,16 @@ __all__ = [
 Method = Annotated[Full | Lora, Field(discriminator="kind")]
 TRAITS: dict[str, MethodTraits] = {**Full.traits_by_kind, **Lora.traits_by_kind}
 _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
+
+
+def method_like(method: MethodSettings, kind: str) -> MethodSettings:
+    """Settings of another kind, with the same rank and layers where it has such keys."""
+    if kind == method.kind:
+        return method
+    default = parse_method({"kind": kind})
+    shared = type(default).model_fields.keys() & type(method).model_fields.keys()
+    names = shared & {"r", "target_modules"}
+    return default.model_copy(update={name: getattr(method, name) for name in names})
 
 
 def parse_method(settings: dict[str, Any]) -> MethodSettings:

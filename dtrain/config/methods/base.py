@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,8 +10,8 @@ from pydantic import Field
 
 from dtrain.config.group import Count, Group, Text
 
-AdapterShapes = Callable[[int, int, int], tuple[tuple[int, int], ...]]
-"""(outputs, inputs, rank) of a linear layer → the shapes of its adapter's matrices."""
+Shapes = tuple[tuple[int, int], ...]
+"""Rows and columns of matrices; a vector has one column."""
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,20 @@ class MethodTraits:
         implementation: "module:class" of its `dtrain.methods.base.Method`.
         trains_base: the base's own parameters train; they are kept in float32, and the merged
             model replaces them. Otherwise the base is frozen, in the dtype that computes.
+        adds_adapter: float32 parameters are added to the base, which stays as it is. What is added
+            is saved in PEFT layout.
         quantizes_base: the frozen base's linear layers are kept in NF4, 4 bits a weight.
-        adapter_shapes: shapes of the float32 matrices that are added to a linear layer; None if
-            the method adds none. What is added is saved in PEFT layout.
+        is_compared: the plan of any recipe shows this method next to the recipe's own.
         cannot_merge: why the result cannot become a plain model; empty if it can.
     """
 
     title: str
     implementation: str
     trains_base: bool = False
+    adds_adapter: bool = False
     quantizes_base: bool = False
-    adapter_shapes: AdapterShapes | None = None
+    is_compared: bool = False
     cannot_merge: str = ""
-
-    @property
-    def adds_adapter(self) -> bool:
-        """Whether parameters are added to the base, which stays as it is."""
-        return self.adapter_shapes is not None
 
 
 class MethodSettings(Group):
@@ -62,12 +59,20 @@ class MethodSettings(Group):
         """These settings, if the method adds an adapter to linear layers."""
         return None
 
+    @property
+    def rank(self) -> int:
+        """Numbers a token that an adapter saves between its two matrices; 0 without matrices."""
+        return 0
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether dropout is applied to an adapter's input."""
+        return False
+
 
 class AdapterSettings(MethodSettings):
     """The keys that adapters of linear layers share."""
 
-    r: Count = Field(16, description="rank; 8 for simple tasks, 32 to 64 for domain knowledge")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
         description="names of the linear layers that get an adapter",
@@ -81,3 +86,26 @@ class AdapterSettings(MethodSettings):
     def peft_config(self) -> dict[str, Any]:
         """The settings of adapter_config.json that decide what PEFT computes."""
         raise NotImplementedError
+
+    def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
+        """The shapes of what is added to a linear layer.
+
+        Args:
+            layer: its name, such as `mlp.down_proj`.
+        """
+        raise NotImplementedError
+
+
+class LowRankSettings(AdapterSettings):
+    """The keys of adapters that are a product of two matrices."""
+
+    r: Count = Field(16, description="rank; 8 for simple tasks, 32 to 64 for domain knowledge")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="on the adapter's input")
+
+    @property
+    def rank(self) -> int:
+        return self.r
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.dropout > 0

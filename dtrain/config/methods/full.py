@@ -16,6 +16,7 @@ class Full(MethodSettings):
             title="every parameter",
             implementation="dtrain.methods.full:FullFineTuning",
             trains_base=True,
+            is_compared=True,
         ),
     }
     kind: Literal["full"]

@@ -7,28 +7,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dtrain.config.methods.base import AdapterSettings, MethodTraits
+from dtrain.config.methods.base import LowRankSettings, MethodTraits, Shapes
 
 
-def lora_shapes(outputs: int, inputs: int, rank: int) -> tuple[tuple[int, int], ...]:
-    """The shapes of A and B."""
-    return (rank, inputs), (outputs, rank)
-
-
-class Lora(AdapterSettings):
+class Lora(LowRankSettings):
     """Low-rank adapters (arXiv:2106.09685); qlora: over a base in NF4 (arXiv:2305.14314)."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {
         "lora": MethodTraits(
             title="LoRA",
             implementation="dtrain.methods.lora:LoraMethod",
-            adapter_shapes=lora_shapes,
+            adds_adapter=True,
+            is_compared=True,
         ),
         "qlora": MethodTraits(
             title="QLoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             quantizes_base=True,
-            adapter_shapes=lora_shapes,
+            adds_adapter=True,
+            is_compared=True,
         ),
     }
     kind: Literal["lora", "qlora"]
@@ -50,3 +47,7 @@ class Lora(AdapterSettings):
             "lora_alpha": self.scale_alpha,
             "lora_dropout": self.dropout,
         }
+
+    def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
+        """A and B."""
+        return (self.r, inputs), (outputs, self.r)

@@ -36,9 +36,8 @@ def test_traits_match_what_trains(kind: str) -> None:
     assert traits.trains_base == any(id(p) in before for p in trained)
     assert traits.adds_adapter == any(id(p) not in before for p in trained)
     assert traits.adds_adapter == isinstance(settings.adapter, AdapterSettings)
-    if traits.adapter_shapes is not None:
-        assert settings.adapter is not None
-        expected = traits.adapter_shapes(*linear.weight.shape, settings.adapter.r)
+    if settings.adapter is not None:
+        expected = settings.adapter.shapes("mlp.down_proj", *linear.weight.shape)
         adapted = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
         shapes = [tuple(p.shape) for p in adapted.parameters() if p.requires_grad]
         assert sorted(shapes) == sorted(expected)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dtrain.config.methods import parse_method
 from dtrain.core.units import duration, size
 from dtrain.planning.choose import PlanOption, build_option, choose
 from dtrain.planning.fit import FITS
@@ -35,10 +36,7 @@ def build_case(base: str, method: str, cluster: Cluster) -> Workload:
     shape, _ = find_shape(base)
     return Workload(
         shape=shape,
-        method=method,
-        rank=16,
-        target_modules="all-linear",
-        has_dropout=True,
+        method=parse_method({"kind": method}),
         engine="ddp",
         ranks=cluster.ranks,
         node_ranks=cluster.gpus_per_node,

@@ -9,6 +9,7 @@ import pytest
 from dtrain.config.deepspeed_file import load_ds_config
 from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
+from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.planning.activations import TrainerProfile, layer_bytes
 from dtrain.planning.engine_base import MemoryEstimate
@@ -35,10 +36,7 @@ def workload(base: str, method: str, engine: str, ranks: int = 8, **more: object
     shape, _ = find_shape(base)
     defaults = {
         "shape": shape,
-        "method": method,
-        "rank": 0 if method == "full" else 16,
-        "target_modules": "all-linear",
-        "has_dropout": False,
+        "method": parse_method({"kind": method} | ({} if method == "full" else {"dropout": 0.0})),
         "engine": engine,
         "ranks": ranks,
         "node_ranks": min(8, ranks),
@@ -111,7 +109,7 @@ def test_a_single_ddp_rank_accumulates_next_to_its_buckets() -> None:
 def test_more_ranks_than_rows_are_padded() -> None:
     """FSDP2 gives every rank a row of a matrix: with 1024 ranks 16 rows become 1024."""
     some, many = (workload("Qwen/Qwen2.5-7B", "lora", "fsdp2", ranks) for ranks in (16, 1024))
-    h, r = some.shape.hidden, some.rank
+    h, r = some.shape.hidden, some.method.rank
     up = next(x for x in layer_parameters(some) if (x.rows, x.columns) == (r, h) and x.trains)
     assert (up.row_share(16), up.row_share(1024)) == (h, h)
     wide, narrow = (padded_bytes(layer_parameters(job), job.shard) for job in (many, some))
@@ -165,7 +163,7 @@ def test_replicated_qlora_sends_only_adapters() -> None:
     # Over the 4-bit base 74 GB a micro-batch for 70B on 16 ranks, over bfloat16 265 GB.
     wide = workload("meta-llama/Llama-3.1-70B", "qlora", "fsdp2", accumulation=1, **two_nodes)
     assert received_bytes(wide) == pytest.approx(74 * GB, rel=0.05)
-    wide = replace(wide, method="lora")
+    wide = workload("meta-llama/Llama-3.1-70B", "lora", "fsdp2", accumulation=1, **two_nodes)
     assert received_bytes(wide) == pytest.approx(265 * GB, rel=0.05)
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.planning.known_models import KNOWN, find_shape
 from dtrain.planning.shapes import ModelShape, shape_of
@@ -51,13 +52,9 @@ CONFIGS = {n: {k: v for k, v in KNOWN[n]._asdict().items() if v is not None} for
 
 
 def adapter_parameters(shape: ModelShape, rank: int, target_modules) -> int:
-    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     return Workload(
         shape=shape,
-        method="lora",
-        rank=rank,
-        target_modules=targets,
-        has_dropout=False,
+        method=Lora(kind="lora", r=rank, target_modules=target_modules),
         engine="ddp",
         ranks=1,
         node_ranks=1,
