@@ -13,7 +13,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dtrain.models.attention import Documents, use_document_lengths
-from dtrain.models.kernels.fused_cross_entropy import FusedLossHead
+from dtrain.models.kernels.fused_cross_entropy import (
+    FusedLossHead,
+    HeadFunction,
+    fused_cross_entropy,
+    token_cross_entropy,
+)
+from dtrain.models.kernels.output_probe import LogitTransform
 
 
 class PackedInputs(Protocol):
@@ -67,10 +73,16 @@ def target_losses(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tensor,
     if head is None:
         losses = token_losses(target_logits(model, micro_batch), targets)
         return losses.sum(), losses.detach()[: len(targets)]
-    with head.computing_loss(targets):
-        output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
-    assert head.losses is not None
-    return output.squeeze(), head.losses
+    item_losses: list[Tensor] = []
+
+    def compute(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
+    ) -> Tensor:
+        loss, losses = fused_cross_entropy(hidden, weight, bias, targets, transform)
+        item_losses.append(losses)
+        return loss.view(1, 1)
+
+    return head_output(model, micro_batch, compute).squeeze(), item_losses[0]
 
 
 def target_token_losses(model: nn.Module, micro_batch: PackedTargets) -> Tensor:
@@ -87,9 +99,28 @@ def target_token_losses(model: nn.Module, micro_batch: PackedTargets) -> Tensor:
     if head is None:
         logits = target_logits(model, micro_batch)
         return cross_entropy(logits.float(), targets, reduction="none")
-    with head.computing_loss(targets, by_token=True):
+
+    def compute(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
+    ) -> Tensor:
+        return token_cross_entropy(hidden, weight, bias, targets, transform).unsqueeze(1)
+
+    return head_output(model, micro_batch, compute).reshape(-1)
+
+
+def head_output(model: nn.Module, micro_batch: PackedInputs, compute: HeadFunction) -> Tensor:
+    """What `compute` returns for the hidden states of the K targets and the output layer.
+
+    Args:
+        model: with a `FusedLossHead`, wrapped by an engine or not.
+        micro_batch: as for `target_logits`.
+    """
+    inner = _transformers_model(model)
+    head = FusedLossHead.of(inner)
+    assert head is not None
+    with head.computing(compute):
         output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
-    return output.reshape(-1)
+    return output[0]
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Letters: K target tokens, h width, V vocabulary, c tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,9 +23,16 @@ from dtrain.planning.activations import chunk_rows
 
 _ATTRIBUTE = "_dtrain_loss_head"
 
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitTransform | None], Tensor]
+"""(hidden [K, h], weight [V, h], bias [V], transform) → what the model returns for its logits,
+with two dimensions."""
+ChunkLoss = Callable[[Tensor, slice, bool], Tensor]
+"""(logits [c, V] in float32, their tokens, learns) → the gradient of these tokens' loss; it may
+overwrite the logits. Without `learns` the result is not used."""
+
 
 class FusedLossHead:
-    """Makes a model's output layer return the loss instead of logits, while it has targets."""
+    """Makes a model's output layer compute a function of hidden states in place of the logits."""
 
     def __init__(
         self, model: nn.Module, head: nn.Linear, transform: LogitTransform | None = None
@@ -35,10 +42,8 @@ class FusedLossHead:
         Args:
             transform: what the model applies to the logits [c, V] afterwards.
         """
-        self._model, self._head, self._transform = model, head, transform
-        self._targets: Tensor | None = None
-        self._by_token = False
-        self.losses: Tensor | None = None  # of each target [K] in the last call, without gradient
+        self._model, self.layer, self.transform = model, head, transform
+        self._compute: HeadFunction | None = None
         head.forward = self._forward  # type: ignore[assignment]
         setattr(model, _ATTRIBUTE, self)
 
@@ -49,44 +54,33 @@ class FusedLossHead:
         return head
 
     @contextmanager
-    def computing_loss(self, targets: Tensor, *, by_token: bool = False) -> Iterator[None]:
-        """Return the loss of targets [K] at the K tokens whose logits are asked for, [1, 1, 1].
-
-        Args:
-            by_token: return the loss of each target instead, [1, K, 1].
-        """
-        self._targets, self._by_token = targets, by_token
+    def computing(self, compute: HeadFunction) -> Iterator[None]:
+        """Let the model return `compute` of the K tokens whose logits are asked for, [1, …]."""
+        self._compute = compute
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_targets", None)
-            if self._transform is not None:
+            stack.callback(setattr, self, "_compute", None)
+            if self.transform is not None:
                 self._bypass_model(stack)
             yield
 
     def _bypass_model(self, stack: ExitStack) -> None:
-        """Return the loss as the model's logits: the transform has been applied already."""
-        losses: list[Tensor] = []
+        """Return the function's value as the model's logits, without the transform."""
+        values: list[Tensor] = []
 
         def set_logits(_: nn.Module, args: Any, output: Any) -> Any:
-            output.logits = losses.pop()
+            output.logits = values.pop()
             return output
 
-        # engines' own hooks see the head's loss first, and the model's output last
-        hook = self._head.register_forward_hook(lambda *call: losses.append(call[-1]))
+        # engines' own hooks see the head's output first, and the model's output last
+        hook = self.layer.register_forward_hook(lambda *call: values.append(call[-1]))
         stack.callback(hook.remove)
         stack.callback(self._model.register_forward_hook(set_logits, prepend=True).remove)
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        weight, bias = self._head.weight, self._head.bias
-        if self._targets is None:
+        weight, bias = self.layer.weight, self.layer.bias
+        if self._compute is None:
             return linear(hidden, weight, bias)
-        hidden = hidden.flatten(0, -2)
-        if self._by_token:
-            losses = token_cross_entropy(hidden, weight, bias, self._targets, self._transform)
-            return losses.view(1, -1, 1)
-        loss, self.losses = fused_cross_entropy(
-            hidden, weight, bias, self._targets, self._transform
-        )
-        return loss.view(1, 1, 1)
+        return self._compute(hidden.flatten(0, -2), weight, bias, self.transform).unsqueeze(0)
 
 
 def fused_cross_entropy(
@@ -108,11 +102,49 @@ def fused_cross_entropy(
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    chunk_loss = _cross_entropy_of(targets, losses)
+    return chunked_head_loss(hidden, weight, bias, transform, losses, chunk_loss), losses
+
+
+def chunked_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform | None,
+    losses: Tensor,
+    chunk_loss: ChunkLoss,
+) -> Tensor:
+    """Sum a loss of the logits `hidden @ weight.T + bias`, a chunk of tokens at a time.
+
+    Args:
+        hidden: [K, h].
+        weight: [V, h].
+        bias: [V].
+        transform: applied to the logits [c, V] of a chunk before its loss.
+        losses: float32 [K], of each token; `chunk_loss` writes those of its chunk.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, losses = _HeadLoss.apply(hidden, weight, bias, targets, transform)
-    return loss, losses
+        total: Tensor = _HeadLoss.apply(
+            _in_autocast_dtype(hidden), weight, bias, transform, losses, chunk_loss
+        )
+    return total
+
+
+def _in_autocast_dtype(hidden: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def _cross_entropy_of(targets: Tensor, losses: Tensor) -> ChunkLoss:
+    """The cross-entropy of targets [K], written to losses [K]."""
+
+    def chunk_loss(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+        cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+        return logits
+
+    return chunk_loss
 
 
 def token_cross_entropy(
@@ -127,10 +159,10 @@ def token_cross_entropy(
     A frozen output matrix is read once: the gradient of each hidden state is kept, and scaled in
     the backward pass. One that trains is read again in the backward pass.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
-        losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets, transform)
+        losses: Tensor = _TokenLosses.apply(
+            _in_autocast_dtype(hidden), weight, bias, targets, transform
+        )
     return losses
 
 
@@ -150,13 +182,8 @@ class _TokenLosses(torch.autograd.Function):
         ctx.head_trains = any(ctx.wants[1:])
         dhidden = torch.zeros_like(hidden) if ctx.wants[0] and not ctx.head_trains else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        matrix = weight.to(hidden.dtype)
-        for chunk in _chunks(len(targets), chunk_rows(weight.shape[0])):
-            _add_chunk(
-                matmul.linear(hidden[chunk], matrix),
-                losses[chunk], hidden, matrix, bias, targets, chunk, [dhidden, None, None],
-                transform,
-            )  # fmt: skip
+        chunk_loss = _cross_entropy_of(targets, losses)
+        _add_chunks(hidden, weight, bias, transform, chunk_loss, [dhidden, None, None])
         if ctx.head_trains:
             ctx.save_for_backward(hidden, weight, bias, targets)
         else:
@@ -174,18 +201,13 @@ class _TokenLosses(torch.autograd.Function):
             torch.zeros_like(t) if want and t is not None else None
             for want, t in zip(ctx.wants, (hidden, weight, bias), strict=True)
         ]
-        matrix = weight.to(hidden.dtype)
-        for chunk in _chunks(len(targets), chunk_rows(weight.shape[0])):
-            losses = torch.empty(len(targets[chunk]), dtype=torch.float32, device=hidden.device)
-            _add_chunk(
-                matmul.linear(hidden[chunk], matrix),
-                losses, hidden, matrix, bias, targets, chunk, gradients, ctx.transform, gradient,
-            )  # fmt: skip
+        chunk_loss = _cross_entropy_of(targets, torch.empty_like(gradient))
+        _add_chunks(hidden, weight, bias, ctx.transform, chunk_loss, gradients, gradient)
         return *gradients, None, None
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Chunked cross-entropy: e = exp(logit - max), s = sum(e), dlogit = e / s - target."""
+    """The sum of a chunked loss; the forward pass computes its gradient too."""
 
     @staticmethod
     def forward(
@@ -193,33 +215,62 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
         transform: LogitTransform | None,
-    ) -> tuple[Tensor, Tensor]:
-        wants = ctx.needs_input_grad[:3]
-        matrix = weight.to(hidden.dtype)
+        losses: Tensor,
+        chunk_loss: ChunkLoss,
+    ) -> Tensor:
+        ctx.wants = ctx.needs_input_grad[:3]
         gradients = [
             torch.zeros_like(t) if want and t is not None else None
-            for want, t in zip(wants, (hidden, weight, bias), strict=True)
+            for want, t in zip(ctx.wants, (hidden, weight, bias), strict=True)
         ]
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for chunk in _chunks(len(targets), chunk_rows(weight.shape[0])):
-            # no variable: it would keep one chunk alive while the next is computed
-            _add_chunk(
-                matmul.linear(hidden[chunk], matrix),
-                losses[chunk], hidden, matrix, bias, targets, chunk, gradients, transform,
-            )  # fmt: skip
+        _add_chunks(hidden, weight, bias, transform, chunk_loss, gradients)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
-        ctx.wants = wants
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         known = iter(ctx.saved_tensors)
         scaled = (next(known) * gradient if want else None for want in ctx.wants)
-        return *scaled, None, None
+        return *scaled, None, None, None
+
+
+def _add_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform | None,
+    chunk_loss: ChunkLoss,
+    gradients: list[Tensor | None],
+    scale: Tensor | None = None,
+) -> None:
+    """Compute the loss of every chunk and add to the gradients of hidden, weight and bias.
+
+    Args:
+        scale: of the gradient of each token [K]; None for 1.
+    """
+    matrix = weight.to(hidden.dtype)
+    learns = any(g is not None for g in gradients)
+    for chunk in _chunks(len(hidden), chunk_rows(weight.shape[0])):
+        # no variables: they would keep one chunk alive while the next is computed
+        _add_gradients(
+            _scaled(
+                _logit_gradient(
+                    logit_chunk(hidden[chunk], matrix, bias), chunk, transform, chunk_loss, learns
+                ),
+                chunk, scale,
+            ),
+            hidden[chunk], matrix, chunk, gradients,
+        )  # fmt: skip
+
+
+def logit_chunk(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 logits [c, V] of hidden states [c, h], before the model's transform."""
+    logits = matmul.linear(hidden, matrix).float()
+    if bias is not None:
+        logits += bias
+    return logits
 
 
 def _chunks(targets: int, rows: int) -> Iterator[slice]:
@@ -230,46 +281,24 @@ def _chunks(targets: int, rows: int) -> Iterator[slice]:
     return map(slice, starts, [*starts[1:], targets])
 
 
-def _add_chunk(
+def _logit_gradient(
     logits: Tensor,
-    losses: Tensor,
-    hidden: Tensor,
-    matrix: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
     chunk: slice,
-    gradients: list[Tensor | None],
     transform: LogitTransform | None,
-    scale: Tensor | None = None,
-) -> None:
-    """Compute a chunk's losses [c] and add to the gradients; overwrites its logits [c, V].
-
-    Args:
-        scale: of the gradient of each target [K]; None for 1.
-    """
-    logits = logits.float()
-    if bias is not None:
-        logits += bias
-    learns = any(g is not None for g in gradients)
-    if transform is None:
-        cross_entropy_inplace(logits, losses, targets[chunk], learns=learns)
-    else:
-        logits = _cross_entropy_before(transform, logits, losses, targets[chunk], learns=learns)
-    if learns:
-        if scale is not None:
-            logits = logits * scale[chunk].unsqueeze(1)
-        _add_gradients(logits.to(hidden.dtype), hidden[chunk], matrix, chunk, gradients)
-
-
-def _cross_entropy_before(
-    transform: LogitTransform, logits: Tensor, losses: Tensor, targets: Tensor, *, learns: bool
+    chunk_loss: ChunkLoss,
+    learns: bool,
 ) -> Tensor:
-    """Write losses [c] of transformed logits [c, V]; return the gradient of the untransformed."""
+    """The gradient [c, V] of a chunk's loss by its logits before the transform."""
+    if transform is None:
+        return chunk_loss(logits, chunk, learns)
     with torch.set_grad_enabled(learns):
         transformed = transform(logits.requires_grad_(learns))
-    gradient = transformed.detach()
-    cross_entropy_inplace(gradient, losses, targets, learns=learns)
+    gradient = chunk_loss(transformed.detach(), chunk, learns)
     return torch.autograd.grad(transformed, logits, gradient)[0] if learns else gradient
+
+
+def _scaled(gradient: Tensor, chunk: slice, scale: Tensor | None) -> Tensor:
+    return gradient if scale is None else gradient * scale[chunk].unsqueeze(1)
 
 
 def cross_entropy_inplace(logits: Tensor, losses: Tensor, targets: Tensor, *, learns: bool) -> None:
@@ -304,6 +333,9 @@ def _add_gradients(
     chunk: slice,
     gradients: list[Tensor | None],
 ) -> None:
+    if all(gradient is None for gradient in gradients):
+        return
+    dlogits = dlogits.to(hidden.dtype)
     dhidden, dweight, dbias = gradients
     if dhidden is not None:
         dhidden[chunk] = matmul.mm(dlogits, matrix)
