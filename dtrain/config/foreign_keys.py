@@ -122,9 +122,7 @@ ANSWERS = {
     "use stages, a list whose entries each have a kind: cpt (continued pretraining) or sft": (
         "stage task task_type do_train training_type rlhf_type"
     ),
-    "set stages[].method.alpha to alpha x sqrt(r), which scales the same": (
-        "use_rslora rslora peft_use_rslora lora_use_rslora"
-    ),
+    "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
     "every stage starts with a new adapter: merge the old one into its base with `dtrain merge`": (
         "adapter_name_or_path lora_model_dir adapters resume_from_adapter"
     ),
@@ -170,7 +168,7 @@ ANSWERS = {
     ),
     "dtrain has no such setting": (
         "neftune_noise_alpha label_smoothing_factor modules_to_save lora_modules_to_save "
-        "additional_target activation_offloading freeze_trainable_layers loraplus_lr_ratio "
+        "additional_target activation_offloading freeze_trainable_layers "
         "lora_bias layers_to_transform remove_unused_columns dataset_text_field strict "
         "local_rank torch_compile"
     ),

@@ -30,6 +30,7 @@ from dtrain.distributed.world import World
 from dtrain.models.load import resolve_dtype
 
 ADAM_KINDS = ("exp_avg", "exp_avg_sq")
+LEARNING_RATE_SCALE = "learning_rate_scale"  # a key of our parameter groups
 EIGHT_BIT_KINDS = ("state1", "state2", "absmax1", "absmax2")
 OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
@@ -97,6 +98,11 @@ class Engine(ABC):
     def close(self) -> None:
         """Release the wrapper and its buffers."""
         self.model = None
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Names of `trainable`."""
+        return [name for name, _ in self.trainable]
 
     @cached_property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -195,18 +201,32 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if block not in inner]
 
 
-def build_optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over trainable parameters; weight decay on matrices only."""
+def build_optimizer(
+    names: list[str], parameters: list[nn.Parameter], stage: Stage
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over trainable parameters; weight decay on matrices only.
+
+    Args:
+        names: of the parameters; the method may scale the learning rate of some.
+    """
     train = stage.train
-    groups = [
-        {"params": [p for p in parameters if is_matrix(p)], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        weight_decay = train.weight_decay if is_matrix(parameter) else 0.0
+        key = weight_decay, stage.method.learning_rate_scale(name)
+        groups.setdefault(key, []).append(parameter)
     # The fused kernel passes through memory once instead of ten times.
     can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
     options = {"fused": True} if can_fuse else {}
-    return OPTIMIZERS[train.optimizer](groups, lr=train.learning_rate, **options)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[train.optimizer](
+        [
+            {"params": members, "weight_decay": weight_decay, LEARNING_RATE_SCALE: scale}
+            for (weight_decay, scale), members in groups.items()
+        ],
+        lr=train.learning_rate,
+        **options,
+    )
+    return optimizer
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
@@ -215,9 +235,9 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group: this rate times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group[LEARNING_RATE_SCALE]
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:

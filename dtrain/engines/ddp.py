@@ -28,7 +28,7 @@ class Ddp(TorchEngine):
         super().__init__(module, recipe, stage, world)
         materialize(module)
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.local_params, stage)
+        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
         # All ranks load the same base and initialize the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(
             module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -83,7 +83,7 @@ class StrictDdp(TorchEngine):
         materialize(module)
         self.model = module
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.local_params, stage)
+        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
         train = stage.train
         self._leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()

@@ -54,7 +54,8 @@ class Zero(Engine):
         file_settings = load_ds_config(file, options.kind, options.offload)
         settings = fill_ds_config(file_settings, recipe, stage, world, dtype=self.compute_dtype)
         self.prepare_module(settings, materialize)
-        optimizer = build_optimizer([p for _, p in self.trainable], stage)
+        parameters = [p for _, p in self.trainable]
+        optimizer = build_optimizer(self.trainable_names, parameters, stage)
         with short_parameter_repr():
             self.model, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings

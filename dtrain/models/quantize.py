@@ -28,6 +28,7 @@ from dtrain.models.meta_model import (
 )
 
 PER_FLOAT = 8  # 4-bit weights in a float32
+WITHOUT_NF4 = "a kind that does not quantize the base: lora, dora, …"
 PACK_OPERATION = "bitsandbytes::quantize_4bit"
 
 
@@ -103,8 +104,8 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
     if read := sorted(layers.keys() & layers_read_outside_forward(model)):
         raise UserError(
             f"the model's code reads the weight of {read[0]}, which NF4 packs",
-            where="method.kind: qlora",
-            fix="kind: lora",
+            where="method.kind",
+            fix=WITHOUT_NF4,
         )
     return set(layers)
 
@@ -112,7 +113,7 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
 def _not_nf4(name: str, module: Any) -> UserError:
     kind, shape = type(module).__name__, list(module.weight.shape)
     message = f"{name} ({kind} {shape}) cannot be quantized to NF4"
-    return UserError(message, where="method.kind: qlora", fix="kind: lora")
+    return UserError(message, where="method.kind", fix=WITHOUT_NF4)
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.config.engines import ENGINES, engines_with
-from dtrain.config.methods import TRAITS, method_like
+from dtrain.config.methods import method_like
 from dtrain.planning.calibration import find_correction
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import GPUS
@@ -169,7 +169,7 @@ def _shorter_sequences(workload: Workload, cluster: Cluster) -> Suggestion | Non
 def _quantized_base(workload: Workload, cluster: Cluster) -> Suggestion | None:
     if workload.traits.quantizes_base:
         return None
-    kind = next(kind for kind, traits in TRAITS.items() if traits.quantizes_base)
+    kind = workload.traits.quantized_kind
     changed = replace(workload, method=method_like(workload.method, kind))
     if workload.traits.trains_base:
         cost = "trains an adapter instead of every parameter"

@@ -28,6 +28,7 @@ class MethodTraits:
         quantizes_base: the frozen base's linear layers are kept in NF4, 4 bits a weight.
         is_compared: the plan of any recipe shows this method next to the recipe's own.
         cannot_merge: why the result cannot become a plain model; empty if it can.
+        quantized_kind: the kind to use instead if the base fits only in NF4.
     """
 
     title: str
@@ -37,6 +38,7 @@ class MethodTraits:
     quantizes_base: bool = False
     is_compared: bool = False
     cannot_merge: str = ""
+    quantized_kind: str = "qlora"
 
 
 class MethodSettings(Group):
@@ -53,6 +55,10 @@ class MethodSettings(Group):
     def traits(self) -> MethodTraits:
         """The traits of this kind."""
         return self.traits_by_kind[self.kind]
+
+    def learning_rate_scale(self, parameter: str) -> float:
+        """The factor of the learning rate for a parameter, by its name in the model."""
+        return 1.0
 
     @property
     def adapter(self) -> AdapterSettings | None:

@@ -9,9 +9,11 @@ from pydantic import Field
 
 from dtrain.config.methods.base import LowRankSettings, MethodTraits, Shapes
 
+RSLORA_ALPHA = 8.0  # at rank 16 the scale of LoRA's default
+
 
 class Lora(LowRankSettings):
-    """Low-rank adapters (arXiv:2106.09685); qlora: over a base in NF4 (arXiv:2305.14314)."""
+    """Low-rank adapters (arXiv:2106.09685) and their variants."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {
         "lora": MethodTraits(
@@ -27,17 +29,35 @@ class Lora(LowRankSettings):
             adds_adapter=True,
             is_compared=True,
         ),
+        "rslora": MethodTraits(
+            title="rsLoRA",
+            implementation="dtrain.methods.lora:LoraMethod",
+            adds_adapter=True,
+        ),
     }
-    kind: Literal["lora", "qlora"]
+    kind: Literal["lora", "qlora", "rslora"] = Field(
+        description="qlora: over a base in NF4 (arXiv:2305.14314); rslora: scaled by alpha / √r, "
+        "so that a higher rank does not learn more slowly (arXiv:2312.03732)"
+    )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="the adapter is scaled by alpha / r; default: 2 r",
+        description="the adapter is scaled by alpha / r, with rslora by alpha / √r; default: 2 r, "
+        f"with rslora {RSLORA_ALPHA:g}",
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="learning rate of B, as a multiple of A's (LoRA+, arXiv:2402.12354)",
     )
 
     @property
     def scale_alpha(self) -> float:
-        """Alpha as used: the recipe's, or twice the rank."""
-        return self.alpha if self.alpha is not None else 2.0 * self.r
+        """Alpha as used: the recipe's, or the default of the kind."""
+        if self.alpha is not None:
+            return self.alpha
+        return RSLORA_ALPHA if self.kind == "rslora" else 2.0 * self.r
+
+    def learning_rate_scale(self, parameter: str) -> float:
+        return self.loraplus_lr_ratio if ".lora_B." in parameter else 1.0
 
     def peft_config(self) -> dict[str, Any]:
         """The settings of PEFT's LoraConfig."""
@@ -46,6 +66,7 @@ class Lora(LowRankSettings):
             "r": self.r,
             "lora_alpha": self.scale_alpha,
             "lora_dropout": self.dropout,
+            "use_rslora": self.kind == "rslora",
         }
 
     def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.config.load import dump, load_recipe
+from dtrain.config.methods import TRAITS
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped, summary
 
+METHODS = ", ".join(TRAITS)
 GOOD = """\
 name: small
 model:
@@ -159,8 +161,8 @@ def test_omitted_invalid_value_causes_no_further_clash(write) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("kind: lora", "kind: lorra", "stages.0.method.kind must be one of full, lora, qlora"),
-        ("kind: lora, ", "", "stages.0.method.kind is missing\n    → one of full, lora, qlora"),
+        ("kind: lora", "kind: lorra", f"stages.0.method.kind must be one of {METHODS}"),
+        ("kind: lora, ", "", f"stages.0.method.kind is missing\n    → one of {METHODS}"),
         ("2e-4", '"2e-4"', "must be a number, not '2e-4'\n    → remove the quotes"),
         ("2e-4", ".inf", "learning_rate must be a finite number, not inf"),
         ("2e-4", "-1", "learning_rate must be more than 0, not -1"),

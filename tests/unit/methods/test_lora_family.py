@@ -1,0 +1,112 @@
+"""LoRA's relatives against PEFT's own: the same losses at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dtrain.config.methods import parse_method
+from dtrain.config.schema import Stage
+from dtrain.engines.base import build_optimizer, set_learning_rate
+from dtrain.methods.base import build_method
+from dtrain.models.kernels.patch import patch_modules
+
+STEPS, RATE = 6, 0.02
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Optimize = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+def ours(method: dict[str, Any], *, kernels: bool) -> nn.Module:
+    method = {"r": 4, "alpha": 8.0, "dropout": 0.0, **method}
+    built = build_method(parse_method(method))
+    model = built.attach(base(), seed=1)
+    built.on_weights_loaded(model)
+    if kernels:
+        assert patch_modules(model)["adapted layers"] == 14
+    return model
+
+
+def pefts(ours: nn.Module, **settings: Any) -> nn.Module:
+    """PEFT's model, starting with our values."""
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base(), LoraConfig(**config | settings))
+    ours_by_name = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.shape == ours_by_name[name].shape
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.copy_(ours_by_name[name])
+    return model
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    tokens = torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(2))
+    values = []
+    for _ in range(STEPS):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    return values
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    ("method", "config"), [({"kind": "rslora"}, {"use_rslora": True})], ids=["rslora"]
+)
+def test_losses_are_pefts(method: dict[str, Any], config: dict[str, Any], kernels: bool) -> None:
+    model = ours(method, kernels=kernels)
+    other = pefts(model, **config)
+    found, expected = losses(model, adam(model)), losses(other, adam(other))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert found[-1] < found[0] - 0.1, "nothing was learned: this would show nothing"
+
+
+def test_lora_plus_is_pefts() -> None:
+    method = {"kind": "lora", "r": 4, "alpha": 8.0, "dropout": 0.0, "loraplus_lr_ratio": 4.0}
+    model = ours(method, kernels=False)
+    other = pefts(model)
+    stage = Stage.model_validate(
+        {
+            "name": "task",
+            "kind": "sft",
+            "method": method,
+            "data": {"sources": [{"path": "a.json"}]},
+            "train": {"global_batch_size": 1, "steps": STEPS, "weight_decay": 0.0},
+        }
+    )
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer([n for n, _ in trained], [p for _, p in trained], stage)
+    set_learning_rate(optimizer, RATE)
+    other_optimizer = create_loraplus_optimizer(
+        other, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=4.0
+    )
+    found, expected = losses(model, optimizer), losses(other, other_optimizer)
+    assert found == pytest.approx(expected, abs=1e-5)
+    plain = ours(method | {"loraplus_lr_ratio": 1.0}, kernels=False)
+    assert abs(losses(plain, adam(plain))[-1] - found[-1]) > 1e-3
