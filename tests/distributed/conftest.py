@@ -148,6 +148,28 @@ class Zygote:
             text=True,
         )
 
+    def start(
+        self,
+        ranks: int,
+        worker: str,
+        arguments: Sequence[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+    ) -> list[int]:
+        """Fork ranks that run `main` of the module `worker`; returns their process ids."""
+        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
+        request = {"worker": worker, "arguments": list(arguments), "log": str(log)}
+        return [
+            self.ask(
+                start={
+                    **request,
+                    "environment": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                }
+            )
+            for rank in range(ranks)
+        ]
+
     def ask(self, **request: object) -> int:
         """One request, one answer."""
         assert self.process.stdin and self.process.stdout
@@ -224,14 +246,7 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
         run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
         arguments = ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
         arguments += [f"output.folder={run_folder}", *options]
-        port = str(free_port())
-        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-        common |= {"MASTER_ADDR": "127.0.0.1", **(env or {})}
-        pids = []
-        for rank in range(ranks):
-            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            request = {"arguments": arguments, "environment": variables, "log": str(log)}
-            pids.append(zygote.ask(start=request))
+        pids = zygote.start(ranks, "dtrain.train", arguments, log, env)
         started.append(Ranks(run_folder, -1, "", zygote, pids, log))
         return started[-1]
 

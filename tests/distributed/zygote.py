@@ -1,7 +1,9 @@
 """Starts ranks by forking a process that has imported everything: in 0.1 s instead of 7 s.
 
-Reads one JSON object per line from stdin and answers each with a line: {"start": {arguments,
-environment, log}} gives the new process's id, {"wait": id} its exit status (negative: the signal).
+Reads one JSON object per line from stdin and answers each with a line: {"start": {worker,
+arguments, environment, log}} gives the new process's id, {"wait": id} its exit status (negative:
+the signal). A worker is a module with a function `main`, which takes the arguments and returns the
+status.
 """
 
 from __future__ import annotations
@@ -9,15 +11,34 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
+from importlib import import_module
 from typing import Any
 
-import deepspeed  # noqa: F401 - imported once for all ranks
-import matplotlib.pyplot  # noqa: F401
+from dtrain.config.engines import ENGINES
+from dtrain.config.methods import TRAITS
+from dtrain.config.objectives import OBJECTIVES
+from dtrain.core.lazy_import import import_fast
 
-from dtrain.train import main
+# What a rank imports in the course of a run, and what its libraries do.
+MODULES = [
+    "deepspeed",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "dtrain.monitoring.plots",
+    "dtrain.rank_main",
+    "dtrain.train",
+    "matplotlib.backends.backend_svg",
+    "pandas",
+    "torch._dynamo.repro.after_dynamo",
+    *(
+        traits.implementation.partition(":")[0]
+        for table in (ENGINES, TRAITS, OBJECTIVES)
+        for traits in table.values()
+    ),
+]
 
 
-def start(arguments: list[str], environment: dict[str, str], log: str) -> int:
+def start(worker: str, arguments: list[str], environment: dict[str, str], log: str) -> int:
     """Fork; the child becomes a rank."""
     child = os.fork()
     if child:
@@ -29,7 +50,9 @@ def start(arguments: list[str], environment: dict[str, str], log: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     status = 1
     try:
-        status = main(arguments)
+        status = import_module(worker).main(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -44,5 +67,7 @@ def answer(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    for module in MODULES:
+        import_fast(module)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -1,0 +1,125 @@
+"""Every method under every engine: the same losses, exact resume, the adapter in PEFT, the merge.
+
+The methods are those of `TRAITS`, with their defaults and a small rank; a new one is tested without
+a change of this file. tests/golden/methods.txt says what holds for each of them. To write it again
+after a change that is meant to change it: `DTRAIN_WRITE_GOLDEN=1 pytest
+tests/distributed/test_methods.py`, for all methods or `-k` one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config.engines import ENGINES
+from dtrain.config.methods import TRAITS, parse_method
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "methods.txt"
+HEAD = ["method", *ENGINES, "starts as", "in PEFT", "merged"]
+WIDTHS = [12, *(9 for _ in ENGINES), 11, 9, 6]
+SMALL = {"r": 4, "dropout": 0.1}  # of the keys that a method has
+ALONE = "one rank"  # under ddp, with a micro-batch of two
+TOLERANCE = 1e-5  # of the loss of a step
+TARGET_TOLERANCE = 5e-5  # of the loss of a target, relative to the greatest
+RECIPE = """
+name: methods
+device: cpu
+model: {{base: "dtrain:tiny-llama", dtype: float32}}
+stages:
+  - name: task
+    kind: cpt
+    method: {method}
+    data:
+      sequence_length: 64
+      sources: [{{path: "dtrain:tiny-text/domain.jsonl", format: text}}]
+    train: {{global_batch_size: 4, steps: 4, checkpoint_every_steps: 2, learning_rate: 1.0e-2}}
+output: {{folder: runs/methods, merge: {merge}}}
+"""
+
+
+def settings(kind: str) -> dict[str, Any]:
+    """The method's keys in the recipe."""
+    keys = type(parse_method({"kind": kind})).model_fields
+    return {"kind": kind} | {key: value for key, value in SMALL.items() if key in keys}
+
+
+@pytest.fixture
+def found(kind: str, tmp_path: Path, zygote: Any) -> dict[str, dict[str, Any]]:
+    """What the ranks found, by engine, and on one rank."""
+    recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    merge = json.dumps(not TRAITS[kind].cannot_merge)
+    recipe.write_text(RECIPE.format(method=json.dumps(settings(kind)), merge=merge))
+    overrides = {engine: [f"engine.kind={engine}"] for engine in ENGINES}
+    alone = {ALONE: ["engine.kind=ddp", "stages.task.train.micro_batch_size=2"]}
+    found: dict[str, dict[str, Any]] = {}
+    for ranks, runs in ((2, overrides), (1, alone)):
+        request = {
+            "recipe": str(recipe),
+            "runs": {n: [*more, f"output.folder={tmp_path / n}"] for n, more in runs.items()},
+            "found": str(tmp_path / f"found-{ranks}"),
+        }
+        pids = zygote.start(ranks, "methods_worker", [json.dumps(request)], log)
+        statuses = [zygote.ask(wait=pid) for pid in pids]
+        assert not any(statuses), log.read_text()[-6000:]
+        first, *others = (
+            json.loads((tmp_path / f"found-{ranks}.{rank}").read_text()) for rank in range(ranks)
+        )
+        assert all(other == first for other in others), "the ranks disagree"
+        found |= first
+    return found
+
+
+def lines_of(kind: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """The method's line in the table, and one for each refusal."""
+    alone, traits = found[ALONE], TRAITS[kind]
+    engines = ["refused" if "refused" in found[engine] else "yes" for engine in ENGINES]
+    start = "other" if alone["start"] > TARGET_TOLERANCE else "base"
+    start = f"NF4 {start}" if traits.quantizes_base else start
+    in_peft = "yes" if "peft" in alone else "no" if "not peft" in alone else "-"
+    merged = "no" if traits.cannot_merge else "yes"
+    notes = [f"{kind}, {e}: {found[e]['refused']}" for e in ENGINES if "refused" in found[e]]
+    notes += [f"{kind}, merged: {traits.cannot_merge}"] if traits.cannot_merge else []
+    return [row([kind, *engines, start, in_peft, merged]), *notes]
+
+
+def row(cells: list[str]) -> str:
+    return "".join(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+
+
+def golden(kind: str) -> list[str]:
+    """The lines about a method."""
+    return [
+        line for line in GOLDEN.read_text().splitlines() if line.split(" ")[0].strip(",") == kind
+    ]
+
+
+def write_golden(kind: str, lines: list[str]) -> None:
+    """Replace the lines about a method; the file has the order of TRAITS, refusals below."""
+    known = {other: golden(other) for other in TRAITS} if GOLDEN.exists() else {}
+    known |= {kind: lines}
+    rows = [known[other] for other in TRAITS if known.get(other)]
+    notes = [note for _, *notes in rows for note in notes]
+    GOLDEN.write_text("\n".join([row(HEAD), *(first for first, *_ in rows), *notes]) + "\n")
+
+
+@pytest.mark.parametrize("kind", TRAITS)
+def test_method_under_every_engine(kind, found) -> None:
+    assert "refused" not in found[ALONE], found[ALONE]
+    runs = {name: facts for name, facts in found.items() if "refused" not in facts}
+    alone = runs[ALONE]
+    assert abs(alone["learned"]) > 1e-3, "nothing was learned: this would show nothing"
+    for name, facts in runs.items():
+        assert facts["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE), name
+        assert facts["resumes"], f"{name}: other weights or losses after a resume"
+    assert not alone.get("names"), "the adapter's names are not PEFT's"
+    for way in ("peft", "merged"):
+        assert alone.get(way, 0) <= TARGET_TOLERANCE, way
+    assert ("merged" in alone) == (not TRAITS[kind].cannot_merge)
+    lines = lines_of(kind, found)
+    if "DTRAIN_WRITE_GOLDEN" in os.environ:
+        write_golden(kind, lines)
+    assert lines == golden(kind)
