@@ -52,7 +52,7 @@ def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
         micro_batch: input_ids and position_ids [1, T], target_positions [K]; without position ids
             it is a single document, which the model computes by itself.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     if _takes_positions(inner):
         return _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)[0]
     return _call(model, inner, micro_batch)[0, micro_batch.target_positions]
@@ -68,7 +68,7 @@ def target_losses(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tensor,
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
     """
-    inner, targets = _transformers_model(model), micro_batch.targets
+    inner, targets = transformers_model(model), micro_batch.targets
     head = FusedLossHead.of(inner)
     if head is None:
         losses = token_losses(target_logits(model, micro_batch), targets)
@@ -94,7 +94,7 @@ def target_token_losses(model: nn.Module, micro_batch: PackedTargets) -> Tensor:
         model: wrapped by an engine or not.
         micro_batch: as for `target_losses`.
     """
-    inner, targets = _transformers_model(model), micro_batch.targets
+    inner, targets = transformers_model(model), micro_batch.targets
     head = FusedLossHead.of(inner)
     if head is None:
         logits = target_logits(model, micro_batch)
@@ -115,7 +115,7 @@ def head_output(model: nn.Module, micro_batch: PackedInputs, compute: HeadFuncti
         model: with a `FusedLossHead`, wrapped by an engine or not.
         micro_batch: as for `target_logits`.
     """
-    inner = _transformers_model(model)
+    inner = transformers_model(model)
     head = FusedLossHead.of(inner)
     assert head is not None
     with head.computing(compute):
@@ -149,7 +149,8 @@ def _takes_positions(inner: PreTrainedModel) -> bool:
     return "logits_to_keep" in signature(inner.forward).parameters
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of an engine and of an adapter."""
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 

@@ -126,12 +126,13 @@ def chunked_head_loss(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         total: Tensor = _HeadLoss.apply(
-            _in_autocast_dtype(hidden), weight, bias, transform, losses, chunk_loss
+            in_autocast_dtype(hidden), weight, bias, transform, losses, chunk_loss
         )
     return total
 
 
-def _in_autocast_dtype(hidden: Tensor) -> Tensor:
+def in_autocast_dtype(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype that autocast computes in, if it is on."""
     if torch.is_autocast_enabled(hidden.device.type):
         return hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return hidden
@@ -161,7 +162,7 @@ def token_cross_entropy(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         losses: Tensor = _TokenLosses.apply(
-            _in_autocast_dtype(hidden), weight, bias, targets, transform
+            in_autocast_dtype(hidden), weight, bias, targets, transform
         )
     return losses
 
