@@ -65,6 +65,9 @@ class Train(Group):
         1.0,
         description="clip the global gradient norm to this value",
     )
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on the embeddings in training, such as 5 (NEFTune)"
+    )
     evaluate_every_steps: Count | None = Field(
         None, description="measure the held-out loss every so many steps"
     )

@@ -92,10 +92,10 @@ def use_document_lengths(lengths: Sequence[int]) -> Iterator[None]:
         _documents.reset(token)
 
 
-def known_document_lengths(position_ids: Tensor) -> tuple[int, ...] | None:
+def known_document_lengths(tokens: Tensor) -> tuple[int, ...] | None:
     """Tokens of each document of [1, T], if `use_document_lengths` set them."""
     documents = _documents.get()
-    if documents is None or position_ids.shape != (1, sum(documents.lengths)):
+    if documents is None or tokens.shape != (1, sum(documents.lengths)):
         return None
     return documents.lengths
 

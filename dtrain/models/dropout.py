@@ -30,8 +30,19 @@ class DropoutKey:
     sequences: list[int] = field(default_factory=list)
     lengths: list[int] | None = None
 
+    def number(self, sequence: int, layer: str) -> int:
+        """63 bits that seed what a layer draws for a sequence."""
+        name = f"{self.seed} {self.step} {sequence} {layer}"
+        return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
-class KeyedDropout(nn.Module):
+
+class KeyedModule(nn.Module):
+    """A module that draws random numbers by the model's key."""
+
+    key: DropoutKey
+
+
+class KeyedDropout(KeyedModule):
     """Dropout on [1, T, h], where T holds one sequence after the other.
 
     Args:
@@ -75,13 +86,12 @@ class KeyedDropout(nn.Module):
 
     def _draw(self, kept: Tensor, sequence: int) -> None:
         """Fill the mask [n, h] of one sequence."""
-        name = f"{self.key.seed} {self.key.step} {sequence} {self.layer}"
-        number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+        number = self.key.number(sequence, self.layer)
         least = self.threshold - LEVELS // 2
         if kept.is_cpu and native.supports():  # draws the same numbers, faster
-            native.call("keep", kept, kept.numel(), number >> 1 & 0xFFFFFFFF, least)
+            native.call("keep", kept, kept.numel(), number & 0xFFFFFFFF, least)
             return
-        generator = torch.Generator(kept.device).manual_seed(number >> 1)
+        generator = torch.Generator(kept.device).manual_seed(number)
         words = torch.empty(-(-kept.numel() // LANES), dtype=torch.int64, device=kept.device)
         words.random_(-(2**63), None, generator=generator)
         lanes = words.view(torch.int16)[: kept.numel()].view(kept.shape)
@@ -109,7 +119,7 @@ class _Drop(torch.autograd.Function):
 
 def key_dropouts(model: nn.Module) -> None:
     """Replace every LoRA dropout with p > 0 by KeyedDropout."""
-    key = DropoutKey()
+    key = shared_key(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
@@ -119,18 +129,20 @@ def key_dropouts(model: nn.Module) -> None:
                 dropouts[adapter] = KeyedDropout(dropout.p, name, key)
 
 
+def shared_key(model: nn.Module) -> DropoutKey:
+    """The key of the model's keyed modules; a new one if it has none."""
+    return next((m.key for m in model.modules() if isinstance(m, KeyedModule)), DropoutKey())
+
+
 def set_dropout_key(
     model: nn.Module, seed: int, step: int, sequences: list[int], lengths: list[int]
 ) -> None:
-    """Set the dropout key of the next forward pass; does nothing without keyed dropout.
+    """Set the key of the next forward pass; does nothing without keyed modules.
 
     Args:
         model: wrapped by an engine or not.
         sequences: numbers of the micro-batch's sequences, unique within the step.
         lengths: tokens of each of these sequences, in their order in the micro-batch.
     """
-    for module in model.modules():
-        if isinstance(module, KeyedDropout):
-            key = module.key
-            key.seed, key.step, key.sequences, key.lengths = seed, step, sequences, lengths
-            return
+    key = shared_key(model)
+    key.seed, key.step, key.sequences, key.lengths = seed, step, sequences, lengths

@@ -25,6 +25,7 @@ from dtrain.merge.from_checkpoint import read_parameter, trained_weights
 from dtrain.merge.merge import MergeJob, check_mergeable, default_processes
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
+from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import load_base, parameter_counts
@@ -60,6 +61,8 @@ def build_model_in_engine(
     )
     compiled.set_enabled(on=recipe.determinism != "strict")
     say(f"kernels: {apply_kernels(model, recipe.model)}")
+    if alpha := stage.train.neftune_noise_alpha:
+        add_embedding_noise(model, alpha)
     if recipe.model.kernels != "off":
         compile_ahead(world.device, setup.dtype, trains_base=method.traits.trains_base)
     if checkpoint is not None:
