@@ -8,6 +8,7 @@ from pathlib import Path
 from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
 from dtrain.config.engines import ENGINES, engines_with
+from dtrain.config.method_checks import check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.schema import Data, Recipe, Stage
@@ -145,6 +146,7 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _changing_weights(stage, at)
     yield from _preference(stage.kind, stage.preference, at)
     yield from _reference(stage, at)
+    yield from check_method(stage, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
         message = f"{stage.method.kind} cannot be merged: {reason}"
         fix = "make it the last stage, with output.merge=false"

@@ -125,7 +125,7 @@ def _type(annotation: Any) -> str:
     if kind is list:
         return f"list of {'groups' if subgroups(annotation) else _type(arguments[0]) + 's'}"
     if kind is dict:
-        return "groups by name" if subgroups(annotation) else f"{_type(arguments[-1])}s by name"
+        return "groups by name" if subgroups(annotation) else f"{_type(arguments[-1])} by name"
     if kind in (Union, types.UnionType):
         options = [_type(argument) for argument in arguments if argument is not type(None)]
         return " or ".join(dict.fromkeys(options))

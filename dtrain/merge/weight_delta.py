@@ -14,7 +14,6 @@ would compute something that a merge does not.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dtrain.config.methods.patterns import compile_pattern, value_for
 from dtrain.core.errors import UserError
 from dtrain.models.kernels.merge_rounding import add_scaled
 
@@ -174,6 +174,8 @@ def check_config(config: Any, path: Path) -> None:
             reason = REFUSED.get(name, f"this version of dtrain does not know {name}")
             message = f"an adapter with {name} cannot be merged: {reason}"
             raise UserError(message, where=str(path), fix="serve base and adapter unmerged")
+    if config["peft_type"] == "LORA":
+        _check_patterns(config, path)
     initialization = config.get("init_lora_weights")
     if initialization not in INITIALIZATIONS:
         raise UserError(
@@ -188,6 +190,18 @@ def check_config(config: Any, path: Path) -> None:
         raise UserError(f"no {missing[0]} in it", where=str(path), fix=fix)
 
 
+def _check_patterns(config: dict[str, Any], path: Path) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or any(
+            type(v) not in (int, float) for v in patterns.values()
+        ):
+            fix = "save the adapter again with PEFT's save_pretrained"
+            raise UserError(f"{key} is not a table of numbers", where=str(path), fix=fix)
+        for pattern in patterns:
+            compile_pattern(pattern, str(path))
+
+
 def layer_from_config(
     config: dict[str, Any], module: str, keys: dict[str, str], rank: int
 ) -> LayerDelta:
@@ -195,14 +209,6 @@ def layer_from_config(
     if config["peft_type"] == "ADALORA":
         alpha = config["lora_alpha"]
         return LayerDelta(keys, None, alpha if alpha > 0 else float(rank), config["init_r"])
-    r = _match_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _match_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    r = value_for(config.get("rank_pattern"), module, config["r"])
+    alpha = value_for(config.get("alpha_pattern"), module, config["lora_alpha"])
     return LayerDelta(keys, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-
-
-def _match_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches, as peft's get_pattern_key chooses it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -62,10 +62,16 @@ class AdapterMethod(Method[Settings]):
         adapted.train()
         return adapted
 
-    def _with_adapter(self, model: PreTrainedModel, targets: str | list[str]) -> PeftModel:
-        """PEFT's model; a layer that PEFT cannot adapt, such as Mamba's, is an error."""
+    def _with_adapter(
+        self, model: PreTrainedModel, targets: str | list[str], **more: Any
+    ) -> PeftModel:
+        """PEFT's model; a layer that PEFT cannot adapt, such as Mamba's, is an error.
+
+        Args:
+            more: settings of PEFT that replace those of `peft_config`.
+        """
         settings = {"target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
-        config = get_peft_config(self.settings.peft_config() | settings)
+        config = get_peft_config(self.settings.peft_config() | settings | more)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
@@ -73,6 +79,8 @@ class AdapterMethod(Method[Settings]):
             fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
             raise UserError(reason, where="method.target_modules", fix=fix) from error
         assert isinstance(adapted, PeftModel)
+        modules = adapted.get_base_model().named_modules()
+        self.settings.check_layers([n for n, m in modules if isinstance(m, BaseTunerLayer)])
         return adapted
 
     def _initialize(self, model: nn.Module, seed: int, device: torch.device | None) -> None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dtrain.config.methods import Lora
-from dtrain.methods.adapter import AdapterMethod
+from dtrain.config.methods.patterns import by_names
+from dtrain.methods.adapter import ADAPTER, AdapterMethod
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 class LoraMethod(AdapterMethod[Lora]):
     """Two matrices of rank r added to each adapted linear layer."""
+
+    def _with_adapter(
+        self, model: PreTrainedModel, targets: str | list[str], **more: Any
+    ) -> PeftModel:
+        names = [name for name, _ in model.named_modules()]
+        patterns = {key: getattr(self.settings, key) for key in PATTERNS}
+        more |= {key: by_names(values, names) for key, values in patterns.items()}
+        adapted = super()._with_adapter(model, targets, **more)
+        for key, values in patterns.items():
+            setattr(adapted.peft_config[ADAPTER], key, dict(values))
+        return adapted
 
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         assert tensor.dim() == 2 and ("lora_A" in name or "lora_B" in name), name

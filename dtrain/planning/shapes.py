@@ -120,6 +120,13 @@ def select_linears(
     return tuple(x for x in known if any(_matches(x.name, target) for target in target_modules))
 
 
+def layer_names(shape: ModelShape, linear: LinearShape) -> list[str]:
+    """The names of a linear layer in the model, one for each decoder layer that has it."""
+    if linear.name == "lm_head":
+        return [linear.name]
+    return [f"model.layers.{number}.{linear.name}" for number in range(shape.layers)]
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from functools import cached_property
+from math import ceil, prod
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dtrain.config import deepspeed_file
@@ -15,7 +17,7 @@ from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
-from dtrain.planning.shapes import KERNELS, LinearShape, ModelShape, select_linears
+from dtrain.planning.shapes import KERNELS, LinearShape, ModelShape, layer_names, select_linears
 
 BUCKET_ELEMENTS = 100_000_000
 """`reduce_bucket_size` of ds_configs/*.json; a test compares this value and the next two."""
@@ -121,23 +123,46 @@ class Workload:
         adapter = self.method.adapter
         return select_linears(self.shape, adapter.target_modules) if adapter else ()
 
+    def mean_rank(self, linear: LinearShape) -> float:
+        """The rank of one of `adapted`; the mean where decoder layers differ."""
+        return fmean(map(self.method.rank_of, layer_names(self.shape, linear)))
+
     def adapter_shapes(self, linear: LinearShape) -> Shapes:
-        """Rows and columns of the matrices that the method adds to one of `adapted`."""
-        assert self.method.adapter
-        return self.method.adapter.shapes(linear.name, linear.outputs, linear.inputs)
+        """Rows and columns of the matrices that the method adds to one of `adapted`.
+
+        Memory counts all decoder layers as alike: where they differ, these are means, rounded up.
+        """
+        matrices = zip(*self._shapes_by_layer[linear.name], strict=True)
+        return tuple(
+            (ceil(fmean(rows for rows, _ in matrix)), ceil(fmean(columns for _, columns in matrix)))
+            for matrix in matrices
+        )
+
+    @cached_property
+    def _shapes_by_layer(self) -> dict[str, list[Shapes]]:
+        """Name of each of `adapted` → the shapes of its adapters in the decoder layers."""
+        adapter = self.method.adapter
+        return {
+            x.name: [
+                adapter.shapes(name, x.outputs, x.inputs) for name in layer_names(self.shape, x)
+            ]
+            for x in self.adapted
+            if adapter
+        }
 
     @property
     def supports_optimizer(self) -> bool:
         """Whether the engine supports the optimizer."""
         return self.optimizer == "adamw" or self.capabilities.eight_bit_optimizer
 
-    @property
+    @cached_property
     def trainable(self) -> int:
         """Number of parameters that train."""
         adapters = sum(
-            (1 if linear.name == "lm_head" else self.shape.layers) * prod(matrix)
-            for linear in self.adapted
-            for matrix in self.adapter_shapes(linear)
+            prod(matrix)
+            for layers in self._shapes_by_layer.values()
+            for shapes in layers
+            for matrix in shapes
         )
         return adapters + (self.shape.parameters if self.traits.trains_base else 0)
 
@@ -151,9 +176,12 @@ def build_workload(
         engine: replaces the recipe's engine; by default `auto` becomes `DEFAULT_ENGINE`.
 
     Raises:
-        UserError: a target module matches no layer, the shard does not divide the ranks, or the
-            DeepSpeed file cannot be read.
+        UserError: a target module or a pattern matches no layer, the shard does not divide the
+            ranks, or the DeepSpeed file cannot be read.
     """
+    if adapter := stage.method.adapter:
+        adapted = select_linears(shape, adapter.target_modules)
+        adapter.check_layers([name for linear in adapted for name in layer_names(shape, linear)])
     kind = engine or (DEFAULT_ENGINE if recipe.engine.kind == "auto" else recipe.engine.kind)
     micro_batch = stage.train.micro_batch
     on_cpu = recipe.device == "cpu"

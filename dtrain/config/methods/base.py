@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -70,6 +70,10 @@ class MethodSettings(Group):
         """Numbers a token that an adapter saves between its two matrices; 0 without matrices."""
         return 0
 
+    def rank_of(self, layer: str) -> int:
+        """The rank of one layer, by its name in the model."""
+        return self.rank
+
     @property
     def has_dropout(self) -> bool:
         """Whether dropout is applied to an adapter's input."""
@@ -97,9 +101,17 @@ class AdapterSettings(MethodSettings):
         """The shapes of what is added to a linear layer.
 
         Args:
-            layer: its name, such as `mlp.down_proj`.
+            layer: its name in the model, such as `model.layers.0.mlp.down_proj`.
         """
         raise NotImplementedError
+
+    def check_layers(self, layers: Sequence[str]) -> None:
+        """Check the settings of single layers against the names of all that get an adapter.
+
+        Raises:
+            UserError: a setting has no effect.
+        """
+        return
 
 
 class LowRankSettings(AdapterSettings):

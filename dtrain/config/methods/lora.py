@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dtrain.config.group import Count, Text
 from dtrain.config.methods.base import LowRankSettings, MethodTraits, Shapes
+from dtrain.config.methods.patterns import check_patterns, value_for
 
 RSLORA_ALPHA = 8.0  # at rank 16 the scale of LoRA's default
 
@@ -49,6 +51,15 @@ class Lora(LowRankSettings):
         description="learning rate of B, as a multiple of A's (LoRA+, arXiv:2402.12354)",
     )
 
+    rank_pattern: dict[Text, Count] = Field(
+        default_factory=dict,
+        description="r of some layers: regular expression of the end of a name → r, as in PEFT",
+    )
+    alpha_pattern: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="alpha of some layers, in the same way; others keep `alpha`",
+    )
+
     @property
     def scale_alpha(self) -> float:
         """Alpha as used: the recipe's, or the default of the kind."""
@@ -67,8 +78,18 @@ class Lora(LowRankSettings):
             "lora_alpha": self.scale_alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.kind == "rslora",
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
         }
+
+    def rank_of(self, layer: str) -> int:
+        return value_for(self.rank_pattern, layer, self.r)
 
     def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
         """A and B."""
-        return (self.r, inputs), (outputs, self.r)
+        r = self.rank_of(layer)
+        return (r, inputs), (outputs, r)
+
+    def check_layers(self, layers: Sequence[str]) -> None:
+        check_patterns(self.rank_pattern, layers, "method.rank_pattern")
+        check_patterns(self.alpha_pattern, layers, "method.alpha_pattern")

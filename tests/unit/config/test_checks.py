@@ -193,6 +193,14 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["evaluation.sets.domain.kind", "stages.0.method.kind", "full overwrites"],
         ),
         (
+            {"stages__0__method": {"kind": "lora", "rank_pattern": {"q_proj(": 4}}},
+            ["stages.0.method.rank_pattern.q_proj(", "not a regular expression"],
+        ),
+        (
+            {"stages__0__method": {"kind": "lora", "alpha_pattern": {"(?!q)k_proj": 4.0}}},
+            ["stages.0.method.alpha_pattern.(?!q)k_proj", "linear time"],
+        ),
+        (
             {"launch": {"processes": 3}},
             ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),

@@ -310,6 +310,15 @@ def test_overflow_of_the_base_dtype_is_refused(tmp_path: Path) -> None:
     assert_refused(base, adapter, r"q_proj\.weight is not finite in F16")
 
 
+def test_hostile_patterns_are_matched_in_linear_time_or_refused(base: Path, adapter: Path) -> None:
+    edit_config(adapter, rank_pattern={r"((\w|\.)+)+-": 3})  # years, by backtracking
+    assert MergeableAdapter.open(adapter, MergeJob(base, base / "out", "x").tensors).layers
+    edit_config(adapter, rank_pattern={"(?=q)q_proj": 3})
+    assert_refused(base, adapter, "linear time")
+    edit_config(adapter, rank_pattern=["q_proj"])
+    assert_refused(base, adapter, "rank_pattern is not a table of numbers")
+
+
 def test_unsupported_adapter_types_are_refused(base: Path, adapter: Path) -> None:
     edit_config(adapter, target_parameters=["experts"])
     assert_refused(base, adapter, "target_parameters")

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
 from dtrain.methods.base import build_method
+from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import parameter_counts
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
@@ -92,6 +95,62 @@ def test_tied_output_layer_is_refused_as_target() -> None:
         build_method(method).attach(base(tie_word_embeddings=True), seed=0)
     untied = trainable(build_method(method).attach(base(tie_word_embeddings=False), seed=0))
     assert len(untied) == 2
+
+
+PATTERNS = Lora(
+    kind="lora", r=4, alpha=6.0, dropout=0.0,
+    rank_pattern={r"layers\.1\..*q_proj": 3, "q_proj|up_proj": 5},
+    alpha_pattern={"^model.layers.0.self_attn.v_proj": 40.0},
+)  # fmt: skip
+
+
+def test_patterns_give_pefts_ranks_and_scales(tmp_path: Path) -> None:
+    model = build_method(PATTERNS).attach(base(), seed=5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    build_method(PATTERNS).save(tmp_path / "adapter", model, trainable(model))
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["rank_pattern"] == PATTERNS.rank_pattern
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, LoraLayer)}
+    ours = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert len(layers) == len(ours) == 14
+    assert {n: (m.r, m.scaling) for n, m in layers.items()} == {
+        n: (m.r, m.scaling) for n, m in ours.items()
+    }
+    assert sorted({m.r["default"] for m in ours.values()}) == [3, 4, 5]
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_shared_input_kernel_takes_layers_of_different_ranks() -> None:
+    losses = []
+    for kernels in ("off", "auto"):
+        model = build_method(PATTERNS).attach(base(), seed=5)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(parameter, 0.1)
+        apply_kernels(model, schema.Model(base="x", kernels=kernels))
+        loss = model(input_ids=torch.arange(20)[None], use_cache=False).logits.logsumexp(-1).mean()
+        loss.backward()
+        gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        losses.append(torch.stack([loss.detach(), *gradients]))
+    assert torch.allclose(*losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"q_prj": 3}, "did you mean q_proj"),
+        ({"lm_head": 3}, "choose from: down_proj, gate_proj"),
+        ({".*": 3, "q_proj": 8}, "earlier patterns match all"),
+    ],
+)
+def test_pattern_without_effect_is_refused(patterns: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=r"method.rank_pattern") as caught:
+        build_method(Lora(kind="lora", rank_pattern=patterns)).attach(base(), seed=0)
+    assert message in str(caught.value)
 
 
 def test_full_trains_all_parameters_in_float32() -> None:

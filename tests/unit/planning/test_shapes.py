@@ -51,10 +51,10 @@ NAMED = [
 CONFIGS = {n: {k: v for k, v in KNOWN[n]._asdict().items() if v is not None} for n in NAMED} | ODD
 
 
-def adapter_parameters(shape: ModelShape, rank: int, target_modules) -> int:
+def adapter_parameters(shape: ModelShape, rank: int, target_modules, **more) -> int:
     return Workload(
         shape=shape,
-        method=Lora(kind="lora", r=rank, target_modules=target_modules),
+        method=Lora(kind="lora", r=rank, target_modules=target_modules, **more),
         engine="ddp",
         ranks=1,
         node_ranks=1,
@@ -100,6 +100,15 @@ def test_the_output_matrix_can_be_a_target() -> None:
     shape = shape_of(CONFIGS["meta-llama/Llama-2-7b"], "here")
     model, chosen = build_model(CONFIGS["meta-llama/Llama-2-7b"]), ["self_attn.q_proj", "lm_head"]
     assert adapter_parameters(shape, 4, chosen) == trains(model, chosen, 4)
+
+
+def test_ranks_by_pattern_are_counted_as_peft_adds_them() -> None:
+    shape = shape_of(CONFIGS["HuggingFaceTB/SmolLM2-135M"], "here")
+    patterns = {r"layers\.1.\..*": 3, "q_proj": 9}
+    config = LoraConfig(r=4, target_modules="all-linear", rank_pattern=patterns)
+    model = get_peft_model(build_model(CONFIGS["HuggingFaceTB/SmolLM2-135M"]), config)
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(shape, 4, "all-linear", rank_pattern=patterns) == expected
 
 
 def test_counts_match_known_models() -> None:

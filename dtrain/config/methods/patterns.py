@@ -1,0 +1,97 @@
+"""PEFT's patterns: regular expressions that give some layers a value of their own.
+
+They are matched by RE2, in time linear in the name. Python's `re`, which PEFT uses, backtracks:
+with it a pattern such as `(a+)+b` in a downloaded adapter could keep a merge busy for years.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, TypeVar
+
+import re2
+
+from dtrain.core.errors import UserError
+
+Value = TypeVar("Value")
+
+
+@cache
+def compile_pattern(pattern: str, where: str = "") -> Any:
+    """The expression that PEFT's get_pattern_key makes of a pattern.
+
+    Args:
+        where: the file that it comes from, for messages.
+
+    Raises:
+        UserError: it is no regular expression, or cannot be matched in linear time.
+    """
+    expression, options = rf"(.*\.)?({pattern})$", re2.Options()
+    options.log_errors = False
+    try:
+        re.compile(expression)
+        return re2.compile(expression, options)
+    except re.error as error:
+        message = f"{pattern!r} is not a regular expression: {error}"
+        fix = "write the end of a layer's name, such as q_proj"
+        raise UserError(message, where=where, fix=fix) from error
+    except re2.error as error:
+        raise UserError(
+            f"{pattern!r} cannot be matched in linear time: {error.args[0].decode()}",
+            where=where,
+            fix="write it without lookaround, backreferences and large repetitions",
+        ) from error
+
+
+def first_match(patterns: Mapping[str, Value] | None, module: str) -> str | None:
+    """The first pattern that matches a module's name, as in PEFT; None without a match.
+
+    Raises:
+        UserError: as `compile_pattern`.
+    """
+    return next((p for p in patterns or {} if compile_pattern(p).match(module)), None)
+
+
+def value_for(patterns: Mapping[str, Value] | None, module: str, default: Value) -> Value:
+    """The value of the first pattern that matches a module's name, or `default`.
+
+    Raises:
+        UserError: as `compile_pattern`.
+    """
+    pattern = first_match(patterns, module)
+    return default if pattern is None else (patterns or {})[pattern]
+
+
+def by_names(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
+    """Patterns with the same values that name each matching module, which PEFT can match fast."""
+    names: dict[str, list[str]] = {}
+    for module in modules:
+        if (pattern := first_match(patterns, module)) is not None:
+            names.setdefault(pattern, []).append(re.escape(module))
+    return {"|".join(matching): patterns[pattern] for pattern, matching in names.items()}
+
+
+def check_patterns(patterns: Mapping[str, Value], modules: Sequence[str], where: str) -> None:
+    """Check that each pattern decides the value of a module: PEFT ignores one that does not.
+
+    Args:
+        modules: names of those that have an adapter.
+
+    Raises:
+        UserError: a pattern matches none, or only modules that an earlier pattern matches.
+    """
+    used = {first_match(patterns, module) for module in modules}
+    for pattern in patterns:
+        if pattern in used:
+            continue
+        if any(first_match({pattern: 0}, module) for module in modules):
+            message, fix = f"earlier patterns match all that {pattern!r} matches", "put it first"
+            raise UserError(message, where=where, fix=fix)
+        names = sorted({*modules, *(module.rpartition(".")[2] for module in modules)})
+        close = get_close_matches(pattern, names, n=3)
+        fix = f"choose from: {', '.join(name for name in names if '.' not in name)}"
+        fix = f"did you mean {', '.join(close)}?" if close else fix
+        raise UserError(f"no layer with an adapter is named {pattern!r}", where=where, fix=fix)
