@@ -37,7 +37,13 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 # A rank has failed, and the others wait for it: their work is lost anyway.
 SECONDS_FOR_THE_OTHERS = 10
 # Statuses whose cause a worker has printed; the most specific come first.
-_EXPLAINED = (Exit.USER_ERROR, Exit.NON_FINITE, Exit.OUT_OF_MEMORY, Exit.HANG)
+_EXPLAINED = (
+    Exit.USER_ERROR,
+    Exit.NON_FINITE,
+    Exit.OUT_OF_MEMORY,
+    Exit.GATE_FAILED,
+    Exit.HANG,
+)
 
 
 _OOM_KILLED = """\

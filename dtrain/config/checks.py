@@ -244,6 +244,13 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
         yield from _preference(held_out.kind, held_out.preference, at)
         yield from _held_out_reference(recipe, held_out.kind, at)
 
+    for name in recipe.evaluation.gates:
+        if name not in recipe.evaluation.sets:
+            keys: list[Key] = [("evaluation", "gates", name), ("evaluation", "sets")]
+            known = ", ".join(recipe.evaluation.sets)
+            fix = f"use one of {known}" if known else "add the set to evaluation.sets"
+            yield Clash(keys, f"there is no set named {name}", fix)
+
 
 def _held_out_reference(recipe: Recipe, kind: str, at: Key) -> Iterator[Clash]:
     for number, stage in enumerate(recipe.stages):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.engines import EngineKind, engines_with
+from dtrain.config.gates import Gate
 from dtrain.config.group import Count, Group, Text
 from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
@@ -277,6 +278,13 @@ class Evaluation(Group):
 
     sets: dict[str, EvaluationSet] = Field(default_factory=dict)
     questions: Questions | None = None
+    gates: dict[str, Gate] = Field(
+        default_factory=dict,
+        description=(
+            "by set: limits on how much worse than the base a stage may make it; a stage beyond "
+            "them ends the run before its merge"
+        ),
+    )
 
 
 class Output(Group):

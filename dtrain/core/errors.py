@@ -14,6 +14,7 @@ class Exit(IntEnum):
     NON_FINITE = 3  # loss or gradients stayed NaN or infinite: a retry cannot help
     OUT_OF_MEMORY = 4  # a retry cannot help
     HANG = 5  # a rank did not reach its step: a retry can help
+    GATE_FAILED = 6  # a stage made an evaluation set worse than allowed: a retry cannot help
     INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to continue
 
 

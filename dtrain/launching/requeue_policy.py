@@ -13,6 +13,7 @@ PERMANENT_FAILURES = {
     Exit.USER_ERROR: "a mistake in recipe, data or model",
     Exit.NON_FINITE: "loss or gradients stayed non-finite",
     Exit.OUT_OF_MEMORY: "out of memory",
+    Exit.GATE_FAILED: "an evaluation gate failed",
 }
 # Outcomes that count as failures where an attempt saved no new checkpoint. A time limit too short
 # for a checkpoint stays too short; a preemption is not a failure and does not count.

@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.metrics import read_metrics
+from dtrain.monitoring.uncertainty import paired_standard_error
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,26 @@ class HeldOutLosses:
     Attributes:
         name: name of the set.
         values: loss by model ("base", then each stage); None if it was not measured.
+        blocks: summed losses of blocks of rows by model, and their `items`; for the uncertainty.
     """
 
     name: str
     values: dict[str, float | None]
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, evaluation: dict[str, Any]) -> HeldOutLosses:
+        """The losses of a set in the content of evaluation.json."""
+        by_model = (evaluation.get("losses") or {}).get(name) or {}
+        models = [str(model) for model in evaluation.get("models") or []]
+        values = {model: by_model[model] for model in models if model in by_model}
+        return cls(name, values, (evaluation.get("blocks") or {}).get(name) or {})
+
+    def standard_error(self, model: str, before: str = "base") -> float | None:
+        """Standard error of a model's loss minus another's; None if it cannot be known."""
+        if not {before, model, "items"} <= self.blocks.keys():
+            return None
+        return paired_standard_error(self.blocks[before], self.blocks[model], self.blocks["items"])
 
     @property
     def last(self) -> float | None:
@@ -96,8 +113,7 @@ class RunRecord:
     def losses(self) -> list[HeldOutLosses]:
         """Held-out losses of each evaluation set."""
         return [
-            HeldOutLosses(str(name), {m: by_model[m] for m in self.models if m in by_model})
-            for name, by_model in (self.evaluation.get("losses") or {}).items()
+            HeldOutLosses.of(name, self.evaluation) for name in self.evaluation.get("losses") or {}
         ]
 
     @property
@@ -227,7 +243,9 @@ def _align(rows: list[list[str]]) -> str:
 def _change_cells(losses: HeldOutLosses) -> tuple[str, str]:
     if losses.change is None or losses.percent is None:
         return "—", ""
-    return f"{losses.change:+.3f} ({losses.percent:+.1f} %)", rate_change(losses.change)
+    error = losses.standard_error(list(losses.values)[-1])
+    spread = "" if error is None else f" ± {error:.3f}"
+    return f"{losses.change:+.3f}{spread} ({losses.percent:+.1f} %)", rate_change(losses.change)
 
 
 def _answer_block(number: int, answer: dict[str, Any]) -> str:

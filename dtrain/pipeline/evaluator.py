@@ -19,9 +19,10 @@ from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
 from dtrain.objectives.base import StageContext, build_objective
+from dtrain.pipeline.gates import check_gates
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel, template_of
-from dtrain.training.train_step import HeldOutSet, evaluate
+from dtrain.training.held_out import HeldOutResult, HeldOutSet, evaluate
 
 BASE = "base"
 
@@ -70,17 +71,26 @@ class Evaluations:
         total = sum(dataset.sequences_per_epoch for dataset in self.sets.values())
         with progress(f"held-out loss, {model}", total) as bar:
             for name, held_out in self.held_out_sets(engine, base).items():
-                metrics = evaluate(engine, held_out)
-                loss = metrics.pop("loss")
-                self.known["losses"].setdefault(name, {})[model] = loss
-                if metrics:
-                    self.known.setdefault("metrics", {}).setdefault(name, {})[model] = metrics
-                bar.advance(self.sets[name].sequences_per_epoch, note=f"{name} {loss:.4f}")
+                result = evaluate(engine, held_out)
+                self._keep(name, model, result)
+                bar.advance(self.sets[name].sequences_per_epoch, note=f"{name} {result.loss:.4f}")
         if model not in self.known["models"]:
             self.known["models"].append(model)
         losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
         say(f"held-out loss, {model}: {losses}")
         self.write(engine.world)
+
+    def _keep(self, name: str, model: str, result: HeldOutResult) -> None:
+        """Add what was measured on one set to the content of the file."""
+        self.known["losses"].setdefault(name, {})[model] = result.loss
+        blocks = self.known.setdefault("blocks", {}).setdefault(name, {})
+        blocks |= {"items": result.block_items, model: result.block_losses}
+        if result.metrics:
+            self.known.setdefault("metrics", {}).setdefault(name, {})[model] = result.metrics
+
+    def check_gates(self, model: str) -> None:
+        """Raise a UserError if a stage made a set worse than `evaluation.gates` allow."""
+        check_gates(self.recipe.evaluation.gates, self.known, model)
 
     def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
         """Answer the recipe's questions with the base and the final model, on the first rank.

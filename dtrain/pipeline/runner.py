@@ -44,6 +44,7 @@ def run_chain(
     for stage, folder in zip(recipe.stages, folders, strict=True):
         if folder in done:
             say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
+            evaluations.check_gates(stage.name)  # they may be stricter now
         else:
             folder.begin(allowed) if world.is_first else None
             world.barrier()

@@ -79,6 +79,7 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     if not trainer.fit():
         return None
     setup.evaluations.record(setup.stage.name, engine, setup.base)
+    setup.evaluations.check_gates(setup.stage.name)  # before anything is published
     facts = stage_facts(setup, trainer.progress, parameters) | {
         "attempt_tokens_per_second": trainer.tokens_per_second,
         "load_peak_memory_bytes": load_peak,

@@ -8,7 +8,7 @@ over ranks and micro-batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Protocol
@@ -60,14 +60,6 @@ class StepInputs(Protocol):
     loader: Loader
     seed: int
     callbacks: Callback
-
-
-@dataclass(frozen=True)
-class HeldOutSet:
-    """Rows that are never trained on, and the objective that measures them."""
-
-    objective: Objective
-    loader: Loader
 
 
 def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool) -> StepResult:
@@ -185,30 +177,3 @@ def poisoned(loss: torch.Tensor) -> torch.Tensor:
     """
     one_or_nan = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
     return loss * one_or_nan
-
-
-@torch.no_grad()
-def evaluate(engine: Engine, held_out: HeldOutSet) -> dict[str, float]:
-    """Mean loss over a held-out set, on all ranks, as `loss`, and the objective's metrics."""
-    world, objective, loader = engine.world, held_out.objective, held_out.loader
-    total = weight = 0.0
-    sums = dict.fromkeys(objective.metric_sum_names, 0.0)
-    engine.model.eval()
-    # The set counts as one batch: its statistics must not depend on ranks and micro-batches.
-    statistics = begin_step(engine, objective, held_out_batches(engine, loader))
-    for batch in held_out_batches(engine, loader):
-        output = compute_loss(engine, objective, batch, statistics)
-        total, weight = total + float(output.loss), weight + output.weight
-        for name in sums:
-            sums[name] += float(output.metric_sums[name])
-    total, weight, *totals = world.sum([total, weight, *sums.values()])
-    weight = max(1.0, weight)
-    metrics = objective.metrics(dict(zip(sums, totals, strict=True)), weight)
-    return {"loss": total / weight, **metrics}
-
-
-def held_out_batches(engine: Engine, loader: Loader) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a held-out set."""
-    world, micro_batch = engine.world, engine.stage.train.micro_batch
-    for step in range(loader.steps):
-        yield from loader.micro_batches(step, world.rank, world.size, micro_batch)

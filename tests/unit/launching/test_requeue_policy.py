@@ -37,6 +37,7 @@ SHOWN = """JobId=7 JobName=JobState=CANCELLED
         *(({"reported": int(s)}, "stop", "failed") for s in (2, 3, 4)),
         *(({"status": int(s), "reported": None}, "stop", "failed") for s in (2, 3, 4)),
         ({"reported": Exit.OUT_OF_MEMORY, "is_warned": True}, "stop", "failed"),
+        ({"reported": Exit.GATE_FAILED}, "stop", "failed"),
         # Announced by Slurm.
         ({"status": 75, "reported": 75, "is_warned": True}, "requeue", "warned"),
         ({"status": 138, "reported": None, "is_warned": True}, "requeue", "warned"),

@@ -33,7 +33,8 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import LossOutput, Objective, adapters_disabled
 from dtrain.samples.make import ensure
 from dtrain.training.callbacks import Callback
-from dtrain.training.train_step import HeldOutSet, evaluate, train_step
+from dtrain.training.held_out import HeldOutSet, evaluate
+from dtrain.training.train_step import train_step
 
 LORA = Lora(kind="lora", r=4, dropout=0.0)
 PAIRS, BATCH = 14, 12  # the pairs fill fewer sequences, so one rank of three has none
@@ -211,7 +212,8 @@ def one_step(dataset: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Ten
             engine=engine, objective=objective, loader=loader, seed=0, callbacks=Callback()
         )
         result = train_step(trainer, 0, 1e-3, wants_stop=False)
-        results[rank] = result, engine.gradient, evaluate(engine, HeldOutSet(objective, loader))
+        held_out = evaluate(engine, HeldOutSet(objective, loader))
+        results[rank] = result, engine.gradient, held_out
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -229,12 +231,17 @@ def test_ranks_and_micro_batches_change_no_pair_loss(dataset) -> None:
     assert 0 < result.metrics["accuracy"] <= 1
     by_source = [source["loss"] for source in result.sources.values()]
     assert np.mean(by_source) == pytest.approx(result.loss, rel=1e-6)  # 7 pairs in each
-    assert measured == pytest.approx({"loss": result.loss, **result.metrics}, rel=1e-6)
+    assert measured.loss == pytest.approx(result.loss, rel=1e-6)
+    assert measured.metrics == pytest.approx(result.metrics, rel=1e-6)
+    assert sum(measured.block_losses) / sum(measured.block_items) == pytest.approx(result.loss)
+    assert len(measured.block_items) == dataset.sequences_per_epoch
     for ranks, micro_batch in ((1, 1), (2, 1), (3, 2)):
         other, other_gradient, other_measured = one_step(dataset, ranks, micro_batch)
         assert other.loss == pytest.approx(result.loss, rel=1e-5)
         assert other.metrics == pytest.approx(result.metrics)
-        assert other_measured == pytest.approx(measured, rel=1e-5)
+        assert other_measured.loss == pytest.approx(measured.loss, rel=1e-5)
+        assert other_measured.block_losses == pytest.approx(measured.block_losses, rel=1e-5)
+        assert other_measured.block_items == measured.block_items
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-3, atol=1e-6)
 
 

@@ -1,0 +1,68 @@
+"""Gates: a stage that makes an evaluation set worse than its limit ends the chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.config.gates import Gate
+from dtrain.core.errors import Exit, UserError, UserErrors
+from dtrain.core.log import warn
+from dtrain.monitoring.run_record import HeldOutLosses
+from dtrain.monitoring.uncertainty import CERTAIN
+
+ADVICE = (
+    "train with data.replay, a lower train.learning_rate, fewer epochs, or a lower method.alpha / "
+    "method.r; or raise the limit"
+)
+
+
+def check_gates(gates: dict[str, Gate], known: dict[str, Any], model: str) -> None:
+    """Check a stage's measurements against the base model's.
+
+    Args:
+        known: content of evaluation.json.
+        model: name of the stage.
+
+    Raises:
+        UserError: one is worse by more than its limit, and that is not chance; or the base or the
+            metric was not measured.
+    """
+    failures = [failure for name in gates if (failure := _failure(name, gates[name], known, model))]
+    if failures:
+        raise failures[0] if len(failures) == 1 else UserErrors(failures)
+
+
+def _failure(name: str, gate: Gate, known: dict[str, Any], model: str) -> UserError | None:
+    where = f"evaluation.gates.{name}"
+    before, after = (_measured(known, name, gate.metric, m) for m in ("base", model))
+    if before is None or after is None:
+        missing = "base" if before is None else model
+        fix = _metric_names(known, name) or "start the run in a new folder"
+        return UserError(f"{gate.metric} of {missing} was not measured", where=where, fix=fix)
+    excess = gate.excess(before, after)
+    if excess <= 0:
+        return None
+    text = f"stage {model} changed the {gate.metric} of {name} from {before:.4f} to {after:.4f}"
+    error = None
+    if gate.metric == "loss":
+        error = HeldOutLosses.of(name, known).standard_error(model)
+    if error is not None:
+        text += f" (standard error of the change {error:.4f})"
+        if excess < CERTAIN * error:
+            warn(f"{where}: {text}: over the limit, but by no more than chance")
+            return None
+    limit = gate.max_drop if gate.max_drop is not None else gate.max_increase
+    message = f"{text}; {limit:g} is allowed. Nothing is merged"
+    return UserError(message, where=where, fix=ADVICE, status=Exit.GATE_FAILED)
+
+
+def _measured(known: dict[str, Any], name: str, metric: str, model: str) -> float | None:
+    if metric == "loss":
+        return known["losses"].get(name, {}).get(model)
+    return known.get("metrics", {}).get(name, {}).get(model, {}).get(metric)
+
+
+def _metric_names(known: dict[str, Any], name: str) -> str:
+    """What the set reports, for an unknown metric."""
+    measured = known.get("metrics", {}).get(name, {}).get("base", {})
+    return f"metric={' or '.join(['loss', *measured])}" if measured else ""
