@@ -26,6 +26,8 @@ class MethodTraits:
         adds_adapter: float32 parameters are added to the base, which stays as it is. What is added
             is saved in PEFT layout.
         quantizes_base: the frozen base's linear layers are kept in NF4, 4 bits a weight.
+        adds_product: what the adapter adds to a layer's weight is a scaled product of two matrices,
+            zero at the start.
         is_compared: the plan of any recipe shows this method next to the recipe's own.
         cannot_merge: why the result cannot become a plain model; empty if it can.
         quantized_kind: the kind to use instead if the base fits only in NF4.
@@ -36,6 +38,7 @@ class MethodTraits:
     trains_base: bool = False
     adds_adapter: bool = False
     quantizes_base: bool = False
+    adds_product: bool = False
     is_compared: bool = False
     cannot_merge: str = ""
     quantized_kind: str = "qlora"

@@ -22,6 +22,7 @@ class Lora(LowRankSettings):
             title="LoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
+            adds_product=True,
             is_compared=True,
         ),
         "qlora": MethodTraits(
@@ -29,12 +30,14 @@ class Lora(LowRankSettings):
             implementation="dtrain.methods.lora:LoraMethod",
             quantizes_base=True,
             adds_adapter=True,
+            adds_product=True,
             is_compared=True,
         ),
         "rslora": MethodTraits(
             title="rsLoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
+            adds_product=True,
         ),
     }
     kind: Literal["lora", "qlora", "rslora"] = Field(
