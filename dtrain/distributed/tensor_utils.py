@@ -28,6 +28,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return 0
 
 
+def memory_metrics(device: torch.device) -> dict[str, int]:
+    """Memory of this rank in bytes: the peak, and on a GPU what is allocated, reserved and there.
+
+    None of them waits for the GPU.
+    """
+    metrics = {"peak_memory_bytes": peak_memory_bytes(device)}
+    if device.type == "cuda":
+        metrics |= {
+            "memory_allocated_bytes": torch.cuda.memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+            "memory_capacity_bytes": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return metrics
+
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a CPU's tensor to `device` without waiting for what the device is doing."""
     if device.type == "cuda":  # from pageable memory the copy would wait

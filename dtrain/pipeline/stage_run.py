@@ -22,7 +22,13 @@ from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
 from dtrain.pipeline.stage_model import build_model_in_engine, export_adapter, export_merged_model
 from dtrain.pipeline.stage_record import StageSetup
-from dtrain.training.callbacks import Callback, HangWatchdogCallback, NonFiniteStop, ProgressBar
+from dtrain.training.callbacks import (
+    AlertWatch,
+    Callback,
+    HangWatchdogCallback,
+    NonFiniteStop,
+    ProgressBar,
+)
 from dtrain.training.checkpointer import Checkpointer, open_final_checkpoint
 from dtrain.training.held_out import HeldOutEvaluator
 from dtrain.training.progress import StageProgress
@@ -187,7 +193,7 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     return [
         HangWatchdogCallback(setup.watchdog),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
-        *(build_trackers(context) if setup.world.is_first else []),
+        *([AlertWatch(), *build_trackers(context)] if setup.world.is_first else []),
         ProgressBar(f"stage {stage.name}"),
     ]
 
