@@ -22,6 +22,7 @@ COMBINED = "combine.json"  # record of a combined adapter, in its folder
 _NAMED = (
     re.compile(r"(.*\.lora_(?:embedding_)?[ABE])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?"),
     re.compile(r"(.*\.lora_magnitude_vector)\.([^.]+)()(?:\.weight)?"),
+    re.compile(r"(.*\.(?:ia3_l|vera_lambda_[bd]))\.([^.]+)()"),
     re.compile(r"(.*)\.modules_to_save\.([^.]+)(\..*)"),
     re.compile(r"(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)()"),
 )

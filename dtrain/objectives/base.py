@@ -60,8 +60,6 @@ class StageContext:
         base: folder of the model that the stage starts from, such as a reference model.
         cache: folder for what is computed once, such as reference log-probabilities or a
             teacher's logits, which `MicroBatch.document_ids` and `.sequence_ids` identify.
-        base_identity: hash of what the base is made from, for what is stored; of a stage.
-        previous: batches of the stage before this one.
     """
 
     base: Path
@@ -69,8 +67,6 @@ class StageContext:
     model: nn.Module
     loader: Loader
     world: World
-    base_identity: str = ""
-    previous: Loader | None = None
 
 
 class Objective(ABC):
@@ -82,22 +78,13 @@ class Objective(ABC):
     """
 
     dataset: ClassVar[DatasetSpec]
-    metric_sum_names: tuple[str, ...] = ()
+    metric_sum_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Stage | EvaluationSet) -> None:
         self.settings = settings
 
     def begin_stage(self, context: StageContext) -> None:
         """Load or compute what `loss` needs in addition to batches; called once, on all ranks."""
-        return
-
-    def begin_training(self, module: nn.Module) -> None:
-        """Compute what `loss` needs of the stage's model; called once, on all ranks.
-
-        Args:
-            module: the model in its engine, at a checkpoint's weights if the stage is resumed, but
-                without the engine's wrapping: gradients stay on this rank.
-        """
         return
 
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:

@@ -9,7 +9,6 @@ import torch
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.checks import accumulation
-from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.log import say
 from dtrain.core.units import duration, size
@@ -17,8 +16,7 @@ from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.tensor_utils import peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
-from dtrain.objectives.base import Objective, StageContext
-from dtrain.objectives.regularizers.base import build_stage_objective
+from dtrain.objectives.base import Objective, StageContext, build_objective
 from dtrain.pipeline.auto_settings import record_calibration
 from dtrain.pipeline.stage_model import build_model_in_engine, export_adapter, export_merged_model
 from dtrain.pipeline.stage_record import StageSetup
@@ -117,7 +115,7 @@ def build_trainer(
     progress, loader = StageProgress(**state), build_loader(setup)
     return Trainer(
         engine=engine,
-        objective=begin_objective(setup, engine, loader),
+        objective=build_stage_objective(setup, engine, loader),
         loader=loader,
         checkpointer=checkpointer,
         evaluator=build_evaluator(setup, engine),
@@ -130,24 +128,18 @@ def build_trainer(
 
 def build_loader(setup: StageSetup) -> Loader:
     """The stage's training batches."""
-    train = setup.stage.train
+    train, dataset = setup.stage.train, setup.inputs.stages[setup.stage.name]
     accumulation(train.global_batch_size, setup.world.size, train.micro_batch)
-    loader = loader_of(setup, setup.stage)
-    say(f"{loader.dataset.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
-    return loader
-
-
-def loader_of(setup: StageSetup, stage: Stage) -> Loader:
-    """The batches of any stage of the recipe."""
-    train, dataset = stage.train, setup.inputs.stages[stage.name]
     mean_tokens = tokens_per_sequence(dataset)
-    return Loader(
+    loader = Loader(
         dataset,
         seed=setup.recipe.seed,
         global_batch=train.global_batch_size,
         total_sequences=total_sequences(train, dataset.sequences_in_epochs, mean_tokens),
         alone=not setup.inputs.layout.packed,
     )
+    say(f"{dataset.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
+    return loader
 
 
 def tokens_per_sequence(dataset: PackedDataset) -> float:
@@ -156,22 +148,11 @@ def tokens_per_sequence(dataset: PackedDataset) -> float:
     return float(dataset.tokens(dataset.sequence_ids_at(0, measured, seed=0)).mean())
 
 
-def begin_objective(setup: StageSetup, engine: Engine, loader: Loader) -> Objective:
+def build_stage_objective(setup: StageSetup, engine: Engine, loader: Loader) -> Objective:
     """The stage's objective, with what it needs in addition to batches."""
-    objective = build_stage_objective(setup.stage)
-    number = setup.recipe.stages.index(setup.stage)
-    context = StageContext(
-        setup.base,
-        cache_folder() / "objectives",
-        engine.model,
-        loader,
-        setup.world,
-        base_identity=setup.folder.inputs["parent"],
-        previous=loader_of(setup, setup.recipe.stages[number - 1]) if number else None,
-    )
-    objective.begin_stage(context)
-    with engine.autocast():
-        objective.begin_training(engine.module)
+    objective = build_objective(setup.stage)
+    cache = cache_folder() / "objectives"
+    objective.begin_stage(StageContext(setup.base, cache, engine.model, loader, setup.world))
     return objective
 
 

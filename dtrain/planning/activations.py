@@ -71,14 +71,12 @@ def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
         attention += (2 * e + 4) * shape.heads * workload.sequence_length
     mlp = (2 if MLPS in workload.kernels else 3) * e * shape.mlp
-    # What is between A and B of each adapter.
-    products = sum(workload.mean_rank(x) for x in workload.adapted if x.name != "lm_head")
     return (
         _norm_bytes(workload, profile)
         + attention
         + mlp
         + _linear_input_bytes(workload, profile)
-        + e * products
+        + e * sum(workload.adapter_saved(x) for x in workload.adapted if x.name != "lm_head")
     )
 
 

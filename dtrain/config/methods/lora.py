@@ -22,7 +22,8 @@ class Lora(LowRankSettings):
             title="LoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
-            adds_product=True,
+            stacks=True,
+            has_kernel=True,
             is_compared=True,
         ),
         "qlora": MethodTraits(
@@ -30,14 +31,16 @@ class Lora(LowRankSettings):
             implementation="dtrain.methods.lora:LoraMethod",
             quantizes_base=True,
             adds_adapter=True,
-            adds_product=True,
+            stacks=True,
+            has_kernel=True,
             is_compared=True,
         ),
         "rslora": MethodTraits(
             title="rsLoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
-            adds_product=True,
+            stacks=True,
+            has_kernel=True,
         ),
     }
     kind: Literal["lora", "qlora", "rslora"] = Field(

@@ -1,1 +1,0 @@
-"""Terms against forgetting that a stage adds to the loss of its objective."""
