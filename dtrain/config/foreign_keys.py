@@ -78,6 +78,7 @@ EQUIVALENTS = {
     "stages[].train.max_grad_norm": (
         "gradient_clipping gradient_clip_val clip_grad grad_clip clip_grad_norm clip_norm"
     ),
+    "stages[].train.label_smoothing": "label_smoothing_factor",
     "stages[].train.neftune_noise_alpha": "neftune_alpha neft_alpha noisy_embedding_alpha",
     "stages[].train.evaluate_every_steps": (
         "eval_steps eval_strategy evaluation_strategy evals_per_epoch eval_interval do_eval"
@@ -168,7 +169,7 @@ ANSWERS = {
         "adam_beta1 adam_beta2 adam_epsilon optim_args"
     ),
     "dtrain has no such setting": (
-        "label_smoothing_factor modules_to_save lora_modules_to_save "
+        "modules_to_save lora_modules_to_save "
         "additional_target activation_offloading freeze_trainable_layers "
         "lora_bias layers_to_transform remove_unused_columns dataset_text_field strict "
         "local_rank torch_compile"

@@ -89,6 +89,7 @@ def fused_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T + bias` against targets, in float32.
 
@@ -98,12 +99,13 @@ def fused_cross_entropy(
         bias: [V].
         targets: int64 [K].
         transform: applied to the logits [c, V] of a chunk before the softmax.
+        smoothing: share of the target's probability that all tokens get evenly.
 
     Returns:
         Their sum, and the loss of each [K], which has no gradient.
     """
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    chunk_loss = _cross_entropy_of(targets, losses)
+    chunk_loss = _cross_entropy_of(targets, losses, smoothing)
     return chunked_head_loss(hidden, weight, bias, transform, losses, chunk_loss), losses
 
 
@@ -138,11 +140,20 @@ def in_autocast_dtype(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _cross_entropy_of(targets: Tensor, losses: Tensor) -> ChunkLoss:
+def _cross_entropy_of(targets: Tensor, losses: Tensor, smoothing: float = 0.0) -> ChunkLoss:
     """The cross-entropy of targets [K], written to losses [K]."""
 
     def chunk_loss(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+        if not smoothing:
+            cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+            return logits
+        indices = targets[chunk].unsqueeze(1)
+        margins = logits.gather(1, indices).squeeze(1) - logits.mean(1)
         cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+        losses[chunk] += smoothing * margins
+        if learns:
+            logits -= smoothing / logits.shape[1]
+            logits.scatter_add_(1, indices, torch.full_like(margins, smoothing).unsqueeze(1))
         return logits
 
     return chunk_loss

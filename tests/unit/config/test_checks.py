@@ -103,6 +103,10 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             },
             ["train.warmup_ratio", "train.decay_ratio"],
         ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__train__label_smoothing": 0.1},
+            ["stages.0.kind", "train.label_smoothing", "preference.label_smoothing"],
+        ),
         ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
         ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
         ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),
