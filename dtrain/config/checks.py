@@ -204,6 +204,9 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
     for source_key, source in zip(keys_of_sources, data.all_sources, strict=False):
         if source.format != "auto" and (mismatch := format_mismatch(kind, source.format)):
             yield Clash([(*owner, "kind"), (*source_key, "format")], *mismatch)
+        if source.loss_weight != 1.0 and not OBJECTIVES[kind].sums_token_losses:
+            message = f"{kind} has no cross-entropy of single tokens to weigh"
+            yield Clash([(*owner, "kind"), (*source_key, "loss_weight")], message, "remove it")
 
 
 def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
@@ -240,6 +243,9 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
             if isinstance(source.weight, list):
                 message = "an evaluation set has no steps"
                 yield Clash([(*at, "sources", number, "weight")], message, "set a single weight")
+            if source.loss_weight != 1.0:
+                message = "the loss of an evaluation set counts every token alike"
+                yield Clash([(*at, "sources", number, "loss_weight")], message, "remove it")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
         yield from _preference(held_out.kind, held_out.preference, at)
         yield from _held_out_reference(recipe, held_out.kind, at)

@@ -44,6 +44,7 @@ EQUIVALENTS = {
     "stages[].data.sources[].format": "formatting ds_type dataset_format",
     "stages[].data.sources[].split": "dataset_split train_on_split train_split",
     "stages[].data.sources[].weight": "interleave_probs mix_probs",
+    "stages[].data.sources[].loss_weight": "dataset_loss_weight loss_weights",
     "stages[].data.sequence_length": (
         "cutoff_len sequence_len max_seq_length max_length max_seq_len seq_length seq_len "
         "model_max_length block_size context_length"

@@ -39,7 +39,7 @@ class ObjectiveTraits:
         trains_on_answers: only turns of a conversation are trained, which the chat template
             renders; otherwise every token is.
         sums_token_losses: the loss is the cross-entropy of each target, which
-            `train.label_smoothing` can smooth.
+            `train.label_smoothing` can smooth and a source's `loss_weight` can scale.
         preference_keys: keys of the `preference` group that it reads.
         needs_reference: the model that the stage started from computes each batch too.
         extra_forwards: forward passes of each token without a backward pass, such as the

@@ -59,7 +59,10 @@ def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
 
 
 def target_losses(
-    model: nn.Module, micro_batch: PackedTargets, smoothing: float = 0.0
+    model: nn.Module,
+    micro_batch: PackedTargets,
+    smoothing: float = 0.0,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of the targets of a micro-batch, in float32.
 
@@ -68,21 +71,25 @@ def target_losses(
         micro_batch: as for `target_logits`, with targets [K].
         smoothing: share of a target's probability that all tokens get evenly, as in
             arXiv:1512.00567.
+        factors: float32 [K], of each loss in the sum; None for 1.
 
     Returns:
-        Their sum, and the loss of each [K], which has no gradient.
+        Their sum, and the loss of each [K], without its factor and without a gradient.
     """
     inner, targets = transformers_model(model), micro_batch.targets
     head = FusedLossHead.of(inner)
     if head is None:
         losses = token_losses(target_logits(model, micro_batch), targets, smoothing)
-        return losses.sum(), losses.detach()[: len(targets)]
+        total = losses.sum() if factors is None or not len(targets) else (losses * factors).sum()
+        return total, losses.detach()[: len(targets)]
     item_losses: list[Tensor] = []
 
     def compute(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
     ) -> Tensor:
-        loss, losses = fused_cross_entropy(hidden, weight, bias, targets, transform, smoothing)
+        loss, losses = fused_cross_entropy(
+            hidden, weight, bias, targets, transform, smoothing, factors
+        )
         item_losses.append(losses)
         return loss.view(1, 1)
 

@@ -29,7 +29,7 @@ class CausalLm(Objective):
         return counts.supervised_tokens
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
-        total, losses = target_losses(model, batch, self.smoothing)
+        total, losses = target_losses(model, batch, self.smoothing, batch.target_weights)
         return LossOutput(total, len(batch.targets), losses)
 
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:

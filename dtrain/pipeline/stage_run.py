@@ -131,12 +131,14 @@ def build_loader(setup: StageSetup) -> Loader:
     train, dataset = setup.stage.train, setup.inputs.stages[setup.stage.name]
     accumulation(train.global_batch_size, setup.world.size, train.micro_batch)
     mean_tokens = tokens_per_sequence(dataset)
+    weights = setup.stage.data.loss_weights
     loader = Loader(
         dataset,
         seed=setup.recipe.seed,
         global_batch=train.global_batch_size,
         total_sequences=total_sequences(train, dataset.sequences_in_epochs, mean_tokens),
         alone=not setup.inputs.layout.packed,
+        loss_weights=weights if any(w != 1.0 for w in weights) else (),
     )
     say(f"{dataset.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
     return loader

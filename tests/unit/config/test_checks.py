@@ -107,6 +107,14 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             {"stages__0": PAIR_STAGE, "stages__0__train__label_smoothing": 0.1},
             ["stages.0.kind", "train.label_smoothing", "preference.label_smoothing"],
         ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__data__sources": [PAIRS | {"loss_weight": 2.0}]},
+            ["stages.0.kind", "stages.0.data.sources.0.loss_weight"],
+        ),
+        (
+            {"evaluation__sets__domain__sources": [TEXT | {"loss_weight": 2.0}]},
+            ["evaluation.sets.domain.sources.0.loss_weight"],
+        ),
         ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
         ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
         ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),

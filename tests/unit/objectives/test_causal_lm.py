@@ -1,4 +1,4 @@
-"""The cross-entropy of cpt and sft with label smoothing, against transformers' own."""
+"""Cross-entropy with label smoothing and factors, against transformers and torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import LabelSmoother
 
 from dtrain.config.methods import Lora
@@ -54,6 +55,23 @@ def test_smoothing_equals_transformers(transform: Any) -> None:
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(losses, token_losses(logits, targets, SMOOTHING).detach())
     for gradient, other in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("who_computes")
+def test_factors_scale_losses_and_gradients() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(TARGETS, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    targets, factors = torch.randint(0, VOCABULARY, (TARGETS,)), torch.rand(TARGETS)
+    total, losses = fused_cross_entropy.fused_cross_entropy(
+        hidden, weight, None, targets, factors=factors
+    )
+    expected = cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    others = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    for gradient, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
 
 
