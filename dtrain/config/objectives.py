@@ -82,6 +82,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         trains_on_answers=True,
         preference_keys=frozenset(
             {"loss", "beta", "label_smoothing", "length_normalized", "sft_weight"}
+            | {"precompute_reference"}
         ),
         needs_reference=True,
         extra_forwards=1,
@@ -92,7 +93,9 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         description="answers rated true or false, against the stage's base",
         contents=frozenset({"labeled answer"}),
         trains_on_answers=True,
-        preference_keys=frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+        preference_keys=frozenset(
+            {"beta", "desirable_weight", "undesirable_weight", "precompute_reference"}
+        ),
         needs_reference=True,
         extra_forwards=2,  # the reference's; both models' of half of the tokens, for the baseline
     ),

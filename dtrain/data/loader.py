@@ -163,10 +163,13 @@ class Loader:
         ids = ids if step + 1 < self.steps else ids[ids != NO_SEQUENCE]
         position = step * self.global_batch + rank * share
         for start in range(0, share, micro_batch):
-            yield self._micro_batch(ids[start : start + micro_batch], position + start)
+            yield self.read(ids[start : start + micro_batch], position + start)
 
-    def _micro_batch(self, ids: Int64s, position: int) -> MicroBatch:
-        """These sequences, the first of which is at `position` of the stream."""
+    def read(self, ids: Int64s, position: int = 0) -> MicroBatch:
+        """These sequences [n], the first of which is at `position` of the stream.
+
+        Without sequences it is a micro-batch of two tokens and no target.
+        """
         if not ids.size:
             return _empty_micro_batch(position, alone=self.alone)
         collated = self.dataset.read(ids)

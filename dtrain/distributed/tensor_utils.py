@@ -1,7 +1,8 @@
-"""Peak memory of this process, copies to its device, and a fast test for finite values."""
+"""Memory of this process, copies to its device, and a fast test for finite values."""
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -41,6 +42,13 @@ def memory_metrics(device: torch.device) -> dict[str, int]:
             "memory_capacity_bytes": torch.cuda.get_device_properties(device).total_memory,
         }
     return metrics
+
+
+def free_memory() -> None:
+    """Free a released model's memory before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

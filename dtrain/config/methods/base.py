@@ -30,6 +30,8 @@ class MethodTraits:
             as with this adapter on their merged model.
         has_kernel: `dtrain.models.kernels.lora_linear` computes the layers that it adapts.
         is_compared: the plan of any recipe shows this method next to the recipe's own.
+        base_when_disabled: with its adapter switched off, the model computes exactly as the one
+            that the stage starts from.
         cannot_merge: why the result cannot become a plain model; empty if it can.
         quantized_kind: the kind to use instead if the base fits only in NF4.
     """
@@ -42,6 +44,7 @@ class MethodTraits:
     stacks: bool = False
     has_kernel: bool = False
     is_compared: bool = False
+    base_when_disabled: bool = False
     cannot_merge: str = ""
     quantized_kind: str = "qlora"
 

@@ -25,6 +25,7 @@ class Lora(LowRankSettings):
             stacks=True,
             has_kernel=True,
             is_compared=True,
+            base_when_disabled=True,
         ),
         "qlora": MethodTraits(
             title="QLoRA",
@@ -34,6 +35,7 @@ class Lora(LowRankSettings):
             stacks=True,
             has_kernel=True,
             is_compared=True,
+            base_when_disabled=True,
         ),
         "rslora": MethodTraits(
             title="rsLoRA",
@@ -41,6 +43,7 @@ class Lora(LowRankSettings):
             adds_adapter=True,
             stacks=True,
             has_kernel=True,
+            base_when_disabled=True,
         ),
     }
     kind: Literal["lora", "qlora", "rslora"] = Field(
