@@ -21,6 +21,7 @@ CHANGEABLE = frozenset(
         "train.tokens",
         "train.weight_decay",
         "train.max_grad_norm",
+        "train.label_smoothing",
         "train.neftune_noise_alpha",
         "train.evaluate_every_steps",
         "train.evaluate_on",

@@ -145,7 +145,6 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
     yield from _preference(stage.kind, stage.preference, at)
-    yield from _reference(stage, at)
     yield from check_method(stage, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
         message = f"{stage.method.kind} cannot be merged: {reason}"
@@ -165,16 +164,6 @@ def _preference(kind: str, preference: PreferenceSettings, at: Key) -> Iterator[
         keys: list[Key] = [(*at, "preference", name) for name in ("label_smoothing", "loss")]
         what = f"{preference.loss} has no label smoothing"
         yield Clash(keys, what, "loss=sigmoid or robust, or remove label_smoothing")
-
-
-def _reference(stage: Stage, at: Key) -> Iterator[Clash]:
-    if OBJECTIVES[stage.kind].needs_reference and stage.method.traits.trains_base:
-        what = (
-            f"{stage.kind} compares with the model that the stage starts from, which "
-            f"{stage.method.kind} overwrites"
-        )
-        fix = "method.kind=lora or qlora; or an objective without a reference: simpo, orpo or cpo"
-        yield Clash([(*at, "kind"), (*at, "method", "kind")], what, fix)
 
 
 def _batch(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
@@ -204,6 +193,9 @@ def _sources(data: Data, kind: str, owner: Key, at: Key) -> Iterator[Clash]:
     for source_key, source in zip(keys_of_sources, data.all_sources, strict=False):
         if source.format != "auto" and (mismatch := format_mismatch(kind, source.format)):
             yield Clash([(*owner, "kind"), (*source_key, "format")], *mismatch)
+        if source.loss_weight != 1.0 and not OBJECTIVES[kind].sums_token_losses:
+            message = f"{kind} has no cross-entropy of single tokens to weigh"
+            yield Clash([(*owner, "kind"), (*source_key, "loss_weight")], message, "remove it")
 
 
 def _changing_weights(stage: Stage, at: Key) -> Iterator[Clash]:
@@ -240,24 +232,14 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
             if isinstance(source.weight, list):
                 message = "an evaluation set has no steps"
                 yield Clash([(*at, "sources", number, "weight")], message, "set a single weight")
+            if source.loss_weight != 1.0:
+                message = "the loss of an evaluation set counts every token alike"
+                yield Clash([(*at, "sources", number, "loss_weight")], message, "remove it")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
         yield from _preference(held_out.kind, held_out.preference, at)
-        yield from _held_out_reference(recipe, held_out.kind, at)
-
     for name in recipe.evaluation.gates:
         if name not in recipe.evaluation.sets:
             keys: list[Key] = [("evaluation", "gates", name), ("evaluation", "sets")]
             known = ", ".join(recipe.evaluation.sets)
             fix = f"use one of {known}" if known else "add the set to evaluation.sets"
             yield Clash(keys, f"there is no set named {name}", fix)
-
-
-def _held_out_reference(recipe: Recipe, kind: str, at: Key) -> Iterator[Clash]:
-    for number, stage in enumerate(recipe.stages):
-        if OBJECTIVES[kind].needs_reference and stage.method.traits.trains_base:
-            method: Key = ("stages", number, "method", "kind")
-            what = (
-                f"{kind} compares with the model that the stage {stage.name} starts from, which "
-                f"{stage.method.kind} overwrites"
-            )
-            yield Clash([(*at, "kind"), method], what, "kind=simpo, which needs no reference")

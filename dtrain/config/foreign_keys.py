@@ -44,6 +44,7 @@ EQUIVALENTS = {
     "stages[].data.sources[].format": "formatting ds_type dataset_format",
     "stages[].data.sources[].split": "dataset_split train_on_split train_split",
     "stages[].data.sources[].weight": "interleave_probs mix_probs",
+    "stages[].data.sources[].loss_weight": "dataset_loss_weight loss_weights",
     "stages[].data.sequence_length": (
         "cutoff_len sequence_len max_seq_length max_length max_seq_len seq_length seq_len "
         "model_max_length block_size context_length"
@@ -78,6 +79,7 @@ EQUIVALENTS = {
     "stages[].train.max_grad_norm": (
         "gradient_clipping gradient_clip_val clip_grad grad_clip clip_grad_norm clip_norm"
     ),
+    "stages[].train.label_smoothing": "label_smoothing_factor",
     "stages[].train.neftune_noise_alpha": "neftune_alpha neft_alpha noisy_embedding_alpha",
     "stages[].train.evaluate_every_steps": (
         "eval_steps eval_strategy evaluation_strategy evals_per_epoch eval_interval do_eval"
@@ -124,7 +126,6 @@ ANSWERS = {
         "stage task task_type do_train training_type rlhf_type"
     ),
     "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
-    "use stages[].method.kind: dora, or qdora for a base in NF4": "use_dora dora peft_use_dora",
     "every stage starts with a new adapter: merge the old one into its base with `dtrain merge`": (
         "adapter_name_or_path lora_model_dir adapters resume_from_adapter"
     ),
@@ -169,7 +170,7 @@ ANSWERS = {
         "adam_beta1 adam_beta2 adam_epsilon optim_args"
     ),
     "dtrain has no such setting": (
-        "label_smoothing_factor modules_to_save lora_modules_to_save "
+        "modules_to_save lora_modules_to_save "
         "additional_target activation_offloading freeze_trainable_layers "
         "lora_bias layers_to_transform remove_unused_columns dataset_text_field strict "
         "local_rank torch_compile"

@@ -38,6 +38,8 @@ class ObjectiveTraits:
         contents: what a row may hold.
         trains_on_answers: only turns of a conversation are trained, which the chat template
             renders; otherwise every token is.
+        sums_token_losses: the loss is the cross-entropy of each target, which
+            `train.label_smoothing` can smooth and a source's `loss_weight` can scale.
         preference_keys: keys of the `preference` group that it reads.
         needs_reference: the model that the stage started from computes each batch too.
         extra_forwards: forward passes of each token without a backward pass, such as the
@@ -49,6 +51,7 @@ class ObjectiveTraits:
     description: str
     contents: frozenset[ContentKind]
     trains_on_answers: bool
+    sums_token_losses: bool = False
     preference_keys: frozenset[str] = frozenset()
     needs_reference: bool = False
     extra_forwards: int = 0
@@ -61,6 +64,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         description="loss on every token",
         contents=frozenset({"text", "conversation"}),
         trains_on_answers=False,
+        sums_token_losses=True,
     ),
     "sft": ObjectiveTraits(
         title="supervised fine-tuning",
@@ -68,6 +72,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         description="loss on answers only",
         contents=frozenset({"conversation"}),
         trains_on_answers=True,
+        sums_token_losses=True,
     ),
     "dpo": ObjectiveTraits(
         title="direct preference optimization",
@@ -77,6 +82,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         trains_on_answers=True,
         preference_keys=frozenset(
             {"loss", "beta", "label_smoothing", "length_normalized", "sft_weight"}
+            | {"precompute_reference"}
         ),
         needs_reference=True,
         extra_forwards=1,
@@ -87,7 +93,9 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         description="answers rated true or false, against the stage's base",
         contents=frozenset({"labeled answer"}),
         trains_on_answers=True,
-        preference_keys=frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+        preference_keys=frozenset(
+            {"beta", "desirable_weight", "undesirable_weight", "precompute_reference"}
+        ),
         needs_reference=True,
         extra_forwards=2,  # the reference's; both models' of half of the tokens, for the baseline
     ),

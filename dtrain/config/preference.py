@@ -45,5 +45,13 @@ class PreferenceSettings(Group):
     target_margin: Weight = Field(
         0.5, description="simpo: margin by which the chosen answer should win (gamma)"
     )
+    precompute_reference: bool = Field(
+        False,
+        description=(
+            "dpo and kto: compute the reference's log-probabilities once, before the training, "
+            "and store them, instead of in every step; always done where no adapter can be "
+            "switched off, as with full"
+        ),
+    )
     desirable_weight: Weight = Field(1.0, description="kto: weight of desirable answers")
     undesirable_weight: Weight = Field(1.0, description="kto: weight of undesirable answers")

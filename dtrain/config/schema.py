@@ -136,6 +136,13 @@ class Source(Group):
             "`{after_steps: 1000, weight: 0.3}` to change it during training",
         )
     )
+    loss_weight: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description=(
+            "cpt, sft: factor of the loss of its tokens; the loss of a step is the weighted mean "
+            "over the global batch, so only the ratios of the sources' factors count"
+        ),
+    )
     split: str = Field("train", description="split of a hub dataset")
 
     def weight_after(self, steps: int) -> float | None:
@@ -236,6 +243,11 @@ class Data(Group):
     def all_sources(self) -> list[Source]:
         """The sources, then the replay source if there is one."""
         return [*self.sources, *([self.replay] if self.replay else [])]
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """The factor of the loss of each of `all_sources`."""
+        return [source.loss_weight for source in self.all_sources]
 
     @property
     def weights_by_step(self) -> dict[int, list[float | None]]:

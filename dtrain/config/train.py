@@ -65,6 +65,13 @@ class Train(Group):
         1.0,
         description="clip the global gradient norm to this value",
     )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description=(
+            "cpt, sft: share of a target's probability that goes to all tokens evenly; held-out "
+            "losses have none"
+        ),
+    )
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="noise on the embeddings in training, such as 5 (NEFTune)"
     )

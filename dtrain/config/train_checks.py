@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.train import LR_SCHEDULER_KEYS, Train
 from dtrain.config.yaml_document import Key
@@ -15,6 +16,10 @@ def check_train(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     yield from _length(stage, at)
     yield from _watching(recipe, stage, at)
     yield from _learning_rate(stage.train, at)
+    if stage.train.label_smoothing and not OBJECTIVES[stage.kind].sums_token_losses:
+        keys: list[Key] = [(*at[:-1], "kind"), (*at, "label_smoothing")]
+        message = f"{stage.kind} has no cross-entropy of single tokens to smooth"
+        yield Clash(keys, message, "label_smoothing=0.0; for dpo preference.label_smoothing")
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:

@@ -8,7 +8,7 @@ Letters: T tokens of a micro-batch, K targets, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dtrain.data.collate import CollatedBatch
 from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.distributed.tensor_utils import send
 
@@ -47,6 +48,7 @@ class MicroBatch:
         document_ids: id of each document in the dataset, [D]. The documents of one row follow one
             another.
         labels: of each document, as its row encoder set it, [D].
+        target_weights: float32 [K], factor of each target's loss; None if all are 1.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +61,7 @@ class MicroBatch:
     sequence_ids: list[int] = field(default_factory=list)
     document_ids: Int64s = field(default_factory=_empty)
     labels: Int64s = field(default_factory=_empty)
+    target_weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch with its tensors on `device`."""
@@ -83,6 +86,7 @@ class Loader:
         global_batch: int,
         total_sequences: int,
         alone: bool = False,
+        loss_weights: Sequence[float] = (),
     ) -> None:
         """Divide the first `total_sequences` sequences of the stream into steps.
 
@@ -93,10 +97,12 @@ class Loader:
             total_sequences: sequences of the whole stage; the last step may be short.
             alone: the model computes one document at a time: every sequence has one document, and
                 every micro-batch one sequence.
+            loss_weights: factor of the loss of each source's tokens; none for 1.
         """
         self.dataset, self.seed = dataset, seed
         self.global_batch, self.total_sequences = global_batch, total_sequences
         self.alone = alone
+        self.loss_weights = np.array(loss_weights, dtype=np.float32)
         self._window = StepWindow(max(1, ORDER_AHEAD // global_batch))
         self._ids = np.empty((0, global_batch), dtype=np.int64)
 
@@ -157,10 +163,13 @@ class Loader:
         ids = ids if step + 1 < self.steps else ids[ids != NO_SEQUENCE]
         position = step * self.global_batch + rank * share
         for start in range(0, share, micro_batch):
-            yield self._micro_batch(ids[start : start + micro_batch], position + start)
+            yield self.read(ids[start : start + micro_batch], position + start)
 
-    def _micro_batch(self, ids: Int64s, position: int) -> MicroBatch:
-        """These sequences, the first of which is at `position` of the stream."""
+    def read(self, ids: Int64s, position: int = 0) -> MicroBatch:
+        """These sequences [n], the first of which is at `position` of the stream.
+
+        Without sequences it is a micro-batch of two tokens and no target.
+        """
         if not ids.size:
             return _empty_micro_batch(position, alone=self.alone)
         collated = self.dataset.read(ids)
@@ -176,7 +185,15 @@ class Loader:
             ids.tolist(),
             collated.documents,
             collated.labels,
+            self._target_weights(ids, collated),
         )
+
+    def _target_weights(self, ids: Int64s, collated: CollatedBatch) -> torch.Tensor | None:
+        if not self.loss_weights.size:
+            return None
+        ends = np.cumsum(collated.sequence_tokens)
+        sequences = ends.searchsorted(collated.target_positions, side="right")
+        return torch.from_numpy(self.loss_weights[self.dataset.sources_of(ids)[sequences]])
 
     def _existing(self, step: int) -> Int64s:
         ids = self.batch(step)

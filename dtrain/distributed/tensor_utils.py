@@ -1,7 +1,8 @@
-"""Peak memory of this process, copies to its device, and a fast test for finite values."""
+"""Memory of this process, copies to its device, and a fast test for finite values."""
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
@@ -26,6 +27,28 @@ def peak_memory_bytes(device: torch.device) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def memory_metrics(device: torch.device) -> dict[str, int]:
+    """Memory of this rank in bytes: the peak, and on a GPU what is allocated, reserved and there.
+
+    None of them waits for the GPU.
+    """
+    metrics = {"peak_memory_bytes": peak_memory_bytes(device)}
+    if device.type == "cuda":
+        metrics |= {
+            "memory_allocated_bytes": torch.cuda.memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+            "memory_capacity_bytes": torch.cuda.get_device_properties(device).total_memory,
+        }
+    return metrics
+
+
+def free_memory() -> None:
+    """Free a released model's memory before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -63,6 +63,16 @@ class World:
         dist.broadcast(buffer, 0, group=self.gloo_group)
         return bytes(buffer.tolist()).decode()
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Return every rank's `data`, in the order of the ranks, on all of them."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.gloo_group)
+        longest = max(int(size) for size in sizes)
+        own = torch.frombuffer(bytearray(data.ljust(longest + 1, b"\0")), dtype=torch.uint8)
+        buffers = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(buffers, own, group=self.gloo_group)
+        return [b[: int(n)].numpy().tobytes() for b, n in zip(buffers, sizes, strict=True)]
+
     def rank0_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank, then on the others, which find its cached results.
 

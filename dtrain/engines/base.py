@@ -212,7 +212,8 @@ def build_optimizer(
     train = stage.train
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in zip(names, parameters, strict=True):
-        weight_decay = train.weight_decay if is_matrix(parameter) else 0.0
+        decays = is_matrix(parameter) and stage.method.decays(name)
+        weight_decay = train.weight_decay if decays else 0.0
         key = weight_decay, stage.method.learning_rate_scale(name)
         groups.setdefault(key, []).append(parameter)
     # The fused kernel passes through memory once instead of ten times.

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
-from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.distributed.tensor_utils import all_finite
+from dtrain.merge.adapter_tensors import PREFIX, AdapterFile, AdapterTensors, vera_as_lora
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.stream import row_blocks
 from dtrain.merge.weight_delta import (
@@ -25,74 +24,16 @@ from dtrain.merge.weight_delta import (
     check_config,
     layer_from_config,
 )
-from dtrain.models.peft_format import file_keys
+from dtrain.models.peft_format import CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
 ROLES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "m",
     ".lora_embedding_A": "a", ".lora_embedding_B": "b",
     ".lora_A": "a", ".lora_B": "b", ".lora_E": "e",
     ".lora_B.bias": "bias",
+    ".ia3_l": "s",
 }  # fmt: skip
-
-
-class AdapterTensors(Protocol):
-    """The tensors of an adapter, from its folder or from a checkpoint."""
-
-    shapes: dict[str, list[int]]
-
-    def get(self, key: str) -> Tensor:
-        """Return a tensor in float32."""
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Return rows of a tensor, as they are stored."""
-
-    def fingerprint(self) -> str:
-        """Return a hash of the content."""
-
-
-class AdapterFile:
-    """The tensors of an adapter folder, by their keys without the adapter's name.
-
-    Raises:
-        UserError: there is no complete safetensors file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / WEIGHTS
-        with self._open() as file:
-            self._keys = file_keys(file.keys(), self._path)
-            self.shapes: dict[str, list[int]] = {
-                name: file.get_slice(key).get_shape() for name, key in self._keys.items()
-            }
-
-    def get(self, key: str) -> Tensor:
-        """Return a tensor in float32."""
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(self._keys[key])
-        return tensor.float()
-
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Return rows of a tensor, as they are stored."""
-        with self._open() as file:
-            tensor: Tensor = file.get_slice(self._keys[key])[start:stop]
-        return tensor
-
-    def fingerprint(self) -> str:
-        """Return a hash of the folder's two files."""
-        paths = (self._path.with_name(name) for name in (CONFIG, WEIGHTS))
-        return fingerprint({path.name: file_hash(path) for path in paths})
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(self._path, framework="pt")
-        except FileNotFoundError as error:
-            fix = "save the adapter as safetensors; pickled adapters are not read"
-            raise UserError(f"no {WEIGHTS}", where=str(self._path.parent), fix=fix) from error
-        except SafetensorError as error:
-            raise UserError("is not a complete safetensors file", where=str(self._path)) from error
 
 
 class MergeableAdapter:
@@ -113,8 +54,10 @@ class MergeableAdapter:
     def __init__(
         self, config: dict[str, Any], tensors: AdapterTensors, base: BaseTensors, where: Path
     ) -> None:
-        self.where, self.config, self.tensors = str(where), config, tensors
         check_config(config, where / CONFIG)
+        if config["peft_type"] == "VERA":
+            config, tensors = vera_as_lora(config, tensors, base, str(where))
+        self.where, self.config, self.tensors = str(where), config, tensors
         self.layers: dict[str, LayerDelta] = {}
         self.replaced: dict[str, str] = {}
         self.saved_base: dict[str, str] = {}
@@ -261,12 +204,30 @@ class MergeableAdapter:
     def _take_layer(self, module: str, keys: dict[str, str]) -> None:
         bias = keys.pop("bias", None)
         name = self._find(f"{module}.weight", next(iter(keys.values()), bias or ""))
+        if "s" in keys:
+            self._take_factors(module, name, keys)
+            return
         if not {"a", "b"} <= keys.keys():
             raise UserError(f"{module} has only half of an adapter", where=self.where)
         self.layers[name] = layer = self._layer(module, name, keys)
         if bias is not None:
             bias_name = self._find(f"{module}.bias", bias)
             self.layers[bias_name] = LayerDelta({"bias": bias}, None, layer.scale, dims=1)
+
+    def _take_factors(self, module: str, name: str, keys: dict[str, str]) -> None:
+        """Take IA3's factors; those of outputs scale the bias too."""
+        factors, shape = self.tensors.shapes[keys["s"]], self._base.shape_of(name)[1]
+        transposed = self._config_says_transposed
+        outputs, inputs = shape[transposed], shape[not transposed]
+        if len(shape) != 2 or factors not in ([outputs, 1], [1, inputs]):
+            raise UserError(
+                f"{name} is {shape} in the base, {factors} in the adapter", where=self.where
+            )
+        layer = LayerDelta(keys, None, 1.0, transposed=transposed)
+        self.layers[name] = layer
+        bias = self._base.stored_name(f"{module}.bias")
+        if factors == [outputs, 1] and bias is not None:
+            self.layers[bias] = replace(layer, transposed=False, dims=1)
 
     def _find(self, name: str, key: str) -> str:
         """Return the base's name of a tensor."""

@@ -26,7 +26,7 @@ from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.merge.adapter import PREFIX, AdapterFile
+from dtrain.merge.adapter_tensors import PREFIX, AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dtrain.core.log import progress
-from dtrain.merge.adapter import WEIGHTS
 from dtrain.merge.base_tensors import BaseTensors, StoredTensor
 from dtrain.merge.stream import BLOCK_ELEMENTS
 from dtrain.merge.verify import FLOAT_DTYPES, RAW_BYTES, model_tensors
+from dtrain.models.peft_format import WEIGHTS
 
 
 @dataclass(frozen=True)

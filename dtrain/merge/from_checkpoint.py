@@ -24,7 +24,7 @@ from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import TrainedWeights
 from dtrain.merge.provenance import TrainingOrigin, origin_from_inputs
 from dtrain.models.hub import base_folder
-from dtrain.models.peft_format import parameter_key
+from dtrain.models.peft_format import file_key
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class CheckpointAdapter:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._names = {parameter_key(name): name for name in checkpoint.names}
+        self._names = {file_key(name): name for name in checkpoint.names}
         self.shapes = {k: list(checkpoint.names[name]) for k, name in self._names.items()}
         self._lock = Lock()
 

@@ -107,7 +107,7 @@ class ScaledAdapter:
     def __post_init__(self) -> None:
         layers = self.adapter.layers
         not_sums = sorted(self.adapter.trained_whole)
-        not_sums += [name for name in layers if "m" in layers[name].keys]
+        not_sums += [name for name in layers if {"m", "s"} & layers[name].keys.keys()]
         if self.weight != 1 and not_sums:
             message = f"{not_sums[0]} is not a sum of base and adapter, so it takes no weight"
             raise UserError(message, where=self.adapter.where)

@@ -40,7 +40,8 @@ class LayerDelta:
     """The change of one adapted tensor.
 
     Attributes:
-        keys: the adapter's key for each role: a, b, and e (AdaLoRA), m (DoRA's magnitude); or bias.
+        keys: the adapter's key for each role: a, b, and e (AdaLoRA), m (DoRA's magnitude); or bias;
+            or s (IA3's factors).
         r: rank by the config; None if the config does not say.
         scale: factor of B·A.
         initial_rank: AdaLoRA's divisor, the rank it started with.
@@ -68,6 +69,8 @@ class LayerDelta:
         """
         tensors = {role: read(key) for role, key in self.keys.items()}
         scale = self.scale * weight
+        if "s" in tensors:
+            return partial(_multiply, tensors["s"].T if self.transposed else tensors["s"])
         if "bias" in tensors:
             bias = tensors["bias"] * scale
             return lambda old, row: old.float() + bias[row : row + len(old)]
@@ -120,6 +123,13 @@ def _add_product(
     return add_scaled(old, delta, scale)
 
 
+def _multiply(factors: Tensor, old: Tensor, row: int) -> Tensor:
+    """IA3 (arXiv:2205.05638): a factor for each row [out, 1], or for each column [1, in]."""
+    if len(factors) > 1:
+        factors = factors[row : row + len(old)]
+    return old.float() * factors.view(-1, *factors.shape[1 : old.dim()])
+
+
 def _convolution_product(a: Tensor, b: Tensor) -> Tensor:
     """The kernel [out, in, ...] that equals A [r, in, ...] followed by B [out, r, 1, ...]."""
     if a.dim() == 4 and a.shape[2:] == (1, 1):
@@ -127,12 +137,18 @@ def _convolution_product(a: Tensor, b: Tensor) -> Tensor:
     return CONVOLUTIONS[a.dim()](a.transpose(0, 1), b).transpose(0, 1).contiguous()
 
 
-PEFT_TYPES = ("LORA", "ADALORA")
+# Their settings that a merge needs.
+REQUIRED = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "lora_alpha"),
+    "IA3": (),
+    "VERA": ("r", "projection_prng_key"),
+}
 # The merge uses these.
 USED = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "lora_bias", "bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying", "init_lora_weights", "init_r",
+    "ensure_weight_tying", "init_lora_weights", "init_r", "projection_prng_key",
 }  # fmt: skip
 # These say where adapters were put (as the tensors' names do), or how they were trained or loaded;
 # settings of an initialization matter only with an initialization that is refused.
@@ -141,7 +157,9 @@ WITHOUT_EFFECT = {
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size",
     "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    "feedforward_modules", "init_ia3_weights", "save_projection", "vera_dropout", "d_initial",
+    "init_weights", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+    "total_step",
 }  # fmt: skip
 # With these, PEFT computes differently or changes the base itself.
 REFUSED = {
@@ -166,9 +184,9 @@ def check_config(config: Any, path: Path) -> None:
     Raises:
         UserError: not the config of a LoRA adapter, or it has a setting that cannot be merged.
     """
-    if not isinstance(config, dict) or config.get("peft_type") not in PEFT_TYPES:
-        fix = "give the folder of an adapter that PEFT saved, with peft_type LORA or ADALORA"
-        raise UserError("is not the config of a LoRA adapter", where=str(path), fix=fix)
+    if not isinstance(config, dict) or config.get("peft_type") not in REQUIRED:
+        fix = f"give an adapter that PEFT saved, with peft_type {', '.join(REQUIRED)}"
+        raise UserError("is not the config of an adapter that merges", where=str(path), fix=fix)
     for name, value in config.items():
         if name not in USED and name not in WITHOUT_EFFECT and value:
             reason = REFUSED.get(name, f"this version of dtrain does not know {name}")
@@ -183,8 +201,7 @@ def check_config(config: Any, path: Path) -> None:
             where=str(path),
             fix="save_pretrained(…, path_initial_model_for_weight_conversion=…) makes a plain LoRA",
         )
-    rank_key = "init_r" if config["peft_type"] == "ADALORA" else "r"
-    required = (rank_key, "lora_alpha")
+    required = REQUIRED[config["peft_type"]]
     if missing := [key for key in required if not isinstance(config.get(key), int | float)]:
         fix = "save the adapter again with PEFT's save_pretrained"
         raise UserError(f"no {missing[0]} in it", where=str(path), fix=fix)

@@ -26,7 +26,9 @@ from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method, summarize_names
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
-from dtrain.models.peft_format import ADAPTER_NAME, CONFIG, WEIGHTS, parameter_key
+from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
+
+ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 
 Settings = TypeVar("Settings", bound=AdapterSettings)
 
@@ -68,7 +70,7 @@ class AdapterMethod(Method[Settings]):
         Args:
             more: settings of PEFT that replace those of `peft_config`.
         """
-        settings = {"target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+        settings = {"target_modules": targets, "task_type": "CAUSAL_LM"}
         config = get_peft_config(self.settings.peft_config() | settings | more)
         try:
             adapted = get_peft_model(model, config)
@@ -111,7 +113,7 @@ class AdapterMethod(Method[Settings]):
     ) -> None:
         assert isinstance(model, PeftModel)
         _check_tensors(model, tensors)
-        stored = {parameter_key(n): t.contiguous().cpu() for n, t in tensors.items()}
+        stored = {n: t.contiguous().cpu() for n, t in self.saved_tensors(model, tensors).items()}
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -125,6 +127,14 @@ class AdapterMethod(Method[Settings]):
             (staging / "new").rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the adapter's file holds, by PEFT's keys.
+
+        Args:
+            tensors: what trained, by `named_parameters()` name.
+        """
+        return {file_key(name): tensor for name, tensor in tensors.items()}
 
 
 def resolve_targets(
@@ -185,7 +195,7 @@ def _check_targets(
 
 def _adapter_config(model: PeftModel, base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json; PEFT writes its sets in an order that changes."""
-    content = model.peft_config[ADAPTER_NAME].to_dict()
+    content = model.peft_config[ADAPTER].to_dict()
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
     settings |= {"base_model_name_or_path": base}
     return dict(sorted(settings.items())) | {"inference_mode": True}

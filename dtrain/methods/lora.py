@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from dtrain.config.methods import Lora
 from dtrain.config.methods.patterns import by_names
-from dtrain.methods.adapter import AdapterMethod
-from dtrain.models.peft_format import ADAPTER_NAME
+from dtrain.methods.adapter import ADAPTER, AdapterMethod
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -29,7 +28,7 @@ class LoraMethod(AdapterMethod[Lora]):
         more |= {key: by_names(values, names) for key, values in patterns.items()}
         adapted = super()._with_adapter(model, targets, **more)
         for key, values in patterns.items():
-            setattr(adapted.peft_config[ADAPTER_NAME], key, dict(values))
+            setattr(adapted.peft_config[ADAPTER], key, dict(values))
         return adapted
 
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:

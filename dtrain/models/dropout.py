@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dtrain.models.kernels import native
@@ -118,15 +118,15 @@ class _Drop(torch.autograd.Function):
 
 
 def key_dropouts(model: nn.Module) -> None:
-    """Replace every LoRA dropout with p > 0 by KeyedDropout."""
+    """Replace every dropout of an adapter with p > 0 by KeyedDropout."""
     key = shared_key(model)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLayer):
-            continue
-        dropouts = module.lora_dropout
-        for adapter, dropout in list(dropouts.items()):
-            if isinstance(dropout, nn.Dropout) and dropout.p > 0:
-                dropouts[adapter] = KeyedDropout(dropout.p, name, key)
+    modules = list(model.named_modules())
+    layers: list[tuple[str, nn.Module]] = [x for x in modules if isinstance(x[1], BaseTunerLayer)]
+    for name, layer in layers:
+        for dropouts in layer.children():  # PEFT keeps them by the adapter's name
+            for adapter, dropout in list(dropouts.named_children()):
+                if isinstance(dropouts, nn.ModuleDict) and isinstance(dropout, nn.Dropout):
+                    dropouts[adapter] = KeyedDropout(dropout.p, name, key)
 
 
 def shared_key(model: nn.Module) -> DropoutKey:

@@ -58,27 +58,38 @@ def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
     return _call(model, inner, micro_batch)[0, micro_batch.target_positions]
 
 
-def target_losses(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tensor, Tensor]:
+def target_losses(
+    model: nn.Module,
+    micro_batch: PackedTargets,
+    smoothing: float = 0.0,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of the targets of a micro-batch, in float32.
 
     Args:
         model: wrapped by an engine or not.
         micro_batch: as for `target_logits`, with targets [K].
+        smoothing: share of a target's probability that all tokens get evenly, as in
+            arXiv:1512.00567.
+        factors: float32 [K], of each loss in the sum; None for 1.
 
     Returns:
-        Their sum, and the loss of each [K], which has no gradient.
+        Their sum, and the loss of each [K], without its factor and without a gradient.
     """
     inner, targets = transformers_model(model), micro_batch.targets
     head = FusedLossHead.of(inner)
     if head is None:
-        losses = token_losses(target_logits(model, micro_batch), targets)
-        return losses.sum(), losses.detach()[: len(targets)]
+        losses = token_losses(target_logits(model, micro_batch), targets, smoothing)
+        total = losses.sum() if factors is None or not len(targets) else (losses * factors).sum()
+        return total, losses.detach()[: len(targets)]
     item_losses: list[Tensor] = []
 
     def compute(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
     ) -> Tensor:
-        loss, losses = fused_cross_entropy(hidden, weight, bias, targets, transform)
+        loss, losses = fused_cross_entropy(
+            hidden, weight, bias, targets, transform, smoothing, factors
+        )
         item_losses.append(losses)
         return loss.view(1, 1)
 
@@ -123,14 +134,14 @@ def head_output(model: nn.Module, micro_batch: PackedInputs, compute: HeadFuncti
     return output[0]
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy [K] of logits [K, V] and targets [K], in float32.
 
     With K = 0 it is a single zero that depends on the parameters, as engines wait for gradients.
     """
     if len(targets) == 0:
         return logits.float().sum().view(1)
-    return cross_entropy(logits.float(), targets, reduction="none")
+    return cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
 def _call(

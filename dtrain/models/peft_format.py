@@ -14,7 +14,6 @@ from dtrain.core.files import read_json
 from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_NAME = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 COMBINED = "combine.json"  # record of a combined adapter, in its folder
@@ -23,6 +22,7 @@ COMBINED = "combine.json"  # record of a combined adapter, in its folder
 _NAMED = (
     re.compile(r"(.*\.lora_(?:embedding_)?[ABE])\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?"),
     re.compile(r"(.*\.lora_magnitude_vector)\.([^.]+)()(?:\.weight)?"),
+    re.compile(r"(.*\.(?:ia3_l|vera_lambda_[bd]))\.([^.]+)()"),
     re.compile(r"(.*)\.modules_to_save\.([^.]+)(\..*)"),
     re.compile(r"(.*\.token_adapter\.trainable_tokens_delta)\.([^.]+)()"),
 )
@@ -78,11 +78,6 @@ def file_key(key: str) -> str:
         if match := pattern.fullmatch(key):
             return match[1] + (match[3] or "")
     return key
-
-
-def parameter_key(name: str) -> str:
-    """The key under which PEFT saves a parameter of the adapter that trains."""
-    return file_key(name).replace(f".{ADAPTER_NAME}.", ".")
 
 
 def file_keys(keys: Iterable[str], where: Path) -> dict[str, str]:

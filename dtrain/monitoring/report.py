@@ -14,6 +14,7 @@ from dtrain.core.files import write_atomic
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import count, duration, size
+from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.run_record import RunRecord, format_loss, rate_change, read_run
 
 # Only the rank that writes the report needs matplotlib.
@@ -120,6 +121,7 @@ def _stage(record: RunRecord, name: str) -> dict[str, Any]:
         "facts": _facts(record.artifacts.get(name, {}), lines),
         "plot": plots.plot_stage(lines),
         "sources": _source_rows(lines),
+        "alerts": find_alerts(lines),
         "skipped": [line for line in lines if "skipped" in line][:MAX_SKIPPED],
     }
 

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
+from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.uncertainty import paired_standard_error
 
@@ -188,8 +189,16 @@ def run_summary(run: Path) -> str:
     answers = [_answer_block(i, answer) for i, answer in enumerate(record.answers, start=1)]
     results = [("merged model", record.merged), ("report", HTML_REPORT)]
     paths = "\n".join(f"{name:<14} {record.folder / path}" for name, path in results if path)
-    return "\n\n".join(
-        block for block in (_loss_table(record), _metric_table(record), *answers, paths) if block
+    blocks = (_loss_table(record), _metric_table(record), *answers, _alerts(record), paths)
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _alerts(record: RunRecord) -> str:
+    """A line for each alert of the stages."""
+    return "\n".join(
+        _wrap("warning: ", f"stage {stage}: {alert}")
+        for stage, lines in record.metrics.items()
+        for alert in find_alerts(lines)
     )
 
 

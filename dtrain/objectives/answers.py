@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtrain.data.loader import MicroBatch
+from dtrain.config.schema import EvaluationSet, Stage
+from dtrain.data.loader import BatchCounts, MicroBatch
 from dtrain.models.loss import target_losses, target_token_losses
-from dtrain.objectives.base import adapters_disabled
+from dtrain.objectives.base import Objective, StageContext, adapters_disabled
+from dtrain.objectives.stored_values import StoredValues
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,60 @@ def answer_log_probs(model: nn.Module, batch: MicroBatch) -> AnswerLogProbs:
     return AnswerLogProbs(_sums(-losses, index, batch), tokens.clamp(min=1))
 
 
-@torch.no_grad()
-def reference_log_probs(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Log-probability of each document's answer by the model that the stage started from, [D].
+class AnswerObjective(Objective):
+    """Base of the objectives that compare or rate answers.
 
-    A stage starts from a merged model, so that is the model without its adapter.
+    Attributes:
+        needs_reference: the loss compares with the model that the stage started from.
+        default_beta: where the recipe names none.
     """
-    with adapters_disabled(model):
-        _, losses = target_losses(model, batch)
+
+    needs_reference: ClassVar[bool] = False
+    default_beta: ClassVar[float] = 0.1
+
+    def __init__(self, settings: Stage | EvaluationSet) -> None:
+        super().__init__(settings)
+        self.preference = settings.preference
+        beta = self.preference.beta
+        self.beta = self.default_beta if beta is None else beta
+
+    def weight(self, counts: BatchCounts) -> int:
+        return counts.examples
+
+    def begin_stage(self, context: StageContext) -> None:
+        stores = self.preference.precompute_reference or not context.base_when_disabled
+        if self.needs_reference and stores:
+            folder = context.cache / "reference"
+            self.stored = StoredValues(
+                folder, context.start, context.loader, context.world, per="document"
+            )
+
+    def start_values(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        return {"log_probs": _log_probs(model, batch)}
+
+    def reference(
+        self, model: nn.Module, batch: MicroBatch, documents: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability of each document's answer by the model that the stage started from, [D].
+
+        Args:
+            model: as wrapped by the engine.
+            batch: on the model's device.
+            documents: only of these, if there are any on this rank.
+        """
+        if self.stored is not None:
+            values = self.stored.read(batch)["log_probs"]
+            return values if documents is None or not len(documents) else values[documents]
+        if documents is not None:
+            batch = select_documents(batch, documents)
+        with adapters_disabled(model):
+            return _log_probs(model, batch)
+
+
+@torch.no_grad()
+def _log_probs(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of each document's answer, float32 [D]."""
+    _, losses = target_losses(model, batch)
     return _sums(-losses, _document_of_targets(batch), batch)
 
 

@@ -32,6 +32,7 @@ from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.data.loader import BatchCounts, Loader, MicroBatch
 from dtrain.data.prepare import DatasetSpec
 from dtrain.distributed.world import World
+from dtrain.objectives.stored_values import StoredValues
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,18 @@ class StageContext:
     """What an objective may need in addition to its batches.
 
     Attributes:
-        base: folder of the model that the stage starts from, such as a reference model.
+        base: folder of the model that the stage starts from.
         cache: folder for what is computed once, such as reference log-probabilities or a
-            teacher's logits, which `MicroBatch.document_ids` and `.sequence_ids` identify.
+            teacher's logits; see `StoredValues`.
+        start: what decides the output of the model as the stage starts: base, dtype, method.
+        base_when_disabled: whether `adapters_disabled` turns the model back into that model.
+        loader: the batches of the stage or of the held-out set.
     """
 
     base: Path
     cache: Path
-    model: nn.Module
+    start: Mapping[str, Any]
+    base_when_disabled: bool
     loader: Loader
     world: World
 
@@ -75,17 +80,32 @@ class Objective(ABC):
     Attributes:
         dataset: how rows become documents and sequences, for data preparation.
         metric_sum_names: sums that every micro-batch reports; the same on every rank.
+        stored: values that the model as the stage starts must compute before the training;
+            `begin_stage` sets it.
     """
 
     dataset: ClassVar[DatasetSpec]
     metric_sum_names: ClassVar[tuple[str, ...]] = ()
+    stored: StoredValues | None = None
 
     def __init__(self, settings: Stage | EvaluationSet) -> None:
         self.settings = settings
 
     def begin_stage(self, context: StageContext) -> None:
-        """Load or compute what `loss` needs in addition to batches; called once, on all ranks."""
+        """Load or compute what `loss` needs in addition to batches.
+
+        Called once, on all ranks, before the stage's model is loaded.
+        """
         return
+
+    def start_values(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        """Compute what `stored` lacks of a micro-batch.
+
+        Args:
+            model: as wrapped by the engine; it computes as it does when the stage starts.
+            batch: on the model's device.
+        """
+        raise NotImplementedError
 
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
         """Compute a statistic over the global batch or a held-out set, such as KTO's baseline.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.data.loader import BatchCounts, MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec
@@ -19,11 +20,16 @@ from dtrain.objectives.base import LossOutput, Objective
 class CausalLm(Objective):
     """Cross-entropy of the supervised tokens; an item is a supervised token."""
 
+    def __init__(self, settings: Stage | EvaluationSet) -> None:
+        super().__init__(settings)
+        # A held-out loss is measured without smoothing, so that it compares between runs.
+        self.smoothing = settings.train.label_smoothing if isinstance(settings, Stage) else 0.0
+
     def weight(self, counts: BatchCounts) -> int:
         return counts.supervised_tokens
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
-        total, losses = target_losses(model, batch)
+        total, losses = target_losses(model, batch, self.smoothing, batch.target_weights)
         return LossOutput(total, len(batch.targets), losses)
 
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:

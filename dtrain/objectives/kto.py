@@ -15,39 +15,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtrain.config.schema import EvaluationSet, Stage
-from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.loader import MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED, RatedAnswerEncoder
 from dtrain.data.prepare import DatasetSpec
 from dtrain.distributed.world import World
 from dtrain.models.dropout import set_dropout_key
 from dtrain.objectives.answers import (
+    AnswerObjective,
     answer_log_probs,
     documents_labeled,
-    reference_log_probs,
     select_documents,
 )
-from dtrain.objectives.base import LossOutput, Objective
-
-DEFAULT_BETA = 0.1
+from dtrain.objectives.base import LossOutput
 
 
-class Kto(Objective):
+class Kto(AnswerObjective):
     """KTO against the base of the stage."""
 
     dataset = DatasetSpec("kto", RatedAnswerEncoder, Packing.WHOLE)
+    needs_reference = True
     metric_sum_names = (
         "rewards_chosen", "rewards_rejected", "chosen", "rejected", "baseline",
     )  # fmt: skip
-
-    def __init__(self, settings: Stage | EvaluationSet) -> None:
-        super().__init__(settings)
-        self.preference = settings.preference
-        self.beta = DEFAULT_BETA if self.preference.beta is None else self.preference.beta
-
-    def weight(self, counts: BatchCounts) -> int:
-        return counts.examples
 
     @torch.no_grad()
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> float:
@@ -55,17 +45,18 @@ class Kto(Objective):
         set_dropout_key(model, 0, 0, [], [])  # the baseline is an estimate without dropout
         total = count = 0.0
         for batch in batches:
+            batch = batch.to(world.device)
             unrelated = documents_labeled(batch, UNRELATED)
-            answers = select_documents(batch, unrelated).to(world.device)
-            ratios = -reference_log_probs(model, answers) + answer_log_probs(model, answers).sums
-            ratios = ratios[: len(unrelated)]  # of none on a rank without rows
+            reference = self.reference(model, batch, unrelated)
+            answers = answer_log_probs(model, select_documents(batch, unrelated))
+            ratios = (answers.sums - reference)[: len(unrelated)]  # of none on a rank without rows
             total, count = total + float(ratios.double().sum()), count + len(unrelated)
         total, count = world.sum([total, count])
         return max(0.0, total / max(1, count))
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
         baseline: float = statistics
-        reference = reference_log_probs(model, batch)  # first: engines expect forward, backward
+        reference = self.reference(model, batch)  # first: engines expect forward, backward
         answers = answer_log_probs(model, batch)
         rewards = self.beta * (answers.sums - reference)
         desirable = documents_labeled(batch, CHOSEN)

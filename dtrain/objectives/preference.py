@@ -17,18 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from dtrain.config.schema import EvaluationSet, Stage
-from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.loader import MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, PairEncoder
 from dtrain.data.prepare import DatasetSpec
 from dtrain.objectives.answers import (
     AnswerLogProbs,
+    AnswerObjective,
     answer_log_probs,
     documents_labeled,
-    reference_log_probs,
 )
-from dtrain.objectives.base import LossOutput, Objective
+from dtrain.objectives.base import LossOutput
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,13 @@ METRICS = (
 )  # fmt: skip
 
 
-class PairObjective(Objective):
+class PairObjective(AnswerObjective):
     """An objective on pairs: `pair_losses` and `rewards` are all that differs."""
 
     metric_sum_names = METRICS
-    needs_reference = False
-    default_beta = 0.1
-
-    def __init__(self, settings: Stage | EvaluationSet) -> None:
-        super().__init__(settings)
-        self.preference = settings.preference
-        beta = self.preference.beta
-        self.beta = self.default_beta if beta is None else beta
-
-    def weight(self, counts: BatchCounts) -> int:
-        return counts.examples
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
-        reference = reference_log_probs(model, batch) if self.needs_reference else None
+        reference = self.reference(model, batch) if self.needs_reference else None
         answers = answer_log_probs(model, batch)
         pairs = pair_up(answers, reference, batch)
         losses = self.pair_losses(pairs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder, local_path
+from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text, write_json
 from dtrain.core.log import Meter, progress, say
@@ -18,7 +19,7 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
-from dtrain.objectives.base import StageContext, build_objective
+from dtrain.objectives.base import build_objective
 from dtrain.pipeline.gates import check_gates
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel, template_of
@@ -45,32 +46,32 @@ class Evaluations:
         """Whether the untrained base is still to be measured."""
         return bool(self.sets) and BASE not in self.known["models"]
 
-    def record_base(self, engine: Engine, base: Path) -> None:
+    def held_out_sets(self, stage: Stage, world: World) -> dict[str, HeldOutSet]:
+        """Every set with its objective, for measurements on the ranks that train a stage."""
+        return {
+            name: HeldOutSet(
+                build_objective(self.recipe.evaluation.sets[name]),
+                held_out_loader(dataset, stage, world, self.layout),
+            )
+            for name, dataset in self.sets.items()
+        }
+
+    def record_base(self, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
         """Measure the base, with a fresh adapter that does not change its output."""
-        self.record(BASE, engine, base)
+        self.record(BASE, engine, sets)
 
-    def held_out_sets(self, engine: Engine, base: Path) -> dict[str, HeldOutSet]:
-        """Every set with its objective, ready to measure a model that started from `base`."""
-        sets, cache = dict[str, HeldOutSet](), cache_folder() / "objectives"
-        for name, dataset in self.sets.items():
-            objective = build_objective(self.recipe.evaluation.sets[name])
-            loader = held_out_loader(dataset, engine, self.layout)
-            objective.begin_stage(StageContext(base, cache, engine.model, loader, engine.world))
-            sets[name] = HeldOutSet(objective, loader)
-        return sets
-
-    def record(self, model: str, engine: Engine, base: Path) -> None:
+    def record(self, model: str, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
         """Measure every set with the engine's current model.
 
         Args:
             model: its name in the file.
-            base: folder of the model that the stage started from.
+            sets: from `held_out_sets`; their objectives know the model that the stage starts from.
         """
         if not self.sets:
             return
         total = sum(dataset.sequences_per_epoch for dataset in self.sets.values())
         with progress(f"held-out loss, {model}", total) as bar:
-            for name, held_out in self.held_out_sets(engine, base).items():
+            for name, held_out in sets.items():
                 result = evaluate(engine, held_out)
                 self._keep(name, model, result)
                 bar.advance(self.sets[name].sequences_per_epoch, note=f"{name} {result.loss:.4f}")
@@ -136,9 +137,9 @@ class Evaluations:
             write_json(self.path, finite(self.known))
 
 
-def held_out_loader(dataset: PackedDataset, engine: Engine, layout: Layout) -> Loader:
+def held_out_loader(dataset: PackedDataset, stage: Stage, world: World, layout: Layout) -> Loader:
     """Build a loader of all sequences of a held-out set, in batches that ranks share equally."""
-    batch = engine.world.size * engine.stage.train.micro_batch
+    batch = world.size * stage.train.micro_batch
     return Loader(
         dataset,
         seed=0,

@@ -133,6 +133,7 @@ def stage_record(
     for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
         settings["train"].pop(key)
     settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
+    settings["data"]["loss_weights"] = stage.data.loss_weights
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint
     stage_inputs = {
         "parent": parent,

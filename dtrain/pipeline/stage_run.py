@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.checks import accumulation
-from dtrain.core.cache_paths import cache_folder
 from dtrain.core.log import say
 from dtrain.core.units import duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
-from dtrain.distributed.tensor_utils import peak_memory_bytes, reset_peak_memory
+from dtrain.distributed.tensor_utils import free_memory, peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
-from dtrain.objectives.base import Objective, StageContext, build_objective
+from dtrain.objectives.base import Objective, build_objective
 from dtrain.pipeline.auto_settings import record_calibration
-from dtrain.pipeline.stage_model import build_model_in_engine, export_adapter, export_merged_model
+from dtrain.pipeline.precompute import build_starting_model, stage_context
+from dtrain.pipeline.stage_model import export_adapter, export_merged_model
 from dtrain.pipeline.stage_record import StageSetup
-from dtrain.training.callbacks import Callback, HangWatchdogCallback, NonFiniteStop, ProgressBar
+from dtrain.training.callbacks import (
+    AlertWatch,
+    Callback,
+    HangWatchdogCallback,
+    NonFiniteStop,
+    ProgressBar,
+)
 from dtrain.training.checkpointer import Checkpointer, open_final_checkpoint
-from dtrain.training.held_out import HeldOutEvaluator
+from dtrain.training.held_out import HeldOutEvaluator, HeldOutSet
 from dtrain.training.progress import StageProgress
 from dtrain.training.trackers import TrackerContext, build_trackers
 from dtrain.training.trainer import Trainer, total_sequences
@@ -68,17 +73,25 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     reset_peak_memory(device)
     checkpointer = build_checkpointer(setup)
     checkpoint = checkpointer.find_resumable(setup.folder.allowed_changes())
-    engine, parameters = build_model_in_engine(setup, checkpoint)
+    objective, loader = build_objective(setup.stage), build_loader(setup)
+    held_out = setup.evaluations.held_out_sets(setup.stage, setup.world)
+    loaders = {objective: loader} | {s.objective: s.loader for s in held_out.values()}
+    for each, its_loader in loaders.items():
+        each.begin_stage(stage_context(setup, its_loader))
+    started = build_starting_model(setup, checkpoint, list(loaders))
+    if started is None:
+        return None
+    engine, parameters = started
     free_memory()
     load_peak = peak_memory_bytes(device)
     reset_peak_memory(device)  # the plan is compared with the peak of the steps
-    trainer = build_trainer(setup, engine, checkpointer, checkpoint)
+    trainer = build_trainer(setup, engine, checkpointer, checkpoint, objective, loader, held_out)
     is_untrained = trainer.progress.step == 0 and setup.base == setup.inputs.base
     if is_untrained and setup.evaluations.wants_base():
-        setup.evaluations.record_base(engine, setup.base)
+        setup.evaluations.record_base(engine, held_out)
     if not trainer.fit():
         return None
-    setup.evaluations.record(setup.stage.name, engine, setup.base)
+    setup.evaluations.record(setup.stage.name, engine, held_out)
     setup.evaluations.check_gates(setup.stage.name)  # before anything is published
     facts = stage_facts(setup, trainer.progress, parameters) | {
         "attempt_tokens_per_second": trainer.tokens_per_second,
@@ -102,17 +115,23 @@ def build_checkpointer(setup: StageSetup) -> Checkpointer:
 
 
 def build_trainer(
-    setup: StageSetup, engine: Engine, checkpointer: Checkpointer, checkpoint: Checkpoint | None
+    setup: StageSetup,
+    engine: Engine,
+    checkpointer: Checkpointer,
+    checkpoint: Checkpoint | None,
+    objective: Objective,
+    loader: Loader,
+    held_out: dict[str, HeldOutSet],
 ) -> Trainer:
     """A trainer at the checkpoint's step, or at the start."""
     state = checkpoint.state["progress"] if checkpoint else {}
-    progress, loader = StageProgress(**state), build_loader(setup)
+    progress = StageProgress(**state)
     return Trainer(
         engine=engine,
-        objective=build_stage_objective(setup, engine, loader),
+        objective=objective,
         loader=loader,
         checkpointer=checkpointer,
-        evaluator=build_evaluator(setup, engine),
+        evaluator=build_evaluator(setup, held_out),
         stop=setup.stop,
         callbacks=build_callbacks(setup, progress),
         progress=progress,
@@ -125,12 +144,14 @@ def build_loader(setup: StageSetup) -> Loader:
     train, dataset = setup.stage.train, setup.inputs.stages[setup.stage.name]
     accumulation(train.global_batch_size, setup.world.size, train.micro_batch)
     mean_tokens = tokens_per_sequence(dataset)
+    weights = setup.stage.data.loss_weights
     loader = Loader(
         dataset,
         seed=setup.recipe.seed,
         global_batch=train.global_batch_size,
         total_sequences=total_sequences(train, dataset.sequences_in_epochs, mean_tokens),
         alone=not setup.inputs.layout.packed,
+        loss_weights=weights if any(w != 1.0 for w in weights) else (),
     )
     say(f"{dataset.describe()}; {loader.steps} steps of {train.global_batch_size} sequences")
     return loader
@@ -142,21 +163,12 @@ def tokens_per_sequence(dataset: PackedDataset) -> float:
     return float(dataset.tokens(dataset.sequence_ids_at(0, measured, seed=0)).mean())
 
 
-def build_stage_objective(setup: StageSetup, engine: Engine, loader: Loader) -> Objective:
-    """The stage's objective, with what it needs in addition to batches."""
-    objective = build_objective(setup.stage)
-    cache = cache_folder() / "objectives"
-    objective.begin_stage(StageContext(setup.base, cache, engine.model, loader, setup.world))
-    return objective
-
-
-def build_evaluator(setup: StageSetup, engine: Engine) -> HeldOutEvaluator:
+def build_evaluator(setup: StageSetup, held_out: dict[str, HeldOutSet]) -> HeldOutEvaluator:
     """Evaluation during the stage, if the recipe asks for it."""
     train = setup.stage.train
-    evaluates = train.evaluate_every_steps is not None
-    sets = setup.evaluations.held_out_sets(engine, setup.base) if evaluates else {}
-    for held_out in sets.values():
-        for note in held_out.loader.dataset.notes():
+    sets = {} if train.evaluate_every_steps is None else held_out
+    for one in sets.values():
+        for note in one.loader.dataset.notes():
             say(f"evaluation: {note}")
     return HeldOutEvaluator(sets, train)
 
@@ -168,7 +180,7 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     return [
         HangWatchdogCallback(setup.watchdog),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
-        *(build_trackers(context) if setup.world.is_first else []),
+        *([AlertWatch(), *build_trackers(context)] if setup.world.is_first else []),
         ProgressBar(f"stage {stage.name}"),
     ]
 
@@ -215,10 +227,3 @@ def record_result(setup: StageSetup, facts: dict[str, Any], checkpoint: Checkpoi
         f"{facts['tokens_per_second']:.0f} tokens/s, peak {size(facts['peak_memory_bytes'])} "
         f"a rank, checkpoint {size(checkpoint.size_bytes)}"
     )
-
-
-def free_memory() -> None:
-    """Free a released model's memory before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -61,9 +61,7 @@ def flops_per_token(workload: Workload) -> float:
     head = 2 * passes * shape.vocabulary * shape.hidden
     attention_passes = 3 + recomputed + workload.extra_forwards
     attention = 2 * shape.q * workload.sequence_length * shape.layers * attention_passes
-    adapters = 0
-    if workload.traits.adds_adapter:
-        adapters = 2 * (3 + recomputed) * workload.trainable
+    adapters = 2 * (3 + recomputed) * workload.adapter_products
     return float(linear + head + attention + adapters)
 
 

@@ -17,7 +17,14 @@ from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
-from dtrain.planning.shapes import KERNELS, LinearShape, ModelShape, layer_names, select_linears
+from dtrain.planning.shapes import (
+    ADAPTED_LAYERS,
+    KERNELS,
+    LinearShape,
+    ModelShape,
+    layer_names,
+    select_linears,
+)
 
 BUCKET_ELEMENTS = 100_000_000
 """`reduce_bucket_size` of ds_configs/*.json; a test compares this value and the next two."""
@@ -123,9 +130,12 @@ class Workload:
         adapter = self.method.adapter
         return select_linears(self.shape, adapter.target_modules) if adapter else ()
 
-    def mean_rank(self, linear: LinearShape) -> float:
-        """The rank of one of `adapted`; the mean where decoder layers differ."""
-        return fmean(map(self.method.rank_of, layer_names(self.shape, linear)))
+    def adapter_saved(self, linear: LinearShape) -> float:
+        """Elements a token that the adapter of a layer saves; the mean where layers differ."""
+        adapter, sizes = self.method.adapter, (linear.outputs, linear.inputs)
+        assert adapter
+        names = layer_names(self.shape, linear)
+        return fmean(adapter.saved_elements(name, *sizes) for name in names)
 
     def adapter_shapes(self, linear: LinearShape) -> Shapes:
         """Rows and columns of the matrices that the method adds to one of `adapted`.
@@ -149,6 +159,17 @@ class Workload:
             for x in self.adapted
             if adapter
         }
+
+    @property
+    def adapter_products(self) -> int:
+        """Elements of all matrices of adapters that a token is multiplied with."""
+        adapter = self.method.adapter
+        return sum(
+            adapter.multiplied_elements(name, x.outputs, x.inputs)
+            for x in self.adapted
+            for name in layer_names(self.shape, x)
+            if adapter
+        )
 
     @property
     def supports_optimizer(self) -> bool:
@@ -203,12 +224,19 @@ def build_workload(
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
         extra_forwards=OBJECTIVES[stage.kind].extra_forwards,
-        kernels=KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset(),
+        kernels=_kernels(recipe, stage, shape),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
             **_deepspeed_limits(recipe, kind),
         },
     )
+
+
+def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
+    """dtrain's layers that compute in a stage."""
+    traits = stage.method.traits
+    known = KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset()
+    return known - {ADAPTED_LAYERS} if traits.adds_adapter and not traits.has_kernel else known
 
 
 def _shard_ranks(recipe: Recipe, engine: EngineCapabilities, cluster: Cluster) -> int:

@@ -103,7 +103,8 @@ class Run:
 
         A stage's adapter is added to the earlier ones, so that one base in memory serves all;
         it stands on the merged model before it where that is another model than base + adapters:
-        after full fine-tuning, or if it was itself trained over that model in NF4.
+        after full fine-tuning, if one of the methods does not stack, or if it was itself trained
+        over that model in NF4.
         """
         models = {BASE: ServedModel(self.base, template=self.template)}
         for folder in self.extra_adapters():
@@ -113,6 +114,7 @@ class Run:
             before = self._after(stage, before)
             if before is not None:
                 models[stage.name] = before
+                before = before if stage.method.traits.stacks else None
         return models
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
@@ -124,7 +126,7 @@ class Run:
             return None
         quantized, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
         base, folders = self.base_of(stage), [self.adapter(stage)]
-        if not (first or quantized or before is None):
+        if not (first or quantized or before is None) and stage.method.traits.stacks:
             base, quantized = before.base, before.quantized
             folders = [*before.adapters, *folders]
         return ServedModel(

@@ -15,6 +15,7 @@ Trackers, which send metrics somewhere, are callbacks in `dtrain/training/tracke
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -22,7 +23,10 @@ from typing import Any
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
 from dtrain.distributed.hang_watchdog import HangWatchdog
+from dtrain.monitoring.alerts import WINDOW, find_alerts
 from dtrain.training.progress import StageProgress
+
+ALERT_STEPS = 500  # the newest that are looked at: each look is then a matter of milliseconds
 
 
 class Callback:
@@ -180,3 +184,22 @@ class NonFiniteStop(Callback):
                 fix="lower train.learning_rate, or check the documents listed in metrics.jsonl",
                 status=Exit.NON_FINITE,
             )
+
+
+class AlertWatch(Callback):
+    """Warns once of each kind of alert that a stage's metrics show."""
+
+    def __init__(self) -> None:
+        self._start: list[dict[str, Any]] = []
+        self._recent: deque[dict[str, Any]] = deque(maxlen=ALERT_STEPS)
+        self._warned: set[str] = set()
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        records = self._start if len(self._start) < WINDOW else self._recent
+        records.append({"step": step, **metrics})
+        if "loss" not in metrics or step % WINDOW:
+            return
+        for alert in find_alerts([*self._start, *self._recent]):
+            if alert.kind not in self._warned:
+                self._warned.add(alert.kind)
+                warn(str(alert))

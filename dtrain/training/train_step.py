@@ -1,7 +1,8 @@
 """One optimizer step: the global batch forward and backward, then one update.
 
 The loss is the objective's sum over the global batch divided by the weight of the global batch
-(the number of supervised tokens, or of pairs), so it does not depend on how sequences are split
+(the number of supervised tokens, or of pairs; of sources with a loss weight, the sum of their
+factors over these tokens), so it does not depend on how sequences are split
 over ranks and micro-batches.
 """
 
@@ -69,7 +70,7 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     world, train = engine.world, engine.stage.train
     batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch))
     counts = loader.counts(step)
-    weight = max(1, objective.weight(counts))
+    weight = global_weight(objective, loader, step)
     loaded = time.perf_counter()
     scale = world.size / weight  # engines average over ranks
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -111,6 +112,15 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
             "update": time.perf_counter() - computed,
         },
     )
+
+
+def global_weight(objective: Objective, loader: Loader, step: int) -> float:
+    """What the summed loss of a step is divided by: each source counts by its loss weight."""
+    if not loader.loss_weights.size:
+        return max(1, objective.weight(loader.counts(step)))
+    counts = loader.counts_by_source(step).values()
+    weights = zip(loader.loss_weights.tolist(), map(objective.weight, counts), strict=True)
+    return sum(factor * weight for factor, weight in weights) or 1.0
 
 
 def begin_step(engine: Engine, objective: Objective, batches: Iterable[MicroBatch]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.config.train import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
-from dtrain.distributed.tensor_utils import peak_memory_bytes
+from dtrain.distributed.tensor_utils import memory_metrics
 from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective
 from dtrain.training.callbacks import Callback, CallbackGroup
@@ -151,8 +151,8 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
-            "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
-        }
+            "time": round(time.time(), 3),
+        } | memory_metrics(self.engine.world.device)
         if result.metrics:
             metrics["metrics"] = result.metrics
         if result.sources:

@@ -133,24 +133,19 @@ def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
 
 
 def built(recipe, stage, world):
-    method = build_method(stage.method)
+    dtype = resolve_dtype(recipe.model.dtype, world.device)
     settings = {
-        "quantized": method.traits.quantizes_base,
-        "dtype": method.base_dtype(resolve_dtype(recipe.model.dtype, world.device)),
+        "quantized": stage.method.kind == "qlora",
+        "dtype": torch.float32 if stage.method.kind == "full" else dtype,
         "device": world.device,
     }
     base = Path(recipe.model.base)
     if ENGINES[recipe.engine.kind].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
-        model, load = streamed.model, streamed.materialize
+        model, materialize = streamed.model, streamed.materialize
     else:
-        model, load = load_base(base, recipe.model, **settings), lambda block: None
-
-    def materialize(block):
-        load(block)
-        method.on_weights_loaded(block)
-
-    model = method.attach(model, seed=0, device=world.device)
+        model, materialize = load_base(base, recipe.model, **settings), lambda block: None
+    model = build_method(stage.method).attach(model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
     native.set_enabled(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)

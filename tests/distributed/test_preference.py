@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PAIRS, PACKED_SEQUENCES = 24, 11
 TOLERANCE = {"rel": 2e-6, "abs": 2e-6}  # of runs on one machine
 GOLDEN_TOLERANCE = {"rel": 2e-4, "abs": 2e-5}
+FULL = "{kind: full}"
 Start = Callable[..., Any]
 
 
@@ -49,10 +50,17 @@ def rated_rows() -> list[dict[str, Any]]:
 def start_stage(start_ranks, write_rows) -> Start:
     """start_stage(kind, overrides of the stage, …) → ranks of a run of one preference stage."""
 
-    def start(kind: str, *overrides: str, micro: int = 1, dropout: float = 0.0, **more: Any) -> Any:
+    def start(
+        kind: str,
+        *overrides: str,
+        micro: int = 1,
+        dropout: float = 0.0,
+        method: str = "",
+        **more: Any,
+    ) -> Any:
         rows = rated_rows() if kind == "kto" else pair_rows()
         sources = json.dumps([{"path": write_rows(f"{kind}.jsonl", rows)}])
-        method = f"{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
+        method = method or f"{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
         batch = f"global_batch_size: 4, micro_batch_size: {micro}"
         data = f"{{sequence_length: 256, sources: {sources}}}"
         held_out = f"{{kind: {kind}, sequence_length: 256, sources: {sources}}}"
@@ -147,5 +155,68 @@ def test_killed_in_a_dpo_stage_it_ends_at_the_same_weights(start_stage, weights)
     run.kill().wait(-signal.SIGKILL)
     run = start_stage("dpo", "train.checkpoint_every_steps=1", **settings).wait(0)
     assert "resuming from step" in run.output
+    assert figures(run) == figures(undisturbed)
+    assert weights(run.folder) == weights(undisturbed.folder)
+
+
+@pytest.fixture
+def no_values(cache: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """no_values(name) → options of a start with a cache of its own, in which no value is stored."""
+
+    def options(name: str = "cache") -> dict[str, Any]:
+        (tmp_path / name).mkdir()
+        (cache / "samples").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "samples").symlink_to(cache / "samples")
+        return {"env": {"DTRAIN_CACHE": str(tmp_path / name)}}
+
+    return options
+
+
+def value_files(options: dict[str, Any]) -> set[Path]:
+    return set(Path(options["env"]["DTRAIN_CACHE"]).glob("objectives/reference/*/*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_stored_reference_is_that_of_each_step(start_stage, no_values, kind) -> None:
+    options = no_values() | {"ranks": 1}
+    if kind == "kto":
+        options |= {"ranks": 2, "options": ["engine.kind=zero3"]}
+    run = start_stage(kind, "preference.precompute_reference=true", **options).wait(0)
+    assert value_files(options)
+    assert_same(figures(run), golden(kind), **GOLDEN_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
+)
+def test_full_training_keeps_its_reference(start_stage, no_values, alone, engine, ranks) -> None:
+    options = {"options": [f"engine.kind={engine}"], "method": FULL, "ranks": ranks}
+    run = start_stage("dpo", "train.learning_rate=0.001", **options, **no_values()).wait(0)
+    found = figures(run)
+    # Against the weights of the moment instead of the reference, all rewards would stay 0.
+    assert found[-1][0] < 0.6 * found[0][0] and abs(found[-1][1]) > 0.1
+    assert_same(found, alone.setdefault("full", found))
+
+
+def test_killed_while_the_reference_is_computed_and_in_full_training(
+    start_stage, no_values, weights
+) -> None:
+    rows = ["data.packing=false", "train.checkpoint_every_steps=1", "train.learning_rate=0.001"]
+    more = {"method": FULL, "ranks": 1}
+    caches = no_values("cache"), no_values("other")
+    undisturbed = start_stage("dpo", *rows, folder="undisturbed", **more, **caches[0]).wait(0)
+    run = start_stage("dpo", *rows, **more, **caches[1])
+    run.until(lambda: value_files(caches[1]))
+    run.kill().wait(-signal.SIGKILL)
+    first = value_files(caches[1])
+    assert len(first) < len(value_files(caches[0]))  # those of the held-out rows are missing
+    run = start_stage("dpo", *rows, **more, **caches[1])
+    run.until(lambda: run.is_at("task", 3))
+    run.kill().wait(-signal.SIGKILL)
+    assert first < value_files(caches[1])
+    for file in value_files(caches[1]):  # the weights are no longer the reference's
+        file.unlink()
+    run = start_stage("dpo", *rows, **more, **caches[1]).wait(0)
+    assert "resuming from step" in run.output and "the model that the stage starts" in run.output
     assert figures(run) == figures(undisturbed)
     assert weights(run.folder) == weights(undisturbed.folder)

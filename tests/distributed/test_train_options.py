@@ -15,26 +15,36 @@ import pytest
 GOLDEN = Path(__file__).parents[1] / "golden" / "train-options.txt"
 STAGE = """{
   name: domain, kind: cpt, method: {kind: lora, r: 8, dropout: 0.1},
-  data: {sequence_length: 64, sources: [{path: "dtrain:tiny-text/domain.jsonl", format: text}]},
+  data: {
+    sequence_length: 64, sources: [{path: "dtrain:tiny-text/domain.jsonl", format: text}],
+    replay: {
+      path: "dtrain:tiny-text/domain-heldout.jsonl", format: text, ratio: 0.25, loss_weight: 0.2,
+    },
+  },
   train: {
     global_batch_size: 4, micro_batch_size: MICRO, steps: 6, learning_rate: 1.0e-2,
     lr_scheduler: warmup_stable_decay, decay_ratio: 0.5, decay_type: 1-sqrt, min_lr_ratio: 0.1,
-    neftune_noise_alpha: 5.0,
+    neftune_noise_alpha: 5.0, label_smoothing: 0.1,
   },
 }"""
 
 
-def train(start_ranks: Any, engine: str, ranks: int, micro: int) -> list[list[float]]:
-    """Loss and gradient norm of every step."""
+LOSS_WEIGHTS = 1.0, 0.2
+
+
+def train(start_ranks: Any, engine: str, ranks: int, micro: int) -> list[dict[str, Any]]:
+    """Metrics of every step."""
     stages = f"stages=[{STAGE}]".replace("MICRO", str(micro))
     settings = [stages, f"engine.kind={engine}", "evaluation.sets={}", "output.merge=false"]
     run = start_ranks(*settings, ranks=ranks).wait(0)
-    return [[record["loss"], record["grad_norm"]] for record in run.records("domain")]
+    records: list[dict[str, Any]] = run.records("domain")
+    return records
 
 
 @pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden file")
 def test_writes_golden(start_ranks: Any) -> None:
-    lines = [f"{loss:.6f} {norm:.6f}" for loss, norm in train(start_ranks, "ddp", 1, 1)]
+    steps = train(start_ranks, "ddp", 1, 1)
+    lines = [f"{step['loss']:.6f} {step['grad_norm']:.6f}" for step in steps]
     GOLDEN.write_text("\n".join(lines) + "\n")
 
 
@@ -43,6 +53,11 @@ def test_writes_golden(start_ranks: Any) -> None:
 )
 def test_losses(start_ranks: Any, engine: str, ranks: int, micro: int) -> None:
     golden = [[float(x) for x in line.split()] for line in GOLDEN.read_text().splitlines()]
-    losses = train(start_ranks, engine, ranks, micro)
-    assert [loss for loss, _ in losses] == pytest.approx([x for x, _ in golden], abs=2e-5)
-    assert [norm for _, norm in losses] == pytest.approx([x for _, x in golden], rel=2e-3)
+    steps = train(start_ranks, engine, ranks, micro)
+    assert [s["loss"] for s in steps] == pytest.approx([x for x, _ in golden], abs=2e-5)
+    assert [s["grad_norm"] for s in steps] == pytest.approx([x for _, x in golden], rel=2e-3)
+    for step in steps:
+        sources = zip(LOSS_WEIGHTS, step["sources"].values(), strict=True)
+        weighed = [(weight * s["supervised_tokens"], s["loss"]) for weight, s in sources]
+        mean = sum(w * loss for w, loss in weighed) / sum(w for w, _ in weighed)
+        assert step["loss"] == pytest.approx(mean, rel=1e-6)

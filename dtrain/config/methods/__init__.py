@@ -19,20 +19,27 @@ from dtrain.config.methods.base import (
 )
 from dtrain.config.methods.full import Full
 from dtrain.config.methods.lora import Lora
+from dtrain.config.methods.vectors import Ia3, Vera
 
 __all__ = [
     "AdapterSettings",
     "Full",
+    "Ia3",
     "Lora",
     "LowRankSettings",
     "Method",
     "MethodSettings",
     "MethodTraits",
+    "Vera",
     "parse_method",
 ]
 
-Method = Annotated[Full | Lora, Field(discriminator="kind")]
-TRAITS: dict[str, MethodTraits] = {**Full.traits_by_kind, **Lora.traits_by_kind}
+Method = Annotated[Full | Lora | Ia3 | Vera, Field(discriminator="kind")]
+TRAITS: dict[str, MethodTraits] = {
+    kind: traits
+    for settings in (Full, Lora, Ia3, Vera)
+    for kind, traits in settings.traits_by_kind.items()
+}
 _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
 
 

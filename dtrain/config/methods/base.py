@@ -26,7 +26,12 @@ class MethodTraits:
         adds_adapter: float32 parameters are added to the base, which stays as it is. What is added
             is saved in PEFT layout.
         quantizes_base: the frozen base's linear layers are kept in NF4, 4 bits a weight.
+        stacks: a model computes the same with this adapter and earlier ones that stack on one base
+            as with this adapter on their merged model.
+        has_kernel: `dtrain.models.kernels.lora_linear` computes the layers that it adapts.
         is_compared: the plan of any recipe shows this method next to the recipe's own.
+        base_when_disabled: with its adapter switched off, the model computes exactly as the one
+            that the stage starts from.
         cannot_merge: why the result cannot become a plain model; empty if it can.
         quantized_kind: the kind to use instead if the base fits only in NF4.
     """
@@ -36,7 +41,10 @@ class MethodTraits:
     trains_base: bool = False
     adds_adapter: bool = False
     quantizes_base: bool = False
+    stacks: bool = False
+    has_kernel: bool = False
     is_compared: bool = False
+    base_when_disabled: bool = False
     cannot_merge: str = ""
     quantized_kind: str = "qlora"
 
@@ -60,6 +68,10 @@ class MethodSettings(Group):
         """The factor of the learning rate for a parameter, by its name in the model."""
         return 1.0
 
+    def decays(self, parameter: str) -> bool:
+        """Whether weight decay applies to a matrix, by its name in the model."""
+        return True
+
     @property
     def adapter(self) -> AdapterSettings | None:
         """These settings, if the method adds an adapter to linear layers."""
@@ -67,7 +79,7 @@ class MethodSettings(Group):
 
     @property
     def rank(self) -> int:
-        """Numbers a token that an adapter saves between its two matrices; 0 without matrices."""
+        """Rank of the adapter's product of matrices; 0 without one."""
         return 0
 
     def rank_of(self, layer: str) -> int:
@@ -77,11 +89,6 @@ class MethodSettings(Group):
     @property
     def has_dropout(self) -> bool:
         """Whether dropout is applied to an adapter's input."""
-        return False
-
-    @property
-    def saves_outputs(self) -> bool:
-        """Whether an adapted layer saves its output for the backward pass."""
         return False
 
 
@@ -117,6 +124,14 @@ class AdapterSettings(MethodSettings):
             UserError: a setting has no effect.
         """
         return
+
+    def saved_elements(self, layer: str, outputs: int, inputs: int) -> int:
+        """Elements a token that are saved for the backward pass, besides the layer's input."""
+        return self.rank_of(layer)
+
+    def multiplied_elements(self, layer: str, outputs: int, inputs: int) -> int:
+        """Elements of the matrices that each token is multiplied with."""
+        return sum(rows * columns for rows, columns in self.shapes(layer, outputs, inputs))
 
 
 class LowRankSettings(AdapterSettings):

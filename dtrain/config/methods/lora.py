@@ -22,37 +22,33 @@ class Lora(LowRankSettings):
             title="LoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
+            stacks=True,
+            has_kernel=True,
             is_compared=True,
+            base_when_disabled=True,
         ),
         "qlora": MethodTraits(
             title="QLoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             quantizes_base=True,
             adds_adapter=True,
+            stacks=True,
+            has_kernel=True,
             is_compared=True,
+            base_when_disabled=True,
         ),
         "rslora": MethodTraits(
             title="rsLoRA",
             implementation="dtrain.methods.lora:LoraMethod",
             adds_adapter=True,
-        ),
-        "dora": MethodTraits(
-            title="DoRA",
-            implementation="dtrain.methods.dora:DoraMethod",
-            adds_adapter=True,
-            quantized_kind="qdora",
-        ),
-        "qdora": MethodTraits(
-            title="QDoRA",
-            implementation="dtrain.methods.dora:DoraMethod",
-            adds_adapter=True,
-            quantizes_base=True,
+            stacks=True,
+            has_kernel=True,
+            base_when_disabled=True,
         ),
     }
-    kind: Literal["lora", "qlora", "rslora", "dora", "qdora"] = Field(
+    kind: Literal["lora", "qlora", "rslora"] = Field(
         description="qlora: over a base in NF4 (arXiv:2305.14314); rslora: scaled by alpha / √r, "
-        "so that a higher rank does not learn more slowly (arXiv:2312.03732); dora, qdora: the "
-        "lengths of the weights' rows train apart from their directions (arXiv:2402.09353)"
+        "so that a higher rank does not learn more slowly (arXiv:2312.03732)"
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -80,15 +76,6 @@ class Lora(LowRankSettings):
             return self.alpha
         return RSLORA_ALPHA if self.kind == "rslora" else 2.0 * self.r
 
-    @property
-    def has_magnitude(self) -> bool:
-        """Whether the lengths of the weights' rows train (DoRA)."""
-        return self.kind in ("dora", "qdora")
-
-    @property
-    def saves_outputs(self) -> bool:
-        return self.has_magnitude
-
     def learning_rate_scale(self, parameter: str) -> float:
         return self.loraplus_lr_ratio if ".lora_B." in parameter else 1.0
 
@@ -100,7 +87,6 @@ class Lora(LowRankSettings):
             "lora_alpha": self.scale_alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.kind == "rslora",
-            "use_dora": self.has_magnitude,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
         }
@@ -109,10 +95,9 @@ class Lora(LowRankSettings):
         return value_for(self.rank_pattern, layer, self.r)
 
     def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
-        """A, B, and DoRA's magnitude."""
+        """A and B."""
         r = self.rank_of(layer)
-        magnitude = ((outputs, 1),) if self.has_magnitude else ()
-        return (r, inputs), (outputs, r), *magnitude
+        return (r, inputs), (outputs, r)
 
     def check_layers(self, layers: Sequence[str]) -> None:
         check_patterns(self.rank_pattern, layers, "method.rank_pattern")

@@ -89,6 +89,8 @@ def fused_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform | None = None,
+    smoothing: float = 0.0,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T + bias` against targets, in float32.
 
@@ -98,13 +100,16 @@ def fused_cross_entropy(
         bias: [V].
         targets: int64 [K].
         transform: applied to the logits [c, V] of a chunk before the softmax.
+        smoothing: share of the target's probability that all tokens get evenly.
+        factors: float32 [K], of each loss in the sum; None for 1.
 
     Returns:
-        Their sum, and the loss of each [K], which has no gradient.
+        Their sum, and the loss of each [K], without its factor and without a gradient.
     """
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    chunk_loss = _cross_entropy_of(targets, losses)
-    return chunked_head_loss(hidden, weight, bias, transform, losses, chunk_loss), losses
+    chunk_loss = _cross_entropy_of(targets, losses, smoothing)
+    total = chunked_head_loss(hidden, weight, bias, transform, losses, chunk_loss, factors)
+    return total, losses
 
 
 def chunked_head_loss(
@@ -114,6 +119,7 @@ def chunked_head_loss(
     transform: LogitTransform | None,
     losses: Tensor,
     chunk_loss: ChunkLoss,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Sum a loss of the logits `hidden @ weight.T + bias`, a chunk of tokens at a time.
 
@@ -123,10 +129,11 @@ def chunked_head_loss(
         bias: [V].
         transform: applied to the logits [c, V] of a chunk before its loss.
         losses: float32 [K], of each token; `chunk_loss` writes those of its chunk.
+        factors: float32 [K], of each loss in the sum; None for 1.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         total: Tensor = _HeadLoss.apply(
-            in_autocast_dtype(hidden), weight, bias, transform, losses, chunk_loss
+            in_autocast_dtype(hidden), weight, bias, transform, losses, chunk_loss, factors
         )
     return total
 
@@ -138,11 +145,20 @@ def in_autocast_dtype(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _cross_entropy_of(targets: Tensor, losses: Tensor) -> ChunkLoss:
+def _cross_entropy_of(targets: Tensor, losses: Tensor, smoothing: float = 0.0) -> ChunkLoss:
     """The cross-entropy of targets [K], written to losses [K]."""
 
     def chunk_loss(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+        if not smoothing:
+            cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+            return logits
+        indices = targets[chunk].unsqueeze(1)
+        margins = logits.gather(1, indices).squeeze(1) - logits.mean(1)
         cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+        losses[chunk] += smoothing * margins
+        if learns:
+            logits -= smoothing / logits.shape[1]
+            logits.scatter_add_(1, indices, torch.full_like(margins, smoothing).unsqueeze(1))
         return logits
 
     return chunk_loss
@@ -219,22 +235,23 @@ class _HeadLoss(torch.autograd.Function):
         transform: LogitTransform | None,
         losses: Tensor,
         chunk_loss: ChunkLoss,
+        factors: Tensor | None,
     ) -> Tensor:
         ctx.wants = ctx.needs_input_grad[:3]
         gradients = [
             torch.zeros_like(t) if want and t is not None else None
             for want, t in zip(ctx.wants, (hidden, weight, bias), strict=True)
         ]
-        _add_chunks(hidden, weight, bias, transform, chunk_loss, gradients)
+        _add_chunks(hidden, weight, bias, transform, chunk_loss, gradients, factors)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
-        return losses.sum()
+        return losses.sum() if factors is None else (losses * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         known = iter(ctx.saved_tensors)
         scaled = (next(known) * gradient if want else None for want in ctx.wants)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _add_chunks(

@@ -103,6 +103,18 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             },
             ["train.warmup_ratio", "train.decay_ratio"],
         ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__train__label_smoothing": 0.1},
+            ["stages.0.kind", "train.label_smoothing", "preference.label_smoothing"],
+        ),
+        (
+            {"stages__0": PAIR_STAGE, "stages__0__data__sources": [PAIRS | {"loss_weight": 2.0}]},
+            ["stages.0.kind", "stages.0.data.sources.0.loss_weight"],
+        ),
+        (
+            {"evaluation__sets__domain__sources": [TEXT | {"loss_weight": 2.0}]},
+            ["evaluation.sets.domain.sources.0.loss_weight"],
+        ),
         ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
         ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
         ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),
@@ -171,6 +183,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.preference.target_margin", "dpo has no target_margin", "beta, label_smooth"],
         ),
         (
+            {
+                "stages__0": PAIR_STAGE | {"kind": "simpo"},
+                "stages__0__preference": {"precompute_reference": True},
+            },
+            ["stages.0.preference.precompute_reference", "simpo has no precompute_reference"],
+        ),
+        (
             {"stages__0__preference": {"beta": 0.2}},
             ["stages.0.preference.beta", "cpt reads no key of preference"],
         ),
@@ -180,17 +199,6 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
                 "stages__0__preference": {"loss": "hinge", "label_smoothing": 0.1},
             },
             ["preference.label_smoothing", "preference.loss", "hinge has no label smoothing"],
-        ),
-        (
-            {"stages__0": PAIR_STAGE, "stages__0__method": {"kind": "full"}},
-            ["stages.0.kind", "stages.0.method.kind", "full overwrites", "simpo, orpo or cpo"],
-        ),
-        (
-            {
-                "stages__0__method": {"kind": "full"},
-                "evaluation__sets__domain": {"kind": "dpo", "sources": [PAIRS]},
-            },
-            ["evaluation.sets.domain.kind", "stages.0.method.kind", "full overwrites"],
         ),
         (
             {"stages__0__method": {"kind": "lora", "rank_pattern": {"q_proj(": 4}}},

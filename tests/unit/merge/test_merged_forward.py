@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
@@ -319,7 +319,8 @@ def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_peft_config_field_is_classified() -> None:
-    fields = {f.name for kind in (LoraConfig, AdaLoraConfig) for f in dataclasses.fields(kind)}
+    kinds = (LoraConfig, AdaLoraConfig, IA3Config, VeraConfig)
+    fields = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     assert fields == USED | WITHOUT_EFFECT | REFUSED.keys()
     assert not (USED & WITHOUT_EFFECT or (USED | WITHOUT_EFFECT) & REFUSED.keys())
 

@@ -247,3 +247,12 @@ def test_invisible_changes_are_rated_the_same() -> None:
         "same",
         "worse",
     ]
+
+
+def test_alerts_are_in_the_report_and_the_summary(run: Path) -> None:
+    metrics = Metrics(run / "task" / "metrics.jsonl", resume_at=0)
+    for step in range(1, 101):
+        metrics.write({"step": step, "loss": 2.0 + abs(step - 30) / 20, "tokens": 100})
+    for text in (write_report(run).read_text(), " ".join(run_summary(run).split())):
+        assert "divergence" in text and "2.250 at best" in text
+    assert "warning: stage task: divergence at step 100" in run_summary(run)

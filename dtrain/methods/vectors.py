@@ -1,0 +1,63 @@
+"""IA3 (arXiv:2205.05638) and VeRA (arXiv:2310.11454): vectors train in each adapted layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.ia3.layer import IA3Layer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.config.methods import Ia3, Vera
+from dtrain.methods.adapter import ADAPTER, AdapterMethod
+from dtrain.models.vera import projections
+
+INITIAL_D = 0.1  # PEFT's
+PROJECTIONS = ("vera_A", "vera_B")  # of PEFT's model, shared by its layers
+
+
+class Ia3Method(AdapterMethod[Ia3]):
+    """A factor for each output, or each input, of a linear layer."""
+
+    def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        nn.init.ones_(tensor)
+
+    def changed_tensors(self, model: nn.Module) -> set[str]:
+        assert isinstance(model, PeftModel)
+        layers = [x for x in model.get_base_model().named_modules() if isinstance(x[1], IA3Layer)]
+        with_bias = [n for n, m in layers if not m.is_feedforward and m.base_layer.bias is not None]
+        return super().changed_tensors(model) | {f"{name}.bias" for name in with_bias}
+
+
+class VeraMethod(AdapterMethod[Vera]):
+    """Vectors b and d of each layer, around frozen matrices A and B that all layers share."""
+
+    def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        if "vera_lambda_d" in name:  # b stays zero
+            nn.init.constant_(tensor, INITIAL_D)
+
+    def attach(
+        self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
+    ) -> nn.Module:
+        adapted = super().attach(model, seed=seed, device=device)
+        tuner = _tuner(adapted)
+        inputs, outputs = tuner.vera_A[ADAPTER].shape[1], tuner.vera_B[ADAPTER].shape[0]
+        # PEFT's are on the base's device, which may be meta, and in the base's dtype.
+        drawn = projections(self.settings.projection_seed, self.settings.r, inputs, outputs)
+        for name, tensor in zip(PROJECTIONS, drawn, strict=True):
+            shared = getattr(tuner, name)
+            shared[ADAPTER] = tensor.to(device or shared[ADAPTER].device)
+        return adapted
+
+    def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tuner = _tuner(model)
+        shared = {f"base_model.{name}": getattr(tuner, name)[ADAPTER] for name in PROJECTIONS}
+        return super().saved_tensors(model, tensors) | shared
+
+
+def _tuner(model: nn.Module) -> Any:
+    """PEFT's VeraModel, which has the shared matrices."""
+    assert isinstance(model, PeftModel)
+    return model.base_model

@@ -1,0 +1,100 @@
+"""What a stage's objectives need of the model that the stage starts from, before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from dtrain.checkpoints.reader import Checkpoint
+from dtrain.core.cache_paths import cache_folder
+from dtrain.core.files import read_json
+from dtrain.core.log import progress, say
+from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.data.loader import Loader
+from dtrain.distributed.tensor_utils import free_memory
+from dtrain.engines.base import Engine
+from dtrain.objectives.base import Objective, StageContext, adapters_disabled
+from dtrain.pipeline.stage_model import build_model_in_engine
+from dtrain.pipeline.stage_record import StageSetup
+
+
+def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
+    """What the objective of a stage or of a held-out set may need."""
+    return StageContext(
+        base=setup.base,
+        cache=cache_folder() / "objectives",
+        start=start_inputs(setup),
+        base_when_disabled=setup.method.traits.base_when_disabled,
+        loader=loader,
+        world=setup.world,
+    )
+
+
+def start_inputs(setup: StageSetup) -> dict[str, Any]:
+    """What decides the output of the model as the stage starts."""
+    is_first_base = setup.base == setup.inputs.base
+    manifest = {} if is_first_base else read_json(setup.base / MERGE_MANIFEST)
+    inputs = {
+        "base": setup.inputs.base_fingerprint if is_first_base else manifest["result"],
+        "dtype": str(setup.dtype),
+        "base_in_nf4": setup.method.traits.quantizes_base,
+    }
+    if setup.method.traits.base_when_disabled:
+        return inputs
+    return inputs | {
+        "method": setup.stage.method.model_dump(mode="json"),
+        "seed": setup.recipe.seed,
+    }
+
+
+def build_starting_model(
+    setup: StageSetup, checkpoint: Checkpoint | None, objectives: Sequence[Objective]
+) -> tuple[Engine, tuple[int, int]] | None:
+    """Build the model in its engine, after it has computed what the objectives store.
+
+    Values that are missing when a stage is resumed need the model without the checkpoint.
+
+    Args:
+        checkpoint: where the training continues.
+        objectives: of the stage and of the held-out sets; `begin_stage` was called.
+
+    Returns:
+        As `build_model_in_engine`; None if a rank was asked to stop.
+    """
+    lacking = [o for o in objectives if o.stored is not None and len(o.stored.missing())]
+    if not lacking:
+        return build_model_in_engine(setup, checkpoint)
+    engine, parameters = build_model_in_engine(setup, None)
+    if not all(compute_stored(setup, engine, objective) for objective in lacking):
+        return None
+    if checkpoint is None:
+        return engine, parameters
+    engine.close()
+    del engine
+    free_memory()
+    return build_model_in_engine(setup, checkpoint)
+
+
+def compute_stored(setup: StageSetup, engine: Engine, objective: Objective) -> bool:
+    """Compute what an objective stores; return False if a rank was asked to stop."""
+    stored = objective.stored
+    assert stored is not None
+    count, micro_batch = len(stored.missing()), setup.stage.train.micro_batch
+    if not count:  # another objective has the same data
+        return True
+    engine.model.eval()
+    say(f"computing values of {count:,} sequences with the model that the stage starts from")
+    disabled = setup.method.traits.base_when_disabled
+    with (
+        engine.autocast(),
+        adapters_disabled(engine.module) if disabled else nullcontext(),
+        progress(f"stage {setup.stage.name}, reference", count) as bar,
+    ):
+        for done in stored.compute(
+            lambda batch: objective.start_values(engine.model, batch), micro_batch
+        ):
+            bar.advance(done)
+            if setup.world.sum([float(setup.stop.is_set(0.0, 0.0))])[0]:
+                return False
+    return True
