@@ -72,6 +72,9 @@ EQUIVALENTS = {
     "stages[].train.steps": "max_steps max_steps_per_epoch train_steps max_iters train_iters",
     "stages[].train.tokens": "max_tokens num_tokens total_tokens",
     "stages[].train.learning_rate": "lr peak_lr max_lr base_lr",
+    "stages[].train.learning_rate_scales": (
+        "lr_groups embedding_lr embedding_lr_scale embedding_learning_rate loraplus_lr_embedding"
+    ),
     "stages[].train.lr_scheduler": "lr_scheduler_type lr_decay_style scheduler scheduler_type",
     "stages[].train.min_lr_ratio": "min_lr min_lr_rate cosine_min_lr_ratio lr_scheduler_kwargs",
     "stages[].train.decay_ratio": "num_decay_steps lr_decay_steps",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dtrain.config.group import Count, Group, Share
+from dtrain.config.group import Count, Group, Share, Text
 
 LrScheduler = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 LR_SCHEDULER_KEYS: dict[LrScheduler, frozenset[str]] = {
@@ -38,6 +38,14 @@ class Train(Group):
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-4, description="peak, after the warm-up; lower it if the loss oscillates"
+    )
+    learning_rate_scales: dict[Text, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description=(
+            "factors of the learning rate for some parameters, such as {embed_tokens: 0.1}: a "
+            "pattern (RE2) matches the end of the name of a parameter or of a module around it; "
+            "the first match counts"
+        ),
     )
     lr_scheduler: LrScheduler = Field(
         "cosine",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
+from dtrain.config.methods.patterns import compile_pattern
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.train import LR_SCHEDULER_KEYS, Train
 from dtrain.config.yaml_document import Key
+from dtrain.core.errors import UserError
 
 
 def check_train(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
@@ -50,6 +52,12 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
 
 
 def _learning_rate(train: Train, at: Key) -> Iterator[Clash]:
+    for pattern in train.learning_rate_scales:
+        try:
+            compile_pattern(pattern)
+        except UserError as error:
+            key: Key = (*at, "learning_rate_scales", pattern)
+            yield Clash([key], error.message, error.fix)
     schedule: Key = (*at, "lr_scheduler")
     known = LR_SCHEDULER_KEYS[train.lr_scheduler]
     for name in sorted(frozenset().union(*LR_SCHEDULER_KEYS.values()) - known):

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
+from dtrain.config.methods.patterns import match_parameter
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
@@ -207,14 +208,14 @@ def build_optimizer(
     """AdamW (arXiv:1711.05101) over trainable parameters; weight decay on matrices only.
 
     Args:
-        names: of the parameters; the method may scale the learning rate of some.
+        names: of the parameters; `learning_rate_scale` may differ between them.
     """
     train = stage.train
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in zip(names, parameters, strict=True):
         decays = is_matrix(parameter) and stage.method.decays(name)
         weight_decay = train.weight_decay if decays else 0.0
-        key = weight_decay, stage.method.learning_rate_scale(name)
+        key = weight_decay, learning_rate_scale(name, stage)
         groups.setdefault(key, []).append(parameter)
     # The fused kernel passes through memory once instead of ten times.
     can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
@@ -228,6 +229,13 @@ def build_optimizer(
         **options,
     )
     return optimizer
+
+
+def learning_rate_scale(name: str, stage: Stage) -> float:
+    """The factor of a parameter's learning rate: the method's times the recipe's."""
+    scales = stage.train.learning_rate_scales
+    pattern = match_parameter(scales, name)
+    return stage.method.learning_rate_scale(name) * (scales[pattern] if pattern else 1.0)
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

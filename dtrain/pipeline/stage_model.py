@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
+from dtrain.config.methods.patterns import check_parameter_patterns
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say, warn
@@ -46,6 +47,8 @@ def build_model_in_engine(
     base, load_weights = _open_base(setup)
     model = method.attach(base, seed=recipe.seed, device=world.device)
     _check_merge(setup, model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    check_parameter_patterns(stage.train.learning_rate_scales, names, "train.learning_rate_scales")
 
     def materialize(block: torch.nn.Module) -> None:
         load_weights(block)

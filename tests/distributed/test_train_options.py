@@ -24,6 +24,7 @@ STAGE = """{
   train: {
     global_batch_size: 4, micro_batch_size: MICRO, steps: 6, learning_rate: 1.0e-2,
     lr_scheduler: warmup_stable_decay, decay_ratio: 0.5, decay_type: 1-sqrt, min_lr_ratio: 0.1,
+    learning_rate_scales: {lora_B: 0.5, layers.1: 2.0},
     neftune_noise_alpha: 5.0, label_smoothing: 0.1,
   },
 }"""

@@ -1,5 +1,8 @@
 """PEFT's patterns: regular expressions that give some layers a value of their own.
 
+A pattern matches the end of a layer's name. Of a parameter it matches the end of its name, or of
+the name of a module that contains it: `lora_B` and `layers.0` match whatever is inside.
+
 They are matched by RE2, in time linear in the name. Python's `re`, which PEFT uses, backtracks:
 with it a pattern such as `(a+)+b` in a downloaded adapter could keep a merge busy for years.
 """
@@ -44,6 +47,40 @@ def compile_pattern(pattern: str, where: str = "") -> Any:
             where=where,
             fix="write it without lookaround, backreferences and large repetitions",
         ) from error
+
+
+def match_parameter(patterns: Iterable[str], parameter: str) -> str | None:
+    """The first pattern that matches a parameter or a module that contains it, or None.
+
+    Raises:
+        UserError: as `compile_pattern`.
+    """
+    parts = parameter.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    expressions = ((pattern, compile_pattern(pattern)) for pattern in patterns)
+    return next((p for p, e in expressions if any(e.match(name) for name in names)), None)
+
+
+def check_parameter_patterns(
+    patterns: Iterable[str], parameters: Iterable[str], where: str
+) -> None:
+    """Check that each pattern matches a parameter first.
+
+    Raises:
+        UserError: one has no effect.
+    """
+    patterns, parameters = list(patterns), list(parameters)
+    used = {match_parameter(patterns, parameter) for parameter in parameters}
+    for pattern in patterns:
+        if pattern not in used:
+            names = sorted({name.removesuffix(".weight") for name in parameters})
+            example = f"{names[0]} … {names[-1]}" if names else "none"
+            raise UserError(
+                f"{pattern!r} has no effect: it matches no parameter that trains, or only those "
+                "that an earlier pattern matches",
+                where=where,
+                fix=f"a pattern matches the end of a name, such as those of {example}",
+            )
 
 
 def first_match(patterns: Mapping[str, Value] | None, module: str) -> str | None:

@@ -115,6 +115,10 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             {"evaluation__sets__domain__sources": [TEXT | {"loss_weight": 2.0}]},
             ["evaluation.sets.domain.sources.0.loss_weight"],
         ),
+        (
+            {"stages__0__train__learning_rate_scales": {"(": 2.0}},
+            ["train.learning_rate_scales.(", "not a regular expression"],
+        ),
         ({"engine": {"offload": True}}, ["engine.offload", "engine.kind", "auto"]),
         ({"engine": {"kind": "zero2", "offload": True}}, ["engine.offload", "engine.kind"]),
         ({"engine": {"kind": "ddp", "shard": "node"}}, ["engine.shard", "engine.kind", "ddp"]),
