@@ -36,6 +36,7 @@ EQUIVALENTS = {
     "stages[].method.target_modules": (
         "lora_target lora_target_modules lora_target_linear lora_target_regex lora_attn_modules"
     ),
+    "stages[].method.modules_to_save": "lora_modules_to_save additional_target",
     "stages[].data.sources": (
         "dataset datasets train_dataset train_datasets dataset_name dataset_dir data_path "
         "data_files train_file train_files dataset_mixer pretraining_dataset"
@@ -173,8 +174,7 @@ ANSWERS = {
         "adam_beta1 adam_beta2 adam_epsilon optim_args"
     ),
     "dtrain has no such setting": (
-        "modules_to_save lora_modules_to_save "
-        "additional_target activation_offloading freeze_trainable_layers "
+        "activation_offloading freeze_trainable_layers "
         "lora_bias layers_to_transform remove_unused_columns dataset_text_field strict "
         "local_rank torch_compile"
     ),

@@ -55,7 +55,7 @@ class Fsdp2(TorchEngine):
         if mesh.ndim > 1:
             self.replica = (mesh.get_local_rank("replicate"), mesh.size(0))
         # An adapter's unsharded gradient is small enough to be reduced once a step.
-        self.reduce_every_micro_batch = stage.method.traits.trains_base
+        self.reduce_every_micro_batch = stage.method.trains_whole_modules
         self.reduces = True
         self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
         unsharded = [n for n, p in module.named_parameters() if not isinstance(p, DTensor)]
@@ -112,24 +112,6 @@ class Fsdp2(TorchEngine):
         row_elements = prod(parameter.shape[1:])
         start = offset[0] * row_elements
         return start, start + shape[0] * row_elements
-
-
-def shard_frozen(
-    model: nn.Module, materialize: MaterializeFn, shard: str | int, world: World
-) -> None:
-    """Shard the decoder layers of a model that only computes forward, under any engine.
-
-    What is outside of the layers stays whole: the loss reads the output matrix after the model's
-    forward pass.
-
-    Args:
-        shard: as `engine.shard`.
-    """
-    check_blocks(decoder_layers(model))
-    mesh = build_mesh(shard, world)
-    for block in materialize_blocks(model, materialize):
-        whole = {p for p in block.parameters() if not isinstance(p, DTensor)}
-        fully_shard(block, mesh=mesh, ignored_params=whole if block is model else None)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -179,6 +179,9 @@ class MergeableAdapter:
                 self.saved_base[name] = self.replaced.pop(name)
         if self._are_equal(*(self.saved_base.get(name) for name in pair.names)):
             _follow(self.saved_base, *pair.names)
+        whole = [self.replaced[name] for name in pair.names if name in self.replaced]
+        if len(whole) == 2 and self._are_equal(*whole):  # trained as one
+            _follow(self.replaced, *pair.names)
         if self.config.get("ensure_weight_tying"):
             _follow(self.replaced, *pair.names)
             scales = {self.layers[name].scale for name in pair.names if name in self.layers}

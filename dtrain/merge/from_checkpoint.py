@@ -113,7 +113,12 @@ class CheckpointAdapter:
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor."""
-        return self.get(key)[start:stop]
+        name = self._names[key]
+        shape = self._checkpoint.names[name]
+        width = prod(shape[1:])
+        with self._lock:
+            flat = self._checkpoint.read(name, "weight", start * width, stop * width)
+        return flat.view(stop - start, *shape[1:])
 
     def fingerprint(self) -> str:
         """Return a hash of the content."""
@@ -131,5 +136,7 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
         message = f"method {settings.kind} trains no adapter"
         raise UserError(message, where=str(saved.checkpoint.folder))
     tensors = CheckpointAdapter(saved.checkpoint)
-    config = settings.adapter.peft_config()
+    # A checkpoint holds tied modules that train whole once.
+    whole = {"modules_to_save": settings.adapter.modules_to_save, "ensure_weight_tying": True}
+    config = settings.adapter.peft_config() | whole
     return MergeableAdapter(config, tensors, base, saved.checkpoint.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,12 @@ from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import say
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method, summarize_names
+from dtrain.methods.saved_modules import (
+    check_modules_to_save,
+    fill_copies,
+    prepare_copies,
+    saved_parameters,
+)
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
@@ -49,14 +55,15 @@ class AdapterMethod(Method[Settings]):
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
-        targets = resolve_targets(
-            model, self.settings.target_modules, unused_linear_layers(described)
-        )
+        unused = unused_linear_layers(described)
+        saved = check_modules_to_save(model, self.settings.modules_to_save, described)
+        targets = resolve_targets(model, self.settings.target_modules, unused, saved)
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
         adapted = self._with_adapter(model, targets)
         model.disable_input_require_grads()
+        prepare_copies(adapted)
         self._initialize(adapted, seed, device)
         key_dropouts(adapted)
         adapted.train()
@@ -70,7 +77,11 @@ class AdapterMethod(Method[Settings]):
         Args:
             more: settings of PEFT that replace those of `peft_config`.
         """
-        settings = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+        settings = {
+            "target_modules": targets,
+            "modules_to_save": list(self.settings.modules_to_save) or None,
+            "task_type": "CAUSAL_LM",
+        }
         config = get_peft_config(self.settings.peft_config() | settings | more)
         try:
             adapted = get_peft_model(model, config)
@@ -84,8 +95,9 @@ class AdapterMethod(Method[Settings]):
         return adapted
 
     def _initialize(self, model: nn.Module, seed: int, device: torch.device | None) -> None:
+        copies = saved_parameters(model)
         for name, parameter in list(model.named_parameters()):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or name in copies:
                 continue
             values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
             digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
@@ -95,12 +107,17 @@ class AdapterMethod(Method[Settings]):
             values = values.to(device or parameter.device)
             model.get_submodule(parent)._parameters[leaf] = nn.Parameter(values)
 
+    def on_weights_loaded(self, block: nn.Module) -> None:
+        fill_copies(block)
+
     def changed_tensors(self, model: nn.Module) -> set[str]:
-        """The weights under an adapter, and all that NF4 rounded: the merge writes those too."""
+        """Weights under an adapter, whole modules, and all that NF4 rounded: a merge writes it."""
         assert isinstance(model, PeftModel)
-        modules = model.get_base_model().named_modules()
+        base = model.get_base_model()
+        modules = base.named_modules()
         changed = {n for n, m in modules if isinstance(m, BaseTunerLayer | Linear4bit)}
-        return {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
+        weights = {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
+        return weights | set(saved_parameters(base).values())
 
     def save(
         self,
@@ -113,7 +130,8 @@ class AdapterMethod(Method[Settings]):
     ) -> None:
         assert isinstance(model, PeftModel)
         _check_tensors(model, tensors)
-        stored = {n: t.contiguous().cpu() for n, t in self.saved_tensors(model, tensors).items()}
+        named = dict(_with_tied(model, tensors))
+        stored = {n: t.contiguous().cpu() for n, t in self.saved_tensors(model, named).items()}
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -137,34 +155,48 @@ class AdapterMethod(Method[Settings]):
         return {file_key(name): tensor for name, tensor in tensors.items()}
 
 
+def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All names of each tensor: PEFT reads tied modules that train whole one by one."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            tensor = tensors[first.setdefault(parameter, name)]
+            yield name, tensor if first[parameter] == name else tensor.clone()
+
+
 def resolve_targets(
-    model: PreTrainedModel, target_modules: str | list[str], unused: set[str]
+    model: PreTrainedModel, target_modules: str | list[str], unused: set[str], saved: set[str]
 ) -> str | list[str]:
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
     Args:
         unused: layers that no text reaches; an adapter there would never get a gradient.
+        saved: modules that train whole.
 
     Raises:
-        UserError: a target that names no linear layer, or only unused ones.
+        UserError: a target that names no linear layer, only unused ones, or one that trains whole.
     """
     output = model.get_output_embeddings()
     layers = linear_layers(model)
     if isinstance(target_modules, str):
-        matched = {n for n, m in layers.items() if m is not output}
+        named = {n for n, m in layers.items() if m is not output}
+        matched = named - saved
     else:
         _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
-        matched = set(_matching(names, target_modules))
+        named = matched = set(_matching(names, target_modules))
+        if both := sorted(matched & saved):
+            message = f"{both[0]} cannot have an adapter and train whole"
+            where = "method.target_modules and method.modules_to_save"
+            raise UserError(message, where=where, fix="name it in one of them")
     used = (matched & layers.keys()) - unused
     if not used:
         raise UserError("no text reaches any of these layers", where="method.target_modules")
-    if used == matched:
+    if used == named:
         return target_modules if isinstance(target_modules, str) else list(target_modules)
-    without = matched - used
-    say(
-        f"{len(without)} layers get no adapter, as no text reaches them: {summarize_names(without)}"
-    )
+    if without := matched - used:
+        summary = summarize_names(without)
+        say(f"{len(without)} layers get no adapter, as no text reaches them: {summary}")
     return sorted(used)
 
 

@@ -14,7 +14,7 @@ Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -64,8 +64,6 @@ class StageContext:
         start: what decides the output of the model as the stage starts: base, dtype, method.
         base_when_disabled: whether `adapters_disabled` turns the model back into that model.
         loader: the batches of the stage or of the held-out set.
-        load_frozen: another model for forward passes, by the recipe's name of its folder; called
-            on all ranks together.
     """
 
     base: Path
@@ -74,7 +72,6 @@ class StageContext:
     base_when_disabled: bool
     loader: Loader
     world: World
-    load_frozen: Callable[[str], nn.Module]
 
 
 class Objective(ABC):

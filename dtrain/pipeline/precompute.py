@@ -28,7 +28,6 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
         base_when_disabled=setup.method.traits.base_when_disabled,
         loader=loader,
         world=setup.world,
-        load_frozen=setup.teachers.load,
     )
 
 

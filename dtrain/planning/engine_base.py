@@ -33,6 +33,7 @@ from dtrain.planning.parameters import (
     FLOAT32,
     NF4_SCALE_BYTES,
     ParameterSpec,
+    copied_parameters,
     layer_parameters,
     outer_parameters,
 )
@@ -131,8 +132,9 @@ class EngineModel(ABC):
 
     def __init__(self, workload: Workload, profile: TrainerProfile = DTRAIN) -> None:
         self.workload, self.profile = workload, profile
-        self.layer = layer_parameters(workload, profile.train_bytes)
-        self.outer = outer_parameters(workload, profile.train_bytes)
+        layer_copies, outer_copies = copied_parameters(workload, profile.train_bytes)
+        self.layer = layer_parameters(workload, profile.train_bytes) + layer_copies
+        self.outer = outer_parameters(workload, profile.train_bytes) + outer_copies
         self.matrix_elements = float(workload.shape.vocabulary * workload.shape.hidden)
 
     # Results.
@@ -330,11 +332,11 @@ class EngineModel(ABC):
     def waiting_gradient_bytes(self) -> float:
         """The output matrix's gradient; a tied one waits for that of the embeddings."""
         waits = self.workload.shape.tied or self.delays_head_gradient
-        return self.matrix_gradient_bytes() if self.workload.traits.trains_base and waits else 0.0
+        return self.matrix_gradient_bytes() if self.workload.trains_matrices and waits else 0.0
 
     def head_gradient_moments(self) -> Iterator[MemoryEstimate]:
-        """Base training: gradients as large as the vocabulary, before and after the layers."""
-        if not self.workload.traits.trains_base:
+        """Gradients as large as the vocabulary, where such train, before and after the layers."""
+        if not self.workload.trains_matrices:
             return
         # The gradient that the loss computed, and the one that the backward pass scales it to.
         matrix, gathered = self.matrix_gradient_bytes(), self.gathered_in_backward(1.0)

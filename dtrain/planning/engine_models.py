@@ -74,7 +74,7 @@ class Fsdp2Model(EngineModel):
     def gradient_bytes(self) -> float:
         """An adapter's gradients stay whole until the last micro-batch, and are reduced once."""
         workload = self.workload
-        is_whole = not workload.traits.trains_base and workload.accumulation > 1
+        is_whole = not workload.method.trains_whole_modules and workload.accumulation > 1
         shares = 1 if is_whole else workload.shard
         return self.profile.train_bytes * workload.trainable / shares
 
@@ -128,7 +128,7 @@ class Fsdp2Model(EngineModel):
             for parameters in (self.layer, self.outer)
         )
         share = FLOAT32 * (layers * inner + outer)
-        sends = workload.accumulation if workload.traits.trains_base else 1
+        sends = workload.accumulation if workload.method.trains_whole_modules else 1
         replicas = workload.ranks // shard
         between = 2 * share * (replicas - 1) / replicas * sends
         crosses = workload.ranks > workload.node_ranks and replicas > 1

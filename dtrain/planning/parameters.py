@@ -91,6 +91,23 @@ def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
     return parameters
 
 
+def copied_parameters(
+    workload: Workload, train_bytes: int = FLOAT32
+) -> tuple[list[ParameterSpec], list[ParameterSpec]]:
+    """The copies of modules that train whole: of one decoder layer, and those outside."""
+    copies: tuple[list[ParameterSpec], list[ParameterSpec]] = ([], [])
+    width = _trained_width(workload, train_bytes)
+    for module in workload.whole_modules:
+        specs = (ParameterSpec(*size, True, width, width) for size in module.parameters)
+        copies[not module.layers].extend(specs)
+    return copies
+
+
+def _trained_width(workload: Workload, train_bytes: int) -> int:
+    """Bytes of an element of what is added; DeepSpeed keeps it in the compute dtype."""
+    return workload.element_bytes if workload.capabilities.is_deepspeed else train_bytes
+
+
 def _base_parameter(workload: Workload, train_bytes: int) -> ParameterSpec:
     """A parameter of the base without its size; DeepSpeed keeps all in the compute dtype."""
     e, trains = workload.element_bytes, workload.traits.trains_base
@@ -107,6 +124,6 @@ def _packed(linear: LinearShape, workload: Workload) -> ParameterSpec:
 def _adapters(linear: LinearShape, workload: Workload, train_bytes: int) -> Iterator[ParameterSpec]:
     if linear not in workload.adapted:
         return
-    width = workload.element_bytes if workload.capabilities.is_deepspeed else train_bytes
+    width = _trained_width(workload, train_bytes)
     for rows, columns in workload.adapter_shapes(linear):
         yield ParameterSpec(rows, columns, True, width, width)

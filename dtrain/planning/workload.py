@@ -20,10 +20,13 @@ from dtrain.planning.gpus import Gpu
 from dtrain.planning.shapes import (
     ADAPTED_LAYERS,
     KERNELS,
+    LOSS,
     LinearShape,
     ModelShape,
+    WholeModule,
     layer_names,
     select_linears,
+    select_modules,
 )
 
 BUCKET_ELEMENTS = 100_000_000
@@ -160,6 +163,18 @@ class Workload:
             if adapter
         }
 
+    @cached_property
+    def whole_modules(self) -> tuple[WholeModule, ...]:
+        """The modules of the base whose copies train beside an adapter."""
+        adapter = self.method.adapter
+        return select_modules(self.shape, adapter.modules_to_save) if adapter else ()
+
+    @property
+    def trains_matrices(self) -> bool:
+        """Whether embeddings or output matrix train, whole."""
+        names = {module.name for module in self.whole_modules}
+        return self.traits.trains_base or not names.isdisjoint({"model.embed_tokens", "lm_head"})
+
     @property
     def adapter_products(self) -> int:
         """Elements of all matrices of adapters that a token is multiplied with."""
@@ -185,7 +200,12 @@ class Workload:
             for shapes in layers
             for matrix in shapes
         )
-        return adapters + (self.shape.parameters if self.traits.trains_base else 0)
+        whole = sum(
+            max(module.layers, 1) * prod(matrix)
+            for module in self.whole_modules
+            for matrix in module.parameters
+        )
+        return adapters + whole + (self.shape.parameters if self.traits.trains_base else 0)
 
 
 def build_workload(
@@ -197,7 +217,7 @@ def build_workload(
         engine: replaces the recipe's engine; by default `auto` becomes `DEFAULT_ENGINE`.
 
     Raises:
-        UserError: a target module or a pattern matches no layer, the shard does not divide the
+        UserError: a key of the method matches no layer, the shard does not divide the
             ranks, or the DeepSpeed file cannot be read.
     """
     if adapter := stage.method.adapter:
@@ -233,10 +253,13 @@ def build_workload(
 
 
 def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
-    """dtrain's layers that compute in a stage."""
-    traits = stage.method.traits
+    """dtrain's layers that compute in a stage; no output layer with a copy has the chunked loss."""
+    traits, adapter = stage.method.traits, stage.method.adapter
     known = KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset()
-    return known - {ADAPTED_LAYERS} if traits.adds_adapter and not traits.has_kernel else known
+    if traits.adds_adapter and not traits.has_kernel:
+        known -= {ADAPTED_LAYERS}
+    has_copy = any("lm_head".endswith(end) for end in (adapter.modules_to_save if adapter else ()))
+    return known - {LOSS} if has_copy else known
 
 
 def _shard_ranks(recipe: Recipe, engine: EngineCapabilities, cluster: Cluster) -> int:

@@ -114,7 +114,7 @@ class Run:
             before = self._after(stage, before)
             if before is not None:
                 models[stage.name] = before
-                before = before if stage.method.traits.stacks else None
+                before = before if stage.method.stacks else None
         return models
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
@@ -126,7 +126,7 @@ class Run:
             return None
         quantized, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
         base, folders = self.base_of(stage), [self.adapter(stage)]
-        if not (first or quantized or before is None) and stage.method.traits.stacks:
+        if not (first or quantized or before is None) and stage.method.stacks:
             base, quantized = before.base, before.quantized
             folders = [*before.adapters, *folders]
         return ServedModel(

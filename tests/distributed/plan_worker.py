@@ -145,11 +145,17 @@ def built(recipe, stage, world):
         model, materialize = streamed.model, streamed.materialize
     else:
         model, materialize = load_base(base, recipe.model, **settings), lambda block: None
-    model = build_method(stage.method).attach(model, seed=0, device=world.device)
+    method = build_method(stage.method)
+    model = method.attach(model, seed=0, device=world.device)
+
+    def load(block: torch.nn.Module) -> None:
+        materialize(block)
+        method.on_weights_loaded(block)
+
     apply_kernels(model, recipe.model)
     native.set_enabled(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)
-    return build_engine(model, recipe, stage, world, materialize), counts
+    return build_engine(model, recipe, stage, world, load), counts
 
 
 def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[str, Any]:

@@ -10,25 +10,35 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dtrain.config.engines import ENGINES
-from dtrain.config.methods import TRAITS, parse_method
+from dtrain.config.methods import TRAITS, MethodTraits, parse_method
+from dtrain.core.cache_paths import local_path
+from dtrain.samples.make import ensure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods.txt"
 HEAD = ["method", *ENGINES, "starts as", "in PEFT", "merged"]
 WIDTHS = [12, *(9 for _ in ENGINES), 11, 9, 6]
 SMALL = {"r": 4, "dropout": 0.1}  # of the keys that a method has
+# Settings that change what a method does under an engine: embeddings are tied, for "lora+whole".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora+whole": {"kind": "lora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    | {"rank_pattern": {r"layers\.0\..*": 2}},
+}
+CASES = [*TRAITS, *VARIANTS]
 ALONE = "one rank"  # under ddp, with a micro-batch of two
 TOLERANCE = 1e-5  # of the loss of a step
 TARGET_TOLERANCE = 5e-5  # of the loss of a target, relative to the greatest
 RECIPE = """
 name: methods
 device: cpu
-model: {{base: "dtrain:tiny-llama", dtype: float32}}
+model: {{base: "{base}", dtype: float32}}
 stages:
   - name: task
     kind: cpt
@@ -41,18 +51,42 @@ output: {{folder: runs/methods, merge: {merge}}}
 """
 
 
-def settings(kind: str) -> dict[str, Any]:
+def settings(case: str) -> dict[str, Any]:
     """The method's keys in the recipe."""
-    keys = type(parse_method({"kind": kind})).model_fields
-    return {"kind": kind} | {key: value for key, value in SMALL.items() if key in keys}
+    chosen = VARIANTS.get(case, {"kind": case})
+    keys = type(parse_method(chosen)).model_fields
+    return chosen | {key: value for key, value in SMALL.items() if key in keys}
+
+
+def traits(case: str) -> MethodTraits:
+    return TRAITS[settings(case)["kind"]]
+
+
+def tied_base(folder: Path) -> Path:
+    """The sample model with one matrix for embeddings and output."""
+    ensure("tiny-llama")
+    sample = local_path("dtrain:tiny-llama")
+    shutil.copytree(sample, folder)
+    config = json.loads((sample / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("*.safetensors"):
+        tensors = {n: t for n, t in load_file(path).items() if n != "lm_head.weight"}
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"].pop("lm_head.weight")
+        index.write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture
-def found(kind: str, tmp_path: Path, zygote: Any) -> dict[str, dict[str, Any]]:
+def found(case: str, tmp_path: Path, zygote: Any) -> dict[str, dict[str, Any]]:
     """What the ranks found, by engine, and on one rank."""
     recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
-    merge = json.dumps(not TRAITS[kind].cannot_merge)
-    recipe.write_text(RECIPE.format(method=json.dumps(settings(kind)), merge=merge))
+    base = tied_base(tmp_path / "base") if case == "lora+whole" else "dtrain:tiny-llama"
+    merge, method = json.dumps(not traits(case).cannot_merge), json.dumps(settings(case))
+    recipe.write_text(RECIPE.format(base=base, method=method, merge=merge))
     overrides = {engine: [f"engine.kind={engine}"] for engine in ENGINES}
     alone = {ALONE: ["engine.kind=ddp", "stages.task.train.micro_batch_size=2"]}
     found: dict[str, dict[str, Any]] = {}
@@ -73,41 +107,41 @@ def found(kind: str, tmp_path: Path, zygote: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def lines_of(kind: str, found: dict[str, dict[str, Any]]) -> list[str]:
+def lines_of(case: str, found: dict[str, dict[str, Any]]) -> list[str]:
     """The method's line in the table, and one for each refusal."""
-    alone, traits = found[ALONE], TRAITS[kind]
+    alone, known = found[ALONE], traits(case)
     engines = ["refused" if "refused" in found[engine] else "yes" for engine in ENGINES]
     start = "other" if alone["start"] > TARGET_TOLERANCE else "base"
-    start = f"NF4 {start}" if traits.quantizes_base else start
+    start = f"NF4 {start}" if known.quantizes_base else start
     in_peft = "yes" if "peft" in alone else "no" if "not peft" in alone else "-"
-    merged = "no" if traits.cannot_merge else "yes"
-    notes = [f"{kind}, {e}: {found[e]['refused']}" for e in ENGINES if "refused" in found[e]]
-    notes += [f"{kind}, merged: {traits.cannot_merge}"] if traits.cannot_merge else []
-    return [row([kind, *engines, start, in_peft, merged]), *notes]
+    merged = "no" if known.cannot_merge else "yes"
+    notes = [f"{case}, {e}: {found[e]['refused']}" for e in ENGINES if "refused" in found[e]]
+    notes += [f"{case}, merged: {known.cannot_merge}"] if known.cannot_merge else []
+    return [row([case, *engines, start, in_peft, merged]), *notes]
 
 
 def row(cells: list[str]) -> str:
     return "".join(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def golden(kind: str) -> list[str]:
+def golden(case: str) -> list[str]:
     """The lines about a method."""
     return [
-        line for line in GOLDEN.read_text().splitlines() if line.split(" ")[0].strip(",") == kind
+        line for line in GOLDEN.read_text().splitlines() if line.split(" ")[0].strip(",") == case
     ]
 
 
-def write_golden(kind: str, lines: list[str]) -> None:
-    """Replace the lines about a method; the file has the order of TRAITS, refusals below."""
-    known = {other: golden(other) for other in TRAITS} if GOLDEN.exists() else {}
-    known |= {kind: lines}
-    rows = [known[other] for other in TRAITS if known.get(other)]
+def write_golden(case: str, lines: list[str]) -> None:
+    """Replace the lines about a method; the file has the order of CASES, refusals below."""
+    known = {other: golden(other) for other in CASES} if GOLDEN.exists() else {}
+    known |= {case: lines}
+    rows = [known[other] for other in CASES if known.get(other)]
     notes = [note for _, *notes in rows for note in notes]
     GOLDEN.write_text("\n".join([row(HEAD), *(first for first, *_ in rows), *notes]) + "\n")
 
 
-@pytest.mark.parametrize("kind", TRAITS)
-def test_method_under_every_engine(kind, found) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_method_under_every_engine(case, found) -> None:
     assert "refused" not in found[ALONE], found[ALONE]
     runs = {name: facts for name, facts in found.items() if "refused" not in facts}
     alone = runs[ALONE]
@@ -118,8 +152,8 @@ def test_method_under_every_engine(kind, found) -> None:
     assert not alone.get("names"), "the adapter's names are not PEFT's"
     for way in ("peft", "merged"):
         assert alone.get(way, 0) <= TARGET_TOLERANCE, way
-    assert ("merged" in alone) == (not TRAITS[kind].cannot_merge)
-    lines = lines_of(kind, found)
+    assert ("merged" in alone) == (not traits(case).cannot_merge)
+    lines = lines_of(case, found)
     if "DTRAIN_WRITE_GOLDEN" in os.environ:
-        write_golden(kind, lines)
-    assert lines == golden(kind)
+        write_golden(case, lines)
+    assert lines == golden(case)

@@ -82,6 +82,16 @@ class MethodSettings(Group):
         """Rank of the adapter's product of matrices; 0 without one."""
         return 0
 
+    @property
+    def stacks(self) -> bool:
+        """Whether an adapter and those of other stages can be on one base at once."""
+        return self.traits.stacks
+
+    @property
+    def trains_whole_modules(self) -> bool:
+        """Whether modules of the base train, or copies of them: gradients as large as these."""
+        return self.traits.trains_base
+
     def rank_of(self, layer: str) -> int:
         """The rank of one layer, by its name in the model."""
         return self.rank
@@ -99,11 +109,24 @@ class AdapterSettings(MethodSettings):
         "all-linear",
         description="names of the linear layers that get an adapter",
     )
+    modules_to_save: list[Text] = Field(
+        default_factory=list,
+        description="ends of the names of modules that train whole and are saved beside the "
+        "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
+    )
 
     @property
     def adapter(self) -> AdapterSettings:
         """These settings."""
         return self
+
+    @property
+    def stacks(self) -> bool:
+        return self.traits.stacks and not self.modules_to_save
+
+    @property
+    def trains_whole_modules(self) -> bool:
+        return bool(self.modules_to_save)
 
     def peft_config(self) -> dict[str, Any]:
         """The settings of adapter_config.json that decide what PEFT computes."""

@@ -20,6 +20,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import parameter_counts
+from dtrain.objectives.base import adapters_disabled
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
 
@@ -232,3 +233,60 @@ def test_incomplete_adapter_is_not_saved(change: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="disagree on 1 names"):
         build_method(LORA).save(tmp_path / "new", model, tensors)
     assert not (tmp_path / "new").exists()
+
+
+WHOLE = Lora(
+    kind="lora", r=4, dropout=0.0, modules_to_save=["embed_tokens", "lm_head", "model.norm"]
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_train_whole_start_as_the_base_and_load_in_peft(
+    tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    ids = torch.arange(20)[None]
+    before = base(dtype, tie_word_embeddings=tied).eval()(ids).logits
+    model = build_method(WHOLE).attach(base(dtype, tie_word_embeddings=tied), seed=5)
+    whole = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+    assert len(whole) == (2 if tied else 3)
+    assert all(p.dtype == torch.float32 for p in whole.values())
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    with adapters_disabled(model), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+    build_method(WHOLE).save(tmp_path / "adapter", model, trainable(model))
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ends = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    assert {f"base_model.model.{end}" for end in ends} <= stored.keys()
+    loaded = PeftModel.from_pretrained(base(tie_word_embeddings=tied), tmp_path / "adapter").eval()
+    if dtype == torch.float32:
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["embed_token"]}, "did you mean embed_tokens"),
+        ({"modules_to_save": ["self_attn"]}, "is no single layer with weights"),
+        ({"modules_to_save": ["embed_tokens"]}, "add lm_head, so that it trains as one"),
+        (
+            {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "v_proj"]},
+            "cannot have an adapter and train whole",
+        ),
+    ],
+)
+def test_modules_that_cannot_train_whole_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match="modules_to_save") as caught:
+        build_method(Lora(kind="lora", **settings)).attach(base(tie_word_embeddings=True), seed=0)
+    assert message in str(caught.value)
+
+
+def test_layer_that_trains_whole_gets_no_adapter() -> None:
+    settings = Lora(kind="lora", modules_to_save=["down_proj"])
+    names = trainable(build_method(settings).attach(base(), seed=0))
+    assert sum("down_proj" in name for name in names) == 2
+    assert not any("down_proj.lora" in name for name in names)

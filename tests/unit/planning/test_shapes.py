@@ -111,6 +111,22 @@ def test_ranks_by_pattern_are_counted_as_peft_adds_them() -> None:
     assert adapter_parameters(shape, 4, "all-linear", rank_pattern=patterns) == expected
 
 
+WHOLE = ["embed_tokens", "lm_head", "norm", "up_proj"]
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c["model_type"] != "phi3"])
+def test_modules_that_train_whole_are_counted_as_peft_copies_them(name: str) -> None:
+    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    shape, model = shape_of(config, name), build_model(config)
+    ends = [end for end in WHOLE if end != "lm_head" or not shape.tied]
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=ends)
+    adapted = get_peft_model(model, settings)
+    expected = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert adapter_parameters(shape, 4, ["q_proj"], modules_to_save=ends) == expected
+    tied = adapter_parameters(shape, 4, ["q_proj"], modules_to_save=WHOLE)
+    assert tied == expected, "tied matrices train as one"
+
+
 def test_counts_match_known_models() -> None:
     shape, _ = find_shape("meta-llama/Llama-2-7b-hf")
     assert shape.parameters == 6_738_415_616

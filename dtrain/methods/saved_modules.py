@@ -1,0 +1,156 @@
+"""Whole modules that train beside an adapter: PEFT's modules_to_save.
+
+PEFT keeps the frozen original and trains a copy. Here a copy is float32, takes its first values
+from the loaded base, and is one parameter where the originals are one (tied embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.core.errors import UserError
+from dtrain.models.meta_model import unused_parameters
+
+WHERE = "method.modules_to_save"
+
+
+def check_modules_to_save(
+    model: PreTrainedModel, names: list[str], described: PreTrainedModel
+) -> set[str]:
+    """Check what PEFT would copy.
+
+    Args:
+        model: before PEFT changes it.
+        names: PEFT matches the ends of modules' names, `norm` that of `input_layernorm` too.
+        described: the model on the meta device, from `build_meta_model`.
+
+    Returns:
+        The names of the modules.
+
+    Raises:
+        UserError: a name matches nothing, or a module cannot train whole.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    unused = unused_parameters(described)
+    saved: dict[str, nn.Module] = {}
+    for name in names:
+        matching = {n: m for n, m in modules.items() if n.endswith(name)}
+        if not matching:
+            raise _unknown(name, modules)
+        saved |= matching
+    for name, module in saved.items():
+        if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
+            fix = "name modules with weights of their own: embed_tokens, lm_head, norm, ..."
+            raise UserError(f"{name} is no single layer with weights", where=WHERE, fix=fix)
+        if isinstance(module, Linear4bit):
+            raise UserError(f"{name} is in NF4", where=WHERE, fix="method.kind: lora")
+        if all(f"{name}.{leaf}" in unused for leaf, _ in module.named_parameters()):
+            raise UserError(f"no text reaches {name}", where=WHERE, fix="remove it")
+        _check_dtype(name, module)
+    _check_tied(model, saved)
+    return set(saved)
+
+
+def _unknown(name: str, modules: dict[str, nn.Module]) -> UserError:
+    layers = {n for n, m in modules.items() if m._parameters}
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    close = get_close_matches(name, ends, n=1)
+    fix = f"did you mean {close[0]}?" if close else f"choose from: {', '.join(ends)}"
+    return UserError(f"no module is named {name!r}", where=WHERE, fix=fix)
+
+
+def _check_dtype(name: str, module: nn.Module) -> None:
+    """Check that a float32 copy computes as the original: some embeddings scale in their dtype."""
+    is_plain = type(module).forward in (nn.Embedding.forward, nn.Linear.forward)
+    is_embedding = isinstance(module, nn.Embedding)
+    if is_embedding and not is_plain and next(module.parameters()).dtype != torch.float32:
+        raise UserError(
+            f"{name} ({type(module).__name__}) computes differently in float32, in which it would "
+            "train",
+            where=WHERE,
+            fix="model.dtype=float32, or leave it out",
+        )
+
+
+def _check_tied(model: PreTrainedModel, saved: dict[str, nn.Module]) -> None:
+    """Check that of a matrix with two uses both are trained, as one."""
+    uses: dict[nn.Parameter, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses.setdefault(parameter, set()).add(name)
+    for names in uses.values():
+        if (inside := names & saved.keys()) and (outside := names - saved.keys()):
+            missing = ", ".join(sorted(name.rpartition(".")[2] for name in outside))
+            raise UserError(
+                f"{' and '.join(sorted(inside | outside))} are one matrix (tied embeddings)",
+                where=WHERE,
+                fix=f"add {missing}, so that it trains as one, or remove the other",
+            )
+
+
+def saved_wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """The modules that train whole, with their names in a model that PEFT adapted."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name, module
+
+
+def saved_parameters(model: nn.Module) -> dict[str, str]:
+    """The parameters of the copies: name in the model → name in the base."""
+    return {
+        f"{name}.modules_to_save.{adapter}.{leaf}": f"{name}.{leaf}"
+        for name, wrapper in saved_wrappers(model)
+        for adapter, copy in wrapper.modules_to_save.items()
+        for leaf, _ in copy.named_parameters()
+    }
+
+
+def prepare_copies(model: nn.Module) -> None:
+    """Make the copies float32, one where the originals are one; those on the meta device stay."""
+    shared: dict[nn.Parameter, nn.Parameter] = {}
+    for _, wrapper in saved_wrappers(model):
+        for copy in wrapper.modules_to_save.values():
+            for leaf, original in wrapper.original_module._parameters.items():
+                if original is None:
+                    continue
+                if original not in shared:
+                    values = original.detach().to(torch.float32, copy=True)
+                    shared[original] = nn.Parameter(values)
+                copy._parameters[leaf] = shared[original]
+            if not isinstance(copy, nn.Linear):  # autocast casts a linear layer's inputs
+                copy.register_forward_hook(_as_original(wrapper.original_module))
+
+
+def fill_copies(block: nn.Module) -> None:
+    """Copy the base's values into the copies of a block that have none yet."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for _, wrapper in saved_wrappers(block):
+        for copy in wrapper.modules_to_save.values():
+            for leaf, empty in copy._parameters.items():
+                if empty is None or not empty.is_meta:
+                    continue
+                if empty not in filled:
+                    original = wrapper.original_module.get_parameter(leaf)
+                    values = original.detach().to(torch.float32, copy=True)
+                    filled[empty] = nn.Parameter(values)
+                copy._parameters[leaf] = filled[empty]
+
+
+def _as_original(original: nn.Module) -> Any:
+    """A hook that casts a copy's output to the dtype that the original would return."""
+    dtype = next(original.parameters()).dtype
+
+    def cast(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        return output.to(torch.promote_types(x.dtype, dtype) if x.is_floating_point() else dtype)
+
+    return cast
