@@ -27,8 +27,10 @@ from dtrain.distributed.hang_watchdog import (
     HangWatchdog,
     follow_compilations,
 )
+from dtrain.distributed.tensor_utils import device_name
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
+from dtrain.monitoring.starts import record_start
 from dtrain.pipeline.auto_settings import without_choice
 from dtrain.pipeline.exit_report import ExitReport, is_out_of_memory, out_of_memory_text
 from dtrain.pipeline.runner import run_chain
@@ -143,8 +145,12 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
         shutil.rmtree(run.heartbeats, ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
     chosen = without_choice(recipe, world)
-    if lock and chosen != recipe:
-        write_atomic(run.recipe, dump(chosen))
+    if lock:
+        if chosen != recipe:
+            write_atomic(run.recipe, dump(chosen))
+        device = device_name(world.device)
+        nodes = max(1, world.size // world.local_size)
+        record_start(run, nodes=nodes, ranks=world.size, device=device)
     recipe = chosen
     inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
     check_same_on_all_ranks(inputs, world)

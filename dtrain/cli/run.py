@@ -52,12 +52,17 @@ def run(
     os.execve(command[0], command, environment)
 
 
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+Price = Annotated[
+    float | None, typer.Option(min=0, help="Price of an hour of one GPU, for the cost of the run.")
+]
+
+
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")], price: Price = None) -> None:
     """Write RUN/report.html and print its path."""
     RunDir(run).check_exists()
     from dtrain.monitoring.report import write_report
 
-    print(write_report(run))
+    print(write_report(run, price))
 
 
 COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"

@@ -1,7 +1,7 @@
 """A run folder: the name of every file in it, its lock, its progress and its exit report.
 
 RUN/
-  recipe.yaml  lineage.json  evaluation.json  report.html  outcome.json
+  recipe.yaml  starts.jsonl  lineage.json  evaluation.json  report.html  outcome.json
   STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
   slurm/   attempts.json  jobs.json  job.sh  job.log
 
@@ -27,13 +27,16 @@ from dtrain.core.ownership import check_own_folder
 RECIPE = "recipe.yaml"
 LINEAGE = "lineage.json"
 EVALUATION = "evaluation.json"
+STARTS = "starts.jsonl"
 HTML_REPORT = "report.html"
 EXIT_REPORT = "outcome.json"
 STOP = "stop"
 SLURM = "slurm"
 HEARTBEATS = ".watch"
 # Names that a stage cannot have.
-RESERVED_NAMES = frozenset({RECIPE, LINEAGE, EVALUATION, HTML_REPORT, EXIT_REPORT, STOP, SLURM})
+RESERVED_NAMES = frozenset(
+    {RECIPE, STARTS, LINEAGE, EVALUATION, HTML_REPORT, EXIT_REPORT, STOP, SLURM}
+)
 
 STAGE_RECORD = "stage.json"
 METRICS = "metrics.jsonl"
@@ -126,6 +129,11 @@ class RunDir:
     def evaluation(self) -> Path:
         """Held-out losses and sample answers."""
         return self.path / EVALUATION
+
+    @property
+    def starts(self) -> Path:
+        """When and where each attempt began."""
+        return self.path / STARTS
 
     @property
     def html_report(self) -> Path:

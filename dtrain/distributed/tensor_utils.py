@@ -10,6 +10,11 @@ from pathlib import Path
 import torch
 
 
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Reset the peak of the device, or of the process on a CPU."""
     if device.type == "cuda":

@@ -37,7 +37,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; none if it is not there, and no broken ones."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     return [record for line in lines if (record := _record(line)) is not None]

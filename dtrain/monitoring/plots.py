@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -49,17 +49,22 @@ SMALL_PLOTS = (
 
 Records = Sequence[dict[str, Any]]
 Points = list[tuple[float, float]]
+Ends = Mapping[str, tuple[float | None, float | None]]
 
 
-def plot_stage(records: Records) -> str:
-    """An SVG image of a stage as a data URI; empty if nothing was measured."""
+def plot_stage(records: Records, ends: Ends | None = None) -> str:
+    """An SVG image of a stage as a data URI; empty if nothing was measured.
+
+    Args:
+        ends: held-out losses before the first and after the last step, by evaluation set.
+    """
     if not any("loss" in record or "held_out" in record for record in records):
         return ""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 5.4), layout="constrained")
         FigureCanvasSVG(figure)
         grid = figure.add_gridspec(2, 4, height_ratios=[1.7, 1])
-        _draw_losses(figure.add_subplot(grid[0, :]), records)
+        _draw_losses(figure.add_subplot(grid[0, :]), records, ends or {})
         for column, (key, title, scale) in enumerate(SMALL_PLOTS):
             axes = figure.add_subplot(grid[1, column])
             _draw(axes, [(x, y * scale) for x, y in series(records, key)], title)
@@ -90,19 +95,38 @@ def smooth(points: Points) -> Points:
     return result
 
 
-def held_out_losses(records: Records) -> dict[str, Points]:
-    """(step, loss) of every evaluation, by evaluation set."""
+def held_out_losses(records: Records, ends: Ends | None = None) -> dict[str, Points]:
+    """(step, loss) of every evaluation, by evaluation set, with those before and after."""
+    measured = [(record["step"], record.get("held_out") or {}) for record in records]
+    last = max((step for step, _ in measured), default=0)
+    before = {name: pair[0] for name, pair in (ends or {}).items()}
+    after = {name: pair[1] for name, pair in (ends or {}).items()}
     result: dict[str, Points] = {}
-    for record in records:
-        for name, loss in (record.get("held_out") or {}).items():
+    for step, losses in ((0, before), *measured, (last, after)):
+        for name, loss in losses.items():
             if isinstance(loss, int | float):
-                result.setdefault(name, []).append((float(record["step"]), float(loss)))
+                result.setdefault(name, []).append((float(step), float(loss)))
     return result
 
 
-def _draw_losses(axes: Axes, records: Records) -> None:
+def source_losses(records: Records) -> dict[str, Points]:
+    """(step, smoothed training loss) of each of several sources."""
+    names = {name: None for record in records for name in record.get("sources") or {}}
+    result = {}
+    for name in names:
+        lines = [
+            {"step": record["step"], "loss": (record["sources"].get(name) or {}).get("loss")}
+            for record in records
+            if isinstance(record.get("sources"), dict)
+        ]
+        if points := series(lines, "loss"):
+            result[name] = smooth(points)
+    return result
+
+
+def _draw_losses(axes: Axes, records: Records, ends: Ends) -> None:
     losses = series(records, "loss")
-    losses_by_set = held_out_losses(records).items()
+    losses_by_set = held_out_losses(records, ends).items()
     _draw(axes, losses, "loss", label="training")
     if len(losses) > MAX_MARKERS:
         axes.lines[-1].set(alpha=0.35, label=None, linewidth=1)
@@ -116,12 +140,15 @@ def _draw_losses(axes: Axes, records: Records) -> None:
             marker="o" if len(points) <= MAX_MARKERS else None,
             markersize=4,
         )
+    for (name, points), color in zip(source_losses(records).items(), cycle(COLORS), strict=False):
+        style: dict[str, Any] = {"color": color, "linewidth": 1.3, "linestyle": "--"}
+        axes.plot(*_columns(points), label=f"training: {name}", **style)
     for i, step in enumerate(r["step"] for r in records if "skipped" in r):
         axes.axvline(
             step, color="#d03b3b", linewidth=1, alpha=0.6, label=None if i else "skipped step"
         )
     axes.set_xlabel("step")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.1)
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _draw(axes: Axes, points: Points, title: str, label: str | None = None) -> None:
@@ -151,5 +178,5 @@ def _mean(values: list[float]) -> float:
 
 def _data_uri(figure: Figure) -> str:
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,26 +25,34 @@ plots: Any = LazyModule("dtrain.monitoring.plots")
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MAX_SKIPPED = 20  # skipped steps that are listed
+LIMITS = ("max_increase", "max_drop")
 
 MetricLines = list[dict[str, Any]]
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, price: float | None = None) -> Path:
     """Write report.html into the run folder, as far as the run has come.
 
     The file has no external resources, and all text in it is escaped.
+
+    Args:
+        price: of an hour of one GPU, in any currency.
     """
     path = RunDir(run).html_report
-    write_atomic(path, render_report(read_run(run)))
+    write_atomic(path, render_report(read_run(run), price))
     return path
 
 
-def render_report(record: RunRecord) -> str:
-    """The report as HTML."""
+def render_report(record: RunRecord, price: float | None = None) -> str:
+    """The report as HTML; see `write_report`."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"loss": format_loss, "rating": rate_change, "short": _short_hash}
+    environment.filters |= {
+        "loss": format_loss,
+        "rating": rate_change,
+        "short": _short_hash,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     finished, progress = _progress(record)
     return template.render(
@@ -49,6 +60,11 @@ def render_report(record: RunRecord) -> str:
         finished=finished,
         progress=progress,
         headline=_headline(record),
+        start=_start(record, price),
+        attempts=_attempts(record),
+        gates=_gates(record),
+        base=record.lineage.get("base") or {},
+        lineage=[_origin(artifact) for artifact in record.artifacts.values()],
         chain=_chain(record, finished),
         stages=[_stage(record, n) for n in dict.fromkeys([*record.metrics, *record.artifacts])],
     )
@@ -81,6 +97,73 @@ def _headline(record: RunRecord) -> str:
         f"{duration(seconds)} of training" if seconds else "",
     ]
     return " · ".join(text for text in texts if text)
+
+
+def _start(record: RunRecord, price: float | None) -> str:
+    """When, where and on what the run was started, and what it cost."""
+    if not record.attempts:
+        return ""
+    first, last = record.attempts[0].start, record.attempts[-1].start
+    hours = record.gpu_hours
+    texts = [
+        _clock(first.started),
+        f"{last.nodes} nodes, first {last.host}" if last.nodes > 1 else last.host,
+        f"{last.gpus} x {last.device}" if last.gpus else f"{last.ranks} processes on a CPU",
+        f"{len(record.attempts)} attempts" if len(record.attempts) > 1 else "",
+        f"{hours:.2f} GPU-hours" if hours else "",
+        f"{hours * price:,.2f} at {price:g} per GPU-hour" if hours and price is not None else "",
+    ]
+    return " · ".join(text for text in texts if text)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _attempts(record: RunRecord) -> list[dict[str, Any]]:
+    """Rows of the attempts, with their place on the time axis in percent."""
+    if not record.attempts:
+        return []
+    began = record.attempts[0].start.started
+    whole = max(max(attempt.ended for attempt in record.attempts) - began, 1e-9)
+    return [
+        {
+            "number": number,
+            "began": _clock(attempt.start.started),
+            "took": duration(attempt.seconds),
+            "where": ", job ".join(filter(None, (attempt.start.host, attempt.start.job))),
+            "ranks": f"{attempt.start.ranks} x {attempt.start.device}",
+            "steps": ", ".join(f"{stage} {steps}" for stage, steps in attempt.steps.items()),
+            "left": 100 * (attempt.start.started - began) / whole,
+            "width": 100 * attempt.seconds / whole,
+        }
+        for number, attempt in enumerate(record.attempts, start=1)
+    ]
+
+
+def _gates(record: RunRecord) -> list[tuple[str, str]]:
+    """Each gate's name and limit."""
+    gates = (record.recipe.get("evaluation") or {}).get("gates") or {}
+    rows = []
+    for name, gate in gates.items():
+        limits = [
+            f"{key.replace('_', ' ')} {gate[key]}" for key in LIMITS if gate.get(key) is not None
+        ]
+        rows.append((str(name), f"{gate.get('metric', 'loss')}: {', '.join(limits)}"))
+    return rows
+
+
+def _origin(artifact: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact was made from, for the drawing of the lineage."""
+    made_from = artifact.get("made_from") or {}
+    return {
+        "name": artifact["name"],
+        "identity": artifact.get("identity"),
+        "data": made_from.get("data"),
+        "settings": json.dumps(made_from.get("settings"), indent=2, ensure_ascii=False),
+        "adapter": artifact.get("adapter"),
+        "merged": artifact.get("merged"),
+    }
 
 
 def _chain(record: RunRecord, finished: bool) -> list[dict[str, Any]]:
@@ -119,7 +202,7 @@ def _stage(record: RunRecord, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "facts": _facts(record.artifacts.get(name, {}), lines),
-        "plot": plots.plot_stage(lines),
+        "plot": plots.plot_stage(lines, record.losses_around(name)),
         "sources": _source_rows(lines),
         "alerts": find_alerts(lines),
         "skipped": [line for line in lines if "skipped" in line][:MAX_SKIPPED],
@@ -142,11 +225,18 @@ def _facts(artifact: dict[str, Any], lines: MetricLines) -> list[tuple[str, str]
         ("steps", str(steps)),
         ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
         ("time", duration(artifact["seconds"]) if artifact.get("seconds") else ""),
-        ("tokens/s", f"{speed:.0f}" if speed else ""),
-        ("peak memory", size(memory) if memory else ""),
+        ("tokens/s", _with_plan(speed, artifact.get("planned_tokens_per_second"), "{:.0f}".format)),
+        ("peak memory", _with_plan(memory, artifact.get("planned_peak_bytes"), size)),
         ("trained", share),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _with_plan(measured: float | None, planned: float | None, text: Callable[[float], str]) -> str:
+    """A measured figure, and the planned one if there is one."""
+    if not measured:
+        return ""
+    return f"{text(measured)} (plan {text(planned)})" if planned else text(measured)
 
 
 def _source_rows(lines: MetricLines) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
+from dtrain.monitoring.starts import Attempt, attempts_of, read_starts
 from dtrain.monitoring.uncertainty import paired_standard_error
 
 
@@ -79,6 +80,7 @@ class RunRecord:
         recipe_text, recipe: recipe.yaml as text and as values; empty if it is missing.
         lineage, evaluation: contents of the JSON files; empty if they are missing.
         metrics: the lines of each stage's metrics.jsonl, by stage.
+        attempts: when and where the ranks were started.
         errors: files that cannot be read, and why.
     """
 
@@ -88,6 +90,7 @@ class RunRecord:
     lineage: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -134,6 +137,18 @@ class RunRecord:
         return list(self.evaluation.get("answers") or [])
 
     @property
+    def gpu_hours(self) -> float:
+        """Hours of all attempts, times their GPUs."""
+        return sum(a.seconds * a.start.gpus for a in self.attempts) / 3600
+
+    def losses_around(self, stage: str) -> dict[str, tuple[float | None, float | None]]:
+        """The held-out losses before and after a stage, by set."""
+        if stage not in self.models[1:]:
+            return {}
+        before = self.models[self.models.index(stage) - 1]
+        return {x.name: (x.values.get(before), x.values.get(stage)) for x in self.losses}
+
+    @property
     def merged(self) -> str | None:
         """Path of the last merged model, relative to the run folder."""
         merged = [a["merged"] for a in self.artifacts.values() if a.get("merged")]
@@ -151,6 +166,7 @@ def read_run(folder: Path) -> RunRecord:
     for name in names:
         if "/" not in name and (lines := read_metrics(run.stage(name).metrics)):
             record.metrics[name] = lines
+    record.attempts = attempts_of(read_starts(run), record.metrics)
     return record
 
 

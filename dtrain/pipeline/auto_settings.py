@@ -77,16 +77,24 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def record_calibration(
     recipe: Recipe, stage: Stage, base: Path, facts: dict[str, Any], world: World
-) -> None:
+) -> dict[str, float]:
     """Add a finished stage to the calibration file; a base that the plan does not know is not.
 
     Args:
         base: folder of the model that the stage started from.
         facts: peak_memory_bytes and tokens_per_second, of the start that finished the stage.
+
+    Returns:
+        On GPUs what was planned: planned_peak_bytes and planned_tokens_per_second.
     """
+    planned: dict[str, float] = {}
     with suppress(UserError, OSError):
         cluster = cluster_of(world)
         workload = build_workload(recipe, stage, find_shape(str(base))[0], cluster)
+        peak = build_engine_model(workload).peak_memory().peak
+        speed = tokens_per_second(workload, cluster).middle
+        if world.device.type == "cuda":
+            planned = {"planned_peak_bytes": peak, "planned_tokens_per_second": round(speed, 1)}
         append_record(
             CalibrationRecord(
                 gpu=cluster.gpu.name,
@@ -96,7 +104,8 @@ def record_calibration(
                 base=recipe.model.base,
                 peak=float(facts["peak_memory_bytes"]),
                 speed=float(facts["tokens_per_second"]),
-                planned_peak=build_engine_model(workload).peak_memory().peak,
-                planned_speed=tokens_per_second(workload, cluster).middle,
+                planned_peak=peak,
+                planned_speed=speed,
             )
         )
+    return planned

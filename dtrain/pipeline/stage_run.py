@@ -220,7 +220,7 @@ def record_result(setup: StageSetup, facts: dict[str, Any], checkpoint: Checkpoi
     facts["checkpoint_bytes"] = checkpoint.size_bytes
     if speed:
         measured = facts | {"tokens_per_second": speed}
-        record_calibration(setup.recipe, setup.stage, setup.base, measured, setup.world)
+        facts |= record_calibration(setup.recipe, setup.stage, setup.base, measured, setup.world)
     setup.folder.finish(facts)
     say(
         f"stage {setup.stage.name}: {facts['steps']} steps in {duration(facts['seconds'])}, "
