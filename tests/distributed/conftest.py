@@ -23,6 +23,11 @@ WORKER = ["-m", "dtrain.train"]
 TIMEOUT_SECONDS = 240
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOSS_TOLERANCE = 2e-5
+WITHOUT_EVALUATION = ["evaluation={sets: {}}"] + [
+    f"stages.{stage}.train.{key}=null"
+    for stage in ("domain", "task")
+    for key in ("evaluate_on", "evaluate_every_steps")
+]
 NORM_TOLERANCE = 2e-3  # relative: near convergence a norm is a sum of small cancelling numbers
 
 
@@ -96,18 +101,6 @@ def execute(command: Sequence[str], cache: Path) -> subprocess.CompletedProcess[
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-
-
-@pytest.fixture
-def start(cache: Path) -> Callable[[int, Sequence[str]], str]:
-    """Start the test's own worker on some ranks; returns what it printed."""
-
-    def run(ranks: int, worker: Sequence[str]) -> str:
-        done = execute([*torchrun(ranks), *worker], cache)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture
@@ -232,6 +225,21 @@ def zygote(cache: Path) -> Iterator[Zygote]:
 
 
 @pytest.fixture
+def start(tmp_path: Path, zygote: Zygote) -> Callable[..., str]:
+    """start(ranks, worker, arguments) → what the test's own worker printed, a module here."""
+
+    def run(ranks: int, worker: str, arguments: Sequence[str] = ()) -> str:
+        log = tmp_path / f"{worker}.log"
+        log.unlink(missing_ok=True)
+        pids = zygote.start(ranks, worker, arguments, log)
+        statuses = [zygote.ask(wait=pid) for pid in pids]
+        assert not any(statuses), log.read_text()[-6000:]
+        return log.read_text()
+
+    return run
+
+
+@pytest.fixture
 def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]]:
     """Start ranks of `tiny` with overrides; those still running at the end are killed."""
     started: list[Ranks] = []
@@ -242,11 +250,15 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
         folder: str | Path = "run",
         options: Sequence[str] = (),
         env: dict[str, str] | None = None,
+        evaluates: bool = True,
+        worker: str = "rank_worker",
+        worker_arguments: Sequence[str] = (),
     ) -> Ranks:
         run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
-        arguments = ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
+        arguments = [*worker_arguments, "tiny", "evaluation.questions=null", "device=cpu"]
+        arguments += [*overrides] if evaluates else [*WITHOUT_EVALUATION, *overrides]
         arguments += [f"output.folder={run_folder}", *options]
-        pids = zygote.start(ranks, "dtrain.train", arguments, log, env)
+        pids = zygote.start(ranks, worker, arguments, log, env)
         started.append(Ranks(run_folder, -1, "", zygote, pids, log))
         return started[-1]
 

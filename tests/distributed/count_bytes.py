@@ -1,7 +1,6 @@
 """Worker: one fsdp2 step of `tiny`'s model on 2 x 2 ranks; prints the bytes of each collective.
 
-Started by test_hybrid_bytes.py under torchrun; the counting wraps torch's collectives, so that what
-FSDP2 really sends is what is counted.
+The counting wraps torch's collectives, so that what FSDP2 really sends is what is counted.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def build(engine: str, world: World) -> tuple[Engine, int, int]:
     return build_engine(model, recipe, recipe.stages[0], world, lambda block: None), *counts
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
     world = start_world("cpu")
     engine, trainable, total = build("{kind: fsdp2, shard: 2}", world)
@@ -79,9 +78,6 @@ def main() -> None:
     }
     if world.is_first:
         facts = {"trainable": trainable, "total": total, "sent": sent, "groups": groups}
-        print("FACTS " + json.dumps(facts))
+        print("FACTS " + json.dumps(facts), flush=True)
     end_world()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -2,13 +2,12 @@
 
 Under NCCL the other ranks wait in a collective that never returns, and so does a rank that leaves
 the process group meanwhile.
-`failing_worker.py FAILING_RANK crash|memory|exit|interrupt RECIPE [key=value …]`
+Arguments: FAILING_RANK crash|memory|exit|interrupt RECIPE [key=value …]
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 import time
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 import dtrain.training.trainer
+from dtrain import train
+from dtrain.core.processes import exit_at_once
 
 ERRORS = {
     "crash": RuntimeError("boom"),
@@ -31,9 +32,9 @@ def never_returns(*_: object, **__: object) -> Any:
     time.sleep(3600)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """Plant the fault, then be the worker."""
-    failing_rank, kind = int(sys.argv[1]), sys.argv[2]
+    failing_rank, kind = int(arguments[0]), arguments[1]
 
     def first_step(*_: object, **__: object) -> Any:
         if int(os.environ["RANK"]) == failing_rank:
@@ -42,9 +43,8 @@ def main() -> None:
 
     dtrain.training.trainer.train_step = first_step
     dist.destroy_process_group = never_returns
-    sys.argv[1:] = sys.argv[3:]
-    runpy.run_module("dtrain.train", run_name="__main__", alter_sys=True)
+    return train.main(arguments[2:])
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # under torchrun
+    exit_at_once(main(sys.argv[1:]))

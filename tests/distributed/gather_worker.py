@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +43,10 @@ def expected(number: int, size: int, ranks: int) -> Tensor:
     return torch.cat([torch.full((size,), number + rank / 8) for rank in range(ranks)])
 
 
-def gathers(world: World) -> None:
+def gathers(world: World, count: int) -> None:
     group = dist.group.WORLD
     gather, chance, held = SharedGather(group), random.Random(7), []
-    for number in range(int(sys.argv[1])):
+    for number in range(count):
         size = chance.randint(1, GREATEST)
         output = gather.allocate((size * world.size,), dtype=torch.float32, device=CPU)
         local_shard = output.narrow(0, size * world.rank, size).fill_(number + world.rank / 8)
@@ -96,10 +95,10 @@ def elements_of_zero3(world: World) -> tuple[int, int]:
     return sum(sizes), total
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     world, calls, facts = start_world("cpu"), [0], dict[str, int]()
     count_torchs(calls)
-    gathers(world)
+    gathers(world, int(arguments[0]))
     facts["held too long"], calls[0] = calls[0], 0
     outputs_of_a_sharded_model(world)
     facts["one node"], calls[0] = calls[0], 0
@@ -112,7 +111,4 @@ def main() -> None:
     if world.is_first:
         print("FACTS " + json.dumps(facts), flush=True)
     end_world()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import weakref
 from typing import Any
 
@@ -60,7 +59,7 @@ def facts(kind: str, method: str, world: World) -> dict[str, Any]:
     return result
 
 
-def main(cases: list[str]) -> None:
+def main(cases: list[str]) -> int:
     world = start_world("cpu")
     ensure(sample_name(load_recipe("tiny").model.base))
     for case in cases:
@@ -68,7 +67,4 @@ def main(cases: list[str]) -> None:
         if world.is_first:
             print("FACTS", json.dumps({"case": case, **result}), flush=True)
     end_world()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return 0

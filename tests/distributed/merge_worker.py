@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import dtrain.merge.merge as module
-from dtrain.train import main
+from dtrain import train
 
 said, rank, ranks = Path(os.environ["SAID"]), os.environ["RANK"], int(os.environ["WORLD_SIZE"])
 rewrite = module.rewrite_file
@@ -37,6 +36,7 @@ def rewrite_together(source: Path, target: Path, *rest: Any) -> tuple[str, str]:
     return rewrite(source, target, *rest)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Run the recipe on this rank."""
     module.rewrite_file = rewrite_together
-    sys.exit(main(sys.argv[1:]))
+    return train.main(arguments)

@@ -1,6 +1,6 @@
 """Worker: real optimizer steps under an engine; prints tensor-level peaks and the bytes sent.
 
-Started under torchrun with a recipe's overrides. A dispatch mode sees every operation and sums up
+A dispatch mode sees every operation and sums up
 the live storages, so the peak counts tensors only, without allocator and libraries. Collectives are
 wrapped, so the bytes are those that an engine really sends.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -215,14 +214,14 @@ def one_step(engine: Any, stage: Any, storages: Storages, step: int) -> dict[str
     return phases
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """One process group for all recipes; their overrides are parted by `+`."""
     received: Counter[str] = Counter()
     world = start_world("cpu")
     counted(received)
     shared_gather.shared_buffer = lambda *_, **__: None  # as between nodes: all sent is counted
-    words, recipes = sys.argv[1:], [[]]
-    for word in words:
+    recipes: list[list[str]] = [[]]
+    for word in arguments:
         recipes.append([]) if word == "+" else recipes[-1].append(word)
     for overrides in recipes:
         facts = measure(overrides, world, received)
@@ -230,7 +229,4 @@ def main() -> None:
         if world.is_first:
             print("FACTS " + json.dumps(facts), flush=True)
     end_world()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

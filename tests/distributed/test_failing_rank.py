@@ -24,15 +24,20 @@ WORKER = str(Path(__file__).with_name("failing_worker.py"))
     ],
 )
 def test_all_ranks_end_with_the_failing_ranks_status(
-    run_tiny, rank: int, kind: str, status: int, reason: str
+    start_ranks, rank: int, kind: str, status: int, reason: str
 ) -> None:
-    run = run_tiny("device=cpu", worker=[WORKER, str(rank), kind], expect=status)
+    run = start_ranks(worker="failing_worker", worker_arguments=[str(rank), kind]).wait(status)
     outcome = run.json("outcome.json")
     assert (outcome["status"], outcome["rank"]) == (status, rank)
     assert outcome["reason"].startswith(reason)
     assert run.output.count(reason) == 1
     if rank:  # the first rank was ended by its own hang watchdog, not by the launcher
         assert f"rank {rank} has failed with status {status}; the others end" in run.output
+
+
+def test_launcher_ends_with_the_failing_ranks_status(run_tiny) -> None:
+    run = run_tiny("device=cpu", worker=[WORKER, "1", "memory"], expect=4)
+    assert run.output.count("rank 1: out of memory: CUDA out of memory") == 1
 
 
 PREFLIGHT = """

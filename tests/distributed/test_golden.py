@@ -10,7 +10,6 @@ that is meant to change the losses: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distribu
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -44,35 +43,36 @@ def free_port() -> str:
 
 @pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden files")
 @pytest.mark.parametrize("method", METHODS)
-def test_writes_golden(run_tiny, method):
-    run = run_tiny("engine.kind=ddp", *METHODS[method], ranks=1)
+def test_writes_golden(start_ranks, method):
+    run = start_ranks("engine.kind=ddp", *METHODS[method], ranks=1).wait(0)
     (GOLDEN / f"tiny-{method}.txt").write_text("\n".join(run.losses()) + "\n")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks(run_tiny, engine, method):
-    run = run_tiny(f"engine.kind={engine}", *METHODS[method])
+def test_two_ranks(start_ranks, engine, method):
+    overrides = [f"engine.kind={engine}", *METHODS[method]]
+    run = start_ranks(*overrides, evaluates=method == "lora").wait(0)
     run.assert_golden(method)
-    shutil.rmtree(run.folder)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_micro_batch_of_two(run_tiny, engine, ranks):
+def test_micro_batch_of_two(start_ranks, engine, ranks):
     micro = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
-    run = run_tiny(f"engine.kind={engine}", *micro, ranks=ranks)
+    run = start_ranks(f"engine.kind={engine}", *micro, ranks=ranks, evaluates=False).wait(0)
     run.assert_golden("lora")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_kernels_off_gives_the_same_losses(run_tiny, method):
-    run = run_tiny("model.kernels=off", "engine.kind=zero3", *METHODS[method])
+def test_kernels_off_gives_the_same_losses(start_ranks, method):
+    overrides = ["model.kernels=off", "engine.kind=zero3", *METHODS[method]]
+    run = start_ranks(*overrides, evaluates=False).wait(0)
     run.assert_golden(method)
 
 
-def test_hybrid_sharding_on_four_ranks(run_tiny):
-    run = run_tiny("engine={kind: fsdp2, shard: 2}", ranks=4)
+def test_hybrid_sharding_on_four_ranks(start_ranks):
+    run = start_ranks("engine={kind: fsdp2, shard: 2}", ranks=4, evaluates=False).wait(0)
     run.assert_golden("lora")
 
 

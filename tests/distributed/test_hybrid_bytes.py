@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-WORKER = Path(__file__).with_name("count_bytes.py")
 FLOAT32_BYTES = 4
 
 
 def test_only_adapter_gradients_cross_the_groups(start):
-    lines = start(4, [str(WORKER)]).splitlines()
+    lines = start(4, "count_bytes").splitlines()
     line = next(li for li in lines if li.startswith("FACTS "))
     facts = json.loads(line.removeprefix("FACTS "))
     sent, groups = facts["sent"], facts["groups"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("load_worker.py")
 SHORT = [
     f"stages.{stage}.train.{setting}"
     for stage in ("domain", "task")
@@ -26,7 +25,7 @@ SHORT = [
 )
 def test_no_rank_keeps_an_unsharded_parameter(start: Callable, cases: list[str]) -> None:
     """FSDP2 frees an original when nothing refers to it: one list would hold a whole 70B base."""
-    lines = [line for line in start(2, [str(WORKER), *cases]).splitlines() if "FACTS " in line]
+    lines = [line for line in start(2, "load_worker", cases).splitlines() if "FACTS " in line]
     facts = [json.loads(line.split("FACTS ", 1)[1]) for line in lines]
     assert [case_facts["case"] for case_facts in facts] == cases
     assert all(case_facts["filled"] >= 21 and case_facts["kept"] == [] for case_facts in facts), (

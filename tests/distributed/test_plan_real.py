@@ -16,7 +16,6 @@ from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.simulated_peak import simulate_step
 from dtrain.planning.workload import Cluster, build_workload
 
-WORKER = Path(__file__).with_name("plan_worker.py")
 SIZES = {
     "hidden_size": 256,
     "num_attention_heads": 4,
@@ -84,7 +83,7 @@ def overrides(base: Path, engine: str, method: str, checkpointing: bool) -> list
 
 def test_plan_matches_memory_and_traffic_of_real_ranks(start, base: Path) -> None:
     words = [word for case in CASES for word in ("+", *overrides(base, *case))][1:]
-    lines = start(2, [str(WORKER), *words]).splitlines()
+    lines = start(2, "plan_worker", words).splitlines()
     facts = [json.loads(x.removeprefix("FACTS ")) for x in lines if x.startswith("FACTS ")]
     shape, _ = find_shape(str(base))
     cluster = Cluster(find_gpu("h100-80g"), 1, 2)

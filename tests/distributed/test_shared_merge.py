@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from dtrain.models.weight_files import weight_files
 from dtrain.samples.make import ensure
-
-WORKER = [str(Path(__file__).with_name("merge_worker.py"))]
 
 
 @pytest.fixture
@@ -29,24 +28,22 @@ def base(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("method", ["{kind: lora, r: 8}", "{kind: full}"])
 def test_ranks_merge_together_and_resume_after_a_kill(
-    run_tiny: Callable,
+    start_ranks: Callable,
     weights: Callable[[Path], str],
     base: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
     settings = [f"model.base={base}", *(f"stages.{s}.method={method}" for s in ("domain", "task"))]
     said = tmp_path / "said"
-    monkeypatch.setenv("SAID", str(said))
     said.touch()
-    monkeypatch.setenv("VICTIM", "1")
-    killed = run_tiny(*settings, worker=WORKER, expect=None)
-    assert killed.status != 0
+    with_worker = {"worker": "merge_worker", "env": {"SAID": str(said)}}
+    start_ranks(*settings, worker="merge_worker", env={"SAID": str(said), "VICTIM": "1"}).wait(
+        1, -signal.SIGKILL
+    )
     assert {line.split()[0] for line in said.read_text().splitlines()} == {"0", "1"}
-    monkeypatch.delenv("VICTIM")
     said.write_text("")
-    done = run_tiny(*settings, worker=WORKER)
+    done = start_ranks(*settings, **with_worker).wait(0)
     shard_starts = [line.split() for line in said.read_text().splitlines()]
     for stage in ("domain", "task"):
         stage_starts = [(rank, shard) for rank, name, shard in shard_starts if name == stage]
@@ -58,5 +55,5 @@ def test_ranks_merge_together_and_resume_after_a_kill(
     assert [path.name for path in weight_files(done.folder / "task" / "merged")] == [
         path.name for path in weight_files(base)
     ]
-    again = run_tiny(*settings, folder="again")
+    again = start_ranks(*settings, folder="again").wait(0)
     assert weights(done.folder) == weights(again.folder)

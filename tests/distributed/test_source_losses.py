@@ -18,8 +18,9 @@ SHORT = [
 ]
 
 
-def test_losses_by_source_add_up(run_tiny):
-    alone = run_tiny("engine.kind=ddp", *SHORT, ranks=1, folder="alone").records("domain")
+def test_losses_by_source_add_up(start_ranks):
+    alone = start_ranks("engine.kind=ddp", *SHORT, ranks=1, folder="alone").wait(0)
+    alone = alone.records("domain")
     new, old = alone[0]["sources"]
     for line in (line for line in alone if "loss" in line):
         both = line["sources"]
@@ -28,7 +29,8 @@ def test_losses_by_source_add_up(run_tiny):
         assert total / line["supervised_tokens"] == pytest.approx(line["loss"], rel=1e-6)
         assert abs(both[new]["loss"] - both[old]["loss"]) > 1e-4
     for engine, kernels in (("fsdp2", "off"), ("zero3", "auto")):
-        run = run_tiny(f"engine.kind={engine}", f"model.kernels={kernels}", *SHORT, folder=engine)
+        settings = [f"engine.kind={engine}", f"model.kernels={kernels}", *SHORT]
+        run = start_ranks(*settings, folder=engine, worker="dtrain.train").wait(0)
         for line, first in zip(run.records("domain"), alone, strict=True):
             for name, source in line.get("sources", {}).items():
                 expected = first["sources"][name]

@@ -23,13 +23,12 @@ from dtrain.core.lazy_import import import_fast
 # What a rank imports in the course of a run, and what its libraries do.
 MODULES = [
     "deepspeed",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
     "dtrain.monitoring.plots",
     "dtrain.rank_main",
     "dtrain.train",
     "matplotlib.backends.backend_svg",
     "pandas",
-    "torch._dynamo.repro.after_dynamo",
     *(
         traits.implementation.partition(":")[0]
         for table in (ENGINES, TRAITS, OBJECTIVES)
