@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     script, address, *overrides = sys.argv[1:] if argv is None else argv
     supervisor = Supervisor(os.environ)
     signal.signal(signal.SIGUSR1, supervisor.warn)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # job.sh blocks it until here
     try:
         return supervisor.run(load_recipe(address, overrides), Path(script), overrides)
     except UserError as error:

@@ -22,6 +22,11 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
+
+if __name__ == "__main__":  # the imports below take seconds
+    end_on_interrupt(INTERRUPTED_EARLY)
+
 import psutil
 import torch
 from torch.distributed import run as torchrun
@@ -69,8 +74,11 @@ class Signals:
             number = signal.SIGKILL  # Ctrl-C twice; checkpoints stay whole
         self.seen.add(number)
         workers = [child for child in psutil.Process().children() if _leads_session(child.pid)]
-        if not workers:
-            raise SystemExit(Exit.INTERRUPTED)  # no worker has started, or all have ended
+        if not workers:  # none has started, or all have ended
+            if number != signal.SIGINT:
+                raise SystemExit(Exit.INTERRUPTED)
+            print(INTERRUPTED_EARLY, file=sys.stderr)
+            raise SystemExit(Exit.CTRL_C)
         for worker in workers:
             worker.send_signal(number)
 
@@ -177,9 +185,12 @@ def status_of(
         print(_OOM_KILLED.format(rank=rank), file=sys.stderr)
         return Exit.OUT_OF_MEMORY
     # torchrun ends the ranks that are left with SIGTERM, whatever ended the first.
-    stopped = {Exit.INTERRUPTED, -signal.SIGTERM} | {-number for number in signals_seen}
+    stopped = {Exit.INTERRUPTED, Exit.CTRL_C, -signal.SIGTERM} | {-n for n in signals_seen}
     if stopped.issuperset(codes.values()) and (signals_seen or Exit.INTERRUPTED in codes.values()):
-        return Exit.INTERRUPTED
+        if Exit.INTERRUPTED in codes.values() or Exit.CTRL_C not in codes.values():
+            return Exit.INTERRUPTED
+        print(INTERRUPTED_EARLY, file=sys.stderr)
+        return Exit.CTRL_C
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     if killed and Exit.CRASHED not in codes.values():  # a crash has left its traceback
         print(_killed(killed), file=sys.stderr)

@@ -9,7 +9,12 @@ from typing import NoReturn
 
 from dtrain.core.errors import Exit
 from dtrain.core.lazy_import import import_fast
-from dtrain.core.processes import die_with_parent, exit_at_once
+from dtrain.core.processes import (
+    INTERRUPTED_EARLY,
+    die_with_parent,
+    end_on_interrupt,
+    exit_at_once,
+)
 from dtrain.launching.commands import LAUNCHER, sees_gpu, worker_environment
 
 
@@ -23,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """Be the worker, whatever started it; end with its status."""
+    # A signal that comes before the trainer listens ends the rank.
+    is_first = os.environ.get("RANK", "0") == "0"
+    end_on_interrupt(INTERRUPTED_EARLY if is_first and LAUNCHER not in os.environ else "")
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
     status = main()

@@ -7,5 +7,8 @@ fi
 # A file of the working folder must not be imported as a module; a checkout's package must.
 [[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
 export DTRAIN_PREFLIGHT DTRAIN_FORCE # the script may have set them for bash alone
-trap '' USR1 # Slurm's warning must not end the supervisor before it listens
-exec "${python:-python3}" -m dtrain.supervisor "$0" "$DTRAIN_RECIPE" "$@"
+# Slurm's warning must neither end the supervisor before it listens, nor be lost.
+trap '' USR1
+block=(env --block-signal=USR1)
+"${block[@]}" true 2>/dev/null || block=() # coreutils before 8.31
+exec "${block[@]}" "${python:-python3}" -m dtrain.supervisor "$0" "$DTRAIN_RECIPE" "$@"

@@ -11,6 +11,7 @@ import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import Exit
+from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
 from dtrain.core.units import size
 from dtrain.launching.commands import launcher_environment, torchrun_command
@@ -35,6 +36,7 @@ def run(
     from dtrain.launching.commands import ranks_per_node, run_dir_of, with_run_dir
     from dtrain.planning.known_models import check_trainable
 
+    end_on_interrupt(INTERRUPTED_EARLY)
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
     run_dir = run_dir_of(settings)

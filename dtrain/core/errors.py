@@ -16,6 +16,7 @@ class Exit(IntEnum):
     HANG = 5  # a rank did not reach its step: a retry can help
     GATE_FAILED = 6  # a stage made an evaluation set worse than allowed: a retry cannot help
     INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to continue
+    CTRL_C = 130  # ended before the training, as a shell reports SIGINT
 
 
 class UserError(Exception):

@@ -65,6 +65,12 @@ class Run:
         text = (self.folder / stage / "metrics.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
+    def is_at(self, stage: str, step: int) -> bool:
+        """Whether the metrics of a step are written."""
+        with suppress(FileNotFoundError, ValueError):
+            return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
+        return False
+
     def json(self, name: str) -> dict:
         """A JSON file of the run folder."""
         return json.loads((self.folder / name).read_text())
@@ -198,12 +204,6 @@ class Ranks(Run):
         """Wait until something has happened."""
         wait_until(happened, seconds, lambda: self.log.read_text()[-6000:])
 
-    def is_at(self, stage: str, step: int) -> bool:
-        """Whether the metrics of a step are written."""
-        with suppress(FileNotFoundError, ValueError):
-            return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
-        return False
-
 
 def wait_until(
     happened: Callable[[], object], seconds: float, describe: Callable[[], str] = lambda: ""
@@ -283,16 +283,18 @@ class Live(Run):
                         return child
         return None
 
+    def until(self, happened: Callable[[], object]) -> None:
+        """Wait until something has happened in the run."""
+
+        def happened_in_time() -> object:
+            assert self.process.poll() is None, self.log.read_text()
+            return happened()
+
+        wait_until(happened_in_time, TIMEOUT_SECONDS)
+
     def until_step(self, stage: str, step: int) -> None:
         """Wait until the metrics of a step are written."""
-
-        def written() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            with suppress(FileNotFoundError, ValueError):
-                return any(r["step"] >= step for r in self.records(stage) if "loss" in r)
-            return False
-
-        wait_until(written, TIMEOUT_SECONDS)
+        self.until(lambda: self.is_at(stage, step))
 
     def wait(self, *expected: int) -> Live:
         """Wait for the end; check that the status is an expected one."""

@@ -81,6 +81,20 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
     assert again.json("outcome.json")["outcome"] == "finished"
 
 
+def test_ctrl_c_before_the_training_is_one_line(dtrain_run) -> None:
+    live = dtrain_run()
+
+    def is_importing() -> bool:
+        worker = live.worker(0)
+        return worker is not None and any("libtorch" in m.path for m in worker.memory_maps())
+
+    live.until(is_importing)
+    live.process.send_signal(signal.SIGINT)
+    live.wait(130)
+    lines = [line for line in live.output.splitlines() if line]
+    assert lines == ["interrupted before the training; the same command starts it again"]
+
+
 def test_stop_file_stops_the_run_once(start_ranks) -> None:
     run = start_ranks()
     run.folder.mkdir(exist_ok=True)

@@ -103,6 +103,18 @@ def test_warning_reaches_the_ranks_and_the_job_is_requeued(start) -> None:
     assert job.outcomes() == [("warned", "requeue")]
 
 
+def test_warning_before_the_supervisor_listens_is_kept(start, tmp_path: Path) -> None:
+    python = tmp_path / "env/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\nkill -USR1 $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = start(DTRAIN_ENV=str(tmp_path / "env"))
+    job.wait_for("requeued")
+    job.process.terminate()
+    assert job.log().count("Slurm warned") == 1
+    assert job.outcomes() == [("warned", "requeue")] and not (job.fake / "training").exists()
+
+
 def test_sigterm_does_not_end_the_wait_for_the_ranks(start) -> None:
     job = start()
     job.wait_for("training")

@@ -75,6 +75,8 @@ def failures(*codes: int) -> dict[int, ProcessFailure]:
         ((75, -9), (), Exit.CRASHED),
         ((75, -9), (9, 2), Exit.INTERRUPTED),  # Ctrl-C twice
         ((-15, -15), (15,), Exit.INTERRUPTED),  # asked to stop before it listened
+        ((130, -15), (2,), Exit.CTRL_C),
+        ((130, 75), (2,), Exit.INTERRUPTED),
         ((-15, -9), (), Exit.CRASHED),
         ((1, -15), (), Exit.CRASHED),
         ((17, 0), (), Exit.CRASHED),
