@@ -55,7 +55,7 @@ def show(
         from dtrain.config.load import load_recipe
 
         recipe = load_recipe(address, overrides or [])
-        texts = _rows_of_stage(recipe, chosen_stage(recipe, stage), count, console.is_terminal)
+        texts = _sequences_of_stage(recipe, chosen_stage(recipe, stage), count, console.is_terminal)
     for text in texts:
         console.print(text, end="")
 
@@ -173,7 +173,7 @@ def _scan(
     return scan_stage(recipe, chosen_stage(recipe, stage), processes)
 
 
-def _rows_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -> Iterator[Text]:
+def _sequences_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -> Iterator[Text]:
     from dtrain.data.show import sequences
     from dtrain.pipeline.data_inspection import stage_dataset
 

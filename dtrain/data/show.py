@@ -43,7 +43,7 @@ def sequences(
     for position, number in enumerate(sequence_ids[: dataset.sequences_per_epoch], start=1):
         sequence = dataset.sequence(number)
         head = (
-            f"sequence {position}: row {number + 1:,} of {total:,}, "
+            f"{position}. sequence {number + 1:,} of {total:,}, "
             f"{sequence.input_ids.size:,} of {dataset.sequence_length:,} tokens, "
             f"{int(sequence.is_target.sum()):,} with loss, documents: {sequence.lengths.size}\n"
         )
@@ -54,12 +54,12 @@ def sequences(
 
 
 def _documents(
-    row: PackedSequence, tokenizer: PreTrainedTokenizerBase, color: bool
+    sequence: PackedSequence, tokenizer: PreTrainedTokenizerBase, color: bool
 ) -> Iterator[Text]:
     start = 0
-    for location, length in zip(row.documents, row.lengths.tolist(), strict=True):
-        ids = row.input_ids[start : start + length]
-        has_loss = row.is_target[start : start + length]
+    for location, length in zip(sequence.documents, sequence.lengths.tolist(), strict=True):
+        ids = sequence.input_ids[start : start + length]
+        has_loss = sequence.is_target[start : start + length]
         tokens = f"tokens {start}–{start + length - 1}, {int(has_loss.sum()):,} with loss"
         note = f"── {location}: {tokens}\n"
         yield Text(note, style=NOTE) + _colored(ids, has_loss, tokenizer, color) + Text("\n")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
 import random
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +27,9 @@ from dtrain.checkpoints import (
 from dtrain.core.errors import Exit, UserError
 
 FLIPS, CUTS, KILLS = 300, 100, 25
-BIG = {"w": (700, 500)}  # 4.2 MB with its moments, so that a kill often falls into a save
+BIG = {"w": (700, 500)}  # 4.2 MB with its moments
+FILE_OPERATIONS = ("open", "os.mkdir", "os.remove", "os.rename")
+OPERATIONS, NEVER = 30, -1  # of a few saves
 
 
 def _files(folder: Path) -> list[Path]:
@@ -92,10 +98,23 @@ def test_a_missing_file_is_found(kit: Any, tmp_path: Path, gone: str) -> None:
     _assert_found(tmp_path, path)
 
 
+def kill_at_operation(folder: Path, number: int) -> None:
+    """Have this process kill itself before its operation `number` on the files of a folder."""
+    operations = itertools.count()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        is_ours = event in FILE_OPERATIONS and str(arguments[0]).startswith(str(folder))
+        if is_ours and next(operations) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
 def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_path: Path) -> None:
     completed = multiprocessing.Value("q", 0)  # the last step that rank 0 called complete
 
-    def train(rank: int, attempt: str, first: int) -> None:
+    def train(rank: int, attempt: str, first: int, last_operation: int) -> None:
+        kill_at_operation(tmp_path, last_operation)
         saver = Saver(tmp_path, rank=rank, ranks=2, attempt=attempt)
         for step in range(first, first + 1000):
             saver.save(step, kit.rank_shards(kit.whole(step, BIG), rank, 2, BIG), {})
@@ -106,9 +125,13 @@ def test_complete_checkpoints_survive_killed_ranks(kit: Any, start: Any, tmp_pat
     draw, newest, interrupted = random.Random(0), 0, 0
     for attempt in range(KILLS):
         clean_leftovers(tmp_path)
-        ranks = [start(train, rank, f"a{attempt}", newest + 1) for rank in range(2)]
-        ranks[0].join(draw.uniform(0, 0.2))  # it runs until it is killed
-        for process in draw.sample(ranks, 2):
+        victim, last = draw.randrange(2), draw.randrange(OPERATIONS)
+        operations = [last if rank == victim else NEVER for rank in range(2)]
+        ranks = [
+            start(train, rank, f"a{attempt}", newest + 1, operations[rank]) for rank in range(2)
+        ]
+        ranks[victim].join()
+        for process in ranks:
             process.kill()
             process.join()
         interrupted += any(path.name.startswith(".step-") for path in tmp_path.iterdir())
