@@ -18,8 +18,8 @@ SHORT = [
 FORGETS = "evaluation.gates={task: {max_increase: 0.02}}"
 
 
-def test_a_stage_that_forgets_ends_the_chain(run_tiny):
-    failed = run_tiny(FORGETS, *SHORT, expect=Exit.GATE_FAILED)
+def test_a_stage_that_forgets_ends_the_chain(start_ranks):
+    failed = start_ranks(FORGETS, *SHORT).wait(Exit.GATE_FAILED)
     assert "evaluation.gates.task: stage domain changed the loss of task" in failed.output
     assert "Traceback" not in failed.output
     outcome = failed.json("outcome.json")
@@ -27,11 +27,11 @@ def test_a_stage_that_forgets_ends_the_chain(run_tiny):
     assert not (failed.folder / "domain" / "merged").exists()
     assert not (failed.folder / "task").exists()
     steps = len(failed.records("domain"))
-    finished = run_tiny("evaluation.gates={task: {max_increase: 999}}", *SHORT)
+    finished = start_ranks("evaluation.gates={task: {max_increase: 999}}", *SHORT).wait(0)
     assert len(finished.records("domain")) == steps  # nothing was trained again
     assert (finished.folder / "task" / "merged" / "config.json").is_file()
     losses = finished.json("evaluation.json")["losses"]["task"]
     assert losses["domain"] > losses["base"] + 0.02
     # A complete run is held to gates that are stricter now.
-    again = run_tiny(FORGETS, *SHORT, expect=Exit.GATE_FAILED)
+    again = start_ranks(FORGETS, *SHORT).wait(Exit.GATE_FAILED)
     assert "evaluation.gates.task" in again.output
