@@ -19,6 +19,7 @@ from dtrain.models.vera import projections
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 VECTORS = {LORA_A: ".vera_lambda_d", LORA_B: ".vera_lambda_b"}
+PROJECTIONS = {LORA_A: "base_model.vera_A", LORA_B: "base_model.vera_B"}
 
 
 class AdapterTensors(Protocol):
@@ -92,16 +93,16 @@ class VeraTensors:
         self, config: dict[str, Any], tensors: AdapterTensors, sizes: dict[str, tuple[int, int]]
     ) -> None:
         self._tensors, self._config, self._sizes = tensors, config, sizes
-        self.shapes: dict[str, list[int]] = {}
+        replaced = (*VECTORS.values(), *PROJECTIONS.values())
+        self.shapes = {k: v for k, v in tensors.shapes.items() if not k.endswith(replaced)}
         for module, (outputs, inputs) in sizes.items():
             self.shapes[f"{module}{LORA_A}"] = [config["r"], inputs]
             self.shapes[f"{module}{LORA_B}"] = [outputs, config["r"]]
 
     @cached_property
     def _shared(self) -> dict[str, Tensor]:
-        keys = {LORA_A: "base_model.vera_A", LORA_B: "base_model.vera_B"}
-        if keys[LORA_A] in self._tensors.shapes:
-            return {role: self._tensors.get(key) for role, key in keys.items()}
+        if PROJECTIONS[LORA_A] in self._tensors.shapes:
+            return {role: self._tensors.get(key) for role, key in PROJECTIONS.items()}
         outputs, inputs = (max(sizes) for sizes in zip(*self._sizes.values(), strict=True))
         seed = self._config["projection_prng_key"]
         a, b = projections(seed, self._config["r"], inputs, outputs)
@@ -109,6 +110,8 @@ class VeraTensors:
 
     def get(self, key: str) -> Tensor:
         """Return a tensor in float32."""
+        if key in self._tensors.shapes:  # a module that trained whole
+            return self._tensors.get(key)
         role = LORA_A if key.endswith(LORA_A) else LORA_B
         module, (rows, columns) = key.removesuffix(role), self.shapes[key]
         vector = self._tensors.get(f"{module}{VECTORS[role]}")
@@ -129,18 +132,16 @@ def vera_as_lora(
     """The config and the tensors of the LoRA that a VeRA adapter equals.
 
     Raises:
-        UserError: it has a tensor of another method, or half a layer.
+        UserError: it has half a layer.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    for key, shape in tensors.shapes.items():
+    for key in (key for key in tensors.shapes if ".vera_lambda_" in key):
         module, _, name = key.rpartition(".")
-        pair = {f"{module}.vera_lambda_b", f"{module}.vera_lambda_d"}
-        if module != "base_model" and not key in pair <= tensors.shapes.keys():
-            raise UserError(f"{key} is not half of a layer of VeRA", where=where)
+        if not {f"{module}{vector}" for vector in VECTORS.values()} <= tensors.shapes.keys():
+            raise UserError(f"{module} has only half of an adapter", where=where)
         if name == "vera_lambda_b":
+            outputs = tensors.shapes[key][0]
             stored = base.stored_name(f"{module.removeprefix(PREFIX)}.weight")
-            elements = prod(base.shape_of(stored)[1]) if stored else 0
-            sizes[module] = shape[0], elements // shape[0]
-    lora = {"peft_type": "LORA", "r": config["r"], "lora_alpha": config["r"]}
-    lora["fan_in_fan_out"] = config.get("fan_in_fan_out", False)
-    return lora, VeraTensors(config, tensors, sizes)
+            sizes[module] = outputs, prod(base.shape_of(stored)[1]) // outputs if stored else 0
+    lora = {"peft_type": "LORA", "lora_alpha": config["r"]}
+    return config | lora, VeraTensors(config, tensors, sizes)

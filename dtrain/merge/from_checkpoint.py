@@ -137,6 +137,6 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
         raise UserError(message, where=str(saved.checkpoint.folder))
     tensors = CheckpointAdapter(saved.checkpoint)
     # A checkpoint holds tied modules that train whole once.
-    whole = {"modules_to_save": settings.adapter.modules_to_save, "ensure_weight_tying": True}
+    whole = {"modules_to_save": settings.adapter.whole_modules, "ensure_weight_tying": True}
     config = settings.adapter.peft_config() | whole
     return MergeableAdapter(config, tensors, base, saved.checkpoint.folder)

@@ -56,18 +56,26 @@ class AdapterMethod(Method[Settings]):
     ) -> nn.Module:
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         unused = unused_linear_layers(described)
-        saved = check_modules_to_save(model, self.settings.modules_to_save, described)
+        saved = check_modules_to_save(model, self.settings.whole_modules, described)
         targets = resolve_targets(model, self.settings.target_modules, unused, saved)
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
-        adapted = self._with_adapter(model, targets)
+        adapted = self.adapt(model, targets)
         model.disable_input_require_grads()
         prepare_copies(adapted)
         self._initialize(adapted, seed, device)
         key_dropouts(adapted)
         adapted.train()
         return adapted
+
+    def adapt(self, model: PreTrainedModel, targets: str | list[str]) -> nn.Module:
+        """The model with adapters, whose parameters alone train; here PEFT's model.
+
+        Args:
+            targets: names of layers, matched as PEFT does.
+        """
+        return self._with_adapter(model, targets)
 
     def _with_adapter(
         self, model: PreTrainedModel, targets: str | list[str], **more: Any
@@ -79,7 +87,7 @@ class AdapterMethod(Method[Settings]):
         """
         settings = {
             "target_modules": targets,
-            "modules_to_save": list(self.settings.modules_to_save) or None,
+            "modules_to_save": list(self.settings.whole_modules) or None,
             "task_type": "CAUSAL_LM",
         }
         config = get_peft_config(self.settings.peft_config() | settings | more)
@@ -128,16 +136,16 @@ class AdapterMethod(Method[Settings]):
         base: str | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        assert isinstance(model, PeftModel)
         _check_tensors(model, tensors)
         named = dict(_with_tied(model, tensors))
         stored = {n: t.contiguous().cpu() for n, t in self.saved_tensors(model, named).items()}
+        config = self.saved_config(model) | {"base_model_name_or_path": base}
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             with atomic_folder(staging / "new") as target:
                 save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
-                write_json(target / CONFIG, _adapter_config(model, base))
+                write_json(target / CONFIG, dict(sorted(config.items())) | {"inference_mode": True})
                 for name, text in (files or {}).items():
                     (target / name).write_text(text, encoding="utf-8")
             if folder.exists():
@@ -153,6 +161,13 @@ class AdapterMethod(Method[Settings]):
             tensors: what trained, by `named_parameters()` name.
         """
         return {file_key(name): tensor for name, tensor in tensors.items()}
+
+    def saved_config(self, model: nn.Module) -> dict[str, Any]:
+        """The content of adapter_config.json, without the base."""
+        assert isinstance(model, PeftModel)
+        content = model.peft_config[ADAPTER].to_dict()
+        # PEFT writes its sets in an order that changes
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
 
 
 def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -184,7 +199,7 @@ def resolve_targets(
     else:
         _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
-        named = matched = set(_matching(names, target_modules))
+        named = matched = set(match_names(names, target_modules))
         if both := sorted(matched & saved):
             message = f"{both[0]} cannot have an adapter and train whole"
             where = "method.target_modules and method.modules_to_save"
@@ -200,8 +215,8 @@ def resolve_targets(
     return sorted(used)
 
 
-def _matching(names: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """The names that PEFT matches: equal to a target, or ending with it after a dot."""
+def match_names(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """Match as PEFT does: names that are equal to a target, or ending with it after a dot."""
     endings = tuple(f".{target}" for target in targets)
     return [name for name in names if f".{name}".endswith(endings)]
 
@@ -210,7 +225,7 @@ def _check_targets(
     model: PreTrainedModel, target_modules: list[str], layers: dict[str, nn.Module]
 ) -> None:
     for target in target_modules:
-        if not _matching(layers, [target]):
+        if not match_names(layers, [target]):
             raise UserError(
                 f"no linear layer is named {target!r}",
                 where="method.target_modules",
@@ -218,19 +233,11 @@ def _check_targets(
             )
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
-    if tied and any(layers[name] is output for name in _matching(layers, target_modules)):
+    if tied and any(layers[name] is output for name in match_names(layers, target_modules)):
         raise UserError(
             "the output matrix is tied to the embeddings and cannot have an adapter of its own",
             where="method.target_modules",
         )
-
-
-def _adapter_config(model: PeftModel, base: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json; PEFT writes its sets in an order that changes."""
-    content = model.peft_config[ADAPTER].to_dict()
-    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
-    settings |= {"base_model_name_or_path": base}
-    return dict(sorted(settings.items())) | {"inference_mode": True}
 
 
 def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:

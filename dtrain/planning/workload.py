@@ -167,7 +167,7 @@ class Workload:
     def whole_modules(self) -> tuple[WholeModule, ...]:
         """The modules of the base whose copies train beside an adapter."""
         adapter = self.method.adapter
-        return select_modules(self.shape, adapter.modules_to_save) if adapter else ()
+        return select_modules(self.shape, adapter.whole_modules) if adapter else ()
 
     @property
     def trains_matrices(self) -> bool:
@@ -258,7 +258,7 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
     known = KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset()
     if traits.adds_adapter and not traits.has_kernel:
         known -= {ADAPTED_LAYERS}
-    has_copy = any("lm_head".endswith(end) for end in (adapter.modules_to_save if adapter else ()))
+    has_copy = any("lm_head".endswith(end) for end in (adapter.whole_modules if adapter else ()))
     return known - {LOSS} if has_copy else known
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -30,11 +30,13 @@ from dtrain.data.chat_templates import (
 )
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_stop_criterion
+from dtrain.models.bottleneck import BOTTLENECK, load_bottlenecks
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
-from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
+from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys, read_adapter_config
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.models.weight_files import read_header
+from dtrain.objectives.base import adapters_disabled
 from dtrain.samples.make import ensure
 from dtrain.serving.run_models import ServedModel
 
@@ -53,6 +55,7 @@ class TextGenerator:
         self._dtype = resolve_dtype(settings.dtype, device)
         self._model: Any = None
         self._held: tuple[str, bool] | None = None  # base in memory, and whether it is in NF4
+        self._family = ""  # of the adapters in memory
         self._names: dict[Path, str] = {}
         self._choice = choice
         self._become(choice)
@@ -72,13 +75,17 @@ class TextGenerator:
             raise
 
     def _become(self, choice: ServedModel) -> None:
-        if self._held != (choice.base, choice.quantized):
+        family = _family(choice)
+        is_other_family = "" != self._family != family != ""
+        if self._held != (choice.base, choice.quantized) or is_other_family:
             self._load(choice)
+        self._family = family or self._family
         for folder in choice.adapters:
             if folder not in self._names:
                 self._add(folder)
-        if choice.adapters:
-            self._model.base_model.set_adapter([self._names[folder] for folder in choice.adapters])
+        if choice.adapters and isinstance(self._model, PeftModel):
+            tuner: Any = self._model.base_model
+            tuner.set_adapter([self._names[folder] for folder in choice.adapters])
         self._template = answering_template(choice.template, self.tokenizer)
         self._stop = find_stop_criterion(self._template, self.tokenizer)
         self._choice = choice
@@ -88,7 +95,8 @@ class TextGenerator:
             ensure(sample)
         folder = base_folder(choice.base)
         self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
-        self._model, self._held, self._names = None, None, {}  # two would not fit into memory
+        self._model, self._held = None, None  # two would not fit into memory
+        self._names, self._family = {}, ""
         model = load_base(
             folder,
             self._settings,
@@ -107,7 +115,7 @@ class TextGenerator:
         try:
             if odd := self._put_on(folder, name):
                 raise ValueError(f"{odd[0]} has no counterpart")
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, AttributeError) as error:
             self._held = None  # what is half put on cannot be taken off
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(
@@ -120,6 +128,9 @@ class TextGenerator:
 
     def _put_on(self, folder: Path, name: str) -> list[str]:
         """Load an adapter; return the tensors that base and adapter do not both have."""
+        if (config := read_adapter_config(folder))["peft_type"] == BOTTLENECK:
+            load_bottlenecks(self._model, folder, config)
+            return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
             if not self._names:
@@ -178,8 +189,7 @@ class TextGenerator:
 
     @contextmanager
     def _as_chosen(self) -> Iterator[None]:
-        plain = self._names and not self._choice.adapters
-        with self._model.disable_adapter() if plain else nullcontext():
+        with nullcontext() if self._choice.adapters else adapters_disabled(self._model):
             yield
 
     def _ends(self) -> list[int] | None:
@@ -197,6 +207,17 @@ class TextGenerator:
         for end in self._stop_strings():
             text = text.partition(end)[0]
         return text
+
+
+def _family(choice: ServedModel) -> str:
+    """What adapters must share to be in memory at once: PEFT's type, or nothing if there is none.
+
+    A bottleneck adapter is not PEFT's, and is alone.
+    """
+    for folder in choice.adapters:
+        kind = str(read_adapter_config(folder)["peft_type"])
+        return f"{kind} {folder}" if kind == BOTTLENECK else kind
+    return ""
 
 
 def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -17,12 +17,14 @@ from dtrain.config.methods.base import (
     MethodSettings,
     MethodTraits,
 )
+from dtrain.config.methods.bottleneck import Bottleneck
 from dtrain.config.methods.full import Full
 from dtrain.config.methods.lora import Lora
 from dtrain.config.methods.vectors import Ia3, Vera
 
 __all__ = [
     "AdapterSettings",
+    "Bottleneck",
     "Full",
     "Ia3",
     "Lora",
@@ -34,10 +36,10 @@ __all__ = [
     "parse_method",
 ]
 
-Method = Annotated[Full | Lora | Ia3 | Vera, Field(discriminator="kind")]
+Method = Annotated[Full | Lora | Ia3 | Vera | Bottleneck, Field(discriminator="kind")]
 TRAITS: dict[str, MethodTraits] = {
     kind: traits
-    for settings in (Full, Lora, Ia3, Vera)
+    for settings in (Full, Lora, Ia3, Vera, Bottleneck)
     for kind, traits in settings.traits_by_kind.items()
 }
 _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)

@@ -109,11 +109,6 @@ class AdapterSettings(MethodSettings):
         "all-linear",
         description="names of the linear layers that get an adapter",
     )
-    modules_to_save: list[Text] = Field(
-        default_factory=list,
-        description="ends of the names of modules that train whole and are saved beside the "
-        "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
-    )
 
     @property
     def adapter(self) -> AdapterSettings:
@@ -121,12 +116,17 @@ class AdapterSettings(MethodSettings):
         return self
 
     @property
+    def whole_modules(self) -> list[str]:
+        """Ends of the names of modules that train whole beside the adapter."""
+        return []
+
+    @property
     def stacks(self) -> bool:
-        return self.traits.stacks and not self.modules_to_save
+        return self.traits.stacks and not self.whole_modules
 
     @property
     def trains_whole_modules(self) -> bool:
-        return bool(self.modules_to_save)
+        return bool(self.whole_modules)
 
     def peft_config(self) -> dict[str, Any]:
         """The settings of adapter_config.json that decide what PEFT computes."""
@@ -157,7 +157,21 @@ class AdapterSettings(MethodSettings):
         return sum(rows * columns for rows, columns in self.shapes(layer, outputs, inputs))
 
 
-class LowRankSettings(AdapterSettings):
+class PeftSettings(AdapterSettings):
+    """The keys that adapters of PEFT share."""
+
+    modules_to_save: list[Text] = Field(
+        default_factory=list,
+        description="ends of the names of modules that train whole and are saved beside the "
+        "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
+    )
+
+    @property
+    def whole_modules(self) -> list[str]:
+        return self.modules_to_save
+
+
+class LowRankSettings(PeftSettings):
     """The keys of adapters that are a product of two matrices."""
 
     r: Count = Field(16, description="rank; 8 for simple tasks, 32 to 64 for domain knowledge")

@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count, Text
-from dtrain.config.methods.base import AdapterSettings, LowRankSettings, MethodTraits, Shapes
+from dtrain.config.methods.base import LowRankSettings, MethodTraits, PeftSettings, Shapes
 
 Names = Annotated[list[Text], Field(min_length=1)]
 
 
-class Ia3(AdapterSettings):
+class Ia3(PeftSettings):
     """Trained factors of keys, values and the MLP's inner activations (arXiv:2205.05638).
 
     The names of the layers are those of Llama and of the many models that follow it.

@@ -32,6 +32,9 @@ METHODS: dict[str, tuple[dict[str, Any], PeftConfig]] = {
 }
 
 
+WHOLE = {"modules_to_save": ["lm_head", "norm"]}  # beside the adapter
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     torch.manual_seed(0)
@@ -64,8 +67,8 @@ def losses(model: nn.Module) -> list[float]:
     return values
 
 
-def trained(kind: str, base: Path) -> tuple[Any, nn.Module, list[float]]:
-    method = build_method(parse_method({"kind": kind, **METHODS[kind][0]}))
+def trained(kind: str, base: Path, **more: Any) -> tuple[Any, nn.Module, list[float]]:
+    method = build_method(parse_method({"kind": kind, **METHODS[kind][0], **more}))
     model = method.attach(load(base), seed=0)
     return method, model, losses(model)
 
@@ -102,9 +105,12 @@ def test_starts_as_the_base_and_returns_to_it(kind: str, base: Path) -> None:
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("more", [{}, WHOLE], ids=["alone", "whole"])
 @pytest.mark.parametrize("kind", METHODS)
-def test_peft_loads_and_merges_the_same_model(kind: str, base: Path, tmp_path: Path) -> None:
-    method, model, _ = trained(kind, base)
+def test_peft_loads_and_merges_the_same_model(
+    kind: str, more: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    method, model, _ = trained(kind, base, **more)
     folder = save(method, model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(base), folder)
     expected = logits(model)

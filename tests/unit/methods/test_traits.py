@@ -43,7 +43,8 @@ def test_traits_match_what_trains(kind: str) -> None:
     assert traits.adds_adapter == isinstance(settings.adapter, AdapterSettings)
     if settings.adapter is not None:
         expected = settings.adapter.shapes("mlp.down_proj", *linear.weight.shape)
-        adapted = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+        layers = dict(model.named_modules())
+        (adapted,) = (m for n, m in layers.items() if n.endswith("layers.0.mlp.down_proj"))
         shapes = [without_ones(p.shape) for p in adapted.parameters() if p.requires_grad]
         assert sorted(shapes) == sorted(map(without_ones, expected))
 

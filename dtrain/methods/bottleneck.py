@@ -1,0 +1,31 @@
+"""Bottleneck adapters after linear layers (arXiv:1902.00751)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.config.methods import Bottleneck
+from dtrain.methods.adapter import AdapterMethod, match_names
+from dtrain.models.bottleneck import BOTTLENECK, add_bottlenecks
+from dtrain.models.meta_model import linear_layers
+
+
+class BottleneckMethod(AdapterMethod[Bottleneck]):
+    """The base with adapted layers; the up-projections start at zero, so it computes the same."""
+
+    def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        if name.endswith("adapter_down.weight"):
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+    def adapt(self, model: PreTrainedModel, targets: str | list[str]) -> nn.Module:
+        layers = match_names(linear_layers(model), targets)
+        add_bottlenecks(model, layers, self.settings.bottleneck_size, self.settings.activation)
+        return model
+
+    def saved_config(self, model: nn.Module) -> dict[str, Any]:
+        return {"peft_type": BOTTLENECK} | self.settings.model_dump(exclude={"kind"})
