@@ -130,6 +130,7 @@ ANSWERS = {
         "stage task task_type do_train training_type rlhf_type"
     ),
     "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
+    "use stages[].method.kind: dora, or qdora for a base in NF4": "use_dora dora peft_use_dora",
     "every stage starts with a new adapter: merge the old one into its base with `dtrain merge`": (
         "adapter_name_or_path lora_model_dir adapters resume_from_adapter"
     ),

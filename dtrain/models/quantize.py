@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -114,6 +116,19 @@ def _not_nf4(name: str, module: Any) -> UserError:
     kind, shape = type(module).__name__, list(module.weight.shape)
     message = f"{name} ({kind} {shape}) cannot be quantized to NF4"
     return UserError(message, where="method.kind", fix=WITHOUT_NF4)
+
+
+def quantization_state(layer: Any) -> QuantState:
+    """The quantization state of an NF4 layer's weight, which FSDP2's gathered weights lack."""
+    fix_4bit_weight_quant_state_from_module(layer)
+    state: QuantState = layer.weight.quant_state
+    return state
+
+
+def dequantized(weight: Tensor, state: QuantState) -> Tensor:
+    """The values [o, h] of a packed weight."""
+    values: Tensor = dequantize_4bit(weight.view(-1, 1), state)
+    return values
 
 
 @cache

@@ -77,6 +77,7 @@ def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
         + mlp
         + _linear_input_bytes(workload, profile)
         + e * sum(workload.adapter_saved(x) for x in workload.adapted if x.name != "lm_head")
+        + _saved_output_bytes(workload)
     )
 
 
@@ -119,6 +120,19 @@ def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
         if group not in recomputed and not is_output_of_attention:
             total += e * linear.inputs
     return total
+
+
+def _saved_output_bytes(workload: Workload) -> float:
+    """Bytes a token of outputs of adapted layers, where nothing else saves them."""
+    if not workload.method.saves_outputs:
+        return 0.0
+    outputs = {x.name: x.outputs for x in workload.adapted if x.name != "lm_head"}
+    if ADAPTED_LAYERS not in workload.kernels:  # PEFT's layers: the products of base and adapter
+        return 2.0 * workload.element_bytes * sum(outputs.values())
+    also_saved = ("self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+    return float(
+        workload.element_bytes * sum(n for name, n in outputs.items() if name not in also_saved)
+    )
 
 
 def _adapters_copy_inputs(workload: Workload) -> bool:

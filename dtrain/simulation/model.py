@@ -22,8 +22,8 @@ from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine, build_engine
 from dtrain.methods.base import build_method
-from dtrain.models import attention, positions
-from dtrain.models.kernels import lora_linear, native
+from dtrain.models import attention, dora, positions, quantize
+from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import prepare_config, resolve_dtype
 from dtrain.models.sharded_loading import build_frozen_meta_model
@@ -55,8 +55,9 @@ def patch_value_readers(sequence_length: int) -> None:
 
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
     positions.document_lengths = whole_lengths
-    lora_linear.fix_4bit_weight_quant_state_from_module = _set_quant_state
+    quantize.fix_4bit_weight_quant_state_from_module = _set_quant_state
     bnb_modules.fix_4bit_weight_quant_state_from_module = _set_quant_state
+    dora.zero_rows = lambda squares: 0
 
 
 def _set_quant_state(module: Any) -> None:
@@ -102,11 +103,18 @@ def build_fake_engine(
     native.set_enabled(on=False)  # the CPU kernels save less, and read values
     _fake_buffers(model, mode)
     follow(model)
+    filler = FakeFiller(mode)
+
+    def materialize(block: nn.Module) -> None:
+        filler.materialize(block)
+        with mode:
+            method.on_weights_loaded(block)
+
     # An engine with shard groups builds a device mesh, which reads values; DDP's reducer must be
     # built from fake tensors.
     inside = not ENGINES[recipe.engine.kind].shard_group
     with mode if inside else nullcontext(), ledger if inside else nullcontext():
-        engine = build_engine(model, recipe, stage, world, FakeFiller(mode).materialize)
+        engine = build_engine(model, recipe, stage, world, materialize)
     _match_gpu_run(engine, on_gpu)
     ledger.name(_weights(engine.module), WEIGHTS)
     ledger.name_rest(GRADIENTS)  # DDP's buckets, which store the gradients

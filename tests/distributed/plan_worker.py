@@ -132,29 +132,28 @@ def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
 
 
 def built(recipe, stage, world):
-    dtype = resolve_dtype(recipe.model.dtype, world.device)
+    method = build_method(stage.method)
     settings = {
-        "quantized": stage.method.kind == "qlora",
-        "dtype": torch.float32 if stage.method.kind == "full" else dtype,
+        "quantized": method.traits.quantizes_base,
+        "dtype": method.base_dtype(resolve_dtype(recipe.model.dtype, world.device)),
         "device": world.device,
     }
     base = Path(recipe.model.base)
     if ENGINES[recipe.engine.kind].shards_base:
         streamed = stream_base(base, recipe.model, **settings)
-        model, materialize = streamed.model, streamed.materialize
+        model, load = streamed.model, streamed.materialize
     else:
-        model, materialize = load_base(base, recipe.model, **settings), lambda block: None
-    method = build_method(stage.method)
-    model = method.attach(model, seed=0, device=world.device)
+        model, load = load_base(base, recipe.model, **settings), lambda block: None
 
-    def load(block: torch.nn.Module) -> None:
-        materialize(block)
+    def materialize(block):
+        load(block)
         method.on_weights_loaded(block)
 
+    model = method.attach(model, seed=0, device=world.device)
     apply_kernels(model, recipe.model)
     native.set_enabled(on=False)  # a CPU's own loops, which keep less; the plan is for GPUs
     counts = parameter_counts(model)
-    return build_engine(model, recipe, stage, world, load), counts
+    return build_engine(model, recipe, stage, world, materialize), counts
 
 
 def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[str, Any]:

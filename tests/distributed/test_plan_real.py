@@ -26,6 +26,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 LORA = "{kind: lora, r: 8, dropout: 0.05}"
+DORA = "{kind: dora, r: 8, dropout: 0.0}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
 # DeepSpeed's sizes, reduced as much as this model is smaller than those of the shipped files.
 SMALL = {
@@ -38,6 +39,7 @@ SMALL = {
 CASES = [
     ("ddp", LORA, False),
     ("ddp", "{kind: full}", True),
+    ("fsdp2", DORA, False),
     ("fsdp2", LORA, True),
     ("fsdp2", "{kind: full}", False),
     ("fsdp2", QLORA, False),

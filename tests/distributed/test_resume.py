@@ -16,9 +16,14 @@ EVERY_STEP = [
 ]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_kills_in_both_stages_end_with_the_same_weights(start_ranks, weights, engine) -> None:
-    settings = [f"engine.kind={engine}", *EVERY_STEP]
+@pytest.mark.parametrize(
+    ("engine", "method"), [("ddp", "lora"), ("zero3", "lora"), ("zero2", "dora")]
+)
+def test_kills_in_both_stages_end_with_the_same_weights(
+    start_ranks, weights, engine, method
+) -> None:
+    kinds = [f"stages.{stage}.method.kind={method}" for stage in ("domain", "task")]
+    settings = [f"engine.kind={engine}", *kinds, *EVERY_STEP]
     undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
     for stage, step in (("domain", 6), ("task", 3)):
         run = start_ranks(*settings)

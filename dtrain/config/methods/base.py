@@ -101,6 +101,11 @@ class MethodSettings(Group):
         """Whether dropout is applied to an adapter's input."""
         return False
 
+    @property
+    def saves_outputs(self) -> bool:
+        """Whether an adapted layer saves its output for the backward pass."""
+        return False
+
 
 class AdapterSettings(MethodSettings):
     """The keys that adapters of linear layers share."""

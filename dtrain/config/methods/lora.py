@@ -45,10 +45,23 @@ class Lora(LowRankSettings):
             has_kernel=True,
             base_when_disabled=True,
         ),
+        "dora": MethodTraits(
+            title="DoRA",
+            implementation="dtrain.methods.dora:DoraMethod",
+            adds_adapter=True,
+            quantized_kind="qdora",
+        ),
+        "qdora": MethodTraits(
+            title="QDoRA",
+            implementation="dtrain.methods.dora:DoraMethod",
+            adds_adapter=True,
+            quantizes_base=True,
+        ),
     }
-    kind: Literal["lora", "qlora", "rslora"] = Field(
+    kind: Literal["lora", "qlora", "rslora", "dora", "qdora"] = Field(
         description="qlora: over a base in NF4 (arXiv:2305.14314); rslora: scaled by alpha / √r, "
-        "so that a higher rank does not learn more slowly (arXiv:2312.03732)"
+        "so that a higher rank does not learn more slowly (arXiv:2312.03732); dora, qdora: the "
+        "lengths of the weights' rows train apart from their directions (arXiv:2402.09353)"
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -76,6 +89,15 @@ class Lora(LowRankSettings):
             return self.alpha
         return RSLORA_ALPHA if self.kind == "rslora" else 2.0 * self.r
 
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether the lengths of the weights' rows train (DoRA)."""
+        return self.kind in ("dora", "qdora")
+
+    @property
+    def saves_outputs(self) -> bool:
+        return self.has_magnitude
+
     def learning_rate_scale(self, parameter: str) -> float:
         return self.loraplus_lr_ratio if ".lora_B." in parameter else 1.0
 
@@ -87,6 +109,7 @@ class Lora(LowRankSettings):
             "lora_alpha": self.scale_alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.kind == "rslora",
+            "use_dora": self.has_magnitude,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
         }
@@ -95,9 +118,13 @@ class Lora(LowRankSettings):
         return value_for(self.rank_pattern, layer, self.r)
 
     def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
-        """A and B."""
+        """A, B, and DoRA's magnitude."""
         r = self.rank_of(layer)
-        return (r, inputs), (outputs, r)
+        magnitude = ((outputs, 1),) if self.has_magnitude else ()
+        return (r, inputs), (outputs, r), *magnitude
+
+    def multiplied_elements(self, layer: str, outputs: int, inputs: int) -> int:
+        return self.rank_of(layer) * (inputs + outputs)
 
     def check_layers(self, layers: Sequence[str]) -> None:
         check_patterns(self.rank_pattern, layers, "method.rank_pattern")

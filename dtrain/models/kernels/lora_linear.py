@@ -3,7 +3,8 @@
     y_i = x W_iᵀ + s_i (x A_iᵀ) B_iᵀ    (arXiv:2106.09685)
 
 Backward saves x, or what x is recomputed from, and the small products x A_iᵀ. It sums the gradient
-of x in one tensor, multiplies all A at once, and computes no gradient of the frozen W.
+of x in one tensor, multiplies all A at once, and computes no gradient of the frozen W. DoRA's scale
+of each output is a second function, in `dtrain/models/dora.py`.
 
 Letters: T tokens, h width of x, o of y, r rank of an adapter, R sum of the ranks.
 """
@@ -15,18 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
-from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dtrain.models.dora import DoraVariant, Magnitude, magnitude_of, scale_outputs
 from dtrain.models.dropout import KeyedDropout
 from dtrain.models.kernels import matmul, native
 from dtrain.models.kernels.compiled import compile_on_gpu
 from dtrain.models.kernels.elementwise import recorded_inputs
 from dtrain.models.kernels.same_program import runs_its_class
+from dtrain.models.quantize import dequantized, quantization_state
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class LoraWeights:
         a, b: [r, h] and [o, r].
         scale: factor of B·A.
         keep_scale: factor by which dropout scales what it keeps.
+        magnitude: of a DoRA layer; None without DoRA.
     """
 
     a: Tensor
     b: Tensor
     scale: float
     keep_scale: float = 1.0
+    magnitude: Magnitude | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,14 @@ class FrozenLinear:
     bias: Tensor | None = None
     adapter: LoraWeights | None = None
 
+    @property
+    def magnitude(self) -> Magnitude | None:
+        """The adapter's magnitude, if it has one."""
+        return None if self.adapter is None else self.adapter.magnitude
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [o, h] in `dtype`; a packed one is unpacked at each call."""
-        weight = self.weight
-        if self.packed is not None:
-            weight = dequantize_4bit(weight.view(-1, 1), self.packed)
+        weight = self.weight if self.packed is None else dequantized(self.weight, self.packed)
         return weight.to(dtype)
 
 
@@ -90,7 +97,12 @@ def shared_input_linears(x: Tensor, layers: FrozenLinears, masks: Masks = ()) ->
         x = x.to(torch.get_autocast_dtype(kind))
     trained = [t for adapter in _adapters(layers) for t in (adapter.a, adapter.b)]
     with torch.autocast(kind, enabled=False):
-        outputs: tuple[Tensor, ...] = _SharedInput.apply(x, layers, masks, *trained)
+        results = iter(_SharedInput.apply(x, layers, masks, *trained))
+        outputs = [next(results) for _ in layers]
+        for index, layer in enumerate(layers):
+            if layer.magnitude is not None:
+                gain = layer.magnitude.weight.float() / next(results)
+                outputs[index] = scale_outputs(outputs[index], gain, layer.bias)
     # Reshape out here: autograd forbids in-place writes to views that a function returns.
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
@@ -106,16 +118,20 @@ class _SharedInput(torch.autograd.Function):
         ctx.recompute, inputs = recorded_inputs(x)
         ctx.layers, ctx.counts = layers, (len(inputs), len(masks), len(small))
         ctx.save_for_backward(*inputs, *masks, *small)
-        products = iter(small)
+        products, norms = iter(small), list[Tensor]()
         ctx.shape = x.shape
-        return tuple(
-            _output(flat, layer, next(products) if layer.adapter else None) for layer in layers
-        )
+        outputs = [
+            _output(flat, layer, next(products) if layer.adapter else None, norms)
+            for layer in layers
+        ]
+        ctx.mark_non_differentiable(*norms)
+        return *outputs, *norms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *flat: Tensor) -> tuple[Tensor | None, ...]:
         saved, layers = iter(ctx.saved_tensors), ctx.layers
+        flat = flat[: len(layers)]
         inputs, masks, small = ([next(saved) for _ in range(count)] for count in ctx.counts)
         dx = _input_gradient(flat, layers) if ctx.needs_input_grad[0] else None
         trained = list[Tensor]()
@@ -130,12 +146,20 @@ def _adapters(layers: FrozenLinears) -> list[LoraWeights]:
     return [layer.adapter for layer in layers if layer.adapter is not None]
 
 
-def _output(x: Tensor, layer: FrozenLinear, small: Tensor | None) -> Tensor:
-    """Compute y [T, o] from x [T, h] and the small product [T, r]."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = matmul.linear(x, layer.matrix(x.dtype), bias)
+def _output(x: Tensor, layer: FrozenLinear, small: Tensor | None, norms: list[Tensor]) -> Tensor:
+    """Compute y [T, o] from x [T, h] and the small product [T, r].
+
+    For a DoRA layer append the norms of its rows to `norms`, and leave out the bias, which comes
+    after the scale.
+    """
+    matrix = layer.matrix(x.dtype)
+    bias = None if layer.bias is None or layer.magnitude else layer.bias.to(x.dtype)
+    y = matmul.linear(x, matrix, bias)
     if layer.adapter is not None and small is not None:
-        y.addmm_(small, layer.adapter.b.to(x.dtype).t(), alpha=layer.adapter.scale)
+        a, b, scale = layer.adapter.a, layer.adapter.b, layer.adapter.scale
+        y.addmm_(small, b.to(x.dtype).t(), alpha=scale)
+        if layer.magnitude is not None:
+            norms.append(layer.magnitude.norms(matrix, a, b, scale))
     return y
 
 
@@ -305,11 +329,11 @@ def is_supported_linear(module: nn.Module) -> bool:
 
 
 def _is_plain_lora(module: LoraLayer) -> bool:
-    """Whether there is one adapter, without bias or variant such as DoRA, and known dropout."""
+    """Whether there is one adapter, without bias or variant except our DoRA, and known dropout."""
     (name,) = module.lora_A if len(module.lora_A) == 1 else (None,)
     return (
         name is not None
-        and not module.lora_variant
+        and all(isinstance(variant, DoraVariant) for variant in module.lora_variant.values())
         and module.lora_A[name].bias is None
         and module.lora_B[name].bias is None
         and isinstance(module.lora_dropout[name], nn.Identity | KeyedDropout)
@@ -329,17 +353,10 @@ def _adapts(module: nn.Module) -> bool:
 
 def _layer(module: Any) -> FrozenLinear:
     base: Any = module.base_layer if isinstance(module, LoraLayer) else module
-    packed = _packed(base) if isinstance(base, Linear4bit) else None
+    packed = quantization_state(base) if isinstance(base, Linear4bit) else None
     return FrozenLinear(
         base.weight, packed, base.bias, _adapter(module) if _adapts(module) else None
     )
-
-
-def _packed(base: Any) -> QuantState:
-    """The quantization state of a layer's weight, which FSDP2's gathered weights lack."""
-    fix_4bit_weight_quant_state_from_module(base)
-    state: QuantState = base.weight.quant_state
-    return state
 
 
 def _adapter(module: Any) -> LoraWeights:
@@ -347,7 +364,7 @@ def _adapter(module: Any) -> LoraWeights:
     dropout = _dropout(module)
     keep_scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return LoraWeights(a, b, module.scaling[name], keep_scale)
+    return LoraWeights(a, b, module.scaling[name], keep_scale, magnitude_of(module, name))
 
 
 def _dropout(module: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,20 +10,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dtrain.config.methods import parse_method
-from dtrain.config.schema import Stage
+from dtrain.config.methods import TRAITS, parse_method
+from dtrain.config.schema import Model, Stage
+from dtrain.core.errors import UserError
 from dtrain.engines.base import build_optimizer, set_learning_rate
 from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.load import load_base
 
 STEPS, RATE = 6, 0.02
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Optimize = Callable[[nn.Module], torch.optim.Optimizer]
+CPU = torch.device("cpu")
 
 
-def base() -> LlamaForCausalLM:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with biases."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -32,23 +36,30 @@ def base() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return model.requires_grad_(False)
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder
 
 
-def ours(method: dict[str, Any], *, kernels: bool) -> nn.Module:
-    method = {"r": 4, "alpha": 8.0, "dropout": 0.0, **method}
-    built = build_method(parse_method(method))
-    model = built.attach(base(), seed=1)
+def base(folder: Path, kind: str) -> PreTrainedModel:
+    options = Model(base=str(folder), kernels="off")
+    in_nf4 = TRAITS[kind].quantizes_base
+    return load_base(folder, options, quantized=in_nf4, dtype=torch.float32, device=CPU)
+
+
+def ours(folder: Path, method: dict[str, Any], *, kernels: bool) -> nn.Module:
+    built = build_method(parse_method({"r": 4, "alpha": 8.0, "dropout": 0.0, **method}))
+    model = built.attach(base(folder, method["kind"]), seed=1)
     built.on_weights_loaded(model)
     if kernels:
         assert patch_modules(model)["adapted layers"] == 14
     return model
 
 
-def pefts(ours: nn.Module, **settings: Any) -> nn.Module:
-    """PEFT's model, starting with our values."""
+def pefts(folder: Path, kind: str, ours: nn.Module, **settings: Any) -> nn.Module:
+    """PEFT's model, starting with our A and B."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(base(), LoraConfig(**config | settings))
+    model = get_peft_model(base(folder, kind), LoraConfig(**config | settings))
     ours_by_name = dict(ours.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,20 +88,21 @@ def losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
-    ("method", "config"), [({"kind": "rslora"}, {"use_rslora": True})], ids=["rslora"]
+    ("kind", "config"),
+    [("rslora", {"use_rslora": True}), ("dora", {"use_dora": True}), ("qdora", {"use_dora": True})],
 )
-def test_losses_are_pefts(method: dict[str, Any], config: dict[str, Any], kernels: bool) -> None:
-    model = ours(method, kernels=kernels)
-    other = pefts(model, **config)
+def test_losses_are_pefts(folder: Path, kind: str, config: dict[str, Any], kernels: bool) -> None:
+    model = ours(folder, {"kind": kind}, kernels=kernels)
+    other = pefts(folder, kind, model, **config)
     found, expected = losses(model, adam(model)), losses(other, adam(other))
     assert found == pytest.approx(expected, abs=1e-5)
     assert found[-1] < found[0] - 0.1, "nothing was learned: this would show nothing"
 
 
-def test_lora_plus_is_pefts() -> None:
+def test_lora_plus_is_pefts(folder: Path) -> None:
     method = {"kind": "lora", "r": 4, "alpha": 8.0, "dropout": 0.0, "loraplus_lr_ratio": 4.0}
-    model = ours(method, kernels=False)
-    other = pefts(model)
+    model = ours(folder, method, kernels=False)
+    other = pefts(folder, "lora", model)
     stage = Stage.model_validate(
         {
             "name": "task",
@@ -108,5 +120,25 @@ def test_lora_plus_is_pefts() -> None:
     )
     found, expected = losses(model, optimizer), losses(other, other_optimizer)
     assert found == pytest.approx(expected, abs=1e-5)
-    plain = ours(method | {"loraplus_lr_ratio": 1.0}, kernels=False)
+    plain = ours(folder, method | {"loraplus_lr_ratio": 1.0}, kernels=False)
     assert abs(losses(plain, adam(plain))[-1] - found[-1]) > 1e-3
+
+
+def test_dora_refuses_rows_without_a_direction(folder: Path) -> None:
+    method = build_method(parse_method({"kind": "dora"}))
+    model = base(folder, "dora")
+    model.model.layers[1].mlp.up_proj.weight[3] = 0
+    adapted = method.attach(model, seed=1)
+    with pytest.raises(UserError, match=r"1 of the 48 rows of .*up_proj are zero"):
+        method.on_weights_loaded(adapted)
+
+
+def test_loading_again_keeps_a_restored_magnitude(folder: Path) -> None:
+    """Engines load the blocks once more after a checkpoint was restored."""
+    method = build_method(parse_method({"kind": "dora"}))
+    adapted = method.attach(base(folder, "dora"), seed=1)
+    method.on_weights_loaded(adapted)
+    magnitude = next(p for n, p in adapted.named_parameters() if "magnitude" in n)
+    magnitude.data.fill_(3.0)
+    method.on_weights_loaded(adapted)
+    assert bool((magnitude == 3.0).all())
