@@ -11,6 +11,7 @@ from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.method_checks import check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.preference import PreferenceSettings
+from dtrain.config.regularize_checks import check_regularize
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.train_checks import check_train
 from dtrain.config.yaml_document import Key
@@ -146,6 +147,7 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _changing_weights(stage, at)
     yield from _preference(stage.kind, stage.preference, at)
     yield from check_method(stage, at)
+    yield from check_regularize(recipe, number, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
         message = f"{stage.method.kind} cannot be merged: {reason}"
         fix = "make it the last stage, with output.merge=false"

@@ -12,6 +12,7 @@ from dtrain.config.group import Count, Group, Text
 from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
+from dtrain.config.regularize import Regularize
 from dtrain.config.train import Train
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -268,6 +269,9 @@ class Stage(Group):
     data: Data
     train: Train
     preference: PreferenceSettings = PreferenceSettings()
+    regularize: Regularize | None = Field(
+        None, description="a term against forgetting, added to the loss"
+    )
 
 
 class EvaluationSet(Data):

@@ -50,6 +50,13 @@ class World:
         dist.all_reduce(total, group=self.gloo_group)
         return [float(v) for v in total]
 
+    def sum_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum CPU tensors of one dtype over all ranks, in place."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=self.gloo_group)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
     def broadcast_text(self, text: str) -> str:
         """Return the first rank's `text` on every rank."""
         data = text.encode()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.data.loader import BatchCounts, Loader, MicroBatch
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.data.prepare import DatasetSpec
 from dtrain.distributed.world import World
 from dtrain.objectives.stored_values import StoredValues
@@ -64,6 +65,7 @@ class StageContext:
         start: what decides the output of the model as the stage starts: base, dtype, method.
         base_when_disabled: whether `adapters_disabled` turns the model back into that model.
         loader: the batches of the stage or of the held-out set.
+        previous: the data of the stage before this one.
     """
 
     base: Path
@@ -72,6 +74,7 @@ class StageContext:
     base_when_disabled: bool
     loader: Loader
     world: World
+    previous: PackedDataset | None = None
 
 
 class Objective(ABC):
@@ -85,7 +88,7 @@ class Objective(ABC):
     """
 
     dataset: ClassVar[DatasetSpec]
-    metric_sum_names: ClassVar[tuple[str, ...]] = ()
+    metric_sum_names: tuple[str, ...] = ()
     stored: StoredValues | None = None
 
     def __init__(self, settings: Stage | EvaluationSet) -> None:
@@ -106,6 +109,16 @@ class Objective(ABC):
             batch: on the model's device.
         """
         raise NotImplementedError
+
+    def begin_training(self, module: nn.Module) -> None:
+        """Compute what `loss` needs of the stage's model; called once, on all ranks, after
+        `begin_stage`.
+
+        Args:
+            module: the model in its engine, at a checkpoint's weights if the stage is resumed, but
+                without the engine's wrapping: gradients stay on this rank.
+        """
+        return
 
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
         """Compute a statistic over the global batch or a held-out set, such as KTO's baseline.
@@ -143,6 +156,15 @@ class Objective(ABC):
     def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
         """Turn sums over a global batch or a held-out set into what is logged."""
         return {}
+
+
+def global_weight(objective: Objective, loader: Loader, step: int) -> float:
+    """What the summed loss of a step is divided by: each source counts by its loss weight."""
+    if not loader.loss_weights.size:
+        return max(1, objective.weight(loader.counts(step)))
+    counts = loader.counts_by_source(step).values()
+    weights = zip(loader.loss_weights.tolist(), map(objective.weight, counts), strict=True)
+    return sum(factor * weight for factor, weight in weights) or 1.0
 
 
 def objective_class(kind: str) -> type[Objective]:

@@ -21,6 +21,8 @@ from dtrain.pipeline.stage_record import StageSetup
 
 def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
     """What the objective of a stage or of a held-out set may need."""
+    names = [stage.name for stage in setup.recipe.stages]
+    before = names[: names.index(setup.stage.name)][-1:]
     return StageContext(
         base=setup.base,
         cache=cache_folder() / "objectives",
@@ -28,6 +30,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
         base_when_disabled=setup.method.traits.base_when_disabled,
         loader=loader,
         world=setup.world,
+        previous=setup.inputs.stages[before[0]] if before else None,
     )
 
 

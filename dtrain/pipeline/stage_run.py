@@ -14,7 +14,8 @@ from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.tensor_utils import free_memory, peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
-from dtrain.objectives.base import Objective, build_objective
+from dtrain.objectives.base import Objective
+from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
 from dtrain.pipeline.precompute import build_starting_model, stage_context
 from dtrain.pipeline.stage_model import export_adapter, export_merged_model
@@ -73,7 +74,7 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     reset_peak_memory(device)
     checkpointer = build_checkpointer(setup)
     checkpoint = checkpointer.find_resumable(setup.folder.allowed_changes())
-    objective, loader = build_objective(setup.stage), build_loader(setup)
+    objective, loader = build_stage_objective(setup.stage), build_loader(setup)
     held_out = setup.evaluations.held_out_sets(setup.stage, setup.world)
     loaders = {objective: loader} | {s.objective: s.loader for s in held_out.values()}
     for each, its_loader in loaders.items():
@@ -82,6 +83,8 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     if started is None:
         return None
     engine, parameters = started
+    with engine.autocast():
+        objective.begin_training(engine.module)
     free_memory()
     load_peak = peak_memory_bytes(device)
     reset_peak_memory(device)  # the plan is compared with the peak of the steps

@@ -20,7 +20,7 @@ import torch
 from dtrain.data.loader import Loader, MicroBatch
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
-from dtrain.objectives.base import LossOutput, Objective
+from dtrain.objectives.base import LossOutput, Objective, global_weight
 from dtrain.training.callbacks import Callback
 
 
@@ -112,15 +112,6 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
             "update": time.perf_counter() - computed,
         },
     )
-
-
-def global_weight(objective: Objective, loader: Loader, step: int) -> float:
-    """What the summed loss of a step is divided by: each source counts by its loss weight."""
-    if not loader.loss_weights.size:
-        return max(1, objective.weight(loader.counts(step)))
-    counts = loader.counts_by_source(step).values()
-    weights = zip(loader.loss_weights.tolist(), map(objective.weight, counts), strict=True)
-    return sum(factor * weight for factor, weight in weights) or 1.0
 
 
 def begin_step(engine: Engine, objective: Objective, batches: Iterable[MicroBatch]) -> Any:

@@ -29,6 +29,8 @@ class MethodTraits:
         stacks: a model computes the same with this adapter and earlier ones that stack on one base
             as with this adapter on their merged model.
         has_kernel: `dtrain.models.kernels.lora_linear` computes the layers that it adapts.
+        adds_product: what the adapter adds to a layer's weight is a scaled product of two matrices,
+            zero at the start.
         is_compared: the plan of any recipe shows this method next to the recipe's own.
         base_when_disabled: with its adapter switched off, the model computes exactly as the one
             that the stage starts from.
@@ -43,6 +45,7 @@ class MethodTraits:
     quantizes_base: bool = False
     stacks: bool = False
     has_kernel: bool = False
+    adds_product: bool = False
     is_compared: bool = False
     base_when_disabled: bool = False
     cannot_merge: str = ""

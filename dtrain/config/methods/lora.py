@@ -24,6 +24,7 @@ class Lora(LowRankSettings):
             adds_adapter=True,
             stacks=True,
             has_kernel=True,
+            adds_product=True,
             is_compared=True,
             base_when_disabled=True,
         ),
@@ -34,6 +35,7 @@ class Lora(LowRankSettings):
             adds_adapter=True,
             stacks=True,
             has_kernel=True,
+            adds_product=True,
             is_compared=True,
             base_when_disabled=True,
         ),
@@ -44,6 +46,7 @@ class Lora(LowRankSettings):
             stacks=True,
             has_kernel=True,
             base_when_disabled=True,
+            adds_product=True,
         ),
         "dora": MethodTraits(
             title="DoRA",

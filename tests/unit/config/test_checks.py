@@ -58,6 +58,7 @@ ALPACA = {"path": "b.json", "format": "alpaca"}
 TEXT = {"path": "a.txt", "format": "text"}
 STAGE = BASE["stages"][0]
 PAIRS = {"path": "p.json", "format": "preference"}
+EWC, L2_INIT = {"kind": "ewc", "weight": 1.0}, {"kind": "l2_init", "weight": 1.0}
 PAIR_STAGE = STAGE | {"kind": "dpo", "data": {"sources": [PAIRS]}}
 
 
@@ -211,6 +212,18 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         (
             {"stages__0__method": {"kind": "lora", "alpha_pattern": {"(?!q)k_proj": 4.0}}},
             ["stages.0.method.alpha_pattern.(?!q)k_proj", "linear time"],
+        ),
+        (
+            {"stages__0__regularize": EWC},
+            ["stages.0.regularize.on", "stages.0.data.replay", "add data.replay"],
+        ),
+        (
+            {"stages__0__regularize": EWC | {"on": "previous_stage"}},
+            ["stages.0.regularize.on", "first stage", "on=replay"],
+        ),
+        (
+            {"stages__0__method": {"kind": "full"}, "stages__0__regularize": L2_INIT},
+            ["stages.0.regularize.kind", "stages.0.method.kind", "full", "method.kind=lora"],
         ),
         (
             {"launch": {"processes": 3}},

@@ -1,0 +1,76 @@
+"""Terms against forgetting: their recipe keys, and their traits that need no torch.
+
+`dtrain.objectives.regularizers` computes them. To add one, add its settings here, name them in
+`Regularize`, and write the class that its traits name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dtrain.config.group import Count, Group
+
+
+@dataclass(frozen=True)
+class RegularizerTraits:
+    """What is known of a term without torch.
+
+    Attributes:
+        implementation: "module:class" of its `dtrain.objectives.regularizers.base.Regularized`.
+        penalizes_change: it is a function of what the stage adds to the weights.
+    """
+
+    implementation: str
+    penalizes_change: bool = False
+
+
+class RegularizeSettings(Group):
+    """The keys that all terms share."""
+
+    traits: ClassVar[RegularizerTraits]
+    kind: str
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="factor of the term in the loss of a step"
+    )
+
+    @property
+    def reads_replay(self) -> bool:
+        """Whether it needs `data.replay`."""
+        return getattr(self, "on", None) == "replay"
+
+    @property
+    def reads_previous_stage(self) -> bool:
+        """Whether it needs the rows of the stage before."""
+        return getattr(self, "on", None) == "previous_stage"
+
+
+class L2Init(RegularizeSettings):
+    """Half the squared change of the adapted weights since the start of the stage."""
+
+    traits: ClassVar[RegularizerTraits] = RegularizerTraits(
+        implementation="dtrain.objectives.regularizers.weight_change:L2Init",
+        penalizes_change=True,
+    )
+    kind: Literal["l2_init"]
+
+
+class Ewc(RegularizeSettings):
+    """Elastic weight consolidation (arXiv:1612.00796): as l2_init, but each weight's square counts
+    by its Fisher information, per target, of rows that the model shall not forget. It is estimated
+    before the first step, by a row and a column of factors for each layer."""
+
+    traits: ClassVar[RegularizerTraits] = RegularizerTraits(
+        implementation="dtrain.objectives.regularizers.weight_change:Ewc",
+        penalizes_change=True,
+    )
+    kind: Literal["ewc"]
+    on: Literal["replay", "previous_stage"] = Field(
+        "replay", description="the rows: those of `data.replay`, or of the stage before"
+    )
+    sequences: Count = Field(128, description="sequences of these rows")
+
+
+Regularize = Annotated[L2Init | Ewc, Field(discriminator="kind")]

@@ -1,0 +1,34 @@
+"""Checks of the terms against forgetting, with the method and the rows that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dtrain.config.clash import Clash
+from dtrain.config.methods import TRAITS
+from dtrain.config.schema import Recipe
+from dtrain.config.yaml_document import Key
+
+
+def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
+    """Errors in the term against forgetting of a stage.
+
+    Args:
+        number: of the stage.
+        at: its key.
+    """
+    stage = recipe.stages[number]
+    term, kind = stage.regularize, (*at, "regularize", "kind")
+    if term is None:
+        return
+    if term.traits.penalizes_change and not stage.method.traits.adds_product:
+        kinds = " or ".join(kind for kind, traits in TRAITS.items() if traits.adds_product)
+        message = f"{term.kind} penalizes the product of two matrices, which {stage.method.kind} "
+        message += "does not add"
+        yield Clash([kind, (*at, "method", "kind")], message, f"method.kind={kinds}")
+    rows: Key = (*at, "regularize", "on")
+    if term.reads_replay and stage.data.replay is None:
+        fix = "add data.replay with rows that the model shall not forget"
+        yield Clash([rows, (*at, "data", "replay")], "there are no rows of replay", fix)
+    if term.reads_previous_stage and number == 0:
+        yield Clash([rows], "this is the first stage", "on=replay, with rows in data.replay")

@@ -1,0 +1,1 @@
+"""Terms against forgetting that a stage adds to the loss of its objective."""

@@ -1,0 +1,97 @@
+"""Terms against forgetting give the same losses under every engine, rank count and micro-batch.
+
+Every stage of one chain has another term; the adapters of its first stage change what the Fisher
+information of the second one is estimated on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
+TERMS = {
+    "change": "{kind: l2_init, weight: 0.05}",
+    "fisher": "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}",
+}
+Start = Callable[..., Any]
+
+
+def stage(name: str, term: str, micro: int, dropout: float) -> str:
+    replay = "{path: 'dtrain:tiny-text/task-heldout.json', ratio: 0.25}"
+    source = "{path: 'dtrain:tiny-text/task.json', format: alpaca}"
+    return (
+        f"{{name: {name}, kind: sft, method: {{kind: lora, r: 4, alpha: 8, dropout: {dropout}}},"
+        f" data: {{sequence_length: 128, sources: [{source}], replay: {replay}}},"
+        f" train: {{global_batch_size: 4, micro_batch_size: {micro}, steps: 4,"
+        f" learning_rate: 0.01}}, regularize: {term}}}"
+    )
+
+
+@pytest.fixture
+def start_chain(start_ranks, cache: Path) -> Start:
+    """start_chain(micro, dropout, …) → ranks of a run of all terms; nothing is in the cache."""
+
+    def start(*overrides: str, micro: int = 1, dropout: float = 0.0, **more: Any) -> Any:
+        shutil.rmtree(cache / "objectives", ignore_errors=True)
+        stages = ", ".join(stage(name, term, micro, dropout) for name, term in TERMS.items())
+        return start_ranks(f"stages=[{stages}]", "evaluation={}", *overrides, **more)
+
+    return start
+
+
+def figures(run: Any) -> list[list[float]]:
+    return [
+        [record["loss"], record["grad_norm"], record["metrics"]["regularization"]]
+        for name in TERMS
+        for record in run.records(name)
+        if "loss" in record
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[float]]:
+    """The figures of one rank with a micro-batch of one."""
+    return []
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "micro", "checkpointing"),
+    [
+        ("ddp", 1, 1, False),
+        ("ddp", 2, 2, True),
+        ("fsdp2", 2, 1, True),
+        ("zero2", 2, 2, False),
+        ("zero3", 2, 1, False),
+    ],
+)
+def test_engines_ranks_and_micro_batches(
+    start_chain, alone, engine, ranks, micro, checkpointing
+) -> None:
+    options = [f"engine.kind={engine}"]
+    options.append(f"model.gradient_checkpointing={json.dumps(checkpointing)}")
+    found = figures(start_chain(micro=micro, ranks=ranks, options=options).wait(0))
+    alone[:] = alone or found
+    assert found == [pytest.approx(step, **TOLERANCE) for step in alone]
+    for number, name in enumerate(TERMS):
+        last = found[4 * number + 3]
+        assert last[2] > 0.01 * last[0], f"{name} is too small to show anything"
+
+
+def test_killed_in_a_penalized_stage_it_ends_at_the_same_weights(start_chain, weights) -> None:
+    settings = {"dropout": 0.1, "ranks": 1}
+    undisturbed = start_chain(folder="undisturbed", **settings).wait(0)
+    every = [f"stages.{name}.train.checkpoint_every_steps=1" for name in TERMS]
+    run = start_chain(*every, **settings)
+    run.until(lambda: run.is_at("fisher", 3))
+    run.kill().wait(-signal.SIGKILL)
+    run = start_chain(*every, **settings).wait(0)  # the Fisher information is estimated again
+    assert "resuming from step" in run.output
+    assert figures(run) == figures(undisturbed)
+    assert weights(run.folder) == weights(undisturbed.folder)
