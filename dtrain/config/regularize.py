@@ -20,10 +20,12 @@ class RegularizerTraits:
 
     Attributes:
         implementation: "module:class" of its `dtrain.objectives.regularizers.base.Regularized`.
+        needs_base: the model without its adapter computes the chosen rows too.
         penalizes_change: it is a function of what the stage adds to the weights.
     """
 
     implementation: str
+    needs_base: bool = False
     penalizes_change: bool = False
 
 
@@ -36,6 +38,16 @@ class RegularizeSettings(Group):
         description="factor of the term in the loss of a step"
     )
 
+    def extra_forwards(self, replay_ratio: float) -> float:
+        """Forward passes of each token without a backward pass.
+
+        Args:
+            replay_ratio: share of `data.replay` in the tokens.
+        """
+        if not self.traits.needs_base:
+            return 0.0
+        return replay_ratio if self.reads_replay else 1.0
+
     @property
     def reads_replay(self) -> bool:
         """Whether it needs `data.replay`."""
@@ -45,6 +57,20 @@ class RegularizeSettings(Group):
     def reads_previous_stage(self) -> bool:
         """Whether it needs the rows of the stage before."""
         return getattr(self, "on", None) == "previous_stage"
+
+
+class KlToBase(RegularizeSettings):
+    """The mean of KL(base || model) at targets, where the base is the model that the stage started
+    from: what it says stays likely (arXiv:1606.09282)."""
+
+    traits: ClassVar[RegularizerTraits] = RegularizerTraits(
+        implementation="dtrain.objectives.regularizers.kl_to_base:KlToBase",
+        needs_base=True,
+    )
+    kind: Literal["kl_to_base"]
+    on: Literal["replay", "all"] = Field(
+        "replay", description="the targets: those of `data.replay`, or of all rows"
+    )
 
 
 class L2Init(RegularizeSettings):
@@ -73,4 +99,4 @@ class Ewc(RegularizeSettings):
     sequences: Count = Field(128, description="sequences of these rows")
 
 
-Regularize = Annotated[L2Init | Ewc, Field(discriminator="kind")]
+Regularize = Annotated[KlToBase | L2Init | Ewc, Field(discriminator="kind")]

@@ -26,6 +26,11 @@ def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
         message = f"{term.kind} penalizes the product of two matrices, which {stage.method.kind} "
         message += "does not add"
         yield Clash([kind, (*at, "method", "kind")], message, f"method.kind={kinds}")
+    if term.traits.needs_base and not stage.method.traits.base_when_disabled:
+        kinds = " or ".join(kind for kind, traits in TRAITS.items() if traits.base_when_disabled)
+        message = f"{stage.method.kind} does not keep the model that the stage starts from"
+        fix = f"method.kind={kinds}"
+        yield Clash([kind, (*at, "method", "kind")], message, fix)
     rows: Key = (*at, "regularize", "on")
     if term.reads_replay and stage.data.replay is None:
         fix = "add data.replay with rows that the model shall not forget"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from dtrain.models.kernels.fused_cross_entropy import (
+    ChunkLoss,
     FusedLossHead,
     chunked_head_loss,
     in_autocast_dtype,
@@ -166,14 +167,11 @@ def _sum_of_chunks(
     model: nn.Module,
     micro_batch: PackedTargets,
     losses: Tensor,
-    chunk_loss: Callable[[Tensor, slice, bool], Tensor],
+    chunk_loss: ChunkLoss,
 ) -> Tensor:
     """The sum of the losses [K] that `chunk_loss` writes, with a gradient."""
     if FusedLossHead.of(transformers_model(model)) is None:
-        logits = target_logits(model, micro_batch).float()
-        gradient = chunk_loss(logits.detach(), slice(0, len(losses)), logits.requires_grad)
-        # the first term has the value, the second the gradient
-        return losses.sum() + ((logits - logits.detach()) * gradient).sum()
+        return _sum_of_logits(target_logits(model, micro_batch), losses, chunk_loss)
 
     def compute(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
@@ -182,3 +180,47 @@ def _sum_of_chunks(
         return total.view(1, 1)
 
     return head_output(model, micro_batch, compute).squeeze()
+
+
+def _sum_of_logits(logits: Tensor, losses: Tensor, chunk_loss: ChunkLoss) -> Tensor:
+    """As `_sum_of_chunks`, of whole logits [K, V]."""
+    logits = logits.float()
+    gradient = chunk_loss(logits.detach(), slice(0, len(losses)), logits.requires_grad)
+    # the first term has the value, the second the gradient
+    return losses.sum() + ((logits - logits.detach()) * gradient).sum()
+
+
+class ObservedDivergence:
+    """The divergence at some targets of a forward pass that computes another loss.
+
+    Attributes:
+        total: its sum over these targets, with a gradient; set by the forward pass.
+    """
+
+    def __init__(self, is_observed: Tensor, divergence: TokenDivergence) -> None:
+        """Observe the n targets of `is_observed`, bool [K].
+
+        Args:
+            divergence: called with ranges of these n targets.
+        """
+        self._is_observed, self._divergence = is_observed, divergence
+        self._losses = torch.empty(int(is_observed.sum()), device=is_observed.device)
+        self.total = torch.zeros((), device=is_observed.device)
+
+    def see_states(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
+    ) -> None:
+        """Compute it from hidden states, a chunk of logits at a time."""
+        states = hidden[self._is_observed]
+        self.total = chunked_head_loss(
+            states, weight, bias, transform, self._losses, self._chunk_loss
+        )
+
+    def see_logits(self, logits: Tensor) -> None:
+        """Compute it from logits [K, V]."""
+        self.total = _sum_of_logits(logits[self._is_observed], self._losses, self._chunk_loss)
+
+    @torch.no_grad()
+    def _chunk_loss(self, logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+        self._losses[chunk], gradient = self._divergence(logits, chunk)
+        return gradient

@@ -5,9 +5,13 @@ Letters: T tokens of a micro-batch, K targets, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import signature
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -42,6 +46,36 @@ class PackedTargets(PackedInputs, Protocol):
     def targets(self) -> Tensor: ...
 
 
+class TargetObserver(Protocol):
+    """Sees what a training pass computes at its K targets, so that a term can be added to its loss
+    without another pass."""
+
+    def see_states(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
+    ) -> None:
+        """Called with the arguments of a `HeadFunction`."""
+
+    def see_logits(self, logits: Tensor) -> None:
+        """Called with logits [K, V] by a model whose logits are whole."""
+
+
+_observer: ContextVar[TargetObserver | None] = ContextVar("target_observer", default=None)
+
+
+@contextmanager
+def observing_targets(observer: TargetObserver) -> Iterator[None]:
+    """Let an observer see the enclosed forward passes that have a gradient."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _current_observer() -> TargetObserver | None:
+    return _observer.get() if torch.is_grad_enabled() else None
+
+
 def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
     """Compute logits [K, V] at the positions whose next token is a target.
 
@@ -54,8 +88,12 @@ def target_logits(model: nn.Module, micro_batch: PackedInputs) -> Tensor:
     """
     inner = transformers_model(model)
     if _takes_positions(inner):
-        return _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)[0]
-    return _call(model, inner, micro_batch)[0, micro_batch.target_positions]
+        logits = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)[0]
+    else:
+        logits = _call(model, inner, micro_batch)[0, micro_batch.target_positions]
+    if observer := _current_observer():
+        observer.see_logits(logits)
+    return logits
 
 
 def target_losses(
@@ -129,7 +167,16 @@ def head_output(model: nn.Module, micro_batch: PackedInputs, compute: HeadFuncti
     inner = transformers_model(model)
     head = FusedLossHead.of(inner)
     assert head is not None
-    with head.computing(compute):
+    observer = _current_observer()
+
+    def observed(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform | None
+    ) -> Tensor:
+        if observer is not None:
+            observer.see_states(hidden, weight, bias, transform)
+        return compute(hidden, weight, bias, transform)
+
+    with head.computing(observed):
         output = _call(model, inner, micro_batch, logits_to_keep=micro_batch.target_positions)
     return output[0]
 

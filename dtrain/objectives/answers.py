@@ -31,7 +31,7 @@ class AnswerLogProbs:
 
 def answer_log_probs(model: nn.Module, batch: MicroBatch) -> AnswerLogProbs:
     """Compute the log-probability of each document's answer, with a gradient."""
-    index = _document_of_targets(batch)
+    index = document_of_targets(batch)
     losses = target_token_losses(model, batch)
     tokens = _sums(torch.ones_like(losses), index, batch)
     return AnswerLogProbs(_sums(-losses, index, batch), tokens.clamp(min=1))
@@ -91,7 +91,7 @@ class AnswerObjective(Objective):
 def _log_probs(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Log-probability of each document's answer, float32 [D]."""
     _, losses = target_losses(model, batch)
-    return _sums(-losses, _document_of_targets(batch), batch)
+    return _sums(-losses, document_of_targets(batch), batch)
 
 
 def documents_labeled(batch: MicroBatch, *labels: int) -> Tensor:
@@ -132,7 +132,7 @@ def select_documents(batch: MicroBatch, documents: Tensor) -> MicroBatch:
     )
 
 
-def _document_of_targets(batch: MicroBatch) -> Tensor:
+def document_of_targets(batch: MicroBatch) -> Tensor:
     """Which document each target is in, int64 [K]."""
     ends = torch.tensor(batch.document_lengths).cumsum(0).to(batch.target_positions.device)
     return torch.searchsorted(ends, batch.target_positions, right=True)

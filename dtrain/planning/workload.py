@@ -99,7 +99,7 @@ class Workload:
     on_gpu: bool = True
     kernels: frozenset[str] = frozenset()
     trains_on_all_tokens: bool = True
-    extra_forwards: int = 0
+    extra_forwards: float = 0
     uses_autocast: bool = True
 
     @property
@@ -243,7 +243,7 @@ def build_workload(
         offload=recipe.engine.offload and ENGINES[kind].offload,
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
-        extra_forwards=OBJECTIVES[stage.kind].extra_forwards,
+        extra_forwards=extra_forwards(stage),
         kernels=_kernels(recipe, stage, shape),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
@@ -260,6 +260,13 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
         known -= {ADAPTED_LAYERS}
     has_copy = any("lm_head".endswith(end) for end in (adapter.whole_modules if adapter else ()))
     return known - {LOSS} if has_copy else known
+
+
+def extra_forwards(stage: Stage) -> float:
+    """Forward passes of each token without a backward pass: the objective's and the term's."""
+    replay, term = stage.data.replay, stage.regularize
+    passes = float(OBJECTIVES[stage.kind].extra_forwards)
+    return passes + (term.extra_forwards(replay.ratio if replay else 0.0) if term else 0.0)
 
 
 def _shard_ranks(recipe: Recipe, engine: EngineCapabilities, cluster: Cluster) -> int:

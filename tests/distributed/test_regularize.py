@@ -18,6 +18,7 @@ import pytest
 TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
 TERMS = {
     "change": "{kind: l2_init, weight: 0.05}",
+    "divergence": "{kind: kl_to_base, weight: 3.0}",
     "fisher": "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}",
 }
 Start = Callable[..., Any]

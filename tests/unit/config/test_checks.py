@@ -222,6 +222,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.on", "first stage", "on=replay"],
         ),
         (
+            {
+                "stages__0__method": {"kind": "full"},
+                "stages__0__regularize": {"kind": "kl_to_base", "weight": 1.0, "on": "all"},
+            },
+            ["stages.0.regularize.kind", "stages.0.method.kind", "full does not keep the model"],
+        ),
+        (
             {"stages__0__method": {"kind": "full"}, "stages__0__regularize": L2_INIT},
             ["stages.0.regularize.kind", "stages.0.method.kind", "full", "method.kind=lora"],
         ),
