@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
-from dtrain.core.errors import Exit
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
 from dtrain.core.units import size
@@ -65,6 +66,25 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")], price: Pr
     from dtrain.monitoring.report import write_report
 
     print(write_report(run, price))
+
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.")]
+Page = Annotated[Path | None, typer.Option("--html", help="Also write a page with the curves.")]
+
+
+def compare(runs: Runs, page: Page = None) -> None:
+    """Compare runs: held-out losses with their uncertainty, speed, and the keys that differ."""
+    for run in runs:
+        RunDir(run).check_exists()
+    if len(runs) < 2:
+        raise UserError("compare needs two runs", fix="dtrain compare runs/a runs/b")
+    from dtrain.monitoring.compare import compare_runs, comparison_page, comparison_text
+
+    comparison = compare_runs(runs)
+    print(comparison_text(comparison))
+    if page is not None:
+        write_atomic(page, comparison_page(comparison))
+        print(f"\n{page}")
 
 
 COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"

@@ -71,6 +71,36 @@ def plot_stage(records: Records, ends: Ends | None = None) -> str:
         return _data_uri(figure)
 
 
+def plot_runs(runs: Mapping[str, Records]) -> str:
+    """An SVG image of a stage's losses in several runs as a data URI; empty without any.
+
+    Left the smoothed training losses, right the held-out losses: a color is a run, a dash a set.
+    """
+    if not any("loss" in record for records in runs.values() for record in records):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        FigureCanvasSVG(figure)
+        training, held_out = figure.subplots(1, 2)
+        for (name, records), color in zip(runs.items(), cycle([LINE, *COLORS]), strict=False):
+            points = series(records, "loss")
+            curves = [(training, smooth(points) if points else [], "-")]
+            dashes = cycle(["-", "--", ":", "-."])
+            for measured, dash in zip(held_out_losses(records).values(), dashes, strict=False):
+                curves.append((held_out, measured, dash))
+            for number, (axes, curve, dash) in enumerate(curves):
+                label = name if number == 0 else None
+                axes.plot(*_columns(curve), color=color, linewidth=1.6, linestyle=dash, label=label)
+        names = dict.fromkeys(n for records in runs.values() for n in held_out_losses(records))
+        training.set_title("training loss, smoothed")
+        held_out.set_title(f"held-out loss: {', '.join(names)}" if names else "held-out loss")
+        training.legend(loc="upper right")
+        for axes in (training, held_out):
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        return _data_uri(figure)
+
+
 def series(records: Records, key: str) -> Points:
     """(step, value) of every record with a number under `key`; long series are averaged in bins."""
     points = [

@@ -24,6 +24,7 @@ from dtrain.monitoring.run_record import RunRecord, format_loss, rate_change, re
 plots: Any = LazyModule("dtrain.monitoring.plots")
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+STYLE = Path(__file__).with_name("report.css")
 MAX_SKIPPED = 20  # skipped steps that are listed
 LIMITS = ("max_increase", "max_drop")
 
@@ -56,6 +57,7 @@ def render_report(record: RunRecord, price: float | None = None) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     finished, progress = _progress(record)
     return template.render(
+        style=STYLE.read_text(encoding="utf-8"),
         record=record,
         finished=finished,
         progress=progress,

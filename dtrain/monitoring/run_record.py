@@ -239,7 +239,7 @@ def _loss_table(record: RunRecord) -> str:
     for losses in record.losses:
         values = [format_loss(losses.values.get(model)) for model in record.models]
         rows.append([losses.name, *values, *_change_cells(losses)])
-    return _align(rows)
+    return align(rows)
 
 
 def _metric_table(record: RunRecord) -> str:
@@ -251,10 +251,10 @@ def _metric_table(record: RunRecord) -> str:
     for name, metric, values in record.held_out_metrics:
         cells = [format_loss(values[model]) for model in record.models]
         rows.append([f"{name} {metric.replace('_', ' ')}", *cells, ""])
-    return _align(rows)
+    return align(rows)
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
     """Align the columns of a table; the last is not padded."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
