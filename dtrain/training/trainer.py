@@ -144,6 +144,7 @@ class Trainer:
         sequences = min(step * loader.global_batch, loader.total_sequences)
         seconds = sum(result.seconds.values())
         metrics: dict[str, Any] = {
+            "total_steps": loader.steps,
             "epoch": round(sequences / loader.dataset.sequences_per_epoch, 4),
             "loss": result.loss,
             "supervised_tokens": result.supervised_tokens,
