@@ -113,20 +113,24 @@ def resolve(recipe: Recipe) -> Recipe:
         update={
             "engine": recipe.engine.model_copy(update={"kind": kind}),
             "output": recipe.output.model_copy(update={"folder": folder}),
-            "model": recipe.model.model_copy(update={"base": absolute_base(recipe)}),
-            "stages": [with_absolute_template(stage) for stage in recipe.stages],
+            "model": recipe.model.model_copy(update={"base": absolute_model(recipe.model.base)}),
+            "stages": [with_absolute_paths(stage) for stage in recipe.stages],
         }
     )
 
 
-def absolute_base(recipe: Recipe) -> str:
-    """The base model; the absolute path if it is a folder."""
-    folder = Path(recipe.model.base).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else recipe.model.base
+def absolute_model(address: str) -> str:
+    """A model's address; the absolute path if it is a folder."""
+    folder = Path(address).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else address
 
 
-def with_absolute_template(stage: Stage) -> Stage:
-    """The stage with the absolute path of its template, if that is a file."""
+def with_absolute_paths(stage: Stage) -> Stage:
+    """The stage with the absolute paths of its teacher and its template, if they are files."""
+    if stage.distill is not None and stage.distill.teacher_folder is not None:
+        teacher = absolute_model(stage.distill.teacher)
+        distill = stage.distill.model_copy(update={"teacher": teacher})
+        stage = stage.model_copy(update={"distill": distill})
     if stage.data.template in ("auto", "instruction"):
         return stage
     path = local_path(stage.data.template).absolute()

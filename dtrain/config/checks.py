@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
+from dtrain.config.distill_checks import check_distill
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.method_checks import check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
@@ -146,6 +147,7 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _sources(stage.data, stage.kind, at, (*at, "data", "sources"))
     yield from _changing_weights(stage, at)
     yield from _preference(stage.kind, stage.preference, at)
+    yield from check_distill(recipe, stage, at)
     yield from check_method(stage, at)
     yield from check_regularize(recipe, number, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
@@ -239,6 +241,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
                 yield Clash([(*at, "sources", number, "loss_weight")], message, "remove it")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
         yield from _preference(held_out.kind, held_out.preference, at)
+        yield from check_distill(recipe, held_out, at)
     for name in recipe.evaluation.gates:
         if name not in recipe.evaluation.sets:
             keys: list[Key] = [("evaluation", "gates", name), ("evaluation", "sets")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ObjectiveKind = Literal["cpt", "sft", "dpo", "kto", "orpo", "simpo", "cpo"]
+ObjectiveKind = Literal["cpt", "sft", "distill", "dpo", "kto", "orpo", "simpo", "cpo"]
 RowFormat = Literal[
     "text", "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "kto"
 ]
@@ -42,6 +42,8 @@ class ObjectiveTraits:
             `train.label_smoothing` can smooth and a source's `loss_weight` can scale.
         preference_keys: keys of the `preference` group that it reads.
         needs_reference: the model that the stage started from computes each batch too.
+        needs_teacher: the `distill` group names another model, or the one that the stage started
+            from, which computes each batch too.
         extra_forwards: forward passes of each token without a backward pass, such as the
             reference's.
     """
@@ -54,6 +56,7 @@ class ObjectiveTraits:
     sums_token_losses: bool = False
     preference_keys: frozenset[str] = frozenset()
     needs_reference: bool = False
+    needs_teacher: bool = False
     extra_forwards: int = 0
 
 
@@ -73,6 +76,14 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         contents=frozenset({"conversation"}),
         trains_on_answers=True,
         sums_token_losses=True,
+    ),
+    "distill": ObjectiveTraits(
+        title="distillation",
+        implementation="dtrain.objectives.distill:Distillation",
+        description="probabilities of a teacher for answers",
+        contents=frozenset({"conversation"}),
+        trains_on_answers=True,
+        needs_teacher=True,
     ),
     "dpo": ObjectiveTraits(
         title="direct preference optimization",

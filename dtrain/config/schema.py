@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dtrain.config.distill import DistillSettings
 from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.gates import Gate
 from dtrain.config.group import Count, Group, Text
@@ -219,9 +220,9 @@ class Data(Group):
     train_on: Literal["all", "last", "user", "all+tool", "all+user", "all+user+tool"] = Field(
         "all",
         description=(
-            "sft: which turns of a conversation have loss: all answers, the last answer, or the "
-            "user's turns; + adds the turns of tools or of the user. A row's own flags (`weight`, "
-            "`train`, `loss`, `loss_weight`: 0 or 1, `masked`) take precedence"
+            "sft and distill: which turns of a conversation have loss: all answers, the last "
+            "answer, or the user's turns; + adds the turns of tools or of the user. A row's own "
+            "flags (`weight`, `train`, `loss`, `loss_weight`: 0 or 1, `masked`) take precedence"
         ),
     )
     template: str = Field(
@@ -269,6 +270,7 @@ class Stage(Group):
     data: Data
     train: Train
     preference: PreferenceSettings = PreferenceSettings()
+    distill: DistillSettings | None = None
     regularize: Regularize | None = Field(
         None, description="a term against forgetting, added to the loss"
     )
@@ -279,6 +281,7 @@ class EvaluationSet(Data):
 
     kind: ObjectiveKind = Field(description=KINDS_HELP)
     preference: PreferenceSettings = PreferenceSettings()
+    distill: DistillSettings | None = None
 
 
 class Questions(Group):
@@ -336,6 +339,17 @@ class Recipe(Group):
     stages: list[Stage] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
     output: Output
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Key → folder or hub id of each model that a stage or a held-out set distills from."""
+        groups = {f"stages.{stage.name}": stage.distill for stage in self.stages}
+        groups |= {f"evaluation.sets.{n}": s.distill for n, s in self.evaluation.sets.items()}
+        return {
+            f"{key}.distill.teacher": group.teacher_folder
+            for key, group in groups.items()
+            if group is not None and group.teacher_folder is not None
+        }
 
     def merges(self, stage: Stage) -> bool:
         """Whether a stage is merged: for the next stage, or because `output.merge` asks for it."""

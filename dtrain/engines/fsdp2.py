@@ -114,6 +114,24 @@ class Fsdp2(TorchEngine):
         return start, start + shape[0] * row_elements
 
 
+def shard_frozen(
+    model: nn.Module, materialize: MaterializeFn, shard: str | int, world: World
+) -> None:
+    """Shard the decoder layers of a model that only computes forward, under any engine.
+
+    What is outside of the layers stays whole: the loss reads the output matrix after the model's
+    forward pass.
+
+    Args:
+        shard: as `engine.shard`.
+    """
+    check_blocks(decoder_layers(model))
+    mesh = build_mesh(shard, world)
+    for block in materialize_blocks(model, materialize):
+        whole = {p for p in block.parameters() if not isinstance(p, DTensor)}
+        fully_shard(block, mesh=mesh, ignored_params=whole if block is model else None)
+
+
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     with torch.no_grad():  # otherwise torch records the conversion for autograd

@@ -15,11 +15,14 @@ PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.tx
 WHERE = "model.base"
 
 
-def base_folder(base: str) -> Path:
+def base_folder(base: str, where: str = WHERE) -> Path:
     """The folder of a base model: a sample, a local folder, or the snapshot of a hub id.
 
     A hub id is downloaded at its first use. Of several processes on a machine one downloads; the
     others wait for the hub client's file lock.
+
+    Args:
+        where: key of the recipe, for errors.
 
     Raises:
         UserError: no such sample, folder or hub id, or the hub cannot be reached.
@@ -27,35 +30,35 @@ def base_folder(base: str) -> Path:
     path = local_path(base)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} has no config.json, so it is not a model", where=WHERE)
+            raise UserError(f"{path} has no config.json, so it is not a model", where=where)
         return path
     if sample_name(base) is not None:
-        raise UserError(f"the sample {base!r} has not been built yet", where=WHERE)
+        raise UserError(f"the sample {base!r} has not been built yet", where=where)
     if base.startswith(("/", ".", "~")) or base.count("/") > 1:
-        raise UserError(f"there is no folder {path}", where=WHERE)
-    return _download(base)
+        raise UserError(f"there is no folder {path}", where=where)
+    return _download(base, where)
 
 
-def _download(base: str) -> Path:
+def _download(base: str, where: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=PATTERNS))
     except HFValidationError as error:
         raise UserError(
-            f"{base!r} is neither a folder nor a hub id", where=WHERE, fix="owner/name, or a path"
+            f"{base!r} is neither a folder nor a hub id", where=where, fix="owner/name, or a path"
         ) from error
     except GatedRepoError as error:
         raise UserError(
             f"{base!r} needs its owner's permission",
-            where=WHERE,
+            where=where,
             fix="accept its license on the hub, then log in with `hf auth login`",
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"no folder and no hub model {base!r}", where=WHERE) from error
+        raise UserError(f"no folder and no hub model {base!r}", where=where) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{base!r} is not a local folder and cannot be downloaded from the hub "
             f"({type(error).__name__})",
-            where=WHERE,
+            where=where,
             fix=f"give the path of a folder, or run `hf download {base}` on a machine that reaches "
             "the hub, into a cache that this one reads (HF_HOME)",
         ) from error

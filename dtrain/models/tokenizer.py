@@ -36,6 +36,32 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:
+    """What the second tokenizer does otherwise, so that ids mean other tokens; empty if nothing."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    if missing := sorted(ours.keys() - theirs.keys(), key=ours.__getitem__):
+        return f"it lacks {missing[0]!r}"
+    if more := sorted(theirs.keys() - ours.keys(), key=theirs.__getitem__):
+        return f"it has {more[0]!r} in addition"
+    for token, number in ours.items():
+        if theirs[token] != number:
+            return f"its {token!r} is number {theirs[token]}, not {number}"
+    specials = [
+        {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+        for tokenizer in (first, second)
+    ]
+    if odd := [token for token in ours if specials[0].get(token) != specials[1].get(token)]:
+        return f"{odd[0]!r} is a special token in only one of the two"
+    merges = [_merges(tokenizer) for tokenizer in (first, second)]
+    return "" if merges[0] == merges[1] else "it splits text in other places"
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model that splits text into tokens, if the tokenizer is a fast one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"]
+
+
 def _without_bom(template: Any) -> Any:
     """A chat template, or several by name, without a byte-order mark."""
     if isinstance(template, dict):

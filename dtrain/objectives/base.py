@@ -14,7 +14,7 @@ Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -65,6 +65,8 @@ class StageContext:
         start: what decides the output of the model as the stage starts: base, dtype, method.
         base_when_disabled: whether `adapters_disabled` turns the model back into that model.
         loader: the batches of the stage or of the held-out set.
+        load_frozen: another model for forward passes, by the recipe's name of its folder; called
+            on all ranks together.
         previous: the data of the stage before this one.
     """
 
@@ -74,6 +76,7 @@ class StageContext:
     base_when_disabled: bool
     loader: Loader
     world: World
+    load_frozen: Callable[[str], nn.Module]
     previous: PackedDataset | None = None
 
 

@@ -11,6 +11,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_text, write_json
+from dtrain.core.hashes import fingerprint
 from dtrain.core.log import Meter, progress, say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.loader import Loader
@@ -21,6 +22,7 @@ from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.gates import check_gates
+from dtrain.pipeline.teachers import TeacherModels
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel, template_of
 from dtrain.training.held_out import HeldOutResult, HeldOutSet, evaluate
@@ -32,15 +34,28 @@ class Evaluations:
     """Measurements of a run's models; every rank measures, the first one writes the file."""
 
     def __init__(
-        self, run: Path, recipe: Recipe, sets: dict[str, PackedDataset], layout: Layout
+        self,
+        run: Path,
+        recipe: Recipe,
+        sets: dict[str, PackedDataset],
+        layout: Layout,
+        teachers: TeacherModels,
     ) -> None:
         self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
-        self.layout = layout
-        fingerprints = {name: dataset.fingerprint for name, dataset in sets.items()}
+        self.layout, self.teachers = layout, teachers
+        fingerprints = {name: self._fingerprint(name) for name in sets}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": fingerprints}
         known = read_json(self.path) if self.path.exists() else {}
-        if known.get("sets") == fingerprints:  # losses on other rows cannot be compared
+        if known.get("sets") == fingerprints:  # other losses cannot be compared
             self.known = known
+
+    def _fingerprint(self, name: str) -> str:
+        """What decides the losses of a set: its rows and, if it has one, its teacher."""
+        rows, settings = self.sets[name].fingerprint, self.recipe.evaluation.sets[name].distill
+        if settings is None:
+            return rows
+        group = settings.model_dump(mode="json")
+        return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings)}])
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""

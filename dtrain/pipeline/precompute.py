@@ -30,6 +30,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
         base_when_disabled=setup.method.traits.base_when_disabled,
         loader=loader,
         world=setup.world,
+        load_frozen=setup.teachers.load,
         previous=setup.inputs.stages[before[0]] if before else None,
     )
 

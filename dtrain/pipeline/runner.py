@@ -19,6 +19,7 @@ from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord, StageSetup, stage_record
 from dtrain.pipeline.stage_run import run_stage
+from dtrain.pipeline.teachers import TeacherModels
 from dtrain.recipes import shipped
 from dtrain.training.preemption import StopFlag
 
@@ -37,7 +38,8 @@ def run_chain(
         allowed: keys that may differ from those that an incomplete stage was started with.
     """
     run = Path(recipe.output.folder)
-    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout)
+    teachers = TeacherModels(recipe, world, inputs.teachers)
+    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers)
     base, started = inputs.base, list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
     done = complete_stages(folders, world, needs_merged=recipe.output.merge)
@@ -49,7 +51,7 @@ def run_chain(
             folder.begin(allowed) if world.is_first else None
             world.barrier()
             setup = StageSetup(
-                recipe, stage, folder, base, inputs, evaluations, world, stop, watchdog
+                recipe, stage, folder, base, inputs, evaluations, teachers, world, stop, watchdog
             )
             if not run_stage(setup):
                 return False

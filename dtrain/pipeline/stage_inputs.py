@@ -29,6 +29,7 @@ from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.evaluator import read_questions
+from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
 from dtrain.serving.generator import answering_template
@@ -43,6 +44,7 @@ class Inputs:
         layout: how documents go through the base, and through every model trained from it.
         stages: dataset of each stage, by the stage's name.
         sets: dataset of each evaluation set, by its name.
+        teachers: models to distill from, by the recipe's name of them.
     """
 
     base: Path
@@ -52,6 +54,7 @@ class Inputs:
     layout: Layout
     stages: dict[str, PackedDataset]
     sets: dict[str, PackedDataset]
+    teachers: dict[str, Teacher]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -62,6 +65,7 @@ class Inputs:
             "the code of model.base": repr(self.layout),
             **{f"stages.{name}.data": data.fingerprint for name, data in self.stages.items()},
             **{f"evaluation.sets.{name}": data.fingerprint for name, data in self.sets.items()},
+            **{f"teacher {name}": model.fingerprint for name, model in self.teachers.items()},
         }
 
 
@@ -109,6 +113,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         layout=layout,
         stages={stage.name: datasets[f"stages.{stage.name}.data"] for stage in recipe.stages},
         sets={name: datasets[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
+        teachers=find_teachers(recipe, tokenizer, layout, datasets),
     )
 
 
@@ -231,7 +236,7 @@ def store_folder() -> Path:
 
 def samples_of(recipe: Recipe) -> set[str]:
     """Names of the shipped samples that a recipe uses."""
-    addresses = [recipe.model.base]
+    addresses = [recipe.model.base, *recipe.teachers.values()]
     addresses += [source.path for group in _groups(recipe) for source in group.data.all_sources]
     if recipe.evaluation.questions:
         addresses.append(recipe.evaluation.questions.path)

@@ -24,6 +24,7 @@ from dtrain.methods.base import Method, build_method
 from dtrain.models.load import resolve_dtype
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
+from dtrain.pipeline.teachers import TeacherModels
 from dtrain.training.preemption import StopFlag
 
 # They change neither the numbers nor their order, so a run may resume with another value.
@@ -135,6 +136,8 @@ def stage_record(
     settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
     settings["data"]["loss_weights"] = stage.data.loss_weights
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint
+    if stage.distill is not None and stage.distill.teacher_folder is not None:
+        settings["distill"]["teacher"] = inputs.teachers[stage.distill.teacher].fingerprint
     stage_inputs = {
         "parent": parent,
         "tokenizer": inputs.tokenizer_fingerprint,
@@ -161,6 +164,7 @@ class StageSetup:
     base: Path
     inputs: Inputs
     evaluations: Evaluations
+    teachers: TeacherModels
     world: World
     stop: StopFlag
     watchdog: HangWatchdog

@@ -102,6 +102,7 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     engine.close()
+    setup.teachers.release()
     return engine.module, facts
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dtrain.core.errors import UserError
-from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference, tokenizer_fingerprint
 
 
 def tokenizer(words: str = "a b c", template: str | None = None) -> PreTrainedTokenizerFast:
@@ -41,3 +41,15 @@ def test_fingerprint_depends_on_rules_and_not_on_past_calls() -> None:
 def test_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_what_two_tokenizers_differ_in_is_named() -> None:
+    first = tokenizer()
+    assert tokenizer_difference(first, tokenizer(template="{{ messages }}")) == ""
+    more = tokenizer("a b c d")
+    assert tokenizer_difference(more, first) == "it lacks 'd'"
+    assert tokenizer_difference(first, more) == "it has 'd' in addition"
+    assert "its 'b' is number 3, not 2" in tokenizer_difference(first, tokenizer("a c b"))
+    with_special = tokenizer()
+    with_special.add_special_tokens({"additional_special_tokens": ["b"]})
+    assert "'b' is a special token" in tokenizer_difference(first, with_special)

@@ -1,0 +1,83 @@
+"""Distillation (arXiv:1503.02531): answers' tokens learn the probabilities of a teacher.
+
+An item is a supervised token. Its loss is (1 - w) t² D + w C, with the divergence D from the
+teacher at temperature t, the cross-entropy C of the row's own token, and w = `ce_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from dtrain.config.schema import EvaluationSet, Stage
+from dtrain.data.loader import MicroBatch
+from dtrain.data.packing import Packing
+from dtrain.data.prepare import DatasetSpec
+from dtrain.data.tokenize import AnswerEncoder
+from dtrain.models.divergence import (
+    DivergenceFn,
+    TokenDivergence,
+    distillation_losses,
+    divergence_from,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    teacher_logits,
+)
+from dtrain.objectives.base import LossOutput, StageContext, adapters_disabled
+from dtrain.objectives.causal_lm import CausalLm
+
+
+class Distillation(CausalLm):
+    """A divergence from a teacher, which is another model or the one that the stage started from.
+
+    Attributes:
+        teacher: frozen; None for the model itself without its adapter.
+    """
+
+    dataset = DatasetSpec("distill", AnswerEncoder, Packing.WHOLE)
+    metric_sum_names = ("divergence", "cross_entropy")
+    teacher: nn.Module | None = None
+
+    def __init__(self, settings: Stage | EvaluationSet) -> None:
+        super().__init__(settings)
+        assert settings.distill is not None
+        self.distill = settings.distill
+
+    def begin_stage(self, context: StageContext) -> None:
+        if self.distill.teacher_folder is not None:
+            self.teacher = context.load_frozen(self.distill.teacher_folder)
+
+    def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
+        weight, temperature = self.distill.ce_weight, self.distill.temperature
+        found = distillation_losses(
+            model,
+            batch,
+            self.divergence(model, batch),  # first: engines expect forward, backward
+            divergence_weight=(1 - weight) * temperature**2,
+            ce_weight=weight,
+        )
+        sums = {
+            "divergence": found.divergences.sum(),
+            "cross_entropy": found.cross_entropies.sum(),
+        }
+        return LossOutput(found.total, len(batch.targets), found.losses, sums)
+
+    def divergence(self, model: nn.Module, batch: MicroBatch) -> TokenDivergence:
+        """The divergence from the teacher, which computes the micro-batch here."""
+        teacher = model if self.teacher is None else self.teacher
+        with adapters_disabled(model) if self.teacher is None else nullcontext():
+            logits = teacher_logits(teacher, batch)
+        return divergence_from(logits, self.divergence_fn(), self.distill.temperature)
+
+    def divergence_fn(self) -> DivergenceFn:
+        """The divergence that the recipe names."""
+        if self.distill.loss == "jsd":
+            return jensen_shannon(self.distill.beta)
+        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[self.distill.loss]
+
+    def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
+        return {name: total / weight for name, total in sums.items()}
