@@ -59,9 +59,9 @@ def jensen_shannon(beta: float) -> DivergenceFn:
 
     def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
+        of_teacher = (log_p.exp() * (log_p - log_m)).sum(1)
         q, ratio = log_q.exp(), log_q - log_m
         of_model = (q * ratio).sum(1)
-        of_teacher = (log_p.exp() * (log_p - log_m)).sum(1)
         gradient = (1 - beta) * q * (ratio - of_model.unsqueeze(1))
         return beta * of_teacher + (1 - beta) * of_model, gradient
 
@@ -80,6 +80,7 @@ def divergence_from(
         others = teacher(tokens)
         width = min(logits.shape[1], others.shape[1])
         log_p = log_softmax(others[:, :width] / temperature, 1)
+        del others  # as large as the logits
         log_q = log_softmax(logits[:, :width] / temperature, 1)
         losses, gradient = divergence(log_p, log_q)
         gradient = gradient / temperature

@@ -21,6 +21,10 @@ from dtrain.planning.workload import Workload
 CHUNK_BYTES = 1 << 28  # float32 logits of one chunk; each chunk reads the whole output matrix
 
 
+DISTILL_COPIES = 6
+"""Of a chunk's logits in a divergence: two log-softmaxes, their mixture, and three terms."""
+
+
 def chunk_rows(vocabulary: int) -> int:
     """Rows of logits that the chunked loss computes at once, the same on every rank.
 
@@ -217,7 +221,8 @@ def _chunked_head_bytes(workload: Workload, profile: TrainerProfile) -> float:
     rows = min(chunk_rows(shape.vocabulary), workload.tokens)
     # In 16 bits: the product, its float32 copy, and its gradient. With a soft cap also the tangent,
     # the capped product, and the gradient of that.
-    chunk = 4 * rows * shape.vocabulary * (1 + (e == 2) + 3 * shape.soft_cap)
+    copies = 1 + (e == 2) + 3 * shape.soft_cap + DISTILL_COPIES * workload.distills
+    chunk = 4 * rows * shape.vocabulary * copies
     # The last layer's output, its norm, the states at targets, and their gradient.
     stream = stream_bytes(workload, profile)
     states = workload.tokens * shape.hidden * (3 * stream + e + e * (stream != e))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from dtrain.planning import teacher
 from dtrain.planning.activations import (
     DTRAIN,
     TrainerProfile,
@@ -53,7 +54,7 @@ class MemoryEstimate:
         activations: saved for the backward pass.
         working: what the moment itself needs: logits, a recomputed layer, an update's copies.
         buffers: the engine's buffers for communication.
-        moment: loading, gather (of the first weights), forward, loss, backward or update.
+        moment: loading, teacher, gather (of the first weights), forward, loss, backward or update.
     """
 
     weights: float
@@ -154,15 +155,22 @@ class EngineModel(ABC):
         """Memory at every moment of a step that could need most."""
         return [
             *self.loading_moments(),
+            *self.teacher_moments(),
             *map(self.gather_moment, self.gather_points()),
             *self.head_gradient_moments(),
             *self.reduction_moments(),
             *self.update_moments(),
         ]
 
-    @abstractmethod
     def collectives(self) -> list[Collective]:
-        """What the engine sends in one optimizer step."""
+        """What is sent in one optimizer step."""
+        sent = teacher.sent_bytes(self.workload)
+        gathers = [self.ring("teacher", self.workload.shard, sent)] if sent else []
+        return [*self.own_collectives(), *gathers]
+
+    @abstractmethod
+    def own_collectives(self) -> list[Collective]:
+        """What the engine sends in one optimizer step of the model that trains."""
 
     def received_bytes(self) -> float:
         """Bytes that a rank receives in an optimizer step."""
@@ -186,16 +194,16 @@ class EngineModel(ABC):
 
     @cached_property
     def loaded_bytes(self) -> float:
-        """Weights that this rank keeps, with the scales of NF4."""
+        """Weights that this rank keeps, with the scales of NF4 and with a teacher's."""
         workload, shape = self.workload, self.workload.shape
-        scales = 0.0
+        kept = teacher.kept_bytes(workload)
         if workload.traits.quantizes_base:
-            scales = NF4_SCALE_BYTES * shape.linear_elements
+            kept += NF4_SCALE_BYTES * shape.linear_elements
         if workload.offload:
-            return scales
+            return kept
         layer = sum(x.kept * self.kept_elements(x) for x in self.layer)
         outer = sum(x.kept * self.kept_elements(x) for x in self.outer)
-        return shape.layers * layer + outer + scales
+        return shape.layers * layer + outer + kept
 
     @cached_property
     def weight_bytes(self) -> float:
@@ -290,6 +298,13 @@ class EngineModel(ABC):
             buffers=0.0,
             moment="loading",
         )
+
+    def teacher_moments(self) -> Iterator[MemoryEstimate]:
+        """A teacher computes before the model that trains saves anything."""
+        workload = self.workload
+        if workload.teacher is not None:
+            gathered = teacher.gathered_bytes(workload)
+            yield self.at("teacher", gathered=gathered, working=teacher.working_bytes(workload))
 
     def gather_points(self) -> Iterator[GatherPoint]:
         """The points of a micro-batch that could be the peak; here nothing is gathered."""

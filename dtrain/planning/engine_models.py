@@ -45,7 +45,7 @@ class DdpModel(EngineModel):
             gradients -= self.matrix_gradient_bytes()
         return gradients
 
-    def collectives(self) -> list[Collective]:
+    def own_collectives(self) -> list[Collective]:
         """One all-reduce of all gradients."""
         workload = self.workload
         return [self.ring("gradients", workload.ranks, FLOAT32 * workload.trainable, 2)]
@@ -119,7 +119,7 @@ class Fsdp2Model(EngineModel):
             outer = workload.element_bytes * workload.shape.outer_parameters
             yield self.at("backward", gathered=outer + sent)
 
-    def collectives(self) -> list[Collective]:
+    def own_collectives(self) -> list[Collective]:
         """Layers are gathered forward and backward, the rest once, padded to equal rows."""
         workload, shard, layers = self.workload, self.workload.shard, self.workload.shape.layers
         weights = 2 * layers * padded_bytes(self.layer, shard) + padded_bytes(self.outer, shard)
@@ -233,7 +233,7 @@ class Zero2Model(DeepSpeedModel):
         yield self.at("update", working=max(norm, flat), gradients=self.partition_bytes)
         yield self.at("update", working=flat, gradients=0.0)
 
-    def collectives(self) -> list[Collective]:
+    def own_collectives(self) -> list[Collective]:
         """Gradients are reduced after every micro-batch; weights are gathered after the update."""
         workload = self.workload
         gradients = FLOAT32 * workload.trainable * workload.accumulation
@@ -317,7 +317,7 @@ class Zero3Model(DeepSpeedModel):
         yield self.at("update", working=max(norm, flat))
         yield self.at("update", working=flat)
 
-    def collectives(self) -> list[Collective]:
+    def own_collectives(self) -> list[Collective]:
         """The schedule's gathers in each micro-batch; persistent parameters once a step."""
         workload, schedule = self.workload, self.schedule
         elements = schedule.received * workload.accumulation + schedule.persistent

@@ -72,18 +72,26 @@ KNOWN = {
 SUFFIXES = ("-instruct", "-chat", "-hf", "-it", "-base")
 
 
-def find_shape(base: str) -> tuple[ModelShape, str]:
-    """The shape of `model.base`, and the source that it was read from.
+def find_shape(base: str, where: str = WHERE) -> tuple[ModelShape, str]:
+    """The shape of a model, and the source that it was read from.
+
+    Args:
+        base: folder or hub id.
+        where: key of the recipe, for errors.
 
     Raises:
         UserError: `find_config` finds no config, or the plan does not know its architecture.
     """
-    config, source = find_config(base)
+    config, source = find_config(base, where)
     return shape_of(config, source), source
 
 
-def find_config(base: str) -> tuple[dict[str, Any], str]:
-    """The config.json of `model.base`, and the source that it was read from.
+def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
+    """The config.json of a model, and the source that it was read from.
+
+    Args:
+        base: folder or hub id.
+        where: key of the recipe, for errors.
 
     Raises:
         UserError: this machine has no config.json of the base, and the table no row.
@@ -91,7 +99,7 @@ def find_config(base: str) -> tuple[dict[str, Any], str]:
     folder = local_path(base)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json, so it is not a model", where=WHERE)
+            raise UserError(f"{folder} has no config.json, so it is not a model", where=where)
         return read_config(folder / "config.json"), str(folder / "config.json")
     if cached := _cached_config(base):
         return read_config(cached), str(cached)
@@ -102,14 +110,14 @@ def find_config(base: str) -> tuple[dict[str, Any], str]:
     if _is_path(base):
         raise UserError(
             f"there is no such folder, so no config.json of {base!r}",
-            where=WHERE,
+            where=where,
             fix="use the folder of a model, or a hub id",
         )
     close = get_close_matches(base, KNOWN, n=1)
     hint = f"did you mean {close[0]}? If not, " if close else ""
     raise UserError(
         f"no config.json of {base!r} on this machine",
-        where=WHERE,
+        where=where,
         fix=f"{hint}use a folder, or run: hf download {base} config.json",
     )
 

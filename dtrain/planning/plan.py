@@ -174,6 +174,8 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
     caveats = []
     if workload.offload:
         caveats.append("no published figures confirm the memory of offloading")
+    if workload.distills:
+        caveats.append("no published figures confirm the memory of distillation")
     if workload.shape.soft_cap:
         caveats.append("attention with capped scores needs memory quadratic in sequence length")
     if not has_published_speed(cluster.gpu):

@@ -22,6 +22,7 @@ LABEL_COLUMNS = 15
 MIN_SHARE = 0.002  # of a peak; smaller terms are not shown
 MOMENTS = {
     "loading": "while the base is loaded",
+    "teacher": "when the teacher computes",
     "gather": "when the first weights are gathered",
     "forward": "in the forward pass",
     "loss": "when the loss is computed",

@@ -121,6 +121,8 @@ def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
             where="--exact",
             fix=f"{NO_SIMULATION}, or determinism=off",
         )
+    if workload.distills:
+        raise UserError("--exact does not simulate a teacher", where="--exact", fix=NO_SIMULATION)
     if not workload.capabilities.simulated:
         raise UserError(
             f"{workload.engine} is not simulated: DeepSpeed reads the values of tensors, which "

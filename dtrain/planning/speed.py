@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtrain.planning import teacher
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.workload import Cluster, Workload
@@ -62,7 +63,7 @@ def flops_per_token(workload: Workload) -> float:
     attention_passes = 3 + recomputed + workload.extra_forwards
     attention = 2 * shape.q * workload.sequence_length * shape.layers * attention_passes
     adapters = 2 * (3 + recomputed) * workload.adapter_products
-    return float(linear + head + attention + adapters)
+    return float(linear + head + attention + adapters + teacher.flops_per_token(workload))
 
 
 def utilization(gpu: Gpu) -> Estimate:

@@ -17,6 +17,7 @@ from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
+from dtrain.planning.known_models import find_shape
 from dtrain.planning.shapes import (
     ADAPTED_LAYERS,
     KERNELS,
@@ -74,6 +75,8 @@ class Workload:
             few rows of logits.
         extra_forwards: forward passes of each token without a backward pass, such as those of a
             reference model.
+        distills: the loss compares the probabilities of all tokens with a teacher's.
+        teacher: shape of the teacher, if that is another model.
         uses_autocast: computes under autocast where the trained parameters are wider than the
             compute dtype, as dtrain always does.
     """
@@ -100,6 +103,8 @@ class Workload:
     kernels: frozenset[str] = frozenset()
     trains_on_all_tokens: bool = True
     extra_forwards: float = 0
+    distills: bool = False
+    teacher: ModelShape | None = None
     uses_autocast: bool = True
 
     @property
@@ -217,8 +222,8 @@ def build_workload(
         engine: replaces the recipe's engine; by default `auto` becomes `DEFAULT_ENGINE`.
 
     Raises:
-        UserError: a key of the method matches no layer, the shard does not divide the
-            ranks, or the DeepSpeed file cannot be read.
+        UserError: a key of the method matches no layer, the shard does not divide the ranks, the
+            DeepSpeed file cannot be read, or the teacher's shape is not known.
     """
     if adapter := stage.method.adapter:
         adapted = select_linears(shape, adapter.target_modules)
@@ -244,12 +249,21 @@ def build_workload(
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
         extra_forwards=extra_forwards(stage),
+        distills=stage.distill is not None,
+        teacher=_teacher(stage),
         kernels=_kernels(recipe, stage, shape),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
             **_deepspeed_limits(recipe, kind),
         },
     )
+
+
+def _teacher(stage: Stage) -> ModelShape | None:
+    """The shape of the other model that a stage distills from."""
+    if stage.distill is None or stage.distill.teacher_folder is None:
+        return None
+    return find_shape(stage.distill.teacher_folder, f"stages.{stage.name}.distill.teacher")[0]
 
 
 def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
@@ -264,8 +278,9 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
 
 def extra_forwards(stage: Stage) -> float:
     """Forward passes of each token without a backward pass: the objective's and the term's."""
-    replay, term = stage.data.replay, stage.regularize
+    replay, term, distill = stage.data.replay, stage.regularize, stage.distill
     passes = float(OBJECTIVES[stage.kind].extra_forwards)
+    passes += distill is not None and distill.teacher_folder is None
     return passes + (term.extra_forwards(replay.ratio if replay else 0.0) if term else 0.0)
 
 

@@ -284,3 +284,39 @@ def test_a_reference_costs_a_forward_pass_of_the_base() -> None:
     forward = 2 * (shape.linear_elements + shape.vocabulary * shape.hidden) + attention
     with_reference = flops_per_token(replace(job, extra_forwards=1))
     assert with_reference - flops_per_token(job) == forward
+
+
+def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:
+    teacher, _ = find_shape("meta-llama/Llama-3.1-70B")
+    for engine, ranks_per_layer in (("ddp", 1), ("fsdp2", 8), ("zero3", 8)):
+        alone = workload("meta-llama/Llama-3.1-8B", "lora", engine)
+        job = replace(alone, teacher=teacher, distills=True)
+        attention = 2 * teacher.q * job.sequence_length * teacher.layers
+        forward = 2 * (teacher.linear_elements + teacher.vocabulary * teacher.hidden) + attention
+        assert flops_per_token(job) - flops_per_token(alone) == forward
+        model, without = build_engine_model(job), build_engine_model(alone)
+        layers = teacher.layers * teacher.layer_parameters
+        kept = 2 * (layers / ranks_per_layer + teacher.outer_parameters)
+        assert model.weight_bytes - without.weight_bytes == pytest.approx(kept, rel=1e-6)
+        assert model.peak_memory().peak - without.peak_memory().peak >= kept
+        sent = model.received_bytes() - without.received_bytes()
+        assert sent == pytest.approx(job.accumulation * 2 * layers * (1 - 1 / ranks_per_layer))
+
+
+def test_the_plan_finds_the_teacher_of_a_recipe() -> None:
+    group = "{teacher: meta-llama/Llama-3.1-70B}"
+    overrides = ["stages.task.kind=distill", f"stages.task.distill={group}"]
+    recipe = load_recipe("7b-lora", overrides)
+    shape, _ = find_shape("meta-llama/Llama-3.1-8B")
+    cluster = Cluster(find_gpu("h100-80g"), 1, 8)
+    job = build_workload(recipe, recipe.stages[-1], shape, cluster)
+    assert job.teacher is not None and job.teacher.layers == 80 and job.extra_forwards == 0
+    own = "{teacher: base, ce_weight: 0.5}"
+    recipe = load_recipe("7b-lora", [overrides[0], f"stages.task.distill={own}"])
+    job = build_workload(recipe, recipe.stages[-1], shape, cluster)
+    assert job.teacher is None and job.extra_forwards == 1 and job.distills
+    unknown = "{teacher: someone/unknown}"
+    recipe = load_recipe("7b-lora", [overrides[0], f"stages.task.distill={unknown}"])
+    with pytest.raises(UserError) as caught:
+        build_workload(recipe, recipe.stages[-1], shape, cluster)
+    assert caught.value.where == "stages.task.distill.teacher"
