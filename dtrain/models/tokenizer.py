@@ -38,8 +38,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:
     """What the second tokenizer does otherwise, so that ids mean other tokens; empty if nothing."""
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    if missing := sorted(ours.keys() - theirs.keys(), key=ours.__getitem__):
+    theirs = second.get_vocab()
+    ours = dict(sorted(first.get_vocab().items(), key=lambda item: item[1]))
+    if missing := [token for token in ours if token not in theirs]:
         return f"it lacks {missing[0]!r}"
     if more := sorted(theirs.keys() - ours.keys(), key=theirs.__getitem__):
         return f"it has {more[0]!r} in addition"
