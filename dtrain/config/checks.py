@@ -11,6 +11,7 @@ from dtrain.config.distill_checks import check_distill
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.method_checks import check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize_checks import check_regularize
 from dtrain.config.schema import Data, Recipe, Stage
@@ -23,7 +24,7 @@ from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 RESERVED_NAMES = RUN_FILES | {"base"}
 
 
-CHOSEN_BY_AUTO = ("strict", "eight_bit_optimizer")
+CHOSEN_BY_AUTO = ("strict", "whole_parameters")
 """Capabilities that `engine.kind: auto` respects; others are settings of a named engine."""
 
 
@@ -83,9 +84,11 @@ def unsupported_by_engine(recipe: Recipe) -> Iterator[Clash]:
     if recipe.determinism == "strict":
         uses.append((("determinism",), "strict", "determinism: strict", "determinism=off"))
     for number, stage in enumerate(recipe.stages):
-        if (optimizer := stage.train.optimizer) != "adamw":
+        optimizer = stage.train.optimizer
+        if OPTIMIZERS[optimizer].whole_parameters:
             at: Key = ("stages", number, "train", "optimizer")
-            uses.append((at, "eight_bit_optimizer", optimizer, "optimizer=adamw"))
+            feature = f"{optimizer}, which needs whole parameters on each rank"
+            uses.append((at, "whole_parameters", feature, "optimizer=adamw or lion"))
     if engine.offload:
         uses.append((("engine", "offload"), "offload", "offload", "offload=false"))
     if engine.shard != "all":

@@ -29,8 +29,7 @@ class EngineCapabilities:
         shard_group: `engine.shard` sets how many ranks share one copy of the model; the copies
             are replicas of each other.
         offload: `engine.offload` keeps parameters and optimizer state in host memory.
-        eight_bit_optimizer: supports `adamw_8bit` and `paged_adamw_8bit`, whose state comes in
-            blocks that sharding would split.
+        whole_parameters: each rank updates whole parameters, as some optimizers need.
         zero_stage: DeepSpeed's ZeRO stage; None if the engine is not DeepSpeed's. DeepSpeed
             engines read a JSON file (`engine.config` or ds_configs/), cast the model instead of
             using autocast, and keep float32 master weights.
@@ -50,7 +49,7 @@ class EngineCapabilities:
     shards_optimizer: bool = False
     shard_group: bool = False
     offload: bool = False
-    eight_bit_optimizer: bool = False
+    whole_parameters: bool = False
     zero_stage: int | None = None
     shared_layers: bool = True
     copies_layer_inputs: bool = False
@@ -74,7 +73,7 @@ ENGINES: dict[str, EngineCapabilities] = {
         implementation="dtrain.engines.ddp:Ddp",
         memory_model="dtrain.planning.engine_models:DdpModel",
         strict_implementation="dtrain.engines.ddp:StrictDdp",
-        eight_bit_optimizer=True,
+        whole_parameters=True,
         simulated=True,
     ),
     "fsdp2": EngineCapabilities(

@@ -74,7 +74,7 @@ def _engine_table() -> Iterator[str]:
         "`shard`": "shard_group",
         "`offload`": "offload",
         "`config`": "is_deepspeed",
-        "8-bit optimizers": "eight_bit_optimizer",
+        "all optimizers": "whole_parameters",
         "`determinism: strict`": "strict",
         "`plan --exact`": "simulated",
     }

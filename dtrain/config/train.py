@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count, Group, Share, Text
+from dtrain.config.optimizers import OPTIMIZERS_HELP, OptimizerKind
 
 LrScheduler = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 LR_SCHEDULER_KEYS: dict[LrScheduler, frozenset[str]] = {
@@ -64,10 +65,7 @@ class Train(Group):
     decay_type: Literal["linear", "cosine", "1-sqrt"] = Field(
         "linear", description="warmup_stable_decay: shape of the decay"
     )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw",
-        description="8bit: a quarter of the state; paged: moved to the host when memory is short",
-    )
+    optimizer: OptimizerKind = Field("adamw", description=OPTIMIZERS_HELP)
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as in AdamW")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(
         1.0,

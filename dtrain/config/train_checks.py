@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dtrain.config.clash import Clash
 from dtrain.config.methods.patterns import compile_pattern
 from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.train import LR_SCHEDULER_KEYS, Train
 from dtrain.config.yaml_document import Key
@@ -18,8 +19,13 @@ def check_train(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     yield from _length(stage, at)
     yield from _watching(recipe, stage, at)
     yield from _learning_rate(stage.train, at)
+    optimizer = stage.train.optimizer
+    if not (OPTIMIZERS[optimizer].trains_adapters or stage.method.traits.trains_base):
+        keys: list[Key] = [(*at, "optimizer"), (*at[:-1], "method", "kind")]
+        message = f"{optimizer} updates whole weight matrices, and {stage.method.kind} trains none"
+        yield Clash(keys, message, "optimizer=adamw, or method.kind=full")
     if stage.train.label_smoothing and not OBJECTIVES[stage.kind].sums_token_losses:
-        keys: list[Key] = [(*at[:-1], "kind"), (*at, "label_smoothing")]
+        keys = [(*at[:-1], "kind"), (*at, "label_smoothing")]
         message = f"{stage.kind} has no cross-entropy of single tokens to smooth"
         yield Clash(keys, message, "label_smoothing=0.0; for dpo preference.label_smoothing")
 

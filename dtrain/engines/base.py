@@ -15,8 +15,6 @@ from math import isfinite
 from typing import Any
 
 import torch
-from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
@@ -24,21 +22,11 @@ from transformers import PreTrainedModel
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
-from dtrain.config.methods.patterns import match_parameter
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
+from dtrain.engines.optimizers import set_learning_rate, set_update_count, state_tensors
 from dtrain.models.load import resolve_dtype
-
-ADAM_KINDS = ("exp_avg", "exp_avg_sq")
-LEARNING_RATE_SCALE = "learning_rate_scale"  # a key of our parameter groups
-EIGHT_BIT_KINDS = ("state1", "state2", "absmax1", "absmax2")
-OPTIMIZERS: dict[str, Any] = {
-    "adamw": torch.optim.AdamW,
-    "adamw_8bit": AdamW8bit,
-    "paged_adamw_8bit": PagedAdamW8bit,
-}
-
 
 MaterializeFn = Callable[[nn.Module], None]
 """Allocates and loads the parameters of a block that have no storage yet."""
@@ -146,7 +134,8 @@ class TorchEngine(Engine):
 
     def parameter_shards(self) -> Iterator[ParameterShard]:
         for (name, parameter), local in zip(self.trainable, self.local_params, strict=True):
-            views = {"weight": local.data, **self.optimizer_tensors(local)}
+            state = state_tensors(self.optimizer, local, self.stage)
+            views = {"weight": local.data, **state}
             start, stop = self.flat_range(parameter)
             tensors = {kind: view.reshape(-1) for kind, view in views.items()}
             yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
@@ -155,21 +144,10 @@ class TorchEngine(Engine):
         """This rank's range of the flattened parameter."""
         return 0, parameter.numel()
 
-    def optimizer_tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's tensors of a parameter, by their kind in a checkpoint."""
-        state = adam_state(self.optimizer, parameter)
-        if isinstance(self.optimizer, Optimizer8bit):
-            return {f"bnb_{kind}": state[kind] for kind in EIGHT_BIT_KINDS if kind in state}
-        return {kind: state[kind] for kind in ADAM_KINDS}
-
     def on_state_loaded(self, update_count: int) -> None:
         self.update_count = update_count
         for local in self.local_params:
-            state = adam_state(self.optimizer, local)
-            if torch.is_tensor(state["step"]):  # bitsandbytes counts in an int
-                state["step"] = torch.full_like(state["step"], update_count)
-            else:
-                state["step"] = update_count
+            set_update_count(self.optimizer, local, update_count)
 
 
 def materialize_blocks(model: nn.Module, materialize: MaterializeFn) -> Iterator[nn.Module]:
@@ -202,66 +180,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if block not in inner]
 
 
-def build_optimizer(
-    names: list[str], parameters: list[nn.Parameter], stage: Stage
-) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over trainable parameters; weight decay on matrices only.
-
-    Args:
-        names: of the parameters; `learning_rate_scale` may differ between them.
-    """
-    train = stage.train
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in zip(names, parameters, strict=True):
-        decays = is_matrix(parameter) and stage.method.decays(name)
-        weight_decay = train.weight_decay if decays else 0.0
-        key = weight_decay, learning_rate_scale(name, stage)
-        groups.setdefault(key, []).append(parameter)
-    # The fused kernel passes through memory once instead of ten times.
-    can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
-    options = {"fused": True} if can_fuse else {}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[train.optimizer](
-        [
-            {"params": members, "weight_decay": weight_decay, LEARNING_RATE_SCALE: scale}
-            for (weight_decay, scale), members in groups.items()
-        ],
-        lr=train.learning_rate,
-        **options,
-    )
-    return optimizer
-
-
-def learning_rate_scale(name: str, stage: Stage) -> float:
-    """The factor of a parameter's learning rate: the method's times the recipe's."""
-    scales = stage.train.learning_rate_scales
-    pattern = match_parameter(scales, name)
-    return stage.method.learning_rate_scale(name) * (scales[pattern] if pattern else 1.0)
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has at least two dimensions; ZeRO-3 keeps the shape in `ds_shape`."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group: this rate times the group's own factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group[LEARNING_RATE_SCALE]
-
-
-def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of a parameter, initialized as in the first step if it is empty."""
-    state: dict[str, Any] = optimizer.state[parameter]
-    if not state and isinstance(optimizer, Optimizer8bit):
-        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        optimizer.init_state(group, parameter, 0, 0)
-    elif not state:
-        # The fused kernel reads the counter on the parameter's device.
-        device = parameter.device if optimizer.defaults.get("fused") else None
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for kind in ADAM_KINDS:
-            state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state
+def layer_matrices(model: nn.Module) -> list[str]:
+    """Names of the matrices inside decoder layers."""
+    inside = {p for block in decoder_layers(model) for p in block.parameters() if p.dim() == 2}
+    return [name for name, parameter in model.named_parameters() if parameter in inside]
 
 
 def build_engine(

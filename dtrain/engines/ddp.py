@@ -11,7 +11,8 @@ from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import MaterializeFn, TorchEngine, build_optimizer
+from dtrain.engines.base import MaterializeFn, TorchEngine, layer_matrices
+from dtrain.engines.optimizers import build_optimizer
 
 
 class Ddp(TorchEngine):
@@ -28,7 +29,9 @@ class Ddp(TorchEngine):
         super().__init__(module, recipe, stage, world)
         materialize(module)
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
+        self.optimizer = build_optimizer(
+            self.trainable_names, self.local_params, stage, layer_matrices(module)
+        )
         # All ranks load the same base and initialize the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(
             module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -83,7 +86,9 @@ class StrictDdp(TorchEngine):
         materialize(module)
         self.model = module
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
+        self.optimizer = build_optimizer(
+            self.trainable_names, self.local_params, stage, layer_matrices(module)
+        )
         train = stage.train
         self._leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()

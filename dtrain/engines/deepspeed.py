@@ -22,14 +22,16 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
-    ADAM_KINDS,
     Engine,
     MaterializeFn,
-    adam_state,
-    build_optimizer,
     decoder_layers,
     materialize_blocks,
+)
+from dtrain.engines.optimizers import (
+    build_optimizer,
     set_learning_rate,
+    set_update_count,
+    state_tensors,
 )
 from dtrain.engines.shared_gather import shared_gather
 
@@ -83,11 +85,15 @@ class Zero(Engine):
     def on_state_loaded(self, update_count: int) -> None:
         self.update_count = update_count
         for flat in self.flat_masters():
-            adam_state(self.zero.optimizer, flat)["step"].fill_(update_count)
+            set_update_count(self.zero.optimizer, flat, update_count)
 
     def ds_params(self) -> list[tuple[str, Any]]:
         """Trainable parameters, untyped because of the attributes that DeepSpeed adds."""
         return list(self.trainable)
+
+    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The optimizer's tensors of a flat master, by their kind in a checkpoint."""
+        return state_tensors(self.zero.optimizer, flat, self.stage)
 
     @abstractmethod
     def flat_masters(self) -> list[Tensor]:
@@ -111,8 +117,7 @@ class Zero2(Zero):
                 yield ParameterShard(name, tuple(parameter.shape), 0, 0, {})
                 continue
             master = masters[mapping.param_group_index]
-            state = adam_state(self.zero.optimizer, master)
-            flat = {"weight": master.data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            flat = {"weight": master.data, **self.state_of(master)}
             in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             tensors = {k: v.narrow(0, in_master.start, in_master.numel) for k, v in flat.items()}
             start, stop = in_parameter.start, in_parameter.start + in_parameter.numel
@@ -160,8 +165,7 @@ class Zero3(Zero):
             group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * elements, parameter.ds_numel)
             stop = min(start + elements, parameter.ds_numel)  # the last range is padded
-            state = adam_state(self.zero.optimizer, masters[group])
-            flat = {"weight": masters[group].data, **{kind: state[kind] for kind in ADAM_KINDS}}
+            flat = {"weight": masters[group].data, **self.state_of(masters[group])}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
             yield ParameterShard(name, tuple(parameter.ds_shape), start, stop, tensors)
 

@@ -26,10 +26,10 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import (
     MaterializeFn,
     TorchEngine,
-    build_optimizer,
     decoder_layers,
     materialize_blocks,
 )
+from dtrain.engines.optimizers import build_optimizer
 from dtrain.engines.shared_gather import share_gathers
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from dtrain.config.checks import accumulation
 from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
 from dtrain.config.methods import TRAITS, MethodSettings, method_like
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.units import size
 from dtrain.planning.engine_models import build_engine_model
@@ -169,8 +170,8 @@ def resolve(recipe: Recipe, cluster: Cluster) -> Recipe:
 
 
 def _chooses_engine(recipe: Recipe) -> bool:
-    is_plain = all(stage.train.optimizer == "adamw" for stage in recipe.stages)
-    return recipe.engine.kind == "auto" and recipe.determinism == "off" and is_plain
+    needs_whole = any(OPTIMIZERS[s.train.optimizer].whole_parameters for s in recipe.stages)
+    return recipe.engine.kind == "auto" and recipe.determinism == "off" and not needs_whole
 
 
 def _chooses_micro_batch(stage: Stage) -> bool:

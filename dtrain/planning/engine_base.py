@@ -40,9 +40,6 @@ from dtrain.planning.parameters import (
 )
 from dtrain.planning.workload import Workload
 
-# Bytes of Adam's state for a parameter: two float32; or two bytes, with a float32 for 256 of them.
-ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
-
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -225,15 +222,15 @@ class EngineModel(ABC):
 
     @cached_property
     def optimizer_bytes(self) -> float:
-        """Adam's two moments, and DeepSpeed's float32 master weights, of this rank's share."""
+        """The optimizer's state, and DeepSpeed's float32 master weights, of this rank's share."""
         workload = self.workload
         if workload.offload:
             return 0.0
-        moments = ADAM_BYTES[workload.optimizer]
+        state = workload.optimizer_state_bytes
         if workload.optimizer == "adamw":
-            moments *= self.profile.train_bytes / FLOAT32
-        masters = FLOAT32 if workload.capabilities.is_deepspeed else 0
-        return (moments + masters) * (workload.trainable / self.optimizer_ranks)
+            state *= self.profile.train_bytes / FLOAT32
+        masters = FLOAT32 * workload.trainable if workload.capabilities.is_deepspeed else 0
+        return (state + masters) / self.optimizer_ranks
 
     @property
     @abstractmethod

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dtrain.config.schema import Data, Recipe, Source, Stage
 from dtrain.core.cache_paths import local_path
-from dtrain.planning.engine_base import ADAM_BYTES
 from dtrain.planning.parameters import FLOAT32
 from dtrain.planning.workload import Workload
 
@@ -62,7 +61,7 @@ def host_merge_bytes(workload: Workload) -> float:
 
 def checkpoint_bytes(workload: Workload) -> float:
     """Size of a checkpoint: what trains in float32 and its optimizer state, not the frozen base."""
-    return (FLOAT32 + ADAM_BYTES[workload.optimizer]) * workload.trainable
+    return FLOAT32 * workload.trainable + workload.optimizer_state_bytes
 
 
 def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload, *, is_last: bool) -> float:

@@ -14,6 +14,7 @@ from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
 from dtrain.config.methods import MethodSettings, MethodTraits
 from dtrain.config.methods.base import Shapes
 from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.gpus import Gpu
@@ -194,7 +195,18 @@ class Workload:
     @property
     def supports_optimizer(self) -> bool:
         """Whether the engine supports the optimizer."""
-        return self.optimizer == "adamw" or self.capabilities.eight_bit_optimizer
+        needs_whole = OPTIMIZERS[self.optimizer].whole_parameters
+        return self.capabilities.whole_parameters or not needs_whole
+
+    @property
+    def optimizer_state_bytes(self) -> float:
+        """The optimizer's state of all parameters that train."""
+        traits = OPTIMIZERS[self.optimizer]
+        total = traits.state_bytes * self.trainable
+        if traits.layer_matrix_bytes is not None:
+            saved = traits.state_bytes - traits.layer_matrix_bytes
+            total -= saved * self.shape.linear_elements
+        return total
 
     @cached_property
     def trainable(self) -> int:

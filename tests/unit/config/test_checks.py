@@ -132,6 +132,17 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             },
             ["stages.0.train.optimizer", "engine.kind", "zero3"],
         ),
+        *(
+            (
+                {"engine": {"kind": engine}, "stages__0__train__optimizer": optimizer},
+                ["stages.0.train.optimizer", "engine.kind", "whole parameters", "adamw or lion"],
+            )
+            for engine, optimizer in (("fsdp2", "adafactor"), ("zero2", "lion_8bit"))
+        ),
+        (
+            {"stages__0__train__optimizer": "muon"},
+            ["stages.0.train.optimizer", "stages.0.method.kind", "lora trains none"],
+        ),
         ({"engine": {"kind": "fsdp2"}, "determinism": "strict"}, ["determinism", "engine.kind"]),
         (
             {"stages__0__data__sources": [TEXT | {"weight": 1.0}, TEXT]},

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from dtrain.config.methods import TRAITS, parse_method
 from dtrain.config.schema import Model, Stage
 from dtrain.core.errors import UserError
-from dtrain.engines.base import build_optimizer, set_learning_rate
+from dtrain.engines.optimizers import build_optimizer, set_learning_rate
 from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import load_base

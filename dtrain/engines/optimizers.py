@@ -1,0 +1,168 @@
+"""How optimizers are built, and which of their tensors a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.optim import AdamW8bit, Lion, Lion8bit, PagedAdamW8bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers.optimization import Adafactor
+
+from dtrain.config.methods.patterns import match_parameter
+from dtrain.config.schema import Stage
+
+LEARNING_RATE_SCALE = "learning_rate_scale"  # a key of our parameter groups
+BY_MUON = "by_muon"  # the same: Muon updates the group's matrices
+
+ADAM_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+FACTORED_STATE = {name: name for name in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")}
+EIGHT_BIT_STATE = {name: f"bnb_{name}" for name in ("state1", "state2", "absmax1", "absmax2")}
+MUON_STATE = {"momentum_buffer": "exp_avg"}
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices of groups with `by_muon`, AdamW for the other groups."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "fused": True})
+        muon = [group for group in groups if group[BY_MUON]]
+        others = [group for group in groups if not group[BY_MUON]]
+        # Updates as large as AdamW's, so that one learning rate serves both.
+        self.parts: list[Optimizer] = []
+        if muon:
+            self.parts.append(Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(AdamW(others, lr=lr, fused=True))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for part in self.parts:
+            part.step()
+
+
+# optimizer → its class, and its state's names → the kinds of tensors in a checkpoint
+_FACTORIES: dict[str, tuple[Any, dict[str, str]]] = {
+    "adamw": (AdamW, ADAM_STATE),
+    "adamw_8bit": (AdamW8bit, EIGHT_BIT_STATE),
+    "paged_adamw_8bit": (PagedAdamW8bit, EIGHT_BIT_STATE),
+    "lion": (partial(Lion, betas=(0.9, 0.99)), {"state1": "exp_avg"}),
+    "lion_8bit": (Lion8bit, EIGHT_BIT_STATE),
+    "adafactor": (
+        partial(Adafactor, scale_parameter=False, relative_step=False),
+        FACTORED_STATE,
+    ),
+    "muon": (MuonWithAdamW, ADAM_STATE | MUON_STATE),
+}
+
+
+def build_optimizer(
+    names: list[str],
+    parameters: list[nn.Parameter],
+    stage: Stage,
+    layer_matrices: Iterable[str] = (),
+) -> Optimizer:
+    """The stage's optimizer over trainable parameters; weight decay on matrices only.
+
+    Args:
+        names: of the parameters; `learning_rate_scale` may differ between them.
+        layer_matrices: names of the matrices inside decoder layers.
+    """
+    train, layer_matrices = stage.train, set(layer_matrices)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        decays = is_matrix(parameter) and stage.method.decays(name)
+        weight_decay = train.weight_decay if decays else 0.0
+        key = weight_decay, learning_rate_scale(name, stage), name in layer_matrices
+        groups.setdefault(key, []).append(parameter)
+    # The fused kernel passes through memory once instead of ten times.
+    can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
+    options = {"fused": True} if can_fuse else {}
+    factory, _ = _FACTORIES[train.optimizer]
+    optimizer: Optimizer = factory(
+        [
+            {
+                "params": members,
+                "weight_decay": weight_decay,
+                LEARNING_RATE_SCALE: scale,
+                BY_MUON: by_muon,
+            }
+            for (weight_decay, scale, by_muon), members in groups.items()
+        ],
+        lr=train.learning_rate,
+        **options,
+    )
+    return optimizer
+
+
+def learning_rate_scale(name: str, stage: Stage) -> float:
+    """The factor of a parameter's learning rate: the method's times the recipe's."""
+    scales = stage.train.learning_rate_scales
+    pattern = match_parameter(scales, name)
+    return stage.method.learning_rate_scale(name) * (scales[pattern] if pattern else 1.0)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has at least two dimensions; ZeRO-3 keeps the shape in `ds_shape`."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every group: this rate times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group[LEARNING_RATE_SCALE]
+
+
+def state_tensors(optimizer: Optimizer, parameter: Tensor, stage: Stage) -> dict[str, Tensor]:
+    """The optimizer's tensors of a parameter, by their kind in a checkpoint."""
+    _, kinds = _FACTORIES[stage.train.optimizer]
+    state = _initialized_state(optimizer, parameter)
+    return {kind: state[name] for name, kind in kinds.items() if name in state}
+
+
+def set_update_count(optimizer: Optimizer, parameter: Tensor, updates: int) -> None:
+    """Set the number of updates that a parameter's state has seen."""
+    state = _initialized_state(optimizer, parameter)
+    if torch.is_tensor(state.get("step")):
+        state["step"].fill_(updates)
+    elif "step" in state:  # bitsandbytes and transformers count in an int
+        state["step"] = updates
+
+
+def _initialized_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The state of a parameter, initialized as in the first step if it is empty."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if state:
+        return state
+    if isinstance(optimizer, Lion):  # of float32; ZeRO-3 fills its groups only during a step
+        state["step"], state["state1"] = 0, torch.zeros_like(parameter)
+    elif isinstance(optimizer, Optimizer8bit):
+        optimizer.init_state(_group_of(optimizer, parameter), parameter, 0, 0)
+    elif isinstance(optimizer, Adafactor):
+        shape, state["step"], state["RMS"] = parameter.shape, 0, 0
+        if len(shape) > 1:
+            state["exp_avg_sq_row"] = parameter.new_zeros(shape[:-1])
+            state["exp_avg_sq_col"] = parameter.new_zeros(shape[:-2] + shape[-1:])
+        else:
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    elif isinstance(optimizer, MuonWithAdamW) and _group_of(optimizer, parameter)[BY_MUON]:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    else:
+        # The fused kernel reads the counter on the parameter's device.
+        device = parameter.device if optimizer.defaults.get("fused") else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for name in ADAM_STATE:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return next(g for g in groups if any(p is parameter for p in g["params"]))
