@@ -49,6 +49,11 @@ class RegularizeSettings(Group):
         return replay_ratio if self.reads_replay else 1.0
 
     @property
+    def sequences_before(self) -> int:
+        """Sequences that are computed before the first step."""
+        return 0
+
+    @property
     def reads_replay(self) -> bool:
         """Whether it needs `data.replay`."""
         return getattr(self, "on", None) == "replay"
@@ -97,6 +102,10 @@ class Ewc(RegularizeSettings):
         "replay", description="the rows: those of `data.replay`, or of the stage before"
     )
     sequences: Count = Field(128, description="sequences of these rows")
+
+    @property
+    def sequences_before(self) -> int:
+        return self.sequences
 
 
 Regularize = Annotated[KlToBase | L2Init | Ewc, Field(discriminator="kind")]

@@ -26,6 +26,12 @@ def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
         message = f"{term.kind} penalizes the product of two matrices, which {stage.method.kind} "
         message += "does not add"
         yield Clash([kind, (*at, "method", "kind")], message, f"method.kind={kinds}")
+    adapter = stage.method.adapter
+    if term.traits.penalizes_change and adapter and adapter.whole_modules:
+        saved: Key = (*at, "method", "modules_to_save")
+        message = f"{term.kind} does not hold modules that train whole"
+        fix = "remove modules_to_save, or use kind=kl_to_base"
+        yield Clash([kind, saved], message, fix)
     if term.traits.needs_base and not stage.method.traits.base_when_disabled:
         kinds = " or ".join(kind for kind, traits in TRAITS.items() if traits.base_when_disabled)
         message = f"{stage.method.kind} does not keep the model that the stage starts from"

@@ -155,18 +155,24 @@ def _plan_stage(
         suggestions=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
         speed=speed,
         tokens=tokens,
-        hours=_hours(tokens, speed),
+        hours=_hours(tokens, speed, tokens_before(stage)),
         disk=disk_bytes(recipe, stage, workload, is_last=is_last),
         caveats=[] if correction else list_caveats(workload, cluster),
         correction=correction,
     )
 
 
-def _hours(count: TokenCount | None, speed: Estimate) -> Estimate | None:
+def tokens_before(stage: Stage) -> int:
+    """Tokens that are computed before the first step, about as fast as in training."""
+    term = stage.regularize
+    return term.sequences_before * stage.data.sequence_length if term else 0
+
+
+def _hours(count: TokenCount | None, speed: Estimate, before: int) -> Estimate | None:
     if count is None:
         return None
     rates = (speed.high, speed.middle, speed.low)
-    return Estimate(*(count.tokens / rate / 3600 for rate in rates))
+    return Estimate(*((before + count.tokens) / rate / 3600 for rate in rates))
 
 
 def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:

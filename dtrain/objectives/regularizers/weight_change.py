@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dtrain.config import regularize
 from dtrain.config.schema import Stage
+from dtrain.core.errors import UserError
 from dtrain.data.loader import MicroBatch
 from dtrain.objectives.base import LossOutput, StageContext, global_weight
 from dtrain.objectives.regularizers.base import Regularized, add_term
@@ -78,9 +79,9 @@ class WeightChangePenalty(Regularized):
 
     def begin_training(self, module: nn.Module) -> None:
         super().begin_training(module)
-        factors, device = self.factors(module), self.context.world.device
+        factors = self.factors(module)
         self.layers = [
-            PenalizedLayer(layer, factors.get(name), self.pass_state, device)
+            PenalizedLayer(name, layer, factors.get(name), self.pass_state)
             for name, layer in adapted_layers(module).items()
         ]
 
@@ -91,6 +92,8 @@ class WeightChangePenalty(Regularized):
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
         state = self.pass_state
         state.active = True
+        for layer in self.layers:
+            layer.value = None
         try:
             output = self.inner.loss(model, batch, statistics)
         finally:
@@ -99,8 +102,24 @@ class WeightChangePenalty(Regularized):
         step = self.step(batch)
         share = output.weight / max(1, self.inner.weight(self.loader.counts(step)))
         state.factor = self.regularize.weight * global_weight(self.inner, self.loader, step) * share
-        value = state.factor * torch.stack([layer.value for layer in self.layers]).sum()
+        value = state.factor * torch.stack(self.values()).sum()
         return add_term(output, _RecordScale.apply(output.loss, state), value)
+
+    def values(self) -> list[Tensor]:
+        """The penalty of each layer in the forward pass just run.
+
+        Raises:
+            UserError: the pass left a layer out, so that its penalty would have no gradient.
+        """
+        values = [layer.value for layer in self.layers if layer.value is not None]
+        if missing := [layer.name for layer in self.layers if layer.value is None]:
+            raise UserError(
+                f"a micro-batch does not reach {len(missing)} of the adapted layers, such as "
+                f"{missing[0]}",
+                where="regularize",
+                fix="leave them out of method.target_modules, or use kind=kl_to_base",
+            )
+        return values
 
 
 class L2Init(WeightChangePenalty):
@@ -138,14 +157,14 @@ class PenalizedLayer:
     """A layer whose backward pass adds the penalty's gradient to that of A and B.
 
     Attributes:
-        value: the penalty in the last forward pass.
+        value: the penalty in the last forward pass; None if that did not reach the layer.
     """
 
     def __init__(
-        self, module: nn.Module, factors: Diagonals | None, state: PassState, device: torch.device
+        self, name: str, module: nn.Module, factors: Diagonals | None, state: PassState
     ) -> None:
-        self.factors, self.state = factors, state
-        self.value = torch.zeros((), device=device)
+        self.name, self.factors, self.state = name, factors, state
+        self.value: Tensor | None = None
         module.register_forward_hook(self._after_forward)
 
     def _after_forward(self, module: Any, args: Any, output: Tensor) -> Tensor | None:

@@ -240,6 +240,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.kind", "full does not keep the model"],
         ),
         (
+            {
+                "stages__0__method": {"kind": "lora", "modules_to_save": ["norm"]},
+                "stages__0__regularize": L2_INIT,
+            },
+            ["stages.0.regularize.kind", "stages.0.method.modules_to_save", "kl_to_base"],
+        ),
+        (
             {"stages__0__method": {"kind": "full"}, "stages__0__regularize": L2_INIT},
             ["stages.0.regularize.kind", "stages.0.method.kind", "full", "method.kind=lora"],
         ),

@@ -258,3 +258,21 @@ def test_submit_stops_a_job_that_cannot_fit_unless_forced(tmp_path) -> None:
         "submit", "70b-qlora", run_folder, "--gpu", "h100-80g", "--nodes", "2", "--dry-run"
     )
     assert f"plan: {FITS} on h100-80g" in fits.output
+
+
+def test_a_term_against_forgetting_costs_time() -> None:
+    replay = "stages.task.data.replay={path: general.jsonl, ratio: 0.25}"
+    length = "stages.task.train={global_batch_size: 32, steps: 100}"
+
+    def hours(*term: str) -> float:
+        stage = plan_of("7b-lora", replay, length, *term).stages[-1]
+        assert stage.hours is not None
+        return stage.hours.middle
+
+    plain = hours()
+    on_replay = hours("stages.task.regularize={kind: kl_to_base, weight: 1.0}")
+    on_all = hours("stages.task.regularize={kind: kl_to_base, weight: 1.0, on: all}")
+    assert 1.2 < on_all / plain < 1.6
+    assert on_replay - plain == pytest.approx((on_all - plain) / 4, rel=0.1)
+    ewc = hours("stages.task.regularize={kind: ewc, weight: 1.0, sequences: 320}")
+    assert ewc == pytest.approx(1.1 * plain)  # the run has 3200
