@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
 from dtrain.config.distill import DistillSettings
+from dtrain.config.methods import TRAITS
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Recipe, Stage
 from dtrain.config.yaml_document import Key
@@ -42,6 +43,12 @@ def _own_base(
         concerns = stage is settings or isinstance(settings, EvaluationSet)
         if concerns and not stage.method.traits.base_when_disabled:
             method: Key = ("stages", number, "method", "kind")
-            message = f"the stage {stage.name} overwrites its teacher, as {stage.method.kind} does"
-            fix = "method.kind=lora, or distill.teacher=FOLDER with a copy of that model"
+            message = (
+                f"{stage.method.kind} does not keep the model that the stage {stage.name} starts "
+                "from"
+            )
+            kinds = " or ".join(
+                kind for kind, traits in TRAITS.items() if traits.base_when_disabled
+            )
+            fix = f"method.kind={kinds}; or distill.teacher=FOLDER of that model"
             yield Clash([teacher, method], message, fix)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dtrain.config import foreign_keys
 from dtrain.config.methods import TRAITS
-from dtrain.config.schema_paths import groups_at, key_owners, path_of, value_at
+from dtrain.config.schema_paths import groups_at, key_owners, kinds_with, path_of, value_at
 from dtrain.config.yaml_document import Key, YamlDocument, dotted
 from dtrain.core.errors import UserError
 
@@ -93,7 +93,13 @@ def _document_key(loc: tuple[str | int, ...], values: Any) -> tuple[Key, bool]:
 def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument) -> UserError:
     kind, name = details[0]["type"], dotted(key)
     where = document.where(key if kind not in ("missing", "union_tag_not_found") else key[:-1])
+    if kind == "value_error":
+        return UserError(f"{name}: {details[0]['ctx']['error']}", where=where)
     if kind == "extra_forbidden":
+        if kinds := kinds_with(key, document.values):
+            own, others = value_at((*key[:-1], "kind"), document.values), " or ".join(kinds)
+            fix = f"remove it, or kind={others}"
+            return UserError(f"{name}: {own} has no {key[-1]}", where=where, fix=fix)
         fix = _replacement(key, document.values)
         return UserError(f"{name}: unknown key", where=where, fix=fix)
     if kind == "missing":

@@ -92,6 +92,19 @@ def groups_at(key: Key, values: Any, annotation: Any = Recipe) -> list[type[Base
     return groups
 
 
+def kinds_with(key: Key, values: Any) -> list[str]:
+    """The kinds of a group that have a key which the group's own kind lacks.
+
+    Args:
+        key: in a document with these values.
+    """
+    holders = groups_at(key[:-2], values) if len(key) > 1 else []
+    fields = [holder.model_fields.get(str(key[-2])) for holder in holders]
+    groups = [group for field in fields if field for group, _ in subgroups(field.annotation)]
+    with_key = [g for g in groups if key[-1] in g.model_fields and "kind" in g.model_fields]
+    return [kind for g in with_key for kind in get_args(g.model_fields["kind"].annotation)]
+
+
 def _has_kind(group: type[BaseModel], _: Key, values: Any) -> bool:
     kind = group.model_fields.get("kind")
     if kind is None or get_origin(kind.annotation) is not Literal or not isinstance(values, dict):
