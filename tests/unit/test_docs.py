@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.config.methods import TRAITS
+from dtrain.config.objectives import OBJECTIVES
+
 ROOT = Path(__file__).parents[2]
 IGNORED = {".venv", ".venv-lowest", ".git", "node_modules"}
 PAGES = sorted(p for p in ROOT.rglob("*.md") if not IGNORED & set(p.relative_to(ROOT).parts))
@@ -68,3 +71,34 @@ def test_architecture_page_lists_the_floors() -> None:
     table = {int(number): set(re.findall(r"`(\w+)`", names)) for number, names in rows}
     expected = [floor for floor in floors.FLOORS if floor != {"__main__"}]
     assert table == dict(enumerate(expected))
+
+
+def guide_table(head: str) -> dict[str, list[str]]:
+    """The cells of a table of the guide after its first column, by the kind there."""
+    page = (ROOT / "dtrain" / "recipes" / "GUIDE.md").read_text("utf-8")
+    rows = page.partition(f"| `{head}` |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_guide_has_a_row_for_every_method() -> None:
+    table = guide_table("method.kind")
+    assert table.keys() == TRAITS.keys(), "add the method to dtrain/recipes/GUIDE.md"
+    for kind, (_, base, merges, _) in table.items():
+        traits = TRAITS[kind]
+        kept = "trains" if traits.trains_base else "4 bits" if traits.quantizes_base else "16 bits"
+        assert (base, merges) == (kept, "no" if traits.cannot_merge else "yes"), kind
+    engines = (ROOT / "tests" / "golden" / "methods.txt").read_text().splitlines()[1:]
+    assert not [line for line in engines if "refused" in line], "the guide says: all engines"
+
+
+def test_guide_has_a_row_for_every_objective() -> None:
+    words = {"text": "texts", "conversation": "conversations", "preference": "pairs"}
+    table = guide_table("kind")
+    assert table.keys() == OBJECTIVES.keys(), "add the objective to dtrain/recipes/GUIDE.md"
+    for kind, (rows, _, beside) in table.items():
+        traits = OBJECTIVES[kind]
+        contents = {words.get(content, "rated answers") for content in traits.contents}
+        assert set(rows.split(", ")) == contents, kind
+        assert (beside == "reference") == traits.needs_reference, kind
+        assert (beside == "teacher") == traits.needs_teacher, kind
