@@ -16,6 +16,7 @@ from dtrain.data.conversations import Conversation, Messages, Preference
 from dtrain.data.records import Record
 from dtrain.data.tokenize import (
     MASKED,
+    NO_ROOM,
     OTHER_PROMPTS,
     SAME_ANSWERS,
     TOO_LONG,
@@ -42,30 +43,6 @@ class ExampleEncoder(AnswerEncoder):
         """Tokenize a conversation of each row."""
         return self.encode([replace(record, value=side) for record, side in rows], counts)
 
-    def fit_example(
-        self, documents: list[Document], record: Record, counts: Counter[str]
-    ) -> list[Document]:
-        """The documents of a row, cut where they exceed a sequence; none if an answer is lost.
-
-        Raises:
-            UserError: they are too long, and `overlong` is `fail`.
-        """
-        total, limit = sum(d.tokens.size for d in documents), self.sequence_length
-        if total > limit:
-            if self.overlong == "fail":
-                raise overlong_error(total, limit, self.location(record))
-            if self.overlong == "truncate":
-                limits = share_sequence([d.tokens.size for d in documents], limit)
-                documents = [truncate(d, n) for d, n in zip(documents, limits, strict=True)]
-            if self.overlong == "drop" or not all(d.target_runs.size for d in documents):
-                counts[TOO_LONG] += 1
-                return []
-            counts[TRUNCATED] += 1
-        if not all(d.target_runs.size for d in documents):
-            counts[MASKED] += 1
-            return []
-        return documents
-
 
 class PairEncoder(ExampleEncoder):
     """Two documents per row: the prompt with the chosen answer, then with the rejected one."""
@@ -87,15 +64,40 @@ class PairEncoder(ExampleEncoder):
         documents = []
         for record, *_ in pairs:
             pair = [replace(next(encoded), label=label) for label in (CHOSEN, REJECTED)]
-            documents += self.fit_example(pair, record, counts)
+            documents += self.fit_pair(pair, record, counts)
         return documents
+
+    def fit_pair(
+        self, pair: list[Document], record: Record, counts: Counter[str]
+    ) -> list[Document]:
+        """The documents of a pair, cut where they exceed a sequence; none if an answer is lost.
+
+        Raises:
+            UserError: they are too long, and `overlong` is `fail`.
+        """
+        total, limit = sum(d.tokens.size for d in pair), self.sequence_length
+        if total > limit:
+            if self.overlong == "fail":
+                raise overlong_error(total, limit, self.location(record))
+            if self.overlong == "truncate":
+                limits = share_sequence([d.tokens.size for d in pair], limit)
+                pair = [truncate(d, n) for d, n in zip(pair, limits, strict=True)]
+            if self.overlong == "drop" or not all(d.target_runs.size for d in pair):
+                counts[TOO_LONG] += 1
+                return []
+            counts[TRUNCATED] += 1
+        if not all(d.target_runs.size for d in pair):
+            counts[MASKED] += 1
+            return []
+        return pair
 
 
 class RatedAnswerEncoder(ExampleEncoder):
     """Two documents per row: the answer, and the prompt with the answer of the next row.
 
     The second estimates how far the model has moved from its reference on unrelated answers
-    (KTO's baseline, arXiv:2402.01306, section 4.1).
+    (KTO's baseline, arXiv:2402.01306, section 4.1). It takes the room that the first leaves in a
+    sequence, and is left out where there is none: no rated answer is lost for it.
     """
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
@@ -111,9 +113,20 @@ class RatedAnswerEncoder(ExampleEncoder):
         unrelated = self.encode_sides(mixed, Counter())
         documents = []
         for (record, _, label), answer, other in zip(rated, answers, unrelated, strict=True):
-            both = [replace(answer, label=label), replace(other, label=UNRELATED)]
-            documents += self.fit_example(both, record, counts)
+            if fitting := self.fit(answer, self.location(record), counts):
+                documents.append(replace(fitting, label=label))
+                documents += self.fit_unrelated(other, fitting.tokens.size, counts)
         return documents
+
+    def fit_unrelated(
+        self, document: Document, answer_tokens: int, counts: Counter[str]
+    ) -> list[Document]:
+        """The unrelated answer, cut where the rated one leaves no room; none if it is lost."""
+        fitting = truncate(document, self.sequence_length - answer_tokens)
+        if fitting.target_runs.size:
+            return [replace(fitting, label=UNRELATED)]
+        counts[NO_ROOM] += 1
+        return []
 
 
 def sides(record: Record) -> tuple[Conversation, Conversation]:

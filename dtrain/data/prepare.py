@@ -41,7 +41,7 @@ from dtrain.data.tokenize import RowEncoder, check_tokenizer
 
 __all__ = ["PackedDataset", "check_vocabulary", "prepare"]
 
-CODE_VERSION = 9  # raise it whenever the same input gives another store or manifest
+CODE_VERSION = 10  # raise it whenever the same input gives another store or manifest
 
 
 @dataclass(frozen=True)

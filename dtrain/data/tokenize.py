@@ -30,6 +30,7 @@ Int32s = NDArray[np.int32]
 EMPTY, TRUNCATED, TOO_LONG, MASKED = "empty", "truncated", "too_long", "masked"
 NO_TARGETS, SPECIAL = "no_targets", "special_tokens"
 SAME_ANSWERS, OTHER_PROMPTS = "same_answers", "other_prompts"  # of pairs
+NO_ROOM = "no_room"  # of rated answers
 
 NOTES = {
     TRUNCATED: "truncated to a sequence",
@@ -38,6 +39,7 @@ NOTES = {
     EMPTY: "left out, empty",
     SAME_ANSWERS: "pairs left out, the chosen answer is the rejected one",
     OTHER_PROMPTS: "pairs left out, their answers are to different prompts",
+    NO_ROOM: "rated answers without an unrelated one next to them, which did not fit",
     NO_TARGETS: "sequences of a single token left out",
     SPECIAL: "with special tokens in their text, encoded as plain text",
     NO_REASONING: "earlier answers without their reasoning: the chat template leaves it out",

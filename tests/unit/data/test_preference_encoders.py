@@ -25,7 +25,15 @@ from dtrain.data.preference_encoders import (
 )
 from dtrain.data.prepare import prepare
 from dtrain.data.records import Record
-from dtrain.data.tokenize import MASKED, OTHER_PROMPTS, SAME_ANSWERS, TOO_LONG, TRUNCATED, Document
+from dtrain.data.tokenize import (
+    MASKED,
+    NO_ROOM,
+    OTHER_PROMPTS,
+    SAME_ANSWERS,
+    TOO_LONG,
+    TRUNCATED,
+    Document,
+)
 from dtrain.objectives.base import objective_class
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -191,6 +199,28 @@ def test_only_the_last_answer_of_a_rated_conversation_is_trained(encode, trained
     messages = [user("A?"), assistant("one"), user("B?"), assistant("two")]
     (answer, _), _ = encode([{"messages": messages, "label": True}], RatedAnswerEncoder)
     assert trained(answer) == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "fail"])
+def test_only_the_unrelated_answer_is_cut_for_a_rated_one(encode, overlong) -> None:
+    rows = [rated("A?", "one " * 30, True), rated("B?", "two " * 30, False)]
+    whole, _ = encode(rows, RatedAnswerEncoder)
+    first, other = whole[0], whole[1]
+    room_for_some, no_room = first.tokens.size + other.tokens.size - 5, first.tokens.size + 1
+    documents, counts = encode(rows, RatedAnswerEncoder, room_for_some, overlong)
+    assert [document.label for document in documents] == [CHOSEN, UNRELATED, REJECTED, UNRELATED]
+    assert documents[0].tokens.tolist() == first.tokens.tolist() and not counts
+    assert documents[1].tokens.tolist() == other.tokens[:-5].tolist()
+    documents, counts = encode(rows, RatedAnswerEncoder, no_room, overlong)
+    assert [document.label for document in documents] == [CHOSEN, REJECTED]
+    assert documents[0].tokens.tolist() == first.tokens.tolist() and counts == {NO_ROOM: 2}
+    if overlong == "fail":
+        with pytest.raises(UserError, match="a sequence holds"):
+            encode(rows, RatedAnswerEncoder, first.tokens.size - 1, overlong)
+    else:
+        documents, counts = encode(rows, RatedAnswerEncoder, first.tokens.size - 1, overlong)
+        assert len(documents) == (0 if overlong == "drop" else 2)
+        assert counts[TOO_LONG if overlong == "drop" else TRUNCATED] == 2
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
