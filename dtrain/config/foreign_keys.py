@@ -91,6 +91,14 @@ EQUIVALENTS = {
     "stages[].train.checkpoint_every_steps": (
         "save_steps save_strategy saves_per_epoch save_interval save_freq"
     ),
+    "stages[].preference": "dpo rlhf rlhf_args dpo_args",
+    "stages[].preference.loss": "loss_type pref_loss rl_loss",
+    "stages[].preference.beta": "pref_beta rl_beta dpo_beta kto_beta orpo_alpha orpo_lambda",
+    "stages[].preference.sft_weight": "pref_ftx rpo_alpha dpo_ftx cpo_alpha",
+    "stages[].preference.target_margin": "simpo_gamma gamma_beta_ratio",
+    "stages[].preference.desirable_weight": "kto_chosen_weight kto_desirable_weight",
+    "stages[].preference.undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
+    "stages[].preference.precompute_reference": "precompute_ref_log_probs precompute_ref_logps",
     "evaluation.sets": (
         "eval_dataset eval_datasets test_datasets val_dataset validation_file eval_file"
     ),
@@ -128,6 +136,9 @@ ANSWERS = {
     "use engine.kind: ddp": "ddp ddp_timeout ddp_find_unused_parameters ddp_backend",
     "use stages, a list whose entries each have a kind: cpt (continued pretraining) or sft": (
         "stage task task_type do_train training_type rlhf_type"
+    ),
+    "the reference is the model that the stage starts from, as the stage before it left it": (
+        "ref_model reference_model ref_model_name_or_path ref_adapter_name sync_ref_model"
     ),
     "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
     "use stages[].method.kind: dora, or qdora for a base in NF4": "use_dora dora peft_use_dora",

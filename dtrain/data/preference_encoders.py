@@ -12,15 +12,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from dtrain.data.conversations import Conversation, Messages, Preference
+from dtrain.data.conversations import Conversation
+from dtrain.data.preferences import (
+    both_sides,
+    only_side,
+    pair_problem,
+    prompt_length,
+    shared_turns,
+)
 from dtrain.data.records import Record
 from dtrain.data.tokenize import (
+    DESIRABLE,
     MASKED,
     NO_ROOM,
-    OTHER_PROMPTS,
-    SAME_ANSWERS,
     TOO_LONG,
     TRUNCATED,
+    UNDESIRABLE,
     AnswerEncoder,
     Document,
     overlong_error,
@@ -28,7 +35,6 @@ from dtrain.data.tokenize import (
 )
 
 REJECTED, CHOSEN, UNRELATED = 0, 1, 2  # labels of documents
-ASKING_ROLES = ("user", "system")
 
 
 class ExampleEncoder(AnswerEncoder):
@@ -50,15 +56,12 @@ class PairEncoder(ExampleEncoder):
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
         pairs = []
         for record in records:
-            chosen, rejected = sides(record)
+            chosen, rejected = both_sides(record.value)
+            if problem := pair_problem(chosen, rejected):
+                counts[problem] += 1
+                continue
             shared = shared_turns(chosen, rejected)
-            next_turns = [side.messages[shared:][:1] for side in (chosen, rejected)]
-            if chosen.messages == rejected.messages:
-                counts[SAME_ANSWERS] += 1
-            elif any(turn["role"] in ASKING_ROLES for turns in next_turns for turn in turns):
-                counts[OTHER_PROMPTS] += 1
-            else:
-                pairs.append((record, _untrained(chosen, shared), _untrained(rejected, shared)))
+            pairs.append((record, _untrained(chosen, shared), _untrained(rejected, shared)))
         flat = [(record, side) for record, *both in pairs for side in both]
         encoded = iter(self.encode_sides(flat, counts))
         documents = []
@@ -101,7 +104,7 @@ class RatedAnswerEncoder(ExampleEncoder):
     """
 
     def documents(self, records: list[Record], counts: Counter[str]) -> list[Document]:
-        rated = [(record, *rated_side(record)) for record in records]
+        rated = [(record, *only_side(record.value)) for record in records]
         answers = self.encode_sides(
             [(r, with_last_answer_only(side)) for r, side, _ in rated], counts
         )
@@ -112,9 +115,10 @@ class RatedAnswerEncoder(ExampleEncoder):
         ]
         unrelated = self.encode_sides(mixed, Counter())
         documents = []
-        for (record, _, label), answer, other in zip(rated, answers, unrelated, strict=True):
+        for (record, _, desirable), answer, other in zip(rated, answers, unrelated, strict=True):
             if fitting := self.fit(answer, self.location(record), counts):
-                documents.append(replace(fitting, label=label))
+                documents.append(replace(fitting, label=CHOSEN if desirable else REJECTED))
+                counts[DESIRABLE if desirable else UNDESIRABLE] += 1
                 documents += self.fit_unrelated(other, fitting.tokens.size, counts)
         return documents
 
@@ -129,39 +133,15 @@ class RatedAnswerEncoder(ExampleEncoder):
         return []
 
 
-def sides(record: Record) -> tuple[Conversation, Conversation]:
-    """The chosen and the rejected conversation of a row with both."""
-    value = record.value
-    assert isinstance(value, Preference) and value.chosen and value.rejected
-    return value.chosen, value.rejected
-
-
-def rated_side(record: Record) -> tuple[Conversation, int]:
-    """The conversation of a row with one answer, and its label."""
-    value = record.value
-    assert isinstance(value, Preference)
-    side = value.chosen or value.rejected
-    assert side is not None
-    return side, CHOSEN if value.chosen else REJECTED
-
-
-def shared_turns(chosen: Conversation, rejected: Conversation) -> int:
-    """Number of turns that both sides begin with."""
-    for index, (left, right) in enumerate(zip(chosen.messages, rejected.messages, strict=False)):
-        if left != right:
-            return index
-    return min(len(chosen.messages), len(rejected.messages))
-
-
 def with_last_answer_only(conversation: Conversation) -> Conversation:
     """The conversation with only the turns after the last user turn trained."""
-    return _untrained(conversation, _prompt_length(conversation.messages))
+    return _untrained(conversation, prompt_length(conversation.messages))
 
 
 def with_answer_of(conversation: Conversation, other: Conversation) -> Conversation:
     """The prompt of one conversation with the answer of another."""
-    prompt = conversation.messages[: _prompt_length(conversation.messages)]
-    answer = other.messages[_prompt_length(other.messages) :]
+    prompt = conversation.messages[: prompt_length(conversation.messages)]
+    answer = other.messages[prompt_length(other.messages) :]
     return replace(conversation, messages=[*prompt, *answer])
 
 
@@ -172,12 +152,6 @@ def share_sequence(lengths: list[int], limit: int) -> list[int]:
         limits[index] = min(lengths[index], left // (len(lengths) - position))
         left -= limits[index]
     return limits
-
-
-def _prompt_length(messages: Messages) -> int:
-    """Number of messages before the answer: up to the last one of the user or the system."""
-    asked = [i for i, message in enumerate(messages) if message["role"] in ASKING_ROLES]
-    return asked[-1] + 1 if asked else 0
 
 
 def _untrained(conversation: Conversation, count: int) -> Conversation:

@@ -205,12 +205,12 @@ def row_text(value: RowContent) -> RowText:
     if isinstance(value, Preference):
         conversation = value.chosen or value.rejected or Conversation([])
     assert isinstance(conversation, Conversation)
-    answers = [_answer_text(m) for m in conversation.messages if m["role"] == "assistant"]
+    answers = [answer_text(m) for m in conversation.messages if m["role"] == "assistant"]
     questions = [m["content"] for m in conversation.messages if m["role"] != "assistant"]
     return RowText("\n".join(questions), "\n".join(answers))
 
 
-def _answer_text(message: dict[str, object]) -> str:
+def answer_text(message: dict[str, object]) -> str:
     """An assistant message with its reasoning and its tool calls."""
     reasoning = message.get("reasoning_content")
     tool_calls = message.get("tool_calls")

@@ -19,6 +19,7 @@ from dtrain.data.assistant_spans import NO_END, NO_REASONING, render_answers
 from dtrain.data.chat_templates import ChatTemplate, Span
 from dtrain.data.conversations import Conversation
 from dtrain.data.loss_mask import QUIET, TokenByteLengths, target_runs
+from dtrain.data.preferences import OTHER_PROMPTS, SAME_ANSWERS
 from dtrain.data.records import Record
 from dtrain.data.rendered_conversation import AS_ROLE, UNREAD
 from dtrain.data.sources import SourceFile
@@ -29,8 +30,7 @@ Int32s = NDArray[np.int32]
 # Counts of documents (of sequences: NO_TARGETS), as keys of a store's manifest.
 EMPTY, TRUNCATED, TOO_LONG, MASKED = "empty", "truncated", "too_long", "masked"
 NO_TARGETS, SPECIAL = "no_targets", "special_tokens"
-SAME_ANSWERS, OTHER_PROMPTS = "same_answers", "other_prompts"  # of pairs
-NO_ROOM = "no_room"  # of rated answers
+NO_ROOM, DESIRABLE, UNDESIRABLE = "no_room", "desirable", "undesirable"  # of rated answers
 
 NOTES = {
     TRUNCATED: "truncated to a sequence",

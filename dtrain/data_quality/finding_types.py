@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.data import text_checks
+from dtrain.data import preferences, text_checks
 from dtrain.data_quality import pii
 
 BROKEN, TEMPLATE, OVERLONG = "broken", "template", "overlong"
@@ -13,7 +13,8 @@ EXACT, NEAR, INCONSISTENT, LEAK = "exact_duplicate", "near_duplicate", "inconsis
 
 # The bits of a row's flags, in this order.
 _SCAN_KINDS = (TEMPLATE, OVERLONG, SPECIAL, EXACT, NEAR, INCONSISTENT, LEAK)
-_FLAGS = (*_SCAN_KINDS, *text_checks.TEXT_KINDS, *pii.PII_KINDS)
+_PAIR_KINDS = (preferences.SAME_ANSWERS, preferences.OTHER_PROMPTS)
+_FLAGS = (*_SCAN_KINDS, *text_checks.TEXT_KINDS, *pii.PII_KINDS, *_PAIR_KINDS)
 FLAG_BITS = {kind: 1 << bit for bit, kind in enumerate(_FLAGS)}
 
 
@@ -47,6 +48,12 @@ FINDING_TYPES = {
         "rows that the chat template rejects", True, "fix them: training stops at them"
     ),
     text_checks.EMPTY: FindingType("empty rows", True, "clean.empty: drop"),
+    preferences.SAME_ANSWERS: FindingType(
+        "pairs of equal answers", True, "remove them: training leaves them out"
+    ),
+    preferences.OTHER_PROMPTS: FindingType(
+        "pairs with different prompts", True, "fix them: training leaves them out"
+    ),
     text_checks.SAME: FindingType("answers that repeat the question", True, "clean.same: drop"),
     EXACT: FindingType("exact duplicates", True, "clean.exact_duplicate: drop"),
     NEAR: FindingType(

@@ -23,6 +23,7 @@ from dtrain.data.records import BadRecord
 from dtrain.data.show import printable
 from dtrain.data.text_checks import excerpt, row_text
 from dtrain.data.tokenize import notes
+from dtrain.data_quality import preference_checks
 from dtrain.data_quality.finding_types import BROKEN, FINDING_TYPES, FLAG_BITS
 from dtrain.data_quality.pii import PII_KINDS, mask_pii
 from dtrain.data_quality.scan import REJECTED
@@ -60,6 +61,7 @@ def build_report(result: ScanResult) -> dict[str, Any]:
         "lengths": _lengths(result),
         "languages": result.languages.most_common(MAX_LISTED),
         "diversity": _diversity(result),
+        "preferences": preference_checks.describe(result.preferences),
         "findings": findings,
         "verdict": _verdict(result, findings),
         "state_bytes_per_row": round(result.state_bytes() / max(result.rows, 1)),
@@ -180,6 +182,8 @@ def _dataset_verdict(result: ScanResult) -> list[dict[str, Any]]:
     rest = {key: n for key, n in result.template_counts.items() if key != NO_END}
     lines = [_verdict_line(True, note, advice) for note in notes(ends)]
     lines += [_verdict_line(False, note) for note in notes(rest)]
+    preferences = preference_checks.describe(result.preferences)
+    lines += [_verdict_line(*line) for line in preference_checks.verdicts(preferences)]
     asked = int(result.column("asked").sum())
     if 0 < asked < FEW_ROWS:
         advice = "about 1,000 good rows teach a style, about 10,000 a task"

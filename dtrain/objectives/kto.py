@@ -7,6 +7,7 @@ nor the micro-batch size changes it. Letters: D documents of a micro-batch, I it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dtrain.core.errors import UserError
 from dtrain.data.loader import MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED, RatedAnswerEncoder
-from dtrain.data.prepare import DatasetSpec
+from dtrain.data.prepare import DatasetSpec, PackedDataset
+from dtrain.data.tokenize import DESIRABLE, UNDESIRABLE
 from dtrain.distributed.world import World
 from dtrain.models.dropout import set_dropout_key
 from dtrain.objectives.answers import (
@@ -38,6 +41,18 @@ class Kto(AnswerObjective):
     metric_sum_names = (
         "rewards_chosen", "rewards_rejected", "chosen", "rejected", "baseline",
     )  # fmt: skip
+
+    def check_data(self, dataset: PackedDataset) -> None:
+        counts = sum((Counter(s.store.manifest["counts"]) for s in dataset.sources), Counter[str]())
+        if not (counts[DESIRABLE] and counts[UNDESIRABLE]):
+            label = "true" if counts[DESIRABLE] else "false"
+            raise UserError(
+                f"all {counts[DESIRABLE] + counts[UNDESIRABLE]:,} answers are labeled {label}, and "
+                "kto learns from the difference",
+                where=", ".join(dataset.names),
+                fix="add answers with the other label; or train on good answers with kind: sft "
+                "and format: messages or prompt_completion",
+            )
 
     @torch.no_grad()
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> float:

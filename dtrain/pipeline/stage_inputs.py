@@ -104,6 +104,8 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         if verify:
             dataset.verify()
         datasets[group.key] = dataset
+    for stage in recipe.stages:
+        build_objective(stage).check_data(datasets[f"stages.{stage.name}.data"])
     check_positions(recipe, config, tokenizer, datasets)
     return Inputs(
         base=base,

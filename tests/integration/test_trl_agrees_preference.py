@@ -1,4 +1,4 @@
-"""TRL as oracle of preference objectives: its loss functions, and DPOTrainer step by step."""
+"""TRL as oracle of preference objectives: its loss functions, and its trainers step by step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -23,6 +24,7 @@ from dtrain.config.preference import PreferenceSettings
 from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.data.loader import Loader
+from dtrain.data.preference_encoders import CHOSEN
 from dtrain.data.prepare import prepare
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -32,6 +34,7 @@ from dtrain.objectives.preference import Pairs
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, MICRO = 5, 4, 2
 LOSS_TOLERANCE = 1e-5
+Answer = tuple[list[int], list[int]]  # tokens of its prompt, and its own
 LENGTHS = [3, 7, 2, 5], [4, 1, 6, 2]  # tokens of chosen and of rejected answers
 CPU = SimpleNamespace(
     device="cpu", gather=lambda values: values, gather_for_metrics=lambda values: values
@@ -137,17 +140,17 @@ def test_losses_of_orpo(log_probs) -> None:
 
 
 STAGE = (
-    "stages=[{name: task, kind: dpo, method: {kind: lora, r: 4, dropout: 0.0},"
+    "stages=[{name: task, kind: KIND, method: METHOD,"
     " data: {sequence_length: 256, packing: false, sources: [{path: PATH}]},"
-    f" train: {{global_batch_size: {BATCH}, micro_batch_size: {MICRO}, steps: {STEPS},"
-    " learning_rate: 0.003, lr_scheduler: linear, warmup_ratio: 0.0, max_grad_norm: 1.0}}]"
+    f" train: {{global_batch_size: {BATCH}, micro_batch_size: MICRO, steps: {STEPS},"
+    " learning_rate: RATE, lr_scheduler: linear, warmup_ratio: 0.0, max_grad_norm: 1.0}}]"
 )
+LORA, FULL = "{kind: lora, r: 4, dropout: 0.0}", "{kind: full}"
 
 
-@pytest.fixture
-def run(tmp_path: Path, write_rows) -> Path:
-    """A finished run of one DPO stage on pairs of many lengths."""
-    rows = [
+def pair_rows() -> list[dict[str, Any]]:
+    """Pairs of many lengths."""
+    return [
         {
             "prompt": f"What is number {n}{' in words' * (n % 4)}?",
             "chosen": f"It is {n} {'and more ' * (n % 5)}",
@@ -155,11 +158,38 @@ def run(tmp_path: Path, write_rows) -> Path:
         }
         for n in range(STEPS * BATCH)
     ]
-    stage = STAGE.replace("PATH", write_rows("pairs.jsonl", rows))
-    command = [sys.executable, "-m", "dtrain.train", "tiny", stage, "evaluation={}"]
-    folder = tmp_path / "run"
-    subprocess.run([*command, f"output.folder={folder}"], cwd=ROOT, check=True, timeout=240)
-    return folder
+
+
+def rated_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if n % 3 else "rejected"],
+            "label": n % 3 > 0,
+        }
+        for n, row in enumerate(pair_rows())
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_rows) -> Callable[..., tuple[Recipe, list[dict[str, Any]]]]:
+    """run(kind, …) → recipe and steps of a finished run of one preference stage."""
+
+    def start(
+        kind: str, *, micro: int, method: str = LORA, rate: float = 0.003
+    ) -> tuple[Recipe, list[dict[str, Any]]]:
+        rows = rated_rows() if kind == "kto" else pair_rows()
+        stage, values = STAGE, {"KIND": kind, "METHOD": method, "MICRO": micro, "RATE": rate}
+        for name, value in {**values, "PATH": write_rows("rows.jsonl", rows)}.items():
+            stage = stage.replace(name, str(value))
+        command = [sys.executable, "-m", "dtrain.train", "tiny", stage]
+        command += ["evaluation={}", "launch.processes=1"]
+        folder = tmp_path / "run"
+        subprocess.run([*command, f"output.folder={folder}"], cwd=ROOT, check=True, timeout=240)
+        lines = (folder / "task" / "metrics.jsonl").read_text().splitlines()
+        return load_recipe(str(folder / "recipe.yaml")), [json.loads(line) for line in lines]
+
+    return start
 
 
 class TokenizedPairsTrainer(DPOTrainer):
@@ -169,19 +199,25 @@ class TokenizedPairsTrainer(DPOTrainer):
         return dataset
 
 
-def tokenized_pairs(recipe: Recipe) -> Dataset:
-    """The pairs of a run in the order of its training."""
+class TokenizedRatingsTrainer(KTOTrainer):
+    """TRL's trainer of rated answers that are tokenized already, each with an unrelated one."""
+
+    def _prepare_dataset(self, dataset, *settings):
+        return dataset
+
+
+def rows_of_training(recipe: Recipe) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Labels and tokenized answers of each row of a run, in the order of its training."""
     stage, base = recipe.stages[0], base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base)
     dataset = prepare(
         stage.data,
-        objective_class("dpo").dataset,
+        objective_class(stage.kind).dataset,
         tokenizer,
         tokenizer_fingerprint(tokenizer),
         cache_folder() / "stores",
     )
     loader = Loader(dataset, seed=recipe.seed, global_batch=BATCH, total_sequences=STEPS * BATCH)
-    rows: list[dict[str, list[int]]] = []
     for step in range(STEPS):
         for batch in loader.micro_batches(step, 0, 1, 1):
             ids, starts = batch.input_ids[0].tolist(), (0, batch.document_lengths[0])
@@ -193,17 +229,60 @@ def tokenized_pairs(recipe: Recipe) -> Dataset:
                 targets = batch.target_positions[inside] + 1
                 assert len(targets) == targets[-1] - targets[0] + 1
                 answers.append((ids[start : targets[0]], ids[targets[0] : targets[-1] + 1]))
-            (prompt, chosen), (same, rejected) = answers
-            assert prompt == same
-            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    return Dataset.from_list(rows)
+            assert answers[0][0] == answers[1][0]
+            yield batch.labels.tolist(), answers
 
 
-def test_steps_of_dpo_equal_those_of_trl(run: Path, train_with_trl) -> None:
-    ours = [json.loads(line) for line in (run / "task" / "metrics.jsonl").read_text().splitlines()]
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    theirs = train_with_trl(recipe, tokenized_pairs(recipe), TokenizedPairsTrainer, DPOConfig)
+def tokenized_pairs(recipe: Recipe) -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            for _, ((prompt, chosen), (_, rejected)) in rows_of_training(recipe)
+        ]
+    )
+
+
+def tokenized_ratings(recipe: Recipe) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": prompt,
+                "completion_ids": answer,
+                "KL_completion_ids": unrelated,
+                "label": label == CHOSEN,
+            }
+            for (label, _), ((prompt, answer), (_, unrelated)) in rows_of_training(recipe)
+        ]
+    )
+
+
+def assert_same_losses(ours: list[dict[str, Any]], theirs: list[dict[str, float]]) -> None:
     print("\n".join(f"{a['loss']:.6f} {b['loss']:.6f}" for a, b in zip(ours, theirs, strict=True)))
     for own, other in zip(ours, theirs, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], abs=LOSS_TOLERANCE)
+
+
+def test_steps_of_dpo_equal_those_of_trl(run, train_with_trl) -> None:
+    recipe, ours = run("dpo", micro=2)
+    theirs = train_with_trl(recipe, tokenized_pairs(recipe), TokenizedPairsTrainer, DPOConfig)
+    assert_same_losses(ours, theirs)
     assert ours[-1]["loss"] < 0.5, "nothing was learned: the comparison would show nothing"
+
+
+def test_steps_of_full_dpo_equal_those_of_trl(run, train_with_trl) -> None:
+    """TRL computes its reference with a second model."""
+    recipe, ours = run("dpo", micro=2, method=FULL, rate=1e-4)
+    pairs = tokenized_pairs(recipe)
+    theirs = train_with_trl(recipe, pairs, TokenizedPairsTrainer, DPOConfig)
+    assert_same_losses(ours, theirs)
+    assert ours[-1]["loss"] < 0.6, "nothing was learned: the comparison would show nothing"
+
+
+def test_steps_of_kto_equal_those_of_trl(run, train_with_trl) -> None:
+    """TRL's baseline is of a micro-batch, ours of the global batch: here they are the same."""
+    recipe, ours = run("kto", micro=BATCH)
+    theirs = train_with_trl(recipe, tokenized_ratings(recipe), TokenizedRatingsTrainer, KTOConfig)
+    assert_same_losses(ours, theirs)
+    baselines = [step["metrics"]["baseline"] for step in ours]
+    assert baselines == pytest.approx([step["kl"] for step in theirs], abs=1e-4)
+    assert max(baselines) > 0.1, "the model has not moved: the comparison would show nothing"

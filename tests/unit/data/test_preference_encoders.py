@@ -23,15 +23,16 @@ from dtrain.data.preference_encoders import (
     RatedAnswerEncoder,
     share_sequence,
 )
+from dtrain.data.preferences import OTHER_PROMPTS, SAME_ANSWERS
 from dtrain.data.prepare import prepare
 from dtrain.data.records import Record
 from dtrain.data.tokenize import (
+    DESIRABLE,
     MASKED,
     NO_ROOM,
-    OTHER_PROMPTS,
-    SAME_ANSWERS,
     TOO_LONG,
     TRUNCATED,
+    UNDESIRABLE,
     Document,
 )
 from dtrain.objectives.base import objective_class
@@ -183,7 +184,7 @@ def rated(prompt: str, answer: str, label: bool) -> dict[str, Any]:
 def test_rated_answers_and_those_of_the_next_row(encode, trained, tokenizer) -> None:
     rows = [rated("A?", "one", True), rated("B?", "two", False), rated("C?", "six", True)]
     documents, counts = encode(rows, RatedAnswerEncoder)
-    assert not counts
+    assert counts == {DESIRABLE: 2, UNDESIRABLE: 1}
     labels = [document.label for document in documents]
     assert labels == [CHOSEN, UNRELATED, REJECTED, UNRELATED, CHOSEN, UNRELATED]
     assert [document.row_number for document in documents] == [0, 0, 1, 1, 2, 2]
@@ -205,15 +206,16 @@ def test_only_the_last_answer_of_a_rated_conversation_is_trained(encode, trained
 def test_only_the_unrelated_answer_is_cut_for_a_rated_one(encode, overlong) -> None:
     rows = [rated("A?", "one " * 30, True), rated("B?", "two " * 30, False)]
     whole, _ = encode(rows, RatedAnswerEncoder)
-    first, other = whole[0], whole[1]
+    first, other, labels = whole[0], whole[1], {DESIRABLE: 1, UNDESIRABLE: 1}
     room_for_some, no_room = first.tokens.size + other.tokens.size - 5, first.tokens.size + 1
     documents, counts = encode(rows, RatedAnswerEncoder, room_for_some, overlong)
     assert [document.label for document in documents] == [CHOSEN, UNRELATED, REJECTED, UNRELATED]
-    assert documents[0].tokens.tolist() == first.tokens.tolist() and not counts
+    assert documents[0].tokens.tolist() == first.tokens.tolist() and counts == labels
     assert documents[1].tokens.tolist() == other.tokens[:-5].tolist()
     documents, counts = encode(rows, RatedAnswerEncoder, no_room, overlong)
     assert [document.label for document in documents] == [CHOSEN, REJECTED]
-    assert documents[0].tokens.tolist() == first.tokens.tolist() and counts == {NO_ROOM: 2}
+    assert documents[0].tokens.tolist() == first.tokens.tolist()
+    assert counts == {NO_ROOM: 2, **labels}
     if overlong == "fail":
         with pytest.raises(UserError, match="a sequence holds"):
             encode(rows, RatedAnswerEncoder, first.tokens.size - 1, overlong)

@@ -45,7 +45,8 @@ def scan_rows(tmp_path, write_rows):
 
 def test_planted_problems_are_found_and_nothing_else(planted, tmp_path) -> None:
     scores = planted.measure(2200, tmp_path)
-    assert set(scores) == {*FLAG_BITS, "broken"} - {"template", "overlong", "special_tokens"}
+    others = {"template", "overlong", "special_tokens", "same_answers", "other_prompts"}
+    assert set(scores) == {*FLAG_BITS, "broken"} - others
     wrong = {kind: score for kind, score in scores.items() if min(score) < 0.95}
     assert not wrong
 
@@ -99,3 +100,57 @@ def test_the_terminal_shows_locations_without_their_folder(scan_rows, tmp_path) 
     for block in terminal_report(build_report(scan_rows(rows))):
         console.print(block)
     assert "a.jsonl:2 same as a.jsonl:1" in console.file.getvalue()
+
+
+def verdict(report) -> dict[str, tuple[bool, str]]:
+    return {line["text"]: (line["severe"], line["advice"]) for line in report["verdict"]}
+
+
+def test_pairs_that_cannot_be_compared_and_a_preference_for_length(scan_rows) -> None:
+    def turns(*texts):
+        roles = ("user", "assistant", "user", "assistant")
+        return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+    good = [
+        {"prompt": f"What is {n}?", "chosen": f"{n} is a number. " * 3, "rejected": f"It is {n}."}
+        for n in range(8)
+    ]
+    bad = [
+        {"prompt": "Same?", "chosen": "The same answer.", "rejected": "The same answer."},
+        {"prompt": "Empty?", "chosen": "It is empty.", "rejected": " "},
+        {"chosen": turns("A?", "It is A."), "rejected": turns("B?", "It is B, no doubt.")},
+        {
+            "chosen": turns("A?", "It is A.", "Sure?", "Yes, quite sure."),
+            "rejected": turns("A?", "It is A.", "Why?", "No, not at all sure."),
+        },
+    ]
+    result = scan_rows(good + bad)
+    found = {kind: result.has_finding(kind).nonzero()[0].tolist() for kind in FLAG_BITS}
+    assert found["same_answers"] == [8] and found["empty"] == [9]
+    assert found["other_prompts"] == [10, 11]
+    notes = [note.text for note in sorted(result.notes["other_prompts"], key=lambda n: n.row)]
+    assert notes == ["they differ in turn 1", "they differ in turn 3"]
+    report = build_report(result)
+    preferences = report["preferences"]
+    assert preferences["pairs"] == 12 and preferences["chosen_longer"] == pytest.approx(9 / 12)
+    assert preferences["mean_characters_chosen"] > 2 * preferences["mean_characters_rejected"]
+    lines = verdict(report)
+    (text,) = [line for line in lines if "longer in 75%" in line]
+    assert lines[text] == (
+        False,
+        "the model may learn length: preference.length_normalized: true, or kind: simpo",
+    )
+    assert lines["pairs of equal answers: 1 (8.3%)"][0]
+
+
+@pytest.mark.parametrize(
+    ("desirable", "severe", "advice"), [(10, True, "both labels"), (5, False, ""), (0, True, "sft")]
+)
+def test_labels_of_rated_answers(scan_rows, desirable, severe, advice) -> None:
+    rows = [
+        {"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": n < desirable}
+        for n in range(10)
+    ]
+    report = build_report(scan_rows(rows))
+    found = verdict(report)[f"{desirable / 10:.0%} of the rated answers are labeled true"]
+    assert found[0] == severe and advice in found[1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.config.preference import PreferenceSettings
+from dtrain.core.errors import UserError
 from dtrain.data.loader import MicroBatch
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED
 from dtrain.objectives.answers import documents_labeled, select_documents
@@ -143,3 +144,13 @@ def test_losses_of_rated_answers() -> None:
     expected = [2 * (1 - sigmoid(0.4 - 0.3)), 0.0, 3 * (1 - sigmoid(0.3 + 0.2))]
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert objective.item_positions(batch).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("counts", [[{"desirable": 3}, {"desirable": 4}], [{"undesirable": 7}]])
+def test_kto_refuses_answers_of_one_label(counts) -> None:
+    sources = [SimpleNamespace(store=SimpleNamespace(manifest={"counts": c})) for c in counts]
+    dataset: Any = SimpleNamespace(sources=sources, names=["a.jsonl"])
+    with pytest.raises(UserError, match=r"all 7 answers are labeled (true|false)"):
+        build("kto").check_data(dataset)
+    sources[0].store.manifest["counts"] = {"desirable": 1, "undesirable": 6}
+    build("kto").check_data(dataset)
