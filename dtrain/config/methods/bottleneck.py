@@ -22,6 +22,7 @@ class Bottleneck(AdapterSettings):
             title="bottleneck adapters",
             implementation="dtrain.methods.bottleneck:BottleneckMethod",
             adds_adapter=True,
+            base_when_disabled=True,
             cannot_merge="its activation makes it more than a change of weights",
         ),
     }

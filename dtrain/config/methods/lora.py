@@ -52,12 +52,14 @@ class Lora(LowRankSettings):
             title="DoRA",
             implementation="dtrain.methods.dora:DoraMethod",
             adds_adapter=True,
+            base_when_disabled=True,
             quantized_kind="qdora",
         ),
         "qdora": MethodTraits(
             title="QDoRA",
             implementation="dtrain.methods.dora:DoraMethod",
             adds_adapter=True,
+            base_when_disabled=True,
             quantizes_base=True,
         ),
     }

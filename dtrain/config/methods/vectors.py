@@ -24,6 +24,7 @@ class Ia3(PeftSettings):
             title="IA3",
             implementation="dtrain.methods.vectors:Ia3Method",
             adds_adapter=True,
+            base_when_disabled=True,
         ),
     }
     kind: Literal["ia3"]
@@ -64,6 +65,7 @@ class Vera(LowRankSettings):
             title="VeRA",
             implementation="dtrain.methods.vectors:VeraMethod",
             adds_adapter=True,
+            base_when_disabled=True,
         ),
     }
     kind: Literal["vera"]

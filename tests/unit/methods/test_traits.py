@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import TRAITS, AdapterSettings, Method, parse_method
 from dtrain.methods.base import build_method
+from dtrain.objectives.base import adapters_disabled
 
 KINDS = [kind for group in get_args(get_args(Method)[0])
          for kind in get_args(group.model_fields["kind"].annotation)]  # fmt: skip
@@ -20,6 +21,15 @@ def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    """A frozen model with one layer and random weights."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
 def test_every_kind_of_method_has_traits() -> None:
     assert sorted(KINDS) == sorted(TRAITS)
 
@@ -27,11 +37,7 @@ def test_every_kind_of_method_has_traits() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_traits_match_what_trains(kind: str) -> None:
     settings = parse_method({"kind": kind})
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    base = LlamaForCausalLM(config).requires_grad_(False)
+    base = tiny_llama()
     before = {id(parameter) for parameter in base.parameters()}
     linear = base.model.layers[0].mlp.down_proj
     model = build_method(settings).attach(base, seed=0)
@@ -47,6 +53,26 @@ def test_traits_match_what_trains(kind: str) -> None:
         (adapted,) = (m for n, m in layers.items() if n.endswith("layers.0.mlp.down_proj"))
         shapes = [without_ones(p.shape) for p in adapted.parameters() if p.requires_grad]
         assert sorted(shapes) == sorted(map(without_ones, expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disabled_adapter_leaves_the_base_where_the_traits_say_so(kind: str) -> None:
+    settings = parse_method({"kind": kind})
+    base, ids = tiny_llama(), torch.arange(12).view(1, -1)
+    before = base(ids).logits
+    method = build_method(settings)
+    model = method.attach(base, seed=0)
+    method.on_weights_loaded(model)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        trained = model(ids).logits
+        with adapters_disabled(model):
+            disabled = model(ids).logits
+    assert not torch.equal(trained, before)
+    assert torch.equal(disabled, before) == settings.traits.base_when_disabled
 
 
 @pytest.mark.parametrize("kind", KINDS)
