@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_config, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import AdapterSettings
-from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.errors import UserError
 from dtrain.core.log import say
-from dtrain.distributed.tensor_utils import all_finite
-from dtrain.methods.base import Method, summarize_names
+from dtrain.methods.added import AddedMethod
+from dtrain.methods.base import summarize_names
 from dtrain.methods.saved_modules import (
     check_modules_to_save,
     fill_copies,
@@ -32,24 +25,14 @@ from dtrain.methods.saved_modules import (
 )
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
-from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 
 Settings = TypeVar("Settings", bound=AdapterSettings)
 
 
-class AdapterMethod(Method[Settings]):
+class AdapterMethod(AddedMethod[Settings]):
     """A PEFT model: a frozen base, a float32 adapter, and dropout keyed by the sample."""
-
-    @abstractmethod
-    def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """Set the first values of one parameter of the adapter, which are zero before.
-
-        Args:
-            tensor: float32, on the CPU.
-            generator: seeded by the recipe's seed and the parameter's name.
-        """
 
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
@@ -64,7 +47,7 @@ class AdapterMethod(Method[Settings]):
         adapted = self.adapt(model, targets)
         model.disable_input_require_grads()
         prepare_copies(adapted)
-        self._initialize(adapted, seed, device)
+        self.initialize_all(adapted, seed, device, saved_parameters(adapted))
         key_dropouts(adapted)
         adapted.train()
         return adapted
@@ -102,19 +85,6 @@ class AdapterMethod(Method[Settings]):
         self.settings.check_layers([n for n, m in modules if isinstance(m, BaseTunerLayer)])
         return adapted
 
-    def _initialize(self, model: nn.Module, seed: int, device: torch.device | None) -> None:
-        copies = saved_parameters(model)
-        for name, parameter in list(model.named_parameters()):
-            if not parameter.requires_grad or name in copies:
-                continue
-            values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
-            digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            self.initialize(name, values, generator)
-            parent, _, leaf = name.rpartition(".")
-            values = values.to(device or parameter.device)
-            model.get_submodule(parent)._parameters[leaf] = nn.Parameter(values)
-
     def on_weights_loaded(self, block: nn.Module) -> None:
         fill_copies(block)
 
@@ -127,56 +97,12 @@ class AdapterMethod(Method[Settings]):
         weights = {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
         return weights | set(saved_parameters(base).values())
 
-    def save(
-        self,
-        folder: Path,
-        model: nn.Module,
-        tensors: dict[str, Tensor],
-        *,
-        base: str | None = None,
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        _check_tensors(model, tensors)
-        named = dict(_with_tied(model, tensors))
-        stored = {n: t.contiguous().cpu() for n, t in self.saved_tensors(model, named).items()}
-        config = self.saved_config(model) | {"base_model_name_or_path": base}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            with atomic_folder(staging / "new") as target:
-                save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
-                write_json(target / CONFIG, dict(sorted(config.items())) | {"inference_mode": True})
-                for name, text in (files or {}).items():
-                    (target / name).write_text(text, encoding="utf-8")
-            if folder.exists():
-                folder.rename(staging / "old")
-            (staging / "new").rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-    def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the adapter's file holds, by PEFT's keys.
-
-        Args:
-            tensors: what trained, by `named_parameters()` name.
-        """
-        return {file_key(name): tensor for name, tensor in tensors.items()}
-
     def saved_config(self, model: nn.Module) -> dict[str, Any]:
         """The content of adapter_config.json, without the base."""
         assert isinstance(model, PeftModel)
         content = model.peft_config[ADAPTER].to_dict()
         # PEFT writes its sets in an order that changes
         return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
-
-
-def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All names of each tensor: PEFT reads tied modules that train whole one by one."""
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            tensor = tensors[first.setdefault(parameter, name)]
-            yield name, tensor if first[parameter] == name else tensor.clone()
 
 
 def resolve_targets(
@@ -238,16 +164,3 @@ def _check_targets(
             "the output matrix is tied to the embeddings and cannot have an adapter of its own",
             where="method.target_modules",
         )
-
-
-def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    expected = {name for name, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(expected ^ tensors.keys())
-    assert not odd, f"adapter and model disagree on {len(odd)} names: {odd[:3]}"
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise UserError(
-                f"the adapter is not finite in {name}",
-                status=Exit.NON_FINITE,
-                fix="resume from an earlier checkpoint with a lower train.learning_rate",
-            )

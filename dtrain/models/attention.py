@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.distributed.tensor_utils import send
 from dtrain.models.kernels.causal_attention import causal_attention, supports_causal_attention
@@ -34,6 +35,35 @@ from dtrain.models.kernels.causal_attention import causal_attention, supports_ca
 NAME = "documents"
 # GPUs (compute capability) and head sizes that torch's FlashAttention-2 supports.
 VARLEN_CAPABILITY, VARLEN_HEAD_SIZE = (8, 0), 256
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Trained keys and values in front of every document (arXiv:2101.00190).
+
+    Letters: L layers, v virtual tokens of each of d documents.
+
+    Attributes:
+        states: keys and values [L, 2, K, v, D].
+        places: where the virtual tokens are in the sequence, int64 [d·v].
+    """
+
+    states: Tensor
+    places: Tensor
+
+    def put_into(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the keys and values [1, K, T, D] of the virtual tokens.
+
+        Raises:
+            UserError: the layer's are not of the size that the model's config says.
+        """
+        if key.shape[1::2] != self.states.shape[2::2] or key.shape != value.shape:
+            sizes = f"{list(key.shape[1::2])}, not {list(self.states.shape[2::2])}"
+            message = f"layer {layer} of this model has keys of {sizes} as its config says"
+            raise UserError(message, where="method.kind", fix="method.kind=prompt")
+        documents = len(self.places) // self.states.shape[3]
+        keys, values = self.states[layer].to(key.dtype).repeat(1, 1, documents, 1).unsqueeze(1)
+        return key.index_copy(2, self.places, keys), value.index_copy(2, self.places, values)
 
 
 @dataclass(frozen=True)
@@ -45,10 +75,12 @@ class Documents:
     Attributes:
         lengths: tokens of each document.
         window: how many tokens a token sees, itself included; None: all before it.
+        prefix: keys and values that replace those of virtual tokens.
     """
 
     lengths: tuple[int, ...]
     window: int | None
+    prefix: Prefix | None = field(default=None, compare=False, repr=False)
     _borders: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def boundaries(self, device: torch.device) -> Tensor:
@@ -77,15 +109,16 @@ _documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
 
 
 @contextmanager
-def use_document_lengths(lengths: Sequence[int]) -> Iterator[None]:
+def use_document_lengths(lengths: Sequence[int], prefix: Prefix | None = None) -> Iterator[None]:
     """Build the masks of the enclosed forward pass from known document lengths.
 
     Without it transformers and `detect_documents` read the lengths from the device and wait for it.
 
     Args:
         lengths: tokens of each document of the packed sequence.
+        prefix: at the start of each document.
     """
-    token = _documents.set(Documents(tuple(lengths), None))
+    token = _documents.set(Documents(tuple(lengths), None, prefix))
     try:
         yield
     finally:
@@ -150,7 +183,8 @@ def document_mask(
         documents = _known_documents(mask_function, q_length)
         documents = documents or detect_documents(mask_function, q_length, device)
         if documents is not None:
-            return documents
+            given = _documents.get()
+            return replace(documents, prefix=given.prefix if given else None)
     return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
         attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
@@ -224,12 +258,19 @@ def document_attention(
         [1, T, H, D], and no attention weights.
     """
     if not isinstance(attention_mask, Documents):
+        given = _documents.get()
+        if given is not None and given.prefix is not None:
+            message = "the attention masks of this model leave no place for a prefix"
+            raise UserError(message, where="method.kind", fix="method.kind=prompt")
         mask = None if attention_mask is None else attention_mask.to(query.device)
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
     lengths, window = attention_mask.lengths, attention_mask.window
+    if attention_mask.prefix is not None:
+        layer: Any = module.layer_idx
+        key, value = attention_mask.prefix.put_into(layer, key, value)
     if window is None and dropout == 0.0 and supports_causal_attention(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None

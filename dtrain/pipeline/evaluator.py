@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
-from dtrain.objectives.base import build_objective
+from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.gates import check_gates
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.serving.generator import TextGenerator
@@ -72,8 +73,10 @@ class Evaluations:
         }
 
     def record_base(self, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
-        """Measure the base, with a fresh adapter that does not change its output."""
-        self.record(BASE, engine, sets)
+        """Measure the base: without the adapter, or with a fresh one that does not change it."""
+        can_disable = engine.stage.method.traits.base_when_disabled
+        with adapters_disabled(engine.module) if can_disable else nullcontext():
+            self.record(BASE, engine, sets)
 
     def record(self, model: str, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
         """Measure every set with the engine's current model.

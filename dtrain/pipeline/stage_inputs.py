@@ -308,7 +308,8 @@ def check_positions(
     Raises:
         UserError: the number of positions is fixed and too small.
     """
-    lengths = [*_documents(datasets), *_questions(recipe, tokenizer)]
+    added = max(stage.method.added_tokens for stage in recipe.stages)
+    lengths = [*_documents(datasets, added), *_questions(recipe, tokenizer)]
     longest = max(tokens for _, _, tokens, _ in lengths)
     limit = position_limit(config, longest, recipe.model.trust_remote_code)
     known = trained_positions(config.get_text_config(decoder=True).to_dict())
@@ -323,13 +324,17 @@ def check_positions(
             )
 
 
-def _documents(datasets: dict[str, PackedDataset]) -> Iterator[Length]:
+def _documents(datasets: dict[str, PackedDataset], added: int) -> Iterator[Length]:
     for key, dataset in datasets.items():
         longest = dataset.longest_segment
         description = (
             f"a document of {longest:,} tokens (sequence_length {dataset.sequence_length})"
         )
-        yield key, description, longest, "sequence_length: {} or less"
+        fix = "sequence_length: {} or less"
+        if added:
+            description += f" and {added} virtual ones"
+            fix = "sequence_length and virtual_tokens: {} or less together"
+        yield key, description, longest + added, fix
 
 
 def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Length]:

@@ -88,7 +88,8 @@ def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
     for linear in workload.adapted:
         if linear.name == "lm_head":
             parameters += _adapters(linear, workload, train_bytes)
-    return parameters
+    width = _trained_width(workload, train_bytes)
+    return parameters + [ParameterSpec(*x, True, width, width) for x in workload.outer_shapes]
 
 
 def copied_parameters(

@@ -182,6 +182,8 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
         caveats.append("no published figures confirm the memory of offloading")
     if workload.distills:
         caveats.append("no published figures confirm the memory of distillation")
+    if added := workload.method.added_tokens:
+        caveats.append(f"each packed document has {added} virtual tokens; those of one are counted")
     if workload.shape.soft_cap:
         caveats.append("attention with capped scores needs memory quadratic in sequence length")
     if not has_published_speed(cluster.gpu):

@@ -120,13 +120,13 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.micro_batch * self.sequence_length
+        """Tokens of a micro-batch, with the virtual ones of one document a sequence."""
+        return self.micro_batch * (self.sequence_length + self.method.added_tokens)
 
     @property
     def step_tokens(self) -> int:
         """Tokens of an optimizer step, over all ranks."""
-        return self.tokens * self.accumulation * self.ranks
+        return self.micro_batch * self.sequence_length * self.accumulation * self.ranks
 
     @property
     def autocasts(self) -> bool:
@@ -182,6 +182,11 @@ class Workload:
         return self.traits.trains_base or not names.isdisjoint({"model.embed_tokens", "lm_head"})
 
     @property
+    def outer_shapes(self) -> Shapes:
+        """Rows and columns of what the method adds outside the decoder layers."""
+        return self.method.outer_shapes(self.shape.hidden, self.shape.layers, self.shape.kv)
+
+    @property
     def adapter_products(self) -> int:
         """Elements of all matrices of adapters that a token is multiplied with."""
         adapter = self.method.adapter
@@ -222,7 +227,10 @@ class Workload:
             for module in self.whole_modules
             for matrix in module.parameters
         )
-        return adapters + whole + (self.shape.parameters if self.traits.trains_base else 0)
+        outside = sum(prod(matrix) for matrix in self.outer_shapes)
+        return (
+            adapters + outside + whole + (self.shape.parameters if self.traits.trains_base else 0)
+        )
 
 
 def build_workload(

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from dtrain.config.schema import Model
@@ -39,6 +39,9 @@ from dtrain.models.weight_files import read_header
 from dtrain.objectives.base import adapters_disabled
 from dtrain.samples.make import ensure
 from dtrain.serving.run_models import ServedModel
+
+PROMPT = "prompt_embeddings"  # PEFT's key of virtual tokens
+ALONE = (BOTTLENECK, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 
 class TextGenerator:
@@ -84,8 +87,9 @@ class TextGenerator:
             if folder not in self._names:
                 self._add(folder)
         if choice.adapters and isinstance(self._model, PeftModel):
+            names = [self._names[folder] for folder in choice.adapters]
             tuner: Any = self._model.base_model
-            tuner.set_adapter([self._names[folder] for folder in choice.adapters])
+            self._model.set_adapter(names[0]) if len(names) == 1 else tuner.set_adapter(names)
         self._template = answering_template(choice.template, self.tokenizer)
         self._stop = find_stop_criterion(self._template, self.tokenizer)
         self._choice = choice
@@ -138,6 +142,8 @@ class TextGenerator:
                 self._model = get_peft_model(self._model, config, name)
             with _with_plain_keys(folder) as readable:
                 result = self._model.load_adapter(readable, name)
+        if self._model.peft_config[name].is_prompt_learning:  # PEFT checks the size of the rest
+            return [] if _fits(self._model.peft_config[name], self._model.config) else [PROMPT]
         missing = [key for key in result.missing_keys if f".{name}" in key]
         return [*result.unexpected_keys, *missing]
 
@@ -185,11 +191,13 @@ class TextGenerator:
         """[batch, tokens, vocabulary] in float32, of token ids [batch, tokens]."""
         with self._as_chosen():
             logits: Tensor = self._model(input_ids=ids.to(self._model.device)).logits
-        return logits.float()
+        return logits[:, -ids.shape[1] :].float()  # not those of virtual tokens
 
     @contextmanager
     def _as_chosen(self) -> Iterator[None]:
-        with nullcontext() if self._choice.adapters else adapters_disabled(self._model):
+        is_peft = isinstance(self._model, PeftModel)
+        off = self._model.disable_adapter() if is_peft else adapters_disabled(self._model)
+        with nullcontext() if self._choice.adapters else off:
             yield
 
     def _ends(self) -> list[int] | None:
@@ -209,14 +217,24 @@ class TextGenerator:
         return text
 
 
+def _fits(prompt: PeftConfig, base: PretrainedConfig) -> bool:
+    """Whether virtual tokens have the sizes of a base."""
+    text: Any = base.get_text_config()
+    settings: Any = prompt
+    has_width = (
+        settings.peft_type == PeftType.PREFIX_TUNING or settings.token_dim == text.hidden_size
+    )
+    return bool(has_width and settings.num_layers == text.num_hidden_layers)
+
+
 def _family(choice: ServedModel) -> str:
     """What adapters must share to be in memory at once: PEFT's type, or nothing if there is none.
 
-    A bottleneck adapter is not PEFT's, and is alone.
+    A bottleneck adapter is not PEFT's, and PEFT adds no second prompt: they are alone.
     """
     for folder in choice.adapters:
         kind = str(read_adapter_config(folder)["peft_type"])
-        return f"{kind} {folder}" if kind == BOTTLENECK else kind
+        return f"{kind} {folder}" if kind in ALONE else kind
     return ""
 
 

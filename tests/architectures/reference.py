@@ -52,7 +52,7 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
 def adapted(folder: Path, adapter: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     """The model with an adapter, by PEFT."""
     base: Any = plain(folder, dtype, quantized=quantized)
-    return PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=True)
+    return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=True)
 
 
 def key_differences(model: nn.Module, adapter: Path) -> list[str]:

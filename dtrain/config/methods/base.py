@@ -71,6 +71,21 @@ class MethodSettings(Group):
         """The factor of the learning rate for a parameter, by its name in the model."""
         return 1.0
 
+    @property
+    def added_tokens(self) -> int:
+        """Virtual tokens in front of every document."""
+        return 0
+
+    def outer_shapes(self, hidden: int, layers: int, kv: int) -> Shapes:
+        """The shapes of what is added outside the decoder layers.
+
+        Args:
+            hidden: hidden size of the model.
+            layers: number of its decoder layers.
+            kv: width of the keys of a layer.
+        """
+        return ()
+
     def decays(self, parameter: str) -> bool:
         """Whether weight decay applies to a matrix, by its name in the model."""
         return True

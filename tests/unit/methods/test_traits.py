@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config.methods import TRAITS, AdapterSettings, Method, parse_method
+from dtrain.config.methods import TRAITS, Method, parse_method
 from dtrain.methods.base import build_method
 from dtrain.objectives.base import adapters_disabled
 
@@ -46,7 +46,11 @@ def test_traits_match_what_trains(kind: str) -> None:
     assert all(p.dtype == torch.float32 for p in trained)
     assert traits.trains_base == any(id(p) in before for p in trained)
     assert traits.adds_adapter == any(id(p) not in before for p in trained)
-    assert traits.adds_adapter == isinstance(settings.adapter, AdapterSettings)
+    outside = settings.outer_shapes(hidden=32, layers=1, kv=16)
+    assert traits.adds_adapter == (settings.adapter is not None or bool(outside))
+    if outside:
+        shapes = [without_ones(p.shape) for p in trained]
+        assert sorted(shapes) == sorted(map(without_ones, outside))
     if settings.adapter is not None:
         expected = settings.adapter.shapes("mlp.down_proj", *linear.weight.shape)
         layers = dict(model.named_modules())
