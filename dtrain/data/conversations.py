@@ -53,6 +53,7 @@ MEDIA = (
     "image", "images", "image_url", "input_image", "audio", "audios", "audio_url", "input_audio",
     "video", "videos", "video_url",
 )  # fmt: skip
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 TEXT_KEYS = ("text", "value", "reasoning", "thinking", "content")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import (
+    EMPTY_VALUES,
     MEDIA,
     TRAIN_FLAGS,
     Conversation,
@@ -69,6 +70,15 @@ def convert_row(raw: Any, row_format: str, columns: Mapping[Any, str], where: st
             raise UserError(message, where=where, fix="remove the row or the column")
     content = known.parse(row, where)
     return apply_row_train_flag(content, row) if isinstance(content, Conversation) else content
+
+
+def unread_columns(raw: Row, row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
+    """Names of a row's columns that hold something and that the format does not read."""
+    known = ROW_FORMATS[row_format]
+    read = {columns.get(column, column) for column in (*known.required, *known.optional)}
+    return tuple(
+        str(name) for name, value in raw.items() if name not in read and value not in EMPTY_VALUES
+    )
 
 
 def detect_format(raw: Any, columns: Mapping[Any, str], where: str) -> str:

@@ -9,18 +9,29 @@ from typing import Any, cast
 from dtrain.config.schema import Source
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
-from dtrain.data.formats import ROW_FORMATS, RowContent, convert_row, detect_format
+from dtrain.data.formats import (
+    ROW_FORMATS,
+    RowContent,
+    convert_row,
+    detect_format,
+    unread_columns,
+)
 from dtrain.data.readers import RawRow, iter_rows
 from dtrain.data.sources import SourceFile, find_source_files
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row: its content, the index of its file in the source, and its number there, from 1."""
+    """A row: its content, the index of its file in the source, and its number there, from 1.
+
+    Attributes:
+        unread: names of its columns that the format does not read.
+    """
 
     value: RowContent
     file_index: int
     row_number: int
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,8 @@ def _record(
     if isinstance(raw, UserError):
         return BadRecord(_with_location(raw, location), *position)
     try:
-        return Record(convert_row(raw, row_format, columns, location), *position)
+        value = convert_row(raw, row_format, columns, location)
+        return Record(value, *position, unread_columns(raw, row_format, columns))
     except UserError as error:
         return BadRecord(error, *position)
 

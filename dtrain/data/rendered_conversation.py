@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import INTERNAL_KEYS, ChatTemplate, Span
-from dtrain.data.conversations import Conversation
+from dtrain.data.conversations import EMPTY_VALUES, Conversation
 from dtrain.data.template_fields import (
     ARGUMENT,
     CALL,
@@ -86,7 +86,7 @@ class RenderedConversation:
         }
         for message in self.messages:
             for key in message.keys() - READ_KEYS - NO_CONTENT - INTERNAL_KEYS:
-                if message[key] not in (None, "", [], {}) and not _reads(self.template.text, key):
+                if message[key] not in EMPTY_VALUES and not _reads(self.template.text, key):
                     notes.add(f"{UNREAD}`{key}` is not read")
         return notes
 

@@ -28,7 +28,7 @@ from dtrain.data.records import Record, RecordReader
 from dtrain.data.sources import SourceFile
 from dtrain.data.store import shard_name
 from dtrain.data.store_writer import write_shard
-from dtrain.data.tokenize import Document, RowEncoder
+from dtrain.data.tokenize import Document, RowEncoder, count_unread_columns
 
 # The file of a boundary, the rows before it in that file, and the rows before it in the source.
 BOUNDARY = np.dtype([("file", "<i8"), ("skip", "<i8"), ("row", "<i8")])
@@ -180,6 +180,7 @@ class ShardBuilder:
         records = reader.records(first_file, skip, self.count_rows([shard]))
         while batch := list(islice(records, BATCH_ROWS)):
             documents += self.encoder.documents(batch, counts)
+            count_unread_columns(batch, counts)
             advance(len(batch))
         for source_file in self.source_files[max(first_file, 0) : last_file + 1]:
             source_file.check_unchanged()  # no shard of changed content is kept

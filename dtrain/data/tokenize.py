@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
@@ -24,6 +24,8 @@ from dtrain.data.records import Record
 from dtrain.data.rendered_conversation import AS_ROLE, UNREAD
 from dtrain.data.sources import SourceFile
 from dtrain.data.special_tokens import SpecialTokens
+
+COLUMN = "column "  # then its name
 
 Int32s = NDArray[np.int32]
 
@@ -48,10 +50,16 @@ NOTES = {
 }
 
 
+def count_unread_columns(records: Iterable[Record], counts: Counter[str]) -> None:
+    """Count the rows that have a column which their format does not read, by column."""
+    for record in records:
+        counts.update(f"{COLUMN}`{name}` is not read" for name in record.unread)
+
+
 def notes(counts: Mapping[str, int]) -> list[str]:
     """Describe what was truncated, left out or changed when rows were read."""
     known = [f"{counts[key]:,} {note}" for key, note in NOTES.items() if counts.get(key)]
-    renamed = sorted(key for key in counts if key.startswith((AS_ROLE, UNREAD)))
+    renamed = sorted(key for key in counts if key.startswith((AS_ROLE, UNREAD, COLUMN)))
     return [*known, *(f"{key} in {counts[key]:,} rows" for key in renamed)]
 
 

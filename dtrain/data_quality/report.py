@@ -178,8 +178,8 @@ def _verdict(result: ScanResult, findings: list[dict[str, Any]]) -> list[dict[st
 def _dataset_verdict(result: ScanResult) -> list[dict[str, Any]]:
     """What the rows show as a whole: template problems, too few rows, monotonous questions."""
     advice = "the `template` must write the tokenizer's end-of-text token after each answer"
-    ends = {key: n for key, n in result.template_counts.items() if key == NO_END}
-    rest = {key: n for key, n in result.template_counts.items() if key != NO_END}
+    ends = {key: n for key, n in result.note_counts.items() if key == NO_END}
+    rest = {key: n for key, n in result.note_counts.items() if key != NO_END}
     lines = [_verdict_line(True, note, advice) for note in notes(ends)]
     lines += [_verdict_line(False, note) for note in notes(rest)]
     preferences = preference_checks.describe(result.preferences)

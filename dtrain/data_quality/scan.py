@@ -30,7 +30,7 @@ from dtrain.data.formats import RowContent
 from dtrain.data.records import BadRecord, Record, SourceRows
 from dtrain.data.special_tokens import SpecialTokens
 from dtrain.data.text_checks import EMPTY, row_text
-from dtrain.data.tokenize import MASKED
+from dtrain.data.tokenize import MASKED, count_unread_columns
 from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import (
     EXACT,
@@ -146,6 +146,8 @@ def scan(
         UserError: a file changed during the scan.
     """
     result = ScanResult(sources, sequence_length, has_tokens=token_counter is not None)
+    if token_counter:
+        result.note_counts = token_counter.counts
     total = sum(file.path.stat().st_size for s in sources for file in s.files if file.path)
     with progress("scanning", total >> 20) as meter, ExitStack() as stack:
         submit = _batch_checker(processes, held_out, stack)
@@ -158,8 +160,8 @@ def scan(
                 reasons = token_counter.reasons.items()
                 notes = [RowNote(0.0, result.rows + row, reason) for row, reason in reasons]
                 result.add_notes(TEMPLATE, notes)
-                result.template_counts = token_counter.counts
                 _flag_special_tokens(checked, records, token_counter.special_tokens)
+            count_unread_columns((record for _, record in records), result.note_counts)
             result.add(records, checked)
     for source in sources:
         source.check_unchanged()

@@ -135,7 +135,8 @@ class ScanResult:
         rows_per_source: number of rows, by index of the source.
         preferences: sums over preference rows (see `preference_checks.describe`).
         unreadable: number of rows that cannot be read.
-        template_counts: what the chat template did to the rows (see `tokenize.notes`).
+        note_counts: what the chat template did to the rows, and columns that the format does not
+            read (see `tokenize.notes`).
     """
 
     sources: list[SourceRows]
@@ -149,7 +150,7 @@ class ScanResult:
     actions: CappedCounter = field(default_factory=CappedCounter)
     openings: CappedCounter = field(default_factory=CappedCounter)
     preferences: Counter[str] = field(default_factory=Counter)
-    template_counts: Counter[str] = field(default_factory=Counter)
+    note_counts: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
     unreadable_notes: list[str] = field(default_factory=list)
 

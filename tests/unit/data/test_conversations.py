@@ -95,7 +95,9 @@ def test_blocks_with_different_train_flags_are_refused(flags) -> None:
 
 def test_ignored_keys_and_unknown_roles_are_reported(shown) -> None:
     odd = {**GOOD, "thought": "R1", "prefix": None, "name": "bot", "quality": 0}
-    text = shown([{"messages": [{"role": "critic", "content": "Well."}, ASKED, odd]}])
+    row = {"messages": [{"role": "critic", "content": "Well."}, ASKED, odd], "topic": "x"}
+    text = shown([row])
+    assert "column `topic` is not read in 1 rows" in text
     assert "message key `thought` is not read in 1 rows" in text
     assert "message key `quality` is not read in 1 rows" in text
     assert "role `critic` is not standard: rendered as written, without loss in 1 rows" in text

@@ -89,6 +89,14 @@ def test_every_finding_has_a_title_and_advice() -> None:
     assert set(FINDING_TYPES) == {*FLAG_BITS, "broken"}
 
 
+def test_columns_that_no_format_reads_are_reported_once(scan_rows) -> None:
+    rows = [{"instruction": f"q {n}", "output": "words", "answr": "x"} for n in range(5)]
+    rows += [{"instruction": "q", "output": "more words", "answr": None, "system": "s"}]
+    texts = [line["text"] for line in build_report(scan_rows(rows))["verdict"]]
+    assert texts.count("column `answr` is not read in 5 rows") == 1
+    assert not [text for text in texts if "`system`" in text]
+
+
 def test_an_empty_source_has_a_report(scan_rows) -> None:
     report = build_report(scan_rows([]))
     assert report["rows"] == 0 and report["verdict"][0]["text"] == "no rows to train on"
