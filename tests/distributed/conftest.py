@@ -121,9 +121,11 @@ def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
         options: Sequence[str] = (),
         worker: Sequence[str] = WORKER,
         expect: int | None = 0,
+        evaluates: bool = True,
     ) -> Run:
         run_folder = tmp_path / folder
         quiet = ["evaluation.questions=null"]
+        quiet += [] if evaluates else WITHOUT_EVALUATION
         command = [*(launcher or torchrun(ranks)), *worker, "tiny", *quiet, *overrides]
         command += [f"output.folder={run_folder}", *options]
         done = execute(command, cache)

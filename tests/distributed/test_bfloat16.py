@@ -25,10 +25,10 @@ def trained(start_ranks):
 
     def train(engine: str, method: str, dtype: str) -> list[tuple[float, float]]:
         settings = [f"stages.{stage}.method={METHODS[method]}" for stage in ("domain", "task")]
-        settings += [f"stages.{stage}.train.steps=4" for stage in ("domain", "task")]
-        settings += [f"stages.{stage}.train.epochs=null" for stage in ("domain", "task")]
+        settings += ["stages.domain.train.steps=4", "stages.task.train.steps=1"]
         settings += [f"engine.kind={engine}", f"model.dtype={dtype}", "output.merge=false"]
-        run = start_ranks(*settings, folder=f"{engine}-{method}-{dtype}").wait(0)
+        run = start_ranks(*settings, folder=f"{engine}-{method}-{dtype}", evaluates=False)
+        run.wait(0)
         return losses_and_norms(run)
 
     return train

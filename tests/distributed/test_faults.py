@@ -227,7 +227,7 @@ def test_kill_during_a_save_resumes_from_the_previous_checkpoint(start_ranks, we
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_same_command_resumes_after_a_kill(dtrain_run, victim) -> None:
+def test_same_command_resumes_after_a_kill(dtrain_run, start_ranks, victim) -> None:
     live = dtrain_run(*EVERY_STEP)
     live.until_step("domain", 2)
     workers = [live.worker(0), live.worker(1)]
@@ -235,12 +235,12 @@ def test_same_command_resumes_after_a_kill(dtrain_run, victim) -> None:
     live.wait(1 if victim == "worker" else -signal.SIGKILL)
     psutil.wait_procs(workers, 10)
     assert not any(worker.is_running() for worker in workers), "orphans"
-    again = dtrain_run(*EVERY_STEP).wait(0)
+    again = (dtrain_run if victim == "launcher" else start_ranks)(*EVERY_STEP).wait(0)
     assert "resuming from step" in again.output
     again.assert_golden("lora")
 
 
-def test_stopped_worker_is_named_and_killed(dtrain_run) -> None:
+def test_stopped_worker_is_named_and_killed(dtrain_run, start_ranks) -> None:
     settings = ["stages.domain.train.steps=60", *EVERY_STEP]
     live = dtrain_run(*settings)
     live.until_step("domain", 5)
@@ -253,5 +253,5 @@ def test_stopped_worker_is_named_and_killed(dtrain_run) -> None:
     said = "rank 1 does not advance; last seen at: "
     assert outcome["reason"].startswith(said) and 'File "' in outcome["reason"]
     assert live.output.count(said) == 1
-    again = dtrain_run(*settings).wait(0)
+    again = start_ranks(*settings).wait(0)
     assert "resuming from step" in again.output

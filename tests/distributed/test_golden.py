@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,16 +77,35 @@ def test_hybrid_sharding_on_four_ranks(start_ranks):
     run.assert_golden("lora")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_started_by_accelerate(run_tiny, engine):
     file = ROOT / "launch" / "accelerate" / f"{engine}.yaml"
     launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
-    run = run_tiny(launcher=launcher)
+    run = run_tiny(launcher=launcher, evaluates=False)
     run.assert_golden("lora")
     assert run.json("lineage.json")["artifacts"][0]["engine"] == engine
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_accelerate_hands_its_engine_to_the_ranks(engine, tmp_path):
+    file, worker = ROOT / "launch" / "accelerate" / f"{engine}.yaml", tmp_path / "worker.py"
+    worker.write_text(
+        "import os\n"
+        "from dtrain.launching.accelerate_env import resolve_engine\n"
+        "print('ENGINE', resolve_engine('auto', os.environ), os.environ['WORLD_SIZE'])\n"
+    )
+    command = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2", str(worker)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ENGINE")]
+    assert lines == [f"ENGINE {engine} 2"] * 2
+
+
 def test_started_by_deepspeed(run_tiny):
     launcher = [*LAUNCHERS["deepspeed"], "--num_accelerators", "2", "--master_port", free_port()]
-    run = run_tiny("engine.kind=zero2", launcher=launcher, worker=["--module", "dtrain.train"])
+    run = run_tiny(
+        "engine.kind=zero2",
+        launcher=launcher,
+        worker=["--module", "dtrain.train"],
+        evaluates=False,
+    )
     run.assert_golden("lora")
