@@ -72,7 +72,7 @@ def convert_row(raw: Any, row_format: str, columns: Mapping[Any, str], where: st
     return apply_row_train_flag(content, row) if isinstance(content, Conversation) else content
 
 
-def unread_columns(raw: Row, row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
+def unread_columns(raw: Any, row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
     """Names of a row's columns that hold something and that the format does not read."""
     known = ROW_FORMATS[row_format]
     read = {columns.get(column, column) for column in (*known.required, *known.optional)}
