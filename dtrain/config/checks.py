@@ -9,7 +9,7 @@ from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
 from dtrain.config.distill_checks import check_distill
 from dtrain.config.engines import ENGINES, engines_with
-from dtrain.config.method_checks import check_method
+from dtrain.config.method_checks import check_adapters, check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
@@ -36,6 +36,7 @@ def check(recipe: Recipe) -> list[Clash]:
         *_device(recipe),
         *_stage_names(recipe),
         *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
+        *check_adapters(recipe),
         *_evaluation(recipe),
     ]
 

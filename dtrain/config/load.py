@@ -16,6 +16,7 @@ from dtrain.config.checks import check
 from dtrain.config.clash import Clash
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
+from dtrain.config.several_adapters import expand_adapters
 from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
@@ -34,6 +35,7 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read_document(find_recipe(address))
     faults = apply_overrides(document, overrides)
+    faults += expand_adapters(document)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dtrain.config.clash import Clash
 from dtrain.config.methods import Lora, MethodSettings
 from dtrain.config.methods.patterns import compile_pattern
-from dtrain.config.schema import Stage
+from dtrain.config.schema import Recipe, Stage
 from dtrain.config.yaml_document import Key
 from dtrain.core.errors import UserError
 
@@ -19,6 +19,36 @@ def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
         at: the key of the stage.
     """
     yield from _patterns(stage.method, (*at, "method"))
+
+
+def check_adapters(recipe: Recipe) -> Iterator[Clash]:
+    """Errors in several adapters of one base: they end the chain, and nothing merges them."""
+    numbers = [n for n, stage in enumerate(recipe.stages) if stage.adapter_name is not None]
+    names = {stage.name for stage in recipe.stages if stage.adapter_name is None}
+    seen: dict[str, int] = {}
+    for number in numbers:
+        stage, at = recipe.stages[number], ("stages", number)
+        name = str(stage.adapter_name)
+        if name in names or name == "base" or name in seen:
+            yield Clash(
+                [(*at, "adapter_name")], f"{name} names something else too", "choose another"
+            )
+        seen[name] = number
+        if not stage.method.traits.adds_adapter:
+            keys: list[Key] = [(*at, "adapter_name"), (*at, "method", "kind")]
+            yield Clash(keys, f"{stage.method.kind} trains no adapter", "method.kind=lora or qlora")
+    after = [
+        n for n in range(len(recipe.stages)) if numbers and n > numbers[0] and n not in numbers
+    ]
+    if after:
+        keys = [("stages", numbers[0], "adapter_name"), ("stages", after[0], "name")]
+        message = "a stage starts from one model, and several adapters of one base make none"
+        yield Clash(keys, message, "put the adapters at the end")
+    if numbers and recipe.output.merge:
+        keys = [("stages", numbers[0], "adapter_name"), ("output", "merge")]
+        message = "several adapters of one base are not merged into one model"
+        fix = "output.merge=false; `dtrain merge` merges those that you choose"
+        yield Clash(keys, message, fix)
 
 
 def _patterns(method: MethodSettings, at: Key) -> Iterator[Clash]:

@@ -37,9 +37,13 @@ def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
         message = f"{stage.method.kind} does not keep the model that the stage starts from"
         fix = f"method.kind={kinds}"
         yield Clash([kind, (*at, "method", "kind")], message, fix)
+    if adapter is not None and adapter.initial_adapter is not None:
+        message = "the term compares with the base, and the stage starts from base and adapter"
+        fix = "merge that adapter first, and start a new one"
+        yield Clash([kind, (*at, "method", "from_adapter")], message, fix)
     rows: Key = (*at, "regularize", "on")
     if term.reads_replay and stage.data.replay is None:
         fix = "add data.replay with rows that the model shall not forget"
         yield Clash([rows, (*at, "data", "replay")], "there are no rows of replay", fix)
-    if term.reads_previous_stage and number == 0:
+    if term.reads_previous_stage and recipe.parent_of(stage) is None:
         yield Clash([rows], "this is the first stage", "on=replay, with rows in data.replay")

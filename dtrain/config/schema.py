@@ -259,13 +259,20 @@ class Data(Group):
         return {steps: [s.weight_after(steps) for s in self.sources] for steps in sorted(after)}
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class Stage(Group):
     """A stage of the chain; its base is the merged model of the stage before."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="name of its folder in the run folder"
-    )
+    name: Name = Field(description="name of its folder in the run folder")
     kind: ObjectiveKind = Field(description=KINDS_HELP)
+    adapter_name: Name | None = Field(
+        None,
+        description="name of one of several adapters that start from the same model, at the end of "
+        "the chain, to be served together. `adapters: {legal: {sources: [...]}, code: {sources: "
+        "[...]}}` in a stage, instead of `data.sources`, stands for one such stage per name",
+    )
     method: Method = Field(description="which parameters train")
     data: Data
     train: Train
@@ -352,5 +359,13 @@ class Recipe(Group):
         }
 
     def merges(self, stage: Stage) -> bool:
-        """Whether a stage is merged: for the next stage, or because `output.merge` asks for it."""
-        return self.output.merge or stage is not self.stages[-1]
+        """Whether a stage is merged: for a later stage, or because `output.merge` asks for it."""
+        is_parent = any(self.parent_of(other) == stage for other in self.stages)
+        return is_parent or (self.output.merge and stage == self.stages[-1])
+
+    def parent_of(self, stage: Stage) -> Stage | None:
+        """The stage whose merged model a stage starts from; None for the recipe's base."""
+        before = self.stages[: self.stages.index(stage)]
+        if stage.adapter_name is not None:
+            before = [other for other in before if other.adapter_name is None]
+        return before[-1] if before else None

@@ -67,12 +67,12 @@ def stage_base(saved: StageCheckpoint) -> Path:
     """
     run = RunDir(saved.run)
     recipe = load_recipe(str(run.recipe))
-    names = [stage.name for stage in recipe.stages]
-    if saved.stage not in names:
+    stage = next((stage for stage in recipe.stages if stage.name == saved.stage), None)
+    if stage is None:
         raise UserError(f"has no stage {saved.stage!r}", where=str(run.recipe))
-    if (index := names.index(saved.stage)) == 0:
+    if (parent := recipe.parent_of(stage)) is None:
         return base_folder(recipe.model.base)
-    base = run.stage(names[index - 1]).merged
+    base = run.stage(parent.name).merged
     if not base.is_dir():
         raise UserError("is missing, but the stage started from it", where=str(base))
     return base

@@ -145,7 +145,11 @@ class RunRecord:
         """The held-out losses before and after a stage, by set."""
         if stage not in self.models[1:]:
             return {}
-        before = self.models[self.models.index(stage) - 1]
+        adapters = {s["name"] for s in self.stages if s.get("adapter_name")}
+        earlier = self.models[: self.models.index(stage)]
+        if stage in adapters:  # it starts from the model that the others start from
+            earlier = [model for model in earlier if model not in adapters]
+        before = earlier[-1]
         return {x.name: (x.values.get(before), x.values.get(stage)) for x in self.losses}
 
     @property

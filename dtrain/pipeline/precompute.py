@@ -21,17 +21,16 @@ from dtrain.pipeline.stage_record import StageSetup
 
 def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
     """What the objective of a stage or of a held-out set may need."""
-    names = [stage.name for stage in setup.recipe.stages]
-    before = names[: names.index(setup.stage.name)][-1:]
+    before = setup.recipe.parent_of(setup.stage)
     return StageContext(
         base=setup.base,
         cache=cache_folder() / "objectives",
         start=start_inputs(setup),
-        base_when_disabled=setup.method.traits.base_when_disabled,
+        base_when_disabled=setup.stage.method.base_when_disabled,
         loader=loader,
         world=setup.world,
         load_frozen=setup.teachers.load,
-        previous=setup.inputs.stages[before[0]] if before else None,
+        previous=setup.inputs.stages[before.name] if before else None,
     )
 
 
@@ -44,10 +43,10 @@ def start_inputs(setup: StageSetup) -> dict[str, Any]:
         "dtype": str(setup.dtype),
         "base_in_nf4": setup.method.traits.quantizes_base,
     }
-    if setup.method.traits.base_when_disabled:
+    if setup.stage.method.base_when_disabled:
         return inputs
     return inputs | {
-        "method": setup.stage.method.model_dump(mode="json"),
+        "method": setup.folder.inputs["method"],
         "seed": setup.recipe.seed,
     }
 
@@ -89,7 +88,7 @@ def compute_stored(setup: StageSetup, engine: Engine, objective: Objective) -> b
         return True
     engine.model.eval()
     say(f"computing values of {count:,} sequences with the model that the stage starts from")
-    disabled = setup.method.traits.base_when_disabled
+    disabled = setup.stage.method.base_when_disabled
     with (
         engine.autocast(),
         adapters_disabled(engine.module) if disabled else nullcontext(),

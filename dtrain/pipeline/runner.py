@@ -40,10 +40,12 @@ def run_chain(
     run = Path(recipe.output.folder)
     teachers = TeacherModels(recipe, world, inputs.teachers)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers)
-    base, started = inputs.base, list[StageRecord]()
+    started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
-    done = complete_stages(folders, world, needs_merged=recipe.output.merge)
-    for stage, folder in zip(recipe.stages, folders, strict=True):
+    done = complete_stages(recipe, folders, world)
+    for stage, folder in zip(recipe.stages, folders.values(), strict=True):
+        parent = recipe.parent_of(stage)
+        base = folders[parent.name].merged if parent else inputs.base
         if folder in done:
             say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
             evaluations.check_gates(stage.name)  # they may be stricter now
@@ -56,44 +58,47 @@ def run_chain(
             if not run_stage(setup):
                 return False
         started.append(folder)
-        base = folder.merged
         if world.is_first:
             write_lineage(run, recipe, inputs, started)
-    finish(run, recipe, inputs, folders[-1], evaluations, world)
+    finish(run, recipe, inputs, folder, evaluations, world)
     return True
 
 
-def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> list[StageRecord]:
-    """The record of each stage; its identity is part of the next stage's."""
-    folders: list[StageRecord] = []
+def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> dict[str, StageRecord]:
+    """The record of each stage, by name; its parent's identity is part of its own."""
+    folders: dict[str, StageRecord] = {}
     for stage in recipe.stages:
-        parent = folders[-1].identity if folders else inputs.base_fingerprint
-        folders.append(stage_record(run, recipe, stage, inputs, parent))
+        parent = recipe.parent_of(stage)
+        identity = folders[parent.name].identity if parent else inputs.base_fingerprint
+        folders[stage.name] = stage_record(run, recipe, stage, inputs, identity)
     return folders
 
 
 def complete_stages(
-    folders: list[StageRecord], world: World, *, needs_merged: bool
+    recipe: Recipe, folders: dict[str, StageRecord], world: World
 ) -> list[StageRecord]:
     """The complete stages whose results are undamaged.
 
-    A merged model is hashed only where it is needed: as the run's result or the next stage's base.
+    A merged model is hashed only where it is needed: as the run's result, or as the base of a stage
+    that is not complete.
 
     Args:
-        needs_merged: whether the last stage's merged model is needed.
+        folders: from `stage_records`.
     """
     done: list[StageRecord] = []
-    needed = needs_merged
-    for folder in reversed(folders):
+    for stage in reversed(recipe.stages):
+        folder = folders[stage.name]
+        children = [x for x in recipe.stages if recipe.parent_of(x) == stage]
+        needed = any(folders[child.name] not in done for child in children)
+        needed |= not children and recipe.merges(stage)
         complete = folder.is_complete()
         if complete:
             damage = folder.find_corruption(with_merged=needed) if world.is_first else ""
             if damage := world.broadcast_text(damage):
-                warn(f"stage {folder.path.name}: {damage}; it is rebuilt from the last checkpoint")
+                warn(f"stage {stage.name}: {damage}; it is rebuilt from the last checkpoint")
                 complete = False
         if complete:
             done.append(folder)
-        needed = not complete
     return done
 
 
@@ -122,6 +127,8 @@ def next_step(recipe: Recipe) -> str:
         command = command.relative_to(Path.cwd())
     if recipe.name in shipped():
         return f"next           {command} recipes copy {recipe.name} my.yaml, edit it, run it"
+    if any(stage.adapter_name for stage in recipe.stages):
+        return f"next           {command} serve {recipe.output.folder} --print"
     return f"next           {command} report {recipe.output.folder}"
 
 
@@ -129,6 +136,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRec
     """Record the inputs of every artifact."""
     base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
     artifacts: list[dict[str, Any]] = []
+    methods = {stage.name: stage.method for stage in recipe.stages}
     for folder in done:
         record = folder.read() or {}
         made_from = {
@@ -136,6 +144,12 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRec
             "data": folder.inputs["data"]["content"],
             "settings": folder.inputs,
         }
+        adapter = methods[folder.path.name].adapter
+        if adapter is not None and adapter.initial_adapter:
+            made_from["adapter"] = {
+                "path": adapter.initial_adapter,
+                "content": folder.inputs["method"]["from_adapter"],
+            }
         artifacts.append(
             {
                 "name": folder.path.name,

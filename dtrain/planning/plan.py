@@ -123,18 +123,12 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
     """
     shape, source = find_shape(recipe.model.base)
     recipe = resolve(recipe, cluster)
-    last = recipe.stages[-1].name
-    stages = [
-        _plan_stage(recipe, stage, shape, cluster, is_last=stage.name == last)
-        for stage in recipe.stages
-    ]
+    stages = [_plan_stage(recipe, stage, shape, cluster) for stage in recipe.stages]
     plan = RecipePlan(recipe.name, recipe.model.base, shape, source, cluster, stages, [])
     return replace(plan, options=list_options(plan.largest.workload, cluster))
 
 
-def _plan_stage(
-    recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster, *, is_last: bool
-) -> StagePlan:
+def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster) -> StagePlan:
     workload = build_workload(recipe, stage, shape, cluster)
     model = build_engine_model(workload)
     memory, fit = model.peak_memory(), assess_fit(workload, cluster)
@@ -156,7 +150,7 @@ def _plan_stage(
         speed=speed,
         tokens=tokens,
         hours=_hours(tokens, speed, tokens_before(stage)),
-        disk=disk_bytes(recipe, stage, workload, is_last=is_last),
+        disk=disk_bytes(recipe, stage, workload),
         caveats=[] if correction else list_caveats(workload, cluster),
         correction=correction,
     )

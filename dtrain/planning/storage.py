@@ -64,11 +64,10 @@ def checkpoint_bytes(workload: Workload) -> float:
     return FLOAT32 * workload.trainable + workload.optimizer_state_bytes
 
 
-def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload, *, is_last: bool) -> float:
+def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload) -> float:
     """Disk space of a stage: checkpoints (one more while it is written), adapter, merged model."""
     adapter = FLOAT32 * workload.trainable if workload.traits.adds_adapter else 0
-    is_merged = recipe.output.merge or not is_last
-    model = workload.element_bytes * workload.shape.parameters if is_merged else 0
+    model = workload.element_bytes * workload.shape.parameters if recipe.merges(stage) else 0
     kept = recipe.output.keep_checkpoints + 1 + _permanent_checkpoints(recipe, stage)
     return kept * checkpoint_bytes(workload) + adapter + model
 

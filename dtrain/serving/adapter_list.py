@@ -105,16 +105,17 @@ def list_adapters(address: Path) -> list[AdapterInfo]:
 def _of_run(run: Run) -> Iterator[AdapterInfo]:
     for stage in run.recipe.stages:
         if (run.adapter(stage) / CONFIG).is_file():
-            yield read_adapter(run.adapter(stage), base=run.base_of(stage))
+            yield read_adapter(run.adapter(stage), run.base_of(stage), stage.adapter_name)
     for folder in run.extra_adapters():
         yield read_adapter(folder, base=run.base)
 
 
-def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
+def read_adapter(folder: Path, base: str | None = None, name: str | None = None) -> AdapterInfo:
     """An adapter from its folder; only the head of its weights is read.
 
     Args:
         base: the model it was trained on, if that is known better than the adapter says.
+        name: as the recipe calls it; otherwise its stage's or folder's.
 
     Raises:
         UserError: no adapter, or one without safetensors.
@@ -125,7 +126,7 @@ def read_adapter(folder: Path, base: str | None = None) -> AdapterInfo:
         raise UserError(f"no {WEIGHTS}", where=str(folder), fix="pickled adapters are not read")
     entries, _ = read_header(weights)
     return AdapterInfo(
-        name=folder.parent.name if folder.name == ADAPTER else folder.name,
+        name=name or (folder.parent.name if folder.name == ADAPTER else folder.name),
         folder=folder,
         base=str(base or config.get("base_model_name_or_path") or "?"),
         origin=read_adapter_origin(folder),

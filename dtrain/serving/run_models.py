@@ -90,9 +90,9 @@ class Run:
         return (self.merged(stage) / MERGE_MANIFEST).is_file()
 
     def base_of(self, stage: Stage) -> str:
-        """What a stage was trained on: the base, or the merged model of the stage before."""
-        index = self.recipe.stages.index(stage)
-        return str(self.merged(self.recipe.stages[index - 1])) if index else self.base
+        """What a stage was trained on: the base, or the merged model of an earlier stage."""
+        parent = self.recipe.parent_of(stage)
+        return str(self.merged(parent)) if parent else self.base
 
     def extra_adapters(self) -> list[Path]:
         """Adapters right in the run folder, such as combined ones."""
@@ -109,12 +109,13 @@ class Run:
         models = {BASE: ServedModel(self.base, template=self.template)}
         for folder in self.extra_adapters():
             models[folder.name] = served_adapter(folder, self.base, self.template)
-        before: ServedModel | None = models[BASE]
+        below: dict[str, ServedModel | None] = {}  # what the next stage's adapter can be added to
         for stage in self.recipe.stages:
-            before = self._after(stage, before)
-            if before is not None:
-                models[stage.name] = before
-                before = before if stage.method.stacks else None
+            parent = self.recipe.parent_of(stage)
+            model = self._after(stage, below[parent.name] if parent else models[BASE])
+            below[stage.name] = model if stage.method.stacks else None
+            if model is not None:
+                models[stage.adapter_name or stage.name] = model
         return models
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
@@ -124,7 +125,7 @@ class Run:
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
             return None
-        quantized, first = stage.method.traits.quantizes_base, stage is self.recipe.stages[0]
+        quantized, first = stage.method.traits.quantizes_base, self.recipe.parent_of(stage) is None
         base, folders = self.base_of(stage), [self.adapter(stage)]
         if not (first or quantized or before is None) and stage.method.stacks:
             base, quantized = before.base, before.quantized

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 
@@ -33,6 +34,26 @@ def test_kills_in_both_stages_end_with_the_same_weights(
     assert "stage domain: already complete" in run.output and "resuming from step" in run.output
     assert run.losses() == undisturbed.losses()
     assert weights(run.folder) == weights(undisturbed.folder)
+
+
+def test_kill_in_the_second_of_several_adapters(start_ranks, weights) -> None:
+    rows = ("task", "task-heldout")
+    several = {r: {"sources": [{"path": f"dtrain:tiny-text/{r}.json"}]} for r in rows}
+    settings = [f"stages.task.adapters={json.dumps(several)}", "output.merge=false"]
+    settings += ["engine.kind=ddp", *EVERY_STEP, "stages.domain.train.steps=5"]
+    settings += ["stages.task.data={sequence_length: 128}"]
+    undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
+    run = start_ranks(*settings)
+    run.until(lambda: run.is_at("task-task-heldout", 3))
+    run.kill().wait(-signal.SIGKILL)
+    run = start_ranks(*settings).wait(0)
+    assert "stage task-task: already complete" in run.output
+    assert "resuming from step" in run.output
+    assert weights(run.folder) == weights(undisturbed.folder)
+    parents = {a["name"]: a["made_from"]["parent"] for a in run.json("lineage.json")["artifacts"]}
+    assert parents["task-task"] == parents["task-task-heldout"] != parents["domain"]
+    losses = run.json("evaluation.json")["losses"]["task"]
+    assert list(losses) == ["base", "domain", "task-task", "task-task-heldout"]
 
 
 def test_ranks_engines_and_micro_batches_change_in_one_run(start_ranks) -> None:

@@ -101,6 +101,11 @@ class MethodSettings(Group):
         return 0
 
     @property
+    def base_when_disabled(self) -> bool:
+        """Whether the model computes as at the start of the stage with its adapter switched off."""
+        return self.traits.base_when_disabled
+
+    @property
     def stacks(self) -> bool:
         """Whether an adapter and those of other stages can be on one base at once."""
         return self.traits.stacks
@@ -142,6 +147,15 @@ class AdapterSettings(MethodSettings):
     def whole_modules(self) -> list[str]:
         """Ends of the names of modules that train whole beside the adapter."""
         return []
+
+    @property
+    def initial_adapter(self) -> str | None:
+        """Folder of an adapter whose training continues; None for a new adapter."""
+        return None
+
+    @property
+    def base_when_disabled(self) -> bool:
+        return self.traits.base_when_disabled and self.initial_adapter is None
 
     @property
     def stacks(self) -> bool:
@@ -188,6 +202,15 @@ class PeftSettings(AdapterSettings):
         description="ends of the names of modules that train whole and are saved beside the "
         "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
     )
+    from_adapter: Text | None = Field(
+        None,
+        description="folder of an adapter in PEFT layout, trained on the same base: its training "
+        "continues. The other keys must be as it was trained",
+    )
+
+    @property
+    def initial_adapter(self) -> str | None:
+        return self.from_adapter
 
     @property
     def whole_modules(self) -> list[str]:

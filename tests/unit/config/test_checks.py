@@ -251,6 +251,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.kind", "full", "method.kind=lora"],
         ),
         (
+            {
+                "stages__0__method": {"kind": "lora", "from_adapter": "old"},
+                "stages__0__regularize": {"kind": "kl_to_base", "weight": 1.0, "on": "all"},
+            },
+            ["stages.0.regularize.kind", "stages.0.method.from_adapter", "base and adapter"],
+        ),
+        (
             {"launch": {"processes": 3}},
             ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),

@@ -68,6 +68,27 @@ def after(words: list[str], option: str) -> list[str]:
     return values[:stop]
 
 
+def test_several_adapters_of_one_base_share_a_server(
+    make_run: Callable[..., Path], make_adapter: Make, record_stage: Record
+) -> None:
+    rows = {name: {"sources": [{"path": f"{name}.json"}]} for name in ("legal", "code")}
+    several = [f"stages.task.adapters={json.dumps(rows)}", "stages.task.data={}"]
+    run = make_run("run", *several, "output.merge=false")
+    shutil.rmtree(run / "task")
+    for name in rows:
+        make_adapter(run / f"task-{name}" / "adapter", LAYERS, 8)
+        record_stage(run / f"task-{name}", name, "id0", "lora")
+    assert [a.name for a in list_adapters(run)] == ["domain", "legal", "code"]
+    *_, together = commands(script(open_run(run)))
+    assert together[:2] == ["serve", str(run / "domain" / "merged")]
+    modules = [f"{name}={run / f'task-{name}' / 'adapter'}" for name in rows]
+    assert after(together, "--lora-modules") == modules
+    models = served_models(str(run))
+    assert list(models) == [BASE, "domain", "legal", "code"]
+    stacked = [run / "domain" / "adapter", run / "task-code" / "adapter"]
+    assert list(models["code"].adapters) == stacked
+
+
 def test_commands_serve_the_merged_model_and_each_adapter_on_its_base(
     make_run: Callable[..., Path],
 ) -> None:
