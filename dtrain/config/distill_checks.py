@@ -41,12 +41,15 @@ def _own_base(
         yield Clash([teacher, (*at, "distill", "ce_weight")], message, fix)
     for number, stage in enumerate(recipe.stages):
         concerns = stage is settings or isinstance(settings, EvaluationSet)
-        if concerns and not stage.method.traits.base_when_disabled:
+        if concerns and not stage.method.base_when_disabled:
             method: Key = ("stages", number, "method", "kind")
             message = (
                 f"{stage.method.kind} does not keep the model that the stage {stage.name} starts "
                 "from"
             )
+            if stage.method.traits.base_when_disabled:
+                method = (*method[:-1], "from_adapter")
+                message = f"the stage {stage.name} starts from its base with an adapter"
             kinds = " or ".join(
                 kind for kind, traits in TRAITS.items() if traits.base_when_disabled
             )

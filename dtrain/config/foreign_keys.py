@@ -37,6 +37,7 @@ EQUIVALENTS = {
         "lora_target lora_target_modules lora_target_linear lora_target_regex lora_attn_modules"
     ),
     "stages[].method.modules_to_save": "lora_modules_to_save additional_target",
+    "stages[].method.from_adapter": "adapter_name_or_path lora_model_dir resume_from_adapter",
     "stages[].data.sources": (
         "dataset datasets train_dataset train_datasets dataset_name dataset_dir data_path "
         "data_files train_file train_files dataset_mixer pretraining_dataset"
@@ -142,9 +143,6 @@ ANSWERS = {
     ),
     "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
     "use stages[].method.kind: dora, or qdora for a base in NF4": "use_dora dora peft_use_dora",
-    "every stage starts with a new adapter: merge the old one into its base with `dtrain merge`": (
-        "adapter_name_or_path lora_model_dir adapters resume_from_adapter"
-    ),
     "training resumes from the newest complete checkpoint by itself": (
         "resume_from_checkpoint auto_resume_from_checkpoints resume resume_only_model "
         "ignore_data_skip"

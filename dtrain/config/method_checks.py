@@ -19,6 +19,11 @@ def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
         at: the key of the stage.
     """
     yield from _patterns(stage.method, (*at, "method"))
+    adapter = stage.method.adapter
+    if adapter and adapter.initial_adapter and not stage.method.traits.base_when_disabled:
+        keys: list[Key] = [(*at, "method", "from_adapter"), (*at, "method", "kind")]
+        message = f"{stage.method.kind} changes the base as it starts"
+        yield Clash(keys, message, "merge that adapter, and start from the merged model")
 
 
 def check_adapters(recipe: Recipe) -> Iterator[Clash]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
@@ -32,6 +33,7 @@ from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import load_base, parameter_counts
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.weight_files import weight_files
+from dtrain.pipeline.initial_adapter import open_initial_adapter
 from dtrain.pipeline.stage_record import StageSetup
 
 
@@ -47,6 +49,7 @@ def build_model_in_engine(
     base, load_weights = _open_base(setup)
     model = method.attach(base, seed=recipe.seed, device=world.device)
     _check_merge(setup, model)
+    initial = open_initial_adapter(setup, model) if checkpoint is None else None
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_parameter_patterns(stage.train.learning_rate_scales, names, "train.learning_rate_scales")
 
@@ -69,11 +72,16 @@ def build_model_in_engine(
     if recipe.model.kernels != "off":
         compile_ahead(world.device, setup.dtype, trains_base=method.traits.trains_base)
     if checkpoint is not None:
-        _load_trainable(model, checkpoint)
+        _load_trainable(model, checkpoint.names, partial(read_parameter, checkpoint))
+    elif initial is not None:
+        _load_trainable(model, initial.keys, initial.read)
     engine = build_engine(model, recipe, stage, world, materialize)
     if checkpoint is not None:
         checkpoint.restore(engine.parameter_shards())
         engine.on_state_loaded(checkpoint.state["updates"])
+    elif initial is not None:
+        initial.restore(engine.parameter_shards())
+        engine.on_state_loaded(0)
     return engine, (trainable, total)
 
 
@@ -105,14 +113,16 @@ def _check_merge(setup: StageSetup, model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into the model before an engine wraps it.
+def _load_trainable(
+    model: torch.nn.Module, names: Collection[str], read: Callable[[str], Tensor]
+) -> None:
+    """Copy the weights of a checkpoint or adapter into the model before an engine wraps it.
 
     DeepSpeed copies the weights that it finds at the start, and would compute with those.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.is_meta and name in checkpoint.names:
-            parameter.copy_(read_parameter(checkpoint, name))
+        if parameter.requires_grad and not parameter.is_meta and name in names:
+            parameter.copy_(read(name))
 
 
 def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from dtrain.checkpoints.identity import check_same_inputs
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
@@ -20,8 +21,10 @@ from dtrain.core.ownership import check_own_folder
 from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
+from dtrain.merge.adapter import AdapterFile
 from dtrain.methods.base import Method, build_method
 from dtrain.models.load import resolve_dtype
+from dtrain.models.peft_format import read_adapter_config
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.teachers import TeacherModels
@@ -138,6 +141,8 @@ def stage_record(
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint
     if stage.distill is not None and stage.distill.teacher_folder is not None:
         settings["distill"]["teacher"] = inputs.teachers[stage.distill.teacher].fingerprint
+    if settings["method"].get("from_adapter"):
+        settings["method"]["from_adapter"] = _adapter_content(settings["method"]["from_adapter"])
     stage_inputs = {
         "parent": parent,
         "tokenizer": inputs.tokenizer_fingerprint,
@@ -147,6 +152,17 @@ def stage_record(
         **settings,
     }
     return StageRecord(RunDir(run).stage(stage.name).path, stage_inputs)
+
+
+def _adapter_content(address: str) -> str:
+    """A hash of an adapter's files.
+
+    Raises:
+        UserError: it is no adapter in safetensors.
+    """
+    folder = local_path(address)
+    read_adapter_config(folder)
+    return AdapterFile(folder).fingerprint()
 
 
 @dataclass(frozen=True)

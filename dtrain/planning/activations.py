@@ -212,7 +212,10 @@ def head_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     shape, e = workload.shape, workload.element_bytes
     last_norm = (4 + e * (1 + workload.traits.trains_base)) * shape.hidden
     capped = 2 * e * shape.vocabulary if shape.soft_cap else 0
-    return workload.tokens * (profile.head_bytes * shape.vocabulary + last_norm + capped)
+    logits = workload.tokens * (profile.head_bytes * shape.vocabulary + last_norm + capped)
+    has_copy = workload.trains_matrices and not workload.traits.trains_base
+    width = e if workload.capabilities.is_deepspeed else profile.train_bytes
+    return logits + has_copy * width * shape.vocabulary * shape.hidden  # the gradient of the copy
 
 
 def _chunked_head_bytes(workload: Workload, profile: TrainerProfile) -> float:

@@ -155,6 +155,10 @@ def compare_with_peft(
     first, last = torch.cat(seen["first"]), torch.cat(seen["last"])
     result = {"start": distance(first, losses_alone(plain, batches))}
     result["learned"] = float((first - last).mean())
+    method = recipe.stages[0].method.adapter
+    if method is not None and method.initial_adapter is not None:
+        old = reference.adapted(base, Path(method.initial_adapter), "float32", quantized=quantized)
+        result["continues"] = distance(first, losses_alone(old.eval(), batches))
     if (stage / "adapter").exists():
         try:
             PeftConfig.from_pretrained(stage / "adapter")

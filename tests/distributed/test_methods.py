@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dtrain.config.engines import ENGINES
 from dtrain.config.methods import TRAITS, MethodTraits, parse_method
 from dtrain.core.cache_paths import local_path
+from dtrain.methods.base import build_method
 from dtrain.samples.make import ensure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods.txt"
@@ -30,6 +33,7 @@ SMALL = {"r": 4, "dropout": 0.1}  # of the keys that a method has
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora+whole": {"kind": "lora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     | {"rank_pattern": {r"layers\.0\..*": 2}},
+    "lora+from": {"kind": "lora", "dropout": 0.0, "modules_to_save": ["model.norm"]},
 }
 CASES = [*TRAITS, *VARIANTS]
 ALONE = "one rank"  # under ddp, with a micro-batch of two
@@ -55,7 +59,7 @@ def settings(case: str) -> dict[str, Any]:
     """The method's keys in the recipe."""
     chosen = VARIANTS.get(case, {"kind": case})
     keys = type(parse_method(chosen)).model_fields
-    return chosen | {key: value for key, value in SMALL.items() if key in keys}
+    return {key: value for key, value in SMALL.items() if key in keys} | chosen
 
 
 def traits(case: str) -> MethodTraits:
@@ -80,13 +84,28 @@ def tied_base(folder: Path) -> Path:
     return folder
 
 
+def trained_adapter(folder: Path, method: dict[str, Any]) -> Path:
+    """An adapter of the sample model that changes its output."""
+    ensure("tiny-llama")
+    base = AutoModelForCausalLM.from_pretrained(local_path("dtrain:tiny-llama"))
+    model = build_method(parse_method(method)).attach(base.requires_grad_(False), seed=1)
+    trains = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    values = {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in trains.items()}
+    build_method(parse_method(method)).save(folder, model, values)
+    return folder
+
+
 @pytest.fixture
 def found(case: str, tmp_path: Path, start: Any) -> dict[str, dict[str, Any]]:
     """What the ranks found, by engine, and on one rank."""
     recipe = tmp_path / "recipe.yaml"
     base = tied_base(tmp_path / "base") if case == "lora+whole" else "dtrain:tiny-llama"
-    merge, method = json.dumps(not traits(case).cannot_merge), json.dumps(settings(case))
-    recipe.write_text(RECIPE.format(base=base, method=method, merge=merge))
+    method = settings(case)
+    if case == "lora+from":
+        method |= {"from_adapter": str(trained_adapter(tmp_path / "old", method))}
+    merge = json.dumps(not traits(case).cannot_merge)
+    recipe.write_text(RECIPE.format(base=base, method=json.dumps(method), merge=merge))
     overrides = {engine: [f"engine.kind={engine}"] for engine in ENGINES}
     alone = {ALONE: ["engine.kind=ddp", "stages.task.train.micro_batch_size=2"]}
     found: dict[str, dict[str, Any]] = {}
@@ -148,7 +167,7 @@ def test_method_under_every_engine(case, found) -> None:
         assert facts["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE), name
         assert facts["resumes"], f"{name}: other weights or losses after a resume"
     assert not alone.get("names"), "the adapter's names are not PEFT's"
-    for way in ("peft", "merged"):
+    for way in ("continues", "peft", "merged"):
         assert alone.get(way, 0) <= TARGET_TOLERANCE, way
     assert ("merged" in alone) == (not traits(case).cannot_merge)
     lines = lines_of(case, found)

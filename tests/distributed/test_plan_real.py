@@ -27,6 +27,7 @@ SIZES = {
 }
 LORA = "{kind: lora, r: 8, dropout: 0.05}"
 DORA = "{kind: dora, r: 8, dropout: 0.0}"
+WHOLE = "{kind: lora, r: 8, dropout: 0.05, modules_to_save: [embed_tokens, lm_head, norm]}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
 # DeepSpeed's sizes, reduced as much as this model is smaller than those of the shipped files.
 SMALL = {
@@ -40,7 +41,9 @@ CASES = [
     ("ddp", LORA, False),
     ("ddp", "{kind: full}", True),
     ("fsdp2", DORA, False),
+    ("ddp", WHOLE, False),
     ("fsdp2", LORA, True),
+    ("fsdp2", WHOLE, False),
     ("fsdp2", "{kind: full}", False),
     ("fsdp2", QLORA, False),
     ("zero2", LORA, False),
@@ -51,7 +54,7 @@ CASES = [
     ("zero3", QLORA, True),
 ]
 WITH_SMALL_SIZES = CASES[-3:]
-SIMULATED = [CASES[0], CASES[2]]
+SIMULATED = [("ddp", LORA, False), ("fsdp2", LORA, True)]
 
 
 @pytest.fixture

@@ -258,6 +258,15 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.from_adapter", "base and adapter"],
         ),
         (
+            {
+                "stages__0__method": {"kind": "lora", "from_adapter": "old"},
+                "stages__0__kind": "distill",
+                "stages__0__data": {"sources": [ALPACA]},
+                "stages__0__distill": {"teacher": "base", "ce_weight": 0.5},
+            },
+            ["stages.0.distill.teacher", "stages.0.method.from_adapter", "with an adapter"],
+        ),
+        (
             {"launch": {"processes": 3}},
             ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),

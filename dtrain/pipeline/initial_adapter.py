@@ -1,0 +1,178 @@
+"""An adapter from elsewhere whose training a stage continues (`method.from_adapter`).
+
+Its values are what the stage starts from; optimizer and schedule start anew. The adapter must say
+the same of itself as the recipe does, and have been trained on the stage's base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.core.cache_paths import local_path
+from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import read_json
+from dtrain.core.log import say, warn
+from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.distributed.tensor_utils import all_finite
+from dtrain.merge.adapter import AdapterFile
+from dtrain.merge.provenance import adapter_origin, expected_bases, model_fingerprint
+from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
+from dtrain.methods.adapter import ADAPTER
+from dtrain.models.peft_format import CONFIG, file_key, read_adapter_config
+from dtrain.models.weight_files import weight_files
+from dtrain.pipeline.stage_record import StageSetup
+
+WHERE = "method.from_adapter"
+RECIPE_KEYS = {"lora_alpha": "alpha"}  # where the recipe does not use PEFT's name
+# Tied matrices are compared by value.
+NOT_COMPARED = WITHOUT_EFFECT | {"ensure_weight_tying", "init_lora_weights"}
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The values of an adapter's folder.
+
+    Attributes:
+        keys: parameter of the model → key in the file.
+    """
+
+    file: AdapterFile
+    keys: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """A whole parameter, float32."""
+        return self.file.get(self.keys[name])
+
+    @torch.no_grad()
+    def restore(self, shards: Iterable[ParameterShard]) -> None:
+        """Copy the values into an engine's parameter shards."""
+        for shard in shards:
+            if shard.start < shard.stop:
+                values = self.read(shard.name).reshape(-1)[shard.start : shard.stop]
+                shard.tensors["weight"].copy_(values)
+
+
+def open_initial_adapter(setup: StageSetup, model: nn.Module) -> InitialAdapter | None:
+    """Open the adapter that a stage continues, checked; None if the stage starts a new one.
+
+    Args:
+        model: with the stage's adapter attached.
+
+    Raises:
+        UserError: it has other settings or layers, was trained on another base, is no safetensors
+            file, or has a value that is not finite.
+    """
+    adapter = setup.stage.method.adapter
+    if adapter is None or adapter.initial_adapter is None:
+        return None
+    folder = local_path(adapter.initial_adapter)
+    _check_settings(folder, model)
+    file = AdapterFile(folder)
+    keys = _match_tensors(folder, file, model)
+    _check_base(folder, setup)
+    say(f"the training of {folder} continues: its values are the first of stage {setup.stage.name}")
+    return InitialAdapter(file, keys)
+
+
+def _check_settings(folder: Path, model: nn.Module) -> None:
+    assert isinstance(model, PeftModel)
+    ours = _plain(model.peft_config[ADAPTER].to_dict())
+    theirs = read_adapter_config(folder)
+    lines = [
+        f"{RECIPE_KEYS.get(key, key)}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here"
+        for key in sorted((ours.keys() | theirs.keys()) - NOT_COMPARED)
+        if _comparable(ours.get(key)) != _comparable(theirs.get(key))
+    ]
+    if theirs.get("init_lora_weights") not in INITIALIZATIONS:
+        lines.append(f"init_lora_weights: {theirs['init_lora_weights']!r} changes the base")
+    if lines:
+        fix = "write the adapter's settings into the recipe, or start a new adapter"
+        what = f"has other settings than the recipe's method: {'; '.join(lines)}"
+        raise UserError(what, where=f"{WHERE}: {folder / CONFIG}", fix=fix)
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings as adapter_config.json has them."""
+    return dict(json.loads(json.dumps(content, default=sorted)))
+
+
+def _comparable(value: Any) -> Any:
+    """Equal for an empty and a missing setting, and whatever the order of a list."""
+    return sorted(value) if isinstance(value, list) else value or None
+
+
+def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[str, str]:
+    """Parameter → key, for all that trains."""
+    where = f"{WHERE}: {folder}"
+    keys, first = dict[str, str](), dict[nn.Parameter, str]()
+    expected, tied = dict[str, list[int]](), list[tuple[str, str]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        key = file_key(name)
+        expected[key] = list(parameter.shape)
+        if (other := first.setdefault(parameter, key)) == key:
+            keys[name] = key
+        else:
+            tied.append((other, key))
+    for problem, odd in _differences(expected, file.shapes):
+        fix = "name the same layers: method.target_modules, method.modules_to_save"
+        raise UserError(f"{len(odd)} tensors {problem}: {', '.join(odd[:3])}", where=where, fix=fix)
+    for first_key, key in tied:
+        if not torch.equal(file.get(first_key), file.get(key)):
+            message = f"trained {first_key} and {key} apart, which are one matrix in the base"
+            raise UserError(message, where=where, fix="merge it, and start from the merged model")
+    for key in expected:
+        if not all_finite(file.get(key)):
+            raise UserError(f"{key} is not finite", where=where, status=Exit.NON_FINITE)
+    return keys
+
+
+def _differences(
+    expected: dict[str, list[int]], found: dict[str, list[int]]
+) -> Iterator[tuple[str, list[str]]]:
+    both = expected.keys() & found.keys()
+    problems = {
+        "that the stage trains are not in it": sorted(expected.keys() - both),
+        "of it are not trained by the stage": sorted(found.keys() - both),
+        "have another shape": sorted(key for key in both if expected[key] != found[key]),
+    }
+    yield from ((problem, odd) for problem, odd in problems.items() if odd)
+
+
+def _check_base(folder: Path, setup: StageSetup) -> None:
+    """Check that the adapter belongs to the stage's base, as far as anything says so."""
+    where, fix = f"{WHERE}: {folder}", "continue it on the base that it was trained on"
+    origin = adapter_origin(folder)
+    fingerprint = _base_fingerprint(setup)
+    if origin is not None:
+        expected = expected_bases(setup.base, [origin])
+        if expected and fingerprint not in expected:
+            raise UserError("was trained on another base", where=where, fix=fix)
+        if origin.base_in_nf4 != setup.method.traits.quantizes_base:
+            form = "in NF4" if origin.base_in_nf4 else "in 16 or 32 bits"
+            fix = f"method.kind={'qlora' if origin.base_in_nf4 else 'lora'}"
+            raise UserError(f"was trained over its base {form}", where=where, fix=fix)
+        return
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    base = Path(str(named)).expanduser() if named else None
+    if base is not None and base.is_dir() and weight_files(base):
+        if model_fingerprint(base) != fingerprint:
+            raise UserError(f"was trained on another base, {base}", where=where, fix=fix)
+    elif named != setup.recipe.model.base or setup.base != setup.inputs.base:
+        warn(f"{folder} names {named!r} as its base: whether that is this one cannot be checked")
+
+
+def _base_fingerprint(setup: StageSetup) -> str:
+    if setup.base == setup.inputs.base:
+        return setup.inputs.base_fingerprint
+    return str(read_json(setup.base / MERGE_MANIFEST)["result"])
