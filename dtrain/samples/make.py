@@ -21,7 +21,7 @@ SAMPLES: dict[str, tuple[str, int]] = {
     "smollm2-135m": ("smollm2", 1),
     "tiny-llama": ("tiny_llama", 1),
     "tiny-text": ("tiny_text", 1),
-    "python-docs": ("python_docs", 3),
+    "python-docs": ("python_docs", 4),
 }
 STAMP = "sample.json"
 

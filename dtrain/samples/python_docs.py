@@ -31,7 +31,9 @@ GENERAL = Path(__file__).with_name("general.jsonl")
 SMALL_CHARACTERS = 10_000
 SMALL_DOCUMENT_CHARACTERS = 1_500
 SMALL_ROWS = 36
-SMALL_PAIRS = 24
+SMALL_PAIRS = 48
+FAR_ROWS = 50  # other modules' questions, for one that its module asks alone
+MOST_ALIKE = 0.75  # share of common words of a right and a wrong answer
 QUESTION_KINDS = ("does", "which", "call", "base", "raises")
 
 
@@ -116,19 +118,40 @@ def write_pairs(folder: Path, rows: list[Question]) -> dict[str, int]:
 
 
 def pairs(rows: list[Question]) -> list[dict[str, str]]:
-    """Preference rows: the rejected answer is that of another question of the same kind."""
-    result = []
-    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in QUESTION_KINDS}
-    index = dict.fromkeys(QUESTION_KINDS, 0)
+    """Preference rows: the rejected answer is one to a similar question, so it is plausible."""
+    by_module: dict[tuple[str, str], list[Question]] = {}
+    by_kind: dict[str, list[Question]] = {}
     for row in rows:
-        same, start = by_kind[row.kind], index[row.kind] + 1
-        index[row.kind] = start
-        others = (same[n % len(same)] for n in range(start, start + len(same)))
-        wrong = next((other for other in others if other.answer != row.answer), None)
+        by_module.setdefault((row.kind, row.entry.module), []).append(row)
+        by_kind.setdefault(row.kind, []).append(row)
+    result = []
+    for row in rows:
+        near = by_module[row.kind, row.entry.module]
+        wrong = wrong_answer(row, near) or wrong_answer(row, by_kind[row.kind][:FAR_ROWS])
         if wrong:
-            prompt = {"prompt": row.question, "chosen": row.answer}
-            result.append(prompt | {"rejected": wrong.answer})
+            result.append({"prompt": row.question, "chosen": row.answer, "rejected": wrong})
     return result
+
+
+def wrong_answer(row: Question, others: Iterable[Question]) -> str:
+    """The most similar answer that is not right; "" if there is none.
+
+    A call keeps its name and gets other arguments. An answer that is almost the same may be right.
+    """
+    right, best, likest = _words(row.answer), "", -1.0
+    for other in others:
+        answer = other.answer
+        if row.kind == "call":
+            answer = f"`{row.entry.full_name}{other.entry.arguments}`"
+        words = _words(answer)
+        likeness = len(right & words) / max(1, len(right | words))
+        if answer != row.answer and likest < likeness <= MOST_ALIKE:
+            best, likest = answer, likeness
+    return best
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def shuffled_rows(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:

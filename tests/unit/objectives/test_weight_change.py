@@ -139,7 +139,7 @@ def dense_fisher(model: nn.Module, loader: Loader) -> dict[str, torch.Tensor]:
 
 
 def context_of(loader: Loader, world: Any, cache: Path) -> StageContext:
-    return StageContext(Path(), cache, {}, True, loader, world)
+    return StageContext(Path(), cache, {}, True, loader, world, lambda _: nn.Identity())
 
 
 def test_fisher_factors_are_those_of_the_base(model, loader, world, tmp_path) -> None:
