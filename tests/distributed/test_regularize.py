@@ -17,32 +17,45 @@ import pytest
 
 TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
 TERMS = {
-    "change": "{kind: l2_init, weight: 0.05}",
-    "divergence": "{kind: kl_to_base, weight: 3.0}",
-    "fisher": "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}",
+    "change": ("sft", "{kind: l2_init, weight: 0.05}"),
+    "fisher": ("sft", "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}"),
+    "divergence": ("dpo", "{kind: kl_to_base, weight: 3.0}"),
 }
+QUESTIONS = "dtrain:tiny-text/task.json", "dtrain:tiny-text/task-heldout.json"
 Start = Callable[..., Any]
 
 
-def stage(name: str, term: str, micro: int, dropout: float) -> str:
-    replay = "{path: 'dtrain:tiny-text/task-heldout.json', ratio: 0.25}"
-    source = "{path: 'dtrain:tiny-text/task.json', format: alpaca}"
+def pairs(first: int, last: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}. " * (n % 3 + 1), "rejected": "No idea."}
+        for n in range(first, last)
+    ]
+
+
+def stage(name: str, files: tuple[str, str], micro: int, dropout: float) -> str:
+    (kind, term), (rows, replay) = TERMS[name], files
     return (
-        f"{{name: {name}, kind: sft, method: {{kind: lora, r: 4, alpha: 8, dropout: {dropout}}},"
-        f" data: {{sequence_length: 128, sources: [{source}], replay: {replay}}},"
+        f"{{name: {name}, kind: {kind}, method: {{kind: lora, r: 4, alpha: 8, dropout: {dropout}}},"
+        f" data: {{sequence_length: 128, sources: [{{path: '{rows}'}}],"
+        f" replay: {{path: '{replay}', ratio: 0.25}}}},"
         f" train: {{global_batch_size: 4, micro_batch_size: {micro}, steps: 4,"
         f" learning_rate: 0.01}}, regularize: {term}}}"
     )
 
 
 @pytest.fixture
-def start_chain(start_ranks, cache: Path) -> Start:
+def start_chain(start_ranks, write_rows, cache: Path) -> Start:
     """start_chain(micro, dropout, …) → ranks of a run of all terms; nothing is in the cache."""
 
     def start(*overrides: str, micro: int = 1, dropout: float = 0.0, **more: Any) -> Any:
         shutil.rmtree(cache / "objectives", ignore_errors=True)
-        stages = ", ".join(stage(name, term, micro, dropout) for name, term in TERMS.items())
-        return start_ranks(f"stages=[{stages}]", "evaluation={}", *overrides, **more)
+        preferences = (
+            str(write_rows("pairs.jsonl", pairs(0, 24))),
+            str(write_rows("replay.jsonl", pairs(24, 32))),
+        )
+        files = {"sft": QUESTIONS, "dpo": preferences}
+        stages = [stage(name, files[kind], micro, dropout) for name, (kind, _) in TERMS.items()]
+        return start_ranks(f"stages=[{', '.join(stages)}]", "evaluation={}", *overrides, **more)
 
     return start
 
