@@ -31,6 +31,7 @@ EQUIVALENTS = {
         "finetuning_type adapter train_type tuner_type tuner sft_type use_peft use_lora"
     ),
     "stages[].method.r": "lora_rank lora_r lora_dim",
+    "stages[].method.trainable_layers": "freeze_trainable_layers num_layer_trainable",
     "stages[].method.alpha": "lora_alpha",
     "stages[].method.dropout": "lora_dropout lora_dropout_p",
     "stages[].method.target_modules": (
@@ -184,7 +185,7 @@ ANSWERS = {
         "adam_beta1 adam_beta2 adam_epsilon optim_args"
     ),
     "dtrain has no such setting": (
-        "activation_offloading freeze_trainable_layers "
+        "activation_offloading "
         "lora_bias layers_to_transform remove_unused_columns dataset_text_field strict "
         "local_rank torch_compile"
     ),

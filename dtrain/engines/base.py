@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedModel
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import unsupported_by_engine
@@ -26,6 +25,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
 from dtrain.engines.optimizers import set_learning_rate, set_update_count, state_tensors
+from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.load import resolve_dtype
 
 MaterializeFn = Callable[[nn.Module], None]
@@ -161,29 +161,6 @@ def materialize_blocks(model: nn.Module, materialize: MaterializeFn) -> Iterator
             materialize(block)
             yield block
             bar.advance()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that transformers says must not be split.
-
-    Embeddings are left out, though some model types name theirs: the matrix may be tied to the
-    output matrix, and an engine that shards by block cannot put it into two blocks.
-    """
-    names = {
-        name for m in model.modules() for name in (getattr(m, "_no_split_modules", None) or ())
-    }
-    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    embeddings = base.get_input_embeddings() if base else None
-    blocks = [m for m in model.modules() if type(m).__name__ in names]
-    blocks = [m for m in blocks if all(child is not embeddings for child in m.modules())]
-    inner = {child for block in blocks for child in block.modules() if child is not block}
-    return [block for block in blocks if block not in inner]
-
-
-def layer_matrices(model: nn.Module) -> list[str]:
-    """Names of the matrices inside decoder layers."""
-    inside = {p for block in decoder_layers(model) for p in block.parameters() if p.dim() == 2}
-    return [name for name, parameter in model.named_parameters() if parameter in inside]
 
 
 def build_engine(

@@ -11,8 +11,9 @@ from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
-from dtrain.engines.base import MaterializeFn, TorchEngine, layer_matrices
+from dtrain.engines.base import MaterializeFn, TorchEngine
 from dtrain.engines.optimizers import build_optimizer
+from dtrain.models.decoder_layers import layer_matrices
 
 
 class Ddp(TorchEngine):

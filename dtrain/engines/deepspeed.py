@@ -24,7 +24,6 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import (
     Engine,
     MaterializeFn,
-    decoder_layers,
     materialize_blocks,
 )
 from dtrain.engines.optimizers import (
@@ -34,6 +33,7 @@ from dtrain.engines.optimizers import (
     state_tensors,
 )
 from dtrain.engines.shared_gather import shared_gather
+from dtrain.models.decoder_layers import decoder_layers
 
 _ORIGINAL_ALL_GATHER = partition_parameters._dist_allgather_fn
 

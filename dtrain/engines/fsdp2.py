@@ -26,11 +26,11 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import (
     MaterializeFn,
     TorchEngine,
-    decoder_layers,
     materialize_blocks,
 )
 from dtrain.engines.optimizers import build_optimizer
 from dtrain.engines.shared_gather import share_gathers
+from dtrain.models.decoder_layers import decoder_layers
 
 
 class Fsdp2(TorchEngine):

@@ -159,7 +159,8 @@ def _recomputed_inputs(workload: Workload) -> set[str]:
 
 def saved_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     """Bytes that all decoder layers save."""
-    layers, shape = workload.shape.layers, workload.shape
+    shape = workload.shape
+    layers = workload.backward_share * shape.layers  # those below save nothing
     rotary = 2 * workload.element_bytes * shape.head_size * workload.tokens
     if workload.checkpointing:
         width = stream_bytes(workload, profile) * shape.hidden
@@ -229,7 +230,7 @@ def _chunked_head_bytes(workload: Workload, profile: TrainerProfile) -> float:
     # The last layer's output, its norm, the states at targets, and their gradient.
     stream = stream_bytes(workload, profile)
     states = workload.tokens * shape.hidden * (3 * stream + e + e * (stream != e))
-    if not workload.traits.trains_base:
+    if not workload.method.trains_outer:
         return chunk + states
     # The gradient of the output matrix and a chunk's contribution to it; under DDP the gradient is
     # float32 and exists next to autocast's copy.

@@ -14,7 +14,7 @@ Sources: arXiv:1910.02054 (ZeRO), arXiv:2305.14314 (NF4).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -198,9 +198,14 @@ class EngineModel(ABC):
             kept += NF4_SCALE_BYTES * shape.linear_elements
         if workload.offload:
             return kept
-        layer = sum(x.kept * self.kept_elements(x) for x in self.layer)
-        outer = sum(x.kept * self.kept_elements(x) for x in self.outer)
-        return shape.layers * layer + outer + kept
+        layer, outer = self._kept_bytes(self.layer), self._kept_bytes(self.outer)
+        frozen = shape.layers - workload.trained_layers if workload.traits.trains_base else 0
+        frozen_layer = layer_parameters(workload, self.profile.train_bytes, frozen=True)
+        kept += frozen * self._kept_bytes(frozen_layer)
+        return (shape.layers - frozen) * layer + outer + kept
+
+    def _kept_bytes(self, parameters: Sequence[ParameterSpec]) -> float:
+        return sum(x.kept * self.kept_elements(x) for x in parameters)
 
     @cached_property
     def weight_bytes(self) -> float:
@@ -210,7 +215,8 @@ class EngineModel(ABC):
         """
         if self.workload.offload or not computes_from_float32(self.workload):
             return self.loaded_bytes
-        return self.loaded_bytes + self.workload.element_bytes * self.workload.shape.linear_elements
+        copied = self.workload.trained_share * self.workload.shape.linear_elements
+        return self.loaded_bytes + self.workload.element_bytes * copied
 
     @property
     def optimizer_ranks(self) -> int:

@@ -113,7 +113,7 @@ class Fsdp2Model(EngineModel):
     def reduction_moments(self) -> Iterator[MemoryEstimate]:
         """Base training: the gradients outside the layers are reduced last."""
         workload = self.workload
-        if workload.traits.trains_base and self._is_shared:
+        if workload.method.trains_outer and self._is_shared:
             copies = 1 if workload.on_gpu else 2  # gloo works on a copy
             sent = copies * reduced_bytes(self.outer, workload.shard)
             outer = workload.element_bytes * workload.shape.outer_parameters
@@ -122,12 +122,15 @@ class Fsdp2Model(EngineModel):
     def own_collectives(self) -> list[Collective]:
         """Layers are gathered forward and backward, the rest once, padded to equal rows."""
         workload, shard, layers = self.workload, self.workload.shard, self.workload.shape.layers
-        weights = 2 * layers * padded_bytes(self.layer, shard) + padded_bytes(self.outer, shard)
+        # The layer below the lowest that trains is gathered ahead, and not used.
+        again = min(layers, round(layers * workload.backward_share) + 1)
+        outer_weights = padded_bytes(self.outer, shard)
+        weights = (layers + again) * padded_bytes(self.layer, shard) + outer_weights
         inner, outer = (
             sum(x.row_share(shard) for x in parameters if x.trains)
             for parameters in (self.layer, self.outer)
         )
-        share = FLOAT32 * (layers * inner + outer)
+        share = FLOAT32 * (layers * workload.backward_share * inner + outer)
         sends = workload.accumulation if workload.method.trains_whole_modules else 1
         replicas = workload.ranks // shard
         between = 2 * share * (replicas - 1) / replicas * sends

@@ -57,14 +57,18 @@ def reduced_bytes(parameters: Sequence[ParameterSpec], ranks: int) -> float:
     return float(FLOAT32 * rows * ranks)
 
 
-def layer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
+def layer_parameters(
+    workload: Workload, train_bytes: int = FLOAT32, *, frozen: bool = False
+) -> list[ParameterSpec]:
     """The parameters of one decoder layer, in the order of its modules; adapters follow a linear.
 
     Args:
         train_bytes: bytes of an element of what trains, as torch's engines keep it.
+        frozen: of a layer whose own parameters do not train.
     """
     shape, parameters = workload.shape, list[ParameterSpec]()
-    base = _base_parameter(workload, train_bytes)
+    trains = workload.traits.trains_base and not frozen
+    base = _base_parameter(workload, train_bytes, trains=trains)
     for linear in shape.linears:
         if workload.traits.quantizes_base:
             parameters.append(_packed(linear, workload))
@@ -80,7 +84,8 @@ def layer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
 
 def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
     """The parameters outside the decoder layers: embeddings, final norm, untied output matrix."""
-    shape, base = workload.shape, _base_parameter(workload, train_bytes)
+    shape = workload.shape
+    base = _base_parameter(workload, train_bytes, trains=workload.method.trains_outer)
     embedding = replace(base, rows=shape.vocabulary, columns=shape.hidden)
     parameters = [embedding, replace(base, rows=shape.hidden, columns=1)]
     if not shape.tied:
@@ -109,9 +114,9 @@ def _trained_width(workload: Workload, train_bytes: int) -> int:
     return workload.element_bytes if workload.capabilities.is_deepspeed else train_bytes
 
 
-def _base_parameter(workload: Workload, train_bytes: int) -> ParameterSpec:
+def _base_parameter(workload: Workload, train_bytes: int, *, trains: bool) -> ParameterSpec:
     """A parameter of the base without its size; DeepSpeed keeps all in the compute dtype."""
-    e, trains = workload.element_bytes, workload.traits.trains_base
+    e = workload.element_bytes
     kept = train_bytes if trains and not workload.capabilities.is_deepspeed else e
     return ParameterSpec(0, 0, trains, kept, e)
 

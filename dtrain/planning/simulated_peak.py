@@ -121,6 +121,12 @@ def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
             where="--exact",
             fix=f"{NO_SIMULATION}, or determinism=off",
         )
+    if workload.traits.trains_base and not workload.method.trains_outer:
+        raise UserError(
+            "--exact simulates models of which all layers are alike, and here only the last train",
+            where="--exact",
+            fix=NO_SIMULATION,
+        )
     if workload.distills:
         raise UserError("--exact does not simulate a teacher", where="--exact", fix=NO_SIMULATION)
     if not workload.capabilities.simulated:

@@ -52,15 +52,18 @@ def flops_per_token(workload: Workload) -> float:
     """Floating-point operations for one token, including recomputation.
 
     Each weight of a matrix costs 2 in the forward pass, 2 for the gradient of the input, and 2 for
-    its own gradient if it trains. Attention costs 2 q for each token that a token attends to, half
-    of a sequence on average, in the forward pass, and twice that in the backward pass. The
-    adapter takes no part in the extra forward passes of a reference.
+    its own gradient if it trains. The backward pass ends at the lowest layer that trains. Attention
+    costs 2 q for each token that a token attends to, half of a sequence on average, in the forward
+    pass, and twice that in the backward pass. The adapter takes no part in the extra forward passes
+    of a reference.
     """
-    shape, recomputed = workload.shape, int(workload.checkpointing)
-    passes = 2 + workload.traits.trains_base + workload.extra_forwards
-    linear = 2 * (passes + recomputed) * shape.linear_elements
-    head = 2 * passes * shape.vocabulary * shape.hidden
-    attention_passes = 3 + recomputed + workload.extra_forwards
+    shape, reached = workload.shape, workload.backward_share
+    recomputed = reached * workload.checkpointing
+    forwards = 1 + recomputed + workload.extra_forwards
+    linear = 2 * (forwards + reached + workload.trained_share) * shape.linear_elements
+    head_passes = 2 + workload.method.trains_outer + workload.extra_forwards
+    head = 2 * head_passes * shape.vocabulary * shape.hidden
+    attention_passes = forwards + 2 * reached
     attention = 2 * shape.q * workload.sequence_length * shape.layers * attention_passes
     adapters = 2 * (3 + recomputed) * workload.adapter_products
     return float(linear + head + attention + adapters + teacher.flops_per_token(workload))

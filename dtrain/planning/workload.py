@@ -179,7 +179,7 @@ class Workload:
     def trains_matrices(self) -> bool:
         """Whether embeddings or output matrix train, whole."""
         names = {module.name for module in self.whole_modules}
-        return self.traits.trains_base or not names.isdisjoint({"model.embed_tokens", "lm_head"})
+        return self.method.trains_outer or not names.isdisjoint({"model.embed_tokens", "lm_head"})
 
     @property
     def outer_shapes(self) -> Shapes:
@@ -198,6 +198,21 @@ class Workload:
         )
 
     @property
+    def trained_layers(self) -> int:
+        """Decoder layers, the last ones, whose own parameters train."""
+        return self.method.trained_layers(self.shape.layers)
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the decoder layers whose own parameters train."""
+        return self.trained_layers / self.shape.layers
+
+    @property
+    def backward_share(self) -> float:
+        """Share of the decoder layers that the backward pass reaches: to the lowest that trains."""
+        return 1.0 if self.traits.adds_adapter else self.trained_share
+
+    @property
     def supports_optimizer(self) -> bool:
         """Whether the engine supports the optimizer."""
         needs_whole = OPTIMIZERS[self.optimizer].whole_parameters
@@ -210,7 +225,7 @@ class Workload:
         total = traits.state_bytes * self.trainable
         if traits.layer_matrix_bytes is not None:
             saved = traits.state_bytes - traits.layer_matrix_bytes
-            total -= saved * self.shape.linear_elements
+            total -= saved * self.shape.linear_elements * self.trained_share
         return total
 
     @cached_property
@@ -227,10 +242,10 @@ class Workload:
             for module in self.whole_modules
             for matrix in module.parameters
         )
-        outside = sum(prod(matrix) for matrix in self.outer_shapes)
-        return (
-            adapters + outside + whole + (self.shape.parameters if self.traits.trains_base else 0)
-        )
+        added = sum(prod(matrix) for matrix in self.outer_shapes)
+        outer = self.shape.outer_parameters if self.method.trains_outer else 0
+        base = outer + self.trained_layers * self.shape.layer_parameters
+        return adapters + added + whole + base
 
 
 def build_workload(

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Stage
 from dtrain.data.loader import MicroBatch
-from dtrain.engines.base import Engine, decoder_layers
+from dtrain.engines.base import Engine
+from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.dropout import set_dropout_key
 from dtrain.objectives.base import build_objective
 from dtrain.simulation.ledger import GRADIENTS, OPTIMIZER, MemoryLedger

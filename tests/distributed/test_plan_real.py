@@ -29,6 +29,7 @@ LORA = "{kind: lora, r: 8, dropout: 0.05}"
 DORA = "{kind: dora, r: 8, dropout: 0.0}"
 WHOLE = "{kind: lora, r: 8, dropout: 0.05, modules_to_save: [embed_tokens, lm_head, norm]}"
 QLORA = "{kind: qlora, r: 8, dropout: 0.0}"
+LAST_LAYERS = "{kind: full, trainable_layers: 2}"
 # DeepSpeed's sizes, reduced as much as this model is smaller than those of the shipped files.
 SMALL = {
     "reduce_bucket_size": 1_000_000,
@@ -40,6 +41,8 @@ SMALL = {
 CASES = [
     ("ddp", LORA, False),
     ("ddp", "{kind: full}", True),
+    ("ddp", LAST_LAYERS, False),
+    ("fsdp2", LAST_LAYERS, True),
     ("fsdp2", DORA, False),
     ("ddp", WHOLE, False),
     ("fsdp2", LORA, True),

@@ -90,6 +90,15 @@ class MethodSettings(Group):
         """Whether weight decay applies to a matrix, by its name in the model."""
         return True
 
+    def trained_layers(self, layers: int) -> int:
+        """Decoder layers, the last of so many, whose own parameters train."""
+        return layers if self.traits.trains_base else 0
+
+    @property
+    def trains_outer(self) -> bool:
+        """Whether the base's parameters outside the decoder layers train."""
+        return self.traits.trains_base
+
     @property
     def adapter(self) -> AdapterSettings | None:
         """These settings, if the method adds an adapter to linear layers."""

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from dtrain.core.errors import UserError
-from dtrain.engines.base import decoder_layers
 from dtrain.engines.fsdp2 import check_blocks
+from dtrain.models.decoder_layers import decoder_layers
 
 SIZES = {
     "hidden_size": 16,

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.schema import Stage
-from dtrain.engines.base import layer_matrices
 from dtrain.engines.optimizers import build_optimizer, set_learning_rate
+from dtrain.models.decoder_layers import layer_matrices
 
 RATE = 1e-2
 

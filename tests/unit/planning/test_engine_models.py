@@ -11,7 +11,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
-from dtrain.planning.activations import TrainerProfile, layer_bytes
+from dtrain.planning.activations import TrainerProfile, layer_bytes, saved_bytes
 from dtrain.planning.engine_base import MemoryEstimate
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
@@ -275,6 +275,21 @@ def test_a_recipe_becomes_a_workload() -> None:
     bad = load_recipe("70b-qlora", ["engine.shard=3"])
     with pytest.raises(UserError, match="do not divide into groups of 3"):
         build_workload(bad, bad.stages[0], shape, cluster)
+
+
+def test_frozen_layers_cost_neither_state_nor_gradients_nor_backward() -> None:
+    whole = workload("meta-llama/Llama-2-7b-hf", "full", "fsdp2", checkpointing=False)
+    last = replace(whole, method=parse_method({"kind": "full", "trainable_layers": 8}))
+    layer = whole.shape.layer_parameters
+    assert (last.trainable, whole.trainable) == (8 * layer, whole.shape.parameters)
+    assert saved_bytes(last) == pytest.approx(saved_bytes(whole) / 4, rel=0.01)
+    # Forward everywhere; gradients of the input, and of weights, in a quarter of the layers.
+    assert 1.5 / 3 < flops_per_token(last) / flops_per_token(whole) < 1.6 / 3
+    kept, of_whole = peak_memory(last), peak_memory(whole)
+    assert kept.optimizer == 8.0 * 8 * layer / 8
+    frozen = whole.shape.parameters - 8 * layer  # in 16 bits
+    assert kept.weights == pytest.approx((4 * 8 * layer + 2 * frozen) / 8, rel=1e-3)
+    assert kept.peak < of_whole.peak / 2
 
 
 def test_a_reference_costs_a_forward_pass_of_the_base() -> None:

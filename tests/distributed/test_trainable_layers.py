@@ -1,0 +1,55 @@
+"""Training of the last layers only: what trains, is saved and is merged, under every engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dtrain.config.engines import ENGINES
+
+RECIPE = """
+name: layers
+device: cpu
+model: {base: "dtrain:tiny-llama", dtype: DTYPE}
+stages:
+  - name: task
+    kind: cpt
+    method: {kind: full, trainable_layers: 1}
+    data:
+      sequence_length: 64
+      sources: [{path: "dtrain:tiny-text/domain.jsonl", format: text}]
+    train: {global_batch_size: 4, steps: 4, checkpoint_every_steps: 2, learning_rate: 1.0e-3}
+output: {folder: runs/layers, merge: true}
+"""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_last_layer_under_every_engine(dtype: str, tmp_path: Path, zygote: Any) -> None:
+    recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    recipe.write_text(RECIPE.replace("DTYPE", dtype))
+    runs = {
+        engine: [f"engine.kind={engine}", f"output.folder={tmp_path / engine}"]
+        for engine in ENGINES
+    }
+    request = {"recipe": str(recipe), "runs": runs, "found": str(tmp_path / "found")}
+    pids = zygote.start(2, "methods_worker", [json.dumps(request)], log)
+    statuses = [zygote.ask(wait=pid) for pid in pids]
+    assert not any(statuses), log.read_text()[-6000:]
+    found = json.loads((tmp_path / "found.0").read_text())
+    assert list(found) == list(ENGINES)
+    losses = found["ddp"]["losses"]
+    assert losses[-1] < losses[0] - 0.02, "nothing was learned"
+    lineage = json.loads((tmp_path / "ddp" / "lineage.json").read_text())
+    base = load_file(Path(lineage["base"]["path"]) / "model.safetensors")
+    for engine, facts in found.items():
+        assert facts["resumes"], engine
+        assert facts["losses"] == pytest.approx(losses, rel=TOLERANCE[dtype]), engine
+        merged = load_file(tmp_path / engine / "task/merged/model.safetensors")
+        changed = {name for name in base if not torch.equal(base[name], merged[name])}
+        assert changed and all(name.startswith("model.layers.1.") for name in changed), engine
