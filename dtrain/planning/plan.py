@@ -175,7 +175,7 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
     if workload.offload:
         caveats.append("no published figures confirm the memory of offloading")
     if workload.distills:
-        caveats.append("no published figures confirm the memory of distillation")
+        caveats.append("no published figures confirm the memory of a divergence from another model")
     if added := workload.method.added_tokens:
         caveats.append(f"each packed document has {added} virtual tokens; those of one are counted")
     if workload.shape.soft_cap:

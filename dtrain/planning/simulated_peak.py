@@ -128,7 +128,11 @@ def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
             fix=NO_SIMULATION,
         )
     if workload.distills:
-        raise UserError("--exact does not simulate a teacher", where="--exact", fix=NO_SIMULATION)
+        raise UserError(
+            "--exact does not simulate the divergence from another model",
+            where="--exact",
+            fix=NO_SIMULATION,
+        )
     if not workload.capabilities.simulated:
         raise UserError(
             f"{workload.engine} is not simulated: DeepSpeed reads the values of tensors, which "

@@ -76,7 +76,7 @@ class Workload:
             few rows of logits.
         extra_forwards: forward passes of each token without a backward pass, such as those of a
             reference model.
-        distills: the loss compares the probabilities of all tokens with a teacher's.
+        distills: the loss compares the probabilities of all tokens with another model's.
         teacher: shape of the teacher, if that is another model.
         uses_autocast: computes under autocast where the trained parameters are wider than the
             compute dtype, as dtrain always does.
@@ -284,7 +284,7 @@ def build_workload(
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
         extra_forwards=extra_forwards(stage),
-        distills=stage.distill is not None,
+        distills=stage.distill is not None or _holds_to_base(stage),
         teacher=_teacher(stage),
         kernels=_kernels(recipe, stage, shape),
         **{
@@ -309,6 +309,10 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
         known -= {ADAPTED_LAYERS}
     has_copy = any("lm_head".endswith(end) for end in (adapter.whole_modules if adapter else ()))
     return known - {LOSS} if has_copy else known
+
+
+def _holds_to_base(stage: Stage) -> bool:
+    return stage.regularize is not None and stage.regularize.traits.needs_base
 
 
 def extra_forwards(stage: Stage) -> float:
