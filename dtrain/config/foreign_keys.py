@@ -37,6 +37,7 @@ EQUIVALENTS = {
     "stages[].method.target_modules": (
         "lora_target lora_target_modules lora_target_linear lora_target_regex lora_attn_modules"
     ),
+    "stages[].method.virtual_tokens": "num_virtual_tokens prompt_length prefix_length pre_seq_len",
     "stages[].method.modules_to_save": "lora_modules_to_save additional_target",
     "stages[].method.from_adapter": "adapter_name_or_path lora_model_dir resume_from_adapter",
     "stages[].data.sources": (

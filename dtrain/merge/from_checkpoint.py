@@ -129,9 +129,13 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
     """Return the adapter that a checkpoint holds.
 
     Raises:
-        UserError: its method does not train an adapter.
+        UserError: its method trains no adapter, or one that cannot be merged.
     """
     settings = parse_method(saved.origin.method)
+    if reason := settings.traits.cannot_merge:
+        message = f"{settings.kind} cannot be merged: {reason}"
+        where = str(saved.checkpoint.folder)
+        raise UserError(message, where=where, fix="serve the adapter unmerged")
     if settings.adapter is None:
         message = f"method {settings.kind} trains no adapter"
         raise UserError(message, where=str(saved.checkpoint.folder))

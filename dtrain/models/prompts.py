@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.distributed.tensor_utils import send
-from dtrain.models.attention import Documents, Prefix, use_document_lengths
-from dtrain.models.positions import document_lengths
+from dtrain.models.attention import (
+    Documents,
+    Prefix,
+    known_document_lengths,
+    use_document_lengths,
+)
 
 
 class PromptEmbedding(nn.Module):
@@ -87,7 +91,9 @@ class PromptedModel(nn.Module, BaseTunerLayer):
             kept = {"logits_to_keep": logits_to_keep} if self._takes_positions else {}
             return self.base_model(input_ids=input_ids, position_ids=position_ids, **kept, **more)
         tokens, device = input_ids.shape[1], input_ids.device
-        lengths = [tokens] if position_ids is None else document_lengths(position_ids)
+        known = known_document_lengths(input_ids)
+        assert known or position_ids is None, "call use_document_lengths first"
+        lengths = known or (tokens,)
         prompt = self.prompt_encoder()
         longer = [length + len(prompt) for length in lengths]
         real = _real_tokens(lengths, len(prompt), device)

@@ -34,7 +34,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     recipe = Recipe.model_validate(request["recipe"])
     stage = next(stage for stage in recipe.stages if stage.name == request["stage"])
-    patch_value_readers(stage.data.sequence_length)
+    patch_value_readers(stage.data.sequence_length + stage.method.added_tokens)
     try:
         for content in request["configs"]:
             config = _build_config(content, recipe)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dtrain.config.methods import Bottleneck
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
+from dtrain.merge.from_checkpoint import checkpoint_adapter
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.objectives.base import adapters_disabled
@@ -101,3 +104,11 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> No
     choice = ServedModel(str(tmp_path / "base"), adapters=(tmp_path / "adapter",))
     with pytest.raises(UserError, match="does not fit this base"):
         TextGenerator(choice, Model(base="of the choice"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "prefix"])
+def test_a_checkpoint_of_what_cannot_merge_is_refused(kind: str) -> None:
+    origin = SimpleNamespace(method={"kind": kind})
+    saved: Any = SimpleNamespace(origin=origin, checkpoint=SimpleNamespace(folder="step-1"))
+    with pytest.raises(UserError, match=f"{kind} cannot be merged"):
+        checkpoint_adapter(saved, base=None)  # type: ignore[arg-type]
