@@ -144,6 +144,9 @@ ANSWERS = {
         "ref_model reference_model ref_model_name_or_path ref_adapter_name sync_ref_model"
     ),
     "use stages[].method.kind: rslora": ("use_rslora rslora peft_use_rslora lora_use_rslora"),
+    "use stages[].method.kind: pissa, olora or loftq": (
+        "init_lora_weights pissa_init pissa_iter pissa_convert loftq_config peft_init_lora_weights"
+    ),
     "use stages[].method.kind: dora, or qdora for a base in NF4": "use_dora dora peft_use_dora",
     "training resumes from the newest complete checkpoint by itself": (
         "resume_from_checkpoint auto_resume_from_checkpoints resume resume_only_model "

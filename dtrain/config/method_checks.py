@@ -19,10 +19,11 @@ def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
         at: the key of the stage.
     """
     yield from _patterns(stage.method, (*at, "method"))
-    adapter = stage.method.adapter
-    if adapter and adapter.initial_adapter and not stage.method.traits.base_when_disabled:
+    adapter, traits = stage.method.adapter, stage.method.traits
+    takes_values = traits.base_when_disabled and not traits.counts_from_start
+    if adapter and adapter.initial_adapter and not takes_values:
         keys: list[Key] = [(*at, "method", "from_adapter"), (*at, "method", "kind")]
-        message = f"{stage.method.kind} changes the base as it starts"
+        message = f"{stage.method.kind} takes its first values from the base, or changes it"
         yield Clash(keys, message, "merge that adapter, and start from the merged model")
 
 

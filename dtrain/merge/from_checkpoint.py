@@ -18,7 +18,7 @@ from dtrain.config.load import load_recipe
 from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.core.run_dir import CHECKPOINT_MANIFEST, RunDir
+from dtrain.core.run_dir import ADAPTER, CHECKPOINT_MANIFEST, RunDir
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import TrainedWeights
@@ -139,6 +139,12 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
     if settings.adapter is None:
         message = f"method {settings.kind} trains no adapter"
         raise UserError(message, where=str(saved.checkpoint.folder))
+    if settings.traits.counts_from_start:
+        raise UserError(
+            f"a checkpoint of {settings.kind} lacks the first values that its adapter counts from",
+            where=str(saved.checkpoint.folder),
+            fix=f"resume the run to its end, and merge {saved.run / saved.stage / ADAPTER}",
+        )
     tensors = CheckpointAdapter(saved.checkpoint)
     # A checkpoint holds tied modules that train whole once.
     whole = {"modules_to_save": settings.adapter.whole_modules, "ensure_weight_tying": True}

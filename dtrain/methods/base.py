@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,8 +18,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings, MethodTraits
+from dtrain.distributed.world import World
 
 Settings = TypeVar("Settings", bound=MethodSettings)
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may need to compute first values from the base's weights.
+
+    Attributes:
+        base: folder of the model that the stage starts from.
+        base_identity: hash of that model.
+        dtype: that the base is loaded in.
+        cache: folder for what is computed once.
+    """
+
+    base: Path
+    base_identity: str
+    dtype: torch.dtype
+    cache: Path
+    world: World
 
 
 class Method(ABC, Generic[Settings]):
@@ -54,6 +74,17 @@ class Method(ABC, Generic[Settings]):
         Raises:
             UserError: the settings do not fit the model.
         """
+
+    def on_attached(self, model: nn.Module, context: MethodContext) -> None:
+        """Set first values that depend on the base's files; called once, on all ranks.
+
+        Args:
+            model: from `attach`; the base's weights are not loaded yet.
+
+        Raises:
+            UserError: the base has no such values.
+        """
+        return
 
     def on_weights_loaded(self, block: nn.Module) -> None:
         """Called when a block's base weights are loaded, before an engine shards them.

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
@@ -129,6 +129,12 @@ def dequantized(weight: Tensor, state: QuantState) -> Tensor:
     """The values [o, h] of a packed weight."""
     values: Tensor = dequantize_4bit(weight.view(-1, 1), state)
     return values
+
+
+def rounded_to_nf4(weight: Tensor) -> Tensor:
+    """A weight as a base in NF4 computes with it."""
+    packed, state = quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
+    return dequantized(packed, state)
 
 
 @cache

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
 from dtrain.config.methods.patterns import check_parameter_patterns
+from dtrain.core.cache_paths import cache_folder
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say, warn
@@ -27,6 +28,7 @@ from dtrain.merge.from_checkpoint import read_parameter, trained_weights
 from dtrain.merge.merge import MergeJob, check_mergeable, default_processes
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
+from dtrain.methods.base import MethodContext
 from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
@@ -49,6 +51,7 @@ def build_model_in_engine(
     base, load_weights = _open_base(setup)
     model = method.attach(base, seed=recipe.seed, device=world.device)
     _check_merge(setup, model)
+    method.on_attached(model, _method_context(setup))
     initial = open_initial_adapter(setup, model) if checkpoint is None else None
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_parameter_patterns(stage.train.learning_rate_scales, names, "train.learning_rate_scales")
@@ -83,6 +86,16 @@ def build_model_in_engine(
         initial.restore(engine.parameter_shards())
         engine.on_state_loaded(0)
     return engine, (trainable, total)
+
+
+def _method_context(setup: StageSetup) -> MethodContext:
+    return MethodContext(
+        base=setup.base,
+        base_identity=setup.folder.inputs["parent"],
+        dtype=setup.method.base_dtype(setup.dtype),
+        cache=cache_folder() / "methods",
+        world=setup.world,
+    )
 
 
 def _open_base(setup: StageSetup) -> tuple[PreTrainedModel, MaterializeFn]:

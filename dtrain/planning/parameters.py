@@ -133,3 +133,5 @@ def _adapters(linear: LinearShape, workload: Workload, train_bytes: int) -> Iter
     width = _trained_width(workload, train_bytes)
     for rows, columns in workload.adapter_shapes(linear):
         yield ParameterSpec(rows, columns, True, width, width)
+        if workload.traits.counts_from_start:
+            yield ParameterSpec(rows, columns, False, width, width)

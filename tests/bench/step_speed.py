@@ -1,13 +1,14 @@
 """What a training step costs against TRL's SFTTrainer, in alternating runs of one process each.
 
-    python tests/bench/step_speed.py DATA [--method lora|full|qlora] [--kind sft|cpt]
+    python tests/bench/step_speed.py DATA [--method lora|full|qlora|dora|qdora] [--kind sft|cpt]
         [--tokens 1024] [--dropout 0] [--checkpointing] [--pairs 5] [--steps 3]
-        [--peers packed padded]
+        [--peers packed padded plain peft]
 
 DATA is a file of instructions (sft) or of plain text (cpt). Each run trains SmolLM2-135M in float32
 on two threads; its first step warms up, unless --steps is 0: then it is what is measured. "bound"
 is the time in which this machine's matrix products alone, each at the best rate seen here, do the
-arithmetic that no implementation can leave out.
+arithmetic that no implementation can leave out. plain: dtrain without kernels. peft: dtrain with
+PEFT's own DoRA layers, so that nothing else differs.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ THREADS = os.environ.get("BENCH_THREADS", "2")
 RUNNERS = {
     "dtrain": "step_speed_dtrain.py",
     "plain": "step_speed_dtrain.py",
+    "peft": "step_speed_dtrain.py",
     "packed": "step_speed_trl.py",
     "padded": "step_speed_trl.py",
 }
+METHODS = ["lora", "full", "qlora", "dora", "qdora"]
 Found = dict[str, Any]
 
 
@@ -51,7 +54,7 @@ def main() -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--method", choices=["lora", "full", "qlora"], default="lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--kind", choices=["sft", "cpt"], default="sft")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from step_speed import Found, add, finish
 
 from dtrain.core.lazy_import import import_fast
 
 import_fast("dtrain.rank_main")
 from dtrain import train  # noqa: E402
+from dtrain.models import dora  # noqa: E402
 from dtrain.training import trainer  # noqa: E402
 
 REPEATS = 7
@@ -38,8 +41,29 @@ def main(job: Found) -> None:
         return plain(inputs, step, rate, **more)
 
     trainer.train_step = train_step
+    if job["name"] == "peft":
+        use_pefts_dora()
     status = train.main([recipe(job)])
     assert Path(job["result"]).exists(), status
+
+
+class PeftsMagnitude(DoraLinearLayer):
+    """PEFT's DoRA layer, with the interface of dtrain's."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__(fan_in_fan_out=False)
+        self.weight = torch.nn.Parameter(torch.ones(rows, device=device))
+        self.base_squares: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def measure(self, matrix: torch.Tensor, layer: str) -> None:
+        self.base_squares = torch.linalg.norm(matrix, dim=1).square()
+        self.weight.copy_(self.base_squares.sqrt())
+
+
+def use_pefts_dora() -> None:
+    """Compute DoRA layers as PEFT does; the kernel does not know them then."""
+    dora.Magnitude, dora.DoraVariant = PeftsMagnitude, DoraLinearVariant
 
 
 def least_seconds(inputs: Any, steps: range) -> float:

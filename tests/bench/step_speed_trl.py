@@ -79,6 +79,7 @@ def main(job: Found) -> None:
         r=16,
         lora_alpha=32,
         lora_dropout=job["dropout"],
+        use_dora="dora" in job["method"],
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -104,7 +105,9 @@ def model(base: Path, method: str) -> Any:
         bnb_4bit_compute_dtype=torch.float32,
     )
     return AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, quantization_config=packed if method == "qlora" else None
+        base,
+        dtype=torch.float32,
+        quantization_config=packed if method in ("qlora", "qdora") else None,
     )
 
 

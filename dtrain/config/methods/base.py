@@ -35,6 +35,8 @@ class MethodTraits:
         base_when_disabled: with its adapter switched off, the model computes exactly as the one
             that the stage starts from.
         cannot_merge: why the result cannot become a plain model; empty if it can.
+        counts_from_start: what is added is the difference to its first values, which come from the
+            base, are kept frozen, and are not in a checkpoint.
         quantized_kind: the kind to use instead if the base fits only in NF4.
     """
 
@@ -49,6 +51,7 @@ class MethodTraits:
     is_compared: bool = False
     base_when_disabled: bool = False
     cannot_merge: str = ""
+    counts_from_start: bool = False
     quantized_kind: str = "qlora"
 
 

@@ -52,6 +52,7 @@ class Lora(LowRankSettings):
             title="DoRA",
             implementation="dtrain.methods.dora:DoraMethod",
             adds_adapter=True,
+            has_kernel=True,
             base_when_disabled=True,
             quantized_kind="qdora",
         ),
@@ -59,14 +60,44 @@ class Lora(LowRankSettings):
             title="QDoRA",
             implementation="dtrain.methods.dora:DoraMethod",
             adds_adapter=True,
+            has_kernel=True,
             base_when_disabled=True,
             quantizes_base=True,
         ),
+        "pissa": MethodTraits(
+            title="PiSSA",
+            implementation="dtrain.methods.initialized:InitializedLora",
+            adds_adapter=True,
+            stacks=True,
+            has_kernel=True,
+            base_when_disabled=True,
+            counts_from_start=True,
+        ),
+        "olora": MethodTraits(
+            title="OLoRA",
+            implementation="dtrain.methods.initialized:InitializedLora",
+            adds_adapter=True,
+            stacks=True,
+            has_kernel=True,
+            base_when_disabled=True,
+            counts_from_start=True,
+        ),
+        "loftq": MethodTraits(
+            title="QLoRA, LoftQ's start",
+            implementation="dtrain.methods.initialized:InitializedLora",
+            adds_adapter=True,
+            stacks=True,
+            has_kernel=True,
+            quantizes_base=True,
+        ),
     }
-    kind: Literal["lora", "qlora", "rslora", "dora", "qdora"] = Field(
+    kind: Literal["lora", "qlora", "rslora", "dora", "qdora", "pissa", "olora", "loftq"] = Field(
         description="qlora: over a base in NF4 (arXiv:2305.14314); rslora: scaled by alpha / √r, "
         "so that a higher rank does not learn more slowly (arXiv:2312.03732); dora, qdora: the "
-        "lengths of the weights' rows train apart from their directions (arXiv:2402.09353)"
+        "lengths of the weights' rows train apart from their directions (arXiv:2402.09353); pissa, "
+        "olora: A and B start at the largest singular values of a weight (arXiv:2404.02948), or at "
+        "its QR decomposition (arXiv:2406.01775); loftq: qlora whose adapter starts at what NF4 "
+        "loses (arXiv:2310.08659)"
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -128,8 +159,11 @@ class Lora(LowRankSettings):
         magnitude = ((outputs, 1),) if self.has_magnitude else ()
         return (r, inputs), (outputs, r), *magnitude
 
+    def saved_elements(self, layer: str, outputs: int, inputs: int) -> int:
+        return self.rank_of(layer) * (1 + self.traits.counts_from_start)
+
     def multiplied_elements(self, layer: str, outputs: int, inputs: int) -> int:
-        return self.rank_of(layer) * (inputs + outputs)
+        return self.saved_elements(layer, outputs, inputs) * (inputs + outputs)
 
     def check_layers(self, layers: Sequence[str]) -> None:
         check_patterns(self.rank_pattern, layers, "method.rank_pattern")

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dtrain.models.difference import DifferenceVariant, first_factors
 from dtrain.models.dora import DoraVariant, Magnitude, magnitude_of, scale_outputs
 from dtrain.models.dropout import KeyedDropout
 from dtrain.models.kernels import matmul, native
@@ -76,6 +77,7 @@ class FrozenLinear:
         return weight.to(dtype)
 
 
+VARIANTS = (DifferenceVariant, DoraVariant)
 FrozenLinears = Sequence[FrozenLinear]
 Masks = Sequence[Tensor]
 
@@ -329,11 +331,11 @@ def is_supported_linear(module: nn.Module) -> bool:
 
 
 def _is_plain_lora(module: LoraLayer) -> bool:
-    """Whether there is one adapter, without bias or variant except our DoRA, and known dropout."""
+    """Whether there is one adapter, without bias or variant except ours, and known dropout."""
     (name,) = module.lora_A if len(module.lora_A) == 1 else (None,)
     return (
         name is not None
-        and all(isinstance(variant, DoraVariant) for variant in module.lora_variant.values())
+        and all(isinstance(variant, VARIANTS) for variant in module.lora_variant.values())
         and module.lora_A[name].bias is None
         and module.lora_B[name].bias is None
         and isinstance(module.lora_dropout[name], nn.Identity | KeyedDropout)
@@ -364,6 +366,8 @@ def _adapter(module: Any) -> LoraWeights:
     dropout = _dropout(module)
     keep_scale = dropout.scale if isinstance(dropout, KeyedDropout) else 1.0
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    if (first := first_factors(module, name)) is not None:  # B A - B₀ A₀ as one product
+        a, b = torch.cat([a, first.a]), torch.cat([b, -first.b], dim=1)
     return LoraWeights(a, b, module.scaling[name], keep_scale, magnitude_of(module, name))
 
 

@@ -59,7 +59,8 @@ def test_traits_match_what_trains(kind: str) -> None:
         assert sorted(shapes) == sorted(map(without_ones, expected))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The stage of loftq starts from what its first adapter makes of the base.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loftq"])
 def test_a_disabled_adapter_leaves_the_base_where_the_traits_say_so(kind: str) -> None:
     settings = parse_method({"kind": kind})
     base, ids = tiny_llama(), torch.arange(12).view(1, -1)
