@@ -173,12 +173,16 @@ def _chain(record: RunRecord, finished: bool) -> list[dict[str, Any]]:
     base = str((record.recipe.get("model") or {}).get("base", "base"))
     base_name = base.split("/")[-1].removeprefix("dtrain:")
     boxes = [_box("model", base_name, ["base model"], done=True)]
+    is_adapter = False
     for stage in record.stages:
         name = str(stage["name"])
         kind = str(stage.get("kind", ""))
         lines = [OBJECTIVES[kind].title if kind in OBJECTIVES else kind]
         lines.append(_method_text(stage.get("method") or {}))
         step = "merge" if len(boxes) > 1 else ""
+        if is_adapter and stage.get("adapter_name"):  # it starts where the one before it started
+            step = "same base"
+        is_adapter = bool(stage.get("adapter_name"))
         boxes.append(_box("stage", name, lines, done=name in record.artifacts, step=step))
     if record.stages and (record.recipe.get("output") or {}).get("merge", True):
         done = finished and record.merged is not None
