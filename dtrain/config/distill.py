@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dtrain.config.group import Group, Text
+from dtrain.config.group import Count, Group, Text
 
 OWN_BASE = "base"
 """The teacher that is the model which the stage starts from."""
@@ -36,6 +36,15 @@ class DistillSettings(Group):
     )
     ce_weight: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="weight of the rows' own cross-entropy; the divergence has the rest"
+    )
+
+    top_k: Count | None = Field(
+        None,
+        description=(
+            "with forward_kl: store the log-probabilities of the teacher's k likeliest tokens "
+            "once, before the training, and learn those, which then add up to 1; 8 k bytes for "
+            "each token of an answer. Without it the teacher computes every batch"
+        ),
     )
 
     @property

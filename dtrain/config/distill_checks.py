@@ -27,6 +27,10 @@ def check_distill(recipe: Recipe, settings: Stage | EvaluationSet, at: Key) -> I
     if group.loss != "jsd" and group.beta != default_beta:
         keys = [(*at, "distill", "beta"), (*at, "distill", "loss")]
         yield Clash(keys, f"{group.loss} has no beta", "loss=jsd, or remove beta")
+    if group.top_k is not None and group.loss != "forward_kl":
+        keys = [(*at, "distill", "top_k"), (*at, "distill", "loss")]
+        message = f"{group.loss} needs the probabilities of all tokens"
+        yield Clash(keys, message, "loss=forward_kl, or remove top_k")
     if group.teacher_folder is None:
         yield from _own_base(recipe, settings, group, at)
 
@@ -41,7 +45,8 @@ def _own_base(
         yield Clash([teacher, (*at, "distill", "ce_weight")], message, fix)
     for number, stage in enumerate(recipe.stages):
         concerns = stage is settings or isinstance(settings, EvaluationSet)
-        if concerns and not stage.method.base_when_disabled:
+        is_kept = stage.method.base_when_disabled or group.top_k is not None
+        if concerns and not is_kept:
             method: Key = ("stages", number, "method", "kind")
             message = (
                 f"{stage.method.kind} does not keep the model that the stage {stage.name} starts "
@@ -53,5 +58,5 @@ def _own_base(
             kinds = " or ".join(
                 kind for kind, traits in TRAITS.items() if traits.base_when_disabled
             )
-            fix = f"method.kind={kinds}; or distill.teacher=FOLDER of that model"
+            fix = f"method.kind={kinds}; or distill.top_k=64, which is stored before"
             yield Clash([teacher, method], message, fix)

@@ -115,6 +115,53 @@ def teacher_logits(teacher: nn.Module, micro_batch: PackedInputs) -> TeacherLogi
     return logits
 
 
+def divergence_from_top_k(
+    log_probs: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> TokenDivergence:
+    """The forward KL from a teacher of which only the likeliest tokens are known.
+
+    Their probabilities, at the temperature, are scaled to add up to 1; those of others count as 0.
+
+    Args:
+        log_probs: of these tokens, at temperature 1, float32 [K, k].
+        tokens: the k likeliest of each target, integers [K, k].
+    """
+
+    def of_tokens(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        log_p, indices = log_softmax(log_probs[chunk] / temperature, 1), tokens[chunk].long()
+        log_q, p = log_softmax(logits / temperature, 1), log_p.exp()
+        losses = (p * (log_p - log_q.gather(1, indices))).sum(1)
+        return losses, log_q.exp_().scatter_add_(1, indices, -p) / temperature
+
+    return of_tokens
+
+
+@torch.no_grad()
+def teacher_top_k(
+    teacher: nn.Module, micro_batch: PackedTargets, k: int, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of a teacher at each target, at most all of the vocabulary.
+
+    Args:
+        vocabulary: tokens of the model that trains; the teacher may pad its own more.
+
+    Returns:
+        Their log-probabilities, float32 [K, k], descending, and the tokens, int32 [K, k].
+    """
+    count, device = len(micro_batch.targets), micro_batch.targets.device
+    k = min(k, vocabulary, transformers_model(teacher).config.get_text_config().vocab_size)
+    log_probs = torch.empty(count, k, device=device)
+    tokens = torch.empty(count, k, dtype=torch.int32, device=device)
+
+    def keep(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+        found = log_softmax(logits[:, :vocabulary], 1).topk(k)
+        log_probs[chunk], tokens[chunk] = found.values, found.indices.int()
+        return logits
+
+    _sum_of_chunks(teacher, micro_batch, torch.zeros(count, device=device), keep)
+    return log_probs, tokens
+
+
 @dataclass(frozen=True)
 class DistillationLosses:
     """Losses of the K targets of a micro-batch.

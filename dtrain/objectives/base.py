@@ -14,12 +14,12 @@ Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,16 @@ class LossOutput:
     metric_sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class FrozenModels(Protocol):
+    """Models that only compute forward, by the recipe's names of their folders."""
+
+    def load(self, address: str) -> nn.Module:
+        """The model in the compute dtype; called on all ranks together."""
+
+    def fingerprint(self, address: str) -> str:
+        """What identifies its content."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What an objective may need in addition to its batches.
@@ -65,8 +75,7 @@ class StageContext:
         start: what decides the output of the model as the stage starts: base, dtype, method.
         base_when_disabled: whether `adapters_disabled` turns the model back into that model.
         loader: the batches of the stage or of the held-out set.
-        load_frozen: another model for forward passes, by the recipe's name of its folder; called
-            on all ranks together.
+        frozen: other models, which only compute forward.
         previous: the data of the stage before this one.
     """
 
@@ -76,7 +85,7 @@ class StageContext:
     base_when_disabled: bool
     loader: Loader
     world: World
-    load_frozen: Callable[[str], nn.Module]
+    frozen: FrozenModels
     previous: PackedDataset | None = None
 
 

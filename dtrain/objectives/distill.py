@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.data.loader import MicroBatch
@@ -22,20 +22,24 @@ from dtrain.models.divergence import (
     TokenDivergence,
     distillation_losses,
     divergence_from,
+    divergence_from_top_k,
     forward_kl,
     jensen_shannon,
     reverse_kl,
     teacher_logits,
+    teacher_top_k,
 )
+from dtrain.models.loss import transformers_model
 from dtrain.objectives.base import LossOutput, StageContext, adapters_disabled
 from dtrain.objectives.causal_lm import CausalLm
+from dtrain.objectives.stored_values import StoredValues
 
 
 class Distillation(CausalLm):
     """A divergence from a teacher, which is another model or the one that the stage started from.
 
     Attributes:
-        teacher: frozen; None for the model itself without its adapter.
+        teacher: frozen; None for the model itself without its adapter, and with stored values.
     """
 
     dataset = DatasetSpec("distill", AnswerEncoder, Packing.WHOLE)
@@ -48,8 +52,26 @@ class Distillation(CausalLm):
         self.distill = settings.distill
 
     def begin_stage(self, context: StageContext) -> None:
-        if self.distill.teacher_folder is not None:
-            self.teacher = context.load_frozen(self.distill.teacher_folder)
+        self.frozen, address = context.frozen, self.distill.teacher_folder
+        if self.distill.top_k is None:
+            self.teacher = None if address is None else context.frozen.load(address)
+            return
+        inputs: Mapping[str, Any] = context.start
+        if address is not None:
+            inputs = {
+                "teacher": context.frozen.fingerprint(address),
+                "dtype": context.start["dtype"],
+            }
+        folder, inputs = context.cache / "teacher", {**inputs, "top_k": self.distill.top_k}
+        self.stored = StoredValues(folder, inputs, context.loader, context.world, per="target")
+
+    def start_values(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+        address, count = self.distill.teacher_folder, self.distill.top_k
+        assert count is not None
+        teacher = model if address is None else self.frozen.load(address)
+        vocabulary = transformers_model(model).config.get_text_config().vocab_size
+        log_probs, tokens = teacher_top_k(teacher, batch, count, vocabulary)
+        return {"log_probs": log_probs, "tokens": tokens}
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
         weight, temperature = self.distill.ce_weight, self.distill.temperature
@@ -67,7 +89,12 @@ class Distillation(CausalLm):
         return LossOutput(found.total, len(batch.targets), found.losses, sums)
 
     def divergence(self, model: nn.Module, batch: MicroBatch) -> TokenDivergence:
-        """The divergence from the teacher, which computes the micro-batch here."""
+        """The divergence from the teacher, which computes the micro-batch here if need be."""
+        if self.stored is not None:
+            values = self.stored.read(batch)
+            return divergence_from_top_k(
+                values["log_probs"], values["tokens"], self.distill.temperature
+            )
         teacher = model if self.teacher is None else self.teacher
         with adapters_disabled(model) if self.teacher is None else nullcontext():
             logits = teacher_logits(teacher, batch)

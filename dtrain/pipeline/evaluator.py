@@ -56,7 +56,7 @@ class Evaluations:
         if settings is None:
             return rows
         group = settings.model_dump(mode="json")
-        return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings)}])
+        return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings.teacher)}])
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""

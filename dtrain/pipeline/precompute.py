@@ -29,7 +29,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
         base_when_disabled=setup.stage.method.base_when_disabled,
         loader=loader,
         world=setup.world,
-        load_frozen=setup.teachers.load,
+        frozen=setup.teachers,
         previous=setup.inputs.stages[before.name] if before else None,
     )
 
@@ -71,6 +71,7 @@ def build_starting_model(
     engine, parameters = build_model_in_engine(setup, None)
     if not all(compute_stored(setup, engine, objective) for objective in lacking):
         return None
+    setup.teachers.release()  # objectives that need one in every step hold it themselves
     if checkpoint is None:
         return engine, parameters
     engine.close()
@@ -87,7 +88,7 @@ def compute_stored(setup: StageSetup, engine: Engine, objective: Objective) -> b
     if not count:  # another objective has the same data
         return True
     engine.model.eval()
-    say(f"computing values of {count:,} sequences with the model that the stage starts from")
+    say(f"computing values of {count:,} sequences, once, before the training")
     disabled = setup.stage.method.base_when_disabled
     with (
         engine.autocast(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dtrain.config.distill import DistillSettings
+from dtrain.config.distill import OWN_BASE
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
@@ -130,10 +130,9 @@ class TeacherModels:
             self._loaded[folder] = _load(self._recipe, self._world, folder)
         return self._loaded[folder]
 
-    def fingerprint(self, settings: DistillSettings) -> str:
-        """What identifies the teacher: its content, or that it is the stage's own base."""
-        address = settings.teacher_folder
-        return settings.teacher if address is None else self._teachers[address].fingerprint
+    def fingerprint(self, address: str) -> str:
+        """What identifies the content of a teacher; the name itself for the stage's own base."""
+        return address if address == OWN_BASE else self._teachers[address].fingerprint
 
     def release(self) -> None:
         """Forget the models, on all ranks at the same point of the run."""

@@ -178,6 +178,8 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
         caveats.append("no published figures confirm the memory of a divergence from another model")
     if added := workload.method.added_tokens:
         caveats.append(f"each packed document has {added} virtual tokens; those of one are counted")
+    if workload.stores_teacher:
+        caveats.append("the hours leave out the teacher's forward pass before the training")
     if workload.shape.soft_cap:
         caveats.append("attention with capped scores needs memory quadratic in sequence length")
     if not has_published_speed(cluster.gpu):

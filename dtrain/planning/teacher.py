@@ -15,6 +15,11 @@ def is_sharded(workload: Workload) -> bool:
 
 
 def kept_bytes(workload: Workload) -> float:
+    """Bytes of the teacher's weights in every step."""
+    return 0.0 if workload.stores_teacher else weight_bytes(workload)
+
+
+def weight_bytes(workload: Workload) -> float:
     """Bytes of the teacher's weights, in the compute dtype; 0 without a teacher."""
     teacher = workload.teacher
     if teacher is None:
@@ -25,11 +30,12 @@ def kept_bytes(workload: Workload) -> float:
 
 
 def gathered_bytes(workload: Workload) -> float:
-    """Bytes of gathered layers: one computes, the next arrives in a buffer and is copied."""
+    """Bytes while it computes: one layer, the next, and the buffer that it arrives in."""
     teacher = workload.teacher
+    before = weight_bytes(workload) - kept_bytes(workload)
     if teacher is None or not is_sharded(workload):
-        return 0.0
-    return 3.0 * workload.element_bytes * teacher.layer_parameters
+        return before
+    return before + 3.0 * workload.element_bytes * teacher.layer_parameters
 
 
 def working_bytes(workload: Workload) -> float:
@@ -44,16 +50,16 @@ def working_bytes(workload: Workload) -> float:
 def sent_bytes(workload: Workload) -> float:
     """Bytes of all layers, gathered once in each micro-batch of an optimizer step."""
     teacher = workload.teacher
-    if teacher is None or not is_sharded(workload):
+    if teacher is None or workload.stores_teacher or not is_sharded(workload):
         return 0.0
     layers = teacher.layers * teacher.layer_parameters
     return float(workload.element_bytes * layers * workload.accumulation)
 
 
 def flops_per_token(workload: Workload) -> float:
-    """Operations of the teacher's forward pass for one token."""
+    """Operations of the teacher's forward pass for one token of a step."""
     teacher = workload.teacher
-    if teacher is None:
+    if teacher is None or workload.stores_teacher:
         return 0.0
     matrices = teacher.linear_elements + teacher.vocabulary * teacher.hidden
     return 2.0 * (matrices + teacher.q * workload.sequence_length * teacher.layers)

@@ -78,6 +78,7 @@ class Workload:
             reference model.
         distills: the loss compares the probabilities of all tokens with another model's.
         teacher: shape of the teacher, if that is another model.
+        stores_teacher: what the teacher says is stored before the training, and it is released.
         uses_autocast: computes under autocast where the trained parameters are wider than the
             compute dtype, as dtrain always does.
     """
@@ -106,6 +107,7 @@ class Workload:
     extra_forwards: float = 0
     distills: bool = False
     teacher: ModelShape | None = None
+    stores_teacher: bool = False
     uses_autocast: bool = True
 
     @property
@@ -286,6 +288,7 @@ def build_workload(
         extra_forwards=extra_forwards(stage),
         distills=stage.distill is not None or _holds_to_base(stage),
         teacher=_teacher(stage),
+        stores_teacher=stage.distill is not None and stage.distill.top_k is not None,
         kernels=_kernels(recipe, stage, shape),
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
@@ -319,7 +322,8 @@ def extra_forwards(stage: Stage) -> float:
     """Forward passes of each token without a backward pass: the objective's and the term's."""
     replay, term, distill = stage.data.replay, stage.regularize, stage.distill
     passes = float(OBJECTIVES[stage.kind].extra_forwards)
-    passes += distill is not None and distill.teacher_folder is None
+    if distill is not None and distill.teacher_folder is None and distill.top_k is None:
+        passes += 1
     return passes + (term.extra_forwards(replay.ratio if replay else 0.0) if term else 0.0)
 
 

@@ -141,6 +141,32 @@ def test_the_model_without_its_adapter_is_a_teacher(start_stage) -> None:
     assert after[1] > 0 and after[2] < before[2]
 
 
+def test_stored_likeliest_tokens(start_stage, alone) -> None:
+    """All tokens are the teacher itself; the values are computed once, and nothing else changes."""
+    everything = {"distill": f"{SETTINGS}, top_k: 512"}
+    run = start_stage(**everything, options=["engine.kind=fsdp2"]).wait(0)
+    assert_same(figures(run), alone or figures(start_stage(ranks=1, folder="a").wait(0)))
+    assert "computing values" in run.output
+    few = {"distill": f"{SETTINGS}, top_k: 8"}
+    run = start_stage(**few, folder="few", options=["stages.task.train.micro_batch_size=2"]).wait(0)
+    again = start_stage(**few, folder="again", ranks=1).wait(0)
+    assert "computing values" in run.output and "computing values" not in again.output
+    assert_same(figures(again), figures(run))
+    assert figures(run)[-1][1] < 0.8 * figures(run)[-2][1]
+
+
+def test_a_model_that_trains_whole_has_its_start_as_a_teacher(start_stage) -> None:
+    settings = {
+        "distill": "top_k: 16, ce_weight: 0.5",
+        "own": True,
+        "options": ["engine.kind=zero3"],
+    }
+    method = "method={kind: full}"
+    run = start_stage(method, "train.learning_rate=0.001", **settings).wait(0)
+    *_, before, after = figures(run)
+    assert "computing values" in run.output and after[2] < before[2]
+
+
 def test_killed_it_ends_at_the_same_weights(start_stage, weights) -> None:
     settings = {"distill": f"{SETTINGS}, loss: jsd, beta: 0.3", "dropout": 0.1, "ranks": 1}
     undisturbed = start_stage(folder="undisturbed", **settings).wait(0)

@@ -153,6 +153,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": [stage("sft", ANSWERS)], "evaluation": {"gates": {"rows": {}}}},
         ["evaluation.gates.rows: set one of"],
     ),
+    "top_k of a divergence that needs all": (
+        {"stages": [distill(teacher="t", loss="jsd", top_k=8)]},
+        ["stages.0.distill.top_k", "stages.0.distill.loss", "all tokens", "loss=forward_kl"],
+    ),
     "only cross-entropy": (
         {"stages": [distill(teacher="t", ce_weight=1.0)]},
         ["stages.0.distill.ce_weight", "less than 1"],

@@ -16,10 +16,12 @@ from dtrain.models.divergence import (
     DivergenceFn,
     distillation_losses,
     divergence_from,
+    divergence_from_top_k,
     forward_kl,
     jensen_shannon,
     reverse_kl,
     teacher_logits,
+    teacher_top_k,
 )
 from dtrain.models.kernels import fused_cross_entropy
 from dtrain.models.kernels.patch import patch_modules
@@ -127,6 +129,31 @@ def test_models_with_and_without_kernels_may_meet() -> None:
     assert_is_torchs(
         "jsd", build(STUDENT, fused=True), build(TEACHERS["wider"], fused=False), batch()
     )
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["chunked", "whole"])
+def test_the_likeliest_tokens_are_scaled_to_one(fused: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda vocabulary: 4)
+    student, teacher, rows = (
+        build(STUDENT, fused=fused),
+        build(TEACHERS["padded"], fused=fused),
+        batch(),
+    )
+    others, logits = target_logits(teacher, rows)[:, :64], target_logits(student, rows)
+    for k, temperature in ((5, 2.0), (1000, 1.0)):
+        values, tokens = teacher_top_k(teacher, rows, k, STUDENT.vocab_size)
+        kept = torch.full_like(others, -1e9).scatter(
+            1, tokens.long(), others.gather(1, tokens.long())
+        )
+        expected = by_torch("forward", kept, logits, temperature)
+        assert tokens.shape == (len(rows.targets), min(k, 64))
+        divergence = divergence_from_top_k(values, tokens, temperature)
+        found = distillation_losses(student, rows, divergence)
+        torch.testing.assert_close(found.losses, expected.detach(), rtol=1e-6, atol=1e-6)
+        matrix = student.get_output_embeddings().weight
+        (gradient,) = torch.autograd.grad(found.total, matrix)
+        (right,) = torch.autograd.grad(expected.sum(), matrix, retain_graph=True)
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:

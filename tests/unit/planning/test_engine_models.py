@@ -314,6 +314,11 @@ def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:
         kept = 2 * (layers / ranks_per_layer + teacher.outer_parameters)
         assert model.weight_bytes - without.weight_bytes == pytest.approx(kept, rel=1e-6)
         assert model.peak_memory().peak - without.peak_memory().peak >= kept
+        stored = build_engine_model(replace(job, stores_teacher=True))
+        assert flops_per_token(stored.workload) == flops_per_token(alone)
+        assert stored.weight_bytes == without.weight_bytes
+        (teaching,) = stored.teacher_moments()
+        assert teaching.peak >= without.weight_bytes + kept
         sent = model.received_bytes() - without.received_bytes()
         assert sent == pytest.approx(job.accumulation * 2 * layers * (1 - 1 / ranks_per_layer))
 
