@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -52,7 +52,11 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
 def adapted(folder: Path, adapter: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     """The model with an adapter, by PEFT."""
     base: Any = plain(folder, dtype, quantized=quantized)
-    return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=True)
+    # what computes a trainable prompt is not saved
+    trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+    return PeftModel.from_pretrained(
+        base, adapter, is_trainable=trains, autocast_adapter_dtype=True
+    )
 
 
 def key_differences(model: nn.Module, adapter: Path) -> list[str]:
