@@ -15,6 +15,7 @@ from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize_checks import check_regularize
 from dtrain.config.schema import Data, Recipe, Stage
+from dtrain.config.trackers import check_trackers
 from dtrain.config.train_checks import check_train
 from dtrain.config.yaml_document import Key
 from dtrain.core.errors import UserError, UserErrors
@@ -38,6 +39,7 @@ def check(recipe: Recipe) -> list[Clash]:
         *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
         *check_adapters(recipe),
         *_evaluation(recipe),
+        *check_trackers(recipe.monitoring.report_to),
     ]
 
 

@@ -106,6 +106,12 @@ EQUIVALENTS = {
         "eval_dataset eval_datasets test_datasets val_dataset validation_file eval_file"
     ),
     "output.folder": "output_dir output_path save_dir checkpoint_dir",
+    "monitoring.report_to": (
+        "report_to use_wandb use_tensorboard use_swanlab wandb_log_model mlflow_tracking_uri"
+    ),
+    "monitoring.project": (
+        "wandb_project mlflow_experiment_name comet_project_name swanlab_project"
+    ),
     "output.keep_checkpoints": "save_total_limit max_checkpoints keep_last_n_checkpoints",
 }
 
@@ -156,10 +162,8 @@ ANSWERS = {
         "overwrite_output_dir overwrite_cache"
     ),
     "every step is logged: to metrics.jsonl and report.html in output.folder": (
-        "logging_steps log_every_n_steps logging_dir logging_strategy log_interval report_to "
-        "plot_loss wandb_project wandb_entity wandb_name wandb_run_id wandb_log_model use_wandb "
-        "use_tensorboard mlflow_tracking_uri mlflow_experiment_name comet_project_name "
-        "use_swanlab swanlab_project include_num_input_tokens_seen"
+        "logging_steps log_every_n_steps logging_dir logging_strategy log_interval plot_loss "
+        "wandb_entity wandb_name wandb_run_id include_num_input_tokens_seen"
     ),
     "dtrain chooses the number of workers; `dtrain data prepare --processes N` sets it": (
         "preprocessing_num_workers dataset_num_proc dataset_processes dataset_num_workers "

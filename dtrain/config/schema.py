@@ -14,6 +14,7 @@ from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import Regularize
+from dtrain.config.trackers import TRACKERS, TrackerKind
 from dtrain.config.train import Train
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -313,6 +314,21 @@ class Evaluation(Group):
     )
 
 
+class Monitoring(Group):
+    """Where metrics are sent, in addition to the run folder."""
+
+    report_to: list[TrackerKind] = Field(
+        default_factory=list,
+        description=(
+            "trackers, each with the client's own environment variables: "
+            + "; ".join(f"{kind} ({client.settings})" for kind, client in TRACKERS.items())
+        ),
+    )
+    project: Text | None = Field(
+        None, description="name of the project in the trackers; default: the recipe's name"
+    )
+
+
 class Output(Group):
     """The run folder and what is kept in it."""
 
@@ -345,6 +361,7 @@ class Recipe(Group):
     launch: Launch = Launch()
     stages: list[Stage] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
+    monitoring: Monitoring = Monitoring()
     output: Output
 
     @property

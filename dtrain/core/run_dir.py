@@ -40,6 +40,7 @@ RESERVED_NAMES = frozenset(
 
 STAGE_RECORD = "stage.json"
 METRICS = "metrics.jsonl"
+TRACKER_RUNS = "trackers.json"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged"
@@ -51,7 +52,7 @@ LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
 LOCK_POLL_SECONDS = 1.0
 # `.name.random`: what `write_atomic` and `atomic_folder` write before they rename it.
 _PARTIAL = re.compile(
-    r"\.((recipe|lineage|evaluation|outcome|stage|report|metrics)\.\w+|adapter|merged)"
+    r"\.((recipe|lineage|evaluation|outcome|stage|report|metrics|trackers)\.\w+|adapter|merged)"
     r"\.[a-z0-9_]{8}"
 )
 
@@ -66,6 +67,11 @@ class StageDir:
     def record(self) -> Path:
         """What the stage was made from, and whether it is complete."""
         return self.path / STAGE_RECORD
+
+    @property
+    def tracker_runs(self) -> Path:
+        """The id of the stage's run in each tracker."""
+        return self.path / TRACKER_RUNS
 
     @property
     def metrics(self) -> Path:

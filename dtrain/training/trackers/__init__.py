@@ -1,21 +1,25 @@
 """Trackers send a stage's metrics somewhere: to a file, to a service.
 
-To add one, add a module here with a function `build_tracker(context)` that returns a `Callback`,
-or None if it should not run, for example because its service's variable is not set. No other file
-changes. A tracker overrides `Callback.log_metrics`, which also gets evaluations: those have no
-`loss`. It drops what an earlier attempt recorded after `context.resume_step`, as
-`dtrain.monitoring.metrics.Metrics` does. It writes to `context.folder.path`.
+A service has a module here, named in the table of `dtrain/config/trackers.py`, with a function
+`open_run(context)`, which starts or continues the stage's run there and returns a `TrackerRun`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from pkgutil import iter_modules
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.files import read_json, write_json
 from dtrain.core.run_dir import StageDir
+from dtrain.training.background_tracker import BackgroundTracker, TrackerRun
 from dtrain.training.callbacks import Callback
+from dtrain.training.trackers.metrics_file import MetricsFile
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,39 @@ class TrackerContext:
     folder: StageDir
     resume_step: int
 
+    @property
+    def project(self) -> str:
+        """The project's name in a service."""
+        return self.recipe.monitoring.project or self.recipe.name
+
+    @property
+    def title(self) -> str:
+        """The name of the stage's run in a service."""
+        return f"{Path(self.recipe.output.folder).name}/{self.stage.name}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved recipe, which never contains a secret."""
+        return self.recipe.model_dump(mode="json", exclude_none=True)
+
+    def run_id(self, kind: str, create: Callable[[], str] = lambda: uuid4().hex) -> str:
+        """The id of the stage's run in a service, the same for every attempt."""
+        path = self.folder.tracker_runs
+        known: dict[str, str] = read_json(path) if path.exists() else {}
+        if kind not in known:
+            known[kind] = create()
+            write_json(path, known)
+        return known[kind]
+
 
 def build_trackers(context: TrackerContext) -> list[Callback]:
     """All trackers that run; called on the first rank only."""
-    names = sorted(module.name for module in iter_modules(__path__))
-    built = [import_module(f"{__name__}.{name}").build_tracker(context) for name in names]
-    return [tracker for tracker in built if tracker is not None]
+    trackers: list[Callback] = [MetricsFile.resumed(context.folder.metrics, context.resume_step)]
+    for kind in dict.fromkeys(context.recipe.monitoring.report_to):
+        trackers.append(BackgroundTracker(kind, partial(_open_run, kind, context)))
+    return trackers
+
+
+def _open_run(kind: str, context: TrackerContext) -> TrackerRun:
+    run: TrackerRun = import_module(f"{__name__}.{kind}").open_run(context)
+    return run

@@ -84,7 +84,7 @@ ANSWERS_TO_LLAMA_FACTORY = {
     "save_total_limit": "use output.keep_checkpoints",
     "plot_loss": LOGGED,
     "overwrite_output_dir": "nothing is overwritten: choose another output.folder for another run",
-    "report_to": LOGGED,
+    "report_to": "use monitoring.report_to",
     "per_device_train_batch_size": "use stages[].train.micro_batch_size",
     "gradient_accumulation_steps": "gradient accumulation follows from global_batch_size, "
     "micro_batch_size and the number of ranks",
@@ -150,7 +150,7 @@ ANSWERS_TO_AXOLOTL = {
     "sample_packing": "use stages[].data.packing",
     "eval_sample_packing": "use stages[].data.packing",
     "train_on_inputs": "use stages[].data.train_on",
-    "wandb_project": LOGGED,
+    "wandb_project": "use monitoring.project",
     "micro_batch_size": "use stages[].train.micro_batch_size",
     "num_epochs": "use stages[].train.epochs",
     "optimizer": "use stages[].train.optimizer",

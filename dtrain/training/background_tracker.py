@@ -1,0 +1,82 @@
+"""Send metrics to a service from a thread: a client that fails or hangs costs no step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import isfinite
+from queue import Full, Queue
+from typing import Any, Protocol
+
+from dtrain.core.log import warn
+from dtrain.training.callbacks import Callback
+
+QUEUE_RECORDS = 1000
+CLOSE_SECONDS = 30.0
+
+
+class TrackerRun(Protocol):
+    """The run of a stage in a service."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record metrics of a step, whose names have parts joined by "/"."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class BackgroundTracker(Callback):
+    """Opens a run in a service, sends it metrics, and closes it, all in a daemon thread.
+
+    Args:
+        name: of the service, for messages.
+        open_run: starts or continues the run.
+    """
+
+    def __init__(self, name: str, open_run: Callable[[], TrackerRun]) -> None:
+        self._name, self._open_run = name, open_run
+        self._queue: Queue[tuple[int, dict[str, float]] | None] = Queue(QUEUE_RECORDS)
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._is_over:
+            return
+        try:
+            self._queue.put_nowait((step, flat_numbers(metrics)))
+        except Full:
+            self._give_up("does not answer")
+
+    def close(self) -> None:
+        with suppress(Full):
+            self._queue.put_nowait(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive() and not self._is_over:
+            self._give_up("does not answer")
+
+    def _work(self) -> None:
+        try:
+            run = self._open_run()
+            while (record := self._queue.get()) is not None:
+                run.log(*record)
+            run.close()
+        except (Exception, SystemExit) as error:  # of a client, which may be anything
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._give_up(reason)
+
+    def _give_up(self, reason: str) -> None:
+        self._is_over = True
+        warn(f"{self._name}: {reason}; it gets no more metrics of this stage (metrics.jsonl does)")
+
+
+def flat_numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers of nested metrics, by names such as "seconds/compute"."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            numbers |= flat_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+            numbers[f"{prefix}{name}"] = value
+    return numbers

@@ -1,0 +1,33 @@
+"""SwanLab: a run for each stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import swanlab
+
+from dtrain.training.trackers import TrackerContext
+
+
+class SwanLabRun:
+    """The stage's run."""
+
+    def __init__(self, context: TrackerContext) -> None:
+        self._run = swanlab.init(
+            project=context.project,
+            group=Path(context.recipe.output.folder).name,
+            name=context.title,
+            id=context.run_id("swanlab"),
+            resume="allow",
+            config=context.settings,
+            log_dir=str(context.folder.path / "swanlab"),
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+open_run = SwanLabRun
