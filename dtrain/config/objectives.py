@@ -8,7 +8,7 @@ is one entry here and the class that it names; a new format is one here and one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 ObjectiveKind = Literal["cpt", "sft", "distill", "dpo", "kto", "orpo", "simpo", "cpo"]
 RowFormat = Literal[
@@ -27,6 +27,21 @@ CONTENT: dict[str, ContentKind] = {
 }
 
 
+class Forwards(NamedTuple):
+    """Forward passes in a step, in addition to those that have a backward pass.
+
+    Attributes:
+        share: of the tokens of a micro-batch that they compute, over all of them.
+        runs: number of passes, each of which gathers the weights where ranks share them.
+    """
+
+    share: float
+    runs: int
+
+
+NO_FORWARDS = Forwards(0.0, 0)
+
+
 @dataclass(frozen=True)
 class ObjectiveTraits:
     """What is known of an objective without torch.
@@ -41,11 +56,10 @@ class ObjectiveTraits:
         sums_token_losses: the loss is the cross-entropy of each target, which
             `train.label_smoothing` can smooth and a source's `loss_weight` can scale.
         preference_keys: keys of the `preference` group that it reads.
-        needs_reference: the model that the stage started from computes each batch too.
         needs_teacher: the `distill` group names another model, or the one that the stage started
             from, which computes each batch too.
-        extra_forwards: forward passes of each token without a backward pass, such as the
-            reference's.
+        own_forwards, reference_forwards: without a backward pass, by the model itself and by its
+            reference; the reference's are none in a step where they are computed once.
     """
 
     title: str
@@ -55,9 +69,14 @@ class ObjectiveTraits:
     trains_on_answers: bool
     sums_token_losses: bool = False
     preference_keys: frozenset[str] = frozenset()
-    needs_reference: bool = False
     needs_teacher: bool = False
-    extra_forwards: int = 0
+    own_forwards: Forwards = NO_FORWARDS
+    reference_forwards: Forwards = NO_FORWARDS
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the model that the stage started from computes each batch too."""
+        return self.reference_forwards.runs > 0
 
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
@@ -95,8 +114,7 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
             {"loss", "beta", "label_smoothing", "length_normalized", "sft_weight"}
             | {"precompute_reference"}
         ),
-        needs_reference=True,
-        extra_forwards=1,
+        reference_forwards=Forwards(1.0, 1),
     ),
     "kto": ObjectiveTraits(
         title="Kahneman-Tversky optimization",
@@ -107,8 +125,8 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         preference_keys=frozenset(
             {"beta", "desirable_weight", "undesirable_weight", "precompute_reference"}
         ),
-        needs_reference=True,
-        extra_forwards=2,  # the reference's; both models' of half of the tokens, for the baseline
+        own_forwards=Forwards(0.5, 1),  # of unrelated answers, half of the tokens: the baseline
+        reference_forwards=Forwards(1.5, 2),  # of all answers, and of the unrelated ones
     ),
     "orpo": ObjectiveTraits(
         title="odds ratio preference optimization",

@@ -11,7 +11,7 @@ from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.gates import Gate
 from dtrain.config.group import Count, Group, Text
 from dtrain.config.methods import Method
-from dtrain.config.objectives import KINDS_HELP, ObjectiveKind, RowFormat
+from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import Regularize
 from dtrain.config.trackers import TRACKERS, TrackerKind
@@ -282,6 +282,13 @@ class Stage(Group):
     regularize: Regularize | None = Field(
         None, description="a term against forgetting, added to the loss"
     )
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether the reference computes once, before the training, instead of in each step."""
+        is_needed = OBJECTIVES[self.kind].needs_reference
+        is_gone = not self.method.base_when_disabled
+        return is_needed and (self.preference.precompute_reference or is_gone)
 
 
 class EvaluationSet(Data):

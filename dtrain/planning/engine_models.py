@@ -120,12 +120,12 @@ class Fsdp2Model(EngineModel):
             yield self.at("backward", gathered=outer + sent)
 
     def own_collectives(self) -> list[Collective]:
-        """Layers are gathered forward and backward, the rest once, padded to equal rows."""
+        """Layers are gathered in each pass, the rest once, padded to equal rows."""
         workload, shard, layers = self.workload, self.workload.shard, self.workload.shape.layers
         # The layer below the lowest that trains is gathered ahead, and not used.
         again = min(layers, round(layers * workload.backward_share) + 1)
-        outer_weights = padded_bytes(self.outer, shard)
-        weights = (layers + again) * padded_bytes(self.layer, shard) + outer_weights
+        gathered = (1 + workload.extra_runs) * layers + again
+        weights = gathered * padded_bytes(self.layer, shard) + padded_bytes(self.outer, shard)
         inner, outer = (
             sum(x.row_share(shard) for x in parameters if x.trains)
             for parameters in (self.layer, self.outer)
@@ -323,7 +323,10 @@ class Zero3Model(DeepSpeedModel):
     def own_collectives(self) -> list[Collective]:
         """The schedule's gathers in each micro-batch; persistent parameters once a step."""
         workload, schedule = self.workload, self.schedule
-        elements = schedule.received * workload.accumulation + schedule.persistent
+        # A pass without a gradient gathers every parameter once.
+        once = workload.shape.parameters - schedule.persistent
+        received = schedule.received + workload.extra_runs * once
+        elements = received * workload.accumulation + schedule.persistent
         gradients = FLOAT32 * workload.trainable * workload.accumulation
         return [
             self.ring("weights", workload.ranks, workload.element_bytes * elements),

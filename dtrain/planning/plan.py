@@ -52,6 +52,7 @@ class StagePlan:
         suggestions: changes that would make it fit, cheapest first; empty if it fits.
         speed: tokens a second of all ranks.
         tokens, hours: None where the number of tokens is not known.
+        minutes_before: of the hours, before the first step.
         disk: bytes.
         caveats: why the figures may be wrong.
         correction: from earlier runs on this machine, if there were any.
@@ -68,6 +69,7 @@ class StagePlan:
     speed: Estimate
     tokens: TokenCount | None
     hours: Estimate | None
+    minutes_before: float
     disk: float
     caveats: list[str]
     correction: Correction | None
@@ -139,6 +141,7 @@ def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluste
     if correction:
         speed = speed.times(correction.speed_ratio)
     tokens = stage_tokens(stage)
+    before = tokens_before(stage, workload, tokens)
     return StagePlan(
         name=stage.name,
         workload=workload,
@@ -149,20 +152,25 @@ def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluste
         suggestions=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
         speed=speed,
         tokens=tokens,
-        hours=_hours(tokens, speed, tokens_before(stage)),
+        hours=_hours(tokens, speed, before),
+        minutes_before=before / speed.middle / 60,
         disk=disk_bytes(recipe, stage, workload),
         caveats=[] if correction else list_caveats(workload, cluster),
         correction=correction,
     )
 
 
-def tokens_before(stage: Stage) -> int:
-    """Tokens that are computed before the first step, about as fast as in training."""
+def tokens_before(stage: Stage, workload: Workload, tokens: TokenCount | None) -> float:
+    """What is computed before the first step, as tokens that take as long in training."""
     term = stage.regularize
-    return term.sequences_before * stage.data.sequence_length if term else 0
+    before = float(term.sequences_before * stage.data.sequence_length if term else 0)
+    if stage.stores_reference and tokens:  # one forward pass of what the stage trains on
+        passes = 2 + workload.traits.trains_base + workload.checkpointing + workload.extra_forwards
+        before += tokens.tokens / max(1.0, stage.train.epochs or 1.0) / passes
+    return before
 
 
-def _hours(count: TokenCount | None, speed: Estimate, before: int) -> Estimate | None:
+def _hours(count: TokenCount | None, speed: Estimate, before: float) -> Estimate | None:
     if count is None:
         return None
     rates = (speed.high, speed.middle, speed.low)
@@ -230,6 +238,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "tokens": stage.tokens.tokens if stage.tokens else None,
         "tokens_exact": bool(stage.tokens and stage.tokens.is_exact),
         "hours": asdict(stage.hours) if stage.hours else None,
+        "minutes_before": stage.minutes_before,
         "caveats": stage.caveats,
         "correction": asdict(stage.correction) if stage.correction else None,
         "simulated": asdict(stage.simulated) if stage.simulated else None,

@@ -84,6 +84,8 @@ def _stage_items(stage: StagePlan, plan: RecipePlan) -> Iterator[tuple[str, str]
     rate = stage.speed
     yield "speed", f"{count(rate.middle)} tokens/s ({count(rate.low)} to {count(rate.high)})"
     yield "time", _time_text(stage)
+    if stage.minutes_before:
+        yield "", f"of which about {duration(60 * stage.minutes_before)} before the first step"
     for caveat in stage.caveats:
         yield "low confidence", caveat
     if stage.correction:

@@ -13,7 +13,7 @@ from dtrain.config import deepspeed_file
 from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
 from dtrain.config.methods import MethodSettings, MethodTraits
 from dtrain.config.methods.base import Shapes
-from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.objectives import OBJECTIVES, Forwards
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
@@ -75,7 +75,8 @@ class Workload:
         trains_on_all_tokens: every token is a target; otherwise only answers are, and there may be
             few rows of logits.
         extra_forwards: forward passes of each token without a backward pass, such as those of a
-            reference model.
+            reference model; less than 1 if they compute some of the tokens.
+        extra_runs: number of such passes of a micro-batch, each of which gathers the weights.
         distills: the loss compares the probabilities of all tokens with another model's.
         teacher: shape of the teacher, if that is another model.
         stores_teacher: what the teacher says is stored before the training, and it is released.
@@ -105,6 +106,7 @@ class Workload:
     kernels: frozenset[str] = frozenset()
     trains_on_all_tokens: bool = True
     extra_forwards: float = 0
+    extra_runs: int = 0
     distills: bool = False
     teacher: ModelShape | None = None
     stores_teacher: bool = False
@@ -269,6 +271,7 @@ def build_workload(
     micro_batch = stage.train.micro_batch
     on_cpu = recipe.device == "cpu"
     is_float32 = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
+    passes = extra_forwards(stage)
     return Workload(
         shape=shape,
         method=stage.method,
@@ -285,7 +288,8 @@ def build_workload(
         offload=recipe.engine.offload and ENGINES[kind].offload,
         on_gpu=not on_cpu,
         trains_on_all_tokens=not OBJECTIVES[stage.kind].trains_on_answers,
-        extra_forwards=extra_forwards(stage),
+        extra_forwards=passes.share,
+        extra_runs=passes.runs,
         distills=stage.distill is not None or _holds_to_base(stage),
         teacher=_teacher(stage),
         stores_teacher=stage.distill is not None and stage.distill.top_k is not None,
@@ -318,13 +322,18 @@ def _holds_to_base(stage: Stage) -> bool:
     return stage.regularize is not None and stage.regularize.traits.needs_base
 
 
-def extra_forwards(stage: Stage) -> float:
-    """Forward passes of each token without a backward pass: the objective's and the term's."""
+def extra_forwards(stage: Stage) -> Forwards:
+    """Forward passes of a step without a backward pass: the objective's and the term's."""
     replay, term, distill = stage.data.replay, stage.regularize, stage.distill
-    passes = float(OBJECTIVES[stage.kind].extra_forwards)
+    traits = OBJECTIVES[stage.kind]
+    passes = [traits.own_forwards]
+    if not stage.stores_reference:
+        passes.append(traits.reference_forwards)
     if distill is not None and distill.teacher_folder is None and distill.top_k is None:
-        passes += 1
-    return passes + (term.extra_forwards(replay.ratio if replay else 0.0) if term else 0.0)
+        passes.append(Forwards(1.0, 1))
+    if term and (share := term.extra_forwards(replay.ratio if replay else 0.0)):
+        passes.append(Forwards(share, 1))
+    return Forwards(sum(p.share for p in passes), sum(p.runs for p in passes))
 
 
 def _shard_ranks(recipe: Recipe, engine: EngineCapabilities, cluster: Cluster) -> int:

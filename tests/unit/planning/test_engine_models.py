@@ -18,6 +18,7 @@ from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.parameters import layer_parameters, padded_bytes
+from dtrain.planning.plan import make_plan
 from dtrain.planning.speed import flops_per_token
 from dtrain.planning.workload import (
     BUCKET_ELEMENTS,
@@ -299,6 +300,32 @@ def test_a_reference_costs_a_forward_pass_of_the_base() -> None:
     forward = 2 * (shape.linear_elements + shape.vocabulary * shape.hidden) + attention
     with_reference = flops_per_token(replace(job, extra_forwards=1))
     assert with_reference - flops_per_token(job) == forward
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_pass_without_a_gradient_gathers_the_weights_once(engine) -> None:
+    job = workload("meta-llama/Llama-3.1-70B", "lora", engine)
+    alone, with_passes = (build_engine_model(replace(job, extra_runs=runs)) for runs in (0, 2))
+    layers = job.shape.layers * job.shape.layer_parameters
+    share = 1 - 1 / job.shard
+    once = (with_passes.received_bytes() - alone.received_bytes()) / 2 / job.accumulation
+    least, most = (2 * share * n for n in (layers, job.shape.parameters))
+    assert 0.999 * least < once < 1.01 * most
+
+
+def test_a_stored_reference_computes_before_the_first_step_only() -> None:
+    def plan(*overrides):
+        length = ["stages.preference.train.epochs=null", "stages.preference.train.steps=100"]
+        recipe = load_recipe("70b-dpo", [*length, *overrides])
+        return make_plan(recipe, Cluster(find_gpu("h100-80g"), 1, 8)).stages[-1]
+
+    each_step, stored = plan(), plan("stages.preference.preference.precompute_reference=true")
+    assert (each_step.workload.extra_forwards, each_step.workload.extra_runs) == (1, 1)
+    assert (stored.workload.extra_forwards, stored.workload.extra_runs) == (0, 0)
+    assert stored.speed.middle > 1.2 * each_step.speed.middle
+    assert each_step.minutes_before == 0 < stored.minutes_before
+    assert each_step.hours and stored.hours  # of one epoch, the work is the same
+    assert stored.hours.middle == pytest.approx(each_step.hours.middle, rel=0.1)
 
 
 def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:
