@@ -25,11 +25,10 @@ from dtrain.planning.shapes import (
     LOSS,
     LinearShape,
     ModelShape,
-    WholeModule,
     layer_names,
     select_linears,
-    select_modules,
 )
+from dtrain.planning.whole_modules import WholeModule, select_modules
 
 BUCKET_ELEMENTS = 100_000_000
 """`reduce_bucket_size` of ds_configs/*.json; a test compares this value and the next two."""
