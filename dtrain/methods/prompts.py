@@ -16,6 +16,7 @@ from dtrain.config.methods import Prompt
 from dtrain.core.errors import UserError
 from dtrain.methods.added import AddedMethod
 from dtrain.models import attention
+from dtrain.models.positions import NEAR
 from dtrain.models.prompts import PromptedModel, PromptEmbedding, PromptMlp
 
 EMBEDDING = "prompt_encoder.embedding.weight"
@@ -30,6 +31,7 @@ class PromptTuning(AddedMethod[Prompt]):
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
+        check_token_tables(model)
         self._std = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
         prompted = self.prompted(model)
         self.initialize_all(prompted, seed, device or model.device)
@@ -102,6 +104,23 @@ class PrefixTuning(PromptTuning):
         _, heads, size = prefix_shape(model.base_model)
         sizes = {"num_attention_heads": heads, "token_dim": heads * size}
         return super().saved_config(model) | sizes
+
+
+def check_token_tables(model: PreTrainedModel) -> None:
+    """Check that a model reads its tokens through its input embeddings alone.
+
+    Raises:
+        UserError: it has another table of about as many rows, which a virtual token is not in.
+    """
+    inputs: Any = model.get_input_embeddings()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module is inputs:
+            continue
+        rows = module.num_embeddings
+        if 2 * rows > inputs.weight.shape[0] and abs(rows - positions) > NEAR:
+            message = f"this model looks up tokens in {name} too, where virtual ones have no row"
+            raise UserError(message, where="method.kind", fix="method.kind=lora")
 
 
 def embedding_width(model: PreTrainedModel) -> int:

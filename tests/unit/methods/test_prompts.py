@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from dtrain.config import schema
 from dtrain.config.methods import parse_method
 from dtrain.config.schema import Model
+from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
@@ -119,6 +120,13 @@ def test_packed_losses_are_those_of_peft(kind: str, options: dict, base: Path) -
     got = steps(ours, lambda: target_losses(ours, Batch())[0])
     assert got == pytest.approx(steps(theirs, lambda: peft_losses(theirs).sum()), rel=1e-5)
     assert got[-1] < got[0] - 0.1, "nothing was learned: the comparison would prove nothing"
+
+
+def test_a_model_with_a_second_token_table_is_refused(base: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.model.embed_tokens_per_layer = nn.Embedding(model.config.vocab_size - 9, 4)
+    with pytest.raises(UserError, match="looks up tokens in model.embed_tokens_per_layer too"):
+        build_method(parse_method({"kind": "prompt"})).attach(model, seed=0)
 
 
 @pytest.mark.parametrize("kind", PEFT)
