@@ -267,6 +267,14 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.distill.teacher", "stages.0.method.from_adapter", "with an adapter"],
         ),
         (
+            {"stages__0__method": {"kind": "pissa", "from_adapter": "old"}},
+            ["stages.0.method.from_adapter", "stages.0.method.kind", "pissa takes its first"],
+        ),
+        (
+            {"stages__0__method": {"kind": "loftq", "from_adapter": "old"}},
+            ["stages.0.method.from_adapter", "stages.0.method.kind", "loftq takes its first"],
+        ),
+        (
             {"launch": {"processes": 3}},
             ["global_batch_size", "micro_batch_size", "launch.processes"],
         ),
