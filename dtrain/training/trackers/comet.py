@@ -20,7 +20,7 @@ class CometRun:
             experiment_config=comet_ml.ExperimentConfig(
                 name=context.title,
                 offline_directory=str(context.folder.path / "comet"),
-                auto_output_logging=False,
+                auto_output_logging=False,  # type: ignore[arg-type] # its own way to turn it off
                 auto_metric_logging=False,
                 auto_param_logging=False,
                 log_code=False,
