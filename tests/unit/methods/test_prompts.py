@@ -125,7 +125,7 @@ def test_packed_losses_are_those_of_peft(kind: str, options: dict, base: Path) -
 def test_a_model_with_a_second_token_table_is_refused(base: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     model.model.embed_tokens_per_layer = nn.Embedding(model.config.vocab_size - 9, 4)
-    with pytest.raises(UserError, match="looks up tokens in model.embed_tokens_per_layer too"):
+    with pytest.raises(UserError, match=r"looks up tokens in model\.embed_tokens_per_layer too"):
         build_method(parse_method({"kind": "prompt"})).attach(model, seed=0)
 
 
