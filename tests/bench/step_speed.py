@@ -1,11 +1,13 @@
 """What a training step costs against TRL's SFTTrainer, in alternating runs of one process each.
 
-    python tests/bench/step_speed.py DATA [--method lora|full|qlora|dora|qdora] [--kind sft|cpt]
+    python tests/bench/step_speed.py DATA [--method lora|full|qlora|dora|qdora] [--kind sft|cpt|dpo]
         [--tokens 1024] [--dropout 0] [--checkpointing] [--pairs 5] [--steps 3]
-        [--peers packed padded plain peft]
+        [--peers packed padded plain peft dpo]
 
-DATA is a file of instructions (sft) or of plain text (cpt). Each run trains SmolLM2-135M in float32
-on two threads; its first step warms up, unless --steps is 0: then it is what is measured. "bound"
+DATA is a file of instructions (sft), of plain text (cpt) or of pairs with prompt, chosen and
+rejected (dpo, against the peer of that name; both compute the reference before the steps). Each
+run trains SmolLM2-135M in float32 on two threads; its first step warms up, unless --steps is 0:
+then it is what is measured. "bound"
 is the time in which this machine's matrix products alone, each at the best rate seen here, do the
 arithmetic that no implementation can leave out. plain: dtrain without kernels. peft: dtrain with
 PEFT's own DoRA layers, so that nothing else differs.
@@ -31,6 +33,7 @@ RUNNERS = {
     "peft": "step_speed_dtrain.py",
     "packed": "step_speed_trl.py",
     "padded": "step_speed_trl.py",
+    "dpo": "step_speed_trl_dpo.py",
 }
 METHODS = ["lora", "full", "qlora", "dora", "qdora"]
 Found = dict[str, Any]
@@ -55,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--kind", choices=["sft", "cpt"], default="sft")
+    parser.add_argument("--kind", choices=["sft", "cpt", "dpo"], default="sft")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapters")
     parser.add_argument("--checkpointing", action="store_true", help="of both sides")

@@ -117,12 +117,15 @@ def recipe(job: Found) -> str:
     method = {"kind": job["method"]}
     if job["method"] != "full":
         method |= {"r": 16, "dropout": job["dropout"]}
-    source = {"path": job["data"], "format": "alpaca" if job["kind"] == "sft" else "text"}
-    stage = {
+    formats = {"sft": "alpaca", "cpt": "text", "dpo": "preference"}
+    source = {"path": job["data"], "format": formats[job["kind"]]}
+    stage: Found = {
         "name": "stage", "kind": job["kind"], "method": method,
         "data": {"sequence_length": job["tokens"], "sources": [source]},
         "train": {"global_batch_size": 1, "steps": job["steps"] + 2, "learning_rate": 1e-4},
     }  # fmt: skip
+    if job["kind"] == "dpo":
+        stage["preference"] = {"precompute_reference": True}
     kernels = "off" if job["name"] == "plain" else "auto"
     model = {"base": "dtrain:smollm2-135m", "dtype": "float32", "kernels": kernels}
     model |= {"gradient_checkpointing": job["checkpointing"]}
