@@ -124,9 +124,9 @@ def check_token_tables(model: PreTrainedModel) -> None:
 
 
 def embedding_width(model: PreTrainedModel) -> int:
-    """The width of the embeddings."""
+    """The width of the embeddings, whose weight may be in parts on other ranks."""
     embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[1])
+    return int(embeddings.embedding_dim)
 
 
 def prefix_shape(model: PreTrainedModel) -> tuple[int, int, int]:

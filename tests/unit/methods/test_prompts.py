@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,10 @@ def test_what_is_saved_is_served_and_loaded_by_peft(kind: str, base: Path, tmp_p
     method, model = attached(kind, base)
     steps(model, lambda: target_losses(model, Batch())[0])
     tensors = {name: p.detach() for name, p in trained(model).items()}
-    method.save(tmp_path / "adapter", model, tensors, base=str(base))
+    saved = deepcopy(model)
+    for parameter in saved.base_model.parameters():
+        parameter.data = torch.empty(0)  # as ZeRO-3 leaves the parts that other ranks have
+    method.save(tmp_path / "adapter", saved, tensors, base=str(base))
     assert list(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == [
         "prompt_embeddings"
     ]
