@@ -73,7 +73,8 @@ def fisher_factors(module: nn.Module, context: StageContext, settings: Ewc) -> F
             write_factors(file, factors, made_from)
         else:
             factors = zero_factors(layers)
-    world.sum_tensors(list(factors.values()))  # zeros except on the first rank
+    # Zeros except on the first rank, whose file may have another order than the model.
+    world.sum_tensors([factors[name] for name in sorted(factors)])
     say(f"Fisher information of {len(ids)} sequences: {file}")
     return factors
 

@@ -157,6 +157,15 @@ def test_fisher_factors_are_those_of_the_base(model, loader, world, tmp_path) ->
         model.get_input_embeddings().weight.zero_()
     again = fisher_factors(model, context, settings)
     assert all(torch.equal(again[name], value) for name, value in found.items())
+    # The first rank has read the file; another has none, and sums its zeros in the same order.
+    sizes = list[list[int]]()
+    world.sum_tensors = lambda tensors: sizes.append([len(tensor) for tensor in tensors])
+    fisher_factors(model, context, settings)
+    world.is_first, world.sum = False, lambda values: [1.0]
+    fisher_factors(model, context, settings)
+    first, other = sizes
+    assert first == other
+    world.is_first, world.sum = True, list
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
