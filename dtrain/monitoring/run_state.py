@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.run_dir import RunDir
+from dtrain.core.run_dir import EVALUATION, METRICS, STAGE_RECORD, STARTS, RunDir
 from dtrain.launching.status import log_of
 from dtrain.monitoring.alerts import WINDOW, find_alerts
 from dtrain.monitoring.run_record import RunRecord, read_run
@@ -181,7 +181,7 @@ def _chain_seconds(record: RunRecord, stages: list[StageState]) -> float | None:
 def _seconds_since_change(run: RunDir) -> float | None:
     """Age of the newest file that the ranks write while they work; None without one."""
     times = []
-    for pattern in ("*/metrics.jsonl", "*/stage.json", "evaluation.json", "starts.jsonl"):
+    for pattern in (f"*/{METRICS}", f"*/{STAGE_RECORD}", EVALUATION, STARTS):
         for path in run.path.glob(pattern):
             with suppress(OSError):
                 times.append(path.stat().st_mtime)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -13,11 +14,11 @@ from dtrain.config.distill import OWN_BASE
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say
 from dtrain.core.units import count
 from dtrain.data.prepare import PackedDataset, check_vocabulary
 from dtrain.distributed.world import World
-from dtrain.engines.fsdp2 import shard_frozen
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
@@ -26,6 +27,9 @@ from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference
+
+# Only a sharded teacher needs it, and its import takes a second.
+fsdp2: Any = LazyModule("dtrain.engines.fsdp2")
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def _load(recipe: Recipe, world: World, folder: Path) -> nn.Module:
     if is_sharded:
         ranks = recipe.engine.shard if ENGINES[recipe.engine.kind].shard_group else "all"
         load_block = (lambda block: None) if streamed.converted else streamed.materialize
-        shard_frozen(model, load_block, ranks, world)
+        fsdp2.shard_frozen(model, load_block, ranks, world)
     kept = "sharded over the ranks" if is_sharded else "whole on every rank"
     say(f"{folder}: {count(parameters)} parameters in {dtype}, frozen, {kept}; kernels: {kernels}")
     return model.eval()
