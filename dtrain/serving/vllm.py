@@ -69,13 +69,16 @@ def _groups(adapters: list[AdapterInfo]) -> list[list[AdapterInfo]]:
 def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
     base, quantized = adapters[0].base, adapters[0].origin.base_in_nf4
     taken = [adapter for adapter in adapters if not refusals(adapter)]
-    names = ", ".join(adapter.name for adapter in adapters)
-    lines = [_comment(f"# Adapters of one base ({names}): {base}")]
+    names = [adapter.name for adapter in adapters]
+    lines = [_comment(f"# Adapters of one base ({', '.join(names)}): {base}")]
     for adapter in adapters:
         lines += [_comment(f"# {adapter.name}: {why}") for why in refusals(adapter)]
         lines += [_comment(f"# {adapter.name}: {note}") for note in cautions(adapter)]
     if not taken:
-        return "\n".join([*lines, "# None of them can be served so: serve the merged model."])
+        stages = [stage for stage in run.recipe.stages if stage.name in names]
+        merges = not any(stage.method.traits.cannot_merge for stage in stages)
+        instead = "serve the merged model" if merges else "use dtrain chat or dtrain generate"
+        return "\n".join([*lines, f"# None of them can be served so: {instead}."])
     if quantized:
         lines.append(
             "# Trained over this base in NF4: over the plain base they give other answers."

@@ -205,6 +205,18 @@ def test_adapters_that_vllm_refuses_are_reported_and_omitted(
     assert len(commands(text)) == 2 and "None of them can be served so" in text
 
 
+def test_an_adapter_without_a_merged_model_points_to_chat(
+    make_run: Callable[..., Path], make_adapter: Make
+) -> None:
+    run = make_run("run", "stages.task.method={kind: bottleneck}", "output.merge=false")
+    for name in ("merged", "adapter"):
+        shutil.rmtree(run / "task" / name)
+    make_adapter(run / "task" / "adapter", LAYERS, 8, peft_type="IA3", base_model_name_or_path="b")
+    text = script(open_run(run))
+    assert "None of them can be served so: use dtrain chat or dtrain generate." in text
+    assert "serve the merged model" not in text
+
+
 def test_max_lora_rank_covers_every_adapter(tmp_path: Path, make_adapter: Make) -> None:
     assert [max_rank([r]) for r in (1, 2, 8, 9, 65, 300, 512, 513)] == [
         1, 8, 8, 16, 128, 320, 512, None,
