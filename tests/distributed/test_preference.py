@@ -217,6 +217,6 @@ def test_killed_while_the_reference_is_computed_and_in_full_training(
     for file in value_files(caches[1]):  # the weights are no longer the reference's
         file.unlink()
     run = start_stage("dpo", *rows, **more, **caches[1]).wait(0)
-    assert "resuming from step" in run.output and "the model that the stage starts" in run.output
+    assert "resuming from step" in run.output and "computing values of" in run.output
     assert figures(run) == figures(undisturbed)
     assert weights(run.folder) == weights(undisturbed.folder)
