@@ -41,8 +41,8 @@ ARMS: dict[str, tuple[str, float, float, str]] = {
     "r 4, alpha 4": ("{kind: lora, r: 4, alpha: 4, dropout: 0.0}", RATE, 0.0, ""),
     "replay": (LORA, RATE, 0.25, ""),
     "replay, kl_to_base": (LORA, RATE, 0.25, "{kind: kl_to_base, weight: 1.0}"),
-    "ewc": (LORA, RATE, 0.02, "{kind: ewc, weight: 100.0}"),
-    "l2_init": (LORA, RATE, 0.0, "{kind: l2_init, weight: 0.001}"),
+    "ewc": (LORA, RATE, 0.02, "{kind: ewc, weight: 10000.0}"),
+    "l2_init": (LORA, RATE, 0.0, "{kind: l2_init, weight: 0.1}"),
 }
 
 
