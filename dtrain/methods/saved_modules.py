@@ -1,4 +1,4 @@
-"""Whole modules that train beside an adapter: PEFT's modules_to_save.
+"""Whole modules that train together with an adapter: PEFT's modules_to_save.
 
 PEFT keeps the frozen original and trains a copy. Here a copy is float32, takes its first values
 from the loaded base, and is one parameter where the originals are one (tied embeddings).

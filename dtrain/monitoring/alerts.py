@@ -32,7 +32,7 @@ FULL = 0.95  # of the GPU's memory
 
 @dataclass(frozen=True)
 class Alert:
-    """Something to look at.
+    """A problem in a curve.
 
     Attributes:
         kind: what it is, in a word or two; at most one alert of a kind and stage.
@@ -52,8 +52,8 @@ class Alert:
 
 def find_alerts(records: Records) -> list[Alert]:
     """All alerts of a stage, in the order of their steps."""
-    found = [alert for rule in RULES for alert in rule(records)]
-    return sorted(found, key=lambda alert: alert.step)
+    alerts = [alert for rule in RULES for alert in rule(records)]
+    return sorted(alerts, key=lambda alert: alert.step)
 
 
 def _numbers(record: dict[str, Any], key: str) -> dict[str, float]:
@@ -103,7 +103,7 @@ def _spike(records: Records) -> Iterator[Alert]:
             "loss spike",
             step,
             evidence,
-            "look at the rows of that step; a lower learning rate or "
+            "check the rows of that step; a lower learning rate or "
             "a larger batch makes spikes rarer",
         )
 

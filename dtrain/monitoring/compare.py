@@ -107,9 +107,9 @@ def _loss_rows(records: Sequence[RunRecord]) -> Iterator[list[str]]:
 
 def _difference(
     name: str,
-    one: RunRecord,
+    first_run: RunRecord,
     first: HeldOutLosses | None,
-    other: RunRecord,
+    run: RunRecord,
     losses: HeldOutLosses | None,
 ) -> str:
     """A run's last loss, and how it differs from the first run's on the same rows."""
@@ -117,7 +117,7 @@ def _difference(
         return MISSING
     if first is None or first.last is None:
         return format_loss(losses.last)
-    prints = [(record.evaluation.get("sets") or {}).get(name) for record in (one, other)]
+    prints = [(record.evaluation.get("sets") or {}).get(name) for record in (first_run, run)]
     if prints[0] != prints[1]:
         return f"{format_loss(losses.last)} (other rows)"
     change = losses.last - first.last

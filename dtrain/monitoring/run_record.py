@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
-from dtrain.monitoring.starts import Attempt, attempts_of, read_starts
+from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
 from dtrain.monitoring.uncertainty import paired_standard_error
 
 
@@ -90,7 +90,7 @@ class RunRecord:
     lineage: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[AttemptTimes] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property

@@ -79,7 +79,7 @@ def read_starts(run: RunDir) -> list[Start]:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptTimes:
     """An attempt in the report.
 
     Attributes:
@@ -97,7 +97,9 @@ class Attempt:
         return max(0.0, self.ended - self.start.started)
 
 
-def attempts_of(starts: Sequence[Start], metrics: dict[str, list[dict[str, Any]]]) -> list[Attempt]:
+def attempts_of(
+    starts: Sequence[Start], metrics: dict[str, list[dict[str, Any]]]
+) -> list[AttemptTimes]:
     """The attempts of a run with their ends and steps.
 
     Args:
@@ -120,7 +122,7 @@ def attempts_of(starts: Sequence[Start], metrics: dict[str, list[dict[str, Any]]
         steps: dict[str, int] = {}
         for _, stage in mine:
             steps[stage] = steps.get(stage, 0) + 1
-        attempts.append(Attempt(start, max(ends), steps))
+        attempts.append(AttemptTimes(start, max(ends), steps))
     return attempts
 
 
@@ -145,14 +147,14 @@ def _last_change(run: RunDir) -> float | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"dtrain": dtrain.__version__}
+    versions = {"dtrain": dtrain.__version__}
     if commit := _commit():
-        found["commit"] = commit
-    found["python"] = platform.python_version()
+        versions["commit"] = commit
+    versions["python"] = platform.python_version()
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def _commit() -> str:

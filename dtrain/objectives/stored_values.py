@@ -38,7 +38,7 @@ from dtrain.distributed.tensor_utils import all_finite, send
 from dtrain.distributed.world import World
 
 BLOCK_BATCHES = 64  # micro-batches of a rank between two files
-IDS, ROWS = "sequence_ids", "rows"  # the tensors of a file besides the values
+IDS, ROWS = "sequence_ids", "rows"  # the tensors of a file in addition to the values
 NOTHING = np.empty(0, dtype=np.int64)
 
 Per = Literal["document", "target"]

@@ -1,7 +1,7 @@
 """An adapter from elsewhere whose training a stage continues (`method.from_adapter`).
 
-Its values are what the stage starts from; optimizer and schedule start anew. The adapter must say
-the same of itself as the recipe does, and have been trained on the stage's base.
+Its values are what the stage starts from; optimizer and schedule start from zero. The adapter must
+say the same of itself as the recipe does, and have been trained on the stage's base.
 """
 
 from __future__ import annotations

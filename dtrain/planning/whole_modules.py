@@ -1,4 +1,4 @@
-"""The modules of a decoder that can train whole, beside an adapter: names and sizes."""
+"""The modules of a decoder that can train whole, together with an adapter: names and sizes."""
 
 from __future__ import annotations
 

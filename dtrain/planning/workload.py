@@ -174,7 +174,7 @@ class Workload:
 
     @cached_property
     def whole_modules(self) -> tuple[WholeModule, ...]:
-        """The modules of the base whose copies train beside an adapter."""
+        """The modules of the base whose copies train together with an adapter."""
         adapter = self.method.adapter
         return select_modules(self.shape, adapter.whole_modules) if adapter else ()
 

@@ -157,7 +157,7 @@ class AdapterSettings(MethodSettings):
 
     @property
     def whole_modules(self) -> list[str]:
-        """Ends of the names of modules that train whole beside the adapter."""
+        """Ends of the names of modules that train whole, together with the adapter."""
         return []
 
     @property
@@ -198,7 +198,7 @@ class AdapterSettings(MethodSettings):
         return
 
     def saved_elements(self, layer: str, outputs: int, inputs: int) -> int:
-        """Elements a token that are saved for the backward pass, besides the layer's input."""
+        """Elements a token that are saved for the backward pass, without the layer's input."""
         return self.rank_of(layer)
 
     def multiplied_elements(self, layer: str, outputs: int, inputs: int) -> int:
@@ -211,7 +211,7 @@ class PeftSettings(AdapterSettings):
 
     modules_to_save: list[Text] = Field(
         default_factory=list,
-        description="ends of the names of modules that train whole and are saved beside the "
+        description="ends of the names of modules that train whole and are saved with the "
         "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
     )
     from_adapter: Text | None = Field(
