@@ -69,7 +69,7 @@ class KlToBase(RegularizeSettings):
     from: what it says stays likely (arXiv:1606.09282)."""
 
     traits: ClassVar[RegularizerTraits] = RegularizerTraits(
-        implementation="dtrain.objectives.regularizers.kl_to_base:KlToBase",
+        implementation="dtrain.objectives.regularizers.kl_to_base:KlToBaseRegularizer",
         needs_base=True,
     )
     kind: Literal["kl_to_base"]
@@ -82,7 +82,7 @@ class L2Init(RegularizeSettings):
     """Half the squared change of the adapted weights since the start of the stage."""
 
     traits: ClassVar[RegularizerTraits] = RegularizerTraits(
-        implementation="dtrain.objectives.regularizers.weight_change:L2Init",
+        implementation="dtrain.objectives.regularizers.weight_change:L2InitPenalty",
         penalizes_change=True,
     )
     kind: Literal["l2_init"]
@@ -94,7 +94,7 @@ class Ewc(RegularizeSettings):
     before the first step, by a row and a column of factors for each layer."""
 
     traits: ClassVar[RegularizerTraits] = RegularizerTraits(
-        implementation="dtrain.objectives.regularizers.weight_change:Ewc",
+        implementation="dtrain.objectives.regularizers.weight_change:EwcPenalty",
         penalizes_change=True,
     )
     kind: Literal["ewc"]

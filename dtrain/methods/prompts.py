@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dtrain.config.methods import Prompt
+from dtrain.config.methods import PromptSettings
 from dtrain.core.errors import UserError
 from dtrain.methods.added import AddedMethod
 from dtrain.models import attention
@@ -23,7 +23,7 @@ EMBEDDING = "prompt_encoder.embedding.weight"
 SAVED = "prompt_embeddings"  # PEFT's key
 
 
-class PromptTuning(AddedMethod[Prompt]):
+class PromptTuning(AddedMethod[PromptSettings]):
     """Embeddings of virtual tokens, drawn like those of a new model."""
 
     peft_type = "PROMPT_TUNING"

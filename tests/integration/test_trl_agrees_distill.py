@@ -10,7 +10,7 @@ import torch
 from dtrain.models.divergence import divergence_from, forward_kl, jensen_shannon, reverse_kl
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells that it is experimental
+    warnings.simplefilter("ignore")  # it warns that it is experimental
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
 TOKENS, VOCABULARY = 9, 50

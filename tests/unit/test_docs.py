@@ -96,9 +96,9 @@ def test_guide_has_a_row_for_every_objective() -> None:
     words = {"text": "texts", "conversation": "conversations", "preference": "pairs"}
     table = guide_table("kind")
     assert table.keys() == OBJECTIVES.keys(), "add the objective to dtrain/recipes/GUIDE.md"
-    for kind, (rows, _, beside) in table.items():
+    for kind, (rows, _, others) in table.items():
         traits = OBJECTIVES[kind]
         contents = {words.get(content, "rated answers") for content in traits.contents}
         assert set(rows.split(", ")) == contents, kind
-        assert (beside == "reference") == traits.needs_reference, kind
-        assert (beside == "teacher") == traits.needs_teacher, kind
+        assert (others == "reference") == traits.needs_reference, kind
+        assert (others == "teacher") == traits.needs_teacher, kind

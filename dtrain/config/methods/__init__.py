@@ -20,7 +20,7 @@ from dtrain.config.methods.base import (
 from dtrain.config.methods.bottleneck import Bottleneck
 from dtrain.config.methods.full import Full
 from dtrain.config.methods.lora import Lora
-from dtrain.config.methods.prompts import Prompt
+from dtrain.config.methods.prompts import PromptSettings
 from dtrain.config.methods.vectors import Ia3, Vera
 
 __all__ = [
@@ -33,15 +33,17 @@ __all__ = [
     "Method",
     "MethodSettings",
     "MethodTraits",
-    "Prompt",
+    "PromptSettings",
     "Vera",
     "parse_method",
 ]
 
-Method = Annotated[Full | Lora | Ia3 | Vera | Bottleneck | Prompt, Field(discriminator="kind")]
+Method = Annotated[
+    Full | Lora | Ia3 | Vera | Bottleneck | PromptSettings, Field(discriminator="kind")
+]
 TRAITS: dict[str, MethodTraits] = {
     kind: traits
-    for settings in (Full, Lora, Ia3, Vera, Bottleneck, Prompt)
+    for settings in (Full, Lora, Ia3, Vera, Bottleneck, PromptSettings)
     for kind, traits in settings.traits_by_kind.items()
 }
 _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)

@@ -21,7 +21,7 @@ def _traits(title: str, implementation: str) -> MethodTraits:
     )
 
 
-class Prompt(MethodSettings):
+class PromptSettings(MethodSettings):
     """Trained virtual tokens in front of every document; the base stays as it is."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {

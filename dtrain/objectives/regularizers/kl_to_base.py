@@ -26,7 +26,7 @@ from dtrain.objectives.base import LossOutput, adapters_disabled, global_weight
 from dtrain.objectives.regularizers.base import Regularized, add_term
 
 
-class KlToBase(Regularized):
+class KlToBaseRegularizer(Regularized):
     """weight · KL(base || model) at the targets of replayed or of all rows."""
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:

@@ -122,11 +122,11 @@ class WeightChangePenalty(Regularized):
         return values
 
 
-class L2Init(WeightChangePenalty):
+class L2InitPenalty(WeightChangePenalty):
     """Half the squared change of the weights since the start of the stage."""
 
 
-class Ewc(WeightChangePenalty):
+class EwcPenalty(WeightChangePenalty):
     """Elastic weight consolidation (arXiv:1612.00796) with a factored diagonal Fisher."""
 
     def factors(self, module: nn.Module) -> dict[str, Diagonals]:

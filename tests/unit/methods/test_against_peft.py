@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[dict[str, Any], PeftConfig]] = {
 }
 
 
-WHOLE = {"modules_to_save": ["lm_head", "norm"]}  # beside the adapter
+WHOLE = {"modules_to_save": ["lm_head", "norm"]}  # with the adapter
 
 
 @pytest.fixture
