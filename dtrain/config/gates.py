@@ -12,10 +12,12 @@ Limit = Annotated[float, Field(ge=0)]
 
 
 class Gate(Group):
-    """How much worse than the base model an evaluation set may become in any stage."""
+    """How much worse than the base model a set or a task may become in any stage."""
 
-    metric: Text = Field(
-        "loss", description="`loss`, or a metric that the set reports, such as `accuracy`"
+    metric: Text | None = Field(
+        None,
+        description="`loss`, or a metric that the set or task reports, such as `accuracy`; "
+        "default: the loss of a set, the first metric of a task",
     )
     max_increase: Limit | None = Field(None, description="largest increase, as of a loss")
     max_drop: Limit | None = Field(None, description="largest decrease, as of an accuracy")

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.units import duration, size
 from dtrain.monitoring.run_record import HeldOutLosses, RunRecord, align, format_loss, read_run
+from dtrain.monitoring.scores import INPUTS, ScoreRow
 from dtrain.monitoring.uncertainty import CERTAIN, paired_standard_error
 
 plots: Any = LazyModule("dtrain.monitoring.plots")
@@ -51,6 +52,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     tables = [
         Table(["held-out loss", *names], list(_loss_rows(records))),
         Table(["held-out metric", *names], list(_metric_rows(records))),
+        Table(["score", *names], list(_score_rows(records))),
         Table(["speed and memory", *names], list(_figure_rows(records))),
         Table(["key that differs", *names], list(_key_rows(records))),
     ]
@@ -145,6 +147,37 @@ def _metric_rows(records: Sequence[RunRecord]) -> Iterator[list[str]]:
             cells = rows.setdefault(f"{name} {metric}", [MISSING] * len(records))
             cells[number] = format_loss(measured[-1]) if measured else MISSING
     yield from ([name, *cells] for name, cells in rows.items())
+
+
+def _score_rows(records: Sequence[RunRecord]) -> Iterator[list[str]]:
+    """The last model's scores, and how they differ from the first run's."""
+    by_key = [{(row.name, row.metric): row for row in record.scores} for record in records]
+    for key in dict.fromkeys(key for rows in by_key for key in rows):
+        cells = [
+            _score_text(key[0], records[0], by_key[0].get(key), record, rows.get(key))
+            for record, rows in zip(records, by_key, strict=True)
+        ]
+        row = next(rows[key] for rows in by_key if key in rows)
+        yield [row.title, *cells]
+
+
+def _score_text(
+    name: str,
+    first_run: RunRecord,
+    first_row: ScoreRow | None,
+    run: RunRecord,
+    row: ScoreRow | None,
+) -> str:
+    score, first = (None if x is None else x.last for x in (row, first_row))
+    if score is None:
+        return MISSING
+    if first is None or run is first_run:
+        return score.text()
+    inputs = [(record.evaluation.get(INPUTS) or {}).get(name) for record in (first_run, run)]
+    if inputs[0] != inputs[1]:
+        return f"{score.text()} (other rows or settings)"
+    verdict = ", noise" if score.rating(first) == "noise" else ""
+    return f"{score.value:.3f} ({score.change_text(first)}{verdict})"
 
 
 def _figure_rows(records: Sequence[RunRecord]) -> Iterator[list[str]]:

@@ -151,7 +151,8 @@ def _gates(record: RunRecord) -> list[tuple[str, str]]:
         limits = [
             f"{key.replace('_', ' ')} {gate[key]}" for key in LIMITS if gate.get(key) is not None
         ]
-        rows.append((str(name), f"{gate.get('metric', 'loss')}: {', '.join(limits)}"))
+        default = "loss" if name in (record.evaluation.get("losses") or {}) else "score"
+        rows.append((str(name), f"{gate.get('metric') or default}: {', '.join(limits)}"))
     return rows
 
 

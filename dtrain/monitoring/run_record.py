@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
+from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
 from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
 from dtrain.monitoring.uncertainty import paired_standard_error
 
@@ -132,6 +133,11 @@ class RunRecord:
         return rows
 
     @property
+    def scores(self) -> list[ScoreRow]:
+        """Scores on tasks and on sets of prompts."""
+        return list(score_rows(self.evaluation))
+
+    @property
     def answers(self) -> list[dict[str, Any]]:
         """Questions with the answers of the base model and the final model."""
         return list(self.evaluation.get("answers") or [])
@@ -200,7 +206,6 @@ def _yaml(text: str) -> Any:
 
 
 WIDTH = 100
-MIN_CHANGE = 0.0005  # smaller changes do not show in three decimals
 
 
 def run_summary(run: Path) -> str:
@@ -209,7 +214,8 @@ def run_summary(run: Path) -> str:
     answers = [_answer_block(i, answer) for i, answer in enumerate(record.answers, start=1)]
     results = [("merged model", record.merged), ("report", HTML_REPORT)]
     paths = "\n".join(f"{name:<14} {record.folder / path}" for name, path in results if path)
-    blocks = (_loss_table(record), _metric_table(record), *answers, _alerts(record), paths)
+    tables = _loss_table(record), _metric_table(record), _score_table(record)
+    blocks = (*tables, *answers, _alerts(record), paths)
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -237,7 +243,7 @@ def rate_change(change: float) -> str:
 def _loss_table(record: RunRecord) -> str:
     """Held-out losses by set and model, with the change from the base model to the last."""
     if not record.losses:
-        return "No held-out losses were measured."
+        return "" if record.scores else "No held-out losses were measured."
     columns = [f"after {name}" if i else name for i, name in enumerate(record.models)]
     rows = [["held-out loss", *columns, "change", ""]]
     for losses in record.losses:
@@ -256,6 +262,19 @@ def _metric_table(record: RunRecord) -> str:
         cells = [format_loss(values[model]) for model in record.models]
         rows.append([f"{name} {metric.replace('_', ' ')}", *cells, ""])
     return align(rows)
+
+
+def _score_table(record: RunRecord) -> str:
+    """Scores with their standard errors, and the change from the base to the last model."""
+    rows = record.scores
+    if not rows:
+        return ""
+    columns = [f"after {model}" if i else model for i, model in enumerate(rows[0].models)]
+    table = [["score", *columns, "change", ""]]
+    for row in rows:
+        cells = ["—" if score is None else score.text() for score in row.scores]
+        table.append([row.title, *cells, *(row.change(row.last) or ("—", ""))])
+    return align(table)
 
 
 def align(rows: list[list[str]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
+from dtrain.evaluation.gates import check_gates
+from dtrain.evaluation.scorer import Scorer
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
+from dtrain.monitoring.scores import INPUTS, SCORES, put_scores, remove_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
-from dtrain.pipeline.gates import check_gates
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel, template_of
@@ -41,7 +43,9 @@ class Evaluations:
         sets: dict[str, PackedDataset],
         layout: Layout,
         teachers: TeacherModels,
+        scorers: Sequence[Scorer] = (),
     ) -> None:
+        self.scorers = scorers
         self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
         self.layout, self.teachers = layout, teachers
         fingerprints = {name: self._fingerprint(name) for name in sets}
@@ -49,6 +53,12 @@ class Evaluations:
         known = read_json(self.path) if self.path.exists() else {}
         if known.get("sets") == fingerprints:  # other losses cannot be compared
             self.known = known
+        elif SCORES in known:
+            self.known |= {key: known[key] for key in (SCORES, INPUTS)}
+        inputs = {name: hash for scorer in scorers for name, hash in scorer.inputs.items()}
+        for name, hash in list(self.known.get(INPUTS, {}).items()):
+            if inputs.get(name) != hash:
+                remove_scores(self.known, name)
 
     def _fingerprint(self, name: str) -> str:
         """What decides the losses of a set: its rows and, if it has one, its teacher."""
@@ -60,7 +70,9 @@ class Evaluations:
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""
-        return bool(self.sets) and BASE not in self.known["models"]
+        scored = self.known.get(SCORES, {}).get(BASE, {})
+        lacks_scores = any(name not in scored for s in self.scorers for name in s.inputs)
+        return lacks_scores or (bool(self.sets) and BASE not in self.known["models"])
 
     def held_out_sets(self, stage: Stage, world: World) -> dict[str, HeldOutSet]:
         """Every set with its objective, for measurements on the ranks that train a stage."""
@@ -79,25 +91,33 @@ class Evaluations:
             self.record(BASE, engine, sets)
 
     def record(self, model: str, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
-        """Measure every set with the engine's current model.
+        """Measure every set with the engine's current model, and let it be scored.
 
         Args:
             model: its name in the file.
             sets: from `held_out_sets`; their objectives know the model that the stage starts from.
         """
-        if not self.sets:
+        if not self.sets and not self.scorers:
             return
+        if self.sets:
+            self._record_losses(model, engine, sets)
+        for scorer in self.scorers:
+            for name, metrics in scorer.measure(engine).items():
+                put_scores(self.known, model, name, metrics, scorer.inputs[name])
+                say(f"{name}, {model}: {', '.join(f'{m} {s.text()}' for m, s in metrics.items())}")
+        if model not in self.known["models"]:
+            self.known["models"].append(model)
+        self.write(engine.world)
+
+    def _record_losses(self, model: str, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
         total = sum(dataset.sequences_per_epoch for dataset in self.sets.values())
         with progress(f"held-out loss, {model}", total) as bar:
             for name, held_out in sets.items():
                 result = evaluate(engine, held_out)
                 self._keep(name, model, result)
                 bar.advance(self.sets[name].sequences_per_epoch, note=f"{name} {result.loss:.4f}")
-        if model not in self.known["models"]:
-            self.known["models"].append(model)
         losses = ", ".join(f"{n} {self.known['losses'][n][model]:.4f}" for n in self.sets)
         say(f"held-out loss, {model}: {losses}")
-        self.write(engine.world)
 
     def _keep(self, name: str, model: str, result: HeldOutResult) -> None:
         """Add what was measured on one set to the content of the file."""

@@ -174,7 +174,7 @@ def build_evaluator(setup: StageSetup, held_out: dict[str, HeldOutSet]) -> HeldO
     for one in sets.values():
         for note in one.loader.dataset.notes():
             say(f"evaluation: {note}")
-    return HeldOutEvaluator(sets, train)
+    return HeldOutEvaluator(sets, train, setup.evaluations.scorers)
 
 
 def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -15,6 +15,7 @@ from dtrain.config.train import Train
 from dtrain.core.log import say
 from dtrain.data.loader import Loader, MicroBatch
 from dtrain.engines.base import Engine
+from dtrain.evaluation.scorer import Scorer
 from dtrain.objectives.base import LossOutput, Objective
 from dtrain.training.progress import StageProgress, is_due
 from dtrain.training.train_step import begin_step, compute_loss
@@ -98,24 +99,43 @@ class HeldOutEvaluator:
     Args:
         sets: held-out sets, by name.
         train: the stage's settings.
+        scorers: measure on their own steps; they decide nothing.
     """
 
-    def __init__(self, sets: dict[str, HeldOutSet], train: Train) -> None:
-        self._sets, self._train = sets, train
+    def __init__(
+        self, sets: dict[str, HeldOutSet], train: Train, scorers: Sequence[Scorer] = ()
+    ) -> None:
+        self._sets, self._train, self._scorers = sets, train, scorers
         self._monitored = train.evaluate_on or next(iter(sets), None)
 
     def is_due(self, stage: StageProgress, total_steps: int) -> bool:
         """Whether the step just finished is to be evaluated; after the last one, the stage is."""
         is_new = stage.evaluated_step < stage.step < total_steps
-        return is_new and is_due(stage.step, self._train.evaluate_every_steps)
+        return is_new and (self._sets_are_due(stage.step) or bool(self._due_scorers(stage.step)))
+
+    def _sets_are_due(self, step: int) -> bool:
+        return is_due(step, self._train.evaluate_every_steps)
+
+    def _due_scorers(self, step: int) -> list[Scorer]:
+        return [scorer for scorer in self._scorers if is_due(step, scorer.every_steps)]
 
     def evaluate(self, engine: Engine, stage: StageProgress) -> dict[str, Any]:
-        """Evaluate every set and record the result in `stage`, early stopping included.
+        """Evaluate every set that is due and record the result in `stage`, early stopping included.
 
         Returns:
             Metrics to log.
         """
-        stage.evaluated_step = stage.step
+        stage.evaluated_step, stage.held_out = stage.step, {}
+        metrics = self._evaluate_sets(engine, stage) if self._sets_are_due(stage.step) else {}
+        scores: dict[str, dict[str, float]] = {}
+        for scorer in self._due_scorers(stage.step):
+            for name, measured in scorer.measure(engine).items():
+                scores[name] = {metric: score.value for metric, score in measured.items()}
+                texts = [f"{metric} {score.text()}" for metric, score in measured.items()]
+                say(f"step {stage.step}: {name}: {', '.join(texts)}")
+        return metrics | ({"scores": scores} if scores else {})
+
+    def _evaluate_sets(self, engine: Engine, stage: StageProgress) -> dict[str, Any]:
         measured = {name: evaluate(engine, held_out) for name, held_out in self._sets.items()}
         losses = {name: result.loss for name, result in measured.items()}
         metrics = {name: result.metrics for name, result in measured.items() if result.metrics}

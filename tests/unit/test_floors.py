@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"data", "models", "checkpoints", "monitoring", "samples"},
     {"methods", "objectives", "data_quality", "augmentation"},
     {"engines", "merge", "serving"},
+    {"evaluation"},
     {"training"},
     {"pipeline", "simulation", "supervisor"},
     {"cli", "train", "rank_main", "submitit_jobs", "torchrun", "prepare"},

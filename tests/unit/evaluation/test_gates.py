@@ -9,7 +9,8 @@ import pytest
 from dtrain.config.gates import Gate
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.pipeline.gates import check_gates
+from dtrain.evaluation.gates import check_gates
+from dtrain.monitoring.scores import Score, put_scores
 
 
 def measured(base: float, task: float, blocks: dict[str, list[float]] | None = None) -> Any:
@@ -76,3 +77,27 @@ def test_check_tells_of_a_gate_without_a_set_or_with_two_limits() -> None:
     for limits in ("{}", "{max_increase: 0.1, max_drop: 0.1}", "{max_increase: -1}"):
         with pytest.raises(UserError, match=r"evaluation\.gates\.task"):
             load_recipe("tiny", [f"evaluation.gates={{task: {limits}}}"])
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(0.11, True), (0.05, False)])
+def test_a_task_is_held_to_its_first_metric(limit, passes) -> None:
+    content: dict[str, Any] = {"losses": {}}
+    for model, value in (("base", 0.8), ("task", 0.7)):
+        metrics = {"acc": Score(value, 0.001), "acc_norm": Score(0.1, 0.001)}
+        put_scores(content, model, "quiz", metrics, "rows")
+    gates = {"quiz": Gate(max_drop=limit)}
+    if passes:
+        check_gates(gates, content, "task")
+    else:
+        with pytest.raises(UserError, match=r"acc of quiz from 0\.8000 to 0\.7000 \(standard"):
+            check_gates(gates, content, "task")
+    with pytest.raises(UserError, match="acc or acc_norm"):
+        check_gates({"quiz": Gate(metric="f1", max_drop=0.1)}, content, "task")
+
+
+def test_a_drop_of_a_task_that_may_be_chance_is_a_warning(capsys) -> None:
+    content: dict[str, Any] = {"losses": {}}
+    for model, value in (("base", 0.8), ("task", 0.7)):
+        put_scores(content, model, "quiz", {"acc": Score(value, 0.1)}, "rows")
+    check_gates({"quiz": Gate(max_drop=0.01)}, content, "task")
+    assert "by no more than chance" in capsys.readouterr().out

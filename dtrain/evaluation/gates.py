@@ -8,6 +8,7 @@ from dtrain.config.gates import Gate
 from dtrain.core.errors import Exit, UserError, UserErrors
 from dtrain.core.log import warn
 from dtrain.monitoring.run_record import HeldOutLosses
+from dtrain.monitoring.scores import get_score, metrics_of
 from dtrain.monitoring.uncertainty import CERTAIN
 
 ADVICE = (
@@ -33,19 +34,17 @@ def check_gates(gates: dict[str, Gate], known: dict[str, Any], model: str) -> No
 
 
 def _failure(name: str, gate: Gate, known: dict[str, Any], model: str) -> UserError | None:
-    where = f"evaluation.gates.{name}"
-    before, after = (_measured(known, name, gate.metric, m) for m in ("base", model))
+    where, metric = f"evaluation.gates.{name}", gate.metric or _default_metric(known, name)
+    before, after = (_measured(known, name, metric, m) for m in ("base", model))
     if before is None or after is None:
         missing = "base" if before is None else model
         fix = _metric_names(known, name) or "start the run in a new folder"
-        return UserError(f"{gate.metric} of {missing} was not measured", where=where, fix=fix)
+        return UserError(f"{metric} of {missing} was not measured", where=where, fix=fix)
     excess = gate.excess(before, after)
     if excess <= 0:
         return None
-    text = f"stage {model} changed the {gate.metric} of {name} from {before:.4f} to {after:.4f}"
-    error = None
-    if gate.metric == "loss":
-        error = HeldOutLosses.of(name, known).standard_error(model)
+    text = f"stage {model} changed the {metric} of {name} from {before:.4f} to {after:.4f}"
+    error = _standard_error(known, name, metric, model)
     if error is not None:
         text += f" (standard error of the change {error:.4f})"
         if excess < CERTAIN * error:
@@ -56,13 +55,31 @@ def _failure(name: str, gate: Gate, known: dict[str, Any], model: str) -> UserEr
     return UserError(message, where=where, fix=ADVICE, status=Exit.GATE_FAILED)
 
 
+def _default_metric(known: dict[str, Any], name: str) -> str:
+    """The loss of a held-out set, the first metric of a task or of a set of prompts."""
+    return "loss" if name in known["losses"] else next(iter(metrics_of(known, name)), "score")
+
+
 def _measured(known: dict[str, Any], name: str, metric: str, model: str) -> float | None:
-    if metric == "loss":
-        return known["losses"].get(name, {}).get(model)
-    return known.get("metrics", {}).get(name, {}).get(model, {}).get(metric)
+    if metric == "loss" and name in known["losses"]:
+        return known["losses"][name].get(model)
+    if name in known.get("metrics", {}):
+        return known["metrics"][name].get(model, {}).get(metric)
+    score = get_score(known, model, name, metric)
+    return None if score is None else score.value
+
+
+def _standard_error(known: dict[str, Any], name: str, metric: str, model: str) -> float | None:
+    """Standard error of the change from the base, if it is known."""
+    if metric == "loss" and name in known["losses"]:
+        return HeldOutLosses.of(name, known).standard_error(model)
+    before, after = (get_score(known, m, name, metric) for m in ("base", model))
+    return after.stderr_of_change(before) if before and after else None
 
 
 def _metric_names(known: dict[str, Any], name: str) -> str:
-    """What the set reports, for an unknown metric."""
+    """What the set or task reports, for an unknown metric."""
+    if scored := metrics_of(known, name):
+        return f"metric={' or '.join(scored)}"
     measured = known.get("metrics", {}).get(name, {}).get("base", {})
     return f"metric={' or '.join(['loss', *measured])}" if measured else ""
