@@ -108,11 +108,12 @@ def resolve(recipe: Recipe) -> Recipe:
     kind: str = recipe.engine.kind
     if kind != "auto" or launcher_engine(os.environ):
         kind = resolve_engine(kind, os.environ)
-    folder = str(Path(recipe.output.folder).expanduser().absolute())
+    folders = {"folder": recipe.output.folder, "reuse": recipe.output.reuse}
+    output = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items() if v is not None}
     return recipe.model_copy(
         update={
             "engine": recipe.engine.model_copy(update={"kind": kind}),
-            "output": recipe.output.model_copy(update={"folder": folder}),
+            "output": recipe.output.model_copy(update=output),
             "model": recipe.model.model_copy(update={"base": absolute_model(recipe.model.base)}),
             "stages": [with_absolute_paths(stage) for stage in recipe.stages],
         }

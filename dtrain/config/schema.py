@@ -340,6 +340,11 @@ class Output(Group):
     """The run folder and what is kept in it."""
 
     folder: Text = Field(description="run folder; created if missing")
+    reuse: Text | None = Field(
+        None,
+        description="a run folder whose finished stages count as this run's, where settings, seed, "
+        "data and base are the same",
+    )
     merge: bool = Field(
         True,
         description="merge the last stage's adapter; the others are always merged",

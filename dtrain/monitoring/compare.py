@@ -20,7 +20,7 @@ plots: Any = LazyModule("dtrain.monitoring.plots")
 TEMPLATE = Path(__file__).with_name("compare.html.jinja")
 STYLE = Path(__file__).with_name("report.css")
 MISSING = "—"
-UNCOMPARED = ("name", "output.folder")  # they differ between any two runs
+UNCOMPARED = ("name", "output.folder", "output.reuse")  # they differ between any two runs
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dtrain.serving.run_models import ServedModel, template_of
 from dtrain.training.held_out import HeldOutResult, HeldOutSet, evaluate
 
 BASE = "base"
+BY_MODEL = {"losses", "blocks", "metrics"}  # in evaluation.json: values by set, then by model
 
 
 class Evaluations:
@@ -67,6 +68,23 @@ class Evaluations:
             return rows
         group = settings.model_dump(mode="json")
         return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings.teacher)}])
+
+    def adopt(self, other: Path, stages: Sequence[str]) -> None:
+        """Take over what another run measured of the base and of stages that are reused from it.
+
+        Args:
+            other: its evaluation.json; other sets or rows are not comparable, and are ignored.
+        """
+        known = read_json(other) if stages and other.exists() else {}
+        if self.known["models"] or known.get("sets") != self.known["sets"]:
+            return
+        kept = [model for model in known["models"] if model in (BASE, *stages)]
+        self.known["models"] = kept
+        for key in BY_MODEL & known.keys():
+            self.known[key] = {
+                name: {m: v for m, v in values.items() if m in (*kept, "items")}
+                for name, values in known[key].items()
+            }
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""

@@ -16,6 +16,7 @@ from dtrain.distributed.world import World
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.run_record import run_summary
 from dtrain.pipeline.evaluator import Evaluations
+from dtrain.pipeline.reuse import drop_link, reuse_stages
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.stage_record import StageRecord, StageSetup, stage_record
 from dtrain.pipeline.stage_run import run_stage
@@ -42,6 +43,9 @@ def run_chain(
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers)
     started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
+    if recipe.output.reuse is not None:
+        other = RunDir(Path(recipe.output.reuse))
+        evaluations.adopt(other.evaluation, reuse_stages(recipe, other, folders, world))
     done = complete_stages(recipe, folders, world)
     for stage, folder in zip(recipe.stages, folders.values(), strict=True):
         parent = recipe.parent_of(stage)
@@ -95,6 +99,7 @@ def complete_stages(
         if complete:
             damage = folder.find_corruption(with_merged=needed) if world.is_first else ""
             if damage := world.broadcast_text(damage):
+                drop_link(folder, world)
                 warn(f"stage {stage.name}: {damage}; it is rebuilt from the last checkpoint")
                 complete = False
         if complete:
