@@ -30,8 +30,11 @@ class Scorer(Protocol):
     inputs: Mapping[str, str]
     every_steps: int | None
 
-    def measure(self, engine: Engine) -> dict[str, dict[str, Score]]:
+    def measure(self, engine: Engine, model: str) -> dict[str, dict[str, Score]]:
         """Score the engine's current model; called on all ranks together.
+
+        Args:
+            model: its name in the run: "base", a stage, or a stage with its step.
 
         Returns:
             Scores by name and metric, the same on every rank; the first metric of a name is the

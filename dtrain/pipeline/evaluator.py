@@ -120,7 +120,7 @@ class Evaluations:
         if self.sets:
             self._record_losses(model, engine, sets)
         for scorer in self.scorers:
-            for name, metrics in scorer.measure(engine).items():
+            for name, metrics in scorer.measure(engine, model).items():
                 put_scores(self.known, model, name, metrics, scorer.inputs[name])
                 say(f"{name}, {model}: {', '.join(f'{m} {s.text()}' for m, s in metrics.items())}")
         if model not in self.known["models"]:

@@ -128,8 +128,9 @@ class HeldOutEvaluator:
         stage.evaluated_step, stage.held_out = stage.step, {}
         metrics = self._evaluate_sets(engine, stage) if self._sets_are_due(stage.step) else {}
         scores: dict[str, dict[str, float]] = {}
+        model = f"{engine.stage.name} step {stage.step}"
         for scorer in self._due_scorers(stage.step):
-            for name, measured in scorer.measure(engine).items():
+            for name, measured in scorer.measure(engine, model).items():
                 scores[name] = {metric: score.value for metric, score in measured.items()}
                 texts = [f"{metric} {score.text()}" for metric, score in measured.items()]
                 say(f"step {stage.step}: {name}: {', '.join(texts)}")
