@@ -183,13 +183,11 @@ def _sequences_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -
 
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:
     from dtrain.config.schema import Source
-    from dtrain.core.cache_paths import cache_folder
-    from dtrain.data.records import iter_records
+    from dtrain.data.records import open_source
     from dtrain.data.show import render_records
-    from dtrain.data.sources import find_source_files
 
-    source_files = find_source_files(Source(path=path), cache_folder() / "stores")
-    yield from render_records(iter_records(source_files, "auto"), source_files, count)
+    source = open_source(Source(path=path))
+    yield from render_records(source.rows(), source.files, count)
 
 
 def is_recipe(address: str) -> bool:

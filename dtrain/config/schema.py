@@ -117,7 +117,9 @@ class Source(Group):
 
     path: Text = Field(
         description=(
-            "file, glob, folder, fsspec URL (s3://…), hub dataset id, or `dtrain:NAME/FILE`"
+            "file, glob, folder, fsspec URL (s3://…), hub dataset id, or `dtrain:NAME/FILE`; "
+            "file types: .txt, .md, .rst, .jsonl, .json, .csv, .tsv (each also .gz or .zst), "
+            ".parquet, .arrow; a folder's other files are skipped and counted"
         )
     )
     format: Literal["auto", RowFormat] = Field(

@@ -23,7 +23,12 @@ from dtrain.data.packed_dataset import (
     check_vocabulary,
 )
 from dtrain.data.packing import Packing
-from dtrain.data.records import Record, detect_source_format, read_records
+from dtrain.data.records import (
+    Record,
+    detect_source_format,
+    files_of_format,
+    read_records,
+)
 from dtrain.data.sampling import build_sampling_plan
 from dtrain.data.shards import (
     BOUNDARIES_FILE,
@@ -143,9 +148,10 @@ class SourcePreparation:
         cache: Path,
     ) -> None:
         self.data, self.source, self.spec = data, source, spec
-        self.source_files = files = find_source_files(source, cache)
+        files = find_source_files(source, cache)
         auto = source.format == "auto"
         self.row_format = detect_source_format(files, source.columns) if auto else source.format
+        self.source_files = files = files_of_format(files, self.row_format)
         if mismatch := format_mismatch(spec.objective, self.row_format):
             where = f"{source.path}: format: {self.row_format} with kind: {spec.objective}"
             raise UserError(mismatch[0], where=where, fix=mismatch[1])

@@ -21,7 +21,7 @@ from dtrain.config.schema import Column
 from dtrain.core.errors import UserError
 from dtrain.core.files import decode_text, without_mark
 from dtrain.data.conversations import TRAIN_FLAGS
-from dtrain.data.sources import SourceFile
+from dtrain.data.sources import PROSE, SourceFile
 
 # The row's number, from 1, and a function that returns the row, or a UserError.
 RawRow = tuple[int, Callable[[], Any]]
@@ -54,7 +54,11 @@ def iter_rows(
     if kind == ".json":
         columns = {*get_args(Column), *(needed or ()), *renamed}
         return _json(source_file, columns.difference(TRAIN_FLAGS))  # a key `train` can contain rows
-    return {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind](source_file)
+    if kind in PROSE:
+        return _prose(source_file)
+    if kind == ".jsonl":
+        return _jsonl(source_file)
+    return _table(source_file, delimiter="\t" if kind == ".tsv" else ",")
 
 
 def _parsed(iter_rows: Iterable[tuple[int, Any]]) -> Iterator[RawRow]:
@@ -144,7 +148,7 @@ def _check_zst_complete(source_file: SourceFile, has_content: bool) -> None:
         raise _broken_file(source_file, 1, EOFError("it contains no complete block"))
 
 
-def _txt(source_file: SourceFile) -> Iterator[RawRow]:
+def _prose(source_file: SourceFile) -> Iterator[RawRow]:
     if text := decode_text(_content(source_file), source_file.name):
         yield from _parsed([(1, {"text": text})])
 
@@ -278,15 +282,15 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict | UserError) for item in value)
 
 
-def _csv(source_file: SourceFile) -> Iterator[RawRow]:
-    reader = csv.reader(_texts(source_file), strict=True)
+def _table(source_file: SourceFile, delimiter: str) -> Iterator[RawRow]:
+    reader = csv.reader(_texts(source_file), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 1
     while True:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            message = f"invalid CSV: {error}"
+            message = f"invalid {source_file.kind[1:4].upper()}: {error}"
             raise UserError(
                 message, where=source_file.location(number), fix="fix the file"
             ) from error
@@ -295,7 +299,7 @@ def _csv(source_file: SourceFile) -> Iterator[RawRow]:
         if header is None:
             header = _header(cells, source_file)
         elif cells:
-            yield number, partial(_csv_row, header, cells)
+            yield number, partial(_table_row, header, cells)
         number = reader.line_num + 1
 
 
@@ -306,7 +310,7 @@ def _header(cells: list[str], source_file: SourceFile) -> list[str]:
     return cells
 
 
-def _csv_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
+def _table_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
     if len(cells) != len(header):
         message = f"{len(cells)} cells, but the header has {len(header)} columns"
         return UserError(message, fix="fix or remove this row")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from dtrain.config.schema import Source
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
+from dtrain.core.log import say
 from dtrain.data.formats import (
     ROW_FORMATS,
     RowContent,
@@ -17,7 +19,7 @@ from dtrain.data.formats import (
     unread_columns,
 )
 from dtrain.data.readers import RawRow, iter_rows
-from dtrain.data.sources import SourceFile, find_source_files
+from dtrain.data.sources import SourceFile, count_by_type, find_source_files
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,12 @@ def detect_source_format(source_files: list[SourceFile], columns: Mapping[Any, s
         EmptyDataError: the source has no rows.
         UserError: no format has such columns, or no row can be read.
     """
+    if source_files and all(source_file.is_prose for source_file in source_files):
+        return "text"
     first_error: UserError | None = None
     for source_file in source_files:
-        if source_file.kind.startswith(".txt"):
-            return "text"
+        if source_file.is_prose:
+            continue
         try:
             for number, parse in iter_rows(source_file, renamed=columns.values()):
                 raw, location = parse(), source_file.location(number)
@@ -181,9 +185,25 @@ def detect_source_format(source_files: list[SourceFile], columns: Mapping[Any, s
 
 
 def _check_file_kind(source_file: SourceFile, row_format: str) -> None:
-    if source_file.kind.startswith(".txt") and row_format != "text":
+    if source_file.is_prose and row_format != "text":
         message = f"a {source_file.kind} file contains plain text, not rows of {row_format}"
         raise UserError(message, where=source_file.name, fix="format: text")
+
+
+def files_of_format(source_files: list[SourceFile], row_format: str) -> list[SourceFile]:
+    """The files of a source that can contain rows of a format; says which are left out.
+
+    A folder of conversations may contain a README.md; a source of texts reads it.
+    """
+    with_rows = [source_file for source_file in source_files if not source_file.is_prose]
+    if row_format == "text" or not with_rows or len(with_rows) == len(source_files):
+        return source_files
+    prose = [Path(source_file.name) for source_file in source_files if source_file.is_prose]
+    say(
+        f"{prose[0].parent}: leaves out files of plain text, as the rows of the source are "
+        f"{row_format}: {count_by_type(prose)}"
+    )
+    return with_rows
 
 
 def _columns_of(row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
@@ -239,4 +259,4 @@ def open_source(source: Source) -> SourceRows:
         )
     except EmptyDataError:
         row_format = "text"  # an empty source gets a report too
-    return SourceRows(source.path, files, row_format, columns)
+    return SourceRows(source.path, files_of_format(files, row_format), row_format, columns)

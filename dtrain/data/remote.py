@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from glob import has_magic
 from pathlib import Path
@@ -50,13 +50,17 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
-def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list[tuple[str, Path]]:
+# Of the names of a folder's files, and the folder: those to read, in order.
+SelectFiles = Callable[[Iterable[Path], str], list[Path]]
+
+
+def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Path]]:
     """Download the files at a URL that are not in the cache yet.
 
     Args:
         address: URL of a file, a folder or a glob.
         cache: folder of the copies.
-        readable: whether to download a file of a folder, by its name.
+        select: which files of a folder to download.
 
     Returns:
         URL and copy of each file, in order.
@@ -69,7 +73,8 @@ def fetch(address: str, cache: Path, readable: Callable[[Path], object]) -> list
     try:
         store, path = fsspec.core.url_to_fs(address)
         files = [
-            (store.unstrip_protocol(p), store.info(p), p) for p in _found(store, path, readable)
+            (store.unstrip_protocol(p), store.info(p), p)
+            for p in _found(store, path, address, select)
         ]
     except Exception as raised:  # each store's client raises its own types
         error = _root(raised)
@@ -99,13 +104,13 @@ def _earlier_download(known: Path, address: str) -> list[tuple[str, Path]]:
     return copies
 
 
-def _found(store: Any, path: str, readable: Callable[[Path], object]) -> list[str]:
+def _found(store: Any, path: str, address: str, select: SelectFiles) -> list[str]:
     if has_magic(path):
         return sorted(p for p in store.glob(path) if not store.isdir(p))
     if "http" in store.protocol or not store.isdir(path):  # a web server has no folders
         return [path]
-    paths = (p for p in store.find(path) if readable(Path(p)))
-    return sorted(p for p in paths if not Path(p).name.startswith("."))
+    names = {Path(p.removeprefix(path).lstrip("/")): p for p in store.find(path)}
+    return [names[name] for name in select(names, address)]
 
 
 def _copy(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from dtrain.data.remote import fetch, is_remote
 
 datasets: Any = LazyModule("datasets")  # it imports pandas, which takes a second
 
-TEXTUAL = (".txt", ".jsonl", ".json", ".csv")
+PROSE = (".txt", ".md", ".rst")  # a file is one text
+TEXTUAL = (*PROSE, ".jsonl", ".json", ".csv", ".tsv")
 PACKERS = (".gz", ".zst")
 SUFFIXES = (*TEXTUAL, ".parquet", ".arrow")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2", ".xz")
@@ -48,11 +51,17 @@ class SourceFile:
     dataset: Any = None
     files: tuple[FileIdentity, ...] = ()
 
+    @property
+    def is_prose(self) -> bool:
+        """Whether the whole file is one text, without rows."""
+        return self.kind.startswith(PROSE)
+
     def location(self, number: int) -> str:
         """Location of row `number` (from 1): file:line, file#row; of a text, the file."""
-        if self.kind.startswith(".txt"):
+        if self.is_prose:
             return self.name
-        return f"{self.name}{':' if self.kind.startswith(('.jsonl', '.csv')) else '#'}{number}"
+        has_lines = self.kind.startswith((".jsonl", ".csv", ".tsv"))
+        return f"{self.name}{':' if has_lines else '#'}{number}"
 
     def check_unchanged(self, *, again: bool = False) -> None:
         """Check that the files are still those that were hashed (`FileIdentity.check_unchanged`).
@@ -83,7 +92,7 @@ def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
         UserError: nothing exists at `path`, or nothing that can be read.
     """
     if is_remote(source.path):
-        copies = fetch(source.path, cache, file_kind)
+        copies = fetch(source.path, cache, readable_files)
         source_files = _files([copy for _, copy in copies], source)
         return [
             replace(source_file, name=url)
@@ -105,8 +114,8 @@ def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.rglob("*") if file_kind(p) and p.is_file())
-    files = [path for path in files if not path.name.startswith(".")]
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = [folder / name for name in readable_files(names, str(folder))]
     inside = folder.resolve()
     for path in files:  # write access to the folder must not allow reading other files
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
@@ -114,6 +123,25 @@ def _in_folder(folder: Path) -> list[Path]:
             fix = "copy the file, or name the link itself in `path` if this is intended"
             raise UserError(message, where=str(path), fix=fix)
     return files
+
+
+def readable_files(names: Iterable[Path], folder: str) -> list[Path]:
+    """The files of known types in a folder, sorted; says how many others it skips.
+
+    Args:
+        names: of all its files, relative to it; hidden ones, and those in hidden folders, are not
+            counted.
+    """
+    visible = sorted(x for x in names if not any(part.startswith(".") for part in x.parts))
+    if skipped := [name for name in visible if not file_kind(name)]:
+        say(f"{folder}: skips files of types that it cannot read: {count_by_type(skipped)}")
+    return [name for name in visible if file_kind(name)]
+
+
+def count_by_type(paths: Iterable[Path]) -> str:
+    """'3 .html, 1 without suffix', the most frequent first."""
+    counts = Counter(file_kind(path) or path.suffix.lower() or "without suffix" for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
 
 
 def _files(paths: list[Path], source: Source) -> list[SourceFile]:

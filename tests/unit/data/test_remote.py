@@ -13,7 +13,7 @@ from dtrain.core.hashes import file_hash
 from dtrain.core.locks import FolderLock
 from dtrain.data import remote
 from dtrain.data.records import read_records
-from dtrain.data.sources import file_kind, find_source_files
+from dtrain.data.sources import find_source_files, readable_files
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def test_remote_file_folder_and_glob_are_read(bucket, tmp_path) -> None:
 
 
 def test_remote_folder_is_read_like_a_local_one(bucket, tmp_path) -> None:
-    for name in ("a.jsonl", "README.md", "_SUCCESS", ".b.jsonl"):
+    for name in ("a.jsonl", "page.html", "_SUCCESS", ".b.jsonl", ".c/d.jsonl"):
         bucket(name, ["one"])
     assert texts("memory://bucket", tmp_path) == [("memory:///bucket/a.jsonl:1", "one")]
-    assert not list(tmp_path.rglob("README.md"))  # nor fetched
+    assert not list(tmp_path.rglob("page.html"))  # nor fetched
     with pytest.raises(UserError, match="unknown file type"):
         texts("memory://bucket/*", tmp_path)
 
@@ -114,13 +114,13 @@ def test_unreachable_store_keeps_fetched_files(bucket, tmp_path, monkeypatch, ca
 )
 def test_address_with_a_secret_is_refused_without_showing_it(address, tmp_path) -> None:
     with pytest.raises(UserError, match="would be logged") as error:
-        remote.fetch(address, tmp_path, file_kind)
+        remote.fetch(address, tmp_path, readable_files)
     assert "hunter2" not in str(error.value)
 
 
 def test_missing_file_and_unknown_store_are_reported(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        remote.fetch("memory://nowhere/a.jsonl", tmp_path, file_kind)
+        remote.fetch("memory://nowhere/a.jsonl", tmp_path, readable_files)
     with pytest.raises(UserError, match=r"Protocol not known: nostore") as error:
-        remote.fetch("nostore://a/b.jsonl", tmp_path, file_kind)
+        remote.fetch("nostore://a/b.jsonl", tmp_path, readable_files)
     assert "s3fs" in error.value.fix
