@@ -23,6 +23,7 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
+from dtrain.core.ownership import make_private_folder
 from dtrain.core.run_dir import EXIT_REPORT, RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
 from dtrain.supervisor import Supervisor
@@ -93,16 +94,18 @@ def submit(
 
     Args:
         recipes: files or names of shipped recipes; each is checked before anything is submitted.
-        folder: where submitit keeps its scripts and logs.
+        folder: where submitit keeps its scripts, logs and pickles; for this user alone.
         overrides: `key=value`, for every one of them.
         executor: slurm, or local for this machine.
         more: parameters of submitit's executor, for example slurm_partition.
 
     Raises:
-        UserError: a recipe is wrong.
+        UserError: a recipe is wrong, or the folder is another user's.
     """
     for recipe in recipes:
         load_recipe(recipe, overrides)
+    # The jobs unpickle what they find there. submitit replaces %j and the like by the job's id.
+    make_private_folder(Path(str(folder).partition("%")[0]))
     chosen = submitit.AutoExecutor(folder=folder, cluster=executor)
     chosen.update_parameters(nodes=nodes, tasks_per_node=1, timeout_min=timeout_minutes)
     if executor == "slurm":

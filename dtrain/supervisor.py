@@ -7,7 +7,6 @@ signals come here. The recipe is parsed once, and once more by each rank.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -105,8 +104,7 @@ class Supervisor:
             [str(run.recipe)],
             nodes=len(allocation.nodes),
             ranks=ranks,
-            endpoint=rendezvous_endpoint(self._environ, allocation.nodes[0]),
-            rendezvous=secrets.token_hex(8),
+            endpoint=rendezvous_endpoint(self._environ, allocation.nodes),
             cores=allocation.cores,
         )
 

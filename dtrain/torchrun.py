@@ -3,9 +3,9 @@
 `python -m dtrain.torchrun …` takes torchrun's own options and differs from it in these. Its exit
 status is the workers', not 1. A signal reaches the workers, which save and end, and are not killed
 after thirty seconds; Ctrl-C twice kills them at once. `--nproc-per-node=auto` is one process on a
-machine without a GPU, not one a core. Ranks are bound to the cores near their GPU. The ranks of
-several nodes meet on DTRAIN_INTERFACE. What a worker has printed is not repeated, and nothing is
-left in /tmp.
+machine without a GPU, not one a core. Ranks are bound to the cores near their GPU. Ranks meet in a
+file, or on several nodes in a store without pickles (dtrain/distributed/rendezvous.py). What a
+worker has printed is not repeated, and nothing is left in /tmp.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
@@ -34,9 +35,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.hardware import oom_kills
-from dtrain.distributed.world import restrict_store_address
+from dtrain.distributed.rendezvous import choose_rendezvous, restrict_stores
 from dtrain.launching.commands import LAUNCHER, worker_environment
-from dtrain.launching.network import is_host_of, own_address
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # A rank has failed, and the others wait for it: their work is lost anyway.
@@ -86,11 +86,6 @@ class Signals:
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; return the workers' exit status."""
     arguments = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        meet_on_interface(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
     has_gpu = torch.cuda.is_available()
     if arguments.nproc_per_node == "auto":
         arguments.nproc_per_node = str(max(1, torch.cuda.device_count()))
@@ -106,31 +101,19 @@ def main(argv: list[str] | None = None) -> int:
         arguments.numa_binding = "node"
     if not os.environ.get("LOGLEVEL"):
         logging.disable(logging.ERROR)
-    restrict_store_address()
+    restrict_stores()
     signals, killed_before = Signals(), oom_kills()
     signals.listen()
     try:
-        with brief_logs(arguments):
+        with private_folder(arguments) as folder:
+            choose_rendezvous(arguments, folder, os.environ)
             torchrun.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except ChildFailedError as error:
         return status_of(error.failures, signals.seen, oom_kills() > killed_before)
     return Exit.FINISHED
-
-
-def meet_on_interface(arguments: Namespace) -> None:
-    """Let the ranks of several nodes meet on DTRAIN_INTERFACE, if that is set.
-
-    MASTER_ADDR becomes the address there of the node that has the first rank.
-
-    Raises:
-        UserError: there is no such interface here.
-    """
-    if arguments.local_addr or (address := own_address(os.environ)) is None:
-        return
-    arguments.local_addr = address
-    # torchrun knows the addresses of this machine's name only, so no node would open the store.
-    if "is_host" not in arguments.rdzv_conf and is_host_of(address, arguments.rdzv_endpoint):
-        arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, "is_host=true"]))
 
 
 def can_bind_to_numa_nodes(ranks: int) -> bool:
@@ -153,15 +136,16 @@ def can_bind_to_numa_nodes(ranks: int) -> bool:
 
 
 @contextmanager
-def brief_logs(arguments: Namespace) -> Iterator[None]:
-    """Remove the folder of error files that torchrun otherwise leaves in /tmp at each start.
+def private_folder(arguments: Namespace) -> Iterator[Path]:
+    """Yield a folder that only this user can open, and remove it at the end.
 
-    Logs that the command line asks for stay.
+    torchrun's error files go there, which it otherwise leaves in /tmp at each start. Logs that the
+    command line asks for stay.
     """
     with TemporaryDirectory(prefix="torchelastic_") as folder:
         if arguments.redirects == arguments.tee == "0" and not arguments.log_dir:
             arguments.log_dir = folder
-        yield
+        yield Path(folder)
 
 
 def status_of(

@@ -14,5 +14,8 @@ if [[ $# -lt 2 || ! -f "$settings" ]]; then
 fi
 shift
 NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TOKENIZERS_PARALLELISM=false
-exec accelerate launch --config_file "$settings" --num_processes "$NPROC" -m dtrain.train "$@"
+export TOKENIZERS_PARALLELISM=false
+# accelerate's store listens on all interfaces; this one on the loopback.
+start="from dtrain.distributed.rendezvous import restrict_stores; restrict_stores()
+from accelerate.commands.launch import main; main()"
+exec python -c "$start" --config_file "$settings" --num_processes "$NPROC" -m dtrain.train "$@"

@@ -35,6 +35,17 @@ def check_own_file(path: Path) -> Path:
     return path
 
 
+def make_private_folder(path: Path) -> Path:
+    """Create a folder, and let only this user open it.
+
+    Raises:
+        Untrusted: it is a symlink, belongs to another user, or anyone could write to it until now.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_own_folder(path).chmod(0o700)
+    return path
+
+
 def _check_owner(path: Path, file_type: int) -> None:
     try:
         status = path.lstat()

@@ -1,25 +1,25 @@
-"""Process rank, device, small CPU collectives, and the rendezvous store.
-
-torch's TCPStore listens on all addresses of a machine. On a shared login node or an open network
-that lets anybody write into a run. Here the store gets a socket that is bound to one address.
-"""
+"""Process rank, device, and small CPU collectives."""
 
 from __future__ import annotations
 
-import importlib
-import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
+
+from dtrain.distributed.rendezvous import (
+    LOOPBACK,
+    is_loopback,
+    rank_store,
+    refuse_pickles,
+    restrict_stores,
+)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NO_TIME_LIMIT = timedelta(days=30)
@@ -111,22 +111,28 @@ def start_world(device: str) -> World:
         torch.cuda.set_device(torch_device)
     if "RANK" not in os.environ:
         os.environ.update(_single_process_environment())
-    restrict_store_address()
+    restrict_stores()
+    refuse_pickles()
     choose_interface()
-    # With `device_id` NCCL connects at once, which fails with a CUDA error for a single rank.
-    is_alone = os.environ["WORLD_SIZE"] == "1"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = rank_store(rank, size, os.environ)
+    if store is not None:
+        store.set_timeout(COLLECTIVE_TIMEOUT)
     # gloo carries the CPU tensors of `World`; NCCL carries those of the model.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=torch_device if use_gpu and not is_alone else None,
+        store=store,
+        rank=rank if store is not None else -1,
+        world_size=size if store is not None else -1,
+        # With `device_id` NCCL connects at once, which fails with a CUDA error for a single rank.
+        device_id=torch_device if use_gpu and size > 1 else None,
     )
-    size = dist.get_world_size()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     # Work of a single rank, such as a merge of 70B, takes longer than a collective's time limit.
     # A rank that dies closes its connections; the hang watchdog detects one that hangs.
     gloo_group = dist.new_group(backend="gloo", timeout=NO_TIME_LIMIT)
-    return World(dist.get_rank(), size, local_rank, local_size, torch_device, gloo_group)
+    return World(rank, size, local_rank, local_size, torch_device, gloo_group)
 
 
 def end_world() -> None:
@@ -139,54 +145,8 @@ def end_world() -> None:
 
 
 def _single_process_environment() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    names = {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": 1,
-        "LOCAL_WORLD_SIZE": 1,
-        "MASTER_PORT": port,
-    }
-    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
-def bound_store(host_name: str, port: int, *args: Any, **settings: Any) -> TCPStore:
-    """A TCPStore whose server listens on `host_name` only; port 0 chooses a free port.
-
-    Takes the arguments of `TCPStore`, `is_master` by keyword, as torch's two callers pass it.
-    """
-    if settings.get("is_master") and not _is_only_known_here(host_name):
-        family, _, _, _, address = _resolved(host_name, port)
-        server = socket.create_server(address[:2], family=family, backlog=2048)
-        port = server.getsockname()[1]
-        settings["master_listen_fd"] = server.detach()  # the store closes it
-    return TCPStore(host_name, port, *args, **settings)
-
-
-def _is_only_known_here(host_name: str) -> bool:
-    """Whether a name means the loopback on this machine only, as Debian's /etc/hosts sets it.
-
-    Other machines use another address, so the store must listen on all of them.
-    """
-    return not _is_loopback(host_name) and _is_loopback(str(_resolved(host_name, 0)[4][0]))
-
-
-def _resolved(host_name: str, port: int) -> Any:
-    """A name's TCP address as `getaddrinfo` returns it: IPv4 if there is one.
-
-    A machine's name may resolve to a link-local IPv6 address, which others cannot use.
-    """
-    addresses = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)
-    return min(addresses, key=lambda info: info[0] != socket.AF_INET)
-
-
-def restrict_store_address() -> None:
-    """Make torchrun, or torch in this rank, create their stores with `bound_store`."""
-    c10d_rendezvous_backend.TCPStore = bound_store  # type: ignore[assignment,misc]
-    # `torch.distributed.rendezvous` by attribute is a function of the same name.
-    importlib.import_module("torch.distributed.rendezvous").TCPStore = bound_store  # type: ignore
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": LOOPBACK}
 
 
 def choose_interface() -> None:
@@ -194,7 +154,7 @@ def choose_interface() -> None:
 
     On a single node this is the loopback, and no other interface is open.
     """
-    is_local = _is_loopback(os.environ.get("MASTER_ADDR", ""))
+    is_local = is_loopback(os.environ.get("MASTER_ADDR", ""))
     if name := loopback_interface() if is_local else os.environ.get("DTRAIN_INTERFACE"):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, name)
@@ -203,13 +163,6 @@ def choose_interface() -> None:
 def loopback_interface() -> str | None:
     """Name of the loopback interface, usually `lo`; None without one."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and _is_loopback(a.address) for a in addresses):
+        if any(a.family == socket.AF_INET and is_loopback(a.address) for a in addresses):
             return name
     return None
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"

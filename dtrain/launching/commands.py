@@ -30,18 +30,13 @@ def torchrun_command(
 ) -> list[str]:
     """Start the workers of one machine.
 
-    The rendezvous is on the loopback at a port that the system chooses, so two runs never meet,
-    and a host name that does not resolve does no harm.
-
     Args:
         recipe_file: the resolved recipe.
         processes: ranks, or "auto": one a GPU, or one on a CPU.
         allow_change: keys that may differ from those of the run's first start.
     """
     command = [sys.executable, "-m", "dtrain.torchrun", "--nnodes=1"]
-    command += [f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command += ["-m", WORKER, str(recipe_file)]
+    command += [f"--nproc-per-node={processes}", "-m", WORKER, str(recipe_file)]
     for key in allow_change:
         command += ["--allow-change", key]
     return command
@@ -78,8 +73,6 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         # On a shared file system, so that a requeued job starts warm.
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
         "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
-        # torchrun otherwise hangs at times when it restarts its workers.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # A rank that waits while another fails would report its lost connection.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -113,7 +106,6 @@ def step_command(
     nodes: int,
     ranks: int | str,
     endpoint: str,
-    rendezvous: str,
     cores: str | None,
     worker: str = WORKER,
 ) -> list[str]:
@@ -121,21 +113,17 @@ def step_command(
 
     Args:
         arguments: of the worker; the resolved recipe for the one that trains.
-        nodes: nodes of the job; a single one needs no listener but the loopback's.
+        nodes: nodes of the job.
         ranks: processes on each node, or "auto": one a GPU.
-        endpoint: host and port of the rendezvous.
-        rendezvous: its id, unique to this attempt.
+        endpoint: host and port at which several nodes meet; on the first of them.
         cores: cores of a node; srun does not take them from sbatch by itself.
         worker: module that the ranks run.
     """
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}"]
     command += [f"--cpus-per-task={cores}"] if cores else []
     command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
-    command += [f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    if nodes == 1:
-        command += ["--local-addr=127.0.0.1", "--rdzv-endpoint=127.0.0.1:0"]
-    else:
-        command += [f"--rdzv-id={rendezvous}", f"--rdzv-endpoint={endpoint}"]
+    command += [f"--nproc-per-node={ranks}"]
+    command += [f"--rdzv-endpoint={endpoint}"] if nodes > 1 else []
     return [*command, "-m", worker, *arguments]
 
 

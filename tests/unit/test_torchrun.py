@@ -213,7 +213,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *options: str, lacks: Sequence[str] 
     monkeypatch.setattr(torchrun, "parse_args", parse)
     monkeypatch.setattr(torchrun, "run", ran.append)
     monkeypatch.setattr(Signals, "listen", lambda self: None)
-    monkeypatch.setattr("dtrain.torchrun.restrict_store_address", lambda: None)
+    monkeypatch.setattr("dtrain.torchrun.restrict_stores", lambda: None)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main([*options, "-m", "dtrain.train", "x"]) == Exit.FINISHED
@@ -257,18 +257,21 @@ def test_ranks_are_bound_to_cores_near_their_gpus_if_all_can_be(
     assert parsed(monkeypatch, "--nproc-per-node=2").numa_binding is None
 
 
-def test_multi_node_rendezvous_uses_the_interface(monkeypatch, capsys) -> None:
-    monkeypatch.setenv("DTRAIN_INTERFACE", "lo")
-    several = ["--nnodes=2", "--rdzv-backend=c10d"]
-    first = parsed(monkeypatch, *several, "--rdzv-endpoint=127.0.0.1:1234")
-    assert (first.local_addr, first.rdzv_conf) == ("127.0.0.1", "is_host=true")
-    external = parsed(monkeypatch, *several, "--rdzv-endpoint=10.9.8.7:1234", "--rdzv-conf=a=b")
-    assert (external.local_addr, external.rdzv_conf) == ("127.0.0.1", "a=b")
-    chosen = parsed(monkeypatch, "--nnodes=1", "--local-addr=127.0.0.9")
-    assert (chosen.local_addr, chosen.rdzv_conf) == ("127.0.0.9", "")
-    monkeypatch.setenv("DTRAIN_INTERFACE", "nothing7")
-    assert main(["-m", "dtrain.train", "x"]) == Exit.USER_ERROR
-    assert "nothing7: no such interface" in capsys.readouterr().err
+def test_nodes_meet_without_pickles(monkeypatch, capsys) -> None:
+    alone = parsed(monkeypatch, "--nnodes=1", "--standalone")
+    assert alone.rdzv_backend == "single-node" and not alone.standalone
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    several = ["--nnodes=2", "--rdzv-endpoint=10.9.8.7:1234"]
+    assert parsed(monkeypatch, *several).node_rank == 1
+    assert parsed(monkeypatch, *several, "--node-rank=3").node_rank == 3
+    for options, where in (
+        (["--rdzv-backend=c10d"], "--rdzv-backend: whoever reaches the port of c10d"),
+        (["--rdzv-backend=etcd-v2"], "--rdzv-backend"),
+        (["--nnodes=1:2"], "--nnodes"),
+        (["--nnodes=2"], "--rdzv-endpoint"),
+    ):
+        assert main([*options, "-m", "dtrain.train", "x"]) == Exit.USER_ERROR
+        assert where in capsys.readouterr().err
 
 
 def test_workers_use_the_current_python() -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.world import bound_store, choose_interface, loopback_interface, start_world
+from dtrain.distributed.rendezvous import bound_store, refuse_pickles
+from dtrain.distributed.world import choose_interface, loopback_interface, start_world
 
 RECIPE = Path(__file__).parents[3] / "dtrain/recipes/tiny.yaml"
 SECONDS = 60
@@ -78,6 +79,7 @@ def test_communicator_is_created_eagerly_only_for_several_ranks(
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "new_group", lambda **words: None)
+    monkeypatch.setattr("dtrain.distributed.world.refuse_pickles", lambda: None)
     environ = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     monkeypatch.setattr(os, "environ", dict(os.environ) | environ)
     assert start_world("cuda").device == torch.device("cuda", 0)
@@ -87,7 +89,6 @@ def test_communicator_is_created_eagerly_only_for_several_ranks(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_single_node_listens_only_on_the_loopback():
     command = [sys.executable, "-m", "dtrain.torchrun", "--nproc-per-node=2"]
-    command += ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     command += ["-m", "dtrain.distributed.all_reduce_check", str(RECIPE)]
     started, seen = time.monotonic(), set()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
@@ -97,3 +98,14 @@ def test_single_node_listens_only_on_the_loopback():
         said = run.communicate()[0]
     assert '"over all ranks"' in said and "wrong" not in said
     assert seen == {"127.0.0.1"}
+
+
+def test_no_collective_unpickles(monkeypatch) -> None:
+    monkeypatch.setattr(dist.distributed_c10d, "_tensor_to_object", None)  # put back at the end
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        refuse_pickles()
+        with pytest.raises(RuntimeError, match="does not unpickle"):
+            dist.all_gather_object([None], "a")
+    finally:
+        dist.destroy_process_group()
