@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.data.conversations import Messages
 
 MAX_RETRIES = 5  # by the client, with exponential backoff or the delay that the server asks for
@@ -114,8 +114,7 @@ class Endpoint:
 
     def _error_message(self, error: Exception) -> str:
         """The first line of an error without the key, which some servers repeat."""
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return lines[0][:300].replace(self._key, "[key]")
+        return first_line(error)[:300].replace(self._key, "[key]")
 
     async def close(self) -> None:
         """Close the connections."""

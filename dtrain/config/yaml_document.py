@@ -12,7 +12,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_text
 
 Key = tuple[str | int, ...]  # path of a value: ("stages", 0, "name")
@@ -74,7 +74,7 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
     except MarkedYAMLError as error:
         raise _syntax_error(error, name) from error
     except (YAMLError, ValueError) as error:
-        raise UserError(f"is not valid YAML: {_first_line(error)}", where=name) from error
+        raise UserError(f"is not valid YAML: {first_line(error)}", where=name) from error
     except RecursionError as error:
         raise UserError("is nested too deeply", where=name) from error
     reader = _Plain(name)
@@ -95,10 +95,6 @@ def _syntax_error(error: MarkedYAMLError, name: str) -> UserError:
             "a second document starts here", where=where, fix="write one recipe per file"
         )
     return UserError(f"is not valid YAML: {problem}", where=where)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Plain:

@@ -43,6 +43,11 @@ class UserError(Exception):
         return _rebuild, (self.message, self.where, self.fix, self.status)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _rebuild(message: str, where: str, fix: str, status: Exit) -> UserError:
     """Unpickle a UserError, whose fields after the first are keyword-only."""
     return UserError(message, where=where, fix=fix, status=status)

@@ -116,6 +116,31 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
 
 
+def json_lines(text: str) -> list[dict[str, Any]]:
+    r"""The objects in JSON lines; lines that are none, such as one that was cut off, are skipped.
+
+    Only \n ends a line: `str.splitlines` would also cut at U+2028 and others inside a string.
+    """
+    objects = []
+    for line in text.split("\n"):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            objects += [value] if isinstance(value, dict) else []
+    return objects
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if it does not exist.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return json_lines(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return []
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, for `json.loads(…, object_pairs_hook=unique_keys)`.
 

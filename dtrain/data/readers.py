@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtrain.config.schema import Column
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import decode_text, without_mark
 from dtrain.data.conversations import TRAIN_FLAGS
 from dtrain.data.sources import PROSE, SourceFile
@@ -123,7 +123,7 @@ def _open_stream(source_file: SourceFile) -> IO[bytes]:
 
 def _broken_file(source_file: SourceFile, number: int, error: Exception) -> UserError:
     """The error for a truncated or damaged file."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     message = f"the file is truncated or damaged: {reason}"
     return UserError(message, where=source_file.location(number), fix="download the file again")
 
@@ -337,7 +337,7 @@ def _parquet(source_file: SourceFile, needed: tuple[str, ...] | None) -> Iterato
                 yield from _batch_rows(batch, number + 1)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"invalid parquet file: {reason}", where=source_file.location(number + 1)
         ) from error
@@ -353,7 +353,7 @@ def _arrow(source_file: SourceFile) -> Iterator[RawRow]:
                 yield from _batch_rows(batch, number + 1)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"invalid arrow file: {reason}", where=source_file.location(number + 1)
         ) from error

@@ -21,7 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import fsync_folder, read_json, write_json
 from dtrain.core.hash_cache import CACHE_FROM_BYTES, FileIdentity, file_state, remember_hash
 from dtrain.core.hashes import BLOCK_BYTES, fingerprint
@@ -231,7 +231,7 @@ def _is_missing(error: Exception, root: BaseException) -> bool:
 
 
 def _unreadable(address: str, error: BaseException) -> UserError:
-    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    reason = first_line(error)
     return UserError(
         f"cannot be read: {reason}",
         where=address,

@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain.config.schema import Source
 from dtrain.core.cache_paths import local_path
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.hash_cache import FileIdentity
 from dtrain.core.hashes import fingerprint
 from dtrain.core.lazy_import import LazyModule
@@ -204,9 +204,8 @@ def _from_hub(source: Source) -> SourceFile:
     try:
         dataset: Any = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # the hub's client raises many types of errors
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"no such file or folder, and not on the hub: {reason[0]}",
+            f"no such file or folder, and not on the hub: {first_line(error)}",
             where=source.path,
             fix="correct `path` or `split`, or download the dataset where there is a network",
         ) from error

@@ -202,7 +202,7 @@ class Store:
         """
         for name, entry in self.manifest["files"].items():
             self._check_hash(name, entry["blake3"])
-        for line in (self.folder / SUMS).read_text(encoding="utf-8").splitlines():
+        for line in (self.folder / SUMS).read_text(encoding="utf-8").split("\n")[:-1]:
             digest, name = line.split(maxsplit=1)
             self._check_hash(name, digest)
 

@@ -7,7 +7,6 @@ with DTRAIN_PREFLIGHT=exclude another job replaces it, without the nodes at faul
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -22,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from dtrain.config.schema import Recipe
-from dtrain.core.files import write_atomic
+from dtrain.core.files import json_lines, write_atomic
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import Attempt, read_attempts, write_attempts
@@ -84,15 +83,7 @@ def probe_nodes(
         text = output_of(command, NODES_SECONDS)
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
-    return [r for line in text.splitlines() if (r := _report(line)) is not None]
-
-
-def _report(line: str) -> Report | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and "node" in value else None
+    return [report for report in json_lines(text) if "node" in report]
 
 
 def output_of(
@@ -158,7 +149,7 @@ def check_all_reduce(recipe: Recipe, allocation: slurm.Allocation) -> list[Fault
         worker="dtrain.distributed.all_reduce_check",
     )
     text = output_of(command, START_SECONDS, up='{"up"', up_seconds=RANKS_SECONDS)
-    results: list[dict[str, Any]] = [json.loads(s) for s in text.splitlines() if s[:2] == '{"']
+    results = json_lines(text)
     speeds = next((r[_SPEEDS] for r in results if _SPEEDS in r), None)
     if speeds is None:
         return [Fault("", _silence(results, nodes))]

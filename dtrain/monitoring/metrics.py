@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dtrain.core.files import write_atomic
+from dtrain.core.files import read_json_lines, write_atomic
 
 
 class Metrics:
@@ -36,20 +36,7 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; none if it is not there, and no broken ones."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-    return [record for line in lines if (record := _record(line)) is not None]
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    has_step = isinstance(value, dict) and isinstance(value.get("step"), int)
-    return value if has_step else None
+    return [record for record in read_json_lines(path) if isinstance(record.get("step"), int)]
 
 
 def _line(record: dict[str, Any]) -> str:

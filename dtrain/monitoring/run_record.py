@@ -11,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dtrain.core.errors import first_line
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
@@ -189,7 +190,7 @@ def _read_mapping(record: RunRecord, name: str, parse: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("not a mapping")
     except (ValueError, YAMLError) as error:
-        record.errors.append(f"{name} cannot be read: {str(error).splitlines()[0]}")
+        record.errors.append(f"{name} cannot be read: {first_line(error)}")
         return {}
     return value
 

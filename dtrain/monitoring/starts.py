@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dtrain
+from dtrain.core.files import read_json_lines
 from dtrain.core.run_dir import METRICS, RunDir
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
@@ -72,10 +73,10 @@ def record_start(run: RunDir, *, nodes: int, ranks: int, device: str) -> None:
 def read_starts(run: RunDir) -> list[Start]:
     """The starts of a run, oldest first; lines that cannot be read are skipped."""
     try:
-        lines = run.starts.read_text(encoding="utf-8", errors="replace").split("\n")
+        records = read_json_lines(run.starts)
     except OSError:
         return []
-    return [start for line in lines if (start := _start(line)) is not None]
+    return [start for record in records if (start := _start(record)) is not None]
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ def attempts_of(
     return attempts
 
 
-def _start(line: str) -> Start | None:
+def _start(record: dict[str, Any]) -> Start | None:
     try:
-        start = Start(**json.loads(line))
-    except (ValueError, TypeError):
+        start = Start(**record)
+    except TypeError:
         return None
     numbers = (start.started, start.ranks, start.nodes, start.previous_ended or 0.0)
     texts = (start.host, start.device, start.job)

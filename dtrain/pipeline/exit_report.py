@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dtrain.config.schema import Recipe
-from dtrain.core.errors import Exit, UserError
+from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.run_dir import RunDir
@@ -194,10 +194,8 @@ def _gpu_is_full() -> bool:
 def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
     """The message for the terminal: the error, current usage, the plan, and what to change."""
     first = _memory_error(error) or error
-    # Python's MemoryError has no message.
-    message = str(first).strip().splitlines() or [type(first).__name__]
     fix = GENERAL_ADVICE
-    lines = [f"out of memory: {message[0]}"]
+    lines = [f"out of memory: {first_line(first)}"]
     with suppress(RuntimeError):  # the GPU may no longer respond
         lines.append(f"    now: {memory_usage()}")
     with suppress(UserError, RuntimeError):  # UserError: the plan does not know the architecture

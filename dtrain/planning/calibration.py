@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from dtrain.core.cache_paths import cache_folder
+from dtrain.core.files import read_json_lines
 
 FILE_NAME = "calibration.jsonl"
 FIGURES = ("peak", "speed", "planned_peak", "planned_speed")
@@ -107,9 +108,8 @@ def load_records() -> tuple[CalibrationRecord, ...]:
 @lru_cache(maxsize=1)  # a plan asks again for each of its many variants
 def _parse(path: Path, stamp: tuple[int, int]) -> tuple[CalibrationRecord, ...]:
     records = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_json_lines(path):
         with suppress(ValueError, TypeError, KeyError, OverflowError):
-            line = json.loads(text)
             records.append(
                 CalibrationRecord(**line | {name: float(line[name]) for name in FIGURES})
             )

@@ -192,11 +192,10 @@ def _run_child(
                 raise UserError(message, where=where, fix=fix)
             if "peaks" in line:
                 yield [SimulatedPeak(**peak) for peak in line["peaks"]]
-        errors = child.stderr.read().strip().splitlines()
+        errors = child.stderr.read().strip().split("\n")
     if child.returncode:
         raise UserError(
-            f"the simulation ended with status {child.returncode}: "
-            f"{errors[-1] if errors else 'no message'}",
+            f"the simulation ended with status {child.returncode}: {errors[-1] or 'no message'}",
             fix=NO_SIMULATION,
         )
 

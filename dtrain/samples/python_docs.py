@@ -45,7 +45,7 @@ def make(folder: Path) -> None:
     counts = {"python": platform.python_version(), "packages": len({*map(package, documented)})}
     counts |= write_domain(folder, texts) | write_task(folder, rows) | write_pairs(folder, rows)
     shutil.copyfile(GENERAL, folder / "general.jsonl")
-    counts["general"] = len(GENERAL.read_text(encoding="utf-8").splitlines())
+    counts["general"] = GENERAL.read_bytes().count(b"\n")
     write_json(folder / "counts.json", counts)
 
 

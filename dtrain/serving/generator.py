@@ -121,7 +121,7 @@ class TextGenerator:
                 raise ValueError(f"{odd[0]} has no counterpart")
         except (RuntimeError, ValueError, LookupError, AttributeError) as error:
             self._held = None  # what is half put on cannot be taken off
-            reason = str(error).strip().splitlines()[-1].strip()
+            reason = str(error).strip().split("\n")[-1].strip()
             raise UserError(
                 f"does not fit this base: {reason}",
                 where=str(folder),

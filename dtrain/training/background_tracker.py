@@ -9,6 +9,7 @@ from math import isfinite
 from queue import Full, Queue
 from typing import Any, Protocol
 
+from dtrain.core.errors import first_line
 from dtrain.core.log import warn
 from dtrain.training.callbacks import Callback
 
@@ -63,7 +64,7 @@ class BackgroundTracker(Callback):
                 run.log(*record)
             run.close()
         except (Exception, SystemExit) as error:  # of a client, which may be anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
