@@ -13,7 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-NEUTRAL_KINDS = frozenset({"weight", "exp_avg", "exp_avg_sq"})
+WEIGHT_KINDS = ("weight", "training_weight", "z")
+"""Kinds that start as the parameter's first value. `weight` is what results are made of; an
+optimizer that averages has the weights that train, and schedule-free's z, in addition."""
+
+NEUTRAL_KINDS = frozenset({*WEIGHT_KINDS, "exp_avg", "exp_avg_sq"})
 """Kinds with one float32 value per element: they can be resharded for other ranks and engines."""
 
 
@@ -29,7 +33,7 @@ class ParameterShard:
         shape: its global shape.
         start: first element of this rank's range.
         stop: the element after the last.
-        tensors: kind → 1-D tensor. The neutral kinds (weight, exp_avg, exp_avg_sq) are float32
+        tensors: kind → 1-D tensor. The neutral kinds (weight, exp_avg, …) are float32
             [stop - start]. Any other kind is opaque: any dtype, any length (an 8-bit optimizer's
             quantized state), and can be restored only into the same range.
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 OptimizerKind = Literal[
-    "adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "lion_8bit", "adafactor", "muon"
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+    "schedule_free",
 ]
 
 
@@ -22,6 +29,9 @@ class OptimizerTraits:
             must have whole parameters: it comes in blocks, or for rows and columns, or the update
             multiplies matrices.
         trains_adapters: works on what a method adds to the base.
+        averages: results and evaluations use an average of the weights of all steps, which stands
+            for the decay of the learning rate. A checkpoint has the weights that train, too.
+        module: that has it; dtrain's extra of the same name installs it. Empty: always installed.
     """
 
     description: str
@@ -29,6 +39,8 @@ class OptimizerTraits:
     layer_matrix_bytes: float | None = None
     whole_parameters: bool = False
     trains_adapters: bool = True
+    averages: bool = False
+    module: str = ""
 
 
 OPTIMIZERS: dict[str, OptimizerTraits] = {
@@ -54,6 +66,13 @@ OPTIMIZERS: dict[str, OptimizerTraits] = {
         layer_matrix_bytes=4.0,
         whole_parameters=True,
         trains_adapters=False,
+    ),
+    "schedule_free": OptimizerTraits(
+        "AdamW whose result is the average of the weights of all steps, for any number of steps; "
+        "wants 1 to 10 times AdamW's rate, and lr_scheduler: constant (arXiv:2405.15682)",
+        state_bytes=8.0,
+        averages=True,
+        module="schedulefree",
     ),
 }
 assert tuple(OPTIMIZERS) == get_args(OptimizerKind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from dtrain.config.clash import Clash
 from dtrain.config.methods.patterns import compile_pattern
@@ -24,10 +25,23 @@ def check_train(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         keys: list[Key] = [(*at, "optimizer"), (*at[:-1], "method", "kind")]
         message = f"{optimizer} updates whole weight matrices, and {stage.method.kind} trains none"
         yield Clash(keys, message, "optimizer=adamw, or method.kind=full")
+    yield from _optimizer(stage.train, at)
     if stage.train.label_smoothing and not OBJECTIVES[stage.kind].sums_token_losses:
         keys = [(*at[:-1], "kind"), (*at, "label_smoothing")]
         message = f"{stage.kind} has no cross-entropy of single tokens to smooth"
         yield Clash(keys, message, "label_smoothing=0.0; for dpo preference.label_smoothing")
+
+
+def _optimizer(train: Train, at: Key) -> Iterator[Clash]:
+    kind, traits = train.optimizer, OPTIMIZERS[train.optimizer]
+    if traits.averages and train.lr_scheduler != "constant":
+        keys: list[Key] = [(*at, "optimizer"), (*at, "lr_scheduler")]
+        message = f"{kind} averages the weights instead of lowering the learning rate"
+        yield Clash(keys, message, "lr_scheduler=constant, which may have a warm-up")
+    if traits.module and find_spec(traits.module) is None:
+        message = f"{kind} needs the package {traits.module}, which is not installed"
+        fix = f"pip install 'dtrain[{kind.replace('_', '-')}]'"
+        yield Clash([(*at, "optimizer")], message, fix)
 
 
 def _length(stage: Stage, at: Key) -> Iterator[Clash]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from importlib import import_module
 from math import isfinite
@@ -21,10 +21,18 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
 from dtrain.distributed.world import World
-from dtrain.engines.optimizers import set_learning_rate, set_update_count, state_tensors
+from dtrain.engines.optimizers import (
+    average,
+    set_learning_rate,
+    set_update_count,
+    set_updates_done,
+    state_tensors,
+    with_average,
+)
 from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.load import resolve_dtype
 
@@ -41,6 +49,7 @@ class Engine(ABC):
         replica: index of this rank among the ranks with the same parameter shards, and their
             number; each of them saves a share.
         update_count: optimizer updates so far, without skipped ones.
+        rate_square_sum: of their learning rates, the weights of schedule-free's average.
     """
 
     model: Any  # the wrappers of torch and DeepSpeed share no type
@@ -50,7 +59,7 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
         self.module, self.recipe, self.stage, self.world = module, recipe, stage, world
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
-        self.update_count = 0
+        self.update_count, self.rate_square_sum = 0, 0.0
 
     def before_forward(self, *, last: bool) -> None:
         """Called before the forward pass of each micro-batch; `last` of this optimizer step."""
@@ -72,16 +81,55 @@ class Engine(ABC):
             The global gradient norm before clipping; NaN or infinite if the update is skipped.
         """
 
+    def begin_update(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Set what the optimizer's next update depends on besides the gradient."""
+        set_learning_rate(optimizer, learning_rate)
+        set_updates_done(optimizer, self.update_count, self.rate_square_sum)
+
+    def count_update(self, learning_rate: float) -> None:
+        """Count an update that was not skipped."""
+        self.update_count += 1
+        self.rate_square_sum += learning_rate**2
+
+    @property
+    @abstractmethod
+    def updated(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        """The optimizer and this rank's float32 tensors that it updates."""
+
+    @abstractmethod
+    def on_weights_changed(self) -> None:
+        """Called after the tensors of `updated` were changed outside a step."""
+
+    @contextmanager
+    def result_weights(self) -> Iterator[None]:
+        """Compute inside with the weights that the stage's results have.
+
+        They are those that train, or their average where the optimizer has one.
+        """
+        if not (OPTIMIZERS[self.stage.train.optimizer].averages and self.update_count):
+            yield
+            return
+        optimizer, weights = self.updated
+        training = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.data.copy_(average(weight.detach(), optimizer.state[weight]["z"]))
+        self.on_weights_changed()
+        yield  # after an error the run ends: restoring would wait for other ranks
+        for weight, value in zip(weights, training, strict=True):
+            weight.data.copy_(value)  # to the bit: an evaluation must not change the training
+        self.on_weights_changed()
+
     @abstractmethod
     def parameter_shards(self) -> Iterator[ParameterShard]:
         """This rank's range of every trainable parameter, with its optimizer state (views)."""
 
     @abstractmethod
-    def on_state_loaded(self, update_count: int) -> None:
+    def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
         """Called after a checkpoint was copied into `parameter_shards()`.
 
         Args:
             update_count: of the checkpoint, for Adam's bias correction.
+            rate_square_sum: the same, for schedule-free's average.
         """
 
     def close(self) -> None:
@@ -126,9 +174,9 @@ class TorchEngine(Engine):
         value = float(norm)
         if isfinite(value):
             clip_grads_with_norm_(self.local_params, self.stage.train.max_grad_norm, norm)
-            set_learning_rate(self.optimizer, learning_rate)
+            self.begin_update(self.optimizer, learning_rate)
             self.optimizer.step()
-            self.update_count += 1
+            self.count_update(learning_rate)
         self.optimizer.zero_grad()
         return value
 
@@ -137,15 +185,22 @@ class TorchEngine(Engine):
             state = state_tensors(self.optimizer, local, self.stage)
             views = {"weight": local.data, **state}
             start, stop = self.flat_range(parameter)
-            tensors = {kind: view.reshape(-1) for kind, view in views.items()}
+            tensors = with_average({kind: view.reshape(-1) for kind, view in views.items()})
             yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """This rank's range of the flattened parameter."""
         return 0, parameter.numel()
 
-    def on_state_loaded(self, update_count: int) -> None:
-        self.update_count = update_count
+    @property
+    def updated(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, list(self.local_params)
+
+    def on_weights_changed(self) -> None:
+        return
+
+    def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
+        self.update_count, self.rate_square_sum = update_count, rate_square_sum
         for local in self.local_params:
             set_update_count(self.optimizer, local, update_count)
 

@@ -28,9 +28,9 @@ from dtrain.engines.base import (
 )
 from dtrain.engines.optimizers import (
     build_optimizer,
-    set_learning_rate,
     set_update_count,
     state_tensors,
+    with_average,
 )
 from dtrain.engines.shared_gather import shared_gather
 from dtrain.models.decoder_layers import decoder_layers
@@ -75,17 +75,22 @@ class Zero(Engine):
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        set_learning_rate(self.model.optimizer, learning_rate)
+        self.begin_update(self.model.optimizer, learning_rate)
         self.model.step()
         if self.zero.overflow:  # the norm is not finite, and DeepSpeed skipped the update
             return float("inf")
-        self.update_count += 1
+        self.count_update(learning_rate)
         return float(self.model.get_global_grad_norm())
 
-    def on_state_loaded(self, update_count: int) -> None:
-        self.update_count = update_count
+    @property
+    def updated(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.zero.optimizer, self.flat_masters()
+
+    def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
+        self.update_count, self.rate_square_sum = update_count, rate_square_sum
         for flat in self.flat_masters():
             set_update_count(self.zero.optimizer, flat, update_count)
+        self.on_weights_changed()
 
     def ds_params(self) -> list[tuple[str, Any]]:
         """Trainable parameters, untyped because of the attributes that DeepSpeed adds."""
@@ -121,7 +126,11 @@ class Zero2(Zero):
             in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             tensors = {k: v.narrow(0, in_master.start, in_master.numel) for k, v in flat.items()}
             start, stop = in_parameter.start, in_parameter.start + in_parameter.numel
-            yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
+            shape = tuple(parameter.shape)
+            yield ParameterShard(name, shape, start, stop, with_average(tensors))
+
+    def on_weights_changed(self) -> None:
+        self.zero.update_lp_params()
 
 
 class Zero3(Zero):
@@ -150,8 +159,8 @@ class Zero3(Zero):
             for parameter in block.parameters():
                 deepspeed.zero.register_external_parameter(block, parameter)
 
-    def on_state_loaded(self, update_count: int) -> None:
-        super().on_state_loaded(update_count)
+    def on_weights_changed(self) -> None:
+        self.zero._partition_all_parameters()  # the small ones, which stay gathered between steps
         # The compute copies are made from the masters.
         for group in range(len(self.flat_masters())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -167,7 +176,8 @@ class Zero3(Zero):
             stop = min(start + elements, parameter.ds_numel)  # the last range is padded
             flat = {"weight": masters[group].data, **self.state_of(masters[group])}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
-            yield ParameterShard(name, tuple(parameter.ds_shape), start, stop, tensors)
+            shape = tuple(parameter.ds_shape)
+            yield ParameterShard(name, shape, start, stop, with_average(tensors))
 
 
 def cast_parameters(block: nn.Module, dtype: torch.dtype) -> None:

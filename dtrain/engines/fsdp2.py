@@ -97,11 +97,14 @@ class Fsdp2(TorchEngine):
         dist.all_reduce(squares, group=self.shard_group)
         return squares.sqrt()
 
-    def parameter_shards(self) -> Iterator[ParameterShard]:
+    def on_weights_changed(self) -> None:
         # After an evaluation the root module's parameters are still gathered.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def parameter_shards(self) -> Iterator[ParameterShard]:
+        self.on_weights_changed()  # or those of the root module would be what was gathered
         yield from super().parameter_shards()
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from dtrain.config.schema import Stage
 
 LEARNING_RATE_SCALE = "learning_rate_scale"  # a key of our parameter groups
 BY_MUON = "by_muon"  # the same: Muon updates the group's matrices
+DONE = "done"  # the same: updates of schedule-free so far, and the sum of their squared rates
+
+BETA1 = 0.9  # of schedule-free: the weights that train are this much of the average, the rest is z
 
 ADAM_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 FACTORED_STATE = {name: name for name in ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")}
 EIGHT_BIT_STATE = {name: f"bnb_{name}" for name in ("state1", "state2", "absmax1", "absmax2")}
 MUON_STATE = {"momentum_buffer": "exp_avg"}
+SCHEDULE_FREE_STATE = {"z": "z", "exp_avg_sq": "exp_avg_sq"}
 
 
 class MuonWithAdamW(Optimizer):
@@ -48,6 +53,22 @@ class MuonWithAdamW(Optimizer):
             part.step()
 
 
+def _schedule_free(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """AdamW of schedulefree (arXiv:2405.15682), which only this extra's users have."""
+    library = import_module("schedulefree")
+    optimizer: Any = library.AdamWScheduleFree(groups, lr=lr, betas=(BETA1, 0.999))
+    optimizer.train()
+    optimizer.register_step_pre_hook(_set_counters)
+    return optimizer
+
+
+def _set_counters(optimizer: Optimizer, *_: Any) -> None:
+    """Set schedule-free's counters at each call, as ZeRO-3 calls it several times an update."""
+    for group in optimizer.param_groups:
+        group["k"], group["weight_sum"] = group[DONE]
+        group["lr_max"] = -1.0  # the weight of an update is the square of its own rate
+
+
 # optimizer → its class, and its state's names → the kinds of tensors in a checkpoint
 _FACTORIES: dict[str, tuple[Any, dict[str, str]]] = {
     "adamw": (AdamW, ADAM_STATE),
@@ -60,6 +81,7 @@ _FACTORIES: dict[str, tuple[Any, dict[str, str]]] = {
         FACTORED_STATE,
     ),
     "muon": (MuonWithAdamW, ADAM_STATE | MUON_STATE),
+    "schedule_free": (_schedule_free, SCHEDULE_FREE_STATE),
 }
 
 
@@ -93,6 +115,7 @@ def build_optimizer(
                 "weight_decay": weight_decay,
                 LEARNING_RATE_SCALE: scale,
                 BY_MUON: by_muon,
+                DONE: (0, 0.0),
             }
             for (weight_decay, scale, by_muon), members in groups.items()
         ],
@@ -118,6 +141,33 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every group: this rate times the group's own factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group[LEARNING_RATE_SCALE]
+
+
+def set_updates_done(optimizer: Optimizer, updates: int, rate_square_sum: float) -> None:
+    """Set what schedule-free's average weighs the next update against.
+
+    Args:
+        rate_square_sum: of the learning rates of all updates, without a group's own factor.
+    """
+    for group in optimizer.param_groups:
+        group[DONE] = updates, rate_square_sum * group[LEARNING_RATE_SCALE] ** 2
+
+
+def average(training_weight: Tensor, z: Tensor) -> Tensor:
+    """Schedule-free's average x of the weights, from y = β x + (1 - β) z (arXiv:2405.15682)."""
+    return training_weight.lerp(z, 1 - 1 / BETA1)
+
+
+def with_average(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint in which the weight is the average, if the optimizer has one.
+
+    The average alone would not do: computing the weights that train from it rounds.
+    """
+    if "z" not in tensors:
+        return tensors
+    training_weight = tensors["weight"]
+    weight = average(training_weight, tensors["z"])
+    return tensors | {"weight": weight, "training_weight": training_weight}
 
 
 def state_tensors(optimizer: Optimizer, parameter: Tensor, stage: Stage) -> dict[str, Tensor]:
@@ -154,6 +204,8 @@ def _initialized_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any
             state["exp_avg_sq"] = torch.zeros_like(parameter)
     elif isinstance(optimizer, MuonWithAdamW) and _group_of(optimizer, parameter)[BY_MUON]:
         state["momentum_buffer"] = torch.zeros_like(parameter)
+    elif "weight_lr_power" in optimizer.defaults:  # schedule-free
+        state["z"], state["exp_avg_sq"] = parameter.detach().clone(), torch.zeros_like(parameter)
     else:
         # The fused kernel reads the counter on the parameter's device.
         device = parameter.device if optimizer.defaults.get("fused") else None

@@ -73,7 +73,7 @@ def shared_forward(engine: Engine) -> Iterator[PreTrainedModel]:
     engine.model.eval()
     model._compiled_call_impl = call  # what `nn.Module.compile` replaces: calls, with their hooks
     try:
-        with torch.no_grad():
+        with torch.no_grad(), engine.result_weights():
             yield model
             token = torch.zeros((1, 1), dtype=torch.int64, device=world.device)
             while is_shared and world.sum([0.0])[0]:

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.checkpoints.parameter_shards import WEIGHT_KINDS, ParameterShard
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
@@ -58,7 +58,8 @@ class InitialAdapter:
         for shard in shards:
             if shard.start < shard.stop:
                 values = self.read(shard.name).reshape(-1)[shard.start : shard.stop]
-                shard.tensors["weight"].copy_(values)
+                for kind in shard.tensors.keys() & WEIGHT_KINDS:
+                    shard.tensors[kind].copy_(values)
 
 
 def open_initial_adapter(setup: StageSetup, model: nn.Module) -> InitialAdapter | None:

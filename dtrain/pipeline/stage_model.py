@@ -81,7 +81,8 @@ def build_model_in_engine(
     engine = build_engine(model, recipe, stage, world, materialize)
     if checkpoint is not None:
         checkpoint.restore(engine.parameter_shards())
-        engine.on_state_loaded(checkpoint.state["updates"])
+        state = checkpoint.state
+        engine.on_state_loaded(state["updates"], state.get("rate_square_sum", 0.0))
     elif initial is not None:
         initial.restore(engine.parameter_shards())
         engine.on_state_loaded(0)

@@ -7,6 +7,7 @@ from glob import glob
 from math import lcm
 from pathlib import Path
 
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Data, Recipe, Source, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.planning.parameters import FLOAT32
@@ -61,7 +62,8 @@ def host_merge_bytes(workload: Workload) -> float:
 
 def checkpoint_bytes(workload: Workload) -> float:
     """Size of a checkpoint: what trains in float32 and its optimizer state, not the frozen base."""
-    return FLOAT32 * workload.trainable + workload.optimizer_state_bytes
+    weights = 1 + OPTIMIZERS[workload.optimizer].averages
+    return FLOAT32 * weights * workload.trainable + workload.optimizer_state_bytes
 
 
 def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload) -> float:

@@ -74,6 +74,7 @@ class Checkpointer:
         state = {
             "dtype": self._dtype,
             "updates": engine.update_count,
+            "rate_square_sum": engine.rate_square_sum,
             "progress": asdict(stage),
             "inputs": self._inputs,
             "held_out_loss": held_out_loss,

@@ -57,14 +57,15 @@ def evaluate(engine: Engine, held_out: HeldOutSet) -> HeldOutResult:
     sums = dict.fromkeys(objective.metric_sum_names, 0.0)
     blocks = np.zeros((2, min(loader.total_sequences, MAX_BLOCKS)))
     engine.model.eval()
-    # The set counts as one batch: its statistics must not depend on ranks and micro-batches.
-    statistics = begin_step(engine, objective, _batches(engine, loader))
-    for batch in _batches(engine, loader):
-        output = compute_loss(engine, objective, batch, statistics)
-        total, weight = total + float(output.loss), weight + output.weight
-        for name in sums:
-            sums[name] += float(output.metric_sums[name])
-        _add_to_blocks(blocks, batch, objective.item_positions(batch), output)
+    with engine.result_weights():
+        # The set counts as one batch: its statistics must not depend on ranks and micro-batches.
+        statistics = begin_step(engine, objective, _batches(engine, loader))
+        for batch in _batches(engine, loader):
+            output = compute_loss(engine, objective, batch, statistics)
+            total, weight = total + float(output.loss), weight + output.weight
+            for name in sums:
+                sums[name] += float(output.metric_sums[name])
+            _add_to_blocks(blocks, batch, objective.item_positions(batch), output)
     total, weight, *totals = world.sum([total, weight, *sums.values(), *blocks.ravel().tolist()])
     weight, count = max(1.0, weight), len(sums)
     metrics = objective.metrics(dict(zip(sums, totals[:count], strict=True)), weight)

@@ -54,6 +54,17 @@ def test_a_valid_recipe_has_no_clashes() -> None:
     assert check(recipe()) == []
 
 
+def test_an_optimizer_whose_library_is_missing_names_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = {"optimizer": "schedule_free", "lr_scheduler": "constant"}
+    averaged = recipe(**{f"stages__0__train__{key}": value for key, value in train.items()})
+    assert check(averaged) == []
+    monkeypatch.setattr("dtrain.config.train_checks.find_spec", lambda name: None)
+    (clash,) = check(averaged)
+    assert "pip install 'dtrain[schedule-free]'" in str(clash)
+
+
 ALPACA = {"path": "b.json", "format": "alpaca"}
 TEXT = {"path": "a.txt", "format": "text"}
 STAGE = BASE["stages"][0]
@@ -142,6 +153,10 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         (
             {"stages__0__train__optimizer": "muon"},
             ["stages.0.train.optimizer", "stages.0.method.kind", "lora trains none"],
+        ),
+        (
+            {"stages__0__train__optimizer": "schedule_free"},
+            ["train.optimizer", "train.lr_scheduler", "lr_scheduler=constant"],
         ),
         ({"engine": {"kind": "fsdp2"}, "determinism": "strict"}, ["determinism", "engine.kind"]),
         (

@@ -1,15 +1,21 @@
-"""The optimizer that is two: torch's Muon for matrices of layers and AdamW for the rest."""
+"""Optimizers of two kinds: Muon with AdamW for the rest, and schedule-free."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.schema import Stage
-from dtrain.engines.optimizers import build_optimizer, set_learning_rate
+from dtrain.engines.optimizers import (
+    average,
+    build_optimizer,
+    set_learning_rate,
+    set_updates_done,
+)
 from dtrain.models.decoder_layers import layer_matrices
 
 RATE = 1e-2
@@ -59,3 +65,35 @@ def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest() -> None:
             each.step()
     for name, parameter in zip(names, parameters, strict=True):
         torch.testing.assert_close(parameter, copies[name], msg=name)
+
+
+def test_schedule_free_is_that_of_its_library_however_often_a_step_calls_it() -> None:
+    shapes = [(4, 3), (5,)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer: Any = build_optimizer(
+        ["a", "b"], ours, stage(optimizer="schedule_free", weight_decay=0.1)
+    )
+    library = AdamWScheduleFree(
+        [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:]}], lr=RATE
+    )
+    library.train()
+    groups, square_sum = optimizer.param_groups, 0.0
+    for updates, rate in enumerate([RATE / 2, RATE, RATE]):  # with a warm-up
+        for group in library.param_groups:
+            group["lr"] = rate
+        for left, right in zip(ours, theirs, strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        set_learning_rate(optimizer, rate)
+        set_updates_done(optimizer, updates, square_sum)
+        for group in groups:  # as ZeRO does
+            optimizer.param_groups = [group]
+            optimizer.step()
+        optimizer.param_groups = groups
+        square_sum += rate**2
+        library.step()
+    results = [average(p.detach(), optimizer.state[p]["z"]) for p in ours]
+    torch.testing.assert_close(ours, theirs)
+    library.eval()
+    torch.testing.assert_close(results, [p.detach() for p in theirs])

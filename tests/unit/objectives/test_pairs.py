@@ -177,7 +177,7 @@ class OneStep:
             for name, parameter in self.model.named_parameters():
                 if "lora_B" in name:  # else the adapter changes nothing
                     parameter.fill_(0.02)
-        self.world, self.autocast = world, nullcontext
+        self.world, self.autocast, self.result_weights = world, nullcontext, nullcontext
         train = SimpleNamespace(micro_batch=micro_batch)
         self.stage, self.gradient = SimpleNamespace(train=train), None
 
