@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from dtrain.checkpoints.identity import check_same_inputs
+from dtrain.checkpoints.identity import check_changeable
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
@@ -141,7 +141,7 @@ def with_absolute_paths(stage: Stage) -> Stage:
 def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     """Join the other ranks, prepare the data, run the stages; return False if interrupted."""
     run = RunDir(Path(recipe.output.folder))
-    check_same_inputs({}, {}, allowed)  # refuses keys that may not change, before they are recorded
+    check_changeable(allowed, [stage.name for stage in recipe.stages])  # before they are recorded
     lock = run.lock() if is_first_rank() else None
     report.open(run)
     if lock:

@@ -47,6 +47,7 @@ _EXPLAINED = (
     Exit.NON_FINITE,
     Exit.OUT_OF_MEMORY,
     Exit.GATE_FAILED,
+    Exit.DIVERGED,
     Exit.HANG,
 )
 

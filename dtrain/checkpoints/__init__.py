@@ -9,7 +9,13 @@ from dtrain.checkpoints.folder import (
     newest_complete,
     remove_old_checkpoints,
 )
-from dtrain.checkpoints.identity import CHANGEABLE, check_same_inputs, differences
+from dtrain.checkpoints.identity import (
+    CHANGEABLE,
+    changes_allowed_in,
+    check_changeable,
+    check_same_inputs,
+    differences,
+)
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.saver import Saver
@@ -23,6 +29,8 @@ __all__ = [
     "ParameterShard",
     "Saver",
     "Untrusted",
+    "changes_allowed_in",
+    "check_changeable",
     "check_same_inputs",
     "clean_leftovers",
     "differences",

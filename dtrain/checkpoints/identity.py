@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dtrain.core.errors import UserError
@@ -44,6 +44,33 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [_line(*change) for change in _changes("", _plain(saved), _plain(now))]
 
 
+def changes_allowed_in(stage: str, keys: Iterable[str]) -> set[str]:
+    """Those of the keys of --allow-change that concern a stage, as this module writes them.
+
+    Args:
+        keys: `train.steps` for every stage, `stages.task.train.steps` for one; a `=VALUE` behind
+            it, as in an override, is ignored.
+    """
+    keys = {key.partition("=")[0] for key in keys}
+    prefix = f"stages.{stage}."
+    return {key.removeprefix(prefix) for key in keys if key.startswith(prefix) or key in CHANGEABLE}
+
+
+def check_changeable(keys: Iterable[str], stages: Sequence[str]) -> None:
+    """Check the keys of --allow-change.
+
+    Raises:
+        UserError: one of them names no stage, or cannot change in the middle of a stage.
+    """
+    for key in keys:
+        if not any(changes_allowed_in(stage, [key]) & CHANGEABLE for stage in stages):
+            raise UserError(
+                f"`{key}` cannot change in the middle of a stage",
+                where="--allow-change",
+                fix=f"these can, alone or after stages.NAME.: {', '.join(sorted(CHANGEABLE))}",
+            )
+
+
 def check_same_inputs(saved: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> list[str]:
     """Check that a run resumes with the inputs that the checkpoint was made from.
 
@@ -56,14 +83,8 @@ def check_same_inputs(saved: dict[str, Any], now: dict[str, Any], allowed: set[s
         The differences that were allowed, to report to the user.
 
     Raises:
-        UserError: something else differs, or `allowed` names a key that must not change.
+        UserError: something else differs.
     """
-    if forbidden := sorted(allowed - CHANGEABLE):
-        raise UserError(
-            f"{', '.join(forbidden)} cannot change in the middle of a stage",
-            where="--allow-change",
-            fix=f"these can: {', '.join(sorted(CHANGEABLE))}",
-        )
     changes = list(_changes("", _plain(saved), _plain(now)))
     refused = [change for change in changes if change[0] not in allowed]
     if refused:

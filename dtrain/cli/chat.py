@@ -92,12 +92,8 @@ def _speaker(address: str, choice: ServedModel) -> TextGenerator:
 
 def serve(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    write: Annotated[bool, typer.Option("--print", help="Print the commands.")] = False,
 ) -> None:
     """Print the vLLM commands for the merged model and the adapters, and what vLLM refuses."""
-    if not write:
-        message = "dtrain prints server commands, and does not run them"
-        raise UserError(message, where="serve", fix=f"dtrain serve {run} --print")
     from dtrain.serving.run_models import open_run
     from dtrain.serving.vllm import script
 

@@ -22,7 +22,11 @@ Fresh = Annotated[
 ]
 AllowChange = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY", help="Resume although this key changed; may be repeated."),
+    typer.Option(
+        metavar="KEY",
+        help="Resume although this key changed, such as train.steps or stages.task.train.steps; "
+        "may be repeated.",
+    ),
 ]
 
 

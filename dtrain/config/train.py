@@ -96,6 +96,13 @@ class Train(Group):
         3,
         description="stop after this many steps in a row with NaN or infinite gradients",
     )
+    on_divergence: Literal["stop", "warn"] = Field(
+        "stop",
+        description=(
+            "what to do if the loss of the training, or of the set `evaluate_on`, rises above 1.5 "
+            "times its value at the start of the stage and 0.5 more; stop: nothing is merged"
+        ),
+    )
     checkpoint_every_steps: Count | None = Field(
         None,
         description="save every so many steps; the last step is always saved",

@@ -15,6 +15,7 @@ class Exit(IntEnum):
     OUT_OF_MEMORY = 4  # a retry cannot help
     HANG = 5  # a rank did not reach its step: a retry can help
     GATE_FAILED = 6  # a stage made an evaluation set worse than allowed: a retry cannot help
+    DIVERGED = 7  # the loss rose far above its start: a retry cannot help
     INTERRUPTED = 75  # stopped after saving (EX_TEMPFAIL): start again to continue
     CTRL_C = 130  # ended before the training, as a shell reports SIGINT
 

@@ -14,6 +14,7 @@ PERMANENT_FAILURES = {
     Exit.NON_FINITE: "loss or gradients stayed non-finite",
     Exit.OUT_OF_MEMORY: "out of memory",
     Exit.GATE_FAILED: "an evaluation gate failed",
+    Exit.DIVERGED: "the training diverged",
 }
 # Outcomes that count as failures where an attempt saved no new checkpoint. A time limit too short
 # for a checkpoint stays too short; a preemption is not a failure and does not count.

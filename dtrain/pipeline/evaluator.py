@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ class Evaluations:
         blocks |= {"items": result.block_items, model: result.block_losses}
         if result.metrics:
             self.known.setdefault("metrics", {}).setdefault(name, {})[model] = result.metrics
+
+    def losses_of(self, model: str) -> dict[str, float]:
+        """The losses of a model on the sets that it was measured on; NaN counts as infinite."""
+        losses = ((name, by_model.get(model)) for name, by_model in self.known["losses"].items())
+        return {name: inf if isnan(loss) else loss for name, loss in losses if loss is not None}
 
     def check_gates(self, model: str) -> None:
         """Raise a UserError if a stage made a set worse than `evaluation.gates` allow."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dtrain.checkpoints.identity import changes_allowed_in
 from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
 from dtrain.core.log import say, warn
@@ -54,7 +55,7 @@ def run_chain(
             say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
             evaluations.check_gates(stage.name)  # they may be stricter now
         else:
-            folder.begin(allowed) if world.is_first else None
+            folder.begin(changes_allowed_in(stage.name, allowed)) if world.is_first else None
             world.barrier()
             setup = StageSetup(
                 recipe, stage, folder, base, inputs, evaluations, teachers, world, stop, watchdog
@@ -133,7 +134,7 @@ def next_step(recipe: Recipe) -> str:
     if recipe.name in shipped():
         return f"next           {command} recipes copy {recipe.name} my.yaml, edit it, run it"
     if any(stage.adapter_name for stage in recipe.stages):
-        return f"next           {command} serve {recipe.output.folder} --print"
+        return f"next           {command} serve {recipe.output.folder}"
     return f"next           {command} report {recipe.output.folder}"
 
 

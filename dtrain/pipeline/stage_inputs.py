@@ -255,8 +255,10 @@ def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = Non
         say("other shares are not finished; the last of them packs, or else the next start")
         return
     inputs = prepare_inputs(recipe, processes=processes)
-    for name, dataset in {**inputs.stages, **inputs.sets}.items():
-        say(f"{name}: {dataset.describe()}")
+    for name, dataset in inputs.stages.items():
+        say(f"stage {name}: {dataset.describe()}")
+    for name, dataset in inputs.sets.items():
+        say(f"evaluation set {name}: {dataset.describe()}")
 
 
 def share_of_array(environ: Mapping[str, str]) -> WorkShare:

@@ -31,7 +31,7 @@ from dtrain.pipeline.teachers import TeacherModels
 from dtrain.training.preemption import StopFlag
 
 # They change neither the numbers nor their order, so a run may resume with another value.
-FREE_KEYS = ("micro_batch_size", "checkpoint_every_steps")
+FREE_KEYS = ("micro_batch_size", "checkpoint_every_steps", "on_divergence")
 
 
 @dataclass(frozen=True)

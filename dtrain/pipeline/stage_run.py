@@ -17,12 +17,14 @@ from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective
 from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
+from dtrain.pipeline.evaluator import BASE
 from dtrain.pipeline.precompute import build_starting_model, stage_context
 from dtrain.pipeline.stage_model import export_adapter, export_merged_model
 from dtrain.pipeline.stage_record import StageSetup
 from dtrain.training.callbacks import (
     AlertWatch,
     Callback,
+    DivergenceStop,
     HangWatchdogCallback,
     NonFiniteStop,
     ProgressBar,
@@ -95,6 +97,8 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     if not trainer.fit():
         return None
     setup.evaluations.record(setup.stage.name, engine, held_out)
+    losses = setup.evaluations.losses_of(setup.stage.name)
+    divergence_stop(setup).check_held_out(trainer.progress.step, losses)
     setup.evaluations.check_gates(setup.stage.name)  # before anything is published
     facts = stage_facts(setup, trainer.progress, parameters) | {
         "attempt_tokens_per_second": trainer.tokens_per_second,
@@ -184,9 +188,17 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     return [
         HangWatchdogCallback(setup.watchdog),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
+        divergence_stop(setup),
         *([AlertWatch(), *build_trackers(context)] if setup.world.is_first else []),
         ProgressBar(f"stage {stage.name}"),
     ]
+
+
+def divergence_stop(setup: StageSetup) -> DivergenceStop:
+    """The check of the stage's losses against those of the model that it starts from."""
+    parent = setup.recipe.parent_of(setup.stage)
+    before = parent.name if parent else BASE
+    return DivergenceStop(setup.stage, lambda: setup.evaluations.losses_of(before))
 
 
 def stage_facts(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.run_dir import ADAPTER
+from dtrain.core.run_dir import ADAPTER, RECIPE
 from dtrain.core.units import count, size
 from dtrain.models.peft_format import (
     CONFIG,
@@ -88,7 +88,7 @@ class AdapterInfo:
 
 
 def list_adapters(address: Path) -> list[AdapterInfo]:
-    """The adapters of a run in the order of its stages, or those in a folder.
+    """The adapters of a run in the order of its stages, or all adapters and runs below a folder.
 
     Raises:
         UserError: there is no such folder, or an adapter in it is broken.
@@ -98,8 +98,13 @@ def list_adapters(address: Path) -> list[AdapterInfo]:
     if is_run(str(address)):
         return list(_of_run(open_run(address)))
     address = address.absolute()
-    folders = [address, *sorted(address.glob("*")), *sorted(address.glob("*/adapter"))]
-    return [read_adapter(folder) for folder in folders if (folder / CONFIG).is_file()]
+    listed: list[AdapterInfo] = []
+    runs = [path.parent for path in sorted(address.rglob(RECIPE)) if is_run(str(path.parent))]
+    for folder in runs:
+        name = folder.relative_to(address)
+        listed += [replace(x, name=f"{name}/{x.name}") for x in _of_run(open_run(folder))]
+    folders = [path.parent for path in sorted(address.rglob(CONFIG))]
+    return listed + [read_adapter(x) for x in folders if not any(x.is_relative_to(r) for r in runs)]
 
 
 def _of_run(run: Run) -> Iterator[AdapterInfo]:

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: progress bar, hang watchdog, and the stop on non-finite losses.
+"""Callbacks of the trainer: progress bar, hang watchdog, alerts, and stops on failing losses.
 
 A callback overrides the events that it needs. Events come in this order:
 
@@ -16,16 +16,22 @@ Trackers, which send metrics somewhere, are callbacks in `dtrain/training/tracke
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from math import isfinite
+from statistics import median
 from typing import Any
 
+from dtrain.config.schema import Stage
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.monitoring.alerts import WINDOW, find_alerts
 from dtrain.training.progress import StageProgress
 
+# A loss above this many times its start, plus the margin (nats), has diverged.
+DIVERGED_RATIO, DIVERGED_MARGIN = 1.5, 0.5
+SHORTEST_WINDOW = 3  # steps whose median loss counts, in a short stage
 ALERT_STEPS = 500  # the newest that are looked at: each look is then a matter of milliseconds
 
 
@@ -184,6 +190,55 @@ class NonFiniteStop(Callback):
                 fix="lower train.learning_rate, or check the documents listed in metrics.jsonl",
                 status=Exit.NON_FINITE,
             )
+
+
+class DivergenceStop(Callback):
+    """Ends a stage whose loss is far above its start, or warns once.
+
+    Args:
+        stage: of the recipe.
+        held_out_before: returns the losses of the held-out sets before the stage, by name.
+    """
+
+    def __init__(self, stage: Stage, held_out_before: Callable[[], Mapping[str, float]]) -> None:
+        self._stage, self._held_out_before = stage, held_out_before
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def pre_train(self, stage: StageProgress, total_steps: int) -> None:
+        self._recent = deque(maxlen=min(WINDOW, max(SHORTEST_WINDOW, total_steps // 4)))
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if metrics.get("loss") is not None and isfinite(metrics["loss"]):
+            self._recent.append(metrics["loss"])
+        self.check_held_out(step, metrics.get("held_out", {}))
+
+    def post_step(self, stage: StageProgress) -> None:
+        """Raise a UserError if the median of the last losses is far above the first."""
+        if len(self._recent) == self._recent.maxlen and stage.starting_loss is not None:
+            now = median(self._recent)
+            self._check(stage.step, "the training loss", stage.starting_loss, now)
+
+    def check_held_out(self, step: int, losses: Mapping[str, float]) -> None:
+        """Raise a UserError if the loss of the set `evaluate_on` is far above its start."""
+        name = self._stage.train.evaluate_on or next(iter(losses), None)
+        before = self._held_out_before()
+        if name is not None and name in losses and name in before:
+            self._check(step, f"the held-out loss of {name}", before[name], losses[name])
+
+    def _check(self, step: int, subject: str, before: float, now: float) -> None:
+        if now <= DIVERGED_RATIO * max(before, 0.0) + DIVERGED_MARGIN:
+            return
+        rate = self._stage.train.learning_rate
+        message = f"{subject} is {now:.3f}, {before:.3f} at the start of the stage: it diverged"
+        where = f"stage {self._stage.name}, step {step}"
+        advice = f"lower train.learning_rate ({rate:g} now) to a half or a tenth"
+        if self._stage.train.on_divergence == "stop":
+            fix = f"{advice}; or go on with train.on_divergence: warn"
+            raise UserError(message, where=where, fix=fix, status=Exit.DIVERGED)
+        if not self._warned:
+            warn(f"{where}: {message}; {advice}")
+            self._warned = True
 
 
 class AlertWatch(Callback):

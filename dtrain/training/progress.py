@@ -12,6 +12,7 @@ class StageProgress:
     Attributes:
         step: optimizer steps finished.
         tokens: tokens trained on, without padding.
+        starting_loss: the loss of the first step whose loss was finite.
         non_finite: steps whose update was skipped; `non_finite_in_a_row` of them most recently.
         ended_early: early stopping has ended the stage.
         evaluated_step: the step after which the held-out sets were last evaluated.
@@ -24,6 +25,7 @@ class StageProgress:
     step: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    starting_loss: float | None = None
     non_finite_in_a_row: int = 0
     non_finite: int = 0
     ended_early: bool = False

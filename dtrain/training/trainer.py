@@ -135,6 +135,8 @@ class Trainer:
         progress.seconds += sum(result.seconds.values())
         progress.tokens += result.tokens
         progress.supervised_tokens += result.supervised_tokens
+        if progress.starting_loss is None and result.finite:
+            progress.starting_loss = result.loss
         progress.non_finite_in_a_row = 0 if result.finite else progress.non_finite_in_a_row + 1
         progress.non_finite += not result.finite
 

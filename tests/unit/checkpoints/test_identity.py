@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from dtrain.checkpoints import CHANGEABLE, check_same_inputs, differences
+from dtrain.checkpoints import (
+    CHANGEABLE,
+    changes_allowed_in,
+    check_changeable,
+    check_same_inputs,
+    differences,
+)
 from dtrain.config.methods import Full, Lora
 from dtrain.config.train import Train
 from dtrain.core.errors import UserError
@@ -61,9 +68,19 @@ def test_forbidden_change_requires_a_fresh_start() -> None:
     assert "--fresh" in refused.value.fix and "--allow-change" not in refused.value.fix
 
 
-def test_unchangeable_key_cannot_be_allowed() -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_size, typo cannot change"):
-        check_same_inputs(SAVED, SAVED, {"train.global_batch_size", "typo", "train.steps"})
+@pytest.mark.parametrize(
+    "key", ["train.global_batch_size", "typo", "stages.task.typo", "stages.none.train.steps"]
+)
+def test_unchangeable_key_cannot_be_allowed(key: str) -> None:
+    with pytest.raises(UserError, match=f"`{re.escape(key)}` cannot change"):
+        check_changeable(["train.steps", key], ["domain", "task"])
+
+
+def test_a_key_is_allowed_in_every_stage_or_in_the_stage_that_it_names() -> None:
+    keys = ["train.steps", "stages.task.train.learning_rate=1e-4"]
+    check_changeable(keys, ["domain", "task"])
+    assert changes_allowed_in("domain", keys) == {"train.steps"}
+    assert changes_allowed_in("task", keys) == {"train.steps", "train.learning_rate"}
 
 
 def test_every_changeable_key_is_a_recipe_key() -> None:
