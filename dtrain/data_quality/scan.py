@@ -77,52 +77,58 @@ class TokenCounter:
         self.special_tokens, self.split = SpecialTokens(tokenizer), split_special_tokens
 
     def __call__(self, values: list[RowContent]) -> NDArray[np.int32]:
-        """Return tokens of each row, REJECTED if the template rejects it."""
+        """Return the tokens of all documents of each row, REJECTED if the template rejects it."""
         self.reasons = {}
-        texts = [self._text(number, value) for number, value in enumerate(values)]
+        documents = [(n, content) for n, value in enumerate(values) for content in _contents(value)]
+        texts = [self._text(number, content) for number, content in documents]
         known = [text for text in texts if text is not None]
         special = any(isinstance(value, str) for value in values)
         encoded = self.tokenizer(known, add_special_tokens=special, verbose=False) if known else {}
         lengths = iter([len(ids) for ids in encoded.get("input_ids", [])])
-        counts = np.array([REJECTED if t is None else next(lengths) for t in texts], np.int32)
-        for number, (value, text) in enumerate(zip(values, texts, strict=True)):
-            if self.split and text is not None and self.special_tokens.find(value):
-                counts[number] = self._split(number, value, text)
+        counts = np.zeros(len(values), np.int32)
+        for (number, content), text in zip(documents, texts, strict=True):
+            if text is None:
+                continue
+            length = next(lengths)
+            if self.split and self.special_tokens.find(content):
+                length = self._split(number, content, text)
+            counts[number] += length
+        counts[list(self.reasons)] = REJECTED
         return counts
 
-    def _split(self, number: int, value: RowContent, text: str) -> int:
-        """Tokens of a row whose special tokens are encoded as plain text."""
-        shown = (value.chosen or value.rejected) if isinstance(value, Preference) else value
-        hidden = self.special_tokens.hidden(shown)
+    def _split(self, number: int, content: str | Conversation, text: str) -> int:
+        """Tokens of a document whose special tokens are encoded as plain text."""
+        hidden = self.special_tokens.hidden(content)
         try:
             if isinstance(hidden, Conversation):
                 assert self.template is not None
                 hidden = render_answers(self.template, hidden, "", self.train_on, Counter())[0]
             plain = self.special_tokens.template_hidden(text, hidden, "")
-            adds = isinstance(value, str)
+            adds = isinstance(content, str)
             return len(self.special_tokens.encode(plain, "", add_special_tokens=adds)[0])
         except UserError as error:
             self.reasons[number] = error.message
-            return REJECTED
+            return 0
 
-    def _text(self, number: int, value: RowContent) -> str | None:
-        if isinstance(value, str):
-            return value
+    def _text(self, number: int, content: str | Conversation) -> str | None:
+        if isinstance(content, str):
+            return content
         if self.template is None:
             self.template = resolve_template(self.setting, self.tokenizer)
-        sides = (value.chosen, value.rejected) if isinstance(value, Preference) else (value,)
-        texts = []
-        for talk in sides:
-            if talk is None:
-                continue
-            try:
-                text, spans = render_answers(self.template, talk, "", self.train_on, self.counts)
-            except UserError as error:
-                self.reasons[number] = error.message
-                return None
-            self.counts[MASKED] += bool(self.train_on) and not spans
-            texts.append(text)
-        return texts[0]
+        try:
+            text, spans = render_answers(self.template, content, "", self.train_on, self.counts)
+        except UserError as error:
+            self.reasons[number] = error.message
+            return None
+        self.counts[MASKED] += bool(self.train_on) and not spans
+        return text
+
+
+def _contents(value: RowContent) -> list[str | Conversation]:
+    """What becomes a document: both answers of a pair share a sequence, each with the prompt."""
+    if isinstance(value, Preference):
+        return [side for side in (value.chosen, value.rejected) if side is not None]
+    return [value]
 
 
 def scan(

@@ -287,6 +287,15 @@ def test_scan_counts_the_tokens_of_training(
     assert result.has_finding("template").tolist() == [True, False]
 
 
+def test_scan_counts_both_answers_of_a_pair(prepared, write_rows, tokenizer) -> None:
+    sides = [("no", f"{END} x"), ("plain", "another answer, and longer")]
+    rows = [{"prompt": HOSTILE, "chosen": a, "rejected": b} for a, b in sides]
+    source = open_source(Source(path=write_rows("a.jsonl", rows), format="preference"))
+    result = scan([source], token_counter=TokenCounter(tokenizer, "auto"))
+    dataset = prepared("dpo", [{"path": source.name}], packing=False, sequence_length=256)
+    assert result.column("tokens").tolist() == [len(ids) for ids in ids_of(dataset)]
+
+
 def test_scan_reports_special_tokens_and_a_policy_removes_them(
     tokenizer, write_rows, tmp_path
 ) -> None:
