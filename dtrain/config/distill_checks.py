@@ -9,7 +9,7 @@ from dtrain.config.distill import DistillSettings
 from dtrain.config.methods import TRAITS
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Recipe, Stage
-from dtrain.config.yaml_document import Key
+from dtrain.config.yaml_document import Key, dotted
 
 
 def check_distill(recipe: Recipe, settings: Stage | EvaluationSet, at: Key) -> Iterator[Clash]:
@@ -46,17 +46,20 @@ def _own_base(
     for number, stage in enumerate(recipe.stages):
         concerns = stage is settings or isinstance(settings, EvaluationSet)
         is_kept = stage.method.base_when_disabled or group.top_k is not None
-        if concerns and not is_kept:
-            method: Key = ("stages", number, "method", "kind")
-            message = (
-                f"{stage.method.kind} does not keep the model that the stage {stage.name} starts "
-                "from"
-            )
-            if stage.method.traits.base_when_disabled:
-                method = (*method[:-1], "from_adapter")
-                message = f"the stage {stage.name} starts from its base with an adapter"
-            kinds = " or ".join(
-                kind for kind, traits in TRAITS.items() if traits.base_when_disabled
-            )
-            fix = f"method.kind={kinds}; or distill.top_k=64, which is stored before"
-            yield Clash([teacher, method], message, fix)
+        if not concerns or is_kept:
+            continue
+        if stage.method.traits.base_when_disabled:
+            method: Key = ("stages", number, "method", "from_adapter")
+            message = f"the stage {stage.name} starts from its base with an adapter"
+            fix = "merge that adapter, and start from the merged model"
+        else:
+            method = ("stages", number, "method", "kind")
+            message = f"{stage.method.kind} does not keep the model that the stage {stage.name} "
+            message += "starts from"
+            kinds = (kind for kind, traits in TRAITS.items() if traits.base_when_disabled)
+            fix = f"method.kind={' or '.join(kinds)}"
+        stored = f"{dotted((*at, 'distill'))}.top_k=64"
+        if group.loss != "forward_kl":
+            stored += " with loss=forward_kl"
+        fix += f"; or {stored}, whose values are stored before the training"
+        yield Clash([teacher, method], message, fix)

@@ -84,7 +84,24 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a held-out set's teacher that a stage overwrites": (
         {"stages": [stage("sft", ANSWERS, FULL)], "evaluation": held_out(teacher="base")},
-        ["evaluation.sets.rows.distill.teacher", "stages.0.method.kind", "does not keep", "lora"],
+        [
+            "evaluation.sets.rows.distill.teacher",
+            "stages.0.method.kind",
+            "does not keep",
+            "lora",
+            "or evaluation.sets.rows.distill.top_k=64, whose",
+        ],
+    ),
+    "such a set, with a divergence that needs all tokens": (
+        {
+            "stages": [stage("sft", ANSWERS, {"kind": "loftq"})],
+            "evaluation": held_out(teacher="base", loss="reverse_kl"),
+        },
+        ["loftq does not keep", "rows.distill.top_k=64 with loss=forward_kl"],
+    ),
+    "a teacher that an adapter has left": (
+        {"stages": [distill(LORA | {"from_adapter": "a"}, teacher="base", ce_weight=0.5)]},
+        ["stages.0.distill.teacher", "method.from_adapter", "merge that adapter"],
     ),
     "beta of another divergence": (
         {"stages": [distill(teacher="t", beta=0.1)]},
