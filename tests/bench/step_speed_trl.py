@@ -44,37 +44,51 @@ class Marks(TrainerCallback):
         self.found.append(now)
 
 
-class Counting(SFTTrainer):
-    """The trainer; it counts tokens that are not padding."""
+class Counting:
+    """Part of a trainer: it counts tokens that are not padding."""
 
     marks: Marks
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
         mask = inputs.get("attention_mask")
         self.marks.seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **more)
+        return super().training_step(model, inputs, *args, **more)  # type: ignore[misc]
+
+
+class CountingSft(Counting, SFTTrainer):
+    """The trainer, with the tokens of its steps."""
 
 
 def main(job: Found) -> None:
-    base = cache_folder() / "samples" / "smollm2-135m"
-    tokenizer = AutoTokenizer.from_pretrained(base)
     packed = job["name"] == "packed"
     arguments = SFTConfig(
-        output_dir=job["folder"],
-        max_length=job["tokens"],
         packing=packed,
         per_device_train_batch_size=1 if packed else PADDED_DOCUMENTS,
-        max_steps=job["steps"] + 1,
-        learning_rate=1e-4,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=job["checkpointing"],
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **settings(job),
     )
-    marks = Marks()
+    measure(job, CountingSft, arguments, rows(job))
+
+
+def settings(job: Found) -> dict[str, Any]:
+    """The arguments of TRL's trainers that do not depend on the rows."""
+    return {
+        "output_dir": job["folder"],
+        "max_length": job["tokens"],
+        "max_steps": job["steps"] + 1,
+        "learning_rate": 1e-4,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": job["checkpointing"],
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+def measure(job: Found, trainer_class: Any, arguments: Any, dataset: Dataset) -> None:
+    """Train SmolLM2 and write down what the steps cost."""
+    base = cache_folder() / "samples" / "smollm2-135m"
     lora = LoraConfig(
         r=16,
         lora_alpha=32,
@@ -83,11 +97,12 @@ def main(job: Found) -> None:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    trainer = Counting(
+    marks = Marks()
+    trainer = trainer_class(
         model=model(base, job["method"]),
         args=arguments,
-        train_dataset=rows(job),
-        processing_class=tokenizer,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=None if job["method"] == "full" else lora,
         callbacks=[marks],
     )
