@@ -250,7 +250,8 @@ class MergeJob:
         total = sum(path.stat().st_size for path in self.weights)
         total += sum(tensor.old.nbytes for tensor in model.added.values())
         needed = total + SPARE_BYTES - work.bytes_written()
-        if (free := shutil.disk_usage(work.target).free) < needed:
+        free = shutil.disk_usage(self.output.absolute().parent).free
+        if free < needed and not self.output.exists():  # else another process has published it
             (work.close if work.bytes_written() else work.discard)()
             message = f"the merged model needs {size(needed)}, {size(free)} are free"
             raise UserError(message, where=str(self.output))

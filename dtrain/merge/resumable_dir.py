@@ -80,8 +80,14 @@ class ResumableDir:
         return read_sealed(self._record_path(name))
 
     def bytes_written(self) -> int:
-        """Return the bytes of all files so far, finished or not: they need no more disk space."""
-        return sum(path.stat().st_size for path in self.target.iterdir())
+        """Return the bytes of all files so far, finished or not: they need no more disk space.
+
+        0 if another process has published the folder.
+        """
+        while self.target.is_dir():
+            with suppress(FileNotFoundError):  # another process has just renamed a file
+                return sum(path.stat().st_size for path in self.target.iterdir())
+        return 0
 
     def claim_publishing(self) -> bool:
         """Return whether this process must publish; the others wait until one has published.

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dtrain.cli.merge import merge
 from dtrain.core.hashes import file_hash
+from dtrain.merge.resumable_dir import ResumableDir
 
 ROOT = Path(__file__).parents[3]
 SHARDS, PROCESSES = 7, 3
@@ -116,6 +118,21 @@ def test_three_processes_finish_a_merge_after_one_is_killed(
     assert alone.wait(120) == 0
     assert content(out) == content(tmp_path / "whole")
     assert not (tmp_path / ".out.making").exists()
+
+
+def test_one_that_joins_while_another_publishes_has_nothing_left_to_do(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, bytes_written = tmp_path / "out", ResumableDir.bytes_written
+
+    def measure_late(work: ResumableDir) -> int:
+        if not out.exists():  # this process has joined, and sees no result yet
+            assert start(tmp_path / "said", 1, "", base, adapter, out).wait(120) == 0
+        return bytes_written(work)
+
+    monkeypatch.setattr(ResumableDir, "bytes_written", measure_late)
+    merge([str(base), str(adapter), str(out)])
+    assert (out / "merge.json").is_file() and not (tmp_path / ".out.making").exists()
 
 
 def test_another_merge_to_the_same_folder_is_refused(
