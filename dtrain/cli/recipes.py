@@ -61,10 +61,12 @@ if TYPE_CHECKING:
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print a recipe with all defaults, or all its errors."""
     from dtrain.config.load import dump, load_recipe
+    from dtrain.data.check_rows import check_rows
     from dtrain.planning.known_models import check_trainable, position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
+    check_rows(settings)
     for line in position_warnings(settings):
         print(f"warning: {line}", file=sys.stderr)
     print(dump(settings), end="")

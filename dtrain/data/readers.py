@@ -12,16 +12,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast, get_args
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING, Any, cast, get_args
 
 from dtrain.config.schema import Column
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import decode_text, without_mark
+from dtrain.core.lazy_import import LazyModule
 from dtrain.data.conversations import TRAIN_FLAGS
 from dtrain.data.sources import PROSE, SourceFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:  # `dtrain check` reads rows too, and shall start at once
+    pa, pq = LazyModule("pyarrow"), LazyModule("pyarrow.parquet")
 
 # The row's number, from 1, and a function that returns the row, or a UserError.
 RawRow = tuple[int, Callable[[], Any]]

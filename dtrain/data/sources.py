@@ -106,11 +106,27 @@ def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
     if path.exists():
         return _files([path], source)
     if glob.has_magic(str(path)):
-        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        return _files([file for file in matches if file.is_file()], source)
+        return _files(_matches(path), source)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
         return [_from_hub(source)]
     raise UserError("no such file", where=source.path, fix="correct `path`, or create the file")
+
+
+def files_here(source: Source) -> list[SourceFile]:
+    """The source's file, or those of its glob, without identities, which take a pass over them.
+
+    None of folders, data sets, and what is not on this machine.
+    """
+    paths = [] if is_remote(source.path) else _matches(local_path(source.path))
+    return [SourceFile(str(path), kind, "", path) for path in paths if (kind := file_kind(path))]
+
+
+def _matches(path: Path) -> list[Path]:
+    """The file at a path, or the files that a glob matches."""
+    if path.is_file():
+        return [path]
+    matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    return [file for file in matches if file.is_file()]
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dtrain.core.errors import UserError
+from dtrain.data.check_rows import one_label_error
 from dtrain.data.loader import MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED, RatedAnswerEncoder
@@ -45,14 +45,9 @@ class Kto(AnswerObjective):
     def check_data(self, dataset: PackedDataset) -> None:
         counts = sum((Counter(s.store.manifest["counts"]) for s in dataset.sources), Counter[str]())
         if not (counts[DESIRABLE] and counts[UNDESIRABLE]):
-            label = "true" if counts[DESIRABLE] else "false"
-            raise UserError(
-                f"all {counts[DESIRABLE] + counts[UNDESIRABLE]:,} answers are labeled {label}, and "
-                "kto learns from the difference",
-                where=", ".join(dataset.names),
-                fix="add answers with the other label; or train on good answers with kind: sft "
-                "and format: messages or prompt_completion",
-            )
+            answers = counts[DESIRABLE] + counts[UNDESIRABLE]
+            where = ", ".join(dataset.names)
+            raise one_label_error(bool(counts[DESIRABLE]), answers, where=where)
 
     @torch.no_grad()
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> float:

@@ -1,0 +1,64 @@
+"""Rows that a stage cannot use are found by `dtrain check` and `dtrain submit`, before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config.load import load_recipe
+from dtrain.core.errors import UserError
+from dtrain.data.check_rows import check_rows
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+GOOD, BAD = ({"prompt": "a", "completion": "b", "label": label} for label in (True, False))
+
+
+@pytest.fixture
+def check(tmp_path: Path, write_rows: Any) -> Any:
+    """check(kind, rows of each source, of a held-out set) → None, or a UserError."""
+
+    def run(kind: str, *sources: list[Any], held_out: list[Any] | None = None) -> None:
+        paths = [{"path": write_rows(f"{n}.jsonl", rows)} for n, rows in enumerate(sources)]
+        stage = {
+            "name": "task", "kind": kind, "method": {"kind": "lora"}, "data": {"sources": paths},
+            "train": {"global_batch_size": 1, "steps": 1},
+        }  # fmt: skip
+        recipe = {"name": "x", "model": {"base": "b"}, "output": {"folder": "runs/x"}}
+        recipe["stages"] = [stage]
+        if held_out:
+            rows = {"kind": kind, "sources": [{"path": write_rows("held.jsonl", held_out)}]}
+            recipe["evaluation"] = {"sets": {"rows": rows}}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(recipe))
+        check_rows(load_recipe(str(path), []))
+
+    return run
+
+
+def test_rows_that_suit_the_stage_pass(check: Any) -> None:
+    check("dpo", [PAIR], held_out=[PAIR])
+    check("kto", [GOOD, GOOD], [BAD], held_out=[GOOD])
+
+
+def test_the_format_that_auto_finds_is_checked(check: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"stages\.task\.data: \S*0\.jsonl: sft cannot train on pref"
+    ):
+        check("sft", [PAIR])
+    with pytest.raises(UserError, match=r"evaluation\.sets\.rows: .*dpo cannot train on kto rows"):
+        check("dpo", [PAIR], held_out=[GOOD])
+    with pytest.raises(UserError, match=r"0\.jsonl:1: "):
+        check("sft", [{"text of": "no format"}])
+
+
+def test_answers_that_are_all_rated_alike(check: Any) -> None:
+    with pytest.raises(UserError, match=r"stages\.task\.data: all 3 answers are labeled true"):
+        check("kto", [GOOD, GOOD], [GOOD])
+
+
+def test_files_elsewhere_are_left_to_the_run(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", [f"stages.domain.data.sources=[{{path: {tmp_path}/no.jsonl}}]"])
+    check_rows(recipe)
