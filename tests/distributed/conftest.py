@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,8 @@ WORKER = ["-m", "dtrain.train"]
 TIMEOUT_SECONDS = 240
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOSS_TOLERANCE = 2e-5
+FIGURE_TOLERANCE = {"rel": 2e-6, "abs": 2e-6}  # of runs on one machine
+GOLDEN_FIGURE_TOLERANCE = {"rel": 2e-4, "abs": 2e-5}
 WITHOUT_EVALUATION = ["evaluation={sets: {}}"] + [
     f"stages.{stage}.train.{key}=null"
     for stage in ("domain", "task")
@@ -59,6 +62,32 @@ class Run:
             golden_loss, golden_norm = map(float, expected.split()[2:])
             assert loss == pytest.approx(golden_loss, abs=LOSS_TOLERANCE), (line, expected)
             assert norm == pytest.approx(golden_norm, rel=NORM_TOLERANCE), (line, expected)
+
+    def figures(self) -> list[list[float]]:
+        """Loss, gradient norm and metrics of each step of the stage `task`, then those of the
+        held-out set `rows` before and after it."""
+        steps = [
+            [record["loss"], record["grad_norm"], *record["metrics"].values()]
+            for record in self.records("task")
+            if "loss" in record
+        ]
+        known = self.json("evaluation.json")
+        losses, metrics = known["losses"]["rows"], known["metrics"]["rows"]
+        return [*steps, *([losses[m], *metrics[m].values()] for m in ("base", "task"))]
+
+    def assert_figures(self, expected: list[list[float]], **tolerance: float) -> None:
+        """`figures` are those of another run."""
+        tolerance = tolerance or FIGURE_TOLERANCE
+        assert self.figures() == [pytest.approx(step, **tolerance) for step in expected]
+
+    def assert_golden_figures(self, name: str) -> None:
+        """`figures` are those of a golden file, which is written first if the user asks for it."""
+        path = GOLDEN / f"tiny-{name}.txt"
+        if "DTRAIN_WRITE_GOLDEN" in os.environ:
+            lines = [" ".join(f"{number:.6f}" for number in step) for step in self.figures()]
+            path.write_text("\n".join(lines) + "\n")
+        golden = [[float(n) for n in line.split()] for line in path.read_text().splitlines()]
+        self.assert_figures(golden, **GOLDEN_FIGURE_TOLERANCE)
 
     def records(self, stage: str) -> list[dict]:
         """Lines of a stage's metrics.jsonl."""
@@ -267,6 +296,31 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
     yield start
     for run in started:
         run.kill().wait()
+
+
+@pytest.fixture
+def start_stage(start_ranks: Callable[..., Ranks]) -> Callable[..., Ranks]:
+    """start_stage(stage, held_out, overrides of the stage, …) → ranks of a run of this stage alone.
+
+    `held_out` are the sources of the set `rows`, which is measured as the stage trains.
+    """
+
+    def start(
+        stage: dict[str, Any],
+        held_out: list[dict[str, Any]],
+        *overrides: str,
+        options: Sequence[str] = (),
+        **more: Any,
+    ) -> Ranks:
+        train = {"global_batch_size": 4, "steps": 5, "learning_rate": 0.01}
+        shared = {key: stage[key] for key in ("kind", "distill") if key in stage}
+        rows = {**stage["data"], **shared, "sources": held_out}
+        changes = [f"stages.task.{override}" for override in overrides]
+        stages = [{"name": "task", "train": train, **stage}]
+        whole = f"stages={json.dumps(stages)}", f"evaluation={json.dumps({'sets': {'rows': rows}})}"
+        return start_ranks(*whole, *changes, options=options, **more)
+
+    return start
 
 
 @dataclass

@@ -8,7 +8,6 @@ tests/distributed/test_distill.py -k one_rank`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -22,10 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.samples.make import ensure
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-distill.txt"
-TOLERANCE = {"rel": 2e-6, "abs": 2e-6}  # of runs on one machine
-GOLDEN_TOLERANCE = {"rel": 2e-4, "abs": 2e-5}
-SETTINGS = "temperature: 2.0, ce_weight: 0.1"
+SETTINGS = {"temperature": 2.0, "ce_weight": 0.1}
 Start = Callable[..., Any]
 
 
@@ -55,49 +51,24 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start_stage(start_ranks, teacher) -> Start:
-    """start_stage(overrides of the stage, …) → ranks of a run of one stage of distillation."""
+def start_distill(start_stage, teacher) -> Start:
+    """start_distill(overrides of the stage, …) → ranks of a run of one stage of distillation."""
 
     def start(
-        *overrides: str,
-        distill: str = SETTINGS,
-        own: bool = False,
-        dropout: float = 0.0,
-        **more: Any,
+        *overrides: str, distill: dict[str, Any] = SETTINGS, dropout: float = 0.0, **more: Any
     ) -> Any:
-        group = f"{{teacher: {'base' if own else teacher}, {distill}}}"
-        rows = 'sources: [{path: "dtrain:tiny-text/task.json"}], sequence_length: 128'
-        method = f"{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
-        train = "{global_batch_size: 4, steps: 5, learning_rate: 0.01}"
-        stage = f"{{name: task, kind: distill, method: {method}, data: {{{rows}}}, train: {train}"
-        held_out = rows.replace("task.json", "task-heldout.json")
-        return start_ranks(
-            f"stages=[{stage}, distill: {group}}}]",
-            f"evaluation={{sets: {{rows: {{kind: distill, {held_out}, distill: {group}}}}}}}",
-            *(f"stages.task.{override}" for override in overrides),
-            **more,
+        train, held_out = (
+            [{"path": f"dtrain:tiny-text/{f}.json"}] for f in ("task", "task-heldout")
         )
+        stage = {
+            "kind": "distill",
+            "method": {"kind": "lora", "r": 4, "alpha": 8, "dropout": dropout},
+            "data": {"sequence_length": 128, "sources": train},
+            "distill": {"teacher": str(teacher), **distill},
+        }
+        return start_stage(stage, held_out, *overrides, **more)
 
     return start
-
-
-def figures(run: Any) -> list[list[float]]:
-    """Loss, gradient norm and metrics of each step, then those of the held-out set."""
-    steps = [
-        [record["loss"], record["grad_norm"], *record["metrics"].values()]
-        for record in run.records("task")
-        if "loss" in record
-    ]
-    known = run.json("evaluation.json")
-    for model in ("base", "task"):
-        steps.append([known["losses"]["rows"][model], *known["metrics"]["rows"][model].values()])
-    return steps
-
-
-def assert_same(found: list[list[float]], expected: list[list[float]], **tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for step, right in zip(found, expected, strict=True):
-        assert step == pytest.approx(right, **(tolerance or TOLERANCE))
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +77,10 @@ def alone() -> list[list[float]]:
     return []
 
 
-def test_one_rank_learns_from_the_teacher(start_stage, alone) -> None:
-    run = start_stage(ranks=1).wait(0)
-    alone += figures(run)
-    if "DTRAIN_WRITE_GOLDEN" in os.environ:
-        lines = [" ".join(f"{number:.6f}" for number in step) for step in alone]
-        GOLDEN.write_text("\n".join(lines) + "\n")
-    golden = [[float(n) for n in line.split()] for line in GOLDEN.read_text().splitlines()]
-    assert_same(alone, golden, **GOLDEN_TOLERANCE)
+def test_one_rank_learns_from_the_teacher(start_distill, alone) -> None:
+    run = start_distill(ranks=1).wait(0)
+    alone += run.figures()
+    run.assert_golden_figures("distill")
     for loss, _, divergence, cross_entropy in alone[:-2]:
         assert loss == pytest.approx(0.9 * 4 * divergence + 0.1 * cross_entropy, rel=1e-6)
     assert alone[-1][1] < 0.8 * alone[-2][1], "held-out divergence: nothing was learned"
@@ -122,71 +89,69 @@ def test_one_rank_learns_from_the_teacher(start_stage, alone) -> None:
 @pytest.mark.parametrize(
     ("engine", "micro"), [("ddp", 2), ("fsdp2", 1), ("zero2", 1), ("zero3", 2)]
 )
-def test_engines_ranks_and_micro_batches(start_stage, alone, engine, micro) -> None:
-    options = [f"engine.kind={engine}", f"stages.task.train.micro_batch_size={micro}"]
-    run = start_stage(options=options).wait(0)
-    assert_same(figures(run), alone or figures(start_stage(ranks=1, folder="alone").wait(0)))
+def test_engines_ranks_and_micro_batches(start_distill, alone, engine, micro) -> None:
+    options = [f"engine.kind={engine}"]
+    run = start_distill(f"train.micro_batch_size={micro}", options=options).wait(0)
+    run.assert_figures(alone or start_distill(ranks=1, folder="alone").wait(0).figures())
     kept = "sharded over the ranks" if engine in ("fsdp2", "zero3") else "whole on every rank"
     assert kept in run.output
 
 
-def test_the_model_without_its_adapter_is_a_teacher(start_stage) -> None:
+def test_the_model_without_its_adapter_is_a_teacher(start_distill) -> None:
     """Under an engine that shards it; with and without kernels."""
-    settings = {"distill": "loss: reverse_kl, ce_weight: 0.5", "own": True}
-    run = start_stage(**settings, options=["engine.kind=zero3"]).wait(0)
-    plain = start_stage(**settings, ranks=1, folder="plain", options=["model.kernels=off"]).wait(0)
-    assert_same(figures(run), figures(plain), rel=2e-5, abs=2e-5)
-    first, *_, before, after = figures(run)
+    itself = {"teacher": "base", "loss": "reverse_kl", "ce_weight": 0.5}
+    run = start_distill(distill=itself, options=["engine.kind=zero3"]).wait(0)
+    options = {"ranks": 1, "folder": "plain", "options": ["model.kernels=off"]}
+    plain = start_distill(distill=itself, **options).wait(0)
+    run.assert_figures(plain.figures(), rel=2e-5, abs=2e-5)
+    first, *_, before, after = run.figures()
     assert first[2] == before[1] == 0, "it starts as its teacher"
     assert after[1] > 0 and after[2] < before[2]
 
 
-def test_stored_likeliest_tokens(start_stage, alone) -> None:
+def test_stored_likeliest_tokens(start_distill, alone) -> None:
     """All tokens are the teacher itself; the values are computed once, and nothing else changes."""
-    everything = {"distill": f"{SETTINGS}, top_k: 512"}
-    run = start_stage(**everything, options=["engine.kind=fsdp2"]).wait(0)
-    assert_same(figures(run), alone or figures(start_stage(ranks=1, folder="a").wait(0)))
+    everything = SETTINGS | {"top_k": 512}
+    run = start_distill(distill=everything, options=["engine.kind=fsdp2"]).wait(0)
+    run.assert_figures(alone or start_distill(ranks=1, folder="a").wait(0).figures())
     assert "computing values" in run.output
-    few = {"distill": f"{SETTINGS}, top_k: 8"}
-    run = start_stage(**few, folder="few", options=["stages.task.train.micro_batch_size=2"]).wait(0)
-    again = start_stage(**few, folder="again", ranks=1).wait(0)
+    few = SETTINGS | {"top_k": 8}
+    run = start_distill("train.micro_batch_size=2", distill=few, folder="few").wait(0)
+    again = start_distill(distill=few, folder="again", ranks=1).wait(0)
     assert "computing values" in run.output and "computing values" not in again.output
-    assert_same(figures(again), figures(run))
-    assert figures(run)[-1][1] < 0.8 * figures(run)[-2][1]
+    again.assert_figures(run.figures())
+    assert run.figures()[-1][1] < 0.8 * run.figures()[-2][1]
 
 
-def test_a_model_that_trains_whole_has_its_start_as_a_teacher(start_stage) -> None:
-    settings = {
-        "distill": "top_k: 16, ce_weight: 0.5",
-        "own": True,
-        "options": ["engine.kind=zero3"],
-    }
-    method = "method={kind: full}"
-    run = start_stage(method, "train.learning_rate=0.001", **settings).wait(0)
-    *_, before, after = figures(run)
+def test_a_model_that_trains_whole_has_its_start_as_a_teacher(start_distill) -> None:
+    itself = {"teacher": "base", "top_k": 16, "ce_weight": 0.5}
+    overrides = "method={kind: full}", "train.learning_rate=0.001"
+    run = start_distill(*overrides, distill=itself, options=["engine.kind=zero3"]).wait(0)
+    *_, before, after = run.figures()
     assert "computing values" in run.output and after[2] < before[2]
 
 
-def test_killed_it_ends_at_the_same_weights(start_stage, weights) -> None:
-    settings = {"distill": f"{SETTINGS}, loss: jsd, beta: 0.3", "dropout": 0.1, "ranks": 1}
-    undisturbed = start_stage(folder="undisturbed", **settings).wait(0)
-    run = start_stage("train.checkpoint_every_steps=1", **settings)
+def test_killed_it_ends_at_the_same_weights(start_distill, weights) -> None:
+    mixed = SETTINGS | {"loss": "jsd", "beta": 0.3}
+    settings = {"distill": mixed, "dropout": 0.1, "ranks": 1}
+    undisturbed = start_distill(folder="undisturbed", **settings).wait(0)
+    run = start_distill("train.checkpoint_every_steps=1", **settings)
     run.until(lambda: run.is_at("task", 3))
     run.kill().wait(-signal.SIGKILL)
-    run = start_stage("train.checkpoint_every_steps=1", **settings).wait(0)
+    run = start_distill("train.checkpoint_every_steps=1", **settings).wait(0)
     assert "resuming from step" in run.output
-    assert figures(run) == figures(undisturbed)
+    assert run.figures() == undisturbed.figures()
     assert weights(run.folder) == weights(undisturbed.folder)
 
 
-def test_another_teacher_is_refused_on_resume(start_stage, teacher, tmp_path) -> None:
-    start_stage(ranks=1).wait(0)
+def test_another_teacher_is_refused_on_resume(start_distill, teacher, tmp_path) -> None:
+    start_distill(ranks=1).wait(0)
     moved = shutil.copytree(teacher, tmp_path / "moved")
-    run = start_stage(ranks=1, options=[f"stages.task.distill.teacher={moved}"]).wait(0)
+    run = start_distill(ranks=1, options=[f"stages.task.distill.teacher={moved}"]).wait(0)
     assert "already complete" in run.output
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(
         json.dumps(config | {"rope_theta": 500.0, "rms_norm_eps": 1e-3})
     )
-    run = start_stage(ranks=1, options=[f"stages.task.distill.teacher={moved}"]).wait(2)
+    run = start_distill(ranks=1, options=[f"stages.task.distill.teacher={moved}"]).wait(2)
     assert "distill.teacher" in run.output

@@ -2,13 +2,11 @@
 
 The golden files contain loss, gradient norm and metrics of every step. To write them again after a
 change that is meant to change them: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distributed/
-test_preference.py -k writes`.
+test_preference.py -k ddp-1-1`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +14,8 @@ from typing import Any
 
 import pytest
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PAIRS, PACKED_SEQUENCES = 24, 11
-TOLERANCE = {"rel": 2e-6, "abs": 2e-6}  # of runs on one machine
-GOLDEN_TOLERANCE = {"rel": 2e-4, "abs": 2e-5}
-FULL = "{kind: full}"
+FULL = {"kind": "full"}
 Start = Callable[..., Any]
 
 
@@ -47,70 +42,33 @@ def rated_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def start_stage(start_ranks, write_rows) -> Start:
-    """start_stage(kind, overrides of the stage, …) → ranks of a run of one preference stage."""
+def start_pairs(start_stage, write_rows) -> Start:
+    """start_pairs(kind, overrides of the stage, …) → ranks of a run of one preference stage."""
 
     def start(
         kind: str,
         *overrides: str,
         micro: int = 1,
         dropout: float = 0.0,
-        method: str = "",
+        method: dict[str, Any] | None = None,
         **more: Any,
     ) -> Any:
         rows = rated_rows() if kind == "kto" else pair_rows()
-        sources = json.dumps([{"path": write_rows(f"{kind}.jsonl", rows)}])
-        method = method or f"{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
-        batch = f"global_batch_size: 4, micro_batch_size: {micro}"
-        data = f"{{sequence_length: 256, sources: {sources}}}"
-        held_out = f"{{kind: {kind}, sequence_length: 256, sources: {sources}}}"
-        return start_ranks(
-            f"stages=[{{name: task, kind: {kind}, method: {method}, data: {data},"
-            f" train: {{{batch}, steps: 5, learning_rate: 0.01}}}}]",
-            f"evaluation={{sets: {{rows: {held_out}}}}}",
-            *(f"stages.task.{override}" for override in overrides),
-            **more,
-        )
+        sources = [{"path": write_rows(f"{kind}.jsonl", rows)}]
+        stage = {
+            "kind": kind,
+            "method": method or {"kind": "lora", "r": 4, "alpha": 8, "dropout": dropout},
+            "data": {"sequence_length": 256, "sources": sources},
+        }
+        return start_stage(stage, sources, f"train.micro_batch_size={micro}", *overrides, **more)
 
     return start
-
-
-def figures(run: Any) -> list[list[float]]:
-    """Loss, gradient norm and metrics of each step, then those of the evaluations."""
-    steps = [
-        [record["loss"], record["grad_norm"], *record["metrics"].values()]
-        for record in run.records("task")
-        if "loss" in record
-    ]
-    known = run.json("evaluation.json")
-    for model in ("base", "task"):
-        steps.append([known["losses"]["rows"][model], *known["metrics"]["rows"][model].values()])
-    return steps
-
-
-def assert_same(found: list[list[float]], expected: list[list[float]], **tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for step, right in zip(found, expected, strict=True):
-        assert step == pytest.approx(right, **(tolerance or TOLERANCE))
-
-
-def golden(kind: str) -> list[list[float]]:
-    lines = (GOLDEN / f"tiny-{kind}.txt").read_text().splitlines()
-    return [[float(number) for number in line.split()] for line in lines]
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[list[float]]]:
     """The figures of one rank with a micro-batch of one, by kind."""
     return {}
-
-
-@pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden files")
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_writes_golden(start_stage, kind) -> None:
-    run = start_stage(kind, ranks=1).wait(0)
-    lines = [" ".join(f"{number:.6f}" for number in step) for step in figures(run)]
-    (GOLDEN / f"tiny-{kind}.txt").write_text("\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -127,35 +85,35 @@ def test_writes_golden(start_stage, kind) -> None:
         ("kto", "zero3", 2, 1),
     ],
 )
-def test_engines_ranks_and_micro_batches(start_stage, alone, kind, engine, ranks, micro) -> None:
-    run = start_stage(kind, ranks=ranks, micro=micro, options=[f"engine.kind={engine}"]).wait(0)
-    found = figures(run)
+def test_engines_ranks_and_micro_batches(start_pairs, alone, kind, engine, ranks, micro) -> None:
+    run = start_pairs(kind, ranks=ranks, micro=micro, options=[f"engine.kind={engine}"]).wait(0)
+    found = run.figures()
     assert found[-1][0] < 0.6 * found[0][0], "nothing was learned: this would show nothing"
-    assert_same(found, golden(kind), **GOLDEN_TOLERANCE)
-    assert_same(found, alone.setdefault(kind, found))
+    run.assert_golden_figures(kind)
+    run.assert_figures(alone.setdefault(kind, found))
 
 
-def test_packed_and_unpacked_are_the_same(start_stage) -> None:
+def test_packed_and_unpacked_are_the_same(start_pairs) -> None:
     whole_set = "train.global_batch_size={}", "train.steps=3"
     alone = {"ranks": 1, "options": ["launch.processes=1"]}
     batch = [text.format(PACKED_SEQUENCES) for text in whole_set]
-    packed = start_stage("dpo", *batch, **alone).wait(0)
+    packed = start_pairs("dpo", *batch, **alone).wait(0)
     batch = ["data.packing=false", *(text.format(PAIRS) for text in whole_set)]
-    unpacked = start_stage("dpo", *batch, folder="unpacked", **alone).wait(0)
+    unpacked = start_pairs("dpo", *batch, folder="unpacked", **alone).wait(0)
     tokens = {record["tokens"] for r in (packed, unpacked) for record in r.records("task")}
     assert len(tokens) == 1  # every step is an epoch
-    assert_same(figures(unpacked), figures(packed))
+    unpacked.assert_figures(packed.figures())
 
 
-def test_killed_in_a_dpo_stage_it_ends_at_the_same_weights(start_stage, weights) -> None:
+def test_killed_in_a_dpo_stage_it_ends_at_the_same_weights(start_pairs, weights) -> None:
     settings = {"dropout": 0.1, "ranks": 1}
-    undisturbed = start_stage("dpo", folder="undisturbed", **settings).wait(0)
-    run = start_stage("dpo", "train.checkpoint_every_steps=1", **settings)
+    undisturbed = start_pairs("dpo", folder="undisturbed", **settings).wait(0)
+    run = start_pairs("dpo", "train.checkpoint_every_steps=1", **settings)
     run.until(lambda: run.is_at("task", 3))
     run.kill().wait(-signal.SIGKILL)
-    run = start_stage("dpo", "train.checkpoint_every_steps=1", **settings).wait(0)
+    run = start_pairs("dpo", "train.checkpoint_every_steps=1", **settings).wait(0)
     assert "resuming from step" in run.output
-    assert figures(run) == figures(undisturbed)
+    assert run.figures() == undisturbed.figures()
     assert weights(run.folder) == weights(undisturbed.folder)
 
 
@@ -177,46 +135,46 @@ def value_files(options: dict[str, Any]) -> set[Path]:
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_a_stored_reference_is_that_of_each_step(start_stage, no_values, kind) -> None:
+def test_a_stored_reference_is_that_of_each_step(start_pairs, no_values, kind) -> None:
     options = no_values() | {"ranks": 1}
     if kind == "kto":
         options |= {"ranks": 2, "options": ["engine.kind=zero3"]}
-    run = start_stage(kind, "preference.precompute_reference=true", **options).wait(0)
+    run = start_pairs(kind, "preference.precompute_reference=true", **options).wait(0)
     assert value_files(options)
-    assert_same(figures(run), golden(kind), **GOLDEN_TOLERANCE)
+    run.assert_golden_figures(kind)
 
 
 @pytest.mark.parametrize(
     ("engine", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
 )
-def test_full_training_keeps_its_reference(start_stage, no_values, alone, engine, ranks) -> None:
+def test_full_training_keeps_its_reference(start_pairs, no_values, alone, engine, ranks) -> None:
     options = {"options": [f"engine.kind={engine}"], "method": FULL, "ranks": ranks}
-    run = start_stage("dpo", "train.learning_rate=0.001", **options, **no_values()).wait(0)
-    found = figures(run)
+    run = start_pairs("dpo", "train.learning_rate=0.001", **options, **no_values()).wait(0)
+    found = run.figures()
     # Against the weights of the moment instead of the reference, all rewards would stay 0.
     assert found[-1][0] < 0.6 * found[0][0] and abs(found[-1][1]) > 0.1
-    assert_same(found, alone.setdefault("full", found))
+    run.assert_figures(alone.setdefault("full", found))
 
 
 def test_killed_while_the_reference_is_computed_and_in_full_training(
-    start_stage, no_values, weights
+    start_pairs, no_values, weights
 ) -> None:
     rows = ["data.packing=false", "train.checkpoint_every_steps=1", "train.learning_rate=0.001"]
     more = {"method": FULL, "ranks": 1}
     caches = no_values("cache"), no_values("other")
-    undisturbed = start_stage("dpo", *rows, folder="undisturbed", **more, **caches[0]).wait(0)
-    run = start_stage("dpo", *rows, **more, **caches[1])
+    undisturbed = start_pairs("dpo", *rows, folder="undisturbed", **more, **caches[0]).wait(0)
+    run = start_pairs("dpo", *rows, **more, **caches[1])
     run.until(lambda: value_files(caches[1]))
     run.kill().wait(-signal.SIGKILL)
     first = value_files(caches[1])
     assert len(first) < len(value_files(caches[0]))  # those of the held-out rows are missing
-    run = start_stage("dpo", *rows, **more, **caches[1])
+    run = start_pairs("dpo", *rows, **more, **caches[1])
     run.until(lambda: run.is_at("task", 3))
     run.kill().wait(-signal.SIGKILL)
     assert first < value_files(caches[1])
     for file in value_files(caches[1]):  # the weights are no longer the reference's
         file.unlink()
-    run = start_stage("dpo", *rows, **more, **caches[1]).wait(0)
+    run = start_pairs("dpo", *rows, **more, **caches[1]).wait(0)
     assert "resuming from step" in run.output and "computing values of" in run.output
-    assert figures(run) == figures(undisturbed)
+    assert run.figures() == undisturbed.figures()
     assert weights(run.folder) == weights(undisturbed.folder)
