@@ -15,6 +15,7 @@ from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize_checks import check_regularize
 from dtrain.config.schema import Data, Recipe, Stage
+from dtrain.config.tasks import Tasks, check_tasks
 from dtrain.config.trackers import check_trackers
 from dtrain.config.train_checks import check_train
 from dtrain.config.yaml_document import Key
@@ -30,7 +31,10 @@ CHOSEN_BY_AUTO = ("strict", "whole_parameters")
 
 
 def check(recipe: Recipe) -> list[Clash]:
-    """All errors that a single key does not show; opens no file except `engine.config`."""
+    """All errors that a single key does not show.
+
+    It opens no file except `engine.config` and those of tasks.
+    """
     return [
         *unsupported_by_engine(recipe),
         *_deepspeed_file(recipe),
@@ -248,9 +252,20 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
         yield from _preference(held_out.kind, held_out.preference, at)
         yield from check_distill(recipe, held_out, at)
+    if recipe.evaluation.tasks is not None:
+        yield from _tasks(recipe, recipe.evaluation.tasks)
+    measured = recipe.evaluation.measured_names
     for name in recipe.evaluation.gates:
-        if name not in recipe.evaluation.sets:
-            keys: list[Key] = [("evaluation", "gates", name), ("evaluation", "sets")]
-            known = ", ".join(recipe.evaluation.sets)
-            fix = f"use one of {known}" if known else "add the set to evaluation.sets"
-            yield Clash(keys, f"there is no set named {name}", fix)
+        if name not in measured:
+            keys: list[Key] = [("evaluation", "gates", name)]
+            fix = f"use one of {', '.join(measured)}" if measured else "add it to evaluation.sets"
+            yield Clash(keys, f"there is no set or task named {name}", fix)
+
+
+def _tasks(recipe: Recipe, tasks: Tasks) -> Iterator[Clash]:
+    yield from check_tasks(tasks, recipe.evaluation.sets)
+    for number, stage in enumerate(recipe.stages):
+        if stage.method.added_tokens:
+            keys: list[Key] = [("stages", number, "method", "kind"), ("evaluation", "tasks")]
+            message = "the harness cannot call a model in training that reads virtual tokens"
+            yield Clash(keys, message, "remove evaluation.tasks, or use another method")

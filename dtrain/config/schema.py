@@ -14,6 +14,7 @@ from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import Regularize
+from dtrain.config.tasks import Tasks
 from dtrain.config.trackers import TRACKERS, TrackerKind
 from dtrain.config.train import Train
 
@@ -313,14 +314,20 @@ class Evaluation(Group):
     """What is measured, on the ranks that train."""
 
     sets: dict[str, EvaluationSet] = Field(default_factory=dict)
+    tasks: Tasks | None = None
     questions: Questions | None = None
     gates: dict[str, Gate] = Field(
         default_factory=dict,
         description=(
-            "by set: limits on how much worse than the base a stage may make it; a stage beyond "
-            "them ends the run before its merge"
+            "by set or task: limits on how much worse than the base a stage may make it; a stage "
+            "beyond them ends the run before its merge"
         ),
     )
+
+    @property
+    def measured_names(self) -> list[str]:
+        """Names that a gate can have."""
+        return [*self.sets, *(self.tasks.names if self.tasks else [])]
 
 
 class Monitoring(Group):

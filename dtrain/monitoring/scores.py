@@ -44,6 +44,11 @@ class Score:
         """A score of evaluation.json; None if it has no value."""
         if not isinstance(content, dict) or not isinstance(content.get("value"), int | float):
             return None
+        return cls.read(content)
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> Score:
+        """The score that `dump` wrote."""
         return cls(
             value=content["value"],
             stderr=content.get("stderr"),

@@ -10,10 +10,12 @@ from typing import Any
 from dtrain.checkpoints.identity import changes_allowed_in
 from dtrain.config.schema import Recipe
 from dtrain.core.files import write_json
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
 from dtrain.core.run_dir import RunDir
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
+from dtrain.evaluation.scorer import Scorer
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.run_record import run_summary
 from dtrain.pipeline.evaluator import Evaluations
@@ -24,6 +26,9 @@ from dtrain.pipeline.stage_run import run_stage
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.recipes import shipped
 from dtrain.training.preemption import StopFlag
+
+# It needs an extra.
+task_scorer: Any = LazyModule("dtrain.evaluation.task_scorer")
 
 
 def run_chain(
@@ -41,7 +46,8 @@ def run_chain(
     """
     run = Path(recipe.output.folder)
     teachers = TeacherModels(recipe, world, inputs.teachers)
-    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers)
+    scorers = build_scorers(inputs)
+    evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers, scorers)
     started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
     if recipe.output.reuse is not None:
@@ -67,6 +73,11 @@ def run_chain(
             write_lineage(run, recipe, inputs, started)
     finish(run, recipe, inputs, folder, evaluations, world)
     return True
+
+
+def build_scorers(inputs: Inputs) -> list[Scorer]:
+    """What scores the base and the model after each stage."""
+    return [task_scorer.TaskScorer(inputs.tasks, inputs.tokenizer)] if inputs.tasks else []
 
 
 def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> dict[str, StageRecord]:

@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import cache_folder, local_path, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
 from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
@@ -35,6 +37,12 @@ from dtrain.samples.make import ensure
 from dtrain.serving.generator import answering_template
 from dtrain.serving.run_models import template_of
 
+if TYPE_CHECKING:
+    from dtrain.evaluation.harness import LoadedTasks
+
+# Only recipes with tasks need the extra that it imports.
+harness: Any = LazyModule("dtrain.evaluation.harness")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -45,6 +53,7 @@ class Inputs:
         stages: dataset of each stage, by the stage's name.
         sets: dataset of each evaluation set, by its name.
         teachers: models to distill from, by the recipe's name of them.
+        tasks: of lm-evaluation-harness, if the recipe names any.
     """
 
     base: Path
@@ -55,6 +64,7 @@ class Inputs:
     stages: dict[str, PackedDataset]
     sets: dict[str, PackedDataset]
     teachers: dict[str, Teacher]
+    tasks: LoadedTasks | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -65,6 +75,10 @@ class Inputs:
             "the code of model.base": repr(self.layout),
             **{f"stages.{name}.data": data.fingerprint for name, data in self.stages.items()},
             **{f"evaluation.sets.{name}": data.fingerprint for name, data in self.sets.items()},
+            **{
+                f"evaluation.tasks: {n}": h
+                for n, h in (self.tasks.inputs if self.tasks else {}).items()
+            },
             **{f"teacher {name}": model.fingerprint for name, model in self.teachers.items()},
         }
 
@@ -93,6 +107,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     Raises:
         UserError: base or data cannot be used, or the base has too few positions for the data.
     """
+    tasks = harness.load_tasks(recipe.evaluation.tasks) if recipe.evaluation.tasks else None
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = check_layout(recipe, config)
@@ -116,6 +131,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         stages={stage.name: datasets[f"stages.{stage.name}.data"] for stage in recipe.stages},
         sets={name: datasets[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
         teachers=find_teachers(recipe, tokenizer, layout, datasets),
+        tasks=tasks,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Collection
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
@@ -23,7 +24,12 @@ from dtrain.core.units import count
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, MaterializeFn, build_engine
 from dtrain.merge.adapter import MergeableAdapter
-from dtrain.merge.chat_files import adapter_chat_files, merged_chat_files
+from dtrain.merge.chat_files import (
+    GENERATION,
+    adapter_chat_files,
+    generation_config,
+    merged_chat_files,
+)
 from dtrain.merge.from_checkpoint import read_parameter, trained_weights
 from dtrain.merge.merge import MergeJob, check_mergeable, default_processes
 from dtrain.merge.merge_inputs import adapter_input
@@ -33,6 +39,7 @@ from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import load_base, parameter_counts
+from dtrain.models.loss import transformers_model
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.weight_files import weight_files
 from dtrain.pipeline.initial_adapter import open_initial_adapter
@@ -137,6 +144,18 @@ def _load_trainable(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_meta and name in names:
             parameter.copy_(read(name))
+
+
+def set_generation_config(setup: StageSetup, model: nn.Module, *, is_trained: bool) -> None:
+    """Let the model generate with the settings of its base, or of what the stage will merge.
+
+    The latter end an answer at the end of a turn of the stage's chat template.
+    """
+    base, files = setup.base, dict[str, str]()
+    if is_trained:
+        files = adapter_chat_files(setup.stage, base, setup.inputs.tokenizer)
+    settings = json.loads(files.get(GENERATION) or generation_config(base, []))
+    transformers_model(model).generation_config = GenerationConfig.from_dict(settings)
 
 
 def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) -> None:

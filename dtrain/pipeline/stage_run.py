@@ -19,7 +19,11 @@ from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
 from dtrain.pipeline.evaluator import BASE
 from dtrain.pipeline.precompute import build_starting_model, stage_context
-from dtrain.pipeline.stage_model import export_adapter, export_merged_model
+from dtrain.pipeline.stage_model import (
+    export_adapter,
+    export_merged_model,
+    set_generation_config,
+)
 from dtrain.pipeline.stage_record import StageSetup
 from dtrain.training.callbacks import (
     AlertWatch,
@@ -91,9 +95,11 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     load_peak = peak_memory_bytes(device)
     reset_peak_memory(device)  # the plan is compared with the peak of the steps
     trainer = build_trainer(setup, engine, checkpointer, checkpoint, objective, loader, held_out)
+    set_generation_config(setup, engine.module, is_trained=False)
     is_untrained = trainer.progress.step == 0 and setup.base == setup.inputs.base
     if is_untrained and setup.evaluations.wants_base():
         setup.evaluations.record_base(engine, held_out)
+    set_generation_config(setup, engine.module, is_trained=True)
     if not trainer.fit():
         return None
     setup.evaluations.record(setup.stage.name, engine, held_out)

@@ -1,0 +1,231 @@
+"""lm-evaluation-harness: load its tasks before the training, and try each once.
+
+Loading downloads what a task of the hub needs, so that training nodes need no network. The Python
+code that task files may name runs only where the recipe trusts it, and jinja templates run in a
+sandbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate as evaluate_library
+import lm_eval.api.metrics
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import lm_eval.utils
+import tqdm
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager, _yaml_loader
+
+from dtrain.config.tasks import AT, Tasks, names_in
+from dtrain.config.yaml_document import dotted
+from dtrain.core.errors import UserError
+from dtrain.core.hashes import fingerprint
+
+WHERE = dotted(AT)
+TRUST = "read that code; if you trust it, set evaluation.tasks.trust_remote_code=true"
+PACKAGE = Path(lm_eval.api.task.__file__).parents[1]
+TRIED_ROWS = 1
+
+
+class _QuietTqdm(tqdm.tqdm):
+    """No bar: dtrain shows progress of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})
+
+
+for _module in (tqdm, lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+    _module.tqdm = _QuietTqdm
+lm_eval.api.metrics.print = lambda *_: None
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+datasets.disable_progress_bars()
+# It would fork a rank, whose threads hold locks.
+os.environ["DISABLE_MULTIPROC"] = "1"
+# Templates of task files can reach Python's internals in the harness's own environment.
+_SANDBOX = SandboxedEnvironment(undefined=lm_eval.utils.env.undefined, keep_trailing_newline=True)
+_SANDBOX.filters |= lm_eval.utils.env.filters
+lm_eval.utils.env = _SANDBOX
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """The tasks and groups that a recipe names, ready to be evaluated.
+
+    Attributes:
+        loaded: as the harness's `evaluate` takes them.
+        leaves: the single tasks of each name in the recipe.
+        inputs: name → fingerprint of its rows, prompts and settings.
+    """
+
+    settings: Tasks
+    loaded: dict[str, Any]
+    leaves: dict[str, list[str]]
+    inputs: dict[str, str]
+
+    def prepare(self) -> None:
+        """Set the number of examples and the seed of their choice, as the harness does itself."""
+        for task in self.loaded["tasks"].values():
+            default, wanted = task.get_config("num_fewshot"), self.settings.num_fewshot
+            if wanted is not None and default != 0:  # 0 in a file means that it cannot have any
+                task.set_config(key="num_fewshot", value=wanted)
+            elif default is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=self.settings.seed)
+
+    def evaluate(self, model: LM, limit: int | None, resamples: int) -> dict[str, Any]:
+        """The harness's results of a model.
+
+        Args:
+            limit: rows of each task; None for all.
+            resamples: for the standard errors of metrics without a formula.
+        """
+        self.prepare()
+        with rules_of_code(self.settings):
+            return evaluate(model, self.loaded, limit=limit, bootstrap_iters=resamples)
+
+
+def load_tasks(settings: Tasks) -> LoadedTasks:
+    """Load tasks with their rows, and evaluate the first row of each with answers of no model.
+
+    Raises:
+        UserError: the rows cannot be read or downloaded, a task runs code that is not trusted, or
+            fails on its first row.
+    """
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    leaves: dict[str, list[str]] = {}
+    with rules_of_code(settings):
+        folder = settings.include_path and Path(settings.include_path).expanduser()
+        own = names_in(Path(folder)) if folder else {}
+        is_local = all(own.get(name) == "task" for name in settings.names)
+        manager = TaskManager(include_path=folder, include_defaults=not is_local)
+        for name in settings.names:
+            with _explained(name, manager):
+                found: Any = manager.load([name])
+            leaves[name] = list(found["tasks"])
+            loaded["tasks"] = found["tasks"] | loaded["tasks"]
+            loaded["groups"] |= found["groups"]
+            _check_has_score(name, found)
+    result = LoadedTasks(settings, loaded, leaves, {})
+    result.prepare()
+    for name in settings.names:
+        result.inputs[name] = _fingerprint(settings, [loaded["tasks"][x] for x in leaves[name]])
+        part = {"tasks": {x: loaded["tasks"][x] for x in leaves[name]}, "groups": {}}
+        with _explained(name, manager):
+            LoadedTasks(settings, part, {}, {}).evaluate(_NoModel(), TRIED_ROWS, 0)
+    return result
+
+
+def _check_has_score(name: str, found: dict[str, Any]) -> None:
+    group = found["groups"].get(name)
+    if group is not None and not group.has_aggregation:
+        children = ", ".join(group.child_names)
+        message = f"the group {name} has no score of its own"
+        raise UserError(message, where=f"{WHERE}.names", fix=f"name its members: {children}")
+
+
+def _fingerprint(settings: Tasks, tasks: list[Any]) -> str:
+    """What decides the scores of tasks, beside the model."""
+    content: list[Any] = [version("lm_eval"), settings.limit, settings.num_fewshot, settings.seed]
+    for task in tasks:
+        config = {k: v for k, v in task.dump_config().items() if k != "metadata"}
+        rows = [_plain(row) for row in islice(task.eval_docs, settings.limit)]
+        examples = list(task.fewshot_docs()) if config.get("num_fewshot") else []
+        content.append([task.VERSION, _plain(config), rows, [_plain(row) for row in examples]])
+    return fingerprint(_plain(content))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration or row as JSON has it, without addresses in memory."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+@contextmanager
+def rules_of_code(settings: Tasks) -> Iterator[None]:
+    """Refuse the code of task files and of the hub, unless the recipe trusts it."""
+    if settings.trust_remote_code:
+        yield
+        return
+    refused: list[UserError] = []
+    import_function, load_metric = _yaml_loader._import_func_in_yml, evaluate_library.load
+
+    def refuse(message: str) -> None:
+        refused.append(UserError(message, where=WHERE, fix=TRUST))
+        raise refused[-1]
+
+    def checked_import(name: str, folder: Path) -> Any:
+        if not Path(folder).resolve().is_relative_to(PACKAGE):
+            refuse(f"a task file in {folder} runs the Python function {name}")
+        return import_function(name, folder)
+
+    def checked_load(name: str, *args: Any, **kwargs: Any) -> Any:
+        refuse(f"the metric {name} is Python code of the hub")
+
+    _yaml_loader._import_func_in_yml = checked_import
+    evaluate_library.load = checked_load
+    try:
+        yield
+    finally:
+        _yaml_loader._import_func_in_yml, evaluate_library.load = import_function, load_metric
+        if refused:  # the harness may have caught it
+            raise refused[0]
+
+
+@contextmanager
+def _explained(name: str, manager: TaskManager) -> Iterator[None]:
+    """Turn an error of a task into one that names it and its rows."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of the harness, of a library of data, or of a task's own code
+        entry = manager.task_index.get(name)
+        rows = (entry.cfg or {}).get("dataset_path") if entry else None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _task_error(name, rows, error, reason) from error
+
+
+def _task_error(name: str, rows: str | None, error: Exception, reason: str) -> UserError:
+    where = f"{WHERE}.names: {name}"
+    if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError) or (
+        "offline" in reason.lower() or "connect" in reason.lower()
+    ):
+        message = f"its rows ({rows or 'of the hub'}) are not on this machine: {reason}"
+        fix = "run `dtrain prepare RECIPE` where the hub can be reached; HF_HOME keeps the rows"
+        return UserError(message, where=where, fix=fix)
+    if isinstance(error, ImportError):
+        return UserError(reason, where=where, fix=f"install what the task needs: {reason}")
+    return UserError(f"it cannot be evaluated: {type(error).__name__}: {reason}", where=where)
+
+
+class _NoModel(LM):
+    """Answers that cost nothing, to find a task that fails before the training."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [(-1.0 - number, False) for number, _ in enumerate(requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return [-1.0 for _ in requests]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return ["" for _ in requests]
