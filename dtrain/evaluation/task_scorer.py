@@ -45,13 +45,17 @@ class TaskScorer:
         self.inputs: Mapping[str, str] = tasks.inputs
         self.every_steps = tasks.settings.every_steps
 
-    def measure(self, engine: Engine) -> dict[str, dict[str, Score]]:
-        """Score the engine's current model."""
+    def measure(self, engine: Engine, model: str) -> dict[str, dict[str, Score]]:
+        """Score the engine's current model.
+
+        Args:
+            model: its name, for the progress.
+        """
         world, settings = engine.world, self._tasks.settings
-        model = SharedModel(engine, self._tokenizer, settings.batch_size)
+        shared = SharedModel(engine, self._tokenizer, settings.batch_size, f"tasks, {model}")
         with random_state(settings.seed, world.device):
             resamples = RESAMPLES if world.is_first else 0
-            results = self._tasks.evaluate(model, settings.limit, resamples)
+            results = self._tasks.evaluate(shared, settings.limit, resamples)
         scores = {
             name: read_metrics(results, name, self._tasks.leaves[name]) for name in self.inputs
         }
@@ -66,33 +70,35 @@ class TaskScorer:
 class SharedModel(HFLM):
     """The harness's own model of transformers, whose forward passes are the engine's."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        self._engine = engine
-        model = EngineModel(engine, tokenizer)
-        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, batch_size: int, title: str
+    ) -> None:
+        self._engine, self._title = engine, title
+        callable_model = EngineModel(engine, tokenizer)
+        super().__init__(callable_model, tokenizer=tokenizer, batch_size=batch_size)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        answers = self._share("loglikelihood", requests, super().loglikelihood)
+        answers = self._share(requests, super().loglikelihood)
         return [(value, is_greedy) for value, is_greedy in answers]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        return self._share("loglikelihood", requests, super().loglikelihood_rolling)
+        return self._share(requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        return self._share("answers", requests, super().generate_until)
+        return self._share(requests, super().generate_until)
 
     def _share(
-        self, title: str, requests: list[Instance], compute: Callable[[list[Instance]], list[Any]]
+        self, requests: list[Instance], compute: Callable[[list[Instance]], list[Any]]
     ) -> list[Any]:
         """The answers to all requests, each computed by one rank."""
         world = self._engine.world
         shares = split_requests(requests, world.size)
         mine = [requests[index] for index in shares[world.rank]]
-        with progress(title, len(mine)) as meter, shared_forward(self._engine):
+        with progress(self._title, len(mine)) as meter, shared_forward(self._engine):
             self.cache_hook = _MeterHook(meter)
             answers = compute(mine) if mine else []
         merged: list[Any] = [None] * len(requests)

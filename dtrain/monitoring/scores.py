@@ -9,7 +9,7 @@ They are here, below the package that measures them, because reports read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
@@ -119,6 +119,25 @@ def remove_scores(evaluation: dict[str, Any], name: str) -> None:
     evaluation.get(INPUTS, {}).pop(name, None)
     for by_name in evaluation.get(SCORES, {}).values():
         by_name.pop(name, None)
+
+
+def adopt_scores(
+    evaluation: dict[str, Any],
+    other: Mapping[str, Any],
+    models: Collection[str],
+    inputs: Mapping[str, str],
+) -> None:
+    """Take over what another evaluation.json has of some models with the same inputs.
+
+    Args:
+        inputs: fingerprint of each task or set, by its name.
+    """
+    same = [n for n, known in (other.get(INPUTS) or {}).items() if inputs.get(n) == known]
+    for model, by_name in (other.get(SCORES) or {}).items():
+        kept = {name: by_name[name] for name in same if name in by_name}
+        if model in models and kept:
+            evaluation.setdefault(SCORES, {})[model] = kept
+            evaluation.setdefault(INPUTS, {}).update({name: inputs[name] for name in kept})
 
 
 def get_score(evaluation: Mapping[str, Any], model: str, name: str, metric: str) -> Score | None:

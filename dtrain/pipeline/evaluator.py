@@ -24,7 +24,7 @@ from dtrain.evaluation.gates import check_gates
 from dtrain.evaluation.scorer import Scorer
 from dtrain.models.packing_probe import Layout
 from dtrain.monitoring.metrics import finite
-from dtrain.monitoring.scores import INPUTS, SCORES, put_scores, remove_scores
+from dtrain.monitoring.scores import INPUTS, SCORES, adopt_scores, put_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.serving.generator import TextGenerator
@@ -54,13 +54,9 @@ class Evaluations:
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": fingerprints}
         known = read_json(self.path) if self.path.exists() else {}
         if known.get("sets") == fingerprints:  # other losses cannot be compared
-            self.known = known
-        elif SCORES in known:
-            self.known |= {key: known[key] for key in (SCORES, INPUTS)}
-        inputs = {name: hash for scorer in scorers for name, hash in scorer.inputs.items()}
-        for name, hash in list(self.known.get(INPUTS, {}).items()):
-            if inputs.get(name) != hash:
-                remove_scores(self.known, name)
+            self.known = {k: v for k, v in known.items() if k not in (SCORES, INPUTS)}
+        self.inputs = {name: hash for s in scorers for name, hash in s.inputs.items()}
+        adopt_scores(self.known, known, known.get(SCORES, {}), self.inputs)
 
     def _fingerprint(self, name: str) -> str:
         """What decides the losses of a set: its rows and, if it has one, its teacher."""
@@ -86,11 +82,12 @@ class Evaluations:
                 name: {m: v for m, v in values.items() if m in (*kept, "items")}
                 for name, values in known[key].items()
             }
+        adopt_scores(self.known, known, kept, self.inputs)
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""
         scored = self.known.get(SCORES, {}).get(BASE, {})
-        lacks_scores = any(name not in scored for s in self.scorers for name in s.inputs)
+        lacks_scores = any(name not in scored for name in self.inputs)
         return lacks_scores or (bool(self.sets) and BASE not in self.known["models"])
 
     def held_out_sets(self, stage: Stage, world: World) -> dict[str, HeldOutSet]:

@@ -12,7 +12,7 @@ import pytest
 from dtrain.monitoring.compare import compare_runs, comparison_text
 from dtrain.monitoring.report import render_report
 from dtrain.monitoring.run_record import read_run, run_summary
-from dtrain.monitoring.scores import Score, get_score, put_scores, score_rows
+from dtrain.monitoring.scores import Score, adopt_scores, get_score, put_scores, score_rows
 
 
 def evaluation(*values: float, inputs: str = "rows", stderr: float = 0.01) -> dict[str, Any]:
@@ -80,3 +80,13 @@ def test_terminal_report_and_comparison_show_before_after_and_change(tmp_path: P
     (line,) = [line for line in text.splitlines() if line.startswith("quiz acc")]
     assert "0.610 (+0.010 ± 0.014, noise)" in line
     assert "0.700 ± 0.010 (other rows or settings)" in line
+
+
+def test_scores_with_the_same_inputs_are_adopted() -> None:
+    other = evaluation(0.5, 0.6)
+    put_scores(other, "base", "old", {"acc": Score(0.1)}, "old rows")
+    content: dict[str, Any] = {}
+    adopt_scores(content, other, ["base"], {"quiz": "rows", "old": "new rows"})
+    assert get_score(content, "base", "quiz", "acc") == Score(0.5, 0.01)
+    assert get_score(content, "base", "old", "acc") is None
+    assert get_score(content, "task", "quiz", "acc") is None
