@@ -120,6 +120,7 @@ def load_tasks(settings: Tasks) -> LoadedTasks:
             loaded["tasks"] = found["tasks"] | loaded["tasks"]
             loaded["groups"] |= found["groups"]
             _check_has_score(name, found)
+            _check_is_safe(name, found)
     result = LoadedTasks(settings, loaded, leaves, {})
     result.prepare()
     for name in settings.names:
@@ -136,6 +137,14 @@ def _check_has_score(name: str, found: dict[str, Any]) -> None:
         children = ", ".join(group.child_names)
         message = f"the group {name} has no score of its own"
         raise UserError(message, where=f"{WHERE}.names", fix=f"name its members: {children}")
+
+
+def _check_is_safe(name: str, found: dict[str, Any]) -> None:
+    for task in found["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False):
+            message = f"{task.task_name} executes code that the model writes"
+            fix = "run lm_eval on the merged model, in a container"
+            raise UserError(message, where=f"{WHERE}.names: {name}", fix=fix)
 
 
 def _fingerprint(settings: Tasks, tasks: list[Any]) -> str:
@@ -211,7 +220,9 @@ def _task_error(name: str, rows: str | None, error: Exception, reason: str) -> U
         "offline" in reason.lower() or "connect" in reason.lower()
     ):
         message = f"its rows ({rows or 'of the hub'}) are not on this machine: {reason}"
-        fix = "run `dtrain prepare RECIPE` where the hub can be reached; HF_HOME keeps the rows"
+        fix = (
+            "run `dtrain data prepare RECIPE` where the hub can be reached; HF_HOME keeps the rows"
+        )
         return UserError(message, where=where, fix=fix)
     if isinstance(error, ImportError):
         return UserError(reason, where=where, fix=f"install what the task needs: {reason}")

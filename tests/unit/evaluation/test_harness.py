@@ -24,6 +24,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(socket: object, address: object) -> None:
+        pytest.fail(f"connects to {address}")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+
+
+@pytest.mark.usefixtures("no_network")
 def test_tasks_of_each_kind_load_and_have_fingerprints_of_their_rows(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "tasks", "choice", CHOICE)
     write_task(folder, "rolling", ROLLING)
@@ -71,6 +81,12 @@ def test_a_template_reaches_no_internals(tmp_path: Path) -> None:
         load(folder, "quiz")
 
 
+def test_a_task_that_executes_answers_is_refused(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "quiz", ANSWER + "unsafe_code: true\n")
+    with pytest.raises(UserError, match="quiz executes code that the model writes"):
+        load(folder, "quiz")
+
+
 def test_a_metric_of_the_hub_is_code(tmp_path: Path) -> None:
     rest = ANSWER.replace("metric: chrf, aggregation: chrf", "metric: mauve, aggregation: mean")
     folder = write_task(tmp_path / "tasks", "quiz", rest)
@@ -98,7 +114,7 @@ def test_rows_that_the_hub_would_have_name_the_command(tmp_path: Path, monkeypat
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"rows \(nobody/quiz\) are not on this machine") as caught:
         load(folder, "quiz")
-    assert "dtrain prepare" in caught.value.fix
+    assert "dtrain data prepare" in caught.value.fix
 
 
 def test_every_rank_gets_whole_contexts() -> None:
