@@ -168,8 +168,8 @@ class ScoreRow:
 
     @property
     def title(self) -> str:
-        """Name and metric as a reader sees them."""
-        return f"{self.name} {self.metric.replace('_', ' ')}"
+        """Name and metric, as a gate names them."""
+        return f"{self.name} {self.metric}"
 
     @property
     def base(self) -> Score | None:

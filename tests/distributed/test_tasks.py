@@ -22,6 +22,7 @@ results = simple_evaluate(
     model_args={"pretrained": folder, "dtype": "float32"},
     tasks=["choice", "rolling", "answer"],
     num_fewshot=2,
+    limit=7,
     batch_size=3,
     device="cpu",
     task_manager=TaskManager(include_path=tasks, include_defaults=False),
@@ -30,7 +31,7 @@ results = simple_evaluate(
 )
 print(json.dumps(results["results"]))
 """
-SHORT = ["stages.domain.train.steps=6", "stages.task.train.steps=6"]
+SHORT = ["stages.domain.train.steps=4", "stages.task.train.steps=5"]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def tasks(tmp_path: Path) -> Path:
 def test_scores_are_those_of_the_harness_on_any_ranks_and_engine(start_ranks, tasks, tmp_path):
     settings = (
         f"evaluation={{sets: {{}}, tasks: {{names: [choice, rolling, answer], include_path: {tasks}"
-        ", num_fewshot: 2, seed: 7, batch_size: 3, every_steps: 4}}"
+        ", num_fewshot: 2, limit: 7, seed: 7, batch_size: 3, every_steps: 4}}"
     )
     runs = {
         name: start_ranks(*SHORT, settings, f"engine.kind={engine}", ranks=ranks, folder=name,

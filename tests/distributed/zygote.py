@@ -24,6 +24,7 @@ from dtrain.core.lazy_import import import_fast
 MODULES = [
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",
+    "dtrain.evaluation.task_scorer",
     "dtrain.monitoring.plots",
     "dtrain.rank_main",
     "dtrain.train",
