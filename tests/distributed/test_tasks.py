@@ -31,7 +31,12 @@ results = simple_evaluate(
 )
 print(json.dumps(results["results"]))
 """
-SHORT = ["stages.domain.train.steps=4", "stages.task.train.steps=5"]
+SHORT = [
+    "stages.domain.method={kind: full}",  # the model itself is what the engine wraps
+    "stages.domain.train.learning_rate=1e-3",
+    "stages.domain.train.steps=4",
+    "stages.task.train.steps=5",
+]
 
 
 @pytest.fixture
