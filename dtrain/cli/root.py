@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from dtrain.cli import chat, data, jobs, merge, models, recipes, run, watch
+from dtrain.cli import chat, data, jobs, merge, models, recipes, run, sweep, watch
 from dtrain.core.errors import Exit, UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("check")(recipes.check)
 app.command("plan")(recipes.plan)
 app.command("report")(run.report)
 app.command("compare")(run.compare)
+app.command("sweep")(sweep.sweep)
 app.command("watch")(watch.watch)
 app.command("checkpoints")(run.checkpoints)
 app.command("merge")(merge.merge)

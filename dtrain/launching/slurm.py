@@ -131,10 +131,15 @@ def parse_state(text: str) -> JobState:
     return JobState(state[1] if state else "UNKNOWN", is_preempted)
 
 
-def queue(jobs: Sequence[str] | None = None) -> list[QueuedJob]:
-    """The jobs in the queue: the caller's, or those of `jobs`."""
+def queue(jobs: Sequence[str] | None = None, *, as_array: bool = False) -> list[QueuedJob]:
+    """The jobs in the queue: the caller's, or those of `jobs`.
+
+    Args:
+        as_array: list each waiting job of an array by itself.
+    """
     separator, last = "\x1f", "\x1e"  # a comment names a folder, which may hold a line break
     choice = [f"--jobs={','.join(jobs)}"] if jobs is not None else ["--me"]
+    choice += ["--array"] if as_array else []
     form = separator.join(_QUEUE_FIELDS) + last
     try:
         text = ask(["squeue", "--noheader", f"--format={form}", *choice])

@@ -13,6 +13,7 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.core.units import duration, size
 from dtrain.monitoring.run_record import HeldOutLosses, RunRecord, align, format_loss, read_run
 from dtrain.monitoring.scores import INPUTS, ScoreRow
+from dtrain.monitoring.seed_groups import group_head, group_rows, seed_groups, verdicts
 from dtrain.monitoring.uncertainty import CERTAIN, paired_standard_error
 
 plots: Any = LazyModule("dtrain.monitoring.plots")
@@ -38,32 +39,44 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side; the differences are from the first."""
+    """Runs side by side; the differences are from the first.
+
+    Attributes:
+        verdicts: sentences on whether runs with several seeds differ by more than chance.
+    """
 
     names: list[str]
     records: list[RunRecord]
     tables: list[Table]
+    verdicts: list[str]
 
 
 def compare_runs(folders: Sequence[Path]) -> Comparison:
     """Read runs and compare them."""
     records = [read_run(folder) for folder in folders]
     names = _unique_names(records)
+    groups = seed_groups(records, names)
     tables = [
+        Table(["mean over seeds", *group_head(groups)], list(group_rows(groups))),
         Table(["held-out loss", *names], list(_loss_rows(records))),
         Table(["held-out metric", *names], list(_metric_rows(records))),
         Table(["score", *names], list(_score_rows(records))),
         Table(["speed and memory", *names], list(_figure_rows(records))),
         Table(["key that differs", *names], list(_key_rows(records))),
     ]
-    return Comparison(names, records, [table for table in tables if table.rows])
+    return Comparison(
+        names, records, [table for table in tables if table.rows], [*verdicts(groups)]
+    )
 
 
 def comparison_text(comparison: Comparison) -> str:
     """The tables for a terminal."""
-    return "\n\n".join(
+    blocks = [
         align([[*row, ""] for row in (table.head, *table.rows)]) for table in comparison.tables
-    )
+    ]
+    if comparison.verdicts:
+        blocks.insert(1, "\n".join(comparison.verdicts))
+    return "\n\n".join(blocks)
 
 
 def comparison_page(comparison: Comparison) -> str:

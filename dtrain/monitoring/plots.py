@@ -68,7 +68,7 @@ def plot_stage(records: Records, ends: Ends | None = None) -> str:
         for column, (key, title, scale) in enumerate(SMALL_PLOTS):
             axes = figure.add_subplot(grid[1, column])
             _draw(axes, [(x, y * scale) for x, y in series(records, key)], title)
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def plot_runs(runs: Mapping[str, Records]) -> str:
@@ -98,7 +98,7 @@ def plot_runs(runs: Mapping[str, Records]) -> str:
         for axes in (training, held_out):
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def series(records: Records, key: str) -> Points:
@@ -206,7 +206,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """A figure as an SVG image in a data URI."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -18,13 +18,13 @@ FLOORS: list[set[str]] = [
     {"recipes"},
     {"config"},
     {"planning", "launching", "distributed"},
-    {"data", "models", "checkpoints", "monitoring", "samples"},
-    {"methods", "objectives", "data_quality", "augmentation"},
+    {"data", "models", "checkpoints", "monitoring", "samples", "supervisor"},
+    {"methods", "objectives", "data_quality", "augmentation", "submitit_jobs"},
     {"engines", "merge", "serving"},
     {"evaluation"},
     {"training"},
-    {"pipeline", "simulation", "supervisor"},
-    {"cli", "train", "rank_main", "submitit_jobs", "torchrun", "prepare"},
+    {"pipeline", "simulation", "sweep"},
+    {"cli", "train", "rank_main", "torchrun", "prepare"},
     {"__main__"},
 ]
 HEIGHT = {package: number for number, floor in enumerate(FLOORS) for package in floor}

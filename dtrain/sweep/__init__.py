@@ -1,0 +1,1 @@
+"""Many runs of one recipe, to find its best settings."""
