@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe
 from dtrain.config.schema_paths import subgroups
+from dtrain.config.sweep import Sweep
 
 _HEAD = """# Recipes
 
@@ -31,13 +32,14 @@ are errors; keys of other tools are answered with dtrain's. Relative paths start
 folder.
 """
 
-_PLAIN = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+_PLAIN = {Any: "value", str: "text", int: "whole number", float: "number", bool: "true, false"}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def reference() -> str:
     """The page as Markdown."""
-    return _HEAD + "".join([*_sections(Recipe, "", {}), *_engine_table()])
+    sections = [*_sections(Recipe, "", {}), *_engine_table(), *_sections(Sweep, "sweep", {})]
+    return _HEAD + "".join(sections)
 
 
 def _sections(group: type[BaseModel], path: str, documented: dict[type, str]) -> Iterator[str]:

@@ -69,7 +69,7 @@ class SlurmJobs(Group):
 
 
 class Sweep(Group):
-    """Many runs of one recipe, to find the settings with the lowest loss."""
+    """A file for `dtrain sweep`: many runs of one recipe, to find the lowest loss."""
 
     recipe: Text = Field(description="a recipe's file, or the name of a shipped one")
     overrides: list[Text] = Field(
@@ -102,7 +102,7 @@ class Sweep(Group):
         ),
     )
     seeds: Count = Field(1, description="runs of each trial, with successive seeds")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seed of the search")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the search")
     trials: Count | None = Field(
         None, description="how many; default: every combination of a grid, else 20"
     )

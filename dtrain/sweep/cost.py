@@ -113,7 +113,7 @@ def _cost_items(
     whole = _added(one.times(runs), shared)
     yield ("a run", _range(one))
     if recipes.shared:
-        yield ("shared", _range(shared))
+        yield ("shared stages", _range(shared))
     on_gpus = whole.times(cluster.ranks)
     yield ("GPU-hours", f"{most}{on_gpus.middle:.3g} ({on_gpus.low:.3g} to {on_gpus.high:.3g})")
     at_once = min(sweep.at_once, runs)
