@@ -19,7 +19,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
-from dtrain.core.log import is_first_rank
+from dtrain.core.log import is_first_rank, say
 from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import (
     LEAST_LIMIT_SECONDS,
@@ -67,9 +67,21 @@ def work(arguments: argparse.Namespace) -> int:
     if finished:
         status = report.end(Exit.FINISHED)
     else:
+        say(saved_text(RunDir(Path(recipe.output.folder))))
         status = report.end(Exit.INTERRUPTED, "asked to stop; start it again to resume")
     end_world()  # never after a failure: under NCCL it waits for ranks that are in a collective
     return status
+
+
+def saved_text(run: RunDir) -> str:
+    """What an interrupted run saved, and how to go on."""
+    steps = [
+        f"stage {name} at step {int(newest[5:])}"
+        for name, newest in run.progress().items()
+        if newest.startswith("step-")
+    ]
+    saved = f"saved {', '.join(steps)}" if steps else "nothing to save yet"
+    return f"stopped as asked: {saved}; the same command resumes"
 
 
 def this_rank() -> str:

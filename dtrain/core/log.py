@@ -61,7 +61,8 @@ class Meter:
             self._bar.update(self._task, advance=amount, note=note)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            say(f"{self.title}: {self.done}/{self.total}, {self._eta()} left  {note}".rstrip())
+            clock, left = time.strftime("%H:%M:%S"), self._eta()
+            say(f"{clock} {self.title}: {self.done}/{self.total}, {left} left  {note}".rstrip())
 
     def _eta(self) -> str:
         rate = (self.done - self._start_done) / max(time.monotonic() - self._started, 1e-9)

@@ -16,7 +16,7 @@ from dtrain.launching.slurm import QueuedJob
 from dtrain.launching.submit import jobs_of
 
 LOG_TAIL_BYTES = 20_000
-_PROGRESS = re.compile(r"^stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
+_PROGRESS = re.compile(r"^\d\d:\d\d:\d\d stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
 
 
 def status(run: Path) -> list[str]:

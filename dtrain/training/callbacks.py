@@ -155,8 +155,10 @@ class ProgressBar(Callback):
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if self._meter is not None and "loss" in metrics:
-            speed = metrics["tokens_per_second"]
-            self._meter.advance(note=f"loss {metrics['loss']:.4f}  {speed:.0f} tokens/s")
+            self._meter.advance(
+                note=f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.1e}  "
+                f"norm {metrics['grad_norm']:.2g}  {metrics['tokens_per_second']:.0f} tokens/s"
+            )
 
     def close(self) -> None:
         self._stack.close()

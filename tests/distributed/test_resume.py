@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 
@@ -96,6 +97,8 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # repeated signals are harmless
         live.process.send_signal(number)
     live.wait(75)
+    saved = r"^stopped as asked: saved stage (domain|task) at step \d+; the same command resumes$"
+    assert re.search(saved, live.output, re.MULTILINE)
     assert live.json("outcome.json") == {
         "outcome": "interrupted",
         "status": 75,
