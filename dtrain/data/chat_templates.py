@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
@@ -245,6 +245,26 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTe
     except Exception:  # a template may refuse this conversation and accept others
         pass
     return template
+
+
+def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template of conversations; that of instructions for a model without one of its own."""
+    if setting == "auto" and not tokenizer.chat_template:
+        setting = "instruction"
+    return resolve_template(setting, tokenizer)
+
+
+def render_prompt(template: ChatTemplate, conversation: Conversation) -> str:
+    """The text that a model continues with its answer to a conversation.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    try:
+        with resource_limits(RENDER_SECONDS):
+            return template.render(conversation, prompt=True)
+    except (TemplateError, TypeError, LimitExceeded) as error:
+        raise UserError(f"the chat template refuses it: {error}") from error
 
 
 EXTRA_BYTES = 1 << 28  # beyond what the process has mapped already

@@ -64,6 +64,20 @@ def find_stop_criterion(
     return StopCriterion(token=token) if token is not None else StopCriterion(text=ending)
 
 
+def find_ends(
+    generation_config: Any, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[str]]:
+    """What ends an answer: tokens and texts of the model, the tokenizer and the template.
+
+    Args:
+        generation_config: of transformers.
+    """
+    stop, eos = find_stop_criterion(template, tokenizer), generation_config.eos_token_id
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, stop.token]
+    texts = [*(generation_config.stop_strings or []), *stop.texts]
+    return sorted({end for end in ends if end is not None}), texts
+
+
 def end_of_turn(template: ChatTemplate) -> str:
     """What the template writes after an answer, without trailing blanks; may be empty."""
     inner, last = endings(template) or ("", "")

@@ -19,6 +19,7 @@ from dtrain.core.cache_paths import cache_folder, local_path, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
+from dtrain.data.chat_templates import answering_template
 from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import WorkShare
@@ -34,7 +35,6 @@ from dtrain.pipeline.evaluator import read_questions
 from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
-from dtrain.serving.generator import answering_template
 from dtrain.serving.run_models import template_of
 
 if TYPE_CHECKING:

@@ -11,26 +11,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
-from dtrain.data.chat_templates import (
-    RENDER_SECONDS,
-    ChatTemplate,
-    LimitExceeded,
-    resolve_template,
-    resource_limits,
-)
+from dtrain.data.chat_templates import answering_template, render_prompt
 from dtrain.data.conversations import Conversation, Messages
-from dtrain.data.end_of_turn import find_stop_criterion
+from dtrain.data.end_of_turn import find_ends
 from dtrain.models.bottleneck import BOTTLENECK, load_bottlenecks
+from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys, read_adapter_config
@@ -91,7 +85,6 @@ class TextGenerator:
             tuner: Any = self._model.base_model
             self._model.set_adapter(names[0]) if len(names) == 1 else tuner.set_adapter(names)
         self._template = answering_template(choice.template, self.tokenizer)
-        self._stop = find_stop_criterion(self._template, self.tokenizer)
         self._choice = choice
 
     def _load(self, choice: ServedModel) -> None:
@@ -153,38 +146,17 @@ class TextGenerator:
         Raises:
             UserError: the chat template refuses the conversation.
         """
-        try:
-            with resource_limits(RENDER_SECONDS):
-                return self._template.render(Conversation(messages), prompt=True)
-        except (TemplateError, TypeError, LimitExceeded) as error:
-            raise UserError(f"the chat template refuses it: {error}") from error
+        return render_prompt(self._template, Conversation(messages))
 
-    @torch.inference_mode()
     def answers(
         self, prompts: Sequence[str], max_new_tokens: int, streamer: BaseStreamer | None = None
     ) -> list[str]:
         """An answer to each prompt, in one batch, padded on the left."""
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        batch = self.tokenizer(
-            list(prompts), return_tensors="pt", padding=True, add_special_tokens=False
-        )
-        ids: Tensor = batch["input_ids"].to(self._model.device)
+        config = self._model.generation_config
+        ends, texts = find_ends(config, self._template, self.tokenizer)
+        decoding = Decoding(max_new_tokens, ends, texts)
         with self._as_chosen():
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=batch["attention_mask"].to(ids.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self._ends(),
-                stop_strings=self._stop_strings() or None,
-                tokenizer=self.tokenizer,
-                streamer=streamer,
-            )
-        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [self._without_end(text).strip() for text in texts]
+            return generate_texts(self._model, self.tokenizer, prompts, decoding, streamer=streamer)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
@@ -199,22 +171,6 @@ class TextGenerator:
         off = self._model.disable_adapter() if is_peft else adapters_disabled(self._model)
         with nullcontext() if self._choice.adapters else off:
             yield
-
-    def _ends(self) -> list[int] | None:
-        """Tokens that end an answer: the model's own, the tokenizer's, and the template's."""
-        eos = self._model.generation_config.eos_token_id
-        ends = eos if isinstance(eos, list) else [eos]
-        ends = [*ends, self.tokenizer.eos_token_id, self._stop.token]
-        return sorted({end for end in ends if end is not None}) or None
-
-    def _stop_strings(self) -> list[str]:
-        return [*(self._model.generation_config.stop_strings or []), *self._stop.texts]
-
-    def _without_end(self, text: str) -> str:
-        """An answer up to the first stop string, which transformers leaves in it."""
-        for end in self._stop_strings():
-            text = text.partition(end)[0]
-        return text
 
 
 def _fits(prompt: PeftConfig, base: PretrainedConfig) -> bool:
@@ -236,13 +192,6 @@ def _family(choice: ServedModel) -> str:
         kind = str(read_adapter_config(folder)["peft_type"])
         return f"{kind} {folder}" if kind in ALONE else kind
     return ""
-
-
-def answering_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template of conversations; that of instructions for a model without one of its own."""
-    if setting == "auto" and not tokenizer.chat_template:
-        setting = "instruction"
-    return resolve_template(setting, tokenizer)
 
 
 @contextmanager
