@@ -21,7 +21,7 @@ from typing import Any
 from dtrain.augmentation.endpoint import Endpoint
 from dtrain.augmentation.prompts import Mode, SourceRow, build_prompt, unsupported_reason
 from dtrain.augmentation.reply_filter import GeneratedRow, Replies, filter_replies
-from dtrain.augmentation.request_pool import Journal, RequestPool, SpendingLimits
+from dtrain.augmentation.request_pool import Journal, Request, RequestPool, SpendingLimits
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed, write_atomic, write_json, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
@@ -62,10 +62,12 @@ class AugmentationTask:
         for index, item in enumerate(readable):
             yield SourceRow(index, self.source.location(item), item.value)
 
-    def prompt_rows(self) -> Iterator[SourceRow]:
-        """The rows that are sent to the model."""
-        selected = islice(self.rows(), self.first_rows)
-        return (row for row in selected if build_prompt(row.value, self.mode))
+    def requests(self) -> Iterator[Request]:
+        """What is sent to the model."""
+        for row in islice(self.rows(), self.first_rows):
+            if messages := build_prompt(row.value, self.mode):
+                for copy in range(self.copies):
+                    yield Request((row.index, copy), row.location, messages, seed=copy)
 
 
 def augment(
@@ -91,7 +93,7 @@ def augment(
     journal = None
     try:
         _check_settings(task, endpoint, folder)
-        journal = Journal(folder / REPLIES_FILE)
+        journal = Journal(folder / REPLIES_FILE, {"row": int, "copy": int})
         pool = _request_replies(task, endpoint, limits, journal)
         summary = _write_rows(task, endpoint.model, journal, folder) | _usage_summary(pool, limits)
         write_json(folder / SUMMARY_FILE, summary)
@@ -132,7 +134,7 @@ def _request_replies(
     total = task.copies * _count_usable_rows(task)
     with progress("requesting", total, min(len(journal.done), total)) as meter:
         pool = RequestPool(endpoint, limits, journal, meter)
-        asyncio.run(pool.run(task.prompt_rows(), task.mode, task.copies, task.concurrency))
+        asyncio.run(pool.run(task.requests(), task.concurrency))
     return pool
 
 

@@ -14,6 +14,7 @@ from dtrain.data.conversations import Messages
 
 MAX_RETRIES = 5  # by the client, with exponential backoff or the delay that the server asks for
 TIMEOUT_SECONDS = 300.0
+PROBE_SECONDS = 10.0
 # Errors that every further request would get too.
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 
@@ -61,7 +62,14 @@ class Reply:
 class Endpoint:
     """A model behind a URL."""
 
-    def __init__(self, url: str, model: str, max_tokens: int, temperature: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        max_tokens: int,
+        temperature: float,
+        where: str = "--endpoint",
+    ) -> None:
         """Create the client without connecting.
 
         Args:
@@ -69,11 +77,12 @@ class Endpoint:
             model: its name on the server.
             max_tokens: of a completion.
             temperature: of the sampling.
+            where: what names the URL, for messages.
 
         Raises:
             UserError: the URL is invalid, or contains credentials.
         """
-        self.url, self.model = _check_url(url), model
+        self.url, self.model = _check_url(url, where), model
         self.max_tokens, self.temperature = max_tokens, temperature
         self._key = os.environ.get("OPENAI_API_KEY") or "none"  # a private server may need no key
         self._client = openai.AsyncOpenAI(
@@ -105,7 +114,7 @@ class Endpoint:
             usage = _reported_usage(response, usage)
             return _parse_reply(response, usage)
         except FATAL as error:
-            fix = "check OPENAI_API_KEY, --model and --endpoint"
+            fix = "check OPENAI_API_KEY, the model's name and the URL"
             raise UserError(self._error_message(error), where=self.url, fix=fix) from None
         except openai.OpenAIError as error:
             raise RequestError(self._error_message(error), Usage(1)) from None
@@ -115,6 +124,24 @@ class Endpoint:
     def _error_message(self, error: Exception) -> str:
         """The first line of an error without the key, which some servers repeat."""
         return first_line(error)[:300].replace(self._key, "[key]")
+
+    def problem(self) -> str:
+        """Why the server cannot be used now; empty if it answers a request for its models."""
+        client = openai.OpenAI(
+            api_key=self._key, base_url=self.url, max_retries=0, timeout=PROBE_SECONDS
+        )
+        try:
+            with client:
+                client.models.list()
+        except (
+            openai.APIConnectionError,
+            openai.AuthenticationError,
+            openai.PermissionDeniedError,
+        ) as error:
+            return self._error_message(error)
+        except (openai.OpenAIError, ValueError):  # it answers, but lists no models
+            pass
+        return ""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -142,7 +169,7 @@ def _reported_usage(response: Any, max_usage: Usage) -> Usage:
     return Usage(1, *counts) if len(counts) == 2 and min(counts) >= 0 else max_usage
 
 
-def _check_url(url: str) -> str:
+def _check_url(url: str, where: str) -> str:
     """The URL, if it is safe to write next to the rows.
 
     Raises:
@@ -155,8 +182,8 @@ def _check_url(url: str) -> str:
         valid = False
     if not valid:
         fix = "use a URL such as http://localhost:8000/v1"
-        raise UserError("not the URL of an endpoint", where="--endpoint", fix=fix)
+        raise UserError("not the URL of an endpoint", where=where, fix=fix)
     if parsed.username or parsed.password or parsed.query or parsed.fragment:
         message = "the URL contains a user name, a password or a query"
-        raise UserError(message, where="--endpoint", fix="put the key into OPENAI_API_KEY only")
+        raise UserError(message, where=where, fix="put the key into OPENAI_API_KEY only")
     return url

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.augmentation.endpoint import Endpoint, RequestError, Usage
-from dtrain.augmentation.prompts import Mode, SourceRow, build_prompt
 from dtrain.core.errors import UserError
 from dtrain.core.log import Meter
 from dtrain.data.conversations import Messages
@@ -89,21 +88,39 @@ class Budget:
         await asyncio.sleep(start - now)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is sent to an endpoint.
+
+    Attributes:
+        key: what identifies it in the journal, in the order of the journal's fields.
+        location: what it is about, for messages.
+    """
+
+    key: tuple[Any, ...]
+    location: str
+    messages: Messages
+    seed: int = 0
+
+
 class Journal:
     """An append-only file of replies; a killed process loses at most the line it was writing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, Callable[[Any], Any]]) -> None:
         """Open or create the file; an incomplete last line is dropped.
+
+        Args:
+            fields: names of the fields of a line that identify its request, and their types.
 
         Raises:
             UserError: an earlier line cannot be read.
         """
-        self.path = path
+        self.path, self.fields = path, fields
         path.touch()
         with open(path, "rb+") as file:
             complete = file.read().rfind(b"\n") + 1
             file.truncate(complete)
-        self.done: set[tuple[int, int]] = {(r["row"], r["copy"]) for r in self.replies()}
+        self.done = {self.key_of(line) for line in self.replies()}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -112,7 +129,7 @@ class Journal:
             for number, text in enumerate(file, start=1):
                 try:
                     line = json.loads(text)
-                    yield {**line, "row": int(line["row"]), "copy": int(line["copy"])}
+                    yield line | {name: kind(line[name]) for name, kind in self.fields.items()}
                 except (ValueError, KeyError, TypeError) as error:
                     message = "not a line that dtrain wrote"
                     fix = "remove the line; its reply is requested again"
@@ -127,7 +144,11 @@ class Journal:
         os.write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         os.fsync(self._file)
         if "failed" not in line:
-            self.done.add((line["row"], line["copy"]))
+            self.done.add(self.key_of(line))
+
+    def key_of(self, line: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The key of the request that a line belongs to."""
+        return tuple(line[name] for name in self.fields)
 
     def close(self) -> None:
         """Close the file."""
@@ -154,34 +175,26 @@ class RequestPool:
         self.failure_notes: list[str] = []
         self.error: UserError | None = None
 
-    async def run(
-        self, rows: Iterator[SourceRow], mode: Mode, copies: int, concurrency: int
-    ) -> None:
-        """Request the missing ones of `copies` replies to each row, `concurrency` at a time."""
-        requests = (
-            (row, copy, messages)
-            for row in rows
-            if (messages := build_prompt(row.value, mode))
-            for copy in range(copies)
-            if (row.index, copy) not in self.journal.done
-        )
-        await asyncio.gather(*(self._work(requests) for _ in range(concurrency)))
+    async def run(self, requests: Iterator[Request], concurrency: int) -> None:
+        """Send the requests that the journal has no reply to, `concurrency` at a time."""
+        missing = (request for request in requests if request.key not in self.journal.done)
+        await asyncio.gather(*(self._work(missing) for _ in range(concurrency)))
         await self.endpoint.close()
 
-    async def _work(self, requests: Iterator[tuple[SourceRow, int, Messages]]) -> None:
-        for row, copy, messages in requests:
-            if self.error or not await self._send(row, copy, messages):
+    async def _work(self, requests: Iterator[Request]) -> None:
+        for request in requests:
+            if self.error or not await self._send(request):
                 return
 
-    async def _send(self, row: SourceRow, copy: int, messages: Messages) -> bool:
+    async def _send(self, request: Request) -> bool:
         """Send one request and record its reply; False if the limits allow no more."""
-        maximum, actual = self.endpoint.max_usage(messages), Usage(1)
+        maximum, actual = self.endpoint.max_usage(request.messages), Usage(1)
         if not await self.budget.reserve(maximum):
             return False
         try:
-            reply = await self.endpoint.complete(messages, seed=copy)
+            reply = await self.endpoint.complete(request.messages, seed=request.seed)
             actual = reply.usage
-            line = _journal_line(row, copy, actual)
+            line = self._journal_line(request, actual)
             self.journal.write(line | {"finish": reply.finish, "text": reply.text})
             self._consecutive_failures = 0
             self.meter.advance(1, f"{self.budget.spent.tokens_out:,} tokens out")
@@ -190,8 +203,8 @@ class RequestPool:
         except RequestError as error:
             actual = error.usage
             if actual != Usage(1):
-                self.journal.write(_journal_line(row, copy, actual) | {"failed": str(error)})
-            self._note_failure(f"{row.location}: {error}")
+                self.journal.write(self._journal_line(request, actual) | {"failed": str(error)})
+            self._note_failure(f"{request.location}: {error}")
         finally:
             await self.budget.settle(maximum, actual)
         return True
@@ -205,7 +218,6 @@ class RequestPool:
             fix = "check the endpoint; the same command continues with the missing replies"
             self.error = UserError(message, where=self.endpoint.url, fix=fix)
 
-
-def _journal_line(row: SourceRow, copy: int, usage: Usage) -> dict[str, Any]:
-    tokens = [usage.tokens_in, usage.tokens_out]
-    return {"row": row.index, "copy": copy, "location": row.location, "tokens": tokens}
+    def _journal_line(self, request: Request, usage: Usage) -> dict[str, Any]:
+        key = dict(zip(self.journal.fields, request.key, strict=True))
+        return key | {"location": request.location, "tokens": [usage.tokens_in, usage.tokens_out]}

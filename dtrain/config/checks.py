@@ -9,6 +9,7 @@ from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
 from dtrain.config.distill_checks import check_distill
 from dtrain.config.engines import ENGINES, engines_with
+from dtrain.config.generation_checks import check_generation
 from dtrain.config.method_checks import check_adapters, check_method
 from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.optimizers import OPTIMIZERS
@@ -43,6 +44,7 @@ def check(recipe: Recipe) -> list[Clash]:
         *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
         *check_adapters(recipe),
         *_evaluation(recipe),
+        *check_generation(recipe),
         *check_trackers(recipe.monitoring.report_to),
     ]
 

@@ -14,6 +14,22 @@ ObjectiveKind = Literal["cpt", "sft", "distill", "dpo", "kto", "orpo", "simpo", 
 RowFormat = Literal[
     "text", "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "kto"
 ]
+Column = Literal[
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "messages",
+    "conversations",
+    "system",
+    "tools",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "label",
+]
 ContentKind = Literal["text", "conversation", "preference", "labeled answer"]
 
 CONTENT: dict[str, ContentKind] = {

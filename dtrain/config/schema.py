@@ -9,9 +9,10 @@ from pydantic import Field
 from dtrain.config.distill import DistillSettings
 from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.gates import Gate
+from dtrain.config.generation import GenerationSet
 from dtrain.config.group import Count, Group, Text
 from dtrain.config.methods import Method
-from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, ObjectiveKind, RowFormat
+from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, Column, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import Regularize
 from dtrain.config.tasks import Tasks
@@ -19,23 +20,6 @@ from dtrain.config.trackers import TRACKERS, TrackerKind
 from dtrain.config.train import Train
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-Column = Literal[
-    "text",
-    "instruction",
-    "input",
-    "output",
-    "history",
-    "messages",
-    "conversations",
-    "system",
-    "tools",
-    "prompt",
-    "completion",
-    "chosen",
-    "rejected",
-    "label",
-]
 
 
 class Model(Group):
@@ -302,20 +286,14 @@ class EvaluationSet(Data):
     distill: DistillSettings | None = None
 
 
-class Questions(Group):
-    """Questions that the base and the final model answer, for comparison in the report."""
-
-    path: Text = Field(description="JSON lines with `question` and `answer`")
-    count: Count = Field(3, description="number of questions, from the start of the file")
-    max_new_tokens: Count = Field(64, description="maximum length of an answer")
-
-
 class Evaluation(Group):
     """What is measured, on the ranks that train."""
 
     sets: dict[str, EvaluationSet] = Field(default_factory=dict)
     tasks: Tasks | None = None
-    questions: Questions | None = None
+    generation: dict[str, GenerationSet] = Field(
+        default_factory=dict, description="prompts that the base and every stage answer"
+    )
     gates: dict[str, Gate] = Field(
         default_factory=dict,
         description=(

@@ -11,17 +11,14 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LogitsProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
-
-from dtrain.models.loss import transformers_model
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,6 @@ def generate_texts(
     decoding: Decoding,
     rows: Sequence[int] = (),
     *,
-    synced: bool = False,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Answer each prompt, in one batch.
@@ -94,7 +90,6 @@ def generate_texts(
     Args:
         model: has transformers' `generate`.
         rows: number of each prompt's row, for sampling.
-        synced: take part in forward passes until all ranks have their answers.
     """
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -113,7 +108,7 @@ def generate_texts(
         logits_processor=[SeededSampler(decoding, rows)] if decoding.temperature else None,
         tokenizer=tokenizer,
         streamer=streamer,
-        synced_gpus=synced,
+        synced_gpus=False,
     )
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [_before(text, decoding.stop_texts).strip() for text in texts]
@@ -124,26 +119,3 @@ def _before(text: str, stop_texts: Sequence[str]) -> str:
     for stop in stop_texts:
         text = text.partition(stop)[0]
     return text
-
-
-def generating_model(model: nn.Module) -> PreTrainedModel:
-    """A model that generates through an engine's wrapper.
-
-    `generate` belongs to the model inside the wrappers of an engine and an adapter. The result is
-    that model, sharing everything with it, but its forward passes go through all wrappers: there
-    an engine that shards a model gathers the parameters.
-
-    Args:
-        model: wrapped by an engine or not.
-    """
-    inner = transformers_model(model)
-    if inner is model:
-        return inner
-    kind = type(inner).__name__
-
-    def call(_: PreTrainedModel, **inputs: Any) -> Any:
-        return model(**inputs)
-
-    wrapped: PreTrainedModel = object.__new__(type(kind, (type(inner),), {"__call__": call}))
-    wrapped.__dict__ = inner.__dict__
-    return wrapped
