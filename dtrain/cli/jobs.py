@@ -62,6 +62,7 @@ def submit(
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.config.load import load_recipe
     from dtrain.data.check_rows import check_rows
+    from dtrain.evaluation.metric import check_metrics
     from dtrain.launching import submit as jobs
     from dtrain.launching.commands import run_dir_of, with_run_dir
     from dtrain.planning.known_models import check_trainable, position_warnings
@@ -69,6 +70,7 @@ def submit(
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
     check_rows(settings)
+    check_metrics(settings)
     for line in position_warnings(settings):
         log(f"warning: {line}")
     run, working = run_dir_of(settings), Path.cwd()

@@ -62,12 +62,14 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print a recipe with all defaults, or all its errors."""
     from dtrain.config.load import dump, load_recipe
     from dtrain.data.check_rows import check_rows
+    from dtrain.evaluation.metric import check_metrics, unreachable
     from dtrain.planning.known_models import check_trainable, position_warnings
 
     settings = load_recipe(recipe, overrides or [])
     check_trainable(settings.model.base)
     check_rows(settings)
-    for line in position_warnings(settings):
+    check_metrics(settings)
+    for line in (*position_warnings(settings), *unreachable(settings)):
         print(f"warning: {line}", file=sys.stderr)
     print(dump(settings), end="")
     for note in template_notes(settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 from dtrain.config.clash import Clash
@@ -19,9 +20,14 @@ def check_generation(recipe: Recipe) -> Iterator[Clash]:
         if settings.top_p < 1 and not settings.temperature:
             keys: list[Key] = [(*at, "top_p"), (*at, "temperature")]
             yield Clash(keys, "without a temperature nothing is sampled", "temperature=1.0")
-        if name in recipe.evaluation.sets:
-            keys = [at, ("evaluation", "sets", name)]
-            yield Clash(keys, "two sets have the same name", "rename one of them")
+        tasks = recipe.evaluation.tasks
+        for other, names in (
+            (("evaluation", "sets", name), recipe.evaluation.sets),
+            (("evaluation", "tasks", "names"), tasks.names if tasks else ()),
+        ):
+            if name in names:
+                yield Clash([at, other], "both have this name", "rename the set")
+        yield from _gate(recipe, name, settings)
         for number, stage in enumerate(recipe.stages):
             if stage.method.added_tokens:
                 keys = [at, ("stages", number, "method", "kind")]
@@ -29,6 +35,20 @@ def check_generation(recipe: Recipe) -> Iterator[Clash]:
                     f"answers of a model with {stage.method.kind} are not generated in training"
                 )
                 yield Clash(keys, message, "remove the set, and answer with dtrain generate")
+
+
+def _gate(recipe: Recipe, name: str, settings: GenerationSet) -> Iterator[Clash]:
+    gate, known = recipe.evaluation.gates.get(name), settings.score_names
+    at: Key = ("evaluation", "gates", name)
+    if gate is None:
+        return
+    if not known:
+        keys: list[Key] = [at, ("evaluation", "generation", name)]
+        yield Clash(keys, "the set has no metrics that a gate could check", "add metrics")
+    elif gate.metric is not None and gate.metric not in known:
+        close = get_close_matches(gate.metric, known, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+        yield Clash([(*at, "metric")], f"the set has no score named {gate.metric}", fix)
 
 
 def _metrics(settings: GenerationSet, at: Key) -> Iterator[Clash]:
@@ -40,8 +60,8 @@ def _metrics(settings: GenerationSet, at: Key) -> Iterator[Clash]:
         if traits.setting and traits.needs_setting and getattr(settings, traits.setting) is None:
             keys: list[Key] = [(*at, "metrics")]
             yield Clash(keys, f"{kind} needs the key {traits.setting}", f"add {traits.setting}")
-    for kind, traits in METRICS.items():
+    for name, traits in METRICS.items():
         is_set = traits.setting is not None and getattr(settings, traits.setting) is not None
-        if is_set and kind not in settings.metrics:
+        if is_set and name not in settings.metrics:
             keys = [(*at, str(traits.setting))]
-            yield Clash(keys, f"only the metric {kind} reads it", f"add {kind} to metrics")
+            yield Clash(keys, f"only the metric {name} reads it", f"add {name} to metrics")

@@ -305,7 +305,8 @@ class Evaluation(Group):
     @property
     def measured_names(self) -> list[str]:
         """Names that a gate can have."""
-        return [*self.sets, *(self.tasks.names if self.tasks else [])]
+        tasks = self.tasks.names if self.tasks else []
+        return [*self.sets, *tasks, *self.generation]
 
 
 class Monitoring(Group):

@@ -2,6 +2,7 @@
 
 RUN/
   recipe.yaml  starts.jsonl  lineage.json  evaluation.json  report.html  outcome.json
+  predictions/base.jsonl  predictions/STAGE.jsonl  judge.jsonl
   STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
   slurm/   attempts.json  jobs.json  job.sh  job.log
 
@@ -27,6 +28,8 @@ from dtrain.core.ownership import check_own_folder
 RECIPE = "recipe.yaml"
 LINEAGE = "lineage.json"
 EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions"
+JUDGE_REPLIES = "judge.jsonl"
 STARTS = "starts.jsonl"
 HTML_REPORT = "report.html"
 EXIT_REPORT = "outcome.json"
@@ -35,7 +38,18 @@ SLURM = "slurm"
 HEARTBEATS = ".watch"
 # Names that a stage cannot have.
 RESERVED_NAMES = frozenset(
-    {RECIPE, STARTS, LINEAGE, EVALUATION, HTML_REPORT, EXIT_REPORT, STOP, SLURM}
+    {
+        RECIPE,
+        STARTS,
+        LINEAGE,
+        EVALUATION,
+        HTML_REPORT,
+        EXIT_REPORT,
+        STOP,
+        SLURM,
+        PREDICTIONS,
+        JUDGE_REPLIES,
+    }
 )
 
 STAGE_RECORD = "stage.json"
@@ -133,8 +147,17 @@ class RunDir:
 
     @property
     def evaluation(self) -> Path:
-        """Held-out losses and sample answers."""
+        """Held-out losses and scores."""
         return self.path / EVALUATION
+
+    def predictions(self, model: str) -> Path:
+        """The answers of a model, "base" or a stage: a line of JSON for each prompt."""
+        return self.path / PREDICTIONS / f"{model}.jsonl"
+
+    @property
+    def judge_replies(self) -> Path:
+        """The replies of judges."""
+        return self.path / JUDGE_REPLIES
 
     @property
     def starts(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dtrain.core.errors import first_line
+from dtrain.core.files import read_json_lines
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
 from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
 from dtrain.monitoring.uncertainty import paired_standard_error
+
+MAX_PROMPTS = 8  # of a set in the report
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,21 @@ class HeldOutLosses:
         return 100 * self.change / base if self.change is not None and base else None
 
 
+@dataclass(frozen=True)
+class PromptAnswers:
+    """A prompt, its reference, and the answers to it.
+
+    Attributes:
+        name: of the set.
+        answers: by model: the text, and its scores by metric.
+    """
+
+    name: str
+    prompt: str
+    reference: str | None
+    answers: dict[str, tuple[str, dict[str, float | None]]]
+
+
 @dataclass
 class RunRecord:
     """The contents of a run folder.
@@ -82,6 +102,7 @@ class RunRecord:
         recipe_text, recipe: recipe.yaml as text and as values; empty if it is missing.
         lineage, evaluation: contents of the JSON files; empty if they are missing.
         metrics: the lines of each stage's metrics.jsonl, by stage.
+        answers: to the first prompts of each set of `evaluation.generation`.
         attempts: when and where the ranks were started.
         errors: files that cannot be read, and why.
     """
@@ -92,6 +113,7 @@ class RunRecord:
     lineage: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    answers: list[PromptAnswers] = field(default_factory=list)
     attempts: list[AttemptTimes] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -139,11 +161,6 @@ class RunRecord:
         return list(score_rows(self.evaluation))
 
     @property
-    def answers(self) -> list[dict[str, Any]]:
-        """Questions with the answers of the base model and the final model."""
-        return list(self.evaluation.get("answers") or [])
-
-    @property
     def gpu_hours(self) -> float:
         """Hours of all attempts, times their GPUs."""
         return sum(a.seconds * a.start.gpus for a in self.attempts) / 3600
@@ -177,8 +194,26 @@ def read_run(folder: Path) -> RunRecord:
     for name in names:
         if "/" not in name and (lines := read_metrics(run.stage(name).metrics)):
             record.metrics[name] = lines
+    record.answers = _read_answers(run, record.models)
     record.attempts = attempts_of(read_starts(run), record.metrics)
     return record
+
+
+def _read_answers(run: RunDir, models: list[str]) -> list[PromptAnswers]:
+    """The answers of all models to the first prompts of each set."""
+    found: dict[tuple[str, int], PromptAnswers] = {}
+    for model in models:
+        counts: Counter[str] = Counter()
+        for line in read_json_lines(run.predictions(model)):
+            name = str(line.get("set"))
+            counts[name] += 1
+            if counts[name] > MAX_PROMPTS:
+                continue
+            prompt, reference = str(line.get("prompt")), line.get("reference")
+            row = found.setdefault((name, counts[name]), PromptAnswers(name, prompt, reference, {}))
+            if row.prompt == prompt:  # else the set has changed since
+                row.answers[model] = str(line.get("answer")), line.get("scores") or {}
+    return list(found.values())
 
 
 def _read_mapping(record: RunRecord, name: str, parse: Any) -> dict[str, Any]:
@@ -207,12 +242,13 @@ def _yaml(text: str) -> Any:
 
 
 WIDTH = 100
+MAX_PRINTED = 3  # prompts of a set
 
 
 def run_summary(run: Path) -> str:
     """Held-out losses, answers, and the paths of the results."""
     record = read_run(run)
-    answers = [_answer_block(i, answer) for i, answer in enumerate(record.answers, start=1)]
+    answers = [_answer_block(number, answer) for number, answer in _shown_answers(record)]
     results = [("merged model", record.merged), ("report", HTML_REPORT)]
     paths = "\n".join(f"{name:<14} {record.folder / path}" for name, path in results if path)
     tables = _loss_table(record), _metric_table(record), _score_table(record)
@@ -297,10 +333,21 @@ def _change_cells(losses: HeldOutLosses) -> tuple[str, str]:
     return f"{losses.change:+.3f}{spread} ({losses.percent:+.1f} %)", rate_change(losses.change)
 
 
-def _answer_block(number: int, answer: dict[str, Any]) -> str:
-    labels = [("documented", "reference"), ("base", "base"), ("final", "final")]
-    lines = [_wrap(f"{number}. ", str(answer.get("question", "")))]
-    lines += [_wrap(f"   {label:<11} ", str(answer.get(key) or "—")) for label, key in labels]
+def _shown_answers(record: RunRecord) -> Iterator[tuple[int, PromptAnswers]]:
+    """The first prompts of each set, numbered."""
+    counts: Counter[str] = Counter()
+    for row in record.answers:
+        counts[row.name] += 1
+        if counts[row.name] <= MAX_PRINTED:
+            yield counts[row.name], row
+
+
+def _answer_block(number: int, row: PromptAnswers) -> str:
+    """A prompt with its reference and the answer of each model."""
+    texts = {"reference": row.reference, **{m: text for m, (text, _) in row.answers.items()}}
+    width = max(11, *map(len, texts))
+    lines = [_wrap(f"{row.name} {number}. ", row.prompt)]
+    lines += [_wrap(f"   {name:<{width}} ", text or "—") for name, text in texts.items()]
     return "\n".join(lines)
 
 

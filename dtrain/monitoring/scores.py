@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite, nan, sqrt
 from typing import Any
+
+import numpy as np
 
 from dtrain.monitoring.uncertainty import CERTAIN, paired_standard_error
 
 SCORES, INPUTS = "scores", "score_inputs"
+MAX_BLOCKS = 256  # of rows
 MIN_CHANGE = 0.0005  # smaller changes do not show in three decimals
 
 
@@ -91,6 +94,21 @@ class Score:
         """The change with its standard error."""
         error = self.stderr_of_change(before)
         return f"{self.value - before.value:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def mean_score(values: Sequence[float | None]) -> Score:
+    """The mean of a metric over rows; None for a row without a value."""
+    count = min(len(values), MAX_BLOCKS)
+    blocks, items = np.zeros(count), np.zeros(count)
+    for index, value in enumerate(values):
+        if value is not None:
+            blocks[index % count] += value
+            items[index % count] += 1
+    measured = np.array([value for value in values if value is not None])
+    size = len(measured)
+    error = float(measured.std(ddof=1)) / sqrt(size) if size > 1 else None
+    mean = float(measured.mean()) if size else nan
+    return Score(mean, error, blocks=tuple(blocks.tolist()), items=tuple(items.tolist()))
 
 
 Metrics = Mapping[str, Score]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from dtrain.data.text_checks import RowText, row_text
 from dtrain.data_quality.decontamination import HeldOutIndex, index_held_out
 from dtrain.data_quality.scan import TokenCounter, scan
 from dtrain.data_quality.scan_result import ScanResult
+from dtrain.evaluation.prompts import read_prompts
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
@@ -79,24 +81,27 @@ def scan_path(path: str, against: list[str], processes: int) -> ScanResult:
 
 
 def held_out_of(recipe: Recipe) -> HeldOutIndex | None:
-    """Build an index of a recipe's evaluation sets and questions; None if there are none."""
-    sources = [source for data in recipe.evaluation.sets.values() for source in data.sources]
-    if recipe.evaluation.questions:
-        columns = {"instruction": "question", "output": "answer"}
-        path = recipe.evaluation.questions.path
-        source = {"path": path, "format": "alpaca", "columns": columns}
-        sources.append(Source.model_validate(source))
-    return index_sources(sources)
+    """Build an index of a recipe's evaluation sets and prompts; None if there are none."""
+    evaluation = recipe.evaluation
+    sources = [source for data in evaluation.sets.values() for source in data.sources]
+    prompts = (
+        (row.location, row_text(row.conversation))
+        for name, settings in evaluation.generation.items()
+        for row in read_prompts(settings, f"evaluation.generation.{name}")
+    )
+    if not sources and not evaluation.generation:
+        return None
+    return index_held_out(chain(_texts(sources), prompts))
 
 
 def index_sources(sources: list[Source]) -> HeldOutIndex | None:
     """Build an index of the rows of held-out sources; None if there are none."""
+    return index_held_out(_texts(sources)) if sources else None
 
-    def texts() -> Iterator[tuple[str, RowText]]:
-        for source in sources:
-            rows = open_source(source)
-            for item in rows.rows():
-                if isinstance(item, Record):
-                    yield rows.location(item), row_text(item.value)
 
-    return index_held_out(texts()) if sources else None
+def _texts(sources: list[Source]) -> Iterator[tuple[str, RowText]]:
+    for source in sources:
+        rows = open_source(source)
+        for item in rows.rows():
+            if isinstance(item, Record):
+                yield rows.location(item), row_text(item.value)

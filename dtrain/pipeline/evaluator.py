@@ -1,8 +1,7 @@
-"""Write evaluation.json: held-out losses of the base and after each stage, and answers."""
+"""Write evaluation.json: held-out losses and scores of the base and after each stage."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import inf, isnan
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.core.cache_paths import local_path
-from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, read_text, write_json
+from dtrain.core.files import read_json, write_json
 from dtrain.core.hashes import fingerprint
-from dtrain.core.log import Meter, progress, say
+from dtrain.core.log import progress, say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
@@ -27,8 +24,6 @@ from dtrain.monitoring.metrics import finite
 from dtrain.monitoring.scores import INPUTS, SCORES, adopt_scores, put_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.teachers import TeacherModels
-from dtrain.serving.generator import TextGenerator
-from dtrain.serving.run_models import ServedModel, template_of
 from dtrain.training.held_out import HeldOutResult, HeldOutSet, evaluate
 
 BASE = "base"
@@ -152,44 +147,6 @@ class Evaluations:
         """Raise a UserError if a stage made a set worse than `evaluation.gates` allow."""
         check_gates(self.recipe.evaluation.gates, self.known, model)
 
-    def record_answers(self, base: Path, final: Path, identity: str, world: World) -> None:
-        """Answer the recipe's questions with the base and the final model, on the first rank.
-
-        Args:
-            identity: of the final model.
-        """
-        questions = self.recipe.evaluation.questions
-        if questions is None or not world.is_first:
-            return
-        rows = read_questions(local_path(questions.path), questions.count)
-        answered = {"model": identity, "questions": rows, "tokens": questions.max_new_tokens}
-        if self.known.get("answered") == answered:
-            return
-        with progress("answers", 2 * len(rows)) as bar:
-            both = [self.ask(folder, rows, world, bar) for folder in (base, final)]
-        self.known["answers"] = [
-            {"question": row["question"], "reference": row["answer"], "base": b, "final": f}
-            for row, b, f in zip(rows, *both, strict=True)
-        ]
-        self.known["answered"] = answered
-        self.write(world)
-
-    def ask(self, folder: Path, rows: list[dict[str, str]], world: World, bar: Meter) -> list[str]:
-        """Return a model's answers, with the chat template that the recipe trains with.
-
-        The model is spread over the node's GPUs, so that a 70B model needs no engine for a few
-        questions.
-        """
-        questions = self.recipe.evaluation.questions
-        assert questions is not None
-        choice = ServedModel(str(folder), template=template_of(self.recipe))
-        speaker, answers = TextGenerator(choice, self.recipe.model, world.device), list[str]()
-        for row in rows:
-            prompt = speaker.prompt([{"role": "user", "content": row["question"]}])
-            answers += speaker.answers([prompt], questions.max_new_tokens)
-            bar.advance()
-        return answers
-
     def write(self, world: World) -> None:
         """Write the file, on the first rank."""
         if world.is_first:
@@ -206,31 +163,3 @@ def held_out_loader(dataset: PackedDataset, stage: Stage, world: World, layout: 
         total_sequences=dataset.sequences_per_epoch,
         alone=not layout.packed,
     )
-
-
-def read_questions(path: Path, count: int) -> list[dict[str, str]]:
-    """Read the first `count` questions of a JSON-lines file.
-
-    Raises:
-        UserError: it cannot be read or is empty, or a line lacks `question` or `answer`.
-    """
-    try:
-        lines = read_text(path).rstrip().split("\n")[:count]
-    except UserError as error:
-        raise UserError(
-            error.message, where=f"evaluation.questions.path: {error.where}", fix=error.fix
-        ) from error
-    if not any(lines):
-        raise UserError("the file has no questions", where=f"evaluation.questions.path: {path}")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({"question": str(row["question"]), "answer": str(row["answer"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"not a question: {error!r}",
-                where=f"{path}:{number}",
-                fix='one {"question": …, "answer": …} a line',
-            ) from error
-    return rows

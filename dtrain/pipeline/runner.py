@@ -15,6 +15,7 @@ from dtrain.core.log import say, warn
 from dtrain.core.run_dir import RunDir
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
+from dtrain.evaluation.generation import GenerationScorer
 from dtrain.evaluation.scorer import Scorer
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.run_record import run_summary
@@ -46,7 +47,7 @@ def run_chain(
     """
     run = Path(recipe.output.folder)
     teachers = TeacherModels(recipe, world, inputs.teachers)
-    scorers = build_scorers(inputs)
+    scorers = build_scorers(recipe, inputs, world)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers, scorers)
     started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
@@ -71,13 +72,24 @@ def run_chain(
         started.append(folder)
         if world.is_first:
             write_lineage(run, recipe, inputs, started)
-    finish(run, recipe, inputs, folder, evaluations, world)
+    finish(run, recipe, world)
     return True
 
 
-def build_scorers(inputs: Inputs) -> list[Scorer]:
-    """What scores the base and the model after each stage."""
-    return [task_scorer.TaskScorer(inputs.tasks, inputs.tokenizer)] if inputs.tasks else []
+def build_scorers(recipe: Recipe, inputs: Inputs, world: World) -> list[Scorer]:
+    """What scores the base and the model after each stage.
+
+    Raises:
+        UserError: a judge's endpoint cannot be used, and the run has not begun.
+    """
+    scorers: list[Scorer] = []
+    if inputs.tasks:
+        scorers.append(task_scorer.TaskScorer(inputs.tasks, inputs.tokenizer))
+    if inputs.prompts:
+        generation = GenerationScorer(recipe, inputs.prompts, inputs.tokenizer, inputs.base)
+        generation.check_metrics(world)
+        scorers.append(generation)
+    return scorers
 
 
 def stage_records(run: Path, recipe: Recipe, inputs: Inputs) -> dict[str, StageRecord]:
@@ -119,17 +131,8 @@ def complete_stages(
     return done
 
 
-def finish(
-    run: Path,
-    recipe: Recipe,
-    inputs: Inputs,
-    last: StageRecord,
-    evaluations: Evaluations,
-    world: World,
-) -> None:
-    """Record answers, write the report, and print the summary."""
-    if recipe.output.merge:
-        evaluations.record_answers(inputs.base, last.merged, last.identity, world)
+def finish(run: Path, recipe: Recipe, world: World) -> None:
+    """Write the report, and print the summary."""
     if world.is_first:
         write_report(run)
         say(run_summary(run))

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.cache_paths import cache_folder, local_path, sample_name
+from dtrain.core.cache_paths import cache_folder, sample_name
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
-from dtrain.data.chat_templates import answering_template
-from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
 from dtrain.data.shards import WorkShare
 from dtrain.distributed.world import World
+from dtrain.evaluation.prompts import PromptSet, prepare_prompts
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
 from dtrain.models.load import read_config
@@ -31,11 +30,9 @@ from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
-from dtrain.pipeline.evaluator import read_questions
 from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
-from dtrain.serving.run_models import template_of
 
 if TYPE_CHECKING:
     from dtrain.evaluation.harness import LoadedTasks
@@ -52,6 +49,7 @@ class Inputs:
         layout: how documents go through the base, and through every model trained from it.
         stages: dataset of each stage, by the stage's name.
         sets: dataset of each evaluation set, by its name.
+        prompts: set of prompts, by its name.
         teachers: models to distill from, by the recipe's name of them.
         tasks: of lm-evaluation-harness, if the recipe names any.
     """
@@ -63,6 +61,7 @@ class Inputs:
     layout: Layout
     stages: dict[str, PackedDataset]
     sets: dict[str, PackedDataset]
+    prompts: dict[str, PromptSet]
     teachers: dict[str, Teacher]
     tasks: LoadedTasks | None = None
 
@@ -79,6 +78,7 @@ class Inputs:
                 f"evaluation.tasks: {n}": h
                 for n, h in (self.tasks.inputs if self.tasks else {}).items()
             },
+            **{f"evaluation.generation.{n}": s.fingerprint for n, s in self.prompts.items()},
             **{f"teacher {name}": model.fingerprint for name, model in self.teachers.items()},
         }
 
@@ -112,6 +112,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = check_layout(recipe, config)
     base_fingerprint = model_fingerprint(base)
+    prompts = prepare_prompts(recipe, tokenizer)  # seconds; the data may take hours
     datasets: dict[str, PackedDataset] = {}
     for group in _groups(recipe):
         dataset = _prepare_group(group, tokenizer, tokenizer_hash, processes)
@@ -121,7 +122,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         datasets[group.key] = dataset
     for stage in recipe.stages:
         build_objective(stage).check_data(datasets[f"stages.{stage.name}.data"])
-    check_positions(recipe, config, tokenizer, datasets)
+    check_positions(recipe, config, datasets, prompts)
     return Inputs(
         base=base,
         base_fingerprint=base_fingerprint,
@@ -130,6 +131,7 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
         layout=layout,
         stages={stage.name: datasets[f"stages.{stage.name}.data"] for stage in recipe.stages},
         sets={name: datasets[f"evaluation.sets.{name}"] for name in recipe.evaluation.sets},
+        prompts=prompts,
         teachers=find_teachers(recipe, tokenizer, layout, datasets),
         tasks=tasks,
     )
@@ -201,8 +203,6 @@ def _base_and_tokenizer(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, 
     """Base, tokenizer and the tokenizer's fingerprint; samples are created first."""
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    if questions := recipe.evaluation.questions:
-        read_questions(local_path(questions.path), questions.count)  # fails before the training
     base = base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
@@ -256,8 +256,7 @@ def samples_of(recipe: Recipe) -> set[str]:
     """Names of the shipped samples that a recipe uses."""
     addresses = [recipe.model.base, *recipe.teachers.values()]
     addresses += [source.path for group in _groups(recipe) for source in group.data.all_sources]
-    if recipe.evaluation.questions:
-        addresses.append(recipe.evaluation.questions.path)
+    addresses += [prompts.path for prompts in recipe.evaluation.generation.values()]
     return {name for address in addresses if (name := sample_name(address))}
 
 
@@ -313,8 +312,8 @@ Length = tuple[str, str, int, str]
 def check_positions(
     recipe: Recipe,
     config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
     datasets: dict[str, PackedDataset],
+    prompts: dict[str, PromptSet],
 ) -> None:
     """Check that the base has a position for every token that is trained, evaluated or asked.
 
@@ -322,12 +321,13 @@ def check_positions(
 
     Args:
         datasets: prepared data, by the key of the recipe.
+        prompts: sets of prompts, by name.
 
     Raises:
         UserError: the number of positions is fixed and too small.
     """
     added = max(stage.method.added_tokens for stage in recipe.stages)
-    lengths = [*_documents(datasets, added), *_questions(recipe, tokenizer)]
+    lengths = [*_documents(datasets, added), *_prompts(recipe, prompts)]
     longest = max(tokens for _, _, tokens, _ in lengths)
     limit = position_limit(config, longest, recipe.model.trust_remote_code)
     known = trained_positions(config.get_text_config(decoder=True).to_dict())
@@ -355,19 +355,10 @@ def _documents(datasets: dict[str, PackedDataset], added: int) -> Iterator[Lengt
         yield key, description, longest + added, fix
 
 
-def _questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Length]:
-    """The longest question, with its answer."""
-    questions = recipe.evaluation.questions
-    if questions is None:
-        return
-    template = answering_template(template_of(recipe), tokenizer)
-    rows = read_questions(local_path(questions.path), questions.count)
-    texts = [
-        template.render(Conversation([{"role": "user", "content": row["question"]}]), prompt=True)
-        for row in rows
-    ]
-    prompt = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
-    answer = f"an answer of max_new_tokens {questions.max_new_tokens}"
-    description = f"a question of {prompt:,} tokens and {answer}"
-    tokens = prompt + questions.max_new_tokens
-    yield "evaluation.questions", description, tokens, "shorter questions, or fewer max_new_tokens"
+def _prompts(recipe: Recipe, prompts: dict[str, PromptSet]) -> Iterator[Length]:
+    """The longest prompt of each set, with its answer."""
+    for name, settings in recipe.evaluation.generation.items():
+        prompt, answer = prompts[name].longest_prompt, settings.max_new_tokens
+        description = f"a prompt of {prompt:,} tokens and an answer of max_new_tokens {answer}"
+        fix = "shorter prompts, or fewer max_new_tokens"
+        yield f"evaluation.generation.{name}", description, prompt + answer, fix

@@ -153,7 +153,7 @@ def run_tiny(tmp_path: Path, cache: Path) -> Callable[..., Run]:
         evaluates: bool = True,
     ) -> Run:
         run_folder = tmp_path / folder
-        quiet = ["evaluation.questions=null"]
+        quiet = ["evaluation.generation={}"]
         quiet += [] if evaluates else WITHOUT_EVALUATION
         command = [*(launcher or torchrun(ranks)), *worker, "tiny", *quiet, *overrides]
         command += [f"output.folder={run_folder}", *options]
@@ -286,7 +286,7 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
         worker_arguments: Sequence[str] = (),
     ) -> Ranks:
         run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
-        arguments = [*worker_arguments, "tiny", "evaluation.questions=null", "device=cpu"]
+        arguments = [*worker_arguments, "tiny", "evaluation.generation={}", "device=cpu"]
         arguments += [*overrides] if evaluates else [*WITHOUT_EVALUATION, *overrides]
         arguments += [f"output.folder={run_folder}", *options]
         pids = zygote.start(ranks, worker, arguments, log, env)
@@ -368,7 +368,7 @@ def dtrain_run(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Live]]:
     def start(*overrides: str, folder: str = "run", launcher: Sequence[str] = ()) -> Live:
         log = tmp_path / f"live-{len(started)}"
         command = list(launcher) or [sys.executable, "-m", "dtrain", "run"]
-        command += ["tiny", "evaluation.questions=null", "device=cpu", *overrides]
+        command += ["tiny", "evaluation.generation={}", "device=cpu", *overrides]
         with open(log, "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 [*command, f"output.folder={tmp_path / folder}"],

@@ -23,7 +23,7 @@ END_SECONDS = 120.0
 ORPHAN_SECONDS = 60.0
 LAUNCHER_SECONDS = 20.0
 
-OVERRIDES = ["evaluation.questions=null", "launch.processes=2", "device=cpu"] + [
+OVERRIDES = ["evaluation.generation={}", "launch.processes=2", "device=cpu"] + [
     f"stages.{stage}.{setting}"
     for stage in STAGES
     for setting in (

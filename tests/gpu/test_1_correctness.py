@@ -17,7 +17,7 @@ from dtrain.models.kernels.patch import patch_modules
 
 LENGTHS = (1, 2, 77, 129, 500, 777)  # tokens of the documents of a row
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the end of the job is past: one step, a checkpoint
-TINY_16 = ["model.dtype=bfloat16", "evaluation.questions=null"]
+TINY_16 = ["model.dtype=bfloat16", "evaluation.generation={}"]
 METHODS = {"lora": "{kind: lora, r: 8}", "qlora": "{kind: qlora, r: 8}", "full": "{kind: full}"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 QLORA = ["stages.domain.method={kind: qlora, r: 8}", "stages.task.method={kind: qlora, r: 4}"]
-TINY = ["model.dtype=bfloat16", "evaluation.questions=null"]
+TINY = ["model.dtype=bfloat16", "evaluation.generation={}"]
 EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("domain", "task")]
 
 

@@ -46,7 +46,7 @@ stages:
     method: {kind: lora, r: 2}
     data: {sequence_length: 64, sources: [{path: texts.jsonl}]}
     train: {global_batch_size: 1, steps: 1, learning_rate: 1.0e-6}
-evaluation: {questions: {path: questions.jsonl, count: 1, max_new_tokens: 40}}
+evaluation: {generation: {hens: {path: questions.jsonl, max_new_tokens: 40}}}
 output: {folder: run}
 """
 
@@ -74,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     lines(folder / "rows.jsonl", [{"messages": chat} for chat in chats])
     lines(folder / "texts.jsonl", [{"text": "A hen sleeps and a fox walks around. " * 3}] * 9)
-    lines(folder / "questions.jsonl", [{"question": QUESTION, "answer": ANSWER}])
+    lines(folder / "questions.jsonl", [{"prompt": QUESTION, "reference": ANSWER}])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dtrain.train", "recipe.yaml"]
     subprocess.run(command, cwd=folder, check=True, timeout=240, env=environment)
@@ -123,9 +123,12 @@ def test_transformers_generate_stops_as_trained(run: Path) -> None:
     assert tokenizer.decode(new) == f"{ANSWER}<|im_end|>"
 
 
-def test_report_questions_use_the_recipe_template(run: Path) -> None:
-    (row,) = json.loads((run / "evaluation.json").read_text())["answers"]
-    assert row["final"] == ANSWER and ANSWER not in row["base"]
+def test_answers_in_training_use_the_recipe_template_and_stop(run: Path) -> None:
+    texts = {}
+    for model in ("base", "task", "more"):
+        (line,) = (run / "predictions" / f"{model}.jsonl").read_text().splitlines()
+        texts[model] = json.loads(line)["answer"]
+    assert texts["task"] == texts["more"] == ANSWER and ANSWER not in texts["base"]
 
 
 @pytest.mark.parametrize("result", [".", "task/adapter", "task/merged", "more/merged"])

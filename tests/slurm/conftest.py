@@ -39,7 +39,7 @@ def submit(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
 
     def run(script: str, options: list[str], keys: list[str], **environ: str) -> str:
         log = f"--output={tmp_path}/job-%j.log"
-        small = ["device=cpu", "evaluation.questions=null"]
+        small = ["device=cpu", "evaluation.generation={}"]
         environ = {"DTRAIN_RECIPE": "tiny", **environ}
         return cluster.sbatch(log, *options, f"slurm/{script}.sh", *small, *keys, **environ)
 

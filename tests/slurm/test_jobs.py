@@ -171,7 +171,7 @@ def test_job_with_a_hostile_name_is_listed_and_canceled(cluster, tmp_path):
 def test_submitit_job_trains(cluster, tmp_path):
     python = f"{cluster.environment['DTRAIN_ENV']}/bin/python"
     common = [python, "launch/submit.py", "--folder", tmp_path / "submitit", "--gpus", 1]
-    keys = ["device=cpu", "evaluation.questions=null", "launch.processes=1"]
+    keys = ["device=cpu", "evaluation.generation={}", "launch.processes=1"]
     run = tmp_path / "run"
     steps = ["stages.domain.train.steps=600", "stages.domain.train.checkpoint_every_steps=50"]
     words = ["tiny", *keys, *SHORT, *steps, f"output.folder={run}"]

@@ -21,7 +21,6 @@ from dtrain.data.conversations import Conversation
 from dtrain.data.records import BadRecord, iter_records, read_records
 from dtrain.data.sources import find_source_files
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.pipeline.evaluator import read_questions
 from dtrain.serving.generate import Prompt, read_prompts
 
 ASKED = {"role": "user", "content": "a"}
@@ -188,16 +187,14 @@ def test_byte_order_mark_is_removed_from_tokenizer_templates(
     assert BOM not in str(tokenizer.chat_template)
 
 
-def test_byte_order_mark_is_removed_from_questions_and_prompts(tmp_path) -> None:
+def test_byte_order_mark_is_removed_from_prompts(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(BOM + '{"question": "a\u2028b", "answer": "c"}\n', encoding="utf-8")
-    assert read_questions(path, 3) == [{"question": "a\u2028b", "answer": "c"}]
     (prompt,) = read_prompts(path)
     assert isinstance(prompt, Prompt) and prompt.messages[0]["content"] == "a\u2028b"
     path.write_bytes(codecs.BOM_UTF16_LE)
-    for use in (lambda: read_questions(path, 3), lambda: list(read_prompts(path))):
-        with pytest.raises(UserError, match="is UTF-16 text"):
-            use()
+    with pytest.raises(UserError, match="is UTF-16 text"):
+        list(read_prompts(path))
 
 
 def test_byte_order_mark_is_removed_from_recipes_and_deepspeed_files(tmp_path) -> None:
@@ -211,12 +208,6 @@ def test_byte_order_mark_is_removed_from_recipes_and_deepspeed_files(tmp_path) -
     deepspeed.write_bytes(known.encode("utf-16"))
     with pytest.raises(UserError, match="is UTF-16 text"):
         load_recipe("tiny", overrides)
-
-
-def test_questions_file_without_questions_is_refused(tmp_path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="the file has no questions"):
-        read_questions(tmp_path / "a.jsonl", 3)
 
 
 @pytest.mark.parametrize("head", ["text,text", "a,text,b,text"])

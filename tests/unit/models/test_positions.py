@@ -93,7 +93,7 @@ def recipe(tmp_path: Path):
         tokenizer.save_pretrained(tmp_path / "base")
         for name in ("rows", "held"):
             (tmp_path / f"{name}.jsonl").write_text(('{"text": "%s"}\n' % ("a" * words)) * 20)
-        (tmp_path / "q.jsonl").write_text('{"question": "a?", "answer": "b"}\n')
+        (tmp_path / "q.jsonl").write_text('{"prompt": "a?", "reference": "b"}\n')
         values = {
             "name": "t",
             "model": {"base": str(tmp_path / "base"), "dtype": "float32"},
@@ -132,10 +132,10 @@ def test_evaluation_documents_and_answers_count_too(recipe, tmp_path) -> None:
     with pytest.raises(UserError, match="24 positions") as error:
         prepare_inputs(recipe("gpt2", 200, short, sets))
     assert error.value.where == "evaluation.sets.mine"
-    asked = f"evaluation.questions={{path: {tmp_path}/q.jsonl, max_new_tokens: 20}}"
+    asked = f"evaluation.generation={{q: {{path: {tmp_path}/q.jsonl, max_new_tokens: 20}}}}"
     with pytest.raises(UserError, match="an answer of max_new_tokens 20") as error:
         prepare_inputs(recipe("gpt2", 200, short, asked))
-    assert error.value.where == "evaluation.questions"
+    assert error.value.where == "evaluation.generation.q"
 
 
 def test_document_beyond_unscaled_rope_is_a_warning(recipe, capsys) -> None:

@@ -68,6 +68,13 @@ def _artifact(name: str) -> dict[str, Any]:
     }
 
 
+def _write_answer(folder: Path, model: str, text: str, **more: str) -> None:
+    line = {"set": "ask", "prompt": "What is it?", "reference": "A box.", **more}
+    line |= {"answer": text, "scores": {"f1": 0.5}}
+    (folder / "predictions").mkdir(exist_ok=True)
+    _write(folder, f"predictions/{model}.jsonl", json.dumps(line))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished run of two stages."""
@@ -87,16 +94,10 @@ def run(tmp_path: Path) -> Path:
                 "domain": {"base": 3.0, "domain": 2.5, "task": 2.6},
                 "general": {"base": 2.0, "domain": 2.1, "task": 2.2},
             },
-            "answers": [
-                {
-                    "question": "What is it?",
-                    "reference": "A box.",
-                    "base": "Dunno.\n\nReally.",
-                    "final": "A box.",
-                }
-            ],
         },
     )
+    for model, text in (("base", "Dunno.\n\nReally."), ("task", "A box.")):
+        _write_answer(folder, model, text)
     for stage in ("domain", "task"):
         metrics = Metrics(folder / stage / "metrics.jsonl", resume_at=0)
         for step in range(1, 6):
@@ -128,7 +129,7 @@ def test_report_has_no_external_resources(run: Path) -> None:
 def test_all_text_is_escaped(run: Path) -> None:
     _write(run, "recipe.yaml", RECIPE.format(name=f"'{EVIL}'") + f"# {EVIL}\n")
     evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["answers"][0] |= {"question": EVIL, "reference": EVIL, "base": EVIL, "final": EVIL}
+    _write_answer(run, "base", EVIL, prompt=EVIL, reference=EVIL, set=EVIL)
     evaluation["losses"][EVIL] = {"base": 1.0, "task": 2.0}
     _write(run, "evaluation.json", evaluation)
     bad = _artifact("task") | {"identity": EVIL, "merged": EVIL, "kind": EVIL}
@@ -205,10 +206,10 @@ held-out loss    base   after domain   after task             change
 domain          3.000          2.500        2.600   -0.400 (-13.3 %)   better
 general         2.000          2.100        2.200   +0.200 (+10.0 %)   worse
 
-1. What is it?
-   documented  A box.
+ask 1. What is it?
+   reference   A box.
    base        Dunno. Really.
-   final       A box.
+   task        A box.
 
 merged model   {run}/task/merged
 report         {run}/report.html"""
@@ -234,9 +235,7 @@ pairs reward margin   0.000              —            —
 
 
 def test_control_characters_are_removed_from_answers(run: Path) -> None:
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["answers"][0]["final"] = "\x1b[2Jgone\x07"
-    _write(run, "evaluation.json", evaluation)
+    _write_answer(run, "task", "\x1b[2Jgone\x07")
     assert "\x1b" not in run_summary(run) and "\x07" not in run_summary(run)
 
 
