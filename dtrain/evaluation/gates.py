@@ -39,6 +39,8 @@ def _failure(name: str, gate: Gate, known: dict[str, Any], model: str) -> UserEr
     if before is None or after is None:
         missing = "base" if before is None else model
         fix = _metric_names(known, name) or "start the run in a new folder"
+        if metric in metrics_of(known, name):  # measured once, so that it failed this time
+            fix = "the warning above says why; the same command measures it again"
         return UserError(f"{metric} of {missing} was not measured", where=where, fix=fix)
     excess = gate.excess(before, after)
     if excess <= 0:
