@@ -172,6 +172,10 @@ def score_answers(
         except MetricFailure as failure:
             warn(f"evaluation.generation.{name}: no score of {kind}: {failure}")
             continue
+        except Exception as error:  # of a library; the training matters more
+            cause = f"{type(error).__name__}: {error}"
+            warn(f"evaluation.generation.{name}: no score of {kind}: {cause}")
+            continue
         if result.note:
             warn(f"evaluation.generation.{name}: {kind}: {result.note}")
         scores |= result.scores

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dtrain.core.lazy_import import LazyModule
 from dtrain.evaluation.metric import Metric, MetricResult, PromptRow, RowMetric, RowScores
 from dtrain.monitoring.scores import Score
@@ -19,7 +21,6 @@ sacrebleu: Any = LazyModule("sacrebleu.metrics")
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 BOOTSTRAP_SAMPLES = 1000
-HALF_WIDTH = 1.96  # standard errors in half of a 95 % confidence interval
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -74,20 +75,34 @@ class CorpusMetric(Metric):
     sentence_settings: dict[str, Any] = {}  # noqa: RUF012 (constants of the classes)
 
     def measure(self, rows: Sequence[PromptRow], answers: Sequence[str], run: Path) -> MetricResult:
-        metric_class = getattr(sacrebleu, self.kind)
+        metric_class, texts = getattr(sacrebleu, self.kind), list(answers)
         references = [row.reference_text for row in rows]
-        corpus = metric_class().corpus_score(
-            list(answers), [references], n_bootstrap=BOOTSTRAP_SAMPLES
-        )
-        sentence = metric_class(**self.sentence_settings)
-        pairs = zip(answers, references, strict=True)
+        corpus, sentence = metric_class(), metric_class(**self.sentence_settings)
+        pairs = zip(texts, references, strict=True)
         scores: list[RowScores] = [
-            {self.name: sentence.sentence_score(answer, [reference]).score}
-            for answer, reference in pairs
+            {self.name: float(sentence.sentence_score(text, [reference]).score)}
+            for text, reference in pairs
         ]
-        # sacrebleu draws its samples with a fixed seed
-        total = Score(float(corpus.score), float(corpus._ci) / HALF_WIDTH)
+        value = float(corpus.corpus_score(texts, [references]).score)
+        total = Score(value, _bootstrap_error(corpus, texts, references))
         return MetricResult(scores, {self.name: total})
+
+
+def _bootstrap_error(metric: Any, texts: list[str], references: list[str]) -> float | None:
+    """Standard deviation of a corpus score over samples of the rows, drawn with replacement.
+
+    `corpus_score(n_bootstrap=…)` gives a confidence interval, but keeps all samples in memory and
+    fails where a score is exactly 0 in some of them (sacrebleu 2.6).
+    """
+    rows = np.array(metric._extract_corpus_statistics(texts, [references]), dtype=np.float64)
+    if len(rows) < 2:
+        return None
+    draw = np.random.default_rng(0)
+    values = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        sums = rows[draw.integers(len(rows), size=len(rows))].sum(0)
+        values.append(float(metric._compute_score_from_stats(sums.tolist()).score))
+    return float(np.std(values, ddof=1))
 
 
 class Bleu(CorpusMetric):

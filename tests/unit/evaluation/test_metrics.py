@@ -87,6 +87,11 @@ def test_corpus_scores_are_those_of_sacrebleu(kind, corpus, pairs, tmp_path) -> 
     error = result.scores[kind].stderr
     assert error is not None and 0.5 < error < 5
     assert error == measure(kind, pairs, tmp_path).scores[kind].stderr  # a fixed seed
+    interval = (
+        getattr(sacrebleu.metrics, kind.upper())().corpus_score(answers, [references], 1000)._ci
+    )
+    assert error == pytest.approx(interval / 1.96, rel=0.1)
+    assert measure(kind, [("zz", "a b"), ("a red hen sat", "a red hen sat")], tmp_path).rows
     sentence = getattr(sacrebleu, f"sentence_{kind}")(answers[5], [references[5]])
     assert result.rows[5][kind] == sentence.score
 
