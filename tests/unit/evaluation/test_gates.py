@@ -72,8 +72,8 @@ def test_what_was_not_measured_is_refused() -> None:
 def test_check_tells_of_a_gate_without_a_set_or_with_two_limits() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", ["evaluation.gates={prose: {max_increase: 0.1}}"])
-    assert "there is no set named prose" in str(caught.value)
-    assert "use one of domain, task" in str(caught.value)
+    assert "there is no set or task named prose" in str(caught.value)
+    assert "use one of domain, task, answers" in str(caught.value)
     for limits in ("{}", "{max_increase: 0.1, max_drop: 0.1}", "{max_increase: -1}"):
         with pytest.raises(UserError, match=r"evaluation\.gates\.task"):
             load_recipe("tiny", [f"evaluation.gates={{task: {limits}}}"])
