@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 
@@ -161,7 +161,8 @@ def _as_group(key: Key, value: str, values: Any) -> str:
     for group in groups_at(key, values):
         required = [name for name, field in group.model_fields.items() if field.is_required()]
         if len(required) == 1:
-            return f"write {key[-1]}: {{{required[0]}: {value}}}"
+            is_list = get_origin(group.model_fields[required[0]].annotation) is list
+            return f"write {key[-1]}: {{{required[0]}: {f'[{value}]' if is_list else value}}}"
     return ""
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.core.log import Meter, progress
 from dtrain.engines.base import Engine
 from dtrain.evaluation.harness import LoadedTasks
-from dtrain.evaluation.scorer import shared_forward
+from dtrain.evaluation.scorer import Scorer, shared_forward
 from dtrain.models.loss import transformers_model
 from dtrain.monitoring.scores import Score
 
@@ -32,7 +32,7 @@ RESAMPLES = 1000
 MAX_BLOCKS = 256  # of rows, as for held-out losses
 
 
-class TaskScorer:
+class TaskScorer(Scorer):
     """Scores models on the tasks that a recipe names.
 
     Args:

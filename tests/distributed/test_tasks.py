@@ -37,6 +37,7 @@ SHORT = [
     "stages.domain.train.steps=4",
     "stages.task.train.steps=5",
 ]
+NAMES = ["choice", "rolling", "answer"]
 
 
 @pytest.fixture
@@ -46,37 +47,48 @@ def tasks(tmp_path: Path) -> Path:
     return write_task(folder, "answer", ANSWER)
 
 
-def test_scores_are_those_of_the_harness_on_any_ranks_and_engine(start_ranks, tasks, tmp_path):
-    settings = (
-        f"evaluation={{sets: {{}}, tasks: {{names: [choice, rolling, answer], include_path: {tasks}"
-        ", num_fewshot: 2, limit: 7, seed: 7, batch_size: 3, every_steps: 4}}"
-    )
-    runs = {
-        name: start_ranks(*SHORT, settings, f"engine.kind={engine}", ranks=ranks, folder=name,
-                          evaluates=False).wait(0)
-        for name, engine, ranks in [("ddp-1", "ddp", 1), ("fsdp2-2", "fsdp2", 2),
-                                    ("zero3-2", "zero3", 2)]
-    }  # fmt: skip
-    first = runs["ddp-1"].json("evaluation.json")["scores"]
+def test_scores_are_those_of_the_harness_on_any_ranks_and_engine(start_ranks, tasks):
+    def run(engine: str, ranks: int, *overrides: str):
+        settings = f"names: {NAMES}, include_path: {tasks}, num_fewshot: 2, limit: 7, seed: 7"
+        evaluation = f"evaluation={{sets: {{}}, tasks: {{{settings}, batch_size: 3}}}}"
+        arguments = [*SHORT, evaluation, f"engine.kind={engine}", *overrides]
+        return start_ranks(*arguments, ranks=ranks, folder=engine, evaluates=False).wait(0)
+
+    alone = run("ddp", 1)
+    sharded = [run("fsdp2", 2, "evaluation.tasks.every_steps=4"), run("zero3", 2)]
+    first = alone.json("evaluation.json")["scores"]
     assert list(first) == ["base", "domain", "task"]
-    for run in runs.values():
-        scores = run.json("evaluation.json")["scores"]
-        for model, by_name in first.items():
-            for name, metrics in by_name.items():
-                for metric, score in metrics.items():
-                    other = scores[model][name][metric]
-                    expected = pytest.approx(score["value"], rel=1e-4)
-                    assert other["value"] == expected, (run.folder.name, model, name, metric)
-    during = [line["scores"] for line in runs["fsdp2-2"].records("task") if "scores" in line]
-    assert [list(scores) for scores in during] == [["choice", "rolling", "answer"]]
-    merged = runs["zero3-2"].folder / "task" / "merged"
-    command = [sys.executable, "-c", ALONE, str(merged), str(tasks)]
-    alone = json.loads(
-        subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[-1]
-    )
+    assert first["task"]["rolling"] != first["base"]["rolling"]
+    losses = [float(line.split()[2]) for line in alone.losses()]
+    for other in sharded:
+        scores = other.json("evaluation.json")["scores"]
+        for key, score in values(first).items():
+            assert values(scores)[key] == pytest.approx(score, rel=1e-4), (other.folder.name, key)
+        assert [float(line.split()[2]) for line in other.losses()] == pytest.approx(
+            losses, abs=2e-5
+        )
+    during = [line["scores"] for line in sharded[0].records("task") if "scores" in line]
+    assert [list(by_name) for by_name in during] == [NAMES]
+    results = harness_alone(sharded[1].folder / "task" / "merged", tasks)
     for name, metrics in first["task"].items():
         for metric, score in metrics.items():
-            assert score["value"] == pytest.approx(alone[name][f"{metric},none"], rel=1e-4)
-            error = alone[name][f"{metric}_stderr,none"]
+            assert score["value"] == pytest.approx(results[name][f"{metric},none"], rel=1e-4)
+            error = results[name][f"{metric}_stderr,none"]
             assert score["stderr"] == (None if error == "N/A" else pytest.approx(error, rel=1e-4))
-    assert first["task"]["rolling"] != first["base"]["rolling"]
+
+
+def values(scores: dict) -> dict[tuple[str, str, str], float]:
+    """The values of scores by model, name and metric."""
+    return {
+        (model, name, metric): score["value"]
+        for model, by_name in scores.items()
+        for name, metrics in by_name.items()
+        for metric, score in metrics.items()
+    }
+
+
+def harness_alone(model: Path, tasks: Path) -> dict:
+    """The results of the harness's own model of a folder."""
+    command = [sys.executable, "-c", ALONE, str(model), str(tasks)]
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])

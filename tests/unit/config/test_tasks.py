@@ -36,6 +36,10 @@ def test_an_unknown_task_names_the_nearest_ones(tmp_path: Path) -> None:
     assert "arc_easy" in load("{names: [arc_esy]}")
 
 
+def test_a_name_alone_is_answered_with_the_group() -> None:
+    assert "write tasks: {names: [mmlu]}" in load("mmlu")
+
+
 def test_a_tag_has_no_score(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "tasks", "quiz", f"tag: [quizzes, others]\n{CHOICE}")
     errors = load(f"{{names: [quizzes, others], include_path: {folder}}}")
