@@ -24,6 +24,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.log import progress
+from dtrain.distributed.collective_timer import CollectiveTimer
 from dtrain.distributed.world import World
 from dtrain.engines.optimizers import (
     average,
@@ -35,6 +36,7 @@ from dtrain.engines.optimizers import (
 )
 from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.load import resolve_dtype
+from dtrain.models.training_flops import training_flops_per_token
 
 MaterializeFn = Callable[[nn.Module], None]
 """Allocates and loads the parameters of a block that have no storage yet."""
@@ -50,6 +52,8 @@ class Engine(ABC):
             number; each of them saves a share.
         update_count: optimizer updates so far, without skipped ones.
         rate_square_sum: of their learning rates, the weights of schedule-free's average.
+        flops_per_token: of a training step; see `training_flops_per_token`.
+        collectives: measures this rank's time in them.
     """
 
     model: Any  # the wrappers of torch and DeepSpeed share no type
@@ -60,6 +64,9 @@ class Engine(ABC):
         self.module, self.recipe, self.stage, self.world = module, recipe, stage, world
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.update_count, self.rate_square_sum = 0, 0.0
+        self.flops_per_token = training_flops_per_token(module)
+        self.collectives = CollectiveTimer()
+        self.collectives.start()
 
     def before_forward(self, *, last: bool) -> None:
         """Called before the forward pass of each micro-batch; `last` of this optimizer step."""
@@ -135,6 +142,7 @@ class Engine(ABC):
     def close(self) -> None:
         """Release the wrapper and its buffers."""
         self.model = None
+        self.collectives.stop()
 
     @property
     def trainable_names(self) -> list[str]:

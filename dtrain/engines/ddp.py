@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.checks import accumulation
@@ -17,7 +22,13 @@ from dtrain.models.decoder_layers import layer_matrices
 
 
 class Ddp(TorchEngine):
-    """torch's DistributedDataParallel."""
+    """torch's DistributedDataParallel.
+
+    Attributes:
+        send_bucket: DDP's communication hook, which averages a bucket of gradients.
+    """
+
+    send_bucket: Callable[..., Future[torch.Tensor]] = staticmethod(allreduce_hook)
 
     def __init__(
         self,
@@ -38,6 +49,20 @@ class Ddp(TorchEngine):
             module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         assert self.model.process_group.size() == world.size
+        self._last_sent: Any = None
+        self.model.register_comm_hook(self.model.process_group, self._on_bucket_full)
+
+    def _on_bucket_full(self, group, bucket):  # type: ignore[no-untyped-def] # DDP refuses text
+        """Send a bucket; after the last one the backward pass only waits for the ranks."""
+        if bucket.is_last():
+            self._last_sent = self.collectives.now(on_gpu=self.world.device.type == "cuda")
+        return self.send_bucket(group, bucket)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
+        if self._last_sent is not None:
+            self.collectives.add(self._last_sent)
+            self._last_sent = None
 
     def before_forward(self, *, last: bool) -> None:
         # DDP decides in the forward pass whether the backward pass sends gradients: `no_sync`

@@ -106,6 +106,7 @@ class Zero(Engine):
 
     def close(self) -> None:
         self.model.destroy()
+        super().close()
 
 
 class Zero2(Zero):

@@ -276,11 +276,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
     Call it before an engine shards the model.
     """
-    sizes = [(p.requires_grad, _elements(p)) for p in model.parameters()]
+    sizes = [(p.requires_grad, parameter_elements(p)) for p in model.parameters()]
     return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
 
 
-def _elements(parameter: nn.Parameter) -> int:
+def parameter_elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, of one packed in 4 bits the original ones."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return prod(packed.shape)

@@ -203,7 +203,7 @@ def _slow(records: Records) -> Iterator[Alert]:
 
 def _starved(records: Records) -> Iterator[Alert]:
     times = [(record["step"], _numbers(record, "seconds")) for record in records]
-    recent = [(step, seconds) for step, seconds in times if seconds][-WINDOW:]
+    recent = [(step, seconds) for step, seconds in times if "data" in seconds][-WINDOW:]
     waits = sum(seconds.get("data", 0.0) for _, seconds in recent)
     total = sum(value for _, seconds in recent for value in seconds.values())
     if len(recent) == WINDOW and waits > STARVED * total:

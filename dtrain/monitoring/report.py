@@ -233,10 +233,33 @@ def _facts(artifact: dict[str, Any], lines: MetricLines) -> list[tuple[str, str]
         ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
         ("time", duration(artifact["seconds"]) if artifact.get("seconds") else ""),
         ("tokens/s", _with_plan(speed, artifact.get("planned_tokens_per_second"), "{:.0f}".format)),
+        ("MFU", _median_percent(lines, "mfu")),
+        ("time spent on", _time_shares(lines)),
         ("peak memory", _with_plan(memory, artifact.get("planned_peak_bytes"), size)),
         ("trained", share),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _median_percent(lines: MetricLines, key: str) -> str:
+    """The median of a metric that is a fraction, as a percentage."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return f"{100 * median(values):.1f} %" if values else ""
+
+
+def _time_shares(lines: MetricLines) -> str:
+    """What the steps, evaluations and saves spent their time on, in percent, largest first."""
+    totals: dict[str, float] = {}
+    for line in lines:
+        for name, seconds in (line.get("seconds") or {}).items():
+            totals[name] = totals.get(name, 0.0) + (seconds or 0.0)
+    whole = sum(totals.values())
+    shares = [(value / whole, name) for name, value in totals.items() if whole]
+    texts = [f"{name} {100 * share:.1f} %" for share, name in sorted(shares, reverse=True)]
+    communication = sum(line.get("communication_seconds") or 0.0 for line in lines)
+    if communication and whole:
+        texts.append(f"of it communication {100 * communication / whole:.1f} %")
+    return ", ".join(texts)
 
 
 def _with_plan(measured: float | None, planned: float | None, text: Callable[[float], str]) -> str:

@@ -92,6 +92,12 @@ def gpu_of_device(name: str, memory_bytes: int) -> Gpu:
 
     A GPU that is not in the table gets its real memory and low values for the rest.
     """
+    gpu = known_gpu(name, memory_bytes)
+    return gpu or Gpu(name, memory_bytes / GIB + DRIVER_GIB, 100, 1000, 25, 3)
+
+
+def known_gpu(name: str, memory_bytes: int) -> Gpu | None:
+    """The table's GPU that a driver reports under a name; None if it has none."""
     flat = re.sub(r"[^a-z0-9]", "", name.lower())
     candidates = [
         gpu
@@ -100,6 +106,4 @@ def gpu_of_device(name: str, memory_bytes: int) -> Gpu:
         and abs(gpu.memory_gib * GIB / memory_bytes - 1) < MEMORY_TOLERANCE
         and ("pcie" in gpu.name) <= ("pcie" in flat)
     ]
-    if candidates:
-        return max(candidates, key=lambda gpu: len(gpu.name))
-    return Gpu(name, memory_bytes / GIB + DRIVER_GIB, 100, 1000, 25, 3)
+    return max(candidates, key=lambda gpu: len(gpu.name), default=None)

@@ -21,6 +21,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, TorchEngine, build_engine
+from dtrain.engines.ddp import Ddp
 from dtrain.methods.base import build_method
 from dtrain.models import attention, dora, positions, quantize
 from dtrain.models.kernels import native
@@ -188,11 +189,11 @@ def _match_gpu_run(engine: Engine, on_gpu: bool) -> None:
     if isinstance(engine, TorchEngine):
         for group in engine.optimizer.param_groups:  # the fused kernel is for the CPU
             group |= {"fused": False, "foreach": on_gpu}
-    if hasattr(engine.model, "register_comm_hook"):
-        engine.model.register_comm_hook(None, _complete_at_once)
+    if isinstance(engine, Ddp):
+        engine.send_bucket = _complete_at_once
 
 
-def _complete_at_once(group, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations as text
+def _complete_at_once(group: object, bucket: dist.GradBucket) -> Any:
     """Return a completed future: fake ranks send no result, and DDP's reducer waits for one."""
     future: Any = torch.futures.Future()
     future.set_result(bucket.buffer())

@@ -35,6 +35,7 @@ class StepResult:
         metrics: of the objective, over the global batch.
         sources: counts and mean loss of each source, where there are several.
         seconds: of this rank, by what they were spent on.
+        communication_seconds: of this rank in collectives, a part of `seconds`.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    communication_seconds: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -68,6 +70,7 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     started = time.perf_counter()
     engine, objective, loader = trainer.engine, trainer.objective, trainer.loader
     world, train = engine.world, engine.stage.train
+    engine.collectives.take()  # of an evaluation or a save
     batches = list(loader.micro_batches(step, world.rank, world.size, train.micro_batch))
     counts = loader.counts(step)
     weight = global_weight(objective, loader, step)
@@ -111,6 +114,7 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
             "compute": computed - loaded,
             "update": time.perf_counter() - computed,
         },
+        communication_seconds=engine.collectives.take(),
     )
 
 

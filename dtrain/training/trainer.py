@@ -9,11 +9,14 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+import torch
+
 from dtrain.config.train import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.tensor_utils import memory_metrics
 from dtrain.engines.base import Engine
 from dtrain.objectives.base import Objective
+from dtrain.planning.gpus import known_gpu
 from dtrain.training.callbacks import Callback, CallbackGroup
 from dtrain.training.checkpointer import Checkpointer
 from dtrain.training.held_out import HeldOutEvaluator
@@ -58,6 +61,8 @@ class Trainer:
         self.callbacks: Callback = CallbackGroup(callbacks)
         self.progress, self._start = progress, replace(progress)
         self._recent_seconds: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
+        self._peak_flops = peak_flops(engine)
+        self._save_wait = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,7 +110,9 @@ class Trainer:
         # costs at most one interval of finished steps.
         if self.checkpointer.is_due(progress.step + 1):
             with self.callbacks.slow_section("waiting for the last save"):
+                started = time.perf_counter()
                 self.checkpointer.wait_for_save()
+                self._save_wait = time.perf_counter() - started
         started = time.perf_counter()
         self.count(result)
         metrics = self.step_metrics(result)
@@ -119,14 +126,20 @@ class Trainer:
         """Evaluate the held-out sets if that is due after this step and not done yet."""
         if self.evaluator.is_due(self.progress, self.loader.steps):
             with self.callbacks.slow_section(f"evaluating after step {self.progress.step}"):
+                started = time.perf_counter()
                 metrics = self.evaluator.evaluate(self.engine, self.progress)
-                self.callbacks.log_metrics(self.progress.step, metrics)
+                seconds = {"evaluation": round(time.perf_counter() - started, 4)}
+                self.callbacks.log_metrics(self.progress.step, metrics | {"seconds": seconds})
 
     def save(self) -> None:
-        """Save a checkpoint of this step, in the background."""
+        """Save a checkpoint of this step, in the background; log how long the training waits."""
         with self.callbacks.slow_section(f"saving step {self.progress.step}"):
+            started = time.perf_counter()
             loss = self.evaluator.monitored_loss(self.progress)
             self.checkpointer.save(self.engine, self.progress, loss)
+            seconds = self._save_wait + time.perf_counter() - started
+            self._save_wait = 0.0
+            self.callbacks.log_metrics(self.progress.step, {"seconds": {"save": round(seconds, 4)}})
 
     def count(self, result: StepResult) -> None:
         """Add a step to the progress."""
@@ -154,8 +167,12 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_second": round(result.tokens / max(seconds, 1e-9), 1),
+            "communication_seconds": round(result.communication_seconds, 4),
             "time": round(time.time(), 3),
         } | memory_metrics(self.engine.world.device)
+        if self._peak_flops is not None:
+            flops = self.engine.flops_per_token * metrics["tokens_per_second"]
+            metrics["mfu"] = round(flops / (self._peak_flops * self.engine.world.size), 4)
         if result.metrics:
             metrics["metrics"] = result.metrics
         if result.sources:
@@ -167,6 +184,20 @@ class Trainer:
                 d for row in rows for d in loader.dataset.sequence(row).documents
             ]
         return metrics
+
+
+def peak_flops(engine: Engine) -> float | None:
+    """Floating-point operations a second of a rank's device in the engine's compute dtype.
+
+    None on a CPU, on a GPU whose data sheet is not known, and for float32, whose peak depends on
+    the settings of torch.
+    """
+    device = engine.world.device
+    if device.type != "cuda" or engine.compute_dtype == torch.float32:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    gpu = known_gpu(properties.name, properties.total_memory)
+    return gpu.tflops * 1e12 if gpu else None
 
 
 def total_sequences(

@@ -89,6 +89,12 @@ class Run:
         golden = [[float(n) for n in line.split()] for line in path.read_text().splitlines()]
         self.assert_figures(golden, **GOLDEN_FIGURE_TOLERANCE)
 
+    def assert_time_in_collectives(self) -> None:
+        """Every step has time in collectives, which is a part of its time."""
+        for record in self.records("domain") + self.records("task"):
+            if "loss" in record:
+                assert 0 < record["communication_seconds"] < sum(record["seconds"].values())
+
     def records(self, stage: str) -> list[dict]:
         """Lines of a stage's metrics.jsonl."""
         text = (self.folder / stage / "metrics.jsonl").read_text()

@@ -55,6 +55,7 @@ def test_two_ranks(start_ranks, engine, method):
     overrides = [f"engine.kind={engine}", *METHODS[method]]
     run = start_ranks(*overrides, evaluates=method == "lora").wait(0)
     run.assert_golden(method)
+    run.assert_time_in_collectives()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
