@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtrain.checkpoints.manifest import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
@@ -13,6 +15,8 @@ from dtrain.core.errors import UserError
 from dtrain.core.ownership import Untrusted
 
 LOSS = "held_out_loss"
+SCORE = "score"  # lowest in the best checkpoint: the loss, or a metric with its sign changed
+WATCHED = "watched"  # what was measured; other scores cannot be compared with it
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def remove_old_checkpoints(
 
     Args:
         keep_newest: how many of the newest to keep (at least one).
-        best: also keep the one with the lowest held-out loss; of two equal ones, the older.
+        best: also keep the best one (`best_step`).
         every: also keep those whose step is a multiple of this.
 
     Returns:
@@ -150,9 +154,8 @@ def remove_old_checkpoints(
     usable, broken = _usable_and_broken(folder)
     newest = sorted(usable)[-max(keep_newest, 1) :]
     keep = {*newest, *(step for step in usable if every and step % every == 0)}
-    losses = [(loss, step) for step, loss in usable.items() if loss is not None]
-    if best and losses:
-        keep.add(min(losses)[1])
+    if best and (step := best_step(usable)) is not None:
+        keep.add(step)
     removed = [step for step in usable if step not in keep]
     removed += [step for step in broken if newest and step < newest[0]]
     paths = {step_of(path): path for path in complete_folders(folder)}
@@ -161,9 +164,30 @@ def remove_old_checkpoints(
     return sorted(removed)
 
 
-def _usable_and_broken(folder: Path) -> tuple[dict[int, float | None], list[int]]:
-    """Return usable steps with their held-out loss, and the steps of broken ones."""
-    usable: dict[int, float | None] = {}
+def best_step(states: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Return the step with the lowest score, of two equal ones the older; None without any.
+
+    Only checkpoints that were measured as the newest measured one was are compared.
+
+    Args:
+        states: a checkpoint's state, by its step.
+    """
+    measured = {step: state for step, state in states.items() if state.get(SCORE) is not None}
+    if not measured:
+        return None
+    watched = measured[max(measured)].get(WATCHED)
+    scores = [(s[SCORE], step) for step, s in measured.items() if s.get(WATCHED) == watched]
+    return min(scores)[1]
+
+
+def states_of(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the state of each usable checkpoint of a stage, by its step."""
+    return _usable_and_broken(folder)[0]
+
+
+def _usable_and_broken(folder: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """Return the states of usable checkpoints by step, and the steps of broken ones."""
+    usable: dict[int, dict[str, Any]] = {}
     broken: list[int] = []
     for path in complete_folders(folder):
         try:
@@ -173,5 +197,5 @@ def _usable_and_broken(folder: Path) -> tuple[dict[int, float | None], list[int]
         except UserError:
             broken.append(step_of(path) or 0)
             continue
-        usable[checkpoint.step] = checkpoint.state.get(LOSS)
+        usable[checkpoint.step] = checkpoint.state
     return usable, broken

@@ -129,7 +129,7 @@ class Saver:
         Args:
             step: optimizer steps done.
             shards: all of this rank; what several ranks hold is given by one of them.
-            state: plain values for JSON; rank 0's is saved. `held_out_loss` decides which is best.
+            state: plain values for JSON; rank 0's is saved. `score` decides which is best.
 
         Raises:
             UserError, RuntimeError: the *previous* save failed; nothing of this one is written.

@@ -251,6 +251,9 @@ def _evaluation(recipe: Recipe) -> Iterator[Clash]:
             if source.loss_weight != 1.0:
                 message = "the loss of an evaluation set counts every token alike"
                 yield Clash([(*at, "sources", number, "loss_weight")], message, "remove it")
+        if held_out.calibration and not OBJECTIVES[held_out.kind].sums_token_losses:
+            message = f"{held_out.kind} has no cross-entropy of single tokens to calibrate"
+            yield Clash([(*at, "kind"), (*at, "calibration")], message, "calibration=false")
         yield from _sources(held_out, held_out.kind, at, (*at, "sources"))
         yield from _preference(held_out.kind, held_out.preference, at)
         yield from check_distill(recipe, held_out, at)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dtrain.config.distill import DistillSettings
 from dtrain.config.engines import EngineKind, engines_with
@@ -282,8 +282,23 @@ class EvaluationSet(Data):
     """Held-out rows; their loss is measured before the first stage and after each stage."""
 
     kind: ObjectiveKind = Field(description=KINDS_HELP)
+    calibration: bool = Field(
+        False,
+        description=(
+            "cpt, sft: measure `ece` too, the expected calibration error of the next token's "
+            "probability, in 15 bins"
+        ),
+    )
     preference: PreferenceSettings = PreferenceSettings()
     distill: DistillSettings | None = None
+
+
+GENERAL = "general"
+GENERAL_SET: dict[str, Any] = {
+    "kind": "cpt",
+    "sequence_length": 128,
+    "sources": [{"path": "dtrain:general/heldout.jsonl", "format": "text"}],
+}
 
 
 class Evaluation(Group):
@@ -298,9 +313,22 @@ class Evaluation(Group):
         default_factory=dict,
         description=(
             "by set or task: limits on how much worse than the base a stage may make it; a stage "
-            "beyond them ends the run before its merge"
+            "beyond them ends the run before its merge. `general` without a set of that name "
+            "measures general texts that are shipped"
         ),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_general_set(cls, values: Any) -> Any:
+        """Add the shipped texts where a gate asks for them."""
+        if not isinstance(values, dict):
+            return values
+        sets, gates = values.get("sets") or {}, values.get("gates")
+        is_free = GENERAL not in (values.get("generation") or {})
+        if isinstance(gates, dict) and GENERAL in gates and isinstance(sets, dict) and is_free:
+            return values | {"sets": sets | {GENERAL: sets.get(GENERAL, GENERAL_SET)}}
+        return values
 
     @property
     def measured_names(self) -> list[str]:
@@ -340,7 +368,16 @@ class Output(Group):
     keep_every_steps: Count | None = Field(
         None, description="keep every checkpoint whose step is a multiple of this"
     )
-    keep_checkpoints: Count = Field(2, description="checkpoints kept per stage, the newest")
+    keep_checkpoints: Count = Field(
+        2, description="checkpoints kept per stage, the newest; the best is kept too"
+    )
+    use: Literal["last", "best"] = Field(
+        "last",
+        description=(
+            "checkpoint of a stage that is evaluated, merged and handed to the next stage: its "
+            "last step's, or the best one by `train.evaluate_on`"
+        ),
+    )
 
 
 class Recipe(Group):

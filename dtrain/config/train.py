@@ -86,7 +86,14 @@ class Train(Group):
     )
     evaluate_on: str | None = Field(
         None,
-        description="evaluation set for early stopping; default: the first",
+        description="evaluation set for early stopping and `output.use: best`; default: the first",
+    )
+    maximize: Text | None = Field(
+        None,
+        description=(
+            "metric of that set whose highest value is best, such as `accuracy`; default: its "
+            "lowest loss is"
+        ),
     )
     early_stopping_patience: Count | None = Field(
         None,

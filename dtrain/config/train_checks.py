@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from math import lcm
 
 from dtrain.config.clash import Clash
 from dtrain.config.methods.patterns import compile_pattern
@@ -58,7 +59,7 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     train, sets = stage.train, recipe.evaluation.sets
     every: Key = (*at, "evaluate_every_steps")
     if train.evaluate_every_steps is None:
-        for name in ("early_stopping_patience", "evaluate_on"):
+        for name in ("early_stopping_patience", "evaluate_on", "maximize"):
             if getattr(train, name) is not None:
                 message = "nothing is evaluated during training"
                 yield Clash([(*at, name), every], message, "set evaluate_every_steps")
@@ -69,6 +70,27 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         message = f"there is no set named {train.evaluate_on}"
         fix = f"use one of {', '.join(sets)}"
         yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], message, fix)
+    if recipe.output.use == "best":
+        yield from _best(train, at)
+
+
+def _best(train: Train, at: Key) -> Iterator[Clash]:
+    """Errors if no step before the last is both measured and saved."""
+    use: Key = ("output", "use")
+    names = ("evaluate_every_steps", "checkpoint_every_steps")
+    missing = [name for name in names if getattr(train, name) is None]
+    for name in missing:
+        action = "measures" if name == names[0] else "saves"
+        message = f"there is no best model to choose: nothing {action} this stage on the way"
+        yield Clash([use, (*at, name)], message, f"set {name}, or use=last")
+    if missing or train.steps is None:
+        return
+    assert train.evaluate_every_steps is not None and train.checkpoint_every_steps is not None
+    both = lcm(train.evaluate_every_steps, train.checkpoint_every_steps)
+    if both >= train.steps:
+        keys: list[Key] = [use, *((*at, name) for name in (*names, "steps"))]
+        message = f"no step before the last is measured and saved: the first would be {both}"
+        yield Clash(keys, message, f"checkpoint_every_steps={train.evaluate_every_steps}")
 
 
 def _learning_rate(train: Train, at: Key) -> Iterator[Clash]:

@@ -141,7 +141,7 @@ class Loader:
 
     def sources_at(self, step: int, batch: MicroBatch, positions: Int64s) -> Int64s:
         """Index of the source of each of these token positions [n] in a micro-batch of a step."""
-        indices = np.array(batch.sequences) - step * self.global_batch
+        indices = np.array(batch.sequences, dtype=np.int64) - step * self.global_batch
         sources = self.dataset.sources_of(self.batch(step)[indices])
         ends = np.cumsum(batch.sequence_lengths)
         return sources[ends.searchsorted(positions, side="right")]

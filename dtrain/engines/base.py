@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
 from dtrain.config.optimizers import OPTIMIZERS
@@ -138,6 +139,16 @@ class Engine(ABC):
             update_count: of the checkpoint, for Adam's bias correction.
             rate_square_sum: the same, for schedule-free's average.
         """
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Replace the trained weights and the optimizer's state by a checkpoint's, in place.
+
+        Raises:
+            UserError: it does not fit the model, or a value is not finite.
+        """
+        checkpoint.restore(self.parameter_shards())
+        state = checkpoint.state
+        self.on_state_loaded(state["updates"], state.get("rate_square_sum", 0.0))
 
     def close(self) -> None:
         """Release the wrapper and its buffers."""

@@ -158,7 +158,7 @@ def teacher_top_k(
         log_probs[chunk], tokens[chunk] = found.values, found.indices.int()
         return logits
 
-    _sum_of_chunks(teacher, micro_batch, torch.zeros(count, device=device), keep)
+    sum_of_chunks(teacher, micro_batch, torch.zeros(count, device=device), keep)
     return log_probs, tokens
 
 
@@ -207,11 +207,11 @@ def distillation_losses(
             gradient.scatter_add_(1, indices, gradient.new_full(indices.shape, -ce_weight))
         return gradient
 
-    total = _sum_of_chunks(model, micro_batch, losses, chunk_loss)
+    total = sum_of_chunks(model, micro_batch, losses, chunk_loss)
     return DistillationLosses(total, losses, divergences, cross_entropies)
 
 
-def _sum_of_chunks(
+def sum_of_chunks(
     model: nn.Module,
     micro_batch: PackedTargets,
     losses: Tensor,
@@ -231,7 +231,7 @@ def _sum_of_chunks(
 
 
 def _sum_of_logits(logits: Tensor, losses: Tensor, chunk_loss: ChunkLoss) -> Tensor:
-    """As `_sum_of_chunks`, of whole logits [K, V]."""
+    """As `sum_of_chunks`, of whole logits [K, V]."""
     logits = logits.float()
     gradient = chunk_loss(logits.detach(), slice(0, len(losses)), logits.requires_grad)
     # the first term has the value, the second the gradient

@@ -18,7 +18,13 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import count, duration, size
 from dtrain.monitoring.alerts import find_alerts
-from dtrain.monitoring.run_record import RunRecord, format_loss, rate_change, read_run
+from dtrain.monitoring.run_record import (
+    RunRecord,
+    describe_used,
+    format_loss,
+    rate_change,
+    read_run,
+)
 
 # Only the rank that writes the report needs matplotlib.
 plots: Any = LazyModule("dtrain.monitoring.plots")
@@ -230,6 +236,7 @@ def _facts(artifact: dict[str, Any], lines: MetricLines) -> list[tuple[str, str]
         share = f"{count(trained)} of {count(total)} parameters ({100 * trained / total:.2g} %)"
     facts = [
         ("steps", str(steps)),
+        ("used", describe_used(artifact) if artifact.get("used") else ""),
         ("tokens", count(sum(line.get("tokens") or 0 for line in lines))),
         ("time", duration(artifact["seconds"]) if artifact.get("seconds") else ""),
         ("tokens/s", _with_plan(speed, artifact.get("planned_tokens_per_second"), "{:.0f}".format)),

@@ -153,6 +153,13 @@ class RunRecord:
             for metric in metrics:
                 values = {m: by_model.get(m, {}).get(metric) for m in self.models}
                 rows.append((str(name), metric, values))
+        for name, by_model in (self.evaluation.get("sources") or {}).items():
+            sources = [source for values in by_model.values() for source in values.items()]
+            keys = [(n, key) for n, figures in sources for key in figures if key != "items"]
+            for source, key in dict.fromkeys(keys):
+                found = {m: by_model.get(m, {}).get(source) or {} for m in self.models}
+                values = {model: figures.get(key) for model, figures in found.items()}
+                rows.append((str(name), f"{key} of {source}", values))
         return rows
 
     @property
@@ -252,8 +259,31 @@ def run_summary(run: Path) -> str:
     results = [("merged model", record.merged), ("report", HTML_REPORT)]
     paths = "\n".join(f"{name:<14} {record.folder / path}" for name, path in results if path)
     tables = _loss_table(record), _metric_table(record), _score_table(record)
-    blocks = (*tables, *answers, _alerts(record), paths)
+    blocks = (*tables, _used_checkpoints(record), *answers, _alerts(record), paths)
     return "\n\n".join(block for block in blocks if block)
+
+
+def _used_checkpoints(record: RunRecord) -> str:
+    """A line for each stage whose best checkpoint was chosen."""
+    return "\n".join(
+        f"stage {name} is {describe_used(artifact)}"
+        for name, artifact in record.artifacts.items()
+        if artifact.get("used")
+    )
+
+
+def describe_used(facts: dict[str, Any]) -> str:
+    """Which checkpoint is a stage's model, and why.
+
+    Args:
+        facts: of the stage, with `used`.
+    """
+    used, steps = facts["used"], facts["steps"]
+    name, value = f"{used['metric']} of {used['set']}", format_loss(used["value"])
+    if used["step"] == steps:
+        return f"its last step, {steps}: {name} {value} is the best measured"
+    last = format_loss(used["last_value"])
+    return f"step {used['step']} of {steps}: {name} {value}, after the last step {last}"
 
 
 def _alerts(record: RunRecord) -> str:

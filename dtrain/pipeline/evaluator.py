@@ -24,10 +24,15 @@ from dtrain.monitoring.metrics import finite
 from dtrain.monitoring.scores import INPUTS, SCORES, adopt_scores, put_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.teachers import TeacherModels
-from dtrain.training.held_out import HeldOutResult, HeldOutSet, evaluate
+from dtrain.training.held_out import HeldOutResult, HeldOutSet, check_maximized, evaluate
 
 BASE = "base"
-BY_MODEL = {"losses", "blocks", "metrics"}  # in evaluation.json: values by set, then by model
+BY_MODEL = {
+    "losses",
+    "blocks",
+    "metrics",
+    "sources",
+}  # in evaluation.json: values by set, then by model
 
 
 class Evaluations:
@@ -45,6 +50,9 @@ class Evaluations:
         self.scorers = scorers
         self.path, self.recipe, self.sets = RunDir(run).evaluation, recipe, sets
         self.layout, self.teachers = layout, teachers
+        objectives = {n: build_objective(s) for n, s in recipe.evaluation.sets.items()}
+        for stage in recipe.stages:
+            check_maximized(stage.train, objectives)
         fingerprints = {name: self._fingerprint(name) for name in sets}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": fingerprints}
         known = read_json(self.path) if self.path.exists() else {}
@@ -54,10 +62,11 @@ class Evaluations:
         adopt_scores(self.known, known, known.get(SCORES, {}), self.inputs)
 
     def _fingerprint(self, name: str) -> str:
-        """What decides the losses of a set: its rows and, if it has one, its teacher."""
-        rows, settings = self.sets[name].fingerprint, self.recipe.evaluation.sets[name].distill
+        """What decides the figures of a set: its rows and, if it has one, its teacher."""
+        held_out = self.recipe.evaluation.sets[name]
+        rows, settings = self.sets[name].fingerprint, held_out.distill
         if settings is None:
-            return rows
+            return fingerprint([rows, "calibration"]) if held_out.calibration else rows
         group = settings.model_dump(mode="json")
         return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings.teacher)}])
 
@@ -135,8 +144,9 @@ class Evaluations:
         self.known["losses"].setdefault(name, {})[model] = result.loss
         blocks = self.known.setdefault("blocks", {}).setdefault(name, {})
         blocks |= {"items": result.block_items, model: result.block_losses}
-        if result.metrics:
-            self.known.setdefault("metrics", {}).setdefault(name, {})[model] = result.metrics
+        for key, value in (("metrics", result.metrics), ("sources", result.sources)):
+            if value:
+                self.known.setdefault(key, {}).setdefault(name, {})[model] = value
 
     def losses_of(self, model: str) -> dict[str, float]:
         """The losses of a model on the sets that it was measured on; NaN counts as infinite."""

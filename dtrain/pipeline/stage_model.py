@@ -87,9 +87,7 @@ def build_model_in_engine(
         _load_trainable(model, initial.keys, initial.read)
     engine = build_engine(model, recipe, stage, world, materialize)
     if checkpoint is not None:
-        checkpoint.restore(engine.parameter_shards())
-        state = checkpoint.state
-        engine.on_state_loaded(state["updates"], state.get("rate_square_sum", 0.0))
+        engine.load(checkpoint)
     elif initial is not None:
         initial.restore(engine.parameter_shards())
         engine.on_state_loaded(0)

@@ -28,6 +28,7 @@ from dtrain.models.peft_format import read_adapter_config
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.stage_inputs import Inputs
 from dtrain.pipeline.teachers import TeacherModels
+from dtrain.training.held_out import watched_set
 from dtrain.training.preemption import StopFlag
 
 # They change neither the numbers nor their order, so a run may resume with another value.
@@ -149,8 +150,12 @@ def stage_record(
         "seed": recipe.seed,
         "determinism": recipe.determinism,
         "dtype": recipe.model.dtype,
+        "output": {"use": recipe.output.use},
         **settings,
     }
+    watched = watched_set(stage.train, inputs.sets)
+    if recipe.output.use == "best" and watched is not None:
+        stage_inputs["output"]["watched"] = inputs.sets[watched].fingerprint
     return StageRecord(RunDir(run).stage(stage.name).path, stage_inputs)
 
 

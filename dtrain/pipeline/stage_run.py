@@ -14,6 +14,7 @@ from dtrain.data.loader import Loader
 from dtrain.data.prepare import PackedDataset
 from dtrain.distributed.tensor_utils import free_memory, peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
+from dtrain.monitoring.run_record import describe_used
 from dtrain.objectives.base import Objective
 from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
@@ -55,8 +56,7 @@ def run_stage(setup: StageSetup) -> bool:
     world.barrier()
     if trained is None:
         return False
-    model, facts = trained
-    checkpoint = open_final_checkpoint(setup.folder.checkpoints, world, facts["steps"])
+    model, facts, checkpoint = trained
     if world.is_first:
         export_adapter(setup, model, checkpoint)
     del trained, model
@@ -70,11 +70,12 @@ def run_stage(setup: StageSetup) -> bool:
     return True
 
 
-def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | None:
-    """Train to the end.
+def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any], Checkpoint] | None:
+    """Train to the end, and evaluate the checkpoint that `output.use` asks for.
 
     Returns:
-        The trained model and facts for the stage's record; None if the stage was interrupted.
+        The trained model, facts for the stage's record, and the checkpoint; None if the stage was
+        interrupted.
     """
     device = setup.world.device
     reset_peak_memory(device)
@@ -102,18 +103,24 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any]] | N
     set_generation_config(setup, engine.module, is_trained=True)
     if not trainer.fit():
         return None
+    facts = stage_facts(setup, trainer.progress, parameters)
+    if setup.recipe.output.use == "best":
+        used, facts["used"] = trainer.use_best()
+        say(f"stage {setup.stage.name} is {describe_used(facts)}")
+    else:
+        used = open_final_checkpoint(setup.folder.checkpoints, setup.world, facts["steps"])
     setup.evaluations.record(setup.stage.name, engine, held_out)
     losses = setup.evaluations.losses_of(setup.stage.name)
     divergence_stop(setup).check_held_out(trainer.progress.step, losses)
     setup.evaluations.check_gates(setup.stage.name)  # before anything is published
-    facts = stage_facts(setup, trainer.progress, parameters) | {
+    facts |= {
         "attempt_tokens_per_second": trainer.tokens_per_second,
         "load_peak_memory_bytes": load_peak,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     engine.close()
     setup.teachers.release()
-    return engine.module, facts
+    return engine.module, facts, used
 
 
 def build_checkpointer(setup: StageSetup) -> Checkpointer:

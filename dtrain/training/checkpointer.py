@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoints.folder import clean_leftovers, newest_complete, remove_old_checkpoints
+from dtrain.checkpoints.folder import (
+    best_step,
+    clean_leftovers,
+    newest_complete,
+    remove_old_checkpoints,
+    states_of,
+)
 from dtrain.checkpoints.identity import check_same_inputs
+from dtrain.checkpoints.manifest import step_name
 from dtrain.checkpoints.parameter_shards import split_among_replicas
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.checkpoints.saver import Saver
 from dtrain.config.schema import Output
-from dtrain.core.log import say
+from dtrain.core.errors import UserError
+from dtrain.core.log import say, warn
 from dtrain.core.ownership import check_own_folder
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
@@ -65,11 +73,11 @@ class Checkpointer:
         """Whether a checkpoint is saved after `step` steps."""
         return is_due(step, self._every_steps)
 
-    def save(self, engine: Engine, stage: StageProgress, held_out_loss: float | None) -> None:
+    def save(self, engine: Engine, stage: StageProgress, measured: Mapping[str, Any]) -> None:
         """Copy the engine's trainable state to host memory and write it in the background.
 
         Args:
-            held_out_loss: of this step, to know the best checkpoint; None if not evaluated.
+            measured: on the watched set after this step (`HeldOutEvaluator.measured`).
         """
         state = {
             "dtype": self._dtype,
@@ -77,7 +85,7 @@ class Checkpointer:
             "rate_square_sum": engine.rate_square_sum,
             "progress": asdict(stage),
             "inputs": self._inputs,
-            "held_out_loss": held_out_loss,
+            **measured,
         }
         shards = split_among_replicas(engine.parameter_shards(), *engine.replica)
         self._saver.save(stage.step, shards, state)
@@ -85,6 +93,34 @@ class Checkpointer:
     def wait_for_save(self) -> None:
         """Wait until the save under way, if any, is on disk."""
         self._saver.wait()
+
+    def best(self, last: Mapping[str, Any], last_step: int) -> tuple[Checkpoint, Mapping[str, Any]]:
+        """The best checkpoint of the stage, its files verified, and what was measured on it.
+
+        A better one whose files were changed is passed over with a warning.
+
+        Args:
+            last: what was measured after the last step.
+        """
+        step = 0
+        if self._world.is_first:
+            states = {**states_of(self._folder), last_step: dict(last)}
+            while (step := best_step(states) or last_step) != last_step:
+                if self._is_intact(step):
+                    break
+                del states[step]
+        step = int(self._world.sum([float(step)])[0])
+        checkpoint = Checkpoint.open(self._folder / step_name(step))
+        return checkpoint, last if step == last_step else checkpoint.state
+
+    def _is_intact(self, step: int) -> bool:
+        path = self._folder / step_name(step)
+        try:
+            Checkpoint.open(path).verify()
+        except UserError as error:
+            warn(f"step {step} is better, but cannot be used: {error}")
+            return False
+        return True
 
     def find_resumable(self, allowed_changes: Iterable[str]) -> Checkpoint | None:
         """The newest complete checkpoint, after removing what interrupted saves left behind.

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp, inf, isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dtrain.checkpoints.folder import LOSS, SCORE, WATCHED
+from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.train import Train
+from dtrain.core.errors import UserError
 from dtrain.core.log import say
 from dtrain.data.loader import Loader, MicroBatch
 from dtrain.engines.base import Engine
 from dtrain.evaluation.scorer import Scorer
-from dtrain.objectives.base import LossOutput, Objective
+from dtrain.objectives.base import Objective
 from dtrain.training.progress import StageProgress, is_due
 from dtrain.training.train_step import begin_step, compute_loss
 
+MAX_EXPONENT = 700.0
 MAX_BLOCKS = 256  # of sequences, whose losses are kept apart to know how certain their mean is
 
 
@@ -41,12 +45,15 @@ class HeldOutResult:
         block_losses: summed losses of blocks of sequences, at most MAX_BLOCKS: the sequence at
             position i of the set is in block i modulo their number.
         block_items: number of losses in each block.
+        sources: `loss` and `items` of each of several sources, `perplexity` if the loss is the
+            cross-entropy of tokens; empty with one source.
     """
 
     loss: float
     metrics: dict[str, float]
     block_losses: list[float]
     block_items: list[float]
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -56,42 +63,66 @@ def evaluate(engine: Engine, held_out: HeldOutSet) -> HeldOutResult:
     total = weight = 0.0
     sums = dict.fromkeys(objective.metric_sum_names, 0.0)
     blocks = np.zeros((2, min(loader.total_sequences, MAX_BLOCKS)))
+    sources = np.zeros((2, len(loader.source_names)))
     engine.model.eval()
     with engine.result_weights():
         # The set counts as one batch: its statistics must not depend on ranks and micro-batches.
-        statistics = begin_step(engine, objective, _batches(engine, loader))
-        for batch in _batches(engine, loader):
+        batches = (batch for _, batch in _batches(engine, loader))
+        statistics = begin_step(engine, objective, batches)
+        for step, batch in _batches(engine, loader):
             output = compute_loss(engine, objective, batch, statistics)
             total, weight = total + float(output.loss), weight + output.weight
             for name in sums:
                 sums[name] += float(output.metric_sums[name])
-            _add_to_blocks(blocks, batch, objective.item_positions(batch), output)
-    total, weight, *totals = world.sum([total, weight, *sums.values(), *blocks.ravel().tolist()])
+            positions = objective.item_positions(batch)
+            losses = output.item_losses.double().cpu().numpy()
+            _add(blocks, _sequences_at(batch, positions) % blocks.shape[1], losses)
+            _add(sources, loader.sources_at(step, batch, positions), losses)
+    arrays = [*blocks.ravel().tolist(), *sources.ravel().tolist()]
+    total, weight, *totals = world.sum([total, weight, *sums.values(), *arrays])
     weight, count = max(1.0, weight), len(sums)
     metrics = objective.metrics(dict(zip(sums, totals[:count], strict=True)), weight)
-    losses, items = np.reshape(totals[count:], blocks.shape).tolist()
-    return HeldOutResult(total / weight, metrics, losses, items)
+    block_losses, items = np.reshape(totals[count : count + blocks.size], blocks.shape).tolist()
+    sources = np.reshape(totals[count + blocks.size :], sources.shape)
+    by_source = _by_source(loader.source_names, sources)
+    if OBJECTIVES[objective.settings.kind].sums_token_losses:
+        metrics["perplexity"] = perplexity(total / weight)
+        for figures in by_source.values():
+            figures["perplexity"] = perplexity(figures["loss"])
+    return HeldOutResult(total / weight, metrics, block_losses, items, by_source)
 
 
-def _batches(engine: Engine, loader: Loader) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a held-out set."""
+def perplexity(loss: float) -> float:
+    """The exponential of a mean cross-entropy; infinite where it has no float."""
+    return exp(loss) if loss < MAX_EXPONENT else inf
+
+
+def _by_source(names: list[str], sums: NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Mean loss and number of items of each of several sources, from sums [2, S]."""
+    if len(names) == 1:
+        return {}
+    pairs = zip(names, *sums.tolist(), strict=True)
+    return {name: {"loss": total / max(items, 1.0), "items": items} for name, total, items in pairs}
+
+
+def _batches(engine: Engine, loader: Loader) -> Iterator[tuple[int, MicroBatch]]:
+    """This rank's micro-batches of a held-out set, each with its step."""
     world, micro_batch = engine.world, engine.stage.train.micro_batch
     for step in range(loader.steps):
-        yield from loader.micro_batches(step, world.rank, world.size, micro_batch)
+        for batch in loader.micro_batches(step, world.rank, world.size, micro_batch):
+            yield step, batch
 
 
-def _add_to_blocks(
-    blocks: NDArray[np.float64],
-    batch: MicroBatch,
-    positions: NDArray[np.int64],
-    output: LossOutput,
-) -> None:
-    """Add a micro-batch to the sums of losses and of items [2, B]."""
+def _sequences_at(batch: MicroBatch, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sequence of each of these token positions [n] in a micro-batch."""
     ends = np.cumsum(batch.sequence_lengths)
-    sequences = np.array(batch.sequences)[ends.searchsorted(positions, side="right")]
-    here = sequences % blocks.shape[1]
-    np.add.at(blocks[0], here, output.item_losses.double().cpu().numpy())
-    np.add.at(blocks[1], here, 1.0)
+    return np.array(batch.sequences)[ends.searchsorted(positions, side="right")]
+
+
+def _add(sums: NDArray[np.float64], groups: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+    """Add losses [n] to the sums of losses and of items [2, G] of their groups [n]."""
+    np.add.at(sums[0], groups, losses)
+    np.add.at(sums[1], groups, 1.0)
 
 
 class HeldOutEvaluator:
@@ -107,7 +138,7 @@ class HeldOutEvaluator:
         self, sets: dict[str, HeldOutSet], train: Train, scorers: Sequence[Scorer] = ()
     ) -> None:
         self._sets, self._train, self._scorers = sets, train, scorers
-        self._monitored = train.evaluate_on or next(iter(sets), None)
+        self._watched = watched_set(train, sets)
 
     def is_due(self, stage: StageProgress, total_steps: int) -> bool:
         """Whether the step just finished is to be evaluated; after the last one, the stage is."""
@@ -126,7 +157,7 @@ class HeldOutEvaluator:
         Returns:
             Metrics to log.
         """
-        stage.evaluated_step, stage.held_out = stage.step, {}
+        stage.evaluated_step, stage.held_out, stage.score = stage.step, {}, None
         metrics = self._evaluate_sets(engine, stage) if self._sets_are_due(stage.step) else {}
         scores: dict[str, dict[str, float]] = {}
         model = f"{engine.stage.name} step {stage.step}"
@@ -144,21 +175,84 @@ class HeldOutEvaluator:
         stage.held_out = {name: loss if isfinite(loss) else None for name, loss in losses.items()}
         summary = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         say(f"step {stage.step}: held-out loss: {summary}")
-        if self._monitored is not None:
-            self._compare_with_best(losses[self._monitored], stage)
-        return {"held_out": losses} | ({"held_out_metrics": metrics} if metrics else {})
+        if self._watched is not None:
+            stage.score = self.score(measured[self._watched])
+            self._compare_with_best(stage)
+        sources = {
+            name: {source: sums["loss"] for source, sums in result.sources.items()}
+            for name, result in measured.items()
+            if result.sources
+        }
+        more = {"held_out_metrics": metrics, "held_out_sources": sources}
+        return {"held_out": losses} | {key: value for key, value in more.items() if value}
 
-    def _compare_with_best(self, loss: float, stage: StageProgress) -> None:
-        is_best = isfinite(loss) and (stage.best_held_out is None or loss < stage.best_held_out)
-        stage.best_held_out = loss if is_best else stage.best_held_out
+    def score(self, result: HeldOutResult) -> float | None:
+        """What is least for the best model: the loss, or `train.maximize` with its sign changed.
+
+        None if it is not finite.
+        """
+        metric = self._train.maximize
+        score = result.loss if metric is None else -result.metrics[metric]
+        return score if isfinite(score) else None
+
+    def _compare_with_best(self, stage: StageProgress) -> None:
+        score, best = stage.score, stage.best_held_out
+        is_best = score is not None and (best is None or score < best)
+        stage.best_held_out = score if is_best else best
         stage.evaluations_without_best = 0 if is_best else stage.evaluations_without_best + 1
         patience = self._train.early_stopping_patience
         if patience is not None and stage.evaluations_without_best >= patience:
-            say(f"step {stage.step}: no better held-out loss in {patience} evaluations: early stop")
+            metric = f"held-out {self._train.maximize or 'loss'}"
+            say(f"step {stage.step}: no better {metric} in {patience} evaluations: early stop")
             stage.ended_early = True
 
-    def monitored_loss(self, stage: StageProgress) -> float | None:
-        """The monitored set's loss, if it was evaluated after this very step and is finite."""
-        if self._monitored is None or stage.evaluated_step != stage.step:
-            return None
-        return stage.held_out.get(self._monitored)
+    def measured(self, stage: StageProgress) -> dict[str, Any]:
+        """What a checkpoint records of the watched set; empty if it was not evaluated at its step.
+
+        The names are those of `dtrain.checkpoints.folder`.
+        """
+        if stage.evaluated_step != stage.step or self._watched not in stage.held_out:
+            return {}
+        return self._record(stage.held_out[self._watched], stage.score)
+
+    def measure_last(self, engine: Engine, stage: StageProgress) -> dict[str, Any]:
+        """As `measured`, for the last step: the watched set is evaluated now if it was not."""
+        assert self._watched is not None
+        if record := self.measured(stage):
+            return record
+        result = evaluate(engine, self._sets[self._watched])
+        return self._record(result.loss if isfinite(result.loss) else None, self.score(result))
+
+    def _record(self, loss: float | None, score: float | None) -> dict[str, Any]:
+        assert self._watched is not None
+        watched = {
+            "set": self._watched,
+            "rows": self._sets[self._watched].loader.dataset.fingerprint,
+            "metric": self._train.maximize or "loss",
+        }
+        return {LOSS: loss, SCORE: score, WATCHED: watched}
+
+
+def watched_set(train: Train, sets: Iterable[str]) -> str | None:
+    """The set that decides on early stopping and on the best checkpoint; None without sets."""
+    return train.evaluate_on or next(iter(sets), None)
+
+
+def check_maximized(train: Train, objectives: Mapping[str, Objective]) -> None:
+    """Check that the watched set reports the metric `train.maximize`.
+
+    Args:
+        objectives: of the evaluation sets, by name.
+
+    Raises:
+        UserError: it does not.
+    """
+    name = watched_set(train, objectives)
+    if train.maximize is None or name is None:
+        return
+    objective = objectives[name]
+    known = objective.metrics(dict.fromkeys(objective.metric_sum_names, 0.0), 1.0)
+    if train.maximize not in known:
+        fix = f"use one of {', '.join(known)}" if known else "remove it: the lowest loss is best"
+        message = f"the evaluation set {name} does not report {train.maximize}"
+        raise UserError(message, where="train.maximize", fix=fix)

@@ -17,7 +17,8 @@ class StageProgress:
         ended_early: early stopping has ended the stage.
         evaluated_step: the step after which the held-out sets were last evaluated.
         held_out: the losses of that evaluation; None for one that was not finite.
-        best_held_out: the best loss of the monitored set.
+        score: of the watched set then (`HeldOutEvaluator.score`).
+        best_held_out: the lowest score of the watched set.
         evaluations_without_best: evaluations since then.
         seconds: spent in training steps.
     """
@@ -31,6 +32,7 @@ class StageProgress:
     ended_early: bool = False
     evaluated_step: int = 0
     held_out: dict[str, float | None] = field(default_factory=dict)
+    score: float | None = None
     best_held_out: float | None = None
     evaluations_without_best: int = 0
     seconds: float = 0.0

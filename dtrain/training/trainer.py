@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dtrain.checkpoints.folder import SCORE, WATCHED
+from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.train import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.tensor_utils import memory_metrics
@@ -98,6 +100,24 @@ class Trainer:
         self.checkpointer.wait_for_save()
         return not interrupted
 
+    def use_best(self) -> tuple[Checkpoint, dict[str, Any]]:
+        """Give the engine the weights of the stage's best checkpoint, after `fit`.
+
+        Returns:
+            The checkpoint, and what it was chosen by: `step`, `set`, `metric`, `value`, and the
+            last step's `last_value`.
+        """
+        step = self.progress.step
+        last = self.evaluator.measure_last(self.engine, self.progress)
+        checkpoint, best = self.checkpointer.best(last, step)
+        if checkpoint.step != step:
+            self.engine.load(checkpoint)
+        watched = last[WATCHED]
+        sign = 1 if watched["metric"] == "loss" else -1
+        value, last_value = (x[SCORE] and sign * x[SCORE] for x in (best, last))
+        choice = {"step": checkpoint.step, "value": value, "last_value": last_value}
+        return checkpoint, choice | {key: watched[key] for key in ("set", "metric")}
+
     def train_one_step(self) -> StepResult:
         """Compute a step, count it and log its metrics."""
         progress = self.progress
@@ -135,8 +155,8 @@ class Trainer:
         """Save a checkpoint of this step, in the background; log how long the training waits."""
         with self.callbacks.slow_section(f"saving step {self.progress.step}"):
             started = time.perf_counter()
-            loss = self.evaluator.monitored_loss(self.progress)
-            self.checkpointer.save(self.engine, self.progress, loss)
+            measured = self.evaluator.measured(self.progress)
+            self.checkpointer.save(self.engine, self.progress, measured)
             seconds = self._save_wait + time.perf_counter() - started
             self._save_wait = 0.0
             self.callbacks.log_metrics(self.progress.step, {"seconds": {"save": round(seconds, 4)}})

@@ -14,6 +14,7 @@ from dtrain.checkpoints import (
     newest_complete,
     remove_old_checkpoints,
 )
+from dtrain.checkpoints.folder import best_step
 
 
 def _steps(folder: Path) -> list[int]:
@@ -101,11 +102,19 @@ def test_retention(
     kit: Any, tmp_path: Path, newest: int, best: bool, every: int | None, kept: list[int]
 ) -> None:
     for step, loss in LOSSES.items():
-        kit.save(tmp_path, step, held_out_loss=loss)
+        kit.save(tmp_path, step, score=loss)
     removed = remove_old_checkpoints(tmp_path, newest, best, every)
     assert _steps(tmp_path) == kept
     assert removed == [step for step in LOSSES if step not in kept]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_scores_of_another_set_or_metric_are_not_compared() -> None:
+    pairs, texts = {"set": "pairs", "metric": "accuracy"}, {"set": "texts", "metric": "loss"}
+    states = {1: {"score": -0.9, "watched": pairs}, 2: {"score": 2.5, "watched": texts}}
+    states |= {3: {"score": 3.0, "watched": texts}, 4: {"score": None, "watched": texts}}
+    assert best_step(states) == 2
+    assert best_step({4: states[4], 5: {}}) is None
 
 
 def test_a_broken_checkpoint_does_not_count_as_one_of_the_newest(kit: Any, tmp_path: Path) -> None:

@@ -105,6 +105,29 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["evaluate_every_steps", "evaluation.sets"],
         ),
         (
+            {"output__use": "best", "stages__0__train__evaluate_every_steps": 2},
+            ["output.use", "checkpoint_every_steps", "nothing saves this stage on the way"],
+        ),
+        (
+            {
+                "output__use": "best",
+                "stages__0__train__evaluate_every_steps": 2,
+                "stages__0__train__checkpoint_every_steps": 5,
+            },
+            ["output.use", "the first would be 10", "checkpoint_every_steps=2"],
+        ),
+        (
+            {
+                "evaluation__sets__domain": {
+                    "kind": "dpo",
+                    "calibration": True,
+                    "sources": [PAIRS],
+                },
+            },
+            ["evaluation.sets.domain.kind", "calibration", "dpo has no cross-entropy"],
+        ),
+        ({"stages__0__train__maximize": "accuracy"}, ["train.maximize", "evaluate_every_steps"]),
+        (
             {"stages__0__train__decay_ratio": 0.2},
             ["lr_scheduler", "decay_ratio", "cosine has no decay_ratio", "warmup_stable_decay"],
         ),
