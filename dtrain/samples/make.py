@@ -22,6 +22,7 @@ SAMPLES: dict[str, tuple[str, int]] = {
     "tiny-llama": ("tiny_llama", 1),
     "tiny-text": ("tiny_text", 1),
     "python-docs": ("python_docs", 4),
+    "general": ("general", 1),
 }
 STAMP = "sample.json"
 

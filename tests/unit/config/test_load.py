@@ -230,3 +230,14 @@ def test_problems_survive_pickling(write) -> None:
         load_recipe(write(GOOD), ["seed=x", "name=3"])
     kind, arguments = caught.value.__reduce__()
     assert str(kind(*arguments)) == str(caught.value)
+
+
+def test_a_general_gate_measures_the_shipped_texts(write) -> None:
+    gate = "evaluation={gates: {general: {max_increase: 0.1}}}"
+    recipe = load_recipe(write(GOOD), [gate])
+    assert recipe.evaluation.sets["general"].sources[0].path == "dtrain:general/heldout.jsonl"
+    assert load_recipe(write(dump(recipe))) == recipe
+    own = "evaluation.sets.general={kind: cpt, sources: [{path: mine.txt, format: text}]}"
+    recipe = load_recipe("tiny", ["evaluation.gates={general: {max_increase: 0.1}}", own])
+    assert recipe.evaluation.sets["general"].sources[0].path == "mine.txt"
+    assert list(recipe.evaluation.sets) == ["domain", "task", "general"]

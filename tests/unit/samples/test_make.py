@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 
 from dtrain.core.cache_paths import sample_folder
 from dtrain.core.errors import UserError
-from dtrain.samples import ensure, make
+from dtrain.samples import ensure, general, make, python_docs
 
 
 @pytest.fixture
@@ -69,3 +70,11 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
     assert caught.value.where == "dtrain:smollm-135m"
     with pytest.raises(UserError, match="choose from: smollm2-135m"):
         ensure("???")
+
+
+def test_general_texts_are_not_those_that_samples_train_on(tmp_path: Path) -> None:
+    general.make(tmp_path)
+    lines = (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = {json.loads(line)["text"] for line in lines}
+    trained = {json.loads(line)["text"] for line in python_docs.GENERAL.read_text().splitlines()}
+    assert len(texts) == len(lines) > 40 and not texts & trained
