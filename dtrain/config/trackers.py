@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from dtrain.config.clash import Clash
 
-TrackerKind = Literal["tensorboard", "wandb", "mlflow", "swanlab", "comet"]
+TrackerKind = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ TRACKERS: dict[str, TrackerClient] = {
     "wandb": TrackerClient("wandb", "WANDB_API_KEY, WANDB_ENTITY, WANDB_MODE=offline"),
     "mlflow": TrackerClient("mlflow", "MLFLOW_TRACKING_URI"),
     "swanlab": TrackerClient("swanlab", "SWANLAB_API_KEY, SWANLAB_MODE=offline"),
+    "trackio": TrackerClient("trackio", "TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL"),
     "comet": TrackerClient("comet_ml", "COMET_API_KEY, COMET_WORKSPACE, COMET_START_ONLINE=0"),
 }
 assert tuple(TRACKERS) == get_args(TrackerKind)

@@ -198,11 +198,12 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     """Callbacks of this rank."""
     stage = setup.stage
     context = TrackerContext(setup.recipe, stage, setup.folder, progress.step)
+    trackers = build_trackers(context) if setup.world.is_first else []
     return [
         HangWatchdogCallback(setup.watchdog),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
         divergence_stop(setup),
-        *([AlertWatch(), *build_trackers(context)] if setup.world.is_first else []),
+        *([AlertWatch(trackers), *trackers] if setup.world.is_first else []),
         ProgressBar(f"stage {stage.name}"),
     ]
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dtrain.core.errors import first_line
 from dtrain.core.log import warn
+from dtrain.monitoring.alerts import Alert
 from dtrain.training.callbacks import Callback
 
 QUEUE_RECORDS = 1000
@@ -22,6 +23,9 @@ class TrackerRun(Protocol):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step, whose names have parts joined by "/"."""
+
+    def alert(self, step: int, kind: str, text: str) -> None:
+        """Record that something is wrong, so that a person sees it; a kind comes once."""
 
     def close(self) -> None:
         """Send what is left."""
@@ -37,16 +41,24 @@ class BackgroundTracker(Callback):
 
     def __init__(self, name: str, open_run: Callable[[], TrackerRun]) -> None:
         self._name, self._open_run = name, open_run
-        self._queue: Queue[tuple[int, dict[str, float]] | None] = Queue(QUEUE_RECORDS)
+        self._queue: Queue[Callable[[TrackerRun], None] | None] = Queue(QUEUE_RECORDS)
         self._is_over = False
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        numbers = flat_numbers(metrics)
+        self._send(lambda run: run.log(step, numbers))
+
+    def log_alert(self, alert: Alert) -> None:
+        text = f"step {alert.step}: {alert.evidence}; {alert.advice}"
+        self._send(lambda run: run.alert(alert.step, alert.kind, text))
+
+    def _send(self, record: Callable[[TrackerRun], None]) -> None:
         if self._is_over:
             return
         try:
-            self._queue.put_nowait((step, flat_numbers(metrics)))
+            self._queue.put_nowait(record)
         except Full:
             self._give_up("does not answer")
 
@@ -61,7 +73,7 @@ class BackgroundTracker(Callback):
         try:
             run = self._open_run()
             while (record := self._queue.get()) is not None:
-                run.log(*record)
+                record(run)
             run.close()
         except (Exception, SystemExit) as error:  # of a client, which may be anything
             reason = first_line(error)

@@ -26,7 +26,7 @@ from dtrain.config.schema import Stage
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
 from dtrain.distributed.hang_watchdog import HangWatchdog
-from dtrain.monitoring.alerts import WINDOW, find_alerts
+from dtrain.monitoring.alerts import WINDOW, Alert, find_alerts
 from dtrain.training.progress import StageProgress
 
 # A loss above this many times its start, plus the margin (nats), has diverged.
@@ -58,6 +58,9 @@ class Callback:
             metrics: of a step the keys of `Trainer.step_metrics`; of an evaluation the losses of
                 the held-out sets. JSON can represent all values except NaN and infinity.
         """
+
+    def log_alert(self, alert: Alert) -> None:
+        """A problem in the stage's curves, once for each kind."""
 
     def post_step(self, stage: StageProgress) -> None:
         """After the step is counted and its metrics are logged, before evaluation and save."""
@@ -244,9 +247,10 @@ class DivergenceStop(Callback):
 
 
 class AlertWatch(Callback):
-    """Warns once of each kind of alert that a stage's metrics show."""
+    """Warns once of each kind of alert that a stage's metrics show, here and in trackers."""
 
-    def __init__(self) -> None:
+    def __init__(self, trackers: Sequence[Callback]) -> None:
+        self._trackers = trackers
         self._start: list[dict[str, Any]] = []
         self._recent: deque[dict[str, Any]] = deque(maxlen=ALERT_STEPS)
         self._warned: set[str] = set()
@@ -260,3 +264,5 @@ class AlertWatch(Callback):
             if alert.kind not in self._warned:
                 self._warned.add(alert.kind)
                 warn(str(alert))
+                for tracker in self._trackers:
+                    tracker.log_alert(alert)

@@ -16,6 +16,7 @@ BEST = [
     "output.keep_checkpoints=1",
     "stages.domain.train.steps=6",
     "stages.domain.train.learning_rate=0.3",  # the longer, the worse for the questions
+    "stages.domain.train.on_divergence=warn",
     "stages.domain.train.evaluate_every_steps=2",
     "stages.domain.train.checkpoint_every_steps=2",
     "stages.domain.train.evaluate_on=task",

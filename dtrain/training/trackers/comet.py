@@ -33,6 +33,9 @@ class CometRun:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._experiment.log_metrics(metrics, step=step)
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        self._experiment.log_other(f"alert: {kind}", text)
+
     def close(self) -> None:
         self._experiment.end()
 

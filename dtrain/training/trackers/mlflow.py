@@ -30,6 +30,9 @@ class MlflowRun:
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(n, v, now, step) for n, v in metrics.items()])
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        self._client.set_tag(self._id, f"alert.{kind}", text)
+
     def close(self) -> None:
         self._client.set_terminated(self._id)
 

@@ -26,6 +26,9 @@ class SwanLabRun:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        self._run.log({f"alert/{kind}": swanlab.Text(text)}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 

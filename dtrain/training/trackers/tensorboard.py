@@ -24,6 +24,9 @@ class TensorBoardRun:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        self._writer.add_text(f"alert/{kind}", text, step)
+
     def close(self) -> None:
         self._writer.close()
 

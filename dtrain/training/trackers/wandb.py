@@ -27,6 +27,9 @@ class WandbRun:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
 
+    def alert(self, step: int, kind: str, text: str) -> None:
+        self._run.alert(title=f"{kind} ({self._run.name})", text=text)
+
     def close(self) -> None:
         self._run.finish()
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +20,21 @@ import pytest
 from dtrain.config.load import load_recipe
 from dtrain.config.trackers import TRACKERS
 from dtrain.core.errors import UserErrors
-from dtrain.core.run_dir import StageDir
 from dtrain.training import background_tracker
 from dtrain.training.background_tracker import BackgroundTracker, flat_numbers
-from dtrain.training.trackers import TrackerContext, build_trackers
 
 BLOCK_BYTES = 1 << 15
 METRICS = {"loss": 2.5, "seconds": {"data": 0.25}, "skipped": "text", "norm": float("nan")}
 
 
+@dataclass
 class Values:
-    """What a tracker has: value of each step, the ids of its runs, and all text of its files."""
+    """What a tracker has: value of each step, the ids of its runs, the settings, the alerts."""
 
-    def __init__(self, steps: dict[int, float], ids: set[str], text: str) -> None:
-        self.steps, self.ids, self.text = steps, ids, text
+    steps: dict[int, float]
+    ids: set[str]
+    text: str
+    alerts: str
 
 
 def read_tensorboard(stage: Path) -> Values:
@@ -36,8 +42,12 @@ def read_tensorboard(stage: Path) -> Values:
 
     events = EventAccumulator(str(stage / "tensorboard")).Reload()
     steps = {event.step: event.value for event in events.Scalars("seconds/data")}
-    text = str(events.Tensors("recipe/text_summary")[0].tensor_proto.string_val)
-    return Values(steps, {"tensorboard"}, text)
+    tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("alert/")]
+    recipe, *alerts = (
+        str(events.Tensors(tag)[0].tensor_proto.string_val)
+        for tag in ("recipe/text_summary", *tags)
+    )
+    return Values(steps, {"tensorboard"}, recipe, f"{tags} {alerts}")
 
 
 def log_records(path: Path) -> Iterator[bytes]:
@@ -61,18 +71,20 @@ def read_wandb(stage: Path) -> Values:
 
     wandb.teardown()  # it writes the end of its files, as at the end of a process
     steps: dict[int, float] = {}
-    ids, text = set(), ""
+    ids, text, alerts = set(), "", ""
     for path in sorted(stage.glob("wandb*/offline-run-*/run-*.wandb")):
         for data in log_records(path):
             record = wandb_internal_pb2.Record.FromString(data)
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 text += str(record.run.config)
+            if record.HasField("alert"):
+                alerts += f"{record.alert.title}: {record.alert.text}"
             items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
             if "seconds/data" in items:
                 value = json.loads(items["seconds/data"].value_json)
                 steps[int(items["_step"].value_json)] = value
-    return Values(steps, ids, text)
+    return Values(steps, ids, text, alerts)
 
 
 def read_mlflow(stage: Path) -> Values:
@@ -82,24 +94,25 @@ def read_mlflow(stage: Path) -> Values:
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     history = client.get_metric_history(runs[0].info.run_id, "seconds/data")
     text = "".join(path.read_text() for path in stage.parents[1].rglob("recipe.json"))
-    return Values(
-        {entry.step: entry.value for entry in history}, {r.info.run_id for r in runs}, text
-    )
+    steps = {entry.step: entry.value for entry in history}
+    return Values(steps, {r.info.run_id for r in runs}, text, str(runs[0].data.tags))
 
 
 def read_swanlab(stage: Path) -> Values:
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 
     steps: dict[int, float] = {}
-    ids = set()
+    ids, alerts = set(), ""
     for path in sorted(stage.rglob("run-*.swanlab")):
         ids.add(path.stem)
         for data in log_records(path):
             record = Record.FromString(data)
             if record.scalar.key == "seconds/data":
                 steps[record.scalar.step] = record.scalar.value.number
+            alerts += str(record) if "loss spike" in str(record) else ""
+    alerts += "".join(path.read_text() for path in stage.rglob("*.txt"))
     text = "".join(path.read_text() for path in stage.rglob("config.yaml"))
-    return Values(steps, ids, text)
+    return Values(steps, ids, text, alerts)
 
 
 def read_comet(stage: Path) -> Values:
@@ -107,6 +120,8 @@ def read_comet(stage: Path) -> Values:
     ids, text = set(), ""
     for path in sorted(stage.glob("comet/*.zip")):
         archive = zipfile.ZipFile(path)
+        if not archive.namelist():  # of the killed attempt
+            continue
         ids.add(json.loads(archive.read("experiment.json"))["offline_id"])
         for line in archive.read("messages.json").decode().splitlines():
             message = json.loads(line)["payload"]
@@ -114,7 +129,18 @@ def read_comet(stage: Path) -> Values:
             metric = message.get("metric") or {}
             if metric.get("metricName") == "seconds/data":
                 steps[metric["step"]] = float(metric["metricValue"])
-    return Values(steps, ids, text)
+    return Values(steps, ids, text, text)
+
+
+def read_trackio(stage: Path) -> Values:
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = list(trackio.Api().runs("tiny"))
+    logs = SQLiteStorage.get_logs("tiny", runs[0].name, run_id=runs[0].id)
+    steps = {log["step"]: log["seconds/data"] for log in logs if "seconds/data" in log}
+    alerts = str(runs[0].alerts())
+    return Values(steps, {run.id for run in runs}, str(runs[0].config), alerts)
 
 
 OFFLINE = {
@@ -129,41 +155,57 @@ READERS = {
     "mlflow": read_mlflow,
     "swanlab": read_swanlab,
     "comet": read_comet,
+    "trackio": read_trackio,
 }
+# The others' clients keep the last records in memory: wandb a block of its offline file, swanlab
+# and trackio those of a second, comet all of its offline archive.
+WRITES_AT_ONCE = ("tensorboard", "mlflow")
 
 
-def attempt(folder: Path, kind: str, resume_step: int, steps: list[int]) -> None:
-    """Log some steps as an attempt does."""
-    overrides = [f"monitoring.report_to=[{kind}]", f"output.folder={folder}"]
-    recipe = load_recipe("tiny", overrides)
-    stage = StageDir(folder / "domain")
-    trackers = build_trackers(TrackerContext(recipe, recipe.stages[0], stage, resume_step))
-    for step in steps:
-        for tracker in trackers:
-            tracker.log_metrics(step, METRICS | {"seconds": {"data": 0.25 * step}})
-    for tracker in trackers:
-        tracker.close()
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run for each installed tracker, of two attempts, and what they printed."""
+    folder = tmp_path_factory.mktemp("trackers")
+    script = Path(__file__).with_name("tracker_attempts.py")
+    kinds = [kind for kind, client in TRACKERS.items() if find_spec(client.module)]
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *kinds],
+        env=os.environ | environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "gets no more metrics" not in output, output
+    return folder, done.stdout
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Where the clients write, without a network."""
+    return OFFLINE | {
+        "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns",
+        "TRACKIO_DIR": str(folder / "trackio-data"),
+    }
 
 
 @pytest.mark.parametrize("kind", TRACKERS)
-def test_tracker_has_every_step_in_one_run(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+def test_a_killed_and_resumed_stage_is_one_run(
+    kind: str, attempts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(TRACKERS[kind].module)
-    for name, value in OFFLINE.items():
+    folder, printed = attempts
+    for name, value in environment(folder).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
-    stage = tmp_path / "run" / "domain"
-    stage.mkdir(parents=True)
-    attempt(tmp_path / "run", kind, 0, [1, 2])
-    if (stage / "wandb").exists():  # its files have names by the second
-        (stage / "wandb").rename(stage / "wandb-first")
-    attempt(tmp_path / "run", kind, 1, [2, 3])  # it was killed after the checkpoint of step 1
-    assert "gets no more metrics" not in "".join(capfd.readouterr())
-    values = READERS[kind](stage)
-    assert values.steps == {1: 0.25, 2: 0.5, 3: 0.75}
+    pytest.importorskip(TRACKERS[kind].module)
+    head = f"ids {kind} "
+    ids = [x.removeprefix(head) for x in printed.splitlines() if x.startswith(head)]
+    assert len(ids) == 2 and ids[0] == ids[1], "the killed attempt started the run"
+    values = READERS[kind](folder / kind / "domain")
     assert len(values.ids) == 1
+    lost = values.steps.keys() ^ {1, 2, 3}
+    assert all(value == 0.25 * step for step, value in values.steps.items())
+    assert not lost if kind in WRITES_AT_ONCE else lost <= {1}
     assert "learning_rate" in values.text
+    assert "loss spike" in values.alerts and "check the rows" in values.alerts
 
 
 def test_a_missing_client_is_refused_with_the_command_that_installs_it(monkeypatch) -> None:
