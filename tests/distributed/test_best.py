@@ -20,9 +20,9 @@ BEST = [
     "stages.domain.train.evaluate_every_steps=2",
     "stages.domain.train.checkpoint_every_steps=2",
     "stages.domain.train.evaluate_on=task",
-    "stages.task.train.steps=4",
+    "stages.task.train.steps=2",
     "stages.task.train.evaluate_every_steps=1",
-    "stages.task.train.checkpoint_every_steps=2",
+    "stages.task.train.checkpoint_every_steps=1",
 ]
 
 
@@ -60,18 +60,3 @@ def test_the_best_checkpoint_is_the_model(start_ranks, weights, engine) -> None:
     # The same run with the last checkpoints is another model, and says so.
     refused = start_ranks(*settings, "output.use=last").wait(2)
     assert "output.use: 'best' in the checkpoint, 'last' now" in refused.output
-
-
-def test_a_damaged_best_checkpoint_is_passed_over(start_ranks) -> None:
-    settings = ["engine.kind=ddp", *BEST, "stages.domain.train.max_grad_norm=0.5"]
-    run = start_ranks(*settings, "output.use=last", ranks=1).wait(0)
-    steps = {r["step"]: r["held_out"]["task"] for r in run.records("domain") if "held_out" in r}
-    best = min(steps, key=steps.__getitem__)
-    shard = run.folder / f"domain/checkpoints/step-{best:06d}/rank-00000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    (run.folder / "task").rename(run.folder.parent / "task of the last checkpoint")
-    allow = ["--allow-change", "output.use", "--allow-change", "output.watched"]
-    again = start_ranks(*settings, ranks=1, options=allow).wait(0)
-    assert f"step {best} is better, but cannot be used" in again.output

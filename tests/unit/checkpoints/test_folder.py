@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from dtrain.checkpoints import (
     remove_old_checkpoints,
 )
 from dtrain.checkpoints.folder import best_step
+from dtrain.config.schema import Output
+from dtrain.training.checkpointer import Checkpointer
 
 
 def _steps(folder: Path) -> list[int]:
@@ -115,6 +118,30 @@ def test_scores_of_another_set_or_metric_are_not_compared() -> None:
     states |= {3: {"score": 3.0, "watched": texts}, 4: {"score": None, "watched": texts}}
     assert best_step(states) == 2
     assert best_step({4: states[4], 5: {}}) is None
+
+
+def test_a_damaged_best_checkpoint_is_passed_over(kit: Any, tmp_path: Path, capfd: Any) -> None:
+    alone: Any = SimpleNamespace(
+        rank=0, size=1, is_first=True, broadcast_text=str, sum=lambda values: values
+    )
+    output = Output(folder=str(tmp_path))
+    checkpointer = Checkpointer(
+        tmp_path, alone, inputs={}, dtype="float32", every_steps=1, output=output
+    )
+    for step, score in ((1, 2.0), (2, 1.0), (3, None)):
+        kit.save(tmp_path, step, score=score)
+    last = {"score": 3.0, "held_out_loss": 3.0}
+    checkpoint, measured = checkpointer.best(last, 3)
+    assert (checkpoint.step, measured["score"]) == (2, 1.0)
+    shard = tmp_path / "step-000002/rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    checkpoint, measured = checkpointer.best(last, 3)
+    assert (checkpoint.step, measured["score"]) == (1, 2.0)
+    assert "step 2 is better, but cannot be used" in "".join(capfd.readouterr())
+    checkpoint, measured = checkpointer.best({"score": 1.5}, 3)
+    assert (checkpoint.step, measured["score"]) == (3, 1.5)
 
 
 def test_a_broken_checkpoint_does_not_count_as_one_of_the_newest(kit: Any, tmp_path: Path) -> None:

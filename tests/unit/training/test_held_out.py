@@ -33,7 +33,7 @@ def test_the_highest_metric_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = SimpleNamespace(fingerprint="f")
     sets: Any = {"pairs": SimpleNamespace(loader=SimpleNamespace(dataset=dataset))}
     evaluator, stage = HeldOutEvaluator(sets, train), StageProgress()
-    records, engine = [], SimpleNamespace()
+    records, engine = [], SimpleNamespace(stage=SimpleNamespace(name="pairs"))
     for step in range(1, 5):
         stage.step = step
         evaluator.evaluate(engine, stage)  # type: ignore[arg-type]
