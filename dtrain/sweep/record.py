@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -81,13 +81,13 @@ class SeedRun(_Record):
         job: id of its Slurm job.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^(trials|shared)/[a-z0-9-]+$")]
     seed: int
     state: Literal["waiting", "running", "stopping", "pruned", "complete", "failed"] = "waiting"
     value: float | None = None
     status: int = 0
     reason: str = ""
-    job: str = ""
+    job: Annotated[str, Field(pattern=r"^[0-9_]*$")] = ""
     seconds: float = 0.0
     gpu_hours: float = 0.0
 
