@@ -70,13 +70,13 @@ class Evaluations:
         group = settings.model_dump(mode="json")
         return fingerprint([rows, group | {"teacher": self.teachers.fingerprint(settings.teacher)}])
 
-    def adopt(self, other: Path, stages: Sequence[str]) -> None:
+    def adopt(self, path: Path, stages: Sequence[str]) -> None:
         """Take over what another run measured of the base and of stages that are reused from it.
 
         Args:
-            other: its evaluation.json; other sets or rows are not comparable, and are ignored.
+            path: its evaluation.json; other sets or rows are not comparable, and are ignored.
         """
-        known = read_json(other) if stages and other.exists() else {}
+        known = read_json(path) if stages and path.exists() else {}
         if self.known["models"] or known.get("sets") != self.known["sets"]:
             return
         kept = [model for model in known["models"] if model in (BASE, *stages)]

@@ -17,12 +17,12 @@ from dtrain.pipeline.stage_record import StageRecord
 
 
 def reuse_stages(
-    recipe: Recipe, other: RunDir, folders: dict[str, StageRecord], world: World
+    recipe: Recipe, source: RunDir, folders: dict[str, StageRecord], world: World
 ) -> list[str]:
     """Link the stages that another run has finished and this one has not started.
 
     Args:
-        other: the run of `output.reuse`.
+        source: the run of `output.reuse`.
         folders: this run's stages, by name.
 
     Returns:
@@ -30,21 +30,21 @@ def reuse_stages(
     """
     if world.is_first:
         for stage in recipe.stages:
-            _reuse(folders[stage.name], other, recipe.merges(stage))
+            _reuse(folders[stage.name], source, recipe.merges(stage))
     world.barrier()
     return [name for name, folder in folders.items() if folder.path.is_symlink()]
 
 
-def _reuse(folder: StageRecord, other: RunDir, needs_merged: bool) -> None:
+def _reuse(folder: StageRecord, source: RunDir, needs_merged: bool) -> None:
     name = folder.path.name
     if folder.path.is_symlink() and not folder.is_complete():
         warn(f"stage {name}: {folder.path.readlink()} is not the stage that was reused any more")
         folder.path.unlink()
     if folder.path.exists():
         return
-    finished = StageRecord(other.stage(name).path, folder.inputs)
+    finished = StageRecord(source.stage(name).path, folder.inputs)
     if reason := _mismatch(finished, needs_merged):
-        say(f"stage {name}: not reused from {other.path}: {reason}")
+        say(f"stage {name}: not reused from {source.path}: {reason}")
         return
     target = os.path.relpath(finished.path.resolve(), folder.path.parent.resolve())
     folder.path.symlink_to(target, target_is_directory=True)

@@ -52,8 +52,8 @@ def run_chain(
     started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
     if recipe.output.reuse is not None:
-        other = RunDir(Path(recipe.output.reuse))
-        evaluations.adopt(other.evaluation, reuse_stages(recipe, other, folders, world))
+        finished = RunDir(Path(recipe.output.reuse))
+        evaluations.adopt(finished.evaluation, reuse_stages(recipe, finished, folders, world))
     done = complete_stages(recipe, folders, world)
     for stage, folder in zip(recipe.stages, folders.values(), strict=True):
         parent = recipe.parent_of(stage)

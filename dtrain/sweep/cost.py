@@ -100,24 +100,24 @@ def _cost_items(
     gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     yield ("each run on", f"{gpus}: {verdict}")
     skipped = {stage.name for stage in recipes.shared}
-    one = _hours(plans, skipped)
+    per_run = _hours(plans, skipped)
     shared = Estimate(0.0, 0.0, 0.0)
     if recipes.shared:
         seed = recipes.base.seed
         prefix = recipes.shared_run(SeedRun(name=shared_name(seed), seed=seed))
         hours = _hours([make_plan(prefix, cluster)], set())
-        one, shared = (one, hours.times(sweep.seeds)) if hours else (None, shared)
-    if one is None:
+        per_run, shared = (per_run, hours.times(sweep.seeds)) if hours else (None, shared)
+    if per_run is None:
         yield ("time", "not known: the data are not on this machine; dtrain data prepare")
         return
-    whole = _added(one.times(runs), shared)
-    yield ("a run", _range(one))
+    whole = _added(per_run.times(runs), shared)
+    yield ("a run", _range(per_run))
     if recipes.shared:
         yield ("shared stages", _range(shared))
     on_gpus = whole.times(cluster.ranks)
     yield ("GPU-hours", f"{most}{on_gpus.middle:.3g} ({on_gpus.low:.3g} to {on_gpus.high:.3g})")
     at_once = min(sweep.at_once, runs)
-    yield ("wall time", most + _range(_added(one.times(runs / at_once), shared)))
+    yield ("wall time", most + _range(_added(per_run.times(runs / at_once), shared)))
     if price is not None:
         low, middle, high = (x * price for x in (on_gpus.low, on_gpus.middle, on_gpus.high))
         yield (
@@ -143,8 +143,8 @@ def _hours(plans: Sequence[RecipePlan], skipped: set[str]) -> Estimate | None:
     return Estimate(*(mean(column) for column in zip(*totals, strict=True)))
 
 
-def _added(one: Estimate, other: Estimate) -> Estimate:
-    return Estimate(one.low + other.low, one.middle + other.middle, one.high + other.high)
+def _added(a: Estimate, b: Estimate) -> Estimate:
+    return Estimate(a.low + b.low, a.middle + b.middle, a.high + b.high)
 
 
 def _range(hours: Estimate) -> str:

@@ -245,7 +245,7 @@ class Driver:
             self.runs.stop(run)
 
     def _report(self, trial: Trial) -> None:
-        ended = sum(other.has_ended for other in self.record.trials)
+        ended = sum(each.has_ended for each in self.record.trials)
         texts = {
             "complete": f"loss {trial.value:.4f}" if trial.value is not None else "",
             "pruned": f"pruned at step {trial.points[-1][0]}" if trial.points else "pruned",

@@ -86,8 +86,8 @@ class _Scale:
             middle = (values.low * values.high) ** 0.5
         else:
             middle = (values.low + values.high) / 2
-        marks = {values.low, values.high} | (set() if values.scale == "int" else {middle})
-        return [(self.height(value), f"{value:.4g}") for value in sorted(marks)]
+        labeled = {values.low, values.high} | (set() if values.scale == "int" else {middle})
+        return [(self.height(value), f"{value:.4g}") for value in sorted(labeled)]
 
 
 def _rank(trial: Trial, losses: list[float]) -> float | None:

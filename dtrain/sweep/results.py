@@ -35,7 +35,7 @@ def short_names(keys: Sequence[str]) -> list[str]:
         words = key.split(".")
         for count in range(1, len(words) + 1):
             name = ".".join(words[-count:])
-            if sum(f".{other}".endswith(f".{name}") for other in keys) == 1:
+            if sum(f".{each}".endswith(f".{name}") for each in keys) == 1:
                 break
         names.append(name)
     return names

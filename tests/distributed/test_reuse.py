@@ -14,10 +14,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_a_finished_stage_is_reused_by_identity(start_ranks, tmp_path: Path) -> None:
-    first = start_ranks(ranks=1, folder="first").wait(0)
+    first = start_ranks(folder="first").wait(0)
     reuse = f"output.reuse={first.folder}"
-    alone = start_ranks(RATE, ranks=1, folder="alone").wait(0)
-    second = start_ranks(RATE, reuse, ranks=1, folder="second").wait(0)
+    alone = start_ranks(RATE, folder="alone").wait(0)
+    second = start_ranks(RATE, reuse, folder="second").wait(0)
     assert (second.folder / "domain").resolve() == first.folder / "domain"
     assert "stage domain: reused from" in second.output
     assert "stage task: not reused" in second.output and "train.learning_rate" in second.output
@@ -35,7 +35,7 @@ def test_a_finished_stage_is_reused_by_identity(start_ranks, tmp_path: Path) -> 
     model = next((first.folder / "domain/merged").glob("*.safetensors"))
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     before = contents(first.folder / "domain")
-    third = start_ranks(RATE, reuse, ranks=1, folder="third").wait(0)
+    third = start_ranks(RATE, reuse, folder="third").wait(0)
     assert "is not what was written" in third.output
     assert not (third.folder / "domain").is_symlink() and third.losses() == alone.losses()
     assert contents(first.folder / "domain") == before
