@@ -21,6 +21,10 @@ plots: Any = LazyModule("dtrain.monitoring.plots")
 TEMPLATE = Path(__file__).with_name("compare.html.jinja")
 STYLE = Path(__file__).with_name("report.css")
 MISSING = "—"
+ROWS_ONLY = (
+    "± is the standard error over the held-out rows; another seed may change a loss by more: give "
+    "several runs of each, with different seeds"
+)
 UNCOMPARED = ("name", "output.folder", "output.reuse")  # they differ between any two runs
 
 
@@ -42,7 +46,7 @@ class Comparison:
     """Runs side by side; the differences are from the first.
 
     Attributes:
-        verdicts: sentences on whether runs with several seeds differ by more than chance.
+        verdicts: sentences on whether the differences are more than chance.
     """
 
     names: list[str]
@@ -55,18 +59,19 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     """Read runs and compare them."""
     records = [read_run(folder) for folder in folders]
     names = _unique_names(records)
-    groups = seed_groups(records, names)
+    groups, losses = seed_groups(records, names), list(_loss_rows(records))
     tables = [
         Table(["mean over seeds", *group_head(groups)], list(group_rows(groups))),
-        Table(["held-out loss", *names], list(_loss_rows(records))),
+        Table(["held-out loss", *names], losses),
         Table(["held-out metric", *names], list(_metric_rows(records))),
         Table(["score", *names], list(_score_rows(records))),
         Table(["speed and memory", *names], list(_figure_rows(records))),
         Table(["key that differs", *names], list(_key_rows(records))),
     ]
-    return Comparison(
-        names, records, [table for table in tables if table.rows], [*verdicts(groups)]
-    )
+    sentences = list(verdicts(groups))
+    if not groups and any("±" in cell for row in losses for cell in row):
+        sentences.append(ROWS_ONLY)
+    return Comparison(names, records, [table for table in tables if table.rows], sentences)
 
 
 def comparison_text(comparison: Comparison) -> str:

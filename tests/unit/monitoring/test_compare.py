@@ -56,6 +56,7 @@ def test_differences_are_named_with_their_uncertainty(tmp_path: Path) -> None:
     assert clear.startswith("1.800 (-0.200 ± 0.0") and "noise" not in clear
     assert noisy.startswith("1.975 (-0.025 ± 0.") and noisy.endswith(", noise)")
     assert other == "2.100 (other rows)"
+    assert "another seed may change a loss by more" in comparison_text(comparison)
     assert metrics.rows == [["prose accuracy", "0.330", "0.410", "0.330", "0.330"]]
     assert ["task, time", *["1 min 15 s"] * 4] in figures.rows
     assert keys.rows == [["stages.task.method.r", "8", "16", "8", "8"]]
