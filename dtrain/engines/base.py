@@ -28,7 +28,7 @@ from dtrain.core.log import progress
 from dtrain.distributed.collective_timer import CollectiveTimer
 from dtrain.distributed.world import World
 from dtrain.engines.optimizers import (
-    average,
+    result_weight,
     set_learning_rate,
     set_update_count,
     set_updates_done,
@@ -120,7 +120,7 @@ class Engine(ABC):
         optimizer, weights = self.updated
         training = [weight.detach().clone() for weight in weights]
         for weight in weights:
-            weight.data.copy_(average(weight.detach(), optimizer.state[weight]["z"]))
+            weight.data.copy_(result_weight(optimizer, weight))
         self.on_weights_changed()
         yield  # after an error the run ends: restoring would wait for other ranks
         for weight, value in zip(weights, training, strict=True):

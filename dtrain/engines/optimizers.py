@@ -158,6 +158,11 @@ def average(training_weight: Tensor, z: Tensor) -> Tensor:
     return training_weight.lerp(z, 1 - 1 / BETA1)
 
 
+def result_weight(optimizer: Optimizer, parameter: Tensor) -> Tensor:
+    """The average of a parameter's weights; those that it has if it never had a gradient."""
+    return average(parameter.detach(), _initialized_state(optimizer, parameter)["z"])
+
+
 def with_average(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a checkpoint in which the weight is the average, if the optimizer has one.
 

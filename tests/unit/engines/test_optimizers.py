@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.schema import Stage
 from dtrain.engines.optimizers import (
-    average,
     build_optimizer,
+    result_weight,
     set_learning_rate,
     set_updates_done,
 )
@@ -93,7 +93,7 @@ def test_schedule_free_is_that_of_its_library_however_often_a_step_calls_it() ->
         optimizer.param_groups = groups
         square_sum += rate**2
         library.step()
-    results = [average(p.detach(), optimizer.state[p]["z"]) for p in ours]
+    results = [result_weight(optimizer, p) for p in ours]
     torch.testing.assert_close(ours, theirs)
     library.eval()
     torch.testing.assert_close(results, [p.detach() for p in theirs])
