@@ -42,22 +42,24 @@ class VeraMethod(AdapterMethod[Vera]):
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
         adapted = super().attach(model, seed=seed, device=device)
-        tuner = _tuner(adapted)
-        inputs, outputs = tuner.vera_A[ADAPTER].shape[1], tuner.vera_B[ADAPTER].shape[0]
-        # PEFT's are on the base's device, which may be meta, and in the base's dtype.
-        drawn = projections(self.settings.projection_seed, self.settings.r, inputs, outputs)
-        for name, tensor in zip(PROJECTIONS, drawn, strict=True):
-            shared = getattr(tuner, name)
-            shared[ADAPTER] = tensor.to(device or shared[ADAPTER].device)
+        for shared, drawn in zip(_shared(adapted), self._draw(adapted), strict=True):
+            # In the compute dtype: of a wider one autocast would make, and keep, a copy a layer.
+            shared[ADAPTER] = drawn.to(device or shared[ADAPTER].device, model.dtype)
         return adapted
 
+    def _draw(self, adapted: nn.Module) -> tuple[Tensor, Tensor]:
+        """A and B, float32 on the CPU; PEFT's may be on the meta device."""
+        a, b = (shared[ADAPTER] for shared in _shared(adapted))
+        return projections(self.settings.projection_seed, self.settings.r, a.shape[1], b.shape[0])
+
     def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tuner = _tuner(model)
-        shared = {f"base_model.{name}": getattr(tuner, name)[ADAPTER] for name in PROJECTIONS}
-        return super().saved_tensors(model, tensors) | shared
+        names = (f"base_model.{name}" for name in PROJECTIONS)
+        return super().saved_tensors(model, tensors) | dict(
+            zip(names, self._draw(model), strict=True)
+        )
 
 
-def _tuner(model: nn.Module) -> Any:
-    """PEFT's VeraModel, which has the shared matrices."""
+def _shared(model: nn.Module) -> list[Any]:
+    """What holds A and B in PEFT's VeraModel, by the adapter's name."""
     assert isinstance(model, PeftModel)
-    return model.base_model
+    return [getattr(model.base_model, name) for name in PROJECTIONS]

@@ -111,6 +111,8 @@ def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
         return casts + e * shape.mlp
     linears = shape.linears if workload.traits.trains_base else workload.adapted
     linears = tuple(x for x in linears if x.name != "lm_head")
+    if not workload.method.saves_inputs:
+        return float(workload.method.has_dropout * sum(x.inputs for x in linears))
     if _adapters_copy_inputs(workload):
         return sum((e + workload.method.has_dropout) * x.inputs for x in linears)
     unshared = ("self_attn.o_proj", "mlp.down_proj")

@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from dtrain.config.engines import engines_with
-from dtrain.config.schema import Recipe
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.planning.workload import Workload
 
@@ -67,12 +67,19 @@ class SimulatedStep:
 def progress_units(workload: Workload) -> int:
     """Units of progress that `simulate_step` reports: building, and each phase of two steps."""
     micro_batches = min(workload.accumulation, MAX_MICRO_BATCHES)
-    return len(simulated_layers(workload.shape.layers)) * (5 + 2 * micro_batches)
+    return len(simulated_layers(workload)) * (5 + 2 * micro_batches)
 
 
-def simulated_layers(depth: int) -> tuple[int, ...]:
-    """Numbers of layers to simulate; a shallow model is simulated as it is."""
-    return LAYERS if depth > LAYERS[-1] else (depth,)
+def simulated_layers(workload: Workload) -> tuple[int, ...]:
+    """Numbers of layers to simulate; a shallow model is simulated as it is.
+
+    Where only the last layers train, as many train in each simulation, below which others differ in
+    number.
+    """
+    depth, trained = workload.shape.layers, workload.trained_layers
+    more = trained - 1 if 0 < trained < depth else 0
+    layers = tuple(count + more for count in LAYERS)
+    return layers if depth > layers[-1] else (depth,)
 
 
 def simulate_step(
@@ -94,16 +101,17 @@ def simulate_step(
         UserError: torch is missing, the engine or the number of ranks cannot be simulated, or
             memory does not grow evenly with the layers.
     """
-    _check_can_simulate(recipe, workload)
+    stage = next(stage for stage in recipe.stages if stage.name == name)
+    _check_can_simulate(recipe, stage, workload)
     depth = workload.shape.layers
-    layers = simulated_layers(depth)
+    layers = simulated_layers(workload)
     request = _build_request(recipe, name, workload)
     request["configs"] = [with_layers(config, count) for count in layers]
     peaks = list(_run_child(request, report_progress))
     return SimulatedStep(extrapolate_peak(peaks, layers, depth), layers)
 
 
-def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
+def _check_can_simulate(recipe: Recipe, stage: Stage, workload: Workload) -> None:
     if find_spec("torch") is None:
         raise UserError(
             "--exact simulates a step with torch, which is not installed here",
@@ -121,15 +129,16 @@ def _check_can_simulate(recipe: Recipe, workload: Workload) -> None:
             where="--exact",
             fix=f"{NO_SIMULATION}, or determinism=off",
         )
-    if workload.traits.trains_base and not workload.method.trains_outer:
+    if workload.distills and stage.distill is None:
         raise UserError(
-            "--exact simulates models of which all layers are alike, and here only the last train",
+            "--exact does not simulate a term against forgetting that compares with the base",
             where="--exact",
             fix=NO_SIMULATION,
         )
-    if workload.distills:
+    if workload.teacher is not None or workload.stores_teacher:
         raise UserError(
-            "--exact does not simulate the divergence from another model",
+            "--exact simulates one model, which can be its own teacher; this teacher is another "
+            "model, or was stored",
             where="--exact",
             fix=NO_SIMULATION,
         )

@@ -137,6 +137,11 @@ class MethodSettings(Group):
         return False
 
     @property
+    def saves_inputs(self) -> bool:
+        """Whether an adapted layer saves its input for the backward pass."""
+        return True
+
+    @property
     def saves_outputs(self) -> bool:
         """Whether an adapted layer saves its output for the backward pass."""
         return False

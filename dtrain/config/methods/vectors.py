@@ -84,6 +84,10 @@ class Vera(LowRankSettings):
             "save_projection": True,
         }
 
+    @property
+    def saves_inputs(self) -> bool:
+        return False  # A, which it is multiplied with, is frozen
+
     def shapes(self, layer: str, outputs: int, inputs: int) -> Shapes:
         """The vectors b and d."""
         return (outputs, 1), (self.r, 1)

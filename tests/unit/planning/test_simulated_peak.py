@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dtrain.config.load import load_recipe
+from dtrain.config.methods import Full
+from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import simulated_peak
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.simulated_peak import (
@@ -17,7 +22,7 @@ from dtrain.planning.simulated_peak import (
     simulated_layers,
     with_layers,
 )
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster, Workload, build_workload
 
 
 def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedPeak]:
@@ -54,18 +59,46 @@ def test_a_config_with_fewer_layers_has_shorter_lists() -> None:
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
     cut_config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "a"], "eos_token_id": [1, 2]}
     assert with_layers(config, 3) == cut_config
-    assert simulated_layers(4) == (4,), "few layers are simulated as they are"
+
+
+@pytest.mark.parametrize(
+    ("depth", "trained", "simulated"),
+    [(4, None, (4,)), (6, None, (3, 4, 5)), (9, 3, (5, 6, 7)), (6, 3, (6,)), (6, 6, (3, 4, 5))],
+)
+def test_layers_that_train_are_the_same_in_each_simulation(depth, trained, simulated) -> None:
+    _, workload = tiny_workload([], 1)
+    method = Full(kind="full", trainable_layers=trained)
+    shape = replace(workload.shape, layers=depth)
+    assert simulated_layers(replace(workload, shape=shape, method=method)) == simulated
+
+
+def tiny_workload(overrides: list[str], ranks: int) -> tuple[Recipe, Workload]:
+    recipe = load_recipe("tiny", ["device=cpu", *overrides])
+    cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
+    shape, _ = find_shape(recipe.model.base)
+    return recipe, build_workload(recipe, recipe.stages[0], shape, cluster)
 
 
 def simulate_tiny(overrides: list[str], ranks: int) -> simulated_peak.SimulatedStep:
-    recipe = load_recipe("tiny", ["device=cpu", *overrides])
-    cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
-    workload = build_workload(recipe, recipe.stages[0], find_shape(recipe.model.base)[0], cluster)
+    recipe, workload = tiny_workload(overrides, ranks)
     done: list[int] = []
     config = find_config(recipe.model.base)[0]
     peak = simulate_step(recipe, "domain", workload, config, done.append)
     assert sum(done) == progress_units(workload)
     return peak
+
+
+DISTILL = [
+    "stages.domain.kind=distill",
+    'stages.domain.data.sources=[{path: "dtrain:tiny-text/qa.json", format: alpaca}]',
+    "stages.domain.data.replay=null",
+]
+
+
+def test_a_model_that_is_its_own_teacher_is_simulated() -> None:
+    words = ["engine.kind=ddp", *DISTILL, "stages.domain.distill={teacher: base, ce_weight: 0.5}"]
+    planned = build_engine_model(tiny_workload(words, 1)[1]).peak_memory()
+    assert simulate_tiny(words, 1).peak.total == pytest.approx(planned.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
