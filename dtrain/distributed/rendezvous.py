@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import os
+import secrets
 import socket
 from argparse import Namespace
 from collections.abc import Mapping
@@ -107,6 +108,8 @@ def choose_rendezvous(arguments: Namespace, folder: Path, environ: Mapping[str, 
         rendezvous_handler_registry.register(SINGLE_NODE, create_single_node)
         arguments.rdzv_backend, arguments.rdzv_endpoint = SINGLE_NODE, str(folder)
         arguments.standalone = False
+        if arguments.rdzv_id == "none":
+            arguments.rdzv_id = secrets.token_hex(8)  # the ranks know this start by it
     elif not (arguments.rdzv_endpoint or arguments.master_port):
         fix = "--rdzv-endpoint=FIRST_NODE:PORT, the same on every node"
         raise UserError("the nodes have nowhere to meet", where="--rdzv-endpoint", fix=fix)

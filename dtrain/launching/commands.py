@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,8 @@ def step_command(
     command += [f"--cpus-per-task={cores}"] if cores else []
     command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
     command += [f"--nproc-per-node={ranks}"]
-    command += [f"--rdzv-endpoint={endpoint}"] if nodes > 1 else []
+    if nodes > 1:
+        command += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={secrets.token_hex(8)}"]
     return [*command, "-m", worker, *arguments]
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_json
+from dtrain.core.hashes import fingerprint
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import size
@@ -37,12 +39,30 @@ POLL_SECONDS = 0.05
 WRITE_TRIES = 5
 
 
+# Variables in which launchers and Slurm give all ranks of one start the same values, and those of
+# the next start others. Times would compare the clocks of a node and of the file server.
+START_VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_STEP_ID",
+)
+
+
+def start_id(environ: Mapping[str, str]) -> str:
+    """An id that all ranks of this start share."""
+    return fingerprint([environ.get(name, "") for name in START_VARIABLES])[:32]
+
+
 class ExitReport:
     """The exit report of one rank; before `open` nothing is written: another run may own it."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self._started = time.time()
+        self._start = start_id(os.environ)
         self._lock = threading.Lock()  # the hang watchdog's thread also reports
 
     def open(self, run: RunDir) -> None:
@@ -75,8 +95,8 @@ class ExitReport:
                 first = self._await_failure(0 if has_crashed else WAIT_SECONDS)
                 if first is not None:
                     return first
-            print(text, file=sys.stderr, flush=True)
             self._write(status, (reason or text).removeprefix("error: "))
+            print(text, file=sys.stderr, flush=True)
             say(f"ended with status {int(status)}")
         return int(status)
 
@@ -95,10 +115,9 @@ class ExitReport:
     def _read_failure(self) -> dict[str, Any] | None:
         """The failure that another rank reported; the report of an earlier start is ignored."""
         with suppress(OSError, ValueError, AttributeError, KeyError):
-            if self.path.stat().st_mtime < self._started:  # type: ignore[union-attr]
-                return None
             report: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
-            return None if int(report["status"]) in OUTCOMES else report
+            is_failure = int(report["status"]) not in OUTCOMES
+            return report if is_failure and report["start"] == self._start else None
         return None
 
     def _write(self, status: Exit, reason: str) -> None:
@@ -106,6 +125,7 @@ class ExitReport:
             return
         outcome = OUTCOMES.get(status, "failed")
         report = {"outcome": outcome, "status": int(status), "reason": reason.strip()}
+        report["start"] = self._start
         if outcome == "failed":
             report["rank"] = int(os.environ.get("RANK", "0"))
         for _ in range(WRITE_TRIES):  # other ranks write too, and the disk may be full for a moment

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 from dtrain import rank_main, train
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit
+from dtrain.core.run_dir import RunDir
 from dtrain.launching.requeue_policy import PERMANENT_FAILURES
-from dtrain.pipeline.exit_report import is_out_of_memory, out_of_memory_text
+from dtrain.pipeline.exit_report import ExitReport, is_out_of_memory, out_of_memory_text
 
 
 def allocator_error() -> RuntimeError:
@@ -139,3 +142,35 @@ def test_run_exits_with_the_out_of_memory_status(tmp_path, monkeypatch, capsys) 
     assert outcome["status"] == Exit.OUT_OF_MEMORY and "→" in outcome["reason"]
     assert "error: out of memory" in capsys.readouterr().err
     assert Exit.OUT_OF_MEMORY in PERMANENT_FAILURES  # a job is not requeued for it
+
+
+def report_of(monkeypatch, run: RunDir, rank: int, start: str) -> ExitReport:
+    """The exit report of a rank of a start."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", start)
+    report = ExitReport()
+    report.open(run)
+    return report
+
+
+@pytest.mark.parametrize("clock", [-3600.0, 0.0, 3600.0])
+def test_first_failure_counts_whatever_the_clocks_say(monkeypatch, tmp_path, clock: float) -> None:
+    """The file server's clock differs from this node's."""
+    run, now = RunDir(tmp_path), time.time()
+    second = report_of(monkeypatch, run, 1, "a")
+    first = report_of(monkeypatch, run, 0, "a")
+    assert second.failure_elsewhere() is None
+    first.fail(Exit.NON_FINITE, "error: the loss")
+    monkeypatch.setenv("RANK", "1")
+    os.utime(run.exit_report, (now + clock, now + clock))
+    assert second.failure_elsewhere() == (0, Exit.NON_FINITE)
+    assert second.fail(Exit.CRASHED, "lost the connection") == Exit.NON_FINITE
+    assert run.read_exit_report()["reason"] == "the loss"
+
+
+def test_failure_of_another_start_is_ignored(monkeypatch, tmp_path) -> None:
+    run = RunDir(tmp_path)
+    report_of(monkeypatch, run, 0, "a").fail(Exit.NON_FINITE, "error: the loss")
+    later = report_of(monkeypatch, run, 1, "b")  # before the first rank has removed the old one
+    assert later.failure_elsewhere() is None
+    assert later.fail(Exit.CRASHED, "a bug") == Exit.CRASHED
