@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from dtrain.core.output import protect_output
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -86,6 +87,7 @@ class Signals:
 
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; return the workers' exit status."""
+    protect_output()
     arguments = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
     if arguments.nproc_per_node == "auto":
@@ -93,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     processes = torchrun.determine_local_world_size(arguments.nproc_per_node)
     os.environ.update(worker_environment(os.environ, processes, has_gpu))
     os.environ[LAUNCHER] = str(os.getpid())
+    if sys.getfilesystemencoding() != "utf-8":  # names and texts of a run may hold any character
+        os.environ["PYTHONUTF8"] = "1"
     # torchrun's own handler kills slow workers; it gets a signal that is never sent here.
     arguments.signals_to_handle = "SIGQUIT"
     # Older and newer versions of torchrun lack some of these options.

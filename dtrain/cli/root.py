@@ -9,6 +9,7 @@ import typer
 
 from dtrain.cli import chat, data, jobs, merge, models, recipes, run, sweep, watch
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.output import lost_output, protect_output
 
 app = typer.Typer(
     name="dtrain",
@@ -45,12 +46,23 @@ app.add_typer(models.app, name="model")
 
 
 def main() -> int:
-    """Run the command line and return its exit status; wrong usage exits directly with 2."""
+    """Run the command line and return its exit status."""
+    protect_output()
+    status = _run()
+    if (error := lost_output()) is not None and status == Exit.FINISHED:
+        print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
+        return Exit.USER_ERROR
+    return status
+
+
+def _run() -> int:
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except SystemExit as end:  # typer's way to return
+        return end.code if isinstance(end.code, int) else Exit.FINISHED
     except Exception:
         traceback.print_exc()
         return Exit.CRASHED

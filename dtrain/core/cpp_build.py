@@ -59,10 +59,10 @@ def load_library(
 def _fingerprint(source: Path, compiler: str, options: list[str]) -> str:
     """Hash what a build depends on; machines with different CPUs may share the cache."""
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     resolved = str(Path(compiler).resolve())
-    return fingerprint([source.read_text(), FLAGS, resolved, options, features])
+    return fingerprint([source.read_text(encoding="utf-8"), FLAGS, resolved, options, features])
 
 
 def _build(compiler: str, source: Path, flags: Iterable[str], path: Path) -> None:

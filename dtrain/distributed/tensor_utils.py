@@ -28,7 +28,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Greatest memory since the last reset, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

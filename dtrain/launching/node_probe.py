@@ -141,7 +141,10 @@ def probe_links(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
         meeting.mkdir(parents=True, exist_ok=True)
         _leave(meeting / f"{name}.here", card)
         seen = await_files(meeting, ".here", nodes, SEE_SECONDS)
-        cards = {node: json.loads((meeting / f"{node}.here").read_text()) for node in seen}
+        cards = {
+            node: json.loads((meeting / f"{node}.here").read_text(encoding="utf-8"))
+            for node in seen
+        }
     except OSError as error:
         return {"seen": [], "links": {}, "meeting_problem": str(error)}
     at = nodes.index(name)
@@ -156,7 +159,7 @@ def probe_links(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
 
 def _leave(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
+    temporary.write_text(json.dumps(value), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -165,6 +165,8 @@ def _commit() -> str:
         return ""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=GIT_SECONDS
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
     return ""

@@ -36,7 +36,9 @@ class StopFlag:
     def listen(self) -> None:
         """Install the signal handlers. Repeated signals do no harm."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._catch)
+            # nohup ignores SIGHUP on purpose; a shell's background job ignores SIGINT by accident
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._catch)
 
     def is_set(self, step_seconds: float, save_seconds: float) -> bool:
         """Whether this process was asked to stop, or has no time for more than a step and a save.
