@@ -13,6 +13,7 @@ from typing import Any
 from dtrain.augmentation.endpoint import Endpoint, RequestError, Usage
 from dtrain.core.errors import UserError
 from dtrain.core.log import Meter
+from dtrain.core.ownership import open_in_place
 from dtrain.data.conversations import Messages
 
 MAX_CONSECUTIVE_FAILURES = 5  # then the endpoint is at fault, not a row
@@ -116,12 +117,12 @@ class Journal:
             UserError: an earlier line cannot be read.
         """
         self.path, self.fields = path, fields
-        path.touch()
-        with open(path, "rb+") as file:
+        handle = open_in_place(path, os.O_RDWR | os.O_CREAT)
+        with open(handle, "rb+") as file:
             complete = file.read().rfind(b"\n") + 1
             file.truncate(complete)
         self.done = {self.key_of(line) for line in self.replies()}
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._file = open_in_place(path, os.O_WRONLY | os.O_APPEND)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """All lines in order: replies, and failures that consumed tokens."""

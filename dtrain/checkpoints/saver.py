@@ -44,6 +44,7 @@ from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.checkpoints.shard_file import DTYPES, HostShard, tensor_key
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import fsync_folder
+from dtrain.core.ownership import open_in_place
 from dtrain.core.run_dir import CHECKPOINT_MANIFEST
 
 TIMEOUT_SECONDS = 600.0
@@ -309,7 +310,7 @@ class _Records:
 def write_new(path: Path, text: str) -> None:
     """Write a file atomically, without recreating a folder that another rank has removed."""
     temporary = path.with_name(f".{path.name}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    handle = open_in_place(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

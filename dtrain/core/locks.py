@@ -10,12 +10,12 @@ import errno
 import fcntl
 import os
 import socket
-import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from dtrain.core.errors import UserError
+from dtrain.core.ownership import open_in_place
 
 LOCK_FILE = ".lock"
 HOLDER_CHARACTERS = 200
@@ -141,24 +141,12 @@ def open_lock_file(path: Path, *, or_read_only: bool = False) -> int:
         OSError: it cannot be opened.
         UserError: it is a symlink, has other names, or is not a regular file.
     """
-    flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        try:
-            file = os.open(path, flags | os.O_RDWR, 0o644)
-        except PermissionError:
-            if not or_read_only:
-                raise
-            file = os.open(path, (flags | os.O_RDONLY) & ~os.O_CREAT)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _not_a_lock(path) from error
-        raise
-    status = os.fstat(file)
-    # A planted link would let the holder's line overwrite another file.
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(file)
-        raise _not_a_lock(path)
-    return file
+        return open_in_place(path, os.O_CREAT | os.O_RDWR, 0o644, any_owner=True)
+    except PermissionError:
+        if not or_read_only:
+            raise
+        return open_in_place(path, os.O_RDONLY, any_owner=True)
 
 
 def lock_file(file: int | IO[bytes], path: Path, *, wait: bool = False) -> bool:
@@ -174,10 +162,6 @@ def lock_file(file: int | IO[bytes], path: Path, *, wait: bool = False) -> bool:
             return False
         raise _explained(error, path) from error
     return True
-
-
-def _not_a_lock(path: Path) -> UserError:
-    return UserError("is not a lock file but a link", where=str(path), fix="remove it")
 
 
 def _explained(error: OSError, path: Path) -> OSError | UserError:

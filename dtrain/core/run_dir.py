@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, write_atomic
+from dtrain.core.files import read_json, remove_entry, write_atomic
 from dtrain.core.locks import FolderLock
-from dtrain.core.ownership import check_own_folder
+from dtrain.core.ownership import check_no_link, check_own_folder
 
 RECIPE = "recipe.yaml"
 LINEAGE = "lineage.json"
@@ -51,6 +50,8 @@ RESERVED_NAMES = frozenset(
         JUDGE_REPLIES,
     }
 )
+# What is written under its name, or into a folder of that name.
+IN_PLACE = (STARTS, STOP, SLURM, HEARTBEATS)
 
 STAGE_RECORD = "stage.json"
 METRICS = "metrics.jsonl"
@@ -261,6 +262,8 @@ class RunDir:
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             check_own_folder(self.path.resolve())
+            for name in IN_PLACE:
+                check_no_link(self.path / name)
             while not lock.acquire():
                 if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
                     break
@@ -315,7 +318,7 @@ def remove_partial_files(folder: Path) -> None:
     """Remove what was being written to a run's or stage's folder when its process was killed."""
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_entry(path)
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dtrain.core.errors import EmptyDataError
 from dtrain.core.files import fsync_folder, write_atomic, write_sealed
 from dtrain.core.hashes import file_hash
+from dtrain.core.ownership import open_in_place
 from dtrain.data.packing import (
     Packing,
     PackingPlan,
@@ -227,7 +228,7 @@ def _list_array(arrays: list[NDArray[np.int32]]) -> pa.LargeListArray:
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array without a temporary file: it counts only once the manifest names it."""
-    with open(path, "wb") as file:
+    with open(open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())

@@ -33,6 +33,7 @@ from typing import Any
 
 from dtrain.core.errors import Exit
 from dtrain.core.log import say
+from dtrain.core.ownership import check_own_folder
 from dtrain.core.processes import exit_at_once
 
 BEAT_SECONDS = 1.0
@@ -95,7 +96,8 @@ class HangWatchdog:
 
     def start(self) -> None:
         """Start the heartbeat and the watch."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_own_folder(self.folder)
         self._path(self.rank).unlink(missing_ok=True)  # of an earlier process
         with suppress(OSError):
             self._beat()

@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager, _yaml_loader
 
 from dtrain.config.tasks import AT, Tasks, names_in
 from dtrain.config.yaml_document import dotted
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.hashes import fingerprint
 
 WHERE = dotted(AT)
@@ -210,7 +210,7 @@ def _explained(name: str, manager: TaskManager) -> Iterator[None]:
     except Exception as error:  # of the harness, of a library of data, or of a task's own code
         entry = manager.task_index.get(name)
         rows = (entry.cfg or {}).get("dataset_path") if entry else None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _task_error(name, rows, error, reason) from error
 
 

@@ -17,7 +17,7 @@ import re2
 
 from dtrain.config.generation import GenerationSet
 from dtrain.core.cache_paths import local_path
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json
 from dtrain.core.lazy_import import LazyModule
 from dtrain.evaluation.metric import (
@@ -201,7 +201,7 @@ class Function(Metric):
                 values.append({"function": value})
             except (Exception, SystemExit) as error:
                 values.append({"function": None})
-                errors.append(f"{row.location}: {type(error).__name__}: {_first_line(error)}")
+                errors.append(f"{row.location}: {type(error).__name__}: {first_line(error)}")
         if errors:
             name = self.settings.function
             message = f"{name} failed for {len(errors)} of {len(rows)} answers; the first: "
@@ -225,16 +225,12 @@ def import_function(path: str, where: str) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = getattr(import_module(module), name)
     except (Exception, SystemExit) as error:  # the module's own code runs
-        message = f"cannot be imported: {type(error).__name__}: {_first_line(error)}"
+        message = f"cannot be imported: {type(error).__name__}: {first_line(error)}"
         fix = "name a module of the current folder, of PYTHONPATH, or that is installed"
         raise UserError(message, where=f"{where}: {path}", fix=fix) from error
     try:
         inspect.signature(function).bind("prediction", "reference", {})
     except (TypeError, ValueError) as error:
-        message = f"cannot be called with (prediction, reference, row): {_first_line(error)}"
+        message = f"cannot be called with (prediction, reference, row): {first_line(error)}"
         raise UserError(message, where=f"{where}: {path}") from error
     return function
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")

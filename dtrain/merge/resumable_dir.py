@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import fsync_folder, read_sealed, write_sealed
+from dtrain.core.files import fsync_folder, read_sealed, remove_entry, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say
+from dtrain.core.ownership import check_keeps_owners, check_own_file, check_own_folder
 
 PLAN, RECORD, MODEL, LOCKS = "plan.json", ".done.json", "model", ".locks"
 BEGIN, PRESENT, PUBLISH, FIRST_FILE = range(4)  # what can be claimed; then the files by index
@@ -129,18 +131,33 @@ class ResumableDir:
         """Return the locks, with BEGIN locked."""
         while True:
             with suppress(FileNotFoundError):  # the last process has just removed the folder
+                self._check_folder()
                 locks = ShardLocks(self._folder / LOCKS)
                 locks.acquire(BEGIN, wait=True)
                 if locks.is_current():
                     return locks
                 locks.close()
 
+    def _check_folder(self) -> None:
+        """Create the folder; who could put something into it could make this process delete more.
+
+        Raises:
+            FileNotFoundError: it has just been removed.
+            Untrusted: another user made it, or anyone may replace it.
+        """
+        check_keeps_owners(self._folder.parent)
+        with suppress(FileExistsError):  # a dangling link exists, too
+            self._folder.mkdir(parents=True)
+        if os.path.lexists(self._folder):
+            check_own_folder(self._folder)
+
     def _is_alone(self) -> bool:
         return self._locks.acquire(PRESENT)
 
     def _has_this_plan(self) -> bool:
         try:
-            return read_sealed(self._folder / PLAN) == self._plan and self.target.is_dir()
+            check_own_folder(self.target)
+            return read_sealed(check_own_file(self._folder / PLAN)) == self._plan
         except UserError:
             return False
 
@@ -149,9 +166,13 @@ class ResumableDir:
         if not self._has_this_plan():
             for path in self._folder.iterdir():
                 if path.name != LOCKS:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    remove_entry(path)
             self.target.mkdir()
             write_sealed(self._folder / PLAN, self._plan)
+        for path in self.target.iterdir():
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                remove_entry(path)  # a file there is written again, which must not follow a link
         for record in self._folder.glob(f"*{RECORD}"):
             self._check(record)
 

@@ -31,6 +31,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import set_direct_io, write_all
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.log import Meter
+from dtrain.core.ownership import open_in_place
 from dtrain.merge.base_tensors import FLOATS, StoredTensor
 from dtrain.models.kernels.merge_rounding import round_into
 from dtrain.models.weight_files import read_header
@@ -256,7 +257,7 @@ class HashingWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         set_direct_io(self._handle, True)
         self._hash_pool, self._write_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hasher = blake3()

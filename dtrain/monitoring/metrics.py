@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from dtrain.core.files import read_json_lines, write_atomic
+from dtrain.core.ownership import open_in_place
 
 
 class Metrics:
@@ -21,7 +23,8 @@ class Metrics:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
         write_atomic(path, "".join(_line(record) for record in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until close()
+        handle = open_in_place(path, os.O_WRONLY | os.O_APPEND)
+        self._file = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - held until close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record`, which names its `step`; NaN and infinity become null."""

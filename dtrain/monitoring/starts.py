@@ -19,6 +19,7 @@ from typing import Any
 
 import dtrain
 from dtrain.core.files import read_json_lines
+from dtrain.core.ownership import open_in_place
 from dtrain.core.run_dir import METRICS, RunDir
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
@@ -66,7 +67,8 @@ def record_start(run: RunDir, *, nodes: int, ranks: int, device: str) -> None:
         versions=_versions(),
         previous_ended=_last_change(run) if run.starts.exists() else None,
     )
-    with open(run.starts, "a", encoding="utf-8") as file:
+    handle = open_in_place(run.starts, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with open(handle, "w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(start)) + "\n")
 
 

@@ -19,6 +19,7 @@ from statistics import median
 
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.files import read_json_lines
+from dtrain.core.ownership import open_in_place
 
 FILE_NAME = "calibration.jsonl"
 FIGURES = ("peak", "speed", "planned_peak", "planned_speed")
@@ -88,7 +89,7 @@ def append_record(record: CalibrationRecord) -> None:
     path = calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     data = (json.dumps(asdict(record)) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644, any_owner=True)
     try:
         os.write(handle, data)
     finally:

@@ -14,6 +14,7 @@ from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.files import open_text
 from dtrain.core.locks import lock_file
 from dtrain.core.log import progress, say
+from dtrain.core.ownership import open_in_place
 from dtrain.data.conversations import Messages, parse_messages
 from dtrain.serving.generator import TextGenerator
 
@@ -116,7 +117,8 @@ class Answers:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+b")  # noqa: SIM115 - open until all is answered
+            handle = open_in_place(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            file = open(handle, "a+b")  # noqa: SIM115 - open until all is answered
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from error
         if not lock_file(file, path):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from dtrain.config.load import dump
 from dtrain.config.sweep import Sweep
-from dtrain.core.errors import Exit, UserError
+from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_atomic
 from dtrain.core.log import say
 from dtrain.sweep.measure import ending, spent, tail
@@ -308,7 +308,7 @@ class Driver:
                 offset = run.seed - self.recipes.base.seed
                 recipe = self.recipes.trial(trial.parameters, run, offset)
         except UserError as error:
-            run.state, run.status, run.reason = "failed", error.status, str(error).splitlines()[0]
+            run.state, run.status, run.reason = "failed", error.status, first_line(error)
             return False
         write_atomic(self.folder.run(run.name).recipe, dump(recipe))
         return True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.core.hardware import gpus
+from dtrain.core.ownership import open_in_place
 from dtrain.core.processes import die_with_parent
 from dtrain.launching.commands import cores, launcher_environment
 from dtrain.sweep.record import SeedRun, SweepDir
@@ -53,7 +54,8 @@ class LocalRuns:
             log.parent.mkdir(parents=True, exist_ok=True)
             used = {slot for _, slot in self._processes.values()}
             slot = next(number for number in range(len(self._slots)) if number not in used)
-            with open(log, "ab") as output:
+            handle = open_in_place(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with open(handle, "ab") as output:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "dtrain", "run", str(folder.recipe)],
                     env=self._environment | self._slots[slot],

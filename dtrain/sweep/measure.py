@@ -100,7 +100,7 @@ def ending(run: RunDir, log_tail: str = "", status: int | None = None) -> tuple[
     reason = str(report.get("reason") or "") or _last_error(log_tail)
     if not reason:
         reason = f"ended with status {code}" if status is not None else "ended without a report"
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    lines = [line.strip() for line in reason.split("\n") if line.strip()]
     line = lines[0] if not lines[0].startswith("Traceback") else lines[-1]
     cause = next((text for known, text in CAUSES.items() if known == code), "")
     prefix = "" if not cause or line.startswith(cause) else f"{cause}: "
@@ -108,7 +108,7 @@ def ending(run: RunDir, log_tail: str = "", status: int | None = None) -> tuple[
 
 
 def _last_error(log: str) -> str:
-    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    errors = [line for line in log.split("\n") if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else ""
 
 

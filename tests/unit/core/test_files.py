@@ -14,8 +14,8 @@ from dtrain.core.files import json_lines, read_json_lines
 from dtrain.core.run_dir import RunDir
 from dtrain.monitoring.metrics import Metrics, read_metrics
 from dtrain.monitoring.starts import read_starts
-from dtrain.pipeline.evaluator import read_questions
 from dtrain.planning import calibration
+from dtrain.serving.generate import read_prompts
 
 # All at which `str.splitlines` cuts, and a backslash.
 NAME = "a\u2028b\u2029c\x85d\x1ce\x1df\x1eg\x0bh\x0ci\\"
@@ -61,15 +61,17 @@ def test_every_file_of_lines_keeps_such_names(
     RunDir(tmp_path).starts.write_text(json.dumps(start, ensure_ascii=False) + "\n")
     assert [start.host for start in read_starts(RunDir(tmp_path))] == [NAME]
 
-    questions = tmp_path / "questions.jsonl"
-    question = {"question": NAME, "answer": NAME}
-    questions.write_text(f"{json.dumps(question, ensure_ascii=False)}\n" * 3)
-    assert read_questions(questions, 3) == [question] * 3
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f"{json.dumps({'prompt': NAME}, ensure_ascii=False)}\n" * 3)
+    assert [getattr(prompt, "row", prompt) for prompt in read_prompts(prompts)] == [
+        {"prompt": NAME}
+    ] * 3
 
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.write({"row": 1, "copy": 0, "reply": NAME})
+    journal = Journal(tmp_path / "journal.jsonl", {"row": int})
+    journal.write({"row": 1, "reply": NAME})
     journal.close()
-    assert [line["reply"] for line in Journal(tmp_path / "journal.jsonl").lines()] == [NAME]
+    again = Journal(tmp_path / "journal.jsonl", {"row": int})
+    assert [line["reply"] for line in again.lines()] == [NAME]
 
     monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
     text = json.dumps({"gpu": NAME, "engine": "ddp", "method": "lora", "versions": {}})
