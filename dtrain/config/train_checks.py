@@ -70,6 +70,12 @@ def _watching(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         message = f"there is no set named {train.evaluate_on}"
         fix = f"use one of {', '.join(sets)}"
         yield Clash([(*at, "evaluate_on"), ("evaluation", "sets")], message, fix)
+    watched = sets.get(train.evaluate_on or next(iter(sets), ""))
+    has_tokens = watched is not None and OBJECTIVES[watched.kind].sums_token_losses
+    if train.maximize and train.evaluate_every_steps and watched and has_tokens:
+        message = f"a set of kind {watched.kind} reports no metric whose highest value is best"
+        fix = "remove it: the lowest loss is best; or evaluate_on=a set of pairs"
+        yield Clash([(*at, "maximize"), (*at, "evaluate_on")], message, fix)
     if recipe.output.use == "best":
         yield from _best(train, at)
 

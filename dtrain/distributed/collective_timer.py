@@ -7,8 +7,7 @@ wrapper adds to the active timer, and does nothing while there is none.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -69,15 +68,8 @@ class CollectiveTimer:
         self._events = pending
         return seconds
 
-    @contextmanager
-    def measure(self, *, on_gpu: bool) -> Iterator[None]:
-        """Add the time of a block, or on a GPU that of what it waits for on the current stream."""
-        begin = self.now(on_gpu=on_gpu)
-        yield
-        self.add(begin)
-
     def now(self, *, on_gpu: bool) -> float | torch.cuda.Event:
-        """A moment, for `add`."""
+        """A moment, for `add`; on a GPU when the current stream reaches it."""
         if not on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -86,13 +78,12 @@ class CollectiveTimer:
 
     def add(self, begin: float | torch.cuda.Event) -> None:
         """Add the time from `begin` until now."""
-        end = self.now(on_gpu=not isinstance(begin, float))
         if isinstance(begin, float):
-            assert isinstance(end, float)
-            self._seconds += end - begin
-        else:
-            assert not isinstance(end, float)
-            self._events.append((begin, end))
+            self._seconds += time.perf_counter() - begin
+            return
+        end = self.now(on_gpu=True)
+        assert not isinstance(end, float)
+        self._events.append((begin, end))
 
 
 class TimedWork:
@@ -105,8 +96,10 @@ class TimedWork:
         """Wait as the handle itself does."""
         if _active is None:
             return self._work.wait(*args, **settings)
-        with _active.measure(on_gpu=self._on_gpu):
-            return self._work.wait(*args, **settings)
+        begin = _active.now(on_gpu=self._on_gpu)
+        result = self._work.wait(*args, **settings)
+        _active.add(begin)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -115,14 +108,17 @@ class TimedWork:
 def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **settings: Any) -> Any:
-        if _active is None:
+        timer = _active
+        if timer is None:
             return function(*args, **settings)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in (*args, *settings.values()))
         if settings.get("async_op"):
             work = function(*args, **settings)
             return work and TimedWork(work, on_gpu=on_gpu)
-        with _active.measure(on_gpu=on_gpu):
-            return function(*args, **settings)
+        begin = timer.now(on_gpu=on_gpu)
+        result = function(*args, **settings)
+        timer.add(begin)
+        return result
 
     call.is_timed = True  # type: ignore[attr-defined]
     return call

@@ -128,6 +128,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         ),
         ({"stages__0__train__maximize": "accuracy"}, ["train.maximize", "evaluate_every_steps"]),
         (
+            {
+                "stages__0__train__maximize": "accuracy",
+                "stages__0__train__evaluate_every_steps": 2,
+            },
+            ["train.maximize", "train.evaluate_on", "kind cpt reports no metric"],
+        ),
+        (
             {"stages__0__train__decay_ratio": 0.2},
             ["lr_scheduler", "decay_ratio", "cosine has no decay_ratio", "warmup_stable_decay"],
         ),
