@@ -105,7 +105,7 @@ class Supervisor:
             [str(run.recipe)],
             nodes=len(allocation.nodes),
             ranks=ranks,
-            endpoint=rendezvous_endpoint(self._environ, allocation.nodes),
+            endpoint=rendezvous_endpoint(self._environ, allocation.nodes[0]),
             cores=allocation.cores,
         )
 

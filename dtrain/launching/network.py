@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import psutil
 
@@ -49,35 +49,15 @@ def _is_routed(address: str) -> bool:
     return not ipaddress.ip_address(address.partition("%")[0]).is_link_local
 
 
-def rendezvous_endpoint(environ: Mapping[str, str], nodes: Sequence[str]) -> str:
-    """Host and port at which the ranks of several nodes meet; called on the first of them.
+def rendezvous_endpoint(environ: Mapping[str, str], first_node: str) -> str:
+    """Host and port at which the ranks of several nodes meet.
 
-    The store listens there and nowhere else, so it is an address rather than a name, which may mean
-    the loopback on its own machine.
-
-    Args:
-        environ: current variables.
-        nodes: names, the one of this process first.
+    Called on the first of them; by a person inside `salloc` on another machine.
 
     Raises:
         UserError: DTRAIN_INTERFACE names no interface of this machine.
     """
-    address = own_address(environ) or (address_towards(nodes[1]) if len(nodes) > 1 else None)
-    return with_port(address or nodes[0], free_port())
-
-
-def address_towards(node: str) -> str | None:
-    """This machine's address on the interface that leads to another node; None if unknown."""
-    try:
-        target = address_of(node)
-        family = socket.AF_INET6 if ":" in target else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing
-            address = str(probe.getsockname()[0])
-    except OSError:
-        return None
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    return None if parsed.is_loopback or parsed.is_link_local else address
+    return with_port(own_address(environ) or first_node, free_port())
 
 
 def with_port(host: str, port: int) -> str:

@@ -144,7 +144,7 @@ def check_all_reduce(recipe: Recipe, allocation: slurm.Allocation) -> list[Fault
         [recipe.device],
         nodes=len(nodes),
         ranks=ranks,
-        endpoint=rendezvous_endpoint(os.environ, nodes),
+        endpoint=rendezvous_endpoint(os.environ, nodes[0]),
         cores=allocation.cores,
         worker="dtrain.distributed.all_reduce_check",
     )
