@@ -99,6 +99,8 @@ def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument)
         if kinds := kinds_with(key, document.values):
             own, others = value_at((*key[:-1], "kind"), document.values), " or ".join(kinds)
             fix = f"remove it, or kind={others}"
+            if key[-1] == "quantize" and own in TRAITS and not TRAITS[own].quantizes_base:
+                fix = f"kind={TRAITS[own].quantized_kind}"
             return UserError(f"{name}: {own} has no {key[-1]}", where=where, fix=fix)
         fix = _replacement(key, document.values)
         return UserError(f"{name}: unknown key", where=where, fix=fix)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.load import load_recipe
-from dtrain.config.methods import TRAITS, MethodTraits
+from dtrain.config.methods import MethodTraits, parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_sealed
 from dtrain.core.hash_cache import cached_hash
@@ -43,7 +43,7 @@ class TrainingOrigin:
     @property
     def traits(self) -> MethodTraits:
         """The traits of the method."""
-        return TRAITS[self.method["kind"]]
+        return parse_method(self.method).traits
 
     def trusts_remote_code(self) -> bool:
         """Return whether the run's recipe allows Python code that comes with the base."""
@@ -85,7 +85,7 @@ def origin_from_inputs(
 ) -> TrainingOrigin:
     """Return the origin that a stage's recorded inputs describe."""
     method = inputs["method"]
-    in_nf4 = TRAITS[method["kind"]].quantizes_base
+    in_nf4 = parse_method(method).traits.quantizes_base
     return TrainingOrigin(identity, inputs["parent"], in_nf4, dtype, method, run)
 
 

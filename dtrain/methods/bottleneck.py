@@ -28,4 +28,4 @@ class BottleneckMethod(AdapterMethod[Bottleneck]):
         return model
 
     def saved_config(self, model: nn.Module) -> dict[str, Any]:
-        return {"peft_type": BOTTLENECK} | self.settings.model_dump(exclude={"kind"})
+        return {"peft_type": BOTTLENECK} | self.settings.model_dump(exclude={"kind", "quantize"})

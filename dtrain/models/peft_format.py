@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.methods import TRAITS
+from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
@@ -54,7 +54,7 @@ def read_adapter_origin(folder: Path) -> AdapterOrigin:
         return AdapterOrigin()
     known = read_json(record)
     inputs = known["inputs"]
-    in_nf4 = TRAITS[inputs["method"]["kind"]].quantizes_base
+    in_nf4 = parse_method(inputs["method"]).traits.quantizes_base
     return AdapterOrigin(known["identity"], inputs["parent"], in_nf4, inputs["kind"])
 
 

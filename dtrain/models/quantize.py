@@ -30,7 +30,7 @@ from dtrain.models.meta_model import (
 )
 
 PER_FLOAT = 8  # 4-bit weights in a float32
-WITHOUT_NF4 = "a kind that does not quantize the base: lora, dora, …"
+WITHOUT_NF4 = "a base in 16 bits: method.kind=lora, dora, …, without method.quantize"
 PACK_OPERATION = "bitsandbytes::quantize_4bit"
 
 

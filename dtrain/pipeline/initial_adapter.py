@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dtrain.checkpoints.parameter_shards import WEIGHT_KINDS, ParameterShard
+from dtrain.config.methods import over_nf4
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
@@ -160,9 +161,11 @@ def _check_base(folder: Path, setup: StageSetup) -> None:
         if expected and fingerprint not in expected:
             raise UserError("was trained on another base", where=where, fix=fix)
         if origin.base_in_nf4 != setup.method.traits.quantizes_base:
-            form = "in NF4" if origin.base_in_nf4 else "in 16 or 32 bits"
-            fix = f"method.kind={'qlora' if origin.base_in_nf4 else 'lora'}"
-            raise UserError(f"was trained over its base {form}", where=where, fix=fix)
+            bits = "in NF4" if origin.base_in_nf4 else "in 16 or 32 bits"
+            fix = "method.quantize=null, or method.kind=lora"
+            if origin.base_in_nf4:
+                _, fix = over_nf4(setup.stage.method)
+            raise UserError(f"was trained over its base {bits}", where=where, fix=fix)
         return
     named = read_adapter_config(folder).get("base_model_name_or_path")
     base = Path(str(named)).expanduser() if named else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.config.engines import ENGINES, engines_with
-from dtrain.config.methods import method_like
+from dtrain.config.methods import over_nf4
 from dtrain.planning.calibration import find_correction
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import GPUS
@@ -169,13 +169,13 @@ def _shorter_sequences(workload: Workload, cluster: Cluster) -> Suggestion | Non
 def _quantized_base(workload: Workload, cluster: Cluster) -> Suggestion | None:
     if workload.traits.quantizes_base:
         return None
-    kind = workload.traits.quantized_kind
-    changed = replace(workload, method=method_like(workload.method, kind))
+    method, setting = over_nf4(workload.method)
+    changed = replace(workload, method=method)
     if workload.traits.trains_base:
         cost = "trains an adapter instead of every parameter"
     else:
         cost = "20-30 % slower, 1-3 % worse"
-    return Suggestion((f"method.kind={kind}",), cost, changed, cluster)
+    return Suggestion((setting,), cost, changed, cluster)
 
 
 def _more_nodes(workload: Workload, cluster: Cluster) -> Suggestion | None:

@@ -20,20 +20,25 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dtrain.config.engines import ENGINES
-from dtrain.config.methods import TRAITS, MethodTraits, parse_method
+from dtrain.config.methods import TRAITS, MethodTraits, QuantizableSettings, parse_method
 from dtrain.core.cache_paths import local_path
 from dtrain.methods.base import build_method
 from dtrain.samples.make import ensure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "methods.txt"
 HEAD = ["method", *ENGINES, "starts as", "in PEFT", "merged"]
-WIDTHS = [12, *(9 for _ in ENGINES), 11, 9, 6]
+WIDTHS = [16, *(9 for _ in ENGINES), 11, 9, 6]
 SMALL = {"r": 4, "dropout": 0.1}  # of the keys that a method has
 # Settings that change what a method does under an engine: embeddings are tied, for "lora+whole".
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora+whole": {"kind": "lora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     | {"rank_pattern": {r"layers\.0\..*": 2}},
     "lora+from": {"kind": "lora", "dropout": 0.0, "modules_to_save": ["model.norm"]},
+}
+VARIANTS |= {
+    f"{kind}+nf4": {"kind": kind, "quantize": "nf4"}
+    for kind in TRAITS
+    if isinstance(parse_method({"kind": kind}), QuantizableSettings)
 }
 CASES = [*TRAITS, *VARIANTS]
 ALONE = "one rank"  # under ddp, with a micro-batch of two
@@ -63,7 +68,7 @@ def settings(case: str) -> dict[str, Any]:
 
 
 def traits(case: str) -> MethodTraits:
-    return TRAITS[settings(case)["kind"]]
+    return parse_method(settings(case)).traits
 
 
 def tied_base(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from dtrain.config.methods.base import (
     LowRankSettings,
     MethodSettings,
     MethodTraits,
+    QuantizableSettings,
 )
 from dtrain.config.methods.bottleneck import Bottleneck
 from dtrain.config.methods.full import Full
@@ -57,6 +58,14 @@ def method_like(method: MethodSettings, kind: str) -> MethodSettings:
     shared = type(default).model_fields.keys() & type(method).model_fields.keys()
     names = shared & {"r", "target_modules"}
     return default.model_copy(update={name: getattr(method, name) for name in names})
+
+
+def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
+    """The method to use if the base fits only in NF4, and the recipe's key and value for it."""
+    if isinstance(method, QuantizableSettings):
+        return method.model_copy(update={"quantize": "nf4"}), "method.quantize=nf4"
+    kind = method.traits.quantized_kind
+    return method_like(method, kind), f"method.kind={kind}"
 
 
 def parse_method(settings: dict[str, Any]) -> MethodSettings:

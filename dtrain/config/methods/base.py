@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -37,7 +37,8 @@ class MethodTraits:
         cannot_merge: why the result cannot become a plain model; empty if it can.
         counts_from_start: what is added is the difference to its first values, which come from the
             base, are kept frozen, and are not in a checkpoint.
-        quantized_kind: the kind to use instead if the base fits only in NF4.
+        quantized_kind: the kind to use instead if the base fits only in NF4; methods with the key
+            `quantize` need none.
     """
 
     title: str
@@ -145,6 +146,22 @@ class MethodSettings(Group):
     def saves_outputs(self) -> bool:
         """Whether an adapted layer saves its output for the backward pass."""
         return False
+
+
+class QuantizableSettings(MethodSettings):
+    """The key of methods that are the same over a base in 16 bits and in 4.
+
+    LoRA has kinds of their own for that, by the names that the field uses.
+    """
+
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: over a base in NF4 (arXiv:2305.14314), for a quarter of its memory",
+    )
+
+    @property
+    def traits(self) -> MethodTraits:
+        return replace(super().traits, quantizes_base=self.quantize is not None)
 
 
 class AdapterSettings(MethodSettings):

@@ -8,10 +8,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count, Text
-from dtrain.config.methods.base import AdapterSettings, MethodTraits, Shapes
+from dtrain.config.methods.base import (
+    AdapterSettings,
+    MethodTraits,
+    QuantizableSettings,
+    Shapes,
+)
 
 
-class Bottleneck(AdapterSettings):
+class Bottleneck(QuantizableSettings, AdapterSettings):
     """Small MLPs after the layers that write to the residual stream (arXiv:1902.00751).
 
     The names of the layers are those of Llama and of the many models that follow it.

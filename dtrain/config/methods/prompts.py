@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count
-from dtrain.config.methods.base import MethodSettings, MethodTraits, Shapes
+from dtrain.config.methods.base import MethodTraits, QuantizableSettings, Shapes
 
 
 def _traits(title: str, implementation: str) -> MethodTraits:
@@ -21,7 +21,7 @@ def _traits(title: str, implementation: str) -> MethodTraits:
     )
 
 
-class PromptSettings(MethodSettings):
+class PromptSettings(QuantizableSettings):
     """Trained virtual tokens in front of every document; the base stays as it is."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {

@@ -8,12 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count, Text
-from dtrain.config.methods.base import LowRankSettings, MethodTraits, PeftSettings, Shapes
+from dtrain.config.methods.base import (
+    LowRankSettings,
+    MethodTraits,
+    PeftSettings,
+    QuantizableSettings,
+    Shapes,
+)
 
 Names = Annotated[list[Text], Field(min_length=1)]
 
 
-class Ia3(PeftSettings):
+class Ia3(QuantizableSettings, PeftSettings):
     """Trained factors of keys, values and the MLP's inner activations (arXiv:2205.05638).
 
     The names of the layers are those of Llama and of the many models that follow it.
@@ -57,7 +63,7 @@ class Ia3(PeftSettings):
         return inputs if scales_input else outputs
 
 
-class Vera(LowRankSettings):
+class Vera(QuantizableSettings, LowRankSettings):
     """Trained vectors between frozen random matrices that all layers share (arXiv:2310.11454)."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {

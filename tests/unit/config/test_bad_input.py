@@ -131,6 +131,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"stages": [stage("sft", ANSWERS, {"kind": "ia3", "r": 8})]},
         ["stages.0.method.r: ia3 has no r", "remove it, or kind=lora or qlora"],
     ),
+    "4 bits of a method that has a kind for them": (
+        {"stages": [stage("sft", ANSWERS, {"kind": "dora", "quantize": "nf4"})]},
+        ["stages.0.method.quantize: dora has no quantize", "kind=qdora"],
+    ),
     "a method that cannot merge before another stage": (
         {"stages": [stage("cpt", TEXT, NO_MERGE), stage("sft", ANSWERS)], "output": NOT_MERGED},
         ["stages.0.method.kind", "output.merge", "cannot be merged: its", "make it the last stage"],
