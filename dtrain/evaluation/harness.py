@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import islice
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,27 @@ import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
 import lm_eval.utils
+import numpy as np
 import tqdm
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, _yaml_loader
+from lm_eval.tasks._index import Kind
 
-from dtrain.config.tasks import AT, Tasks, names_in
+from dtrain.config.gates import Gate
+from dtrain.config.tasks import AT, Tasks
 from dtrain.config.yaml_document import dotted
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.hashes import fingerprint
+from dtrain.monitoring.scores import Score
 
 WHERE = dotted(AT)
 TRUST = "read that code; if you trust it, set evaluation.tasks.trust_remote_code=true"
 PACKAGE = Path(lm_eval.api.task.__file__).parents[1]
 TRIED_ROWS = 1
+MAX_BLOCKS = 256  # of rows, as for held-out losses
 
 
 class _QuietTqdm(tqdm.tqdm):
@@ -99,24 +106,22 @@ class LoadedTasks:
             return evaluate(model, self.loaded, limit=limit, bootstrap_iters=resamples)
 
 
-def load_tasks(settings: Tasks) -> LoadedTasks:
+def load_tasks(settings: Tasks, gates: Mapping[str, Gate]) -> LoadedTasks:
     """Load tasks with their rows, and evaluate the first row of each with answers of no model.
 
     Raises:
-        UserError: the rows cannot be read or downloaded, a task runs code that is not trusted, or
-            fails on its first row.
+        UserError: the rows cannot be read or downloaded, a task runs code that is not trusted,
+            fails on its first row, or has no metric that a gate names.
     """
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     leaves: dict[str, list[str]] = {}
+    groups: dict[str, Any] = {}
     with rules_of_code(settings):
-        folder = settings.include_path and Path(settings.include_path).expanduser()
-        own = names_in(Path(folder)) if folder else {}
-        is_local = all(own.get(name) == "task" for name in settings.names)
-        manager = TaskManager(include_path=folder, include_defaults=not is_local)
+        manager = _task_manager(settings)
         for name in settings.names:
             with _explained(name, manager):
                 found: Any = manager.load([name])
-            leaves[name] = list(found["tasks"])
+            leaves[name], groups[name] = list(found["tasks"]), found["groups"]
             loaded["tasks"] = found["tasks"] | loaded["tasks"]
             loaded["groups"] |= found["groups"]
             _check_has_score(name, found)
@@ -125,10 +130,38 @@ def load_tasks(settings: Tasks) -> LoadedTasks:
     result.prepare()
     for name in settings.names:
         result.inputs[name] = _fingerprint(settings, [loaded["tasks"][x] for x in leaves[name]])
-        part = {"tasks": {x: loaded["tasks"][x] for x in leaves[name]}, "groups": {}}
+        tasks = {leaf: loaded["tasks"][leaf] for leaf in leaves[name]}
+        part = LoadedTasks(settings, {"tasks": tasks, "groups": groups[name]}, {}, {})
         with _explained(name, manager):
-            LoadedTasks(settings, part, {}, {}).evaluate(_NoModel(), TRIED_ROWS, 0)
+            tried = part.evaluate(_NoModel(), TRIED_ROWS, 0)
+        if name in gates:
+            _check_gate(name, gates[name], list(read_metrics(tried, name, leaves[name])))
     return result
+
+
+def _task_manager(settings: Tasks) -> TaskManager:
+    """The index of the recipe's own task files; with the harness's, which take 10 s, if needed."""
+    if settings.include_path is None:
+        return TaskManager()
+    folder = Path(settings.include_path).expanduser()
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    names: list[Any] = list(settings.names)
+    while names:
+        name = names.pop()
+        entry = manager.task_index.get(name) if isinstance(name, str) else None
+        if entry is None:
+            return TaskManager(include_path=folder)
+        if entry.kind == Kind.GROUP:
+            names += (entry.cfg or {}).get("task") or []
+    return manager
+
+
+def _check_gate(name: str, gate: Gate, metrics: list[str]) -> None:
+    if gate.metric is not None and gate.metric not in metrics:
+        close = get_close_matches(gate.metric, metrics, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(metrics)}"
+        where = f"evaluation.gates.{name}.metric"
+        raise UserError(f"the task has no metric {gate.metric}", where=where, fix=fix)
 
 
 def _check_has_score(name: str, found: dict[str, Any]) -> None:
@@ -240,3 +273,51 @@ class _NoModel(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         return ["" for _ in requests]
+
+
+def read_metrics(results: Mapping[str, Any], name: str, leaves: Sequence[str]) -> dict[str, Score]:
+    """The scores of a task or group in the harness's results.
+
+    The harness names a metric with the filter of the answers: `exact_match,strict-match`. The
+    filter `none` is left out.
+
+    Args:
+        leaves: the single tasks of a group, or the task itself.
+    """
+    content, directions = results["results"][name], results["higher_is_better"].get(name) or {}
+    scores = {}
+    for key, value in content.items():
+        metric, comma, filter_name = key.partition(",")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not comma or metric.endswith("_stderr") or not is_number:
+            continue
+        error = content.get(f"{metric}_stderr,{filter_name}")
+        blocks, items = _blocks(results["samples"], leaves, metric, filter_name, float(value))
+        scores[metric if filter_name == "none" else key] = Score(
+            value=float(value),
+            stderr=float(error) if isinstance(error, int | float) else None,
+            higher_is_better=directions.get(metric) is not False,
+            blocks=blocks,
+            items=items,
+        )
+    return scores
+
+
+def _blocks(
+    samples: Mapping[str, Any], leaves: Sequence[str], metric: str, filter_name: str, mean: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Sums and numbers of the values of blocks of rows; empty if `mean` is not their mean."""
+    values = [
+        row[metric]
+        for leaf in leaves
+        for row in samples[leaf]
+        if row["filter"] == filter_name and metric in row
+    ]
+    if not values or not all(isinstance(v, int | float | np.number) for v in values):
+        return (), ()
+    array = np.asarray(values, dtype=np.float64)
+    if not isclose(array.mean(), mean, rel_tol=1e-9, abs_tol=1e-12):
+        return (), ()
+    block = np.arange(len(array)) % min(len(array), MAX_BLOCKS)
+    sums, items = np.bincount(block, weights=array), np.bincount(block)
+    return tuple(sums.tolist()), tuple(items.astype(float).tolist())

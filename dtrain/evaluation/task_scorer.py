@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from math import isclose
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.core.log import Meter, progress
 from dtrain.engines.base import Engine
-from dtrain.evaluation.harness import LoadedTasks
+from dtrain.evaluation.harness import LoadedTasks, read_metrics
 from dtrain.evaluation.scorer import Scorer, shared_forward
 from dtrain.models.loss import transformers_model
 from dtrain.monitoring.scores import Score
 
 RESAMPLES = 1000
-MAX_BLOCKS = 256  # of rows, as for held-out losses
 
 
 class TaskScorer(Scorer):
@@ -167,51 +165,3 @@ def random_state(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy)
-
-
-def read_metrics(results: Mapping[str, Any], name: str, leaves: Sequence[str]) -> dict[str, Score]:
-    """The scores of a task or group in the harness's results.
-
-    The harness names a metric with the filter of the answers: `exact_match,strict-match`. The
-    filter `none` is left out.
-
-    Args:
-        leaves: the single tasks of a group, or the task itself.
-    """
-    content, directions = results["results"][name], results["higher_is_better"].get(name) or {}
-    scores = {}
-    for key, value in content.items():
-        metric, comma, filter_name = key.partition(",")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not comma or metric.endswith("_stderr") or not is_number:
-            continue
-        error = content.get(f"{metric}_stderr,{filter_name}")
-        blocks, items = _blocks(results["samples"], leaves, metric, filter_name, float(value))
-        scores[metric if filter_name == "none" else key] = Score(
-            value=float(value),
-            stderr=float(error) if isinstance(error, int | float) else None,
-            higher_is_better=directions.get(metric) is not False,
-            blocks=blocks,
-            items=items,
-        )
-    return scores
-
-
-def _blocks(
-    samples: Mapping[str, Any], leaves: Sequence[str], metric: str, filter_name: str, mean: float
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Sums and numbers of the values of blocks of rows; empty if `mean` is not their mean."""
-    values = [
-        row[metric]
-        for leaf in leaves
-        for row in samples[leaf]
-        if row["filter"] == filter_name and metric in row
-    ]
-    if not values or not all(isinstance(v, int | float | np.number) for v in values):
-        return (), ()
-    array = np.asarray(values, dtype=np.float64)
-    if not isclose(array.mean(), mean, rel_tol=1e-9, abs_tol=1e-12):
-        return (), ()
-    block = np.arange(len(array)) % min(len(array), MAX_BLOCKS)
-    sums, items = np.bincount(block, weights=array), np.bincount(block)
-    return tuple(sums.tolist()), tuple(items.astype(float).tolist())

@@ -107,7 +107,8 @@ def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | Non
     Raises:
         UserError: base or data cannot be used, or the base has too few positions for the data.
     """
-    tasks = harness.load_tasks(recipe.evaluation.tasks) if recipe.evaluation.tasks else None
+    settings, gates = recipe.evaluation.tasks, recipe.evaluation.gates
+    tasks = harness.load_tasks(settings, gates) if settings else None
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = check_layout(recipe, config)

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from dtrain.config.gates import Gate
 from dtrain.config.tasks import Tasks
 from dtrain.core.errors import UserError
-from dtrain.evaluation.harness import load_tasks
-from dtrain.evaluation.task_scorer import read_metrics, split_requests
+from dtrain.evaluation.harness import load_tasks, read_metrics
+from dtrain.evaluation.task_scorer import split_requests
 from dtrain.monitoring.scores import Score
 from tests.task_files import ANSWER, CHOICE, ROLLING, write_task
 
 
-def load(folder: Path, *names: str, **more: object):
-    return load_tasks(Tasks(names=list(names), include_path=str(folder), **more))
+def load(folder: Path, *names: str, gates: dict[str, Gate] | None = None, **more: object):
+    return load_tasks(Tasks(names=list(names), include_path=str(folder), **more), gates or {})
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,28 @@ def test_a_template_reaches_no_internals(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "tasks", "quiz", rest)
     with pytest.raises(UserError, match="quiz: it cannot be evaluated: SecurityError"):
         load(folder, "quiz")
+
+
+GROUP = """\
+group: both
+task: [one, two]
+aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]
+"""
+
+
+def test_a_gate_names_a_metric_of_its_task_or_group(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "one")
+    write_task(folder, "two")
+    (folder / "both.yaml").write_text(GROUP)
+    group = load(folder, "both", gates={"both": Gate(metric="acc", max_drop=0.1)})
+    assert group.leaves == {"both": ["one", "two"]}
+    with pytest.raises(UserError, match="no metric acc_nrom") as caught:
+        load(folder, "one", gates={"one": Gate(metric="acc_nrom", max_drop=0.1)})
+    assert "evaluation.gates.one.metric" in str(caught.value) and "acc_norm" in caught.value.fix
+    (folder / "both.yaml").write_text(GROUP.rsplit("\n", 2)[0])
+    with pytest.raises(UserError, match="group both has no score of its own") as caught:
+        load(folder, "both")
+    assert "one, two" in caught.value.fix
 
 
 def test_a_task_that_executes_answers_is_refused(tmp_path: Path) -> None:
