@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
@@ -28,7 +28,7 @@ from dtrain.evaluation.metric import MetricFailure, RowScores
 from dtrain.evaluation.prompts import PromptSet
 from dtrain.evaluation.scorer import shared_forward
 from dtrain.models.generation import Decoding, generate_texts
-from dtrain.models.load import read_config, silence_transformers
+from dtrain.models.load import silence_transformers
 from dtrain.monitoring.scores import Score
 from dtrain.serving.run_models import template_of
 
@@ -47,36 +47,16 @@ class GenerationScorer:
     Args:
         sets: by name.
         tokenizer: of the base.
-        base: folder of the base, whose settings of generation apply to every model of the run.
     """
 
     every_steps: int | None = None
 
     def __init__(
-        self,
-        recipe: Recipe,
-        sets: Mapping[str, PromptSet],
-        tokenizer: PreTrainedTokenizerBase,
-        base: Path,
+        self, recipe: Recipe, sets: Mapping[str, PromptSet], tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self._run, self._sets = Path(recipe.output.folder), sets
+        self._run, self._seed, self._sets = Path(recipe.output.folder), recipe.seed, sets
+        self._template = answering_template(template_of(recipe), tokenizer)
         self._tokenizer = deepcopy(tokenizer)  # generation pads it on the left
-        self._config = _generation_config(
-            base, read_config(base, trust_remote_code=recipe.model.trust_remote_code)
-        )
-        template = answering_template(template_of(recipe), tokenizer)
-        ends, texts = find_ends(self._config, template, tokenizer)
-        self._decodings = {
-            name: Decoding(
-                prompts.settings.max_new_tokens,
-                ends,
-                texts,
-                prompts.settings.temperature,
-                prompts.settings.top_p,
-                recipe.seed,
-            )
-            for name, prompts in sets.items()
-        }
         self.inputs: Mapping[str, str] = {n: prompts.fingerprint for n, prompts in sets.items()}
 
     def check_metrics(self, world: World) -> None:
@@ -126,10 +106,19 @@ class GenerationScorer:
             silence_transformers(),
             shared_forward(engine) as transformer,
         ):
-            transformer.generation_config = self._config
+            config = transformer.generation_config
+            ends, stops = find_ends(config, self._template, self._tokenizer)
             for batch in batches[world.rank :: world.size]:
                 texts = [self._sets[batch.name].texts[row] for row in batch.rows]
-                decoding = self._decodings[batch.name]
+                settings = self._sets[batch.name].settings
+                decoding = Decoding(
+                    settings.max_new_tokens,
+                    ends,
+                    stops,
+                    settings.temperature,
+                    settings.top_p,
+                    self._seed,
+                )
                 replies = generate_texts(transformer, self._tokenizer, texts, decoding, batch.rows)
                 answered += [(batch.name, *pair) for pair in zip(batch.rows, replies, strict=True)]
                 meter.advance(len(texts) * world.size)
@@ -138,15 +127,6 @@ class GenerationScorer:
             for name, row, text in json.loads(part):
                 answers[name][row] = text
         return answers
-
-
-def _generation_config(base: Path, model_config: PretrainedConfig) -> GenerationConfig:
-    """The settings of generation in a model's folder."""
-    try:
-        config: GenerationConfig = GenerationConfig.from_pretrained(base)
-    except OSError:  # it has none: its config may name the tokens that end a text
-        config = GenerationConfig.from_model_config(model_config)
-    return config
 
 
 def batches_of(name: str, prompts: PromptSet) -> list[Batch]:

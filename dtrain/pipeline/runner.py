@@ -86,7 +86,7 @@ def build_scorers(recipe: Recipe, inputs: Inputs, world: World) -> list[Scorer]:
     if inputs.tasks:
         scorers.append(task_scorer.TaskScorer(inputs.tasks, inputs.tokenizer))
     if inputs.prompts:
-        generation = GenerationScorer(recipe, inputs.prompts, inputs.tokenizer, inputs.base)
+        generation = GenerationScorer(recipe, inputs.prompts, inputs.tokenizer)
         generation.check_metrics(world)
         scorers.append(generation)
     return scorers

@@ -94,15 +94,16 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any], Che
         objective.begin_training(engine.module)
     free_memory()
     load_peak = peak_memory_bytes(device)
-    reset_peak_memory(device)  # the plan is compared with the peak of the steps
     trainer = build_trainer(setup, engine, checkpointer, checkpoint, objective, loader, held_out)
     set_generation_config(setup, engine.module, is_trained=False)
     is_untrained = trainer.progress.step == 0 and setup.base == setup.inputs.base
     if is_untrained and setup.evaluations.wants_base():
         setup.evaluations.record_base(engine, held_out)
+    reset_peak_memory(device)  # the plan is compared with the peak of the steps
     set_generation_config(setup, engine.module, is_trained=True)
     if not trainer.fit():
         return None
+    step_peak = peak_memory_bytes(device)
     facts = stage_facts(setup, trainer.progress, parameters)
     if setup.recipe.output.use == "best":
         used, facts["used"] = trainer.use_best()
@@ -116,7 +117,7 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any], Che
     facts |= {
         "attempt_tokens_per_second": trainer.tokens_per_second,
         "load_peak_memory_bytes": load_peak,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": step_peak,
     }
     engine.close()
     setup.teachers.release()
