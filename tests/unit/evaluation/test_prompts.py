@@ -17,6 +17,7 @@ from dtrain.evaluation.prompts import prepare_prompts, read_prompts
 from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.pipeline.data_inspection import held_out_of
 from dtrain.samples.make import ensure
 
 USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}
@@ -97,6 +98,15 @@ def test_what_decides_scores_is_in_the_fingerprint(tmp_path) -> None:
     assert identity(", batch_size: 2") == first != identity(", max_new_tokens: 5")
     (tmp_path / "s.json").write_text('{"type": "array"}')
     assert identity() != first
+
+
+def test_prompts_are_held_out_of_the_training_data() -> None:
+    index = held_out_of(load_recipe("tiny"))
+    assert index is not None
+    asked = [
+        where for where in index.locations if where.startswith("evaluation.generation.answers")
+    ]
+    assert len(asked) == 3
 
 
 def test_sampled_answers_depend_on_seed_and_row_alone() -> None:
