@@ -103,10 +103,8 @@ def test_what_decides_scores_is_in_the_fingerprint(tmp_path) -> None:
 def test_prompts_are_held_out_of_the_training_data() -> None:
     index = held_out_of(load_recipe("tiny"))
     assert index is not None
-    asked = [
-        where for where in index.locations if where.startswith("evaluation.generation.answers")
-    ]
-    assert len(asked) == 3
+    keys = [where.partition(": ")[0] for where in dict.fromkeys(index.locations)]
+    assert keys.count("evaluation.generation.answers") == 3
 
 
 def test_sampled_answers_depend_on_seed_and_row_alone() -> None:
