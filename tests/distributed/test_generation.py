@@ -64,13 +64,6 @@ def test_two_ranks_answer_as_one(engine, start_ranks, known):
         assert predictions(run, model) == known[model], model
 
 
-def test_a_gate_on_a_score_ends_the_chain(start_ranks):
-    gate = "evaluation.gates={a: {metric: chrf, max_increase: 0}}"  # a planted one: it improves
-    failed = start_ranks(SETS, *SHORT, gate, ranks=1).wait(Exit.GATE_FAILED)
-    assert "evaluation.gates.a: stage domain changed the chrf of a" in failed.output
-    assert not (failed.folder / "domain" / "merged").exists()
-
-
 def test_a_judge_that_is_down_is_told_before_the_first_step(start_ranks):
     judge = "{endpoint: 'http://127.0.0.1:9/v1', model: m}"
     asked = f"evaluation.generation={{a: {{{ROWS}, limit: 1, metrics: [judge], judge: {judge}}}}}"

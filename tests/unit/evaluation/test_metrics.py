@@ -222,6 +222,15 @@ def test_bad_settings_are_refused_at_check(settings, messages, module) -> None:
     assert "evaluation.generation.s" in str(error.value)
 
 
+def test_a_gate_names_a_score_of_the_set() -> None:
+    gate = "evaluation.gates={{s: {{{}max_drop: 0.1}}}}"
+    load_recipe("tiny", [CHECK.format("metrics: [rouge]"), gate.format("metric: rouge2, ")])
+    with pytest.raises(UserError, match="did you mean rouge1"):
+        load_recipe("tiny", [CHECK.format("metrics: [rouge]"), gate.format("metric: rouge_1, ")])
+    with pytest.raises(UserError, match="no metrics that a gate could check"):
+        load_recipe("tiny", [CHECK.format("limit: 2"), gate.format("")])
+
+
 def test_missing_extra_is_refused_with_its_command(monkeypatch) -> None:
     monkeypatch.setattr("dtrain.config.generation_checks.find_spec", lambda name: None)
     for kind, extra in (("rouge", "metrics"), ("bleu", "metrics"), ("json_valid", "metrics")):
