@@ -53,7 +53,6 @@ def test_answers_and_scores_of_one_rank(start_ranks, known):
         assert scores[model]["a"]["chrf"]["stderr"] > 0 and scores[model]["c"] == {}
     assert "no score of function: builtins:pow failed for 1 of 1 answers" in run.output
     assert "TypeError" in run.output and "Traceback" not in run.output
-    assert "The" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
