@@ -12,7 +12,9 @@ from typing import Any
 from dtrain.checkpoints.manifest import REMOVED_PREFIX, step_of, unfinished_step_of
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.errors import UserError
+from dtrain.core.log import say
 from dtrain.core.ownership import Untrusted
+from dtrain.distributed.world import World
 
 LOSS = "held_out_loss"
 SCORE = "score"  # lowest in the best checkpoint: the loss, or a metric with its sign changed
@@ -59,6 +61,20 @@ def newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             continue
         return checkpoint, _not_finished(unfinished, checkpoint.step) + reasons
     return None, _not_finished(unfinished, -1) + reasons
+
+
+def newest_on_first_rank(folder: Path, world: World) -> Checkpoint | None:
+    """The newest complete checkpoint that the first rank finds: all ranks must use the same."""
+    checkpoint, name = None, ""
+    if world.is_first:
+        checkpoint, passed_over = newest_complete(folder)
+        for reason in passed_over:
+            say(f"passed over: {reason}")
+        name = checkpoint.folder.name if checkpoint else ""
+    name = world.broadcast_text(name)
+    if checkpoint is None and name:
+        checkpoint = Checkpoint.open(folder / name)
+    return checkpoint
 
 
 def _not_finished(unfinished: list[Path], newest: int) -> list[str]:

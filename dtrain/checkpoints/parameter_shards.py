@@ -13,12 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-WEIGHT_KINDS = ("weight", "training_weight", "z")
+WEIGHT = "weight"
+WEIGHT_KINDS = (WEIGHT, "training_weight", "z")
 """Kinds that start as the parameter's first value. `weight` is what results are made of; an
 optimizer that averages has the weights that train, and schedule-free's z, in addition."""
 
 NEUTRAL_KINDS = frozenset({*WEIGHT_KINDS, "exp_avg", "exp_avg_sq"})
 """Kinds with one float32 value per element: they can be resharded for other ranks and engines."""
+
+GRADIENT = "gradient"
+"""A kind that exists between a backward pass and the update, and is not saved."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class ParameterShard:
     start: int
     stop: int
     tensors: dict[str, Tensor]
+
+    @property
+    def training_weight(self) -> Tensor:
+        """The weights that train, a view, of which `weight` may be an average."""
+        tensors = self.tensors
+        return tensors.get("training_weight", tensors.get(WEIGHT, torch.empty(0)))
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= elements(self.shape):

@@ -21,12 +21,18 @@ class RegularizerTraits:
     Attributes:
         implementation: "module:class" of its `dtrain.objectives.regularizers.base.Regularized`.
         needs_base: the model without its adapter computes the chosen rows too.
-        penalizes_change: it is a function of what the stage adds to the weights.
+        of_base_parameters: the same where the base's own parameters train, of a term that is a
+            function of the change of the weights.
     """
 
     implementation: str
+    of_base_parameters: str = ""
     needs_base: bool = False
-    penalizes_change: bool = False
+
+    @property
+    def penalizes_change(self) -> bool:
+        """Whether it is a function of the change of the weights since the start of the stage."""
+        return bool(self.of_base_parameters)
 
 
 class RegularizeSettings(Group):
@@ -54,6 +60,11 @@ class RegularizeSettings(Group):
         return 0
 
     @property
+    def kept_values(self) -> int:
+        """Values kept for each of the base's own parameters that trains."""
+        return int(self.traits.penalizes_change)
+
+    @property
     def reads_replay(self) -> bool:
         """Whether it needs `data.replay`."""
         return getattr(self, "on", None) == "replay"
@@ -79,11 +90,11 @@ class KlToBase(RegularizeSettings):
 
 
 class L2Init(RegularizeSettings):
-    """Half the squared change of the adapted weights since the start of the stage."""
+    """Half the squared change of the weights, adapted or trained, since the start of the stage."""
 
     traits: ClassVar[RegularizerTraits] = RegularizerTraits(
         implementation="dtrain.objectives.regularizers.weight_change:L2InitPenalty",
-        penalizes_change=True,
+        of_base_parameters="dtrain.objectives.regularizers.parameter_change:L2InitOfParameters",
     )
     kind: Literal["l2_init"]
 
@@ -91,11 +102,12 @@ class L2Init(RegularizeSettings):
 class Ewc(RegularizeSettings):
     """Elastic weight consolidation (arXiv:1612.00796): as l2_init, but each weight's square counts
     by its Fisher information, per target, of rows that the model shall not forget. It is estimated
-    before the first step, by a row and a column of factors for each layer."""
+    before the first step: for an adapted layer by a row and a column of factors, for parameters of
+    the base that train by a factor for each."""
 
     traits: ClassVar[RegularizerTraits] = RegularizerTraits(
         implementation="dtrain.objectives.regularizers.weight_change:EwcPenalty",
-        penalizes_change=True,
+        of_base_parameters="dtrain.objectives.regularizers.parameter_change:EwcOfParameters",
     )
     kind: Literal["ewc"]
     on: Literal["replay", "previous_stage"] = Field(
@@ -106,6 +118,10 @@ class Ewc(RegularizeSettings):
     @property
     def sequences_before(self) -> int:
         return self.sequences
+
+    @property
+    def kept_values(self) -> int:
+        return 2
 
 
 Regularize = Annotated[KlToBase | L2Init | Ewc, Field(discriminator="kind")]

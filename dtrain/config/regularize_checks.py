@@ -21,11 +21,16 @@ def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
     term, kind = stage.regularize, (*at, "regularize", "kind")
     if term is None:
         return
-    if term.traits.penalizes_change and not stage.method.traits.adds_product:
-        kinds = " or ".join(kind for kind, traits in TRAITS.items() if traits.adds_product)
-        message = f"{term.kind} penalizes the product of two matrices, which {stage.method.kind} "
-        message += "does not add"
-        yield Clash([kind, (*at, "method", "kind")], message, f"method.kind={kinds}")
+    traits = stage.method.traits
+    if term.traits.penalizes_change and not (traits.adds_product or traits.trains_base):
+        able = [name for name, t in TRAITS.items() if t.adds_product or t.trains_base]
+        message = f"{term.kind} penalizes the change of whole weights or the product of two "
+        message += f"matrices, and {stage.method.kind} trains neither"
+        yield Clash([kind, (*at, "method", "kind")], message, f"method.kind={' or '.join(able)}")
+    if term.traits.penalizes_change and traits.trains_base and recipe.engine.offload:
+        message = f"{term.kind} changes the gradient, whose norm DeepSpeed has taken before it is "
+        message += "offloaded"
+        yield Clash([kind, ("engine", "offload")], message, "engine.offload=false")
     adapter = stage.method.adapter
     if term.traits.penalizes_change and adapter and adapter.whole_modules:
         saved: Key = (*at, "method", "modules_to_save")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.checkpoints.parameter_shards import GRADIENT, ParameterShard
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
@@ -104,9 +104,9 @@ class Engine(ABC):
     def updated(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         """The optimizer and this rank's float32 tensors that it updates."""
 
-    @abstractmethod
     def on_weights_changed(self) -> None:
-        """Called after the tensors of `updated` were changed outside a step."""
+        """Called after weights that train were changed outside a step, on all ranks."""
+        return
 
     @contextmanager
     def result_weights(self) -> Iterator[None]:
@@ -128,10 +128,21 @@ class Engine(ABC):
         self.on_weights_changed()
 
     @abstractmethod
-    def parameter_shards(self) -> Iterator[ParameterShard]:
-        """This rank's range of every trainable parameter, with its optimizer state (views)."""
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]:
+        """This rank's range of every trainable parameter, with its optimizer state (views).
 
-    @abstractmethod
+        Args:
+            gradients: with the gradient of the global batch instead, before it is clipped; between
+                the last `backward` and `step`. A parameter that the loss does not reach has none.
+        """
+
+    def drop_gradient(self) -> None:
+        """Drop the gradient without an update."""
+        for shard in self.parameter_shards(gradients=True):
+            if GRADIENT in shard.tensors:
+                shard.tensors[GRADIENT].fill_(float("nan"))
+        self.step(0.0)
+
     def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
         """Called after a checkpoint was copied into `parameter_shards()`.
 
@@ -139,6 +150,8 @@ class Engine(ABC):
             update_count: of the checkpoint, for Adam's bias correction.
             rate_square_sum: the same, for schedule-free's average.
         """
+        self.update_count, self.rate_square_sum = update_count, rate_square_sum
+        self.on_weights_changed()
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Replace the trained weights and the optimizer's state by a checkpoint's, in place.
@@ -199,12 +212,16 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad()
         return value
 
-    def parameter_shards(self) -> Iterator[ParameterShard]:
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]:
         for (name, parameter), local in zip(self.trainable, self.local_params, strict=True):
-            state = state_tensors(self.optimizer, local, self.stage)
-            views = {"weight": local.data, **state}
+            views: dict[str, Tensor | None] = {"weight": local.data}
+            if gradients:
+                views[GRADIENT] = local.grad
+            else:
+                views |= state_tensors(self.optimizer, local, self.stage)
             start, stop = self.flat_range(parameter)
-            tensors = with_average({kind: view.reshape(-1) for kind, view in views.items()})
+            tensors = {kind: v.reshape(-1) for kind, v in views.items() if v is not None}
+            tensors = with_average(tensors)
             yield ParameterShard(name, tuple(parameter.shape), start, stop, tensors)
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -215,11 +232,8 @@ class TorchEngine(Engine):
     def updated(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         return self.optimizer, list(self.local_params)
 
-    def on_weights_changed(self) -> None:
-        return
-
     def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
-        self.update_count, self.rate_square_sum = update_count, rate_square_sum
+        super().on_state_loaded(update_count, rate_square_sum)
         for local in self.local_params:
             set_update_count(self.optimizer, local, update_count)
 

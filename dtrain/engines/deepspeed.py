@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor, nn
 
-from dtrain.checkpoints.parameter_shards import ParameterShard
+from dtrain.checkpoints.parameter_shards import GRADIENT, ParameterShard
 from dtrain.config.checks import accumulation
 from dtrain.config.deepspeed_file import PREFETCH, load_ds_config, prefetch_elements
 from dtrain.config.engines import ENGINES
@@ -87,10 +87,9 @@ class Zero(Engine):
         return self.zero.optimizer, self.flat_masters()
 
     def on_state_loaded(self, update_count: int, rate_square_sum: float = 0.0) -> None:
-        self.update_count, self.rate_square_sum = update_count, rate_square_sum
+        super().on_state_loaded(update_count, rate_square_sum)
         for flat in self.flat_masters():
             set_update_count(self.zero.optimizer, flat, update_count)
-        self.on_weights_changed()
 
     def ds_params(self) -> list[tuple[str, Any]]:
         """Trainable parameters, untyped because of the attributes that DeepSpeed adds."""
@@ -115,7 +114,10 @@ class Zero2(Zero):
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
-    def parameter_shards(self) -> Iterator[ParameterShard]:
+    def on_weights_changed(self) -> None:
+        self.zero.update_lp_params()  # what computes is a copy of the masters
+
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
         for name, parameter in self.ds_params():
             mapping = parameter._hp_mapping
@@ -123,15 +125,16 @@ class Zero2(Zero):
                 yield ParameterShard(name, tuple(parameter.shape), 0, 0, {})
                 continue
             master = masters[mapping.param_group_index]
-            flat = {"weight": master.data, **self.state_of(master)}
+            flat = {"weight": master.data, **({} if gradients else self.state_of(master))}
             in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             tensors = {k: v.narrow(0, in_master.start, in_master.numel) for k, v in flat.items()}
             start, stop = in_parameter.start, in_parameter.start + in_parameter.numel
+            if gradients:
+                gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+                is_whole = gradient.numel() == parameter.numel()
+                tensors[GRADIENT] = gradient[start:stop] if is_whole else gradient
             shape = tuple(parameter.shape)
             yield ParameterShard(name, shape, start, stop, with_average(tensors))
-
-    def on_weights_changed(self) -> None:
-        self.zero.update_lp_params()
 
 
 class Zero3(Zero):
@@ -169,14 +172,18 @@ class Zero3(Zero):
     def flat_masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 
-    def parameter_shards(self) -> Iterator[ParameterShard]:
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]:
         masters = self.flat_masters()
         for name, parameter in self.ds_params():
             group, offset, elements = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * elements, parameter.ds_numel)
             stop = min(start + elements, parameter.ds_numel)  # the last range is padded
-            flat = {"weight": masters[group].data, **self.state_of(masters[group])}
+            state = {} if gradients else self.state_of(masters[group])
+            flat = {"weight": masters[group].data, **state}
             tensors = {k: v.narrow(0, offset, stop - start) for k, v in flat.items()}
+            if gradients:
+                gradient, _ = self.zero._get_fp32_grad_state_partition(parameter, False)
+                tensors[GRADIENT] = gradient[: stop - start]
             shape = tuple(parameter.ds_shape)
             yield ParameterShard(name, shape, start, stop, with_average(tensors))
 

@@ -87,10 +87,14 @@ class Fsdp2(TorchEngine):
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
+        self._take_gradients()
+        return super().step(learning_rate)
+
+    def _take_gradients(self) -> None:
+        """Move the model's gradients to `local_params`."""
         for (_, parameter), local in zip(self.trainable, self.local_params, strict=True):
             if parameter.grad is not None:
                 local.grad, parameter.grad = _local(parameter.grad), None
-        return super().step(learning_rate)
 
     def norm_over_ranks(self, norm: Tensor) -> Tensor:
         squares = norm.square()
@@ -103,9 +107,11 @@ class Fsdp2(TorchEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def parameter_shards(self) -> Iterator[ParameterShard]:
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]:
+        if gradients:
+            self._take_gradients()
         self.on_weights_changed()  # or those of the root module would be what was gathered
-        yield from super().parameter_shards()
+        yield from super().parameter_shards(gradients=gradients)
 
     def flat_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         assert isinstance(parameter, DTensor)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.data.loader import BatchCounts, Loader, MicroBatch
@@ -72,6 +73,7 @@ class StageContext:
         base: folder of the model that the stage starts from.
         cache: folder for what is computed once, such as reference log-probabilities or a
             teacher's logits; see `StoredValues`.
+        folder: of the stage, which all ranks see.
         start: what decides the output of the model as the stage starts: base, dtype, method.
         base_when_disabled: whether `adapters_disabled` turns the model back into that model.
         loader: the batches of the stage or of the held-out set.
@@ -81,12 +83,31 @@ class StageContext:
 
     base: Path
     cache: Path
+    folder: Path
     start: Mapping[str, Any]
     base_when_disabled: bool
     loader: Loader
     world: World
     frozen: FrozenModels
     previous: PackedDataset | None = None
+
+
+class ShardedModel(Protocol):
+    """What an objective may use of an engine, which `dtrain.engines.base.Engine` describes.
+
+    Attributes:
+        module: the model without the engine's wrapping: gradients stay on this rank.
+    """
+
+    model: Any
+    module: nn.Module
+    replica: tuple[int, int]
+
+    def autocast(self) -> AbstractContextManager[object]: ...
+    def before_forward(self, *, last: bool) -> None: ...
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def drop_gradient(self) -> None: ...
+    def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]: ...
 
 
 class Objective(ABC):
@@ -130,13 +151,12 @@ class Objective(ABC):
         """
         raise NotImplementedError
 
-    def begin_training(self, module: nn.Module) -> None:
-        """Compute what `loss` needs of the stage's model; called once, on all ranks, after
+    def begin_training(self, engine: ShardedModel) -> None:
+        """Compute what the loss needs of the stage's model; called once, on all ranks, after
         `begin_stage`.
 
         Args:
-            module: the model in its engine, at a checkpoint's weights if the stage is resumed, but
-                without the engine's wrapping: gradients stay on this rank.
+            engine: at the weights that the stage starts from, also when it is resumed.
         """
         return
 
@@ -168,6 +188,10 @@ class Objective(ABC):
             batch: on the model's device.
             statistics: from `begin_step`.
         """
+
+    def before_update(self, engine: ShardedModel) -> None:
+        """See or change the gradient of a step, before it is clipped; called on all ranks."""
+        return
 
     @abstractmethod
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:

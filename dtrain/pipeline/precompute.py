@@ -25,6 +25,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
     return StageContext(
         base=setup.base,
         cache=cache_folder() / "objectives",
+        folder=setup.folder.path,
         start=start_inputs(setup),
         base_when_disabled=setup.stage.method.base_when_disabled,
         loader=loader,
@@ -52,32 +53,35 @@ def start_inputs(setup: StageSetup) -> dict[str, Any]:
 
 
 def build_starting_model(
-    setup: StageSetup, checkpoint: Checkpoint | None, objectives: Sequence[Objective]
+    setup: StageSetup,
+    checkpoint: Checkpoint | None,
+    objective: Objective,
+    held_out: Sequence[Objective],
 ) -> tuple[Engine, tuple[int, int]] | None:
-    """Build the model in its engine, after it has computed what the objectives store.
+    """Build the model in its engine, let it compute what objectives need, load the checkpoint.
 
-    Values that are missing when a stage is resumed need the model without the checkpoint.
+    What they need is of the model that the stage starts from, also when the stage is resumed.
 
     Args:
         checkpoint: where the training continues.
-        objectives: of the stage and of the held-out sets; `begin_stage` was called.
+        objective: of the stage; `begin_stage` was called, also of the next ones.
+        held_out: objectives of the held-out sets.
 
     Returns:
         As `build_model_in_engine`; None if a rank was asked to stop.
     """
+    objectives = [objective, *held_out]
     lacking = [o for o in objectives if o.stored is not None and len(o.stored.missing())]
-    if not lacking:
-        return build_model_in_engine(setup, checkpoint)
-    engine, parameters = build_model_in_engine(setup, None)
-    if not all(compute_stored(setup, engine, objective) for objective in lacking):
+    engine, parameters = build_model_in_engine(setup)
+    if not all(compute_stored(setup, engine, o) for o in lacking):
         return None
-    setup.teachers.release()  # objectives that need one in every step hold it themselves
-    if checkpoint is None:
-        return engine, parameters
-    engine.close()
-    del engine
+    if lacking:
+        setup.teachers.release()  # objectives that need one in every step hold it themselves
+    objective.begin_training(engine)
+    if checkpoint is not None:
+        engine.load(checkpoint)
     free_memory()
-    return build_model_in_engine(setup, checkpoint)
+    return engine, parameters
 
 
 def compute_stored(setup: StageSetup, engine: Engine, objective: Objective) -> bool:

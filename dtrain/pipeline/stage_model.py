@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
@@ -46,10 +45,8 @@ from dtrain.pipeline.initial_adapter import open_initial_adapter
 from dtrain.pipeline.stage_record import StageSetup
 
 
-def build_model_in_engine(
-    setup: StageSetup, checkpoint: Checkpoint | None
-) -> tuple[Engine, tuple[int, int]]:
-    """Load the base, attach the method, apply kernels, wrap it in the engine, load the checkpoint.
+def build_model_in_engine(setup: StageSetup) -> tuple[Engine, tuple[int, int]]:
+    """Load the base, attach the method, apply kernels, wrap it in the engine.
 
     Returns:
         The engine, and the numbers of trainable and of all parameters.
@@ -59,7 +56,7 @@ def build_model_in_engine(
     model = method.attach(base, seed=recipe.seed, device=world.device)
     _check_merge(setup, model)
     method.on_attached(model, _method_context(setup))
-    initial = open_initial_adapter(setup, model) if checkpoint is None else None
+    initial = open_initial_adapter(setup, model)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     check_parameter_patterns(stage.train.learning_rate_scales, names, "train.learning_rate_scales")
 
@@ -81,16 +78,10 @@ def build_model_in_engine(
         add_embedding_noise(model, alpha)
     if recipe.model.kernels != "off":
         compile_ahead(world.device, setup.dtype, trains_base=method.traits.trains_base)
-    if checkpoint is not None:
-        _load_trainable(model, checkpoint.names, partial(read_parameter, checkpoint))
-    elif initial is not None:
-        _load_trainable(model, initial.keys, initial.read)
     engine = build_engine(model, recipe, stage, world, materialize)
-    if checkpoint is not None:
-        engine.load(checkpoint)
-    elif initial is not None:
+    if initial is not None:
         initial.restore(engine.parameter_shards())
-        engine.on_state_loaded(0)
+        engine.on_weights_changed()
     return engine, (trainable, total)
 
 
@@ -129,19 +120,6 @@ def _check_merge(setup: StageSetup, model: torch.nn.Module) -> None:
     """Check before the training that the result can be merged."""
     if setup.is_merged:
         check_mergeable(setup.base, setup.method.changed_tensors(model))
-
-
-@torch.no_grad()
-def _load_trainable(
-    model: torch.nn.Module, names: Collection[str], read: Callable[[str], Tensor]
-) -> None:
-    """Copy the weights of a checkpoint or adapter into the model before an engine wraps it.
-
-    DeepSpeed copies the weights that it finds at the start, and would compute with those.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.is_meta and name in names:
-            parameter.copy_(read(name))
 
 
 def set_generation_config(setup: StageSetup, model: nn.Module, *, is_trained: bool) -> None:

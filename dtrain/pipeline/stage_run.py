@@ -86,13 +86,11 @@ def train_stage(setup: StageSetup) -> tuple[torch.nn.Module, dict[str, Any], Che
     loaders = {objective: loader} | {s.objective: s.loader for s in held_out.values()}
     for each, its_loader in loaders.items():
         each.begin_stage(stage_context(setup, its_loader))
-    started = build_starting_model(setup, checkpoint, list(loaders))
+    evaluated = [s.objective for s in held_out.values()]
+    started = build_starting_model(setup, checkpoint, objective, evaluated)
     if started is None:
         return None
     engine, parameters = started
-    with engine.autocast():
-        objective.begin_training(engine.module)
-    free_memory()
     load_peak = peak_memory_bytes(device)
     trainer = build_trainer(setup, engine, checkpointer, checkpoint, objective, loader, held_out)
     set_generation_config(setup, engine.module, is_trained=False)

@@ -228,7 +228,8 @@ class EngineModel(ABC):
 
     @cached_property
     def optimizer_bytes(self) -> float:
-        """The optimizer's state, and DeepSpeed's float32 master weights, of this rank's share."""
+        """The optimizer's state, DeepSpeed's float32 master weights and what a term against
+        forgetting keeps, of this rank's share."""
         workload = self.workload
         if workload.offload:
             return 0.0
@@ -236,7 +237,8 @@ class EngineModel(ABC):
         if workload.optimizer == "adamw":
             state *= self.profile.train_bytes / FLOAT32
         masters = FLOAT32 * workload.trainable if workload.capabilities.is_deepspeed else 0
-        return (state + masters) / self.optimizer_ranks
+        kept = FLOAT32 * workload.kept_values * workload.trainable
+        return (state + masters + kept) / self.optimizer_ranks
 
     @property
     @abstractmethod

@@ -164,6 +164,8 @@ def tokens_before(stage: Stage, workload: Workload, tokens: TokenCount | None) -
     """What is computed before the first step, as tokens that take as long in training."""
     term = stage.regularize
     before = float(term.sequences_before * stage.data.sequence_length if term else 0)
+    if workload.traits.trains_base:  # every rank computes all of these sequences
+        before *= workload.ranks
     if stage.stores_reference and tokens:  # one forward pass of what the stage trains on
         passes = 2 + workload.traits.trains_base + workload.checkpointing + workload.extra_forwards
         before += tokens.tokens / max(1.0, stage.train.epochs or 1.0) / passes

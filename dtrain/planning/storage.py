@@ -71,7 +71,8 @@ def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload) -> float:
     adapter = FLOAT32 * workload.trainable if workload.traits.adds_adapter else 0
     model = workload.element_bytes * workload.shape.parameters if recipe.merges(stage) else 0
     kept = recipe.output.keep_checkpoints + 1 + _permanent_checkpoints(recipe, stage)
-    return kept * checkpoint_bytes(workload) + adapter + model
+    fisher = FLOAT32 * workload.trainable if workload.kept_values > 1 else 0
+    return kept * checkpoint_bytes(workload) + fisher + adapter + model
 
 
 def _permanent_checkpoints(recipe: Recipe, stage: Stage) -> int:

@@ -77,6 +77,8 @@ class Workload:
             reference model; less than 1 if they compute some of the tokens.
         extra_runs: number of such passes of a micro-batch, each of which gathers the weights.
         distills: the loss compares the probabilities of all tokens with another model's.
+        kept_values: float32 values that a term against forgetting keeps of each of the base's
+            own parameters that trains.
         teacher: shape of the teacher, if that is another model.
         stores_teacher: what the teacher says is stored before the training, and it is released.
         uses_autocast: computes under autocast where the trained parameters are wider than the
@@ -107,6 +109,7 @@ class Workload:
     extra_forwards: float = 0
     extra_runs: int = 0
     distills: bool = False
+    kept_values: int = 0
     teacher: ModelShape | None = None
     stores_teacher: bool = False
     uses_autocast: bool = True
@@ -290,6 +293,7 @@ def build_workload(
         extra_forwards=passes.share,
         extra_runs=passes.runs,
         distills=stage.distill is not None or _holds_to_base(stage),
+        kept_values=_kept_values(stage),
         teacher=_teacher(stage),
         stores_teacher=stage.distill is not None and stage.distill.top_k is not None,
         kernels=_kernels(recipe, stage, shape),
@@ -315,6 +319,11 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
         known -= {ADAPTED_LAYERS}
     has_copy = any("lm_head".endswith(end) for end in (adapter.whole_modules if adapter else ()))
     return known - {LOSS} if has_copy else known
+
+
+def _kept_values(stage: Stage) -> int:
+    term = stage.regularize
+    return term.kept_values if term and stage.method.traits.trains_base else 0
 
 
 def _holds_to_base(stage: Stage) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from dtrain.checkpoints.folder import (
     best_step,
     clean_leftovers,
-    newest_complete,
+    newest_on_first_rank,
     remove_old_checkpoints,
     states_of,
 )
@@ -133,7 +133,7 @@ class Checkpointer:
         """
         if self._folder.exists():
             check_own_folder(self._folder.resolve())
-        checkpoint = _newest_on_rank0(self._folder, self._world)
+        checkpoint = newest_on_first_rank(self._folder, self._world)
         if checkpoint is not None:
             for change in check_same_inputs(
                 checkpoint.state["inputs"], self._inputs, set(allowed_changes)
@@ -149,20 +149,6 @@ class Checkpointer:
 
 def open_final_checkpoint(folder: Path, world: World, step: int) -> Checkpoint:
     """The checkpoint of the last step, verified by the first rank."""
-    checkpoint = _newest_on_rank0(folder, world)
+    checkpoint = newest_on_first_rank(folder, world)
     assert checkpoint is not None and checkpoint.step == step
-    return checkpoint
-
-
-def _newest_on_rank0(folder: Path, world: World) -> Checkpoint | None:
-    """The newest complete checkpoint that the first rank finds: all ranks must use the same."""
-    checkpoint, name = None, ""
-    if world.is_first:
-        checkpoint, passed_over = newest_complete(folder)
-        for reason in passed_over:
-            say(f"passed over: {reason}")
-        name = checkpoint.folder.name if checkpoint else ""
-    name = world.broadcast_text(name)
-    if checkpoint is None and name:
-        checkpoint = Checkpoint.open(folder / name)
     return checkpoint

@@ -1,7 +1,7 @@
 """Terms against forgetting give the same losses under every engine, rank count and micro-batch.
 
-Every stage of one chain has another term; the adapters of its first stage change what the Fisher
-information of the second one is estimated on.
+Every stage of one chain has another term, of adapters or of the base's own parameters; the adapters
+of its first stage change what the Fisher information of the second one is estimated on.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
-TERMS = {
-    "change": ("sft", "{kind: l2_init, weight: 0.05}"),
-    "fisher": ("sft", "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}"),
-    "divergence": ("dpo", "{kind: kl_to_base, weight: 3.0}"),
+LORA = "{{kind: lora, r: 4, alpha: 8, dropout: {dropout}}}"
+TERMS = {  # objective, method, term
+    "change": ("sft", LORA, "{kind: l2_init, weight: 0.05}"),
+    "fisher": ("sft", LORA, "{kind: ewc, weight: 2000.0, on: previous_stage, sequences: 5}"),
+    "divergence": ("dpo", LORA, "{kind: kl_to_base, weight: 3.0}"),
+    "last_layer": ("sft", "{{kind: full, trainable_layers: 1}}", "{kind: l2_init, weight: 1.0}"),
+    "parameters": ("sft", "{{kind: full}}", "{kind: ewc, weight: 1000.0, sequences: 5}"),
 }
 QUESTIONS = "dtrain:tiny-text/task.json", "dtrain:tiny-text/task-heldout.json"
 Start = Callable[..., Any]
@@ -33,9 +36,9 @@ def pairs(first: int, last: int) -> list[dict[str, str]]:
 
 
 def stage(name: str, files: tuple[str, str], micro: int, dropout: float) -> str:
-    (kind, term), (rows, replay) = TERMS[name], files
+    (kind, method, term), (rows, replay) = TERMS[name], files
     return (
-        f"{{name: {name}, kind: {kind}, method: {{kind: lora, r: 4, alpha: 8, dropout: {dropout}}},"
+        f"{{name: {name}, kind: {kind}, method: {method.format(dropout=dropout)},"
         f" data: {{sequence_length: 128, sources: [{{path: '{rows}'}}],"
         f" replay: {{path: '{replay}', ratio: 0.25}}}},"
         f" train: {{global_batch_size: 4, micro_batch_size: {micro}, steps: 4,"
@@ -54,7 +57,7 @@ def start_chain(start_ranks, write_rows, cache: Path) -> Start:
             str(write_rows("replay.jsonl", pairs(24, 32))),
         )
         files = {"sft": QUESTIONS, "dpo": preferences}
-        stages = [stage(name, files[kind], micro, dropout) for name, (kind, _) in TERMS.items()]
+        stages = [stage(name, files[kind], micro, dropout) for name, (kind, *_) in TERMS.items()]
         return start_ranks(f"stages=[{', '.join(stages)}]", "evaluation={}", *overrides, **more)
 
     return start
@@ -105,7 +108,10 @@ def test_killed_in_a_penalized_stage_it_ends_at_the_same_weights(start_chain, we
     run = start_chain(*every, **settings)
     run.until(lambda: run.is_at("fisher", 3))
     run.kill().wait(-signal.SIGKILL)
-    run = start_chain(*every, **settings).wait(0)  # the Fisher information is estimated again
+    again = start_chain(*every, **settings)  # the information of adapters is estimated again
+    again.until(lambda: again.is_at("parameters", 3))
+    again.kill().wait(-signal.SIGKILL)
+    run = start_chain(*every, **settings).wait(0)
     assert "resuming from step" in run.output
     assert figures(run) == figures(undisturbed)
     assert weights(run.folder) == weights(undisturbed.folder)

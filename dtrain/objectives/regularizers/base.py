@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from dtrain.config.schema import Stage
 from dtrain.data.loader import BatchCounts, MicroBatch
 from dtrain.distributed.world import World
-from dtrain.objectives.base import LossOutput, Objective, StageContext, build_objective
+from dtrain.objectives.base import (
+    LossOutput,
+    Objective,
+    ShardedModel,
+    StageContext,
+    build_objective,
+)
 
 TERM = "regularization"
 """Name of the term in the metrics, multiplied by its weight: the loss without it is the rest."""
@@ -45,8 +51,11 @@ class Regularized(Objective):
     def start_values(self, model: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
         return self.inner.start_values(model, batch)
 
-    def begin_training(self, module: nn.Module) -> None:
-        self.inner.begin_training(module)
+    def begin_training(self, engine: ShardedModel) -> None:
+        self.inner.begin_training(engine)
+
+    def before_update(self, engine: ShardedModel) -> None:
+        self.inner.before_update(engine)
 
     def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
         return self.inner.begin_step(model, batches, world)
@@ -81,6 +90,8 @@ def build_stage_objective(stage: Stage) -> Objective:
     """What a stage minimizes, with its term against forgetting if it has one."""
     if stage.regularize is None:
         return build_objective(stage)
-    module, _, name = stage.regularize.traits.implementation.partition(":")
+    traits, trains_base = stage.regularize.traits, stage.method.traits.trains_base
+    path = traits.of_base_parameters if trains_base else traits.implementation
+    module, _, name = path.partition(":")
     implementation: type[Regularized] = getattr(import_module(module), name)
     return implementation(stage)

@@ -1,4 +1,4 @@
-"""Penalties on the change of the weights: its squared norm, and elastic weight consolidation.
+"""Penalties on the change of adapted weights: its squared norm, and elastic weight consolidation.
 
 A LoRA adapter changes a weight by D = s·B·A. For factors u of the outputs and v of the inputs,
 
@@ -23,7 +23,7 @@ from dtrain.config import regularize
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
 from dtrain.data.loader import MicroBatch
-from dtrain.objectives.base import LossOutput, StageContext, global_weight
+from dtrain.objectives.base import LossOutput, ShardedModel, StageContext, global_weight
 from dtrain.objectives.regularizers.base import Regularized, add_term
 from dtrain.objectives.regularizers.fisher import adapted_layers, fisher_factors
 
@@ -77,12 +77,13 @@ class WeightChangePenalty(Regularized):
         super().begin_stage(context)
         self.context = context
 
-    def begin_training(self, module: nn.Module) -> None:
-        super().begin_training(module)
-        factors = self.factors(module)
+    def begin_training(self, engine: ShardedModel) -> None:
+        super().begin_training(engine)
+        with engine.autocast():
+            factors = self.factors(engine.module)
         self.layers = [
             PenalizedLayer(name, layer, factors.get(name), self.pass_state)
-            for name, layer in adapted_layers(module).items()
+            for name, layer in adapted_layers(engine.module).items()
         ]
 
     def factors(self, module: nn.Module) -> dict[str, Diagonals]:

@@ -144,8 +144,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["stages.0.method.kind", "output.merge", "cannot be merged: its", "output.merge=false"],
     ),
     "a penalty on a change that the method does not make": (
-        {"stages": [stage("sft", ANSWERS, FULL, regularize=L2_INIT)]},
-        ["stages.0.regularize.kind", "stages.0.method.kind", "which full does not add", "lora"],
+        {"stages": [stage("sft", ANSWERS, {"kind": "dora"}, regularize=L2_INIT)]},
+        ["stages.0.regularize.kind", "stages.0.method.kind", "dora trains neither", "full or lora"],
     ),
     "a divergence from a base that is overwritten": (
         {"stages": [replayed("sft", FULL, regularize={"kind": "kl_to_base", "weight": 1.0})]},

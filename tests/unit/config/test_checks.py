@@ -292,8 +292,16 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.modules_to_save", "kl_to_base"],
         ),
         (
-            {"stages__0__method": {"kind": "full"}, "stages__0__regularize": L2_INIT},
-            ["stages.0.regularize.kind", "stages.0.method.kind", "full", "method.kind=lora"],
+            {"stages__0__method": {"kind": "dora"}, "stages__0__regularize": L2_INIT},
+            ["stages.0.regularize.kind", "stages.0.method.kind", "dora trains", "full or lora"],
+        ),
+        (
+            {
+                "stages__0__method": {"kind": "full"},
+                "stages__0__regularize": L2_INIT,
+                "engine": {"kind": "zero3", "offload": True},
+            },
+            ["stages.0.regularize.kind", "engine.offload", "norm", "offload=false"],
         ),
         (
             {

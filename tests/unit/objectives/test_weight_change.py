@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,7 +140,7 @@ def dense_fisher(model: nn.Module, loader: Loader) -> dict[str, torch.Tensor]:
 
 
 def context_of(loader: Loader, world: Any, cache: Path) -> StageContext:
-    return StageContext(Path(), cache, {}, True, loader, world, lambda _: nn.Identity())
+    return StageContext(Path(), cache, cache, {}, True, loader, world, lambda _: nn.Identity())
 
 
 def test_fisher_factors_are_those_of_the_base(model, loader, world, tmp_path) -> None:
@@ -176,11 +177,12 @@ def test_fisher_factors_are_those_of_the_base(model, loader, world, tmp_path) ->
 @pytest.mark.parametrize("kind", ["l2_init", "ewc"])
 def test_loss_and_gradients_have_the_term(kind, model, loader, world, tmp_path) -> None:
     term = {"l2_init": L2Init, "ewc": Ewc}[kind](kind=kind, weight=0.3)
-    stage = SimpleNamespace(kind="sft", regularize=term, preference=None)
+    method = Lora(kind="lora")
+    stage = SimpleNamespace(kind="sft", regularize=term, preference=None, method=method)
     objective = build_stage_objective(stage)  # type: ignore[arg-type]
     context = context_of(loader, world, tmp_path)
     objective.begin_stage(context)
-    objective.begin_training(model)
+    objective.begin_training(SimpleNamespace(module=model, autocast=nullcontext))  # type: ignore[arg-type]
     scale = 0.25
     outputs, parameters = [], [p for p in model.parameters() if p.requires_grad]
     for batch in loader.micro_batches(0, 0, 1, 1):
