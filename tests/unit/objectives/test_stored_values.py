@@ -90,7 +90,9 @@ def test_the_reference_is_that_of_transformers(tmp_path, loader, world, micro_ba
     model = load_base(base, options, quantized=False, dtype=torch.float32, device=CPU)
     settings: Any = SimpleNamespace(preference=PreferenceSettings())
     objective = Dpo(settings)
-    objective.begin_stage(StageContext(base, tmp_path, INPUTS, False, loader, world, load_base))
+    objective.begin_stage(
+        StageContext(base, tmp_path, tmp_path, INPUTS, False, loader, world, load_base)
+    )
     assert objective.stored is not None
     blocks = objective.stored.compute(lambda b: objective.start_values(model, b), micro_batch)
     assert sum(blocks) == loader.total_sequences
