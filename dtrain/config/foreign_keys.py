@@ -31,6 +31,7 @@ EQUIVALENTS = {
         "finetuning_type adapter train_type tuner_type tuner sft_type use_peft use_lora"
     ),
     "stages[].method.r": "lora_rank lora_r lora_dim",
+    "stages[].method.frozen_modules": "freeze_parameters frozen_parameters freeze_parameters_regex",
     "stages[].method.trainable_layers": "freeze_trainable_layers num_layer_trainable",
     "stages[].method.alpha": "lora_alpha",
     "stages[].method.dropout": "lora_dropout lora_dropout_p",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
-from dtrain.config.methods import Lora, MethodSettings
+from dtrain.config.methods import MethodSettings
 from dtrain.config.methods.patterns import compile_pattern
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.yaml_document import Key
@@ -58,10 +58,8 @@ def check_adapters(recipe: Recipe) -> Iterator[Clash]:
 
 
 def _patterns(method: MethodSettings, at: Key) -> Iterator[Clash]:
-    if not isinstance(method, Lora):
-        return
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(method, key):
+    for key in ("rank_pattern", "alpha_pattern", "frozen_modules"):
+        for pattern in getattr(method, key, ()):
             try:
                 compile_pattern(pattern)
             except UserError as error:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter that text reaches trains, or those of the last layers."""
+"""Full fine-tuning: every parameter that text reaches trains, or some of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import Full
+from dtrain.config.methods.patterns import check_parameter_patterns
 from dtrain.core.errors import UserError
 from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
@@ -18,7 +19,7 @@ class FullFineTuning(Method[Full]):
     """The model itself; what trains is in float32."""
 
     def base_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
-        return compute_dtype if self.settings.trainable_layers else torch.float32
+        return torch.float32 if self.settings.trains_all else compute_dtype
 
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
@@ -26,32 +27,44 @@ class FullFineTuning(Method[Full]):
         unused = unused_parameters(
             build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         )
-        chosen = self._chosen(model)
+        chosen = self._chosen(model) - unused
         for name, parameter in model.named_parameters():
-            trains = parameter in chosen and name not in unused
+            trains = name in chosen
             if trains and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(trains)
         if unused:
             names = summarize_names(unused)
             say(f"{len(unused)} parameters stay frozen, as no text reaches them: {names}")
-        if self.settings.trainable_layers:
+        if not self.settings.trains_all:
             model.disable_input_require_grads()  # backward ends at the lowest layer that trains
         model.train()
         return model
 
-    def _chosen(self, model: PreTrainedModel) -> set[nn.Parameter]:
-        """The parameters that the settings let train."""
+    def _chosen(self, model: PreTrainedModel) -> set[str]:
+        """Names of the parameters that the settings let train."""
+        settings, where = self.settings, "method.frozen_modules"
+        layers = self._trainable_layers(model)
+        inside = {parameter for layer in layers for parameter in layer.parameters()}
+        names = [n for n, p in model.named_parameters() if p in inside]
+        check_parameter_patterns(settings.frozen_modules, names, where)
+        chosen = {name for name in names if not settings.freezes(name)}
+        if not chosen:
+            raise UserError("every parameter is frozen", where=where, fix="name fewer of them")
+        return chosen
+
+    def _trainable_layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The decoder layers whose parameters may train, or the whole model."""
         count, layers = self.settings.trainable_layers, decoder_layers(model)
         if count is None:
-            return set(model.parameters())
+            return [model]
         if count > len(layers):
             raise UserError(
                 f"the model has {len(layers)} decoder layers, not {count}",
                 where="method.trainable_layers",
                 fix=f"at most {len(layers)}",
             )
-        return {parameter for layer in layers[-count:] for parameter in layer.parameters()}
+        return layers[-count:]
 
     def changed_tensors(self, model: nn.Module) -> set[str]:
         return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

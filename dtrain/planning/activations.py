@@ -109,7 +109,9 @@ def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
         cast = {"self_attn.o_proj": attention_output, "mlp.down_proj": 0}
         casts = sum(cast.get(x.name, e * x.inputs) for x in shape.linears)
         return casts + e * shape.mlp
-    linears = shape.linears if workload.traits.trains_base else workload.adapted
+    linears = workload.adapted
+    if workload.traits.trains_base:
+        linears = tuple(x for x in shape.linears if workload.layers_that_train(x))
     linears = tuple(x for x in linears if x.name != "lm_head")
     if not workload.method.saves_inputs:
         return float(workload.method.has_dropout * sum(x.inputs for x in linears))

@@ -215,7 +215,7 @@ class EngineModel(ABC):
         """
         if self.workload.offload or not computes_from_float32(self.workload):
             return self.loaded_bytes
-        copied = self.workload.trained_share * self.workload.shape.linear_elements
+        copied = self.workload.trained_linear_elements
         return self.loaded_bytes + self.workload.element_bytes * copied
 
     @property

@@ -73,7 +73,9 @@ def layer_parameters(
         if workload.traits.quantizes_base:
             parameters.append(_packed(linear, workload))
         else:
-            parameters.append(replace(base, rows=linear.outputs, columns=linear.inputs))
+            here = trains and bool(workload.layers_that_train(linear))
+            weight = _base_parameter(workload, train_bytes, trains=here)
+            parameters.append(replace(weight, rows=linear.outputs, columns=linear.inputs))
         if linear.bias:
             parameters.append(replace(base, rows=linear.outputs, columns=1))
         parameters += _adapters(linear, workload, train_bytes)
@@ -85,11 +87,12 @@ def layer_parameters(
 def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
     """The parameters outside the decoder layers: embeddings, final norm, untied output matrix."""
     shape = workload.shape
-    base = _base_parameter(workload, train_bytes, trains=workload.method.trains_outer)
-    embedding = replace(base, rows=shape.vocabulary, columns=shape.hidden)
-    parameters = [embedding, replace(base, rows=shape.hidden, columns=1)]
-    if not shape.tied:
-        parameters.append(embedding)
+    parameters = []
+    for name, elements in shape.outer_elements.items():
+        trains = workload.method.trains_outer and not workload.method.freezes(name)
+        base = _base_parameter(workload, train_bytes, trains=trains)
+        rows = elements if elements == shape.hidden else shape.vocabulary
+        parameters.append(replace(base, rows=rows, columns=elements // rows))
     for linear in workload.adapted:
         if linear.name == "lm_head":
             parameters += _adapters(linear, workload, train_bytes)

@@ -84,9 +84,16 @@ class ModelShape:
         return self.norm_elements + sum(x.elements + x.biases for x in self.linears)
 
     @property
+    def outer_elements(self) -> dict[str, int]:
+        """Parameter outside the decoder layers → its elements; tied matrices have one name."""
+        matrix = self.vocabulary * self.hidden
+        head = {} if self.tied else {"lm_head.weight": matrix}
+        return {"model.embed_tokens.weight": matrix, "model.norm.weight": self.hidden, **head}
+
+    @property
     def outer_parameters(self) -> int:
         """Parameters outside the decoder layers: embeddings, output matrix, final norm."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+        return sum(self.outer_elements.values())
 
     @property
     def parameters(self) -> int:

@@ -129,6 +129,13 @@ def _check_can_simulate(recipe: Recipe, stage: Stage, workload: Workload) -> Non
             where="--exact",
             fix=f"{NO_SIMULATION}, or determinism=off",
         )
+    trained = [len(workload.layers_that_train(linear)) for linear in workload.shape.linears]
+    if any(0 < count < workload.trained_layers for count in trained):
+        raise UserError(
+            "--exact simulates models of which all layers that train are alike",
+            where="--exact and method.frozen_modules",
+            fix=NO_SIMULATION,
+        )
     if workload.distills and stage.distill is None:
         raise UserError(
             "--exact does not simulate a term against forgetting that compares with the base",

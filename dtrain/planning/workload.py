@@ -231,7 +231,7 @@ class Workload:
         total = traits.state_bytes * self.trainable
         if traits.layer_matrix_bytes is not None:
             saved = traits.state_bytes - traits.layer_matrix_bytes
-            total -= saved * self.shape.linear_elements * self.trained_share
+            total -= saved * self.trained_linear_elements
         return total
 
     @cached_property
@@ -249,9 +249,28 @@ class Workload:
             for matrix in module.parameters
         )
         added = sum(prod(matrix) for matrix in self.outer_shapes)
-        outer = self.shape.outer_parameters if self.method.trains_outer else 0
-        base = outer + self.trained_layers * self.shape.layer_parameters
-        return adapters + added + whole + base
+        return adapters + added + whole + self._trained_base
+
+    @property
+    def _trained_base(self) -> int:
+        """The base's own parameters that train; norms of layers count as training."""
+        method, shape = self.method, self.shape
+        outer = shape.outer_elements if method.trains_outer else {}
+        matrices = sum(n for name, n in outer.items() if not method.freezes(name))
+        biases = sum(x.biases for x in shape.linears)
+        vectors = self.trained_layers * (shape.norm_elements + biases)
+        return matrices + vectors + self.trained_linear_elements
+
+    @cached_property
+    def trained_linear_elements(self) -> int:
+        """Weights of the base's linear layers that train."""
+        return sum(x.elements * len(self.layers_that_train(x)) for x in self.shape.linears)
+
+    def layers_that_train(self, linear: LinearShape) -> list[str]:
+        """Names of a linear layer in those decoder layers in which its own weight trains."""
+        first = self.shape.layers - self.trained_layers
+        names = layer_names(self.shape, linear)[first:]
+        return [name for name in names if not self.method.freezes(f"{name}.weight")]
 
 
 def build_workload(

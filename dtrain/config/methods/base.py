@@ -94,6 +94,10 @@ class MethodSettings(Group):
         """Whether weight decay applies to a matrix, by its name in the model."""
         return True
 
+    def freezes(self, parameter: str) -> bool:
+        """Whether a parameter of the base stays frozen though others around it train."""
+        return False
+
     def trained_layers(self, layers: int) -> int:
         """Decoder layers, the last of so many, whose own parameters train."""
         return layers if self.traits.trains_base else 0

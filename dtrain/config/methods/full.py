@@ -1,4 +1,4 @@
-"""Full fine-tuning, of all layers or of the last ones: its recipe keys."""
+"""Full fine-tuning, of all parameters or of some: its recipe keys."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dtrain.config.group import Count
+from dtrain.config.group import Count, Text
 from dtrain.config.methods.base import MethodSettings, MethodTraits
+from dtrain.config.methods.patterns import match_parameter
 
 
 class Full(MethodSettings):
@@ -31,9 +32,26 @@ class Full(MethodSettings):
         ),
     )
 
+    frozen_modules: list[Text] = Field(
+        default_factory=list,
+        description=(
+            "parameters that stay frozen, such as [embed_tokens, lm_head]: a pattern (RE2) matches "
+            "the end of the name of a parameter or of a module around it"
+        ),
+    )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether no key keeps a parameter frozen."""
+        return self.trainable_layers is None and not self.frozen_modules
+
+    def freezes(self, parameter: str) -> bool:
+        return match_parameter(self.frozen_modules, parameter) is not None
+
     def trained_layers(self, layers: int) -> int:
         return min(layers, self.trainable_layers or layers)
 
     @property
     def trains_outer(self) -> bool:
-        return self.trainable_layers is None
+        matrices = ("model.embed_tokens.weight", "lm_head.weight")
+        return self.trainable_layers is None and not all(map(self.freezes, matrices))

@@ -73,8 +73,10 @@ def check_parameter_patterns(
     used = {match_parameter(patterns, parameter) for parameter in parameters}
     for pattern in patterns:
         if pattern not in used:
+            close = get_close_matches(pattern, {p for n in parameters for p in n.split(".")}, n=3)
             names = sorted({name.removesuffix(".weight") for name in parameters})
             example = f"{names[0]} … {names[-1]}" if names else "none"
+            example = f"{', '.join(close)} or {example}" if close else example
             raise UserError(
                 f"{pattern!r} has no effect: it matches no parameter that trains, or only those "
                 "that an earlier pattern matches",

@@ -185,6 +185,10 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.train.optimizer", "stages.0.method.kind", "lora trains none"],
         ),
         (
+            {"stages__0__method": {"kind": "full", "frozen_modules": ["(?=a)"]}},
+            ["method.frozen_modules.(?=a)", "linear time"],
+        ),
+        (
             {"stages__0__train__optimizer": "schedule_free"},
             ["train.optimizer", "train.lr_scheduler", "lr_scheduler=constant"],
         ),

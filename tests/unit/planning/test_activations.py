@@ -1,4 +1,4 @@
-"""What VeRA keeps for the backward pass, as the plan counts it and as autograd does."""
+"""What is kept for the backward pass, as the plan counts it and as autograd does."""
 
 from __future__ import annotations
 
@@ -51,13 +51,20 @@ def really_saved(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(storage.nbytes() for key, storage in saved.items() if key not in known)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_vera_saves_what_the_plan_says(dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("{kind: vera, r: 64}", "float32"),
+        ("{kind: vera, r: 64}", "bfloat16"),
+        ("{kind: full, frozen_modules: [embed_tokens, lm_head, q_proj, down_proj]}", "float32"),
+    ],
+)
+def test_a_method_saves_what_the_plan_says(method, dtype, tmp_path: Path) -> None:
     config = AutoConfig.for_model("llama", **SIZES)
     config.save_pretrained(tmp_path)
     overrides = [
         f"model={{base: {json.dumps(str(tmp_path))}, dtype: {dtype}, kernels: off}}",
-        "stages.domain.method={kind: vera, r: 64}",
+        f"stages.domain.method={method}",
         "engine.kind=ddp",
         f"stages.domain.data.sequence_length={TOKENS}",
     ]

@@ -107,6 +107,12 @@ def test_an_engine_that_is_not_simulated_is_reported(engine: str) -> None:
         simulate_tiny([f"engine.kind={engine}"], 2)
 
 
+def test_layers_of_which_some_are_frozen_are_reported() -> None:
+    frozen = "stages.domain.method={kind: full, frozen_modules: ['layers.0.mlp']}"
+    with pytest.raises(UserError, match="layers that train are alike"):
+        simulate_tiny(["engine.kind=ddp", frozen], 1)
+
+
 def test_missing_torch_is_reported(monkeypatch) -> None:
     monkeypatch.setattr(simulated_peak, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="torch, which is not installed"):
