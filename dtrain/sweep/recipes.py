@@ -54,7 +54,7 @@ class TrialRecipes:
         return str(self._folder.run(shared_name(self.base.seed + offset)).path)
 
     def best(self, parameters: dict[str, Any], run: SeedRun) -> Recipe:
-        """The recipe of the best trial, with all stages, the merge and the questions.
+        """The recipe of the best trial, with all stages and the merge.
 
         Its run folder is that of the trial, so running it goes on from there.
         """
@@ -81,7 +81,6 @@ class TrialRecipes:
                 "seed": run.seed,
                 "stages": list(stages),
                 "output": output,
-                "evaluation": recipe.evaluation.model_copy(update={"questions": None}),
                 "monitoring": recipe.monitoring.model_copy(update={"project": project}),
             }
         )
