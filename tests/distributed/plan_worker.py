@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -115,15 +114,6 @@ def counted(received: Counter[str]) -> None:
         setattr(dist, name, wrapper)
 
 
-def reduce_in_python(model: torch.nn.parallel.DistributedDataParallel) -> None:
-    """DDP reduces its buckets in C++, unseen; this hook does the same where it is counted."""
-
-    def hook(group, bucket):  # DDP refuses annotations that are text
-        return allreduce_hook(group, bucket)
-
-    model.register_comm_hook(None, hook)
-
-
 def batch(vocabulary: int, tokens: int, number: int) -> MicroBatch:
     ids = torch.randint(0, vocabulary, (1, tokens))
     every = torch.arange(tokens - 1)
@@ -165,8 +155,6 @@ def measure(overrides: list[str], world: World, received: Counter[str]) -> dict[
         engine, counts = built(recipe, stage, world)
     for tensor in [*engine.module.parameters(), *engine.module.buffers()]:
         storages.take(tensor)
-    if recipe.engine.kind == "ddp":
-        reduce_in_python(engine.model)
     for step in range(STEPS):
         received.clear()
         phases = one_step(engine, stage, storages, step)
