@@ -260,6 +260,8 @@ def _time_shares(lines: MetricLines) -> str:
     for line in lines:
         for name, seconds in (line.get("seconds") or {}).items():
             totals[name] = totals.get(name, 0.0) + (seconds or 0.0)
+        if line.get("save_seconds"):
+            totals["save"] = totals.get("save", 0.0) + line["save_seconds"]
     whole = sum(totals.values())
     shares = [(value / whole, name) for name, value in totals.items() if whole]
     texts = [f"{name} {100 * share:.1f} %" for share, name in sorted(shares, reverse=True)]

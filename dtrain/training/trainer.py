@@ -64,7 +64,7 @@ class Trainer:
         self.progress, self._start = progress, replace(progress)
         self._recent_seconds: deque[float] = deque([0.0], maxlen=RECENT_STEPS)
         self._peak_flops = peak_flops(engine)
-        self._save_wait = 0.0
+        self._save_seconds = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -132,7 +132,7 @@ class Trainer:
             with self.callbacks.slow_section("waiting for the last save"):
                 started = time.perf_counter()
                 self.checkpointer.wait_for_save()
-                self._save_wait = time.perf_counter() - started
+                self._save_seconds += time.perf_counter() - started
         started = time.perf_counter()
         self.count(result)
         metrics = self.step_metrics(result)
@@ -152,14 +152,12 @@ class Trainer:
                 self.callbacks.log_metrics(self.progress.step, metrics | {"seconds": seconds})
 
     def save(self) -> None:
-        """Save a checkpoint of this step, in the background; log how long the training waits."""
+        """Save a checkpoint of this step, in the background; the next step logs the time here."""
         with self.callbacks.slow_section(f"saving step {self.progress.step}"):
             started = time.perf_counter()
             measured = self.evaluator.measured(self.progress)
             self.checkpointer.save(self.engine, self.progress, measured)
-            seconds = self._save_wait + time.perf_counter() - started
-            self._save_wait = 0.0
-            self.callbacks.log_metrics(self.progress.step, {"seconds": {"save": round(seconds, 4)}})
+            self._save_seconds += time.perf_counter() - started
 
     def count(self, result: StepResult) -> None:
         """Add a step to the progress."""
@@ -190,6 +188,9 @@ class Trainer:
             "communication_seconds": round(result.communication_seconds, 4),
             "time": round(time.time(), 3),
         } | memory_metrics(self.engine.world.device)
+        if self._save_seconds:
+            metrics["save_seconds"] = round(self._save_seconds, 4)
+            self._save_seconds = 0.0
         if self._peak_flops is not None:
             flops = self.engine.flops_per_token * metrics["tokens_per_second"]
             metrics["mfu"] = round(flops / (self._peak_flops * self.engine.world.size), 4)
