@@ -18,7 +18,7 @@ WEIGHT_KINDS = (WEIGHT, "training_weight", "z")
 """Kinds that start as the parameter's first value. `weight` is what results are made of; an
 optimizer that averages has the weights that train, and schedule-free's z, in addition."""
 
-NEUTRAL_KINDS = frozenset({*WEIGHT_KINDS, "exp_avg", "exp_avg_sq"})
+NEUTRAL_KINDS = frozenset({*WEIGHT_KINDS, "exp_avg", "exp_avg_sq", "sensitivity", "uncertainty"})
 """Kinds with one float32 value per element: they can be resharded for other ranks and engines."""
 
 GRADIENT = "gradient"

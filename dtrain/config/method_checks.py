@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
-from dtrain.config.methods import MethodSettings
+from dtrain.config.methods import AdaLora, MethodSettings
 from dtrain.config.methods.patterns import compile_pattern
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.yaml_document import Key
@@ -19,6 +19,8 @@ def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
         at: the key of the stage.
     """
     yield from _patterns(stage.method, (*at, "method"))
+    if isinstance(stage.method, AdaLora):
+        yield from _ranks(stage.method, (*at, "method"))
     adapter, traits = stage.method.adapter, stage.method.traits
     takes_values = traits.base_when_disabled and not traits.counts_from_start
     if adapter and adapter.initial_adapter and not takes_values:
@@ -55,6 +57,17 @@ def check_adapters(recipe: Recipe) -> Iterator[Clash]:
         message = "several adapters of one base are not merged into one model"
         fix = "output.merge=false; `dtrain merge` merges those that you choose"
         yield Clash(keys, message, fix)
+
+
+def _ranks(method: AdaLora, at: Key) -> Iterator[Clash]:
+    if method.final_rank > method.r:
+        message = (
+            f"the rank at the end, {method.final_rank}, is higher than at the start, {method.r}"
+        )
+        yield Clash([(*at, "target_r"), (*at, "r")], message, "target_r at most r")
+    if method.initial_ratio + method.final_ratio >= 1:
+        keys: list[Key] = [(*at, "initial_ratio"), (*at, "final_ratio")]
+        yield Clash(keys, "no step is left in which ranks are cut", "a sum below 1")
 
 
 def _patterns(method: MethodSettings, at: Key) -> Iterator[Clash]:

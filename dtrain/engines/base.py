@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from math import isfinite
@@ -53,6 +54,8 @@ class Engine(ABC):
             number; each of them saves a share.
         update_count: optimizer updates so far, without skipped ones.
         rate_square_sum: of their learning rates, the weights of schedule-free's average.
+        kept: what an objective keeps of this rank's parameter shards in checkpoints: parameter →
+            kind → 1-D tensor.
         flops_per_token: of a training step; see `training_flops_per_token`.
         collectives: measures this rank's time in them.
     """
@@ -65,6 +68,7 @@ class Engine(ABC):
         self.module, self.recipe, self.stage, self.world = module, recipe, stage, world
         self.compute_dtype = resolve_dtype(recipe.model.dtype, world.device)
         self.update_count, self.rate_square_sum = 0, 0.0
+        self.kept: dict[str, dict[str, Tensor]] = {}
         self.flops_per_token = training_flops_per_token(module)
         self.collectives = CollectiveTimer()
         self.collectives.start()
@@ -136,6 +140,11 @@ class Engine(ABC):
                 the last `backward` and `step`. A parameter that the loss does not reach has none.
         """
 
+    def saved_shards(self) -> Iterator[ParameterShard]:
+        """The `parameter_shards`, with what an objective keeps of them."""
+        for shard in self.parameter_shards():
+            yield replace(shard, tensors=shard.tensors | self.kept.get(shard.name, {}))
+
     def drop_gradient(self) -> None:
         """Drop the gradient without an update."""
         for shard in self.parameter_shards(gradients=True):
@@ -159,7 +168,7 @@ class Engine(ABC):
         Raises:
             UserError: it does not fit the model, or a value is not finite.
         """
-        checkpoint.restore(self.parameter_shards())
+        checkpoint.restore(self.saved_shards())
         state = checkpoint.state
         self.on_state_loaded(state["updates"], state.get("rate_square_sum", 0.0))
 

@@ -102,11 +102,13 @@ class ShardedModel(Protocol):
     model: Any
     module: nn.Module
     replica: tuple[int, int]
+    kept: dict[str, dict[str, Tensor]]
 
     def autocast(self) -> AbstractContextManager[object]: ...
     def before_forward(self, *, last: bool) -> None: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def drop_gradient(self) -> None: ...
+    def on_weights_changed(self) -> None: ...
     def parameter_shards(self, *, gradients: bool = False) -> Iterator[ParameterShard]: ...
 
 
@@ -191,6 +193,15 @@ class Objective(ABC):
 
     def before_update(self, engine: ShardedModel) -> None:
         """See or change the gradient of a step, before it is clipped; called on all ranks."""
+        return
+
+    def after_update(self, engine: ShardedModel, step: int, *, updated: bool) -> None:
+        """See or change the weights after a step; called on all ranks.
+
+        Args:
+            step: from 0.
+            updated: False if the update was skipped, as its gradient was not finite.
+        """
         return
 
     @abstractmethod

@@ -228,8 +228,8 @@ class EngineModel(ABC):
 
     @cached_property
     def optimizer_bytes(self) -> float:
-        """The optimizer's state, DeepSpeed's float32 master weights and what a term against
-        forgetting keeps, of this rank's share."""
+        """The optimizer's state, DeepSpeed's float32 master weights and other values that are kept
+        of what trains, of this rank's share."""
         workload = self.workload
         if workload.offload:
             return 0.0

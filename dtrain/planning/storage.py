@@ -61,9 +61,10 @@ def host_merge_bytes(workload: Workload) -> float:
 
 
 def checkpoint_bytes(workload: Workload) -> float:
-    """Size of a checkpoint: what trains in float32 and its optimizer state, not the frozen base."""
-    weights = 1 + OPTIMIZERS[workload.optimizer].averages
-    return FLOAT32 * weights * workload.trainable + workload.optimizer_state_bytes
+    """Size of a checkpoint: what trains in float32, what the method keeps of it, and its optimizer
+    state, not the frozen base."""
+    values = 1 + OPTIMIZERS[workload.optimizer].averages + workload.method.kept_values
+    return FLOAT32 * values * workload.trainable + workload.optimizer_state_bytes
 
 
 def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload) -> float:
@@ -71,7 +72,8 @@ def disk_bytes(recipe: Recipe, stage: Stage, workload: Workload) -> float:
     adapter = FLOAT32 * workload.trainable if workload.traits.adds_adapter else 0
     model = workload.element_bytes * workload.shape.parameters if recipe.merges(stage) else 0
     kept = recipe.output.keep_checkpoints + 1 + _permanent_checkpoints(recipe, stage)
-    fisher = FLOAT32 * workload.trainable if workload.kept_values > 1 else 0
+    has_fisher = workload.kept_values - workload.method.kept_values > 1
+    fisher = FLOAT32 * workload.trainable if has_fisher else 0
     return kept * checkpoint_bytes(workload) + fisher + adapter + model
 
 

@@ -77,8 +77,8 @@ class Workload:
             reference model; less than 1 if they compute some of the tokens.
         extra_runs: number of such passes of a micro-batch, each of which gathers the weights.
         distills: the loss compares the probabilities of all tokens with another model's.
-        kept_values: float32 values that a term against forgetting keeps of each of the base's
-            own parameters that trains.
+        kept_values: float32 values kept of each parameter that trains, by the method or by a term
+            against forgetting.
         teacher: shape of the teacher, if that is another model.
         stores_teacher: what the teacher says is stored before the training, and it is released.
         uses_autocast: computes under autocast where the trained parameters are wider than the
@@ -342,7 +342,8 @@ def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
 
 def _kept_values(stage: Stage) -> int:
     term = stage.regularize
-    return term.kept_values if term and stage.method.traits.trains_base else 0
+    of_term = term.kept_values if term and stage.method.traits.trains_base else 0
+    return stage.method.kept_values + of_term
 
 
 def _holds_to_base(stage: Stage) -> bool:

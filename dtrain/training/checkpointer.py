@@ -87,7 +87,7 @@ class Checkpointer:
             "inputs": self._inputs,
             **measured,
         }
-        shards = split_among_replicas(engine.parameter_shards(), *engine.replica)
+        shards = split_among_replicas(engine.saved_shards(), *engine.replica)
         self._saver.save(stage.step, shards, state)
 
     def wait_for_save(self) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
+from dtrain.config.methods.adalora import AdaLora
 from dtrain.config.methods.base import (
     AdapterSettings,
     LowRankSettings,
@@ -25,6 +26,7 @@ from dtrain.config.methods.prompts import PromptSettings
 from dtrain.config.methods.vectors import Ia3, Vera
 
 __all__ = [
+    "AdaLora",
     "AdapterSettings",
     "Bottleneck",
     "Full",
@@ -40,11 +42,11 @@ __all__ = [
 ]
 
 Method = Annotated[
-    Full | Lora | Ia3 | Vera | Bottleneck | PromptSettings, Field(discriminator="kind")
+    Full | Lora | AdaLora | Ia3 | Vera | Bottleneck | PromptSettings, Field(discriminator="kind")
 ]
 TRAITS: dict[str, MethodTraits] = {
     kind: traits
-    for settings in (Full, Lora, Ia3, Vera, Bottleneck, PromptSettings)
+    for settings in (Full, Lora, AdaLora, Ia3, Vera, Bottleneck, PromptSettings)
     for kind, traits in settings.traits_by_kind.items()
 }
 _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)

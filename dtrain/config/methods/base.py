@@ -21,6 +21,7 @@ class MethodTraits:
     Attributes:
         title: name in reports.
         implementation: "module:class" of its `dtrain.methods.base.Method`.
+        objective: "module:class" of the `AddedTerm` around the stage's objective, if it has one.
         trains_base: the base's own parameters train; they are kept in float32, and the merged
             model replaces them. Otherwise the base is frozen, in the dtype that computes.
         adds_adapter: float32 parameters are added to the base, which stays as it is. What is added
@@ -43,6 +44,7 @@ class MethodTraits:
 
     title: str
     implementation: str
+    objective: str = ""
     trains_base: bool = False
     adds_adapter: bool = False
     quantizes_base: bool = False
@@ -135,6 +137,11 @@ class MethodSettings(Group):
     def rank_of(self, layer: str) -> int:
         """The rank of one layer, by its name in the model."""
         return self.rank
+
+    @property
+    def kept_values(self) -> int:
+        """Values kept for each parameter that trains, in addition to the optimizer's."""
+        return 0
 
     @property
     def has_dropout(self) -> bool:

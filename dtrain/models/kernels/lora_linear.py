@@ -335,6 +335,7 @@ def _is_plain_lora(module: LoraLayer) -> bool:
     (name,) = module.lora_A if len(module.lora_A) == 1 else (None,)
     return (
         name is not None
+        and isinstance(module.lora_A[name], nn.Linear)
         and all(isinstance(variant, VARIANTS) for variant in module.lora_variant.values())
         and module.lora_A[name].bias is None
         and module.lora_B[name].bias is None

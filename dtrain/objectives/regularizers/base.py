@@ -1,4 +1,5 @@
-"""A term that is added to the loss of any objective, as an objective around that objective.
+"""A term that is added to the loss of any objective, as an objective around that objective:
+against forgetting, or of the stage's method.
 
 The training loop sees one objective. The term is a mean over the global batch or a function of the
 weights, so ranks and micro-batches do not change it. Held-out sets are measured without it.
@@ -6,10 +7,10 @@ weights, so ranks and micro-batches do not change it. Held-out sets are measured
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from dtrain.config.schema import Stage
 from dtrain.data.loader import BatchCounts, MicroBatch
-from dtrain.distributed.world import World
 from dtrain.objectives.base import (
     LossOutput,
     Objective,
@@ -27,22 +27,23 @@ from dtrain.objectives.base import (
 )
 
 TERM = "regularization"
-"""Name of the term in the metrics, multiplied by its weight: the loss without it is the rest."""
 
 
-class Regularized(Objective):
+class AddedTerm(Objective):
     """An objective with a term; `loss` is all that a subclass must add.
 
     Attributes:
-        inner: the stage's objective.
-        regularize: settings of the term.
+        term: its name in the metrics, where it is multiplied by its weight: the loss without it is
+            the rest.
+        inner: the objective without it.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    term: ClassVar[str] = TERM
+
+    def __init__(self, stage: Stage, inner: Objective) -> None:
         super().__init__(stage)
-        assert stage.regularize is not None
-        self.inner, self.regularize = build_objective(stage), stage.regularize
-        self.metric_sum_names = (*self.inner.metric_sum_names, TERM)
+        self.inner = inner
+        self.metric_sum_names = (*inner.metric_sum_names, self.term)
 
     def begin_stage(self, context: StageContext) -> None:
         self.inner.begin_stage(context)
@@ -57,8 +58,8 @@ class Regularized(Objective):
     def before_update(self, engine: ShardedModel) -> None:
         self.inner.before_update(engine)
 
-    def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
-        return self.inner.begin_step(model, batches, world)
+    def after_update(self, engine: ShardedModel, step: int, *, updated: bool) -> None:
+        self.inner.after_update(engine, step, updated=updated)
 
     def weight(self, counts: BatchCounts) -> int:
         return self.inner.weight(counts)
@@ -68,30 +69,46 @@ class Regularized(Objective):
 
     def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
         inner = {name: sums[name] for name in self.inner.metric_sum_names}
-        return self.inner.metrics(inner, weight) | {TERM: sums[TERM] / weight}
+        return self.inner.metrics(inner, weight) | {self.term: sums[self.term] / weight}
 
     def step(self, batch: MicroBatch) -> int:
         """The step of a micro-batch."""
         return batch.sequences[0] // self.loader.global_batch
 
+    def add_term(self, output: LossOutput, loss: Tensor, term: Tensor) -> LossOutput:
+        """The output of an objective with the term.
 
-def add_term(output: LossOutput, loss: Tensor, term: Tensor) -> LossOutput:
-    """The output of an objective with a term.
+        Args:
+            loss: the objective's, through which the term's gradient may already flow.
+            term: to add to it; its sum over the global batch is divided as the loss is.
+        """
+        sums = {**output.metric_sums, self.term: term.detach()}
+        return replace(output, loss=loss + term, metric_sums=sums)
 
-    Args:
-        loss: the objective's, through which the term's gradient may already flow.
-        term: to add to it; its sum over the global batch is divided as the loss is.
+
+class Regularized(AddedTerm):
+    """An objective with a term against forgetting.
+
+    Attributes:
+        regularize: settings of the term.
     """
-    sums = {**output.metric_sums, TERM: term.detach()}
-    return replace(output, loss=loss + term, metric_sums=sums)
+
+    def __init__(self, stage: Stage, inner: Objective) -> None:
+        super().__init__(stage, inner)
+        assert stage.regularize is not None
+        self.regularize = stage.regularize
 
 
 def build_stage_objective(stage: Stage) -> Objective:
-    """What a stage minimizes, with its term against forgetting if it has one."""
-    if stage.regularize is None:
-        return build_objective(stage)
-    traits, trains_base = stage.regularize.traits, stage.method.traits.trains_base
-    path = traits.of_base_parameters if trains_base else traits.implementation
-    module, _, name = path.partition(":")
-    implementation: type[Regularized] = getattr(import_module(module), name)
-    return implementation(stage)
+    """What a stage minimizes, with its term against forgetting and that of its method, if any."""
+    objective, traits, paths = build_objective(stage), stage.method.traits, list[str]()
+    if stage.regularize is not None:
+        term = stage.regularize.traits
+        paths.append(term.of_base_parameters if traits.trains_base else term.implementation)
+    if traits.objective:
+        paths.append(traits.objective)
+    for path in paths:
+        module, _, name = path.partition(":")
+        implementation: type[AddedTerm] = getattr(import_module(module), name)
+        objective = implementation(stage, objective)
+    return objective

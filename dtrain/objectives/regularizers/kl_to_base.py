@@ -23,7 +23,7 @@ from dtrain.models.divergence import (
 from dtrain.models.loss import observing_targets
 from dtrain.objectives.answers import document_of_targets, select_documents
 from dtrain.objectives.base import LossOutput, adapters_disabled, global_weight
-from dtrain.objectives.regularizers.base import Regularized, add_term
+from dtrain.objectives.regularizers.base import Regularized
 
 
 class KlToBaseRegularizer(Regularized):
@@ -33,7 +33,7 @@ class KlToBaseRegularizer(Regularized):
         factor = self.factor(batch)
         if not factor:  # no rank has a row in this step
             output = self.inner.loss(model, batch, statistics)
-            return add_term(output, output.loss, output.loss.new_zeros(()))
+            return self.add_term(output, output.loss, output.loss.new_zeros(()))
         documents = self.documents(batch)
         is_chosen = torch.isin(document_of_targets(batch), documents)
         part = select_documents(batch, documents) if len(documents) else self.no_rows(batch)
@@ -42,7 +42,7 @@ class KlToBaseRegularizer(Regularized):
         observer = ObservedDivergence(is_chosen, divergence_from(base, forward_kl))
         with observing_targets(observer):
             output = self.inner.loss(model, batch, statistics)
-        return add_term(output, output.loss, factor * observer.total)
+        return self.add_term(output, output.loss, factor * observer.total)
 
     def factor(self, batch: MicroBatch) -> float:
         """What a target's divergence counts in the summed loss of its step; 0 without targets.

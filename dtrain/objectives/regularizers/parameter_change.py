@@ -20,16 +20,22 @@ from dtrain.config.regularize import Ewc
 from dtrain.config.schema import Stage
 from dtrain.data.loader import MicroBatch
 from dtrain.distributed.world import World
-from dtrain.objectives.base import LossOutput, ShardedModel, StageContext, global_weight
-from dtrain.objectives.regularizers.base import Regularized, add_term
+from dtrain.objectives.base import (
+    LossOutput,
+    Objective,
+    ShardedModel,
+    StageContext,
+    global_weight,
+)
+from dtrain.objectives.regularizers.base import Regularized
 from dtrain.objectives.regularizers.parameter_fisher import diagonal_fisher
 
 
 class L2InitOfParameters(Regularized):
     """Half the squared change of the parameters since the start of the stage."""
 
-    def __init__(self, stage: Stage) -> None:
-        super().__init__(stage)
+    def __init__(self, stage: Stage, inner: Objective) -> None:
+        super().__init__(stage, inner)
         self.weights: list[Tensor] = []  # views of this rank's ranges
         self.start: list[Tensor] = []  # their values at the start of the stage
         self.factors: list[Tensor | None] = []
@@ -71,7 +77,7 @@ class L2InitOfParameters(Regularized):
         output = self.inner.loss(model, batch, statistics)
         weight = global_weight(self.inner, self.loader, self.step(batch))
         term, self.remaining = output.loss.new_tensor(weight * self.remaining), 0.0
-        return add_term(output, output.loss, term)
+        return self.add_term(output, output.loss, term)
 
     @torch.no_grad()
     def before_update(self, engine: ShardedModel) -> None:
