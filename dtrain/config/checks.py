@@ -160,7 +160,7 @@ def _stage(recipe: Recipe, number: int) -> Iterator[Clash]:
     yield from _changing_weights(stage, at)
     yield from _preference(stage.kind, stage.preference, at)
     yield from check_distill(recipe, stage, at)
-    yield from check_method(stage, at)
+    yield from check_method(recipe, stage, at)
     yield from check_regularize(recipe, number, at)
     if (reason := stage.method.traits.cannot_merge) and recipe.merges(stage):
         message = f"{stage.method.kind} cannot be merged: {reason}"

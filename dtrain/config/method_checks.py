@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dtrain.config.clash import Clash
 from dtrain.config.methods import AdaLora, MethodSettings
 from dtrain.config.methods.patterns import compile_pattern
+from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.yaml_document import Key
 from dtrain.core.errors import UserError
 
 
-def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
+def check_method(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     """Errors in a stage's method.
 
     Args:
@@ -21,6 +22,13 @@ def check_method(stage: Stage, at: Key) -> Iterator[Clash]:
     yield from _patterns(stage.method, (*at, "method"))
     if isinstance(stage.method, AdaLora):
         yield from _ranks(stage.method, (*at, "method"))
+        kind: Key = (*at, "method", "kind")
+        if OPTIMIZERS[stage.train.optimizer].averages:
+            message = "a rank that is cut would come back from the average of the weights"
+            yield Clash([kind, (*at, "train", "optimizer")], message, "optimizer=adamw")
+        if recipe.engine.offload:
+            message = "adalora changes weights after the update, which DeepSpeed has offloaded"
+            yield Clash([kind, ("engine", "offload")], message, "engine.offload=false")
     adapter, traits = stage.method.adapter, stage.method.traits
     takes_values = traits.base_when_disabled and not traits.counts_from_start
     if adapter and adapter.initial_adapter and not takes_values:

@@ -107,9 +107,9 @@ class RankAllocation(LayersTerm):
         kept[flat.argsort(descending=True, stable=True)[:budget]] = True
         by_layer = dict(zip(scores, kept.split([len(s) for s in scores.values()]), strict=True))
         cut = {
-            s.name: ~by_layer[layer_of(s.name)][s.start : s.stop].to(self.world.device)
+            s.name: ~by_layer[layer_of(s.name)][s.start : s.stop].to(s.tensors[WEIGHT].device)
             for s in self.shards
-            if ".lora_E." in s.name
+            if ".lora_E." in s.name and s.tensors
         }
         self._set_zero(engine, cut)
         ranks = [int(k.sum()) for k in by_layer.values()]
@@ -132,7 +132,7 @@ class RankAllocation(LayersTerm):
     def _set_zero(self, engine: ShardedModel, cut: dict[str, Tensor]) -> None:
         """Set the weights of these parameters to 0 where `cut` says so."""
         for shard in self.shards:
-            if shard.name in cut and WEIGHT in shard.tensors:
+            if shard.name in cut:
                 shard.tensors[WEIGHT].masked_fill_(cut[shard.name], 0.0)
         engine.on_weights_changed()
 

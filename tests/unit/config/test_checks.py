@@ -296,6 +296,29 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.modules_to_save", "kl_to_base"],
         ),
         (
+            {"stages__0__method": {"kind": "adalora", "r": 4, "target_r": 8}},
+            ["method.target_r", "method.r", "8, is higher", "at most r"],
+        ),
+        (
+            {"stages__0__method": {"kind": "adalora", "final_ratio": 0.9}},
+            ["method.initial_ratio", "method.final_ratio", "no step is left", "below 1"],
+        ),
+        (
+            {
+                "stages__0__method": {"kind": "adalora"},
+                "stages__0__train__optimizer": "schedule_free",
+                "stages__0__train__lr_scheduler": "constant",
+            },
+            ["method.kind", "train.optimizer", "average", "optimizer=adamw"],
+        ),
+        (
+            {
+                "stages__0__method": {"kind": "adalora"},
+                "engine": {"kind": "zero3", "offload": True},
+            },
+            ["method.kind", "engine.offload", "offload=false"],
+        ),
+        (
             {"stages__0__method": {"kind": "dora"}, "stages__0__regularize": L2_INIT},
             ["stages.0.regularize.kind", "stages.0.method.kind", "dora trains", "full or lora"],
         ),
