@@ -55,6 +55,9 @@ class LayersTerm(AddedTerm):
         ]
 
     def loss(self, model: nn.Module, batch: MicroBatch, statistics: Any) -> LossOutput:
+        if not torch.is_grad_enabled():  # a measurement: the term is of the training
+            output = self.inner.loss(model, batch, statistics)
+            return self.add_term(output, output.loss, output.loss.new_zeros(()))
         state = self.pass_state
         state.active = True
         for layer in self.layers:
