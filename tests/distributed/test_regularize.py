@@ -42,7 +42,7 @@ def stage(name: str, files: tuple[str, str], micro: int, dropout: float) -> str:
         f" data: {{sequence_length: 128, sources: [{{path: '{rows}'}}],"
         f" replay: {{path: '{replay}', ratio: 0.25}}}},"
         f" train: {{global_batch_size: 4, micro_batch_size: {micro}, steps: 4,"
-        f" learning_rate: 0.01}}, regularize: {term}}}"
+        f" learning_rate: {0.001 if 'full' in method else 0.01}}}, regularize: {term}}}"
     )
 
 
