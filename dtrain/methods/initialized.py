@@ -36,7 +36,8 @@ from dtrain.methods.lora import LoraMethod
 from dtrain.models.difference import count_from_start, first_factors
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import rounded_to_nf4
-from dtrain.models.weight_files import match_state_dict, read_header, weight_files
+from dtrain.models.state_dict_names import match_state_dict
+from dtrain.models.weight_files import read_header, weight_files
 
 Decompose = Callable[[Tensor, int, float], Factors]
 """(W, r, s) → A₀ and B₀."""

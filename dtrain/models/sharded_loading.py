@@ -24,7 +24,8 @@ from dtrain.core.errors import UserError
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
-from dtrain.models.weight_files import check_complete, match_state_dict, read_header, weight_files
+from dtrain.models.state_dict_names import match_state_dict
+from dtrain.models.weight_files import check_complete, read_header, weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 from typing import Any
 
-import numpy as np
-
+from dtrain.core.lazy_import import LazyModule
 from dtrain.monitoring.uncertainty import CERTAIN, paired_standard_error
+
+np: Any = LazyModule("numpy")  # `dtrain check` reads this module without it
 
 SCORES, INPUTS = "scores", "score_inputs"
 MAX_BLOCKS = 256  # of rows

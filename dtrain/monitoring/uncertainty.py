@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import atan, pi, sqrt
+from typing import Any
 
-import numpy as np
+from dtrain.core.lazy_import import LazyModule
+
+np: Any = LazyModule("numpy")  # `dtrain check` reads this module without it
 
 CERTAIN = 1.645  # standard errors; a larger difference is chance in at most 5 % of sets of rows
 

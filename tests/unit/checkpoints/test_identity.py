@@ -15,6 +15,7 @@ from dtrain.checkpoints import (
     differences,
 )
 from dtrain.config.methods import Full, Lora
+from dtrain.config.schema import Output
 from dtrain.config.train import Train
 from dtrain.core.errors import UserError
 
@@ -86,4 +87,6 @@ def test_a_key_is_allowed_in_every_stage_or_in_the_stage_that_it_names() -> None
 def test_every_changeable_key_is_a_recipe_key() -> None:
     fields = {f"train.{name}" for name in Train.model_fields}
     fields |= {f"method.{name}" for name in {**Lora.model_fields, **Full.model_fields}}
+    fields |= {f"output.{name}" for name in Output.model_fields}
+    fields.add("output.watched")  # the rows of the set that `output.use: best` compares
     assert fields >= CHANGEABLE

@@ -171,7 +171,9 @@ def test_relative_template_is_found_from_any_folder(
         _, _, task = commands(script(open_run(run)))
         assert after(task, "--chat-template") == [str(tmp_path / "my chat.jinja")]
         inputs: Any = SimpleNamespace(
-            stages={"task": SimpleNamespace(fingerprint="of the data")}, tokenizer_fingerprint="t"
+            stages={"task": SimpleNamespace(fingerprint="of the data")},
+            sets={},
+            tokenizer_fingerprint="t",
         )
         stages.append(stage_record(run, recipe, recipe.stages[1], inputs, "parent").identity)
     assert stages[0] == stages[1]
