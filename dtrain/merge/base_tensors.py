@@ -25,7 +25,7 @@ from dtrain.models.weight_files import read_header, weight_files
 
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")
-model_names: Any = LazyModule("dtrain.models.weight_files")
+model_names: Any = LazyModule("dtrain.models.state_dict_names")
 transformers: Any = LazyModule("transformers")
 COMPARED_BYTES = 1 << 22
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dtrain.config.methods.adalora import AdaLora
 from dtrain.config.methods.base import (
@@ -24,6 +24,7 @@ from dtrain.config.methods.full import Full
 from dtrain.config.methods.lora import Lora
 from dtrain.config.methods.prompts import PromptSettings
 from dtrain.config.methods.vectors import Ia3, Vera
+from dtrain.core.errors import UserError
 
 __all__ = [
     "AdaLora",
@@ -71,5 +72,15 @@ def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
 
 
 def parse_method(settings: dict[str, Any]) -> MethodSettings:
-    """The method that a checkpoint or a stage's record says it was trained with."""
-    return _METHOD.validate_python(settings)
+    """The method that a checkpoint or a stage's record says it was trained with.
+
+    Raises:
+        UserError: it has other settings than this version of dtrain knows.
+    """
+    try:
+        return _METHOD.validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = f"recorded method settings that are not valid here: {first['msg']}"
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(message, where=where, fix="use the dtrain that wrote them") from error

@@ -75,7 +75,7 @@ def trained_by(
     folder: Path, base: Path, kind: str = "lora", dtype: str = "float32"
 ) -> dict[str, Any]:
     """Write the stage record of an adapter, with the dtype that its checkpoints state."""
-    method = {"kind": kind, "r": 4, "alpha": 8.0}
+    method = {"kind": kind} if kind == "full" else {"kind": kind, "r": 4, "alpha": 8.0}
     inputs = {"parent": model_fingerprint(base), "dtype": dtype, "method": method}
     folder.mkdir(parents=True, exist_ok=True)
     record = {"identity": fingerprint(inputs), "inputs": inputs, "complete": True}

@@ -102,7 +102,7 @@ def test_alpaca_rows_become_conversations(load, write_rows) -> None:
 def test_globs_and_folders_are_read_in_name_order(load, write_rows, tmp_path) -> None:
     for name in ("c/b.jsonl", "c/a.jsonl", "c/deep/d.jsonl"):
         write_rows(name, [{"text": name}])
-    (tmp_path / "c" / "README.md").write_text("not data")
+    (tmp_path / "c" / "README.html").write_text("not data")
     assert [v for v, _ in load(tmp_path / "c" / "*.jsonl")] == ["c/a.jsonl", "c/b.jsonl"]
     assert [v for v, _ in load(tmp_path / "c")] == ["c/a.jsonl", "c/b.jsonl", "c/deep/d.jsonl"]
     deep = load(tmp_path / "c" / "**" / "*.jsonl")

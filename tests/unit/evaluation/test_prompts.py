@@ -101,6 +101,7 @@ def test_what_decides_scores_is_in_the_fingerprint(tmp_path) -> None:
 
 
 def test_prompts_are_held_out_of_the_training_data() -> None:
+    ensure("tiny-text")
     index = held_out_of(load_recipe("tiny"))
     assert index is not None
     keys = [where.partition(": ")[0] for where in dict.fromkeys(index.locations)]

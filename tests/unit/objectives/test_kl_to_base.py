@@ -29,6 +29,8 @@ from dtrain.objectives.base import adapters_disabled, build_objective, objective
 from dtrain.objectives.regularizers.base import TERM, build_stage_objective
 from dtrain.samples.make import ensure
 
+LORA = Lora(kind="lora", r=4)
+
 CPU = torch.device("cpu")
 WEIGHT = 0.7
 
@@ -109,7 +111,7 @@ def test_term_and_gradients_equal_whole_logits(model, tmp_path, kind, on, micro)
     assert 0 < (sources == 1).sum() < 6
     term = KlToBase(kind="kl_to_base", weight=WEIGHT, on=on)
     stage: Any = SimpleNamespace(
-        kind=kind, regularize=term, preference=PreferenceSettings(), train=None
+        kind=kind, regularize=term, preference=PreferenceSettings(), train=None, method=LORA
     )
     objective = build_stage_objective(stage)
     objective.begin_stage(SimpleNamespace(loader=loader, base_when_disabled=True))  # type: ignore[arg-type]
@@ -133,7 +135,7 @@ def test_a_step_without_replayed_rows_has_no_term(model, tmp_path) -> None:
     while (loader.dataset.sources_of(loader.batch(0)) == 1).any():
         loader = Loader(loader.dataset, seed=loader.seed + 1, global_batch=1, total_sequences=1)
     term = KlToBase(kind="kl_to_base", weight=WEIGHT)
-    stage: Any = SimpleNamespace(kind="sft", regularize=term, preference=None)
+    stage: Any = SimpleNamespace(kind="sft", regularize=term, preference=None, method=LORA)
     objective = build_stage_objective(stage)
     objective.begin_stage(SimpleNamespace(loader=loader, base_when_disabled=True))  # type: ignore[arg-type]
     loss, found = total(objective, model, loader, 1)

@@ -26,6 +26,7 @@ from dtrain.data.loader import BatchCounts, Loader, MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec, prepare
 from dtrain.data.tokenize import AnswerEncoder, Document
+from dtrain.distributed.collective_timer import CollectiveTimer
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_logits, token_losses
@@ -178,6 +179,7 @@ class OneStep:
                 if "lora_B" in name:  # else the adapter changes nothing
                     parameter.fill_(0.02)
         self.world, self.autocast, self.result_weights = world, nullcontext, nullcontext
+        self.collectives = CollectiveTimer()
         train = SimpleNamespace(micro_batch=micro_batch)
         self.stage, self.gradient = SimpleNamespace(train=train), None
 

@@ -76,7 +76,7 @@ def test_unsupported_tensors_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel", None])
 def test_onednn_only_on_amd(maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_text(path: Path) -> str:
+    def read_text(path: Path, **_: str) -> str:
         if maker is None:
             raise FileNotFoundError(path)
         return f"processor\t: 0\nvendor_id\t: {maker}\n"
