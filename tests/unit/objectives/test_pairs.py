@@ -209,7 +209,7 @@ def one_step(dataset: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Ten
     def work(rank: int) -> None:
         engine = engines[rank]
         loader = Loader(dataset, seed=0, global_batch=BATCH, total_sequences=total)
-        objective = Pairwise(None)  # type: ignore[arg-type]
+        objective = Pairwise(SimpleNamespace(kind="dpo"))  # type: ignore[arg-type]
         trainer = SimpleNamespace(
             engine=engine, objective=objective, loader=loader, seed=0, callbacks=Callback()
         )
