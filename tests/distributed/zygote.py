@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from dtrain.config.engines import ENGINES
@@ -24,7 +25,8 @@ from dtrain.core.lazy_import import import_fast
 MODULES = [
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",
-    "dtrain.evaluation.task_scorer",
+    # The environment of the oldest libraries has no extras.
+    *(["dtrain.evaluation.task_scorer"] if find_spec("lm_eval") else []),
     "dtrain.monitoring.plots",
     "dtrain.rank_main",
     "dtrain.train",
