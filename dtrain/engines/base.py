@@ -94,7 +94,7 @@ class Engine(ABC):
         """
 
     def begin_update(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Set what the optimizer's next update depends on besides the gradient."""
+        """Set what the optimizer's next update depends on in addition to the gradient."""
         set_learning_rate(optimizer, learning_rate)
         set_updates_done(optimizer, self.update_count, self.rate_square_sum)
 

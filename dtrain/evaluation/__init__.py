@@ -1,1 +1,1 @@
-"""What is measured of a model in its engine besides held-out losses, and the gates."""
+"""What is measured of a model in its engine in addition to held-out losses, and the gates."""

@@ -181,7 +181,7 @@ def _check_is_safe(name: str, found: dict[str, Any]) -> None:
 
 
 def _fingerprint(settings: Tasks, tasks: list[Any]) -> str:
-    """What decides the scores of tasks, beside the model."""
+    """What decides the scores of tasks, in addition to the model."""
     content: list[Any] = [version("lm_eval"), settings.limit, settings.num_fewshot, settings.seed]
     for task in tasks:
         config = {k: v for k, v in task.dump_config().items() if k != "metadata"}

@@ -46,7 +46,7 @@ class Scorer(Protocol):
 def shared_forward(engine: Engine) -> Iterator[PreTrainedModel]:
     """The transformers model in an engine, for this rank's prompts; entered by all ranks together.
 
-    Inside, a call of it (or of its `generate`, with `synced_gpus=False`) goes through the wrappers
+    Inside, a call of it (or of its `generate`, with `synced_gpus=False`) passes the wrappers
     of the adapter and of the engine. Ranks may call it different numbers of times: at the end, a
     rank computes a token as often as others still call a model that they share.
     """

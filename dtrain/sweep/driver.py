@@ -138,7 +138,7 @@ class Driver:
                 run.state = "waiting"
         if self.record.trials:
             ended = sum(trial.has_ended for trial in self.record.trials)
-            say(f"the sweep goes on: {ended} of {self.sweep.number_of_trials} trials have ended")
+            say(f"the sweep continues: {ended} of {self.sweep.number_of_trials} trials have ended")
 
     # Runs
 

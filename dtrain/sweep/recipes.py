@@ -56,7 +56,7 @@ class TrialRecipes:
     def best(self, parameters: dict[str, Any], run: SeedRun) -> Recipe:
         """The recipe of the best trial, with all stages and the merge.
 
-        Its run folder is that of the trial, so running it goes on from there.
+        Its run folder is that of the trial, so running it continues from there.
         """
         recipe = self._sweep.recipe_of(parameters)
         changes = {"folder": str(self._folder.run(run.name).path), "reuse": self.reused(0)}

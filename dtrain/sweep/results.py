@@ -29,7 +29,7 @@ def ranked(record: SweepRecord) -> list[Trial]:
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
-    """The last words of each key that tell it from the others."""
+    """The last words of each key that distinguish it from the others."""
     names = []
     for key in keys:
         words = key.split(".")

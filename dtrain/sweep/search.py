@@ -128,7 +128,7 @@ class PruneJudge:
         self._judged = 0
 
     def prunes_after(self, points: Sequence[Point]) -> int | None:
-        """How many of the losses were enough to prune the trial; None if it goes on.
+        """How many of the losses were enough to prune the trial; None if it continues.
 
         Args:
             points: of the trial, never fewer than in the call before.

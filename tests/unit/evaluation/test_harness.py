@@ -56,7 +56,7 @@ TEMPLATE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 
 @pytest.fixture
 def code_ran(tmp_path: Path) -> Path:
-    """A file that the code beside the tasks writes when it is imported."""
+    """A file that the code next to the tasks writes when it is imported."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     ran = tmp_path / "ran"
