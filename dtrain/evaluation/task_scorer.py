@@ -72,7 +72,7 @@ class SharedModel(HFLM):
         self, engine: Engine, tokenizer: PreTrainedTokenizerBase, batch_size: int, title: str
     ) -> None:
         self._engine, self._title = engine, title
-        callable_model = EngineModel(engine, tokenizer)
+        callable_model = CallableModel(engine, tokenizer)
         super().__init__(callable_model, tokenizer=tokenizer, batch_size=batch_size)
 
     def loglikelihood(
@@ -108,7 +108,7 @@ class SharedModel(HFLM):
         return merged
 
 
-class EngineModel:
+class CallableModel:
     """What the harness calls: not a module, so that it does not tie or move sharded weights."""
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
