@@ -1,4 +1,4 @@
-"""`dtrain recipes`, `check` and `plan`: recipes, their errors, and what they need."""
+"""`dtrain recipes`, `check`, `schema` and `plan`: recipes, their errors, and what they need."""
 
 from __future__ import annotations
 
@@ -100,6 +100,13 @@ def template_notes(recipe: Recipe) -> Iterator[str]:
                     f"warning: {where}: the end of a turn has no loss: "
                     "the model will not learn to stop"
                 )
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for the completion of an editor."""
+    from dtrain.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 GpuName = Annotated[str, typer.Option(help="GPU, for example h100-80g, a100-40g, rtx4090.")]

@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("check")(recipes.check)
 app.command("plan")(recipes.plan)
+app.command("schema")(recipes.schema)
 app.command("report")(run.report)
 app.command("compare")(run.compare)
 app.command("sweep")(sweep.sweep)
