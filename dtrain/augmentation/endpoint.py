@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import openai
 
+from dtrain.core.addresses import has_secret, secret_error
 from dtrain.core.errors import UserError, first_line
 from dtrain.data.conversations import Messages
 
@@ -183,7 +184,6 @@ def _check_url(url: str, where: str) -> str:
     if not valid:
         fix = "use a URL such as http://localhost:8000/v1"
         raise UserError("not the URL of an endpoint", where=where, fix=fix)
-    if parsed.username or parsed.password or parsed.query or parsed.fragment:
-        message = "the URL contains a user name, a password or a query"
-        raise UserError(message, where=where, fix="put the key into OPENAI_API_KEY only")
+    if has_secret(url):
+        raise secret_error(where)
     return url

@@ -17,7 +17,15 @@ from dtrain.config.clash import Clash
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.several_adapters import expand_adapters
-from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
+from dtrain.config.yaml_document import (
+    Key,
+    YamlDocument,
+    dotted,
+    iter_texts,
+    parse_value,
+    read_document,
+)
+from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
 
@@ -34,6 +42,7 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
         UserErrors: all errors in the recipe, each with `file:line`.
     """
     document = read_document(find_recipe(address))
+    check_no_secrets(document, overrides)
     faults = apply_overrides(document, overrides)
     faults += expand_adapters(document)
     try:
@@ -46,6 +55,22 @@ def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
     if faults:
         raise UserErrors(faults)
     return recipe
+
+
+def check_no_secrets(document: YamlDocument, overrides: Sequence[str] = ()) -> None:
+    """Refuse addresses with a secret, before another message or a file can show them.
+
+    Raises:
+        UserErrors: each, with its key, and without the address.
+    """
+    texts = [(text, _place(document, key)) for key, text in iter_texts(document.values)]
+    texts += [(text, f"override {without_secret(text.partition('=')[0])}") for text in overrides]
+    if faults := [secret_error(where) for text, where in texts if has_secret(text)]:
+        raise UserErrors(faults)
+
+
+def _place(document: YamlDocument, key: Key) -> str:
+    return f"{document.where(key)}: {dotted(key)}" if key else document.name
 
 
 def find_recipe(address: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from dtrain.config.group import Count, Group, Text
-from dtrain.config.load import load_recipe
+from dtrain.config.load import check_no_secrets, load_recipe
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
@@ -201,6 +201,8 @@ def load_sweep(address: str, options: dict[str, Any], overrides: Sequence[str] =
         file = read_document(Path(address).expanduser())
         if "parameters" in file.values:
             document = file
+    check_no_secrets(document, overrides)
+    check_no_secrets(YamlDocument("the command line", options))
     values: dict[str, Any] = document.values
     for key in ("parameters", "slurm"):
         if key in options:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,19 @@ class YamlDocument:
 def dotted(key: Key) -> str:
     """("stages", 0, "name") → 'stages.0.name'."""
     return ".".join(map(str, key))
+
+
+def iter_texts(values: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Every text of a document with its key; a name of a key comes with the group's key."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield key, str(name)
+            yield from iter_texts(value, (*key, name))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from iter_texts(value, (*key, index))
 
 
 def read_document(path: Path) -> YamlDocument:

@@ -21,6 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import fsync_folder, read_json, write_json
 from dtrain.core.hash_cache import CACHE_FROM_BYTES, FileIdentity, file_state, remember_hash
@@ -68,7 +69,8 @@ def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Pat
     Raises:
         UserError: the URL contains a secret, or cannot be read.
     """
-    _check_no_secrets(address)
+    if has_secret(address):
+        raise secret_error(without_secret(address))
     known = cache / "remote" / f"{fingerprint(address)[:32]}.json"
     try:
         store, path = fsspec.core.url_to_fs(address)
@@ -197,25 +199,6 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
     if size >= CACHE_FROM_BYTES:
         remember_hash(copy, digest, file_state(copy), written_here=True)
     write_json(_record(copy), {OWN: digest, "bytes": size})
-
-
-def _check_no_secrets(address: str) -> None:
-    checked = [_without_secret(url) for url in address.split("::")]  # zip://a.jsonl::https://host/b
-    if any(secret for _, secret in checked):
-        raise UserError(
-            "the URL contains a user, password or query, which would be logged",
-            where="::".join(bare for bare, _ in checked),
-            fix="pass credentials to the store's client, for example with AWS_PROFILE",
-        )
-
-
-def _without_secret(url: str) -> tuple[str, bool]:
-    """A URL without possible secrets, and whether it had any."""
-    location, _, query = url.partition("?")
-    scheme, separator, rest = location.rpartition("://")
-    host, slash, path = rest.partition("/")
-    _, at, bare = host.rpartition("@")
-    return f"{scheme}{separator}{bare}{slash}{path}", bool(at or query)
 
 
 def _root(error: BaseException) -> BaseException:
