@@ -1,4 +1,4 @@
-"""Addresses that contain a secret, which a message, a recipe in a run folder or a log would show."""
+"""Addresses that contain a secret, which a message, a log or the recipe of a run would show."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
 
 fsspec: Any = LazyModule("fsspec")
+aiohttp: Any = LazyModule("aiohttp")
+REDIRECT_HOSTS = "DTRAIN_REDIRECT_HOSTS"  # servers that others may redirect to, with spaces between
 OWN = "blake3"  # the hash that dtrain records; servers publish others
 
 # Keys with which various stores identify a version of a file.
@@ -73,13 +75,15 @@ def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Pat
         raise secret_error(without_secret(address))
     known = cache / "remote" / f"{fingerprint(address)[:32]}.json"
     try:
-        store, path = fsspec.core.url_to_fs(address)
+        store, path = fsspec.core.url_to_fs(address, **_http_options(address))
         files = [
             (store.unstrip_protocol(p), store.info(p), p)
             for p in _found(store, path, address, select)
         ]
     except Exception as raised:  # each store's client raises its own types
         error = _root(raised)
+        if isinstance(error, UserError):
+            raise error from None
         if known.exists() and not _is_missing(raised, error):
             say(f"{address}: cannot be reached, using the earlier download")
             return _earlier_download(known, address)
@@ -127,10 +131,11 @@ def _copy(
         if not (version and _is_whole(copy)):
             try:
                 _download(store, path, copy, info, name)
-            except UserError:
-                raise
-            except Exception as error:
-                raise _unreadable(address, _root(error)) from error
+            except Exception as raised:
+                error = _root(raised)
+                raise (
+                    error if isinstance(error, UserError) else _unreadable(address, error)
+                ) from raised
     return copy
 
 
@@ -199,6 +204,40 @@ def _keep(temporary: Path, copy: Path, digest: str) -> None:
     if size >= CACHE_FROM_BYTES:
         remember_hash(copy, digest, file_state(copy), written_here=True)
     write_json(_record(copy), {OWN: digest, "bytes": size})
+
+
+def _http_options(address: str) -> dict[str, Any]:
+    """Options of web addresses, also inside of others (`zip://a.jsonl::https://host/b.zip`)."""
+    protocols = {"http", "https"} & {url.partition("://")[0] for url in address.split("::")}
+    return {name: {"get_client": _http_client} for name in protocols}
+
+
+async def _http_client(**options: Any) -> Any:
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_check_redirect)
+    return aiohttp.ClientSession(trace_configs=[trace], **options)
+
+
+async def _check_redirect(_: Any, __: Any, redirect: Any) -> None:
+    """Refuse a redirect to another server: this machine may reach what its owner cannot.
+
+    Raises:
+        UserError: `REDIRECT_HOSTS` does not name the server.
+    """
+    origin, response = redirect.url, redirect.response
+    target = origin.join(type(origin)(response.headers.get("Location", "")))
+    same_host = target.host == origin.host
+    upgraded = (origin.scheme, origin.port, target.scheme, target.port) == (
+        "http", 80, "https", 443,
+    )  # fmt: skip
+    same = same_host and (target.origin() == origin.origin() or upgraded)
+    if not same and target.host not in os.environ.get(REDIRECT_HOSTS, "").split():
+        server = f"{target.scheme}://{target.authority.rpartition('@')[2]}"
+        raise UserError(
+            f"the server redirects to another one: {server}",
+            where=without_secret(str(origin)),
+            fix=f"name the final address, or allow the server: {REDIRECT_HOSTS}={target.host}",
+        )
 
 
 def _root(error: BaseException) -> BaseException:

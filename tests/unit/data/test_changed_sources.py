@@ -15,6 +15,7 @@ from datasets import Dataset
 from dtrain.config.schema import Data
 from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
+from dtrain.data import prepare as preparation
 from dtrain.data import shards
 from dtrain.data.prepare import prepare
 from dtrain.data.records import open_source
@@ -127,6 +128,35 @@ def test_change_during_preparation_is_refused_and_no_store_is_published(
     write(tmp_path / "other.jsonl", AFTER)
     rows = [prepared(tmp_path / "other.jsonl").sequence(0).input_ids.tolist()]
     assert [after.sequence(0).input_ids.tolist()] == rows
+
+
+def test_change_that_is_undone_after_tokenizing_is_refused(prepared, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, BEFORE)
+    before, content = path.stat(), path.read_bytes()
+
+    def put_back() -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with monkeypatch.context() as patch:
+        at_first_call(patch, shards, "_count_characters", lambda: overwrite(path))
+        at_first_call(patch, FullTextEncoder, "documents", put_back)
+        with pytest.raises(UserError, match="the file changed while it was read"):
+            prepared(path)
+    assert not list((tmp_path / "cache").rglob("store.json"))
+    assert not list((tmp_path / "cache").rglob("shard-*"))
+
+
+def test_inserted_line_is_refused(prepared, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, BEFORE)
+    first = json.dumps({"text": "first"}) + "\n"
+    change = lambda: path.write_text(first + path.read_text())  # noqa: E731
+    at_first_call(monkeypatch, preparation, "find_boundaries", change)
+    with pytest.raises(UserError, match="the file changed while it was read"):
+        prepared(path)
+    assert not list((tmp_path / "cache").rglob("s*-*"))
 
 
 def test_change_without_a_new_timestamp_is_found_by_hash(prepared, tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,21 @@ from dtrain.data.sources import find_source_files
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files, and says nothing."""
+    """Serves files, and says nothing; /to/ADDRESS redirects to the address."""
+
+    def do_GET(self) -> None:
+        self._redirect() or super().do_GET()
+
+    def do_HEAD(self) -> None:
+        self._redirect() or super().do_HEAD()
+
+    def _redirect(self) -> bool:
+        if not self.path.startswith("/to/"):
+            return False
+        self.send_response(302)
+        self.send_header("Location", self.path.removeprefix("/to/"))
+        self.end_headers()
+        return True
 
     def log_message(self, *_: object) -> None:
         return
@@ -87,6 +102,41 @@ def test_cached_file_is_used_offline_until_it_is_removed(site, tmp_path, capsys)
     (folder / "a.jsonl").unlink()
     with pytest.raises(UserError, match="404"):
         texts(f"{address}/a.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["{}", "simplecache::{}", "zip://a.jsonl::{}"])
+def test_redirect_to_another_server_is_refused(site, tmp_path, form) -> None:
+    folder, address = site
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.write(folder / "a.jsonl", "a.jsonl")
+    name = "a.zip" if "zip" in form else "a.jsonl"
+    other = address.replace("127.0.0.1", "localhost")
+    with pytest.raises(UserError, match=f"redirects to another one: {other}") as error:
+        texts(form.format(f"{address}/to/{other}/{name}"), tmp_path)
+    assert "DTRAIN_REDIRECT_HOSTS=localhost" in error.value.fix
+    assert not list((tmp_path / "remote").rglob("a.*"))
+    for target in (f"{address}/{name}", f"/{name}") if "zip" not in form else ():  # the same server
+        assert texts(form.format(f"{address}/to/{target}"), tmp_path)[0][1] == "one"
+
+
+def test_redirect_is_refused_with_an_earlier_copy_and_allowed_by_name(
+    site, tmp_path, monkeypatch
+) -> None:
+    folder, address = site
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    source = f"{address}/to/{address.replace('127.0.0.1', 'localhost')}/a.jsonl"
+    monkeypatch.setenv("DTRAIN_REDIRECT_HOSTS", "cdn.example.com localhost")
+    assert [text for _, text in texts(source, tmp_path)] == ["one"]
+    monkeypatch.delenv("DTRAIN_REDIRECT_HOSTS")
+    with pytest.raises(UserError, match="redirects to another one"):
+        texts(source, tmp_path)
+
+
+def test_redirect_to_another_port_is_refused(site, tmp_path) -> None:
+    _, address = site
+    with pytest.raises(UserError, match="redirects to another one"):
+        texts(f"{address}/to/http://127.0.0.1:9/a.jsonl", tmp_path)
 
 
 def _refuse(*_: object, **__: object) -> None:

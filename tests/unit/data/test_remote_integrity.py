@@ -123,7 +123,10 @@ def test_etag_that_is_not_an_md5_is_not_verified(site, tmp_path) -> None:
         texts(site, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "removed", "no record"])
+DAMAGE = {"bit": GOOD.replace(b"7", b"8"), "cut": GOOD[:-9], "emptied": b""}
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "emptied", "removed", "no record"])
 def test_corrupt_cached_copy_is_fetched_again(site, tmp_path, how) -> None:
     site.headers = {"ETag": '"1"'}
     assert texts(site, tmp_path) == texts(site, tmp_path) == TEXTS
@@ -135,13 +138,14 @@ def test_corrupt_cached_copy_is_fetched_again(site, tmp_path, how) -> None:
         (copy.parent / ".a.jsonl.fetched").unlink()
     else:
         status = copy.stat()
-        copy.write_bytes(GOOD[:-9] if how == "cut" else GOOD.replace(b"7", b"8"))
+        copy.write_bytes(DAMAGE[how])
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert texts(site, tmp_path) == TEXTS
     assert site.sent == 2
 
 
-def test_corrupt_cached_copy_is_not_used_offline(site, tmp_path) -> None:
+@pytest.mark.parametrize("how", ["bit", "cut", "emptied", "removed"])
+def test_corrupt_cached_copy_is_not_used_offline(site, tmp_path, how) -> None:
     site.headers = {"ETag": '"1"'}
     assert texts(site, tmp_path) == TEXTS
     (copy,) = tmp_path.rglob("a.jsonl")
@@ -149,7 +153,7 @@ def test_corrupt_cached_copy_is_not_used_offline(site, tmp_path) -> None:
         patch.setattr("aiohttp.connector.aiohappyeyeballs.start_connection", _refuse)
         fsspec.filesystem("http").clear_instance_cache()
         assert texts(site, tmp_path) == TEXTS
-        copy.write_bytes(GOOD.replace(b"7", b"8"))
+        copy.unlink() if how == "removed" else copy.write_bytes(DAMAGE[how])
         with pytest.raises(UserError, match="the earlier download is damaged"):
             texts(site, tmp_path)
 
