@@ -154,9 +154,13 @@ class Clean(Group):
     same: Away = Field("drop", description="the answer repeats the question")
     exact_duplicate: Away = Field("drop", description="identical to an earlier row")
     near_duplicate: Away = Field(
-        "quarantine", description="at least 80 % similar to an earlier row"
+        "quarantine",
+        description="at least 80 % similar to an earlier row, and asks or answers the same",
     )
-    leak: Away = Field("drop", description="contains a question or answer of an evaluation set")
+    leak: Away = Field(
+        "drop",
+        description="contains a question or answer of an evaluation set, with the same numbers",
+    )
     personal: Literal["keep", "mask", "drop", "quarantine"] = Field(
         "mask", description="email and IP addresses, phone, identity and card numbers, API keys"
     )
@@ -170,7 +174,10 @@ class Clean(Group):
     )
     short: Away = Field("keep", description="answers shorter than 10 characters")
     long: Away = Field("keep", description="answers longer than 4,096 characters")
-    overlong: Away = Field("keep", description="more tokens than `sequence_length`")
+    overlong: Away = Field(
+        "keep",
+        description="more tokens than `sequence_length`; `cpt` loses nothing of such a row",
+    )
     special_tokens: Away = Field(
         "keep", description="text with special tokens of the base, such as `<|im_end|>`"
     )

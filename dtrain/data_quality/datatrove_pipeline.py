@@ -11,7 +11,8 @@ A finished task is not run again; a killed one starts over and overwrites its ow
 rows are listed in OUT/quarantine in the format of `dtrain data clean`. Findings that need all rows
 or a tokenizer (`template`, `overlong`, `inconsistent`) are left to a `dtrain data scan` of the
 result. Unlike a scan, datatrove does not compare candidates: rows that share a bucket count as near
-duplicates, which nine of ten pairs do at a similarity of 0.8, and two of ten at 0.6.
+duplicates, which nine of ten pairs do at a similarity of 0.8, and two of ten at 0.6. Questions with
+other numbers share none.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ from dtrain.data_quality.clean import (
 )
 from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import BROKEN, EXACT, NEAR
-from dtrain.data_quality.row_checks import check_row
+from dtrain.data_quality.row_checks import check_row, short_key
 
+SIDES = "\0"  # between the question and the answer of a document
 BUCKETS = MinhashConfig().num_buckets
 
 
@@ -306,7 +308,8 @@ class RowFilter(PipelineStep):
         for reason in reasons:
             self.stat_update(f"{action}_{reason}")
         value = mask_value(value) if action == MASK else value
-        document.text = row_text(value).full
+        text = row_text(value)
+        document.text = text.full if text.is_text else f"{text.question}{SIDES}{text.answer}"
         document.metadata |= {"row": to_row(value), "reasons": reasons, "action": action}
         return action
 
@@ -350,7 +353,11 @@ class ShingleSignatures(MinhashDedupSignature):
 
     def get_shingles(self, text: str) -> NDArray[np.uint64]:
         """Hashes of the shingles of a text, [shingles, 1]."""
-        normalized = normalize_text(text)
+        question, separator, answer = text.partition(SIDES)
+        normalized = normalize_text(f"{question}\n{answer}")
         if self.exact:
             return np.array([[text_key(normalized)]], np.uint64)
-        return shingle_hashes([normalized], SHINGLE_CHARACTERS)[0].reshape(-1, 1)
+        hashes = shingle_hashes([normalized], SHINGLE_CHARACTERS)[0].reshape(-1, 1)
+        # Questions of one template with other numbers share no shingle, as a scan groups them.
+        numbers = short_key(question, numbers=True) if separator else 0
+        return hashes ^ np.uint64(numbers)

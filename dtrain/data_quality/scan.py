@@ -248,13 +248,27 @@ def _check_across_rows(result: ScanResult) -> None:
         nonempty = ~empty[later]
         _flag_repeats(result, EXACT, later[nonempty], first[nonempty])
     skipped = result.has_finding(EMPTY, EXACT)
-    for later, earlier, similarity in near_duplicates(column("sketch"), NEAR_SIMILARITY, skipped):
-        _flag_repeats(result, NEAR, later, earlier, similarity)
+    for same in _same_content(result):
+        blocks = near_duplicates(column("sketch"), NEAR_SIMILARITY, skipped, same)
+        for later, earlier, similarity in blocks:
+            _flag_repeats(result, NEAR, later, earlier, similarity)
     asked = column("asked") & ~result.has_finding(EMPTY, EXACT, NEAR)
     for later, first in conflicting_answers(column("question"), column("answer"), asked):
         _flag_repeats(result, INCONSISTENT, later, first)
     if result.has_tokens:
         _check_token_counts(result)
+
+
+def _same_content(result: ScanResult) -> Iterator[NDArray[np.uint64]]:
+    """Groups of rows that can be near duplicates: they ask the same, or the answer is the same.
+
+    Other questions from one template differ in both, whatever their similarity.
+    """
+    column = result.column
+    yield column("question_words").astype(np.uint64)
+    if column("asked").any():
+        numbers = column("question_numbers").astype(np.uint64) << np.uint64(16)
+        yield numbers | column("answer_words")
 
 
 def _flag_repeats(
@@ -270,7 +284,7 @@ def _flag_repeats(
     for index in np.lexsort((rows, -severity))[:MAX_NOTES].tolist():
         location = result.location(int(earlier[index]))
         if similarity is not None:
-            note = f"{similarity[index]:.0%} similar to {location}"
+            note = f"about {min(similarity[index], 0.99):.0%} similar to {location}"
         else:
             note = f"same as {location}" if kind == EXACT else f"also asked in {location}"
         result.add_notes(kind, [RowNote(float(severity[index]), int(rows[index]), note)])

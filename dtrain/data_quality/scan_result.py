@@ -21,11 +21,13 @@ MAX_COUNTED = 50_000  # distinct values that a CappedCounter holds
 GROWTH_ROWS = 1 << 15  # rows, or a 32nd, by which the table grows
 
 # Keys of the row's text, its question, its answer and the question's opening, after normalization;
-# tokens (0 if not counted); bits of FLAG_BITS; the lowest byte of each value of the MinHash
-# signature; whether there is a question. 169 bytes, without padding.
+# short keys of what decides whether two similar rows say the same; tokens (0 if not counted); bits
+# of FLAG_BITS; the lowest byte of each value of the MinHash signature; whether there is a question.
+# 175 bytes, without padding.
 ROW = np.dtype(
     [
         *((name, "<u8") for name in ("text", "question", "answer", "opening")),
+        *((name, "<u2") for name in ("question_words", "question_numbers", "answer_words")),
         *((name, "<i4") for name in ("question_characters", "answer_characters", "tokens")),
         ("flags", "<u4"),
         ("sketch", "u1", (PERMUTATIONS,)),

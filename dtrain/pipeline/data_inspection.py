@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Source, Stage
+from dtrain.data.packing import Packing
 from dtrain.data.prepare import PackedDataset, prepare
 from dtrain.data.records import Record, open_source
 from dtrain.data.text_checks import RowText, row_text
@@ -65,9 +66,16 @@ def scan_stage(recipe: Recipe, stage: Stage, processes: int) -> ScanResult:
         [open_source(source) for source in stage.data.all_sources],
         held_out=held_out_of(recipe),
         token_counter=tokens,
-        sequence_length=stage.data.sequence_length,
+        sequence_length=longest_row(stage),
         processes=processes,
     )
+
+
+def longest_row(stage: Stage) -> int | None:
+    """Tokens above which a row is a finding; None if longer rows go on in the next sequence."""
+    continues = build_objective(stage).dataset.packing is Packing.STREAM
+    is_asked_for = stage.data.clean.overlong != "keep"
+    return None if continues and not is_asked_for else stage.data.sequence_length
 
 
 def scan_path(path: str, against: list[str], processes: int) -> ScanResult:

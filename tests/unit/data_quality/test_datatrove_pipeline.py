@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from datatrove.pipeline.dedup.minhash import MinhashConfig
 
 from dtrain.config.schema import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import open_source
 from dtrain.data_quality.clean import clean
-from dtrain.data_quality.datatrove_pipeline import open_corpus
+from dtrain.data_quality.datatrove_pipeline import SIDES, ShingleSignatures, open_corpus
 from dtrain.data_quality.scan import scan
 
 SCRIPT = Path(__file__).parents[3] / "slurm" / "clean_corpus.py"
@@ -187,3 +188,16 @@ def test_on_slurm_each_array_waits_for_the_previous_one(start, tmp_path, monkeyp
         *(f"afterok:{number}" for number, *_ in jobs[:-1]),
     ]
     assert "--array=0-2" in jobs[0][1] and "--partition=idle" in jobs[0][1]
+
+
+def test_questions_with_other_numbers_share_no_shingle(tmp_path) -> None:
+    signatures = ShingleSignatures(str(tmp_path), MinhashConfig(), exact=False)
+
+    def shingles(question: str) -> set[int]:
+        return set(signatures.get_shingles(f"{question}{SIDES}It is so.").ravel().tolist())
+
+    one = shingles("A baker has 12 loaves of bread and sells 7 of them. How many are left?")
+    assert not one & shingles(
+        "A baker has 15 loaves of bread and sells 9 of them. How many are left?"
+    )
+    assert one & shingles("A baker has 12 loaves of bread and sells 7 of them. What is left?")

@@ -162,3 +162,28 @@ def test_labels_of_rated_answers(scan_rows, desirable, severe, advice) -> None:
     report = build_report(scan_rows(rows))
     found = verdict(report)[f"{desirable / 10:.0%} of the rated answers are labeled true"]
     assert found[0] == severe and advice in found[1]
+
+
+def test_questions_of_one_template_are_no_near_duplicates(scan_rows) -> None:
+    question = (
+        "A baker has {} loaves of bread and sells {} of them in the morning of the first day. How "
+        "many loaves are left for the afternoon, if he bakes no more of them before the evening?"
+    )
+    other = "Name the {} town of the country, and tell in one sentence how people there {}."
+    words = ("oldest", "largest", "smallest"), ("live", "work", "rest")
+    rows = [
+        {"instruction": question.format(n, n - 5), "output": f"There are {n - (n - 5)} left, {n}."}
+        for n in range(10, 90)
+    ]
+    rows += [
+        {
+            "instruction": other.format(*pair),
+            "output": f"The {pair[0]}, where they {pair[1]}.",
+        }
+        for pair in zip(*words, strict=True)
+    ]
+    copies = [rows[3] | {"output": "There are 5 left, 13, I think."}]
+    copies += [rows[5] | {"instruction": rows[5]["instruction"].replace("first", "very first")}]
+    result = scan_rows(rows + copies)
+    assert result.has_finding("near_duplicate").nonzero()[0].tolist() == [83, 84]
+    assert all(note.text.startswith("about ") for note in result.notes["near_duplicate"])
