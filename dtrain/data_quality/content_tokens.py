@@ -23,10 +23,11 @@ _TOKEN = re.compile(
     r"|[-−+*/^=<>≤≥×÷%]"
 )
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_FUNCTION_WORDS = frozenset(
-    "a an the of in on at to for by with from as and or is are was were be been do does did can "
-    "could will would please this that these those it its".split()  # noqa: SIM905
-)
+_FUNCTION_WORD_LIST = """
+a an the of in on at to for by with from as and or is are was were be been do does did can could
+will would please this that these those it its
+"""
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
 
 
 def tokens(text: str) -> list[str]:
