@@ -32,3 +32,10 @@ def local_path(address: str) -> Path:
     if not address.startswith(SAMPLE_PREFIX):
         return Path(address).expanduser()
     return cache_folder() / "samples" / address.removeprefix(SAMPLE_PREFIX)
+
+
+def hub_id(address: str) -> str | None:
+    """The address of a model, if it is neither a local folder nor a sample."""
+    is_elsewhere = sample_name(address) is None and not local_path(address).is_dir()
+    is_path = address.startswith(("/", ".", "~")) or address.count("/") > 1
+    return address if is_elsewhere and not is_path else None

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, read_json, write_json
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.run_dir import MERGE_MANIFEST, RunDir
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config
@@ -35,6 +35,8 @@ from dtrain.models.peft_format import (
     GENERATION,
     WEIGHTS,
     AdapterOrigin,
+    adapter_base,
+    base_reference,
     read_adapter_config,
     read_adapter_origin,
 )
@@ -81,7 +83,7 @@ def combine_adapters(
             NF4, a value that is not finite, a rank that truncates nothing, `out` exists.
     """
     configs = [_plain_config(folder) for folder in (first, second)]
-    joined = _combined_origin(first, second, configs)
+    joined = _combined_origin(first, second)
     if configs[0].get("fan_in_fan_out") != configs[1].get("fan_in_fan_out"):
         raise UserError("the two disagree on fan_in_fan_out", where=str(second))
     exact = _sums(_read(first, configs[0]), _read(second, configs[1]))
@@ -91,7 +93,9 @@ def combine_adapters(
         raise UserError(message, where=f"--rank {rank}", fix="leave --rank out")
     layers, error, worst = _truncate(exact, rank) if rank else (exact, 0.0, "")
     tensors = dict(_named(layers, rank or exact_rank))
+    base = adapter_base(first)
     config = _config(configs, rank or exact_rank, [*layers])
+    config["base_model_name_or_path"] = base and base_reference(base, out, _run_of(first))
     record = {
         "origin": asdict(joined),
         "combined_from": {str(path): AdapterFile(path).fingerprint() for path in (first, second)},
@@ -108,9 +112,13 @@ def combine_adapters(
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
     size = (out / WEIGHTS).stat().st_size
-    return CombineResult(
-        rank or exact_rank, error, worst, size, str(config["base_model_name_or_path"])
-    )
+    return CombineResult(rank or exact_rank, error, worst, size, str(base))
+
+
+def _run_of(adapter: Path) -> Path:
+    """The run folder that an adapter is in; its own folder if it is in none."""
+    folders = adapter.absolute().parents
+    return next((folder for folder in folders if RunDir(folder).recipe.is_file()), adapter)
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
@@ -128,14 +136,14 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -> AdapterOrigin:
+def _combined_origin(first: Path, second: Path) -> AdapterOrigin:
     """Return the origin of the combined adapter.
 
     Raises:
         UserError: the second was trained neither after the first nor on the same base.
     """
     a, b = read_adapter_origin(first), read_adapter_origin(second)
-    if _was_trained_after(first, a, b, configs[1]):
+    if _was_trained_after(first, second, a, b):
         if b.base_in_nf4:
             raise UserError(
                 "was trained over the merged model in NF4, which rounded base and first adapter "
@@ -144,7 +152,7 @@ def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -
                 fix="serve the merged model, or this adapter on the merged model before it",
             )
         return AdapterOrigin(b.identity, a.parent, a.base_in_nf4, "combined")
-    bases = [config.get("base_model_name_or_path") for config in configs]
+    bases = [adapter_base(folder) for folder in (first, second)]
     same = a.parent == b.parent if a.parent and b.parent else bases[0] == bases[1]
     if not same or a.base_in_nf4 != b.base_in_nf4:
         raise UserError(
@@ -156,13 +164,11 @@ def _combined_origin(first: Path, second: Path, configs: list[dict[str, Any]]) -
     return AdapterOrigin(None, a.parent, a.base_in_nf4, "combined")
 
 
-def _was_trained_after(
-    first: Path, a: AdapterOrigin, b: AdapterOrigin, config: dict[str, Any]
-) -> bool:
+def _was_trained_after(first: Path, second: Path, a: AdapterOrigin, b: AdapterOrigin) -> bool:
     """Return whether the second adapter was trained on the model with `first` merged into it."""
     if a.identity is not None and b.parent is not None:
         return a.identity == b.parent
-    manifest = Path(config.get("base_model_name_or_path") or "-") / MERGE_MANIFEST
+    manifest = Path(adapter_base(second) or "-") / MERGE_MANIFEST
     if not manifest.is_file():
         return False
     merged = read_json(manifest).get("adapters", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,6 +71,38 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError("is not the config of an adapter", where=str(folder / CONFIG))
     return config
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Hub id or path of the base that an adapter's config names; None if it names none.
+
+    A path that begins with a dot starts from the adapter's folder; from the working folder in an
+    adapter of another program, which is found if the first is not there.
+
+    Raises:
+        UserError: as `read_adapter_config`.
+    """
+    named = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    inside = Path(os.path.normpath(folder.absolute() / named))
+    return str(inside) if named.startswith(".") and inside.exists() else named
+
+
+def base_reference(base: str, adapter: Path, run: Path) -> str:
+    """How an adapter's config names its base, so that a run folder can be moved.
+
+    A base in the adapter's run folder moves with it: the path is relative. Any other folder stays
+    where it is: the path is absolute.
+
+    Args:
+        base: hub id or absolute path of the model that the adapter was trained on.
+        adapter: its folder.
+        run: the run folder.
+    """
+    folder, adapter, run = Path(base), adapter.absolute(), run.absolute()
+    moves_along = folder.is_relative_to(run) and adapter.is_relative_to(run)
+    return os.path.relpath(folder, adapter) if moves_along else base
 
 
 def file_key(key: str) -> str:

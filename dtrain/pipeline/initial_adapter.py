@@ -28,7 +28,7 @@ from dtrain.merge.adapter import AdapterFile
 from dtrain.merge.provenance import adapter_origin, expected_bases, model_fingerprint
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import ADAPTER
-from dtrain.models.peft_format import CONFIG, file_key, read_adapter_config
+from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
 from dtrain.models.weight_files import weight_files
 from dtrain.pipeline.stage_record import StageSetup
 
@@ -167,8 +167,8 @@ def _check_base(folder: Path, setup: StageSetup) -> None:
                 _, fix = over_nf4(setup.stage.method)
             raise UserError(f"was trained over its base {bits}", where=where, fix=fix)
         return
-    named = read_adapter_config(folder).get("base_model_name_or_path")
-    base = Path(str(named)).expanduser() if named else None
+    named = adapter_base(folder)
+    base = Path(named).expanduser() if named else None
     if base is not None and base.is_dir() and weight_files(base):
         if model_fingerprint(base) != fingerprint:
             raise UserError(f"was trained on another base, {base}", where=where, fix=fix)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
 from dtrain.config.methods.patterns import check_parameter_patterns
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import cache_folder, hub_id
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say, warn
@@ -39,6 +39,7 @@ from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import load_base, parameter_counts
 from dtrain.models.loss import transformers_model
+from dtrain.models.peft_format import base_reference
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.weight_files import weight_files
 from dtrain.pipeline.initial_adapter import open_initial_adapter
@@ -142,9 +143,17 @@ def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) 
     if setup.method.traits.adds_adapter:
         tensors = {name: read_parameter(checkpoint, name) for name in checkpoint.names}
         files = adapter_chat_files(setup.stage, setup.base, setup.inputs.tokenizer)
-        setup.method.save(setup.folder.adapter, model, tensors, base=str(setup.base), files=files)
+        named = _base_reference(setup)
+        setup.method.save(setup.folder.adapter, model, tensors, base=named, files=files)
     if setup.is_merged:
         shutil.rmtree(setup.folder.merged, ignore_errors=True)
+
+
+def _base_reference(setup: StageSetup) -> str:
+    """How the stage's adapter names its base."""
+    hub = hub_id(setup.recipe.model.base) if setup.base == setup.inputs.base else None
+    folder = str(setup.base.absolute())
+    return hub or base_reference(folder, setup.folder.adapter, setup.folder.path.parent)
 
 
 def export_merged_model(setup: StageSetup, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from dtrain.models.peft_format import (
     CONFIG,
     WEIGHTS,
     AdapterOrigin,
+    adapter_base,
     read_adapter_config,
     read_adapter_origin,
 )
@@ -133,7 +134,7 @@ def read_adapter(folder: Path, base: str | None = None, name: str | None = None)
     return AdapterInfo(
         name=name or (folder.parent.name if folder.name == ADAPTER else folder.name),
         folder=folder,
-        base=str(base or config.get("base_model_name_or_path") or "?"),
+        base=base or adapter_base(folder) or "?",
         origin=read_adapter_origin(folder),
         config=config,
         shapes={key: entry["shape"] for key, entry in entries.items()},

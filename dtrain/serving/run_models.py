@@ -21,7 +21,7 @@ from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     CONFIG,
     WEIGHTS,
-    read_adapter_config,
+    adapter_base,
     read_adapter_origin,
 )
 
@@ -165,7 +165,7 @@ def served_adapter(folder: Path, base: str | None = None, template: str = "auto"
     Raises:
         UserError: it is no adapter, or names no base.
     """
-    base = base or read_adapter_config(folder).get("base_model_name_or_path")
+    base = base or adapter_base(folder)
     if not base:
         raise UserError(
             "does not say which base it belongs to",
