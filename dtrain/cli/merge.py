@@ -86,12 +86,12 @@ def merge(
         factors = _factors(weights, len(folders) - 2)
         adapters = [Path(folder) for folder in folders[1:-1]]
         method = CombineMethod(combine, density, _seed(combine, seed)) if combine else None
-        _merge_adapters(_base(folders[0]), adapters, out, factors, method, qlora_base, processes)
+        _merge_adapters(folders[0], adapters, out, factors, method, qlora_base, processes)
     print(out)
 
 
 def _merge_adapters(
-    base: Path,
+    address: str,
     folders: Sequence[Path],
     out: Path,
     factors: Sequence[float],
@@ -104,8 +104,9 @@ def _merge_adapters(
     from dtrain.merge.merge import MergeJob
     from dtrain.merge.merge_inputs import adapter_input, combined_input
     from dtrain.merge.provenance import adapter_origin, expected_bases
+    from dtrain.serving.model_card import combined_card, measured_stage, merged_card, write_card
 
-    origins = [adapter_origin(folder) for folder in folders]
+    base, origins = _base(address), [adapter_origin(folder) for folder in folders]
     job = MergeJob(
         base,
         out,
@@ -122,6 +123,13 @@ def _merge_adapters(
     else:
         inputs = [combined_input(adapters, factors, method, quantized[0])]
     job.merge_adapters(inputs)
+    is_plain = method is None and qlora_base is None and set(factors) == {1.0}
+    measured = measured_stage(base, folders) if is_plain else None
+    if measured is not None:
+        write_card(out, merged_card(*measured, out))
+    else:
+        weighted = dict(zip(folders, factors, strict=True))
+        write_card(out, combined_card(address, base, weighted, method.name if method else "", out))
 
 
 def _merge_checkpoint(folder: Path, out: Path, qlora_base: str | None, processes: int) -> None:
@@ -135,6 +143,8 @@ def _merge_checkpoint(folder: Path, out: Path, qlora_base: str | None, processes
     from dtrain.merge.merge import MergeJob
     from dtrain.merge.merge_inputs import adapter_input
     from dtrain.merge.provenance import expected_bases
+    from dtrain.serving.model_card import merged_card, write_card
+    from dtrain.serving.run_models import open_run
 
     saved = open_checkpoint(folder)
     base = stage_base(saved)
@@ -148,10 +158,13 @@ def _merge_checkpoint(folder: Path, out: Path, qlora_base: str | None, processes
     )
     if saved.origin.traits.trains_base:
         job.replace_weights(trained_weights(saved.checkpoint))
-        return
-    quantized = _quantized_base(job.tensors, saved.origin, qlora_base)
-    adapter = checkpoint_adapter(saved, job.tensors)
-    job.merge_adapters([adapter_input(adapter, quantized_base=quantized)])
+    else:
+        quantized = _quantized_base(job.tensors, saved.origin, qlora_base)
+        adapter = checkpoint_adapter(saved, job.tensors)
+        job.merge_adapters([adapter_input(adapter, quantized_base=quantized)])
+    run = open_run(saved.run)
+    stage = next(stage for stage in run.recipe.stages if stage.name == saved.stage)
+    write_card(out, merged_card(run, stage, out, checkpoint=folder.name))
 
 
 def _quantized_bases(

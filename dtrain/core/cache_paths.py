@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 SAMPLE_PREFIX = "dtrain:"
@@ -35,7 +36,6 @@ def local_path(address: str) -> Path:
 
 
 def hub_id(address: str) -> str | None:
-    """The address of a model, if it is neither a local folder nor a sample."""
-    is_elsewhere = sample_name(address) is None and not local_path(address).is_dir()
-    is_path = address.startswith(("/", ".", "~")) or address.count("/") > 1
-    return address if is_elsewhere and not is_path else None
+    """The address of a model, if it can only be an id on the hub: no sample, folder or path."""
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", address, re.ASCII) is not None
+    return address if is_id and not local_path(address).is_dir() else None

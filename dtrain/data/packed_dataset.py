@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.core import units
+from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
 from dtrain.data.collate import (
@@ -72,6 +73,12 @@ class PreparedSource:
     source_files: list[SourceFile]
     store: Store
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the name is that of a dataset on the hub."""
+        has_dataset = any(file.dataset is not None for file in self.source_files)
+        return has_dataset and not local_path(self.name).exists()
+
 
 class PackedDataset:
     """All sources of a stage; the order of their sequences is arithmetic of (position, seed).
@@ -104,6 +111,18 @@ class PackedDataset:
     def longest_segment(self) -> int:
         """Tokens of the longest document, or of the longest part of it in one sequence."""
         return max(int(source.store.manifest["longest_segment"]) for source in self.sources)
+
+    def source_counts(self) -> list[dict[str, Any]]:
+        """Name, documents and tokens of each source, and whether it is a dataset of the hub."""
+        return [
+            {
+                "name": source.name,
+                "documents": source.store.documents,
+                "tokens": int(source.store.manifest["tokens"]),
+                "on_hub": source.is_on_hub,
+            }
+            for source in self.sources
+        ]
 
     def sequences_in_epochs(self, epochs: float) -> int:
         """Positions of this many epochs."""

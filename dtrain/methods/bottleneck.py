@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from dtrain.config.methods import Bottleneck
 from dtrain.methods.adapter import AdapterMethod, match_names
-from dtrain.models.bottleneck import BOTTLENECK, add_bottlenecks
+from dtrain.models.bottleneck import add_bottlenecks
 from dtrain.models.meta_model import linear_layers
+from dtrain.models.peft_format import BOTTLENECK
 
 
 class BottleneckMethod(AdapterMethod[Bottleneck]):

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from dtrain.models.peft_format import WEIGHTS
 
-BOTTLENECK = "BOTTLENECK"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,

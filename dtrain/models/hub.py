@@ -10,8 +10,10 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from dtrain.core.cache_paths import local_path, sample_name
 from dtrain.core.errors import UserError
 
-# Weights only as safetensors, never pickles; code is downloaded but not run.
+# Weights only as safetensors, never pickles; code is downloaded but not run. The last three say
+# under which license a merged model stands.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py"]
+PATTERNS += ["README.md", "LICENSE*", "NOTICE*"]
 WHERE = "model.base"
 
 

@@ -18,6 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 COMBINED = "combine.json"  # record of a combined adapter, in its folder
+BOTTLENECK = "BOTTLENECK"  # peft_type of adapters that PEFT does not have
 
 # In memory PEFT's names contain the adapter's name, which its files omit.
 _NAMED = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoints.identity import changes_allowed_in
-from dtrain.config.schema import Recipe
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.files import write_json
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
@@ -26,6 +26,8 @@ from dtrain.pipeline.stage_record import StageRecord, StageSetup, stage_record
 from dtrain.pipeline.stage_run import run_stage
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.recipes import shipped
+from dtrain.serving.model_card import write_stage_cards
+from dtrain.serving.run_models import Run
 from dtrain.training.preemption import StopFlag
 
 # It needs an extra.
@@ -72,6 +74,7 @@ def run_chain(
         started.append(folder)
         if world.is_first:
             write_lineage(run, recipe, inputs, started)
+            write_cards(Run(run.absolute(), recipe), stage)
     finish(run, recipe, world)
     return True
 
@@ -182,6 +185,14 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRec
             }
         )
     write_json(RunDir(run).lineage, {"name": recipe.name, "base": base, "artifacts": artifacts})
+
+
+def write_cards(run: Run, stage: Stage) -> None:
+    """Write the model cards of a complete stage; a full disk does not end the run."""
+    try:
+        write_stage_cards(run, stage)
+    except OSError as error:
+        warn(f"stage {stage.name}: no model card was written: {error.strerror or error}")
 
 
 def _inside(run: Path, path: Path) -> str | None:

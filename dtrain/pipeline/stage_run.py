@@ -235,6 +235,7 @@ def stage_facts(
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "sources": setup.inputs.stages[setup.stage.name].source_counts(),
     }
 
 

@@ -23,11 +23,11 @@ from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import answering_template, render_prompt
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_ends
-from dtrain.models.bottleneck import BOTTLENECK, load_bottlenecks
+from dtrain.models.bottleneck import load_bottlenecks
 from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
-from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys, read_adapter_config
+from dtrain.models.peft_format import BOTTLENECK, CONFIG, WEIGHTS, file_keys, read_adapter_config
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.models.weight_files import read_header
 from dtrain.objectives.base import adapters_disabled
@@ -132,6 +132,7 @@ class TextGenerator:
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
             if not self._names:
                 config = PeftConfig.from_pretrained(str(folder))
+                config.base_model_name_or_path = None  # PEFT warns that ours has another path
                 self._model = get_peft_model(self._model, config, name)
             with _with_plain_keys(folder) as readable:
                 result = self._model.load_adapter(readable, name)

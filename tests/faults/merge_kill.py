@@ -149,8 +149,9 @@ def what_is_there(out: Path) -> str:
 
 
 def content(folder: Path) -> str:
-    """Hash of every file."""
-    return fingerprint({path.name: file_hash(path) for path in sorted(folder.iterdir())})
+    """Hash of every file but the model card, which names the folder."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "README.md"]
+    return fingerprint({path.name: file_hash(path) for path in paths})
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def test_merge_of_one_and_two_adapters(base: Path, tmp_path: Path) -> None:
     assert read_json(tmp_path / "d" / "merge.json")["adapters"][0]["combine"] == [
         "dare_ties", 0.5, 5
     ]  # fmt: skip
+    assert "0 x one" in (tmp_path / "c" / "README.md").read_text()
+    assert "combined by dare\\_ties" in (tmp_path / "d" / "README.md").read_text()
 
 
 def test_merged_model_generates_the_answers_of_the_adapter(base: Path, tmp_path: Path) -> None:

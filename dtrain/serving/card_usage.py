@@ -1,0 +1,123 @@
+"""How to use a merged model or an adapter: the Python and the command of its model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.config.objectives import OBJECTIVES
+from dtrain.config.schema import Stage
+from dtrain.core.cache_paths import hub_id
+from dtrain.core.files import read_json
+from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
+from dtrain.serving.adapter_list import AdapterInfo, read_adapter
+from dtrain.serving.run_models import Run
+from dtrain.serving.vllm import command, max_rank, refusals
+
+# Stands for the folder or the hub id of what the card describes.
+PLACEHOLDER = "THIS_MODEL"
+BASE_PLACEHOLDER = "BASE_MODEL"
+_NF4 = """\
+quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+    """
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Commands of a model card.
+
+    Attributes:
+        code: in Python; empty where neither transformers nor PEFT can load it.
+        command: that serves it; empty if vLLM cannot.
+        notes: sentences.
+    """
+
+    code: str
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+def model_usage(folder: Path, stages: list[Stage], trusts_code: bool) -> Usage:
+    """How to use a model folder that stages were merged into."""
+    chats = any(OBJECTIVES[stage.kind].trains_on_answers for stage in stages)
+    code = _pipeline_code(chats and _has_template(folder), trusts_code)
+    options = [("--trust-remote-code",)] if trusts_code else []
+    return Usage(code, command(PLACEHOLDER, options), tuple(_stop_notes(folder)))
+
+
+def adapter_usage(run: Run, stage: Stage) -> Usage:
+    """How to use the adapter of a stage."""
+    folder = run.adapter(stage)
+    adapter = read_adapter(folder, run.base_of(stage), stage.adapter_name)
+    notes = list(_stop_notes(folder))
+    trusts_code = run.recipe.model.trust_remote_code
+    is_first = run.recipe.parent_of(stage) is None
+    base = (hub_id(run.recipe.model.base) if is_first else None) or BASE_PLACEHOLDER
+    if base == BASE_PLACEHOLDER:
+        notes.append(f"{BASE_PLACEHOLDER} is the folder or the hub id of the base named above.")
+    if adapter.config["peft_type"] == BOTTLENECK:
+        return Usage("", "", (*notes, "PEFT has no adapters of this kind: dtrain chat loads it."))
+    if reasons := refusals(adapter):
+        notes.append(f"vLLM does not serve it unmerged: {'; '.join(reasons)}.")
+    serve = "" if reasons else _serve_command(adapter, base, trusts_code)
+    return Usage(_peft_code(base, adapter.origin.base_in_nf4, trusts_code), serve, tuple(notes))
+
+
+def _has_template(folder: Path) -> bool:
+    tokenizer = folder / "tokenizer_config.json"
+    stored = read_json(tokenizer).get("chat_template") if tokenizer.is_file() else None
+    return bool(stored) or (folder / CHAT_TEMPLATE).is_file()
+
+
+def _pipeline_code(chats: bool, trusts_code: bool) -> str:
+    trust = ", trust_remote_code=True" if trusts_code else ""
+    lines = [
+        "from transformers import pipeline",
+        "",
+        f'generate = pipeline("text-generation", "{PLACEHOLDER}", dtype="auto"{trust})',
+    ]
+    if chats:
+        lines.append('messages = [{"role": "user", "content": "…"}]')
+        lines.append("answer = generate(messages, max_new_tokens=256)[0]")
+        lines.append('print(answer["generated_text"][-1]["content"])')
+    else:
+        lines.append('print(generate("…", max_new_tokens=256)[0]["generated_text"])')
+    return "\n".join(lines)
+
+
+def _peft_code(base: str, in_nf4: bool, trusts_code: bool) -> str:
+    trust = ", trust_remote_code=True" if trusts_code else ""
+    quantized, imported = (_NF4, ", BitsAndBytesConfig") if in_nf4 else ("", "")
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{imported}\n"
+        "\n"
+        "base = AutoModelForCausalLM.from_pretrained(\n"
+        f'    "{base}", {quantized}dtype="auto"{trust}\n'
+        ")\n"
+        f'model = PeftModel.from_pretrained(base, "{PLACEHOLDER}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})'
+    )
+
+
+def _serve_command(adapter: AdapterInfo, base: str, trusts_code: bool) -> str:
+    options: list[tuple[str, ...]] = [
+        *(("--quantization", "bitsandbytes") for _ in range(adapter.origin.base_in_nf4)),
+        ("--enable-lora",),
+        ("--lora-modules", f"{adapter.name}={PLACEHOLDER}"),
+        ("--max-lora-rank", str(max_rank(adapter.ranks))),
+        *(("--trust-remote-code",) for _ in range(trusts_code)),
+    ]
+    return command(base, options)
+
+
+def _stop_notes(folder: Path) -> Iterator[str]:
+    """What a server must be told of the ends of an answer."""
+    known = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    if texts := known.get("stop_strings"):
+        yield f"An answer ends with one of these texts, to send as `stop`: {texts}."
+    if (folder / CONFIG).is_file() and (folder / CHAT_TEMPLATE).is_file():
+        yield f"Conversations have the chat template of the file {CHAT_TEMPLATE}."

@@ -1,0 +1,102 @@
+"""Model cards: what they say, what they must not say, and that nobody depends on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dtrain.config.load import load_recipe
+from dtrain.core.files import read_sealed
+from dtrain.merge.verify import verify_model
+from dtrain.monitoring.run_record import RunRecord
+from dtrain.serving.model_card import base_model, held_out_table, md, merged_card, write_stage_cards
+from dtrain.serving.run_models import Run
+
+HOSTILE = "x`|[a](b)<script>\n---\n# *h*"
+
+
+def test_cards_beside_the_results_of_a_run_are_outside_of_its_hashes(run: Path) -> None:
+    adapter, merged = run / "task" / "adapter", run / "task" / "merged"
+    header = ModelCard.load(adapter / "README.md").data
+    assert header.library_name == "peft" and {"sft", "lora"} <= set(header.tags)
+    text = (merged / "README.md").read_text()
+    assert ModelCard(text).data.library_name == "transformers"
+    assert "| domain | dtrain:tiny-text/domain.jsonl | text | — | 240 |" in text
+    assert str(run) not in text and "/root" not in text
+    (merged / "README.md").write_text("my own card\n")
+    assert not verify_model(merged).problems
+    assert "adapter/README.md" not in read_sealed(run / "task" / "stage.json")["files"]
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    write_stage_cards(Run(run, recipe), recipe.stages[1])
+    assert (merged / "README.md").read_text() == "my own card\n"
+    (merged / "README.md").unlink()  # a run of an older dtrain gets one
+    write_stage_cards(Run(run, recipe), recipe.stages[1])
+    assert (merged / "README.md").read_text() == text
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Run:
+    """A run whose names and paths try to leave their place in the card."""
+    base = tmp_path / "home" / "alice" / "llama"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n# Llama\n")
+    settings = {
+        "name": HOSTILE,
+        "model": {"base": str(base)},
+        "stages.task.data.sources": [
+            {"path": "/home/alice/secret/rows.jsonl", "format": "alpaca"},
+            {"path": HOSTILE, "format": "alpaca"},
+        ],
+        "stages.task.data.template": "/home/alice/chat.jinja",
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    run = Run(tmp_path / "run", load_recipe("tiny", overrides))
+    (run.folder / "task" / "merged").mkdir(parents=True)
+    return run
+
+
+def test_card_escapes_names_and_hides_folders(hostile: Run) -> None:
+    card = merged_card(hostile, hostile.recipe.stages[1], hostile.folder / "task" / "merged")
+    header = ModelCard(card)
+    assert header.data.license == "llama3" and header.data.base_model is None
+    assert "<script>" not in card and "[a](b)" not in header.text
+    assert "alice" not in card and "rows.jsonl" in card
+    assert card.count("\n---\n") == 1  # the header's end
+    headings = [line for line in header.text.splitlines() if line.startswith("# ")]
+    assert headings == [f"# {md(HOSTILE)}"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no header", "---\n[1, 2]\n---\n", "---\na: [\n---\n", "\xff"]
+)
+def test_base_with_an_odd_card_has_no_known_license(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    about = base_model("owner/name", tmp_path)
+    assert about.hub == "owner/name" and not about.license
+
+
+def test_license_link_and_file_of_the_base(hostile: Run) -> None:
+    base = Path(hostile.base)
+    merged = hostile.folder / "task" / "merged"
+    assert base_model("owner/llama", base).license["license_link"].startswith("https://")
+    (base / "README.md").unlink()
+    (merged / "LICENSE.txt").write_text("terms")
+    header = ModelCard(merged_card(hostile, hostile.recipe.stages[1], merged)).data
+    assert (header.license, header.license_link) == ("other", "LICENSE.txt")
+
+
+def test_held_out_table_has_the_change_with_its_standard_error(tmp_path: Path) -> None:
+    stages = load_recipe("tiny").stages
+    blocks = {"items": [10.0] * 4, "base": [60.0, 62, 61, 63], "task": [40.0, 41, 43, 40]}
+    evaluation = {
+        "models": ["base", "domain", "task"],
+        "losses": {"qa": {"base": 6.15, "domain": 5.0, "task": 4.1}},
+        "blocks": {"qa": blocks},
+    }
+    head, row = held_out_table(RunRecord(tmp_path, evaluation=evaluation), stages)
+    assert head == ["", "base", "domain", "task", "change"]
+    assert row[:4] == ["qa loss", "6.150", "5.000", "4.100"] and row[4].startswith("-2.050 ± 0.")
+    assert not held_out_table(RunRecord(tmp_path), stages)
