@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from dtrain.cli import chat, data, jobs, merge, models, recipes, run, sweep, watch
+from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, run, sweep, watch
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.output import lost_output, protect_output
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("check")(recipes.check)
 app.command("plan")(recipes.plan)
+app.command("import")(import_config.import_config)
 app.command("schema")(recipes.schema)
 app.command("report")(run.report)
 app.command("compare")(run.compare)

@@ -96,11 +96,16 @@ def dump(recipe: Recipe) -> str:
 
     `load_recipe` reads an equal recipe from it.
     """
+    return to_yaml(recipe.model_dump(mode="python", exclude_none=True))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
     yaml = YAML(typ="rt", pure=True)
     yaml.width, yaml.allow_unicode, yaml.default_flow_style = 2**20, True, False
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="python", exclude_none=True), stream)
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"planning", "launching", "distributed"},
     {"data", "models", "checkpoints", "monitoring", "samples", "supervisor"},
-    {"methods", "objectives", "data_quality", "augmentation", "submitit_jobs"},
+    {"methods", "objectives", "data_quality", "augmentation", "importing", "submitit_jobs"},
     {"engines", "merge", "serving"},
     {"evaluation"},
     {"training"},

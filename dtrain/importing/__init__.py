@@ -1,0 +1,1 @@
+"""Recipes from the config files of other training tools."""
