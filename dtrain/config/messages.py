@@ -117,9 +117,9 @@ def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument)
 def _replacement(key: Key, values: Any) -> str:
     """What to write instead of an unknown key."""
     name, groups = str(key[-1]), groups_at(key[:-1], values)
-    if sentence := foreign_keys.SENTENCES.get(name):
+    if sentence := foreign_keys.answer(name):
         return sentence
-    if path := foreign_keys.KEYS.get(name) or path_of(name):
+    if path := foreign_keys.equivalent(name) or path_of(name):
         owner = key_owners()[path]
         is_here = any(issubclass(group, owner) for group in groups)
         return f"use {path.rpartition('.')[2] if is_here else path}"

@@ -8,7 +8,7 @@ from dtrain.core.errors import UserError
 from dtrain.importing.foreign_config import STAGE, ForeignConfig
 from dtrain.importing.method import method
 from dtrain.importing.model import model
-from dtrain.importing.sources import SOURCE, held_out_set, sources_of, texts
+from dtrain.importing.sources import held_out_set, sources_of, texts
 from dtrain.importing.training import TrainerDefaults, intervals, training
 
 DEFAULTS = TrainerDefaults(
@@ -83,8 +83,9 @@ def read(config: ForeignConfig, processes: int) -> None:
     _template(config, {source["format"] for source in sources})
     training(config, DEFAULTS, processes)
     for number, (data, key) in enumerate(_entries(config, "test_datasets")):
+        data.source = f"evaluation.sets.heldout-{number}.sources[]."
         held_out = held_out_set(config, _sources(data, key, rl))
-        config.put(f"evaluation.sets.heldout-{number}", held_out)
+        config.assign(f"evaluation.sets.heldout-{number}", held_out)
     intervals(config, DEFAULTS)
 
 
@@ -119,12 +120,13 @@ def _sources(data: ForeignConfig, key: str, rl: str) -> list[dict[str, Any]]:
         row_format, columns = types.get(start, ("auto", {}))
         fields, columns = data, dict(columns)
         why = "" if start else "found from the first row"
-        data.note(SOURCE + "format", row_format, "type", why=why)
+        data.note(data.source + "format", row_format, "type", why=why)
     columns |= _columns(fields, row_format)
     files = ["data_files"] if data.name("data_files") else ["path"]
     paths = texts(data.get(*files))
-    data.note(SOURCE + "path", paths[0] if len(paths) == 1 else paths, *files)
+    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, *files)
     data.leave("path", why="data_files names the files")
+    data.leave("roles_to_train", why="see train_on: answers have loss, and the turns named there")
     _check_turns(data)
     result = sources_of(data, row_format, columns, paths)
     fields.leave_rest()
@@ -139,7 +141,7 @@ def _columns(fields: ForeignConfig, row_format: str) -> dict[str, str]:
         if theirs := fields.get(key):
             ours = "conversations" if row_format == "sharegpt" and column == "messages" else column
             columns[ours] = str(theirs)
-            fields.note(f"{SOURCE}columns.{ours}", theirs, key)
+            fields.note(f"{fields.source}columns.{ours}", theirs, key)
     return columns
 
 
@@ -151,6 +153,12 @@ def _check_turns(data: ForeignConfig) -> None:
         reads = "dtrain reads role and content, or from and value"
         data.leave("message_property_mappings", why="found in the rows" if known else reads)
     data.leave("message_field_role", "message_field_content", "roles", why="found in the rows")
+    if data.get("train_on_eos", "train_on_eot") in ("all", "none", "last"):
+        why = "the end of each answer has loss"
+        data.note(
+            STAGE + "data.train_on", "all", "train_on_eos", "train_on_eot", why=why, changed=True
+        )
+    data.leave("train_on_eos", "train_on_eot", why="the end of each answer has loss")
 
 
 def _objective(config: ForeignConfig, rl: str, formats: set[str]) -> None:
@@ -165,9 +173,20 @@ def _objective(config: ForeignConfig, rl: str, formats: set[str]) -> None:
         config.put(path, "cpt", why=why, changed=True)
     else:
         config.put(path, "sft", why="rows with answers")
-        if config.get("train_on_inputs") is True:
-            config.put(DATA + "train_on", "all+user", "train_on_inputs")
+        _trained_turns(config)
     config.leave("train_on_inputs", *keys)
+
+
+def _trained_turns(config: ForeignConfig) -> None:
+    """Set which turns have loss, for all datasets alike."""
+    path, roles = DATA + "train_on", set[str]()
+    for data, _ in _entries(config, "datasets"):
+        roles |= set(data.names("roles_to_train"))
+    others = [role for role in ("user", "tool") if role in roles or role + "s" in roles]
+    if config.get("train_on_inputs") is True:
+        config.put(path, "all+user", "train_on_inputs")
+    elif others:
+        config.put(path, "+".join(["all", *others]), why="roles_to_train of the datasets")
 
 
 def _preference(config: ForeignConfig, rl: str) -> None:

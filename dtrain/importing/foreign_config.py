@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.config.foreign_keys import KEYS, SENTENCES
+from dtrain.config.foreign_keys import answer, equivalent
 from dtrain.config.schema_paths import path_of
 
 Outcome = Literal["same", "renamed", "computed", "changed", "default", "left out", "off"]
@@ -56,6 +56,7 @@ class ForeignConfig:
         prefix: of the keys in notes.
         recipe: the recipe so far, with one stage.
         notes: what became of the keys that were read.
+        source: path of the source that a group of keys describes.
         expanded: keys whose groups have notes of their own.
     """
 
@@ -65,6 +66,7 @@ class ForeignConfig:
     prefix: str = ""
     recipe: dict[str, Any] = field(default_factory=lambda: {"stages": [{}]})
     notes: list[Note] = field(default_factory=list)
+    source: str = STAGE + "data.sources[]."
     expanded: set[str] = field(default_factory=set)
 
     def group(self, key: str, values: dict[str, Any]) -> ForeignConfig:
@@ -76,6 +78,7 @@ class ForeignConfig:
             f"{self.prefix}{key}.",
             self.recipe,
             self.notes,
+            self.source,
             self.expanded,
         )
 
@@ -107,7 +110,7 @@ class ForeignConfig:
     def copy(self, *keys: str, path: str = "") -> None:
         """Take over the value of the first of these keys that is set, in the same unit."""
         if key := self.name(*keys):
-            self.put(path or KEYS.get(key) or path_of(key), self.get(key), key)
+            self.put(path or equivalent(key) or path_of(key), self.get(key), key)
 
     def put(self, path: str, value: Any, *keys: str, why: str = "", changed: bool = False) -> None:
         """Set a key of the recipe, and note it.
@@ -119,12 +122,16 @@ class ForeignConfig:
             why: how the value follows from the keys.
             changed: the tool would train something else.
         """
+        self.assign(path, value)
+        self.note(path, value, *keys, why=why, changed=changed)
+
+    def assign(self, path: str, value: Any) -> None:
+        """Set a key of the recipe that is noted elsewhere."""
         *groups, last = path.split(".")
         holder = self.recipe
         for name in groups:
             holder = holder["stages"][0] if name == "stages[]" else holder.setdefault(name, {})
         holder[last] = value
-        self.note(path, value, *keys, why=why, changed=changed)
 
     def note(self, path: str, value: Any, *keys: str, why: str = "", changed: bool = False) -> None:
         """Note that keys decided a value of the recipe; as `put`, which also sets it."""
@@ -172,10 +179,10 @@ class ForeignConfig:
 
 
 def _answer(key: str) -> str:
-    if sentence := SENTENCES.get(key):
+    if sentence := answer(key):
         return sentence
-    path = KEYS.get(key) or path_of(key)
-    return f"the value has no counterpart; see {path}" if path else "dtrain has no such setting"
+    path = equivalent(key) or path_of(key)
+    return f"see {path}" if path else "dtrain has no such setting"
 
 
 def _shown(value: Any) -> str:

@@ -128,8 +128,9 @@ def recipe_text(config: ForeignConfig) -> str:
     head = [f"From {config.path.name}, a config of {config.tool}."]
     head += [f"Changed: {_line(config, n)}" for n in config.notes if n.outcome == "changed"]
     if left_out := [note.key for note in config.notes if note.outcome == "left out"]:
-        head += wrap(f"Left out: {', '.join(left_out)}", 97, break_long_words=False)
-    comment = "".join(f"# {line}\n" for entry in head for line in entry.splitlines())
+        head.append(f"Left out: {', '.join(left_out)}")
+    lines = [line for entry in head for line in wrap(entry, 97, break_long_words=False)]
+    comment = "".join(f"# {line}\n" for line in lines)
     return comment + to_yaml(_in_order(config.recipe))
 
 

@@ -10,7 +10,7 @@ from dtrain.core.files import read_json
 from dtrain.importing.foreign_config import STAGE, ForeignConfig
 from dtrain.importing.method import method
 from dtrain.importing.model import model
-from dtrain.importing.sources import SOURCE, held_out_set, sources_of
+from dtrain.importing.sources import held_out_set, sources_of
 from dtrain.importing.training import TrainerDefaults, intervals, training
 
 DEFAULTS = TrainerDefaults()
@@ -41,7 +41,7 @@ def read(config: ForeignConfig, processes: int) -> None:
     training(config, DEFAULTS, processes)
     if config.name("eval_dataset"):
         sources = _datasets(config, "eval_dataset", kind)
-        config.put("evaluation.sets.heldout", held_out_set(config, sources))
+        config.assign("evaluation.sets.heldout", held_out_set(config, sources))
     intervals(config, DEFAULTS)
 
 
@@ -101,19 +101,19 @@ def _datasets(config: ForeignConfig, key: str, kind: str) -> list[dict[str, Any]
     if not names:
         raise UserError("names no dataset", where=str(config.path), fix=f"set {key}")
     info, folder = _info(config)
-    groups = [_dataset(config, name, info, folder, kind) for name in names]
+    source = config.source if key == "dataset" else "evaluation.sets.heldout.sources[]."
+    groups = [_dataset(config, name, info, folder, kind, source) for name in names]
     weights = config.names("interleave_probs") if key == "dataset" else []
     for group, weight in zip(groups, weights, strict=False):
         for source in group:
             source["weight"] = float(weight) / len(group)
     if weights:
         values = [float(weight) for weight in weights]
-        config.note(SOURCE + "weight", values, "interleave_probs")
-    sources = [source for group in groups for source in group]
-    paths = [source["path"] for source in sources]
-    config.note(SOURCE + "path", paths, key, why=f"from {INFO}")
+        config.note(DATA + "sources[].weight", values, "interleave_probs")
+        config.leave("mix_strategy", why="the weights mix the sources")
+    config.expand(key)
     config.leave("dataset_dir", why=f"its {INFO} was read")
-    return sources
+    return [source for group in groups for source in group]
 
 
 def _info(config: ForeignConfig) -> tuple[dict[str, Any], Path]:
@@ -137,20 +137,21 @@ def _info(config: ForeignConfig) -> tuple[dict[str, Any], Path]:
 
 
 def _dataset(
-    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str
+    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str, source: str
 ) -> list[dict[str, Any]]:
     entry = info.get(name)
     if not isinstance(entry, dict):
         known = ", ".join(list(info)[:10])
         raise UserError(f"{name} is not described", where=str(folder / INFO), fix=f"known: {known}")
     data = config.group(f"{INFO}: {name}", entry)
+    data.source = source
     urls = ("hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name")
     if data.name(*urls):
         path = str(data.get(*urls))
-        data.note(SOURCE + "path", path, data.name(*urls))
+        data.note(data.source + "path", path, data.name(*urls))
     else:
         path = str(folder / str(entry.get("file_name", name)))
-        data.note(SOURCE + "path", path, "file_name")
+        data.note(data.source + "path", path, "file_name")
     row_format, columns = _layout(data, kind)
     _check_tags(data)
     result = sources_of(data, row_format, columns, [path])
@@ -177,9 +178,11 @@ def _layout(data: ForeignConfig, kind: str) -> tuple[str, dict[str, str]]:
     else:
         row_format = "alpaca"
         columns |= {EXCHANGE[name]: column for name, column in names.items() if name in EXCHANGE}
-    data.note(SOURCE + "format", row_format, *(x for x in ("formatting", "ranking") if x))
+    if key := data.name("ranking", "formatting"):
+        data.note(data.source + "format", row_format, key)
+    data.leave("formatting", why="the format of pairs and of rated answers is one")
     if isinstance(written, dict):
-        data.note(SOURCE + "columns", columns, "columns")
+        data.note(data.source + "columns", columns, "columns")
     return row_format, columns
 
 
@@ -194,7 +197,9 @@ def _question(
         columns["completion"] = names.get("response", "output")
     if query := names.get("query"):
         why = f"{row_format} rows have one column for the question: `{query}` is not read"
-        data.note(SOURCE + "columns.prompt", columns["prompt"], "columns", why=why, changed=True)
+        data.note(
+            data.source + "columns.prompt", columns["prompt"], "columns", why=why, changed=True
+        )
     return columns
 
 

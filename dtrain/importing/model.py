@@ -141,12 +141,14 @@ def _json_beside(config: ForeignConfig, name: str) -> dict[str, Any] | None:
 
 
 def _fsdp(config: ForeignConfig) -> None:
-    keys = ("fsdp", "fsdp_config", "fsdp_version", "dp_shard_size", "dp_replicate_size")
-    config.put("engine.kind", "fsdp2", *keys, why="torch's fully_shard; all blocks are wrapped")
+    groups = ("fsdp", "fsdp_config", "fsdp_version", "dp_shard_size", "dp_replicate_size")
+    keys = (config.name(*groups),)
+    config.put("engine.kind", "fsdp2", *keys, why="torch's fully_shard of every layer")
+    config.leave(*groups, why="fsdp2 wraps every layer by itself")
     words = f"{config.get('fsdp')} {config.get('fsdp_config')}".lower()
     if "hybrid" in words or (config.number("dp_replicate_size") or 1) > 1:
-        config.put("engine.shard", "node", *keys[:1], why="one copy of the model per node")
+        config.put("engine.shard", "node", *keys, why="a copy per node")
     offloads = r"offload(_params|_parameters)?['\"]?: true|cpu_offload|\boffload\b(?!['\"_:])"
     if re.search(offloads, words):
         why = "fsdp2 does not offload; zero3 can: engine: {kind: zero3, offload: true}"
-        config.put("engine.offload", False, *keys[:2], why=why, changed=True)
+        config.put("engine.offload", False, *keys, why=why, changed=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 from dtrain.importing.foreign_config import ForeignConfig
 
-SOURCE = "stages[].data.sources[]."
 SUBSET = "a source has no subset: save it as files, and name these in `path`"
 
 
@@ -25,7 +24,7 @@ def sources_of(
     if renamed := {ours: theirs for ours, theirs in columns.items() if ours != theirs}:
         common["columns"] = renamed
     if split := data.get("split"):
-        data.note(SOURCE + "split", split, "split")
+        data.note(data.source + "split", split, "split")
         common |= {"split": split} if split != "train" else {}
     data.leave("name", "subset", why=SUBSET)
     return [{"path": path, **common} for path in paths]

@@ -182,7 +182,11 @@ def _scales(config: ForeignConfig, rate: float) -> None:
     for group in groups if isinstance(groups, list) else []:
         for module in group.get("modules", []):
             scales[str(module)] = round(float(group["lr"]) / rate, 6)
-    if scales:
+    method = config.stage.get("method", {})
+    if scales and method.get("kind") != "full" and not method.get("modules_to_save"):
+        why = "an adapter trains on linear layers only"
+        config.leave("embedding_lr_scale", "embedding_lr", "lr_groups", why=why)
+    elif scales:
         keys = ("embedding_lr_scale", "embedding_lr", "lr_groups")
         config.put(path, scales, *keys, why="factors of learning_rate")
 

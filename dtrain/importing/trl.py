@@ -14,7 +14,7 @@ from dtrain.data.sources import files_here
 from dtrain.importing.foreign_config import STAGE, ForeignConfig
 from dtrain.importing.method import method
 from dtrain.importing.model import model
-from dtrain.importing.sources import SOURCE, SUBSET, held_out_set, sources_of, texts
+from dtrain.importing.sources import SUBSET, held_out_set, sources_of, texts
 from dtrain.importing.training import TrainerDefaults, intervals, training
 
 SFT = TrainerDefaults(learning_rate=2e-5)
@@ -48,6 +48,9 @@ def read(config: ForeignConfig, processes: int) -> None:
     kind = _objective(config, row_format)
     for source in sources:
         _set_text_column(config, source, kind)
+    if kind == "cpt" and (column := config.get("dataset_text_field")):
+        config.note(config.source + "columns.text", column, "dataset_text_field")
+    config.leave("dataset_text_field", why="the rows are no plain texts")
     config.stage["data"] = {"sources": sources}
     _data(config, kind, row_format)
     defaults = SFT if kind in ("sft", "cpt") else PREFERENCES
@@ -59,14 +62,14 @@ def read(config: ForeignConfig, processes: int) -> None:
 def _sources(config: ForeignConfig) -> list[dict[str, Any]]:
     split = str(config.get("dataset_train_split") or "train")
     if config.name("dataset_train_split"):
-        config.note(SOURCE + "split", split, "dataset_train_split")
+        config.note(config.source + "split", split, "dataset_train_split")
     config.leave("dataset_config", why=SUBSET)
     entries = config.get("datasets")
     if not entries:
         name = config.get("dataset_name")
         if not name:
             raise UserError("names no dataset", where=str(config.path), fix="set dataset_name")
-        config.note(SOURCE + "path", name, "dataset_name")
+        config.note(config.source + "path", name, "dataset_name")
         group = config.group("", {"split": split} if split != "train" else {})
         return sources_of(group, _format_of(str(name)), {}, [str(name)])
     config.expand("datasets")
@@ -79,11 +82,11 @@ def _entry(config: ForeignConfig, number: int, entry: dict[str, Any]) -> list[di
     keys = ["data_files"] if isinstance(files, str | list) else ["path"]
     folder = str(data.get("data_dir") or "")
     paths = [str(Path(folder, path)) for path in texts(data.get(*keys))]
-    data.note(SOURCE + "path", paths[0] if len(paths) == 1 else paths, *keys)
+    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, *keys)
     data.leave("path", why="data_files names the files")
     result = sources_of(data, _format_of(paths[0]), {}, paths)
     if weight := data.number("fraction"):
-        data.note(SOURCE + "weight", weight, "fraction")
+        data.note(data.source + "weight", weight, "fraction")
         for source in result:
             source["weight"] = weight / len(result)
     data.leave_rest()
@@ -109,7 +112,7 @@ def _objective(config: ForeignConfig, row_format: str) -> str:
         kind = "kto" if is_kto else "dpo" if config.name(*OF_PAIRS) else "sft"
         if kind == "sft" and config.name("dataset_text_field"):
             kind = "cpt"
-        why = "by the keys, as the data are not here; set it if the command was another"
+        why = "by the keys; correct it if the command was another"
     if config.get("loss_type") == "simpo":
         kind, why = "simpo", "loss_type"
     config.put(path, kind, why=why)
@@ -145,13 +148,9 @@ def _preference(config: ForeignConfig, kind: str) -> None:
 
 def _set_text_column(config: ForeignConfig, source: dict[str, Any], kind: str) -> None:
     column = str(config.get("dataset_text_field") or "text")
-    if kind != "cpt":
-        config.leave("dataset_text_field", why="the rows are no plain texts")
-        return
-    source["format"] = "text"
-    if column != "text":
-        source["columns"] = {"text": column}
-    config.note(SOURCE + "columns.text", column, "dataset_text_field")
+    if kind == "cpt":
+        source["format"] = "text"
+        source |= {"columns": {"text": column}} if column != "text" else {}
 
 
 def _data(config: ForeignConfig, kind: str, row_format: str) -> None:
@@ -190,5 +189,6 @@ def _held_out(config: ForeignConfig) -> None:
     if is_evaluated and len(sources) == 1 and not files_here(Source(path=sources[0]["path"])):
         split = str(config.get(key) or "test")
         held_out = held_out_set(config, [sources[0] | {"split": split}])
-        config.put("evaluation.sets.heldout", held_out, key, why=f"split {split}")
+        config.assign("evaluation.sets.heldout", held_out)
+        config.note("evaluation.sets.heldout.sources[].split", split, key)
     config.leave(key, why="files have no splits; name held-out rows in evaluation.sets")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
-from dtrain.config.foreign_keys import ANSWERS, EQUIVALENTS, KEYS, SENTENCES
+from dtrain.config.foreign_answers import ANSWERS
+from dtrain.config.foreign_keys import EQUIVALENTS, KEYS, SENTENCES, answer, equivalent
 from dtrain.config.load import load_recipe
 from dtrain.config.schema_paths import key_owners
 from dtrain.core.errors import UserErrors
@@ -56,15 +61,14 @@ per_device_eval_batch_size: 1
 eval_strategy: steps
 eval_steps: 500
 """
+KINDS = "use stages[], each with a kind: cpt, sft, distill, dpo, kto, orpo, simpo, cpo"
 LOGGED = "every step is logged: to metrics.jsonl and report.html in output.folder"
 ANSWERS_TO_LLAMA_FACTORY = {
     "model_name_or_path": "use model.base",
     "quantization_bit": "use stages[].method.kind: qlora, whose base is quantized to 4 bits (NF4)",
     "trust_remote_code": "use model.trust_remote_code",
-    "stage": "use stages, a list whose entries each have a kind: cpt (continued pretraining) or "
-    "sft",
-    "do_train": "use stages, a list whose entries each have a kind: cpt (continued pretraining) "
-    "or sft",
+    "stage": KINDS,
+    "do_train": KINDS,
     "finetuning_type": "use stages[].method.kind",
     "lora_rank": "use stages[].method.r",
     "lora_alpha": "use stages[].method.alpha",
@@ -96,7 +100,7 @@ ANSWERS_TO_LLAMA_FACTORY = {
     "bf16": "use model.dtype: bfloat16; float16 is not supported",
     "flash_attn": "use model.attention",
     "deepspeed": "use engine.kind: zero2 or zero3, and engine.config for a DeepSpeed JSON file",
-    "ddp_timeout": "use engine.kind: ddp",
+    "ddp_timeout": "use engine.kind: ddp, which has no settings of its own",
     "val_size": "put held-out rows into a file of their own and name it in evaluation.sets: "
     "dtrain does not split a source",
     "per_device_eval_batch_size": "evaluation uses stages[].train.micro_batch_size",
@@ -165,7 +169,7 @@ ANSWERS_TO_AXOLOTL = {
     "weight_decay": "use stages[].train.weight_decay",
     "special_tokens": "dtrain does not change the vocabulary",
     "model_type": "the base model's own files decide it",
-    "fsdp": "use engine.kind: fsdp2",
+    "fsdp": "use engine.kind: fsdp2; it wraps every decoder layer by itself",
 }
 
 GOOD = """\
@@ -256,3 +260,77 @@ def test_the_table_names_keys_of_the_schema_and_each_foreign_key_once() -> None:
     assert set(EQUIVALENTS) <= set(key_owners())
     names = [n for text in (*EQUIVALENTS.values(), *ANSWERS.values()) for n in text.split()]
     assert len(names) == len(set(names)) == len(KEYS) + len(SENTENCES)
+
+
+def known_here() -> set[str]:
+    return {path.rpartition(".")[2].removesuffix("[]") for path in key_owners()}
+
+
+def unanswered(names: set[str]) -> set[str]:
+    return {n for n in names - known_here() if not (answer(n) or equivalent(n))}
+
+
+def fields_of(package: str, file: str, *classes: str) -> set[str]:
+    """The fields of dataclasses, read from the source: the packages take seconds to import."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / file).read_text("utf-8"))
+    bodies = [x.body for x in ast.walk(tree) if isinstance(x, ast.ClassDef) and x.name in classes]
+    assert len(bodies) == len(classes)
+    fields = [x.target for body in bodies for x in body if isinstance(x, ast.AnnAssign)]
+    return {target.id for target in fields if isinstance(target, ast.Name)}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
+        ("trl", "trainer/dpo_config.py", "DPOConfig"),
+        ("trl", "trainer/model_config.py", "ModelConfig"),
+        ("trl", "scripts/utils.py", "ScriptArguments"),
+    ],
+    ids=lambda place: place[2],
+)
+def test_every_key_of_trl_has_an_answer(place) -> None:
+    fields = fields_of(*place)
+    assert len(fields) > 4 and not unanswered(fields)
+
+
+# Of PEFT's LoRA, what names other methods, or is written by PEFT itself.
+OF_PEFT_ALONE = {"kasa_config", "velora_config", "monteclora_config", "arrow_config"}
+
+
+def test_every_key_of_pefts_lora_has_an_answer() -> None:
+    fields = fields_of("peft", "tuners/lora/config.py", "LoraConfig")
+    assert len(fields) > 20 and unanswered(fields) <= OF_PEFT_ALONE
+
+
+SECTIONS = Path(__file__).with_name("peer_keys.txt").read_text("utf-8").split("\n[")[1:]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("]")[0])
+def test_every_key_of_the_public_examples_has_an_answer(section) -> None:
+    names = set(section.partition("]")[2].split())
+    assert len(names) > 50 and not unanswered(names)
+
+
+@pytest.mark.parametrize(
+    ("key", "answered"),
+    [
+        ("liger_rms_norm", "model.kernels"),
+        ("fsdp_cpu_offload", "engine.offload"),  # before fsdp_*
+        (
+            "fsdp_sharding_strategy",
+            "use engine.kind: fsdp2; it wraps every decoder layer by itself",
+        ),
+        ("field_instruction", "stages[].data.sources[].columns"),
+    ],
+)
+def test_a_beginning_of_a_name_answers_all_that_begin_so(key, answered) -> None:
+    assert (equivalent(key) or answer(key)) == answered
+
+
+def test_no_beginning_covers_a_key_of_the_schema() -> None:
+    beginnings = tuple(name[:-1] for name in (*KEYS, *SENTENCES) if name.endswith("*"))
+    assert not [name for name in known_here() if name.startswith(beginnings)]
