@@ -29,7 +29,12 @@ recipe with all defaults, or all its errors. Any key can be overridden for one r
 
 Entries of a list are addressed by index (`stages.0`) or by name (`stages.domain`). Unknown keys
 are errors; keys of other tools are answered with dtrain's. Relative paths start at the current
-folder.
+folder. `dtrain schema` prints the JSON Schema of recipes, for editors.
+
+`dtrain import CONFIG [OUT]` writes a recipe from a config of axolotl, LLaMA-Factory (with its
+`dataset_info.json`) or TRL. It says what became of each key: same, renamed, computed (`--processes`
+for the ranks, which these files do not say), changed (also at the head of the recipe), or left out
+and why. What decides how a model is trained and has no counterpart is refused.
 """
 
 _PLAIN = {Any: "value", str: "text", int: "whole number", float: "number", bool: "true, false"}

@@ -8,7 +8,7 @@ from dtrain.core.errors import UserError
 from dtrain.importing.foreign_config import STAGE, ForeignConfig
 from dtrain.importing.method import method
 from dtrain.importing.model import model
-from dtrain.importing.sources import held_out_set, sources_of, texts
+from dtrain.importing.sources import held_out_set, sources_of
 from dtrain.importing.training import TrainerDefaults, intervals, training
 
 DEFAULTS = TrainerDefaults(
@@ -71,36 +71,25 @@ def read(config: ForeignConfig, processes: int) -> None:
     rl = str(config.get("rl") or "")
     if rl and rl not in RL:
         fix = f"dtrain trains by {', '.join(RL)}"
-        raise UserError(f"{rl} has no counterpart", where=f"{config.path}: rl", fix=fix)
+        raise UserError(f"{rl} has no counterpart", where=config.where("rl"), fix=fix)
     model(config, checkpointing=False)
     method(config, str(config.get("adapter") or "full"), {"r": 8, "dropout": 0.0})
-    sources = [s for entry in _entries(config, "datasets") for s in _sources(*entry, rl)]
-    for entry in _entries(config, "pretraining_dataset"):
-        sources += _sources(*entry, "pretrain")
+    sources = [x for data in config.groups("datasets", text="path") for x in _sources(data, rl)]
+    for data in config.groups("pretraining_dataset", text="path"):
+        sources += _sources(data, "pretrain")
     config.stage["data"] = {"sources": sources}
     _objective(config, rl, {source["format"] for source in sources})
     _sequences(config)
     _template(config, {source["format"] for source in sources})
     training(config, DEFAULTS, processes)
-    for number, (data, key) in enumerate(_entries(config, "test_datasets")):
+    for number, data in enumerate(config.groups("test_datasets", text="path")):
         data.source = f"evaluation.sets.heldout-{number}.sources[]."
-        held_out = held_out_set(config, _sources(data, key, rl))
+        held_out = held_out_set(config, _sources(data, rl))
         config.assign(f"evaluation.sets.heldout-{number}", held_out)
     intervals(config, DEFAULTS)
 
 
-def _entries(config: ForeignConfig, key: str) -> list[tuple[ForeignConfig, str]]:
-    """The datasets of a key, each with the key's name for messages."""
-    value = config.get(key)
-    entries = [value] if isinstance(value, str | dict) else value or []
-    config.expand(key)
-    return [
-        (config.group(f"{key}[{n}]", x if isinstance(x, dict) else {"path": x}), f"{key}[{n}]")
-        for n, x in enumerate(entries)
-    ]
-
-
-def _sources(data: ForeignConfig, key: str, rl: str) -> list[dict[str, Any]]:
+def _sources(data: ForeignConfig, rl: str) -> list[dict[str, Any]]:
     """The sources of a dataset.
 
     Raises:
@@ -109,7 +98,7 @@ def _sources(data: ForeignConfig, key: str, rl: str) -> list[dict[str, Any]]:
     written = data.get("type")
     name = rl if rl == "pretrain" else str(written or "")
     if reason := next((NO_COUNTERPART[x] for x in NO_COUNTERPART if name.startswith(x)), ""):
-        raise UserError(f"{name}: {reason}", where=f"{data.path}: {key}.type")
+        raise UserError(f"{name}: {reason}", where=data.where("type"))
     if isinstance(written, dict):
         row_format = "kto" if rl == "kto" else "preference" if rl in RL else "alpaca"
         fields, columns = data.group("type", written), dict[str, str]()
@@ -122,9 +111,9 @@ def _sources(data: ForeignConfig, key: str, rl: str) -> list[dict[str, Any]]:
         why = "" if start else "found from the first row"
         data.note(data.source + "format", row_format, "type", why=why)
     columns |= _columns(fields, row_format)
-    files = ["data_files"] if data.name("data_files") else ["path"]
-    paths = texts(data.get(*files))
-    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, *files)
+    files = data.name("data_files") or "path"
+    paths = data.paths(files)
+    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, files)
     data.leave("path", why="data_files names the files")
     data.leave("roles_to_train", why="see train_on: answers have loss, and the turns named there")
     _check_turns(data)
@@ -147,8 +136,7 @@ def _columns(fields: ForeignConfig, row_format: str) -> dict[str, str]:
 
 def _check_turns(data: ForeignConfig) -> None:
     """Note how turns name their role and text, which dtrain finds by itself."""
-    mapping = data.get("message_property_mappings")
-    if isinstance(mapping, dict):
+    if mapping := data.mapping("message_property_mappings"):
         known = any(mapping.items() <= turns.items() for turns in KNOWN_TURNS)
         reads = "dtrain reads role and content, or from and value"
         data.leave("message_property_mappings", why="found in the rows" if known else reads)
@@ -180,7 +168,7 @@ def _objective(config: ForeignConfig, rl: str, formats: set[str]) -> None:
 def _trained_turns(config: ForeignConfig) -> None:
     """Set which turns have loss, for all datasets alike."""
     path, roles = DATA + "train_on", set[str]()
-    for data, _ in _entries(config, "datasets"):
+    for data in config.groups("datasets", text="path"):
         roles |= set(data.names("roles_to_train"))
     others = [role for role in ("user", "tool") if role in roles or role + "s" in roles]
     if config.get("train_on_inputs") is True:

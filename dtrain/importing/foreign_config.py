@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dtrain.config.foreign_keys import answer, equivalent
 from dtrain.config.schema_paths import path_of
+from dtrain.core.errors import UserError
 
 Outcome = Literal["same", "renamed", "computed", "changed", "default", "left out", "off"]
 STAGE = "stages[]."
@@ -92,20 +93,75 @@ class ForeignConfig:
         return SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
 
     def number(self, *keys: str) -> float | int | None:
-        """The value of a key as a number, which may be written as a text; None if it is none."""
+        """The value of a key as a number, which may be written as a text; None if it is not set.
+
+        Raises:
+            UserError: it is something else; so do the next methods.
+        """
         value = self.get(*keys)
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                return None
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        if value is None or value is False:
+            return None
+        return self._parsed(self.name(*keys), value)
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers, or a text of them with commas."""
+        return [float(self._parsed(key, text)) for text in self.names(key)]
 
     def names(self, *keys: str) -> list[str]:
         """A list, or a text with commas, as a list of texts."""
         value = self.get(*keys)
-        entries = value.split(",") if isinstance(value, str) else value or []
+        entries = value.split(",") if isinstance(value, str) else value
+        if not entries:
+            return []
+        if not isinstance(entries, list) or any(isinstance(x, dict | list) for x in entries):
+            raise self._wrong(self.name(*keys), "a list of texts")
         return [str(entry).strip() for entry in entries if str(entry).strip()]
+
+    def paths(self, key: str) -> list[str]:
+        """A path or a list of paths; at least one."""
+        value = self.get(key)
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list) or not all(isinstance(x, str) for x in entries):
+            raise self._wrong(key, "a path or a list of paths")
+        return entries
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A group of keys; empty if it is not set."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self._wrong(key, "a group of keys")
+        return value or {}
+
+    def groups(self, key: str, *, text: str = "") -> list[ForeignConfig]:
+        """A list of groups of keys, whose notes stand for the key's.
+
+        Args:
+            text: the key that a text stands for, where it may stand for a group.
+        """
+        value = self.get(key)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        entries = [{text: x} if text and isinstance(x, str) else x for x in entries]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise self._wrong(key, "a list of groups of keys")
+        self.expand(key)
+        return [self.group(f"{key}[{number}]", entry) for number, entry in enumerate(entries)]
+
+    def where(self, key: str) -> str:
+        """The file and a key, for messages."""
+        return f"{self.path}: {self.prefix}{key}"
+
+    def _parsed(self, key: str, value: Any) -> float | int:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise self._wrong(key, "a number") from error
+        return int(number) if number.is_integer() else number
+
+    def _wrong(self, key: str, expected: str) -> UserError:
+        value = _shown(self.values.get(key))
+        return UserError(f"must be {expected}, not {value}", where=self.where(key))
 
     def copy(self, *keys: str, path: str = "") -> None:
         """Take over the value of the first of these keys that is set, in the same unit."""

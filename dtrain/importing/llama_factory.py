@@ -53,7 +53,7 @@ def _objective(config: ForeignConfig) -> str:
         key = "pref_loss" if stage == "dpo" else "stage"
         fix = f"dtrain knows {', '.join(PAIR_LOSSES if stage == 'dpo' else STAGES)}"
         message = f"{config.get(key)} has no counterpart"
-        raise UserError(message, where=f"{config.path}: {key}", fix=fix)
+        raise UserError(message, where=config.where(key), fix=fix)
     config.put(
         STAGE + "kind", kind, "stage", *(("pref_loss",) if kind not in (stage, "cpt") else ())
     )
@@ -101,15 +101,14 @@ def _datasets(config: ForeignConfig, key: str, kind: str) -> list[dict[str, Any]
     if not names:
         raise UserError("names no dataset", where=str(config.path), fix=f"set {key}")
     info, folder = _info(config)
-    source = config.source if key == "dataset" else "evaluation.sets.heldout.sources[]."
-    groups = [_dataset(config, name, info, folder, kind, source) for name in names]
-    weights = config.names("interleave_probs") if key == "dataset" else []
+    place = config.source if key == "dataset" else "evaluation.sets.heldout.sources[]."
+    groups = [_dataset(config, name, info, folder, kind, place) for name in names]
+    weights = config.numbers("interleave_probs") if key == "dataset" else []
     for group, weight in zip(groups, weights, strict=False):
         for source in group:
-            source["weight"] = float(weight) / len(group)
+            source["weight"] = weight / len(group)
     if weights:
-        values = [float(weight) for weight in weights]
-        config.note(DATA + "sources[].weight", values, "interleave_probs")
+        config.note(DATA + "sources[].weight", weights, "interleave_probs")
         config.leave("mix_strategy", why="the weights mix the sources")
     config.expand(key)
     config.leave("dataset_dir", why=f"its {INFO} was read")
@@ -133,18 +132,18 @@ def _info(config: ForeignConfig) -> tuple[dict[str, Any], Path]:
             return content, folder
     places = ", ".join(dict.fromkeys(map(str, folders)))
     fix = f"copy it, with its data, next to {config.path.name}"
-    raise UserError(f"{INFO} is in none of {places}", where=f"{config.path}: dataset", fix=fix)
+    raise UserError(f"{INFO} is in none of {places}", where=config.where("dataset"), fix=fix)
 
 
 def _dataset(
-    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str, source: str
+    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str, place: str
 ) -> list[dict[str, Any]]:
     entry = info.get(name)
     if not isinstance(entry, dict):
         known = ", ".join(list(info)[:10])
         raise UserError(f"{name} is not described", where=str(folder / INFO), fix=f"known: {known}")
     data = config.group(f"{INFO}: {name}", entry)
-    data.source = source
+    data.source = place
     urls = ("hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name")
     if data.name(*urls):
         path = str(data.get(*urls))
@@ -162,8 +161,8 @@ def _dataset(
 def _layout(data: ForeignConfig, kind: str) -> tuple[str, dict[str, str]]:
     """The format of a dataset, and dtrain's name of a column → its name in the files."""
     is_sharegpt = data.get("formatting") in ("sharegpt", "openai")
-    written = data.get("columns")
-    names = dict(written) if isinstance(written, dict) else SHAREGPT if is_sharegpt else ALPACA
+    written = {name: str(column) for name, column in data.mapping("columns").items()}
+    names = written or (SHAREGPT if is_sharegpt else ALPACA)
     columns = {COMMON[name]: column for name, column in names.items() if name in COMMON}
     if kind == "cpt":
         row_format, columns = "text", {"text": names.get("prompt", "instruction")}
@@ -181,7 +180,7 @@ def _layout(data: ForeignConfig, kind: str) -> tuple[str, dict[str, str]]:
     if key := data.name("ranking", "formatting"):
         data.note(data.source + "format", row_format, key)
     data.leave("formatting", why="the format of pairs and of rated answers is one")
-    if isinstance(written, dict):
+    if written:
         data.note(data.source + "columns", columns, "columns")
     return row_format, columns
 
@@ -204,9 +203,7 @@ def _question(
 
 
 def _check_tags(data: ForeignConfig) -> None:
-    tags = data.get("tags")
-    if not isinstance(tags, dict):
-        return
+    tags = data.mapping("tags")
     strange = [key for key, known in KNOWN_TAGS.items() if tags.get(key, known[0]) not in known]
     why = "dtrain reads from and value, or role and content" if strange else "found in the rows"
     data.leave("tags", why=why)

@@ -36,8 +36,3 @@ def held_out_set(config: ForeignConfig, sources: list[dict[str, Any]]) -> dict[s
     data = config.stage["data"]
     shared = {name: data[name] for name in names if name in data}
     return {"kind": config.stage["kind"], **shared, "sources": sources}
-
-
-def texts(value: Any) -> list[str]:
-    """A text or a list of texts as a list."""
-    return [value] if isinstance(value, str) else [str(entry) for entry in value or []]

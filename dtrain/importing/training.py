@@ -160,12 +160,12 @@ def _warmup(config: ForeignConfig, defaults: TrainerDefaults, scheduler: str) ->
 
 
 def _minimum(config: ForeignConfig, rate: float, kind: str) -> None:
-    extra = config.get("lr_scheduler_kwargs")
-    extra = extra if isinstance(extra, dict) else {}
+    extra = config.group("lr_scheduler_kwargs", config.mapping("lr_scheduler_kwargs"))
     ratio = config.number("cosine_min_lr_ratio")
     key = "cosine_min_lr_ratio" if ratio is not None else "lr_scheduler_kwargs"
-    if ratio is None and extra.keys() & {"min_lr_rate", "min_lr"}:
-        ratio = float(extra.get("min_lr_rate") or float(extra["min_lr"]) / rate)
+    if ratio is None:
+        ratio, lowest = extra.number("min_lr_rate"), extra.number("min_lr")
+        ratio = lowest / rate if ratio is None and lowest is not None else ratio
     if ratio is not None and kind != "constant":
         config.put(TRAIN + "min_lr_ratio", round(ratio, 6), key)
 
@@ -178,10 +178,9 @@ def _scales(config: ForeignConfig, rate: float) -> None:
         embedding = own / rate
     if embedding:
         scales["embed_tokens"] = round(embedding, 6)
-    groups = config.get("lr_groups")
-    for group in groups if isinstance(groups, list) else []:
-        for module in group.get("modules", []):
-            scales[str(module)] = round(float(group["lr"]) / rate, 6)
+    for group in config.groups("lr_groups"):
+        own = group.number("lr") or rate
+        scales |= {module: round(own / rate, 6) for module in group.names("modules")}
     method = config.stage.get("method", {})
     if scales and method.get("kind") != "full" and not method.get("modules_to_save"):
         why = "an adapter trains on linear layers only"

@@ -14,7 +14,7 @@ from dtrain.data.sources import files_here
 from dtrain.importing.foreign_config import STAGE, ForeignConfig
 from dtrain.importing.method import method
 from dtrain.importing.model import model
-from dtrain.importing.sources import SUBSET, held_out_set, sources_of, texts
+from dtrain.importing.sources import SUBSET, held_out_set, sources_of
 from dtrain.importing.training import TrainerDefaults, intervals, training
 
 SFT = TrainerDefaults(learning_rate=2e-5)
@@ -40,7 +40,7 @@ def read(config: ForeignConfig, processes: int) -> None:
     """
     if key := config.name(*ONLINE):
         message = "is of a trainer that generates answers, which dtrain has not"
-        raise UserError(message, where=f"{config.path}: {key}", fix="sft, dpo and kto exist")
+        raise UserError(message, where=config.where(key), fix="sft, dpo and kto exist")
     model(config, checkpointing=True)
     method(config, "lora" if config.get("use_peft") else "full", LORA)
     sources = _sources(config)
@@ -64,7 +64,7 @@ def _sources(config: ForeignConfig) -> list[dict[str, Any]]:
     if config.name("dataset_train_split"):
         config.note(config.source + "split", split, "dataset_train_split")
     config.leave("dataset_config", why=SUBSET)
-    entries = config.get("datasets")
+    entries = config.groups("datasets")
     if not entries:
         name = config.get("dataset_name")
         if not name:
@@ -72,17 +72,14 @@ def _sources(config: ForeignConfig) -> list[dict[str, Any]]:
         config.note(config.source + "path", name, "dataset_name")
         group = config.group("", {"split": split} if split != "train" else {})
         return sources_of(group, _format_of(str(name)), {}, [str(name)])
-    config.expand("datasets")
-    return [x for n, entry in enumerate(entries) for x in _entry(config, n, entry)]
+    return [source for data in entries for source in _entry(data)]
 
 
-def _entry(config: ForeignConfig, number: int, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    data = config.group(f"datasets[{number}]", entry)
-    files = data.get("data_files")
-    keys = ["data_files"] if isinstance(files, str | list) else ["path"]
+def _entry(data: ForeignConfig) -> list[dict[str, Any]]:
+    key = data.name("data_files") or "path"
     folder = str(data.get("data_dir") or "")
-    paths = [str(Path(folder, path)) for path in texts(data.get(*keys))]
-    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, *keys)
+    paths = [str(Path(folder, path)) for path in data.paths(key)]
+    data.note(data.source + "path", paths[0] if len(paths) == 1 else paths, key)
     data.leave("path", why="data_files names the files")
     result = sources_of(data, _format_of(paths[0]), {}, paths)
     if weight := data.number("fraction"):
@@ -134,11 +131,13 @@ def _preference(config: ForeignConfig, kind: str) -> None:
     pairs = [loss for loss in losses if loss in PAIR_LOSSES]
     if len(pairs) != 1 or set(losses) - {*pairs, "sft"}:
         fix = f"one of {', '.join(PAIR_LOSSES)}, and sft"
-        raise UserError(f"{losses} have no counterpart", where=f"{config.path}: loss_type", fix=fix)
+        raise UserError(f"{losses} have no counterpart", where=config.where("loss_type"), fix=fix)
     config.put(PREFERENCE + "loss", pairs[0], "loss_type")
     if "sft" in losses:
-        weights = config.get("loss_weights") or [1.0] * len(losses)
-        weight = float(weights[losses.index("sft")]) / float(weights[losses.index(pairs[0])])
+        weights = config.numbers("loss_weights") or [1.0] * len(losses)
+        if len(weights) != len(losses):
+            raise UserError("needs a weight for each loss", where=config.where("loss_weights"))
+        weight = weights[losses.index("sft")] / weights[losses.index(pairs[0])]
         why = "the weight of sft, relative to the other loss"
         config.put(PREFERENCE + "sft_weight", weight, "loss_weights", why=why)
     config.copy("label_smoothing", path=PREFERENCE + "label_smoothing")
