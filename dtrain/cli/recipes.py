@@ -12,8 +12,10 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.arguments import Overrides, Price, RecipeAddress
+from dtrain.cli.completion import shipped_names
 from dtrain.core.errors import UserError
 from dtrain.recipes import FOLDER, shipped, summary
 
@@ -33,7 +35,9 @@ def list_recipes(context: typer.Context) -> None:
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe.", autocompletion=shipped_names)
+    ],
     path: Annotated[Path | None, typer.Argument(help="Target; default: NAME.yaml.")] = None,
 ) -> None:
     """Copy a shipped recipe to a new file."""
@@ -128,11 +132,13 @@ def plan(
     gpu: GpuName = "h100-80g",
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
+    price: Price = None,
     exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict whether a recipe fits, how long it takes, and which engine is best; needs no GPU."""
     from dtrain.config.load import load_recipe
+    from dtrain.core.log import console
     from dtrain.planning.gpus import find_gpu
     from dtrain.planning.known_models import position_warnings
     from dtrain.planning.plan import as_json as plan_json
@@ -148,10 +154,18 @@ def plan(
     if exact:
         result = simulate_plan(result, settings, no_progress if as_json else show_progress)
     if as_json:
-        print(json.dumps(plan_json(result), indent=2))
+        print(json.dumps(plan_json(result, price), indent=2))
         return
-    for line in render_plan(result, shutil.get_terminal_size((100, 24)).columns):
-        print(line)
+    for line in render_plan(result, shutil.get_terminal_size((100, 24)).columns, price):
+        console.print(styled(line))
+
+
+def styled(line: str) -> Text:
+    """A line of the plan with its verdict in color, and headings in bold."""
+    text = Text(line, style="bold" if line and not line.startswith(" ") else "")
+    for verdict, color in (("FITS", "green"), ("TIGHT", "yellow"), ("DOES NOT FIT", "red")):
+        text.highlight_words([verdict], color)
+    return text
 
 
 @contextmanager

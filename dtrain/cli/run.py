@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.arguments import Overrides, Price, RecipeAddress
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
@@ -59,11 +59,6 @@ def run(
     # Becoming torchrun leaves no process in between that could lose a signal or an exit status.
     sys.stdout.flush()
     os.execve(command[0], command, environment)
-
-
-Price = Annotated[
-    float | None, typer.Option(min=0, help="Price of an hour of one GPU, for the cost of the run.")
-]
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")], price: Price = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.arguments import Overrides
+from dtrain.cli.arguments import Overrides, Price
 from dtrain.core.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ DryRun = Annotated[
 GpuName = Annotated[
     str, typer.Option(envvar="DTRAIN_GPU", help="Kind of GPU, for the plan of --dry-run.")
 ]
-Price = Annotated[float | None, typer.Option(min=0, help="Price of an hour of one GPU.")]
 
 
 def sweep(
@@ -75,11 +74,7 @@ def sweep(
     gpu: GpuName = "h100-80g",
     price: Price = None,
 ) -> None:
-    """Search a recipe's settings for the lowest loss; run it again to continue.
-
-    Example: dtrain sweep 7b-lora --sample "stages.task.train.learning_rate=log(1e-5,1e-3)" --grid
-    stages.task.method.r=8,16 --trials 12 --prune median
-    """
+    """Search a recipe's settings for the lowest loss; run it again to continue."""
     from dtrain.config.sweep import load_sweep, parse_option
     from dtrain.planning.known_models import check_trainable
 

@@ -253,7 +253,7 @@ def plan_reductions(recipe: Recipe) -> tuple[StagePlan, list[str]]:
     cluster = Cluster(gpu_of(device), max(1, ranks // on_node), on_node)
     stage = make_plan(recipe, cluster).largest
     suggestions = suggest_reductions(stage.workload, cluster)
-    return stage, [f"{' '.join(x.settings)} ({x.cost})" for x in suggestions]
+    return stage, [f"{x.arguments(stage.name)} ({x.cost})" for x in suggestions]
 
 
 def format_terms(stage: StagePlan) -> str:

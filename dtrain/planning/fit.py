@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.methods import over_nf4
@@ -21,6 +22,9 @@ ORDER = (FITS, TIGHT, DOES_NOT_FIT)
 # rows but one source's, cover 65.
 LOWER_FACTOR, LOWER_BYTES = 1.0, 0.5e9  # the least that a CUDA context takes
 BUDGET_FACTOR, BUDGET_BYTES = 1.20, 2.5e9
+
+STAGE_GROUPS = ("train.", "method.", "data.")  # groups of keys that each stage has
+MIN_RANK = 4  # no advice to train with less
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Suggestion:
     """A change to the recipe or the cluster.
 
     Attributes:
-        settings: what to change, as keys of the recipe or options of `dtrain plan`.
+        settings: what to change, as keys of a stage or the recipe, or options of `dtrain plan`.
         cost: the price of the change, as a short text.
         workload, cluster: the result of the change.
     """
@@ -71,6 +75,11 @@ class Suggestion:
     workload: Workload
     cluster: Cluster
 
+    def arguments(self, stage: str) -> str:
+        """What to add to the command line, for the stage of this name."""
+        texts = (f"stages.{stage}.{x}" if x.startswith(STAGE_GROUPS) else x for x in self.settings)
+        return " ".join(f"'{text}'" if "{" in text else text for text in texts)
+
     @property
     def fits(self) -> bool:
         """Whether the changed stage fits."""
@@ -78,9 +87,17 @@ class Suggestion:
 
 
 def suggest_changes(workload: Workload, cluster: Cluster, most: int = 3) -> list[Suggestion]:
-    """The cheapest changes that fit: single ones if any does, else as many together as needed."""
-    singles = [x for change in CHANGES if (x := change(workload, cluster)) and x.fits]
-    return singles[:most] if singles else list(_combine_changes(workload, cluster))
+    """The cheapest changes that fit, each of them as few together as are needed."""
+    found: list[tuple[set[Change], Suggestion]] = []
+    for changes in _combinations_by_price():
+        if any(smaller <= set(changes) for smaller, _ in found):
+            continue
+        combined = _combine(changes, workload, cluster)
+        if combined and combined.fits:
+            found.append((set(changes), combined))
+            if len(found) == most:
+                break
+    return [combined for _, combined in found]
 
 
 def suggest_reductions(workload: Workload, cluster: Cluster, most: int = 3) -> list[Suggestion]:
@@ -90,20 +107,29 @@ def suggest_reductions(workload: Workload, cluster: Cluster, most: int = 3) -> l
     return [x for x in changed if _gpu_share(x.workload, x.cluster) < now][:most]
 
 
-def _combine_changes(workload: Workload, cluster: Cluster) -> Iterator[Suggestion]:
-    settings: tuple[str, ...] = ()
-    costs: list[str] = []
-    for change in CHANGES:
+def _combinations_by_price() -> list[tuple[Change, ...]]:
+    """One change and more, the cheapest together first; all else equal, fewer."""
+    sets = [x for n in range(1, len(CHANGES) + 1) for x in combinations(CHANGES, n)]
+    return sorted(sets, key=lambda changes: sum(CHANGES[change] for change in changes))
+
+
+def _combine(
+    changes: tuple[Change, ...], workload: Workload, cluster: Cluster
+) -> Suggestion | None:
+    """All of these changes; None if one of them changes nothing any more.
+
+    The largest batch or rank that fits depends on the other changes, which come first.
+    """
+    made: dict[Change, Suggestion] = {}
+    for change in sorted(changes, key=lambda change: change in SIZED):
         changed = change(workload, cluster)
         if changed is None:
-            continue
-        if _gpu_share(changed.workload, changed.cluster) >= _gpu_share(workload, cluster):
-            continue
+            return None
         workload, cluster = changed.workload, changed.cluster
-        settings, costs = (*settings, *changed.settings), [*costs, changed.cost]
-        if changed.fits:
-            yield Suggestion(settings, "; ".join(costs), workload, cluster)
-            return
+        made[change] = changed
+    parts = [made[change] for change in changes]
+    settings = tuple(setting for part in parts for setting in part.settings)
+    return Suggestion(settings, "; ".join(part.cost for part in parts), workload, cluster)
 
 
 def _gpu_share(workload: Workload, cluster: Cluster) -> float:
@@ -123,6 +149,19 @@ def _smaller_micro_batch(workload: Workload, cluster: Cluster) -> Suggestion | N
     chosen = fitting[-1] if fitting else variants[0]
     setting = f"train.micro_batch_size={chosen.micro_batch}"
     return Suggestion((setting,), "same results, accumulated in more steps", chosen, cluster)
+
+
+def _lower_rank(workload: Workload, cluster: Cluster) -> Suggestion | None:
+    """The largest of a half, a quarter and an eighth of the rank that fits, else the smallest."""
+    ranks = [workload.method.rank // part for part in (2, 4, 8)]
+    ranks = [rank for rank in ranks if rank >= MIN_RANK]
+    if not ranks or "r" not in type(workload.method).model_fields:
+        return None
+    methods = [workload.method.model_copy(update={"r": rank}) for rank in ranks]
+    variants = [replace(workload, method=method) for method in methods]
+    fitting = [x for x in variants if assess_fit(x, cluster).verdict == FITS]
+    chosen = fitting[0] if fitting else variants[-1]
+    return Suggestion((f"method.r={chosen.method.rank}",), "learns less", chosen, cluster)
 
 
 def _checkpointing(workload: Workload, cluster: Cluster) -> Suggestion | None:
@@ -208,15 +247,19 @@ def _larger_gpu(workload: Workload, cluster: Cluster) -> Suggestion | None:
     return None
 
 
-CHANGES: tuple[Callable[[Workload, Cluster], Suggestion | None], ...] = (
-    _smaller_micro_batch,
-    _checkpointing,
-    _shard_in_node,
-    _shard_among_all,
-    _shorter_sequences,
-    _quantized_base,
-    _more_nodes,
-    _offload,
-    _larger_gpu,
-)
-"""The changes that the plan knows, cheapest first."""
+Change = Callable[[Workload, Cluster], Suggestion | None]
+CHANGES: dict[Change, int] = {
+    _smaller_micro_batch: 1,
+    _checkpointing: 3,
+    _shard_in_node: 3,
+    _shard_among_all: 4,
+    _lower_rank: 5,
+    _shorter_sequences: 6,
+    _quantized_base: 6,
+    _more_nodes: 10,
+    _offload: 12,
+    _larger_gpu: 20,
+}
+"""The changes that the plan knows, cheapest first, with prices to compare their combinations by."""
+SIZED: tuple[Change, ...] = (_smaller_micro_batch, _lower_rank)
+"""The changes that choose a size, the largest that fits."""

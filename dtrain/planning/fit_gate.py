@@ -49,7 +49,7 @@ def check_plan_fits(plan: RecipePlan, override: str) -> None:
         return
     stage = next(x for x in plan.stages if x.fit.verdict == DOES_NOT_FIT)
     needed = f"at least {size(stage.fit.lower)} of {size(stage.fit.usable)}"
-    changes = [" ".join(change.settings) for change in stage.suggestions]
+    changes = [change.arguments(stage.name) for change in stage.suggestions]
     raise UserError(
         f"{DOES_NOT_FIT} on {plan.cluster.gpu.name}: {needed}",
         where=f"stage {stage.name}",

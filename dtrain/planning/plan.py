@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
@@ -36,6 +37,7 @@ from dtrain.planning.storage import (
     host_save_bytes,
     stage_tokens,
 )
+from dtrain.planning.wall_time import WallTime, forward_passes, not_timed, stage_wall_time
 from dtrain.planning.workload import Cluster, Workload, build_workload
 
 ProgressBar = Callable[[str, int], AbstractContextManager[ReportProgress]]
@@ -51,8 +53,9 @@ class StagePlan:
         entering: bytes that enter a node in an optimizer step.
         suggestions: changes that would make it fit, cheapest first; empty if it fits.
         speed: tokens a second of all ranks.
-        tokens, hours: None where the number of tokens is not known.
-        minutes_before: of the hours, before the first step.
+        tokens: None where their number is not known.
+        time: hours, by what they are spent on.
+        minutes_before: of the training, before the first step.
         disk: bytes.
         caveats: why the figures may be wrong.
         correction: from earlier runs on this machine, if there were any.
@@ -68,7 +71,7 @@ class StagePlan:
     suggestions: list[Suggestion]
     speed: Estimate
     tokens: TokenCount | None
-    hours: Estimate | None
+    time: WallTime
     minutes_before: float
     disk: float
     caveats: list[str]
@@ -78,7 +81,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The plan of a recipe on a cluster."""
+    """The plan of a recipe on a cluster.
+
+    Attributes:
+        not_timed: what the hours leave out.
+    """
 
     name: str
     base: str
@@ -87,11 +94,26 @@ class RecipePlan:
     cluster: Cluster
     stages: list[StagePlan]
     options: list[PlanOption]
+    not_timed: list[str]
 
     @property
     def largest(self) -> StagePlan:
         """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.fit.budget)
+
+    @property
+    def hours(self) -> Estimate | None:
+        """Hours of the whole chain; None if the tokens of a stage are not known."""
+        totals = [stage.time.total for stage in self.stages]
+        known = [total for total in totals if total is not None]
+        if len(known) < len(totals):
+            return None
+        return reduce(Estimate.plus, known)
+
+    @property
+    def gpu_hours(self) -> Estimate | None:
+        """`hours` on all GPUs."""
+        return self.hours.times(self.cluster.ranks) if self.hours else None
 
     @property
     def verdict(self) -> str:
@@ -126,7 +148,9 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
     shape, source = find_shape(recipe.model.base)
     recipe = resolve(recipe, cluster)
     stages = [_plan_stage(recipe, stage, shape, cluster) for stage in recipe.stages]
-    plan = RecipePlan(recipe.name, recipe.model.base, shape, source, cluster, stages, [])
+    plan = RecipePlan(
+        recipe.name, recipe.model.base, shape, source, cluster, stages, [], not_timed(recipe)
+    )
     return replace(plan, options=list_options(plan.largest.workload, cluster))
 
 
@@ -142,6 +166,7 @@ def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluste
         speed = speed.times(correction.speed_ratio)
     tokens = stage_tokens(stage)
     before = tokens_before(stage, workload, tokens)
+    hours = _hours(tokens, speed, before)
     return StagePlan(
         name=stage.name,
         workload=workload,
@@ -152,7 +177,7 @@ def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluste
         suggestions=[] if fit.verdict == FITS else suggest_changes(workload, cluster),
         speed=speed,
         tokens=tokens,
-        hours=_hours(tokens, speed, before),
+        time=stage_wall_time(recipe, stage, workload, speed, tokens, hours),
         minutes_before=before / speed.middle / 60,
         disk=disk_bytes(recipe, stage, workload),
         caveats=[] if correction else list_caveats(workload, cluster),
@@ -167,8 +192,8 @@ def tokens_before(stage: Stage, workload: Workload, tokens: TokenCount | None) -
     if workload.traits.trains_base:  # every rank computes all of these sequences
         before *= workload.ranks
     if stage.stores_reference and tokens:  # one forward pass of what the stage trains on
-        passes = 2 + workload.traits.trains_base + workload.checkpointing + workload.extra_forwards
-        before += tokens.tokens / max(1.0, stage.train.epochs or 1.0) / passes
+        epochs = max(1.0, stage.train.epochs or 1.0)
+        before += tokens.tokens / epochs / forward_passes(workload)
     return before
 
 
@@ -201,8 +226,13 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
     return caveats
 
 
-def as_json(plan: RecipePlan) -> dict[str, Any]:
-    """The plan as plain values: bytes, seconds and hours as numbers."""
+def as_json(plan: RecipePlan, price: float | None = None) -> dict[str, Any]:
+    """The plan as plain values: bytes, seconds and hours as numbers.
+
+    Args:
+        price: of an hour of one GPU, in any currency.
+    """
+    cost = plan.gpu_hours.times(price) if plan.gpu_hours and price is not None else None
     return {
         "recipe": plan.name,
         "base": plan.base,
@@ -212,6 +242,9 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "nodes": plan.cluster.nodes,
         "gpus_per_node": plan.cluster.gpus_per_node,
         "verdict": plan.verdict,
+        "hours": asdict(plan.hours) if plan.hours else None,
+        "gpu_hours": asdict(plan.gpu_hours) if plan.gpu_hours else None,
+        "cost": asdict(cost) if cost else None,
         "stages": [_stage_json(stage) for stage in plan.stages],
         "options": [_option_json(option) for option in plan.options],
     }
@@ -239,7 +272,14 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "tokens_per_second": asdict(stage.speed),
         "tokens": stage.tokens.tokens if stage.tokens else None,
         "tokens_exact": bool(stage.tokens and stage.tokens.is_exact),
-        "hours": asdict(stage.hours) if stage.hours else None,
+        "hours": asdict(stage.time.training) if stage.time.training else None,
+        "hours_beside_training": {
+            "load": stage.time.load,
+            "evaluation": stage.time.evaluation,
+            "saves": stage.time.saves,
+            "merge": stage.time.merge,
+        },
+        "hours_in_all": asdict(stage.time.total) if stage.time.total else None,
         "minutes_before": stage.minutes_before,
         "caveats": stage.caveats,
         "correction": asdict(stage.correction) if stage.correction else None,

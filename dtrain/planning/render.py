@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from textwrap import wrap
 
 from dtrain.core.units import count, duration, size
@@ -10,6 +10,7 @@ from dtrain.planning.calibration import Correction
 from dtrain.planning.fit import FITS
 from dtrain.planning.plan import RecipePlan, StagePlan
 from dtrain.planning.simulated_peak import SimulatedStep
+from dtrain.planning.speed import Estimate
 from dtrain.planning.storage import (
     checkpoint_bytes,
     host_load_bytes,
@@ -31,8 +32,12 @@ MOMENTS = {
 }
 
 
-def render_plan(plan: RecipePlan, columns: int) -> Iterator[str]:
-    """All lines of the plan, none wider than `columns`."""
+def render_plan(plan: RecipePlan, columns: int, price: float | None = None) -> Iterator[str]:
+    """All lines of the plan, none wider than `columns`.
+
+    Args:
+        price: of an hour of one GPU, in any currency.
+    """
     cluster = plan.cluster
     where = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     yield f"{plan.name} on {where}: {plan.verdict}"
@@ -41,6 +46,10 @@ def render_plan(plan: RecipePlan, columns: int) -> Iterator[str]:
     for stage in plan.stages:
         yield ""
         yield from _stage_lines(stage, plan, columns)
+    yield ""
+    yield "whole run"
+    for label, text in _whole_items(plan, price):
+        yield from _labeled(label, text, columns)
     yield ""
     yield from _option_lines(plan)
 
@@ -70,7 +79,7 @@ def _stage_items(stage: StagePlan, plan: RecipePlan) -> Iterator[tuple[str, str]
     if stage.simulated:
         yield from _simulation_items(stage, stage.simulated)
     for change in stage.suggestions:
-        yield "would fit", f"{' '.join(change.settings)}  ({change.cost})"
+        yield "would fit", f"{change.arguments(stage.name)}  ({change.cost})"
     if stage.fit.verdict != FITS and not stage.suggestions:
         yield "would fit", "no change that the plan knows"
     yield (
@@ -83,9 +92,10 @@ def _stage_items(stage: StagePlan, plan: RecipePlan) -> Iterator[tuple[str, str]
     yield "communication", _communication_text(stage, plan.cluster)
     rate = stage.speed
     yield "speed", f"{count(rate.middle)} tokens/s ({count(rate.low)} to {count(rate.high)})"
-    yield "time", _time_text(stage)
+    yield "training", _training_text(stage)
     if stage.minutes_before:
         yield "", f"of which about {duration(60 * stage.minutes_before)} before the first step"
+    yield "time", _time_text(stage)
     for caveat in stage.caveats:
         yield "low confidence", caveat
     if stage.correction:
@@ -114,8 +124,11 @@ def _memory_items(stage: StagePlan) -> Iterator[tuple[str, str]]:
     """The terms of a GPU's memory at the peak, and the verdict."""
     memory, fit = stage.memory, stage.fit
     yield "GPU memory", " + ".join(_visible_terms(memory.terms().items(), memory.peak))
-    yield "", f"= {size(memory.peak)} of tensors at the peak, {MOMENTS[memory.moment]}"
-    needed = f"at least {size(fit.lower)}, budget {size(fit.budget)} of {size(fit.usable)}"
+    has_fewer_logits = fit.lower < memory.peak
+    every = " for every token" if has_fewer_logits else ""
+    yield "", f"= {size(memory.peak)} of tensors at the peak, {MOMENTS[memory.moment]}{every}"
+    few = " if few tokens are targets" if has_fewer_logits else ""
+    needed = f"at least {size(fit.lower)}{few}, budget {size(fit.budget)} of {size(fit.usable)}"
     yield "", f"{needed}: {fit.verdict}"
 
 
@@ -158,21 +171,56 @@ def _communication_text(stage: StagePlan, cluster: Cluster) -> str:
     return f"{received} ({assumed})"
 
 
-def _time_text(stage: StagePlan) -> str:
-    """Hours and GPU-hours; for a billion tokens where the number of tokens is not known."""
-    if stage.tokens is None or stage.hours is None:
+def _training_text(stage: StagePlan) -> str:
+    """The hours of training; for a billion tokens where the number of tokens is not known."""
+    hours = stage.time.training
+    if stage.tokens is None or hours is None:
         billion = 1e9 / stage.speed.middle
         return f"{duration(billion)} for 1B tokens (the data are not on this machine)"
     about = "" if stage.tokens.is_exact else "about "
     tokens = f"for {about}{count(stage.tokens.tokens)} tokens"
-    hours = stage.hours
     if hours.high * 3600 < 1:
         return f"under a second, {tokens}"
-    return (
-        f"{_format_hours(hours.middle)} "
-        f"({_format_hours(hours.low)} to {_format_hours(hours.high)}), "
-        f"{hours.middle * stage.workload.ranks:.3g} GPU-hours, {tokens}"
-    )
+    return f"{_range(hours, _format_hours)}, {tokens}"
+
+
+def _time_text(stage: StagePlan) -> str:
+    """The whole time of a stage, and what it is spent on beside the training."""
+    time = stage.time
+    beside = {
+        "load": time.load,
+        "evaluate": time.evaluation,
+        "save": time.saves,
+        "merge": time.merge,
+    }
+    parts = [f"{_format_hours(x)} to {name}" for name, x in beside.items() if x * 3600 >= 0.5]
+    if time.total is None:
+        return f"in addition {', '.join(parts) or 'less than a second'}"
+    total = time.total.middle
+    on_gpus = f"{_format_hours(total)}, {total * stage.workload.ranks:.3g} GPU-hours"
+    return f"{on_gpus}: {', '.join(['the training', *parts])}"
+
+
+def _whole_items(plan: RecipePlan, price: float | None) -> Iterator[tuple[str, str]]:
+    """Time and cost of all stages."""
+    hours, on_gpus = plan.hours, plan.gpu_hours
+    if hours is None or on_gpus is None:
+        missing = " and ".join(x.name for x in plan.stages if x.tokens is None)
+        yield "time", f"not known: the data of {missing} are not on this machine"
+        yield "", "set train.steps or train.tokens to plan without them"
+        return
+    yield "time", _range(hours, _format_hours)
+    yield "GPU-hours", _range(on_gpus, "{:.3g}".format)
+    if price is not None:
+        cost = _range(on_gpus.times(price), "{:,.2f}".format)
+        yield "cost", f"{cost} at {price:g} per GPU-hour"
+    for text in plan.not_timed:
+        yield "not in it", text
+
+
+def _range(estimate: Estimate, form: Callable[[float], str]) -> str:
+    middle, low, high = map(form, (estimate.middle, estimate.low, estimate.high))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _format_hours(hours: float) -> str:

@@ -47,6 +47,11 @@ class Estimate:
         """The estimate with all three figures scaled."""
         return Estimate(self.low * factor, self.middle * factor, self.high * factor)
 
+    def plus(self, term: float | Estimate) -> Estimate:
+        """The sum with a figure that is known, or with another estimate."""
+        other = term if isinstance(term, Estimate) else Estimate(term, term, term)
+        return Estimate(self.low + other.low, self.middle + other.middle, self.high + other.high)
+
 
 def flops_per_token(workload: Workload) -> float:
     """Floating-point operations for one token, including recomputation.

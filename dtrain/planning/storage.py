@@ -93,14 +93,14 @@ def stage_tokens(stage: Stage) -> TokenCount | None:
         return TokenCount(train.tokens, True)
     if train.steps is not None:
         return TokenCount(train.steps * train.global_batch_size * data.sequence_length, True)
-    epoch = _epoch_tokens(data)
+    epoch = epoch_tokens(data)
     if epoch is None or train.epochs is None:
         return None
     without_replay = 1 - data.replay.ratio if data.replay else 1
     return TokenCount(epoch * train.epochs / without_replay, False)
 
 
-def _epoch_tokens(data: Data) -> float | None:
+def epoch_tokens(data: Data) -> float | None:
     """Tokens of an epoch: of all sources, or with weights of one pass over the heaviest source."""
     sizes = [_source_bytes(source) for source in data.sources]
     if not all(sizes):

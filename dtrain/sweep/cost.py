@@ -110,21 +110,21 @@ def _cost_items(
     if per_run is None:
         yield ("time", "not known: the data are not on this machine; dtrain data prepare")
         return
-    whole = _added(per_run.times(runs), shared)
+    whole = per_run.times(runs).plus(shared)
     yield ("a run", _range(per_run))
     if recipes.shared:
         yield ("shared stages", _range(shared))
     on_gpus = whole.times(cluster.ranks)
     yield ("GPU-hours", f"{most}{on_gpus.middle:.3g} ({on_gpus.low:.3g} to {on_gpus.high:.3g})")
     at_once = min(sweep.at_once, runs)
-    yield ("wall time", most + _range(_added(per_run.times(runs / at_once), shared)))
+    yield ("wall time", most + _range(per_run.times(runs / at_once).plus(shared)))
     if price is not None:
         low, middle, high = (x * price for x in (on_gpus.low, on_gpus.middle, on_gpus.high))
         yield (
             "price",
             f"{most}{middle:,.2f} ({low:,.2f} to {high:,.2f}) at {price:g} per GPU-hour",
         )
-    yield ("", "without start-up, evaluations and waiting for nodes")
+    yield ("", "without answers to prompts, and waiting for nodes")
 
 
 def _hours(plans: Sequence[RecipePlan], skipped: set[str]) -> Estimate | None:
@@ -135,16 +135,12 @@ def _hours(plans: Sequence[RecipePlan], skipped: set[str]) -> Estimate | None:
     """
     totals = []
     for plan in plans:
-        hours = [stage.hours for stage in plan.stages if stage.name not in skipped]
+        hours = [stage.time.total for stage in plan.stages if stage.name not in skipped]
         known = [x for x in hours if x is not None]
         if len(known) < len(hours):
             return None
         totals.append([sum(getattr(x, name) for x in known) for name in ("low", "middle", "high")])
     return Estimate(*(mean(column) for column in zip(*totals, strict=True)))
-
-
-def _added(a: Estimate, b: Estimate) -> Estimate:
-    return Estimate(a.low + b.low, a.middle + b.middle, a.high + b.high)
 
 
 def _range(hours: Estimate) -> str:

@@ -196,11 +196,37 @@ def test_suggestions_fit_and_start_with_the_cheapest() -> None:
         assert assess_fit(change.workload, change.cluster).verdict == FITS
 
 
-def test_several_changes_are_combined_where_one_is_not_enough() -> None:
+def test_cheap_changes_are_combined_before_expensive_ones() -> None:
+    """Micro-batch, checkpointing, rank and sharding together cost less than larger GPUs."""
+    cluster = Cluster(find_gpu("rtx4090"), 1, 2)
+    large = replace(
+        workload("meta-llama/Llama-2-7b", "lora", "ddp", 2, micro_batch=4, sequence_length=8192),
+        checkpointing=False,
+    )
+    changes = suggest_changes(large, cluster)
+    assert len(changes) == 3 and any(len(change.settings) > 1 for change in changes)
+    for change in changes:
+        assert assess_fit(change.workload, change.cluster).verdict == FITS
+        kinds = [setting.split("=")[0] for setting in change.settings]
+        assert len(set(kinds)) == len(kinds)  # one value for each key
+        assert "--gpu rtx6000ada-48g" not in change.settings
+
+
+def test_no_combination_has_a_change_too_many() -> None:
     cluster = Cluster(find_gpu("rtx4090"), 1, 8)
     large = workload("meta-llama/Llama-2-70b", "lora", "ddp", micro_batch=4, checkpointing=False)
-    (change,) = suggest_changes(large, cluster)
-    assert len(change.settings) > 1 and assess_fit(change.workload, change.cluster).verdict == FITS
+    changes = suggest_changes(large, cluster)
+    assert changes
+    sets = [frozenset(change.settings) for change in changes]
+    assert not any(one < other for one in sets for other in sets)
+
+
+def test_a_lower_rank_is_advice_where_the_adapter_is_what_is_large() -> None:
+    cluster = Cluster(find_gpu("rtx4090"), 1, 1)
+    method = parse_method({"kind": "qlora", "r": 512})
+    large = replace(workload("meta-llama/Llama-2-7b", "qlora", "ddp", 1), method=method)
+    assert assess_fit(large, cluster).verdict != FITS
+    assert suggest_changes(large, cluster)[0].settings == ("method.r=256",)
 
 
 def test_training_on_answers_may_need_no_logits() -> None:
@@ -324,8 +350,8 @@ def test_a_stored_reference_computes_before_the_first_step_only() -> None:
     assert (stored.workload.extra_forwards, stored.workload.extra_runs) == (0, 0)
     assert stored.speed.middle > 1.2 * each_step.speed.middle
     assert each_step.minutes_before == 0 < stored.minutes_before
-    assert each_step.hours and stored.hours  # of one epoch, the work is the same
-    assert stored.hours.middle == pytest.approx(each_step.hours.middle, rel=0.1)
+    assert each_step.time.training and stored.time.training  # of one epoch, the work is the same
+    assert stored.time.training.middle == pytest.approx(each_step.time.training.middle, rel=0.1)
 
 
 def test_a_teacher_costs_its_forward_pass_and_its_weights() -> None:

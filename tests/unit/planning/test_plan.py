@@ -78,7 +78,20 @@ def test_a_plan_that_does_not_fit_suggests_changes() -> None:
     plan = plan_of("70b-lora-zero3", gpu="rtx4090")
     assert plan.verdict == DOES_NOT_FIT
     text = "\n".join(render_plan(plan, 100))
-    assert "would fit      method.kind=qlora" in text
+    assert "would fit      stages.domain.method.kind=qlora" in text
+    arguments = plan.stages[0].suggestions[0].arguments("domain").split()
+    assert plan_of("70b-lora-zero3", *arguments, gpu="rtx4090").stages[0].fit.verdict == FITS
+
+
+def test_the_peak_and_the_least_say_when_they_differ() -> None:
+    """Answers may be few: then there are few logits, and the stage needs less than its peak."""
+    recipe = "stages.task.data.sequence_length=65536"
+    plan = plan_of("7b-qlora", recipe, "model.kernels=off", gpu="l4")
+    stage = plan.stages[1]
+    assert stage.fit.lower < stage.memory.peak
+    text = " ".join(" ".join(render_plan(plan, 200)).split())
+    assert "at the peak, when the loss is computed for every token" in text
+    assert "if few tokens are targets" in text
 
 
 @pytest.mark.parametrize(
@@ -266,8 +279,8 @@ def test_a_term_against_forgetting_costs_time() -> None:
 
     def hours(*term: str) -> float:
         stage = plan_of("7b-lora", replay, length, *term).stages[-1]
-        assert stage.hours is not None
-        return stage.hours.middle
+        assert stage.time.training is not None
+        return stage.time.training.middle
 
     plain = hours()
     on_replay = hours("stages.task.regularize={kind: kl_to_base, weight: 1.0}")
