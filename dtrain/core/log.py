@@ -12,9 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from dtrain.core.units import duration
 
@@ -23,7 +26,9 @@ LINE_EVERY_SECONDS = 10.0
 # On import bitsandbytes warns on each rank about a kernel that dtrain does not need.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+# rich alone leaves bold and underlined text where NO_COLOR is set (no-color.org).
+_COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+console = Console(highlight=False, soft_wrap=True, markup=False, color_system=_COLORS)
 
 
 def is_first_rank() -> bool:
@@ -44,43 +49,76 @@ def warn(message: str) -> None:
 
 
 class Meter:
-    """Progress of a long operation: a bar with an ETA on a terminal, periodic lines in a log."""
+    """Progress of a long operation: a bar and the time left on a terminal, some lines in a log.
 
-    def __init__(self, title: str, total: int, bar: Progress | None, done: int) -> None:
+    Args:
+        scope: what the time left is that of, such as " in this stage".
+        after: units of work, of the same size, of the later stages.
+    """
+
+    def __init__(
+        self, title: str, total: int, bar: Bars | None, done: int, scope: str = "", after: float = 0
+    ) -> None:
         self.title, self.total, self.done = title, max(total, 1), done
+        self.scope, self.after = scope, after
         self._bar, self._start_done, self._started = bar, done, time.monotonic()
         self._last_line = self._started
         self._task: TaskID | None = None
         if bar is not None:
-            self._task = bar.add_task(title, total=self.total, completed=done, note="")
+            self._task = bar.add_task(title, total=self.total, completed=done, left="", details="")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more units as done; `note` is printed next to the progress."""
         self.done += amount
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=amount, note=note)
+            left = self.time_left()
+            details = "\n".join(filter(None, (left if self.scope else "", note)))
+            left = "" if self.scope else left
+            self._bar.update(self._task, advance=amount, left=left, details=details)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            clock, left = time.strftime("%H:%M:%S"), self._eta()
-            say(f"{clock} {self.title}: {self.done}/{self.total}, {left} left  {note}".rstrip())
+            clock = time.strftime("%H:%M:%S")
+            line = f"{clock} {self.title}: {self.done}/{self.total}, {self.time_left()}"
+            say(f"{line}  {note}".rstrip())
 
-    def _eta(self) -> str:
+    def time_left(self) -> str:
+        """The time left of this operation, and of what follows it."""
         rate = (self.done - self._start_done) / max(time.monotonic() - self._started, 1e-9)
-        return duration((self.total - self.done) / rate) if rate else "?"
+        left = self.total - self.done
+        text = f"{duration(left / rate) if rate else '?'} left{self.scope}"
+        if self.after and rate:
+            text += f", about {duration((left + self.after) / rate)} in all stages"
+        return text
+
+
+class Bars(Progress):
+    """Bars with details below them, which a line of 80 columns has no room for."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, and the details of each."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["details"]:
+                yield Text(task.fields["details"])
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Meter]:
-    """Show the progress of `total` units, `done` of which are already done (first rank only)."""
+def progress(
+    title: str, total: int, done: int = 0, scope: str = "", after: float = 0
+) -> Iterator[Meter]:
+    """Show the progress of `total` units, `done` of which are already done (first rank only).
+
+    Args:
+        scope, after: as of a Meter.
+    """
     if not (console.is_terminal and is_first_rank()):
-        yield Meter(title, total, None, done)
+        yield Meter(title, total, None, done, scope, after)
         return
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=console, transient=False) as bar:
-        yield Meter(title, total, bar, done)
+    with Bars(*columns, console=console, transient=False) as bars:
+        yield Meter(title, total, bars, done, scope, after)

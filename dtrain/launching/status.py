@@ -86,7 +86,7 @@ def progress_lines(run: Path) -> Iterator[str]:
         text = file.read().decode(errors="replace")
     if lines := _PROGRESS.findall(text):
         stage, step, steps, left, note = lines[-1]
-        yield f"stage {stage}: step {step} of {steps}, {left} left,{note}".rstrip(",")
+        yield f"stage {stage}: step {step} of {steps}, {left} left{note}"
 
 
 def attempt_line(attempt: Attempt) -> str:

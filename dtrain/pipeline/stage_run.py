@@ -203,8 +203,21 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
         divergence_stop(setup),
         *([AlertWatch(trackers), *trackers] if setup.world.is_first else []),
-        ProgressBar(f"stage {stage.name}"),
+        ProgressBar(f"stage {stage.name}", steps_after(setup) if setup.world.is_first else 0),
     ]
+
+
+def steps_after(setup: StageSetup) -> float:
+    """What the later stages train on, in steps of this stage with as many tokens."""
+    stages = setup.recipe.stages
+    later = stages[stages.index(setup.stage) + 1 :]
+    here = tokens_per_sequence(setup.inputs.stages[setup.stage.name])
+    tokens = 0.0
+    for stage in later:
+        dataset = setup.inputs.stages[stage.name]
+        mean = tokens_per_sequence(dataset)
+        tokens += mean * total_sequences(stage.train, dataset.sequences_in_epochs, mean)
+    return tokens / (here * setup.stage.train.global_batch_size)
 
 
 def divergence_stop(setup: StageSetup) -> DivergenceStop:

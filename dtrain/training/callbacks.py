@@ -25,6 +25,7 @@ from typing import Any
 from dtrain.config.schema import Stage
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
+from dtrain.core.units import count, size
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.monitoring.alerts import WINDOW, Alert, find_alerts
 from dtrain.training.progress import StageProgress
@@ -146,25 +147,43 @@ class HangWatchdogCallback(Callback):
 
 
 class ProgressBar(Callback):
-    """Steps done, time left, loss and speed on the terminal or in the log."""
+    """Steps done, time left, and the newest figures, on the terminal or in the log.
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    Args:
+        title: of the stage.
+        steps_after: steps as long as this stage's that the later stages take.
+    """
+
+    def __init__(self, title: str, steps_after: float = 0) -> None:
+        self._title, self._steps_after = title, steps_after
         self._stack = ExitStack()
         self._meter: Meter | None = None
 
     def pre_train(self, stage: StageProgress, total_steps: int) -> None:
-        self._meter = self._stack.enter_context(progress(self._title, total_steps, done=stage.step))
+        bar = progress(
+            self._title, total_steps, stage.step, scope=" in this stage", after=self._steps_after
+        )
+        self._meter = self._stack.enter_context(bar)
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if self._meter is not None and "loss" in metrics:
-            self._meter.advance(
-                note=f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.1e}  "
-                f"norm {metrics['grad_norm']:.2g}  {metrics['tokens_per_second']:.0f} tokens/s"
-            )
+            self._meter.advance(note=describe_step(metrics))
 
     def close(self) -> None:
         self._stack.close()
+
+
+def describe_step(metrics: Mapping[str, Any]) -> str:
+    """The figures of a step on a line, with the peak memory of this rank."""
+    figures = [
+        f"loss {metrics['loss']:.4f}",
+        f"lr {metrics['learning_rate']:.1e}",
+        f"grad norm {metrics['grad_norm']:.2g}",
+        f"{count(metrics['tokens_per_second'])} tokens/s",
+    ]
+    if "peak_memory_bytes" in metrics:
+        figures.append(f"memory {size(metrics['peak_memory_bytes'])}")
+    return "  ".join(figures)
 
 
 class NonFiniteStop(Callback):
