@@ -23,7 +23,7 @@ Folders = Annotated[
     list[str],
     typer.Argument(
         metavar="BASE ADAPTER... OUT | CHECKPOINT OUT",
-        help="Folders; BASE can be a hub id. CHECKPOINT is RUN/STAGE/checkpoints/step-….",
+        help="Folders; BASE can be a hub id. CHECKPOINT: a folder step-… in RUN/STAGE/checkpoints.",
         show_default=False,
     ),
 ]

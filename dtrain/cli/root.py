@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
 from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, run, sweep, watch
+from dtrain.cli.examples import add_examples
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.output import lost_output, protect_output
 
@@ -15,7 +17,6 @@ app = typer.Typer(
     name="dtrain",
     help="Fine-tune language models in stages, on one machine or on a GPU cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
@@ -45,6 +46,38 @@ app.command("preflight")(jobs.preflight)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(models.app, name="model")
+add_examples(app)
+
+
+def print_version(asked: bool) -> None:
+    """Print the versions that a report of a fault needs, and end."""
+    if not asked:
+        return
+    from dtrain.monitoring.starts import software_versions
+
+    versions = software_versions()
+    commit = f" (commit {versions['commit']})" if "commit" in versions else ""
+    print(
+        f"dtrain {versions['dtrain']}{commit}, Python {versions['python']}, "
+        f"torch {versions.get('torch', 'not installed')}"
+    )
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        callback=print_version,
+        is_eager=True,
+        help="Print the versions of dtrain, Python and torch.",
+    ),
+]
+
+
+@app.callback()
+def root(version: Version = False) -> None:
+    """Fine-tune language models in stages, on one machine or on a GPU cluster."""
 
 
 def main() -> int:

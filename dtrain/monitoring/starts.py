@@ -64,7 +64,7 @@ def record_start(run: RunDir, *, nodes: int, ranks: int, device: str) -> None:
         ranks=ranks,
         device=device,
         job=os.environ.get("SLURM_JOB_ID", ""),
-        versions=_versions(),
+        versions=software_versions(),
         previous_ended=_last_change(run) if run.starts.exists() else None,
     )
     handle = open_in_place(run.starts, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -149,7 +149,8 @@ def _last_change(run: RunDir) -> float | None:
     return round(max(times), 3) if times else None
 
 
-def _versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Versions of dtrain, Python and the libraries, without importing them; dtrain's commit."""
     versions = {"dtrain": dtrain.__version__}
     if commit := _commit():
         versions["commit"] = commit
