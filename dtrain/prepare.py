@@ -12,6 +12,7 @@ import sys
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.output import protect_output
+from dtrain.core.ownership import keep_private
 from dtrain.pipeline.stage_inputs import prepare_recipe, share_of_array
 
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare; return the exit status."""
     address, *overrides = sys.argv[1:] if argv is None else argv
     protect_output()
+    keep_private()
     try:
         prepare_recipe(load_recipe(address, overrides), share_of_array(os.environ))
     except UserError as error:

@@ -23,7 +23,7 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
-from dtrain.core.ownership import make_private_folder
+from dtrain.core.ownership import keep_private, make_private_folder
 from dtrain.core.run_dir import EXIT_REPORT, RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
 from dtrain.supervisor import Supervisor
@@ -45,6 +45,7 @@ class Training:
         Raises:
             UserError: it did not finish, and another attempt cannot help.
         """
+        keep_private()
         os.chdir(self.working)
         recipe = load_recipe(self.recipe, self.overrides)
         run = run_dir_of(recipe)

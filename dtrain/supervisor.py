@@ -20,6 +20,7 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.output import protect_output
+from dtrain.core.ownership import keep_private
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import begin_attempt, end_attempt
@@ -154,6 +155,7 @@ class Supervisor:
 def main(argv: list[str] | None = None) -> int:
     """Supervise an attempt; return the exit status of the job."""
     protect_output()
+    keep_private()
     script, address, *overrides = sys.argv[1:] if argv is None else argv
     supervisor = Supervisor(os.environ)
     signal.signal(signal.SIGUSR1, supervisor.warn)

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from dtrain.core.output import protect_output
+from dtrain.core.ownership import keep_private
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -88,6 +89,7 @@ class Signals:
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; return the workers' exit status."""
     protect_output()
+    keep_private()
     arguments = torchrun.parse_args(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
     if arguments.nproc_per_node == "auto":

@@ -10,6 +10,7 @@ from typing import NoReturn
 from dtrain.core.errors import Exit
 from dtrain.core.lazy_import import import_fast
 from dtrain.core.output import protect_output
+from dtrain.core.ownership import keep_private
 from dtrain.core.processes import (
     INTERRUPTED_EARLY,
     die_with_parent,
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> NoReturn:
     """Be the worker, whatever started it; end with its status."""
     protect_output()
+    keep_private()
     # A signal that comes before the trainer listens ends the rank.
     is_first = os.environ.get("RANK", "0") == "0"
     end_on_interrupt(INTERRUPTED_EARLY if is_first and LAUNCHER not in os.environ else "")

@@ -12,6 +12,7 @@ from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, 
 from dtrain.cli.examples import add_examples
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.output import lost_output, protect_output
+from dtrain.core.ownership import keep_private
 
 app = typer.Typer(
     name="dtrain",
@@ -83,6 +84,7 @@ def root(version: Version = False) -> None:
 def main() -> int:
     """Run the command line and return its exit status."""
     protect_output()
+    keep_private()
     status = _run()
     if (error := lost_output()) is not None and status == Exit.FINISHED:
         print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)

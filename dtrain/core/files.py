@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.ownership import share_with_group
 
 SEAL, OLD_SEAL = "blake3", "sha256"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 little-endian starts as the first
@@ -28,6 +29,12 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content survive a power loss."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -208,19 +215,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _fsync_file(Path(folder) / name)
+                fsync_file(Path(folder) / name)
             fsync_folder(Path(folder))
-        temporary.chmod(0o755)
+        share_with_group(temporary, target.parent)
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(target.parent)
-
-
-def _fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only

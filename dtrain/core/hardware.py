@@ -6,54 +6,100 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """The smallest of the affinity mask, the cgroup quota and Slurm's allocation; at least 1."""
+    """The smallest of the affinity mask, the cgroups' quotas and Slurm's allocation; at least 1."""
     limits = [len(os.sched_getaffinity(0))]
-    with suppress(OSError, ValueError):
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        limits.append(int(quota) // int(period))
+    for group in _cgroups("cpu"):
+        with suppress(OSError, ValueError):
+            quota, period = _words(group / "cpu.max")
+            limits.append(int(quota) // int(period))
+        with suppress(OSError, ValueError):
+            microseconds = _number(group / "cpu.cfs_quota_us")  # -1: no limit
+            if microseconds > 0:
+                limits.append(microseconds // _number(group / "cpu.cfs_period_us"))
     with suppress(KeyError, ValueError):
         limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, min(limits))
 
 
+def workers_that_fit(bytes_each: int) -> int:
+    """How many workers, each with a core and so much memory, there is room for; at least 1."""
+    return max(1, min(available_cores(), available_memory() // bytes_each))
+
+
 def available_memory() -> int:
-    """Free bytes of the machine or the cgroup, counting page cache that can be reclaimed."""
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):
-        limit = int((CGROUP / "memory.max").read_text())
-        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        used = int((CGROUP / "memory.current").read_text()) - int(counts["inactive_file"])
-        free = min(free, limit - used)
-    return max(0, free)
+    """Free bytes of the machine or the fullest of its cgroups, counting page cache as free."""
+    try:
+        free = [int(psutil.virtual_memory().available)]
+    except (OSError, RuntimeError):  # no /proc
+        free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in _cgroups("memory"):
+        for limit, used, cached in MEMORY_FILES:
+            with suppress(OSError, ValueError, KeyError):
+                reclaimable = int(_table(group / "memory.stat")[cached])
+                free.append(_number(group / limit) - _number(group / used) + reclaimable)
+    return max(0, min(free))
+
+
+# Of a cgroup, version 2 and 1: the files of its limit and use, and the page cache in memory.stat.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def oom_kills() -> int:
     """Number of processes in this cgroup that the kernel killed because memory ran out."""
     count = 0
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            relative = path.lstrip("/")
-            if not controllers:  # cgroup v2
-                count += _read_oom_kills(CGROUP / relative / "memory.events")
-            elif controllers == "memory":
-                count += _read_oom_kills(CGROUP / "memory" / relative / "memory.oom_control")
+    for group in _own_cgroups("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            with suppress(OSError, ValueError, KeyError):
+                count += int(_table(group / name)["oom_kill"])
     return count
 
 
-def _read_oom_kills(file: Path) -> int:
-    with suppress(OSError, ValueError, KeyError):
-        return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
-    return 0
+def _cgroups(controller: str) -> Iterator[Path]:
+    """Folders of this process's cgroups, version 1 or 2, and of those around each of them.
+
+    Every one of them limits the process. A container may see only the outermost.
+    """
+    for group in [*_own_cgroups(controller), CGROUP, CGROUP / controller]:
+        yield from (folder for folder in [group, *group.parents] if folder.is_relative_to(CGROUP))
+
+
+def _own_cgroups(controller: str) -> Iterator[Path]:
+    """Folders of the cgroups that this process is in."""
+    with suppress(OSError, ValueError):
+        for line in OWN_CGROUPS.read_text(encoding="utf-8", errors="replace").split("\n"):
+            _, controllers, path = line.split(":", 2)  # ValueError: behind the last line
+            if not controllers:  # version 2
+                yield CGROUP / path.lstrip("/")
+            elif controller in controllers.split(","):
+                yield CGROUP / controller / path.lstrip("/")
+
+
+def _number(file: Path) -> int:
+    return int(file.read_text(encoding="utf-8"))
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").split()
+
+
+def _table(file: Path) -> dict[str, str]:
+    """The lines of a file with a key and a value each."""
+    words = _words(file)
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 FIELDS = (
@@ -91,7 +137,9 @@ def gpus() -> list[Row] | None:
 
 def _nvidia_smi(*options: str) -> str:
     command = ["nvidia-smi", *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    result = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+    )
     return result.stdout.strip()
 
 

@@ -37,7 +37,7 @@ class FolderLock:
             OSError: the lock file cannot be opened.
             UserError: the lock file is not a regular file, or the file system has no locks.
         """
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = open_lock_file(self.path, or_read_only=True)
         try:
             if not lock_file(file, self.path, wait=wait):
@@ -87,7 +87,7 @@ class ShardLocks:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
         self._file = open_lock_file(path)
 
@@ -142,7 +142,7 @@ def open_lock_file(path: Path, *, or_read_only: bool = False) -> int:
         UserError: it is a symlink, has other names, or is not a regular file.
     """
     try:
-        return open_in_place(path, os.O_CREAT | os.O_RDWR, 0o644, any_owner=True)
+        return open_in_place(path, os.O_CREAT | os.O_RDWR, 0o600, any_owner=True)
     except PermissionError:
         if not or_read_only:
             raise

@@ -51,6 +51,30 @@ def make_private_folder(path: Path) -> Path:
     return path
 
 
+def keep_private() -> None:
+    """From now on only this user can open what this process, or one that it starts, creates."""
+    os.umask(0o077)
+
+
+def share_with_group(folder: Path, parent: Path) -> None:
+    """Let the group read a folder and what is in it, if it may read `parent`, where it belongs.
+
+    Files that have other names elsewhere keep their modes.
+    """
+    is_shared = _can_group_read(parent, folder)
+    for path in [folder, *folder.rglob("*")]:
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            path.chmod(status.st_mode & stat.S_ISGID | (0o750 if is_shared else 0o700))
+        elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            path.chmod(0o640 if is_shared else 0o600)
+
+
+def _can_group_read(parent: Path, folder: Path) -> bool:
+    status = parent.stat()
+    return status.st_mode & 0o050 == 0o050 and status.st_gid == folder.stat().st_gid
+
+
 def open_in_place(path: Path, flags: int, mode: int = 0o600, *, any_owner: bool = False) -> int:
     """Open a file for writing under its final name; a link is not followed.
 

@@ -260,7 +260,7 @@ class RunDir:
         """
         lock, deadline = FolderLock(self.path), time.monotonic() + wait_seconds
         try:
-            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_own_folder(self.path.resolve())
             for name in IN_PLACE:
                 check_no_link(self.path / name)
@@ -305,7 +305,7 @@ def create_numbered(folder: Path) -> RunDir:
     while True:
         run = RunDir(folder if number == 1 else folder.with_name(f"{folder.name}-{number}"))
         try:
-            run.path.mkdir(parents=True)
+            run.path.mkdir(mode=0o700, parents=True)
         except FileExistsError:
             number += 1
         except OSError as error:

@@ -306,7 +306,10 @@ def resource_limits(seconds: float) -> Iterator[None]:
 
 
 def _bound(soft: int) -> int:
-    with open("/proc/self/statm", "rb", buffering=0) as file:  # read for each conversation
-        mapped = int(file.read(32).split()[0]) * _PAGE
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # read for each conversation
+            mapped = int(file.read(32).split()[0]) * _PAGE
+    except OSError:  # no /proc: a limit that is not above what is mapped could stop any template
+        return soft
     limit = mapped + EXTRA_BYTES
     return limit if soft == resource.RLIM_INFINITY else min(soft, limit)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.core.files import write_atomic
-from dtrain.core.hardware import available_cores, available_memory
+from dtrain.core.hardware import workers_that_fit
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import progress
 from dtrain.core.processes import ProgressCallback, worker_pool
@@ -190,4 +190,4 @@ class ShardBuilder:
 def _choose_processes(rows: int) -> int:
     if rows < FEW_ROWS:
         return 1
-    return max(1, min(available_cores(), available_memory() // PROCESS_BYTES))
+    return workers_that_fit(PROCESS_BYTES)

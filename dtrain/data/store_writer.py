@@ -228,7 +228,7 @@ def _list_array(arrays: list[NDArray[np.int32]]) -> pa.LargeListArray:
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array without a temporary file: it counts only once the manifest names it."""
-    with open(open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as file:
+    with open(open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())

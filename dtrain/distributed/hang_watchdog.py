@@ -308,5 +308,6 @@ def process_start_time(process: int) -> str:
 def _stat(process: int) -> list[str]:
     with suppress(OSError):
         # The name, in parentheses, may contain anything.
-        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()
     return []

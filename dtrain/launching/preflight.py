@@ -97,7 +97,7 @@ def output_of(
         up: beginning of the lines after each of which its time is counted from zero.
         up_seconds: the time from then on.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     lines: SimpleQueue[str] = SimpleQueue()  # an empty line is the end
     threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
     text, deadline = "", time.monotonic() + seconds

@@ -101,7 +101,7 @@ def ask(command: Sequence[str], *, stdin: str | None = None) -> str:
             command,
             input=stdin,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=ANSWER_SECONDS,
             check=False,
             errors="surrogateescape",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
+from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
@@ -43,7 +43,8 @@ COPIED_PATTERNS = (
 )  # fmt: skip
 NOT_COPIED = (INDEX, MERGE_MANIFEST, CONFIG)
 SPARE_BYTES = 64 << 20
-MAX_SHARDS_AT_ONCE = 8  # each needs about 20 MB
+MAX_SHARDS_AT_ONCE = 8
+SHARD_BYTES = 64 << 20  # a shard being rewritten needs about 20 MB
 FORMAT = 4  # of the result; a merge of another format is not continued
 
 
@@ -349,8 +350,8 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
 
 
 def default_processes() -> int:
-    """Return how many shards to rewrite at once: one a core, at most eight."""
-    return min(len(os.sched_getaffinity(0)), MAX_SHARDS_AT_ONCE)
+    """Return how many shards to rewrite at once: as many as cores and memory allow, at most 8."""
+    return min(workers_that_fit(SHARD_BYTES), MAX_SHARDS_AT_ONCE)
 
 
 def _apply_all(

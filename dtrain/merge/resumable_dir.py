@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import fsync_folder, read_sealed, remove_entry, write_sealed
+from dtrain.core.files import fsync_file, fsync_folder, read_sealed, remove_entry, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say
-from dtrain.core.ownership import check_keeps_owners, check_own_file, check_own_folder
+from dtrain.core.ownership import (
+    check_keeps_owners,
+    check_own_file,
+    check_own_folder,
+    share_with_group,
+)
 
 PLAN, RECORD, MODEL, LOCKS = "plan.json", ".done.json", "model", ".locks"
 BEGIN, PRESENT, PUBLISH, FIRST_FILE = range(4)  # what can be claimed; then the files by index
@@ -108,9 +113,9 @@ class ResumableDir:
             if path.name not in names:
                 path.unlink()
                 continue
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
         fsync_folder(self.target)
+        share_with_group(self.target, self._out.parent)
         os.rename(self.target, self._out)
         fsync_folder(self._out.parent)
         self._locks.acquire(BEGIN, wait=True)  # no process joins while the folder is being removed
@@ -147,7 +152,7 @@ class ResumableDir:
         """
         check_keeps_owners(self._folder.parent)
         with suppress(FileExistsError):  # a dangling link exists, too
-            self._folder.mkdir(parents=True)
+            self._folder.mkdir(mode=0o700, parents=True)
         if os.path.lexists(self._folder):
             check_own_folder(self._folder)
 
@@ -167,7 +172,7 @@ class ResumableDir:
             for path in self._folder.iterdir():
                 if path.name != LOCKS:
                     remove_entry(path)
-            self.target.mkdir()
+            self.target.mkdir(mode=0o700)
             write_sealed(self._folder / PLAN, self._plan)
         for path in self.target.iterdir():
             status = path.lstat()

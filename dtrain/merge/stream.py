@@ -257,7 +257,7 @@ class HashingWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         set_direct_io(self._handle, True)
         self._hash_pool, self._write_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._hasher = blake3()

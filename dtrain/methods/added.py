@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.ownership import share_with_group
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
@@ -81,6 +82,7 @@ class AddedMethod(Method[Settings]):
                 write_json(target / CONFIG, dict(sorted(config.items())) | {"inference_mode": True})
                 for name, text in (files or {}).items():
                     (target / name).write_text(text, encoding="utf-8")
+            share_with_group(staging / "new", folder.parent)
             if folder.exists():
                 folder.rename(staging / "old")
             (staging / "new").rename(folder)

@@ -169,7 +169,7 @@ def _commit() -> str:
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=GIT_SECONDS
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=GIT_SECONDS
         )
         return done.stdout.strip() if done.returncode == 0 else ""
     return ""

@@ -17,7 +17,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
-from dtrain.core.ownership import check_own_folder
+from dtrain.core.ownership import check_own_folder, share_with_group
 from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
@@ -105,7 +105,9 @@ class StageRecord(StageDir):
         Raises:
             UserError: the folder contains a stage with other inputs, or others may write to it.
         """
-        self.path.mkdir(mode=0o755, exist_ok=True)
+        if not self.path.exists():
+            self.path.mkdir(mode=0o700)
+            share_with_group(self.path, self.path.parent)
         check_own_folder(self.path.resolve())
         record = self.read()
         if record is not None:

@@ -89,7 +89,7 @@ def append_record(record: CalibrationRecord) -> None:
     path = calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     data = (json.dumps(asdict(record)) + "\n").encode()
-    handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644, any_owner=True)
+    handle = open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, any_owner=True)
     try:
         os.write(handle, data)
     finally:

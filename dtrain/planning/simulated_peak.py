@@ -193,7 +193,7 @@ def _run_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        text=True,
+        encoding="utf-8",
     )
     assert child.stdin and child.stdout and child.stderr
     with child:

@@ -76,7 +76,7 @@ def download(folder: Path) -> Path:
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         stdout=None if console.is_terminal else subprocess.DEVNULL,
         stderr=subprocess.PIPE,

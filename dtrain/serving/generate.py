@@ -117,7 +117,7 @@ class Answers:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = open_in_place(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            handle = open_in_place(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             file = open(handle, "a+b")  # noqa: SIM115 - open until all is answered
         except OSError as error:
             raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from error

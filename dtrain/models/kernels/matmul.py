@@ -49,7 +49,7 @@ def prefers_onednn() -> bool:
     """Whether oneDNN is available and the processor is AMD's, for which MKL is slower."""
     processor = ""
     with suppress(OSError):  # not Linux
-        processor = Path("/proc/cpuinfo").read_text(errors="replace")
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return "AuthenticAMD" in processor and torch.backends.mkldnn.is_available()
 
 

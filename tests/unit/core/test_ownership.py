@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import dtrain
 from dtrain.augmentation.request_pool import Journal
 from dtrain.core.errors import UserError
-from dtrain.core.files import remove_entry
+from dtrain.core.files import atomic_folder, remove_entry
 from dtrain.core.locks import FolderLock, ShardLocks
 from dtrain.core.ownership import Untrusted, make_private_folder, open_in_place
 from dtrain.core.run_dir import IN_PLACE, RunDir
@@ -199,3 +200,38 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path: Path, home: Path) -> 
     remove_entry(tmp_path / ".merged.abcdefgh")
     remove_entry(home)
     assert not home.exists() and not (tmp_path / ".merged.abcdefgh").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("parent", "folder", "file"), [(0o755, 0o750, 0o640), (0o705, 0o700, 0o600)]
+)
+def test_results_are_the_groups_to_read_where_their_parent_is(
+    tmp_path: Path, parent: int, folder: int, file: int
+) -> None:
+    """Under umask 000 all of this was writable for everyone."""
+    tmp_path.chmod(parent)
+    before = os.umask(0)
+    try:
+        with atomic_folder(tmp_path / "made") as made:
+            (made / "inner").mkdir()
+            (made / "inner" / "weights").write_text("")
+        making = ResumableDir(tmp_path / "merged", {})
+        (making.target / "weights").write_text("")
+        making.publish(["weights"])
+        making.close()
+    finally:
+        os.umask(before)
+    for name in ("made", "made/inner", "merged"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == folder
+    for name in ("made/inner/weights", "merged/weights"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == file
+
+
+def test_lock_and_run_folders_are_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        RunDir(tmp_path / "run").lock().release()
+        ShardLocks(tmp_path / "shards" / "locks").close()
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in tmp_path.rglob("*")} == {0}
