@@ -11,6 +11,7 @@ import sys
 
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
+from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import protect_output
 from dtrain.core.ownership import keep_private
 from dtrain.pipeline.stage_inputs import prepare_recipe, share_of_array
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     protect_output()
     keep_private()
     try:
-        prepare_recipe(load_recipe(address, overrides), share_of_array(os.environ))
+        with explained_os_errors():
+            prepare_recipe(load_recipe(address, overrides), share_of_array(os.environ))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

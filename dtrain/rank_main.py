@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.log import is_first_rank, say
+from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import (
     LEAST_LIMIT_SECONDS,
@@ -51,16 +51,15 @@ def work(arguments: argparse.Namespace) -> int:
     keep_libraries_quiet()
     report, recipe = ExitReport(), None
     try:
-        recipe = resolve(load_recipe(arguments.recipe, arguments.overrides))
-        finished = train(recipe, set(arguments.allow_change), report)
+        with explained_os_errors():
+            recipe = resolve(load_recipe(arguments.recipe, arguments.overrides))
+            finished = train(recipe, set(arguments.allow_change), report)
     except UserError as error:
         return report.fail(error.status, f"error: {error}")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # code of a model may exit
         if recipe is not None and is_out_of_memory(error):
             text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
             return report.fail(Exit.OUT_OF_MEMORY, text)
-        if full := full_disk_message(error):
-            return report.fail(Exit.USER_ERROR, full)
         reason = traceback.format_exc(limit=-1)
         text = f"{this_rank()}{traceback.format_exc()}"
         return report.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
@@ -94,16 +93,6 @@ def least_limit_seconds(world: World) -> float:
     """The shortest time limit of a step for the hang watchdog."""
     is_slow = world.device.type == "cuda" or world.local_size < world.size
     return LEAST_LIMIT_SECONDS_GPU_OR_NODES if is_slow else LEAST_LIMIT_SECONDS
-
-
-def full_disk_message(error: BaseException) -> str | None:
-    """The message for a full disk; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return (
-            f"error: {where}{error.strerror}\n    → free some space, then start it again to resume"
-        )
-    return None
 
 
 def keep_libraries_quiet() -> None:

@@ -19,6 +19,7 @@ from types import FrameType
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import protect_output
 from dtrain.core.ownership import keep_private
 from dtrain.core.run_dir import RunDir
@@ -161,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, supervisor.warn)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # job.sh blocks it until here
     try:
-        return supervisor.run(load_recipe(address, overrides), Path(script), overrides)
+        with explained_os_errors():
+            return supervisor.run(load_recipe(address, overrides), Path(script), overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.nproc_per_node == "auto":
         arguments.nproc_per_node = str(max(1, torch.cuda.device_count()))
     processes = torchrun.determine_local_world_size(arguments.nproc_per_node)
-    os.environ.update(worker_environment(os.environ, processes, has_gpu))
     os.environ[LAUNCHER] = str(os.getpid())
     if sys.getfilesystemencoding() != "utf-8":  # names and texts of a run may hold any character
         os.environ["PYTHONUTF8"] = "1"
@@ -112,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     signals, killed_before = Signals(), oom_kills()
     signals.listen()
     try:
+        os.environ.update(worker_environment(os.environ, processes, has_gpu))
         with private_folder(arguments) as folder:
             choose_rendezvous(arguments, folder, os.environ)
             torchrun.run(arguments)

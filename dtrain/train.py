@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from dtrain.core.errors import Exit
+from dtrain.core.errors import Exit, UserError
 from dtrain.core.lazy_import import import_fast
 from dtrain.core.output import protect_output
 from dtrain.core.ownership import keep_private
@@ -36,8 +36,12 @@ def run() -> NoReturn:
     is_first = os.environ.get("RANK", "0") == "0"
     end_on_interrupt(INTERRUPTED_EARLY if is_first and LAUNCHER not in os.environ else "")
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
-    status = main()
+    try:
+        os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
+        status = main()
+    except UserError as error:  # before the recipe is read
+        print(f"error: {error}", file=sys.stderr)
+        status = error.status
     if status not in (Exit.FINISHED, Exit.INTERRUPTED):
         # Python's own end would run destructors of libraries, which wait for the other ranks.
         exit_at_once(status)

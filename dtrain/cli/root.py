@@ -11,6 +11,7 @@ import typer
 from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, run, sweep, watch
 from dtrain.cli.examples import add_examples
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import lost_output, protect_output
 from dtrain.core.ownership import keep_private
 
@@ -94,7 +95,8 @@ def main() -> int:
 
 def _run() -> int:
     try:
-        app()
+        with explained_os_errors():
+            app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

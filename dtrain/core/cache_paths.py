@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+from dtrain.core.errors import UserError
+from dtrain.core.ownership import make_private_folder
+
 SAMPLE_PREFIX = "dtrain:"
+CACHE_VARIABLE = "DTRAIN_CACHE"
+CHOOSE_CACHE = f"set {CACHE_VARIABLE} to a folder that you can write to"
 
 
 def cache_folder() -> Path:
-    """`$DTRAIN_CACHE`, else `$XDG_CACHE_HOME/dtrain`, else `~/.cache/dtrain`."""
-    if folder := os.environ.get("DTRAIN_CACHE"):
+    """`$DTRAIN_CACHE`, else `$XDG_CACHE_HOME/dtrain`, else `~/.cache/dtrain`.
+
+    In another user's folder where this one can write, too, each has a folder of their own: what is
+    in a cache is trusted. One that cannot be written to is used as it is.
+
+    Raises:
+        UserError: none of them is set, and this user has no home folder.
+    """
+    folder = _configured()
+    with suppress(OSError):
+        if folder.stat().st_uid != os.geteuid() and os.access(folder, os.W_OK):
+            return folder / f"user-{os.geteuid()}"
+    return folder
+
+
+def _configured() -> Path:
+    if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtrain"
+    try:
+        return (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtrain"
+        )
+    except RuntimeError as error:  # no HOME, and no entry in the list of users
+        message = "this user has no home folder, and no other for the cache is set"
+        raise UserError(message, where=CACHE_VARIABLE, fix=CHOOSE_CACHE) from error
+
+
+def compile_folder() -> Path:
+    """Where libraries keep what they compile, which they want to write when they are imported.
+
+    In the cache; where that cannot be written to, in a private folder among the temporary files.
+
+    Raises:
+        UserError: there is no cache, or another user made that folder.
+    """
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if os.access(existing, os.W_OK):
+        return folder
+    return make_private_folder(Path(tempfile.gettempdir()) / f"dtrain-{os.geteuid()}")
+
+
+def is_in_cache(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is in the cache."""
+    with suppress(UserError):
+        return Path(path).absolute().is_relative_to(_configured())
+    return False
 
 
 def sample_folder(name: str) -> Path:

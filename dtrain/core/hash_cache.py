@@ -59,13 +59,18 @@ def remember_hash(path: Path, digest: str, state: FileState, *, written_here: bo
 
 def cached_hash(path: Path) -> str:
     """Return a file's hash; read the file only if the hash is not cached."""
-    with FolderLock(_folder()):  # of all ranks on a node, one reads the file
+    lock = FolderLock(_folder())
+    with suppress(OSError, UserError):  # a cache that is read-only, or has no locks
+        lock.acquire(wait=True)  # of all ranks on a node, one reads the file
+    try:
         if (digest := lookup_hash(path)) is not None:
             return digest
         state = file_state(path)
         digest = file_hash(path)
         remember_hash(path, digest, state)
-    return digest
+        return digest
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ import errno
 import fcntl
 import os
 import socket
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from dtrain.core.errors import UserError
+from dtrain.core.os_errors import NO_LOCKS, no_locks
 from dtrain.core.ownership import open_in_place
 
 LOCK_FILE = ".lock"
 HOLDER_CHARACTERS = 200
 _HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FolderLock:
@@ -164,8 +165,20 @@ def lock_file(file: int | IO[bytes], path: Path, *, wait: bool = False) -> bool:
     return True
 
 
+def check_record_locks(folder: Path) -> None:
+    """Check that `ShardLocks` will work in a folder; some file systems know `flock` alone.
+
+    Raises:
+        OSError: the folder cannot be written to.
+        UserError: the file system has no such locks.
+    """
+    with tempfile.NamedTemporaryFile(prefix=".locks.", dir=folder) as file:
+        locks = ShardLocks(Path(file.name))
+        try:
+            locks.acquire(0)
+        finally:
+            locks.close()
+
+
 def _explained(error: OSError, path: Path) -> OSError | UserError:
-    if error.errno not in _NO_LOCKS:
-        return error
-    fix = "use another file system, or mount this one with locks (Lustre: -o flock)"
-    return UserError("this file system has no file locks", where=str(path), fix=fix)
+    return no_locks(str(path)) if error.errno in NO_LOCKS else error

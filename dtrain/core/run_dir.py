@@ -21,7 +21,7 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, remove_entry, write_atomic
-from dtrain.core.locks import FolderLock
+from dtrain.core.locks import FolderLock, check_record_locks
 from dtrain.core.ownership import check_no_link, check_own_folder
 
 RECIPE = "recipe.yaml"
@@ -272,6 +272,7 @@ class RunDir:
                     fix = fix or "wait for it, or choose another output.folder"
                     raise UserError(message, where=str(self.path), fix=fix)
                 time.sleep(LOCK_POLL_SECONDS)
+            check_record_locks(self.path)  # needed by the merge, hours later
         except OSError as error:
             raise self.unusable(error) from error
         return lock

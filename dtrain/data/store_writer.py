@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,7 @@ def _list_array(arrays: list[NDArray[np.int32]]) -> pa.LargeListArray:
 def _write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array without a temporary file: it counts only once the manifest names it."""
     with open(open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        # Into an open file numpy writes by itself, and reports a full disk without saying so.
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())

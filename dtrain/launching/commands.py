@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import compile_folder
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
 
@@ -66,14 +66,18 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         environ: current variables.
         processes: ranks on this machine.
         has_gpu: whether this machine has a GPU.
+
+    Raises:
+        UserError: there is no folder for what is compiled.
     """
+    compiled = compile_folder()
     cores_of_a_rank = max(1, cores() // processes)
     defaults = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(MOST_COMPILE_THREADS, cores_of_a_rank)),
         # On a shared file system, so that a requeued job starts warm.
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
-        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
         "TOKENIZERS_PARALLELISM": "false",
         # A rank that waits while another fails would report its lost connection.
         "TORCH_CPP_LOG_LEVEL": "ERROR",

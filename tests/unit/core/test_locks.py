@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,12 +12,18 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
+from dtrain.core.hash_cache import cached_hash
+from dtrain.core.hashes import file_hash
 from dtrain.core.locks import FolderLock, ShardLocks
+from dtrain.core.run_dir import RunDir
 
 HOLD = """
 import sys
 from pathlib import Path
+from dtrain.core.hash_cache import cached_hash
+from dtrain.core.hashes import file_hash
 from dtrain.core.locks import FolderLock, ShardLocks
+from dtrain.core.run_dir import RunDir
 path = Path(sys.argv[1])
 if path.is_dir():
     lock = FolderLock(path)
@@ -124,3 +131,28 @@ def test_lock_file_of_another_user_can_be_locked() -> None:
 def test_holder_with_control_characters_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("\x1b]0;title\x07")
     assert FolderLock(tmp_path).holder() == "another process"
+
+
+@pytest.mark.parametrize("call", ["flock", "lockf"])
+def test_file_system_without_locks_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A merge after hours of training would be the first to lock in the other way."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(f"fcntl.{call}", fail)
+    with pytest.raises(UserError, match=r"no file locks\n.*output\.folder"):
+        RunDir(tmp_path / "run").lock()
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"no file locks\n.*DTRAIN_CACHE"):
+        FolderLock(tmp_path).acquire() if call == "flock" else ShardLocks(tmp_path / "x").acquire(0)
+    file = tmp_path / "model"
+    file.write_text("weights")
+    assert cached_hash(file) == file_hash(file)
+
+
+def test_start_leaves_no_other_file_than_the_lock(tmp_path: Path) -> None:
+    RunDir(tmp_path).lock().release()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
