@@ -6,16 +6,17 @@ their documentation exists nowhere else. The result is the same for one version 
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import re
 import sysconfig
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+
+from dtrain.core.errors import UserError
+from dtrain.extraction.python_code import Entry, parse, prose
 
 # Modules that some distributions omit or later versions drop, tests, tables, private modules.
 SKIPPED = {
@@ -64,46 +65,13 @@ C_MODULES = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One documented module, class, function, method or property.
-
-    Attributes:
-        module: full name of its module.
-        name: name inside the module, such as "JSONDecoder.decode"; "" for the module itself.
-        kind: module, class, function, method or property.
-        arguments: as in a call, "(s, width=70)", without self; None if they are not known.
-        bases: names of the base classes.
-        doc: its docstring, without indentation.
-    """
-
-    module: str
-    name: str
-    kind: str
-    arguments: str | None
-    bases: tuple[str, ...]
-    doc: str
-
-    @property
-    def full_name(self) -> str:
-        """'json.JSONDecoder.decode'; without the module for what needs no import."""
-        if not self.name:
-            return self.module
-        return self.name if self.module == "builtins" else f"{self.module}.{self.name}"
-
-    @property
-    def heading(self) -> str:
-        """How the documentation would show it: 'class json.JSONDecoder(*, object_hook=None)'."""
-        prefix = f"{self.kind} " if self.kind in ("module", "class") else ""
-        return f"{prefix}{self.full_name}{self.arguments or ''}"
-
-
 def entries() -> list[Entry]:
     """All public documented entries of the standard library, ordered by module and name."""
     by_name: dict[tuple[str, str], Entry] = {}
     for name, path in module_files(Path(sysconfig.get_paths()["stdlib"])):
-        for entry in parse(name, path.read_text(encoding="utf-8", errors="replace")):
-            by_name.setdefault((entry.module, entry.name), entry)
+        with suppress(UserError):  # files that test the parser
+            for entry in parse(name, path.read_text(encoding="utf-8", errors="replace")):
+                by_name.setdefault((entry.module, entry.name), entry)
     for name in C_MODULES:
         for entry in inspected(name):
             by_name.setdefault((entry.module, entry.name), entry)
@@ -128,65 +96,6 @@ def module_files(folder: Path, package: str = "") -> Iterator[tuple[str, Path]]:
         elif (path / "__init__.py").is_file():
             yield package + path.name, path / "__init__.py"
             yield from module_files(path, f"{package}{path.name}.")
-
-
-def parse(module: str, source: str) -> Iterator[Entry]:
-    """The public documented entries in a module's source, which is not run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old docstrings
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            return
-    if doc := _prose(ast.get_docstring(tree)):
-        yield Entry(module, "", "module", None, (), doc)
-    for node in _definitions(tree.body):
-        yield from _parsed(module, "", node)
-
-
-def _definitions(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Functions and classes of a body, including those under `if` and `try`."""
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node
-        elif isinstance(node, ast.If | ast.Try):
-            yield from _definitions(node.body)
-
-
-def _parsed(module: str, owner: str, node: ast.stmt) -> Iterator[Entry]:
-    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    if node.name.startswith("_"):
-        return
-    name, doc = owner + node.name, _prose(ast.get_docstring(node))
-    if isinstance(node, ast.ClassDef):
-        bases = tuple(ast.unparse(base) for base in node.bases)
-        if doc:
-            yield Entry(module, name, "class", _constructor(node), bases, doc)
-        for member in _definitions(node.body):
-            if not isinstance(member, ast.ClassDef):
-                yield from _parsed(module, f"{name}.", member)
-    elif doc:
-        yield Entry(module, name, *_callable(node, method=bool(owner)), (), doc)
-
-
-def _callable(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool
-) -> tuple[str, str | None]:
-    """Kind and arguments of a function."""
-    decorators = {ast.unparse(x).split(".")[-1] for x in node.decorator_list}
-    if decorators & {"property", "cached_property", "setter", "getter", "deleter"}:
-        return "property", None
-    arguments = ast.unparse(node.args)
-    if method and "staticmethod" not in decorators:
-        arguments = arguments.partition(", ")[2].removeprefix("/, ")
-    return ("method" if method else "function"), f"({arguments})"
-
-
-def _constructor(node: ast.ClassDef) -> str | None:
-    for member in node.body:
-        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-            return _callable(member, method=True)[1]
-    return None
 
 
 def inspected(name: str) -> Iterator[Entry]:
@@ -228,12 +137,7 @@ def _inspected(module: str, name: str, item: object) -> Iterator[Entry]:
 
 def _docstring(item: object) -> str:
     doc = getattr(item, "__doc__", None)
-    return _prose(inspect.cleandoc(doc)) if isinstance(doc, str) else ""
-
-
-def _prose(doc: str | None) -> str:
-    """A docstring; "" for one that is nothing but a test."""
-    return "" if doc is None or doc.startswith(">>>") else doc
+    return prose(inspect.cleandoc(doc)) if isinstance(doc, str) else ""
 
 
 def _arguments(item: object) -> str | None:

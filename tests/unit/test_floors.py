@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"core"},
     {"recipes"},
     {"config"},
-    {"planning", "launching", "distributed"},
+    {"planning", "launching", "distributed", "extraction"},
     {"data", "models", "checkpoints", "monitoring", "samples", "supervisor"},
     {"methods", "objectives", "data_quality", "augmentation", "importing", "submitit_jobs"},
     {"engines", "merge", "serving"},

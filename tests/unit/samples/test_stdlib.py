@@ -7,59 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.samples import stdlib
-from dtrain.samples.stdlib import Entry, entries, inspected, module_files, parse
-
-SOURCE = '''
-"""Module text."""
-raise SystemExit("must not run")
-
-if True:
-    def wrap(text, width=70, *, end="x", **more):
-        """Wrap a text."""
-
-class Box(Base, other.Mixin):
-    """A box."""
-    def __init__(self, size=1):
-        """Not told."""
-    def put(self, thing, /, at=0):
-        """Put it in."""
-    @staticmethod
-    def make(size):
-        """Make one."""
-    @classmethod
-    def of(cls, *things):
-        """From things."""
-    @property
-    def weight(self):
-        """How heavy."""
-    def _hidden(self):
-        """Hidden."""
-    def bare(self):
-        pass
-
-def tested():
-    """>>> tested()"""
-
-def _private():
-    """Private."""
-'''
-
-
-def test_entries_of_a_source() -> None:
-    parsed = {entry.name: entry for entry in parse("pack.mod", SOURCE)}
-    assert set(parsed) == {"", "wrap", "Box", "Box.put", "Box.make", "Box.of", "Box.weight"}
-    assert parsed["wrap"].heading == "pack.mod.wrap(text, width=70, *, end='x', **more)"
-    assert parsed["Box"].heading == "class pack.mod.Box(size=1)"
-    assert parsed["Box"].bases == ("Base", "other.Mixin")
-    assert parsed["Box.put"].arguments == "(thing, /, at=0)"
-    assert parsed["Box.make"].arguments == "(size)"
-    assert parsed["Box.of"].arguments == "(*things)"
-    assert (parsed["Box.weight"].kind, parsed["Box.weight"].arguments) == ("property", None)
-    assert parsed[""].heading == "module pack.mod"
-
-
-def test_source_with_other_syntax_yields_no_entries() -> None:
-    assert list(parse("m", "def f(:\n")) == []
+from dtrain.samples.stdlib import entries, inspected, module_files
 
 
 def test_private_and_test_modules_are_skipped(tmp_path: Path) -> None:
@@ -87,11 +35,6 @@ def test_standard_library_is_read() -> None:
     assert by_name["json.decoder.JSONDecodeError"].bases == ("ValueError",)
     assert len(library) > 3000
     assert not any(" at 0x" in (entry.arguments or "") for entry in library)
-
-
-def test_full_names_are_resolved() -> None:
-    assert Entry("builtins", "len", "function", "(obj)", (), "d").full_name == "len"
-    assert Entry("json", "", "module", None, (), "d").full_name == "json"
 
 
 def test_unreadable_signatures_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

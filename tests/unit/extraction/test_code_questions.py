@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.samples.python_docs import questions, raised, summary
-from dtrain.samples.stdlib import Entry
+from dtrain.extraction.code_questions import questions, raised, summary
+from dtrain.extraction.python_code import Entry
 
 
 def _function(name: str, doc: str, arguments: str | None = "(text)") -> Entry:

@@ -1,0 +1,1 @@
+"""Rows from documentation, code and conversations that a team has."""
