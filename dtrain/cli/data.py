@@ -1,4 +1,4 @@
-"""`dtrain data`: show, prepare, scan, clean and augment training data."""
+"""`dtrain data`: extract, show, prepare, scan, clean and augment training data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.cli.augment import augment
+from dtrain.cli.extract import extract
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from dtrain.data_quality.scan_result import ScanResult
 
 app = typer.Typer(
-    help="Show, prepare, scan, clean and augment training data.", no_args_is_help=True
+    help="Extract, show, prepare, scan, clean and augment training data.", no_args_is_help=True
 )
 app.command("augment")(augment)
+app.command("extract")(extract)
 
 Address = Annotated[
     str, typer.Argument(metavar="RECIPE|PATH", help="A recipe, or a file or folder of rows.")
@@ -34,7 +36,7 @@ StageName = Annotated[
 
 @app.callback()
 def data() -> None:
-    """Show, prepare, scan, clean and augment training data."""
+    """Extract, show, prepare, scan, clean and augment training data."""
 
 
 @app.command()

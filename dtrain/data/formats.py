@@ -22,6 +22,8 @@ from dtrain.data.conversations import (
     type_name,
 )
 
+ORIGIN = "origin"  # the column in which `dtrain data extract` says where a row comes from
+
 RowContent = str | Conversation | Preference
 Row = Mapping[str, Any]
 
@@ -75,7 +77,7 @@ def convert_row(raw: Any, row_format: str, columns: Mapping[Any, str], where: st
 def unread_columns(raw: Any, row_format: str, columns: Mapping[Any, str]) -> tuple[str, ...]:
     """Names of a row's columns that hold something and that the format does not read."""
     known = ROW_FORMATS[row_format]
-    read = {columns.get(column, column) for column in (*known.required, *known.optional)}
+    read = {ORIGIN} | {columns.get(column, column) for column in (*known.required, *known.optional)}
     return tuple(
         str(name) for name, value in raw.items() if name not in read and value not in EMPTY_VALUES
     )

@@ -12,6 +12,7 @@ from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say
 from dtrain.data.formats import (
+    ORIGIN,
     ROW_FORMATS,
     RowContent,
     convert_row,
@@ -28,12 +29,14 @@ class Record:
 
     Attributes:
         unread: names of its columns that the format does not read.
+        origin: where it comes from, if it says so.
     """
 
     value: RowContent
     file_index: int
     row_number: int
     unread: tuple[str, ...] = ()
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,15 @@ def _record(
         return BadRecord(_with_location(raw, location), *position)
     try:
         value = convert_row(raw, row_format, columns, location)
-        return Record(value, *position, unread_columns(raw, row_format, columns))
+        unread = unread_columns(raw, row_format, columns)
+        return Record(value, *position, unread, _origin(raw))
     except UserError as error:
         return BadRecord(error, *position)
+
+
+def _origin(raw: Any) -> str:
+    origin = raw.get(ORIGIN)
+    return origin if isinstance(origin, str) else ""
 
 
 def _with_location(error: UserError, location: str) -> UserError:

@@ -20,7 +20,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.data.conversations import Conversation, Preference
-from dtrain.data.formats import RowContent, to_row
+from dtrain.data.formats import ORIGIN, RowContent, to_row
 from dtrain.data.records import BadRecord, Record
 from dtrain.data_quality.finding_types import BROKEN, FLAG_BITS
 from dtrain.data_quality.pii import PII_KINDS, mask_pii
@@ -61,7 +61,7 @@ def clean(result: ScanResult, policy: Clean, folder: Path) -> dict[str, Any]:
                 counts.update([action, *reasons])
                 if action in (KEEP, MASK) and isinstance(item, Record):
                     value = mask_value(item.value) if action == MASK else item.value
-                    outputs[source].write(_json_line(to_row(value)))
+                    outputs[source].write(_json_line(to_row(value) | _origin(item)))
                 else:
                     quarantine.write(_json_line(_removal(action, reasons, location, item)))
         for source_rows in result.sources:
@@ -121,9 +121,14 @@ def _removal(
     line: dict[str, Any] = {"reasons": reasons, "action": action, "location": location}
     if isinstance(item, BadRecord):
         line["error"] = item.error.message
-    elif action == QUARANTINE:
+        return line
+    if action == QUARANTINE:
         line["row"] = to_row(item.value)
-    return line
+    return line | _origin(item)
+
+
+def _origin(record: Record) -> dict[str, str]:
+    return {ORIGIN: record.origin} if record.origin else {}
 
 
 def _json_line(value: Any) -> str:
