@@ -14,7 +14,7 @@ FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*\n", re.DOTALL 
 RELATIVE_LINK = re.compile(
     r"(?<!!)\[([^\[\]\n]+)\]\((?!\w+://|mailto:)[^()\s]*(?:\s+\"[^\"\n]*\")?\)"
 )
-IMAGE = re.compile(r"\[?!\[[^\[\]\n]*\](?:\([^()\n]*\)|\[[^\[\]\n]*\])(?:\]\([^()\n]*\))?")
+IMAGE = re.compile(r"\[?!\[[^\[\]\n]*\](?:\([^()\n]*\)|\[[^\[\]\n]*\])(?:\]\([^()\n]*\))?[ \t]*")
 UNDERLINE = re.compile(r"([=\-`:.'\"~^_*+#<>])\1{2,}[ \t]*")
 ROLE = re.compile(r":(?:[\w+.-]+:)?[\w+.-]+:`~?([^`<\n]+?)(?:\s*<[^`\n]*>)?`")
 NO_TEXT = re.compile(
