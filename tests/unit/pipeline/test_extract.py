@@ -15,8 +15,10 @@ from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
 from dtrain.data.check_rows import check_rows
 
-TOPICS = """engines brakes lights wheels seats doors mirrors pumps valves belts filters cables tires
-    locks horns tanks gauges hinges springs bearings""".split()
+TOPICS = [
+    "engines", "brakes", "lights", "wheels", "seats", "doors", "mirrors", "pumps", "valves", "belts",
+    "filters", "cables", "tires", "locks", "horns", "tanks", "gauges", "hinges", "springs", "bearings",
+]  # fmt: skip
 
 
 def page(topic: str) -> str:
