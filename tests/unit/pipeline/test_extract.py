@@ -16,8 +16,10 @@ from dtrain.core.errors import UserError
 from dtrain.data.check_rows import check_rows
 
 TOPICS = [
-    "engines", "brakes", "lights", "wheels", "seats", "doors", "mirrors", "pumps", "valves", "belts",
-    "filters", "cables", "tires", "locks", "horns", "tanks", "gauges", "hinges", "springs", "bearings",
+    "engines", "brakes", "lights", "wheels", "seats", "doors", "mirrors", "pumps", "valves",
+    "belts",
+    "filters", "cables", "tires", "locks", "horns", "tanks", "gauges", "hinges", "springs",
+    "bearings",
 ]  # fmt: skip
 
 
