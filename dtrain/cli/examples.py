@@ -47,6 +47,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "logs": ("dtrain logs runs/mine -f",),
     "cancel": ("dtrain cancel runs/mine",),
     "preflight": ("dtrain preflight my.yaml",),
+    "data extract": (
+        "dtrain data extract docs/ rows/docs --from markdown",
+        "dtrain data extract src/ rows/code --from code --held-out 0.2",
+        "dtrain data extract tickets.json rows/chats --from chats --keep 'rating>=4' "
+        "--role bot=skip",
+    ),
     "data show": ("dtrain data show my.yaml --stage task -n 2", "dtrain data show rows.jsonl"),
     "data prepare": ("dtrain data prepare my.yaml", "dtrain data prepare my.yaml --shard 1/8"),
     "data scan": (

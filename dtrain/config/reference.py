@@ -29,7 +29,8 @@ recipe with all defaults, or all its errors. Any key can be overridden for one r
 
 Entries of a list are addressed by index (`stages.0`) or by name (`stages.domain`). Unknown keys
 are errors; keys of other tools are answered with dtrain's. Relative paths start at the current
-folder. `dtrain schema` prints the JSON Schema of recipes, for editors.
+folder. `dtrain schema` prints the JSON Schema of recipes, for editors. [DATA.md](DATA.md) shows
+rows of every format and how to get them, [GUIDE.md](GUIDE.md) helps to choose settings.
 
 `dtrain import CONFIG [OUT]` writes a recipe from a config of axolotl, LLaMA-Factory (with its
 `dataset_info.json`) or TRL. It says what became of each key: same, renamed, computed (`--processes`
