@@ -14,17 +14,18 @@ import importlib
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import FrameType
 
 from dtrain.core.output import protect_output
-from dtrain.core.ownership import keep_private
+from dtrain.core.ownership import check_own_folder, keep_private
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -37,12 +38,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.hardware import oom_kills
+from dtrain.core.locks import LOCK_FILE, FolderLock
 from dtrain.distributed.rendezvous import choose_rendezvous, restrict_stores
 from dtrain.launching.commands import LAUNCHER, worker_environment
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # A rank has failed, and the others wait for it: their work is lost anyway.
 SECONDS_FOR_THE_OTHERS = 10
+FOLDER_PREFIX = "torchelastic_"
 # Statuses whose cause a worker has printed; the most specific come first.
 _EXPLAINED = (
     Exit.USER_ERROR,
@@ -142,14 +145,26 @@ def can_bind_to_numa_nodes(ranks: int) -> bool:
     return True
 
 
+def remove_abandoned(parent: Path) -> None:
+    """Remove this user's folders whose launcher is dead: nobody holds their lock."""
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError, UserError):
+            check_own_folder(folder)
+            # A lock file without a name in it was created, but maybe not locked yet.
+            if (folder / LOCK_FILE).stat().st_size and (lock := FolderLock(folder)).acquire():
+                shutil.rmtree(folder)
+                lock.release()
+
+
 @contextmanager
 def private_folder(arguments: Namespace) -> Iterator[Path]:
     """Yield a folder that only this user can open, and remove it at the end.
 
     torchrun's error files go there, which it otherwise leaves in /tmp at each start. Logs that the
-    command line asks for stay.
+    command line asks for stay. What a killed launcher left there is removed at the next start.
     """
-    with TemporaryDirectory(prefix="torchelastic_") as folder:
+    remove_abandoned(Path(gettempdir()))
+    with TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, FolderLock(Path(folder)):
         if arguments.redirects == arguments.tee == "0" and not arguments.log_dir:
             arguments.log_dir = folder
         yield Path(folder)

@@ -23,6 +23,9 @@ DECIDED_BY_RECIPE = {
     "scheduler": "train.lr_scheduler",
     "activation_checkpointing": "model.gradient_checkpointing",
 }
+# Groups with which DeepSpeed writes files, or calls a service, of its own.
+MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet", "nebula", "autotuning")
+_PATH_ENDINGS = ("_path", "_file", "_dir")
 PREFETCH = "stage3_prefetch_bucket_size"
 MAX_PREFETCHED = 50_000_000  # elements, DeepSpeed's default
 _OFFLOADS = ("offload_param", "offload_optimizer")
@@ -46,6 +49,7 @@ def read(path: Path, kind: str, offload: bool) -> dict[str, Any]:
     """
     config = _parse(path)
     faults = [*_decided_by_recipe(config, path), *_zero(config, path, kind, offload)]
+    faults += _writes_elsewhere(config, path)
     if faults:
         raise UserErrors(faults)
     return config
@@ -73,6 +77,18 @@ def _decided_by_recipe(config: dict[str, Any], path: Path) -> Iterator[UserError
         elif holder.get(name, "auto") != "auto":
             message = f"{setting} is {json.dumps(holder[name])}, but the recipe's {key} decides it"
             yield UserError(message, where=str(path), fix='set it to "auto", or remove it')
+
+
+def _writes_elsewhere(config: dict[str, Any], path: Path) -> Iterator[UserError]:
+    """What DeepSpeed would write by itself; offloading to a disk is asked for in another group."""
+    for key, group in config.items():
+        if not isinstance(group, dict) or not group.get("enabled", False):
+            continue
+        paths = [name for name, value in group.items() if name.endswith(_PATH_ENDINGS) and value]
+        if key in MONITORS or paths:
+            message = f"{'.'.join([key, *paths[:1]])} writes outside the run folder"
+            fix = "remove it; metrics.jsonl has the metrics, and monitoring.report_to sends them"
+            yield UserError(message, where=str(path), fix=fix)
 
 
 def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Iterator[UserError]:

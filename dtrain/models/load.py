@@ -20,6 +20,7 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.models import attention
+from dtrain.models.finite_weights import check_finite
 from dtrain.models.meta_model import build_meta_model, check_dense, first_line, linear_layers
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
@@ -87,6 +88,7 @@ def load_base(
     reshaped = (str(name) for name, *_ in info["mismatched_keys"])
     check_complete(folder, info["missing_keys"], info["unexpected_keys"], reshaped)
     check_quantized(model, packed)
+    check_finite(folder, model, packed=quantized)
     return freeze_for_training(model, settings)
 
 

@@ -21,6 +21,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
+from dtrain.models.finite_weights import check_tensor
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
@@ -112,9 +113,15 @@ class StreamedModel:
     def _read_parameter(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
             # packed from the compute dtype, so that it is unpacked to that and not to float32
-            return _packed(module, empty, self._on_device(name, module.compute_dtype))
-        values = self._on_device(name, empty.dtype)
+            return _packed(module, empty, self._weights(name, module.compute_dtype))
+        values = self._weights(name, empty.dtype)
         return nn.Parameter(values, requires_grad=empty.requires_grad)
+
+    def _weights(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read a parameter, and check it where it is copied to: the fastest place."""
+        stored = self._read(name).to(self._device)
+        check_tensor(stored, name, self._files[name])
+        return stored.to(dtype)
 
     def _on_device(self, name: str, dtype: torch.dtype) -> Tensor:
         """Read a tensor; it is converted on the device, as CPUs convert slowly."""

@@ -41,6 +41,7 @@ class Start:
     folder: Path
     overrides: list[str] = field(default_factory=list)
     recipe: str = "tiny"
+    options: dict[str, object] = field(default_factory=dict)  # of Popen
 
     def __post_init__(self) -> None:
         self.log = self.folder.with_suffix(".log")
@@ -48,13 +49,12 @@ class Start:
         self.began = time.monotonic()
         command = [sys.executable, "-m", "dtrain", "run", self.recipe, *self.overrides]
         with open(self.log, "w", encoding="utf-8") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
             self.process = subprocess.Popen(
                 [*command, f"output.folder={self.folder}"],
                 cwd=ROOT,
                 env=environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                **(output | self.options),
             )
         self.launcher = psutil.Process(self.process.pid)
 

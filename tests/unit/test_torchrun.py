@@ -276,3 +276,27 @@ def test_nodes_meet_without_pickles(monkeypatch, capsys) -> None:
 
 def test_workers_use_the_current_python() -> None:
     assert torchrun_command(Path("x"), "auto")[0] == sys.executable
+
+
+def test_folder_of_a_killed_launcher_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    code = (
+        "import sys; from argparse import Namespace; from dtrain.torchrun import private_folder\n"
+        "with private_folder(Namespace(redirects='0', tee='0', log_dir=None)) as folder:\n"
+        "    print(folder, flush=True); sys.stdin.read()"
+    )
+    command, temporary = [sys.executable, "-c", code], os.environ | {"TMPDIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": temporary}
+    killed = subprocess.Popen(command, **pipes)
+    left = Path(killed.stdout.readline().strip())
+    killed.kill()
+    killed.wait()
+    unlocked = tmp_path / "torchelastic_new"  # its launcher is about to lock it
+    unlocked.mkdir()
+    (unlocked / ".lock").touch()
+    living = subprocess.Popen(command, **pipes)
+    current = Path(living.stdout.readline().strip())
+    third = subprocess.run(command, **pipes | {"stdin": subprocess.DEVNULL}, check=False)
+    assert third.returncode == 0
+    assert sorted(tmp_path.iterdir()) == sorted([unlocked, current]) and left != current
+    living.communicate("")
+    assert list(tmp_path.iterdir()) == [unlocked]

@@ -395,6 +395,17 @@ def test_all_clashes_are_reported_at_once() -> None:
         ({"optimizer": {"type": "Adam"}}, "optimizer is"),
         ({"gradient_clipping": 1.0}, "train.max_grad_norm decides it"),
         (
+            {"csv_monitor": {"enabled": True, "output_path": "/tmp/elsewhere"}},
+            "csv_monitor.output_path writes outside the run folder",
+        ),
+        ({"tensorboard": {"enabled": True, "job_name": "x"}}, "tensorboard writes outside"),
+        ({"wandb": {"enabled": "true", "project": "x"}}, "wandb writes outside"),
+        ({"comet": {"enabled": True}}, "comet writes outside"),
+        (
+            {"flops_profiler": {"enabled": True, "output_file": "/tmp/flops"}},
+            "flops_profiler.output_file writes outside",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer is set, but engine.offload is false",
         ),
@@ -408,6 +419,20 @@ def test_invalid_deepspeed_file_is_reported(tmp_path: Path, content: Any, messag
     problems = check(recipe(engine={"kind": "zero2", "config": str(path)}))
     assert len(problems) == 1
     assert message in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"csv_monitor": {"enabled": False, "output_path": "/tmp/elsewhere"}},
+        {"flops_profiler": {"enabled": True}},
+        {"wall_clock_breakdown": True},
+    ],
+)
+def test_deepspeed_file_may_report_on_the_terminal(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | content))
+    assert check(recipe(engine={"kind": "zero2", "config": str(path)})) == []
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 20))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dtrain.config import schema
-from dtrain.core.errors import UserError
+from dtrain.core.errors import Exit, UserError
 from dtrain.models.load import load_base
 from dtrain.models.sharded_loading import StreamedModel, stream_base
 
@@ -36,6 +36,11 @@ def filled(folder: Path, **settings: Any) -> Any:
     assert not streamed.converted
     streamed.materialize(streamed.model)
     return streamed.model
+
+
+def whole(folder: Path, *, quantized: bool) -> nn.Module:
+    settings = schema.Model(base=str(folder))
+    return load_base(folder, settings, quantized=quantized, dtype=torch.float32, device=CPU)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -171,3 +176,22 @@ def test_parameters_kept_in_float32_stay_so_in_bfloat16(
         kept._keep_in_fp32_modules_strict = before
     assert model.model.norm.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("load", [filled, whole])
+def test_base_that_is_not_finite_is_refused_by_tensor_and_file(
+    tmp_path: Path, save_small: Callable, load: Callable, quantized: bool, value: float
+) -> None:
+    """A single NaN would make every loss NaN; packed into 4 bits it would become a number."""
+    save_small("llama", tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[7] = value
+
+    edit(tmp_path, damage)
+    with pytest.raises(UserError, match=f"{FILE}: {name} contains NaN or infinity") as error:
+        load(tmp_path, quantized=quantized)
+    assert error.value.status == Exit.NON_FINITE
