@@ -12,7 +12,7 @@ from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, 
 from dtrain.cli.examples import add_examples
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.os_errors import explained_os_errors
-from dtrain.core.output import lost_output, protect_output
+from dtrain.core.output import lost_output, protect_output, wrapped
 from dtrain.core.ownership import keep_private
 
 app = typer.Typer(
@@ -98,7 +98,7 @@ def _run() -> int:
         with explained_os_errors():
             app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(wrapped(f"error: {error}", sys.stderr), file=sys.stderr)
         return error.status
     except SystemExit as end:  # typer's way to return
         return end.code if isinstance(end.code, int) else Exit.FINISHED

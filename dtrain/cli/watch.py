@@ -17,8 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the state as JSON, a l
 
 def watch(runs: Runs, once: Once = False, as_json: Json = False) -> None:
     """Show steps, losses, time left and alerts of runs; reads their files only."""
-    from rich.console import Console
-
+    from dtrain.core.log import SafeConsole
     from dtrain.monitoring.watch import read_states, render_run
 
     if as_json:
@@ -26,7 +25,7 @@ def watch(runs: Runs, once: Once = False, as_json: Json = False) -> None:
             print(json.dumps(state.to_json()))
     elif once:
         for state in read_states(runs):
-            Console().print(render_run(state))
+            SafeConsole().print(render_run(state))
     else:
         try:
             from dtrain.monitoring.watch_app import WatchApp

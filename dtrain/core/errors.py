@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from dtrain.core.output import visible
+
 
 class Exit(IntEnum):
     """Exit statuses of every dtrain process."""
@@ -38,7 +40,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{head}\n    → {self.fix}" if self.fix else head
+        return visible(f"{head}\n    → {self.fix}" if self.fix else head)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.message, self.where, self.fix, self.status)

@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import IO, Any, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
+from dtrain.core.output import visible, wrapped
 from dtrain.core.units import duration
 
 LINE_EVERY_SECONDS = 10.0
@@ -28,7 +30,30 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 # rich alone leaves bold and underlined text where NO_COLOR is set (no-color.org).
 _COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-console = Console(highlight=False, soft_wrap=True, markup=False, color_system=_COLORS)
+
+
+class SafeConsole(Console):
+    """A console that makes visible what would steer the terminal in other people's text."""
+
+    @property
+    def file(self) -> Any:
+        """What it writes to, past the streams that change text."""
+        file = super().file
+        return getattr(file, "rich_proxied_file", file)  # below the proxy of a live display
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        self._file = file
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """The segments of a renderable; only rich's own control codes stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+console = SafeConsole(highlight=False, soft_wrap=True, markup=False, color_system=_COLORS)
 
 
 def is_first_rank() -> bool:
@@ -39,7 +64,7 @@ def is_first_rank() -> bool:
 def say(message: str) -> None:
     """Print a message on the first rank."""
     if is_first_rank():
-        console.print(message)
+        console.print(wrapped(message, sys.stdout))
         sys.stdout.flush()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.core.output import visible
 from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.packed_dataset import PackedDataset, PackedSequence
 from dtrain.data.records import BadRecord, Record
@@ -17,13 +18,6 @@ from dtrain.data.sources import SourceFile
 
 SHOWN_CHARACTERS = 4000  # of a text: some are whole books
 HEAD, TRAINED, NOTE = "bold blue", "green", "dim"
-# Data may contain terminal escape sequences: print symbols for control characters.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """The text with symbols instead of control characters."""
-    return text.translate(CONTROLS)
 
 
 def sequences(
@@ -74,7 +68,7 @@ def _colored(
     edges = [0, *(np.flatnonzero(has_loss[1:] != has_loss[:-1]) + 1).tolist(), len(ids)]
     for start, stop in pairwise(edges):
         decoded = tokenizer.decode(ids[start:stop].tolist())
-        text_run = printable(str(decoded))
+        text_run = visible(str(decoded))
         if not has_loss[start]:
             text.append(text_run)
         elif color:
@@ -129,4 +123,4 @@ def _head(text: str) -> str:
     """The start of a text, and the number of characters left out."""
     more = len(text) - SHOWN_CHARACTERS
     end = f" … and {more:,} more characters" if more > 0 else ""
-    return printable(text[:SHOWN_CHARACTERS]) + end
+    return visible(text[:SHOWN_CHARACTERS]) + end

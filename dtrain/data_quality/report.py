@@ -15,12 +15,12 @@ from rich.text import Text
 
 from dtrain.core.files import write_atomic
 from dtrain.core.hashes import fingerprint
+from dtrain.core.output import visible
 from dtrain.core.units import count
 from dtrain.data.assistant_spans import NO_END
 from dtrain.data.conversations import Conversation
 from dtrain.data.duplicates import count_distinct
 from dtrain.data.records import BadRecord
-from dtrain.data.show import printable
 from dtrain.data.text_checks import excerpt, row_text
 from dtrain.data.tokenize import notes
 from dtrain.data_quality import preference_checks
@@ -253,7 +253,7 @@ def _findings_table(report: dict[str, Any]) -> Table:
             "\n".join(_without_folder(e["location"], e["note"]) for e in examples),
         )
         style = "red" if finding["severe"] else ""
-        table.add_row(*(Text(printable(cell), style=style) for cell in cells))
+        table.add_row(*(Text(visible(cell), style=style) for cell in cells))
     return table
 
 
