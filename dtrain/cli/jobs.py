@@ -11,6 +11,7 @@ import typer
 
 from dtrain.cli.arguments import Overrides, RecipeAddress
 from dtrain.core.errors import Exit
+from dtrain.core.output import wrapped
 
 if TYPE_CHECKING:
     from dtrain.config.schema import Recipe
@@ -126,7 +127,7 @@ def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bo
 
 def log(line: str) -> None:
     """Print to stderr; stdout is for programs."""
-    print(line, file=sys.stderr)
+    print(wrapped(line, sys.stderr), file=sys.stderr)
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

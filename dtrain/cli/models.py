@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +27,8 @@ def adapters(
     if as_json:
         print(json.dumps([adapter.as_json() for adapter in adapters], indent=2))
     elif adapters:
-        print(format_table(adapters))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(format_table(adapters, columns))
     else:
         print("no adapters")
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from dtrain.cli.arguments import Overrides, Price, RecipeAddress
 from dtrain.cli.completion import shipped_names
 from dtrain.core.errors import UserError
+from dtrain.core.output import wrapped
 from dtrain.recipes import FOLDER, shipped, summary
 
 app = typer.Typer(help="List the shipped recipes, or copy one to edit.")
@@ -27,10 +28,11 @@ def list_recipes(context: typer.Context) -> None:
     """List the shipped recipes, or copy one to edit."""
     if context.invoked_subcommand:
         return
-    wide = max(map(len, shipped())) + 2
+    wide, columns = max(map(len, shipped())) + 2, min(100, shutil.get_terminal_size().columns)
     for name, path in shipped().items():
-        print(fill(f"{name:<{wide}}{summary(path)}", 100, subsequent_indent=" " * wide))
-    print(f"\ndtrain recipes copy NAME [PATH] copies one to edit; all keys: {FOLDER}/README.md")
+        print(fill(f"{name:<{wide}}{summary(path)}", columns, subsequent_indent=" " * wide))
+    print("\ndtrain recipes copy NAME [PATH] copies one to edit")
+    print(f"all keys: {FOLDER}/README.md")
 
 
 @app.command()
@@ -74,10 +76,10 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     check_rows(settings)
     check_metrics(settings)
     for line in (*position_warnings(settings), *unreachable(settings)):
-        print(f"warning: {line}", file=sys.stderr)
+        print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)
     print(dump(settings), end="")
     for note in template_notes(settings):
-        print(note, file=sys.stderr)
+        print(wrapped(note, sys.stderr), file=sys.stderr)
 
 
 def template_notes(recipe: Recipe) -> Iterator[str]:
@@ -149,7 +151,7 @@ def plan(
     settings = load_recipe(recipe, overrides or [])
     on_node = gpus_per_node or settings.launch.ranks_on_node(8)
     for line in position_warnings(settings):
-        print(f"warning: {line}", file=sys.stderr)
+        print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)
     result = make_plan(settings, Cluster(find_gpu(gpu), nodes, on_node))
     if exact:
         result = simulate_plan(result, settings, no_progress if as_json else show_progress)

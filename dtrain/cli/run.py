@@ -12,6 +12,7 @@ import typer
 from dtrain.cli.arguments import Overrides, Price, RecipeAddress
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
+from dtrain.core.output import wrapped
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
 from dtrain.core.units import size
@@ -82,7 +83,7 @@ def compare(runs: Runs, page: Page = None) -> None:
     from dtrain.monitoring.compare import compare_runs, comparison_page, comparison_text
 
     comparison = compare_runs(runs)
-    print(comparison_text(comparison))
+    print(wrapped(comparison_text(comparison), sys.stdout))
     if page is not None:
         write_atomic(page, comparison_page(comparison))
         print(f"\n{page}")

@@ -48,11 +48,13 @@ def _symbol(match: re.Match[str]) -> str:
 def wrapped(text: str, stream: TextIO) -> str:
     """The text, with its lines broken between words if the stream is a terminal.
 
-    A line's continuation is indented as the line is. In files lines stay whole, for grep.
+    In files lines stay whole, for grep.
     """
-    if not stream.isatty():
-        return text
-    columns = shutil.get_terminal_size().columns
+    return fit(text, shutil.get_terminal_size().columns) if stream.isatty() else text
+
+
+def fit(text: str, columns: int) -> str:
+    """The text, with its lines broken between words; a continuation is indented as its line."""
     return "\n".join(_wrap_line(line, columns) for line in text.split("\n"))
 
 

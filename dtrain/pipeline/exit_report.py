@@ -25,6 +25,7 @@ from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_json
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import is_first_rank, say
+from dtrain.core.output import wrapped
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import size
 from dtrain.distributed.tensor_utils import peak_memory_bytes
@@ -96,7 +97,7 @@ class ExitReport:
                 if first is not None:
                     return first
             self._write(status, (reason or text).removeprefix("error: "))
-            print(text, file=sys.stderr, flush=True)
+            print(wrapped(text, sys.stderr), file=sys.stderr, flush=True)
             say(f"ended with status {int(status)}")
         return int(status)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.output import fit
 from dtrain.core.run_dir import ADAPTER, RECIPE
 from dtrain.core.units import count, size
 from dtrain.models.peft_format import (
@@ -23,6 +25,7 @@ from dtrain.serving.run_models import Run, is_run, open_run
 
 LORA_DOWN = ".lora_A.weight"  # [r, in]
 COLUMNS = ("adapter", "stage", "method", "rank", "targets", "trains", "size", "base")
+LAYERS = COLUMNS.index("targets")
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,30 @@ def read_adapter(folder: Path, base: str | None = None, name: str | None = None)
     )
 
 
-def format_table(adapters: list[AdapterInfo]) -> str:
-    """A line for each, under a head; the base stands last, since it is long."""
+def format_table(adapters: list[AdapterInfo], columns: int | None = None) -> str:
+    """A line for each, under a head; the base stands last, since it is long.
+
+    Args:
+        columns: of the terminal; where they are too few, layers and base stand below each line.
+    """
     rows = [COLUMNS, *map(_row, adapters)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
-    lines = (
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+    lines = _aligned(rows)
+    if columns is None or max(map(len, lines)) <= columns:
+        return "\n".join(lines)
+    head, *short = _aligned([(*row[:LAYERS], *row[LAYERS + 1 : -1]) for row in rows])
+    texts = [head]
+    for line, row in zip(short, rows[1:], strict=True):
+        below = f"{row[LAYERS].replace(',', ', ')}\nof {row[-1]}"
+        texts += [line, *fit(indent(below, "    "), columns).splitlines()]
+    return "\n".join(texts)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
-    return "\n".join(lines)
+    ]
 
 
 def _row(adapter: AdapterInfo) -> tuple[str, ...]:

@@ -239,6 +239,9 @@ def test_adapter_list_describes_each_adapter(
     head, first, _ = format_table([domain, task]).splitlines()
     assert head.split()[0] == "adapter" and first.endswith("/models/llama (in NF4)")
     assert "20.5k" in first and "down_proj,q_proj" in first
+    narrow = format_table([domain, task], 60).splitlines()
+    assert narrow[2].strip() == "down_proj, q_proj" and "of /models/llama (in NF4)" in narrow[3]
+    assert all(len(line) <= 60 or " " not in line.strip() for line in narrow)
     alone = list_adapters(run / "task" / "adapter")
     assert [a.name for a in alone] == ["task"]
     assert {a.name for a in list_adapters(run / "task")} == {"task"}
