@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def extract(
         raise UserError(
             "--keep, --role and --min-turns need --from chats", where=f"--from {origin}"
         )
+    if has_secret(place):
+        raise secret_error(without_secret(place))
     if out.exists():  # before hours of work
         raise UserError("exists already", where=str(out), fix="choose another folder, or remove it")
     is_chats = origin is Origin.chats

@@ -88,7 +88,7 @@ def find_recipe(address: str) -> Path:
         raise UserError("is a folder, not a recipe", where=address)
     close = get_close_matches(path.stem, known, n=1)
     offer = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(known)}"
-    raise UserError("there is no such recipe", where=address, fix=offer)
+    raise UserError("there is no such recipe", where=without_secret(address), fix=offer)
 
 
 def dump(recipe: Recipe) -> str:

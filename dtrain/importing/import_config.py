@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dtrain.config.load import to_yaml
+from dtrain.config.load import check_no_secrets, to_yaml
 from dtrain.config.schema import Recipe
-from dtrain.config.yaml_document import read_document
+from dtrain.config.yaml_document import YamlDocument, read_document
 from dtrain.core.errors import UserError
 from dtrain.importing import axolotl, llama_factory, trl
 from dtrain.importing.foreign_config import ForeignConfig, Note, Outcome
@@ -84,12 +84,15 @@ def import_config(path: Path, processes: int) -> ForeignConfig:
     Raises:
         UserError: it is none, or it trains what dtrain cannot.
     """
-    values = read_document(path).values
+    document = read_document(path)
+    check_no_secrets(document)
+    values = document.values
     tool = _tool_of(values, path)
     config = ForeignConfig(tool.name, path, values)
     tool.read(config, processes)
     _name_and_output(config)
     config.leave_rest()
+    check_no_secrets(YamlDocument(str(path), config.recipe))  # dataset_info.json, too
     return config
 
 

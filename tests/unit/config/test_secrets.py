@@ -97,3 +97,23 @@ def test_secret_in_a_sweep_is_refused(write) -> None:
         with pytest.raises(UserError, match="would be logged") as error:
             load_sweep(write(), options)
         assert "hunter2" not in str(error.value)
+
+
+def test_config_of_another_tool_with_a_secret_is_not_imported(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {"base_model": "m", "micro_batch_size": 1, "sequence_len": 64, "num_epochs": 1}
+    config["datasets"] = [{"path": SECRET, "type": "alpaca"}]
+    (tmp_path / "axolotl.yml").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["import", "axolotl.yml"])
+    assert isinstance(done.exception, UserError) and "would be logged" in str(done.exception)
+    assert "hunter2" not in f"{done.output}{done.exception}"
+    assert [path.name for path in tmp_path.iterdir()] == ["axolotl.yml"]
+
+
+@pytest.mark.parametrize("command", ["check", "data scan", "data show", "data extract"])
+def test_secret_of_the_command_line_is_not_repeated(tmp_path, monkeypatch, command) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["out", "--from", "markdown"] if command == "data extract" else []
+    done = CliRunner().invoke(app, [*command.split(), f"{SECRET}/rows.yaml", *more])
+    assert isinstance(done.exception, UserError)
+    assert "hunter2" not in f"{done.output}{done.exception}"
