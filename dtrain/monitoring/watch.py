@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dtrain.core.output import visible
 from dtrain.core.units import duration, size
 from dtrain.monitoring.run_state import RunState, StageState, read_state
 
@@ -27,18 +28,26 @@ def render_run(state: RunState) -> RenderableType:
     for title in COLUMNS:
         table.add_column(title, no_wrap=True)
     for stage in state.stages:
-        table.add_row(*_stage_cells(stage))
+        table.add_row(*map(_text, _stage_cells(stage)))
     parts: list[RenderableType] = [table]
-    parts += [Text(_curve_line(stage)) for stage in state.stages if stage.losses]
+    parts += [_text(_curve_line(stage)) for stage in state.stages if stage.losses]
     if state.reason:
-        parts.append(Text(state.reason, style="red"))
+        parts.append(_text(state.reason, "red"))
     for stage in state.stages:
-        parts += [Text(f"! {stage.name}: {alert}", style="yellow") for alert in stage.alerts]
-    parts += [
-        Text(log_line, style=DIM, no_wrap=True, overflow="ellipsis") for log_line in state.log
-    ]
-    headline = Text.assemble(state.name, " ", (_headline(state), COLORS.get(state.state, "yellow")))
-    return Panel(Group(*parts), title=headline, title_align="left", subtitle=state.folder)
+        parts += [_text(f"! {stage.name}: {alert}", "yellow") for alert in stage.alerts]
+    for line in state.log:
+        text = _text(line, DIM)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        parts.append(text)
+    color = COLORS.get(state.state, "yellow")
+    headline = Text.assemble(_text(state.name), " ", (_headline(state), color))
+    subtitle = _text(state.folder)
+    return Panel(Group(*parts), title=headline, title_align="left", subtitle=subtitle)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Other people's text: no markup, and nothing that steers the terminal."""
+    return Text(visible(text), style=style)
 
 
 def _headline(state: RunState) -> str:

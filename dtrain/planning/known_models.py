@@ -69,6 +69,24 @@ KNOWN = {
     "microsoft/Phi-3-medium-4k": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 32064),
     "microsoft/phi-4": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 100352),
 }
+# max_position_embeddings from the same pages, by the beginning of the name; the longest counts.
+# Where a chat model has fewer, they are the base model's.
+POSITIONS = {
+    "HuggingFaceTB/SmolLM2": 8192,
+    "meta-llama/Llama-2": 4096,
+    "codellama/": 16384,
+    "01-ai/Yi-34B": 4096,
+    "meta-llama/Meta-Llama-3": 8192,
+    "meta-llama/Llama-3.": 131_072,
+    "mistralai/Mistral-7B": 32768,
+    "Qwen/Qwen2.5": 131_072,
+    "Qwen/Qwen2.5-0.5B": 32768,
+    "Qwen/Qwen2.5-3B": 32768,
+    "Qwen/Qwen3": 40960,
+    "google/gemma": 8192,
+    "microsoft/Phi-3": 4096,
+    "microsoft/phi-4": 16384,
+}
 SUFFIXES = ("-instruct", "-chat", "-hf", "-it", "-base")
 
 
@@ -106,6 +124,8 @@ def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
     row = known_name(base)
     if row is not None:
         config = {k: v for k, v in KNOWN[row]._asdict().items() if v is not None}
+        if prefixes := [prefix for prefix in POSITIONS if row.startswith(prefix)]:
+            config["max_position_embeddings"] = POSITIONS[max(prefixes, key=len)]
         return config, f"dtrain's table of shapes ({row})"
     if _is_path(base):
         raise UserError(

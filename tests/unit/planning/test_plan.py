@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
@@ -81,6 +86,36 @@ def test_a_plan_that_does_not_fit_suggests_changes() -> None:
     assert "would fit      stages.domain.method.kind=qlora" in text
     arguments = plan.stages[0].suggestions[0].arguments("domain").split()
     assert plan_of("70b-lora-zero3", *arguments, gpu="rtx4090").stages[0].fit.verdict == FITS
+
+
+def test_sequences_beyond_the_base_are_said_without_the_base() -> None:
+    longer = "stages.task.data.sequence_length=65536"
+    done = invoke("plan", "7b-lora", "model.base=meta-llama/Llama-2-7b", longer)
+    assert "stages.task.data: sequence_length is 65536, but the model has 4096" in done.stderr
+    assert "positions" not in invoke("plan", "7b-lora", longer).stderr
+
+
+def test_colors_only_on_a_terminal_that_wants_them() -> None:
+    command = [sys.executable, "-c", "from dtrain.cli import main; main()", "plan", "tiny"]
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
+    assert b"\x1b[1;32mFITS" in on_terminal(command, environment)
+    assert b"\x1b" not in on_terminal(command, environment | {"NO_COLOR": "1"})
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert b"FITS" in done.stdout and b"\x1b" not in done.stdout
+
+
+def on_terminal(command: list[str], environment: dict[str, str]) -> bytes:
+    """What a command prints on a terminal."""
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(command, stdout=inner, stderr=inner, env=environment)
+    os.close(inner)
+    data = b""
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(outer, 65536):
+            data += part
+    os.close(outer)
+    assert process.wait() == 0
+    return data
 
 
 def test_the_peak_and_the_least_say_when_they_differ() -> None:
