@@ -35,6 +35,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "diff": ("dtrain diff /models/Llama-3.1-8B merged --top 5",),
     "adapters": ("dtrain adapters runs/mine", "dtrain adapters runs --json"),
     "combine": ("dtrain combine runs/mine/domain/adapter runs/mine/task/adapter both --rank 32",),
+    "push": (
+        "dtrain push runs/mine alice/python-docs --private",
+        "dtrain push runs/mine alice/python-docs-lora --stage task --adapter --dry-run",
+    ),
+    "export": ("dtrain export runs/mine python-docs.gguf",),
     "serve": ("dtrain serve runs/mine",),
     "chat": ("dtrain chat runs/mine --adapter domain",),
     "generate": ("dtrain generate runs/mine --in prompts.jsonl --out answers.jsonl",),

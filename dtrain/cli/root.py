@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli import chat, data, import_config, jobs, merge, models, recipes, run, sweep, watch
+from dtrain.cli import (
+    chat,
+    data,
+    import_config,
+    jobs,
+    merge,
+    models,
+    publish,
+    recipes,
+    run,
+    sweep,
+    watch,
+)
 from dtrain.cli.examples import add_examples
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.os_errors import explained_os_errors
@@ -36,6 +48,7 @@ app.command("verify")(models.verify)
 app.command("diff")(models.diff)
 app.command("adapters")(models.adapters)
 app.command("combine")(models.combine)
+app.command("push")(publish.push)
 app.command("serve")(chat.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(chat.generate)
