@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,9 +66,39 @@ def push(
 
 
 def _verify(result: Result) -> None:
-    from dtrain.merge.verify import verify_model
+    from dtrain.core.lazy_import import import_fast
 
+    verify_model = import_fast("dtrain.merge.verify").verify_model
     if problems := verify_model(result.folder).problems:
         more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
         fix = "run the recipe again: what is damaged is rebuilt from the last checkpoint"
         raise UserError(f"{problems[0]}{more}", where=str(result.folder), fix=fix)
+
+
+def export(
+    address: Address,
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="A new file.")],
+    stage: StageName = None,
+) -> None:
+    """Write a merged model as a GGUF file for llama.cpp, by llama.cpp's converter.
+
+    The converter is `convert_hf_to_gguf.py` of the PATH, or the file that DTRAIN_GGUF_CONVERTER
+    names. Without one, the command to run elsewhere is printed, and the exit status is 2.
+    """
+    from dtrain.launching.commands import quote
+    from dtrain.serving import gguf, publish
+
+    out = out.expanduser()
+    gguf.check_output(out)
+    result = publish.find_result(address.expanduser(), stage)
+    if result.is_adapter:
+        raise UserError("is an adapter", where=str(address), fix="merge it first: dtrain merge")
+    converter = gguf.find_converter(os.environ)
+    if converter is None:
+        command = gguf.convert_command(["python", gguf.SCRIPT], result.folder, out.absolute())
+        print(" ".join(map(quote, command)))
+        fix = f"set {gguf.CONVERTER} to the script in a checkout of llama.cpp, or run the above"
+        raise UserError("llama.cpp's converter is not installed here", where=gguf.SCRIPT, fix=fix)
+    _verify(result)
+    gguf.convert(converter, result.folder, out)
+    print(out)
