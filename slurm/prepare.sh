@@ -18,4 +18,6 @@ DTRAIN_RECIPE="${DTRAIN_RECIPE:-7b-lora}"
 DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
 # A file of the working folder must not be imported as a module; a checkout's package must.
 [[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
-exec "${DTRAIN_ENV:-$DTRAIN_HOME/.venv}/bin/python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"
+python="${DTRAIN_ENV:-$DTRAIN_HOME/.venv}/bin/python" container=()
+[[ -z "${DTRAIN_CONTAINER:-}" ]] || source "$DTRAIN_HOME/slurm/container.sh"
+exec "${container[@]}" "$python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"

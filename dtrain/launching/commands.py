@@ -17,6 +17,7 @@ from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import compile_folder
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
+from dtrain.launching.container import python_command, srun_options
 
 WORKER = "dtrain.train"
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
@@ -126,7 +127,8 @@ def step_command(
     """
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}"]
     command += [f"--cpus-per-task={cores}"] if cores else []
-    command += [sys.executable, "-m", "dtrain.torchrun", f"--nnodes={nodes}"]
+    command += [*srun_options(os.environ), *python_command(os.environ)]
+    command += ["-m", "dtrain.torchrun", f"--nnodes={nodes}"]
     command += [f"--nproc-per-node={ranks}"]
     if nodes > 1:
         command += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={secrets.token_hex(8)}"]

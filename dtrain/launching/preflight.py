@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import Attempt, read_attempts, write_attempts
 from dtrain.launching.commands import ranks_per_node, step_command
+from dtrain.launching.container import python_command, srun_options
 from dtrain.launching.network import rendezvous_endpoint
 from dtrain.launching.node_checks import Fault, Report, find_faults
 
@@ -77,7 +77,8 @@ def probe_nodes(
     """Run node_probe.py on every node; return the reports of those that answered."""
     meeting = folder / f"preflight-{secrets.token_hex(4)}"
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
-    command += [sys.executable, "-m", "dtrain.launching.node_probe"]
+    command += [*srun_options(os.environ), *python_command(os.environ)]
+    command += ["-m", "dtrain.launching.node_probe"]
     command += [recipe.model.base, str(recipe_file), str(meeting), *nodes]
     try:
         text = output_of(command, NODES_SECONDS)

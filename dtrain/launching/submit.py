@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -15,6 +16,7 @@ from dtrain.core.files import read_json, write_atomic, write_json
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.commands import check_batches, quote, render
+from dtrain.launching.container import IMAGE, MOUNTS, mounts_text, recipe_mounts
 
 COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
 WARN_SECONDS = 300
@@ -112,7 +114,8 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
         environment=sys.prefix,
         preflight=resources.preflight,
         force=resources.force,
-        shared=shared_script(),
+        shared=shared_script("job.sh"),
+        **_container(recipe),
     )
     return _submission(script, run, "job", working, resources.after)
 
@@ -129,8 +132,19 @@ def preparation(recipe: Recipe, resources: Resources, working: Path) -> Submissi
         choices=resources.choices,
         environment=sys.prefix,
         recipe=RunDir(run).submitted_recipe,
+        shared=shared_script("container.sh"),
+        **_container(recipe),
     )
     return _submission(script, run, "prepare", working, resources.after)
+
+
+def _container(recipe: Recipe) -> dict[str, str]:
+    """The image that this shell's DTRAIN_CONTAINER names, and what the recipe needs in it."""
+    image = os.environ.get(IMAGE, "")
+    if "://" not in image and os.path.exists(image):
+        image = os.path.abspath(image)
+    more = os.environ.get(MOUNTS, "")
+    return {"container": image, "mounts": mounts_text(recipe_mounts(recipe), more) if image else ""}
 
 
 def _share(resources: Resources, gpus: int) -> tuple[int, str]:
@@ -163,12 +177,12 @@ def job_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:64] or "dtrain"
 
 
-def shared_script() -> Path:
-    """slurm/job.sh."""
+def shared_script(name: str) -> Path:
+    """A script of slurm/ that those of jobs source."""
     for folder in _FOLDERS:
-        if (folder / "job.sh").is_file():
-            return folder / "job.sh"
-    raise UserError("job.sh is missing", where=str(_FOLDERS[0]), fix="install dtrain again")
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{name} is missing", where=str(_FOLDERS[0]), fix="install dtrain again")
 
 
 def submit(recipe: Recipe, resources: Resources, working: Path, prepare: bool) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from cluster import ROOT, Cluster, wait_for
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "slurm").glob("*.sh") if path.stem != "job")
+SOURCED = ("job", "container")
+SCRIPTS = sorted(p.stem for p in (ROOT / "slurm").glob("*.sh") if p.stem not in SOURCED)
 CANARY = "canary-9f27c1"
 # Every Python process of a job imports this; it notes who parses a recipe before the first step.
 COUNT_PARSES = """
@@ -192,3 +194,51 @@ def test_submitit_job_trains(cluster, tmp_path):
     assert [a["outcome"] for a in attempts(run)] == ["warned", "finished"]
     for folder in [run, *(tmp_path / f"array-{number}" for number in range(3))]:
         assert (folder / "task/merged/config.json").is_file()
+
+
+# Pretended containers: a process starts in one as itself, and is noted.
+CONTAINERS = {
+    "apptainer": """\
+while [[ "$1" != "$DTRAIN_CONTAINER" ]]; do shift; done; shift
+echo "$@" >>"$NOTES"; exec "$@"
+""",
+    "srun": """\
+if [[ "$1" == --help ]]; then echo " --container-image=x"; exit; fi
+options=(); while [[ "$1" == --* ]]; do
+    [[ "$1" == --container-* ]] || options+=("$1")
+    [[ "$1" != --container-image=* ]] || image=1
+    shift
+done
+[[ -z "${image:-}" ]] || echo "$@" >>"$NOTES"
+exec REAL "${options[@]}" "$@"
+""",
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("program", "image"), [("apptainer", "x.sif"), ("srun", "docker://x")])
+def test_job_in_a_container_is_checked_trained_and_warned(
+    program, image, cluster, submit, tmp_path
+):
+    run, notes, programs = tmp_path / "run", tmp_path / "notes", tmp_path / "bin"
+    programs.mkdir()
+    real = cluster.run("which", "srun").stdout.strip()
+    text = CONTAINERS[program].replace("REAL", real)
+    for name, lines in ((program, text), ("python3", f'exec {sys.executable} "$@"\n')):
+        (programs / name).write_text(f"#!/bin/bash\n{lines}")
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes)}
+    environ |= {"DTRAIN_CONTAINER": image, "DTRAIN_PREFLIGHT": "on"}
+    keys = [*LONG, "launch.processes=1", f"output.folder={run}"]
+    job = submit("single-node", ["--nodes=2"], keys, **environ)
+    until_training(cluster, run, job)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    wait_for(
+        lambda: [a for a in attempts(run) if a["outcome"]] or None, 60, lambda: cluster.log_of(job)
+    )
+    cluster.run("scancel", job)
+    assert attempts(run)[0]["outcome"] == "warned", cluster.log_of(job)
+    lines = notes.read_text()
+    for module in ("supervisor", "launching.node_probe", "torchrun"):
+        assert f"-m dtrain.{module} " in lines
+    assert "all is well on 2 nodes" in cluster.log_of(job)

@@ -39,7 +39,8 @@ def test_quoted_values_survive_bash_unchanged(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_script_values_are_always_quoted(tmp_path):
+@pytest.mark.parametrize("is_in_container", [False, True])
+def test_script_values_are_always_quoted(is_in_container, tmp_path):
     hostile = "a'; touch x #\n#SBATCH --time=1\n$(touch x)"
     script = render(
         "prepare.sh.jinja",
@@ -50,9 +51,14 @@ def test_script_values_are_always_quoted(tmp_path):
         choices={},
         environment=hostile,
         recipe=hostile,
+        shared=hostile,
+        mounts=hostile,
+        container=hostile if is_in_container else "",
     )
-    line = f"exec {quote(hostile)}/bin/python -m dtrain.prepare {quote(hostile)}\n"
-    assert script.endswith(line)
+    if is_in_container:
+        assert f"DTRAIN_CONTAINER={quote(hostile)}\n" in script
+    else:
+        assert f"exec {quote(hostile)}/bin/python -m dtrain.prepare {quote(hostile)}\n" in script
     subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 
