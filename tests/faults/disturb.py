@@ -43,6 +43,8 @@ from starts import STAGES, STEPS, Start, final_hash
 from dtrain.core.errors import Exit
 
 INTERVAL = 5  # steps between saves
+# A save runs beside the steps, which take milliseconds here, and ends before the next one starts.
+MOST_LOST = 2 * INTERVAL - 1
 SPREAD_SECONDS = 0.3  # until the fault, from the step that was drawn
 OVERRIDES = ["evaluation.generation={}", "device=cpu"] + [
     f"stages.{stage}.{setting}"
@@ -238,7 +240,7 @@ class Campaign:
         self.fault.mend()
         lost = 0 if status == Exit.FINISHED else position(folder) - saved(folder)
         ends: ClassVar = FINISHED | (self.fault.ends if is_disturbed else {})
-        if status not in ends or lost > INTERVAL or not agrees(folder, status, ends[status]):
+        if status not in ends or lost > MOST_LOST or not agrees(folder, status, ends[status]):
             self.bad.append(f"{folder}, step {step}: status {status}, {lost} steps lost")
         if is_disturbed:
             self.lost[lost] += 1
@@ -272,7 +274,10 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dtrain-disturb-"))
     try:
-        return Campaign(folder, arguments).run()
+        status = Campaign(folder, arguments).run()
+        if status == 0:
+            shutil.rmtree(folder / "undisturbed")
+        return status
     finally:
         for name in ("runs", "logs"):
             subprocess.run(["umount", "-l", str(folder / name)], capture_output=True, check=False)
