@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from dtrain.core.errors import UserError
@@ -64,10 +65,11 @@ def share_with_group(folder: Path, parent: Path) -> None:
     is_shared = _can_group_read(parent, folder)
     for path in [folder, *folder.rglob("*")]:
         status = path.lstat()
-        if stat.S_ISDIR(status.st_mode):
-            path.chmod(status.st_mode & stat.S_ISGID | (0o750 if is_shared else 0o700))
-        elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            path.chmod(0o640 if is_shared else 0o600)
+        with suppress(OSError):  # a file system without modes must not end a finished training
+            if stat.S_ISDIR(status.st_mode):
+                path.chmod(status.st_mode & stat.S_ISGID | (0o750 if is_shared else 0o700))
+            elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                path.chmod(0o640 if is_shared else 0o600)
 
 
 def _can_group_read(parent: Path, folder: Path) -> bool:

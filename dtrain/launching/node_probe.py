@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import dtrain
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import compile_folder
 from dtrain.core.hardware import gpus
 from dtrain.core.hashes import file_hash
 from dtrain.launching.network import address_of, own_address
@@ -71,7 +71,7 @@ def probe(base: str, recipe: Path) -> dict[str, Any]:
         return report | {"problems": [f"the recipe cannot be read: {error}"], "free": {}}
     folders = {
         "run folder": recipe.parent,
-        "cache": cache_folder(),
+        "cache": compile_folder(),  # one that cannot be written to may hold all that is needed
         "temporary files": _temporary(),
     }
     report["free"] = {name: free_bytes(folder) for name, folder in folders.items()}
