@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,18 +30,21 @@ from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
 
 
-def load_recipe(address: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(address: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        address: a YAML file, or the name of a shipped recipe.
+        address: a YAML file, the name of a shipped recipe, or the values of one.
         overrides: `key.sub=value`, each value in YAML.
 
     Raises:
         UserError: the file cannot be read.
         UserErrors: all errors in the recipe, each with `file:line`.
     """
-    document = read_document(find_recipe(address))
+    if isinstance(address, Mapping):
+        document = YamlDocument("recipe", deepcopy(dict(address)))
+    else:
+        document = read_document(find_recipe(address))
     check_no_secrets(document, overrides)
     faults = apply_overrides(document, overrides)
     faults += expand_adapters(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from dtrain.core.errors import UserError
 Outcome = Literal["same", "renamed", "computed", "changed", "default", "left out", "off"]
 STAGE = "stages[]."
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1, which the tools read
+SECRET = re.compile("(hub|hf|auth|access|api)_token|api_key|secret|password|webhook")
 UNSET: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -37,7 +39,8 @@ class Note:
     why: str = ""
 
     def __str__(self) -> str:
-        old = f"{self.key}: {_shown(self.value)}" if self.key else ""
+        value = "(a secret)" if SECRET.search(self.key) else _shown(self.value)
+        old = f"{self.key}: {value}" if self.key else ""
         if not self.path:
             return f"{old}: {self.why}"
         if self.outcome in ("same", "renamed"):
