@@ -208,6 +208,7 @@ ANSWERS = {
         "chat_template_kwargs enable_thinking preserve_thinking split_thinking "
         "template_thinking_key tool_format efficient_eos"
     ),
+    "set environment variables where the command starts": "env",
     "download the revision, and name its folder in model.base": (
         "model_revision revision_of_model hub_revision revision"
     ),

@@ -158,6 +158,7 @@ EQUIVALENTS = {
     "device": "use_cpu no_cuda",
     "determinism": "full_determinism enable_full_determinism deterministic",
     "seed": "random_seed rng_seed",
+    "engine.kind": "accelerate_config",
     "engine.offload": "fsdp_cpu_offload cpu_offload offload_params fsdp_offload_params",
     "engine.shard": (
         "dp_shard_size dp_replicate_size data_parallel_shard_dim data_parallel_replicate_dim"

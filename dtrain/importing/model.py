@@ -90,38 +90,42 @@ def _checkpointing(config: ForeignConfig, default: bool) -> None:
 
 
 def _engine(config: ForeignConfig) -> None:
+    launcher = str(config.get("accelerate_config") or "")  # of TRL's command: zero2, fsdp2, …
     if config.get("deepspeed"):
-        _deepspeed(config)
+        _deepspeed(config, "deepspeed")
+    elif "zero" in launcher:
+        _deepspeed(config, "accelerate_config")
+    elif "fsdp" in launcher:
+        config.put("engine.kind", "fsdp2", "accelerate_config")
     elif config.get("fsdp") or config.get("fsdp_config") or config.number("dp_shard_size"):
         _fsdp(config)
 
 
-def _deepspeed(config: ForeignConfig) -> None:
-    stage, offloads = _zero(config)
+def _deepspeed(config: ForeignConfig, key: str) -> None:
+    stage, offloads = _zero(config, key)
     if stage not in ("0", "1", "2", "3"):
-        config.leave("deepspeed", why="it is not here to read; set engine.kind to zero2 or zero3")
+        config.leave(key, why="it is not here to read; set engine.kind to zero2 or zero3")
         return
     kind = "zero3" if stage == "3" else "zero2" if stage in ("1", "2") else "ddp"
-    why = f"ZeRO-1 also shards the gradients; {FILE_SETTINGS}" if stage == "1" else FILE_SETTINGS
-    config.put("engine.kind", kind, "deepspeed", why=why)
+    why = f"zero2 also shards the gradients; {FILE_SETTINGS}" if stage == "1" else FILE_SETTINGS
+    config.put("engine.kind", kind, key, why=why)
     if offloads and kind == "zero3":
-        config.put("engine.offload", True, "deepspeed")
+        config.put("engine.offload", True, key)
     elif offloads:
-        config.put(
-            "engine.offload", False, "deepspeed", why=f"{kind} does not offload", changed=True
-        )
+        why = f"{kind} does not offload"
+        config.put("engine.offload", False, key, why=why, changed=True)
 
 
-def _zero(config: ForeignConfig) -> tuple[str, bool]:
+def _zero(config: ForeignConfig, key: str) -> tuple[str, bool]:
     """The ZeRO stage and whether it offloads, from the file, the group or the file's name."""
-    value = config.get("deepspeed")
+    value = config.get(key)
     content = value if isinstance(value, dict) else _json_beside(config, str(value))
     if content is not None:
         zero = content.get("zero_optimization")
         zero = zero if isinstance(zero, dict) else {}
         return str(zero.get("stage", 0)), any(
-            isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none"
-            for key in ("offload_param", "offload_optimizer")
+            isinstance(zero.get(name), dict) and zero[name].get("device", "none") != "none"
+            for name in ("offload_param", "offload_optimizer")
         )
     name = Path(str(value)).name.lower()
     stage = re.search(r"z(?:ero)?[-_]?([0-3])", name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtrain import Run, load_recipe, run
+from dtrain import Run
 
 README = Path(__file__).parents[2] / "README.md"
 SHORT = ["stages.domain.train.steps=2", "evaluation.generation={}", "launch.processes=1"]
@@ -46,9 +46,6 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch, capsys) -> None:
     assert (result.model / "model.safetensors").exists()
     assert result.state.state == "finished"
 
-    again = run(names["recipe"])  # finished already
-    assert again == result and again.metrics() == result.metrics()
-
 
 SCRIPT = """
 import sys
@@ -60,7 +57,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_saves_and_the_same_call_resumes(tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupt_saves_before_it_ends(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     overrides = [*SHORT[1:], "stages.domain.train.steps=4000", "output.folder=run"]
     process = subprocess.Popen(
@@ -79,12 +76,8 @@ def test_an_interrupt_saves_and_the_same_call_resumes(tmp_path: Path, monkeypatc
     saved = Run(tmp_path / "run")
     assert saved.state.state == "interrupted"
     done = saved.metrics("domain")[-1]["step"]
-    assert 0 < done < 4000
-
-    steps = [f"stages.domain.train.steps={done + 2}", "stages.task.train.steps=2"]
-    resumed = run(load_recipe("tiny", [*overrides, *steps]), allow_change=["train.steps"])
-    numbers = [row["step"] for row in resumed.metrics("domain") if "loss" in row]
-    assert numbers == list(range(1, done + 3))
+    [checkpoint] = (saved.folder / "domain" / "checkpoints").glob("step-*")
+    assert 0 < done < 4000 and checkpoint.name == f"step-{done:06}"
 
 
 @pytest.fixture(autouse=True)

@@ -234,6 +234,33 @@ def test_a_deepspeed_file_beside_the_config_decides_the_engine(workspace: Path) 
     assert (engine.kind, engine.offload) == ("zero3", True)
 
 
+@pytest.mark.parametrize(
+    ("line", "engine"),
+    [
+        ("accelerate_config: zero3", ("zero3", False)),
+        ("accelerate_config: fsdp2", ("fsdp2", False)),
+        ("accelerate_config: multi_gpu", ("auto", False)),
+        ("deepspeed: examples/deepspeed/ds_z3_offload_config.json", ("zero3", True)),
+        ("deepspeed: deepspeed_configs/zero1.json", ("zero2", False)),
+        ("deepspeed: {zero_optimization: {stage: 2}}", ("zero2", False)),
+        ("fsdp: full_shard auto_wrap", ("fsdp2", False)),
+    ],
+)
+def test_an_engine_is_found_by_its_name(workspace: Path, line: str, engine) -> None:
+    text = (workspace / "trl" / "sft_lora.yaml").read_text()
+    (workspace / "own.yaml").write_text(f"{text}\n{line}\n")
+    found = recipe_of("own.yaml").engine
+    assert (found.kind, found.offload) == engine
+
+
+def test_a_secret_is_not_shown(workspace: Path) -> None:
+    text = (workspace / "trl" / "sft_lora.yaml").read_text()
+    (workspace / "own.yaml").write_text(text + "\nhub_token: hf_1234\nswanlab_api_key: abcd\n")
+    config = import_config(Path("own.yaml"), 1)
+    shown = "\n".join([*report(config), recipe_text(config)])
+    assert "hub_token: (a secret)" in shown and "hf_1234" not in shown and "abcd" not in shown
+
+
 AXOLOTL = "base_model: x\nsequence_len: 64\nmicro_batch_size: 1\nlearning_rate: 1e-4\n"
 TRL = "model_name_or_path: x\ndataset_name: data/own.jsonl\n"
 FACTORY = "model_name_or_path: x\ncutoff_len: 64\n"
