@@ -48,8 +48,9 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from dtrain import load_recipe, run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     run(load_recipe("tiny", sys.argv[1:]))
 except KeyboardInterrupt:
@@ -66,13 +67,15 @@ def test_an_interrupt_saves_before_it_ends(tmp_path: Path, monkeypatch) -> None:
         text=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},
     )
-    assert process.stdout is not None
     metrics = tmp_path / "run" / "domain" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert "INTERRUPTED" in process.communicate(timeout=120)[0]
+    try:
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert "INTERRUPTED" in process.communicate(timeout=120)[0]
+    finally:
+        process.kill()  # the run dies with it
     saved = Run(tmp_path / "run")
     assert saved.state.state == "interrupted"
     done = saved.metrics("domain")[-1]["step"]
