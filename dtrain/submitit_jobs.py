@@ -26,6 +26,7 @@ from dtrain.core.files import write_atomic
 from dtrain.core.ownership import keep_private, make_private_folder
 from dtrain.core.run_dir import EXIT_REPORT, RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
+from dtrain.planning.known_models import check_downloaded, check_trainable
 from dtrain.supervisor import Supervisor
 
 WARN_SECONDS = 300
@@ -101,10 +102,13 @@ def submit(
         more: parameters of submitit's executor, for example slurm_partition.
 
     Raises:
-        UserError: a recipe is wrong, or the folder is another user's.
+        UserError: a recipe is wrong, its base was not downloaded, or the folder is another user's.
     """
-    for recipe in recipes:
-        load_recipe(recipe, overrides)
+    for address in recipes:
+        recipe = load_recipe(address, overrides)
+        check_trainable(recipe.model.base)
+        if executor == "slurm" and os.environ.get("DTRAIN_FORCE") != "1":
+            check_downloaded(recipe, "DTRAIN_FORCE=1")
     # The jobs unpickle what they find there. submitit replaces %j and the like by the job's id.
     make_private_folder(Path(str(folder).partition("%")[0]))
     chosen = submitit.AutoExecutor(folder=folder, cluster=executor)

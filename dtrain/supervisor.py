@@ -35,7 +35,7 @@ from dtrain.launching.commands import (
 from dtrain.launching.network import rendezvous_endpoint
 from dtrain.launching.preflight import check_allocation, handle_faults
 from dtrain.planning.fit_gate import check_job
-from dtrain.planning.known_models import check_trainable
+from dtrain.planning.known_models import check_downloaded, check_trainable
 
 LOCK_SECONDS = 120  # a worker whose launcher was killed may take a while to end
 REQUEUE_SECONDS = 600
@@ -75,6 +75,8 @@ class Supervisor:
         """
         check_trainable(recipe.model.base)
         check_job(recipe, self._environ)
+        if self._environ.get("DTRAIN_FORCE") != "1":
+            check_downloaded(recipe, "DTRAIN_FORCE=1")
         allocation = slurm.current_allocation(self._environ)
         command = self.begin(recipe, allocation)
         run = run_dir_of(recipe)

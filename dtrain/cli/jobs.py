@@ -29,7 +29,9 @@ GpuName = Annotated[
 ]
 Force = Annotated[
     bool,
-    typer.Option("--force", envvar="DTRAIN_FORCE", help="Submit what does not fit by the plan."),
+    typer.Option(
+        "--force", envvar="DTRAIN_FORCE", help="Submit in spite of the plan and missing inputs."
+    ),
 ]
 Prepare = Annotated[
     bool, typer.Option("--prepare", help="First tokenize and pack the data in a job without GPUs.")
@@ -62,16 +64,12 @@ def submit(
 ) -> None:
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
     from dtrain.config.load import load_recipe
-    from dtrain.data.check_rows import check_rows
-    from dtrain.evaluation.metric import check_metrics
     from dtrain.launching import submit as jobs
     from dtrain.launching.commands import run_dir_of, with_run_dir
-    from dtrain.planning.known_models import check_trainable, position_warnings
+    from dtrain.planning.known_models import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
-    check_trainable(settings.model.base)
-    check_rows(settings)
-    check_metrics(settings)
+    check_first(settings, force, dry_run)
     for line in position_warnings(settings):
         log(f"warning: {line}")
     run, working = run_dir_of(settings), Path.cwd()
@@ -100,6 +98,27 @@ def submit(
     print(f"submitted job {' and then '.join(job_ids)}; next:")
     for verb in ("status", "logs -f", "cancel"):
         print(f"  dtrain {verb} {jobs.quote(run.path)}")
+
+
+def check_first(recipe: Recipe, force: bool, dry_run: bool) -> None:
+    """Check the inputs of all stages, and that the nodes of a real job need not download a model.
+
+    Raises:
+        UserError: an input is missing or wrong, and the job is not forced.
+    """
+    from dtrain.pipeline.input_checks import check_inputs
+    from dtrain.planning.known_models import check_downloaded
+
+    report = check_inputs(recipe)
+    if not dry_run:
+        with report.collect():
+            check_downloaded(recipe, "--force")
+    for line in report.notes:
+        log(line)
+    if not force:
+        report.raise_errors()
+    for error in report.errors:
+        log(f"warning: {error}")
 
 
 def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool) -> None:

@@ -106,17 +106,62 @@ def verify(
     raise typer.Exit(Exit.USER_ERROR if report.problems else Exit.FINISHED)
 
 
-app = typer.Typer(help="Sample models and data.", no_args_is_help=True)
+app = typer.Typer(help="Models of the hub, and sample models and data.", no_args_is_help=True)
 
 
 @app.callback()
 def model() -> None:
-    """Sample models and data."""
+    """Models of the hub, and sample models and data."""
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="For example smollm2-135m.")]) -> None:
-    """Create a sample in the cache folder, and print its path."""
-    from dtrain.samples import ensure
+def fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|RECIPE|SAMPLE",
+            help="A hub id, a recipe (its base and teachers), or a sample such as smollm2-135m.",
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id; default: main.")
+    ] = None,
+) -> None:
+    """Download models into the hub client's cache, or build a sample; print their folders.
 
-    print(ensure(name))
+    Run it again to continue an interrupted download. HF_TOKEN opens gated and private models,
+    HF_HOME is the cache, HF_ENDPOINT another hub.
+
+    Example: dtrain model fetch meta-llama/Llama-3.1-70B
+    """
+    from dtrain.cli.data import is_recipe
+    from dtrain.config.load import load_recipe
+
+    models = [("model fetch", name, revision)]
+    if is_recipe(name):
+        models = [*load_recipe(name).models]
+    for key, address, version in models:
+        print(fetch_model(key, address, version))
+
+
+def fetch_model(key: str, address: str, revision: str | None) -> Path:
+    """The folder of a model, which is downloaded or built first.
+
+    Args:
+        key: of the recipe, for errors.
+        revision: of a hub id.
+
+    Raises:
+        UserError: there is no such model, or the hub cannot be reached.
+    """
+    from dtrain.core.cache_paths import hub_id, sample_name
+    from dtrain.samples import ensure
+    from dtrain.samples.make import SAMPLES
+
+    if sample := address if address in SAMPLES else sample_name(address):
+        return ensure(sample)
+    from dtrain.models import hub
+
+    if hub_id(address):
+        return hub.download(address, key, revision)
+    return hub.base_folder(address, key)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -60,52 +60,22 @@ def copy(
     print(f"wrote {target}; edit it, then: dtrain run {target}")
 
 
-if TYPE_CHECKING:
-    from dtrain.config.schema import Recipe
-
-
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
-    """Print a recipe with all defaults, or all its errors."""
+    """Print a recipe with all defaults, or all errors of its keys, data, base and adapters."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.data.check_rows import check_rows
-    from dtrain.evaluation.metric import check_metrics, unreachable
-    from dtrain.planning.known_models import check_trainable, position_warnings
+    from dtrain.evaluation.metric import unreachable
+    from dtrain.pipeline.input_checks import NOT_CHECKED, check_inputs
+    from dtrain.planning.known_models import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
-    check_trainable(settings.model.base)
-    check_rows(settings)
-    check_metrics(settings)
+    report = check_inputs(settings)
+    for line in report.notes:
+        print(wrapped(line, sys.stderr), file=sys.stderr)
+    report.raise_errors()
     for line in (*position_warnings(settings), *unreachable(settings)):
         print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)
     print(dump(settings), end="")
-    for note in template_notes(settings):
-        print(wrapped(note, sys.stderr), file=sys.stderr)
-
-
-def template_notes(recipe: Recipe) -> Iterator[str]:
-    """Warnings about stages whose chat template does not end a turn."""
-    from dtrain.config.objectives import OBJECTIVES
-    from dtrain.data.end_of_turn import closes_turns
-    from dtrain.planning.known_models import find_config
-
-    try:
-        config = Path(
-            find_config(recipe.model.base)[1]
-        )  # or a description, if the base is not on this machine
-        base = config.parent if config.is_file() else None
-    except UserError:
-        base = None
-    for stage in recipe.stages:
-        if OBJECTIVES[stage.kind].trains_on_answers:
-            closes = closes_turns(stage.data.template, base)
-            where = f"stages.{stage.name}.data.template: {stage.data.template}"
-            if closes is None:
-                yield f"{where}: not checked here; `dtrain data scan` checks it"
-            elif not closes:
-                yield (
-                    f"warning: {where}: the end of a turn has no loss: "
-                    "the model will not learn to stop"
-                )
+    print(wrapped(NOT_CHECKED, sys.stderr), file=sys.stderr)
 
 
 def schema() -> None:

@@ -39,14 +39,12 @@ def run(
 ) -> None:
     """Train on this machine; run it again to resume."""
     from dtrain.config.load import dump, load_recipe
-    from dtrain.evaluation.metric import check_metrics
     from dtrain.launching.commands import ranks_per_node, run_dir_of, with_run_dir
-    from dtrain.planning.known_models import check_trainable
+    from dtrain.pipeline.input_checks import check_inputs
 
     end_on_interrupt(INTERRUPTED_EARLY)
     settings = load_recipe(recipe, overrides or [])
-    check_trainable(settings.model.base)
-    check_metrics(settings)
+    check_inputs(settings).raise_errors()
     run_dir = run_dir_of(settings)
     if fresh:
         run_dir = create_numbered(run_dir.path)

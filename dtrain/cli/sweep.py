@@ -76,7 +76,7 @@ def sweep(
 ) -> None:
     """Search a recipe's settings for the lowest loss; run it again to continue."""
     from dtrain.config.sweep import load_sweep, parse_option
-    from dtrain.planning.known_models import check_trainable
+    from dtrain.pipeline.input_checks import check_inputs
 
     parameters = [parse_option(text, is_list=True) for text in grid or []]
     parameters += [parse_option(text, is_list=False) for text in sample or []]
@@ -96,7 +96,7 @@ def sweep(
     if slurm or job_options:
         options["slurm"] = job_options
     settings = load_sweep(address, options | {"parameters": dict(parameters)}, overrides or [])
-    check_trainable(settings.recipe_of({}).model.base)
+    check_inputs(settings.recipe_of({})).raise_errors()
     run_sweep(settings, dry_run=dry_run, gpu=gpu, price=price)
 
 

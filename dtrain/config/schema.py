@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -26,6 +27,9 @@ class Model(Group):
     """The base model and how it computes."""
 
     base: Text = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
+    revision: Text | None = Field(
+        None, description="branch, tag or commit of a hub id; default: its main branch"
+    )
     dtype: Dtype = Field(
         "auto",
         description=(
@@ -418,6 +422,12 @@ class Recipe(Group):
             for key, group in groups.items()
             if group is not None and group.teacher_folder is not None
         }
+
+    @property
+    def models(self) -> Iterator[tuple[str, str, str | None]]:
+        """Key, address and revision of the base and of every teacher."""
+        yield "model.base", self.model.base, self.model.revision
+        yield from ((key, address, None) for key, address in self.teachers.items())
 
     def merges(self, stage: Stage) -> bool:
         """Whether a stage is merged: for a later stage, or because `output.merge` asks for it."""

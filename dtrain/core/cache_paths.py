@@ -1,4 +1,4 @@
-"""Paths in the cache, which holds only what dtrain can rebuild."""
+"""Paths in dtrain's cache, which holds only what it can rebuild, and in the hub client's."""
 
 from __future__ import annotations
 
@@ -89,3 +89,27 @@ def hub_id(address: str) -> str | None:
     """The address of a model, if it can only be an id on the hub: no sample, folder or path."""
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", address, re.ASCII) is not None
     return address if is_id and not local_path(address).is_dir() else None
+
+
+def hub_cache() -> Path:
+    """The cache of the hub's client: `$HF_HUB_CACHE`, else `$HF_HOME/hub`."""
+    home = os.environ.get("HF_HOME") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def hub_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub id in the cache of the hub's client, whose import takes a second.
+
+    Args:
+        revision: branch, tag or commit; default: main.
+
+    Returns:
+        None if nothing of that revision was downloaded.
+    """
+    repository, commit = hub_cache() / f"models--{name.replace('/', '--')}", revision or "main"
+    with suppress(OSError):  # a commit has no file there
+        commit = (repository / "refs" / commit).read_text(encoding="utf-8").strip()
+    snapshot = repository / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None

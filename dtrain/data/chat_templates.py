@@ -188,15 +188,33 @@ def template_text(setting: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return _own_template(tokenizer)
     if setting == "instruction":
         return _instruction(tokenizer)
+    return read_template(setting)
+
+
+def read_template(path: str) -> str:
+    """The text of a jinja file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        return read_text(local_path(setting))
+        return read_text(local_path(path))
     except UserError as error:
         raise UserError(
             f"the template cannot be used: {error.message}",
-            where=f"template: {setting}",
+            where=f"template: {path}",
             fix=error.fix
             or "name a jinja file, or write `template: auto` or `template: instruction`",
         ) from error
+
+
+def no_template_error(where: str = "data.template: auto") -> UserError:
+    """The error of a base without a chat template."""
+    return UserError(
+        "the tokenizer has no chat template",
+        where=where,
+        fix="set `template: instruction` (for a base model), or name a jinja file",
+    )
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -204,11 +222,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise UserError(
-            "the tokenizer has no chat template",
-            where="data.template: auto",
-            fix="set `template: instruction` (for a base model), or name a jinja file",
-        )
+        raise no_template_error()
     return str(template)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import nodes
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -19,12 +19,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.data.chat_templates import RENDER_SECONDS, ChatTemplate, LimitExceeded, resource_limits
+from dtrain.data.chat_templates import (
+    RENDER_SECONDS,
+    ChatTemplate,
+    LimitExceeded,
+    no_template_error,
+    read_template,
+    resource_limits,
+)
 from dtrain.data.conversations import Conversation, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MORE_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several
 PROBE, ANSWER = "\U000f0000", "\U000f0001"  # private use characters, none of `template_fields`
 
 
@@ -190,6 +198,33 @@ def closes_turns(setting: str, base: Path | None) -> bool | None:
             return known and any(known)
     except (Exception, LimitExceeded):  # `resolve_template` reports the error
         return None
+
+
+def check_template(setting: str, base: Path | None) -> None:
+    """Check that the recipe's `template` exists and is jinja, as far as no tokenizer is needed.
+
+    Args:
+        setting: auto, instruction, or the path of a jinja file.
+        base: the base model's folder, if it is on this machine.
+
+    Raises:
+        UserError: the file cannot be read, the text is not jinja, or `auto` finds no template.
+    """
+    if setting == "instruction":
+        return
+    if setting == "auto":
+        config = _read_json(base / "tokenizer_config.json") if base else {}
+        text = _own_text(base, config)
+        if text is None and config and base and not (base / MORE_TEMPLATES).is_dir():
+            raise no_template_error("template: auto")
+    else:
+        text = read_template(setting)
+    try:
+        _ = LightTemplate(text or "", ())._compiled
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
+        ) from error
 
 
 def _own_text(base: Path | None, config: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -199,16 +199,21 @@ def _check_file_kind(source_file: SourceFile, row_format: str) -> None:
         raise UserError(message, where=source_file.name, fix="format: text")
 
 
-def files_of_format(source_files: list[SourceFile], row_format: str) -> list[SourceFile]:
-    """The files of a source that can contain rows of a format; says which are left out.
+def files_of_format(
+    source_files: list[SourceFile], row_format: str, report: Callable[[str], None] = say
+) -> list[SourceFile]:
+    """The files of a source that can contain rows of a format; reports which are left out.
 
     A folder of conversations may contain a README.md; a source of texts reads it.
+
+    Args:
+        report: takes that line.
     """
     with_rows = [source_file for source_file in source_files if not source_file.is_prose]
     if row_format == "text" or not with_rows or len(with_rows) == len(source_files):
         return source_files
     prose = [Path(source_file.name) for source_file in source_files if source_file.is_prose]
-    say(
+    report(
         f"{prose[0].parent}: leaves out files of plain text, as the rows of the source are "
         f"{row_format}: {count_by_type(prose)}"
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Source
-from dtrain.core.cache_paths import local_path
+from dtrain.core.cache_paths import local_path, sample_folder, sample_name
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.hash_cache import FileIdentity
 from dtrain.core.hashes import fingerprint
@@ -93,45 +93,86 @@ def find_source_files(source: Source, cache: Path) -> list[SourceFile]:
     """
     if is_remote(source.path):
         copies = fetch(source.path, cache, readable_files)
-        source_files = _files([copy for _, copy in copies], source)
+        source_files = _files(_readable([copy for _, copy in copies], source), source)
         return [
             replace(source_file, name=url)
             for source_file, (url, _) in zip(source_files, copies, strict=True)
         ]
     path = local_path(source.path)
-    if path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES):
+    if _is_saved_dataset(path):
         return [_saved(path, source)]
-    if path.is_dir():
-        return _files(_in_folder(path), source)
-    if path.exists():
-        return _files([path], source)
-    if glob.has_magic(str(path)):
-        return _files(_matches(path), source)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
-        return [_from_hub(source)]
-    raise UserError("no such file", where=source.path, fix="correct `path`, or create the file")
+    paths = _local_paths(source, say)
+    return [_from_hub(source)] if paths is None else _files(paths, source)
 
 
-def files_here(source: Source) -> list[SourceFile]:
-    """The source's file, or those of its glob, without identities, which take a pass over them.
+def _is_saved_dataset(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES)
 
-    None of folders, data sets, and what is not on this machine.
+
+def _local_paths(source: Source, report: Callable[[str], None]) -> list[Path] | None:
+    """The file, the files of a folder or those of a glob; None for what may be on the hub.
+
+    Args:
+        report: takes a line about files that are left out.
+
+    Raises:
+        UserError: there is nothing, or nothing that can be read.
     """
-    paths = [] if is_remote(source.path) else _matches(local_path(source.path))
-    return [SourceFile(str(path), kind, "", path) for path in paths if (kind := file_kind(path))]
+    path = local_path(source.path)
+    if path.is_dir():
+        paths = _in_folder(path, report)
+    elif path.exists():
+        paths = [path]
+    elif glob.has_magic(str(path)):
+        paths = _matches(path)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
+        return None
+    else:
+        raise UserError("no such file", where=source.path, fix="correct `path`, or create the file")
+    return _readable(paths, source)
+
+
+def _readable(paths: list[Path], source: Source) -> list[Path]:
+    """The paths, of which there is at least one, and all are of known types."""
+    if not paths:
+        raise UserError(
+            f"no readable files here ({', '.join(SUFFIXES)})",
+            where=source.path,
+            fix="correct `path`; ** includes subfolders",
+        )
+    if unknown := [path for path in paths if not file_kind(path)]:
+        raise _unknown_kind(unknown[0])
+    return paths
+
+
+def files_here(source: Source, report: Callable[[str], None] = say) -> list[SourceFile]:
+    """The source's files without identities, which take a pass over them.
+
+    None of URLs, data sets of the `datasets` library, and samples that are not built yet.
+
+    Args:
+        report: takes a line about files that are left out.
+
+    Raises:
+        UserError: as `find_source_files`.
+    """
+    sample = sample_name(source.path)
+    is_unbuilt = sample is not None and not sample_folder(sample).is_dir()
+    if is_remote(source.path) or is_unbuilt or _is_saved_dataset(local_path(source.path)):
+        return []
+    paths = _local_paths(source, report) or []
+    return [SourceFile(str(path), file_kind(path), "", path) for path in paths]
 
 
 def _matches(path: Path) -> list[Path]:
-    """The file at a path, or the files that a glob matches."""
-    if path.is_file():
-        return [path]
+    """The files that a glob matches."""
     matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     return [file for file in matches if file.is_file()]
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, report: Callable[[str], None]) -> list[Path]:
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [folder / name for name in readable_files(names, str(folder))]
+    files = [folder / name for name in readable_files(names, str(folder), report)]
     inside = folder.resolve()
     for path in files:  # write access to the folder must not allow reading other files
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
@@ -141,16 +182,19 @@ def _in_folder(folder: Path) -> list[Path]:
     return files
 
 
-def readable_files(names: Iterable[Path], folder: str) -> list[Path]:
-    """The files of known types in a folder, sorted; says how many others it skips.
+def readable_files(
+    names: Iterable[Path], folder: str, report: Callable[[str], None] = say
+) -> list[Path]:
+    """The files of known types in a folder, sorted; reports how many others it skips.
 
     Args:
         names: of all its files, relative to it; hidden ones, and those in hidden folders, are not
             counted.
+        report: takes that line.
     """
     visible = sorted(x for x in names if not any(part.startswith(".") for part in x.parts))
     if skipped := [name for name in visible if not file_kind(name)]:
-        say(f"{folder}: skips files of types that it cannot read: {count_by_type(skipped)}")
+        report(f"{folder}: skips files of types that it cannot read: {count_by_type(skipped)}")
     return [name for name in visible if file_kind(name)]
 
 
@@ -161,14 +205,6 @@ def count_by_type(paths: Iterable[Path]) -> str:
 
 
 def _files(paths: list[Path], source: Source) -> list[SourceFile]:
-    if not paths:
-        raise UserError(
-            f"no readable files here ({', '.join(SUFFIXES)})",
-            where=source.path,
-            fix="correct `path`; ** includes subfolders",
-        )
-    if unknown := [path for path in paths if not file_kind(path)]:
-        raise _unknown_kind(unknown[0])
     sizes = [path.stat().st_size for path in paths]
     is_slow = sum(sizes) >= PROGRESS_FROM_BYTES
     source_files = []

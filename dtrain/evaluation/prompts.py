@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dtrain.config.generation import METRICS, GenerationSet
 from dtrain.config.schema import Recipe, Source
 from dtrain.core.cache_paths import cache_folder
+from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.hashes import fingerprint
 from dtrain.data.chat_templates import ChatTemplate, answering_template, render_prompt
+from dtrain.data.check_rows import unread_note
 from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.formats import convert_row, detect_format
 from dtrain.data.readers import iter_rows
-from dtrain.data.sources import find_source_files
+from dtrain.data.sources import SourceFile, files_here, find_source_files
 from dtrain.evaluation.metric import Metric, PromptRow, build_metrics
 from dtrain.serving.run_models import template_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Settings that do not change what a model answers and how answers are scored; the rows count.
 NEUTRAL_KEYS: dict[str, Any] = dict.fromkeys(
@@ -85,14 +89,33 @@ def _prepare(
 
 
 def _check_row(row: PromptRow, metrics: dict[str, Metric], template: ChatTemplate) -> None:
+    _check_reference(row, metrics)
     rendered = ""
     if row.reference is not None:
         rendered = template.render(row.conversation)
-    for kind, metric in metrics.items():
+    for metric in metrics.values():
+        metric.check_row(row, rendered)
+
+
+def _check_reference(row: PromptRow, metrics: Iterable[str]) -> None:
+    for kind in metrics:
         if row.reference is None and METRICS[kind].needs_reference:
             message = f"the row has no reference answer, which {kind} compares with"
             raise UserError(message, where=row.location, fix=f"add one, or remove {kind}")
-        metric.check_row(row, rendered)
+
+
+def check_prompts(recipe: Recipe, report: CheckReport) -> None:
+    """Check the rows of every set of prompts whose file is here, without the chat template."""
+    for name, settings in recipe.evaluation.generation.items():
+        where = f"evaluation.generation.{name}"
+        with report.collect():
+            with _named(f"{where}.path"):
+                files = files_here(_source(settings), report.note)
+            if not files:
+                report.note(unread_note(where, settings.path))
+                continue
+            for row in _rows(files, settings, where):
+                _check_reference(row, settings.metrics)
 
 
 def read_prompts(settings: GenerationSet, where: str) -> Iterator[PromptRow]:
@@ -104,13 +127,25 @@ def read_prompts(settings: GenerationSet, where: str) -> Iterator[PromptRow]:
     Raises:
         UserError: the file cannot be read, has no rows, or a row is no conversation.
     """
+    with _named(f"{where}.path"):
+        files = find_source_files(_source(settings), cache_folder() / "stores")
+    yield from _rows(files, settings, where)
+
+
+def _source(settings: GenerationSet) -> Source:
+    return Source(path=settings.path, columns=settings.columns)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Add the key of the recipe to an error."""
     try:
-        source = Source(path=settings.path, columns=settings.columns)
-        files = find_source_files(source, cache_folder() / "stores")
+        yield
     except UserError as error:
-        raise UserError(
-            error.message, where=f"{where}.path: {error.where}", fix=error.fix
-        ) from error
+        raise UserError(error.message, where=f"{key}: {error.where}", fix=error.fix) from error
+
+
+def _rows(files: list[SourceFile], settings: GenerationSet, where: str) -> Iterator[PromptRow]:
     rows = (
         (parse(), file.location(number))
         for file in files

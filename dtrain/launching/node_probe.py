@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import dtrain
-from dtrain.core.cache_paths import compile_folder
+from dtrain.core.cache_paths import compile_folder, hub_id, local_path, sample_name
+from dtrain.core.errors import UserError
 from dtrain.core.hardware import gpus
 from dtrain.core.hashes import file_hash
+from dtrain.core.weight_files import read_header, undownloaded, weight_files
 from dtrain.launching.network import address_of, own_address
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy")
@@ -45,24 +47,26 @@ def main(argv: list[str] | None = None) -> int:
     """Probe this node, print the report."""
     parser = argparse.ArgumentParser(prog="dtrain.launching.node_probe")
     parser.add_argument("base", help="model.base of the recipe")
+    parser.add_argument("--revision", help="of a base on the hub")
     parser.add_argument("recipe", type=Path, help="the resolved recipe")
     parser.add_argument("meeting", type=Path, help="a folder that all nodes should see")
     parser.add_argument("nodes", nargs="+")
     arguments = parser.parse_args(argv)
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    report = {"node": name, **probe(arguments.base, arguments.recipe)}
+    report = {"node": name, **probe(arguments.base, arguments.recipe, arguments.revision)}
     report |= probe_links(name, arguments.nodes, arguments.meeting)
     # One write, so that the lines of several nodes do not mix.
     sys.stdout.write(f"{json.dumps(report)}\n")
     return 0
 
 
-def probe(base: str, recipe: Path) -> dict[str, Any]:
+def probe(base: str, recipe: Path, revision: str | None = None) -> dict[str, Any]:
     """Everything but the links to other nodes.
 
     Args:
         base: model of the recipe.
         recipe: file of the resolved recipe, in the run folder.
+        revision: of a base on the hub.
     """
     report: dict[str, Any] = {"versions": versions(), "gpus": gpus()}
     try:
@@ -76,7 +80,7 @@ def probe(base: str, recipe: Path) -> dict[str, Any]:
     }
     report["free"] = {name: free_bytes(folder) for name, folder in folders.items()}
     problems = (write_problem(folder, name) for name, folder in folders.items())
-    report["problems"] = [p for p in (*problems, base_problem(base)) if p]
+    report["problems"] = [p for p in (*problems, base_problem(base, revision)) if p]
     return report
 
 
@@ -115,20 +119,26 @@ def write_problem(folder: Path, name: str) -> str | None:
     return None
 
 
-def base_problem(base: str) -> str | None:
-    """What is wrong with a base model that is a folder; the headers of its weights are read."""
-    folder = Path(base).expanduser()
+def base_problem(base: str, revision: str | None = None) -> str | None:
+    """What is wrong with a base model on this node; the headers of its weights are read."""
+    if hub_id(base):
+        problem = undownloaded(base, revision)
+        if not problem or os.environ.get("DTRAIN_FORCE") == "1":
+            return None
+        return f"base model: {problem}: dtrain model fetch {base}"
+    folder = local_path(base)
     if not folder.is_dir():
-        looks_like_path = base.startswith(("/", "~", "."))
-        return f"base model {base}: there is no such folder" if looks_like_path else None
+        is_sample = sample_name(base) is not None
+        return None if is_sample else f"base model {base}: there is no such folder"
     try:
-        for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-            with open(path, "rb") as file:
-                head = file.read(8)
-                if path.suffix == ".safetensors":
-                    json.loads(file.read(struct.unpack("<Q", head)[0]))
-    except (OSError, ValueError, struct.error) as error:
-        return f"base model: {path}: {error}"
+        with open(folder / "config.json", "rb"):
+            pass
+        for path in weight_files(folder):
+            read_header(path)
+    except OSError as error:
+        return f"base model: {folder}: {error}"
+    except UserError as error:
+        return f"base model: {error.where}: {error.message}"
     return None
 
 

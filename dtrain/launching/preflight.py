@@ -79,6 +79,7 @@ def probe_nodes(
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
     command += [*srun_options(os.environ), *python_command(os.environ)]
     command += ["-m", "dtrain.launching.node_probe"]
+    command += [f"--revision={recipe.model.revision}"] if recipe.model.revision else []
     command += [recipe.model.base, str(recipe_file), str(meeting), *nodes]
     try:
         text = output_of(command, NODES_SECONDS)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.lazy_import import LazyModule
-from dtrain.models.weight_files import read_header, weight_files
+from dtrain.core.weight_files import read_header, weight_files
 
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")

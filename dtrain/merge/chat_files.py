@@ -63,8 +63,9 @@ def checkpoint_chat_files(run: Path, stage_name: str, base: Path) -> dict[str, s
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
-    run_base, trusts = base_folder(recipe.model.base), recipe.model.trust_remote_code
-    return adapter_chat_files(stage, base, load_tokenizer(run_base, trusts))
+    run_base = base_folder(recipe.model.base, revision=recipe.model.revision)
+    tokenizer = load_tokenizer(run_base, recipe.model.trust_remote_code)
+    return adapter_chat_files(stage, base, tokenizer)
 
 
 def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def stage_base(saved: StageCheckpoint) -> Path:
     if stage is None:
         raise UserError(f"has no stage {saved.stage!r}", where=str(run.recipe))
     if (parent := recipe.parent_of(stage)) is None:
-        return base_folder(recipe.model.base)
+        return base_folder(recipe.model.base, revision=recipe.model.revision)
     base = run.stage(parent.name).merged
     if not base.is_dir():
         raise UserError("is missing, but the stage started from it", where=str(base))

@@ -23,6 +23,7 @@ from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
 from dtrain.core.run_dir import MERGE_MANIFEST
 from dtrain.core.units import size
+from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.merge.base_tensors import (
     FLOATS,
     BaseTensors,
@@ -35,7 +36,6 @@ from dtrain.merge.provenance import combined_fingerprint
 from dtrain.merge.resumable_dir import ResumableDir
 from dtrain.merge.stream import AddedTensor, ChangeBlocks, rewrite_file
 from dtrain.models.peft_format import CONFIG
-from dtrain.models.weight_files import INDEX, SINGLE, read_header, weight_files
 
 # Files other than the weights: config, tokenizer, template, license, the model's code.
 COPIED_PATTERNS = (

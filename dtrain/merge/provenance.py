@@ -15,8 +15,8 @@ from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, StageDir
+from dtrain.core.weight_files import weight_files
 from dtrain.models.peft_format import COMBINED, read_adapter_origin
-from dtrain.models.weight_files import weight_files
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from dtrain.core.files import set_direct_io, write_all
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.log import Meter
 from dtrain.core.ownership import open_in_place
+from dtrain.core.weight_files import read_header
 from dtrain.merge.base_tensors import FLOATS, StoredTensor
 from dtrain.models.kernels.merge_rounding import round_into
-from dtrain.models.weight_files import read_header
 
 # Blocks of rows as stored → the same blocks with new values in any float dtype; all, in order.
 # A block's memory is reused soon: copy the blocks to hold several at once.

@@ -14,12 +14,12 @@ from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.weight_files import INDEX, read_header, weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.base_tensors import FLOATS, StoredTensor, stored_tensors
 from dtrain.merge.merge import FORMAT
 from dtrain.merge.stream import BLOCK_ELEMENTS
 from dtrain.models.peft_format import WEIGHTS
-from dtrain.models.weight_files import INDEX, read_header, weight_files
 
 FLOAT_DTYPES = FLOATS | {"F64": torch.float64}
 RAW_BYTES = 1 << 22  # at once, of a tensor whose values are not checked

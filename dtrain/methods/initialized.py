@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.weight_files import read_header, weight_files
 from dtrain.methods.adapter import ADAPTER
 from dtrain.methods.base import MethodContext
 from dtrain.methods.factor_store import Factors, FactorStore
@@ -37,7 +38,6 @@ from dtrain.models.difference import count_from_start, first_factors
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import rounded_to_nf4
 from dtrain.models.state_dict_names import match_state_dict
-from dtrain.models.weight_files import read_header, weight_files
 
 Decompose = Callable[[Tensor, int, float], Factors]
 """(W, r, s) → A₀ and B₀."""

@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.log import warn
+from dtrain.core.weight_files import check_complete, read_header, weight_files
 from dtrain.models import attention
 from dtrain.models.finite_weights import check_finite
 from dtrain.models.meta_model import build_meta_model, check_dense, first_line, linear_layers
@@ -30,7 +31,6 @@ from dtrain.models.quantize import (
     nf4_layers,
     pack_natively,
 )
-from dtrain.models.weight_files import check_complete, read_header, weight_files
 from dtrain.planning import shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -157,6 +157,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             transformers, or belongs to a model that dtrain does not train.
     """
     raw = shapes.read_config(folder / "config.json")
+    shapes.check_not_quantized(raw, str(folder / "config.json"))
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
@@ -258,8 +259,6 @@ def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) 
             where=where,
             fix="choose a causal language model",
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError("the base is already quantized", where=where, fix="use the original model")
 
 
 def _disable_dropout(config: PretrainedConfig) -> None:

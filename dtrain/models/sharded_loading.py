@@ -21,14 +21,13 @@ from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import check_complete, read_header, weight_files
+from dtrain.models.check_base import FLOATS, stored_quantized_error
 from dtrain.models.finite_weights import check_tensor
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
 from dtrain.models.state_dict_names import match_state_dict
-from dtrain.models.weight_files import check_complete, read_header, weight_files
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 
 
 class StreamedModel:
@@ -154,11 +153,7 @@ def check_dtype(folder: Path, name: str, stored: str, expected: Tensor) -> None:
         UserError: it is.
     """
     if expected.is_floating_point() and stored not in FLOATS:
-        raise UserError(
-            f"{name} is stored as {stored}, so this base is quantized",
-            where=str(folder),
-            fix="use the original model",
-        )
+        raise stored_quantized_error(name, stored, folder)
 
 
 def stream_base(

@@ -20,7 +20,8 @@ from dtrain.evaluation.prompts import read_prompts
 from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
-from dtrain.pipeline.stage_inputs import samples_of, store_folder
+from dtrain.pipeline.input_checks import samples_of
+from dtrain.pipeline.stage_inputs import store_folder
 from dtrain.samples.make import ensure
 
 
@@ -32,7 +33,10 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    return load_tokenizer(base_folder(recipe.model.base), recipe.model.trust_remote_code)
+    return load_tokenizer(
+        base_folder(recipe.model.base, revision=recipe.model.revision),
+        recipe.model.trust_remote_code,
+    )
 
 
 def stage_dataset(recipe: Recipe, stage: Stage) -> tuple[PackedDataset, PreTrainedTokenizerBase]:

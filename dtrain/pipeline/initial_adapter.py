@@ -23,13 +23,13 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.log import say, warn
 from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter import AdapterFile
 from dtrain.merge.provenance import adapter_origin, expected_bases, model_fingerprint
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import ADAPTER
 from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
-from dtrain.models.weight_files import weight_files
 from dtrain.pipeline.stage_record import StageSetup
 
 WHERE = "method.from_adapter"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.cache_paths import cache_folder, sample_name
+from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
@@ -30,6 +30,7 @@ from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
+from dtrain.pipeline.input_checks import samples_of
 from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
@@ -204,7 +205,7 @@ def _base_and_tokenizer(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, 
     """Base, tokenizer and the tokenizer's fingerprint; samples are created first."""
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    base = base_folder(recipe.model.base)
+    base = base_folder(recipe.model.base, revision=recipe.model.revision)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
 
@@ -251,14 +252,6 @@ def limit_micro_batches(recipe: Recipe, layout: Layout) -> Recipe:
 def store_folder() -> Path:
     """Folder of prepared data."""
     return cache_folder() / "stores"
-
-
-def samples_of(recipe: Recipe) -> set[str]:
-    """Names of the shipped samples that a recipe uses."""
-    addresses = [recipe.model.base, *recipe.teachers.values()]
-    addresses += [source.path for group in _groups(recipe) for source in group.data.all_sources]
-    addresses += [prompts.path for prompts in recipe.evaluation.generation.values()]
-    return {name for address in addresses if (name := sample_name(address))}
 
 
 def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = None) -> None:

@@ -20,6 +20,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say, warn
 from dtrain.core.units import count
+from dtrain.core.weight_files import weight_files
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, MaterializeFn, build_engine
 from dtrain.merge.adapter import MergeableAdapter
@@ -41,7 +42,6 @@ from dtrain.models.load import load_base, parameter_counts
 from dtrain.models.loss import transformers_model
 from dtrain.models.peft_format import base_reference
 from dtrain.models.sharded_loading import stream_base
-from dtrain.models.weight_files import weight_files
 from dtrain.pipeline.initial_adapter import open_initial_adapter
 from dtrain.pipeline.stage_record import StageSetup
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.cache_paths import local_path
+from dtrain.core.cache_paths import hub_snapshot, hub_id, local_path
 from dtrain.core.errors import UserError
-from dtrain.planning.shapes import ModelShape, check_not_experts, read_config, shape_of
+from dtrain.core.weight_files import undownloaded
+from dtrain.planning.shapes import (
+    ModelShape,
+    check_not_experts,
+    check_not_quantized,
+    read_config,
+    shape_of,
+)
 
 WHERE = "model.base"
 
@@ -127,7 +133,7 @@ def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
         if prefixes := [prefix for prefix in POSITIONS if row.startswith(prefix)]:
             config["max_position_embeddings"] = POSITIONS[max(prefixes, key=len)]
         return config, f"dtrain's table of shapes ({row})"
-    if _is_path(base):
+    if not hub_id(base):
         raise UserError(
             f"there is no such folder, so no config.json of {base!r}",
             where=where,
@@ -138,21 +144,42 @@ def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
     raise UserError(
         f"no config.json of {base!r} on this machine",
         where=where,
-        fix=f"{hint}use a folder, or run: hf download {base} config.json",
+        fix=f"{hint}use a folder, or run: {fetch_command(base)}",
     )
+
+
+def fetch_command(base: str, revision: str | None = None) -> str:
+    """The command that downloads a base from the hub."""
+    return f"dtrain model fetch {base}" + (f" --revision {revision}" if revision else "")
+
+
+def check_downloaded(recipe: Recipe, override: str) -> None:
+    """Check that every hub model of a recipe is on this machine, as nodes may have no internet.
+
+    Args:
+        override: what a person adds to let the job download them.
+
+    Raises:
+        UserError: one is not, or not whole.
+    """
+    for key, address, revision in recipe.models:
+        if problem := undownloaded(address, revision):
+            fix = f"{fetch_command(address, revision)}; or {override}, if the nodes reach the hub"
+            raise UserError(problem, where=key, fix=fix)
 
 
 def check_trainable(base: str) -> None:
     """Check that dtrain can train the base, if this machine has its config.json.
 
     Raises:
-        UserError: the base is a mixture of experts.
+        UserError: the base is a mixture of experts, or quantized.
     """
     try:
         config, source = find_config(base)
     except UserError:  # the run downloads the base and checks it then
         return
     check_not_experts(config, source)
+    check_not_quantized(config, source)
 
 
 def known_name(base: str) -> str | None:
@@ -172,26 +199,11 @@ def _stem(name: str) -> str:
 _BY_STEM = {_stem(name): name for name in KNOWN}
 
 
-def _is_path(base: str) -> bool:
-    """Whether the base cannot be a hub id."""
-    return base.startswith(("/", ".", "~")) or base.count("/") > 1
-
-
 def _cached_config(base: str) -> Path | None:
-    """config.json in the hub client's cache, found without the client, which imports slowly."""
-    if "/" not in base or _is_path(base):
-        return None
-    home = os.environ.get("HF_HOME") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    repository = cache.expanduser() / f"models--{base.replace('/', '--')}"
-    try:
-        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    config = repository / "snapshots" / commit / "config.json"
-    return config if config.is_file() else None
+    """config.json in the hub client's cache."""
+    snapshot = hub_snapshot(base) if hub_id(base) else None
+    config = snapshot / "config.json" if snapshot else None
+    return config if config and config.is_file() else None
 
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -192,6 +192,23 @@ def check_not_experts(config: dict[str, Any], where: str) -> None:
         )
 
 
+def check_not_quantized(config: dict[str, Any], where: str) -> None:
+    """Check that a config does not describe quantized weights.
+
+    Raises:
+        UserError: it does; the message names their format.
+    """
+    for group in (config, config.get("text_config")):
+        settings = group.get("quantization_config") if isinstance(group, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise UserError(
+                f"the base is already quantized ({method or 'unknown method'})",
+                where=where,
+                fix="use the original model in 16 bits; method.kind: qlora quantizes it",
+            )
+
+
 def _has_experts(config: dict[str, Any]) -> bool:
     if any(isinstance(inner, dict) and _has_experts(inner) for inner in config.values()):
         return True

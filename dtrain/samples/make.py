@@ -35,7 +35,7 @@ def ensure(name: str) -> Path:
     Raises:
         UserError: there is no such sample, or it cannot be built (no registry, no disk space).
     """
-    _check_known(name)
+    check_known(name)
     folder = sample_folder(name)
     if _is_current(folder, name):
         return folder
@@ -82,7 +82,12 @@ def _is_current(folder: Path, name: str) -> bool:
     return bool(stamp == {"name": name, "version": SAMPLES[name][1]})
 
 
-def _check_known(name: str) -> None:
+def check_known(name: str) -> None:
+    """Check that there is a sample of this name.
+
+    Raises:
+        UserError: there is none.
+    """
     if name in SAMPLES:
         return
     near = difflib.get_close_matches(name, SAMPLES, n=1, cutoff=0.5)

@@ -12,6 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.output import fit
 from dtrain.core.run_dir import ADAPTER, RECIPE
 from dtrain.core.units import count, size
+from dtrain.core.weight_files import read_header
 from dtrain.models.peft_format import (
     CONFIG,
     WEIGHTS,
@@ -20,7 +21,6 @@ from dtrain.models.peft_format import (
     read_adapter_config,
     read_adapter_origin,
 )
-from dtrain.models.weight_files import read_header
 from dtrain.serving.run_models import Run, is_run, open_run
 
 LORA_DOWN = ".lora_A.weight"  # [r, in]

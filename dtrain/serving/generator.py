@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import read_header
 from dtrain.data.chat_templates import answering_template, render_prompt
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_ends
@@ -29,7 +30,6 @@ from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.peft_format import BOTTLENECK, CONFIG, WEIGHTS, file_keys, read_adapter_config
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.models.weight_files import read_header
 from dtrain.objectives.base import adapters_disabled
 from dtrain.samples.make import ensure
 from dtrain.serving.run_models import ServedModel
@@ -90,7 +90,7 @@ class TextGenerator:
     def _load(self, choice: ServedModel) -> None:
         if (sample := sample_name(choice.base)) is not None:
             ensure(sample)
-        folder = base_folder(choice.base)
+        folder = base_folder(choice.base, revision=self._settings.revision)
         self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
         self._model, self._held = None, None  # two would not fit into memory
         self._names, self._family = {}, ""

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dtrain.core.weight_files import weight_files
 from dtrain.merge.combine_adapters import combine_adapters
-from dtrain.models.weight_files import weight_files
 from dtrain.serving.run_models import open_run
 
 QUESTION = {"role": "user", "content": "What does `itertools.pairwise` return?"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dtrain.models.weight_files import weight_files
+from dtrain.core.weight_files import weight_files
 from dtrain.samples.make import ensure
 
 

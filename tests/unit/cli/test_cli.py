@@ -65,7 +65,7 @@ CLOSED = OPEN.replace("m.content", "m.content + eos_token")
         (OPEN, "the end of a turn has no loss: the model will not learn to stop"),
         (CLOSED, ""),
         ("{% generation %}" + OPEN + "{% endgeneration %}", "the end of a turn has no loss"),
-        ("{% for m in messages %}{{ broken", "not checked here; `dtrain data scan`"),
+        ("{{ raise_exception('no') }}", "not checked here; `dtrain data scan`"),
     ],
 )
 def test_check_warns_about_a_template_without_end_of_turn(
@@ -88,6 +88,44 @@ def test_a_mixture_of_experts_is_refused_by_every_verb(verb: str, tmp_path: Path
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     assert "'qwen3_moe' is a mixture of experts; dtrain trains dense models" in done.stderr
     assert str(base / "config.json") in done.stderr and "choose a dense model" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["check", "run", "submit"])
+def test_a_later_stage_is_checked_before_anything_is_written(verb: str, tmp_path: Path) -> None:
+    faults = [
+        "stages.task.method.target_modules=[q_prj]",
+        "stages.task.data.sources=[{path: no.jsonl}]",
+        "evaluation.generation={asked: {path: no.csv}}",
+    ]
+    done = dtrain(verb, "tiny", *faults, cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "stages.task.method.target_modules: no linear layer is named 'q_prj'" in done.stderr
+    assert "stages.task.data: no.jsonl: no such file" in done.stderr
+    assert "evaluation.generation.asked.path: no.csv: no such file" in done.stderr
+
+
+def test_a_job_is_not_submitted_before_its_base_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    fix = "dtrain model fetch meta-llama/Llama-3.1-70B"
+    done = dtrain("submit", "70b-qlora", "--nodes", "2", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    assert "Llama-3.1-70B was not downloaded to this machine" in done.stderr
+    assert f"{fix}; or --force" in done.stderr
+    script = [str(tmp_path / "job.sh"), "70b-qlora"]
+    job = subprocess.run(
+        [sys.executable, "-m", "dtrain.supervisor", *script],
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert job.returncode == 2 and f"{fix}; or DTRAIN_FORCE=1" in job.stderr
+    assert not (tmp_path / "runs").exists()
+    checked = dtrain("check", "70b-qlora", cwd=tmp_path)
+    assert checked.returncode == 0 and f"`{fix}` downloads it" in checked.stderr
 
 
 def test_check_output_loads_as_the_same_recipe(tmp_path: Path) -> None:

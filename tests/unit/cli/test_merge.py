@@ -22,8 +22,8 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json, write_sealed
 from dtrain.core.hashes import fingerprint
+from dtrain.core.weight_files import weight_files
 from dtrain.merge.provenance import model_fingerprint
-from dtrain.models.weight_files import weight_files
 from dtrain.rank_main import resolve
 
 RANKS = 3

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dtrain.config.load import load_recipe
+from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
 from dtrain.data.check_rows import check_rows
 
@@ -33,7 +34,9 @@ def check(tmp_path: Path, write_rows: Any) -> Any:
             recipe["evaluation"] = {"sets": {"rows": rows}}
         path = tmp_path / "recipe.yaml"
         path.write_text(json.dumps(recipe))
-        check_rows(load_recipe(str(path), []))
+        report = CheckReport()
+        check_rows(load_recipe(str(path), []), report)
+        report.raise_errors()
 
     return run
 
@@ -59,6 +62,18 @@ def test_answers_that_are_all_rated_alike(check: Any) -> None:
         check("kto", [GOOD, GOOD], [GOOD])
 
 
-def test_files_elsewhere_are_left_to_the_run(tmp_path: Path) -> None:
-    recipe = load_recipe("tiny", [f"stages.domain.data.sources=[{{path: {tmp_path}/no.jsonl}}]"])
-    check_rows(recipe)
+def test_what_is_not_read_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus").mkdir()
+    for name in ("a.md", "b.html", "c.html", "d.docx"):
+        (tmp_path / "corpus" / name).write_text("a text")
+    paths = ["https://host/rows.jsonl", "owner/rows", str(tmp_path / "corpus")]
+    sources = ", ".join(f"{{path: {path!r}}}" for path in paths)
+    report = CheckReport()
+    check_rows(load_recipe("tiny", [f"stages.domain.data.sources=[{sources}]"]), report)
+    notes = "\n".join(report.notes)
+    assert not report.errors
+    assert "rows.jsonl: not read here; the run downloads it" in notes
+    assert "owner/rows: not read here; the run takes it for a data set" in notes
+    assert "corpus: skips files of types that it cannot read: 2 .html, 1 .docx" in notes
+    assert "dtrain:tiny-text: not read here; the run builds this sample" in notes

@@ -22,6 +22,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.hash_cache import file_state, remember_hash
 from dtrain.core.hashes import file_hash
 from dtrain.core.locks import ShardLocks
+from dtrain.core.weight_files import weight_files
 from dtrain.merge import merge as module
 from dtrain.merge import stream
 from dtrain.merge.adapter import MergeableAdapter
@@ -31,7 +32,6 @@ from dtrain.merge.nf4 import Nf4Base
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
-from dtrain.models.weight_files import weight_files
 
 IDS = torch.arange(20)[None]
 SMALL = {

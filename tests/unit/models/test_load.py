@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import weight_files
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, parameter_counts, read_config, resolve_dtype
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import nf4_layers
-from dtrain.models.weight_files import weight_files
 
 CPU = torch.device("cpu")
 

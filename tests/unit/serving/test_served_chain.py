@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import weight_files
 from dtrain.merge.combine_adapters import combine_adapters
-from dtrain.models.weight_files import weight_files
 from dtrain.serving.adapter_list import list_adapters
 from dtrain.serving.chat import Chat
 from dtrain.serving.generate import Answers, generate

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder and the tensors in them. Needs no torch."""
+"""The files of a model's folder, and the tensors in them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dtrain.core.cache_paths import hub_cache, hub_snapshot, hub_id
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+)
 HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors format
 
 
@@ -37,6 +48,30 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
         raise UserError(f"shard {missing[0]} is missing", where=str(index), fix="download it again")
     return [folder / name for name in sorted(names)]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a file of a tokenizer."""
+    return any(match for pattern in TOKENIZER_FILES for match in folder.glob(pattern))
+
+
+def undownloaded(address: str, revision: str | None = None) -> str:
+    """What is missing of a hub id in the cache of the hub's client; empty if nothing is.
+
+    Args:
+        address: a model; empty for folders and samples.
+        revision: branch, tag or commit.
+    """
+    if not hub_id(address):
+        return ""
+    folder = hub_snapshot(address, revision)
+    if folder is None or not (folder / "config.json").is_file() or not has_tokenizer(folder):
+        return f"{address} was not downloaded to this machine ({hub_cache()})"
+    try:
+        weight_files(folder)
+    except UserError as error:
+        return f"{address} was not downloaded whole: {error.where}: {error.message}"
+    return ""
 
 
 def _weight_map(index: Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Check a model's files before anything loads them: whether they are here, whole and trainable.
+
+Needs no torch: config.json, the file names and the headers of the safetensors files say enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.cache_paths import hub_snapshot, hub_id, local_path, sample_name
+from dtrain.core.errors import UserError
+from dtrain.core.weight_files import has_tokenizer, read_header, weight_files
+from dtrain.planning.shapes import check_not_experts, check_not_quantized, read_config
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model's folder on this machine.
+
+    Attributes:
+        config: content of its config.json.
+        shapes: of each tensor in its files, by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+
+
+def find_model(address: str, revision: str | None = None) -> Path | None:
+    """The folder of a model, if it is on this machine.
+
+    Args:
+        address: folder, hub id or sample.
+        revision: of a hub id.
+
+    Returns:
+        None for a hub id that is not in the cache, and for a sample that is not built yet.
+
+    Raises:
+        UserError: the address is a path without a folder.
+    """
+    path = local_path(address)
+    if path.is_dir():
+        return path
+    if hub_id(address):
+        return hub_snapshot(address, revision)
+    if sample_name(address) is None:
+        raise UserError(f"there is no folder {path}", fix="use the folder of a model, or a hub id")
+    return None
+
+
+def open_model(folder: Path) -> LocalModel:
+    """Check the files of a model, and read their headers.
+
+    Raises:
+        UserError: no config.json or tokenizer, a missing or incomplete file of weights, quantized
+            weights, or a mixture of experts.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError("has no config.json, so it is not a model", where=str(folder))
+    config = read_config(path)
+    check_not_experts(config, str(path))
+    check_not_quantized(config, str(path))
+    if not has_tokenizer(folder):
+        fix = "put the tokenizer's files into the model's folder"
+        raise UserError("no tokenizer in it, such as tokenizer.json", where=str(folder), fix=fix)
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        for name, entry in read_header(file)[0].items():
+            if entry["dtype"] not in FLOATS and name.endswith("weight"):  # masks may be bool
+                raise stored_quantized_error(name, entry["dtype"], file)
+            shapes[name] = entry["shape"]
+    return LocalModel(folder, config, shapes)
+
+
+def stored_quantized_error(name: str, dtype: str, where: Path) -> UserError:
+    """The error of a tensor that is stored as codes; a cast would take them for values."""
+    return UserError(
+        f"{name} is stored as {dtype}, so this base is quantized",
+        where=str(where),
+        fix="use the original model in 16 bits; method.kind: qlora quantizes it",
+    )
