@@ -158,7 +158,9 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
         nodes = max(1, world.size // world.local_size)
         record_start(run, nodes=nodes, ranks=world.size, device=device)
     recipe = chosen
-    inputs = world.rank0_first(lambda: prepare_inputs(recipe, verify=world.is_first))
+    inputs = world.rank0_first(
+        lambda: prepare_inputs(recipe, verify=world.is_first, device=world.device)
+    )
     check_same_on_all_ranks(inputs, world)
     recipe = limit_micro_batches(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far stays.

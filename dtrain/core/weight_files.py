@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dtrain.core.cache_paths import hub_cache, hub_snapshot, hub_id
+from dtrain.core.cache_paths import hub_cache, hub_id, hub_snapshot
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 

@@ -45,7 +45,7 @@ class AdapterFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / WEIGHTS
+        self.folder, self._path = folder, folder / WEIGHTS
         with self._open() as file:
             self._keys = file_keys(file.keys(), self._path)
             self.shapes: dict[str, list[int]] = {

@@ -75,7 +75,9 @@ class AdapterMethod(AddedMethod[Settings]):
         }
         config = get_peft_config(self.settings.peft_config() | settings | more)
         try:
-            adapted = get_peft_model(model, config)
+            # PEFT's first values are replaced; of a base without values it need not compute them.
+            is_empty = any(parameter.is_meta for parameter in model.parameters())
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
         except ValueError as error:
             reason = str(error).removeprefix(f"[PEFT:{config.peft_type}] ")
             fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"

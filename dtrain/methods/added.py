@@ -53,13 +53,14 @@ class AddedMethod(Method[Settings]):
         for name, parameter in list(model.named_parameters()):
             if not parameter.requires_grad or name in others:
                 continue
+            if (device or parameter.device).type == "meta":  # no values are asked for
+                _replace(model, name, torch.zeros(parameter.shape, device="meta"))
+                continue
             values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
             digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
             self.initialize(name, values, generator)
-            parent, _, leaf = name.rpartition(".")
-            values = values.to(device or parameter.device)
-            model.get_submodule(parent)._parameters[leaf] = nn.Parameter(values)
+            _replace(model, name, values.to(device or parameter.device))
 
     def save(
         self,
@@ -103,6 +104,11 @@ class AddedMethod(Method[Settings]):
 
     def changed_tensors(self, model: nn.Module) -> set[str]:
         return set()  # for what does not merge
+
+
+def _replace(model: nn.Module, name: str, values: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = nn.Parameter(values)
 
 
 def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.core.cache_paths import hub_snapshot, hub_id, local_path, sample_name
+from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import has_tokenizer, read_header, weight_files
 from dtrain.planning.shapes import check_not_experts, check_not_quantized, read_config

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dtrain.core.cache_paths import hub_snapshot, hub_id, local_path, sample_name
+from dtrain.core.cache_paths import hub_snapshot, local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded
 from dtrain.planning.known_models import fetch_command
@@ -71,8 +71,6 @@ def download(base: str, where: str, revision: str | None = None) -> Path:
             where=where,
             fix="accept its license on the hub, then log in with `hf auth login`",
         ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{base} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"no folder and no hub model {base!r}",
@@ -80,6 +78,8 @@ def download(base: str, where: str, revision: str | None = None) -> Path:
             fix="correct the name; of a private model, set HF_TOKEN",
         ) from error
     except (OSError, ValueError) as error:
+        if RevisionNotFoundError in (type(error), type(error.__cause__)):
+            raise UserError(f"{base} has no revision {revision!r}", where=where) from error
         raise UserError(
             f"{base!r} is not a local folder and cannot be downloaded from the hub "
             f"({type(error).__name__})",

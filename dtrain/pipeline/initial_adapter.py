@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dtrain.checkpoints.parameter_shards import WEIGHT_KINDS, ParameterShard
 from dtrain.config.methods import over_nf4
+from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
@@ -30,7 +31,9 @@ from dtrain.merge.provenance import adapter_origin, expected_bases, model_finger
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import ADAPTER
 from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
-from dtrain.pipeline.stage_record import StageSetup
+
+if TYPE_CHECKING:
+    from dtrain.pipeline.stage_record import StageSetup
 
 WHERE = "method.from_adapter"
 RECIPE_KEYS = {"lora_alpha": "alpha"}  # where the recipe does not use PEFT's name
@@ -63,6 +66,25 @@ class InitialAdapter:
                     shard.tensors[kind].copy_(values)
 
 
+def check_initial_adapter(stage: Stage, model: nn.Module) -> InitialAdapter | None:
+    """The adapter that a stage continues, checked against its model; None if it starts a new one.
+
+    Args:
+        model: with the stage's adapter attached.
+
+    Raises:
+        UserError: it has other settings or layers, is no safetensors file, or has a value that is
+            not finite.
+    """
+    adapter = stage.method.adapter
+    if adapter is None or adapter.initial_adapter is None:
+        return None
+    folder = local_path(adapter.initial_adapter)
+    _check_settings(folder, model)
+    file = AdapterFile(folder)
+    return InitialAdapter(file, _match_tensors(folder, file, model))
+
+
 def open_initial_adapter(setup: StageSetup, model: nn.Module) -> InitialAdapter | None:
     """Open the adapter that a stage continues, checked; None if the stage starts a new one.
 
@@ -70,19 +92,15 @@ def open_initial_adapter(setup: StageSetup, model: nn.Module) -> InitialAdapter 
         model: with the stage's adapter attached.
 
     Raises:
-        UserError: it has other settings or layers, was trained on another base, is no safetensors
-            file, or has a value that is not finite.
+        UserError: as `check_initial_adapter`, or it was trained on another base.
     """
-    adapter = setup.stage.method.adapter
-    if adapter is None or adapter.initial_adapter is None:
-        return None
-    folder = local_path(adapter.initial_adapter)
-    _check_settings(folder, model)
-    file = AdapterFile(folder)
-    keys = _match_tensors(folder, file, model)
-    _check_base(folder, setup)
-    say(f"the training of {folder} continues: its values are the first of stage {setup.stage.name}")
-    return InitialAdapter(file, keys)
+    initial = check_initial_adapter(setup.stage, model)
+    if initial is not None:
+        folder = initial.file.folder
+        _check_base(folder, setup)
+        stage = setup.stage.name
+        say(f"the training of {folder} continues: its values are the first of stage {stage}")
+    return initial
 
 
 def _check_settings(folder: Path, model: nn.Module) -> None:

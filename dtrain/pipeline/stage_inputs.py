@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Data, Recipe
@@ -31,6 +32,7 @@ from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.input_checks import samples_of
+from dtrain.pipeline.stage_checks import CPU, check_stages
 from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
 from dtrain.samples.make import ensure
@@ -98,21 +100,32 @@ def check_same_on_all_ranks(inputs: Inputs, world: World) -> None:
         raise UserError(message, where=", ".join(different), fix=fix)
 
 
-def prepare_inputs(recipe: Recipe, *, verify: bool = False, processes: int | None = None) -> Inputs:
+def prepare_inputs(
+    recipe: Recipe,
+    *,
+    verify: bool = False,
+    device: torch.device = CPU,
+    processes: int | None = None,
+) -> Inputs:
     """Create samples, find the base, tokenize and pack all data.
 
     Args:
-        verify: hash the prepared data again; one rank is enough.
+        verify: check what one rank checks for all: every stage on its model, and the hashes of
+            the prepared data.
+        device: that the stages train on.
         processes: that tokenize; None for as many as cores and memory allow.
 
     Raises:
-        UserError: base or data cannot be used, or the base has too few positions for the data.
+        UserError: base or data cannot be used, the base has too few positions for the data, or a
+            stage does not fit the base.
     """
     settings, gates = recipe.evaluation.tasks, recipe.evaluation.gates
     tasks = harness.load_tasks(settings, gates) if settings else None
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = check_layout(recipe, config)
+    if verify:
+        check_stages(recipe, base, device)
     base_fingerprint = model_fingerprint(base)
     prompts = prepare_prompts(recipe, tokenizer)  # seconds; the data may take hours
     datasets: dict[str, PackedDataset] = {}
@@ -263,6 +276,7 @@ def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = Non
     if share.of > 1 and not prepare_inputs_share(recipe, share, processes):
         say("other shares are not finished; the last of them packs, or else the next start")
         return
+    check_stages(recipe, _base_and_tokenizer(recipe)[0])
     inputs = prepare_inputs(recipe, processes=processes)
     for name, dataset in inputs.stages.items():
         say(f"stage {name}: {dataset.describe()}")

@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
-from dtrain.config.methods.patterns import check_parameter_patterns
 from dtrain.core.cache_paths import cache_folder, hub_id
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
@@ -43,6 +42,7 @@ from dtrain.models.loss import transformers_model
 from dtrain.models.peft_format import base_reference
 from dtrain.models.sharded_loading import stream_base
 from dtrain.pipeline.initial_adapter import open_initial_adapter
+from dtrain.pipeline.stage_checks import check_rate_scales
 from dtrain.pipeline.stage_record import StageSetup
 
 
@@ -58,8 +58,7 @@ def build_model_in_engine(setup: StageSetup) -> tuple[Engine, tuple[int, int]]:
     _check_merge(setup, model)
     method.on_attached(model, _method_context(setup))
     initial = open_initial_adapter(setup, model)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    check_parameter_patterns(stage.train.learning_rate_scales, names, "train.learning_rate_scales")
+    check_rate_scales(stage, model)
 
     def materialize(block: torch.nn.Module) -> None:
         load_weights(block)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.cache_paths import hub_snapshot, hub_id, local_path
+from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded
 from dtrain.planning.shapes import (

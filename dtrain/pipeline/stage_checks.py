@@ -1,0 +1,80 @@
+"""Check every stage on its model, built without weights, before the first stage trains.
+
+`input_checks` finds what can be found without torch. Here each method is attached on the meta
+device, as it will be when its stage starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dtrain.config.methods.patterns import check_parameter_patterns
+from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError
+from dtrain.merge.merge import check_mergeable
+from dtrain.methods.base import build_method
+from dtrain.models.load import resolve_dtype
+from dtrain.models.sharded_loading import stream_base
+from dtrain.pipeline.initial_adapter import check_initial_adapter
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WHERE = "train.learning_rate_scales"
+
+
+def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None:
+    """Check that every stage's method fits the base, and that its result can be merged.
+
+    Stages after the first start from a merged model with the same modules and tensors as the base.
+
+    Args:
+        base: folder of the base.
+        device: that the stages train on, as `dtype: auto` depends on it.
+
+    Raises:
+        UserError: a stage could not start, or could not end.
+    """
+    done = list[Stage]()
+    for stage in recipe.stages:
+        if not any(_is_same(recipe, stage, other) for other in done):
+            try:
+                _check_stage(recipe, stage, base, device)
+            except UserError as error:
+                joint = "." if error.where.startswith(("method.", "train.")) else ": "
+                where = f"stages.{stage.name}{joint}{error.where}"
+                raise UserError(error.message, where=where, fix=error.fix) from error
+        done.append(stage)
+
+
+def _is_same(recipe: Recipe, stage: Stage, other: Stage) -> bool:
+    """Whether what is checked of two stages is the same."""
+    scales = stage.train.learning_rate_scales == other.train.learning_rate_scales
+    return scales and stage.method == other.method and recipe.merges(stage) == recipe.merges(other)
+
+
+def _check_stage(recipe: Recipe, stage: Stage, base: Path, device: torch.device) -> None:
+    method = build_method(stage.method)
+    streamed = stream_base(
+        base,
+        recipe.model.model_copy(update={"attention": "auto", "gradient_checkpointing": False}),
+        quantized=method.traits.quantizes_base,
+        dtype=method.base_dtype(resolve_dtype(recipe.model.dtype, device)),
+        device=CPU,
+    )
+    model = method.attach(streamed.model, seed=0, device=META)
+    check_rate_scales(stage, model)
+    if recipe.merges(stage):
+        check_mergeable(base, method.changed_tensors(model))
+    check_initial_adapter(stage, model)
+
+
+def check_rate_scales(stage: Stage, model: nn.Module) -> None:
+    """Check that each pattern of `train.learning_rate_scales` matches a parameter that trains.
+
+    Raises:
+        UserError: one has no effect.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    check_parameter_patterns(stage.train.learning_rate_scales, names, WHERE)
