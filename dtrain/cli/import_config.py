@@ -51,10 +51,10 @@ def write_new(path: Path, text: str) -> None:
 def _check(path: Path) -> Exit:
     """Print what `dtrain check` would refuse."""
     from dtrain.config.load import load_recipe
-    from dtrain.data.check_rows import check_rows
+    from dtrain.pipeline.input_checks import check_inputs
 
     try:
-        check_rows(load_recipe(str(path)))
+        check_inputs(load_recipe(str(path))).raise_errors()
     except UserError as error:
         print(f"error: to correct in it:\n{error}", file=sys.stderr)
         return error.status

@@ -13,9 +13,9 @@ from dtrain.cli import app
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.data.check_rows import check_rows
 from dtrain.importing.foreign_config import ForeignConfig, Note
 from dtrain.importing.import_config import import_config, recipe_text, report
+from dtrain.pipeline.input_checks import check_inputs
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.plan import make_plan
 from dtrain.planning.workload import Cluster
@@ -48,7 +48,7 @@ def test_there_are_three_configs_of_each_tool() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_recipe_passes_check_and_plan(workspace: Path, name: str) -> None:
     recipe = recipe_of(name)
-    check_rows(recipe)
+    check_inputs(recipe).raise_errors()
     plan = make_plan(recipe, Cluster(find_gpu("h100-80g"), 1, 1))
     assert plan is not None
 
