@@ -95,6 +95,7 @@ def _record(
     source_file: SourceFile,
 ) -> Record | BadRecord:
     location = source_file.location(position[1])
+    columns = {} if source_file.is_prose else columns  # a file of plain text has no columns
     if isinstance(raw, UserError):
         return BadRecord(_with_location(raw, location), *position)
     try:

@@ -47,6 +47,13 @@ def test_every_text_of_a_folder_is_read_and_the_rest_is_counted(folder, capsys) 
     assert expected + "2 .html, 1 without suffix, 1 .pdf\n" in capsys.readouterr().out
 
 
+def test_columns_are_those_of_rows_not_of_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": "a row"}))
+    (tmp_path / "b.md").write_text("a text")
+    rows = open_source(Source(path=str(tmp_path), columns={"text": "content"}))
+    assert [item.value for item in rows.rows()] == ["a row", "a text"]  # type: ignore[union-attr]
+
+
 def test_a_readme_beside_conversations_is_left_out_and_named(folder, capsys) -> None:
     (folder / "z.jsonl").write_text(json.dumps(ROW))
     row_format, values = read(folder)
