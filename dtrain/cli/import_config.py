@@ -30,7 +30,7 @@ def import_config(config: Config, out: Out = None, processes: Processes = 1) -> 
     for line in report(imported):
         print(line)
     print(f"wrote {target}; next: dtrain check {target}")
-    raise typer.Exit(_check(target))
+    raise typer.Exit(check_written(target))
 
 
 def write_new(path: Path, text: str) -> None:
@@ -48,7 +48,7 @@ def write_new(path: Path, text: str) -> None:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from error
 
 
-def _check(path: Path) -> Exit:
+def check_written(path: Path) -> Exit:
     """Print what `dtrain check` would refuse."""
     from dtrain.config.load import load_recipe
     from dtrain.pipeline.input_checks import check_inputs

@@ -12,6 +12,7 @@ from dtrain.cli import (
     chat,
     data,
     import_config,
+    init,
     jobs,
     merge,
     models,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("check")(recipes.check)
 app.command("plan")(recipes.plan)
+app.command("init")(init.init)
 app.command("import")(import_config.import_config)
 app.command("schema")(recipes.schema)
 app.command("report")(run.report)
