@@ -16,6 +16,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dtrain plan 70b-qlora --gpus-per-node 4 --json",
         "dtrain plan my.yaml --exact",
     ),
+    "init": (
+        "dtrain init my.yaml --base Qwen/Qwen2.5-7B --data docs --data qa.jsonl --gpu a100-80g",
+        "dtrain init",
+    ),
     "import": ("dtrain import axolotl.yml my.yaml", "dtrain import trl.yaml --processes 8"),
     "schema": ("dtrain schema > recipe.schema.json",),
     "report": ("dtrain report runs/mine --price 2.5",),
@@ -71,7 +75,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "recipes": ("dtrain recipes",),
     "recipes copy": ("dtrain recipes copy 7b-lora my.yaml",),
-    "model fetch": ("dtrain model fetch smollm2-135m",),
+    "model fetch": (
+        "dtrain model fetch meta-llama/Llama-3.1-70B",
+        "dtrain model fetch my.yaml",
+        "dtrain model fetch smollm2-135m",
+    ),
 }
 """Command lines, by the words of their command."""
 

@@ -40,8 +40,6 @@ def init(
 
     Texts become a stage of continued pretraining, conversations one of fine-tuning, pairs and
     ratings one of preferences. The plan chooses LoRA or QLoRA, and the engine.
-
-    Example: dtrain init my.yaml --base Qwen/Qwen2.5-7B --data corpus --data qa.jsonl --gpu a100-80g
     """
     from dtrain.pipeline.data_survey import survey_data
     from dtrain.pipeline.recipe_draft import draft_recipe, recipe_name, recipe_text

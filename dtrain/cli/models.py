@@ -131,8 +131,6 @@ def fetch(
 
     Run it again to continue an interrupted download. HF_TOKEN opens gated and private models,
     HF_HOME is the cache, HF_ENDPOINT another hub.
-
-    Example: dtrain model fetch meta-llama/Llama-3.1-70B
     """
     from dtrain.cli.data import is_recipe
     from dtrain.config.load import load_recipe

@@ -92,11 +92,21 @@ def hub_id(address: str) -> str | None:
 
 
 def hub_cache() -> Path:
-    """The cache of the hub's client: `$HF_HUB_CACHE`, else `$HF_HOME/hub`."""
-    home = os.environ.get("HF_HOME") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
-    )
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    """The cache of the hub's client: `$HF_HUB_CACHE`, else `$HF_HOME/hub`.
+
+    Raises:
+        UserError: neither is set, and this user has no home folder.
+    """
+    try:
+        if folder := os.environ.get("HF_HUB_CACHE"):
+            return Path(folder).expanduser()
+        if home := os.environ.get("HF_HOME"):
+            return Path(home).expanduser() / "hub"
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(caches).expanduser() / "huggingface" / "hub"
+    except RuntimeError as error:
+        message = "this user has no home folder, and no other for the hub's cache is set"
+        raise UserError(message, where="HF_HOME", fix="set it to a folder") from error
 
 
 def hub_snapshot(name: str, revision: str | None = None) -> Path | None:

@@ -51,7 +51,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "names of an unknown architecture": (
         LORA | {"target_modules": ["q_prj"]}, "olmo2", r"target_modules: no linear layer is"
     ),
-    "whole modules": (LORA | {"modules_to_save": ["mlp"]}, "olmo2", r"\S*mlp is no single"),
+    "whole modules": (
+        LORA | {"modules_to_save": ["mlp"]}, "olmo2", r"modules_to_save: \S*mlp is no single"
+    ),
     "rank": ({"kind": "pissa", "r": 33}, "llama", "r: .* singular values, fewer than"),
     "patterns": (LORA | {"rank_pattern": {"k_prj": 2}}, "olmo2", "rank_pattern: no layer"),
     "frozen": ({"kind": "full", "frozen_modules": ["hed"]}, "olmo2", "frozen_modules: 'hed' has"),
