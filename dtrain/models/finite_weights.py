@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.models.weight_files import weight_files
 
 CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
