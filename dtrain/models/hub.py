@@ -46,8 +46,9 @@ def base_folder(base: str, where: str = WHERE, revision: str | None = None) -> P
         raise UserError(f"the sample {base!r} has not been built yet", where=where)
     if base.startswith(("/", ".", "~")) or base.count("/") > 1:
         raise UserError(f"there is no folder {path}", where=where)
-    if not undownloaded(base, revision):  # without asking the hub, which nodes may not reach
-        return hub_snapshot(base, revision) or path
+    snapshot = hub_snapshot(base, revision)
+    if snapshot is not None and not undownloaded(base, revision):
+        return snapshot  # without asking the hub, which nodes may not reach
     return download(base, where, revision)
 
 
