@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_REPLACED = 12  # tokens in a row; a longer gap is text that was left out
 # Of the content tokens: in a long text this many may be replaced, and it is still a copy.
 MAX_VARIED_SHARE = 0.02
 
-_TOKEN = re.compile(
-    r"(?:(?<![\w)\]])[-−])?\d+(?:[.,]\d+)*"  # a number with its sign
-    r"|[\u2e80-\uffff]"  # a character of a script without spaces
-    r"|[^\W\d_\u2e80-\uffff]+"
-    r"|[-−+*/^=<>≤≥×÷%]"
+_OPERATOR = (  # between numbers, parentheses and names of one letter, so it is no markup
+    r"(?:(?<=[\d)])|(?<=\b[^\W\d_])) {0,2}[-−+*/^=<>≤≥×÷%](?= {0,2}(?:[-−]?\d|\(|[^\W\d_]\b))"
 )
+_NUMBER = r"(?:(?<![\w)\]])[-−])?\d+(?:[.,]\d+)*"  # with its sign
+_IDEOGRAPH, _WORD = r"(?=\w)[\u2e80-\uffff]", r"[^\W\d_\u2e80-\uffff]+"
+_TOKEN = re.compile("|".join((_WORD, _NUMBER, _IDEOGRAPH, _OPERATOR)))
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FUNCTION_WORD_LIST = """
 a an the of in on at to for by with from as and or is are was were be been do does did can could
@@ -32,43 +32,18 @@ _FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
 
 def tokens(text: str) -> list[str]:
     """Words in lower case, numbers, and operators that stand between operands."""
-    return list(_tokens(text))
+    text = _THOUSANDS.sub("", text.casefold().replace("−", "-"))
+    return [token.lstrip(" ") for token in _TOKEN.findall(text)]
 
 
-def _tokens(text: str) -> Iterator[str]:
-    for match in _TOKEN.finditer(text.casefold()):
-        token = match.group()
-        if token[-1].isdigit():
-            yield _THOUSANDS.sub("", token).replace("−", "-")
-        elif token[0].isalpha() or _is_operator(text, match):
-            yield token.replace("−", "-")
+def content(words: Iterable[str]) -> list[str]:
+    """The tokens that decide what a question asks."""
+    return [word for word in words if word not in _FUNCTION_WORDS]
 
 
-def _is_operator(text: str, match: re.Match[str]) -> bool:
-    """Whether a sign stands between operands, at least one of them no word: not markup."""
-    before = text[max(match.start() - 8, 0) : match.start()].rstrip(" ")
-    after = text[match.end() : match.end() + 8].lstrip(" ")
-    sides = (_operand(before[::-1]), _operand(after))
-    return all(sides) and "word" not in sides
-
-
-def _operand(text: str) -> str:
-    """What the characters next to a sign are: a number, a name, a word, or "" for none."""
-    if text[:1].isdigit() or text[:1] in ("(", ")"):
-        return "number"
-    if not text[:1].isalpha():
-        return ""
-    return "name" if not text[1:2].isalpha() else "word"
-
-
-def is_number(token: str) -> bool:
-    """Whether a token is a number or an operator."""
-    return not token[0].isalpha()
-
-
-def is_content(token: str) -> bool:
-    """Whether a token decides what a question asks."""
-    return token not in _FUNCTION_WORDS
+def numbers(words: Iterable[str]) -> list[str]:
+    """The numbers and operators."""
+    return [word for word in words if not word[0].isalpha()]
 
 
 @dataclass(frozen=True)
@@ -102,13 +77,13 @@ class Comparison:
 def compare(passage: Sequence[str], text: Sequence[str]) -> Comparison:
     """Compare the tokens of a passage with those of a text that may contain it."""
     left_out, replaced = _unmatched(passage, text)
-    words = sum(is_content(passage[at]) for at in replaced if not is_number(passage[at]))
-    numbers = [t for at, t in enumerate(passage) if is_number(t) and at not in left_out]
+    words = sum(passage[at][0].isalpha() for at in replaced if passage[at] not in _FUNCTION_WORDS)
+    kept_numbers = numbers(word for at, word in enumerate(passage) if at not in left_out)
     return Comparison(
         tokens=len(passage),
         kept=len(passage) - len(left_out) - len(replaced),
-        content=sum(is_content(token) for token in passage),
-        numbers=_missing(numbers, [token for token in text if is_number(token)]),
+        content=len(content(passage)),
+        numbers=_missing(kept_numbers, numbers(text)),
         words=words,
     )
 
@@ -145,9 +120,9 @@ def _in_shared_runs(passage: Sequence[str], text: Sequence[str], length: int) ->
     return shared
 
 
-def _missing(numbers: list[str], others: list[str]) -> int:
+def _missing(wanted: list[str], others: list[str]) -> int:
     """How many numbers the other text lacks; 1 if it has all of them in another order."""
     rest = iter(others)
-    if all(number in rest for number in numbers):
+    if all(number in rest for number in wanted):
         return 0
-    return max(1, (Counter(numbers) - Counter(others)).total())
+    return max(1, (Counter(wanted) - Counter(others)).total())

@@ -58,6 +58,7 @@ from dtrain.data_quality.clean import (
     mask_value,
     policy_actions,
 )
+from dtrain.data_quality.content_tokens import numbers, tokens
 from dtrain.data_quality.decontamination import HeldOutIndex
 from dtrain.data_quality.finding_types import BROKEN, EXACT, NEAR
 from dtrain.data_quality.row_checks import check_row, short_key
@@ -359,5 +360,5 @@ class ShingleSignatures(MinhashDedupSignature):
             return np.array([[text_key(normalized)]], np.uint64)
         hashes = shingle_hashes([normalized], SHINGLE_CHARACTERS)[0].reshape(-1, 1)
         # Questions of one template with other numbers share no shingle, as a scan groups them.
-        numbers = short_key(question, numbers=True) if separator else 0
-        return hashes ^ np.uint64(numbers)
+        asked = short_key(numbers(tokens(question))) if separator else 0
+        return hashes ^ np.uint64(asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
 from math import floor
@@ -18,7 +18,7 @@ from dtrain.data.duplicates import minhash_signatures, normalize_text, text_key
 from dtrain.data.formats import RowContent
 from dtrain.data.text_checks import Finding, RowText, check_quality, row_text
 from dtrain.data_quality import pii
-from dtrain.data_quality.content_tokens import is_content, is_number, tokens
+from dtrain.data_quality.content_tokens import content, numbers, tokens
 from dtrain.data_quality.decontamination import HeldOutIndex, find_leak
 from dtrain.data_quality.finding_types import FLAG_BITS, LEAK
 from dtrain.data_quality.preference_checks import check_pair, count_preferences
@@ -49,9 +49,10 @@ def check_batch(values: list[RowContent], held_out: HeldOutIndex | None) -> Chec
     rows["text"] = [text_key(text) for text in normalized]
     rows["question"] = [text_key(normalize_text(text.question)) for text in texts]
     rows["answer"] = [text_key(normalize_text(text.answer)) for text in texts]
-    rows["question_words"] = [short_key(text.question) for text in texts]
-    rows["answer_words"] = [short_key(text.answer) for text in texts]
-    rows["question_numbers"] = [short_key(text.question, numbers=True) for text in texts]
+    questions = [tokens(text.question) for text in texts]
+    rows["question_words"] = [short_key(content(words)) for words in questions]
+    rows["question_numbers"] = [short_key(numbers(words)) for words in questions]
+    rows["answer_words"] = [short_key(content(tokens(text.answer))) for text in texts]
     rows["opening"] = [text_key(opening) for opening in openings]
     rows["question_characters"] = [len(text.question) for text in texts]
     rows["answer_characters"] = [len(text.answer) for text in texts]
@@ -66,10 +67,9 @@ def check_batch(values: list[RowContent], held_out: HeldOutIndex | None) -> Chec
     )
 
 
-def short_key(text: str, *, numbers: bool = False) -> int:
-    """A 16-bit hash of the tokens that decide what a text says, or of its numbers alone."""
-    decides = is_number if numbers else is_content
-    return text_key(" ".join(filter(decides, tokens(text)))) & 0xFFFF
+def short_key(words: Iterable[str]) -> int:
+    """A 16-bit hash of tokens in their order."""
+    return text_key(" ".join(words)) & 0xFFFF
 
 
 def _check_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dtrain.data.text_checks import RowText
+from dtrain.data_quality.content_tokens import tokens
 from dtrain.data_quality.decontamination import find_leak, index_held_out
 
 LOAVES = (
@@ -85,3 +86,17 @@ def test_the_share_is_that_of_the_words_and_100_percent_means_all() -> None:
     assert 0.5 < share < 0.75
     assert leak((ARTICLE,), (ARTICLE,))[1] == 1
     assert leak((ARTICLE,), (ARTICLE.replace("weaver", "miller"),))[1] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("What is 12 + 34?", "what is 12 + 34"),
+        ("12-34, 3/4 of x + 3; **bold** text - item", "12 - 34 3 / 4 of x + 3 bold text item"),
+        ("-5 degrees\n- 3 well-known apples", "-5 degrees 3 well known apples"),
+        ("1,000 or 1000 or 1.5", "1000 or 1000 or 1.5"),
+        ("北京是首都吗？", "北 京 是 首 都 吗"),
+    ],
+)
+def test_tokens_are_words_numbers_and_operators(text: str, expected: str) -> None:
+    assert tokens(text) == expected.split()
