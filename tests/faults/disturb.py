@@ -89,7 +89,9 @@ class Reader(Fault):
     @contextmanager
     def output(self) -> Iterator[dict[str, object]]:
         outer, inner = self.open()
-        self.reader = subprocess.Popen(["cat"], stdin=outer, stdout=subprocess.DEVNULL)
+        self.reader = subprocess.Popen(
+            ["cat"], stdin=outer, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(outer)
         yield {"stdout": inner, "stderr": inner} | self.options(inner)
         os.close(inner)

@@ -130,8 +130,8 @@ class ForkedStart(Start):
         variables = {**common, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         arguments = [self.recipe, *self.overrides, f"output.folder={self.folder}"]
         environment = {name: str(value) for name, value in variables.items()}
-        request = {"arguments": arguments, "environment": environment, "log": str(self.log)}
-        return psutil.Process(self._ask(start=request))
+        request = {"worker": "dtrain.train", "arguments": arguments, "environment": environment}
+        return psutil.Process(self._ask(start=request | {"log": str(self.log)}))
 
     def _ask(self, **request: object) -> int:
         if ForkedStart.zygote is None:
