@@ -186,12 +186,12 @@ class Campaign:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.draw, self.runs = random.Random(arguments.seed), folder / "runs"
-        self.count, self.deadline = arguments.count, time.monotonic() + 60 * arguments.minutes
         self.runs.mkdir()
         self.overrides = [*OVERRIDES, f"launch.processes={arguments.processes}"]
         start = Start(folder / "undisturbed", self.overrides)
         assert start.end(600) == Exit.FINISHED, start.log.read_text()
         self.expected = final_hash(start.folder)
+        self.count, self.deadline = arguments.count, time.monotonic() + 60 * arguments.minutes
         self.fault = KINDS[arguments.kind](folder, self.draw)
         self.bad, self.lost, self.statuses = list[str](), Counter[int](), Counter[int | None]()
 
