@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile, AdapterTensors, vera_as_lora
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
+from dtrain.merge.expert_delta import ExpertDelta
 from dtrain.merge.stream import row_blocks
 from dtrain.merge.weight_delta import (
     CONVOLUTIONS,
@@ -26,6 +28,7 @@ from dtrain.merge.weight_delta import (
 )
 from dtrain.models.peft_format import CONFIG
 
+EXPERT_TENSORS = 4  # kept: A and B of two parameters
 TOKENS = ".token_adapter.trainable_tokens_delta"
 ROLES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_magnitude_vector": "m",
@@ -41,6 +44,7 @@ class MergeableAdapter:
 
     Attributes:
         layers: tensors that a product is added to.
+        experts: tensors of experts that products are added to.
         replaced: tensors that were trained whole (modules_to_save, biases): base name → key.
         saved_base: base weights that PEFT saved along with an adapted embedding: base name → key.
         token_rows: rows of an embedding that were trained alone: base name → key, row indices.
@@ -59,6 +63,7 @@ class MergeableAdapter:
             config, tensors = vera_as_lora(config, tensors, base, str(where))
         self.where, self.config, self.tensors = str(where), config, tensors
         self.layers: dict[str, LayerDelta] = {}
+        self.experts: dict[str, ExpertDelta] = {}
         self.replaced: dict[str, str] = {}
         self.saved_base: dict[str, str] = {}
         self.token_rows: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -85,7 +90,7 @@ class MergeableAdapter:
     @property
     def names(self) -> set[str]:
         """Names of the base's tensors that change."""
-        return self.layers.keys() | self.trained_whole
+        return self.layers.keys() | self.experts.keys() | self.trained_whole
 
     @property
     def trained_whole(self) -> set[str]:
@@ -101,6 +106,8 @@ class MergeableAdapter:
         """Return the function that changes blocks of rows of a base tensor, in float32."""
         if (key := self.replaced.get(name)) is not None:
             return lambda old, row: self.tensors.rows(key, row, row + len(old)).float()
+        if (experts := self.experts.get(name)) is not None:
+            return experts.block_update(self._read_experts, weight)
         update: BlockUpdate | None = None
         if name in self.layers:
             update = self.layers[name].block_update(self.tensors.get, weight)
@@ -115,6 +122,11 @@ class MergeableAdapter:
             return saved if update is None else update(saved, row)
 
         return update_saved
+
+    @cached_property
+    def _read_experts(self) -> Callable[[str], Tensor]:
+        """Reads tensors that hundreds of experts share, once."""
+        return lru_cache(maxsize=EXPERT_TENSORS)(self.tensors.get)
 
     def _group_keys(self) -> dict[str, dict[str, str]]:
         """Module → role → key; a key with no role replaces a tensor."""
@@ -205,6 +217,9 @@ class MergeableAdapter:
         return any(module.endswith(saved) for saved in self.config.get("modules_to_save") or ())
 
     def _take_layer(self, module: str, keys: dict[str, str]) -> None:
+        if {"a", "b"} == keys.keys() and (parameter := self._expert_parameter(module)):
+            self._take_experts(parameter, keys)
+            return
         bias = keys.pop("bias", None)
         name = self._find(f"{module}.weight", next(iter(keys.values()), bias or ""))
         if "s" in keys:
@@ -216,6 +231,54 @@ class MergeableAdapter:
         if bias is not None:
             bias_name = self._find(f"{module}.bias", bias)
             self.layers[bias_name] = LayerDelta({"bias": bias}, None, layer.scale, dims=1)
+
+    def _expert_parameter(self, module: str) -> str | None:
+        """The parameter of experts that PEFT's wrapper adapts, by the model's name.
+
+        The wrapper of the first parameter is the innermost.
+        """
+        if self._base.stored_name(f"{module}.weight"):
+            return None
+        stem, depth = module.replace(".base_layer", ""), module.count(".base_layer")
+        targets = self.config.get("target_parameters")  # a checkpoint has no such key
+        named = [f"{stem}.{name}" for name in self._base.expert_parameters(stem)]
+        adapted = [n for n in named if targets is None or match_names([n], targets)]
+        return adapted[-1 - depth] if depth < len(adapted) else None
+
+    def _take_experts(self, parameter: str, keys: dict[str, str]) -> None:
+        """Take the adapter of a parameter of experts, for each tensor that it is stored as."""
+        a, b = (self.tensors.shapes[keys[role]] for role in "ab")
+        layer = layer_from_config(self.config, parameter, keys, 0)
+        r, stored = layer.r or 0, self._base.stored_name(parameter)
+        parts = self._base.expert_parts.get(parameter, [])
+        if stored:
+            experts = self._base.shape_of(stored)[1][0]
+        else:
+            experts = len({part.expert for part in parts})
+        if len(a) != 2 or not experts or [a[0], b[1]] != [r * experts] * 2:
+            raise UserError(
+                f"{parameter} has {experts} experts in the base; {CONFIG} says rank {r}, A is {a}, "
+                f"B is {b}",
+                where=self.where,
+                fix="merge into the base that the adapter was trained on",
+            )
+        delta = ExpertDelta(keys, r, layer.scale, experts)
+        if stored:
+            transposed = self._base.has_transposed_experts(parameter)
+            product = [experts, *((a[1], b[0]) if transposed else (b[0], a[1]))]
+            self._add_experts(stored, product, replace(delta, transposed=transposed))
+        for part in parts:
+            at, count = part.share
+            rows = b[0] // count
+            part_delta = replace(delta, expert=part.expert, first_row=at * rows)
+            self._add_experts(part.name, [rows, a[1]], part_delta)
+
+    def _add_experts(self, stored: str, product: list[int], delta: ExpertDelta) -> None:
+        dtype, shape = self._base.shape_of(stored)
+        if shape != product or dtype not in FLOATS:
+            message = f"{stored} is {dtype} {shape} in the base, {product} in the adapter"
+            raise UserError(message, where=self.where)
+        self.experts[stored] = delta
 
     def _take_factors(self, module: str, name: str, keys: dict[str, str]) -> None:
         """Take IA3's factors; those of outputs scale the bias too."""

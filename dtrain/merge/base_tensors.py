@@ -88,14 +88,40 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         plain = next((n for n in (name, name.partition(".")[2]) if n in self), None)
         return plain or self._renamed.get(name)
 
-    @cached_property
+    @property
     def _renamed(self) -> dict[str, str]:
         """Model's own name → name in the files; empty if the model cannot be built."""
+        return self._matched.stored if self._matched else {}
+
+    @cached_property
+    def _matched(self) -> Any:
         try:
             model = self._model
         except UserError:
-            return {}
-        return {} if model is None else model_names.match_state_dict(model, self).stored
+            return None
+        return None if model is None else model_names.match_state_dict(model, self)
+
+    @cached_property
+    def expert_parts(self) -> dict[str, list[Any]]:
+        """Model's own name of a parameter of experts → the tensors that it is stored as."""
+        conversions = self._matched.conversions if self._matched else []
+        made = {x.entries[0]: model_names.expert_parts(x) for x in conversions}
+        return {name: parts for name, parts in made.items() if parts}
+
+    def has_transposed_experts(self, parameter: str) -> bool:
+        """Whether the model keeps the matrices of a parameter of experts as [in, out]."""
+        module = self._model.get_submodule(parameter.rpartition(".")[0])
+        return bool(getattr(module, "is_transposed", False))
+
+    def expert_parameters(self, module: str) -> list[str]:
+        """Names of the three-dimensional parameters of a module of the model, in its order."""
+        model = self._model
+        try:
+            experts = model.get_submodule(module) if model is not None else None
+        except AttributeError:
+            return []
+        named = experts.named_parameters(recurse=False) if experts is not None else ()
+        return [name for name, values in named if values.dim() == 3]
 
     @cached_property
     def _model(self) -> Any:

@@ -151,15 +151,35 @@ class MergeJob:
         changes: dict[str, ChangeBlocks] = {}
         for name, shape in trained.shapes.items():
             stored = self.tensors.stored_name(name)
+            if stored is None and (parts := self.tensors.expert_parts.get(name)):
+                changes |= self._replace_experts(trained, name, shape, parts)
+                continue
             if stored is None or self.tensors[stored][1] != list(shape):
                 raise UserError(f"{name} {list(shape)} is not in the base", where=str(self.base))
-            changes[stored] = partial(_replace_blocks, trained.read, name)
+            changes[stored] = partial(_replace_blocks, trained.read, name, 0)
         pair = self.tensors.tied_pair_among(set(changes))
         if pair is not None and pair.missing is None:  # one matrix that is stored twice
             change = next(changes[name] for name in pair.names if name in changes)
             changes |= {name: changes.get(name, change) for name in pair.names}
         description = {"source": self.source, "adapters": [], "weights": trained.content_hash}
         self._write(MergedModel(changes, {}, self.files, description))
+
+    def _replace_experts(
+        self, trained: TrainedWeights, name: str, shape: tuple[int, ...], parts: list[Any]
+    ) -> dict[str, ChangeBlocks]:
+        """The changes of the tensors that a parameter [E, rows, columns] is stored as."""
+        experts, rows, columns = shape
+        changes: dict[str, ChangeBlocks] = {}
+        for part in parts:
+            at, count = part.share
+            if (
+                self.tensors[part.name][1] != [rows // count, columns]
+                or len(parts) != experts * count
+            ):
+                raise UserError(f"{name} {list(shape)} is not in the base", where=str(self.base))
+            start = (part.expert * rows + at * (rows // count)) * columns
+            changes[part.name] = partial(_replace_blocks, trained.read, name, start)
+        return changes
 
     def _untie(
         self, inputs: Sequence[MergeInput], pair: TiedPair
@@ -336,10 +356,12 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
     """
     tensors = BaseTensors(base)
     for name in sorted(changed):
-        stored = tensors.stored_name(name)
-        if stored is None and tensors.tied and name in tensors.tied.names:
-            stored = tensors.tied.stored
-        if stored is None or tensors[stored][0] not in FLOATS:
+        stored = [tensors.stored_name(name) or ""]
+        if not stored[0] and tensors.tied and name in tensors.tied.names:
+            stored = [tensors.tied.stored]
+        if not stored[0]:
+            stored = [part.name for part in tensors.expert_parts.get(name, ())] or [""]
+        if any(x not in tensors or tensors[x][0] not in FLOATS for x in stored):
             raise UserError(
                 f"{name} is trained, but the base's files store it in another layout, which a "
                 "merge cannot write",
@@ -364,9 +386,8 @@ def _apply_all(
 
 
 def _replace_blocks(
-    read: Callable[[str, int, int], Tensor], name: str, blocks: Iterator[Tensor]
+    read: Callable[[str, int, int], Tensor], name: str, start: int, blocks: Iterator[Tensor]
 ) -> Iterator[Tensor]:
-    start = 0
     for block in blocks:
         yield read(name, start, start + block.numel()).view(block.shape)
         start += block.numel()

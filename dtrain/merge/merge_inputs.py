@@ -227,6 +227,8 @@ class CombinedAdapters:
         layers = [adapter.layers.get(name) for adapter, _ in self._adapters]
         present = [layer for layer in layers if layer is not None]
         fix = "merge them one by one (without --combine), which is exact"
+        if any(name in adapter.experts for adapter, _ in self._adapters):
+            raise UserError(f"{name} holds experts; their adapters cannot be combined", fix=fix)
         if len(present) < len(layers) and any(
             name in adapter.trained_whole for adapter, _ in self._adapters
         ):

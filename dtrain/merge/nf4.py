@@ -7,6 +7,7 @@ once, so a tensor is quantized whole before its first row is dequantized.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from bitsandbytes.functional import (
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.merge.base_tensors import FLOATS, BaseTensors
+from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.load import read_config
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import nf4_layers, pack_natively
@@ -57,12 +59,20 @@ class Nf4Base:
         self.description = {"quantization": "nf4", "loaded_in": loaded_in}
         if device != CPU:
             self.description["quantized_on"] = device.type
-        for layer in sorted(nf4_layers(build_meta_model(config, trust_remote_code))):
-            name = base.stored_name(f"{layer}.weight")
-            if name is None or base[name][0] not in FLOATS:
-                message = f"{layer} was in NF4, but the base has no plain float weight of it"
-                raise UserError(message, where=str(base.folder))
-            self.names.add(name)
+        model = build_meta_model(config, trust_remote_code)
+        for layer in sorted(nf4_layers(model)):
+            self._add(base, layer, base.stored_name(f"{layer}.weight"))
+        for parameter in expert_parameters(model):
+            parts = base.expert_parts.get(parameter)
+            stored = [part.name for part in parts] if parts else [base.stored_name(parameter)]
+            for name in stored:
+                self._add(base, parameter, name)
+
+    def _add(self, base: BaseTensors, layer: str, name: str | None) -> None:
+        if name is None or base[name][0] not in FLOATS:
+            message = f"{layer} was in NF4, but the base has no plain float weight of it"
+            raise UserError(message, where=str(base.folder))
+        self.names.add(name)
 
     def dequantized(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
         """Yield blocks of rows as the 4-bit base computes with them, in float32.
@@ -72,6 +82,18 @@ class Nf4Base:
                 spans two of them.
             stored: dtype of the base's file.
         """
+        first = next(blocks, None)
+        if first is None:
+            return
+        blocks = chain([first], blocks)
+        if first.dim() == 3:  # experts, each quantized by itself
+            for expert in chain.from_iterable(blocks):
+                yield next(self._rounded(iter([expert]), stored)).unsqueeze(0)
+            return
+        yield from self._rounded(blocks, stored)
+
+    def _rounded(self, blocks: Iterator[Tensor], stored: torch.dtype) -> Iterator[Tensor]:
+        """As `dequantized`, of one matrix."""
         dtype = self.dtype or stored
         loaded = (block.to(stored).to(dtype).to(self.device) for block in blocks)
         quantized = [quantize_4bit(block, quant_type="nf4") for block in loaded]

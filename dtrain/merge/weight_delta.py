@@ -148,7 +148,8 @@ REQUIRED = {
 USED = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "lora_bias", "bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying", "init_lora_weights", "init_r", "projection_prng_key",
+    "ensure_weight_tying", "target_parameters", "init_lora_weights", "init_r",
+    "projection_prng_key",
 }  # fmt: skip
 # These say where adapters were put (as the tensors' names do), or how they were trained or loaded;
 # settings of an initialization matter only with an initialization that is refused.
@@ -172,7 +173,6 @@ REFUSED = {
     "monteclora_config": "it samples its weights",
     "velora_config": "its adapters have a third matrix, for the backward pass",
     "layer_replication": "it repeats layers of the base",
-    "target_parameters": "it changes parameters that are not in a layer, such as experts",
 }
 # Initializations that leave the base unchanged; with others PEFT changes the base at loading.
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")

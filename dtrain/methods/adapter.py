@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel, get_peft_config, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
+from peft import __version__ as peft_version
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import AdapterSettings
+from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import UserError
 from dtrain.core.log import say
 from dtrain.methods.added import AddedMethod
@@ -40,7 +47,8 @@ class AdapterMethod(AddedMethod[Settings]):
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         unused = unused_linear_layers(described)
         saved = check_modules_to_save(model, self.settings.whole_modules, described)
-        targets = resolve_targets(model, self.settings.target_modules, unused, saved)
+        barred = self.barred_layers(model)
+        targets = resolve_targets(model, self.settings.target_modules, unused, saved, barred)
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
@@ -50,7 +58,23 @@ class AdapterMethod(AddedMethod[Settings]):
         self.initialize_all(adapted, seed, device, saved_parameters(adapted))
         key_dropouts(adapted)
         adapted.train()
+        if isinstance(adapted, PeftModel):
+            loadable_config(adapted)  # raises before the training
         return adapted
+
+    def barred_layers(self, model: PreTrainedModel) -> set[str]:
+        """Names of the linear layers that PEFT does not adapt.
+
+        Mamba's kernels for GPUs multiply with the weight of `out_proj` without calling the layer.
+        """
+        config = SimpleNamespace(peft_type=self.settings.peft_config()["peft_type"])
+        barred = set()
+        for name in linear_layers(model):
+            try:
+                _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+            except ValueError:
+                barred.add(name)
+        return barred
 
     def adapt(self, model: PreTrainedModel, targets: str | list[str]) -> nn.Module:
         """The model with adapters, whose parameters alone train; here PEFT's model.
@@ -77,7 +101,8 @@ class AdapterMethod(AddedMethod[Settings]):
         try:
             # PEFT's first values are replaced; of a base without values it need not compute them.
             is_empty = any(parameter.is_meta for parameter in model.parameters())
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
+            with names_as_given():
+                adapted = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
         except ValueError as error:
             reason = str(error).removeprefix(f"[PEFT:{config.peft_type}] ")
             fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
@@ -95,26 +120,93 @@ class AdapterMethod(AddedMethod[Settings]):
         assert isinstance(model, PeftModel)
         base = model.get_base_model()
         modules = base.named_modules()
-        changed = {n for n, m in modules if isinstance(m, BaseTunerLayer | Linear4bit)}
-        weights = {f"{name.removesuffix('.base_layer')}.weight" for name in changed}
+        changed = {n: m for n, m in modules if isinstance(m, BaseTunerLayer | Linear4bit)}
+        weights = {
+            f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+            for name, module in changed.items()
+        }
         return weights | set(saved_parameters(base).values())
 
     def saved_config(self, model: nn.Module) -> dict[str, Any]:
         """The content of adapter_config.json, without the base."""
         assert isinstance(model, PeftModel)
-        content = model.peft_config[ADAPTER].to_dict()
+        content = loadable_config(model).to_dict()
         # PEFT writes its sets in an order that changes
         return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
 
 
+def loadable_config(model: PeftModel) -> PeftConfig:
+    """The adapter's config with targets that PEFT does not replace when it loads the adapter.
+
+    PEFT takes some names of layers for those of experts in transformers 4. Of such a layer, the
+    weight is named as a target parameter: PEFT then computes the same, with the same names of
+    tensors.
+
+    Raises:
+        UserError: PEFT could not load the adapter.
+    """
+    config, base = model.peft_config[ADAPTER], model.get_base_model()
+    adapted = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+    ]
+    replaced = [name for name in adapted if _is_replaced(config, base, name)]
+    if not replaced:
+        return config
+    if getattr(config, "use_dora", False):
+        raise UserError(
+            f"PEFT {peft_version} takes {replaced[0]} for experts, which it has no DoRA of",
+            where="method.kind",
+            fix="method.kind=lora, or method.target_modules without such layers",
+        )
+    saved = deepcopy(config)
+    saved.target_modules = set(adapted) - set(replaced)
+    weights = [f"{name}.weight" for name in replaced]
+    saved.target_parameters = sorted([*(config.target_parameters or ()), *weights])
+    saved.lora_dropout = 0.0  # which target parameters do not have
+    return saved
+
+
+def _is_replaced(config: PeftConfig, base: nn.Module, name: str) -> bool:
+    """Whether PEFT would replace the name of a layer by that of a parameter of experts."""
+    probe = deepcopy(config)
+    probe.target_modules, probe.target_parameters = {name}, []
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(probe, base, None)
+    except ValueError:  # half of a pair
+        return True
+    return probe.target_modules != {name}
+
+
+@contextmanager
+def names_as_given() -> Iterator[None]:
+    """Keep PEFT from replacing target names that it takes for those of transformers 4.
+
+    There, experts were linear layers: `down_proj` would adapt them in place of the layers of that
+    name.
+    """
+    convert = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = convert
+
+
 def resolve_targets(
-    model: PreTrainedModel, target_modules: str | list[str], unused: set[str], saved: set[str]
+    model: PreTrainedModel,
+    target_modules: str | list[str],
+    unused: set[str],
+    saved: set[str],
+    barred: set[str],
 ) -> str | list[str]:
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
     Args:
         unused: layers that no text reaches; an adapter there would never get a gradient.
         saved: modules that train whole.
+        barred: layers that PEFT does not adapt; an error where they are named.
 
     Raises:
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
@@ -123,7 +215,10 @@ def resolve_targets(
     layers = linear_layers(model)
     if isinstance(target_modules, str):
         named = {n for n, m in layers.items() if m is not output}
-        matched = named - saved
+        matched = named - saved - barred
+        if barred:
+            summary = summarize_names(barred)
+            say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
     else:
         _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
@@ -141,12 +236,6 @@ def resolve_targets(
         summary = summarize_names(without)
         say(f"{len(without)} layers get no adapter, as no text reaches them: {summary}")
     return sorted(used)
-
-
-def match_names(names: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """Match as PEFT does: names that are equal to a target, or ending with it after a dot."""
-    endings = tuple(f".{target}" for target in targets)
-    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _check_targets(

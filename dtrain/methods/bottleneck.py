@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import Bottleneck
-from dtrain.methods.adapter import AdapterMethod, match_names
+from dtrain.config.methods.patterns import match_names
+from dtrain.methods.adapter import AdapterMethod
 from dtrain.models.bottleneck import add_bottlenecks
 from dtrain.models.meta_model import linear_layers
 from dtrain.models.peft_format import BOTTLENECK
@@ -22,6 +23,9 @@ class BottleneckMethod(AdapterMethod[Bottleneck]):
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         if name.endswith("adapter_down.weight"):
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+    def barred_layers(self, model: PreTrainedModel) -> set[str]:
+        return set()  # these adapters call the layer that they follow
 
     def adapt(self, model: PreTrainedModel, targets: str | list[str]) -> nn.Module:
         layers = match_names(linear_layers(model), targets)

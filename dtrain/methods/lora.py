@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import Lora
-from dtrain.config.methods.patterns import by_names
+from dtrain.config.methods.patterns import by_names, match_names
+from dtrain.core.log import say
 from dtrain.methods.adapter import ADAPTER, AdapterMethod
+from dtrain.models.kernels.experts import expert_parameters
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -26,12 +29,34 @@ class LoraMethod(AdapterMethod[Lora]):
         names = [name for name, _ in model.named_modules()]
         patterns = {key: getattr(self.settings, key) for key in PATTERNS}
         more |= {key: by_names(values, names) for key, values in patterns.items()}
+        experts = self._expert_targets(model, targets)
+        if experts:  # PEFT has no dropout for them
+            more |= {"target_parameters": experts, "lora_dropout": 0.0}
         adapted = super()._with_adapter(model, targets, **more)
+        if experts and self.settings.dropout:
+            _add_dropout(adapted, self.settings.dropout)
         for key, values in patterns.items():
             setattr(adapted.peft_config[ADAPTER], key, dict(values))
         return adapted
+
+    def _expert_targets(self, model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+        """The parameters of experts that get adapters."""
+        named = list(expert_parameters(model))
+        if not isinstance(self.settings.target_modules, str):
+            named = match_names(named, self.settings.target_modules)
+        if named and not self.settings.adapts_experts:
+            say(f"the experts of {len(named)} layers stay as they are, without adapters")
+            return []
+        return named
 
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         assert tensor.dim() == 2 and ("lora_A" in name or "lora_B" in name), name
         if "lora_A" in name:  # as in PEFT; B stays zero
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+
+def _add_dropout(adapted: PeftModel, probability: float) -> None:
+    """Add dropout to the adapters of linear layers."""
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            module.lora_dropout[ADAPTER] = nn.Dropout(probability)

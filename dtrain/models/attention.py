@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -199,8 +199,9 @@ def _known_documents(mask_function: Callable[..., Tensor], tokens: int) -> Docum
     documents = _documents.get()
     if documents is None or sum(documents.lengths) != tokens:
         return None
-    alone = mask_function if len(documents.lengths) == 1 else None
-    inside = getattr(mask_function, "inside", alone)
+    # Without `inside`, transformers knows of no documents: gpt-oss passes no position ids on to it.
+    knows_none = len(documents.lengths) == 1 or _transformers_packed_mask_function is not None
+    inside = getattr(mask_function, "inside", mask_function if knows_none else None)
     longest = max(documents.lengths)
     try:
         detected = detect_documents(inside, longest, "cpu") if inside is not None else None
@@ -245,6 +246,7 @@ def document_attention(
     attention_mask: Tensor | Documents | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
@@ -253,6 +255,7 @@ def document_attention(
         query: [1, H, T, D].
         key, value: [1, K, T, D]; H is a multiple of K.
         attention_mask: from `document_mask`.
+        s_aux: [H], scores of a sink, which takes probability and adds nothing (gpt-oss).
 
     Returns:
         [1, T, H, D], and no attention weights.
@@ -263,6 +266,8 @@ def document_attention(
             message = "the attention masks of this model leave no place for a prefix"
             raise UserError(message, where="method.kind", fix="method.kind=prompt")
         mask = None if attention_mask is None else attention_mask.to(query.device)
+        if s_aux is not None:
+            key, value, mask = _with_sink(query, key, value, s_aux, mask)
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -271,15 +276,17 @@ def document_attention(
     if attention_mask.prefix is not None:
         layer: Any = module.layer_idx
         key, value = attention_mask.prefix.put_into(layer, key, value)
-    if window is None and dropout == 0.0 and supports_causal_attention(query, key, value):
+    plain = dropout == 0.0 and s_aux is None
+    if window is None and plain and supports_causal_attention(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
-    if dropout == 0.0 and supports_varlen(query, value):
+    if plain and supports_varlen(query, value):
         return varlen_attention(query, key, value, attention_mask, scaling), None
     # split, not slices: the gradient of each slice would be a zero-filled tensor of T tokens
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
-        _one_document(q, k, v, dropout, scaling, window) for q, k, v in zip(*parts, strict=True)
+        _one_document(q, k, v, dropout, scaling, window, s_aux)
+        for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
@@ -360,6 +367,7 @@ def _one_document(
     dropout: float,
     scale: float | None,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention in one document: [1, H, n, D] and [1, K, n, D] twice → [1, n, H, D]."""
     tokens = query.shape[2]
@@ -367,11 +375,35 @@ def _one_document(
     if window is not None and tokens > window:
         square = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
         mask = square.tril() & square.triu(1 - window)
+    if sinks is not None:
+        key, value, mask = _with_sink(query, key, value, sinks, mask)
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2)
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with a sink after the last, and the scores to add for each head.
+
+    Args:
+        sinks: [H].
+        mask: which keys are seen, bool […, T, T]; None: all before a token.
+
+    Returns:
+        [1, K, T + 1, D] twice and [1, H, T, T + 1]. The sink's key and value are zero, so its score
+        is what is added.
+    """
+    tokens = query.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    scores = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    scores = scores.masked_fill(~mask, -torch.inf).expand(1, len(sinks), tokens, tokens)
+    column = sinks.to(query.dtype).view(1, -1, 1, 1).expand(-1, -1, tokens, -1)
+    return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), torch.cat([scores, column], dim=3)
 
 
 AttentionInterface.register(NAME, document_attention)

@@ -12,7 +12,7 @@ from typing import Any
 from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_name
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import has_tokenizer, read_header, weight_files
-from dtrain.planning.shapes import check_not_experts, check_not_quantized, read_config
+from dtrain.planning.architectures import check_not_quantized, read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 
@@ -58,14 +58,13 @@ def open_model(folder: Path) -> LocalModel:
     """Check the files of a model, and read their headers.
 
     Raises:
-        UserError: no config.json or tokenizer, a missing or incomplete file of weights, quantized
-            weights, or a mixture of experts.
+        UserError: no config.json or tokenizer, a missing or incomplete file of weights, or
+            quantized weights.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError("has no config.json, so it is not a model", where=str(folder))
     config = read_config(path)
-    check_not_experts(config, str(path))
     check_not_quantized(config, str(path))
     if not has_tokenizer(folder):
         fix = "put the tokenizer's files into the model's folder"

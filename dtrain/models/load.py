@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -21,8 +22,9 @@ from dtrain.core.errors import UserError
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_header, weight_files
 from dtrain.models import attention
+from dtrain.models.by_document import separate_states
 from dtrain.models.finite_weights import check_finite
-from dtrain.models.meta_model import build_meta_model, check_dense, first_line, linear_layers
+from dtrain.models.meta_model import build_meta_model, first_line, linear_layers
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
     check_quantized,
@@ -31,7 +33,7 @@ from dtrain.models.quantize import (
     nf4_layers,
     pack_natively,
 )
-from dtrain.planning import shapes
+from dtrain.planning import architectures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,6 +121,7 @@ def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTr
     """Freeze a model and apply the settings that all training needs."""
     forbid_repacking(model)
     rotate_by_document(model)
+    separate_states(model)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:
@@ -156,8 +159,8 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         UserError: it is missing or broken, needs code that is not allowed, is unknown to
             transformers, or belongs to a model that dtrain does not train.
     """
-    raw = shapes.read_config(folder / "config.json")
-    shapes.check_not_quantized(raw, str(folder / "config.json"))
+    raw = architectures.read_config(folder / "config.json")
+    architectures.check_not_quantized(raw, str(folder / "config.json"))
     kind = raw.get("model_type")
     needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
@@ -175,7 +178,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
     _check_trainable(folder, config, has_code=needs_code)
-    check_dense(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
+    build_meta_model(config, trust_remote_code)  # raises where it cannot be built
     return config
 
 
@@ -229,9 +232,16 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
     known = causal_class(config)
     has_sdpa = getattr(known, "_supports_sdpa", False)
     takes_any = getattr(known, "_supports_attention_backend", False)
-    support = {"eager": True, "sdpa": has_sdpa, attention.NAME: has_sdpa and takes_any}
-    support["flash_attention_2"] = getattr(known, "_supports_flash_attn", False)
+    sinks = known is not None and _has_sinks(known)
+    documents = takes_any and (has_sdpa or sinks)
+    support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
+    support["flash_attention_2"] = getattr(known, "_supports_flash_attn", False) and not sinks
     return {name: None for name, has in support.items() if has}
+
+
+def _has_sinks(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model passes the scores of a sink to its attention; sdpa would leave them out."""
+    return "s_aux=" in inspect.getsource(inspect.getmodule(model_class) or model_class)
 
 
 @contextmanager

@@ -89,32 +89,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def check_dense(model: PreTrainedModel, where: str) -> None:
-    """Check that a model is not a mixture of experts.
-
-    Experts are one three-dimensional tensor, not linear layers: bitsandbytes skips them, a merge
-    cannot write their adapters, and nothing balances their load.
-
-    Args:
-        model: from `build_meta_model`; a config may name experts that no layer has.
-
-    Raises:
-        UserError: a layer has a number of experts.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) and _has_experts(module):
-            raise UserError(
-                f"{model.config.model_type!r} is a mixture of experts ({name}); dtrain trains "
-                "dense models",
-                where=where,
-                fix="choose a dense model: llama, mistral, qwen3, ...",
-            )
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return any("expert" in key and type(value) is int for key, value in vars(module).items())
-
-
 def unused_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the parameters that the logits of a text do not depend on, such as image towers.
 

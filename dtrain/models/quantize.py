@@ -77,7 +77,7 @@ def check_quantized(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         if not isinstance(module, Linear4bit) or not isinstance(module.weight, Params4bit):
-            raise _not_nf4(name, module)
+            raise _layer_not_nf4(name, module)
 
 
 def nf4_layers(model: PreTrainedModel) -> set[str]:
@@ -102,7 +102,7 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
     }
     for name, module in layers.items():
         if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:
-            raise _not_nf4(name, module)
+            raise _layer_not_nf4(name, module)
     if read := sorted(layers.keys() & layers_read_outside_forward(model)):
         raise UserError(
             f"the model's code reads the weight of {read[0]}, which NF4 packs",
@@ -112,8 +112,12 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
     return set(layers)
 
 
-def _not_nf4(name: str, module: Any) -> UserError:
-    kind, shape = type(module).__name__, list(module.weight.shape)
+def _layer_not_nf4(name: str, module: Any) -> UserError:
+    return not_nf4(name, type(module).__name__, list(module.weight.shape))
+
+
+def not_nf4(name: str, kind: str, shape: list[int]) -> UserError:
+    """The error for what NF4 cannot hold."""
     message = f"{name} ({kind} {shape}) cannot be quantized to NF4"
     return UserError(message, where="method.kind", fix=WITHOUT_NF4)
 

@@ -9,6 +9,9 @@ each byte from disk once.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,13 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import check_complete, read_header, weight_files
 from dtrain.models.check_base import FLOATS, stored_quantized_error
+from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
+from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
-from dtrain.models.state_dict_names import match_state_dict
+from dtrain.models.state_dict_names import Conversion, expert_parts, match_state_dict
 
 
 class StreamedModel:
@@ -39,25 +44,26 @@ class StreamedModel:
 
     Attributes:
         model: its parameters are on the meta device until `materialize`.
-        converted: names in the files of tensors that are combined on loading, so that the model
-            cannot be loaded by block; empty for most models.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self._device = model, device
         headers = {path: read_header(path)[0] for path in weight_files(folder)}
         self._files = {name: path for path, entries in headers.items() for name in entries}
-        entries = {n: e for header in headers.values() for n, e in header.items()}
+        headers_by_name = {n: e for header in headers.values() for n, e in header.items()}
         names = match_state_dict(model, self._files)
-        self.converted = names.converted
         # keyed by module, not by name: adapters wrap modules and change their names
-        self._names: dict[nn.Module, dict[str, str]] = {}
+        self._sources: dict[nn.Module, dict[str, Source]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
-        if self.converted:  # the entries they become are known only after reading them
-            return
         check_complete(folder, names.missing, names.unexpected)
         self._untie(names.stored)
-        self._assign_names(folder, names.stored, entries)
+        sources = {n: Source([x], partial(self._read, x)) for n, x in names.stored.items()}
+        for conversion in names.conversions:
+            made = ConvertedTensors(conversion, self._read)
+            for entry in conversion.entries:
+                read, matrices = partial(made.take, entry), _matrices_of_experts(conversion)
+                sources[entry] = Source(conversion.names, read, True, matrices)
+        self._assign(folder, sources, headers_by_name)
 
     def _untie(self, stored: dict[str, str]) -> None:
         """Untie parameters whose two stored values differ, as transformers does."""
@@ -70,19 +76,22 @@ class StreamedModel:
                 alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
-    def _assign_names(
-        self, folder: Path, stored: dict[str, str], entries: dict[str, dict[str, Any]]
+    def _assign(
+        self, folder: Path, sources: dict[str, Source], headers: dict[str, dict[str, Any]]
     ) -> None:
-        by_tensor = {self.model.get_parameter_or_buffer(n): name for n, name in stored.items()}
+        by_tensor = {self.model.get_parameter_or_buffer(n): x for n, x in sources.items()}
         uses: Counter[Tensor] = Counter()
         for module in self.model.modules():
             for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None or tensor not in by_tensor:
                     continue
-                name = by_tensor[tensor]
-                check_shape(folder, name, entries[name]["shape"], list(tensor.shape))
-                check_dtype(folder, name, entries[name]["dtype"], tensor)
-                self._names.setdefault(module, {})[leaf] = name
+                source = by_tensor[tensor]
+                for name in source.names:
+                    check_dtype(folder, name, headers[name]["dtype"], tensor)
+                if not source.is_converted:
+                    (name,) = source.names
+                    check_shape(folder, name, headers[name]["shape"], list(tensor.shape))
+                self._sources.setdefault(module, {})[leaf] = source
                 uses[tensor] += 1
         self._shared = {p: None for p, count in uses.items() if count > 1}  # type: ignore[misc]
 
@@ -93,43 +102,85 @@ class StreamedModel:
         parameters that several modules share are referenced, until the last block is loaded.
         """
         for module in block.modules():
-            for leaf, name in self._names.pop(module, {}).items():
+            for leaf, source in self._sources.pop(module, {}).items():
                 if (buffer := module._buffers.get(leaf)) is not None:
-                    module._buffers[leaf] = self._on_device(name, buffer.dtype)
+                    module._buffers[leaf] = self._on_device(source, buffer)
                 elif (parameter := module._parameters[leaf]) is not None:
-                    module._parameters[leaf] = self._load_parameter(module, parameter, name)
-        if not self._names:
+                    module._parameters[leaf] = self._load_parameter(module, leaf, parameter, source)
+        if not self._sources:
             self._shared.clear()
 
-    def _load_parameter(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
+    def _load_parameter(
+        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: Source
+    ) -> nn.Parameter:
         if empty not in self._shared:
-            return self._read_parameter(module, empty, name)
+            return self._read_parameter(module, leaf, empty, source)
         shared = self._shared[empty]
         if shared is None:
-            shared = self._shared[empty] = self._read_parameter(module, empty, name)
+            shared = self._shared[empty] = self._read_parameter(module, leaf, empty, source)
         return shared
 
-    def _read_parameter(self, module: nn.Module, empty: nn.Parameter, name: str) -> nn.Parameter:
+    def _read_parameter(
+        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: Source
+    ) -> nn.Parameter:
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
             # packed from the compute dtype, so that it is unpacked to that and not to float32
-            return _packed(module, empty, self._weights(name, module.compute_dtype))
-        values = self._weights(name, empty.dtype)
+            return _packed(module, empty, self._on_device(source, empty, module.compute_dtype))
+        values = self._on_device(source, empty)
+        if holds_nf4(module) and values.dim() == 3:
+            return packed_parameter(module, leaf, values, source.matrices, empty.dtype)
         return nn.Parameter(values, requires_grad=empty.requires_grad)
 
-    def _weights(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Read a parameter, and check it where it is copied to: the fastest place."""
-        stored = self._read(name).to(self._device)
-        check_tensor(stored, name, self._files[name])
-        return stored.to(dtype)
-
-    def _on_device(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Read a tensor; it is converted on the device, as CPUs convert slowly."""
-        return self._read(name).to(self._device).to(dtype)
+    def _on_device(self, source: Source, empty: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor; it is checked and cast on the device, as CPUs cast slowly."""
+        values, first = source.read().to(self._device), source.names[0]
+        name = f"what {first}, … make" if source.is_converted else first
+        if source.is_converted:  # the shape of the others is checked before
+            check_shape(self._files[first].parent, name, list(values.shape), list(empty.shape))
+        if isinstance(empty, nn.Parameter):
+            check_tensor(values, name, self._files[first])
+        return values.to(dtype or empty.dtype)
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             values: Tensor = file.get_tensor(name)
         return values
+
+
+class ConvertedTensors:
+    """The entries of the model that one conversion makes."""
+
+    def __init__(self, conversion: Conversion, read: Callable[[str], Tensor]) -> None:
+        self.conversion, self._read = conversion, read
+        self._waiting: dict[str, Tensor] = {}
+
+    def take(self, entry: str) -> Tensor:
+        """An entry's values, which are not kept; each is taken once."""
+        if entry not in self._waiting:
+            self._waiting = self.conversion.convert(self._read)
+        return self._waiting.pop(entry)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an entry of the model comes from.
+
+    Attributes:
+        names: names in the files.
+        read: returns its values.
+        is_converted: it is made from tensors of other names or shapes.
+        matrices: of experts: as how many matrices each of them is stored.
+    """
+
+    names: list[str]
+    read: Callable[[], Tensor]
+    is_converted: bool = False
+    matrices: int = 1
+
+
+def _matrices_of_experts(conversion: Conversion) -> int:
+    parts = expert_parts(conversion)
+    return parts[0].share[1] if parts else 1
 
 
 def check_shape(folder: Path, name: str, stored: list[int], expected: list[int]) -> None:
@@ -164,7 +215,7 @@ def stream_base(
     dtype: torch.dtype,
     device: torch.device,
 ) -> StreamedModel:
-    """Open a base for loading by block, which is possible if its `converted` is empty.
+    """Open a base for loading by block.
 
     Args and errors: as for `load_base`.
     """
@@ -195,6 +246,7 @@ def build_frozen_meta_model(
             pack_natively()
         for name in nf4_layers(build_meta_model(config, settings.trust_remote_code)):
             _replace_by_nf4(model, name, dtype)
+        mark_experts(model, expert_parameters(model))
         model.is_loaded_in_4bit = True  # type: ignore[assignment] # read by PEFT
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")

@@ -19,9 +19,10 @@ from dtrain.evaluation.metric import check_metrics
 from dtrain.evaluation.prompts import check_prompts
 from dtrain.models.check_base import LocalModel, find_model, open_model
 from dtrain.models.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from dtrain.planning.architectures import shape_of
 from dtrain.planning.check_methods import check_methods, check_names
 from dtrain.planning.known_models import check_trainable, fetch_command, find_config
-from dtrain.planning.shapes import ModelShape, shape_of
+from dtrain.planning.shapes import ModelShape
 from dtrain.samples.make import check_known
 
 NOT_CHECKED = (
@@ -109,7 +110,7 @@ def _check_templates(recipe: Recipe, base: Path | None, report: CheckReport) -> 
 
 def _check_modules(recipe: Recipe, base: LocalModel | None, report: CheckReport) -> None:
     shape = _shape(recipe, base)
-    if shape is not None:
+    if shape is not None and not shape.experts:
         check_methods(recipe, shape, report)
     elif base is not None:
         check_names(recipe, base.shapes, report)

@@ -6,22 +6,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
 from dtrain.core.cache_paths import cache_folder, hub_id
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
-from dtrain.core.log import say, warn
+from dtrain.core.log import say
 from dtrain.core.units import count
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.world import World
-from dtrain.engines.base import Engine, MaterializeFn, build_engine
+from dtrain.engines.base import Engine, build_engine
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.chat_files import (
     GENERATION,
@@ -37,10 +36,10 @@ from dtrain.methods.base import MethodContext
 from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
-from dtrain.models.load import load_base, parameter_counts
+from dtrain.models.load import parameter_counts
 from dtrain.models.loss import transformers_model
 from dtrain.models.peft_format import base_reference
-from dtrain.models.sharded_loading import stream_base
+from dtrain.models.sharded_loading import StreamedModel, stream_base
 from dtrain.pipeline.initial_adapter import open_initial_adapter
 from dtrain.pipeline.stage_checks import check_rate_scales
 from dtrain.pipeline.stage_record import StageSetup
@@ -53,15 +52,15 @@ def build_model_in_engine(setup: StageSetup) -> tuple[Engine, tuple[int, int]]:
         The engine, and the numbers of trainable and of all parameters.
     """
     recipe, stage, world, method = setup.recipe, setup.stage, setup.world, setup.method
-    base, load_weights = _open_base(setup)
-    model = method.attach(base, seed=recipe.seed, device=world.device)
+    base = _open_base(setup)
+    model = method.attach(base.model, seed=recipe.seed, device=world.device)
     _check_merge(setup, model)
     method.on_attached(model, _method_context(setup))
     initial = open_initial_adapter(setup, model)
     check_rate_scales(stage, model)
 
     def materialize(block: torch.nn.Module) -> None:
-        load_weights(block)
+        base.materialize(block)
         method.on_weights_loaded(block)
 
     if not ENGINES[recipe.engine.kind].shards_base:
@@ -95,25 +94,16 @@ def _method_context(setup: StageSetup) -> MethodContext:
     )
 
 
-def _open_base(setup: StageSetup) -> tuple[PreTrainedModel, MaterializeFn]:
-    """The base without storage, and the function that loads a block of it."""
-    method, options = setup.method, setup.recipe.model
-    settings: dict[str, Any] = {
-        "quantized": method.traits.quantizes_base,
-        "dtype": method.base_dtype(setup.dtype),
-        "device": setup.world.device,
-    }
-    streamed = stream_base(setup.base, options, **settings)
-    if not streamed.converted:
-        return streamed.model, streamed.materialize
-    _check_merge(setup, method.attach(streamed.model, seed=0))  # before the slow load
-    if ENGINES[setup.recipe.engine.kind].shards_base:
-        warn(
-            f"{setup.base}: transformers converts {len(streamed.converted)} tensors when it loads "
-            f"them ({streamed.converted[0]}, …), so every rank loads the whole base before it is "
-            "sharded"
-        )
-    return load_base(setup.base, options, **settings), lambda block: None
+def _open_base(setup: StageSetup) -> StreamedModel:
+    """The base without storage, whose blocks are loaded one by one."""
+    method = setup.method
+    return stream_base(
+        setup.base,
+        setup.recipe.model,
+        quantized=method.traits.quantizes_base,
+        dtype=method.base_dtype(setup.dtype),
+        device=setup.world.device,
+    )
 
 
 def _check_merge(setup: StageSetup, model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import load_base, parameter_counts, read_config, resolve_dtype
+from dtrain.models.load import parameter_counts, read_config, resolve_dtype
 from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
 from dtrain.models.sharded_loading import stream_base
@@ -149,16 +149,13 @@ def _load(recipe: Recipe, world: World, folder: Path) -> nn.Module:
     is_sharded = ENGINES[recipe.engine.kind].shards_base
     streamed = stream_base(folder, settings, quantized=False, dtype=dtype, device=device)
     model: nn.Module = streamed.model
-    if streamed.converted:
-        model = load_base(folder, settings, quantized=False, dtype=dtype, device=device)
-    elif not is_sharded:
+    if not is_sharded:
         streamed.materialize(model)
     parameters = parameter_counts(model)[1]
     kernels = apply_kernels(model, settings)
     if is_sharded:
         ranks = recipe.engine.shard if ENGINES[recipe.engine.kind].shard_group else "all"
-        load_block = (lambda block: None) if streamed.converted else streamed.materialize
-        fsdp2.shard_frozen(model, load_block, ranks, world)
+        fsdp2.shard_frozen(model, streamed.materialize, ranks, world)
     kept = "sharded over the ranks" if is_sharded else "whole on every rank"
     say(f"{folder}: {count(parameters)} parameters in {dtype}, frozen, {kept}; kernels: {kernels}")
     return model.eval()

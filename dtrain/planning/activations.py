@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.shapes import ADAPTED_LAYERS, LOSS, MLPS, NORMS
+from dtrain.planning.architectures import ADAPTED_LAYERS, LOSS, MLPS, NORMS
 from dtrain.planning.workload import Workload
 
 CHUNK_BYTES = 1 << 28  # float32 logits of one chunk; each chunk reads the whole output matrix
@@ -74,15 +74,26 @@ def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     attention = e * (2 * shape.q + 2 * shape.kv) + 4 * shape.heads
     if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
         attention += (2 * e + 4) * shape.heads * workload.sequence_length
-    mlp = (2 if MLPS in workload.kernels else 3) * e * shape.mlp
+    spares = MLPS in workload.kernels and not shape.experts  # experts keep all three
+    mlp = (2 if spares else 3) * e * shape.mlp
     return (
         _norm_bytes(workload, profile)
         + attention
         + mlp
+        + _expert_bytes(workload)
         + _linear_input_bytes(workload, profile)
         + e * sum(workload.adapter_saved(x) for x in workload.adapted if x.name != "lm_head")
         + _saved_output_bytes(workload)
     )
+
+
+def _expert_bytes(workload: Workload) -> float:
+    """Bytes a token of what routing to experts saves: inputs in the order of experts, and outputs.
+
+    The width of all MLPs of a token is in `ModelShape.mlp`.
+    """
+    shape = workload.shape
+    return workload.element_bytes * sum(2 * x.active * shape.hidden for x in shape.experts[:1])
 
 
 def _norm_bytes(workload: Workload, profile: TrainerProfile) -> float:
@@ -185,7 +196,8 @@ def dequantized_bytes(workload: Workload) -> float:
     """Bytes of the largest NF4 weight, dequantized while it computes."""
     if not workload.traits.quantizes_base:
         return 0.0
-    return float(workload.element_bytes * max(x.elements for x in workload.shape.linears))
+    largest = max(x.elements // x.experts for x in workload.shape.linears)
+    return float(workload.element_bytes * largest)
 
 
 def backward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:

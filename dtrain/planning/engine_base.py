@@ -289,7 +289,7 @@ class EngineModel(ABC):
         """
         workload, largest = self.workload, 0
         if workload.traits.quantizes_base:
-            largest = max(x.elements for x in workload.shape.linears)
+            largest = max(x.elements // x.experts for x in workload.shape.linears)
         blocks = (self.layer, self.outer)
         whole = max(sum(x.kept * x.elements for x in block) for block in blocks)
         is_sharded = workload.capabilities.shards_base and workload.shard > 1

@@ -11,19 +11,14 @@ from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded
-from dtrain.planning.shapes import (
-    ModelShape,
-    check_not_experts,
-    check_not_quantized,
-    read_config,
-    shape_of,
-)
+from dtrain.planning.architectures import check_not_quantized, read_config, shape_of
+from dtrain.planning.shapes import ModelShape
 
 WHERE = "model.base"
 
 
 class ModelSizes(NamedTuple):
-    """The sizes of a model, named as in config.json."""
+    """The sizes of a model, named as in config.json; `more` has those of its kind alone."""
 
     model_type: str
     num_hidden_layers: int
@@ -34,6 +29,11 @@ class ModelSizes(NamedTuple):
     vocab_size: int
     tie_word_embeddings: bool = False
     head_dim: int | None = None
+    more: tuple[tuple[str, Any], ...] = ()
+
+
+def _experts(**sizes: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(sizes.items())
 
 
 # Sizes from the config.json of each model's hub page, so that a plan needs no download.
@@ -74,6 +74,85 @@ KNOWN = {
     "microsoft/Phi-3-mini-4k": ModelSizes("phi3", 32, 3072, 32, 32, 8192, 32064),
     "microsoft/Phi-3-medium-4k": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 32064),
     "microsoft/phi-4": ModelSizes("phi3", 40, 5120, 40, 10, 17920, 100352),
+    "Qwen/Qwen3-30B-A3B": ModelSizes(
+        "qwen3_moe",
+        48,
+        2048,
+        32,
+        4,
+        6144,
+        151936,
+        False,
+        128,
+        _experts(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
+    ),
+    "Qwen/Qwen3-235B-A22B": ModelSizes(
+        "qwen3_moe",
+        94,
+        4096,
+        64,
+        4,
+        12288,
+        151936,
+        False,
+        128,
+        _experts(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536),
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": ModelSizes(
+        "mixtral",
+        32,
+        4096,
+        32,
+        8,
+        14336,
+        32000,
+        False,
+        None,
+        _experts(num_local_experts=8, num_experts_per_tok=2),
+    ),
+    "openai/gpt-oss-20b": ModelSizes(
+        "gpt_oss",
+        24,
+        2880,
+        64,
+        8,
+        2880,
+        201088,
+        False,
+        64,
+        _experts(num_local_experts=32, num_experts_per_tok=4),
+    ),
+    "openai/gpt-oss-120b": ModelSizes(
+        "gpt_oss",
+        36,
+        2880,
+        64,
+        8,
+        2880,
+        201088,
+        False,
+        64,
+        _experts(num_local_experts=128, num_experts_per_tok=4),
+    ),
+    "zai-org/GLM-4.5-Air": ModelSizes(
+        "glm4_moe",
+        46,
+        4096,
+        96,
+        8,
+        10944,
+        151552,
+        False,
+        128,
+        _experts(
+            n_routed_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=1408,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            attention_bias=True,
+        ),
+    ),
 }
 # max_position_embeddings from the same pages, by the beginning of the name; the longest counts.
 # Where a chat model has fewer, they are the base model's.
@@ -92,6 +171,9 @@ POSITIONS = {
     "google/gemma": 8192,
     "microsoft/Phi-3": 4096,
     "microsoft/phi-4": 16384,
+    "mistralai/Mixtral": 32768,
+    "openai/gpt-oss": 131_072,
+    "zai-org/GLM-4.5": 131_072,
 }
 SUFFIXES = ("-instruct", "-chat", "-hf", "-it", "-base")
 
@@ -129,7 +211,9 @@ def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
         return read_config(cached), str(cached)
     row = known_name(base)
     if row is not None:
-        config = {k: v for k, v in KNOWN[row]._asdict().items() if v is not None}
+        sizes = KNOWN[row]
+        named = {k: v for k, v in sizes._asdict().items() if v is not None and k != "more"}
+        config = named | dict(sizes.more)
         if prefixes := [prefix for prefix in POSITIONS if row.startswith(prefix)]:
             config["max_position_embeddings"] = POSITIONS[max(prefixes, key=len)]
         return config, f"dtrain's table of shapes ({row})"
@@ -172,13 +256,12 @@ def check_trainable(base: str) -> None:
     """Check that dtrain can train the base, if this machine has its config.json.
 
     Raises:
-        UserError: the base is a mixture of experts, or quantized.
+        UserError: the base is quantized.
     """
     try:
         config, source = find_config(base)
     except UserError:  # the run downloads the base and checks it then
         return
-    check_not_experts(config, source)
     check_not_quantized(config, source)
 
 

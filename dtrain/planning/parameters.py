@@ -75,12 +75,17 @@ def layer_parameters(
         else:
             here = trains and bool(workload.layers_that_train(linear))
             weight = _base_parameter(workload, train_bytes, trains=here)
-            parameters.append(replace(weight, rows=linear.outputs, columns=linear.inputs))
+            rows, columns = linear.size
+            parameters.append(replace(weight, rows=rows, columns=columns))
         if linear.bias:
-            parameters.append(replace(base, rows=linear.outputs, columns=1))
+            rows = linear.size[0]
+            parameters.append(replace(base, rows=rows, columns=linear.biases // rows))
         parameters += _adapters(linear, workload, train_bytes)
     head_norms = shape.norm_elements - shape.norms * shape.hidden  # norms of queries and keys
     widths = [shape.hidden] * shape.norms + ([head_norms // 2] * 2 if head_norms else [])
+    if shape.router[0]:
+        parameters.append(replace(base, rows=shape.router[0], columns=shape.router[1]))
+    widths += [shape.extra_elements] if shape.extra_elements else []
     return parameters + [replace(base, rows=width, columns=1) for width in widths]
 
 
@@ -127,7 +132,10 @@ def _base_parameter(workload: Workload, train_bytes: int, *, trains: bool) -> Pa
 def _packed(linear: LinearShape, workload: Workload) -> ParameterSpec:
     """A weight in NF4, which bitsandbytes stores as one column of the compute dtype."""
     e = workload.element_bytes
-    return ParameterSpec(int(NF4_BYTES * linear.elements) // e, 1, False, e, e)
+    elements = int(NF4_BYTES * linear.elements) // e
+    if linear.experts > 1:
+        return ParameterSpec(linear.experts, elements // linear.experts, False, e, e)
+    return ParameterSpec(elements, 1, False, e, e)
 
 
 def _adapters(linear: LinearShape, workload: Workload, train_bytes: int) -> Iterator[ParameterSpec]:

@@ -42,6 +42,8 @@ def render_plan(plan: RecipePlan, columns: int, price: float | None = None) -> I
     where = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     yield f"{plan.name} on {where}: {plan.verdict}"
     base = f"{plan.base}, {count(plan.shape.parameters)} parameters"
+    if plan.shape.experts:
+        base += f", {count(plan.shape.active_parameters)} of them for a token"
     yield from _labeled("base model", base, columns)
     for stage in plan.stages:
         yield ""

@@ -65,8 +65,8 @@ def flops_per_token(workload: Workload) -> float:
     shape, reached = workload.shape, workload.backward_share
     recomputed = reached * workload.checkpointing
     forwards = 1 + recomputed + workload.extra_forwards
-    linear = 2 * (forwards + reached) * shape.linear_elements
-    linear += 2 * workload.trained_linear_elements
+    linear = 2 * (forwards + reached) * shape.active_linear_elements
+    linear += 2 * workload.trained_active_elements
     head_passes = 2 + workload.method.trains_outer + workload.extra_forwards
     head = 2 * head_passes * shape.vocabulary * shape.hidden
     attention_passes = forwards + 2 * reached

@@ -17,17 +17,10 @@ from dtrain.config.objectives import OBJECTIVES, Forwards
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
+from dtrain.planning.architectures import ADAPTED_LAYERS, KERNELS, LOSS
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.shapes import (
-    ADAPTED_LAYERS,
-    KERNELS,
-    LOSS,
-    LinearShape,
-    ModelShape,
-    layer_names,
-    select_linears,
-)
+from dtrain.planning.shapes import LinearShape, ModelShape, layer_names, select_linears
 from dtrain.planning.whole_modules import WholeModule, select_modules
 
 BUCKET_ELEMENTS = 100_000_000
@@ -142,15 +135,14 @@ class Workload:
     @property
     def adapted(self) -> tuple[LinearShape, ...]:
         """Linear layers of a decoder layer that get an adapter."""
-        adapter = self.method.adapter
-        return select_linears(self.shape, adapter.target_modules) if adapter else ()
+        return adapted_linears(self.shape, self.method)
 
     def adapter_saved(self, linear: LinearShape) -> float:
         """Elements a token that the adapter of a layer saves; the mean where layers differ."""
         adapter, sizes = self.method.adapter, (linear.outputs, linear.inputs)
         assert adapter
         names = layer_names(self.shape, linear)
-        return fmean(adapter.saved_elements(name, *sizes) for name in names)
+        return linear.active * fmean(adapter.saved_elements(name, *sizes) for name in names)
 
     def adapter_shapes(self, linear: LinearShape) -> Shapes:
         """Rows and columns of the matrices that the method adds to one of `adapted`.
@@ -169,7 +161,8 @@ class Workload:
         adapter = self.method.adapter
         return {
             x.name: [
-                adapter.shapes(name, x.outputs, x.inputs) for name in layer_names(self.shape, x)
+                _of_experts(adapter.shapes(name, x.outputs, x.inputs), x.experts)
+                for name in layer_names(self.shape, x)
             ]
             for x in self.adapted
             if adapter
@@ -197,7 +190,7 @@ class Workload:
         """Elements of all matrices of adapters that a token is multiplied with."""
         adapter = self.method.adapter
         return sum(
-            adapter.multiplied_elements(name, x.outputs, x.inputs)
+            x.active * adapter.multiplied_elements(name, x.outputs, x.inputs)
             for x in self.adapted
             for name in layer_names(self.shape, x)
             if adapter
@@ -266,11 +259,37 @@ class Workload:
         """Weights of the base's linear layers that train."""
         return sum(x.elements * len(self.layers_that_train(x)) for x in self.shape.linears)
 
+    @cached_property
+    def trained_active_elements(self) -> int:
+        """Those of them that a token is multiplied with."""
+        linears = self.shape.linears
+        return sum(x.active_elements * len(self.layers_that_train(x)) for x in linears)
+
     def layers_that_train(self, linear: LinearShape) -> list[str]:
         """Names of a linear layer in those decoder layers in which its own weight trains."""
         first = self.shape.layers - self.trained_layers
         names = layer_names(self.shape, linear)[first:]
         return [name for name in names if not self.method.freezes(f"{name}.weight")]
+
+
+def adapted_linears(shape: ModelShape, method: MethodSettings) -> tuple[LinearShape, ...]:
+    """The linear layers of a decoder layer that get an adapter.
+
+    Raises:
+        UserError: no linear layer has one of the names.
+    """
+    adapter = method.adapter
+    if adapter is None:
+        return ()
+    return select_linears(shape, adapter.target_modules, experts=adapter.adapts_experts)
+
+
+def _of_experts(shapes: Shapes, experts: int) -> Shapes:
+    """The shapes of A [E r, in] and B [out, r E] of all experts from those of one."""
+    if experts == 1:
+        return shapes
+    (r, inputs), (outputs, _) = shapes
+    return (experts * r, inputs), (outputs, experts * r)
 
 
 def build_workload(
@@ -286,7 +305,7 @@ def build_workload(
             DeepSpeed file cannot be read, or the teacher's shape is not known.
     """
     if adapter := stage.method.adapter:
-        adapted = select_linears(shape, adapter.target_modules)
+        adapted = adapted_linears(shape, stage.method)
         adapter.check_layers([name for linear in adapted for name in layer_names(shape, linear)])
     kind = engine or (DEFAULT_ENGINE if recipe.engine.kind == "auto" else recipe.engine.kind)
     micro_batch = stage.train.micro_batch

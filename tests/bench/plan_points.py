@@ -20,10 +20,11 @@ from statistics import median
 from plan_trainers import Trainer, tensors, trainer_of
 
 from dtrain.config.methods import Full, Lora, MethodSettings
+from dtrain.planning.architectures import shape_of
 from dtrain.planning.fit import BUDGET_BYTES, BUDGET_FACTOR, LOWER_BYTES, LOWER_FACTOR
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, ModelSizes
-from dtrain.planning.shapes import LinearShape, ModelShape, shape_of
+from dtrain.planning.shapes import LinearShape, ModelShape
 from dtrain.planning.speed import Estimate, flops_per_token, tokens_per_second
 from dtrain.planning.workload import Cluster, Workload
 

@@ -99,11 +99,13 @@ def test_a_failed_command_is_an_error_with_its_message(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 128}')
-    with pytest.raises(UserError, match="is a mixture of experts") as caught:
+    (base / "config.json").write_text(
+        '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}'
+    )
+    with pytest.raises(UserError, match="is already quantized") as caught:
         run(values(), [f"model.base={base}"])
     assert caught.value.status == 2
-    assert "is a mixture of experts" in capsys.readouterr().out
+    assert "is already quantized" in capsys.readouterr().out
 
 
 def test_submit_passes_its_options_on(tmp_path, monkeypatch, capsys) -> None:

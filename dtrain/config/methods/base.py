@@ -189,6 +189,11 @@ class AdapterSettings(MethodSettings):
         return self
 
     @property
+    def adapts_experts(self) -> bool:
+        """Whether experts get adapters, where the model has any."""
+        return False
+
+    @property
     def whole_modules(self) -> list[str]:
         """Ends of the names of modules that train whole, together with the adapter."""
         return []

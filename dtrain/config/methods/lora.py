@@ -108,7 +108,11 @@ class Lora(LowRankSettings):
         1.0,
         description="learning rate of B, as a multiple of A's (LoRA+, arXiv:2402.12354)",
     )
-
+    experts: bool = Field(
+        True,
+        description="whether the experts of a mixture of experts get adapters too, each an A and "
+        "a B of its own, without dropout; lora, rslora and qlora",
+    )
     rank_pattern: dict[Text, Count] = Field(
         default_factory=dict,
         description="r of some layers: regular expression of the end of a name → r, as in PEFT",
@@ -124,6 +128,10 @@ class Lora(LowRankSettings):
         if self.alpha is not None:
             return self.alpha
         return RSLORA_ALPHA if self.kind == "rslora" else 2.0 * self.r
+
+    @property
+    def adapts_experts(self) -> bool:
+        return self.experts and self.traits.adds_product
 
     @property
     def has_magnitude(self) -> bool:

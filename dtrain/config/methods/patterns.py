@@ -134,3 +134,9 @@ def check_patterns(patterns: Mapping[str, Value], modules: Sequence[str], where:
         fix = f"choose from: {', '.join(name for name in names if '.' not in name)}"
         fix = f"did you mean {', '.join(close)}?" if close else fix
         raise UserError(f"no layer with an adapter is named {pattern!r}", where=where, fix=fix)
+
+
+def match_names(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """Match as PEFT does: names that are equal to a target, or ending with it after a dot."""
+    endings = tuple(f".{target}" for target in targets)
+    return [name for name in names if f".{name}".endswith(endings)]

@@ -25,6 +25,7 @@ from transformers.models.llama import modeling_llama as llama
 from dtrain.config import schema
 from dtrain.models.kernels import compiled, native
 from dtrain.models.kernels.elementwise import mlp_forward, norm_forward, rms_norm, rotary, swiglu
+from dtrain.models.kernels.experts import has_packed_experts, route_adapters
 from dtrain.models.kernels.fused_cross_entropy import FusedLossHead, fused_cross_entropy
 from dtrain.models.kernels.lora_linear import (
     FrozenLinear,
@@ -102,6 +103,7 @@ def _dropout(tokens: int, draw: Draw) -> None:
 # Children that a module calls one after the other with the same input.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 KINDS = ("adapted layers", "norms", "MLPs", "rotary embeddings", "chunked loss")
+EXPERTS = "experts"  # which few models have
 _same = cache(same_program)  # a model has many modules of each class
 ROTARY = ("apply_rotary_pos_emb", "rotate_half")
 
@@ -116,7 +118,8 @@ def apply_kernels(model: nn.Module, settings: schema.Model) -> str:
         A summary for the log: how many modules of each kind were replaced.
     """
     if settings.kernels == "off":
-        return "off, as the recipe says"
+        packed = sum(route_adapters(m) for m in model.modules() if has_packed_experts(m))
+        return "off, as the recipe says" + (f", but for {packed} experts in NF4" if packed else "")
     why = native.set_enabled(on=True)
     counts = patch_modules(model)
     if not counts:
@@ -129,12 +132,13 @@ def apply_kernels(model: nn.Module, settings: schema.Model) -> str:
 
 def patch_modules(model: nn.Module) -> dict[str, int]:
     """Replace every module that a kernel can; return how many there are of each kind."""
-    counts = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys((*KINDS, EXPERTS), 0)
     for module in list(model.modules()):
         counts["adapted layers"] += _share_inputs(module)
         counts["norms"] += _replace_forward(module, llama.LlamaRMSNorm, norm_forward)
         if _is_silu(getattr(module, "act_fn", None)):
             counts["MLPs"] += _replace_forward(module, llama.LlamaMLP, mlp_forward)
+        counts[EXPERTS] += route_adapters(module)
         counts["rotary embeddings"] += _replace_rotary(module)
     counts["chunked loss"] += _fuse_loss(model)
     return {kind: count for kind, count in counts.items() if count}

@@ -79,17 +79,6 @@ def test_check_warns_about_a_template_without_end_of_turn(
     assert not set(done.stdout.rpartition("MODULES")[2].split()) & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "run", "submit"])
-def test_a_mixture_of_experts_is_refused_by_every_verb(verb: str, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 128}')
-    done = dtrain(verb, "tiny", f"model.base={base}", cwd=tmp_path)
-    assert done.returncode == 2 and not (tmp_path / "runs").exists()
-    assert "'qwen3_moe' is a mixture of experts; dtrain trains dense models" in done.stderr
-    assert str(base / "config.json") in done.stderr and "choose a dense model" in done.stderr
-
-
 @pytest.mark.parametrize("verb", ["check", "run", "submit"])
 def test_a_later_stage_is_checked_before_anything_is_written(verb: str, tmp_path: Path) -> None:
     faults = [

@@ -57,19 +57,12 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with dynamic rope": ("llama", SMALL | {
         "rope_parameters": DYNAMIC, "max_position_embeddings": 16,
     }),
-}  # fmt: skip
-ALONE: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon": ("falcon", HIDDEN | {"multi_query": True}),
-    "falcon with alibi": ("falcon", HIDDEN | {"alibi": True}),
     "opt": ("opt", HIDDEN | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "bloom": ("bloom", {"vocab_size": 256, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mpt": ("mpt", {"vocab_size": 256, "d_model": 32, "n_layers": 2, "n_heads": 4}),
-    "biogpt": ("biogpt", HIDDEN | {"intermediate_size": 48}),
-    "xglm": ("xglm", {
-        "vocab_size": 256, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
-    }),
     "bert": ("bert", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
-    "roberta": ("roberta", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
+}  # fmt: skip
+LIGHTNING = SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+# Of these dtrain computes layers one document at a time.
+WITH_STATE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("qwen3_5_text", SMALL | DELTA | {"head_dim": 8}),
     "lfm2": ("lfm2", SMALL | {
         "block_ff_dim": 48, "block_multiple_of": 16, "layer_types": ["conv", "full_attention"],
@@ -83,6 +76,18 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent_gemma": ("recurrent_gemma", HIDDEN | {
         "intermediate_size": 96, "lru_width": 32, "attention_window_size": 6,
     }),
+}  # fmt: skip
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("falcon", HIDDEN | {"multi_query": True}),
+    "falcon with alibi": ("falcon", HIDDEN | {"alibi": True}),
+    "bloom": ("bloom", {"vocab_size": 256, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("mpt", {"vocab_size": 256, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "biogpt": ("biogpt", HIDDEN | {"intermediate_size": 48}),
+    "xglm": ("xglm", {
+        "vocab_size": 256, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+    }),
+    "roberta": ("roberta", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
+    "minimax": ("minimax", LIGHTNING | {"layer_types": ["linear_attention", "full_attention"]}),
 }  # fmt: skip
 
 
@@ -123,6 +128,13 @@ def test_models_that_separate_documents_are_packed(name: str) -> None:
         assert packing_effect(build_model(config)) < 1e-4
 
 
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_models_whose_layers_have_a_state_are_packed(name: str) -> None:
+    config = configured(*WITH_STATE[name])
+    assert probe_packing(config, SETTINGS).packed
+    assert packing_effect(build_model(config)) > 1e-3
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_models_that_mix_documents_are_not_packed(name: str) -> None:
     config = configured(*ALONE[name])
@@ -149,9 +161,9 @@ def test_probing_a_70b_model_needs_little_memory() -> None:
 
 
 def test_late_layer_of_another_kind_is_probed() -> None:
-    kinds = ["full_attention"] * 11 + ["conv"]
-    values = ALONE["lfm2"][1] | {"num_hidden_layers": 12, "layer_types": kinds}
-    assert not probe_packing(configured("lfm2", values), SETTINGS).packed
+    kinds = ["full_attention"] * 11 + ["linear_attention"]
+    values = LIGHTNING | {"num_hidden_layers": 12, "layer_types": kinds}
+    assert not probe_packing(configured("minimax", values), SETTINGS).packed
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

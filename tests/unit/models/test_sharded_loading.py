@@ -33,7 +33,6 @@ def stream(
 
 def filled(folder: Path, **settings: Any) -> Any:
     streamed = stream(folder, **settings)
-    assert not streamed.converted
     streamed.materialize(streamed.model)
     return streamed.model
 

@@ -155,7 +155,6 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     ),
     "reuse": (["output.reuse=runs/old"], r"output\.reuse: .*old: is not a run folder"),
     "base": (["model.base=./bse"], r"model\.base: there is no folder bse"),
-    "experts": (["model.base=experts"], "mixture of experts"),
     "quantized": (["model.base=fp8"], r"fp8/config\.json: the base is already quantized \(fp8\)"),
     "fp8 weights": (["model.base=f8"], r"is stored as F8_E4M3, so this base is quantized"),
     "shard": (["model.base=shard"], r"shard model-1\.safetensors is missing"),
@@ -174,7 +173,6 @@ def write_faulty_inputs(folder: Path) -> None:
     (folder / "bad.jinja").write_text("{% for m in messages %}{{ broken")
     (folder / "base" / "sub").mkdir()
     (write_model(folder / "plain") / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    write_model(folder / "experts", num_local_experts=4)
     write_model(folder / "fp8", quantization_config={"quant_method": "fp8"})
     codes = {"model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8, dtype=torch.float8_e4m3fn)}
     save_file(codes, write_model(folder / "f8") / "model-0.safetensors")

@@ -13,7 +13,6 @@ import pytest
 from dtrain.config.load import load_recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.planning.fit_gate import check_job
-from dtrain.planning.known_models import check_trainable
 from dtrain.submitit_jobs import Training
 
 RTX4090, H100 = "NVIDIA GeForce RTX 4090, 24564", "NVIDIA H100 80GB HBM3, 81559"
@@ -40,7 +39,6 @@ def head(monkeypatch, capsys):
         status: int = Exit.FINISHED
         try:
             recipe = load_recipe(words[0], words[1:])
-            check_trainable(recipe.model.base)
             check_job(recipe, os.environ)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

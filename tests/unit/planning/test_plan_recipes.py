@@ -27,6 +27,8 @@ CLUSTER_OF = {
     "13b-qlora": ("rtx4090-24g", 1, 1),
     "32b-lora": ("l40s-48g", 1, 8),
     "32b-qlora": ("rtx4090-24g", 1, 8),
+    "30b-a3b-lora": ("l40s-48g", 1, 8),
+    "gpt-oss-120b-qlora": ("l40s-48g", 1, 8),
     "70b-qlora": ("l40s-48g", 2, 8),
     "70b-dpo": ("l40s-48g", 2, 8),
     "70b-lora-zero3": ("h100-80g", 2, 8),
@@ -38,6 +40,8 @@ CLUSTERS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))
 SEVEN = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B")
 THIRTEEN = ("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-14B")
 THIRTY = ("codellama/CodeLlama-34b-hf", "Qwen/Qwen2.5-32B")
+EXPERTS = ("Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b")
+MANY_EXPERTS = ("zai-org/GLM-4.5-Air", "openai/gpt-oss-120b")
 SEVENTY = ("meta-llama/Llama-3.1-70B", "Qwen/Qwen2.5-72B")
 ROWS = (
     ("7b-lora", SEVEN),
@@ -49,6 +53,8 @@ ROWS = (
     ("32b-lora", THIRTY),
     ("32b-qlora", THIRTY),
     ("8b-full", THIRTY),
+    ("30b-a3b-lora", EXPERTS),
+    ("gpt-oss-120b-qlora", MANY_EXPERTS),
     ("70b-lora-zero3", SEVENTY),
     ("70b-qlora", SEVENTY),
     ("70b-dpo", SEVENTY),

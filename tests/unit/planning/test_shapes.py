@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
+from dtrain.planning.architectures import shape_of
 from dtrain.planning.known_models import KNOWN, find_shape
-from dtrain.planning.shapes import ModelShape, shape_of
+from dtrain.planning.shapes import ModelShape
 from dtrain.planning.workload import Workload
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
@@ -155,9 +156,11 @@ LLAMA = {"model_type": "llama"} | SMALL
         ("{", "cannot be read"),
         ("[]", "not a model's config"),
         ('{"model_type": "llamma"}', "did you mean llama"),
-        ('{"model_type": "mixtral", "num_local_experts": 8}', "'mixtral' is a mixture of experts"),
-        ('{"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}', "mixture of experts"),
-        ('{"model_type": "llama4", "text_config": {"num_local_experts": 4}}', "mixture of experts"),
+        ('{"model_type": "mixtral", "num_local_experts": 8}', "intermediate_size is missing"),
+        (
+            '{"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}',
+            "does not know model_type",
+        ),
         ('{"model_type": "doge", "is_moe": false, "num_experts": 9}', "does not know model_type"),
         (
             '{"model_type": "gemma4", "text_config": {"num_experts": null}}',

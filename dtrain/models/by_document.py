@@ -1,0 +1,78 @@
+"""Layers with a state along the sequence, computed one document of a packed sequence at a time.
+
+Gated delta nets, Mamba and short convolutions carry a state from token to token. transformers
+restarts it only where their kernels for GPUs take the boundaries, so a document of a packed
+sequence would be computed with what is left of the one before. Here such a layer is called for each
+document by itself. `probe_packing` checks the result. T is the number of tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtrain.models.attention import known_document_lengths
+
+LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
+
+
+def separate_states(model: nn.Module) -> None:
+    """Let every layer with a causal convolution compute documents one by one."""
+    for module in list(model.modules()):
+        if has_state(module):
+            module.forward = partial(_each_document, module, module.forward)
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether a module convolves along the sequence, as all such layers do in transformers."""
+    return not isinstance(module, PreTrainedModel) and any(
+        isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()
+    )
+
+
+def _each_document(
+    module: nn.Module, forward: Callable[..., Any], hidden_states: Tensor, *rest: Any, **more: Any
+) -> Any:
+    lengths = _lengths(module, hidden_states)
+    if len(lengths) == 1:
+        return forward(hidden_states, *rest, **more)
+    outputs = []
+    for start, stop in pairwise(accumulate(lengths, initial=0)):
+        cut = partial(_cut, slice(start, stop), sum(lengths))
+        inputs = (cut(hidden_states), *map(cut, rest))
+        outputs.append(forward(*inputs, **{key: cut(value) for key, value in more.items()}))
+    return _join(outputs)
+
+
+def _lengths(module: nn.Module, hidden_states: Tensor) -> Sequence[int]:
+    """Tokens of each document; when activations are recomputed, those of the pass before."""
+    lengths = known_document_lengths(hidden_states[..., 0])
+    if lengths is None:
+        lengths = getattr(module, LENGTHS, (hidden_states.shape[1],))
+        assert sum(lengths) == hidden_states.shape[1], "recomputed with other documents"
+    elif torch.is_grad_enabled():
+        setattr(module, LENGTHS, lengths)
+    return lengths
+
+
+def _cut(part: slice, tokens: int, value: Any) -> Any:
+    """What belongs to some tokens: of [1, T, …], of a mask [1, 1, T, T], or of a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(_cut(part, tokens, item) for item in value)
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if value.dim() == 4 and value.shape[2:] == (tokens, tokens):
+        return value[:, :, part, part]
+    return value[:, part] if value.shape[1] == tokens else value
+
+
+def _join(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], tuple):
+        return tuple(_join(list(items)) for items in zip(*outputs, strict=True))
+    return torch.cat(outputs, dim=1) if isinstance(outputs[0], Tensor) else outputs[0]

@@ -1,0 +1,349 @@
+"""The sizes of a decoder from its config.json alone, for each known architecture.
+
+Letters: h hidden size, q and kv widths of the queries and of the keys or values, d head size,
+f width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
+from dtrain.planning.shapes import LinearShape, ModelShape
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        UserError: the file cannot be read or does not contain an object.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError("this is not a model's config", where=str(path))
+    return config
+
+
+def shape_of(config: dict[str, Any], where: str) -> ModelShape:
+    """The shape that a config of transformers describes.
+
+    Args:
+        where: source of the config, for messages.
+
+    Raises:
+        UserError: the config lacks a size, or has an architecture that the plan does not know.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in ARCHITECTURES:
+        close = get_close_matches(kind, ARCHITECTURES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        fix = f"{hint}it knows {', '.join(ARCHITECTURES)}; dtrain run needs no plan"
+        raise UserError(f"the plan does not know model_type {kind!r}", where=where, fix=fix)
+    _require_sizes(config, where)
+    try:
+        return ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _without_nulls(config))
+    except KeyError as error:
+        raise UserError(f"{error.args[0]} is missing", where=where) from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"a size is not a number: {error}", where=where) from error
+
+
+def check_not_quantized(config: dict[str, Any], where: str) -> None:
+    """Check that a config does not describe quantized weights.
+
+    Raises:
+        UserError: it does; the message names their format.
+    """
+    for group in (config, config.get("text_config")):
+        settings = group.get("quantization_config") if isinstance(group, dict) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise UserError(
+                f"the base is already quantized ({method or 'unknown method'})",
+                where=where,
+                fix="use the original model in 16 bits; method.kind: qlora quantizes it",
+            )
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+)
+MAX_SIZE = 2**40  # a larger value is not a size of a model
+
+
+def _require_sizes(config: dict[str, Any], where: str) -> None:
+    """Check that every size is a number above 0."""
+    for key in SIZES:
+        value = config.get(key)
+        try:
+            is_size = value is None or 0 < int(value) < MAX_SIZE
+        except (TypeError, ValueError, OverflowError):
+            is_size = False
+        if not is_size:
+            raise UserError(f"{key} is not a number above 0: {value!r}", where=where)
+
+
+def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+# What transformers assumes where config.json has no value.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma": {"head_dim": 256, "tie_word_embeddings": True},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "qwen2_moe": {"num_key_value_heads": 16, "num_experts_per_tok": 4},
+    "mixtral": {"num_key_value_heads": 8, "num_experts_per_tok": 2, "num_local_experts": 8},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "num_experts_per_tok": 4},
+    "glm4_moe": {"num_key_value_heads": 8, "num_experts_per_tok": 8, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+}
+
+
+def _decoder(kind: str, config: dict[str, Any], **choices: Any) -> ModelShape:
+    """A Llama-like decoder.
+
+    Args:
+        choices: how the architecture differs. qkv_bias, o_bias, mlp_bias: layers with a bias;
+            fused: q, k, v are one matrix, and gate, up are one; norms: norms over h in a decoder
+            layer; head_norms: norms over d in a decoder layer.
+    """
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads", heads))
+    size = int(config.get("head_dim", hidden // heads))
+    mlp = int(config["intermediate_size"])
+    norms = choices.get("norms", 2)
+    return ModelShape(
+        kind=kind,
+        layers=int(config["num_hidden_layers"]),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size,
+        mlp=mlp,
+        vocabulary=int(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        linears=_linears(hidden, heads * size, kv_heads * size, mlp, choices),
+        norm_elements=norms * hidden + choices.get("head_norms", 0) * size,
+        norms=norms,
+        soft_cap=config.get("attn_logit_softcapping") is not None,
+    )
+
+
+def _linears(h: int, q: int, kv: int, f: int, choices: dict[str, Any]) -> tuple[LinearShape, ...]:
+    in_bias = bool(choices.get("qkv_bias"))
+    out_bias, mlp_bias = bool(choices.get("o_bias")), bool(choices.get("mlp_bias"))
+    output = LinearShape("self_attn.o_proj", q, h, out_bias)
+    down = LinearShape("mlp.down_proj", f, h, mlp_bias)
+    if choices.get("fused"):
+        into = LinearShape("self_attn.qkv_proj", h, q + 2 * kv, in_bias)
+        return into, output, LinearShape("mlp.gate_up_proj", h, 2 * f, mlp_bias), down
+    return (
+        LinearShape("self_attn.q_proj", h, q, in_bias),
+        LinearShape("self_attn.k_proj", h, kv, in_bias),
+        LinearShape("self_attn.v_proj", h, kv, in_bias),
+        output,
+        LinearShape("mlp.gate_proj", h, f, mlp_bias),
+        LinearShape("mlp.up_proj", h, f, mlp_bias),
+        down,
+    )
+
+
+def _llama(kind: str, config: dict[str, Any]) -> ModelShape:
+    bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    return _decoder(kind, config, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+
+
+def _plain(kind: str, config: dict[str, Any]) -> ModelShape:
+    return _decoder(kind, config)
+
+
+def _qwen2(kind: str, config: dict[str, Any]) -> ModelShape:
+    return _decoder(kind, config, qkv_bias=True)
+
+
+def _qwen3(kind: str, config: dict[str, Any]) -> ModelShape:
+    bias = config.get("attention_bias", False)
+    return _decoder(kind, config, qkv_bias=bias, o_bias=bias, head_norms=2)
+
+
+def _gemma(kind: str, config: dict[str, Any]) -> ModelShape:
+    bias = config.get("attention_bias", False)
+    return _decoder(kind, config, qkv_bias=bias, o_bias=bias)
+
+
+def _gemma2(kind: str, config: dict[str, Any]) -> ModelShape:
+    bias = config.get("attention_bias", False)
+    capped = {"attn_logit_softcapping": 50.0} | config
+    return _decoder(kind, capped, qkv_bias=bias, o_bias=bias, norms=4)
+
+
+def _gemma3(kind: str, config: dict[str, Any]) -> ModelShape:
+    bias = config.get("attention_bias", False)
+    return _decoder(kind, config, qkv_bias=bias, o_bias=bias, norms=4, head_norms=2)
+
+
+def _phi3(kind: str, config: dict[str, Any]) -> ModelShape:
+    return _decoder(kind, config, fused=True)
+
+
+def _with_experts(
+    shape: ModelShape,
+    config: dict[str, Any],
+    number: int,
+    *,
+    width: int,
+    shared: int = 0,
+    shared_name: str = "shared_experts",
+    bias: bool = False,
+    more_rows: int = 0,
+    dense_layers: int = 0,
+) -> ModelShape:
+    """The same decoder with experts in place of its MLP.
+
+    Args:
+        number: of experts.
+        width: f of an expert.
+        shared: f of the experts that all tokens get.
+        bias: router and experts have one.
+        more_rows: rows of a gate of the shared experts.
+        dense_layers: layers that keep their MLP.
+    """
+    h, active = shape.hidden, int(config["num_experts_per_tok"])
+    routed = (
+        LinearShape("mlp.experts.gate_up_proj", h, 2 * width, bias, number, active),
+        LinearShape("mlp.experts.down_proj", width, h, bias, number, active),
+    )
+    of_all = (
+        LinearShape(f"mlp.{shared_name}.gate_proj", h, shared),
+        LinearShape(f"mlp.{shared_name}.up_proj", h, shared),
+        LinearShape(f"mlp.{shared_name}.down_proj", shared, h),
+    )
+    gate = (LinearShape(f"mlp.{shared_name}_gate", h, more_rows),) if more_rows else ()
+    others = tuple(x for x in shape.linears if not x.name.startswith("mlp."))
+    return replace(
+        shape,
+        mlp=active * width + shared,
+        linears=(*others, *routed, *(of_all if shared else ()), *gate),
+        router=(number, h + bias),
+        dense_layers=dense_layers,
+        dense_mlp=shape.mlp,
+    )
+
+
+def _dense_count(config: dict[str, Any]) -> int:
+    """Layers without experts, as Qwen's configs say."""
+    step, layers = int(config.get("decoder_sparse_step", 1)), int(config["num_hidden_layers"])
+    dense = set(config.get("mlp_only_layers") or ())
+    return sum(n in dense or (n + 1) % step > 0 for n in range(layers))
+
+
+def _qwen3_moe(kind: str, config: dict[str, Any]) -> ModelShape:
+    return _with_experts(
+        _qwen3(kind, config),
+        config,
+        int(config["num_experts"]),
+        width=int(config["moe_intermediate_size"]),
+        dense_layers=_dense_count(config),
+    )
+
+
+def _qwen2_moe(kind: str, config: dict[str, Any]) -> ModelShape:
+    return _with_experts(
+        _decoder(kind, config, qkv_bias=config.get("qkv_bias", True)),
+        config,
+        int(config["num_experts"]),
+        width=int(config["moe_intermediate_size"]),
+        shared=int(config["shared_expert_intermediate_size"]),
+        shared_name="shared_expert",
+        more_rows=1,
+        dense_layers=_dense_count(config),
+    )
+
+
+def _mixtral(kind: str, config: dict[str, Any]) -> ModelShape:
+    number, width = int(config["num_local_experts"]), int(config["intermediate_size"])
+    return _with_experts(_plain(kind, config), config, number, width=width)
+
+
+def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
+    biased = config.get("attention_bias", True)
+    shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
+    number, width = int(config["num_local_experts"]), int(config["intermediate_size"])
+    shape = _with_experts(shape, config, number, width=width, bias=True)
+    return replace(shape, extra_elements=shape.heads)  # sinks
+
+
+def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:
+    head_norms = 2 if config.get("use_qk_norm") else 0
+    width = int(config["moe_intermediate_size"])
+    return _with_experts(
+        _decoder(kind, config, qkv_bias=config.get("attention_bias"), head_norms=head_norms),
+        config,
+        int(config["n_routed_experts"]),
+        width=width,
+        shared=width * int(config.get("n_shared_experts", 1)),
+        dense_layers=int(config.get("first_k_dense_replace", 1)),
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[str, dict[str, Any]], ModelShape]] = {
+    "llama": _llama,
+    "mistral": _plain,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+    "smollm3": _llama,
+    "granite": _llama,
+    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen2_moe,
+    "mixtral": _mixtral,
+    "gpt_oss": _gpt_oss,
+    "glm4_moe": _glm4_moe,
+}
+
+
+ADAPTED_LAYERS, NORMS, MLPS, LOSS = "adapted layers", "norms", "MLPs", "chunked loss"
+"""Kernels of dtrain/models/kernels that change what is kept for the backward pass.
+
+Adapted layers share one input and recompute it where a norm or an MLP made it; norms keep their
+input in its dtype; MLPs keep their two inputs; the loss computes its logits chunk by chunk.
+"""
+
+_ALL = frozenset({ADAPTED_LAYERS, NORMS, MLPS, LOSS})
+# The kernels that each architecture gets; a test compares them with what is really patched.
+KERNELS: dict[str, frozenset[str]] = {
+    "llama": _ALL,
+    "mistral": _ALL,
+    "qwen2": _ALL,
+    "qwen3": _ALL,
+    "gemma": frozenset({ADAPTED_LAYERS, LOSS}),
+    "gemma2": frozenset({ADAPTED_LAYERS, LOSS}),
+    "gemma3_text": frozenset({ADAPTED_LAYERS, LOSS}),
+    "phi3": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
+    "smollm3": _ALL,
+    "granite": _ALL,
+    "qwen3_moe": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
+    "qwen2_moe": _ALL,
+    "mixtral": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
+    "gpt_oss": frozenset({ADAPTED_LAYERS, LOSS}),
+    "glm4_moe": _ALL,
+}

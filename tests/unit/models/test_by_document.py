@@ -1,0 +1,64 @@
+"""Layers with a state: a packed sequence has the losses and gradients of each document alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.config import schema
+from dtrain.models.by_document import has_state
+from dtrain.models.load import freeze_for_training, silence_transformers
+from dtrain.models.loss import target_logits
+from dtrain.models.packing_probe import ProbeSequence
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 48, "head_dim": 16, "pad_token_id": 0,
+}  # fmt: skip
+# A gated delta net, a short convolution, Mamba-2 beside attention, and Mamba alone.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
+    "mamba": {"state_size": 8},
+}  # fmt: skip
+DOCUMENTS = [torch.arange(3, 17), torch.arange(40, 61), torch.arange(90, 95)]
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **{**COMMON, **MODELS[request.param]})
+    with silence_transformers():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def gradients(model: Any, sequences: list[ProbeSequence]) -> dict[str, Tensor]:
+    """Gradients of a loss over all tokens; logits of all of them are in `logits`."""
+    model.requires_grad_(True)
+    logits = [target_logits(model, sequence) for sequence in sequences]
+    torch.cat(logits).square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": torch.cat(logits).detach()} | found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_documents_are_computed_as_alone(model: Any, checkpointing: bool) -> None:
+    if checkpointing and not model.supports_gradient_checkpointing:
+        pytest.skip("transformers cannot recompute its layers")
+    settings = schema.Model(base="here", gradient_checkpointing=checkpointing)
+    assert any(has_state(module) for module in model.modules())
+    plain = copy.deepcopy(model)
+    packed = gradients(freeze_for_training(model, settings), [ProbeSequence.of(DOCUMENTS)])
+    alone = gradients(plain, [ProbeSequence.of([document]) for document in DOCUMENTS])
+    assert packed.keys() == alone.keys()
+    for name, values in alone.items():
+        torch.testing.assert_close(packed[name], values, rtol=1e-4, atol=1e-4, msg=name)

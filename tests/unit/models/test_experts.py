@@ -1,0 +1,261 @@
+"""Mixtures of experts: LoRA on routed tokens, loading, NF4 and merging, against PEFT and bnb."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.config import schema
+from dtrain.config.methods import Lora
+from dtrain.core.errors import UserError
+from dtrain.merge.adapter import MergeableAdapter
+from dtrain.merge.base_tensors import BaseTensors
+from dtrain.merge.merge import MergeJob, check_mergeable
+from dtrain.merge.merge_inputs import adapter_input
+from dtrain.methods.base import build_method
+from dtrain.models.expert_nf4 import expert_states
+from dtrain.models.kernels.experts import expert_parameters
+from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.packing_probe import probe_packing
+from dtrain.models.sharded_loading import stream_base
+
+CPU = torch.device("cpu")
+EXPERTS = 4
+COMMON: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+# Stored apart and joined; with names of their own; with experts that all tokens get; whole, the
+# other way round, with biases; without a gate.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen2_moe": {
+        "num_experts": EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+    },
+    "gpt_oss": {
+        "num_local_experts": EXPERTS, "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+}  # fmt: skip
+KINDS = pytest.mark.parametrize("kind", MODELS)
+IDS = torch.arange(3, 23)[None]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """`write(kind)` → the folder of a small random model."""
+
+    def write_model(kind: str, **changes: Any) -> Path:
+        config = AutoConfig.for_model(kind, **{**COMMON, **MODELS[kind], **changes})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        folder = tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(folder)
+        return folder
+
+    return write_model
+
+
+def streamed(folder: Path, *, quantized: bool = False) -> Any:
+    settings = schema.Model(base=str(folder))
+    base = stream_base(folder, settings, quantized=quantized, dtype=torch.float32, device=CPU)
+    return base
+
+
+def adapted(folder: Path, *, quantized: bool = False, **keys: Any) -> tuple[Any, PeftModel]:
+    """A method, and the model that it makes, with values in B that matter."""
+    keys = {"kind": "qlora" if quantized else "lora", "r": 4, "dropout": 0.0} | keys
+    method = build_method(Lora(**keys))
+    base = streamed(folder, quantized=quantized)
+    model: Any = method.attach(base.model, seed=1, device=CPU)
+    base.materialize(model)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return method, model
+
+
+def saved(method: Any, model: Any, folder: Path) -> Path:
+    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    method.save(folder, model, tensors)
+    return folder
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits[0]
+
+
+@KINDS
+def test_the_files_tensors_of_experts_are_streamed(write: Callable, kind: str) -> None:
+    folder = write(kind)
+    base = streamed(folder)
+    base.materialize(base.model)
+    expected = plain(folder).state_dict()
+    assert base.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in base.model.state_dict().items())
+
+
+@KINDS
+def test_routed_experts_compute_what_peft_does(write: Callable, kind: str) -> None:
+    _, model = adapted(write(kind))
+    reference = copy.deepcopy(model)
+    assert patch_modules(model)["experts"] == COMMON["num_hidden_layers"]
+    for one in (model, reference):
+        logits(one).square().mean().backward()
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    wanted = dict(reference.named_parameters())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(".experts." in name for name in trained) == 4 * COMMON["num_hidden_layers"]
+    for name, parameter in trained.items():
+        assert wanted[name].grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_ten_steps_have_the_losses_of_pefts_target_parameters(write: Callable) -> None:
+    folder = write("qwen3_moe")
+    _, model = adapted(folder)
+    patch_modules(model)
+    names = [n for n, m in plain(folder).named_modules() if isinstance(m, nn.Linear)]
+    config = LoraConfig(
+        r=4, lora_alpha=8, task_type="CAUSAL_LM",
+        target_modules=[name for name in names if name != "lm_head"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )  # fmt: skip
+    peft = get_peft_model(plain(folder), config)
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(values[name])
+    losses = []
+    for one in (model, peft):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses.append([])
+        for _ in range(10):
+            loss = nn.functional.cross_entropy(logits(one)[:-1], IDS[0, 1:])
+            losses[-1].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_zero(write: Callable) -> None:
+    _, model = adapted(write("qwen3_moe"))
+    patch_modules(model)
+    token = model(input_ids=IDS[:, :1], use_cache=False).logits
+    token.square().mean().backward()
+    weights = [p for n, p in model.named_parameters() if "experts.lora_A" in n]
+    by_expert = weights[0].grad.view(EXPERTS, 4, -1).abs().amax((1, 2))
+    assert (by_expert > 0).sum() == COMMON["num_experts_per_tok"]
+
+
+@KINDS
+def test_a_saved_adapter_is_loaded_by_peft(write: Callable, kind: str, tmp_path: Path) -> None:
+    folder = write(kind)
+    method, model = adapted(folder)
+    adapter = saved(method, model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(plain(folder), adapter)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    in_peft = {n.replace(".default", "") for n, _ in loaded.named_parameters() if "lora_" in n}
+    assert in_peft == stored.keys()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_merged_model_computes_what_its_adapter_does(
+    write: Callable, kind: str, quantized: bool, tmp_path: Path
+) -> None:
+    from dtrain.merge.nf4 import Nf4Base
+
+    folder = write(kind)
+    method, model = adapted(folder, quantized=quantized)
+    patch_modules(model)
+    check_mergeable(folder, method.changed_tensors(model))
+    adapter = saved(method, model, tmp_path / "adapter")
+    job = MergeJob(folder, tmp_path / "merged", source="test")
+    nf4 = Nf4Base(job.tensors, torch.float32) if quantized else None
+    change = adapter_input(MergeableAdapter.open(adapter, job.tensors), quantized_base=nf4)
+    job.merge_adapters([change])
+    merged = plain(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model.eval()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(plain(folder)), atol=1e-2)
+
+
+@KINDS
+def test_experts_in_nf4_are_those_of_bitsandbytes(write: Callable, kind: str) -> None:
+    folder = write(kind)
+    base = streamed(folder, quantized=True)
+    base.materialize(base.model)
+    stored = load_file(folder / "model.safetensors")
+    whole = dict(plain(folder).named_parameters())
+    for name in expert_parameters(plain(folder)):
+        module = base.model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        states = expert_states(module, leaf)
+        assert states is not None
+        apart = 2 if name not in stored and leaf == "gate_up_proj" else 1
+        for expert, values in enumerate(whole[name].detach()):
+            packs = [
+                quantize_4bit(x.contiguous(), compress_statistics=True, quant_type="nf4")
+                for x in values.chunk(apart)
+            ]
+            expected = torch.cat([dequantize_4bit(*pack) for pack in packs])
+            actual = states.matrix(getattr(module, leaf), expert)
+            assert torch.equal(actual, expected)
+
+
+def test_experts_stay_without_adapters_if_the_recipe_says_so(write: Callable) -> None:
+    _, model = adapted(write("qwen3_moe"), experts=False)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and not any(".experts." in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_an_adapter_of_other_experts_is_refused(write: Callable, kind: str, tmp_path: Path) -> None:
+    key = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    method, model = adapted(write(kind))
+    adapter = saved(method, model, tmp_path / "adapter")
+    other = BaseTensors(write(kind, **{key: 2 * EXPERTS}))
+    with pytest.raises(UserError, match="has 8 experts in the base"):
+        MergeableAdapter.open(adapter, other)
+
+
+def test_a_missing_expert_is_named(write: Callable) -> None:
+    folder = write("qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = streamed(folder)
+    with pytest.raises(UserError, match=r"do not make model\.layers\.1\.mlp\.experts"):
+        base.materialize(base.model)
+
+
+@KINDS
+def test_documents_of_a_packed_sequence_are_separate(write: Callable, kind: str) -> None:
+    folder = write(kind)
+    config = AutoConfig.from_pretrained(folder)
+    assert probe_packing(config, schema.Model(base=str(folder))).packed

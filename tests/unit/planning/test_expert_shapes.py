@@ -1,0 +1,103 @@
+"""Mixtures of experts in the plan: counts of transformers' models, and of their adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.config.methods import Lora
+from dtrain.methods.base import build_method
+from dtrain.planning.activations import layer_bytes
+from dtrain.planning.architectures import shape_of
+from dtrain.planning.known_models import KNOWN, find_config
+from dtrain.planning.parameters import layer_parameters
+from dtrain.planning.speed import flops_per_token
+from dtrain.planning.workload import Workload
+
+SMALL = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+    "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: find_config(name)[0] for name, sizes in KNOWN.items() if sizes.more
+} | {
+    "some layers without experts": SMALL
+    | {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 32, "head_dim": 16}
+    | {"decoder_sparse_step": 2},
+    "experts for all tokens": SMALL
+    | {"model_type": "qwen2_moe", "num_experts": 6, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 40},
+    "norms of heads": SMALL
+    | {"model_type": "glm4_moe", "n_routed_experts": 6, "moe_intermediate_size": 32}
+    | {"use_qk_norm": True, "first_k_dense_replace": 2, "head_dim": 16},
+}
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def workload(config: dict[str, Any], **keys: Any) -> Workload:
+    return Workload(
+        shape=shape_of(config, "here"),
+        method=Lora(**{"kind": "lora", "r": 8} | keys),
+        engine="ddp",
+        ranks=1,
+        node_ranks=1,
+        shard=1,
+        element_bytes=2,
+        sequence_length=128,
+        micro_batch=1,
+        accumulation=1,
+        checkpointing=False,
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_are_those_of_transformers(name: str) -> None:
+    config, model = CONFIGS[name], model_of(CONFIGS[name])
+    shape, parameters = shape_of(config, name), dict(model.named_parameters())
+    total = sum(p.numel() for p in parameters.values())
+    used = config["num_experts_per_tok"]
+    idle = [p for n, p in parameters.items() if ".experts." in n]
+    assert shape.parameters == total
+    assert shape.active_parameters == total - sum(p[0].numel() * (len(p) - used) for p in idle)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"])
+@pytest.mark.parametrize("experts", [True, False])
+def test_adapters_are_counted_as_they_are_attached(name: str, experts: bool) -> None:
+    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    planned = workload(config, experts=experts)
+    model = model_of(config).requires_grad_(False)
+    adapted = build_method(planned.method).attach(model, seed=0, device=torch.device("meta"))
+    trains = [p.numel() for p in adapted.parameters() if p.requires_grad]
+    assert planned.trainable == sum(trains)
+
+
+def test_parameters_of_a_layer_are_divided_as_engines_do() -> None:
+    config = CONFIGS["openai/gpt-oss-20b"] | {"num_hidden_layers": 1}
+    specs = layer_parameters(workload(config, experts=False))
+    model = model_of(config)
+    layer = dict(model.model.layers[0].named_parameters())
+    base = [(x.rows, x.columns) for x in specs if not x.trains]
+    assert sum(rows * columns for rows, columns in base) == sum(p.numel() for p in layer.values())
+    assert all((32, p[0].numel()) in base for n, p in layer.items() if "experts" in n)
+
+
+def test_time_and_activations_depend_on_active_experts() -> None:
+    few, config = workload(CONFIGS["Qwen/Qwen3-30B-A3B"]), CONFIGS["Qwen/Qwen3-30B-A3B"]
+    more = workload(config | {"num_experts": 256})
+    assert flops_per_token(more) == pytest.approx(flops_per_token(few))
+    assert layer_bytes(more) == layer_bytes(few)
+    twice = workload(config | {"num_experts_per_tok": 16})
+    assert flops_per_token(twice) > 1.3 * flops_per_token(few)
+    assert layer_bytes(twice) > 1.3 * layer_bytes(few)
+    packed = replace(few, method=Lora(kind="qlora", r=8))
+    stored = sum(x.kept * x.elements for x in layer_parameters(packed) if not x.trains)
+    assert stored < 0.3 * sum(x.kept * x.elements for x in layer_parameters(few) if not x.trains)
