@@ -73,7 +73,7 @@ def test_layers_that_peft_cannot_adapt_are_left_out_or_refused(
         build_method(named).attach(copy.deepcopy(model), seed=0)
     adapted = build_method(LORA).attach(model, seed=0)
     assert not [name for name in adapted_names(adapted) if "out_proj" in name]
-    assert "get no adapter, as PEFT has none for them" in capsys.readouterr().err
+    assert "get no adapter, as PEFT has none for them" in capsys.readouterr().out
 
 
 def test_full_training_leaves_an_image_tower_frozen(
