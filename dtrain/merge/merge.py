@@ -165,7 +165,7 @@ class MergeJob:
         self._write(MergedModel(changes, {}, self.files, description))
 
     def _replace_experts(
-        self, trained: TrainedWeights, name: str, shape: tuple[int, ...], parts: list[Any]
+        self, trained: TrainedWeights, name: str, shape: Sequence[int], parts: list[Any]
     ) -> dict[str, ChangeBlocks]:
         """The changes of the tensors that a parameter [E, rows, columns] is stored as."""
         experts, rows, columns = shape

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
+from peft import PeftModel, get_peft_config, get_peft_model
 from peft import __version__ as peft_version
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
@@ -67,7 +67,7 @@ class AdapterMethod(AddedMethod[Settings]):
 
         Mamba's kernels for GPUs multiply with the weight of `out_proj` without calling the layer.
         """
-        config = SimpleNamespace(peft_type=self.settings.peft_config()["peft_type"])
+        config: Any = SimpleNamespace(peft_type=self.settings.peft_config()["peft_type"])
         barred = set()
         for name in linear_layers(model):
             try:
@@ -135,7 +135,7 @@ class AdapterMethod(AddedMethod[Settings]):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in content.items()}
 
 
-def loadable_config(model: PeftModel) -> PeftConfig:
+def loadable_config(model: PeftModel) -> Any:
     """The adapter's config with targets that PEFT does not replace when it loads the adapter.
 
     PEFT takes some names of layers for those of experts in transformers 4. Of such a layer, the
@@ -168,7 +168,7 @@ def loadable_config(model: PeftModel) -> PeftConfig:
     return saved
 
 
-def _is_replaced(config: PeftConfig, base: nn.Module, name: str) -> bool:
+def _is_replaced(config: Any, base: nn.Module, name: str) -> bool:
     """Whether PEFT would replace the name of a layer by that of a parameter of experts."""
     probe = deepcopy(config)
     probe.target_modules, probe.target_parameters = {name}, []

@@ -170,8 +170,8 @@ class _Grouped(torch.autograd.Function):
             if dx is not None:
                 dx += grouped_mm(inner, a.to(dy.dtype), groups)
         if ctx.needs_input_grad[4]:
-            pair = (x, dy) if base.transposed else (dy, x)
-            dw = grouped_outer(*pair, groups, weight)
+            left, right = (x, dy) if base.transposed else (dy, x)
+            dw = grouped_outer(left, right, groups, weight)
         return dx, None, None, None, dw, *dab
 
 
