@@ -145,7 +145,8 @@ def loadable_config(model: PeftModel) -> Any:
     Raises:
         UserError: PEFT could not load the adapter.
     """
-    config, base = model.peft_config[ADAPTER], model.get_base_model()
+    config: Any = model.peft_config[ADAPTER]
+    base = model.get_base_model()
     adapted = [
         name
         for name, module in base.named_modules()
