@@ -17,7 +17,6 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_atomic
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.run_dir import RunDir, remove_partial_files
@@ -27,10 +26,8 @@ from dtrain.distributed.hang_watchdog import (
     HangWatchdog,
     follow_compilations,
 )
-from dtrain.distributed.tensor_utils import device_name
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
-from dtrain.monitoring.starts import record_start
 from dtrain.pipeline.auto_settings import without_choice
 from dtrain.pipeline.exit_report import ExitReport, is_out_of_memory, out_of_memory_text
 from dtrain.pipeline.runner import run_chain
@@ -147,17 +144,10 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     report.open(run)
     if lock:
         remove_partial_files(run.path)
-        write_atomic(run.recipe, dump(recipe))
+        run.request(dump(recipe))
         shutil.rmtree(run.heartbeats, ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
-    chosen = without_choice(recipe, world)
-    if lock:
-        if chosen != recipe:
-            write_atomic(run.recipe, dump(chosen))
-        device = device_name(world.device)
-        nodes = max(1, world.size // world.local_size)
-        record_start(run, nodes=nodes, ranks=world.size, device=device)
-    recipe = chosen
+    recipe = without_choice(recipe, world)
     inputs = world.rank0_first(
         lambda: prepare_inputs(recipe, verify=world.is_first, device=world.device)
     )

@@ -22,9 +22,8 @@ import submitit
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import write_atomic
 from dtrain.core.ownership import keep_private, make_private_folder
-from dtrain.core.run_dir import EXIT_REPORT, RunDir
+from dtrain.core.run_dir import RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
 from dtrain.planning.known_models import check_downloaded, check_trainable
 from dtrain.supervisor import Supervisor
@@ -58,7 +57,9 @@ class Training:
             status = self._train_here(recipe, run)
         if status != Exit.FINISHED:
             message = f"ended with status {status}"
-            raise UserError(message, where=str(run.path), fix=f"see {EXIT_REPORT} there")
+            raise UserError(
+                message, where=str(run.path), fix=f"see {run.start_exit_report.name} there"
+            )
         return str(run.path)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -67,8 +68,9 @@ class Training:
 
     def _train_here(self, recipe: Recipe, run: RunDir) -> int:
         """Train on this machine; submitit's own signal makes the ranks save first."""
-        write_atomic(run.recipe, dump(with_run_dir(recipe, run)))
-        process = subprocess.Popen(torchrun_command(run.recipe, ranks_per_node(recipe, 0)))
+        run.lock().release()
+        run.request(dump(with_run_dir(recipe, run)))
+        process = subprocess.Popen(torchrun_command(run.start_recipe, ranks_per_node(recipe, 0)))
         requeue = signal.getsignal(signal.SIGUSR2)
 
         def save_first(number: int, frame: FrameType | None) -> None:

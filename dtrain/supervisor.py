@@ -7,6 +7,7 @@ signals come here. The recipe is parsed once, and once more by each rank.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import begin_attempt, end_attempt
 from dtrain.launching.commands import (
+    COMMAND,
     check_batches,
     ranks_per_node,
     run_dir_of,
@@ -82,7 +84,7 @@ class Supervisor:
         run = run_dir_of(recipe)
         wants_preflight = self._environ.get("DTRAIN_PREFLIGHT", "on") != "off"
         if script and wants_preflight and not self.is_warned:
-            faults = check_allocation(recipe, run.recipe, run.slurm, allocation)
+            faults = check_allocation(recipe, run.start_recipe, run.slurm, allocation)
             if faults:
                 handle_faults(faults, run, [str(script), *words], self._environ)
                 return Exit.CRASHED
@@ -100,13 +102,13 @@ class Supervisor:
         run = run_dir_of(recipe)
         lock = run.lock(wait_seconds=LOCK_SECONDS)
         try:
-            run.reset(dump(with_run_dir(recipe, run)))
+            run.request(dump(with_run_dir(recipe, run)))
         finally:
             lock.release()
         begin_attempt(run, allocation, self._environ)
         self._run = run
         return step_command(
-            [str(run.recipe)],
+            [str(run.start_recipe)],
             nodes=len(allocation.nodes),
             ranks=ranks,
             endpoint=rendezvous_endpoint(self._environ, allocation.nodes[0]),
@@ -117,7 +119,8 @@ class Supervisor:
         """Start the ranks on all nodes and wait for them; return the exit status of srun."""
         # Slurm ends the step by itself. SIG_IGN instead of a handler would be inherited by srun.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
-        self._step = subprocess.Popen(command)
+        environ = {**os.environ, COMMAND: shlex.join(sys.orig_argv)}
+        self._step = subprocess.Popen(command, env=environ)
         status = self._step.wait()  # a signal does not end the wait
         return status if status >= 0 else 128 - status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from dtrain.core.output import wrapped
 from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
 from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
 from dtrain.core.units import size
-from dtrain.launching.commands import launcher_environment, torchrun_command
+from dtrain.launching.commands import COMMAND, launcher_environment, torchrun_command
 
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start again in a new folder next to the old one.")
@@ -50,9 +51,12 @@ def run(
         run_dir = create_numbered(run_dir.path)
     settings = with_run_dir(settings, run_dir)
     lock = run_dir.lock(fix="wait for it, choose another output.folder, or add --fresh")
-    run_dir.reset(dump(settings))
-    command = torchrun_command(run_dir.recipe, ranks_per_node(settings, 0), allow_change or [])
+    run_dir.request(dump(settings))
+    command = torchrun_command(
+        run_dir.start_recipe, ranks_per_node(settings, 0), allow_change or []
+    )
     environment = launcher_environment(os.environ, settings.device)
+    environment[COMMAND] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     environment[LOCKED_BY_LAUNCHER] = str(run_dir.path)
     lock.keep_after_exec()
     # Becoming torchrun leaves no process in between that could lose a signal or an exit status.

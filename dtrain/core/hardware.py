@@ -116,6 +116,15 @@ _MIG = re.compile(
 )
 
 Row = dict[str, str]
+_NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
+
+
+def driver_versions() -> dict[str, str]:
+    """The version of NVIDIA's kernel driver; empty without one."""
+    with suppress(OSError):
+        match = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", _NVIDIA_VERSION.read_text(errors="replace"))
+        return {"driver": match[1]} if match else {}
+    return {}
 
 
 def gpus() -> list[Row] | None:

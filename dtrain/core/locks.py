@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import tempfile
 from contextlib import suppress
@@ -21,6 +22,7 @@ from dtrain.core.ownership import open_in_place
 
 LOCK_FILE = ".lock"
 HOLDER_CHARACTERS = 200
+_HOLDER = re.compile(r"process (\d+) on (.+)")
 _HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
 
 
@@ -64,6 +66,31 @@ class FolderLock:
         with suppress(OSError), open(self.path, encoding="utf-8", errors="replace") as file:
             text = file.read(HOLDER_CHARACTERS).strip()
         return text if text.isprintable() and text else "another process"
+
+    def is_held(self) -> bool:
+        """Whether a process holds the lock; it need not be of this machine."""
+        try:
+            file = open_in_place(self.path, os.O_RDONLY, any_owner=True)
+        except (OSError, UserError):
+            return False
+        try:  # shared, so that two processes that ask do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _HELD_ELSEWHERE
+        finally:
+            os.close(file)
+        return False
+
+    def holder_here(self) -> int | None:
+        """Id of the process of this machine that holds the lock; None if there is none."""
+        match = _HOLDER.fullmatch(self.holder())
+        if not self.is_held() or match is None or match[2] != socket.gethostname():
+            return None
+        with suppress(OSError):  # another user's process, or one that has ended
+            opened = Path(f"/proc/{match[1]}/fd").iterdir()
+            if any(file.exists() and file.samefile(self.path) for file in opened):
+                return int(match[1])
+        return None
 
     def release(self) -> None:
         """Release the lock; releasing it twice does no harm."""

@@ -54,6 +54,16 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def output_file(descriptor: int) -> str:
+    """The file that this process prints to, or its terminal; empty if it is neither."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return ""
+    is_device = path.startswith("/dev/") and not os.isatty(descriptor)
+    return path if path.startswith("/") and not is_device else ""
+
+
 class WorkerPool:
     """Processes that do the same work; see `worker_pool`."""
 

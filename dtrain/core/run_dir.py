@@ -2,9 +2,13 @@
 
 RUN/
   recipe.yaml  starts.jsonl  lineage.json  evaluation.json  report.html  outcome.json
+  requested.yaml  refused.json
   predictions/base.jsonl  predictions/STAGE.jsonl  judge.jsonl
   STAGE/   stage.json  metrics.jsonl  checkpoints/step-000200/  adapter/  merged/
   slurm/   attempts.json  jobs.json  job.sh  job.log
+
+A start that finds stages here is only a request until everything that it asks for was checked: its
+recipe is requested.yaml, and if it ends before `RunDir.accept`, its exit report is refused.json.
 
 `folder_kind` distinguishes a run, a checkpoint, an adapter and a model.
 """
@@ -32,6 +36,8 @@ JUDGE_REPLIES = "judge.jsonl"
 STARTS = "starts.jsonl"
 HTML_REPORT = "report.html"
 EXIT_REPORT = "outcome.json"
+REQUESTED = "requested.yaml"
+REFUSED = "refused.json"
 STOP = "stop"
 SLURM = "slurm"
 HEARTBEATS = ".watch"
@@ -44,6 +50,8 @@ RESERVED_NAMES = frozenset(
         EVALUATION,
         HTML_REPORT,
         EXIT_REPORT,
+        REQUESTED,
+        REFUSED,
         STOP,
         SLURM,
         PREDICTIONS,
@@ -60,14 +68,17 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MERGED = "merged"
 MERGE_MANIFEST = "merge.json"  # in a merged model's folder
+NOT_TRAINED = "started"  # progress of a stage before its first checkpoint
 CHECKPOINT_MANIFEST = "manifest.json"  # written last: a checkpoint without it is incomplete
 
 # Variable: the run folder whose lock the launcher holds as long as it lives.
 LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
 LOCK_POLL_SECONDS = 1.0
+ASK_SECONDS = 0.05
 # `.name.random`: what `write_atomic` and `atomic_folder` write before they rename it.
 _PARTIAL = re.compile(
-    r"\.((recipe|lineage|evaluation|outcome|stage|report|metrics|trackers)\.\w+|adapter|merged)"
+    r"\.((recipe|requested|lineage|evaluation|outcome|refused|stage|report|metrics|trackers)\.\w+"
+    r"|adapter|merged)"
     r"\.[a-z0-9_]{8}"
 )
 
@@ -127,7 +138,7 @@ class StageDir:
             pass  # a damaged record: the checkpoints count
         manifests = self.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
         names = [path.parent.name for path in manifests]
-        return max(names, key=lambda name: (len(name), name), default="started")
+        return max(names, key=lambda name: (len(name), name), default=NOT_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,28 @@ class RunDir:
 
     @property
     def exit_report(self) -> Path:
-        """How the last start ended."""
+        """How the last accepted start ended."""
         return self.path / EXIT_REPORT
+
+    @property
+    def requested(self) -> Path:
+        """The recipe of a start that is not accepted, or not yet."""
+        return self.path / REQUESTED
+
+    @property
+    def refused(self) -> Path:
+        """How a start ended that was not accepted."""
+        return self.path / REFUSED
+
+    @property
+    def start_recipe(self) -> Path:
+        """The recipe of the last start, whether it is accepted or not."""
+        return self.requested if self.requested.exists() else self.recipe
+
+    @property
+    def start_exit_report(self) -> Path:
+        """Where the last start reports its end."""
+        return self.refused if self.requested.exists() else self.exit_report
 
     @property
     def stop(self) -> Path:
@@ -239,12 +270,8 @@ class RunDir:
         Raises:
             UserError: it is damaged.
         """
-        if not self.exit_report.exists():
-            return {}
-        report = read_json(self.exit_report)
-        if not isinstance(report, dict):
-            raise UserError("is not an exit report", where=str(self.exit_report), fix="remove it")
-        return report
+        path = self.refused if self.refused.exists() else self.start_exit_report
+        return read_exit_report(path)
 
     def lock(self, *, wait_seconds: float = 0.0, fix: str = "") -> FolderLock:
         """Create the folder if it does not exist, and lock it for this process.
@@ -264,7 +291,7 @@ class RunDir:
             check_own_folder(self.path.resolve())
             for name in IN_PLACE:
                 check_no_link(self.path / name)
-            while not lock.acquire():
+            while not lock.acquire() and not _try_again(lock):
                 if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
                     break
                 if time.monotonic() > deadline:
@@ -277,16 +304,35 @@ class RunDir:
             raise self.unusable(error) from error
         return lock
 
-    def reset(self, recipe: str) -> None:
-        """Write the resolved recipe; remove the stop file and the exit report of the last start.
+    def request(self, recipe: str) -> None:
+        """Begin a start: write its recipe; remove the stop file and the end of a refused start.
+
+        Before the first stage has begun there is nothing that the start could spoil, so it is
+        accepted at once.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.stop.unlink(missing_ok=True)
+            self.refused.unlink(missing_ok=True)
+            if any(self.path.glob(f"*/{STAGE_RECORD}")):
+                write_atomic(self.requested, recipe)
+            else:
+                self.accept(recipe)
+        except OSError as error:
+            raise self.unusable(error) from error
+
+    def accept(self, recipe: str) -> None:
+        """Make a start's recipe the run's; remove the exit report of the last start.
 
         Raises:
             UserError: the folder cannot be written.
         """
         try:
             write_atomic(self.recipe, recipe)
-            self.stop.unlink(missing_ok=True)
-            self.exit_report.unlink(missing_ok=True)
+            for path in (self.exit_report, self.refused, self.requested):  # in this order
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise self.unusable(error) from error
 
@@ -294,6 +340,26 @@ class RunDir:
         """The error for a run folder that the system refuses."""
         message = f"cannot be used as the run folder: {error.strerror or error}"
         return UserError(message, where=str(self.path), fix="choose another output.folder")
+
+
+def _try_again(lock: FolderLock) -> bool:
+    """Whether the lock is free after all: `FolderLock.is_held` holds it for an instant."""
+    time.sleep(ASK_SECONDS)
+    return lock.acquire()
+
+
+def read_exit_report(path: Path) -> dict[str, Any]:
+    """An exit report; empty if there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    report = read_json(path)
+    if not isinstance(report, dict):
+        raise UserError("is not an exit report", where=str(path), fix="remove it")
+    return report
 
 
 def create_numbered(folder: Path) -> RunDir:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
+from dtrain.core.processes import output_file
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import duration
 from dtrain.launching import slurm
@@ -89,7 +89,7 @@ def begin_attempt(run: RunDir, allocation: slurm.Allocation, environ: Mapping[st
         job=allocation.job,
         restart=allocation.restarts,
         nodes=allocation.nodes,
-        log=log_file(),
+        log=output_file(2),
         started=time.time(),
         progress=run.progress(),
     )
@@ -165,12 +165,3 @@ def end_line(attempt: Attempt, message: str, progress: dict[str, str]) -> str:
 
 def _listed(progress: dict[str, str]) -> str:
     return ", ".join(f"{stage} {name}" for stage, name in progress.items()) or "nothing yet"
-
-
-def log_file() -> str:
-    """The file that this process's stderr goes to; empty if it is none."""
-    try:
-        path = os.readlink("/proc/self/fd/2")
-    except OSError:
-        return ""
-    return path if path.startswith("/") and not path.startswith("/dev/") else ""

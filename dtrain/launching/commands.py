@@ -21,6 +21,7 @@ from dtrain.launching.container import python_command, srun_options
 
 WORKER = "dtrain.train"
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
+COMMAND = "DTRAIN_COMMAND"  # variable: the command that was typed or submitted, for the record
 MOST_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
 # Torch's variable, by its current and former names.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.run_dir import EVALUATION, METRICS, STAGE_RECORD, STARTS, RunDir
+from dtrain.core.locks import FolderLock
+from dtrain.core.run_dir import EVALUATION, METRICS, STAGE_RECORD, STARTS, RunDir, read_exit_report
 from dtrain.launching.status import log_of
 from dtrain.monitoring.alerts import WINDOW, find_alerts
 from dtrain.monitoring.run_record import RunRecord, read_run
@@ -55,8 +56,8 @@ class RunState:
     """A run.
 
     Attributes:
-        state: running, silent, finished, failed, interrupted or not started.
-        reason: why it failed.
+        state: starting, running, silent, finished, failed, interrupted or not started.
+        reason: why it failed, or why its last start was refused.
         seconds_since_change: age of its newest file.
         seconds_left: until the last step of the last stage, evaluations and merges not counted;
             None if it is not running, or the length of a later stage is unknown.
@@ -106,13 +107,16 @@ def read_state(folder: Path) -> RunState:
 
 
 def _state(run: RunDir, stages: list[StageState], age: float | None) -> tuple[str, str]:
-    """One word for the run, and why it failed."""
+    """One word for the run, and why it failed or why its last start was refused."""
     try:
-        report = run.read_exit_report()
+        report, refusal = read_exit_report(run.exit_report), read_exit_report(run.refused)
     except UserError as error:
-        report = {"outcome": "failed", "reason": str(error)}
+        report, refusal = {"outcome": "failed", "reason": str(error)}, {}
+    if run.requested.exists() and not refusal and FolderLock(run.path).is_held():
+        return "starting", ""
+    reason = f"the last start was refused: {refusal.get('reason', '')}" if refusal else ""
     if outcome := report.get("outcome"):
-        return str(outcome), str(report.get("reason", ""))
+        return str(outcome), reason or str(report.get("reason", ""))
     if not any(stage.step for stage in stages):
         return ("not started" if age is None else "running"), ""
     return ("silent" if age is not None and age > SILENT_SECONDS else "running"), ""

@@ -1,6 +1,7 @@
-"""starts.jsonl of a run folder: when and where each attempt of the ranks began, and with what.
+"""starts.jsonl of a run folder: each attempt of the ranks, from its start to its end.
 
-An attempt may end in any way, so its end is the last sign of life: the newest line of its metrics.
+A start adds a line, with the environment that it runs in, and so does its end. A killed attempt has
+no second line: it ended with its last sign of life, the newest line of its metrics.
 """
 
 from __future__ import annotations
@@ -8,36 +9,71 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import dtrain
 from dtrain.core.files import read_json_lines
+from dtrain.core.hardware import driver_versions
+from dtrain.core.hashes import fingerprint
 from dtrain.core.ownership import open_in_place
+from dtrain.core.processes import output_file
 from dtrain.core.run_dir import METRICS, RunDir
+from dtrain.launching.commands import COMMAND
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 GIT_SECONDS = 5.0
+REASON_CHARACTERS = 300
+LOST = "lost"  # the outcome of an attempt without an end
+# Variables in which launchers and Slurm give all ranks of one start the same values, and those of
+# the next start others. Times would compare the clocks of a node and of the file server.
+START_VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_STEP_ID",
+)
+
+
+def start_id(environ: Mapping[str, str]) -> str:
+    """An id that all ranks of this start share."""
+    return fingerprint([environ.get(name, "") for name in START_VARIABLES])[:32]
 
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the ranks.
+    """A start of the ranks, and its end.
 
     Attributes:
         started: seconds since 1970.
         host: of the first rank.
         nodes, ranks: how many.
-        device: "cpu", or the GPU's name.
+        device: of the first rank: "cpu", or the GPU's name.
         job: Slurm's id; empty outside Slurm.
-        versions: of Python, dtrain and the libraries; `commit` if dtrain is a git checkout.
+        hosts: name of each node → the devices that it trains on, such as "8 x NVIDIA H100".
+        versions: of Python, dtrain, the libraries, CUDA and the driver; `commit` if dtrain is a git
+            checkout.
+        command: that was typed or submitted.
+        output: file or terminal that the first rank prints to; empty if unknown.
+        start: see `start_id`.
         previous_ended: last sign of life of the attempt before; None for the first.
+        ended: seconds since 1970; None while it runs, and if it was killed.
+        outcome: finished, interrupted or failed; empty without an end.
+        reason: why it ended, in one line.
     """
 
     started: float
@@ -46,8 +82,15 @@ class Start:
     ranks: int
     device: str
     job: str = ""
+    hosts: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    output: str = ""
+    start: str = ""
     previous_ended: float | None = None
+    ended: float | None = None
+    outcome: str = ""
+    reason: str = ""
 
     @property
     def gpus(self) -> int:
@@ -55,30 +98,82 @@ class Start:
         return 0 if self.device == "cpu" else self.ranks
 
 
-def record_start(run: RunDir, *, nodes: int, ranks: int, device: str) -> None:
-    """Add this attempt to a run's starts; called on the first rank."""
+END_FIELDS = ("start", "ended", "outcome", "reason")
+
+
+def record_start(
+    run: RunDir,
+    *,
+    nodes: int,
+    ranks: int,
+    device: str,
+    hosts: Mapping[str, str] | None = None,
+    cuda: str | None = None,
+) -> None:
+    """Add this attempt to a run's starts; called on the first rank.
+
+    Args:
+        hosts: see `Start`.
+        cuda: the version of CUDA that torch was built for.
+    """
     start = Start(
-        started=round(time.time(), 3),
+        started=round(psutil.Process().create_time(), 3),
         host=platform.node(),
         nodes=nodes,
         ranks=ranks,
         device=device,
         job=os.environ.get("SLURM_JOB_ID", ""),
-        versions=software_versions(),
+        hosts=dict(hosts or {}),
+        versions=software_versions() | ({"cuda": cuda} if cuda else {}) | driver_versions(),
+        command=os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
+        output=output_file(1),
+        start=start_id(os.environ),
         previous_ended=_last_change(run) if run.starts.exists() else None,
     )
+    values = {k: v for k, v in asdict(start).items() if k == "start" or k not in END_FIELDS}
+    _append(run, values)
+
+
+def record_end(run: RunDir, start: str, outcome: str, reason: str) -> None:
+    """Add the end of the attempt with this id to a run's starts; a later one replaces it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lines = [line.strip() for line in reason.split("\n") if line.strip()] or [""]
+    line = lines[-1] if "Traceback" in lines[0] else lines[0]
+    values = (start, round(time.time(), 3), outcome, line[:REASON_CHARACTERS])
+    _append(run, dict(zip(END_FIELDS, values, strict=True)))
+
+
+def _append(run: RunDir, values: dict[str, Any]) -> None:
     handle = open_in_place(run.starts, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with open(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(start)) + "\n")
+        file.write(json.dumps(values) + "\n")
 
 
 def read_starts(run: RunDir) -> list[Start]:
     """The starts of a run, oldest first; lines that cannot be read are skipped."""
+    starts: list[Start] = []
     try:
         records = read_json_lines(run.starts)
     except OSError:
         return []
-    return [start for record in records if (start := _start(record)) is not None]
+    for record in records:
+        if record.keys() == set(END_FIELDS):
+            _add_end(starts, record)
+        elif (start := _start(record)) is not None:
+            starts.append(start)
+    return starts
+
+
+def _add_end(starts: list[Start], end: dict[str, Any]) -> None:
+    """Put an end into the newest start with its id."""
+    is_end = _is_number(end["ended"]) and isinstance(end["outcome"], str)
+    for number in reversed(range(len(starts))):
+        if is_end and starts[number].start == end["start"]:
+            starts[number] = replace(starts[number], **{**end, "reason": str(end["reason"])})
+            return
 
 
 @dataclass(frozen=True)
@@ -120,7 +215,9 @@ def attempts_of(
         limit = after.started if after else float("inf")
         mine = [(at, stage) for at, stage in times if start.started <= at < limit]
         ends = [at for at, _ in mine] + [start.started]
-        if after is not None and after.previous_ended is not None:
+        if start.ended is not None:
+            ends.append(start.ended)
+        elif after is not None and after.previous_ended is not None:
             ends.append(min(after.previous_ended, after.started))
         steps: dict[str, int] = {}
         for _, stage in mine:
@@ -134,10 +231,21 @@ def _start(record: dict[str, Any]) -> Start | None:
         start = Start(**record)
     except TypeError:
         return None
-    numbers = (start.started, start.ranks, start.nodes, start.previous_ended or 0.0)
-    texts = (start.host, start.device, start.job)
-    valid = all(isinstance(n, int | float) for n in numbers) and isinstance(start.versions, dict)
-    return start if valid and all(isinstance(text, str) for text in texts) else None
+    numbers = (start.started, start.ranks, start.nodes)
+    ends = (start.previous_ended, start.ended)
+    texts = [getattr(start, name) for name in _TEXTS]
+    for names in (start.versions, start.hosts):
+        texts += [*names.keys(), *names.values()] if isinstance(names, dict) else [None]
+    is_valid = all(map(_is_number, numbers)) and all(x is None or _is_number(x) for x in ends)
+    return start if is_valid and all(isinstance(text, str) for text in texts) else None
+
+
+_TEXTS = ("host", "device", "job", "command", "output", "start", "outcome", "reason")
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and isfinite(value)  # type: ignore[arg-type]
 
 
 def _last_change(run: RunDir) -> float | None:

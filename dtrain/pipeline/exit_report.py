@@ -1,4 +1,4 @@
-"""outcome.json: how a start ended, for the supervisor and the other ranks; out-of-memory advice.
+"""How a start ended, for the supervisor and the other ranks; advice for out-of-memory errors.
 
 A rank that fails breaks the connections of the others, whose errors are then noise. So it writes
 its exit report first, and the others exit with its status and print nothing.
@@ -7,15 +7,12 @@ its exit report first, and the others exit with its status and print nothing.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +20,12 @@ import torch
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_json
-from dtrain.core.hashes import fingerprint
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.output import wrapped
-from dtrain.core.run_dir import RunDir
+from dtrain.core.run_dir import RunDir, read_exit_report
 from dtrain.core.units import size
 from dtrain.distributed.tensor_utils import peak_memory_bytes
+from dtrain.monitoring.starts import record_end, start_id
 from dtrain.pipeline.auto_settings import gpu_of, simplest
 from dtrain.planning.fit import suggest_reductions
 from dtrain.planning.plan import StagePlan, make_plan
@@ -40,37 +37,17 @@ POLL_SECONDS = 0.05
 WRITE_TRIES = 5
 
 
-# Variables in which launchers and Slurm give all ranks of one start the same values, and those of
-# the next start others. Times would compare the clocks of a node and of the file server.
-START_VARIABLES = (
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_JOB_ID",
-    "SLURM_RESTART_COUNT",
-    "SLURM_STEP_ID",
-)
-
-
-def start_id(environ: Mapping[str, str]) -> str:
-    """An id that all ranks of this start share."""
-    return fingerprint([environ.get(name, "") for name in START_VARIABLES])[:32]
-
-
 class ExitReport:
     """The exit report of one rank; before `open` nothing is written: another run may own it."""
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self._run: RunDir | None = None
         self._start = start_id(os.environ)
         self._lock = threading.Lock()  # the hang watchdog's thread also reports
 
     def open(self, run: RunDir) -> None:
-        """Set the run folder; the first rank removes the report of the previous start."""
-        self.path = run.exit_report
-        if is_first_rank():
-            self.path.unlink(missing_ok=True)
+        """Set the run folder."""
+        self._run = run
 
     def end(self, status: Exit, reason: str = "") -> int:
         """Report an end without failure; return the exit status."""
@@ -88,7 +65,7 @@ class ExitReport:
             text: for the terminal.
             reason: for the file; by default the text.
         """
-        if self.path is None and os.environ.get("LOCAL_RANK", "0") != "0":
+        if self._run is None and os.environ.get("LOCAL_RANK", "0") != "0":
             return int(status)  # a wrong recipe is reported once on each machine
         has_crashed = status == Exit.CRASHED
         with self._lock:
@@ -115,14 +92,18 @@ class ExitReport:
 
     def _read_failure(self) -> dict[str, Any] | None:
         """The failure that another rank reported; the report of an earlier start is ignored."""
-        with suppress(OSError, ValueError, AttributeError, KeyError):
-            report: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))  # type: ignore[union-attr]
-            is_failure = int(report["status"]) not in OUTCOMES
-            return report if is_failure and report["start"] == self._start else None
+        if self._run is None:
+            return None
+        for path in (self._run.refused, self._run.exit_report):
+            with suppress(UserError, OSError, ValueError, KeyError):
+                report = read_exit_report(path)
+                is_failure = bool(report) and int(report["status"]) not in OUTCOMES
+                if is_failure and report["start"] == self._start:
+                    return report
         return None
 
     def _write(self, status: Exit, reason: str) -> None:
-        if self.path is None:
+        if self._run is None:
             return
         outcome = OUTCOMES.get(status, "failed")
         report = {"outcome": outcome, "status": int(status), "reason": reason.strip()}
@@ -131,7 +112,10 @@ class ExitReport:
             report["rank"] = int(os.environ.get("RANK", "0"))
         for _ in range(WRITE_TRIES):  # other ranks write too, and the disk may be full for a moment
             with suppress(OSError):
-                write_json(self.path, report)
+                path = self._run.start_exit_report
+                write_json(path, report)
+                if path == self._run.exit_report and status != Exit.FINISHED:  # not refused
+                    record_end(self._run, self._start, outcome, reason)
                 return
             time.sleep(POLL_SECONDS)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from dtrain.evaluation.generation import GenerationScorer
 from dtrain.evaluation.scorer import Scorer
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.run_record import run_summary
+from dtrain.monitoring.starts import read_starts, record_end, start_id
+from dtrain.pipeline.acceptance import accept, check_start
 from dtrain.pipeline.evaluator import Evaluations
 from dtrain.pipeline.reuse import drop_link, reuse_stages
 from dtrain.pipeline.stage_inputs import Inputs
@@ -51,18 +55,21 @@ def run_chain(
     teachers = TeacherModels(recipe, world, inputs.teachers)
     scorers = build_scorers(recipe, inputs, world)
     evaluations = Evaluations(run, recipe, inputs.sets, inputs.layout, teachers, scorers)
-    started = list[StageRecord]()
     folders = stage_records(run, recipe, inputs)
+    check_start(recipe, RunDir(run), folders, evaluations, world, allowed)
+    accept(recipe, RunDir(run), world)
     if recipe.output.reuse is not None:
         finished = RunDir(Path(recipe.output.reuse))
         evaluations.adopt(finished.evaluation, reuse_stages(recipe, finished, folders, world))
     done = complete_stages(recipe, folders, world)
+    if world.is_first:
+        write_lineage(run, recipe, inputs, done)
     for stage, folder in zip(recipe.stages, folders.values(), strict=True):
         parent = recipe.parent_of(stage)
         base = folders[parent.name].merged if parent else inputs.base
         if folder in done:
             say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
-            evaluations.check_gates(stage.name)  # they may be stricter now
+            evaluations.check_gates(stage.name)  # of a stage of another run
         else:
             folder.begin(changes_allowed_in(stage.name, allowed)) if world.is_first else None
             world.barrier()
@@ -71,11 +78,12 @@ def run_chain(
             )
             if not run_stage(setup):
                 return False
-        started.append(folder)
+            done.append(folder)
+            if world.is_first:
+                write_lineage(run, recipe, inputs, done)
         if world.is_first:
-            write_lineage(run, recipe, inputs, started)
             write_cards(Run(run.absolute(), recipe), stage)
-    finish(run, recipe, world)
+    finish(run, recipe, inputs, done, world)
     return True
 
 
@@ -134,9 +142,13 @@ def complete_stages(
     return done
 
 
-def finish(run: Path, recipe: Recipe, world: World) -> None:
-    """Write the report, and print the summary."""
+def finish(
+    run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRecord], world: World
+) -> None:
+    """Record the end, write the report, and print the summary."""
     if world.is_first:
+        record_end(RunDir(run), start_id(os.environ), "finished", "")
+        write_lineage(run, recipe, inputs, done)
         write_report(run)
         say(run_summary(run))
         say(next_step(recipe))
@@ -156,11 +168,16 @@ def next_step(recipe: Recipe) -> str:
 
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRecord]) -> None:
-    """Record the inputs of every artifact."""
+    """Record the inputs of every artifact, and the attempts that made them.
+
+    Args:
+        done: the complete stages.
+    """
     base = {"identity": inputs.base_fingerprint, "path": str(inputs.base)}
     artifacts: list[dict[str, Any]] = []
     methods = {stage.name: stage.method for stage in recipe.stages}
-    for folder in done:
+    order = [stage.name for stage in recipe.stages]
+    for folder in sorted(done, key=lambda folder: order.index(folder.path.name)):
         record = folder.read() or {}
         made_from = {
             "parent": folder.inputs["parent"],
@@ -184,7 +201,9 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRec
                 "merged": _inside(run, folder.merged),
             }
         )
-    write_json(RunDir(run).lineage, {"name": recipe.name, "base": base, "artifacts": artifacts})
+    attempts = [asdict(start) for start in read_starts(RunDir(run))]
+    lineage = {"name": recipe.name, "base": base, "artifacts": artifacts, "attempts": attempts}
+    write_json(RunDir(run).lineage, lineage)
 
 
 def write_cards(run: Run, stage: Stage) -> None:

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from dtrain.checkpoints.folder import complete_folders
 from dtrain.checkpoints.identity import check_same_inputs
+from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
-from dtrain.core.ownership import check_own_folder, share_with_group
-from dtrain.core.run_dir import RunDir, StageDir, remove_partial_files
+from dtrain.core.ownership import Untrusted, check_own_folder, share_with_group
+from dtrain.core.run_dir import NOT_TRAINED, RunDir, StageDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.merge.adapter import AdapterFile
@@ -99,20 +101,51 @@ class StageRecord(StageDir):
         """Keys that were ever allowed to change after this stage was started."""
         return set((self.read() or {}).get("allowed", []))
 
-    def begin(self, allowed: set[str]) -> None:
-        """Start or resume the stage; a stage with other inputs is not touched.
+    def check_same_inputs(self, allowed: set[str]) -> None:
+        """Check that what this stage has trained so far was made from these inputs.
+
+        A stage without a complete checkpoint has nothing that other inputs could spoil.
+
+        Args:
+            allowed: keys of the inputs that may differ.
 
         Raises:
-            UserError: the folder contains a stage with other inputs, or others may write to it.
+            UserError: it was made from other inputs, or others may write to its folder.
+        """
+        if self.progress() == NOT_TRAINED or self.path.is_symlink():  # a link: of another run
+            return
+        check_own_folder(self.path.resolve())
+        record = self.read()
+        saved = record["inputs"] if record is not None else self._inputs_of_checkpoint()
+        try:
+            check_same_inputs(saved or self.inputs, self.inputs, allowed)
+        except UserError as error:
+            stage = f"stage {self.path.name}"
+            raise UserError(error.message, where=stage, fix=error.fix) from error
+
+    def _inputs_of_checkpoint(self) -> dict[str, Any] | None:
+        """The inputs recorded in the newest readable checkpoint."""
+        for path in complete_folders(self.checkpoints):
+            try:
+                inputs: dict[str, Any] = Checkpoint.open(path).state["inputs"]
+            except Untrusted:
+                raise
+            except UserError:
+                continue
+            return inputs
+        return None
+
+    def begin(self, allowed: set[str]) -> None:
+        """Start or resume the stage, which `check_same_inputs` has passed.
+
+        Raises:
+            UserError: others may write to the folder.
         """
         if not self.path.exists():
             self.path.mkdir(mode=0o700)
             share_with_group(self.path, self.path.parent)
         check_own_folder(self.path.resolve())
-        record = self.read()
-        if record is not None:
-            check_same_inputs(record["inputs"], self.inputs, allowed)
-        elif self.record.exists():
+        if self.record.exists() and self.read() is None:
             warn(f"{self.record} is damaged; the inputs recorded in the checkpoints count")
         remove_partial_files(self.path)
         self._write({"complete": False, "allowed": sorted(self.allowed_changes() | allowed)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -61,13 +63,47 @@ def test_folder_writable_by_others_is_refused(tmp_path) -> None:
         RunDir(tmp_path / "run").lock()
 
 
-def test_reset_clears_files_of_the_last_start(tmp_path) -> None:
+def test_a_first_start_clears_files_of_the_last(tmp_path) -> None:
     run = RunDir(tmp_path)
     run.stop.touch()
     run.exit_report.write_text("{}")
-    run.reset("name: new\n")
-    assert run.recipe.read_text() == "name: new\n"
+    run.request("name: new\n")
+    assert run.start_recipe == run.recipe and run.recipe.read_text() == "name: new\n"
     assert not run.stop.exists() and not run.exit_report.exists()
+
+
+def test_a_start_of_a_run_with_stages_changes_nothing_until_it_is_accepted(tmp_path) -> None:
+    run = RunDir(tmp_path)
+    run.request("name: old\n")
+    run.exit_report.write_text('{"outcome": "finished"}')
+    run.stage("domain").path.mkdir()
+    run.stage("domain").record.write_text("{}")
+    run.stop.touch()
+    run.request("name: new\n")
+    assert run.recipe.read_text() == "name: old\n" and not run.stop.exists()
+    assert run.start_recipe.read_text() == "name: new\n"
+    assert run.read_exit_report() == {}  # not that of the start before
+    run.start_exit_report.write_text('{"outcome": "failed"}')
+    assert run.read_exit_report() == {"outcome": "failed"}
+    assert run.exit_report.read_text() == '{"outcome": "finished"}'
+    run.request("name: newer\n")
+    assert run.read_exit_report() == {}
+    run.accept("name: newer\n")
+    assert run.start_recipe == run.recipe and run.recipe.read_text() == "name: newer\n"
+    assert run.read_exit_report() == {} and not run.exit_report.exists()
+
+
+def test_the_holder_of_a_lock_is_a_process_that_has_it_open(tmp_path) -> None:
+    run = RunDir(tmp_path / "run")
+    lock = run.lock()
+    assert FolderLock(run.path).is_held() and FolderLock(run.path).holder_here() == os.getpid()
+    lock.release()
+    asked = FolderLock(run.path)
+    assert not asked.is_held() and asked.holder_here() is None  # the file still names a process
+    other = FolderLock(run.path)
+    assert other.acquire()
+    (run.path / ".lock").write_text("process 1 on " + socket.gethostname() + "\n")
+    assert asked.is_held() and asked.holder_here() is None
 
 
 def test_progress_of_each_stage(tmp_path) -> None:
