@@ -3,10 +3,7 @@
 # ENGINE: ddp, fsdp2, zero2 or zero3; each has a file in launch/accelerate/.
 # NPROC: number of processes; default: one per GPU, or one on a CPU.
 set -euo pipefail
-root="$(dirname "$(dirname "$(readlink -f "$0")")")"
-if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
-    PATH="$root/.venv/bin:$PATH"
-fi
+source "$(dirname "$(readlink -f "$0")")/environment.sh"
 settings="$root/launch/accelerate/${1:-}.yaml"
 if [[ $# -lt 2 || ! -f "$settings" ]]; then
     echo "usage: $0 ddp|fsdp2|zero2|zero3 RECIPE [key=value ...]" >&2

@@ -3,10 +3,7 @@
 # The recipe chooses the engine, also under this launcher.
 # NPROC: number of processes; default: one per GPU, or one on a CPU.
 set -euo pipefail
-root="$(dirname "$(dirname "$(readlink -f "$0")")")"
-if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
-    PATH="$root/.venv/bin:$PATH"
-fi
+source "$(dirname "$(readlink -f "$0")")/environment.sh"
 NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
 export TOKENIZERS_PARALLELISM=false

@@ -4,10 +4,7 @@
 # Several nodes: on each set NNODES, NODE_RANK (0 on the first; Slurm's by default), MASTER_ADDR (the
 # first node's) and, if port 29500 is taken, MASTER_PORT.
 set -euo pipefail
-root="$(dirname "$(dirname "$(readlink -f "$0")")")"
-if [[ -z "${VIRTUAL_ENV:-}" && -d "$root/.venv" ]]; then
-    PATH="$root/.venv/bin:$PATH"
-fi
+source "$(dirname "$(readlink -f "$0")")/environment.sh"
 nodes=()
 if [[ "${NNODES:-1}" != 1 ]]; then
     first="${MASTER_ADDR:?name the first node}"

@@ -16,8 +16,7 @@
 #   sbatch --account=me --array=1-32 slurm/prepare.sh model.base=/models/llama-3.1-70b
 DTRAIN_RECIPE="${DTRAIN_RECIPE:-7b-lora}"
 DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
-# A file of the working folder must not be imported as a module; a checkout's package must.
-[[ -e dtrain/__init__.py ]] || export PYTHONSAFEPATH=1
-python="${DTRAIN_ENV:-$DTRAIN_HOME/.venv}/bin/python" container=()
-[[ -z "${DTRAIN_CONTAINER:-}" ]] || source "$DTRAIN_HOME/slurm/container.sh"
-exec "${container[@]}" "$python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"
+source "$DTRAIN_HOME/slurm/python.sh" &&
+    exec "${container[@]}" "$python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"
+echo "error: DTRAIN_HOME=$DTRAIN_HOME is not a checkout: submit from it, or set DTRAIN_HOME" >&2
+exit 2

@@ -170,29 +170,36 @@ def jobs() -> None:
 
 
 def status(run: RunFolder) -> None:
-    """Print the state of a run's job: why it waits, its progress, and how each attempt ended."""
-    from dtrain.launching.status import status as lines_of
+    """Print the state of a run: why its job waits, its progress, and how each attempt ended."""
+    from dtrain.launching.status import has_jobs
+    from dtrain.launching.status import status as status_of_jobs
+    from dtrain.monitoring.local_status import local_status
 
+    lines_of = status_of_jobs if has_jobs(run.absolute()) else local_status
     print("\n".join(lines_of(run.absolute())))
 
 
 def logs(run: RunFolder, follow_log: Follow = False) -> None:
-    """Print the log of a run's newest job."""
-    from dtrain.launching.status import follow
+    """Print the log of a run's newest job, or the file that `dtrain run` printed to."""
+    from dtrain.launching.status import follow, has_jobs
+    from dtrain.monitoring.local_status import follow_local
 
-    for text in follow(run.absolute(), until_over=follow_log):
+    texts = follow if has_jobs(run.absolute()) else follow_local
+    for text in texts(run.absolute(), until_over=follow_log):
         print(text, end="", flush=True)
 
 
 def cancel(run: RunFolder) -> None:
-    """Cancel a run's jobs; its checkpoints stay, and submitting it again resumes."""
+    """Cancel a run's jobs, or let a local run save and stop; starting it again resumes."""
     from dtrain.launching import slurm
-    from dtrain.launching.status import queued_jobs
+    from dtrain.launching.status import has_jobs, queued_jobs
+    from dtrain.monitoring.local_status import stop_local
 
-    job_ids = [job.job for job in queued_jobs(run.absolute())]
-    if not job_ids:
-        print("no job of this run is waiting or running")
+    jobs = queued_jobs(run.absolute()) if has_jobs(run.absolute()) else []
+    if not jobs:
+        print(stop_local(run.absolute()))
         return
+    job_ids = [job.job for job in jobs]
     slurm.cancel(job_ids)
     print(f"cancelled job {' and '.join(job_ids)}")
 

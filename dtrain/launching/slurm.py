@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dtrain.core.errors import UserError
 
 ANSWER_SECONDS = 60
-_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%l", "%D", "%R", "%k", "%j")
+_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%l", "%D", "%R", "%k", "%j", "%S")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class JobState:
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A line of the queue."""
+    """A line of the queue.
+
+    Attributes:
+        starts: when it started; of a waiting job, when the scheduler expects it to.
+    """
 
     job: str
     state: str
@@ -46,6 +50,7 @@ class QueuedJob:
     where: str
     comment: str
     name: str
+    starts: str
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dtrain.launching.slurm import QueuedJob
 from dtrain.launching.submit import jobs_of
 
 LOG_TAIL_BYTES = 20_000
+UNKNOWN_TIMES = ("", "N/A", "Unknown")  # squeue's words, before the scheduler has looked at a job
 _PROGRESS = re.compile(r"^\d\d:\d\d:\d\d stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
 
 
@@ -35,6 +36,11 @@ def status(run: Path) -> list[str]:
             lines += progress_lines(run)
     lines += [attempt_line(attempt) for attempt in attempts]
     return lines
+
+
+def has_jobs(run: Path) -> bool:
+    """Whether a job was ever submitted or started for a run folder."""
+    return bool(jobs_of(run) or read_attempts(RunDir(run)))
 
 
 def known_jobs(run: Path) -> list[str]:
@@ -60,7 +66,8 @@ def queued_jobs(run: Path) -> list[QueuedJob]:
 def queue_line(job: QueuedJob) -> str:
     """Describe a job of the queue, with the reason if it waits."""
     if job.state == "PENDING":
-        return f"job {job.job} ({job.name}) is waiting: {job.reason}"
+        starts = "" if job.starts in UNKNOWN_TIMES else f"; expected to start at {job.starts}"
+        return f"job {job.job} ({job.name}) is waiting: {job.reason}{starts}"
     return f"job {job.job} ({job.name}) is {job.state.lower()} on {job.where} for {job.elapsed}"
 
 

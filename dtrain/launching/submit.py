@@ -132,7 +132,7 @@ def preparation(recipe: Recipe, resources: Resources, working: Path) -> Submissi
         choices=resources.choices,
         environment=sys.prefix,
         recipe=RunDir(run).submitted_recipe,
-        shared=shared_script("container.sh"),
+        shared=shared_script("python.sh"),
         **_container(recipe),
     )
     return _submission(script, run, "prepare", working, resources.after)

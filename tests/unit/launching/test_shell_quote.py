@@ -55,10 +55,9 @@ def test_script_values_are_always_quoted(is_in_container, tmp_path):
         mounts=hostile,
         container=hostile if is_in_container else "",
     )
-    if is_in_container:
-        assert f"DTRAIN_CONTAINER={quote(hostile)}\n" in script
-    else:
-        assert f"exec {quote(hostile)}/bin/python -m dtrain.prepare {quote(hostile)}\n" in script
+    variable = "DTRAIN_CONTAINER" if is_in_container else "DTRAIN_ENV"
+    assert f"{variable}={quote(hostile)}\n" in script
+    assert f"-m dtrain.prepare {quote(hostile)}\n" in script
     subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 

