@@ -15,6 +15,7 @@ from dtrain.config.objectives import OBJECTIVES, format_mismatch
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize_checks import check_regularize
+from dtrain.config.run_folder_checks import check_run_folder
 from dtrain.config.schema import Data, Recipe, Stage
 from dtrain.config.tasks import Tasks, check_tasks
 from dtrain.config.trackers import check_trackers
@@ -41,6 +42,7 @@ def check(recipe: Recipe) -> list[Clash]:
         *_deepspeed_file(recipe),
         *_device(recipe),
         *_stage_names(recipe),
+        *check_run_folder(recipe),
         *(clash for number in range(len(recipe.stages)) for clash in _stage(recipe, number)),
         *check_adapters(recipe),
         *_evaluation(recipe),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -247,6 +248,16 @@ class RunDir:
     def stage(self, name: str) -> StageDir:
         """The folder of a stage."""
         return StageDir(self.path / name)
+
+    def data_like_files(self, stages: Iterable[str]) -> list[Path]:
+        """Files of the run, written or not yet, that the reader of rows would take for data."""
+        files = [self.starts, self.lineage, self.evaluation, self.exit_report, self.judge_replies]
+        files += [self.predictions("base"), self.attempts]
+        for stage in map(self.stage, stages):
+            files += [stage.record, stage.metrics, stage.merge_manifest]
+            files += [stage.adapter / ADAPTER_CONFIG, self.predictions(stage.path.name)]
+            files.append(stage.checkpoints / "step-000001" / CHECKPOINT_MANIFEST)
+        return files
 
     def check_exists(self) -> None:
         """Check that this is a run folder.
