@@ -24,12 +24,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from types import FrameType
 
-from dtrain.core.output import protect_output
-from dtrain.core.ownership import check_own_folder, keep_private
-from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
+from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt, release_interrupts
 
 if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt(INTERRUPTED_EARLY)
+    release_interrupts()
 
 import psutil
 import torch
@@ -39,6 +38,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.hardware import oom_kills
 from dtrain.core.locks import LOCK_FILE, FolderLock
+from dtrain.core.output import protect_output
+from dtrain.core.ownership import check_own_folder, keep_private
 from dtrain.distributed.rendezvous import choose_rendezvous, restrict_stores
 from dtrain.launching.commands import LAUNCHER, worker_environment
 

@@ -7,14 +7,18 @@ import os
 import sys
 from typing import NoReturn
 
+from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # of a launcher, whose ranks are still importing
+
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.lazy_import import import_fast
 from dtrain.core.output import protect_output
 from dtrain.core.ownership import keep_private
+from dtrain.core.process_limits import check_process_limits
 from dtrain.core.processes import (
-    INTERRUPTED_EARLY,
     die_with_parent,
-    end_on_interrupt,
     exit_at_once,
 )
 from dtrain.launching.commands import LAUNCHER, sees_gpu, worker_environment
@@ -24,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe on this rank; return the exit status."""
     arguments = parse(argv)
     die_with_launcher()
+    check_process_limits()
     status: int = import_fast("dtrain.rank_main").work(arguments)
     return status
 
@@ -40,7 +45,8 @@ def run() -> NoReturn:
         os.environ.update(worker_environment(os.environ, int(ranks_here), sees_gpu()))
         status = main()
     except UserError as error:  # before the recipe is read
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         status = error.status
     if status not in (Exit.FINISHED, Exit.INTERRUPTED):
         # Python's own end would run destructors of libraries, which wait for the other ranks.

@@ -13,8 +13,9 @@ import typer
 from dtrain.cli.arguments import Overrides, Price, RecipeAddress
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
+from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt, hold_interrupts
 from dtrain.core.output import wrapped
-from dtrain.core.processes import INTERRUPTED_EARLY, end_on_interrupt
+from dtrain.core.process_limits import check_process_limits
 from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
 from dtrain.core.units import size
 from dtrain.launching.commands import COMMAND, launcher_environment, torchrun_command
@@ -39,11 +40,12 @@ def run(
     allow_change: AllowChange = None,
 ) -> None:
     """Train on this machine; run it again to resume."""
+    end_on_interrupt(INTERRUPTED_EARLY)  # before imports that take seconds
     from dtrain.config.load import dump, load_recipe
     from dtrain.launching.commands import ranks_per_node, run_dir_of, with_run_dir
     from dtrain.pipeline.input_checks import check_inputs
 
-    end_on_interrupt(INTERRUPTED_EARLY)
+    check_process_limits()
     settings = load_recipe(recipe, overrides or [])
     check_inputs(settings).raise_errors()
     run_dir = run_dir_of(settings)
@@ -61,6 +63,7 @@ def run(
     lock.keep_after_exec()
     # Becoming torchrun leaves no process in between that could lose a signal or an exit status.
     sys.stdout.flush()
+    hold_interrupts()
     os.execve(command[0], command, environment)
 
 

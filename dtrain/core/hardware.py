@@ -122,7 +122,8 @@ _NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 def driver_versions() -> dict[str, str]:
     """The version of NVIDIA's kernel driver; empty without one."""
     with suppress(OSError):
-        match = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", _NVIDIA_VERSION.read_text(errors="replace"))
+        text = _NVIDIA_VERSION.read_text(encoding="utf-8", errors="replace")
+        match = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", text)
         return {"driver": match[1]} if match else {}
     return {}
 

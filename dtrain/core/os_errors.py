@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from dtrain.core.cache_paths import CACHE_VARIABLE, CHOOSE_CACHE, is_in_cache
 from dtrain.core.errors import UserError
+from dtrain.core.process_limits import too_many_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,6 +39,8 @@ def explain(error: BaseException) -> UserError | None:
     """An error of the system as a UserError; None for any other error."""
     number, path = _number(error), str(getattr(error, "filename", None) or "")
     text = os.strerror(number) if number else ""
+    if limit := too_many_files(error):
+        return limit
     if number in NO_SPACE:
         return UserError(text, where=path, fix="free some space, then start it again to resume")
     if number in NO_LOCKS:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from types import FrameType
 from typing import Any, NoReturn
 
 from dtrain.core.errors import Exit, UserError
@@ -21,7 +20,6 @@ from dtrain.core.log import warn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_SECONDS = 0.2
-INTERRUPTED_EARLY = "interrupted before the training; the same command starts it again"
 
 ProgressCallback = Callable[[int], None]  # called with the units of work done since the last call
 Work = Callable[[int, ProgressCallback], None]
@@ -31,19 +29,6 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, however it dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def end_on_interrupt(message: str = "") -> None:
-    """From now on Ctrl-C ends this process at once, with `message` in place of a traceback."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if message:
-            with suppress(OSError):
-                os.write(2, f"{message}\n".encode())
-        os._exit(Exit.CTRL_C)
-
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)
 
 
 def exit_at_once(status: int) -> NoReturn:

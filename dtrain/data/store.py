@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_sealed
 from dtrain.core.hashes import file_hash
+from dtrain.core.process_limits import too_many_files
 from dtrain.data.packing import Segments, ranges
 
 MANIFEST, SUMS = "store.json", "B3SUMS"
@@ -82,6 +83,8 @@ def map_shard(path: Path) -> ShardColumns:
             reader = pa.ipc.open_file(file)
             batch, metadata = reader.get_batch(0), reader.schema.metadata
     except (OSError, pa.ArrowException) as error:
+        if limit := too_many_files(error):
+            raise limit from error
         raise damaged_store(path, str(error)) from error
     tokens, runs = batch["tokens"], batch["target_runs"]
     return ShardColumns(
@@ -233,6 +236,8 @@ def _map_array(path: Path) -> NDArray[Any]:
     try:  # a plain view: each access to numpy's own memmap class costs microseconds
         array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # numpy's header parser raises all sorts of exceptions
+        if limit := too_many_files(error):
+            raise limit from error
         raise damaged_store(path, str(error)) from error
     return array
 

@@ -22,6 +22,7 @@ from dtrain.core.errors import Exit, UserError, first_line
 from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.output import wrapped
+from dtrain.core.process_limits import address_limit
 from dtrain.core.run_dir import RunDir, read_exit_report
 from dtrain.core.units import size
 from dtrain.distributed.tensor_utils import peak_memory_bytes
@@ -203,6 +204,8 @@ def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
     lines = [f"out of memory: {first_line(first)}"]
     with suppress(RuntimeError):  # the GPU may no longer respond
         lines.append(f"    now: {memory_usage()}")
+    if (limit := address_limit()) is not None:
+        lines.append(f"    ulimit -v lets a process reserve {size(limit)}")
     with suppress(UserError, RuntimeError):  # UserError: the plan does not know the architecture
         stage, changes = plan_reductions(recipe)
         lines.append(f"    plan, stage {stage.name}: {format_terms(stage)}")

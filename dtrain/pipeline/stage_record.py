@@ -115,16 +115,24 @@ class StageRecord(StageDir):
         if self.progress() == NOT_TRAINED or self.path.is_symlink():  # a link: of another run
             return
         check_own_folder(self.path.resolve())
-        record = self.read()
-        saved = record["inputs"] if record is not None else self._inputs_of_checkpoint()
+        record = self.read() or {"complete": False, "inputs": self.inputs}
+        saved = self.inputs if record["complete"] else self._inputs_of_checkpoint()
         try:
-            check_same_inputs(saved or self.inputs, self.inputs, allowed)
+            check_same_inputs(record["inputs"], self.inputs, allowed)
+            check_same_inputs(saved, self.inputs, allowed | self.allowed_changes())
+        except Untrusted:
+            raise
         except UserError as error:
             stage = f"stage {self.path.name}"
             raise UserError(error.message, where=stage, fix=error.fix) from error
 
-    def _inputs_of_checkpoint(self) -> dict[str, Any] | None:
-        """The inputs recorded in the newest readable checkpoint."""
+    def _inputs_of_checkpoint(self) -> dict[str, Any]:
+        """The inputs recorded in the newest readable checkpoint, or these if there is none.
+
+        Raises:
+            Untrusted: a checkpoint may have been tampered with.
+        """
+        check_own_folder(self.checkpoints.resolve())
         for path in complete_folders(self.checkpoints):
             try:
                 inputs: dict[str, Any] = Checkpoint.open(path).state["inputs"]
@@ -133,7 +141,7 @@ class StageRecord(StageDir):
             except UserError:
                 continue
             return inputs
-        return None
+        return self.inputs
 
     def begin(self, allowed: set[str]) -> None:
         """Start or resume the stage, which `check_same_inputs` has passed.

@@ -33,9 +33,7 @@ def load(source: str, folder: str) -> None:
 )
 def test_a_run_folder_inside_the_data_is_refused(source, folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"(?s)the run would write .* output\.folder outside"
-    ):
+    with pytest.raises(UserError, match=r"(?s)the run would write .* output\.folder outside"):
         load(source.format(tmp_path), folder)
 
 

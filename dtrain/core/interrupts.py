@@ -1,0 +1,35 @@
+"""Ctrl-C while a program starts. It imports next to nothing, so that it can come first."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+
+from dtrain.core.errors import Exit
+
+INTERRUPTED_EARLY = "interrupted before the training; the same command starts it again"
+
+
+def end_on_interrupt(message: str = "") -> None:
+    """From now on Ctrl-C ends this process at once, with `message` in place of a traceback."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if message:
+            with suppress(OSError):  # the terminal is gone
+                os.write(2, f"{message}\n".encode())
+        os._exit(Exit.CTRL_C)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+
+
+def hold_interrupts() -> None:
+    """Let Ctrl-C wait until the program that this process becomes asks for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def release_interrupts() -> None:
+    """Deliver what `hold_interrupts` held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
