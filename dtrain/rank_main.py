@@ -54,12 +54,16 @@ def work(arguments: argparse.Namespace) -> int:
     except UserError as error:
         return report.fail(error.status, f"error: {error}")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # code of a model may exit
+        if moved := report.moved_folder():
+            return report.fail(moved.status, f"error: {moved}")
         if recipe is not None and is_out_of_memory(error):
             text = f"error: {this_rank()}{out_of_memory_text(error, recipe)}"
             return report.fail(Exit.OUT_OF_MEMORY, text)
         reason = traceback.format_exc(limit=-1)
         text = f"{this_rank()}{traceback.format_exc()}"
         return report.fail(Exit.CRASHED, text, f"{this_rank()}{reason}")
+    if moved := report.moved_folder():
+        return report.fail(moved.status, f"error: {moved}")
     if finished:
         status = report.end(Exit.FINISHED)
     else:
@@ -152,6 +156,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
         lambda: prepare_inputs(recipe, verify=world.is_first, device=world.device)
     )
     check_same_on_all_ranks(inputs, world)
+    report.watch_folder()
     recipe = limit_micro_batches(recipe, inputs.layout)
     # Until here a signal ends the process at once: what was prepared so far stays.
     stop = StopFlag(run.path, check_file=world.is_first)

@@ -19,6 +19,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -371,6 +372,30 @@ def read_exit_report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise UserError("is not an exit report", where=str(path), fix="remove it")
     return report
+
+
+class FolderIdentity:
+    """Which folder is at a path now, so that it is noticed if it is moved or deleted.
+
+    Raises:
+        OSError: there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._status = path, path.stat()
+
+    def check(self) -> None:
+        """Check that the same folder is still there.
+
+        Raises:
+            UserError: it is not.
+        """
+        with suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._status):
+                return
+        message = "the run folder was moved or deleted while the run used it"
+        fix = "put it back, then start it again to resume from its newest checkpoint"
+        raise UserError(message, where=str(self._path), fix=fix)
 
 
 def create_numbered(folder: Path) -> RunDir:

@@ -25,6 +25,7 @@ from dtrain.monitoring.run_record import (
     rate_change,
     read_run,
 )
+from dtrain.monitoring.starts import Start
 
 # Only the rank that writes the report needs matplotlib.
 plots: Any = LazyModule("dtrain.monitoring.plots")
@@ -139,14 +140,30 @@ def _attempts(record: RunRecord) -> list[dict[str, Any]]:
             "number": number,
             "began": _clock(attempt.start.started),
             "took": duration(attempt.seconds),
-            "where": ", job ".join(filter(None, (attempt.start.host, attempt.start.job))),
+            "where": ", job ".join(filter(None, (_hosts(attempt.start), attempt.start.job))),
             "ranks": f"{attempt.start.ranks} x {attempt.start.device}",
+            "end": _end(attempt.start),
             "steps": ", ".join(f"{stage} {steps}" for stage, steps in attempt.steps.items()),
             "left": 100 * (attempt.start.started - began) / whole,
             "width": 100 * attempt.seconds / whole,
         }
         for number, attempt in enumerate(record.attempts, start=1)
     ]
+
+
+def _hosts(start: Start) -> str:
+    """The names of the nodes, and where they differ the devices of each."""
+    if len(set(start.hosts.values())) > 1:
+        return "; ".join(f"{host}: {devices}" for host, devices in start.hosts.items())
+    return ", ".join(start.hosts) or start.host
+
+
+def _end(start: Start) -> str:
+    """How an attempt ended, as far as it is recorded."""
+    if not start.outcome:
+        return "not recorded: it runs, or was killed"
+    is_explained = start.outcome == "failed" and start.reason
+    return f"{start.outcome}: {start.reason}" if is_explained else start.outcome
 
 
 def _gates(record: RunRecord) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from dtrain.core.files import write_json
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.output import wrapped
 from dtrain.core.process_limits import address_limit
-from dtrain.core.run_dir import RunDir, read_exit_report
+from dtrain.core.run_dir import FolderIdentity, RunDir, read_exit_report
 from dtrain.core.units import size
 from dtrain.distributed.tensor_utils import peak_memory_bytes
 from dtrain.monitoring.starts import record_end, start_id
@@ -43,12 +43,27 @@ class ExitReport:
 
     def __init__(self) -> None:
         self._run: RunDir | None = None
+        self._identity: FolderIdentity | None = None
         self._start = start_id(os.environ)
         self._lock = threading.Lock()  # the hang watchdog's thread also reports
 
     def open(self, run: RunDir) -> None:
         """Set the run folder."""
         self._run = run
+
+    def watch_folder(self) -> None:
+        """Remember which folder the run folder is, once the first rank has created it."""
+        assert self._run is not None
+        self._identity = FolderIdentity(self._run.path)
+
+    def moved_folder(self) -> UserError | None:
+        """The error if the run folder was moved or deleted; None if it is in its place."""
+        try:
+            if self._identity is not None:
+                self._identity.check()
+        except UserError as error:
+            return error
+        return None
 
     def end(self, status: Exit, reason: str = "") -> int:
         """Report an end without failure; return the exit status."""
@@ -66,8 +81,9 @@ class ExitReport:
             text: for the terminal.
             reason: for the file; by default the text.
         """
-        if self._run is None and os.environ.get("LOCAL_RANK", "0") != "0":
-            return int(status)  # a wrong recipe is reported once on each machine
+        cannot_tell = self._run is None or self.moved_folder() is not None
+        if cannot_tell and os.environ.get("LOCAL_RANK", "0") != "0":
+            return int(status)  # each machine prints it once
         has_crashed = status == Exit.CRASHED
         with self._lock:
             if has_crashed or not is_first_rank():
@@ -104,7 +120,7 @@ class ExitReport:
         return None
 
     def _write(self, status: Exit, reason: str) -> None:
-        if self._run is None:
+        if self._run is None or self.moved_folder() is not None:
             return
         outcome = OUTCOMES.get(status, "failed")
         report = {"outcome": outcome, "status": int(status), "reason": reason.strip()}

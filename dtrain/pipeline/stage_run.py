@@ -33,6 +33,7 @@ from dtrain.training.callbacks import (
     HangWatchdogCallback,
     NonFiniteStop,
     ProgressBar,
+    RunFolderWatch,
 )
 from dtrain.training.checkpointer import Checkpointer, open_final_checkpoint
 from dtrain.training.held_out import HeldOutEvaluator, HeldOutSet
@@ -200,6 +201,7 @@ def build_callbacks(setup: StageSetup, progress: StageProgress) -> list[Callback
     trackers = build_trackers(context) if setup.world.is_first else []
     return [
         HangWatchdogCallback(setup.watchdog),
+        RunFolderWatch(setup.folder.path.parent),
         NonFiniteStop(stage.name, stage.train.max_non_finite_steps),
         divergence_stop(setup),
         *([AlertWatch(trackers), *trackers] if setup.world.is_first else []),

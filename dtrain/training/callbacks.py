@@ -19,12 +19,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import isfinite
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dtrain.config.schema import Stage
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import Meter, progress, warn
+from dtrain.core.run_dir import FolderIdentity
 from dtrain.core.units import count, size
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.monitoring.alerts import WINDOW, Alert, find_alerts
@@ -122,6 +124,16 @@ class CallbackGroup(Callback):
         with ExitStack() as stack:  # all of them are closed, even if one raises
             for callback in self._callbacks:
                 stack.callback(callback.close)
+
+
+class RunFolderWatch(Callback):
+    """Ends the run after a step in which its folder was moved: what is saved would be lost."""
+
+    def __init__(self, run: Path) -> None:
+        self._identity = FolderIdentity(run)
+
+    def post_step(self, stage: StageProgress) -> None:
+        self._identity.check()
 
 
 class HangWatchdogCallback(Callback):

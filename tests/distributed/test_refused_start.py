@@ -112,3 +112,13 @@ def test_a_failed_first_start_binds_nothing(start_ranks, tmp_path, mistake) -> N
     assert "0.005" in (tmp_path / "run" / "recipe.yaml").read_text()
     ends = [(a["outcome"], bool(a["ended"])) for a in mended.json("lineage.json")["attempts"]]
     assert ends[-1] == ("finished", True)
+
+
+def test_a_run_whose_folder_is_moved_does_not_end_well(start_ranks, tmp_path) -> None:
+    quiet = ("evaluation={sets: {}}", "engine.kind=ddp", stages("domain"))
+    run = start_ranks(*quiet, "stages.domain.train.steps=5000")
+    run.until(lambda: run.is_at("domain", 3))
+    run.folder.rename(tmp_path / "elsewhere")
+    run.wait(Exit.USER_ERROR)
+    assert run.output.count("was moved or deleted") == 1 and "Traceback" not in run.output
+    assert not run.folder.exists()
