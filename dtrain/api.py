@@ -22,7 +22,7 @@ from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.processes import die_with_parent
-from dtrain.core.run_dir import RunDir, create_numbered
+from dtrain.core.run_dir import RECIPE, RunDir, create_numbered
 from dtrain.launching.commands import launcher_environment, run_dir_of, with_run_dir
 from dtrain.monitoring.run_record import read_run
 from dtrain.monitoring.run_state import RunState, read_state
@@ -189,7 +189,7 @@ def _load(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
 def _recipe_file(recipe: Recipe) -> Iterator[Path]:
     """A file with the recipe, for a command."""
     with tempfile.TemporaryDirectory(prefix="dtrain-") as folder:
-        file = Path(folder) / "recipe.yaml"
+        file = Path(folder) / RECIPE
         file.write_text(dump(recipe), "utf-8")
         yield file
 
