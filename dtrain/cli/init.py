@@ -10,6 +10,7 @@ import typer
 
 from dtrain.cli.import_config import check_written, write_new
 from dtrain.core.errors import UserError
+from dtrain.core.run_dir import RECIPE
 
 if TYPE_CHECKING:
     from dtrain.pipeline.recipe_draft import Hardware
@@ -29,7 +30,7 @@ Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of each node.")]
 
 
 def init(
-    out: Out = Path("recipe.yaml"),
+    out: Out = Path(RECIPE),
     base: Base = None,
     data: Data = None,
     gpu: GpuName = None,
