@@ -62,10 +62,19 @@ def is_first_rank() -> bool:
 
 
 def say(message: str) -> None:
-    """Print a message on the first rank."""
+    """Print a message on the first rank, with the time of day if it is a line of a run's log."""
+    is_log_line = "RANK" in os.environ and not console.is_terminal and "\n" not in message
+    _print(_with_time(message) if is_log_line else message)
+
+
+def _print(text: str) -> None:
     if is_first_rank():
-        console.print(wrapped(message, sys.stdout))
+        console.print(wrapped(text, sys.stdout))
         sys.stdout.flush()
+
+
+def _with_time(line: str) -> str:
+    return f"{time.strftime('%H:%M:%S')} {line}"
 
 
 def warn(message: str) -> None:
@@ -102,9 +111,8 @@ class Meter:
             self._bar.update(self._task, advance=amount, left=left, details=details)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            clock = time.strftime("%H:%M:%S")
-            line = f"{clock} {self.title}: {self.done}/{self.total}, {self.time_left()}"
-            say(f"{line}  {note}".rstrip())
+            line = f"{self.title}: {self.done}/{self.total}, {self.time_left()}  {note}"
+            _print(_with_time(line.rstrip()))
 
     def time_left(self) -> str:
         """The time left of this operation, and of what follows it."""

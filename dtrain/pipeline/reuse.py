@@ -48,7 +48,6 @@ def _reuse(folder: StageRecord, source: RunDir, needs_merged: bool) -> None:
         return
     target = os.path.relpath(finished.path.resolve(), folder.path.parent.resolve())
     folder.path.symlink_to(target, target_is_directory=True)
-    say(f"stage {name}: reused from {finished.path} ({folder.identity[:12]})")
 
 
 def _mismatch(finished: StageRecord, needs_merged: bool) -> str:

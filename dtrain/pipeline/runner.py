@@ -68,7 +68,7 @@ def run_chain(
         parent = recipe.parent_of(stage)
         base = folders[parent.name].merged if parent else inputs.base
         if folder in done:
-            say(f"stage {stage.name}: already complete ({folder.identity[:12]}), not run again")
+            say(f"stage {stage.name}: {_origin(folder)} ({folder.identity[:12]}), not run again")
             evaluations.check_gates(stage.name)  # of a stage of another run
         else:
             folder.begin(changes_allowed_in(stage.name, allowed)) if world.is_first else None
@@ -140,6 +140,11 @@ def complete_stages(
         if complete:
             done.append(folder)
     return done
+
+
+def _origin(folder: StageRecord) -> str:
+    is_reused = folder.path.is_symlink()
+    return f"reused from {folder.path.resolve()}" if is_reused else "already complete"
 
 
 def finish(

@@ -31,7 +31,7 @@ from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
-from dtrain.pipeline.input_checks import samples_of
+from dtrain.pipeline.input_checks import check_inputs, samples_of
 from dtrain.pipeline.stage_checks import CPU, check_stages
 from dtrain.pipeline.teachers import Teacher, find_teachers
 from dtrain.planning.known_models import trained_positions
@@ -110,8 +110,8 @@ def prepare_inputs(
     """Create samples, find the base, tokenize and pack all data.
 
     Args:
-        verify: check what one rank checks for all: every stage on its model, and the hashes of
-            the prepared data.
+        verify: check what one rank checks for all: the inputs of all stages, every stage on its
+            model, and the hashes of the prepared data.
         device: that the stages train on.
         processes: that tokenize; None for as many as cores and memory allow.
 
@@ -119,6 +119,8 @@ def prepare_inputs(
         UserError: base or data cannot be used, the base has too few positions for the data, or a
             stage does not fit the base.
     """
+    if verify:
+        check_inputs(recipe).raise_errors()  # the scripts of launch/ and slurm/ have not done it
     settings, gates = recipe.evaluation.tasks, recipe.evaluation.gates
     tasks = harness.load_tasks(settings, gates) if settings else None
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)

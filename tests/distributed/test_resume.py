@@ -97,8 +97,8 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # repeated signals are harmless
         live.process.send_signal(number)
     live.wait(75)
-    saved = r"^stopped as asked: saved stage (domain|task) at step \d+; the same command resumes$"
-    assert re.search(saved, live.output, re.MULTILINE)
+    saved = r"stopped as asked: saved stage (domain|task) at step \d+; the same command resumes"
+    assert re.search(rf"^\d\d:\d\d:\d\d {saved}$", live.output, re.MULTILINE)
     outcome = live.json("outcome.json")
     assert len(outcome.pop("start")) == 32
     assert outcome == {

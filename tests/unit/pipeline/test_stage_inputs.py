@@ -60,6 +60,15 @@ def test_an_empty_stage_is_reported_by_name(tmp_path: Path) -> None:
         prepare_inputs(Recipe.model_validate(recipe))
 
 
+def test_the_checking_rank_reports_all_faults_before_it_prepares(tmp_path: Path) -> None:
+    """The scripts of launch/ and slurm/ start ranks without `dtrain run`, which checks before."""
+    recipe = load_recipe("tiny").model_dump()
+    for stage in recipe["stages"]:
+        stage["data"]["sources"] = [{"path": f"{stage['name']}.jsonl", "format": "text"}]
+    with pytest.raises(UserError, match=r"(?s)domain\.jsonl.*task\.jsonl"):
+        prepare_inputs(Recipe.model_validate(recipe), verify=True)
+
+
 def test_a_rank_with_other_files_is_rejected(tmp_path: Path) -> None:
     recipe = load_recipe("tiny").model_dump()
     first = prepare_inputs(Recipe.model_validate(recipe))
