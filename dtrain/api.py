@@ -21,6 +21,7 @@ from typing import Any
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
 from dtrain.core.processes import die_with_parent
 from dtrain.core.run_dir import RECIPE, RunDir, create_numbered
 from dtrain.launching.commands import launcher_environment, run_dir_of, with_run_dir
@@ -190,7 +191,7 @@ def _recipe_file(recipe: Recipe) -> Iterator[Path]:
     """A file with the recipe, for a command."""
     with tempfile.TemporaryDirectory(prefix="dtrain-") as folder:
         file = Path(folder) / RECIPE
-        file.write_text(dump(recipe), "utf-8")
+        write_atomic(file, dump(recipe))
         yield file
 
 

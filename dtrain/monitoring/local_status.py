@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import write_atomic
 from dtrain.core.locks import FolderLock
 from dtrain.core.run_dir import RunDir
 from dtrain.core.units import duration
@@ -127,5 +128,5 @@ def stop_local(folder: Path) -> str:
     if process is not None:
         os.kill(process, signal.SIGTERM)
     else:  # of another machine, or of a user whose processes are hidden
-        run.stop.touch()
+        write_atomic(run.stop, "")
     return f"{holder} was asked to save and stop; dtrain status {folder} shows the end"

@@ -124,7 +124,8 @@ class Evaluations:
         for scorer in self.scorers:
             for name, metrics in scorer.measure(engine, model).items():
                 put_scores(self.known, model, name, metrics, scorer.inputs[name])
-                say(f"{name}, {model}: {', '.join(f'{m} {s.text()}' for m, s in metrics.items())}")
+                scores = ", ".join(f"{m} {s.text()}" for m, s in metrics.items())
+                say(f"{name}, {model}: {scores or 'written'}")
         if model not in self.known["models"]:
             self.known["models"].append(model)
         self.write(engine.world)

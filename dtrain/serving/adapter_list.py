@@ -159,7 +159,7 @@ def format_table(adapters: list[AdapterInfo], columns: int | None = None) -> str
     texts = [head]
     for line, row in zip(short, rows[1:], strict=True):
         below = f"{row[LAYERS].replace(',', ', ')}\nof {row[-1]}"
-        texts += [line, *fit(indent(below, "    "), columns).splitlines()]
+        texts += [line, *fit(indent(below, "    "), columns).split("\n")]
     return "\n".join(texts)
 
 

@@ -87,13 +87,10 @@ def test_a_rank_with_other_files_is_rejected(tmp_path: Path) -> None:
 
 def test_packing_of_an_unpackable_model_is_rejected_at_each_key() -> None:
     recipe = load_recipe("tiny").model_dump()
-    mixing = AutoConfig.for_model(
-        "opt", vocab_size=256, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
-        num_attention_heads=4, num_hidden_layers=2,
-    )  # fmt: skip
+    mixing = AutoConfig.for_model("bloom", vocab_size=256, hidden_size=32, n_head=4, n_layer=2)
     recipe["stages"][1]["data"]["packing"] = False
     recipe["evaluation"]["sets"]["task"]["packing"] = False
-    with pytest.raises(UserError, match="'opt' cannot be packed: its predictions") as error:
+    with pytest.raises(UserError, match="'bloom' cannot be packed: its predictions") as error:
         check_layout(Recipe.model_validate(recipe), mixing)
     assert error.value.where == "stages.domain.data.packing, evaluation.sets.domain.packing"
     assert "packing: false" in error.value.fix
