@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_origin
 
@@ -15,6 +15,7 @@ from dtrain.config.yaml_document import Key, YamlDocument, dotted
 from dtrain.core.errors import UserError
 
 _LONGEST_VALUE = 60
+_KEY_ITSELF = "[key]"  # the last step of pydantic's `loc` for a key of a dict
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -52,9 +53,12 @@ def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserEr
         Key → error with its file and line, in the order of the document.
     """
     by_key: dict[Key, list[Mapping[str, Any]]] = {}
+    names = set[Key]()  # keys of a table that are wrong themselves, whatever their values
     branches: set[Key] = set()
     for detail in error.errors():
         key, is_branch = _document_key(detail["loc"], document.values)
+        if detail["loc"] and detail["loc"][-1] == _KEY_ITSELF and detail["type"] == "literal_error":
+            names.add(key)
         if detail["type"].startswith("union_tag"):
             key = (*key, "kind")
         by_key.setdefault(key, []).append(detail)
@@ -63,7 +67,9 @@ def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserEr
     # Errors in a list's entries are reported there, not again as "must be all-linear".
     redundant = {b for b in branches if any(k[: len(b)] == b and k != b for k in by_key)}
     return {
-        key: _problem(key, details, document)
+        key: _wrong_name(key, details, document)
+        if key in names
+        else _problem(key, details, document)
         for key, details in by_key.items()
         if key not in redundant
     }
@@ -88,6 +94,21 @@ def _document_key(loc: tuple[str | int, ...], values: Any) -> tuple[Key, bool]:
             continue
         key.append(step)
     return tuple(key), False
+
+
+def _wrong_name(key: Key, details: list[Mapping[str, Any]], document: YamlDocument) -> UserError:
+    """The error of a key in a table such as `data.columns`, whose keys dtrain defines."""
+    name, value = str(key[-1]), value_at(key, document.values)
+    known = [option for d in details if d["type"] == "literal_error" for option in _options(d)]
+    close = get_close_matches(name, known, n=1)
+    fix = f"known here: {', '.join(known)}"
+    if close:
+        fix = f"did you mean {close[0]}?"
+    if glued := _with_space(name, known):
+        fix = glued
+    elif value in known:
+        fix = f"dtrain's name stands first: {{{value}: {name}}}"
+    return UserError(f"{dotted(key)}: unknown name", where=document.where(key), fix=fix)
 
 
 def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument) -> UserError:
@@ -117,6 +138,8 @@ def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument)
 def _replacement(key: Key, values: Any) -> str:
     """What to write instead of an unknown key."""
     name, groups = str(key[-1]), groups_at(key[:-1], values)
+    if glued := _with_space(name, [known for group in groups for known in group.model_fields]):
+        return glued
     if sentence := foreign_keys.answer(name):
         return sentence
     if path := foreign_keys.equivalent(name) or path_of(name):
@@ -126,6 +149,13 @@ def _replacement(key: Key, values: Any) -> str:
     known = list(dict.fromkeys(known for group in groups for known in group.model_fields))
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _with_space(name: str, known: Iterable[str]) -> str:
+    """How to write `steps:6`, which YAML reads as one word; empty if that is not the fault."""
+    head, colon, value = name.partition(":")
+    is_glued = bool(colon) and not value.startswith(" ") and head in known
+    return f"write `{head}: {value}`, with a space after the colon" if is_glued else ""
 
 
 def _expected(detail: Mapping[str, Any]) -> str:
@@ -162,6 +192,8 @@ def _as_group(key: Key, value: str, values: Any) -> str:
     """How to write a text that stands in place of a group with one required key."""
     for group in groups_at(key, values):
         required = [name for name, field in group.model_fields.items() if field.is_required()]
+        if glued := _with_space(value, required):
+            return glued
         if len(required) == 1:
             is_list = get_origin(group.model_fields[required[0]].annotation) is list
             return f"write {key[-1]}: {{{required[0]}: {f'[{value}]' if is_list else value}}}"

@@ -107,7 +107,23 @@ def _syntax_error(error: MarkedYAMLError, name: str) -> UserError:
         return UserError(
             "a second document starts here", where=where, fix="write one recipe per file"
         )
-    return UserError(f"is not valid YAML: {problem}", where=where)
+    return UserError(f"is not valid YAML: {problem}", where=where, fix=_syntax_fix(error))
+
+
+def _syntax_fix(error: MarkedYAMLError) -> str:
+    """Where to look: the reader notices an open bracket or a wrong indentation only further on."""
+    if "mapping values" in str(error.problem):
+        return "write `key: value`, with a space after the colon, also in the line above"
+    if error.context_mark is None:
+        return ""
+    line, context = error.context_mark.line + 1, str(error.context)
+    if "simple key" in context:
+        return f"write `key: value`, with a space after the colon, in line {line}"
+    if "flow" in context:
+        return f"look at the brackets and commas from line {line} on"
+    if "block" in context:
+        return f"indent entries of one list or group alike; this one begins in line {line}"
+    return ""
 
 
 class _Plain:

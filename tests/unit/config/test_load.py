@@ -174,6 +174,22 @@ def test_omitted_invalid_value_causes_no_further_clash(write) -> None:
         ("some/folder", "", "model.base must be a text, not empty"),
         ("some/folder", "x\n  trust_remote_code: yes", "must be true or false, not 'yes'"),
         ("{kind: zero3}", "zero3", "engine must be a group of keys, not 'zero3'"),
+        ("r: 8", "r:8", "stages.0.method.r:8: unknown key\n    → write `r: 8`, with a space"),
+        ("base: some", "base:some", "→ write `base: some/folder`, with a space"),
+        ("kind: cpt", "kind:cpt", "with a space after the colon, in line 7"),
+        ("name: small", "name:small", "with a space after the colon, also in the line above"),
+        ("r: 8}", "r: 8", "look at the brackets and commas from line 8 on"),
+        ("  - name: task", " - name: task", "indent entries of one list or group alike"),
+        (
+            "{path: a.txt, ",
+            "{path: a.txt, columns: {content: text}, ",
+            "columns.content: unknown name\n    → dtrain's name stands first: {text: content}",
+        ),
+        (
+            "{path: a.txt, ",
+            "{path: a.txt, columns: {texts: content}, ",
+            "columns.texts: unknown name\n    → did you mean text?",
+        ),
     ],
 )
 def test_messages_name_the_problem(write, old: str, new: str, message: str) -> None:
