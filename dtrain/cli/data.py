@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,7 +97,10 @@ def prepare(
 def scan(
     address: Address,
     overrides: Overrides = None,
-    stage: StageName = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", metavar="NAME", help="Stage of the recipe; default: all."),
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH", help="Held-out rows to find leaks of, with a PATH."),
@@ -111,22 +115,25 @@ def scan(
 ) -> None:
     """Report lengths, languages, duplicates, leaks, personal data and errors of rows.
 
-    For a RECIPE: the rows of a stage, with its tokenizer, against its evaluation sets.
+    For a RECIPE: the rows of each stage, with its tokenizer, against its evaluation sets. Each
+    stage of several has a report of its own: scan-task.html.
     """
     from dtrain.core.files import write_json
     from dtrain.core.log import console
     from dtrain.data_quality.report import build_report, terminal_report, write_html
 
-    result = _scan(address, overrides or [], stage, against or [], processes)
-    report = build_report(result)
-    for block in terminal_report(report):
-        console.print(block, soft_wrap=isinstance(block, str))
-    if json_file:
-        write_json(json_file, report)
-        console.print(f"wrote {json_file}")
-    if html_file:
-        write_html(html_file, report, Path(address).name)
-        console.print(f"wrote {html_file}")
+    for name, result in _scans(address, overrides or [], stage, against or [], processes):
+        report = build_report(result)
+        if name:
+            console.print(f"stage {name}")
+        for block in terminal_report(report):
+            console.print(block, soft_wrap=isinstance(block, str))
+        if json_file:
+            write_json(path := _of_stage(json_file, name), report)
+            console.print(f"wrote {path}")
+        if html_file:
+            write_html(path := _of_stage(html_file, name), report, Path(address).name)
+            console.print(f"wrote {path}")
 
 
 @app.command()
@@ -162,17 +169,26 @@ def clean(
         print(f"  - {{path: {out / name}}}  # {source}")
 
 
-def _scan(
+def _scans(
     address: str, overrides: list[str], stage: str | None, against: list[str], processes: int
-) -> ScanResult:
+) -> Iterator[tuple[str, ScanResult]]:
+    """The scans of a path or of a recipe's stages, and the stage's name if there are several."""
     from dtrain.pipeline.data_inspection import scan_path, scan_stage
 
     if not is_recipe(address):
-        return scan_path(address, against, processes)
+        yield "", scan_path(address, against, processes)
+        return
     from dtrain.config.load import load_recipe
 
     recipe = load_recipe(address, overrides)
-    return scan_stage(recipe, chosen_stage(recipe, stage), processes)
+    stages = recipe.stages if stage is None else [chosen_stage(recipe, stage)]
+    for each in stages:
+        yield each.name if len(stages) > 1 else "", scan_stage(recipe, each, processes)
+
+
+def _of_stage(path: Path, stage: str) -> Path:
+    """The file of a stage's report: scan.html → scan-task.html; the path itself without a stage."""
+    return path.with_stem(f"{path.stem}-{stage}") if stage else path
 
 
 def _sequences_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -> Iterator[Text]:
@@ -209,4 +225,7 @@ def chosen_stage(recipe: Recipe, name: str | None) -> Stage:
     if not matching:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise UserError("no such stage", where=f"--stage {name}", fix=f"one of {names}")
+    if len(matching) > 1:
+        line = f"stage {matching[0].name}, the first of {len(matching)}; --stage NAME chooses"
+        print(line, file=sys.stderr)
     return matching[0]

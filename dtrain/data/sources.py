@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ PACKERS = (".gz", ".zst")
 SUFFIXES = (*TEXTUAL, ".parquet", ".arrow")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2", ".xz")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
+HUB_HINT = " A data set of the hub is OWNER/NAME"
 PROGRESS_FROM_BYTES = 1 << 30  # a second of hashing
 
 
@@ -125,11 +128,26 @@ def _local_paths(source: Source, report: Callable[[str], None]) -> list[Path] | 
         paths = [path]
     elif glob.has_magic(str(path)):
         paths = _matches(path)
+    elif near := _near_names(path):
+        message = "no such file or folder"
+        raise UserError(
+            message, where=source.path, fix=f"did you mean {' or '.join(near)}?{HUB_HINT}"
+        )
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) and not file_kind(path):
         return None
     else:
         raise UserError("no such file", where=source.path, fix="correct `path`, or create the file")
     return _readable(paths, source)
+
+
+def _near_names(path: Path) -> list[str]:
+    """Names like that of a path that does not exist, beside it: a slip, not a hub's data set."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return []
+    close = get_close_matches(path.name, names, n=2, cutoff=0.8)
+    return [str(path.parent / name) for name in close]
 
 
 def _readable(paths: list[Path], source: Source) -> list[Path]:

@@ -54,7 +54,7 @@ def survey_data(path: str) -> list[DataSurvey]:
     files = files_here(Source(path=path), lambda line: None)
     if not files:
         fix = "name files on this machine; other sources can be written into the recipe later"
-        raise UserError("cannot be read here", where=path, fix=fix)
+        raise UserError("no such file or folder here", where=path, fix=fix)
     by_format: dict[str, list[SourceFile]] = {}
     for file in files:
         try:

@@ -148,6 +148,13 @@ def test_unknown_hub_id_is_reported(fault, monkeypatch) -> None:
     assert "no such file or folder, and not on the hub: no route" in message
 
 
+def test_a_slip_in_a_local_name_is_not_asked_of_the_hub(fault, tmp_path, monkeypatch) -> None:
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    assert fault("doc").startswith("doc: no such file or folder\n    → did you mean docs?")
+
+
 def test_missing_files_are_reported(fault, tmp_path) -> None:
     assert "a.jsonl: no such file" in fault(tmp_path / "a.jsonl")
     assert "no readable files here" in fault(tmp_path / "*.jsonl")
