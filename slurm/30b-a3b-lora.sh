@@ -16,4 +16,6 @@
 #   sbatch --account=me --partition=gpu slurm/30b-a3b-lora.sh model.base=/models/qwen3-30b-a3b
 DTRAIN_RECIPE="${DTRAIN_RECIPE:-30b-a3b-lora}"
 DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
-source "$DTRAIN_HOME/slurm/job.sh"
+source "$DTRAIN_HOME/slurm/job.sh" # ends in the supervisor
+echo "error: DTRAIN_HOME=$DTRAIN_HOME is not a checkout: submit from it, or set DTRAIN_HOME" >&2
+exit 2

@@ -155,8 +155,7 @@ def finish(
         record_end(RunDir(run), start_id(os.environ), "finished", "")
         write_lineage(run, recipe, inputs, done)
         write_report(run)
-        say(run_summary(run))
-        say(next_step(recipe))
+        say(f"{run_summary(run)}\n{next_step(recipe)}")
     world.barrier()  # torchrun stops ranks of other nodes minutes after the first has ended
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,8 +124,10 @@ class StageRecord(StageDir):
         except Untrusted:
             raise
         except UserError as error:
-            stage = f"stage {self.path.name}"
-            raise UserError(error.message, where=stage, fix=error.fix) from error
+            reuse = shlex.join(["--fresh", f"output.reuse={self.path.parent}"])
+            fix = f"{error.fix}; or take over equal stages in a new run: {reuse}"
+            where = f"stage {self.path.name}"
+            raise UserError(error.message, where=where, fix=fix) from error
 
     def _inputs_of_checkpoint(self) -> dict[str, Any]:
         """The inputs recorded in the newest readable checkpoint, or these if there is none.

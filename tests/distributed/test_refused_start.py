@@ -60,7 +60,7 @@ def test_refused_starts_leave_a_finished_run_as_it_was(finished, tmp_path) -> No
     sources = "stages.{}.data.sources=[{{path: {}, format: {}}}]".format
     refused = [
         (["stages.domain.train.learning_rate=0.02"], "stage domain: the run differs"),
-        (["stages.task.train.learning_rate=0.02"], "stage task: the run differs"),
+        (["stages.task.train.learning_rate=0.02"], f"--fresh output.reuse={run}"),
         (["seed=7"], "seed: 0 in the checkpoint, 7 now"),
         ([sources("domain", tmp_path / "other.jsonl", "text")], "data.content"),
         ([sources("task", tmp_path / "broken.jsonl", "alpaca")], "broken.jsonl:1: invalid JSON"),

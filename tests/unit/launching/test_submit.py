@@ -60,6 +60,13 @@ def test_job_accepts_settings_forced_by_submit(tmp_path, monkeypatch):
     assert "DTRAIN_FORCE" not in dry_run("70b-qlora")
 
 
+JOB_SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "slurm").glob("*.sh"))
+    if "#SBATCH" in path.read_text()
+]
+
+
 def test_script_environment_reaches_its_programs(tmp_path):
     """Lines of the script that `dtrain submit` writes, up to the first program."""
     (tmp_path / "python").write_text("#!/bin/sh\nenv >seen\nexit 2\n")
@@ -73,7 +80,7 @@ def test_script_environment_reaches_its_programs(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["DTRAIN_ENV", "DTRAIN_HOME"])
-@pytest.mark.parametrize("script", ["slurm/7b-lora.sh", "slurm/prepare.sh", "launch/torchrun.sh"])
+@pytest.mark.parametrize("script", [*JOB_SCRIPTS, "launch/torchrun.sh"])
 def test_scripts_name_the_variable_that_leads_nowhere(script, variable, tmp_path):
     environ = {"PATH": "/usr/bin:/bin", "DTRAIN_HOME": str(ROOT), variable: str(tmp_path / "gone")}
     if script.startswith("launch") and variable == "DTRAIN_HOME":
