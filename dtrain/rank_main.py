@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from dtrain.checkpoints.identity import check_changeable
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe, Stage
-from dtrain.core.cache_paths import local_path
+from dtrain.core.cache_paths import local_path, user_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import is_first_rank, say
 from dtrain.core.os_errors import explained_os_errors
@@ -111,7 +111,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if kind != "auto" or launcher_engine(os.environ):
         kind = resolve_engine(kind, os.environ)
     folders = {"folder": recipe.output.folder, "reuse": recipe.output.reuse}
-    output = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items() if v is not None}
+    output = {k: str(user_path(v).absolute()) for k, v in folders.items() if v is not None}
     return recipe.model_copy(
         update={
             "engine": recipe.engine.model_copy(update={"kind": kind}),
@@ -124,7 +124,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def absolute_model(address: str) -> str:
     """A model's address; the absolute path if it is a folder."""
-    folder = Path(address).expanduser()
+    folder = user_path(address)
     return str(folder.absolute()) if folder.is_dir() else address
 
 

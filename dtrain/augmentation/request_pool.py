@@ -132,7 +132,7 @@ class Journal:
                 try:
                     line = json.loads(text)
                     yield line | {name: kind(line[name]) for name, kind in self.fields.items()}
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     message = "not a line that dtrain wrote"
                     fix = "remove the line; its reply is requested again"
                     raise UserError(message, where=f"{self.path}:{number}", fix=fix) from error

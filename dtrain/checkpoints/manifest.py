@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, elements
 from dtrain.core.errors import UserError
+from dtrain.core.files import parse_json
 from dtrain.core.ownership import Untrusted
 
 FORMAT = 3
@@ -165,7 +166,9 @@ def _refuse_format(version: object, path: Path) -> NoReturn:
 
 @lru_cache(maxsize=16)  # each save reads the same few again to decide which to remove
 def _validated(text: bytes, path: Path) -> Manifest:
-    body = json.loads(text)
+    body = parse_json(text, str(path))
+    if not isinstance(body, dict):
+        raise Untrusted("not a manifest of dtrain", where=str(path))
     if body.get("format") != FORMAT:
         _refuse_format(body.get("format"), path)
     try:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dtrain.cli import completion
+from dtrain.core.cache_paths import user_path
+
+
+def path(text: str) -> Path:
+    """The path that an argument gives; help shows the function's name.
+
+    Raises:
+        UserError: no file can have it.
+    """
+    return user_path(text)
+
 
 RecipeAddress = Annotated[
     str,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def augment(
     ],
     model: Annotated[str, typer.Option(help="The model's name on the server.")],
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Output folder; an existing one is continued.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", parser=path, help="Output folder; an existing one is continued."
+        ),
     ],
     copies: Annotated[int, typer.Option(min=1, help="Replies to each row.")] = 1,
     columns: Annotated[

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.log import say
 
@@ -39,10 +41,12 @@ def chat(address: Address, adapter: AdapterName = None, max_new_tokens: MaxNewTo
 
 def generate(
     address: Address,
-    prompts: Annotated[Path, typer.Option("--in", metavar="FILE", help="Prompts (JSON lines).")],
+    prompts: Annotated[
+        Path, typer.Option("--in", metavar="FILE", parser=path, help="Prompts (JSON lines).")
+    ],
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="FILE", help="Answers (JSON lines)."),
+        typer.Option("--out", metavar="FILE", parser=path, help="Answers (JSON lines)."),
     ],
     adapter: AdapterName = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 8,
@@ -83,7 +87,7 @@ def _speaker(address: str, choice: ServedModel) -> TextGenerator:
     from dtrain.serving.generator import TextGenerator
     from dtrain.serving.run_models import is_run, open_run
 
-    path = Path(address).expanduser()
+    path = user_path(address)
     settings = open_run(path).recipe.model if is_run(address) else Model(base=address)
     return TextGenerator(
         choice, settings, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,10 +95,10 @@ def _speaker(address: str, choice: ServedModel) -> TextGenerator:
 
 
 def serve(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=path, help="A run folder.")],
 ) -> None:
     """Print the vLLM commands for the merged model and the adapters, and what vLLM refuses."""
     from dtrain.serving.run_models import open_run
     from dtrain.serving.vllm import script
 
-    print(script(open_run(run.expanduser())), end="")
+    print(script(open_run(run)), end="")

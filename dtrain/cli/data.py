@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.arguments import Overrides, RecipeAddress, path
 from dtrain.cli.augment import augment
 from dtrain.cli.extract import extract
 from dtrain.core.errors import UserError
@@ -106,10 +106,10 @@ def scan(
         typer.Option(metavar="PATH", help="Held-out rows to find leaks of, with a PATH."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report to this JSON file.")
+        Path | None, typer.Option("--json", parser=path, help="Write the report to this JSON file.")
     ] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write the report to this HTML page.")
+        Path | None, typer.Option("--html", parser=path, help="Write the report to this HTML page.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that check rows.")] = 2,
 ) -> None:
@@ -141,9 +141,9 @@ def clean(
     recipe: RecipeAddress,
     overrides: Overrides = None,
     stage: StageName = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Output folder.")] = Path(
-        "cleaned"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", parser=path, help="Output folder.")
+    ] = Path("cleaned"),
     processes: Annotated[int, typer.Option(min=1, help="Processes that check rows.")] = 2,
 ) -> None:
     """Write a stage's rows without those that `data.clean` drops or quarantines."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.addresses import has_secret, secret_error, without_secret
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ class Origin(StrEnum):
 
 def extract(
     place: Annotated[str, typer.Argument(metavar="PLACE", help="A file or folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the rows.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=path, help="New folder for the rows.")
+    ],
     origin: Annotated[
         Origin,
         typer.Option(
@@ -91,7 +95,7 @@ def _files(place: str, origin: Origin) -> Callable[[Counter[str]], Iterator[Extr
     from dtrain.extraction.documentation import extract_documentation
 
     make = extract_code if origin is Origin.code else extract_documentation
-    return lambda left_out: make(Path(place).expanduser(), left_out)
+    return lambda left_out: make(user_path(place), left_out)
 
 
 def _chats(

@@ -8,12 +8,16 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.errors import Exit, UserError
 
 Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A file of axolotl, LLaMA-Factory or TRL.")
+    Path,
+    typer.Argument(metavar="CONFIG", parser=path, help="A file of axolotl, LLaMA-Factory or TRL."),
 ]
-Out = Annotated[Path | None, typer.Argument(help="The recipe; default: CONFIG's name-dtrain.yaml.")]
+Out = Annotated[
+    Path | None, typer.Argument(parser=path, help="The recipe; default: CONFIG's name-dtrain.yaml.")
+]
 Processes = Annotated[
     int, typer.Option(min=1, help="Ranks that train; they multiply the batch, as there.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RecipeAddress
+from dtrain.cli.arguments import Overrides, RecipeAddress, path
 from dtrain.core.errors import Exit
 from dtrain.core.output import wrapped
 
@@ -149,7 +149,7 @@ def log(line: str) -> None:
     print(wrapped(line, sys.stderr), file=sys.stderr)
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", parser=path, help="A run folder.")]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Print new lines until the job is over.")
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.lazy_import import import_fast
 
@@ -73,7 +74,7 @@ def merge(
     from dtrain.merge.merge_inputs import CombineMethod
 
     processes = processes or default_processes()
-    out, first = Path(folders[-1]), Path(folders[0])
+    out, first = user_path(folders[-1]), user_path(folders[0])
     if len(folders) == 2 and folder_kind(first) is FolderKind.CHECKPOINT:
         if weights or combine:
             message = "--weights and --combine do not apply to a checkpoint"
@@ -84,7 +85,7 @@ def merge(
         raise UserError("too few folders, or not a checkpoint", where="dtrain merge", fix=fix)
     else:
         factors = _factors(weights, len(folders) - 2)
-        adapters = [Path(folder) for folder in folders[1:-1]]
+        adapters = [user_path(folder) for folder in folders[1:-1]]
         method = CombineMethod(combine, density, _seed(combine, seed)) if combine else None
         _merge_adapters(folders[0], adapters, out, factors, method, qlora_base, processes)
     print(out)
@@ -214,8 +215,8 @@ def _quantized_base(
 
 def _base(address: str) -> Path:
     """Return a folder as it is; download a hub id, or create a sample."""
-    if (Path(address) / "config.json").is_file():
-        return Path(address)
+    if (user_path(address) / "config.json").is_file():
+        return user_path(address)
     from dtrain.models.hub import base_folder
 
     return base_folder(address)

@@ -10,20 +10,24 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.errors import Exit
 from dtrain.core.units import count, size
 
 
 def adapters(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN|FOLDER", help="A run folder, or a folder with adapters.")
+        Path,
+        typer.Argument(
+            metavar="RUN|FOLDER", parser=path, help="A run folder, or a folder with adapters."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List adapters: their stage, method, rank, layers, size and base."""
     from dtrain.serving.adapter_list import format_table, list_adapters
 
-    adapters = list_adapters(folder.expanduser())
+    adapters = list_adapters(folder)
     if as_json:
         print(json.dumps([adapter.as_json() for adapter in adapters], indent=2))
     elif adapters:
@@ -34,11 +38,14 @@ def adapters(
 
 
 def combine(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An adapter.")],
+    first: Annotated[Path, typer.Argument(metavar="A", parser=path, help="An adapter.")],
     second: Annotated[
-        Path, typer.Argument(metavar="B", help="An adapter of the same base, or trained after A.")
+        Path,
+        typer.Argument(
+            metavar="B", parser=path, help="An adapter of the same base, or trained after A."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=path, help="A new folder.")],
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="Truncate to this rank and print the error (default: exact)."),
@@ -48,7 +55,7 @@ def combine(
     from dtrain.core.units import size
     from dtrain.merge.combine_adapters import combine_adapters
 
-    result = combine_adapters(first.expanduser(), second.expanduser(), out.expanduser(), rank=rank)
+    result = combine_adapters(first, second, out, rank=rank)
     error = "exact" if rank is None else f"relative error {result.error:.2e}"
     bytes_written = size(result.size_bytes)
     print(f"{out}: rank {result.rank}, {error}, {bytes_written}, of base {result.base}")
@@ -58,11 +65,11 @@ ROW = "{:>9} {:>10} {:>10} {:>10}  {}"
 
 
 def diff(
-    old: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.")],
-    new: Annotated[Path, typer.Argument(help="Folder of the one to compare with it.")],
+    old: Annotated[Path, typer.Argument(parser=path, help="Folder of a model or an adapter.")],
+    new: Annotated[Path, typer.Argument(parser=path, help="Folder of the one to compare with it.")],
     top: Annotated[int, typer.Option(min=0, help="Number of tensors to list; 0: all.")] = 20,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all changes to this file.")
+        Path | None, typer.Option("--json", parser=path, help="Write all changes to this file.")
     ] = None,
 ) -> None:
     """List the tensors that differ, the largest relative change first."""
@@ -89,7 +96,7 @@ def diff(
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.")],
+    model: Annotated[Path, typer.Argument(parser=path, help="Folder of a model or an adapter.")],
 ) -> None:
     """Check a model's hashes, and look for NaN and infinity; exit status 2 if there is a problem.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
 from dtrain.core.units import size
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 Address = Annotated[
     Path,
-    typer.Argument(metavar="RUN|MODEL", help="A run folder, or the folder of a merged model."),
+    typer.Argument(
+        metavar="RUN|MODEL", parser=path, help="A run folder, or the folder of a merged model."
+    ),
 ]
 StageName = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="A stage (default: the last).")
@@ -47,7 +50,7 @@ def push(
     publish.check_repo(repo)
     if not dry_run:
         publish.check_token()
-    result = publish.find_result(address.expanduser(), stage, adapter=adapter)
+    result = publish.find_result(address, stage, adapter=adapter)
     files = publish.uploads(result, repo)
     _verify(result)
     if result.is_adapter and publish.is_local_base(result.folder):
@@ -77,7 +80,7 @@ def _verify(result: Result) -> None:
 
 def export(
     address: Address,
-    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="A new file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", parser=path, help="A new file.")],
     stage: StageName = None,
 ) -> None:
     """Write a merged model as a GGUF file for llama.cpp, by llama.cpp's converter.
@@ -88,9 +91,8 @@ def export(
     from dtrain.launching.commands import quote
     from dtrain.serving import gguf, publish
 
-    out = out.expanduser()
     gguf.check_output(out)
-    result = publish.find_result(address.expanduser(), stage)
+    result = publish.find_result(address, stage)
     if result.is_adapter:
         raise UserError("is an adapter", where=str(address), fix="merge it first: dtrain merge")
     converter = gguf.find_converter(os.environ)

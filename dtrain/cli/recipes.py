@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from dtrain.cli.arguments import Overrides, Price, RecipeAddress
+from dtrain.cli.arguments import Overrides, Price, RecipeAddress, path
 from dtrain.cli.completion import shipped_names
 from dtrain.core.errors import UserError
 from dtrain.core.output import wrapped
@@ -29,8 +29,8 @@ def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand:
         return
     wide, columns = max(map(len, shipped())) + 2, min(100, shutil.get_terminal_size().columns)
-    for name, path in shipped().items():
-        print(fill(f"{name:<{wide}}{summary(path)}", columns, subsequent_indent=" " * wide))
+    for name, file in shipped().items():
+        print(fill(f"{name:<{wide}}{summary(file)}", columns, subsequent_indent=" " * wide))
     print("\ndtrain recipes copy NAME [PATH] copies one to edit")
     print(f"all keys: {FOLDER}/README.md")
 
@@ -40,7 +40,9 @@ def copy(
     name: Annotated[
         str, typer.Argument(help="Name of a shipped recipe.", autocompletion=shipped_names)
     ],
-    path: Annotated[Path | None, typer.Argument(help="Target; default: NAME.yaml.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(parser=path, help="Target; default: NAME.yaml.")
+    ] = None,
 ) -> None:
     """Copy a shipped recipe to a new file."""
     known = shipped()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, Price, RecipeAddress
+from dtrain.cli.arguments import Overrides, Price, RecipeAddress, path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt, hold_interrupts
@@ -67,7 +67,9 @@ def run(
     os.execve(command[0], command, environment)
 
 
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")], price: Price = None) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(parser=path, help="A run folder.")], price: Price = None
+) -> None:
     """Write RUN/report.html and print its path."""
     RunDir(run).check_exists()
     from dtrain.monitoring.report import write_report
@@ -75,8 +77,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")], price: Pr
     print(write_report(run, price))
 
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.")]
-Page = Annotated[Path | None, typer.Option("--html", help="Also write a page with the curves.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN RUN...", parser=path, help="Run folders.")]
+Page = Annotated[
+    Path | None, typer.Option("--html", parser=path, help="Also write a page with the curves.")
+]
 
 
 def compare(runs: Runs, page: Page = None) -> None:
@@ -98,7 +102,7 @@ COLUMNS = "{:<16} {:>8} {:>14} {:>10}  {:<9} {}"
 
 
 def checkpoints(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="A run folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
 ) -> None:
     """List a run's checkpoints; with --verify, exit status 2 if one is damaged or incomplete."""

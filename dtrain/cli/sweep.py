@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dtrain.cli.arguments import Overrides, Price
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import Exit, UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_sweep(settings: Sweep, *, dry_run: bool, gpu: str, price: float | None) 
     from dtrain.sweep.record import SweepDir, open_record
     from dtrain.sweep.results import summary, write_best
 
-    folder = SweepDir(Path(settings.folder).expanduser().absolute())
+    folder = SweepDir(user_path(settings.folder).absolute())
     recipes = TrialRecipes(settings, folder)
     record = open_record(folder, settings, recipes.base)
     if dry_run:

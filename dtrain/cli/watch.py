@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from dtrain.cli.arguments import path
 from dtrain.core.errors import UserError
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", parser=path, help="Run folders.")]
 Once = Annotated[bool, typer.Option("--once", help="Print the state and end.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the state as JSON, a line a run.")]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
@@ -21,6 +20,7 @@ from dtrain.config.tasks import Tasks, check_tasks
 from dtrain.config.trackers import check_trackers
 from dtrain.config.train_checks import check_train
 from dtrain.config.yaml_document import Key
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 
@@ -121,7 +121,7 @@ def _deepspeed_file(recipe: Recipe) -> Iterator[Clash]:
     if engine.config is None or engine.kind == "auto" or not ENGINES[engine.kind].is_deepspeed:
         return
     try:
-        deepspeed_file.read(Path(engine.config).expanduser(), engine.kind, engine.offload)
+        deepspeed_file.read(user_path(engine.config), engine.kind, engine.offload)
     except UserError as error:
         faults = error.errors if isinstance(error, UserErrors) else [error]
         for fault in faults:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText
 
 OWN_BASE = "base"
 """The teacher that is the model which the stage starts from."""
@@ -15,7 +15,7 @@ OWN_BASE = "base"
 class DistillSettings(Group):
     """What a stage of kind distill learns from its teacher."""
 
-    teacher: Text = Field(
+    teacher: PathText = Field(
         description=(
             "folder or hub id of a model with the base's tokenizer; or base: the model that the "
             "stage starts from, which is the model without its adapter"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText, Text
 from dtrain.config.objectives import Column
 
 MetricKind = Literal[
@@ -117,7 +117,7 @@ class Judge(Group):
 class GenerationSet(Group):
     """Prompts with references, answered by the base and after each stage."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description=(
             "file of conversations, whose last answer is the reference, or of rows with `prompt` "
             "and `reference`; as the `path` of a source"
@@ -149,7 +149,9 @@ class GenerationSet(Group):
         default_factory=list,
         description="; ".join(f"{kind}: {m.description}" for kind, m in METRICS.items()),
     )
-    json_schema: Text | None = Field(None, description="JSON file with the schema of json_valid")
+    json_schema: PathText | None = Field(
+        None, description="JSON file with the schema of json_valid"
+    )
     regex: Text | None = Field(None, description="pattern of google-re2, found anywhere")
     function: Text | None = Field(
         None,

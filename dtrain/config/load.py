@@ -26,6 +26,7 @@ from dtrain.config.yaml_document import (
     read_document,
 )
 from dtrain.core.addresses import has_secret, secret_error, without_secret
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.recipes import shipped
 
@@ -82,7 +83,7 @@ def find_recipe(address: str) -> Path:
     Raises:
         UserError: there is no such recipe; the closest shipped one is proposed.
     """
-    path, known = Path(address).expanduser(), shipped()
+    path, known = user_path(address), shipped()
     if path.is_file():
         return path
     if address in known:

@@ -56,7 +56,8 @@ def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserEr
     names = set[Key]()  # keys of a table that are wrong themselves, whatever their values
     branches: set[Key] = set()
     for detail in error.errors():
-        key, is_branch = _document_key(detail["loc"], document.values)
+        is_missing = detail["type"] == "missing"
+        key, is_branch = _document_key(detail["loc"], document.values, is_missing)
         if detail["loc"] and detail["loc"][-1] == _KEY_ITSELF and detail["type"] == "literal_error":
             names.add(key)
         if detail["type"].startswith("union_tag"):
@@ -75,8 +76,11 @@ def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserEr
     }
 
 
-def _document_key(loc: tuple[str | int, ...], values: Any) -> tuple[Key, bool]:
+def _document_key(loc: tuple[str | int, ...], values: Any, is_missing: bool) -> tuple[Key, bool]:
     """The key in the document: `loc` without the names of union branches that pydantic adds.
+
+    Args:
+        is_missing: the last entry of `loc` is a key that the document lacks.
 
     Returns:
         The key, and whether the last entry of `loc` was such a branch.
@@ -84,7 +88,7 @@ def _document_key(loc: tuple[str | int, ...], values: Any) -> tuple[Key, bool]:
     key: list[str | int] = []
     for index, step in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(values, dict) and (step in values or is_last):
+        if isinstance(values, dict) and (step in values or (is_last and is_missing)):
             values = values.get(step)
         elif isinstance(values, list) and isinstance(step, int):
             values = values[step]

@@ -11,7 +11,7 @@ from dtrain.config.distill import DistillSettings
 from dtrain.config.engines import EngineKind, engines_with
 from dtrain.config.gates import Gate
 from dtrain.config.generation import GenerationSet
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText, Text
 from dtrain.config.methods import Method
 from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, Column, ObjectiveKind, RowFormat
 from dtrain.config.preference import PreferenceSettings
@@ -26,7 +26,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Model(Group):
     """The base model and how it computes."""
 
-    base: Text = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
+    base: PathText = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
     revision: Text | None = Field(
         None, description="branch, tag or commit of a hub id; default: its main branch"
     )
@@ -73,7 +73,7 @@ class EngineSettings(Group):
     offload: bool = Field(
         False, description=_for("offload", "keep parameters and optimizer in host memory")
     )
-    config: str | None = Field(
+    config: PathText | None = Field(
         None,
         description=_for("zero_stage", "a DeepSpeed JSON file instead of the one in ds_configs/"),
     )
@@ -104,7 +104,7 @@ class Weight(Group):
 class Source(Group):
     """A source of training rows."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description=(
             "file, glob, folder, fsspec URL (s3://…), hub dataset id, or `dtrain:NAME/FILE`; "
             "file types: .txt, .md, .rst, .jsonl, .json, .csv, .tsv (each also .gz or .zst), "
@@ -224,7 +224,7 @@ class Data(Group):
             "flags (`weight`, `train`, `loss`, `loss_weight`: 0 or 1, `masked`) take precedence"
         ),
     )
-    template: str = Field(
+    template: PathText = Field(
         "auto",
         description=(
             "auto: the tokenizer's chat template; instruction: Alpaca's '### Instruction' "
@@ -258,7 +258,7 @@ class Data(Group):
         return {steps: [s.weight_after(steps) for s in self.sources] for steps in sorted(after)}
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
 class Stage(Group):
@@ -366,8 +366,8 @@ class Monitoring(Group):
 class Output(Group):
     """The run folder and what is kept in it."""
 
-    folder: Text = Field(description="run folder; created if missing")
-    reuse: Text | None = Field(
+    folder: PathText = Field(description="run folder; created if missing")
+    reuse: PathText | None = Field(
         None,
         description="a run folder whose finished stages count as this run's, where settings, seed, "
         "data and base are the same",

@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText, Text
 from dtrain.config.load import check_no_secrets, load_recipe
 from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError, UserErrors
 
 TRAINING = "training"  # in place of an evaluation set: the training loss
@@ -71,7 +71,7 @@ class SlurmJobs(Group):
 class Sweep(Group):
     """A file for `dtrain sweep`: many runs of one recipe, to find the lowest loss."""
 
-    recipe: Text = Field(description="a recipe's file, or the name of a shipped one")
+    recipe: PathText = Field(description="a recipe's file, or the name of a shipped one")
     overrides: list[Text] = Field(
         default_factory=list, description="`key=value` for every trial, as for `dtrain run`"
     )
@@ -112,7 +112,7 @@ class Sweep(Group):
     slurm: SlurmJobs | None = Field(
         None, description="run the trials as arrays of Slurm jobs; default: on this machine"
     )
-    folder: Text = Field("runs/sweep", description="the sweep's folder; created if missing")
+    folder: PathText = Field("runs/sweep", description="the sweep's folder; created if missing")
 
     @property
     def space(self) -> dict[str, Choices | Range]:
@@ -197,8 +197,8 @@ def load_sweep(address: str, options: dict[str, Any], overrides: Sequence[str] =
         UserErrors: what is wrong, before any trial; the values of the parameters included.
     """
     document = YamlDocument("the command line", {"recipe": address})
-    if Path(address).expanduser().is_file():
-        file = read_document(Path(address).expanduser())
+    if user_path(address).is_file():
+        file = read_document(user_path(address))
         if "parameters" in file.values:
             document = file
     check_no_secrets(document, overrides)
@@ -206,13 +206,16 @@ def load_sweep(address: str, options: dict[str, Any], overrides: Sequence[str] =
     values: dict[str, Any] = document.values
     for key in ("parameters", "slurm"):
         if key in options:
-            options = {**options, key: {**(values.get(key) or {}), **options[key]}}
+            written = values.get(key) or {}
+            both = {**written, **options[key]} if isinstance(written, dict) else written
+            options = {**options, key: both}
     values |= options
     if not values.get("parameters"):
         fix = "add --grid KEY=A,B or --sample 'KEY=log(1e-5,1e-3)', or write a file with parameters"
         raise UserError("has nothing to search", where=address, fix=fix)
     if overrides:
-        values["overrides"] = [*(values.get("overrides") or []), *overrides]
+        written = values.get("overrides") or []
+        values["overrides"] = [*written, *overrides] if isinstance(written, list) else written
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:

@@ -18,9 +18,9 @@ from typing import Annotated
 from pydantic import Field
 
 from dtrain.config.clash import Clash
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText, Text
 from dtrain.config.yaml_document import Key
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import cache_folder, user_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, write_json
 
@@ -47,7 +47,7 @@ class Tasks(Group):
     names: Annotated[list[Text], Field(min_length=1)] = Field(
         description="tasks and groups of tasks, such as `arc_easy` or `mmlu`"
     )
-    include_path: Text | None = Field(
+    include_path: PathText | None = Field(
         None, description="folder of task files (YAML) in addition to those of the harness"
     )
     trust_remote_code: bool = Field(
@@ -81,7 +81,7 @@ def check_tasks(tasks: Tasks, sets: Collection[str]) -> Iterator[Clash]:
         message = "lm-evaluation-harness is not installed"
         yield Clash([AT], message, f"pip install 'dtrain[{EXTRA}]'")
         return
-    folder = None if tasks.include_path is None else Path(tasks.include_path).expanduser()
+    folder = None if tasks.include_path is None else user_path(tasks.include_path)
     if folder is not None and not folder.is_dir():
         yield Clash([(*AT, "include_path")], f"there is no folder {folder}")
         return
@@ -124,7 +124,7 @@ def _harness_names(folder: Path) -> dict[str, str]:
     """Names of the harness's tasks; read from its files once per version."""
     cached = cache_folder() / "tasks" / f"{EXTRA}-{version(MODULE)}.json"
     try:
-        names: dict[str, str] = read_json(cached)
+        names: dict[str, str] = read_json(cached, dict[str, str])
     except (OSError, UserError):
         names = names_in(folder)
         with suppress(OSError):  # a cache that cannot be written costs a second each time

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from dtrain.core.errors import UserError, first_line
@@ -17,8 +21,14 @@ from dtrain.core.files import read_text
 
 Key = tuple[str | int, ...]  # path of a value: ("stages", 0, "name")
 
+MAX_BYTES = 1 << 18  # a recipe has a few thousand
+MARKS = ("\n", ",", ":", "[", "{", "- ", "? ")
+MAX_MARKS = 10_000  # they are parsed in two seconds; a stage of a resolved recipe has 200
 MAX_VALUES = 100_000  # a few lines of YAML aliases can expand to billions of values
 MAX_DEPTH = 40
+MAX_BRACKETS = 100  # open at once; some may be in texts
+_STRING = "tag:yaml.org,2002:str"
+_TEXT = re.compile("[^\\0\ud800-\udfff]*")
 
 
 @dataclass
@@ -67,7 +77,7 @@ def read_document(path: Path) -> YamlDocument:
     Raises:
         UserError: the file cannot be read, is not YAML, or is not a group of keys.
     """
-    values, origins = _parse(read_text(path), str(path))
+    values, origins = _parse(read_text(path, MAX_BYTES), str(path))
     if values is None:
         raise UserError("is empty", where=str(path), fix="start from `dtrain recipes copy tiny`")
     if not isinstance(values, dict):
@@ -81,17 +91,28 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[Key, str]]:
-    yaml = YAML(typ="rt", pure=True)
+    _check_size(text, name)
+    reader = _Plain(name)
     try:
-        node = yaml.load(text)
+        return reader.convert(YAML(typ="rt", pure=True).load(text), ()), reader.origins
+    except UserError:
+        raise
     except MarkedYAMLError as error:
         raise _syntax_error(error, name) from error
-    except (YAMLError, ValueError) as error:
-        raise UserError(f"is not valid YAML: {first_line(error)}", where=name) from error
     except RecursionError as error:
         raise UserError("is nested too deeply", where=name) from error
-    reader = _Plain(name)
-    return reader.convert(node, ()), reader.origins
+    except Exception as error:  # ruamel raises anything on tags and merge keys that are wrong
+        raise UserError(f"is not valid YAML: {first_line(error)}", where=name) from error
+
+
+def _check_size(text: str, name: str) -> None:
+    """Check that ruamel can parse a text soon: its time grows with the square of some depths."""
+    brackets = re.findall(r"[\[\]{}]", text)
+    depths = accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    if len(text) > MAX_BYTES or sum(map(text.count, MARKS)) > MAX_MARKS:
+        raise UserError("is too large for a recipe", where=name, fix="move data into data files")
+    if max(depths, default=0) > MAX_BRACKETS:
+        raise UserError("is nested too deeply", where=name)
 
 
 def _syntax_error(error: MarkedYAMLError, name: str) -> UserError:
@@ -139,9 +160,9 @@ class _Plain:
             raise UserError("has too many values, or circular aliases", where=self.name)
         if isinstance(node, Mapping):
             return {str(k): self._child(node, k, (*key, str(k))) for k in node}
-        if isinstance(node, Sequence) and not isinstance(node, str):
+        if isinstance(node, Sequence) and not isinstance(node, str | bytes):
             return [self._child(node, i, (*key, i)) for i in range(len(node))]
-        return _scalar(node)
+        return _scalar(node, self.origins.get(key, self.name))
 
     def _child(self, node: Any, name: Any, key: Key) -> Any:
         line = _line(node, name)
@@ -158,10 +179,18 @@ def _line(node: Any, name: Any) -> int | None:
         return None  # from a YAML merge key; the group around it has a line
 
 
-def _scalar(node: Any) -> Any:
+def _scalar(node: Any, where: str) -> Any:
     if isinstance(node, bool | ScalarBoolean):  # `&anchor true` is an int
         return bool(node)
     for kind in (int, float):
         if isinstance(node, kind):
             return kind(node)
-    return None if node is None else str(node)
+    if node is None or isinstance(node, date):  # datetime is a date
+        return None if node is None else str(node)
+    if isinstance(node, TaggedScalar) and node.tag.value in ("!!str", _STRING):
+        node = node.value
+    if not isinstance(node, str):
+        raise UserError("a value with a tag such as !!binary is not read", where=where)
+    if not _TEXT.fullmatch(node):  # in no file name, and half a character in no file
+        raise UserError("a text contains NUL or half of a surrogate pair", where=where)
+    return str(node)

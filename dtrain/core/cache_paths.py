@@ -11,6 +11,8 @@ from pathlib import Path
 from dtrain.core.errors import UserError
 from dtrain.core.ownership import make_private_folder
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096  # of Linux
+MAX_SHOWN = 200  # characters of what is refused
 SAMPLE_PREFIX = "dtrain:"
 CACHE_VARIABLE = "DTRAIN_CACHE"
 CHOOSE_CACHE = f"set {CACHE_VARIABLE} to a folder that you can write to"
@@ -78,10 +80,35 @@ def sample_name(address: str) -> str | None:
     return address.removeprefix(SAMPLE_PREFIX).split("/")[0]
 
 
+def user_path(address: str | Path) -> Path:
+    """A path that a person or a file gave, with `~` for a home folder.
+
+    Raises:
+        UserError: no file can have it: a name or the whole is too long, has a NUL or half a
+            character, or `~` names no user.
+    """
+    text = str(address)
+    try:
+        path = Path(text).expanduser()
+        raw = os.fsencode(path.absolute())
+    except (RuntimeError, UnicodeError) as error:
+        raise UserError(f"is not a path: {error}", where=ascii(text)[:MAX_SHOWN]) from error
+    if len(raw) >= MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > MAX_NAME_BYTES:
+        raise UserError("is too long for a path", where=text[:MAX_SHOWN])
+    if b"\0" in raw:
+        raise UserError("is not a path: it contains NUL", where=ascii(text)[:MAX_SHOWN])
+    return path
+
+
 def local_path(address: str) -> Path:
-    """The local path of an address in a recipe: samples are in the cache."""
+    """The local path of an address in a recipe: samples are in the cache.
+
+    Raises:
+        UserError: as `user_path`.
+    """
     if not address.startswith(SAMPLE_PREFIX):
-        return Path(address).expanduser()
+        return user_path(address)
+    user_path(address)
     return cache_folder() / "samples" / address.removeprefix(SAMPLE_PREFIX)
 
 

@@ -7,18 +7,28 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.ownership import share_with_group
+from dtrain.core.units import size
+
+file_types: Any = LazyModule("dtrain.core.file_types")  # pydantic, which few commands need
 
 SEAL, OLD_SEAL = "blake3", "sha256"
+MAX_BYTES = 1 << 25  # of a file that is read whole; parsed JSON takes up to twenty times its size
+MAX_DEPTH = 100  # of lists and objects in each other
+MAX_LINES_BYTES = 1 << 28  # of JSON lines; those of a million steps
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 little-endian starts as the first
 
 
@@ -68,17 +78,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_text(path: Path) -> str:
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of limited size: not of a pipe or a device.
+
+    Raises:
+        UserError: it cannot be read, is no file, or is larger.
+    """
+    try:
+        # Without O_NONBLOCK a pipe would wait for somebody who writes.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise UserError("is not a file", where=str(path))
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except ValueError as error:  # its name has a NUL, or half a character
+        raise UserError(f"cannot be read: {error}", where=ascii(str(path))) from error
+    if len(data) > limit:
+        raise UserError(f"is larger than {size(limit)}", where=str(path))
+    return data
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, without a byte-order mark at its head.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is too large, or is not UTF-8.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    return decode_text(data, str(path))
+    return decode_text(read_bytes(path, limit), str(path))
 
 
 def open_text(path: Path) -> IO[str]:
@@ -91,6 +119,20 @@ def open_text(path: Path) -> IO[str]:
     with open(path, "rb") as file:
         without_mark(file.read(4), str(path))
     return open(path, encoding="utf-8-sig")
+
+
+def bounded_lines(file: IO[str], where: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, numbered from 1; none fills the memory.
+
+    Raises:
+        UserError: a line is too long.
+    """
+    number = 1
+    while line := file.readline(MAX_BYTES + 1):
+        if len(line) > MAX_BYTES:
+            raise UserError(f"the line is longer than {size(MAX_BYTES)}", where=f"{where}:{number}")
+        yield number, line
+        number += 1
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -119,41 +161,103 @@ def without_mark(head: bytes, name: str) -> bytes:
     return head.removeprefix(codecs.BOM_UTF8)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: Any = Any) -> Any:
     """Read a JSON file.
 
+    Args:
+        kind: the type of its content, for `check_type`.
+
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing, too large, broken, nested too deeply or of another type.
     """
+    return parse_json(read_text(path), str(path), kind)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError("is not a JSON object", where=str(path))
+    return value
+
+
+def parse_json(text: str | bytes, where: str, kind: Any = Any) -> Any:
+    """Parse JSON.
+
+    Args:
+        where: its file, for messages.
+        kind: the type of the content, for `check_type`.
+
+    Raises:
+        UserError: it is broken, nested too deeply or of another type.
+    """
+    plain = decode_text(text, where) if isinstance(text, bytes) else text
     try:
-        return json.loads(read_text(path))
+        value = json.loads(plain)
+        if _SURROGATE.search(plain):  # no file name and no output can contain half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise UserError("is nested too deeply", where=where) from error
     except ValueError as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+        raise UserError(f"cannot be read: {error}", where=where) from error
+    if plain.count("[") + plain.count("{") > MAX_DEPTH:
+        _check_depth(value, where)
+    return value if kind is Any else file_types.check_type(value, kind, where)
 
 
-def json_lines(text: str) -> list[dict[str, Any]]:
+def _check_depth(value: Any, where: str) -> None:
+    """Check that lists and objects are not nested too deeply for functions that call themselves.
+
+    Raises:
+        UserError: they are.
+    """
+    level, depth = [value], 0
+    while level := [item for inner in level for item in _contents(inner)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError("is nested too deeply", where=where)
+
+
+def _contents(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def json_lines(text: str, kind: Any = Any) -> list[dict[str, Any]]:
     r"""The objects in JSON lines; lines that are none, such as one that was cut off, are skipped.
 
     Only \n ends a line: `str.splitlines` would also cut at U+2028 and others inside a string.
+
+    Args:
+        kind: the type of the objects, for `check_type`; others are skipped.
     """
     objects = []
     for line in text.split("\n"):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            objects += [value] if isinstance(value, dict) else []
+        if line:
+            with suppress(UserError):
+                value = parse_json(line, "", kind)
+                objects += [value] if isinstance(value, dict) else []
     return objects
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, kind: Any = Any) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; none if it does not exist.
 
     Raises:
-        OSError: it cannot be read.
+        UserError: it cannot be read, or is too large.
     """
     try:
-        return json_lines(path.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        return []
+        data = read_bytes(path, MAX_LINES_BYTES)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    return json_lines(data.decode(errors="replace"), kind)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -191,9 +295,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         fix = "start again in a new folder, or finish with the version that wrote it"
         raise OldFormat("was written by an older dtrain", where=str(path), fix=fix)
     value = {k: v for k, v in content.items() if k != SEAL} if isinstance(content, dict) else {}
-    if path.read_bytes() != _sealed(value).encode():
-        raise UserError("was changed after it was written", where=str(path))
-    return value
+    with suppress(ValueError):  # a number that is not finite
+        if read_bytes(path) == _sealed(value).encode():
+            return value
+    raise UserError("was changed after it was written", where=str(path))
 
 
 def _sealed(value: dict[str, Any]) -> str:

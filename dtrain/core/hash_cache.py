@@ -36,7 +36,7 @@ def file_state(path: Path) -> FileState:
 
 def lookup_hash(path: Path) -> str | None:
     """Return a file's hash if it is cached."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(_entry_path(path).read_text(encoding="utf-8"))
         if entry["state"] == file_state(path):
             return str(entry["blake3"])

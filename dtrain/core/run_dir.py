@@ -25,8 +25,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, remove_entry, write_atomic
+from dtrain.core.files import read_json, read_object, remove_entry, write_atomic
 from dtrain.core.locks import FolderLock, check_record_locks
 from dtrain.core.ownership import check_no_link, check_own_folder
 
@@ -85,6 +87,37 @@ _PARTIAL = re.compile(
 )
 
 
+class _ExitReport(TypedDict, total=False):
+    outcome: str
+    status: int
+    reason: str
+    start: str
+
+
+class _MergeManifest(TypedDict, total=False):
+    format: Any
+    plan: str
+    source: str
+    result: str
+    files: dict[str, str]
+    adapters: list[dict[str, Any]]
+
+
+def read_merge_manifest(model: Path, *needed: str) -> dict[str, Any]:
+    """The record of how a merged model was made, from its folder.
+
+    Args:
+        needed: keys that it must have.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    content: dict[str, Any] = read_json(model / MERGE_MANIFEST, _MergeManifest)
+    if missing := [key for key in needed if key not in content]:
+        raise UserError(f"has no {missing[0]}", where=str(model / MERGE_MANIFEST))
+    return content
+
+
 @dataclass(frozen=True)
 class StageDir:
     """Files of one stage of a run."""
@@ -133,11 +166,9 @@ class StageDir:
 
     def progress(self) -> str:
         """Name of the newest complete checkpoint, "started" before the first, or "complete"."""
-        try:
-            if read_json(self.record).get("complete"):
+        with suppress(UserError):  # a damaged record: the checkpoints count
+            if read_object(self.record).get("complete"):
                 return "complete"
-        except (AttributeError, UserError):
-            pass  # a damaged record: the checkpoints count
         manifests = self.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
         names = [path.parent.name for path in manifests]
         return max(names, key=lambda name: (len(name), name), default=NOT_TRAINED)
@@ -368,9 +399,7 @@ def read_exit_report(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    report = read_json(path)
-    if not isinstance(report, dict):
-        raise UserError("is not an exit report", where=str(path), fix="remove it")
+    report: dict[str, Any] = read_json(path, _ExitReport)
     return report
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from dtrain.core.cache_paths import hub_cache, hub_id, hub_snapshot
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
+from dtrain.core.file_types import check_type
+from dtrain.core.files import MAX_BYTES, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,7 +27,19 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
-HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors format
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_Size = Annotated[int, Field(ge=0, le=2**50)]
+
+
+class TensorEntry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Field(max_length=16)]
+    data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
             where=str(folder),
             fix="save the model with save_pretrained(…); pickled weights are not read",
         )
-    names = {_inside(index, name) for name in _weight_map(index).values()}
+    names = {_inside(index, name) for name in read_weight_map(index).values()}
     if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
         raise UserError(f"shard {missing[0]} is missing", where=str(index), fix="download it again")
     return [folder / name for name in sorted(names)]
@@ -74,17 +90,18 @@ def undownloaded(address: str, revision: str | None = None) -> str:
     return ""
 
 
-def _weight_map(index: Path) -> dict[str, Any]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by the tensor's name."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("no weight_map in it", where=str(index))
-    return weight_map
+    return check_type(weight_map, dict[str, str], str(index))
 
 
-def _inside(index: Path, name: object) -> str:
+def _inside(index: Path, name: str) -> str:
     """Check that a name stays in the folder: transformers itself would follow `../elsewhere`."""
-    if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name:
+    if name in ("", ".", "..") or PurePosixPath(name).name != name or len(name) > 255:
         raise UserError(f"points outside its folder: {name!r}", where=str(index))
     return name
 
@@ -99,30 +116,39 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
     Raises:
         UserError: it is not a complete safetensors file.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > HEADER_LIMIT_BYTES:
-            raise UserError("not a safetensors file", where=str(path))
-        head = file.read(length)
+    where = str(path)
     try:
-        entries = json.loads(head)
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        _check_layout(ordered, path.stat().st_size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("not a whole safetensors file", where=str(path)) from error
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_BYTES:
+                raise UserError("not a safetensors file", where=where)
+            head = file.read(length)
+        tensors_size = path.stat().st_size - 8 - length
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=where) from error
+    if not head.startswith(b"{") or len(head) < length:
+        raise UserError("not a whole safetensors file", where=where)
+    entries = parse_json(head, where)
+    entries.pop("__metadata__", None)
+    check_type(entries, dict[str, TensorEntry], where)
+    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    if problem := _layout_problem(ordered, tensors_size):
+        raise UserError(f"not a whole safetensors file: {problem}", where=where)
     return dict(ordered), length.to_bytes(8, "little") + head
 
 
-def _check_layout(entries: list[tuple[str, dict[str, Any]]], size: int) -> None:
+def _layout_problem(entries: list[tuple[str, dict[str, Any]]], size: int) -> str:
+    """What is wrong with the places of the tensors in a file; empty if nothing is."""
     position = 0
     for name, entry in entries:
         start, stop = entry["data_offsets"]
         if start != position or stop < start:
-            raise ValueError(f"a gap before {name}")
+            return f"a gap before {name}"
+        item = ITEM_BYTES.get(entry["dtype"])
+        if item is not None and item * prod(entry["shape"]) != stop - start:
+            return f"{name} has {stop - start} bytes, not those of its shape"
         position = stop
-    if position != size:
-        raise ValueError(f"{size} bytes of tensors, but {position} in the header")
+    return "" if position == size else f"{size} bytes of tensors, but {position} in the header"
 
 
 def check_complete(

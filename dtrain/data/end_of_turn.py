@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_text
+from dtrain.core.files import read_object, read_text
 from dtrain.data.chat_templates import (
     RENDER_SECONDS,
     ChatTemplate,
@@ -246,10 +246,9 @@ def _file_text(path: str) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _token(value: Any) -> str | None:

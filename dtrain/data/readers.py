@@ -76,7 +76,12 @@ def _unchanged(row: Any) -> Any:
 
 
 def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
-    """Rows of an Arrow batch; the batch is converted when the first of them is parsed."""
+    """Rows of an Arrow batch; the batch is converted when the first of them is parsed.
+
+    Raises:
+        ArrowInvalid: offsets point outside the batch, or a text is not UTF-8.
+    """
+    batch.validate(full=True)
     values = lru_cache(maxsize=1)(partial(_values, batch))
     for index in range(batch.num_rows):
         yield first + index, partial(_item, values, index)

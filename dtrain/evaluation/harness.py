@@ -38,6 +38,7 @@ from lm_eval.tasks._index import Kind
 from dtrain.config.gates import Gate
 from dtrain.config.tasks import AT, Tasks
 from dtrain.config.yaml_document import dotted
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.hashes import fingerprint
 from dtrain.monitoring.scores import Score
@@ -143,7 +144,7 @@ def _task_manager(settings: Tasks) -> TaskManager:
     """The index of the recipe's own task files; with the harness's, which take 10 s, if needed."""
     if settings.include_path is None:
         return TaskManager()
-    folder = Path(settings.include_path).expanduser()
+    folder = user_path(settings.include_path)
     manager = TaskManager(include_path=folder, include_defaults=False)
     names: list[Any] = list(settings.names)
     while names:

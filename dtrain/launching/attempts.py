@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Required
+
+from typing_extensions import TypedDict
 
 from dtrain.core.errors import UserError
+from dtrain.core.file_types import Count, JobId, Seconds
 from dtrain.core.files import read_json, write_json
 from dtrain.core.processes import output_file
 from dtrain.core.run_dir import RunDir
@@ -54,6 +58,22 @@ class Attempt:
     action: str = ""
 
 
+class _Record(TypedDict, total=False):
+    """An attempt in attempts.json."""
+
+    number: Required[Count]
+    job: Required[JobId]
+    restart: Required[Count]
+    nodes: Required[list[str]]
+    log: Required[str]
+    started: Required[Seconds]
+    progress: dict[str, str]
+    ended: Seconds | None
+    outcome: str
+    reason: str
+    action: str
+
+
 def read_attempts(run: RunDir) -> list[Attempt]:
     """The attempts recorded in a run folder, oldest first.
 
@@ -62,11 +82,9 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     """
     if not run.attempts.exists():
         return []
-    try:
-        return [Attempt(**record) for record in read_json(run.attempts)]
-    except TypeError as error:
-        message = f"is not a list of attempts: {error}"
-        raise UserError(message, where=str(run.attempts)) from error
+    known = _Record.__annotations__
+    records = read_json(run.attempts, list[_Record])
+    return [Attempt(**{k: v for k, v in record.items() if k in known}) for record in records]
 
 
 def write_attempts(run: RunDir, attempts: Sequence[Attempt]) -> None:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import compile_folder
+from dtrain.core.cache_paths import compile_folder, user_path
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.container import python_command, srun_options
@@ -163,7 +163,7 @@ def render(template: str, **values: Any) -> str:
 
 def run_dir_of(recipe: Recipe) -> RunDir:
     """The recipe's run folder, by its absolute path."""
-    return RunDir(Path(recipe.output.folder).expanduser().absolute())
+    return RunDir(user_path(recipe.output.folder).absolute())
 
 
 def with_run_dir(recipe: Recipe, run: RunDir) -> Recipe:

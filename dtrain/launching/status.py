@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dtrain.launching.submit import jobs_of
 
 LOG_TAIL_BYTES = 20_000
 UNKNOWN_TIMES = ("", "N/A", "Unknown")  # squeue's words, before the scheduler has looked at a job
+LOG_BLOCK = 1 << 20  # characters read at once
 _PROGRESS = re.compile(r"^\d\d:\d\d:\d\d stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
 
 
@@ -112,10 +114,26 @@ def times(count: int) -> str:
 
 
 def log_of(run: Path) -> Path | None:
-    """The newest log of a run; None if there is none yet."""
-    named = [Path(attempt.log) for attempt in read_attempts(RunDir(run)) if attempt.log]
+    """The newest log of a run in its folder; None if there is none yet.
+
+    The list of attempts may be a stranger's: it cannot name a file outside of the folder.
+    """
+    named = [Path(log) for log in reversed(named_logs(run))]
     written = [RunDir(run).job_log(kind) for kind in ("job", "prepare")]
-    return next((log for log in [*reversed(named), *written] if log.is_file()), None)
+    return next((log for log in [*named, *written] if _is_inside(log, run)), None)
+
+
+def named_logs(run: Path) -> list[str]:
+    """The files that each attempt printed to, oldest first."""
+    return [attempt.log for attempt in read_attempts(RunDir(run)) if attempt.log]
+
+
+def _is_inside(log: Path, run: Path) -> bool:
+    try:
+        path = log.resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # not there, or no name of a file
+        return False
+    return path.is_file() and path.is_relative_to(run.resolve())
 
 
 def follow(run: Path, *, until_over: bool) -> Iterator[str]:
@@ -127,7 +145,10 @@ def follow(run: Path, *, until_over: bool) -> Iterator[str]:
     known_jobs(run)
     log = log_of(run)
     if log is None and not until_over:
-        raise UserError("there is no log yet", where=str(run), fix="see: dtrain status")
+        outside = named_logs(run)[-1:]  # sbatch wrote it where the job was submitted
+        fix = f"read it with: less {shlex.quote(outside[0])}" if outside else "see: dtrain status"
+        message = "the job's log is not in this folder" if outside else "there is no log yet"
+        raise UserError(message, where=str(run), fix=fix)
     position = 0
     while True:
         is_over = not until_over or not queued_jobs(run)
@@ -135,7 +156,8 @@ def follow(run: Path, *, until_over: bool) -> Iterator[str]:
         if log is not None:
             with open(log, encoding="utf-8", errors="replace") as file:
                 file.seek(position)
-                yield file.read()
+                while text := file.read(LOG_BLOCK):
+                    yield text
                 position = file.tell()
         if is_over:
             return

@@ -8,10 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from dtrain.config.load import dump
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
+from dtrain.core.file_types import JobId, Seconds
 from dtrain.core.files import read_json, write_atomic, write_json
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
@@ -230,7 +234,18 @@ def _send(job: Submission, run: Path) -> str:
     return number
 
 
+class _Record(TypedDict):
+    """A job in jobs.json."""
+
+    job: JobId
+    submitted: NotRequired[Seconds]
+
+
 def jobs_of(run: Path) -> list[dict[str, object]]:
-    """The jobs that were submitted for a run folder, oldest first."""
+    """The jobs that were submitted for a run folder, oldest first.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     path = RunDir(run).jobs
-    return list(read_json(path)) if path.exists() else []
+    return list(read_json(path, list[_Record])) if path.exists() else []

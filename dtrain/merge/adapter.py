@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import read_json
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile, AdapterTensors, vera_as_lora
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
@@ -26,7 +25,7 @@ from dtrain.merge.weight_delta import (
     check_config,
     layer_from_config,
 )
-from dtrain.models.peft_format import CONFIG
+from dtrain.models.peft_format import CONFIG, read_adapter_config
 
 EXPERT_TENSORS = 4  # kept: A and B of two parameters
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -84,8 +83,7 @@ class MergeableAdapter:
             raise UserError(
                 message, where=str(folder), fix="give an adapter's folder in PEFT layout"
             )
-        config = read_json(folder / CONFIG)
-        return cls(config, AdapterFile(folder), base, folder)
+        return cls(read_adapter_config(folder), AdapterFile(folder), base, folder)
 
     @property
     def names(self) -> set[str]:

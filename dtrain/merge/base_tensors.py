@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
+from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.weight_files import read_header, weight_files
 
@@ -219,7 +219,7 @@ def untied_config(folder: Path) -> str:
     Raises:
         UserError: the architecture ties the two regardless of its config.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     for group in (config, *(v for v in config.values() if isinstance(v, dict))):
         if group is config or "tie_word_embeddings" in group or group is config.get("text_config"):
             group["tie_word_embeddings"] = False
@@ -260,7 +260,7 @@ def _meta_model(folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return models.build_meta_model(config)
     except Exception as error:  # custom code, an unknown architecture or setting
-        raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        raw = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         if not raw.get("tie_word_embeddings"):
             return None
         raise UserError(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
 from dtrain.config.load import load_recipe
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, read_text
+from dtrain.core.files import read_json, read_object, read_text
 from dtrain.core.log import say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.chat_templates import resolve_template
@@ -28,6 +29,24 @@ from dtrain.models.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class _Generation(TypedDict, total=False):
+    eos_token_id: int | list[int] | None
+    stop_strings: str | list[str] | None
+
+
+class _Template(TypedDict):
+    name: str
+    template: str
+
+
+class _Tokenizer(TypedDict, total=False):
+    chat_template: str | list[_Template] | dict[str, str] | None
+
+
+class _Config(_Generation, total=False):
+    text_config: dict[str, Any] | None
 
 
 def adapter_chat_files(
@@ -73,9 +92,9 @@ def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
     stops, files = list[StopCriterion](), dict[str, str]()
     for folder in adapters:
         if (folder / GENERATION).is_file():
-            config = read_json(folder / GENERATION)
+            config = read_json(folder / GENERATION, _Generation)
             stops += [StopCriterion(token=token) for token in _as_list(config.get("eos_token_id"))]
-            stops += [StopCriterion(text=text) for text in config.get("stop_strings") or []]
+            stops += [StopCriterion(text=text) for text in _as_list(config.get("stop_strings"))]
         if template := stored_template(folder):
             files[CHAT_TEMPLATE] = template
     return files | ({GENERATION: generation_config(base, stops)} if stops else {})
@@ -84,7 +103,7 @@ def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
 def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
     """Return the files for a merged model; its tokenizer must not keep an earlier template."""
     path = base / TOKENIZER
-    config = read_json(path) if CHAT_TEMPLATE in files and path.is_file() else {}
+    config = read_object(path) if CHAT_TEMPLATE in files and path.is_file() else {}
     if "chat_template" not in config:
         return files
     config.pop("chat_template")
@@ -95,7 +114,8 @@ def stored_template(folder: Path) -> str | None:
     """Return the chat template in a tokenizer's or an adapter's folder."""
     if (folder / CHAT_TEMPLATE).is_file():
         return read_text(folder / CHAT_TEMPLATE)
-    config = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
+    path = folder / TOKENIZER
+    config = read_json(path, _Tokenizer) if path.is_file() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # older versions of transformers saved several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -105,11 +125,14 @@ def stored_template(folder: Path) -> str | None:
 def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
     """Return a base's generation_config.json with these stops added to its own."""
     path = base / GENERATION
-    config = read_json(path) if path.is_file() else _from_model_config(base)
+    config = read_json(path, _Generation) if path.is_file() else _from_model_config(base)
     config.pop("_from_model_config", None)  # it now has more than the model's config
     base_ends = _as_list(config.get("eos_token_id"))
     ends = dict.fromkeys([*base_ends, *(stop.token for stop in stops if stop.token is not None)])
-    texts = [*(config.get("stop_strings") or []), *(text for stop in stops for text in stop.texts)]
+    texts = [
+        *_as_list(config.get("stop_strings")),
+        *(text for stop in stops for text in stop.texts),
+    ]
     if ends:
         config["eos_token_id"] = [*ends] if len(ends) > 1 else next(iter(ends))
     if texts:
@@ -119,8 +142,8 @@ def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
 
 def _from_model_config(base: Path) -> dict[str, Any]:
     """Return what transformers takes from config.json if there is no generation_config.json."""
-    config = read_json(base / "config.json")
-    config = config.get("text_config", {}) | {k: v for k, v in config.items() if v is not None}
+    config = read_json(base / "config.json", _Config)
+    config = (config.get("text_config") or {}) | {k: v for k, v in config.items() if v is not None}
     return {name: config[name] for name in TOKENS if config.get(name) is not None}
 
 

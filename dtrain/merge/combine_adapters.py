@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import atomic_folder, read_json, write_json
+from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST, RunDir
+from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, read_merge_manifest
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config
@@ -168,10 +168,10 @@ def _was_trained_after(first: Path, second: Path, a: AdapterOrigin, b: AdapterOr
     """Return whether the second adapter was trained on the model with `first` merged into it."""
     if a.identity is not None and b.parent is not None:
         return a.identity == b.parent
-    manifest = Path(adapter_base(second) or "-") / MERGE_MANIFEST
-    if not manifest.is_file():
+    base = Path(adapter_base(second) or "-")
+    if not (base / MERGE_MANIFEST).is_file():
         return False
-    merged = read_json(manifest).get("adapters", [])
+    merged = read_merge_manifest(base).get("adapters", [])
     content = AdapterFile(first).fingerprint()
     return [(item.get("adapter"), item.get("weight")) for item in merged] == [(content, 1.0)]
 

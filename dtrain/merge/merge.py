@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, write_json
+from dtrain.core.files import read_object, write_json
 from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
-from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.units import size
-from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
+from dtrain.core.weight_files import INDEX, SINGLE, read_header, read_weight_map, weight_files
 from dtrain.merge.base_tensors import (
     FLOATS,
     BaseTensors,
@@ -152,7 +152,7 @@ class MergeJob:
         for name, shape in trained.shapes.items():
             stored = self.tensors.stored_name(name)
             if stored is None and (parts := self.tensors.expert_parts.get(name)):
-                changes |= self._replace_experts(trained, name, shape, parts)
+                changes |= self._replace_experts(trained, name, tuple(shape), parts)
                 continue
             if stored is None or self.tensors[stored][1] != list(shape):
                 raise UserError(f"{name} {list(shape)} is not in the base", where=str(self.base))
@@ -191,9 +191,10 @@ class MergeJob:
         change = partial(_apply_all, inputs, pair.missing, FLOATS[self.tensors[pair.stored][0]])
         old = stored_tensor(self.base, pair.stored)
         if old.path.name != SINGLE:
-            index = read_json(self.base / INDEX)
-            index["weight_map"][pair.missing] = old.path.name
-            totals = index.get("metadata") or {}
+            index = read_object(self.base / INDEX)
+            index["weight_map"] = read_weight_map(self.base / INDEX) | {pair.missing: old.path.name}
+            totals = index.get("metadata")
+            totals = totals if isinstance(totals, dict) else {}
             for key, more in (("total_size", old.nbytes), ("total_parameters", prod(old.shape))):
                 if isinstance(totals.get(key), int):
                     totals[key] += more
@@ -248,9 +249,8 @@ class MergeJob:
         if not self.output.exists():
             return False
         work.discard()
-        path = self.output / MERGE_MANIFEST
-        manifest = read_json(path) if path.is_file() else None
-        if not isinstance(manifest, dict) or manifest.get("plan") != plan:
+        is_merged = (self.output / MERGE_MANIFEST).is_file()
+        if not is_merged or read_merge_manifest(self.output).get("plan") != plan:
             raise UserError("exists already", where=str(self.output), fix="choose another folder")
         say(f"{self.output} is already complete")
         return True

@@ -10,11 +10,11 @@ from typing import Any
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import MethodTraits, parse_method
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, read_sealed
+from dtrain.core.files import read_sealed
 from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, StageDir
+from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, StageDir, read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.models.peft_format import COMBINED, read_adapter_origin
 
@@ -98,8 +98,7 @@ def expected_bases(base: Path, origins: Sequence[TrainingOrigin | None]) -> list
     Raises:
         UserError: an adapter was trained on something else than the adapters before it produce.
     """
-    manifest = base / MERGE_MANIFEST
-    record = read_json(manifest) if manifest.is_file() else {}
+    record = read_merge_manifest(base) if (base / MERGE_MANIFEST).is_file() else {}
     first = next((origin for origin in origins if origin is not None), None)
     if first is None:
         return []

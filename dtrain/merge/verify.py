@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import torch
 from blake3 import blake3
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json
+from dtrain.core.files import read_object
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST
-from dtrain.core.weight_files import INDEX, read_header, weight_files
+from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.weight_files import INDEX, read_header, read_weight_map, weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.base_tensors import FLOATS, StoredTensor, stored_tensors
 from dtrain.merge.merge import FORMAT
@@ -99,7 +98,7 @@ def _check_index(folder: Path, report: VerifyReport) -> None:
     index = folder / INDEX
     if not index.is_file() or (folder / WEIGHTS).is_file():
         return
-    listed = dict(read_json(index)["weight_map"])
+    listed = read_weight_map(index)
     stored = {name: tensor.path.name for name, tensor in model_tensors(folder).items()}
     for name in sorted(listed.keys() | stored.keys()):
         if listed.get(name) != stored.get(name):
@@ -108,15 +107,12 @@ def _check_index(folder: Path, report: VerifyReport) -> None:
 
 
 def _manifest_hashes(manifest: Path) -> dict[str, str]:
-    try:
-        content = read_json(manifest)
-        if content.get("format") != FORMAT:
-            raise UserError(
-                f"has format {content.get('format')}, not {FORMAT}: an older dtrain wrote it",
-                where=str(manifest),
-                fix="merge again, or verify with the version that wrote it",
-            )
-        files = content["files"]
-        return {str(name): str(digest) for name, digest in files.items() if Path(name).name == name}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError("lists no files", where=str(manifest)) from error
+    written = read_object(manifest).get("format")
+    if written != FORMAT:
+        raise UserError(
+            f"has format {written}, not {FORMAT}: an older dtrain wrote it",
+            where=str(manifest),
+            fix="merge again, or verify with the version that wrote it",
+        )
+    files = read_merge_manifest(manifest.parent, "files")["files"]
+    return {name: digest for name, digest in files.items() if Path(name).name == name}

@@ -161,17 +161,17 @@ def loadable_config(model: PeftModel) -> Any:
             where="method.kind",
             fix="method.kind=lora, or method.target_modules without such layers",
         )
-    saved = deepcopy(config)
+    saved: Any = deepcopy(config)
     saved.target_modules = set(adapted) - set(replaced)
     weights = [f"{name}.weight" for name in replaced]
-    saved.target_parameters = sorted([*(config.target_parameters or ()), *weights])
+    saved.target_parameters = sorted([*(saved.target_parameters or ()), *weights])
     saved.lora_dropout = 0.0  # which target parameters do not have
     return saved
 
 
 def _is_replaced(config: Any, base: nn.Module, name: str) -> bool:
     """Whether PEFT would replace the name of a layer by that of a parameter of experts."""
-    probe = deepcopy(config)
+    probe: Any = deepcopy(config)
     probe.target_modules, probe.target_parameters = {name}, []
     try:
         transformers_weight_conversion.convert_peft_config_for_transformers(probe, base, None)

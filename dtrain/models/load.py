@@ -140,14 +140,17 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with silence_transformers():
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
-            **settings,
-        )
+    try:
+        with silence_transformers():
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
+                **settings,
+            )
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of a damaged file
+        raise UserError(f"cannot be loaded: {first_line(error)}", where=str(folder)) from error
     model, info = result
     return model, info
 

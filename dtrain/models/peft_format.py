@@ -7,10 +7,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from dtrain.config.methods import parse_method
+from dtrain.config.methods.patterns import compile_pattern
 from dtrain.core.errors import UserError
+from dtrain.core.file_types import Count, Number, check_type
 from dtrain.core.files import read_json
 from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
 
@@ -47,14 +52,72 @@ class AdapterOrigin:
     kind: str = ""
 
 
+class _Origin(TypedDict):
+    identity: str | None
+    parent: str | None
+    base_in_nf4: bool
+    kind: str
+
+
+class _Combined(TypedDict):
+    origin: _Origin
+
+
+class _StageInputs(TypedDict, total=False):
+    parent: Required[str]
+    method: Required[dict[str, Any]]
+    kind: Required[str]
+    dtype: str
+
+
+class _StageFacts(TypedDict, total=False):
+    dtype: str
+
+
+class StageRecordContent(TypedDict, total=False):
+    """A stage's record, as far as an adapter's origin is read from it."""
+
+    identity: Required[str]
+    inputs: Required[_StageInputs]
+    facts: _StageFacts
+
+
+_Rank = Annotated[int, Field(ge=1, le=2**20)]
+_Names = list[str] | str | None
+_Tokens = list[Count]
+
+
+class _AdapterConfig(TypedDict, total=False):
+    """An adapter_config.json, as far as its values are computed with."""
+
+    peft_type: Required[str]
+    base_model_name_or_path: str | None
+    r: _Rank | None
+    init_r: _Rank | None
+    lora_alpha: Number | None
+    rank_pattern: dict[str, _Rank] | None
+    alpha_pattern: dict[str, Number] | None
+    target_modules: _Names
+    exclude_modules: _Names
+    modules_to_save: list[str] | None
+    layers_to_transform: _Tokens | Count | None
+    layers_pattern: _Names
+    trainable_token_indices: _Tokens | dict[str, _Tokens] | None
+    bias: str
+    projection_prng_key: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    bottleneck_size: _Rank
+    activation: str
+    num_virtual_tokens: Count | None
+
+
 def read_adapter_origin(folder: Path) -> AdapterOrigin:
     """Read the record that dtrain wrote of an adapter."""
     if (folder / COMBINED).is_file():
-        return AdapterOrigin(**read_json(folder / COMBINED)["origin"])
+        return AdapterOrigin(**read_json(folder / COMBINED, _Combined)["origin"])
     record = folder.absolute().parent / STAGE_RECORD
     if folder.name != ADAPTER or not record.is_file():
         return AdapterOrigin()
-    known = read_json(record)
+    known = read_json(record, StageRecordContent)
     inputs = known["inputs"]
     in_nf4 = parse_method(inputs["method"]).traits.quantizes_base
     return AdapterOrigin(known["identity"], inputs["parent"], in_nf4, inputs["kind"])
@@ -71,6 +134,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError("is not the config of an adapter", where=str(folder / CONFIG))
+    check_type(config, _AdapterConfig, str(folder / CONFIG))
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            compile_pattern(pattern, str(folder / CONFIG))
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dtrain.core.files import read_json_lines, write_atomic
 from dtrain.core.ownership import open_in_place
+from dtrain.monitoring.file_types import MetricsLine, NumberedLine
 
 
 class Metrics:
@@ -21,7 +22,8 @@ class Metrics:
 
     def __init__(self, path: Path, resume_at: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
+        lines = read_json_lines(path, NumberedLine)  # reports read less than what is kept
+        kept = [line for line in lines if line["step"] <= resume_at]
         write_atomic(path, "".join(_line(record) for record in kept))
         handle = open_in_place(path, os.O_WRONLY | os.O_APPEND)
         self._file = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - held until close()
@@ -39,7 +41,7 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; none if it is not there, and no broken ones."""
-    return [record for record in read_json_lines(path) if isinstance(record.get("step"), int)]
+    return read_json_lines(path, MetricsLine)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -10,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from dtrain.core.errors import first_line
-from dtrain.core.files import read_json_lines
+from dtrain.config.yaml_document import parse_value
+from dtrain.core.errors import UserError
+from dtrain.core.file_types import check_type
+from dtrain.core.files import parse_json, read_json_lines, read_text
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
+from dtrain.monitoring.file_types import Evaluation, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
 from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
@@ -125,7 +124,7 @@ class RunRecord:
     @property
     def stages(self) -> list[dict[str, Any]]:
         """The recipe's stages."""
-        return [s for s in self.recipe.get("stages") or [] if isinstance(s, dict) and "name" in s]
+        return self.recipe.get("stages") or []
 
     @property
     def artifacts(self) -> dict[str, dict[str, Any]]:
@@ -194,12 +193,13 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder; files that cannot be read are listed in `errors`."""
     record, run = RunRecord(folder), RunDir(folder)
     record.recipe_text = _read_text(record, RECIPE)
-    record.recipe = _read_mapping(record, RECIPE, _yaml)
-    record.lineage = _read_mapping(record, LINEAGE, json.loads)
-    record.evaluation = _read_mapping(record, EVALUATION, json.loads)
+    record.recipe = _parse(record, RECIPE, record.recipe_text, parse_value, RecipeValues)
+    for name, kind in ((LINEAGE, Lineage), (EVALUATION, Evaluation)):
+        content = _parse(record, name, _read_text(record, name), parse_json, kind)
+        setattr(record, name.removesuffix(".json"), content)
     names = [str(stage["name"]) for stage in record.stages] or list(record.artifacts)
     for name in names:
-        if "/" not in name and (lines := read_metrics(run.stage(name).metrics)):
+        if lines := read_metrics(run.stage(name).metrics):
             record.metrics[name] = lines
     record.answers = _read_answers(run, record.models)
     record.attempts = attempts_of(read_starts(run), record.metrics)
@@ -211,7 +211,7 @@ def _read_answers(run: RunDir, models: list[str]) -> list[PromptAnswers]:
     found: dict[tuple[str, int], PromptAnswers] = {}
     for model in models:
         counts: Counter[str] = Counter()
-        for line in read_json_lines(run.predictions(model)):
+        for line in read_json_lines(run.predictions(model), Prediction):
             name = str(line.get("set"))
             counts[name] += 1
             if counts[name] > MAX_PROMPTS:
@@ -223,29 +223,23 @@ def _read_answers(run: RunDir, models: list[str]) -> list[PromptAnswers]:
     return list(found.values())
 
 
-def _read_mapping(record: RunRecord, name: str, parse: Any) -> dict[str, Any]:
-    text = _read_text(record, name)
-    if not text.strip():
-        return {}
+def _parse(record: RunRecord, name: str, text: str, parse: Any, kind: Any) -> dict[str, Any]:
+    """The content of a file as values of a type; empty, with the error noted, if it is not."""
     try:
-        value = parse(text)
-        if not isinstance(value, dict):
-            raise ValueError("not a mapping")
-    except (ValueError, YAMLError) as error:
-        record.errors.append(f"{name} cannot be read: {first_line(error)}")
+        return check_type(parse(text, name), kind, name) if text.strip() else {}
+    except UserError as error:
+        reason = f"{error.where.removeprefix(name)} {error.message}".lstrip(": ")
+        record.errors.append(f"{name} cannot be read: {reason}")
         return {}
-    return value
 
 
 def _read_text(record: RunRecord, name: str) -> str:
+    path = record.folder / name
     try:
-        return (record.folder / name).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        return read_text(path) if path.exists() else ""
+    except UserError as error:
+        record.errors.append(f"{name} cannot be read: {error.message}")
         return ""
-
-
-def _yaml(text: str) -> Any:
-    return YAML(typ="safe").load(text)
 
 
 WIDTH = 100

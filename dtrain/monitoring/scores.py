@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from math import hypot, isfinite, nan, sqrt
 from typing import Any
 
 from dtrain.core.lazy_import import LazyModule
@@ -76,7 +76,7 @@ class Score:
             return paired_standard_error(before.blocks, self.blocks, self.items)
         if self.stderr is None or before.stderr is None:
             return None
-        return sqrt(self.stderr**2 + before.stderr**2)
+        return hypot(self.stderr, before.stderr)
 
     def rating(self, before: Score) -> str:
         """Rate the change as "better", "worse", "same" or "noise"."""

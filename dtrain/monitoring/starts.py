@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 import dtrain
+from dtrain.core.errors import UserError
 from dtrain.core.files import read_json_lines
 from dtrain.core.hardware import driver_versions
 from dtrain.core.hashes import fingerprint
@@ -157,7 +158,7 @@ def read_starts(run: RunDir) -> list[Start]:
     starts: list[Start] = []
     try:
         records = read_json_lines(run.starts)
-    except OSError:
+    except UserError:
         return []
     for record in records:
         if record.keys() == set(END_FIELDS):

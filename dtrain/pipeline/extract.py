@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Clean, Source
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, read_json_lines, write_json
 from dtrain.core.hashes import file_hash, fingerprint
@@ -206,7 +207,7 @@ def extract_chats(
     given = {normalized(name): role for name, role in roles.items()}
     rules = [parse_rule(text) for text in keep]
     extractor = ChatExtractor(known | SUPPORT_ROLES | given, rules, min_turns, left_out)
-    if not is_remote(place) and not glob.has_magic(place) and not Path(place).expanduser().exists():
+    if not is_remote(place) and not glob.has_magic(place) and not user_path(place).exists():
         raise UserError("no such file or folder", where=place)  # nor a data set of the hub
     for file in find_source_files(Source(path=place), cache):
         if file.is_prose:

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from dtrain.checkpoints.parameter_shards import WEIGHT_KINDS, ParameterShard
 from dtrain.config.methods import over_nf4
 from dtrain.config.schema import Stage
-from dtrain.core.cache_paths import local_path
+from dtrain.core.cache_paths import local_path, user_path
 from dtrain.core.errors import Exit, UserError
-from dtrain.core.files import read_json
 from dtrain.core.log import say, warn
-from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.run_dir import read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter import AdapterFile
@@ -186,7 +185,7 @@ def _check_base(folder: Path, setup: StageSetup) -> None:
             raise UserError(f"was trained over its base {bits}", where=where, fix=fix)
         return
     named = adapter_base(folder)
-    base = Path(named).expanduser() if named else None
+    base = user_path(named) if named else None
     if base is not None and base.is_dir() and weight_files(base):
         if model_fingerprint(base) != fingerprint:
             raise UserError(f"was trained on another base, {base}", where=where, fix=fix)
@@ -197,4 +196,4 @@ def _check_base(folder: Path, setup: StageSetup) -> None:
 def _base_fingerprint(setup: StageSetup) -> str:
     if setup.base == setup.inputs.base:
         return setup.inputs.base_fingerprint
-    return str(read_json(setup.base / MERGE_MANIFEST)["result"])
+    return str(read_merge_manifest(setup.base, "result")["result"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.config.schema import Recipe, Stage
-from dtrain.core.cache_paths import hub_id, local_path, sample_name
+from dtrain.core.cache_paths import hub_id, local_path, sample_name, user_path
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
@@ -53,7 +53,7 @@ def check_inputs(recipe: Recipe) -> CheckReport:
             _check_initial_adapter(stage)
     with report.collect("output.reuse"):
         if recipe.output.reuse is not None:
-            RunDir(Path(recipe.output.reuse).expanduser()).check_exists()
+            RunDir(user_path(recipe.output.reuse)).check_exists()
     return report
 
 

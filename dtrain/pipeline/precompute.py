@@ -8,9 +8,8 @@ from typing import Any
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.cache_paths import cache_folder
-from dtrain.core.files import read_json
 from dtrain.core.log import progress, say
-from dtrain.core.run_dir import MERGE_MANIFEST
+from dtrain.core.run_dir import read_merge_manifest
 from dtrain.data.loader import Loader
 from dtrain.distributed.tensor_utils import free_memory
 from dtrain.engines.base import Engine
@@ -38,7 +37,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
 def start_inputs(setup: StageSetup) -> dict[str, Any]:
     """What decides the output of the model as the stage starts."""
     is_first_base = setup.base == setup.inputs.base
-    manifest = {} if is_first_base else read_json(setup.base / MERGE_MANIFEST)
+    manifest = {} if is_first_base else read_merge_manifest(setup.base, "result")
     inputs = {
         "base": setup.inputs.base_fingerprint if is_first_base else manifest["result"],
         "dtype": str(setup.dtype),

@@ -17,11 +17,17 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
-from dtrain.core.files import OldFormat, read_json, read_sealed, write_sealed
+from dtrain.core.files import OldFormat, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
 from dtrain.core.ownership import Untrusted, check_own_folder, share_with_group
-from dtrain.core.run_dir import NOT_TRAINED, RunDir, StageDir, remove_partial_files
+from dtrain.core.run_dir import (
+    NOT_TRAINED,
+    RunDir,
+    StageDir,
+    read_merge_manifest,
+    remove_partial_files,
+)
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.merge.adapter import AdapterFile
@@ -95,7 +101,7 @@ class StageRecord(StageDir):
             if with_merged or name != manifest:
                 yield self.path / name, digest
         if with_merged and manifest in files:
-            for name, digest in read_json(self.merge_manifest)["files"].items():
+            for name, digest in read_merge_manifest(self.merged, "files")["files"].items():
                 yield self.merged / name, digest
 
     def allowed_changes(self) -> set[str]:

@@ -12,9 +12,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from dtrain.core.errors import UserError
+from dtrain.core.file_types import check_type
 from dtrain.core.files import read_json
 from dtrain.planning.shapes import LinearShape, ModelShape
+
+
+class _Config(TypedDict, total=False):
+    model_type: str
+    text_config: dict[str, Any] | None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -26,7 +34,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError("this is not a model's config", where=str(path))
-    return config
+    return check_type(config, _Config, str(path))
 
 
 def shape_of(config: dict[str, Any], where: str) -> ModelShape:
@@ -80,18 +88,22 @@ SIZES = (
     "head_dim",
 )
 MAX_SIZE = 2**40  # a larger value is not a size of a model
+MAX_LAYERS = 100_000  # each is planned by name
 
 
 def _require_sizes(config: dict[str, Any], where: str) -> None:
     """Check that every size is a number above 0."""
     for key in SIZES:
         value = config.get(key)
+        limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
         try:
-            is_size = value is None or 0 < int(value) < MAX_SIZE
+            is_size = value is None or 0 < int(value) < limit
         except (TypeError, ValueError, OverflowError):
             is_size = False
         if not is_size:
-            raise UserError(f"{key} is not a number above 0: {value!r}", where=where)
+            large = f" below {limit:,}" if str(value).isdecimal() and value else ""
+            message = f"{key} is not a number above 0{large}: {str(value)[:40]}"
+            raise UserError(message, where=where)
 
 
 def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:

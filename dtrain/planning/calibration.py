@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from dtrain.core.cache_paths import cache_folder
+from dtrain.core.errors import UserError
 from dtrain.core.files import read_json_lines
 from dtrain.core.ownership import open_in_place
 
@@ -102,7 +103,7 @@ def load_records() -> tuple[CalibrationRecord, ...]:
     try:
         status = path.stat()
         return _parse(path, (status.st_mtime_ns, status.st_size))
-    except OSError:
+    except (OSError, UserError):
         return ()
 
 

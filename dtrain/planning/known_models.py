@@ -290,6 +290,7 @@ def _cached_config(base: str) -> Path | None:
 
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+MAX_FACTOR = 1e6  # of positions
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 
 
@@ -314,8 +315,9 @@ def _rope_scalings(config: Mapping[str, Any]) -> Iterator[tuple[float, int | Non
             continue
         for scaling in (rope, *(x for x in rope.values() if isinstance(x, Mapping))):
             factor = scaling.get("factor")
-            if isinstance(factor, int | float):
-                yield float(factor), scaling.get("original_max_position_embeddings")
+            original = scaling.get("original_max_position_embeddings")
+            if isinstance(factor, int | float) and 0 < factor < MAX_FACTOR:
+                yield float(factor), original if isinstance(original, int) else None
 
 
 def position_warnings(recipe: Recipe) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, prod
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +15,7 @@ from dtrain.config.methods.base import Shapes
 from dtrain.config.objectives import OBJECTIVES, Forwards
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.planning.architectures import ADAPTED_LAYERS, KERNELS, LOSS
 from dtrain.planning.gpus import Gpu
@@ -415,7 +415,7 @@ def _deepspeed_limits(recipe: Recipe, kind: str) -> dict[str, Any]:
         return {}
     if recipe.engine.kind != kind or recipe.engine.config is None:
         return {}
-    path = Path(recipe.engine.config).expanduser()
+    path = user_path(recipe.engine.config)
     zero = deepspeed_file.read(path, kind, recipe.engine.offload).get("zero_optimization", {})
     values = {name: zero.get(key) for name, key in DEEPSPEED_KEYS.items()}
     return {

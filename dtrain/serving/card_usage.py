@@ -9,7 +9,7 @@ from pathlib import Path
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import hub_id
-from dtrain.core.files import read_json
+from dtrain.core.files import read_object
 from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
 from dtrain.serving.run_models import Run
@@ -68,7 +68,7 @@ def adapter_usage(run: Run, stage: Stage) -> Usage:
 
 def _has_template(folder: Path) -> bool:
     tokenizer = folder / "tokenizer_config.json"
-    stored = read_json(tokenizer).get("chat_template") if tokenizer.is_file() else None
+    stored = read_object(tokenizer).get("chat_template") if tokenizer.is_file() else None
     return bool(stored) or (folder / CHAT_TEMPLATE).is_file()
 
 
@@ -116,7 +116,7 @@ def _serve_command(adapter: AdapterInfo, base: str, trusts_code: bool) -> str:
 
 def _stop_notes(folder: Path) -> Iterator[str]:
     """What a server must be told of the ends of an answer."""
-    known = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     if texts := known.get("stop_strings"):
         yield f"An answer ends with one of these texts, to send as `stop`: {texts}."
     if (folder / CONFIG).is_file() and (folder / CHAT_TEMPLATE).is_file():

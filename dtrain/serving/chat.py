@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from transformers import TextStreamer
 
+from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Messages
 from dtrain.models.peft_format import CONFIG
@@ -87,7 +87,7 @@ def chosen(choices: Mapping[str, ServedModel], name: str) -> ServedModel:
     """
     if name in choices:
         return choices[name]
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if (folder / CONFIG).is_file():
         first = next(iter(choices.values()))
         return served_adapter(folder, first.base, first.template)

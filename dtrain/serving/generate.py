@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dtrain.core.errors import UserError, UserErrors
-from dtrain.core.files import open_text
+from dtrain.core.files import bounded_lines, open_text
 from dtrain.core.locks import lock_file
 from dtrain.core.log import progress, say
 from dtrain.core.ownership import open_in_place
@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> Iterator[Prompt | UserError]:
     """
     try:
         with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in bounded_lines(file, str(path)):
                 if line.strip():
                     yield _prompt(line, f"{path}:{number}")
     except (OSError, UnicodeDecodeError) as error:
@@ -177,7 +177,7 @@ def _without_answer(line: bytes) -> Any:
     try:
         row = json.loads(line)
         del row[ANSWER]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return row
 

@@ -112,7 +112,7 @@ class TextGenerator:
         try:
             if odd := self._put_on(folder, name):
                 raise ValueError(f"{odd[0]} has no counterpart")
-        except (RuntimeError, ValueError, LookupError, AttributeError) as error:
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             self._held = None  # what is half put on cannot be taken off
             reason = str(error).strip().split("\n")[-1].strip()
             raise UserError(

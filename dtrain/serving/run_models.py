@@ -12,11 +12,18 @@ from pathlib import Path
 from dtrain.config.load import load_recipe
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
-from dtrain.core.cache_paths import local_path, sample_name
+from dtrain.core.cache_paths import local_path, sample_name, user_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.hashes import file_hash
-from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, FolderKind, RunDir, folder_kind
+from dtrain.core.run_dir import (
+    ADAPTER,
+    MERGE_MANIFEST,
+    FolderKind,
+    RunDir,
+    folder_kind,
+    read_merge_manifest,
+)
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -24,6 +31,7 @@ from dtrain.models.peft_format import (
     adapter_base,
     read_adapter_origin,
 )
+from dtrain.monitoring.file_types import Lineage
 
 BASE = "base"  # the name of the model without any adapter
 
@@ -50,8 +58,9 @@ class ServedModel:
         if self.adapters:
             last = self.adapters[-1]
             return (read_adapter_origin(last).identity or file_hash(last / WEIGHTS))[:12]
-        manifest = Path(self.base).expanduser() / MERGE_MANIFEST
-        return str(read_json(manifest).get("result", ""))[:12] if manifest.is_file() else ""
+        base = user_path(self.base)
+        is_merged = (base / MERGE_MANIFEST).is_file()
+        return str(read_merge_manifest(base).get("result", ""))[:12] if is_merged else ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,9 @@ class Run:
     def base(self) -> str:
         """The first stage's base: the folder that was used, else what the recipe names."""
         lineage = RunDir(self.folder).lineage
-        used = read_json(lineage)["base"]["path"] if lineage.is_file() else ""
-        if Path(used or "-").is_dir():
-            return str(used)
+        used = (read_json(lineage, Lineage).get("base") or {}) if lineage.is_file() else {}
+        if user_path(used.get("path") or "-").is_dir():
+            return str(used["path"])
         path = local_path(self.recipe.model.base)
         known = path.is_dir() or sample_name(self.recipe.model.base) is not None
         return str(path.absolute()) if known else self.recipe.model.base
@@ -145,7 +154,7 @@ def template_of(recipe: Recipe) -> str:
 
 def is_run(address: str) -> bool:
     """Whether an address is a run folder's."""
-    return folder_kind(Path(address).expanduser()) is FolderKind.RUN
+    return folder_kind(user_path(address)) is FolderKind.RUN
 
 
 def open_run(folder: Path) -> Run:
@@ -187,7 +196,7 @@ def served_models(address: str) -> dict[str, ServedModel]:
 
     The last one is what is meant if none is named.
     """
-    path = Path(address).expanduser()
+    path = user_path(address)
     if is_run(address):
         return open_run(path).choices()
     template = _template_beside(path)

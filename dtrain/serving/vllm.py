@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.core.cache_paths import cache_folder, local_path
-from dtrain.core.files import read_json, read_text, write_atomic
+from dtrain.core.files import read_object, read_text, write_atomic
 from dtrain.core.hashes import fingerprint
 from dtrain.launching.commands import quote
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, GENERATION
@@ -185,7 +185,7 @@ def _notes(run: Run, folders: Sequence[Path]) -> list[str]:
             "# ask /v1/completions with '### Instruction:\\n…\\n\\n### Response:\\n'.",
         ]
     for folder in folders:
-        known = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
         if texts := known.get("stop_strings"):
             stop = json.dumps({"stop": texts}, ensure_ascii=False)
             notes.append(

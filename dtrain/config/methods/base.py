@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dtrain.config.group import Count, Group, Text
+from dtrain.config.group import Count, Group, PathText, Text
 
 Shapes = tuple[tuple[int, int], ...]
 """Rows and columns of matrices; a vector has one column."""
@@ -252,7 +252,7 @@ class PeftSettings(AdapterSettings):
         description="ends of the names of modules that train whole and are saved with the "
         "adapter, as in PEFT: embed_tokens, lm_head, norm (all whose names end so)",
     )
-    from_adapter: Text | None = Field(
+    from_adapter: PathText | None = Field(
         None,
         description="folder of an adapter in PEFT layout, trained on the same base: its training "
         "continues. The other keys must be as it was trained",

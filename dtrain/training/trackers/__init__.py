@@ -54,7 +54,7 @@ class TrackerContext:
     def run_id(self, kind: str, create: Callable[[], str] = lambda: uuid4().hex) -> str:
         """The id of the stage's run in a service, the same for every attempt."""
         path = self.folder.tracker_runs
-        known: dict[str, str] = read_json(path) if path.exists() else {}
+        known: dict[str, str] = read_json(path, dict[str, str]) if path.exists() else {}
         if kind not in known:
             known[kind] = create()
             write_json(path, known)

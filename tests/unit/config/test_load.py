@@ -80,7 +80,7 @@ def test_dumped_recipe_loads_equal(write) -> None:
 @settings(max_examples=25)
 @given(
     name=st.text(min_size=1).filter(lambda t: t.isprintable()),
-    rate=st.floats(min_value=1e-300, max_value=1e300),
+    rate=st.floats(min_value=1e-300, max_value=3e38),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_any_value_survives_a_dump(tmp_path_factory, name: str, rate: float, seed: int) -> None:

@@ -52,10 +52,12 @@ def test_every_file_of_lines_keeps_such_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
-    metrics.write({"step": 1, "sources": {NAME: 1.0}})
+    metrics.write({"step": 1, "sources": {NAME: {"loss": 1.0}}})
     metrics.close()
     Metrics(tmp_path / "metrics.jsonl", 1).close()  # as a resume does
-    assert [line["sources"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [{NAME: 1.0}]
+    assert [line["sources"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [
+        {NAME: {"loss": 1.0}}
+    ]
 
     start = {"started": 1.0, "host": NAME, "nodes": 1, "ranks": 1, "device": "cpu"}
     RunDir(tmp_path).starts.write_text(json.dumps(start, ensure_ascii=False) + "\n")
