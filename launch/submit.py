@@ -12,7 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dtrain.config.load import load_recipe
 from dtrain.core.errors import UserError
+from dtrain.pipeline.input_checks import check_inputs
 from dtrain.submitit_jobs import submit
 
 
@@ -27,9 +29,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=int, default=24 * 60)
     arguments = parser.parse_args()
     overrides = [text for text in arguments.recipes if "=" in text]
+    recipes = [text for text in arguments.recipes if "=" not in text]
     try:
+        for recipe in recipes:
+            check_inputs(load_recipe(recipe, overrides)).raise_errors()
         jobs = submit(
-            [text for text in arguments.recipes if "=" not in text],
+            recipes,
             folder=arguments.folder,
             overrides=overrides,
             executor=arguments.executor,
@@ -42,9 +47,12 @@ def main() -> int:
         return error.status
     for job in jobs:
         print(job.job_id)
-    if arguments.executor == "local":  # this process alone waits for it
-        return max(int(job.exception() is not None) for job in jobs)
-    return 0
+    if arguments.executor != "local":
+        return 0
+    failed = [job for job in jobs if job.exception() is not None]  # this process alone waits for it
+    for job in failed:
+        print(f"error: job {job.job_id} failed\n    → see {job.paths.stderr}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

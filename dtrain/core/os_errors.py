@@ -25,7 +25,7 @@ _CODE = re.compile(r"\b(?:code: |os error )(\d+)\b")
 
 @contextmanager
 def explained_os_errors() -> Iterator[None]:
-    """Raise a UserError in place of an error of the system that a person can mend."""
+    """Raise a UserError in place of an error of the system that a person can fix."""
     try:
         yield
     except Exception as error:

@@ -61,7 +61,7 @@ def one_label_error(label: bool, answers: int, *, where: str) -> UserError:
 
 
 def reads_template(kind: str, data: Data) -> bool:
-    """Whether a stage renders rows with its chat template, as far as their files tell."""
+    """Whether a stage renders rows with its chat template, as far as their files show."""
     if OBJECTIVES[kind].trains_on_answers:
         return True
     formats = (source.format for source in data.all_sources)

@@ -141,7 +141,7 @@ def _local_paths(source: Source, report: Callable[[str], None]) -> list[Path] | 
 
 
 def _near_names(path: Path) -> list[str]:
-    """Names like that of a path that does not exist, beside it: a slip, not a hub's data set."""
+    """Similar names in the folder of a missing path: it is a typo, not a data set of the hub."""
     try:
         names = os.listdir(path.parent)
     except OSError:

@@ -1,7 +1,7 @@
 """Whether two similar texts say the same: templated questions differ in a number or a word.
 
-Shared n-grams cannot tell “What is 12 + 34?” from “What is 1 + 234?”, nor the capital of France
-from that of Norway in a long sentence. The tokens that decide are numbers with their signs,
+Shared n-grams cannot distinguish “What is 12 + 34?” from “What is 1 + 234?”, nor the capital of
+France from that of Norway in a long sentence. The tokens that decide are numbers with their signs,
 operators between operands, and words except function words; markup and punctuation never count.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 
-# What support systems call the two sides, beside the roles of training rows.
+# What support systems call the two sides, in addition to the roles of training rows.
 SUPPORT_ROLES = {
     **dict.fromkeys(
         ("customer", "client", "visitor", "requester", "guest", "caller", "enduser", "endcustomer",
@@ -54,7 +54,7 @@ class ChatFields:
     Attributes:
         messages: the list of messages in a row; None if each row is one message.
         role, text: in a message.
-        identity: what tells conversations apart; None if nothing does.
+        identity: the column that distinguishes conversations; None if none does.
         time: of a message; None if it has none.
     """
 

@@ -40,7 +40,7 @@ def python_command(environ: Mapping[str, str]) -> list[str]:
     image, runtime = environ.get(IMAGE), environ.get(RUNTIME)
     if not image or not runtime or runtime == "pyxis":
         return [sys.executable]
-    # The supervisor's own mounts, which apptainer tells it of, are not on every node.
+    # The supervisor's own mounts, which apptainer puts into its environment, are not on every node.
     command = ["env", "--unset=APPTAINER_BIND", "--unset=SINGULARITY_BIND", runtime, "exec", "--nv"]
     command += ["--bind", environ.get(MOUNTS, ""), "--pwd", str(Path.cwd())]
     return [*command, image, sys.executable]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -249,12 +250,14 @@ def _has_sinks(model_class: type[PreTrainedModel]) -> bool:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Suppress the progress bars and reports that transformers prints on every rank."""
+    """Suppress progress bars, reports and deprecations that transformers prints on every rank."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -193,7 +193,7 @@ def extract_chats(
 
     Args:
         place: a file, folder, glob or address.
-        roles: of the export → user, assistant, system or skip, beside the known ones.
+        roles: of the export → user, assistant, system or skip, in addition to the known ones.
         keep: rules for good conversations and answers.
         min_turns: least number of answers in a conversation.
         cache: folder of downloaded files.

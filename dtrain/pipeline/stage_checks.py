@@ -16,7 +16,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.merge.merge import check_mergeable
 from dtrain.methods.base import build_method
-from dtrain.models.load import resolve_dtype
+from dtrain.models.load import resolve_dtype, silence_transformers
 from dtrain.models.sharded_loading import stream_base
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 
@@ -40,7 +40,8 @@ def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None
     for stage in recipe.stages:
         if not any(_is_same(recipe, stage, other) for other in done):
             try:
-                _check_stage(recipe, stage, base, device)
+                with silence_transformers():
+                    _check_stage(recipe, stage, base, device)
             except UserError as error:
                 joint = "." if error.where.startswith(("method.", "train.")) else ": "
                 where = f"stages.{stage.name}{joint}{error.where}"

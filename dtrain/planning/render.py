@@ -187,15 +187,15 @@ def _training_text(stage: StagePlan) -> str:
 
 
 def _time_text(stage: StagePlan) -> str:
-    """The whole time of a stage, and what it is spent on beside the training."""
+    """The whole time of a stage, and what it is spent on besides the training."""
     time = stage.time
-    beside = {
+    other = {
         "load": time.load,
         "evaluate": time.evaluation,
         "save": time.saves,
         "merge": time.merge,
     }
-    parts = [f"{_format_hours(x)} to {name}" for name, x in beside.items() if x * 3600 >= 0.5]
+    parts = [f"{_format_hours(x)} to {name}" for name, x in other.items() if x * 3600 >= 0.5]
     if time.total is None:
         return f"in addition {', '.join(parts) or 'less than a second'}"
     total = time.total.middle

@@ -115,7 +115,7 @@ def _serve_command(adapter: AdapterInfo, base: str, trusts_code: bool) -> str:
 
 
 def _stop_notes(folder: Path) -> Iterator[str]:
-    """What a server must be told of the ends of an answer."""
+    """The settings with which a server ends an answer."""
     known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     if texts := known.get("stop_strings"):
         yield f"An answer ends with one of these texts, to send as `stop`: {texts}."

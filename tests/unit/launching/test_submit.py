@@ -91,6 +91,15 @@ def test_scripts_name_the_variable_that_leads_nowhere(script, variable, tmp_path
     assert f"{variable}={tmp_path / 'gone'}" in done.stderr and "set " + variable in done.stderr
 
 
+def test_submitit_starts_no_job_of_a_recipe_with_faults(tmp_path):
+    faults = ["stages.task.data.sources.0.path=gone.json", "stages.task.method.target_modules=[q]"]
+    command = [sys.executable, str(ROOT / "launch/submit.py"), "--executor=local", "tiny", *faults]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert "gone.json: no such file" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_hostile_names_are_quoted(tmp_path, monkeypatch):
     hostile = "a'; touch x; $(touch x)\n#SBATCH --uid=0\n`touch x`"
     working = tmp_path / hostile
