@@ -10,6 +10,7 @@ import typer
 
 from dtrain.cli.arguments import path
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.output import wrapped
 
 Config = Annotated[
     Path,
@@ -32,7 +33,7 @@ def import_config(config: Config, out: Out = None, processes: Processes = 1) -> 
     write_new(target, recipe_text(imported))
     print(f"{config} is a config of {imported.tool}")
     for line in report(imported):
-        print(line)
+        print(wrapped(line, sys.stdout))
     print(f"wrote {target}; next: dtrain check {target}")
     raise typer.Exit(check_written(target))
 

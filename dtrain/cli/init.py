@@ -10,9 +10,11 @@ import typer
 
 from dtrain.cli.import_config import check_written, write_new
 from dtrain.core.errors import UserError
+from dtrain.core.output import wrapped
 from dtrain.core.run_dir import RECIPE
 
 if TYPE_CHECKING:
+    from dtrain.pipeline.data_survey import DataSurvey
     from dtrain.pipeline.recipe_draft import Hardware
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")]
@@ -47,19 +49,21 @@ def init(
 
     if out.exists():
         raise UserError("exists already", where=str(out), fix="choose another file")
+    base = base or ask("base", "Base model (folder, hub id or dtrain:smollm2-135m to try)")
+    read = {path: survey_data(path) for path in data} if data else ask_data()
+    surveys = [survey for found in read.values() for survey in found]
     hardware = find_hardware(gpu, nodes, gpus)
-    base = base or ask("base", "Base model (folder or hub id)")
-    data = data or [ask("data", "Data (file, folder or glob)")]
-    surveys = [survey for path in data for survey in survey_data(path)]
-    draft = draft_recipe(recipe_name(data), base, surveys, hardware)
+    draft = draft_recipe(recipe_name(list(read)), base, surveys, hardware)
     write_new(out, recipe_text(draft))
     cluster = hardware.cluster
     options = f" --gpu {cluster.gpu.name} --nodes {nodes}" if cluster else ""
-    print(f"wrote {out}; next: dtrain check {out}, dtrain plan {out}{options}, dtrain run {out}")
+    print(f"wrote {out}; next:")
+    for command in (f"check {out}", f"data scan {out}", f"plan {out}{options}", f"run {out}"):
+        print(f"  dtrain {command}")
     raise typer.Exit(check_written(out))
 
 
-def ask(option: str, question: str) -> str:
+def ask(option: str, question: str, default: str | None = None) -> str:
     """The answer of a person at the terminal.
 
     Raises:
@@ -67,8 +71,24 @@ def ask(option: str, question: str) -> str:
     """
     if not sys.stdin.isatty():
         raise UserError("is missing", where=f"--{option}", fix="dtrain init --help")
-    answer: str = typer.prompt(question)
+    answer: str = typer.prompt(question, default=default, show_default=bool(default))
     return answer.strip()
+
+
+def ask_data() -> dict[str, list[DataSurvey]]:
+    """Ask for paths until an empty answer, and again for one that cannot be read."""
+    from dtrain.pipeline.data_survey import survey_data
+
+    read: dict[str, list[DataSurvey]] = {}
+    while True:
+        question = "More data (Enter: no more)" if read else "Data (file, folder or glob)"
+        path = ask("data", question, default="" if read else None)
+        if not path:
+            return read
+        try:
+            read[path] = survey_data(path)
+        except UserError as error:
+            print(wrapped(str(error), sys.stderr), file=sys.stderr)
 
 
 def find_hardware(gpu: str | None, nodes: int, gpus: int | None) -> Hardware:
@@ -90,7 +110,8 @@ def find_hardware(gpu: str | None, nodes: int, gpus: int | None) -> Hardware:
             Cluster(gpu_of_device(here[0]["name"], mib << 20), nodes, gpus or len(here))
         )
     if gpu is None:
-        gpu = ask("gpu", "GPU, such as h100-80g (cpu for none)") if sys.stdin.isatty() else "cpu"
+        question = "GPU to train on, such as h100-80g (cpu: none)"
+        gpu = ask("gpu", question, default="cpu") if sys.stdin.isatty() else "cpu"
     if gpu == "cpu":
         return Hardware(None)
     return Hardware(Cluster(find_gpu(gpu), nodes, gpus or 1))

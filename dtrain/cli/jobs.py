@@ -176,7 +176,7 @@ def status(run: RunFolder) -> None:
     from dtrain.monitoring.local_status import local_status
 
     lines_of = status_of_jobs if has_jobs(run.absolute()) else local_status
-    print("\n".join(lines_of(run.absolute())))
+    print(wrapped("\n".join(lines_of(run.absolute())), sys.stdout))
 
 
 def logs(run: RunFolder, follow_log: Follow = False) -> None:

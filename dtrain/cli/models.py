@@ -12,6 +12,7 @@ import typer
 
 from dtrain.cli.arguments import path
 from dtrain.core.errors import Exit
+from dtrain.core.output import wrapped
 from dtrain.core.units import count, size
 
 
@@ -86,11 +87,12 @@ def diff(
         print(f"{'…':>9} {len(result.changes) - top} more (--top 0 lists all)")
     for sentence in result.incomparable:
         print(sentence)
-    print(
+    summary = (
         f"{len(result.changes)} tensors changed ({count(result.changed_elements)} elements, "
         f"relative change {result.relative:.3g}), {result.equal} are equal, "
         f"{len(result.incomparable)} cannot be compared"
     )
+    print(wrapped(summary, sys.stdout))
     if json_file:
         write_json(json_file, result.as_json())
 

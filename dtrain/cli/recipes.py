@@ -71,13 +71,14 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
 
     settings = load_recipe(recipe, overrides or [])
     report = check_inputs(settings)
-    for line in report.notes:
+    if not report.errors:
+        print(dump(settings), end="", flush=True)
+    for line in report.notes:  # below the recipe, which fills several screens
         print(wrapped(line, sys.stderr), file=sys.stderr)
     report.raise_errors()
     for line in (*position_warnings(settings), *unreachable(settings)):
         print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)
-    print(dump(settings), end="")
-    print(wrapped(NOT_CHECKED, sys.stderr), file=sys.stderr)
+    print(wrapped(f"no errors; {NOT_CHECKED}", sys.stderr), file=sys.stderr)
 
 
 def schema() -> None:
@@ -124,6 +125,9 @@ def plan(
     on_node = gpus_per_node or settings.launch.ranks_on_node(8)
     for line in position_warnings(settings):
         print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)
+    if settings.device == "cpu":
+        line = f"device: cpu is in the recipe; this plan is for a {gpu}, and not for CPUs"
+        print(wrapped(line, sys.stderr), file=sys.stderr)
     result = make_plan(settings, Cluster(find_gpu(gpu), nodes, on_node))
     if exact:
         result = simulate_plan(result, settings, no_progress if as_json else show_progress)

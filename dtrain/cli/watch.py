@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from dtrain.cli.arguments import path
 from dtrain.core.errors import UserError
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", parser=path, help="Run folders.")]
-Once = Annotated[bool, typer.Option("--once", help="Print the state and end.")]
+Once = Annotated[bool, typer.Option("--once", help="Print the state and end; so does a pipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the state as JSON, a line a run.")]
 
 
@@ -24,7 +25,7 @@ def watch(runs: Runs, once: Once = False, as_json: Json = False) -> None:
     if as_json:
         for state in read_states(runs):
             print(json.dumps(state.to_json()))
-    elif once:
+    elif once or not sys.stdout.isatty():
         for state in read_states(runs):
             SafeConsole().print(render_run(state))
     else:

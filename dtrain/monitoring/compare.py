@@ -25,6 +25,10 @@ ROWS_ONLY = (
     "± is the standard error over the held-out rows; another seed may change a loss by more: give "
     "several runs of each, with different seeds"
 )
+NO_LOSSES = (
+    "No held-out loss to compare: name held-out rows in evaluation.sets. Training losses are of "
+    "other rows at each step."
+)
 UNCOMPARED = ("name", "output.folder", "output.reuse")  # they differ between any two runs
 
 
@@ -71,6 +75,8 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     sentences = list(verdicts(groups))
     if not groups and any("±" in cell for row in losses for cell in row):
         sentences.append(ROWS_ONLY)
+    if not losses:
+        sentences.append(NO_LOSSES)
     return Comparison(names, records, [table for table in tables if table.rows], sentences)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.config.schema import Data, Recipe
-from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path
+from dtrain.core.cache_paths import SAMPLE_PREFIX, hub_id, hub_snapshot, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded
 from dtrain.planning.architectures import check_not_quantized, read_config, shape_of
@@ -225,6 +225,8 @@ def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:
         )
     close = get_close_matches(base, KNOWN, n=1)
     hint = f"did you mean {close[0]}? If not, " if close else ""
+    if "/" not in base:  # hub ids have an owner, but for a few old ones
+        hint += f"write {SAMPLE_PREFIX}{base} for a sample, "
     raise UserError(
         f"no config.json of {base!r} on this machine",
         where=where,

@@ -121,6 +121,20 @@ def test_check_output_loads_as_the_same_recipe(tmp_path: Path) -> None:
     done = dtrain("check", "tiny", "seed=7", cwd=tmp_path)
     (tmp_path / "copy.yaml").write_text(done.stdout)
     assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("tiny", ["seed=7"])
+    assert "no errors; not checked: " in done.stderr
+
+
+def test_a_plan_says_that_a_recipe_is_for_cpus(tmp_path: Path) -> None:
+    planned = dtrain("plan", "tiny", "device=cpu", cwd=tmp_path)
+    assert "this plan is for a h100-80g, and not for CPUs" in planned.stderr
+
+
+def test_a_sample_without_its_prefix_is_recognized(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+    given = ["--base", "tiny-llama", "--data", "rows.jsonl", "--gpu", "cpu"]
+    done = dtrain("init", "my.yaml", *given, cwd=tmp_path)
+    assert done.returncode == 2 and "write dtrain:tiny-llama for a sample" in done.stderr
 
 
 def test_check_reports_every_error_and_exits_2(tmp_path: Path) -> None:

@@ -81,8 +81,11 @@ def test_once_and_json(run: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     (run / "slurm").mkdir()
     (run / "slurm" / "job.log").write_text("first\nattempt 1 of job 7 on n1\x1b[31m\n")
+    app(["watch", str(run)], standalone_mode=False)
+    piped = capsys.readouterr().out  # no live view where nobody can quit it
     app(["watch", str(run), "--once"], standalone_mode=False)
     text = capsys.readouterr().out
+    assert piped == text
     for part in ("night", "running", "50/200", "10 min 00 s", "2.500", "prose 2.500", "5 GB"):
         assert part in text, text
     assert "attempt 1 of job 7" in text and "\x1b[31m" not in text

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dtrain.cli.root import app
 from dtrain.config.load import load_recipe
+from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
 from dtrain.data.check_rows import check_rows
 
@@ -87,7 +88,9 @@ def test_printed_lines_are_those_of_a_recipe(docs, tmp_path) -> None:
     text = f"{head}stages:\n{''.join(stages)}evaluation:\n  sets:\n{''.join(sets)}"
     recipe.write_text(text, encoding="utf-8")
     loaded = load_recipe(str(recipe))
-    check_rows(loaded)
+    report = CheckReport()
+    check_rows(loaded, report)
+    report.raise_errors()
     assert loaded.stages[0].data.sources[0].path == str(out / "domain-train.jsonl")
     assert {s.kind for s in loaded.evaluation.sets.values()} == {"cpt", "sft"}
 

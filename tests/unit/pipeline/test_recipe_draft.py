@@ -122,9 +122,10 @@ def test_the_command_asks_on_a_terminal_and_never_overwrites(place: Path) -> Non
     silent = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert silent.returncode == 2 and "--base: is missing" in silent.stderr
     terminal, other = pty.openpty()
-    os.write(terminal, b"cpu\ndtrain:tiny-llama\na.jsonl\n")
+    os.write(terminal, b"dtrain:tiny-llama\nb.jsonl\na.jsonl\n\n\n")
     asked = subprocess.run(command, stdin=other, capture_output=True, text=True, timeout=60)
     assert asked.returncode == 0, asked.stderr
+    assert "no such file" in asked.stderr  # and the question was asked again
     assert load_recipe("my.yaml").model.base == "dtrain:tiny-llama"
     again = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr
