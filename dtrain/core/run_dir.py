@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -297,10 +298,17 @@ class RunDir:
         Raises:
             UserError: it contains no recipe.
         """
-        if not self.recipe.is_file():
-            fix = "give the folder that output.folder named"
-            message = f"is not a run folder: no {RECIPE} in it"
-            raise UserError(message, where=str(self.path), fix=fix)
+        if self.recipe.is_file():
+            return
+        reason, fix = f"no {RECIPE} in it", "give the folder that output.folder named"
+        if not self.path.exists():
+            reason = "it does not exist"
+            beside = {
+                path.parent.name: path.parent for path in self.path.parent.glob(f"*/{RECIPE}")
+            }
+            if near := get_close_matches(self.path.name, beside, n=1):
+                fix = f"did you mean {beside[near[0]]}?"
+        raise UserError(f"is not a run folder: {reason}", where=str(self.path), fix=fix)
 
     def progress(self) -> dict[str, str]:
         """Progress of each started stage, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -162,13 +163,15 @@ def finish(
 def next_step(recipe: Recipe) -> str:
     """The command to type next."""
     command = Path(sys.executable).with_name("dtrain")
+    if shutil.which("dtrain") == str(command):
+        command = Path("dtrain")
     with suppress(ValueError):
         command = command.relative_to(Path.cwd())
     if recipe.name in shipped():
         return f"next           {command} recipes copy {recipe.name} my.yaml, edit it, run it"
     if any(stage.adapter_name for stage in recipe.stages):
         return f"next           {command} serve {recipe.output.folder}"
-    return f"next           {command} report {recipe.output.folder}"
+    return f"next           {command} chat {recipe.output.folder}"
 
 
 def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRecord]) -> None:

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
+from dtrain.core.output import wrapped
 from dtrain.data.conversations import Messages
 from dtrain.models.peft_format import CONFIG
 from dtrain.serving.generator import TextGenerator
@@ -60,7 +61,7 @@ class Chat:
         elif verb == "adapter":
             print(" ".join(f"[{n}]" if n == self.name else n for n in self.choices), flush=True)
         else:
-            print(HELP, flush=True)
+            print(wrapped(HELP, sys.stdout), flush=True)
 
     def switch(self, name: str) -> None:
         """Let another one answer; the conversation stays."""
@@ -100,6 +101,7 @@ def typed() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
+    print(wrapped(HELP, sys.stdout))
     while True:
         try:
             yield input("> ")
@@ -107,4 +109,4 @@ def typed() -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            print("\n" + HELP)
+            print("\n" + wrapped(HELP, sys.stdout))

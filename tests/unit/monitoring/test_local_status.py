@@ -101,3 +101,7 @@ def test_logs_are_the_file_that_the_run_prints_to_or_a_word_where_it_went(tmp_pa
             list(follow_local(tmp_path / name, until_over=False))
     with pytest.raises(UserError, match="is not a run folder"):
         local_status(tmp_path)
+    (tmp_path / "night-1").mkdir()
+    RunDir(tmp_path / "night-1").recipe.write_text("name: x\n")
+    with pytest.raises(UserError, match=r"does not exist\n.*did you mean .*night-1\?"):
+        local_status(tmp_path / "nigth-1")
