@@ -15,6 +15,7 @@ from dtrain.core.output import wrapped
 
 if TYPE_CHECKING:
     from dtrain.config.schema import Recipe
+    from dtrain.core.check_report import CheckReport
 
 Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each node.")]
@@ -63,13 +64,18 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """Check the recipe, write its job script into the run folder, submit it to Slurm."""
-    from dtrain.config.load import load_recipe
+    from dtrain.config.load import load_recipe, with_origins
     from dtrain.launching import submit as jobs
     from dtrain.launching.commands import run_dir_of, with_run_dir
     from dtrain.planning.known_models import position_warnings
 
     settings = load_recipe(recipe, overrides or [])
-    check_first(settings, force, dry_run)
+    report = check_first(settings, dry_run)
+    report.errors = with_origins(report.errors, recipe, overrides or [])
+    if not force:
+        report.raise_errors()
+    for error in report.errors:
+        log(f"warning: {error}")
     for line in position_warnings(settings):
         log(f"warning: {line}")
     run, working = run_dir_of(settings), Path.cwd()
@@ -100,11 +106,11 @@ def submit(
         print(f"  dtrain {verb} {jobs.quote(run.path)}")
 
 
-def check_first(recipe: Recipe, force: bool, dry_run: bool) -> None:
+def check_first(recipe: Recipe, dry_run: bool) -> CheckReport:
     """Check the inputs of all stages, and that the nodes of a real job need not download a model.
 
-    Raises:
-        UserError: an input is missing or wrong, and the job is not forced.
+    Returns:
+        Its errors; the notes are logged.
     """
     from dtrain.pipeline.input_checks import check_inputs
     from dtrain.planning.known_models import check_downloaded
@@ -115,10 +121,7 @@ def check_first(recipe: Recipe, force: bool, dry_run: bool) -> None:
             check_downloaded(recipe, "--force")
     for line in report.notes:
         log(line)
-    if not force:
-        report.raise_errors()
-    for error in report.errors:
-        log(f"warning: {error}")
+    return report
 
 
 def plan_first(recipe: Recipe, gpu: str | None, nodes: int, gpus: int, force: bool) -> None:

@@ -64,7 +64,7 @@ def copy(
 
 def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
     """Print a recipe with all defaults, or all errors of its keys, data, base and adapters."""
-    from dtrain.config.load import dump, load_recipe
+    from dtrain.config.load import dump, load_recipe, with_origins
     from dtrain.evaluation.metric import unreachable
     from dtrain.pipeline.input_checks import NOT_CHECKED, check_inputs
     from dtrain.planning.known_models import position_warnings
@@ -75,6 +75,7 @@ def check(recipe: RecipeAddress, overrides: Overrides = None) -> None:
         print(dump(settings), end="", flush=True)
     for line in report.notes:  # below the recipe, which fills several screens
         print(wrapped(line, sys.stderr), file=sys.stderr)
+    report.errors = with_origins(report.errors, recipe, overrides or [])
     report.raise_errors()
     for line in (*position_warnings(settings), *unreachable(settings)):
         print(wrapped(f"warning: {line}", sys.stderr), file=sys.stderr)

@@ -41,13 +41,15 @@ def run(
 ) -> None:
     """Train on this machine; run it again to resume."""
     end_on_interrupt(INTERRUPTED_EARLY)  # before imports that take seconds
-    from dtrain.config.load import dump, load_recipe
+    from dtrain.config.load import dump, load_recipe, with_origins
     from dtrain.launching.commands import ranks_per_node, run_dir_of, with_run_dir
     from dtrain.pipeline.input_checks import check_inputs
 
     check_process_limits()
     settings = load_recipe(recipe, overrides or [])
-    check_inputs(settings).raise_errors()
+    report = check_inputs(settings)
+    report.errors = with_origins(report.errors, recipe, overrides or [])
+    report.raise_errors()
     run_dir = run_dir_of(settings)
     if fresh:
         run_dir = create_numbered(run_dir.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,6 +60,33 @@ def load_recipe(address: str | Mapping[str, Any], overrides: Sequence[str] = ())
     if faults:
         raise UserErrors(faults)
     return recipe
+
+
+def with_origins(
+    errors: Sequence[UserError], address: str, overrides: Sequence[str] = ()
+) -> list[UserError]:
+    """Errors of checks after the loading, with `file:line` or the override before their keys.
+
+    Args:
+        errors: those that begin with a key, such as `stages.task.data: qa.jsonl:3`, get an origin.
+        address, overrides: of the recipe, which `load_recipe` has read.
+    """
+    document = read_document(find_recipe(address))
+    apply_overrides(document, overrides)
+    return [
+        UserError(e.message, where=_with_origin(e.where, document), fix=e.fix, status=e.status)
+        for e in errors
+    ]
+
+
+def _with_origin(where: str, document: YamlDocument) -> str:
+    holder: Any = document.values
+    key: Key = ()
+    with suppress(UserError, KeyError):
+        for step in where.partition(":")[0].split("."):
+            index = _index(holder, key, step, where)
+            holder, key = holder[index], (*key, index)
+    return f"{document.where(key)}: {where}" if key else where
 
 
 def check_no_secrets(document: YamlDocument, overrides: Sequence[str] = ()) -> None:

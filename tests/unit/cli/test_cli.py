@@ -88,7 +88,8 @@ def test_a_later_stage_is_checked_before_anything_is_written(verb: str, tmp_path
     ]
     done = dtrain(verb, "tiny", *faults, cwd=tmp_path)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
-    assert "stages.task.method.target_modules: no linear layer is named 'q_prj'" in done.stderr
+    message = "stages.task.method.target_modules: no linear layer is named 'q_prj'"
+    assert f"override {faults[0]}: {message}" in done.stderr
     assert "stages.task.data: no.jsonl: no such file" in done.stderr
     assert "evaluation.generation.asked.path: no.csv: no such file" in done.stderr
 

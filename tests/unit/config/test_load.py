@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.config.load import dump, load_recipe
+from dtrain.config.load import dump, load_recipe, with_origins
 from dtrain.config.methods import TRAITS
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError, UserErrors
@@ -112,6 +112,22 @@ def test_overrides_by_key_number_and_name(write) -> None:
     assert recipe.stages[1].method.kind == "full"
     assert recipe.launch.processes == 2
     assert recipe.output.folder == "/some/where"
+
+
+def test_errors_of_later_checks_get_the_line_of_their_key(write) -> None:
+    places = {
+        "stages.domain.method.r": "FILE:8: ",
+        "stages.task.data: b.json:3": "FILE:18: ",
+        "stages.task.method.target_modules": "FILE:17: ",  # a default: of the group around it
+        "model.base": "override model.base=gone: ",
+        "some/folder": "",
+    }
+    address = write(GOOD)
+    errors = [UserError("is wrong", where=where, fix="change it") for where in places]
+    for error in with_origins(errors, address, ["model.base=gone"]):
+        where = error.where.replace(address, "FILE")
+        assert where in {origin + key for key, origin in places.items()}
+        assert (error.message, error.fix) == ("is wrong", "change it")
 
 
 def test_a_later_override_wins(write) -> None:
