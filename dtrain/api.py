@@ -27,6 +27,7 @@ from dtrain.core.run_dir import RECIPE, RunDir, create_numbered
 from dtrain.launching.commands import launcher_environment, run_dir_of, with_run_dir
 from dtrain.monitoring.run_record import read_run
 from dtrain.monitoring.run_state import RunState, read_state
+from dtrain.pipeline.input_checks import check_inputs
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.plan import RecipePlan, make_plan
 from dtrain.planning.workload import Cluster
@@ -132,6 +133,7 @@ def run(
         KeyboardInterrupt: it was interrupted, and has saved.
     """
     settings = _load(recipe, overrides)
+    check_inputs(settings).raise_errors()
     folder = run_dir_of(settings)
     if fresh:
         folder = create_numbered(folder.path)
@@ -167,6 +169,8 @@ def submit(
         UserError: the recipe is wrong, does not fit, or Slurm refuses it.
     """
     settings = _load(recipe, overrides)
+    if not options.get("force"):
+        check_inputs(settings).raise_errors()
     folder = run_dir_of(settings)
     words = [f"--nodes={nodes}", f"--gpus={gpus}", f"--time={time}"]
     for name, value in options.items():

@@ -95,7 +95,7 @@ def test_plan_is_that_of_the_command() -> None:
     assert json.dumps(as_json(result)) == json.dumps(json.loads(printed))
 
 
-def test_a_failed_command_is_an_error_with_its_message(tmp_path, monkeypatch, capsys) -> None:
+def test_inputs_are_checked_before_a_process_starts(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base"
     base.mkdir()
@@ -104,8 +104,16 @@ def test_a_failed_command_is_an_error_with_its_message(tmp_path, monkeypatch, ca
     )
     with pytest.raises(UserError, match="is already quantized") as caught:
         run(values(), [f"model.base={base}"])
-    assert caught.value.status == 2
-    assert "is already quantized" in capsys.readouterr().out
+    assert caught.value.status == 2 and caught.value.where.startswith("model.base: ")
+    assert not capsys.readouterr().out and not (tmp_path / "runs").exists()
+
+
+def test_a_failed_command_is_an_error_with_its_message(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the plan does not know this GPU") as caught:
+        submit(values(), gpu="abacus", dry_run=True)
+    assert caught.value.status == 2 and caught.value.where == str(tmp_path / "runs" / "own")
+    assert "error: " in capsys.readouterr().out
 
 
 def test_submit_passes_its_options_on(tmp_path, monkeypatch, capsys) -> None:
