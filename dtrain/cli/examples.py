@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import typer
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -89,12 +91,18 @@ def add_examples(app: typer.Typer, words: str = "") -> None:
     for command in app.registered_commands:
         assert command.callback
         name = command.name or command.callback.__name__
+        command.help = command.help or reflowed(inspect.getdoc(command.callback) or "")
         command.epilog = epilog(f"{words} {name}".strip())
     for group in app.registered_groups:
         assert group.typer_instance
         name = f"{words} {group.name}".strip()
         group.epilog = epilog(name)
         add_examples(group.typer_instance, name)
+
+
+def reflowed(text: str) -> str:
+    """Paragraphs without line breaks: typer would break at those and at the terminal's width."""
+    return "\n\n".join(" ".join(each.split()) for each in text.split("\n\n"))
 
 
 def epilog(command: str) -> str | None:

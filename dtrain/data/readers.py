@@ -210,7 +210,8 @@ def parse_json(line: bytes, source_file: SourceFile, first_line: int) -> Any:
         at = min(error.pos, len(error.doc.rstrip()))  # truncated JSON is reported in its last line
         before = error.doc[:at].split("\n")
         where = f"{source_file.name}:{first_line + len(before) - 1}"
-        message = f"invalid JSON: {error.msg} (column {len(before[-1]) + 1})"
+        problem = error.msg.removesuffix(" at")
+        message = f"invalid JSON: {problem} (column {len(before[-1]) + 1})"
         return UserError(message, where=where, fix="fix or remove this line")
     except UnicodeDecodeError as error:
         where = f"{source_file.name}:{first_line + line[: error.start].count(10)}"

@@ -32,6 +32,12 @@ def commands(
     return {k: v for k, v in found.items() if not (is_plain_group and k == " ".join(words))}
 
 
+def test_help_has_no_line_breaks_of_the_source() -> None:
+    for name, command in commands().items():
+        paragraphs = (command.help or "").split("\n\n")
+        assert not any("\n" in paragraph for paragraph in paragraphs), name
+
+
 def test_every_command_has_an_example() -> None:
     assert set(EXAMPLES) == set(commands())
     for name, command in commands().items():

@@ -219,7 +219,7 @@ class TestBroken:
             f"{path}:4: duplicate key `text`",
             f"{path}:5: `text` contains a NUL at character 1",
             f"{path}:6: column `text` is missing; the row has txt",
-            f"{path}:7: invalid JSON: Invalid control character at (column 12)",
+            f"{path}:7: invalid JSON: Invalid control character (column 12)",
             "z",
         ]
 
