@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.models.attention import known_document_lengths
+from dtrain.models.dropout import shared_key
 
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
 
@@ -42,11 +43,13 @@ def _each_document(
     lengths = _lengths(module, hidden_states)
     if len(lengths) == 1:
         return forward(hidden_states, *rest, **more)
-    outputs = []
+    outputs, key = [], shared_key(module)
     for start, stop in pairwise(accumulate(lengths, initial=0)):
-        cut = partial(_cut, slice(start, stop), sum(lengths))
+        key.part = slice(start, stop)
+        cut = partial(_cut, key.part, sum(lengths))
         inputs = (cut(hidden_states), *map(cut, rest))
-        outputs.append(forward(*inputs, **{key: cut(value) for key, value in more.items()}))
+        outputs.append(forward(*inputs, **{name: cut(value) for name, value in more.items()}))
+    key.part = None
     return _join(outputs)
 
 

@@ -23,12 +23,17 @@ LEVELS = 1 << 16
 
 @dataclass
 class DropoutKey:
-    """The sequences of the next forward pass; all layers of a model share one key."""
+    """The sequences of the next forward pass; all layers of a model share one key.
+
+    Attributes:
+        part: the tokens that a layer computes now, where it computes them in parts; else None.
+    """
 
     seed: int = 0
     step: int = 0
     sequences: list[int] = field(default_factory=list)
     lengths: list[int] | None = None
+    part: slice | None = None
 
     def number(self, sequence: int, layer: str) -> int:
         """63 bits that seed what a layer draws for a sequence."""
@@ -56,6 +61,7 @@ class KeyedDropout(KeyedModule):
         self.p, self.layer, self.key = p, layer, key
         self.threshold = min(round(p * LEVELS), LEVELS - 1)
         self.scale = LEVELS / (LEVELS - self.threshold)
+        self._whole: Tensor | None = None  # mask of all tokens, from their first part to the last
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply dropout in training mode; the identity in evaluation."""
@@ -75,10 +81,23 @@ class KeyedDropout(KeyedModule):
 
     def keep_mask(self, x: Tensor) -> Tensor:
         """The elements of x [1, T, h] to keep, as bool."""
-        key, (batch, tokens, width) = self.key, x.shape
+        key, part, (batch, tokens, width) = self.key, self.key.part, x.shape
         assert batch == 1, "sequences are concatenated, not stacked"
+        if part is None:
+            return self._draw_all(tokens, width, x.device)
+        if part.start == 0:
+            self._whole = self._draw_all(sum(key.lengths or ()), width, x.device)
+        assert self._whole is not None and part.stop - part.start == tokens
+        kept = self._whole[:, part]
+        if part.stop == self._whole.shape[1]:
+            self._whole = None
+        return kept.contiguous()
+
+    def _draw_all(self, tokens: int, width: int, device: torch.device) -> Tensor:
+        """The mask [1, T, h] of all sequences."""
+        key = self.key
         assert key.lengths and sum(key.lengths) == tokens, "the key is for another micro-batch"
-        kept = torch.empty(1, tokens, width, dtype=torch.bool, device=x.device)
+        kept = torch.empty(1, tokens, width, dtype=torch.bool, device=device)
         parts = kept[0].split(key.lengths)
         for sequence, part in zip(key.sequences, parts, strict=True):
             self._draw(part, sequence)

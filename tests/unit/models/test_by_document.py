@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config import schema
 from dtrain.models.by_document import has_state
+from dtrain.models.dropout import DropoutKey, KeyedDropout
 from dtrain.models.load import freeze_for_training, silence_transformers
 from dtrain.models.loss import target_logits
 from dtrain.models.packing_probe import ProbeSequence
@@ -62,3 +63,17 @@ def test_documents_are_computed_as_alone(model: Any, checkpointing: bool) -> Non
     assert packed.keys() == alone.keys()
     for name, values in alone.items():
         torch.testing.assert_close(packed[name], values, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_dropout_of_an_adapter_is_that_of_the_whole_sequence() -> None:
+    key = DropoutKey(seed=1, step=2, sequences=[7, 9], lengths=[30, 10])
+    dropout = KeyedDropout(0.5, "layer", key).train()
+    x = torch.ones(1, 40, 8)
+    whole = dropout(x)
+    parts = []
+    for start, stop in ((0, 14), (14, 35), (35, 40)):
+        key.part = slice(start, stop)
+        parts.append(dropout(x[:, start:stop]))
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    key.part = None
+    assert torch.equal(dropout(x), whole)
