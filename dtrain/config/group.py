@@ -10,7 +10,8 @@ from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10**15)]  # sizes that are computed from it are int64
+MAX_COUNT = 10**15  # sizes that are computed from a count are int64
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 MAX_FLOAT = 3.4e38  # of float32
 Text = Annotated[str, Field(min_length=1)]
 

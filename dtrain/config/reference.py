@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dtrain.config.engines import ENGINES
+from dtrain.config.group import MAX_COUNT
 from dtrain.config.schema import Recipe
 from dtrain.config.schema_paths import subgroups
 from dtrain.config.sweep import Sweep
@@ -145,7 +146,7 @@ def _bounds(metadata: list[Any]) -> str:
         f" {sign} {_number(getattr(item, name))}"
         for item in metadata
         for name, sign in _BOUNDS.items()
-        if getattr(item, name, None) is not None
+        if getattr(item, name, None) not in (None, MAX_COUNT)  # far above any real value
     ]
     return ",".join(bounds)
 

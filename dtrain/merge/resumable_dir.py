@@ -54,7 +54,7 @@ class ResumableDir:
         self._locks = self._open_locks()
         if self._is_alone():
             self._clean()
-        elif not self._has_this_plan():
+        elif not self._is_same_plan():
             self.close()
             fix = "wait until it has finished, or choose another folder"
             raise UserError("is being made by another process", where=str(out), fix=fix)
@@ -162,6 +162,13 @@ class ResumableDir:
     def _has_this_plan(self) -> bool:
         try:
             check_own_folder(self.target)
+        except UserError:
+            return False
+        return self._is_same_plan()
+
+    def _is_same_plan(self) -> bool:
+        """Whether the work has this plan; while it is published, it has no folder to write into."""
+        try:
             return read_sealed(check_own_file(self._folder / PLAN)) == self._plan
         except UserError:
             return False

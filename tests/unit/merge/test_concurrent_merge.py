@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dtrain.cli.merge import merge
 from dtrain.core.hashes import file_hash
+from dtrain.merge import resumable_dir
 from dtrain.merge.resumable_dir import ResumableDir
 
 ROOT = Path(__file__).parents[3]
@@ -148,3 +149,26 @@ def test_another_merge_to_the_same_folder_is_refused(
     assert (tmp_path / ".out.making" / "model").is_dir()
     first.kill()
     first.communicate()
+
+
+def test_a_process_may_join_while_another_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ResumableDir(tmp_path / "out", {"of": "this"})
+    (work.target / "file").write_text("whole")
+    joins = (
+        "import sys; from pathlib import Path; "
+        "from dtrain.merge.resumable_dir import ResumableDir; "
+        "work = ResumableDir(Path(sys.argv[1]), {'of': 'this'}); "
+        "assert work.is_done('file'); work.close()"
+    )
+
+    def join(folder: Path) -> None:  # the folder is renamed, and the work not yet removed
+        if folder == tmp_path:
+            subprocess.run([sys.executable, "-c", joins, str(tmp_path / "out")], check=True)
+
+    monkeypatch.setattr(resumable_dir, "fsync_folder", join)
+    assert work.claim_publishing()
+    work.publish({"file"})
+    work.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
