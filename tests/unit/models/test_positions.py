@@ -150,7 +150,7 @@ def test_long_sequences_are_reported_without_torch(recipe, tmp_path, capsys) -> 
     (line,) = position_warnings(recipe("gpt2", 4))
     capsys.readouterr()
     check(str(tmp_path / "r.yaml"))
-    assert capsys.readouterr().err == f"warning: {line}\n"
+    assert f"warning: {line}\n" in capsys.readouterr().err
     assert line.startswith(
         "stages.domain.data: sequence_length is 64, but the model has 24 positions"
     )

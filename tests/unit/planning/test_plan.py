@@ -205,7 +205,7 @@ def test_plan_and_job_run_as_many_ranks_as_the_recipe_says(name: str, tmp_path) 
 
 def test_submit_skips_the_plan_only_for_an_unknown_shape(tmp_path) -> None:
     run_folder = f"output.folder={tmp_path / 'run'}"
-    unknown = invoke("submit", "7b-lora", run_folder, f"model.base={tmp_path}/none", "--dry-run")
+    unknown = invoke("submit", "7b-lora", run_folder, "model.base=me/mine", "--dry-run")
     assert "not planned: " in unknown.output and "#SBATCH" in unknown.output
     wrong = invoke("submit", "70b-qlora", run_folder, "engine.shard=3", "--dry-run").exception
     assert isinstance(wrong, UserError) and "do not divide into groups of 3" in str(wrong)
