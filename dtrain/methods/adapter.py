@@ -48,6 +48,13 @@ class AdapterMethod(AddedMethod[Settings]):
         unused = unused_linear_layers(described)
         saved = check_modules_to_save(model, self.settings.whole_modules, described)
         barred = self.barred_layers(model)
+        if barred and self.traits.quantizes_base:
+            raise UserError(
+                f"{model.config.model_type!r} has layers that PEFT does not adapt, and is not "
+                "computed in NF4 as it is merged",
+                where="method.kind",
+                fix="a base in 16 bits: method.kind=lora",
+            )
         targets = resolve_targets(model, self.settings.target_modules, unused, saved, barred)
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.

@@ -8,7 +8,9 @@ document by itself. `probe_packing` checks the result. T is the number of tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -41,16 +43,33 @@ def _each_document(
     module: nn.Module, forward: Callable[..., Any], hidden_states: Tensor, *rest: Any, **more: Any
 ) -> Any:
     lengths = _lengths(module, hidden_states)
-    if len(lengths) == 1:
-        return forward(hidden_states, *rest, **more)
     outputs, key = [], shared_key(module)
-    for start, stop in pairwise(accumulate(lengths, initial=0)):
-        key.part = slice(start, stop)
-        cut = partial(_cut, key.part, sum(lengths))
-        inputs = (cut(hidden_states), *map(cut, rest))
-        outputs.append(forward(*inputs, **{name: cut(value) for name, value in more.items()}))
+    with _without_hooks(module):
+        for start, stop in pairwise(accumulate(lengths, initial=0)):
+            key.part = slice(start, stop)
+            cut = partial(_cut, key.part, sum(lengths))
+            inputs = (cut(hidden_states), *map(cut, rest))
+            outputs.append(forward(*inputs, **{name: cut(value) for name, value in more.items()}))
     key.part = None
     return _join(outputs)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Call the layers inside of a module without their hooks.
+
+    ZeRO-3 gathers the weights of a decoder layer as a whole. The hooks of layers inside would make
+    ranks wait for one another once a document, of which each rank has another number.
+    """
+    inner = [child for child in module.modules() if child is not module]
+    hooks = [(child._forward_pre_hooks, child._forward_hooks) for child in inner]
+    for child in inner:
+        child._forward_pre_hooks, child._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for child, (before, after) in zip(inner, hooks, strict=True):
+            child._forward_pre_hooks, child._forward_hooks = before, after
 
 
 def _lengths(module: nn.Module, hidden_states: Tensor) -> Sequence[int]:
@@ -78,4 +97,6 @@ def _cut(part: slice, tokens: int, value: Any) -> Any:
 def _join(outputs: list[Any]) -> Any:
     if isinstance(outputs[0], tuple):
         return tuple(_join(list(items)) for items in zip(*outputs, strict=True))
-    return torch.cat(outputs, dim=1) if isinstance(outputs[0], Tensor) else outputs[0]
+    if len(outputs) == 1 or not isinstance(outputs[0], Tensor):
+        return outputs[0]
+    return torch.cat(outputs, dim=1)

@@ -25,6 +25,7 @@ from dtrain.core.weight_files import check_complete, read_header, weight_files
 from dtrain.models import attention
 from dtrain.models.by_document import separate_states
 from dtrain.models.finite_weights import check_finite
+from dtrain.models.kernels.experts import check_experts
 from dtrain.models.meta_model import build_meta_model, first_line, linear_layers
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
@@ -182,7 +183,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
     _check_trainable(folder, config, has_code=needs_code)
-    build_meta_model(config, trust_remote_code)  # raises where it cannot be built
+    check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
     return config
 
 

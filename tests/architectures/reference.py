@@ -59,7 +59,7 @@ def round_experts(model: nn.Module, folder: Path) -> None:
         module = model.get_submodule(name.rpartition(".")[0])
         if p.dim() != 3 or not hasattr(module, "is_concatenated"):
             continue
-        apart = name not in stored and "gate_up" in name
+        apart = "gate_up" in name and any(".experts.0." in x for x in stored)
         for expert in p.data:
             for matrix in expert.chunk(2 if apart else 1):
                 packed, state = quantize_4bit(

@@ -25,8 +25,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from dtrain.core.errors import UserError
 from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
 
 NAME = "routed"  # of the implementation, in transformers' registry
@@ -258,6 +260,28 @@ def _call(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers lets a function of its registry compute this module's experts."""
     return all(hasattr(module, name) for name in ("is_concatenated", "has_gate", "num_experts"))
+
+
+def check_experts(model: nn.Module, where: str) -> None:
+    """Check that the experts of a model, if it has any, are those that can get adapters.
+
+    Raises:
+        UserError: a layer has a number of experts, but keeps them in a form of its own.
+    """
+    modules = dict(model.named_modules())
+    counts = [
+        name
+        for name, module in modules.items()
+        if not isinstance(module, PreTrainedModel)
+        and any("expert" in key and type(value) is int for key, value in vars(module).items())
+    ]
+    if counts and not any(is_experts(module) for module in modules.values()):
+        raise UserError(
+            f"the experts of this model ({counts[0]}) are computed by code of its own, which "
+            "dtrain does not train",
+            where=where,
+            fix="choose a mixture of experts such as qwen3_moe, mixtral, gpt_oss, or a dense model",
+        )
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:

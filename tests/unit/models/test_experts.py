@@ -26,6 +26,7 @@ from dtrain.methods.base import build_method
 from dtrain.models.expert_nf4 import expert_states
 from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.load import read_config
 from dtrain.models.packing_probe import probe_packing
 from dtrain.models.sharded_loading import stream_base
 
@@ -259,3 +260,14 @@ def test_documents_of_a_packed_sequence_are_separate(write: Callable, kind: str)
     folder = write(kind)
     config = AutoConfig.from_pretrained(folder)
     assert probe_packing(config, schema.Model(base=str(folder))).packed
+
+
+def test_experts_that_code_of_their_own_computes_are_refused(tmp_path: Path) -> None:
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model(
+        "dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300,
+        attn_config=attention, ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4},
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="computed by code of its own"):
+        read_config(tmp_path, trust_remote_code=False)
