@@ -31,6 +31,7 @@ from dtrain.methods.saved_modules import (
     saved_parameters,
 )
 from dtrain.models.dropout import key_dropouts
+from dtrain.models.kernels.experts import router_layers
 from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
@@ -55,7 +56,9 @@ class AdapterMethod(AddedMethod[Settings]):
                 where="method.kind",
                 fix="a base in 16 bits: method.kind=lora",
             )
-        targets = resolve_targets(model, self.settings.target_modules, unused, saved, barred)
+        targets = resolve_targets(
+            model, self.settings.target_modules, unused, saved, barred, router_layers(model)
+        )
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
@@ -208,6 +211,7 @@ def resolve_targets(
     unused: set[str],
     saved: set[str],
     barred: set[str],
+    routers: set[str],
 ) -> str | list[str]:
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
@@ -215,6 +219,7 @@ def resolve_targets(
         unused: layers that no text reaches; an adapter there would never get a gradient.
         saved: modules that train whole.
         barred: layers that PEFT does not adapt; an error where they are named.
+        routers: layers that choose experts, which stay frozen; the same.
 
     Raises:
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
@@ -223,7 +228,9 @@ def resolve_targets(
     layers = linear_layers(model)
     if isinstance(target_modules, str):
         named = {n for n, m in layers.items() if m is not output}
-        matched = named - saved - barred
+        matched = named - saved - barred - routers
+        if routers:
+            say(f"the routers of {len(routers)} layers stay frozen")
         if barred:
             summary = summarize_names(barred)
             say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
@@ -231,6 +238,12 @@ def resolve_targets(
         _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
         named = matched = set(match_names(names, target_modules))
+        if chosen := sorted(matched & routers):
+            raise UserError(
+                f"{chosen[0]} is a router, which stays frozen",
+                where="method.target_modules",
+                fix="leave it out",
+            )
         if both := sorted(matched & saved):
             message = f"{both[0]} cannot have an adapter and train whole"
             where = "method.target_modules and method.modules_to_save"

@@ -30,6 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dtrain.core.errors import UserError
 from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
+from dtrain.models.meta_model import linear_layers
 
 NAME = "routed"  # of the implementation, in transformers' registry
 WRAPPERS = "lora_wrappers"  # attribute of an experts module: parameter → PEFT's wrapper
@@ -293,6 +294,23 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
         for parameter, values in module.named_parameters(recurse=False)
         if values.dim() == 3
     }
+
+
+def router_layers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose experts: next to them, with an output for each."""
+    routers = set()
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        block, experts = name.rpartition(".")[0], int(module.num_experts)
+        for inner, layer in linear_layers(model.get_submodule(block)).items():
+            full = f"{block}.{inner}" if block else inner
+            if (
+                not f"{full}.".startswith(f"{name}.")
+                and getattr(layer, "out_features", 0) == experts
+            ):
+                routers.add(full)
+    return routers
 
 
 def route_adapters(module: nn.Module) -> bool:

@@ -49,6 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
 }  # fmt: skip
+# Its router is a linear layer.
+OTHERS: dict[str, dict[str, Any]] = {"hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2}}
 KINDS = pytest.mark.parametrize("kind", MODELS)
 IDS = torch.arange(3, 23)[None]
 
@@ -58,7 +60,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
     """`write(kind)` → the folder of a small random model."""
 
     def write_model(kind: str, **changes: Any) -> Path:
-        config = AutoConfig.for_model(kind, **{**COMMON, **MODELS[kind], **changes})
+        config = AutoConfig.for_model(kind, **{**COMMON, **(MODELS | OTHERS)[kind], **changes})
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
@@ -260,6 +262,16 @@ def test_documents_of_a_packed_sequence_are_separate(write: Callable, kind: str)
     folder = write(kind)
     config = AutoConfig.from_pretrained(folder)
     assert probe_packing(config, schema.Model(base=str(folder))).packed
+
+
+def test_routers_stay_frozen(write: Callable) -> None:
+    folder = write("hunyuan_v1_moe")
+    _, model = adapted(folder)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any(".experts." in name for name in trained)
+    assert not any(".wg." in name for name in trained)
+    with pytest.raises(UserError, match=r"gate\.wg is a router, which stays frozen"):
+        adapted(folder, target_modules=["q_proj", "wg"])
 
 
 def test_experts_that_code_of_their_own_computes_are_refused(tmp_path: Path) -> None:
