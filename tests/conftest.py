@@ -42,6 +42,15 @@ def _as_before() -> Iterator[None]:
         native.set_enabled(on=was_on)
 
 
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """A command that a test calls in this process makes what later tests write private."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 _loops_of_a_file = pytest.fixture(scope="module", autouse=True)(_as_before)
 _loops_of_a_test = pytest.fixture(autouse=True)(_as_before)
 

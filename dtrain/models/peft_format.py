@@ -95,7 +95,7 @@ class _AdapterConfig(TypedDict, total=False):
     r: _Rank | None
     init_r: _Rank | None
     lora_alpha: Number | None
-    rank_pattern: dict[str, _Rank] | None
+    rank_pattern: dict[str, _Rank | list[bool]] | None  # AdaLoRA: which ranks it kept
     alpha_pattern: dict[str, Number] | None
     target_modules: _Names
     exclude_modules: _Names

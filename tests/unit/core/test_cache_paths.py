@@ -57,6 +57,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_two_users_in_one_folder_have_a_cache_each(shared: Path) -> None:
     model = shared.parent / "model"
     model.write_text("weights")
+    model.chmod(0o644)
     cached_hash(model)
 
     def second() -> None:
