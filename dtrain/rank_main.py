@@ -148,7 +148,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
     report.open(run)
     if lock:
         remove_partial_files(run.path)
-        run.request(dump(recipe))
+        run.request(dump(recipe), keeps_stop=True)
         shutil.rmtree(run.heartbeats, ignore_errors=True)  # heartbeats of a killed attempt
     world = start_world(recipe.device)
     recipe = without_choice(recipe, world)

@@ -355,17 +355,21 @@ class RunDir:
             raise self.unusable(error) from error
         return lock
 
-    def request(self, recipe: str) -> None:
+    def request(self, recipe: str, *, keeps_stop: bool = False) -> None:
         """Begin a start: write its recipe; remove the stop file and the end of a refused start.
 
         Before the first stage has begun there is nothing that the start could spoil, so it is
         accepted at once.
 
+        Args:
+            keeps_stop: ranks without a launcher obey a stop file that was there before them.
+
         Raises:
             UserError: the folder cannot be written.
         """
         try:
-            self.stop.unlink(missing_ok=True)
+            if not keeps_stop:
+                self.stop.unlink(missing_ok=True)
             self.refused.unlink(missing_ok=True)
             if any(self.path.glob(f"*/{STAGE_RECORD}")):
                 write_atomic(self.requested, recipe)

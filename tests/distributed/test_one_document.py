@@ -1,4 +1,4 @@
-"""A hybrid model, whose packed documents would mix, trains one document at a time on any ranks."""
+"""A model, whose packed documents would mix, trains one document at a time on any ranks."""
 
 from __future__ import annotations
 
@@ -10,33 +10,29 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-LAYERS = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
-WIDTHS = {
-    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "block_ff_dim": 96,
-    "block_multiple_of": 16, "max_position_embeddings": 256,
-}  # fmt: skip
+SIZES = {"hidden_size": 64, "n_head": 4, "n_layer": 2}
 TEXTS = [" ".join(["a"] * number) for number in range(1, 10)]
 WAYS = [("ddp", 2, 2), ("fsdp2", 2, 1), ("zero3", 2, 2)]
 
 
 @pytest.fixture(scope="module")
-def hybrid(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LFM2 with tiny's tokenizer."""
-    tiny, folder = cache / "samples" / "tiny-llama", tmp_path_factory.mktemp("hybrid")
+def bloom(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BLOOM, whose positions count through a packed sequence, with tiny's tokenizer."""
+    tiny, folder = cache / "samples" / "tiny-llama", tmp_path_factory.mktemp("bloom")
     vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    config = AutoConfig.for_model("lfm2", vocab_size=vocabulary, **LAYERS, **WIDTHS)
+    config = AutoConfig.for_model("bloom", vocab_size=vocabulary, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in (*tiny.glob("tokenizer*"), *tiny.glob("*.jinja")):
         shutil.copy(path, folder)
     return folder
 
 
-def test_losses_do_not_depend_on_the_number_of_ranks(start_ranks, hybrid, tmp_path):
+def test_losses_do_not_depend_on_the_number_of_ranks(start_ranks, bloom, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     overrides = [
-        f"model.base={hybrid}",
+        f"model.base={bloom}",
         "stages.domain.method={kind: lora, r: 8, alpha: 16, dropout: 0.1}",
         f"stages.domain.data.sources=[{{path: {texts}, format: text}}]",
         # 9 rows: the last of three steps has one, so that a rank has none

@@ -54,7 +54,7 @@ def test_dropout_changes_the_weights(start_ranks, weights, known) -> None:
     [
         (["engine.kind=fsdp2"], 2, "only ddp can use determinism: strict, and this is fsdp2"),
         (
-            ["stages.0.train.global_batch_size=6"],
+            [f"stages.{stage}.train.global_batch_size=6" for stage in (0, 1)],
             3,
             "determinism: strict needs a power of two of ranks, not 3",
         ),
