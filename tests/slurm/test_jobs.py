@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import ROOT, Cluster, wait_for
 
-SOURCED = ("job", "container")
+SOURCED = ("job", "container", "python")
 SCRIPTS = sorted(p.stem for p in (ROOT / "slurm").glob("*.sh") if p.stem not in SOURCED)
 CANARY = "canary-9f27c1"
 # Every Python process of a job imports this; it notes who parses a recipe before the first step.
