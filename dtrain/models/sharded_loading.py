@@ -53,16 +53,16 @@ class StreamedModel:
         headers_by_name = {n: e for header in headers.values() for n, e in header.items()}
         names = match_state_dict(model, self._files)
         # keyed by module, not by name: adapters wrap modules and change their names
-        self._sources: dict[nn.Module, dict[str, Source]] = {}
+        self._sources: dict[nn.Module, dict[str, TensorSource]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
         check_complete(folder, names.missing, names.unexpected)
         self._untie(names.stored)
-        sources = {n: Source([x], partial(self._read, x)) for n, x in names.stored.items()}
+        sources = {n: TensorSource([x], partial(self._read, x)) for n, x in names.stored.items()}
         for conversion in names.conversions:
             made = ConvertedTensors(conversion, self._read)
             for entry in conversion.entries:
                 read, matrices = partial(made.take, entry), _matrices_of_experts(conversion)
-                sources[entry] = Source(conversion.names, read, True, matrices)
+                sources[entry] = TensorSource(conversion.names, read, True, matrices)
         self._assign(folder, sources, headers_by_name)
 
     def _untie(self, stored: dict[str, str]) -> None:
@@ -77,7 +77,7 @@ class StreamedModel:
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
     def _assign(
-        self, folder: Path, sources: dict[str, Source], headers: dict[str, dict[str, Any]]
+        self, folder: Path, sources: dict[str, TensorSource], headers: dict[str, dict[str, Any]]
     ) -> None:
         by_tensor = {self.model.get_parameter_or_buffer(n): x for n, x in sources.items()}
         uses: Counter[Tensor] = Counter()
@@ -111,7 +111,7 @@ class StreamedModel:
             self._shared.clear()
 
     def _load_parameter(
-        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: Source
+        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: TensorSource
     ) -> nn.Parameter:
         if empty not in self._shared:
             return self._read_parameter(module, leaf, empty, source)
@@ -121,7 +121,7 @@ class StreamedModel:
         return shared
 
     def _read_parameter(
-        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: Source
+        self, module: nn.Module, leaf: str, empty: nn.Parameter, source: TensorSource
     ) -> nn.Parameter:
         if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
             # packed from the compute dtype, so that it is unpacked to that and not to float32
@@ -131,7 +131,9 @@ class StreamedModel:
             return packed_parameter(module, leaf, values, source.matrices, empty.dtype)
         return nn.Parameter(values, requires_grad=empty.requires_grad)
 
-    def _on_device(self, source: Source, empty: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def _on_device(
+        self, source: TensorSource, empty: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Read a tensor; it is checked and cast on the device, as CPUs cast slowly."""
         values, first = source.read().to(self._device), source.names[0]
         name = f"what {first}, … make" if source.is_converted else first
@@ -162,7 +164,7 @@ class ConvertedTensors:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where an entry of the model comes from.
 
     Attributes:
