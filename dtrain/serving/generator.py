@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -33,6 +34,16 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import adapters_disabled
 from dtrain.samples.make import ensure
 from dtrain.serving.run_models import ServedModel
+
+# Of PEFT, torch and safetensors, for an adapter of another base or with damaged tensors.
+PUT_ON_ERRORS = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
 
 PROMPT = "prompt_embeddings"  # PEFT's key of virtual tokens
 ALONE = (BOTTLENECK, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
@@ -112,7 +123,7 @@ class TextGenerator:
         try:
             if odd := self._put_on(folder, name):
                 raise ValueError(f"{odd[0]} has no counterpart")
-        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+        except PUT_ON_ERRORS as error:
             self._held = None  # what is half put on cannot be taken off
             reason = str(error).strip().split("\n")[-1].strip()
             raise UserError(
