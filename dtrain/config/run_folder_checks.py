@@ -1,4 +1,4 @@
-"""A run folder that lies inside the data: the next start would read the run's own files as rows."""
+"""A run folder inside the data: the next start would read the run's own files as rows."""
 
 from __future__ import annotations
 

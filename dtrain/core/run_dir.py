@@ -303,11 +303,11 @@ class RunDir:
         reason, fix = f"no {RECIPE} in it", "give the folder that output.folder named"
         if not self.path.exists():
             reason = "it does not exist"
-            beside = {
+            siblings = {
                 path.parent.name: path.parent for path in self.path.parent.glob(f"*/{RECIPE}")
             }
-            if near := get_close_matches(self.path.name, beside, n=1):
-                fix = f"did you mean {beside[near[0]]}?"
+            if near := get_close_matches(self.path.name, siblings, n=1):
+                fix = f"did you mean {siblings[near[0]]}?"
         raise UserError(f"is not a run folder: {reason}", where=str(self.path), fix=fix)
 
     def progress(self) -> dict[str, str]:

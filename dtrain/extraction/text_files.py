@@ -44,7 +44,7 @@ def find_files(place: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -
     """The files with these suffixes in a folder, or the file itself, sorted.
 
     Hidden files and folders are not looked at. Links that lead out of the folder are left out:
-    whoever can write into it could name any file of the user's.
+    anyone who can write into it could name any file of the user's.
 
     Raises:
         UserError: there is no such file or folder, or none has such a suffix.

@@ -187,7 +187,7 @@ def _training_text(stage: StagePlan) -> str:
 
 
 def _time_text(stage: StagePlan) -> str:
-    """The whole time of a stage, and what it is spent on besides the training."""
+    """The whole time of a stage, and what it is spent on in addition to the training."""
     time = stage.time
     other = {
         "load": time.load,

@@ -107,10 +107,10 @@ def test_a_failed_first_start_binds_nothing(start_ranks, tmp_path, mistake) -> N
     quiet = ("evaluation={sets: {}}", "engine.kind=ddp", stages("domain"))
     failed = start_ranks(*quiet, f"stages.domain.{mistake}").wait()
     assert read_state(tmp_path / "run").state == "failed", failed.output
-    mended = start_ranks(*quiet, "stages.domain.train.learning_rate=0.005").wait(0)
-    assert "in the checkpoint" not in mended.output
+    corrected = start_ranks(*quiet, "stages.domain.train.learning_rate=0.005").wait(0)
+    assert "in the checkpoint" not in corrected.output
     assert "0.005" in (tmp_path / "run" / "recipe.yaml").read_text()
-    ends = [(a["outcome"], bool(a["ended"])) for a in mended.json("lineage.json")["attempts"]]
+    ends = [(a["outcome"], bool(a["ended"])) for a in corrected.json("lineage.json")["attempts"]]
     assert ends[-1] == ("finished", True)
 
 

@@ -43,7 +43,7 @@ from starts import STAGES, STEPS, Start, final_hash
 from dtrain.core.errors import Exit
 
 INTERVAL = 5  # steps between saves
-# A save runs beside the steps, which take milliseconds here, and ends before the next one starts.
+# A save runs during the steps, which take milliseconds here, and ends before the next one starts.
 MOST_LOST = 2 * INTERVAL - 1
 SPREAD_SECONDS = 0.3  # until the fault, from the step that was drawn
 OVERRIDES = ["evaluation.generation={}", "device=cpu"] + [
@@ -79,7 +79,7 @@ class Fault:
         """Let it happen."""
         raise NotImplementedError
 
-    def mend(self) -> None:
+    def undo(self) -> None:
         """Prepare the next start."""
 
 
@@ -107,7 +107,7 @@ class Reader(Fault):
     def strike(self, start: Start) -> None:
         self.reader.kill()
 
-    def mend(self) -> None:
+    def undo(self) -> None:
         self.reader.kill()
         self.reader.wait()
 
@@ -149,7 +149,7 @@ class Disk(Fault):
                     while file.write(bytes(size)):
                         pass
 
-    def mend(self) -> None:
+    def undo(self) -> None:
         self.ballast.unlink(missing_ok=True)
 
 
@@ -239,7 +239,7 @@ class Campaign:
         if is_disturbed:
             self.fault.strike(start)
         status = start.end()
-        self.fault.mend()
+        self.fault.undo()
         lost = 0 if status == Exit.FINISHED else position(folder) - saved(folder)
         ends: ClassVar = FINISHED | (self.fault.ends if is_disturbed else {})
         if status not in ends or lost > MOST_LOST or not agrees(folder, status, ends[status]):

@@ -1,4 +1,4 @@
-"""Limits of the shell are told before anything else fails for them; Ctrl-C gives no traceback."""
+"""Limits of the shell are reported before anything else fails; Ctrl-C gives no traceback."""
 
 from __future__ import annotations
 

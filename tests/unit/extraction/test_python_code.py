@@ -18,7 +18,7 @@ if True:
 class Box(Base, other.Mixin):
     """A box."""
     def __init__(self, size=1):
-        """Not told."""
+        """Not reported."""
     def put(self, thing, /, at=0):
         """Put it in."""
     @staticmethod

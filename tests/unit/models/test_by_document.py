@@ -21,7 +21,7 @@ COMMON: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "intermediate_size": 48, "head_dim": 16, "pad_token_id": 0,
 }  # fmt: skip
-# A gated delta net, a short convolution, Mamba-2 beside attention, and Mamba alone.
+# A gated delta net, a short convolution, Mamba-2 next to attention, and Mamba alone.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,

@@ -1,4 +1,4 @@
-"""Each mistake in a later stage is told by `check`, `submit` and `run` before a stage trains."""
+"""A mistake in a later stage is reported by `check`, `submit` and `run` before a stage trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the built model tells of a later stage is told before the first one trains."""
+"""What only the built model shows of a later stage is reported before the first one trains."""
 
 from __future__ import annotations
 
