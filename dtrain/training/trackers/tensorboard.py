@@ -19,10 +19,12 @@ class TensorBoardRun:
             self._writer.add_text(
                 "recipe", f"```json\n{json.dumps(context.settings, indent=2)}\n```"
             )
+            self._writer.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # else a killed attempt loses what its queue still held
 
     def alert(self, step: int, kind: str, text: str) -> None:
         self._writer.add_text(f"alert/{kind}", text, step)
