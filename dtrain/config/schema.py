@@ -335,9 +335,10 @@ class Evaluation(Group):
         """Add the shipped texts where a gate asks for them."""
         if not isinstance(values, dict):
             return values
-        sets, gates = values.get("sets") or {}, values.get("gates")
-        is_free = GENERAL not in (values.get("generation") or {})
-        if isinstance(gates, dict) and GENERAL in gates and isinstance(sets, dict) and is_free:
+        sets, generation, gates = (values.get(k) or {} for k in ("sets", "generation", "gates"))
+        if not all(isinstance(value, dict) for value in (sets, generation, gates)):
+            return values  # each is refused with its own name
+        if GENERAL in gates and GENERAL not in generation:
             return values | {"sets": sets | {GENERAL: sets.get(GENERAL, GENERAL_SET)}}
         return values
 

@@ -24,16 +24,11 @@ from dtrain.core.run_dir import RunDir
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
 from dtrain.models.hub import base_folder
-from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
+from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION, GenerationFile
 from dtrain.models.tokenizer import load_tokenizer
 
 TOKENIZER = "tokenizer_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class _Generation(TypedDict, total=False):
-    eos_token_id: int | list[int] | None
-    stop_strings: str | list[str] | None
 
 
 class _Template(TypedDict):
@@ -45,7 +40,7 @@ class _Tokenizer(TypedDict, total=False):
     chat_template: str | list[_Template] | dict[str, str] | None
 
 
-class _Config(_Generation, total=False):
+class _Config(GenerationFile, total=False):
     text_config: dict[str, Any] | None
 
 
@@ -92,7 +87,7 @@ def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
     stops, files = list[StopCriterion](), dict[str, str]()
     for folder in adapters:
         if (folder / GENERATION).is_file():
-            config = read_json(folder / GENERATION, _Generation)
+            config = read_json(folder / GENERATION, GenerationFile)
             stops += [StopCriterion(token=token) for token in _as_list(config.get("eos_token_id"))]
             stops += [StopCriterion(text=text) for text in _as_list(config.get("stop_strings"))]
         if template := stored_template(folder):
@@ -125,7 +120,7 @@ def stored_template(folder: Path) -> str | None:
 def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
     """Return a base's generation_config.json with these stops added to its own."""
     path = base / GENERATION
-    config = read_json(path, _Generation) if path.is_file() else _from_model_config(base)
+    config = read_json(path, GenerationFile) if path.is_file() else _from_model_config(base)
     config.pop("_from_model_config", None)  # it now has more than the model's config
     base_ends = _as_list(config.get("eos_token_id"))
     ends = dict.fromkeys([*base_ends, *(stop.token for stop in stops if stop.token is not None)])

@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_header, weight_files
 from dtrain.models import attention
@@ -27,6 +28,7 @@ from dtrain.models.by_document import separate_states
 from dtrain.models.finite_weights import check_finite
 from dtrain.models.kernels.experts import check_experts
 from dtrain.models.meta_model import build_meta_model, first_line, linear_layers
+from dtrain.models.peft_format import GENERATION, GenerationFile
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
     check_quantized,
@@ -182,6 +184,8 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
+    if (folder / GENERATION).is_file():  # transformers takes any types in it
+        read_json(folder / GENERATION, GenerationFile)
     _check_trainable(folder, config, has_code=needs_code)
     check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
     return config

@@ -52,6 +52,13 @@ class AdapterOrigin:
     kind: str = ""
 
 
+class GenerationFile(TypedDict, total=False):
+    """What dtrain uses of generation_config.json."""
+
+    eos_token_id: int | list[int] | None
+    stop_strings: str | list[str] | None
+
+
 class _Origin(TypedDict):
     identity: str | None
     parent: str | None

@@ -273,3 +273,11 @@ def test_a_general_gate_measures_the_shipped_texts(write) -> None:
     recipe = load_recipe("tiny", ["evaluation.gates={general: {max_increase: 0.1}}", own])
     assert recipe.evaluation.sets["general"].sources[0].path == "mine.txt"
     assert list(recipe.evaluation.sets) == ["domain", "task", "general"]
+
+
+@pytest.mark.parametrize("name", ["sets", "generation", "gates"])
+def test_evaluations_of_a_wrong_type_are_refused_beside_a_general_gate(name: str, write) -> None:
+    values = {"gates": "{general: {max_increase: 0.1}}", name: "3"}
+    values = ", ".join(f"{key}: {value}" for key, value in values.items())
+    with pytest.raises(UserErrors, match=f"evaluation.{name}"):
+        load_recipe(write(GOOD), [f"evaluation={{{values}}}"])

@@ -137,6 +137,16 @@ def test_index_that_leaves_its_folder_is_refused(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("content", [{"eos_token_id": [1, "2"]}, {"stop_strings": {}}])
+def test_wrong_types_in_the_generation_config_are_named(folder: Path, content: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        read_config(folder, trust_remote_code=False)
+    assert next(iter(content)) in str(caught.value) and "generation_config.json" in str(
+        caught.value
+    )
+
+
 def test_missing_shard_is_named(folder: Path) -> None:
     gone = weight_files(folder)[1]
     gone.unlink()
