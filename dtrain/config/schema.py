@@ -26,7 +26,12 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Model(Group):
     """The base model and how it computes."""
 
-    base: PathText = Field(description="folder, hub id, or `dtrain:NAME` for a shipped sample")
+    base: PathText = Field(
+        description=(
+            "folder, hub id, or `dtrain:NAME` for a shipped sample; its weights are floats, MXFP4 "
+            "(gpt-oss) or fp8 with scales, of which the values are read"
+        )
+    )
     revision: Text | None = Field(
         None, description="branch, tag or commit of a hub id; default: its main branch"
     )

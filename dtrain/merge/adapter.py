@@ -17,7 +17,6 @@ from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile, AdapterTensors, vera_as_lora
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.expert_delta import ExpertDelta
-from dtrain.merge.stream import row_blocks
 from dtrain.merge.weight_delta import (
     CONVOLUTIONS,
     BlockUpdate,
@@ -26,6 +25,7 @@ from dtrain.merge.weight_delta import (
     layer_from_config,
 )
 from dtrain.models.peft_format import CONFIG, read_adapter_config
+from dtrain.models.stored_tensors import row_blocks
 
 EXPERT_TENSORS = 4  # kept: A and B of two parameters
 TOKENS = ".token_adapter.trainable_tokens_delta"

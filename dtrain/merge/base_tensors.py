@@ -7,21 +7,18 @@ writes both, and `tie_word_embeddings: false`, so that every loader computes wit
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
-from dtrain.core.weight_files import read_header, weight_files
+from dtrain.models.stored_tensors import ModelTensors
 
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")
@@ -55,13 +52,16 @@ class TiedPair:
 
 
 class BaseTensors(dict[str, tuple[str, list[int]]]):
-    """The dtype and shape of every tensor of a base folder."""
+    """The dtype and shape of every tensor of a base folder, as the model takes it.
+
+    Attributes:
+        files: reads them.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.folder = folder
-        for path in weight_files(folder):
-            self |= {n: (e["dtype"], e["shape"]) for n, e in read_header(path)[0].items()}
+        self.folder, self.files = folder, ModelTensors(folder)
+        self |= {name: (tensor.dtype, [*tensor.shape]) for name, tensor in self.files.items()}
 
     @cached_property
     def tied(self) -> TiedPair | None:
@@ -154,58 +154,11 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         return name not in self or len(self[name][1]) == 2
 
     def _are_equal(self, first: str, second: str) -> bool:
-        a, b = (stored_tensor(self.folder, name) for name in (first, second))
+        a, b = self.files[first], self.files[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         pairs = zip(a.raw(COMPARED_BYTES), b.raw(COMPARED_BYTES), strict=True)
         return all(x == y for x, y in pairs)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is stored in a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in the file."""
-        return self.stop - self.start
-
-    def raw(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[bytearray]:
-        """Yield its bytes from `start` to `stop`, `size` at a time."""
-        end = self.stop if stop is None else self.start + stop
-        with open(self.path, "rb") as file:
-            file.seek(self.start + start)
-            for at in range(self.start + start, end, size):
-                yield bytearray(file.read(min(size, end - at)))
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return a block of its rows; floats only."""
-        dtype, inner = FLOATS[self.dtype], self.shape[1:]
-        width = prod(inner) * dtype.itemsize
-        (data,) = self.raw((stop - start) * width, start * width, stop * width)
-        return torch.frombuffer(data, dtype=dtype).reshape(stop - start, *inner)
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file."""
-    entries, head = read_header(path)
-    tensors = {}
-    for name, entry in entries.items():
-        start, stop = (len(head) + offset for offset in entry["data_offsets"])
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-    return tensors
-
-
-def stored_tensor(folder: Path, name: str) -> StoredTensor:
-    """Return a tensor of a model's folder."""
-    tensors = (stored_tensors(path).get(name) for path in weight_files(folder))
-    return next(tensor for tensor in tensors if tensor is not None)
 
 
 def is_outside_layers(name: str) -> bool:
@@ -213,7 +166,7 @@ def is_outside_layers(name: str) -> bool:
     return not any(segment.isdigit() for segment in name.split("."))
 
 
-def untied_config(folder: Path) -> str:
+def untied_config(folder: Path) -> dict[str, Any]:
     """Return the content of config.json for the model with a separate output head.
 
     Raises:
@@ -223,9 +176,8 @@ def untied_config(folder: Path) -> str:
     for group in (config, *(v for v in config.values() if isinstance(v, dict))):
         if group is config or "tie_word_embeddings" in group or group is config.get("text_config"):
             group["tie_word_embeddings"] = False
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     with TemporaryDirectory() as probe:
-        (Path(probe) / "config.json").write_text(text, encoding="utf-8")
+        (Path(probe) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if _tied_parameters(_meta_model(Path(probe))) is not None:
             raise UserError(
                 f"embedding and output head of a {config.get('model_type')} cannot be untied, but "
@@ -233,7 +185,7 @@ def untied_config(folder: Path) -> str:
                 where=str(folder),
                 fix="train with `ensure_weight_tying: true`, or serve base and adapter unmerged",
             )
-    return text
+    return config
 
 
 def _tied_parameters(model: Any) -> tuple[str, str] | None:

@@ -8,14 +8,15 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dtrain.core.log import progress
-from dtrain.merge.base_tensors import BaseTensors, StoredTensor
-from dtrain.merge.stream import BLOCK_ELEMENTS
-from dtrain.merge.verify import FLOAT_DTYPES, RAW_BYTES, model_tensors
+from dtrain.merge.base_tensors import BaseTensors
+from dtrain.merge.verify import RAW_BYTES, model_tensors
 from dtrain.models.peft_format import WEIGHTS
+from dtrain.models.stored_tensors import FLOAT_DTYPES, DecodedTensor, StoredTensor, row_blocks
+
+AnyTensor = StoredTensor | DecodedTensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def diff_models(old: Path, new: Path) -> ModelDiff:
 
 
 def _add_tied_head(
-    folder: Path, tensors: dict[str, StoredTensor], other_tensors: dict[str, StoredTensor]
+    folder: Path, tensors: dict[str, AnyTensor], other_tensors: dict[str, AnyTensor]
 ) -> None:
     """Add a tied model's output head under its own name, if the other model stores one."""
     if all(name in tensors for name in other_tensors) or (folder / WEIGHTS).is_file():
@@ -120,7 +121,7 @@ def _add_tied_head(
         tensors[pair.missing] = tensors[pair.stored]
 
 
-def _compare(name: str, old: StoredTensor, new: StoredTensor) -> TensorChange | str | None:
+def _compare(name: str, old: AnyTensor, new: AnyTensor) -> TensorChange | str | None:
     """Return the change; a sentence if it is not a number; None if there is none."""
     if old.shape != new.shape:
         return f"{name}: {list(old.shape)} and {list(new.shape)}"
@@ -142,8 +143,7 @@ def _compare(name: str, old: StoredTensor, new: StoredTensor) -> TensorChange | 
     return TensorChange(name, old.shape, sqrt(old_squares), sqrt(squares), greatest)
 
 
-def _blocks(tensor: StoredTensor) -> Iterator[Tensor]:
-    """Yield blocks in float64, with the same number of elements whatever the dtype."""
-    dtype = FLOAT_DTYPES[tensor.dtype]
-    for data in tensor.raw(BLOCK_ELEMENTS * dtype.itemsize):
-        yield torch.frombuffer(data, dtype=dtype).double()
+def _blocks(tensor: AnyTensor) -> Iterator[Tensor]:
+    """Yield blocks of rows in float64, of the same rows whatever the dtype."""
+    for rows in row_blocks(tensor.shape or (1,)):
+        yield tensor.rows(*rows).double()

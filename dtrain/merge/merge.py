@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,21 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_object, write_json
+from dtrain.core.files import write_json
 from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
 from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.units import size
-from dtrain.core.weight_files import INDEX, SINGLE, read_header, read_weight_map, weight_files
+from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.merge.base_tensors import (
     FLOATS,
     BaseTensors,
-    TiedPair,
-    stored_tensor,
     untied_config,
 )
 from dtrain.merge.merge_inputs import MergeInput
+from dtrain.merge.merged_model import MergedModel, as_json
 from dtrain.merge.provenance import combined_fingerprint
 from dtrain.merge.resumable_dir import ResumableDir
 from dtrain.merge.stream import AddedTensor, ChangeBlocks, rewrite_file
@@ -64,29 +61,13 @@ class TrainedWeights:
 
 
 @dataclass(frozen=True)
-class MergedModel:
-    """The content of a merged model, before it is written.
-
-    Attributes:
-        changes: how the base's tensors change, by name.
-        added: tensors that the base does not have, by name.
-        files: text files that replace the base's or are added to them, by name.
-        description: plain values that identify the content, for the plan and the manifest.
-    """
-
-    changes: Mapping[str, ChangeBlocks]
-    added: Mapping[str, AddedTensor]
-    files: Mapping[str, str]
-    description: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class MergeJob:
     """One merge: which base, into which folder, and what the result says about itself.
 
     Shards, dtypes and all other files stay as they are in the base. A tensor is computed in
     float32 and rounded once to its own dtype: for float32, bfloat16 and float16 bases with a
-    float32 adapter the result equals PEFT's merge_and_unload bit for bit. After an interruption,
+    float32 adapter the result equals PEFT's merge_and_unload bit for bit. What the base stores as
+    codes and scales is written as bfloat16. After an interruption,
     the same job continues with the missing shards; several processes that run the same job share
     its shards.
 
@@ -134,13 +115,18 @@ class MergeJob:
         """
         names = set().union(*(item.names for item in inputs)) & self.tensors.keys()
         pair = self.tensors.tied if any(item.change.unties for item in inputs) else None
-        added, untied_files = self._untie(inputs, pair) if pair else ({}, {})
+        added, files = dict[str, AddedTensor](), dict(self.files)
+        if pair:
+            files["config.json"] = as_json(untied_config(self.base))
+            if name := pair.missing:
+                change = partial(_apply_all, inputs, name, FLOATS[self.tensors[pair.stored][0]])
+                added[name] = AddedTensor(self.tensors.files[pair.stored], change)
         changes = {
             name: partial(_apply_all, inputs, name, FLOATS[self.tensors[name][0]])
             for name in sorted(names)
         }
         description = {"source": self.source, "adapters": [item.description for item in inputs]}
-        self._write(MergedModel(changes, added, {**self.files, **untied_files}, description))
+        self._write(MergedModel(changes, added, files, description))
 
     def replace_weights(self, trained: TrainedWeights) -> None:
         """Write the fully fine-tuned model, in the layout and dtypes of its base.
@@ -181,27 +167,8 @@ class MergeJob:
             changes[part.name] = partial(_replace_blocks, trained.read, name, start)
         return changes
 
-    def _untie(
-        self, inputs: Sequence[MergeInput], pair: TiedPair
-    ) -> tuple[dict[str, AddedTensor], dict[str, str]]:
-        """Return the tensor that the untied model adds, and the config and index to go with it."""
-        files = {"config.json": untied_config(self.base)}
-        if pair.missing is None:
-            return {}, files
-        change = partial(_apply_all, inputs, pair.missing, FLOATS[self.tensors[pair.stored][0]])
-        old = stored_tensor(self.base, pair.stored)
-        if old.path.name != SINGLE:
-            index = read_object(self.base / INDEX)
-            index["weight_map"] = read_weight_map(self.base / INDEX) | {pair.missing: old.path.name}
-            totals = index.get("metadata")
-            totals = totals if isinstance(totals, dict) else {}
-            for key, more in (("total_size", old.nbytes), ("total_parameters", prod(old.shape))):
-                if isinstance(totals.get(key), int):
-                    totals[key] += more
-            files[INDEX] = json.dumps(index, indent=2) + "\n"
-        return {pair.missing: AddedTensor(old, change)}, files
-
     def _write(self, model: MergedModel) -> None:
+        model = model.decoded(self.tensors).indexed(self.base)
         hashes = [lookup_hash(path) for path in self.weights]
         if all(hashes):  # a wrong base is then reported before the work, not after it
             self._check_base(combined_fingerprint([str(digest) for digest in hashes], self.base))
@@ -269,8 +236,7 @@ class MergeJob:
 
     def _check_disk(self, work: ResumableDir, model: MergedModel) -> None:
         total = sum(path.stat().st_size for path in self.weights)
-        total += sum(tensor.old.nbytes for tensor in model.added.values())
-        needed = total + SPARE_BYTES - work.bytes_written()
+        needed = total + model.more_bytes + SPARE_BYTES - work.bytes_written()
         free = shutil.disk_usage(self.output.absolute().parent).free
         if free < needed and not self.output.exists():  # else another process has published it
             (work.close if work.bytes_written() else work.discard)()
@@ -290,7 +256,8 @@ class MergeJob:
                     bar.advance(tensor_counts[index])
                 else:
                     target = work.target / path.name
-                    before, after = rewrite_file(path, target, model.changes, bar, model.added)
+                    layout = model.added, model.dropped.keys()
+                    before, after = rewrite_file(path, target, model.changes, bar, *layout)
                     work.record(path.name, {"before": before, "after": after})
                 work.release(index)
                 return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -33,21 +33,20 @@ from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.log import Meter
 from dtrain.core.ownership import open_in_place
 from dtrain.core.weight_files import read_header
-from dtrain.merge.base_tensors import FLOATS, StoredTensor
+from dtrain.merge.base_tensors import FLOATS
 from dtrain.models.kernels.merge_rounding import round_into
+from dtrain.models.stored_tensors import DecodedTensor, StoredTensor, row_blocks
 
 # Blocks of rows as stored → the same blocks with new values in any float dtype; all, in order.
 # A block's memory is reused soon: copy the blocks to hold several at once.
 ChangeBlocks = Callable[[Iterator[Tensor]], Iterator[Tensor]]
-BLOCK_ELEMENTS = 1 << 19
-ROWS = 64  # blocks are multiples of it: see merge/weight_delta.py and merge/nf4.py
 
 
 @dataclass(frozen=True)
 class AddedTensor:
     """A tensor appended to its file: an existing one, and how it changes."""
 
-    old: StoredTensor
+    old: StoredTensor | DecodedTensor
     change: ChangeBlocks
 
 
@@ -57,6 +56,7 @@ def rewrite_file(
     changes: Mapping[str, ChangeBlocks],
     bar: Meter,
     added: Mapping[str, AddedTensor] | None = None,
+    dropped: Collection[str] = (),
 ) -> tuple[str, str]:
     """Write `source` to `target` with some tensors changed, each rounded once to its own dtype.
 
@@ -64,6 +64,7 @@ def rewrite_file(
         target: replaced if it exists; on the disk when this returns.
         bar: advanced by one for each tensor of the source.
         added: by name; those made from a tensor of another file are skipped.
+        dropped: names of tensors that are left out.
 
     Returns:
         Hashes of the source and of the target.
@@ -74,22 +75,26 @@ def rewrite_file(
     entries, header = read_header(source)
     source_hash, state = lookup_hash(source), file_state(source)
     here = {name: tensor for name, tensor in (added or {}).items() if tensor.old.path == source}
-    changed = bool(here) or not changes.keys().isdisjoint(entries)
+    new_layout = bool(here) or not entries.keys().isdisjoint(dropped)
+    changed = new_layout or not changes.keys().isdisjoint(entries)
     try:
         with HashingCopy(source, target, changed and source_hash is None) as files:
             files.source.read(len(header))
-            files.target.write(memoryview(_extend_header(header, here) if here else header))
+            new_header = _new_header(header, dropped, here) if new_layout else header
+            files.target.write(memoryview(new_header))
             for name, entry in entries.items():
-                if name in changes:
+                start, stop = entry["data_offsets"]
+                if name in dropped:
+                    files.source.skip(stop - start)
+                elif name in changes:
                     blocks = changes[name](_read_blocks(files.source, entry))
                     _write_blocks(files.target, name, entry["dtype"], entry["shape"], blocks)
                 else:
-                    start, stop = entry["data_offsets"]
                     files.copy(stop - start)
                 bar.advance()
             for name, tensor in here.items():
                 old = tensor.old
-                blocks = tensor.change(old.rows(*rows) for rows in row_blocks([*old.shape]))
+                blocks = tensor.change(old.rows(*rows) for rows in row_blocks(old.shape))
                 _write_blocks(files.target, name, old.dtype, old.shape, blocks)
             before, after = files.finish()
     except EOFError as error:
@@ -100,20 +105,6 @@ def rewrite_file(
     return source_hash, after
 
 
-def row_blocks(shape: list[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Yield (first row, row after the last) of blocks of about `elements`.
-
-    All are multiples of 64 rows except the last, which has at least 64 unless the tensor has fewer.
-    """
-    total, width = shape[0], max(prod(shape[1:]), 1)
-    size = max(elements // width // ROWS, 1) * ROWS
-    start = 0
-    while start < total:
-        stop = total if total - start < size + ROWS else start + size
-        yield start, stop
-        start = stop
-
-
 def _read_blocks(source: HashingReader, entry: dict[str, Any]) -> Iterator[Tensor]:
     dtype, shape = FLOATS[entry["dtype"]], entry["shape"] or [1]
     row_bytes = prod(shape[1:]) * dtype.itemsize
@@ -122,14 +113,20 @@ def _read_blocks(source: HashingReader, entry: dict[str, Any]) -> Iterator[Tenso
         yield torch.frombuffer(data, dtype=dtype).reshape(stop - start, *shape[1:])
 
 
-def _extend_header(header: bytes, added: Mapping[str, AddedTensor]) -> bytes:
-    """Return a file's header with these tensors after the others."""
-    entries = json.loads(header[8:])
-    end = max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+def _new_header(header: bytes, dropped: Collection[str], added: Mapping[str, AddedTensor]) -> bytes:
+    """Return a file's header without some tensors, and with others after the rest."""
+    old = json.loads(header[8:])
+    entries = {"__metadata__": old.pop("__metadata__")} if "__metadata__" in old else {}
+    kept = sorted((n for n in old if n not in dropped), key=lambda n: old[n]["data_offsets"])
+    end = 0
+    for name in kept:
+        start, stop = old[name]["data_offsets"]
+        entries[name] = old[name] | {"data_offsets": [end, end := end + stop - start]}
     for name, tensor in added.items():
-        start, end = end, end + tensor.old.nbytes
-        entry = {"dtype": tensor.old.dtype, "shape": tensor.old.shape, "data_offsets": [start, end]}
-        entries[name] = entry
+        offsets = [end, end := end + tensor.old.nbytes]
+        entries[name] = {
+            "dtype": tensor.old.dtype, "shape": tensor.old.shape, "data_offsets": offsets
+        }  # fmt: skip
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
@@ -228,6 +225,15 @@ class HashingReader:
             raise EOFError
         if self._hashed:
             buffer.users.append(self._pool.submit(self._hasher.update, block))
+
+    def skip(self, size: int) -> None:
+        """Read `size` bytes for the hash alone.
+
+        Raises:
+            EOFError: as `read`.
+        """
+        for start in range(0, size, READ_AHEAD_BYTES):
+            self.read(min(size - start, READ_AHEAD_BYTES))
 
     def digest(self) -> str:
         """Return the hash of what was read, as hex; empty if it is not computed."""

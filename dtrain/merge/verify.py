@@ -15,12 +15,18 @@ from dtrain.core.log import progress
 from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.weight_files import INDEX, read_header, read_weight_map, weight_files
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.merge.base_tensors import FLOATS, StoredTensor, stored_tensors
 from dtrain.merge.merge import FORMAT
-from dtrain.merge.stream import BLOCK_ELEMENTS
 from dtrain.models.peft_format import WEIGHTS
+from dtrain.models.stored_tensors import (
+    BLOCK_ELEMENTS,
+    FLOAT_DTYPES,
+    DecodedTensor,
+    ModelTensors,
+    StoredTensor,
+    row_blocks,
+    stored_tensors,
+)
 
-FLOAT_DTYPES = FLOATS | {"F64": torch.float64}
 RAW_BYTES = 1 << 22  # at once, of a tensor whose values are not checked
 
 
@@ -56,6 +62,7 @@ def verify_model(folder: Path) -> VerifyReport:
             _verify_weights(path, hashes.pop(path.name, None), report)
             bar.advance()
     _check_index(folder, report)
+    _verify_decoded(folder, report)
     for name, digest in hashes.items():
         if not (folder / name).is_file():
             report.problems.append(f"{name}: is missing")
@@ -70,9 +77,11 @@ def model_files(folder: Path) -> list[Path]:
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else weight_files(folder)
 
 
-def model_tensors(folder: Path) -> dict[str, StoredTensor]:
+def model_tensors(folder: Path) -> dict[str, StoredTensor | DecodedTensor]:
     """Return the tensors of a model, or of an adapter."""
-    return {n: t for path in model_files(folder) for n, t in stored_tensors(path).items()}
+    if (folder / WEIGHTS).is_file():
+        return dict(stored_tensors(folder / WEIGHTS))
+    return dict(ModelTensors(folder))
 
 
 def _verify_weights(path: Path, digest: str | None, report: VerifyReport) -> None:
@@ -93,13 +102,22 @@ def _verify_weights(path: Path, digest: str | None, report: VerifyReport) -> Non
             report.problems.append(f"{path.name}: was changed after it was written")
 
 
+def _verify_decoded(folder: Path, report: VerifyReport) -> None:
+    """Check the values of what is stored as codes and scales."""
+    for name, tensor in model_tensors(folder).items():
+        if isinstance(tensor, DecodedTensor):
+            rows = row_blocks(tensor.shape)
+            if not all([all_finite(tensor.rows(*block)) for block in rows]):
+                report.problems.append(f"{tensor.path.name}: {name} contains NaN or infinity")
+
+
 def _check_index(folder: Path, report: VerifyReport) -> None:
     """Check that the index lists every tensor with the file that contains it."""
     index = folder / INDEX
     if not index.is_file() or (folder / WEIGHTS).is_file():
         return
     listed = read_weight_map(index)
-    stored = {name: tensor.path.name for name, tensor in model_tensors(folder).items()}
+    stored = {name: path.name for path in model_files(folder) for name in read_header(path)[0]}
     for name in sorted(listed.keys() | stored.keys()):
         if listed.get(name) != stored.get(name):
             message = f"the index says {listed.get(name)}, but it is in {stored.get(name)}"

@@ -14,14 +14,12 @@ Letters: W [o, h], r rank, s scale of the adapter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +27,6 @@ from transformers.pytorch_utils import Conv1D
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
-from dtrain.core.weight_files import read_header, weight_files
 from dtrain.methods.adapter import ADAPTER
 from dtrain.methods.base import MethodContext
 from dtrain.methods.factor_store import Factors, FactorStore
@@ -38,6 +35,7 @@ from dtrain.models.difference import count_from_start, first_factors
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import rounded_to_nf4
 from dtrain.models.state_dict_names import match_state_dict
+from dtrain.models.stored_tensors import ModelTensors
 
 Decompose = Callable[[Tensor, int, float], Factors]
 """(W, r, s) → A₀ and B₀."""
@@ -193,10 +191,7 @@ class BaseWeights:
 
     def __init__(self, context: MethodContext, model: Any) -> None:
         self._context = context
-        headers = {path: read_header(path)[0] for path in weight_files(context.base)}
-        self._files: dict[str, Path] = {
-            n: path for path, entries in headers.items() for n in entries
-        }
+        self._files = ModelTensors(context.base)
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         self._names = match_state_dict(described, self._files).stored
 
@@ -213,7 +208,5 @@ class BaseWeights:
                 where=str(self._context.base),
                 fix="method.kind: lora, or target_modules without that layer",
             )
-        with safe_open(self._files[name], framework="pt") as file:
-            weight: Tensor = file.get_tensor(name)
-        weight = weight.to(self._context.world.device).to(self._context.dtype)
+        weight = self._files.read(name, self._context.world.device).to(self._context.dtype)
         return weight.t() if transposed else weight

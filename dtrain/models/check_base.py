@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_name
+from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
-from dtrain.core.weight_files import has_tokenizer, read_header, weight_files
+from dtrain.core.weight_files import has_tokenizer
 from dtrain.planning.architectures import check_not_quantized, read_config
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
@@ -70,11 +71,10 @@ def open_model(folder: Path) -> LocalModel:
         fix = "put the tokenizer's files into the model's folder"
         raise UserError("no tokenizer in it, such as tokenizer.json", where=str(folder), fix=fix)
     shapes: dict[str, list[int]] = {}
-    for file in weight_files(folder):
-        for name, entry in read_header(file)[0].items():
-            if entry["dtype"] not in FLOATS and name.endswith("weight"):  # masks may be bool
-                raise stored_quantized_error(name, entry["dtype"], file)
-            shapes[name] = entry["shape"]
+    for name, tensor in file_tensors(folder).items():
+        if tensor.dtype not in FLOATS and name.endswith("weight"):  # masks may be bool
+            raise stored_quantized_error(name, tensor.dtype, tensor.path)
+        shapes[name] = tensor.shape
     return LocalModel(folder, config, shapes)
 
 

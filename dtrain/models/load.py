@@ -186,6 +186,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
     if (folder / GENERATION).is_file():  # transformers takes any types in it
         read_json(folder / GENERATION, GenerationFile)
+    config.__dict__.pop("quantization_config", None)  # the values of its codes are loaded
     _check_trainable(folder, config, has_code=needs_code)
     check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
     return config

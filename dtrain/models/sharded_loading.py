@@ -13,18 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.core.weight_files import check_complete, read_header, weight_files
+from dtrain.core.weight_files import check_complete
 from dtrain.models.check_base import FLOATS, stored_quantized_error
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
@@ -33,6 +31,7 @@ from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
 from dtrain.models.state_dict_names import Conversion, expert_parts, match_state_dict
+from dtrain.models.stored_tensors import ModelTensors
 
 
 class StreamedModel:
@@ -48,37 +47,36 @@ class StreamedModel:
 
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self._device = model, device
-        headers = {path: read_header(path)[0] for path in weight_files(folder)}
-        self._files = {name: path for path, entries in headers.items() for name in entries}
-        headers_by_name = {n: e for header in headers.values() for n, e in header.items()}
+        self._files = ModelTensors(folder)
         names = match_state_dict(model, self._files)
         # keyed by module, not by name: adapters wrap modules and change their names
         self._sources: dict[nn.Module, dict[str, TensorSource]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
         check_complete(folder, names.missing, names.unexpected)
         self._untie(names.stored)
-        sources = {n: TensorSource([x], partial(self._read, x)) for n, x in names.stored.items()}
+        sources = {
+            n: TensorSource([x], partial(self._files.read, x, device))
+            for n, x in names.stored.items()
+        }
         for conversion in names.conversions:
-            made = ConvertedTensors(conversion, self._read)
+            made = ConvertedTensors(conversion, self._files.read)
             for entry in conversion.entries:
                 read, matrices = partial(made.take, entry), _matrices_of_experts(conversion)
                 sources[entry] = TensorSource(conversion.names, read, True, matrices)
-        self._assign(folder, sources, headers_by_name)
+        self._assign(folder, sources)
 
     def _untie(self, stored: dict[str, str]) -> None:
         """Untie parameters whose two stored values differ, as transformers does."""
-        seen: dict[nn.Parameter, str] = {}
+        seen, read = dict[nn.Parameter, str](), self._files.read
         for local_name, name in stored.items():
             tensor = self.model.get_parameter_or_buffer(local_name)
             first = seen.setdefault(tensor, name)
-            if first != name and not torch.equal(self._read(first), self._read(name)):
+            if first != name and not torch.equal(read(first), read(name)):
                 parent, _, leaf = local_name.rpartition(".")
                 alone = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
                 self.model.get_submodule(parent)._parameters[leaf] = alone
 
-    def _assign(
-        self, folder: Path, sources: dict[str, TensorSource], headers: dict[str, dict[str, Any]]
-    ) -> None:
+    def _assign(self, folder: Path, sources: dict[str, TensorSource]) -> None:
         by_tensor = {self.model.get_parameter_or_buffer(n): x for n, x in sources.items()}
         uses: Counter[Tensor] = Counter()
         for module in self.model.modules():
@@ -87,10 +85,10 @@ class StreamedModel:
                     continue
                 source = by_tensor[tensor]
                 for name in source.names:
-                    check_dtype(folder, name, headers[name]["dtype"], tensor)
+                    check_dtype(folder, name, self._files[name].dtype, tensor)
                 if not source.is_converted:
                     (name,) = source.names
-                    check_shape(folder, name, headers[name]["shape"], list(tensor.shape))
+                    check_shape(folder, name, list(self._files[name].shape), list(tensor.shape))
                 self._sources.setdefault(module, {})[leaf] = source
                 uses[tensor] += 1
         self._shared = {p: None for p, count in uses.items() if count > 1}  # type: ignore[misc]
@@ -138,15 +136,10 @@ class StreamedModel:
         values, first = source.read().to(self._device), source.names[0]
         name = f"what {first}, … make" if source.is_converted else first
         if source.is_converted:  # the shape of the others is checked before
-            check_shape(self._files[first].parent, name, list(values.shape), list(empty.shape))
+            check_shape(self._files[first].path.parent, name, list(values.shape), list(empty.shape))
         if isinstance(empty, nn.Parameter):
-            check_tensor(values, name, self._files[first])
+            check_tensor(values, name, self._files[first].path)
         return values.to(dtype or empty.dtype)
-
-    def _read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            values: Tensor = file.get_tensor(name)
-        return values
 
 
 class ConvertedTensors:

@@ -14,6 +14,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from dtrain.core.coded_tensors import FORMATS
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import read_json
@@ -62,7 +63,7 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
 
 
 def check_not_quantized(config: dict[str, Any], where: str) -> None:
-    """Check that a config does not describe quantized weights.
+    """Check that a config does not describe quantized weights that are not read.
 
     Raises:
         UserError: it does; the message names their format.
@@ -71,8 +72,11 @@ def check_not_quantized(config: dict[str, Any], where: str) -> None:
         settings = group.get("quantization_config") if isinstance(group, dict) else None
         if settings:
             method = settings.get("quant_method") if isinstance(settings, dict) else None
+            if method in FORMATS:  # what the files hold then counts
+                continue
             raise UserError(
-                f"the base is already quantized ({method or 'unknown method'})",
+                f"the base is already quantized ({method or 'unknown method'}); "
+                f"{' and '.join(FORMATS)} are read",
                 where=where,
                 fix="use the original model in 16 bits; method.kind: qlora quantizes it",
             )

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
+from dtrain.core.coded_tensors import coded_formats
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import read_header
 from dtrain.data.chat_templates import answering_template, render_prompt
@@ -30,6 +31,7 @@ from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, resolve_dtype
 from dtrain.models.peft_format import BOTTLENECK, CONFIG, WEIGHTS, file_keys, read_adapter_config
+from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import adapters_disabled
 from dtrain.samples.make import ensure
@@ -105,16 +107,33 @@ class TextGenerator:
         self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
         self._model, self._held = None, None  # two would not fit into memory
         self._names, self._family = {}, ""
-        model = load_base(
-            folder,
-            self._settings,
-            quantized=choice.quantized,
-            dtype=self._dtype,
-            device=self._device,
-            all_gpus=self._device.type == "cuda",
-        )
+        if coded_formats(folder):
+            model = self._load_decoded(folder, choice)
+        else:
+            model = load_base(
+                folder,
+                self._settings,
+                quantized=choice.quantized,
+                dtype=self._dtype,
+                device=self._device,
+                all_gpus=self._device.type == "cuda",
+            )
         model.config.use_cache = True
         self._model, self._held = model.eval(), (choice.base, choice.quantized)
+
+    def _load_decoded(self, folder: Path, choice: ServedModel) -> Any:
+        """Load the values of a base that is stored as codes; not on several GPUs."""
+        if choice.quantized:
+            raise UserError(
+                f"the adapter was trained in NF4 over a base in {coded_formats(folder)[0]}",
+                where=str(folder),
+                fix="merge the adapter, then use the merged model",
+            )
+        base = stream_base(
+            folder, self._settings, quantized=False, dtype=self._dtype, device=self._device
+        )
+        base.materialize(base.model)
+        return base.model
 
     def _add(self, folder: Path) -> None:
         """Put an adapter on the base; PEFT itself is silent about one that fits only in part."""

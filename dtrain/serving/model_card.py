@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Source, Stage
 from dtrain.core.cache_paths import hub_id
+from dtrain.core.coded_tensors import coded_formats
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
 from dtrain.core.run_dir import RECIPE, STAGE_RECORD
@@ -52,12 +54,14 @@ class BaseModel:
         hub: its id on the hub, if it is known.
         license: keys of the header about its license.
         license_text: a sentence.
+        codes: formats of codes that its files store instead of floats.
     """
 
     name: str
     hub: str | None
     license: dict[str, Any]
     license_text: str
+    codes: Sequence[str] = ()
 
 
 def write_stage_cards(run: Run, stage: Stage) -> None:
@@ -104,7 +108,7 @@ def merged_card(run: Run, stage: Stage, folder: Path, checkpoint: str = "") -> s
     base, record, chain = _run_base(run), read_run(run.folder), _chain(run, stage)
     base = _with_license_file(base, folder)
     stages = "stage" if len(chain) == 1 else "stages"
-    summary = f"{_link(base)}, fine-tuned in {len(chain)} {stages}."
+    summary = f"{_link(base)}, fine-tuned in {len(chain)} {stages}.{_codes_note(base)}"
     if checkpoint:
         summary += f" The last stage is at its checkpoint {md(checkpoint)}, which was not measured."
         record = replace(record, evaluation={}, lineage={})
@@ -124,13 +128,14 @@ def combined_card(
         method: by which they were combined; empty if they were added one after another.
         folder: of the merged model.
     """
-    about = _with_license_file(base_model(base, base_folder), folder)
+    about = _with_codes(base_model(base, base_folder), base_folder)
+    about = _with_license_file(about, folder)
     names = [
         f"{weight:g} x {md(_short_name(path))} ({_peft_method(path)})"
         for path, weight in adapters.items()
     ]
     how = f", combined by {md(method)}" if method else ""
-    summary = f"{_link(about)} with {', '.join(names)} merged into it{how}."
+    summary = f"{_link(about)} with {', '.join(names)} merged into it{how}.{_codes_note(about)}"
     found = (run_stage_of(path) for path in adapters)
     stages = [(run, stage) for run, stage in filter(None, found)]
     data = ModelCardData(
@@ -187,8 +192,21 @@ def base_model(address: str, folder: Path) -> BaseModel:
     return BaseModel(name, hub, known, f"The base has the license {md(terms)}.")
 
 
+def _with_codes(base: BaseModel, folder: Path) -> BaseModel:
+    with suppress(UserError):  # its files may be gone
+        return replace(base, codes=coded_formats(folder))
+    return base
+
+
+def _codes_note(base: BaseModel) -> str:
+    """How a merged model differs from a base that is stored as codes."""
+    if not base.codes:
+        return ""
+    return f" The base is stored in {' and '.join(base.codes)}; this model is in bfloat16."
+
+
 def _run_base(run: Run) -> BaseModel:
-    return base_model(run.recipe.model.base, Path(run.base))
+    return _with_codes(base_model(run.recipe.model.base, Path(run.base)), Path(run.base))
 
 
 def _with_license_file(base: BaseModel, folder: Path) -> BaseModel:

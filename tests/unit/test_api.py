@@ -100,7 +100,7 @@ def test_inputs_are_checked_before_a_process_starts(tmp_path, monkeypatch, capsy
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(
-        '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}'
+        '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'
     )
     with pytest.raises(UserError, match="is already quantized") as caught:
         run(values(), [f"model.base={base}"])

@@ -15,6 +15,7 @@ from dtrain.core.hashes import file_hash
 from dtrain.merge.diff import diff_models
 from dtrain.merge.merge import FORMAT
 from dtrain.merge.verify import verify_model
+from dtrain.models.stored_tensors import row_blocks
 
 SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
 
@@ -69,7 +70,7 @@ def test_every_problem_is_reported(tmp_path: Path) -> None:
 def test_differences_are_sorted_and_measured(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.merge.diff.BLOCK_ELEMENTS", 100)  # many blocks, a rest
+    monkeypatch.setattr(row_blocks, "__defaults__", (1,))  # 64 rows at a time, a rest
     old = model(tmp_path / "old", dtype)
     was = {n: load_file(p)[n] for n in SHAPES for p in [old / f"model-{n[0]}.safetensors"]}
     a, b = was["a.weight"].clone(), was["b.weight"] * 3

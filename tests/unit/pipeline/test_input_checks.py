@@ -155,7 +155,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     ),
     "reuse": (["output.reuse=runs/old"], r"output\.reuse: .*old: is not a run folder"),
     "base": (["model.base=./bse"], r"model\.base: there is no folder bse"),
-    "quantized": (["model.base=fp8"], r"fp8/config\.json: the base is already quantized \(fp8\)"),
+    "quantized": (["model.base=gptq"], r"gptq/config\.json: the base is .* quantized \(gptq\)"),
     "fp8 weights": (["model.base=f8"], r"is stored as F8_E4M3, so this base is quantized"),
     "shard": (["model.base=shard"], r"shard model-1\.safetensors is missing"),
     "cut shard": (["model.base=cut"], r"cut/model-1\.safetensors: not a whole safetensors file"),
@@ -173,7 +173,7 @@ def write_faulty_inputs(folder: Path) -> None:
     (folder / "bad.jinja").write_text("{% for m in messages %}{{ broken")
     (folder / "base" / "sub").mkdir()
     (write_model(folder / "plain") / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    write_model(folder / "fp8", quantization_config={"quant_method": "fp8"})
+    write_model(folder / "gptq", quantization_config={"quant_method": "gptq"})
     codes = {"model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8, dtype=torch.float8_e4m3fn)}
     save_file(codes, write_model(folder / "f8") / "model-0.safetensors")
     (write_model(folder / "shard") / "model-1.safetensors").unlink()
