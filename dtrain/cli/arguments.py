@@ -20,6 +20,16 @@ def path(text: str) -> Path:
     return user_path(text)
 
 
+def address(text: str) -> str:
+    """A file, a folder, a glob or an address, as it was given; help shows the function's name.
+
+    Raises:
+        UserError: it is a path that no file can have, or contains a secret.
+    """
+    user_path(text)
+    return text
+
+
 RecipeAddress = Annotated[
     str,
     typer.Argument(

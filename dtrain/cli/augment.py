@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.arguments import path
+from dtrain.cli.arguments import address, path
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ class AugmentationMode(StrEnum):
 
 
 def augment(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A file or folder of rows.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", parser=address, help="A file or folder of rows.")
+    ],
     how: Annotated[
         AugmentationMode,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.arguments import Overrides, RecipeAddress, path
+from dtrain.cli.arguments import Overrides, RecipeAddress, address, path
 from dtrain.cli.augment import augment
 from dtrain.cli.extract import extract
 from dtrain.core.errors import UserError
@@ -27,7 +27,10 @@ app.command("augment")(augment)
 app.command("extract")(extract)
 
 Address = Annotated[
-    str, typer.Argument(metavar="RECIPE|PATH", help="A recipe, or a file or folder of rows.")
+    str,
+    typer.Argument(
+        metavar="RECIPE|PATH", parser=address, help="A recipe, or a file or folder of rows."
+    ),
 ]
 StageName = Annotated[
     str | None,
@@ -103,7 +106,9 @@ def scan(
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Held-out rows to find leaks of, with a PATH."),
+        typer.Option(
+            metavar="PATH", parser=address, help="Held-out rows to find leaks of, with a PATH."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", parser=path, help="Write the report to this JSON file.")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.arguments import path
-from dtrain.core.addresses import has_secret, secret_error, without_secret
+from dtrain.cli.arguments import address, path
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 
@@ -29,7 +28,9 @@ class Origin(StrEnum):
 
 
 def extract(
-    place: Annotated[str, typer.Argument(metavar="PLACE", help="A file or folder.")],
+    place: Annotated[
+        str, typer.Argument(metavar="PLACE", parser=address, help="A file or folder.")
+    ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", parser=path, help="New folder for the rows.")
     ],
@@ -80,8 +81,6 @@ def extract(
         raise UserError(
             "--keep, --role and --min-turns need --from chats", where=f"--from {origin}"
         )
-    if has_secret(place):
-        raise secret_error(without_secret(place))
     if out.exists():  # before hours of work
         raise UserError("exists already", where=str(out), fix="choose another folder, or remove it")
     is_chats = origin is Origin.chats

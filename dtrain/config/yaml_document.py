@@ -27,6 +27,7 @@ MAX_MARKS = 10_000  # they are parsed in two seconds; a stage of a resolved reci
 MAX_VALUES = 100_000  # a few lines of YAML aliases can expand to billions of values
 MAX_DEPTH = 40
 MAX_BRACKETS = 100  # open at once; some may be in texts
+MAX_INTEGER = 1 << 63  # the tensors and files that get it hold no more
 _STRING = "tag:yaml.org,2002:str"
 _TEXT = re.compile("[^\\0\ud800-\udfff]*")
 
@@ -184,6 +185,8 @@ def _scalar(node: Any, where: str) -> Any:
         return bool(node)
     for kind in (int, float):
         if isinstance(node, kind):
+            if abs(node) >= MAX_INTEGER and kind is int:
+                raise UserError("a number is too large", where=where)
             return kind(node)
     if node is None or isinstance(node, date):  # datetime is a date
         return None if node is None else str(node)

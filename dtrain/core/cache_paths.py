@@ -8,6 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.errors import UserError
 from dtrain.core.ownership import make_private_folder
 
@@ -85,9 +86,11 @@ def user_path(address: str | Path) -> Path:
 
     Raises:
         UserError: no file can have it: a name or the whole is too long, has a NUL or half a
-            character, or `~` names no user.
+            character, or `~` names no user. Or it is an address with a secret.
     """
     text = str(address)
+    if has_secret(text):
+        raise secret_error(without_secret(text))
     try:
         path = Path(text).expanduser()
         raw = os.fsencode(path.absolute())

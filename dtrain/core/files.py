@@ -78,18 +78,28 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def open_file(path: Path) -> IO[bytes]:
+    """Open a regular file for reading: no pipe, which would wait for a writer, and no device.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: it is no file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError("is not a file", where=str(path))
+    return open(handle, "rb")
+
+
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of limited size: not of a pipe or a device.
+    """The content of a regular file of limited size.
 
     Raises:
         UserError: it cannot be read, is no file, or is larger.
     """
     try:
-        # Without O_NONBLOCK a pipe would wait for somebody who writes.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise UserError("is not a file", where=str(path))
+        with open_file(path) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
@@ -114,9 +124,10 @@ def open_text(path: Path) -> IO[str]:
 
     Raises:
         OSError: it cannot be opened.
-        UserError: it is UTF-16; other bytes that are not UTF-8 raise UnicodeDecodeError when read.
+        UserError: it is no file, or UTF-16; other bytes that are not UTF-8 raise
+            UnicodeDecodeError when read.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         without_mark(file.read(4), str(path))
     return open(path, encoding="utf-8-sig")
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from dtrain.core.cache_paths import hub_cache, hub_id, hub_snapshot
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
-from dtrain.core.files import MAX_BYTES, parse_json, read_json
+from dtrain.core.files import MAX_BYTES, open_file, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,7 +118,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
     """
     where = str(path)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_BYTES:
                 raise UserError("not a safetensors file", where=where)

@@ -132,6 +132,8 @@ def _alpaca(row: Row, where: str) -> Conversation:
 
 def _history(value: Any, where: str) -> Messages:
     """Earlier exchanges: a list of [question, answer] lists."""
+    if not isinstance(value, list):
+        raise UserError("`history` must be a list of questions and answers", where=where)
     messages: Messages = []
     for index, exchange in enumerate(value):
         name = f"history[{index}]"

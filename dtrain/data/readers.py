@@ -19,7 +19,7 @@ from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import decode_text, without_mark
 from dtrain.core.lazy_import import LazyModule
 from dtrain.data.conversations import TRAIN_FLAGS
-from dtrain.data.sources import PROSE, SourceFile
+from dtrain.data.sources import PACKERS, PROSE, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +32,7 @@ RawRow = tuple[int, Callable[[], Any]]
 
 BATCH_ROWS = 1000
 MAX_LINE_BYTES = 1 << 25  # longer lines belong to another kind of file
+MAX_EXPANSION = 200  # texts shrink to a twentieth; a file made to fill the memory, to a thousandth
 csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
 
 
@@ -138,11 +139,16 @@ def _broken_file(source_file: SourceFile, number: int, error: Exception) -> User
 
 
 def _content(source_file: SourceFile) -> bytes:
+    packed = source_file.kind.endswith(PACKERS)
+    limit = MAX_EXPANSION * Path(str(source_file.path)).stat().st_size + MAX_LINE_BYTES
     try:
         with _open_stream(source_file) as file:
-            content = file.read()
+            content = file.read(limit) if packed else file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise _broken_file(source_file, 1, error) from error
+    if packed and len(content) == limit:
+        message = f"expands to more than {MAX_EXPANSION} times its size, in memory"
+        raise UserError(message, where=source_file.name, fix="unpack it, or write JSON lines")
     _check_zst_complete(source_file, bool(content))
     return content
 
@@ -218,6 +224,9 @@ def parse_json(line: bytes, source_file: SourceFile, first_line: int) -> Any:
         return UserError("not UTF-8", where=where, fix="convert the file to UTF-8")
     except RecursionError:
         return UserError("JSON nested too deeply", where=f"{source_file.name}:{first_line}")
+    except ValueError as error:  # a number with thousands of digits
+        where = f"{source_file.name}:{first_line}"
+        return UserError(f"invalid JSON: {error}", where=where, fix="fix or remove this line")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | UserError:

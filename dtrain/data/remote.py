@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from blake3 import blake3
+from pydantic import Field
 
 from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.errors import UserError, first_line
@@ -100,7 +101,8 @@ def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Pat
 
 
 def _earlier_download(known: Path, address: str) -> list[tuple[str, Path]]:
-    copies = [(name, Path(copy)) for name, copy in read_json(known)]
+    records = read_json(known, list[Annotated[list[str], Field(min_length=2, max_length=2)]])
+    copies = [(name, Path(copy)) for name, copy in records]
     for name, copy in copies:
         if not _is_whole(copy):
             message = "cannot be reached, and the earlier download is damaged"

@@ -158,6 +158,9 @@ def _readable(paths: list[Path], source: Source) -> list[Path]:
             where=source.path,
             fix="correct `path`; ** includes subfolders",
         )
+    if pipes := [path for path in paths if not path.is_file()]:
+        fix = "write it to a file: data is read more than once"
+        raise UserError("is not a file", where=str(pipes[0]), fix=fix)
     if unknown := [path for path in paths if not file_kind(path)]:
         raise _unknown_kind(unknown[0])
     return paths

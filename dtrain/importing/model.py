@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_text
+from dtrain.core.files import read_json
 from dtrain.importing.foreign_config import ForeignConfig
 
 BASE = ("base_model", "model_name_or_path")
@@ -136,10 +135,7 @@ def _json_beside(config: ForeignConfig, name: str) -> dict[str, Any] | None:
     """The content of a JSON file, in this folder or the config's; None if it is not there."""
     for path in (Path(name), config.path.parent / name):
         if path.is_file():
-            try:
-                content = json.loads(read_text(path))
-            except ValueError as error:
-                raise UserError(f"is not valid JSON: {error}", where=str(path)) from error
+            content = read_json(path)
             return content if isinstance(content, dict) else None
     return None
 

@@ -70,11 +70,11 @@ class AdapterFile:
         return fingerprint({path.name: file_hash(path) for path in paths})
 
     def _open(self) -> Any:
+        if not self._path.is_file():
+            fix = "save the adapter as safetensors; pickled adapters are not read"
+            raise UserError(f"no {WEIGHTS}", where=str(self._path.parent), fix=fix)
         try:
             return safe_open(self._path, framework="pt")
-        except FileNotFoundError as error:
-            fix = "save the adapter as safetensors; pickled adapters are not read"
-            raise UserError(f"no {WEIGHTS}", where=str(self._path.parent), fix=fix) from error
         except SafetensorError as error:
             raise UserError("is not a complete safetensors file", where=str(self._path)) from error
 

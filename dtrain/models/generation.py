@@ -93,7 +93,8 @@ def generate_texts(
     """
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Masked, so that any will do for a tokenizer without an end of text.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False)
     ids: Tensor = batch["input_ids"].to(model.device)
     output = model.generate(

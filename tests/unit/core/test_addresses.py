@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dtrain.core.addresses import has_secret, without_secret
+from dtrain.core.cache_paths import user_path
+from dtrain.core.errors import UserError
 
 SECRETS = [
     "https://me:hunter2@host/a.jsonl",
@@ -55,6 +57,9 @@ PLAIN = [
 def test_a_secret_is_found_and_not_shown(address: str) -> None:
     assert has_secret(address)
     assert "hunter2" not in without_secret(address)
+    with pytest.raises(UserError, match="would be logged") as caught:
+        user_path(address)  # an argument of any command
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", PLAIN)

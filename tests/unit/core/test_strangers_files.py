@@ -16,7 +16,8 @@ from dtrain.core.file_types import Count, Number, check_type
 from dtrain.core.files import MAX_BYTES, json_lines, read_json, read_sealed, read_text
 from dtrain.core.weight_files import read_header
 from dtrain.launching.status import log_of, status
-from dtrain.models.peft_format import read_adapter_config
+from dtrain.merge.adapter_tensors import AdapterFile
+from dtrain.models.peft_format import WEIGHTS, read_adapter_config
 from dtrain.monitoring.report import write_report
 
 DEEP = 200_000
@@ -50,12 +51,17 @@ def test_what_is_no_file_of_limited_size_is_not_read(tmp_path: Path) -> None:
         (large, "larger than"),
         (pipe, "not a file"),
         (Path("/dev/zero"), "not a file"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "not a file"),
         (Path("a\0b"), "cannot be read"),
         (Path("a\ud800b"), "cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
             read_text(path)
+    with pytest.raises(UserError, match="not a file"):
+        read_header(pipe)
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=f"no {WEIGHTS}"):
+        AdapterFile(tmp_path)
 
 
 def test_a_sealed_file_with_a_number_that_is_not_finite(tmp_path: Path) -> None:
@@ -120,6 +126,7 @@ ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a:\n" + "".join(" " * i + "b:\n" for i in range(1, 500)), "nested too deeply"),
         ("\n".join(f"key{i}: v" for i in range(300_000)), "too large"),
         ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: 0x" + "f" * 5000, "too large"),
     ],
 )
 def test_yaml_that_cannot_be_used_is_refused(text: str, message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -181,6 +183,7 @@ def test_unknown_file_type_is_refused(fault, tmp_path) -> None:
         (b'{"text": 1}\n', 1, "`text` must be a text, not a number"),
         (b'{"text": "\\ud800"}\n', 1, "`text` contains an unpaired surrogate"),
         (b'{"text": ' + b"[" * 100_000 + b"\n", 1, "JSON nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}\n", 1, "invalid JSON: Exceeds the limit"),
     ],
 )
 def test_invalid_lines_are_reported_with_their_number(
@@ -188,6 +191,21 @@ def test_invalid_lines_are_reported_with_their_number(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert fault(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl:{line}: {message}")
+
+
+def test_what_is_no_file_is_not_read(fault, tmp_path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")  # would wait for a writer
+    (tmp_path / "b.jsonl").symlink_to("/dev/zero")
+    for name in ("a.jsonl", "b.jsonl"):
+        assert "is not a file" in fault(tmp_path / name)
+    (tmp_path / "c.jsonl").write_text('{"text": "c"}\n')
+    assert "no readable files here" in fault(tmp_path / "[ab].jsonl")
+
+
+def test_a_packed_file_that_would_fill_the_memory_is_refused(fault, tmp_path) -> None:
+    with gzip.open(tmp_path / "a.json.gz", "wb") as file:
+        file.write(b"[" + b" " * (1 << 26))
+    assert "expands to more than 200 times its size" in fault(tmp_path / "a.json.gz")
 
 
 def test_truncated_json_list_is_reported_with_its_line(fault, tmp_path) -> None:
@@ -208,6 +226,12 @@ def test_missing_column_is_reported_with_existing_columns(fault, write_rows, tmp
     message = fault(path, "alpaca")
     assert f"{path}:1: column `output` is missing; the row has instruction, answer" in message
     assert "format: alpaca needs instruction, output" in message
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.5, "x", {"a": "b"}])
+def test_a_column_of_the_wrong_type_is_named(fault, write_rows, value) -> None:
+    row = {"instruction": "x", "output": "y", "history": value}
+    assert ":1: `history" in fault(write_rows("a.jsonl", [row]), "alpaca")
 
 
 @pytest.mark.parametrize(

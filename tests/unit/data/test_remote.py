@@ -100,6 +100,10 @@ def test_unreachable_store_keeps_fetched_files(bucket, tmp_path, monkeypatch, ca
     assert "using the earlier download" in capsys.readouterr().out
     with pytest.raises(UserError, match="no route to host"):
         texts("memory://bucket/b.jsonl", tmp_path)
+    for record in (tmp_path / "remote").glob("*.json"):
+        record.write_text('[["a"]]')  # damaged
+    with pytest.raises(UserError, match=r"json: 0: list should have at least 2"):
+        texts("memory://bucket/a.jsonl", tmp_path)
 
 
 @pytest.mark.parametrize(

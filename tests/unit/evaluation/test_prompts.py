@@ -123,3 +123,5 @@ def test_sampled_answers_depend_on_seed_and_row_alone() -> None:
     assert answers([0, 1, 2, 3], seed=1) != together
     greedy = generate_texts(model, tokenizer, prompts, Decoding(12))
     assert answers([0, 1, 2, 3], top_p=1e-9) == greedy != together
+    tokenizer.pad_token = tokenizer.eos_token = None  # files that name no special tokens
+    assert generate_texts(model, tokenizer, prompts, Decoding(12)) == greedy
