@@ -52,10 +52,13 @@ class AdapterOrigin:
     kind: str = ""
 
 
+_TokenId = Annotated[int, Field(ge=-1, le=2**60)]  # -1: none, in some old files
+
+
 class GenerationFile(TypedDict, total=False):
     """What dtrain uses of generation_config.json."""
 
-    eos_token_id: int | list[int] | None
+    eos_token_id: _TokenId | list[_TokenId] | None
     stop_strings: str | list[str] | None
 
 

@@ -24,6 +24,7 @@ import os
 import pty
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -274,6 +275,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a run would ignore its terminal
     folder = Path(tempfile.mkdtemp(prefix="dtrain-disturb-"))
     try:
         status = Campaign(folder, arguments).run()
