@@ -32,10 +32,11 @@ def check_regularize(recipe: Recipe, number: int, at: Key) -> Iterator[Clash]:
         message += "offloaded"
         yield Clash([kind, ("engine", "offload")], message, "engine.offload=false")
     adapter = stage.method.adapter
-    if term.traits.penalizes_change and adapter and adapter.whole_modules:
-        saved: Key = (*at, "method", "modules_to_save")
+    if term.traits.penalizes_change and adapter and adapter.trains_whole_modules:
+        key = "modules_to_save" if adapter.whole_modules else "router"
+        saved: Key = (*at, "method", key)
         message = f"{term.kind} does not hold modules that train whole"
-        fix = "remove modules_to_save, or use kind=kl_to_base"
+        fix = f"remove {key}, or use kind=kl_to_base"
         yield Clash([kind, saved], message, fix)
     if term.traits.needs_base and not stage.method.traits.base_when_disabled:
         kinds = " or ".join(kind for kind, traits in TRAITS.items() if traits.base_when_disabled)

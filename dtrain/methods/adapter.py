@@ -25,14 +25,21 @@ from dtrain.core.log import say
 from dtrain.methods.added import AddedMethod
 from dtrain.methods.base import summarize_names
 from dtrain.methods.saved_modules import (
+    ROUTER,
     check_modules_to_save,
     fill_copies,
     prepare_copies,
     saved_parameters,
+    trained_routers,
 )
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.kernels.experts import router_layers
-from dtrain.models.meta_model import build_meta_model, linear_layers, unused_linear_layers
+from dtrain.models.meta_model import (
+    build_meta_model,
+    linear_layers,
+    unused_linear_layers,
+    unused_parameters,
+)
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 
@@ -47,7 +54,13 @@ class AdapterMethod(AddedMethod[Settings]):
     ) -> nn.Module:
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         unused = unused_linear_layers(described)
-        saved = check_modules_to_save(model, self.settings.whole_modules, described)
+        no_gradient = unused_parameters(described)
+        saved = check_modules_to_save(model, self.settings.whole_modules, no_gradient)
+        trained = trained_routers(model, self.settings)
+        saved |= check_modules_to_save(model, trained, no_gradient, where=ROUTER)
+        routers = router_layers(model)
+        if frozen := routers - saved:
+            say(f"the routers of {len(frozen)} layers stay frozen")
         barred = self.barred_layers(model)
         if barred and self.traits.quantizes_base:
             raise UserError(
@@ -57,14 +70,14 @@ class AdapterMethod(AddedMethod[Settings]):
                 fix="a base in 16 bits: method.kind=lora",
             )
         targets = resolve_targets(
-            model, self.settings.target_modules, unused, saved, barred, router_layers(model)
+            model, self.settings.target_modules, unused, saved, barred, routers
         )
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
-        adapted = self.adapt(model, targets)
+        adapted, inner = self.adapt(model, targets), model
         model.disable_input_require_grads()
-        prepare_copies(adapted)
+        prepare_copies(inner, no_gradient)
         self.initialize_all(adapted, seed, device, saved_parameters(adapted))
         key_dropouts(adapted)
         adapted.train()
@@ -102,9 +115,10 @@ class AdapterMethod(AddedMethod[Settings]):
         Args:
             more: settings of PEFT that replace those of `peft_config`.
         """
+        routers = sorted(trained_routers(model, self.settings))
         settings = {
             "target_modules": targets,
-            "modules_to_save": list(self.settings.whole_modules) or None,
+            "modules_to_save": [*self.settings.whole_modules, *routers] or None,
             "task_type": "CAUSAL_LM",
         }
         config = get_peft_config(self.settings.peft_config() | settings | more)
@@ -219,7 +233,7 @@ def resolve_targets(
         unused: layers that no text reaches; an adapter there would never get a gradient.
         saved: modules that train whole.
         barred: layers that PEFT does not adapt; an error where they are named.
-        routers: layers that choose experts, which stay frozen; the same.
+        routers: modules that choose experts, which get no adapter; the same.
 
     Raises:
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
@@ -229,21 +243,19 @@ def resolve_targets(
     if isinstance(target_modules, str):
         named = {n for n, m in layers.items() if m is not output}
         matched = named - saved - barred - routers
-        if routers:
-            say(f"the routers of {len(routers)} layers stay frozen")
         if barred:
             summary = summarize_names(barred)
             say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
     else:
-        _check_targets(model, target_modules, layers)
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
         named = matched = set(match_names(names, target_modules))
         if chosen := sorted(matched & routers):
             raise UserError(
-                f"{chosen[0]} is a router, which stays frozen",
+                f"{chosen[0]} is a router, which gets no adapter",
                 where="method.target_modules",
-                fix="leave it out",
+                fix="leave it out; method.router=train trains it whole",
             )
+        _check_targets(model, target_modules, layers)
         if both := sorted(matched & saved):
             message = f"{both[0]} cannot have an adapter and train whole"
             where = "method.target_modules and method.modules_to_save"

@@ -11,7 +11,9 @@ from dtrain.config.methods.patterns import check_parameter_patterns
 from dtrain.core.errors import UserError
 from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
+from dtrain.methods.saved_modules import trained_routers
 from dtrain.models.decoder_layers import decoder_layers
+from dtrain.models.kernels.experts import router_layers
 from dtrain.models.meta_model import build_meta_model, unused_parameters
 
 
@@ -27,7 +29,7 @@ class FullFineTuning(Method[Full]):
         unused = unused_parameters(
             build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         )
-        chosen = self._chosen(model) - unused
+        chosen = self._chosen(model) - unused - self._frozen_routers(model)
         for name, parameter in model.named_parameters():
             trains = name in chosen
             if trains and parameter.dtype != torch.float32:
@@ -52,6 +54,13 @@ class FullFineTuning(Method[Full]):
         if not chosen:
             raise UserError("every parameter is frozen", where=where, fix="name fewer of them")
         return chosen
+
+    def _frozen_routers(self, model: PreTrainedModel) -> set[str]:
+        """Names of the parameters of routers, unless these train."""
+        frozen = router_layers(model) - trained_routers(model, self.settings)
+        if frozen:
+            say(f"the routers of {len(frozen)} layers stay frozen")
+        return {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in frozen}
 
     def _trainable_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers whose parameters may train, or the whole model."""

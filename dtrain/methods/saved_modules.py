@@ -6,7 +6,7 @@ from the loaded base, and is one parameter where the originals are one (tied emb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,21 +16,23 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import UserError
-from dtrain.models.meta_model import unused_parameters
+from dtrain.models.kernels.experts import router_layers
 
-WHERE = "method.modules_to_save"
+WHERE, ROUTER = "method.modules_to_save", "method.router"
 
 
 def check_modules_to_save(
-    model: PreTrainedModel, names: list[str], described: PreTrainedModel
+    model: PreTrainedModel, names: Iterable[str], unused: set[str], where: str = WHERE
 ) -> set[str]:
     """Check what PEFT would copy.
 
     Args:
         model: before PEFT changes it.
         names: PEFT matches the ends of modules' names, `norm` that of `input_layernorm` too.
-        described: the model on the meta device, from `build_meta_model`.
+        unused: parameters that no text reaches, from `unused_parameters`.
+        where: the key that asks for them.
 
     Returns:
         The names of the modules.
@@ -39,7 +41,6 @@ def check_modules_to_save(
         UserError: a name matches nothing, or a module cannot train whole.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    unused = unused_parameters(described)
     saved: dict[str, nn.Module] = {}
     for name in names:
         matching = {n: m for n, m in modules.items() if n.endswith(name)}
@@ -49,14 +50,33 @@ def check_modules_to_save(
     for name, module in saved.items():
         if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
             fix = "name modules with weights of their own: embed_tokens, lm_head, norm, ..."
-            raise UserError(f"{name} is no single layer with weights", where=WHERE, fix=fix)
+            raise UserError(f"{name} is no single layer with weights", where=where, fix=fix)
         if isinstance(module, Linear4bit):
-            raise UserError(f"{name} is in NF4", where=WHERE, fix="method.kind: lora")
+            raise UserError(f"{name} is in NF4", where=where, fix="method.kind: lora")
         if all(f"{name}.{leaf}" in unused for leaf, _ in module.named_parameters()):
-            raise UserError(f"no text reaches {name}", where=WHERE, fix="remove it")
+            raise UserError(f"no text reaches {name}", where=where, fix="remove it")
         _check_dtype(name, module)
     _check_tied(model, saved)
     return set(saved)
+
+
+def trained_routers(model: nn.Module, method: MethodSettings) -> set[str]:
+    """The names of the routers that train.
+
+    Raises:
+        UserError: the model has none, or a router trains without its loss.
+    """
+    routers = router_layers(model)
+    if method.trains_router:
+        if not routers:
+            fix = "method.router=frozen, or the base of a mixture of experts"
+            raise UserError("this model has no routers", where=ROUTER, fix=fix)
+        return routers
+    ends = method.adapter.whole_modules if method.adapter else []
+    if named := [name for name in sorted(routers) if name.endswith(tuple(ends))]:
+        message = f"{named[0]} is a router, which trains with its load-balancing loss"
+        raise UserError(message, where=WHERE, fix="name it no longer: method.router=train")
+    return set()
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> UserError:
@@ -110,21 +130,28 @@ def saved_parameters(model: nn.Module) -> dict[str, str]:
         f"{name}.modules_to_save.{adapter}.{leaf}": f"{name}.{leaf}"
         for name, wrapper in saved_wrappers(model)
         for adapter, copy in wrapper.modules_to_save.items()
-        for leaf, _ in copy.named_parameters()
+        for leaf, parameter in copy.named_parameters()
+        if parameter.requires_grad
     }
 
 
-def prepare_copies(model: nn.Module) -> None:
-    """Make the copies float32, one where the originals are one; those on the meta device stay."""
+def prepare_copies(model: nn.Module, unused: set[str]) -> None:
+    """Make the copies float32, one where the originals are one; those on the meta device stay.
+
+    Args:
+        model: without PEFT's wrapper.
+        unused: parameters that no text reaches, which get no gradient: they stay as they are.
+    """
     shared: dict[nn.Parameter, nn.Parameter] = {}
-    for _, wrapper in saved_wrappers(model):
+    for name, wrapper in saved_wrappers(model):
         for copy in wrapper.modules_to_save.values():
             for leaf, original in wrapper.original_module._parameters.items():
                 if original is None:
                     continue
                 if original not in shared:
                     values = original.detach().to(torch.float32, copy=True)
-                    shared[original] = nn.Parameter(values)
+                    trains = f"{name}.{leaf}" not in unused
+                    shared[original] = nn.Parameter(values, requires_grad=trains)
                 copy._parameters[leaf] = shared[original]
             if not isinstance(copy, nn.Linear):  # autocast casts a linear layer's inputs
                 copy.register_forward_hook(_as_original(wrapper.original_module))
@@ -141,16 +168,19 @@ def fill_copies(block: nn.Module) -> None:
                 if empty not in filled:
                     original = wrapper.original_module.get_parameter(leaf)
                     values = original.detach().to(torch.float32, copy=True)
-                    filled[empty] = nn.Parameter(values)
+                    filled[empty] = nn.Parameter(values, requires_grad=empty.requires_grad)
                 copy._parameters[leaf] = filled[empty]
+            copy._buffers.update(wrapper.original_module._buffers)
 
 
 def _as_original(original: nn.Module) -> Any:
     """A hook that casts a copy's output to the dtype that the original would return."""
     dtype = next(original.parameters()).dtype
 
-    def cast(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def cast(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
         x = inputs[0]
+        if not isinstance(output, Tensor):  # a router's: it casts to the dtype of its input
+            return output
         return output.to(torch.promote_types(x.dtype, dtype) if x.is_floating_point() else dtype)
 
     return cast

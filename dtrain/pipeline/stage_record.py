@@ -189,6 +189,8 @@ def stage_record(
     # In strict mode a micro-batch is the unit of the sums' fixed order.
     for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
         settings["train"].pop(key)
+    if not stage.method.trains_router:  # as runs that started before there was this key
+        settings["method"].pop("router", None)
     settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
     settings["data"]["loss_weights"] = stage.data.loss_weights
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint

@@ -84,7 +84,9 @@ def layer_parameters(
     head_norms = shape.norm_elements - shape.norms * shape.hidden  # norms of queries and keys
     widths = [shape.hidden] * shape.norms + ([head_norms // 2] * 2 if head_norms else [])
     if shape.router[0]:
-        parameters.append(replace(base, rows=shape.router[0], columns=shape.router[1]))
+        here = trains and workload.method.trains_router
+        router = _base_parameter(workload, train_bytes, trains=here)
+        parameters.append(replace(router, rows=shape.router[0], columns=shape.router[1]))
     widths += [shape.extra_elements] if shape.extra_elements else []
     return parameters + [replace(base, rows=width, columns=1) for width in widths]
 

@@ -171,8 +171,14 @@ class Workload:
     @cached_property
     def whole_modules(self) -> tuple[WholeModule, ...]:
         """The modules of the base whose copies train together with an adapter."""
-        adapter = self.method.adapter
-        return select_modules(self.shape, adapter.whole_modules) if adapter else ()
+        adapter, shape = self.method.adapter, self.shape
+        if adapter is None:
+            return ()
+        modules = select_modules(shape, adapter.whole_modules)
+        if not (adapter.trains_router and shape.experts):
+            return modules
+        routers = WholeModule("router", shape.layers - shape.dense_layers, (shape.router,))
+        return (*modules, routers)
 
     @property
     def trains_matrices(self) -> bool:
@@ -252,7 +258,9 @@ class Workload:
         matrices = sum(n for name, n in outer.items() if not method.freezes(name))
         biases = sum(x.biases for x in shape.linears)
         vectors = self.trained_layers * (shape.norm_elements + biases)
-        return matrices + vectors + self.trained_linear_elements
+        mixtures = min(self.trained_layers, shape.layers - shape.dense_layers)  # the last layers
+        routers = prod(shape.router) * mixtures * method.trains_router
+        return matrices + vectors + routers + self.trained_linear_elements
 
     @cached_property
     def trained_linear_elements(self) -> int:

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dtrain.data.loader import Loader, MicroBatch
+from dtrain.data.loader import NO_SEQUENCE, Loader, MicroBatch
 from dtrain.engines.base import Engine
 from dtrain.models.dropout import set_dropout_key
+from dtrain.models.routing import ExpertLoad
 from dtrain.objectives.base import LossOutput, Objective, global_weight
 from dtrain.training.callbacks import Callback
 
@@ -34,6 +35,7 @@ class StepResult:
         stop_votes: ranks that ask to stop.
         metrics: of the objective, over the global batch.
         sources: counts and mean loss of each source, where there are several.
+        experts: load of the experts of each layer that has some, over the global batch.
         seconds: of this rank, by what they were spent on.
         communication_seconds: of this rank in collectives, a part of `seconds`.
     """
@@ -46,6 +48,7 @@ class StepResult:
     stop_votes: int
     metrics: dict[str, float] = field(default_factory=dict)
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    experts: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     communication_seconds: float = 0.0
 
@@ -61,6 +64,7 @@ class StepInputs(Protocol):
     engine: Engine
     objective: Objective
     loader: Loader
+    expert_load: ExpertLoad
     seed: int
     callbacks: Callback
 
@@ -86,7 +90,8 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
         set_dropout_key(engine.module, trainer.seed, step, batch.sequences, batch.sequence_lengths)
         last = number == len(batches) - 1
         engine.before_forward(last=last)
-        output = compute_loss(engine, objective, batch, statistics)
+        with trainer.expert_load.recording(is_empty=NO_SEQUENCE in batch.sequence_ids):
+            output = compute_loss(engine, objective, batch, statistics)
         loss = poisoned(output.loss)
         engine.backward(loss * scale, last=last)
         total += loss.detach().double()
@@ -94,12 +99,14 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
     loss_here = total.item()
     local_sums = source_sums(objective, loader, step, batches, outputs)
     local_sums += metric_sums(objective, outputs)
+    loads = trainer.expert_load.take()
     computed = time.perf_counter()
     trainer.callbacks.pre_optim_step(step + 1)
     objective.before_update(engine)
     norm = engine.step(rate)
     objective.after_update(engine, step, updated=isfinite(norm))
-    loss_total, votes, *sums = world.sum([loss_here, float(wants_stop), *local_sums])
+    loss_total, votes, *sums = world.sum([loss_here, float(wants_stop), *local_sums, *loads])
+    loads, sums = sums[len(local_sums) :], sums[: len(local_sums)]
     sources = source_losses(objective, loader, step, sums)
     metrics = dict(zip(objective.metric_sum_names, sums[len(sources) :], strict=True))
     return StepResult(
@@ -111,6 +118,7 @@ def train_step(trainer: StepInputs, step: int, rate: float, *, wants_stop: bool)
         stop_votes=int(votes),
         metrics=objective.metrics(metrics, weight),
         sources=sources,
+        experts=trainer.expert_load.metrics(loads),
         seconds={
             "data": loaded - started,
             "compute": computed - loaded,

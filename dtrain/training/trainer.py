@@ -17,6 +17,7 @@ from dtrain.config.train import Train
 from dtrain.data.loader import NO_SEQUENCE, Loader
 from dtrain.distributed.tensor_utils import memory_metrics
 from dtrain.engines.base import Engine
+from dtrain.models.routing import ExpertLoad
 from dtrain.objectives.base import Objective
 from dtrain.planning.gpus import known_gpu
 from dtrain.training.callbacks import Callback, CallbackGroup
@@ -59,6 +60,7 @@ class Trainer:
         seed: int,
     ) -> None:
         self.engine, self.objective, self.loader, self.seed = engine, objective, loader, seed
+        self.expert_load = ExpertLoad(engine.module)
         self.checkpointer, self.evaluator, self.stop = checkpointer, evaluator, stop
         self.callbacks: Callback = CallbackGroup(callbacks)
         self.progress, self._start = progress, replace(progress)
@@ -198,6 +200,8 @@ class Trainer:
             metrics["metrics"] = result.metrics
         if result.sources:
             metrics["sources"] = result.sources
+        if result.experts:
+            metrics["experts"] = result.experts
         if not result.finite:
             metrics["skipped"] = "non-finite loss or gradient"
             rows = [int(row) for row in loader.batch(step - 1) if row != NO_SEQUENCE]

@@ -132,8 +132,10 @@ def watched() -> Iterator[dict[str, Any]]:
     def after_training(self: Any, model: str, engine: Any, base: Path) -> None:
         engine.module.eval()
         with torch.no_grad():
+            statistics = train_step.begin_step(engine, objectives[0], seen["batches"])
             for batch in seen["batches"]:
-                seen["last"].append(compute(engine, objectives[0], batch).item_losses)
+                output = compute(engine, objectives[0], batch, statistics)
+                seen["last"].append(output.item_losses)
         record(self, model, engine, base)
 
     train_step.compute_loss = compute_loss

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.engines import ENGINES
 from dtrain.config.methods import TRAITS, MethodTraits, QuantizableSettings, parse_method
@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora+whole": {"kind": "lora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     | {"rank_pattern": {r"layers\.0\..*": 2}},
     "lora+from": {"kind": "lora", "dropout": 0.0, "modules_to_save": ["model.norm"]},
+    # On a mixture of experts, whose experts have adapters too.
+    "lora+router": {"kind": "lora", "router": "train"},
 }
 VARIANTS |= {
     f"{kind}+nf4": {"kind": kind, "quantize": "nf4"}
@@ -89,6 +91,23 @@ def tied_base(folder: Path) -> Path:
     return folder
 
 
+def expert_base(folder: Path) -> Path:
+    """A mixture of experts with the sample model's tokenizer."""
+    ensure("tiny-llama")
+    sample = local_path("dtrain:tiny-llama")
+    dense = json.loads((sample / "config.json").read_text())
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=dense["vocab_size"], hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for path in sample.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
 def trained_adapter(folder: Path, method: dict[str, Any]) -> Path:
     """An adapter of the sample model that changes its output."""
     ensure("tiny-llama")
@@ -106,6 +125,7 @@ def found(case: str, tmp_path: Path, start: Any) -> dict[str, dict[str, Any]]:
     """What the ranks found, by engine, and on one rank."""
     recipe = tmp_path / "recipe.yaml"
     base = tied_base(tmp_path / "base") if case == "lora+whole" else "dtrain:tiny-llama"
+    base = expert_base(tmp_path / "base") if case == "lora+router" else base
     method = settings(case)
     if case == "lora+from":
         method |= {"from_adapter": str(trained_adapter(tmp_path / "old", method))}

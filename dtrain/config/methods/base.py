@@ -134,6 +134,11 @@ class MethodSettings(Group):
         """Whether modules of the base train, or copies of them: gradients as large as these."""
         return self.traits.trains_base
 
+    @property
+    def trains_router(self) -> bool:
+        """Whether the routers of a mixture of experts train, with its load-balancing loss."""
+        return False
+
     def rank_of(self, layer: str) -> int:
         """The rank of one layer, by its name in the model."""
         return self.rank
@@ -157,6 +162,21 @@ class MethodSettings(Group):
     def saves_outputs(self) -> bool:
         """Whether an adapted layer saves its output for the backward pass."""
         return False
+
+
+class RouterSettings(MethodSettings):
+    """The key of methods that can train the routers of a mixture of experts."""
+
+    router: Literal["frozen", "train"] = Field(
+        "frozen",
+        description="train: the routers of a mixture of experts train whole, and the loss has the "
+        "model's load-balancing loss (arXiv:2101.03961) of the global batch, by the coefficient in "
+        "its config.json (`router_aux_loss_coef`), if it has one",
+    )
+
+    @property
+    def trains_router(self) -> bool:
+        return self.router == "train"
 
 
 class QuantizableSettings(MethodSettings):
@@ -209,11 +229,11 @@ class AdapterSettings(MethodSettings):
 
     @property
     def stacks(self) -> bool:
-        return self.traits.stacks and not self.whole_modules
+        return self.traits.stacks and not self.trains_whole_modules
 
     @property
     def trains_whole_modules(self) -> bool:
-        return bool(self.whole_modules)
+        return bool(self.whole_modules) or self.trains_router
 
     def peft_config(self) -> dict[str, Any]:
         """The settings of adapter_config.json that decide what PEFT computes."""
@@ -244,7 +264,7 @@ class AdapterSettings(MethodSettings):
         return sum(rows * columns for rows, columns in self.shapes(layer, outputs, inputs))
 
 
-class PeftSettings(AdapterSettings):
+class PeftSettings(RouterSettings, AdapterSettings):
     """The keys that adapters of PEFT share."""
 
     modules_to_save: list[Text] = Field(

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dtrain.config.group import Count, Text
-from dtrain.config.methods.base import MethodSettings, MethodTraits
+from dtrain.config.methods.base import MethodTraits, RouterSettings
 from dtrain.config.methods.patterns import match_parameter
 
 
-class Full(MethodSettings):
+class Full(RouterSettings):
     """The base's own parameters train."""
 
     traits_by_kind: ClassVar[Mapping[str, MethodTraits]] = {

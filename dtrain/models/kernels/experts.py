@@ -30,7 +30,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dtrain.core.errors import UserError
 from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
-from dtrain.models.meta_model import linear_layers
 
 NAME = "routed"  # of the implementation, in transformers' registry
 WRAPPERS = "lora_wrappers"  # attribute of an experts module: parameter → PEFT's wrapper
@@ -297,19 +296,18 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def router_layers(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose experts: next to them, with an output for each."""
+    """Names of the modules that choose experts: next to them, with a row of weights for each."""
     routers = set()
     for name, module in model.named_modules():
         if not is_experts(module):
             continue
         block, experts = name.rpartition(".")[0], int(module.num_experts)
-        for inner, layer in linear_layers(model.get_submodule(block)).items():
-            full = f"{block}.{inner}" if block else inner
-            if (
-                not f"{full}.".startswith(f"{name}.")
-                and getattr(layer, "out_features", 0) == experts
-            ):
-                routers.add(full)
+        for inner, layer in model.get_submodule(block).named_modules(prefix=block):
+            weight = layer._parameters.get("weight")
+            if weight is None or weight.dim() != 2 or f"{inner}.".startswith(f"{name}."):
+                continue
+            if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
+                routers.add(inner)
     return routers
 
 

@@ -7,10 +7,10 @@ weights, so ranks and micro-batches do not change it. Held-out sets are measured
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dtrain.config.schema import Stage
 from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.distributed.world import World
 from dtrain.objectives.base import (
     LossOutput,
     Objective,
@@ -55,6 +56,9 @@ class AddedTerm(Objective):
     def begin_training(self, engine: ShardedModel) -> None:
         self.inner.begin_training(engine)
 
+    def begin_step(self, model: nn.Module, batches: Iterable[MicroBatch], world: World) -> Any:
+        return self.inner.begin_step(model, batches, world)
+
     def before_update(self, engine: ShardedModel) -> None:
         self.inner.before_update(engine)
 
@@ -69,7 +73,8 @@ class AddedTerm(Objective):
 
     def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
         inner = {name: sums[name] for name in self.inner.metric_sum_names}
-        return self.inner.metrics(inner, weight) | {self.term: sums[self.term] / weight}
+        term = {self.term: sums[self.term] / weight} if self.term in sums else {}
+        return self.inner.metrics(inner, weight) | term
 
     def step(self, batch: MicroBatch) -> int:
         """The step of a micro-batch."""
@@ -107,6 +112,8 @@ def build_stage_objective(stage: Stage) -> Objective:
         paths.append(term.of_base_parameters if traits.trains_base else term.implementation)
     if traits.objective:
         paths.append(traits.objective)
+    if stage.method.trains_router:
+        paths.append("dtrain.objectives.regularizers.router_balance:RouterBalance")
     for path in paths:
         module, _, name = path.partition(":")
         implementation: type[AddedTerm] = getattr(import_module(module), name)

@@ -21,6 +21,7 @@ from dtrain.engines.ddp import Ddp
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_losses
+from dtrain.models.routing import ExpertLoad
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import StageContext
 from dtrain.objectives.causal_lm import SupervisedFinetuning
@@ -134,7 +135,12 @@ def test_losses_and_ranks_are_those_of_peft(recipe, loader, world, tmp_path) -> 
     objective.begin_stage(context)
     objective.begin_training(engine)
     trainer: Any = SimpleNamespace(
-        engine=engine, objective=objective, loader=loader, seed=0, callbacks=Callback()
+        engine=engine,
+        objective=objective,
+        loader=loader,
+        seed=0,
+        callbacks=Callback(),
+        expert_load=ExpertLoad(model),
     )
     results = [train_step(trainer, step, RATE, wants_stop=False) for step in range(STEPS)]
 

@@ -30,6 +30,7 @@ from dtrain.distributed.collective_timer import CollectiveTimer
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_logits, token_losses
+from dtrain.models.routing import ExpertLoad
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import LossOutput, Objective, adapters_disabled
 from dtrain.samples.make import ensure
@@ -211,7 +212,12 @@ def one_step(dataset: Any, ranks: int, micro_batch: int) -> tuple[Any, torch.Ten
         loader = Loader(dataset, seed=0, global_batch=BATCH, total_sequences=total)
         objective = Pairwise(SimpleNamespace(kind="dpo"))  # type: ignore[arg-type]
         trainer = SimpleNamespace(
-            engine=engine, objective=objective, loader=loader, seed=0, callbacks=Callback()
+            engine=engine,
+            objective=objective,
+            loader=loader,
+            seed=0,
+            callbacks=Callback(),
+            expert_load=ExpertLoad(torch.nn.Linear(1, 1)),
         )
         result = train_step(trainer, 0, 1e-3, wants_stop=False)
         held_out = evaluate(engine, HeldOutSet(objective, loader))

@@ -70,10 +70,10 @@ def test_counts_are_those_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"])
-@pytest.mark.parametrize("experts", [True, False])
-def test_adapters_are_counted_as_they_are_attached(name: str, experts: bool) -> None:
+@pytest.mark.parametrize("keys", [{}, {"experts": False}, {"router": "train"}])
+def test_adapters_are_counted_as_they_are_attached(name: str, keys: dict[str, Any]) -> None:
     config = CONFIGS[name] | {"num_hidden_layers": 2}
-    planned = workload(config, experts=experts)
+    planned = workload(config, **keys)
     model = model_of(config).requires_grad_(False)
     adapted = build_method(planned.method).attach(model, seed=0, device=torch.device("meta"))
     trains = [p.numel() for p in adapted.parameters() if p.requires_grad]
