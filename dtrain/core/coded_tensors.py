@@ -18,7 +18,7 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
-from dtrain.core.weight_files import read_header, weight_files
+from dtrain.core.weight_files import read_headers
 
 FORMATS = ("mxfp4", "fp8")  # values of quant_method
 DTYPE = "BF16"  # of the values
@@ -73,9 +73,9 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
     """The tensors of a model's files, by name; those that others store take the place of these.
 
     Raises:
-        UserError: a file is damaged, or codes have no scales that fit.
+        UserError: as `read_headers`, or codes have no scales that fit.
     """
-    headers = {path: read_header(path)[0] for path in weight_files(folder)}
+    headers = read_headers(folder)
     tensors = {
         name: FileTensor(path, entry["dtype"], entry["shape"])
         for path, entries in headers.items()

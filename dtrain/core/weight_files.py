@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(.+)")  # layer, number, tensor of an expert
 _Size = Annotated[int, Field(ge=0, le=2**50)]
 
 
@@ -104,6 +106,60 @@ def _inside(index: Path, name: str) -> str:
     if name in ("", ".", "..") or PurePosixPath(name).name != name or len(name) > 255:
         raise UserError(f"points outside its folder: {name!r}", where=str(index))
     return name
+
+
+def read_headers(folder: Path) -> dict[Path, dict[str, dict[str, Any]]]:
+    """The tensors of each file of a model: `read_header` of its `weight_files`.
+
+    Raises:
+        UserError: as these two; a tensor of the index, or of an expert, is in no file.
+    """
+    files = weight_files(folder)
+    headers = {path: read_header(path)[0] for path in files}
+    names = {name for entries in headers.values() for name in entries}
+    if files != [folder / SINGLE]:
+        weight_map = read_weight_map(folder / INDEX)
+        for name, file in weight_map.items():
+            if name not in names:
+                raise _missing_tensor(name, folder / INDEX, f" of {file}")
+    for name in _expert_tensors(folder, names):
+        if name not in names:
+            raise _missing_tensor(name, folder)
+    return headers
+
+
+def _expert_tensors(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """The names that the tensors of all experts must have, where each is stored by itself.
+
+    All layers have the same number if the config knows it; else those that are there are
+    numbered without a gap.
+    """
+    layers: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            layer, number, leaf = match.groups()
+            layers.setdefault(layer, {}).setdefault(int(number), set()).add(leaf)
+    if not layers:
+        return
+    most = 1 + max(number for experts in layers.values() for number in experts)
+    is_known = most in _expert_counts(folder / "config.json")
+    for layer, experts in layers.items():
+        leaves = sorted(set().union(*experts.values()))
+        for number in range(most if is_known else 1 + max(experts)):
+            yield from (f"{layer}.{number}.{leaf}" for leaf in leaves)
+
+
+def _expert_counts(config: Path) -> list[Any]:
+    """The values of all keys of a config that are about experts."""
+    content = read_json(config) if config.is_file() else None
+    groups = [content, *content.values()] if isinstance(content, dict) else []
+    pairs = (item for group in groups if isinstance(group, dict) for item in group.items())
+    return [value for key, value in pairs if "expert" in key]
+
+
+def _missing_tensor(name: str, where: Path, of: str = "") -> UserError:
+    message = f"{name}{of} is in no file of the model"
+    return UserError(message, where=str(where), fix="download the model again")
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:

@@ -22,7 +22,7 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.log import warn
-from dtrain.core.weight_files import check_complete, read_header, weight_files
+from dtrain.core.weight_files import check_complete, read_headers
 from dtrain.models import attention
 from dtrain.models.by_document import separate_states
 from dtrain.models.finite_weights import check_finite
@@ -106,8 +106,7 @@ def load_config(
     Raises:
         UserError: as `load_base`.
     """
-    for path in weight_files(folder):
-        read_header(path)  # raises if the file is truncated
+    read_headers(folder)  # raises if a file is cut short, or a tensor is missing
     config = read_config(folder, trust_remote_code=settings.trust_remote_code)
     return prepare_config(config, settings, dtype, device)
 

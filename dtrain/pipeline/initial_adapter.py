@@ -7,7 +7,7 @@ say the same of itself as the recipe does, and have been trained on the stage's 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,9 +143,21 @@ def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[st
             keys[name] = key
         else:
             tied.append((other, key))
-    for problem, odd in _differences(expected, file.shapes):
-        fix = "name the same layers: method.target_modules, method.modules_to_save"
-        raise UserError(f"{len(odd)} tensors {problem}: {', '.join(odd[:3])}", where=where, fix=fix)
+    for problem, odd in (
+        ("that the stage trains are not in it", sorted(expected.keys() - file.shapes.keys())),
+        ("of it are not trained by the stage", sorted(file.shapes.keys() - expected.keys())),
+    ):
+        if odd:
+            message = f"{len(odd)} tensors {problem}: {', '.join(odd[:3])}"
+            keys = "method.target_modules, method.modules_to_save, method.router"
+            raise UserError(message, where=where, fix=f"name the same layers: {keys}")
+    for key, shape in expected.items():
+        if file.shapes[key] != shape:
+            raise UserError(
+                f"{key} is {file.shapes[key]} in it, {shape} here",
+                where=where,
+                fix="continue it on the base that it was trained on, with as many experts",
+            )
     for first_key, key in tied:
         if not torch.equal(file.get(first_key), file.get(key)):
             message = f"trained {first_key} and {key} apart, which are one matrix in the base"
@@ -154,18 +166,6 @@ def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[st
         if not all_finite(file.get(key)):
             raise UserError(f"{key} is not finite", where=where, status=Exit.NON_FINITE)
     return keys
-
-
-def _differences(
-    expected: dict[str, list[int]], found: dict[str, list[int]]
-) -> Iterator[tuple[str, list[str]]]:
-    both = expected.keys() & found.keys()
-    problems = {
-        "that the stage trains are not in it": sorted(expected.keys() - both),
-        "of it are not trained by the stage": sorted(found.keys() - both),
-        "have another shape": sorted(key for key in both if expected[key] != found[key]),
-    }
-    yield from ((problem, odd) for problem, odd in problems.items() if odd)
 
 
 def _check_base(folder: Path, setup: StageSetup) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +25,14 @@ from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import MergeJob, check_mergeable
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.methods.base import build_method
+from dtrain.models.check_base import open_model
 from dtrain.models.expert_nf4 import expert_states
 from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.load import read_config
+from dtrain.models.load import load_base, read_config
 from dtrain.models.packing_probe import probe_packing
 from dtrain.models.sharded_loading import stream_base
+from dtrain.pipeline.initial_adapter import check_initial_adapter
 
 CPU = torch.device("cpu")
 EXPERTS = 4
@@ -247,14 +251,40 @@ def test_an_adapter_of_other_experts_is_refused(write: Callable, kind: str, tmp_
         MergeableAdapter.open(adapter, other)
 
 
-def test_a_missing_expert_is_named(write: Callable) -> None:
+# In the middle, the last of a layer, and all of it that one layer has.
+@pytest.mark.parametrize("missing", ["2.up_proj.weight", "3.down_proj.weight", "3."])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_missing_expert_is_named_before_anything_is_read(
+    write: Callable, missing: str, sharded: bool
+) -> None:
     folder = write("qwen3_moe")
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    base = streamed(folder)
-    with pytest.raises(UserError, match=r"do not make model\.layers\.1\.mlp\.experts"):
-        base.materialize(base.model)
+    gone = f"model.layers.1.mlp.experts.{missing}"
+    kept = {name: t for name, t in tensors.items() if not name.startswith(gone)}
+    assert kept.keys() < tensors.keys()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    if sharded:
+        (folder / "model.safetensors").rename(folder / "all.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "all.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "tokenizer.json").write_text("{}")
+
+    def loaded(path: Path) -> Any:
+        settings = schema.Model(base=str(path))
+        return load_base(path, settings, quantized=False, dtype=torch.float32, device=CPU)
+
+    for read in (open_model, streamed, BaseTensors, loaded):  # check, train, merge, generate
+        with pytest.raises(UserError, match=rf"{gone}.* is in no file of the model"):
+            read(folder)
+
+
+def test_an_adapter_of_other_experts_does_not_continue(write: Callable, tmp_path: Path) -> None:
+    method, model = adapted(write("qwen3_moe"))
+    adapter = str(saved(method, model, tmp_path / "adapter"))
+    _, other = adapted(write("qwen3_moe", num_experts=2 * EXPERTS))
+    keys = {"kind": "lora", "r": 4, "dropout": 0.0, "from_adapter": adapter}
+    with pytest.raises(UserError, match=r"lora_A.weight is \[16, 32\] in it, \[32, 32\] here"):
+        check_initial_adapter(SimpleNamespace(method=Lora(**keys)), other)
 
 
 @KINDS
@@ -270,7 +300,7 @@ def test_routers_stay_frozen(write: Callable) -> None:
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert any(".experts." in name for name in trained)
     assert not any(".wg." in name for name in trained)
-    with pytest.raises(UserError, match=r"gate\.wg is a router, which stays frozen"):
+    with pytest.raises(UserError, match=r"gate\.wg is a router, which gets no adapter"):
         adapted(folder, target_modules=["q_proj", "wg"])
 
 
