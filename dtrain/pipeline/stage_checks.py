@@ -18,6 +18,7 @@ from dtrain.merge.merge import check_mergeable
 from dtrain.methods.base import build_method
 from dtrain.models.load import resolve_dtype, silence_transformers
 from dtrain.models.sharded_loading import stream_base
+from dtrain.objectives.regularizers.fisher import adapted_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -43,7 +44,8 @@ def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None
                 with silence_transformers():
                     _check_stage(recipe, stage, base, device)
             except UserError as error:
-                joint = "." if error.where.startswith(("method.", "train.")) else ": "
+                is_key = error.where.startswith(("method.", "train.", "regularize."))
+                joint = "." if is_key else ": "
                 where = f"stages.{stage.name}{joint}{error.where}"
                 raise UserError(error.message, where=where, fix=error.fix) from error
         done.append(stage)
@@ -52,7 +54,8 @@ def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None
 def _is_same(recipe: Recipe, stage: Stage, other: Stage) -> bool:
     """Whether what is checked of two stages is the same."""
     scales = stage.train.learning_rate_scales == other.train.learning_rate_scales
-    return scales and stage.method == other.method and recipe.merges(stage) == recipe.merges(other)
+    settings = stage.method == other.method and stage.regularize == other.regularize
+    return scales and settings and recipe.merges(stage) == recipe.merges(other)
 
 
 def _check_stage(recipe: Recipe, stage: Stage, base: Path, device: torch.device) -> None:
@@ -69,6 +72,9 @@ def _check_stage(recipe: Recipe, stage: Stage, base: Path, device: torch.device)
     if recipe.merges(stage):
         check_mergeable(base, method.changed_tensors(model))
     check_initial_adapter(stage, model)
+    term = stage.regularize
+    if term and term.traits.penalizes_change and method.traits.adds_product:
+        adapted_layers(model)
 
 
 def check_rate_scales(stage: Stage, model: nn.Module) -> None:

@@ -319,7 +319,8 @@ def build_workload(
     micro_batch = stage.train.micro_batch
     on_cpu = recipe.device == "cpu"
     is_float32 = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and on_cpu)
-    passes = extra_forwards(stage)
+    accumulation = max(1, stage.train.global_batch_size // (cluster.ranks * micro_batch))
+    passes = extra_forwards(stage, accumulation)
     return Workload(
         shape=shape,
         method=stage.method,
@@ -330,7 +331,7 @@ def build_workload(
         element_bytes=4 if is_float32 else 2,
         sequence_length=stage.data.sequence_length,
         micro_batch=micro_batch,
-        accumulation=max(1, stage.train.global_batch_size // (cluster.ranks * micro_batch)),
+        accumulation=accumulation,
         checkpointing=recipe.model.gradient_checkpointing,
         optimizer=stage.train.optimizer,
         offload=recipe.engine.offload and ENGINES[kind].offload,
@@ -377,8 +378,8 @@ def _holds_to_base(stage: Stage) -> bool:
     return stage.regularize is not None and stage.regularize.traits.needs_base
 
 
-def extra_forwards(stage: Stage) -> Forwards:
-    """Forward passes of a step without a backward pass: the objective's and the term's."""
+def extra_forwards(stage: Stage, accumulation: int) -> Forwards:
+    """Forward passes of a step without a backward pass: the objective's and the terms'."""
     replay, term, distill = stage.data.replay, stage.regularize, stage.distill
     traits = OBJECTIVES[stage.kind]
     passes = [traits.own_forwards]
@@ -388,6 +389,8 @@ def extra_forwards(stage: Stage) -> Forwards:
         passes.append(Forwards(1.0, 1))
     if term and (share := term.extra_forwards(replay.ratio if replay else 0.0)):
         passes.append(Forwards(share, 1))
+    if stage.method.trains_router and accumulation > 1:  # counts what the routers choose
+        passes.append(Forwards(1.0, 1))
     return Forwards(sum(p.share for p in passes), sum(p.runs for p in passes))
 
 

@@ -132,7 +132,8 @@ def watched() -> Iterator[dict[str, Any]]:
     def after_training(self: Any, model: str, engine: Any, base: Path) -> None:
         engine.module.eval()
         with torch.no_grad():
-            statistics = train_step.begin_step(engine, objectives[0], seen["batches"])
+            for objective in objectives[:1]:
+                statistics = train_step.begin_step(engine, objective, seen["batches"])
             for batch in seen["batches"]:
                 output = compute(engine, objectives[0], batch, statistics)
                 seen["last"].append(output.item_losses)

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora+whole": {"kind": "lora", "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
     | {"rank_pattern": {r"layers\.0\..*": 2}},
     "lora+from": {"kind": "lora", "dropout": 0.0, "modules_to_save": ["model.norm"]},
-    # On a mixture of experts, whose experts have adapters too.
+    # On a mixture of experts with adapters, which a term switches off in each step.
     "lora+router": {"kind": "lora", "router": "train"},
 }
 VARIANTS |= {
@@ -54,6 +54,7 @@ stages:
   - name: task
     kind: cpt
     method: {method}
+    regularize: {regularize}
     data:
       sequence_length: 64
       sources: [{{path: "dtrain:tiny-text/domain.jsonl", format: text}}]
@@ -130,7 +131,9 @@ def found(case: str, tmp_path: Path, start: Any) -> dict[str, dict[str, Any]]:
     if case == "lora+from":
         method |= {"from_adapter": str(trained_adapter(tmp_path / "old", method))}
     merge = json.dumps(not traits(case).cannot_merge)
-    recipe.write_text(RECIPE.format(base=base, method=json.dumps(method), merge=merge))
+    term = "{kind: kl_to_base, on: all, weight: 1.0}" if case == "lora+router" else "null"
+    text = RECIPE.format(base=base, method=json.dumps(method), regularize=term, merge=merge)
+    recipe.write_text(text)
     overrides = {engine: [f"engine.kind={engine}"] for engine in ENGINES}
     alone = {ALONE: ["engine.kind=ddp", "stages.task.train.micro_batch_size=2"]}
     found: dict[str, dict[str, Any]] = {}

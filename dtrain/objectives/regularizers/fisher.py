@@ -21,12 +21,14 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dtrain.config.regularize import Ewc
+from dtrain.core.errors import UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import progress, say, warn
@@ -45,8 +47,18 @@ def adapted_layers(module: nn.Module) -> dict[str, Any]:
 
     Args:
         module: not wrapped by an engine.
+
+    Raises:
+        UserError: experts have adapters, whose matrices are those of many layers in one.
     """
-    return {name: m for name, m in module.named_modules() if isinstance(m, LoraLayer)}
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, LoraLayer)}
+    if experts := [name for name, m in layers.items() if isinstance(m, ParamWrapper)]:
+        raise UserError(
+            f"there is no penalty on the adapters of experts ({experts[0]})",
+            where="regularize.kind",
+            fix="kind=kl_to_base, or method.experts=false",
+        )
+    return layers
 
 
 def fisher_factors(module: nn.Module, context: StageContext, settings: Ewc) -> Factors:

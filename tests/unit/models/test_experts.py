@@ -32,6 +32,8 @@ from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import load_base, read_config
 from dtrain.models.packing_probe import probe_packing
 from dtrain.models.sharded_loading import stream_base
+from dtrain.objectives.base import adapters_disabled
+from dtrain.objectives.regularizers.fisher import adapted_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 
 CPU = torch.device("cpu")
@@ -90,6 +92,7 @@ def adapted(folder: Path, *, quantized: bool = False, **keys: Any) -> tuple[Any,
     base = streamed(folder, quantized=quantized)
     model: Any = method.attach(base.model, seed=1, device=CPU)
     base.materialize(model)
+    method.on_weights_loaded(model)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -167,6 +170,35 @@ def test_ten_steps_have_the_losses_of_pefts_target_parameters(write: Callable) -
             optimizer.zero_grad()
     assert losses[0][-1] < 0.8 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("kernels", [True, False])
+def test_without_its_adapters_a_model_is_its_base(
+    write: Callable, kind: str, kernels: bool
+) -> None:
+    folder = write(kind)
+    _, model = adapted(folder, router="train")
+    if kernels:
+        patch_modules(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.neg_()
+        trained = logits(model)
+        with adapters_disabled(model):
+            reference = logits(model)
+        base = logits(plain(folder))
+        torch.testing.assert_close(reference, base, rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits(model), trained)
+    assert not torch.allclose(trained, base, atol=1e-2)
+
+
+def test_no_penalty_takes_the_adapters_of_experts_for_those_of_one_layer(write: Callable) -> None:
+    folder = write("qwen3_moe")
+    with pytest.raises(UserError, match="no penalty on the adapters of experts"):
+        adapted_layers(adapted(folder)[1])
+    assert adapted_layers(adapted(folder, experts=False)[1])
 
 
 def test_an_expert_without_tokens_gets_a_gradient_of_zero(write: Callable) -> None:
