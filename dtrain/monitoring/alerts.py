@@ -25,6 +25,7 @@ MIN_EVALUATIONS = 3  # with fewer there is no trend
 OVERFIT = 0.02  # of the lowest held-out loss
 ZERO_LOSS = 1e-3
 NORM_GROWTH = 4.0
+LOAD_GROWTH = 2.0
 SLOW = 0.7  # of the median speed
 STARVED = 0.2  # of the step's time
 FULL = 0.95  # of the GPU's memory
@@ -186,6 +187,24 @@ def _norm_growth(records: Records) -> Iterator[Alert]:
         )
 
 
+def _uneven_experts(records: Records) -> Iterator[Alert]:
+    points = list[tuple[int, float]]()
+    for record in records:
+        layers = record.get("experts")
+        loads = [_numbers(layers, name) for name in layers] if isinstance(layers, dict) else []
+        if worst := [load["max_load"] for load in loads if "max_load" in load]:
+            points.append((record["step"], max(worst)))
+    if len(points) < 4 * WINDOW:
+        return
+    first, now = _median(points[:WINDOW]), _median(points[-WINDOW:])
+    if now > LOAD_GROWTH * first > 0:
+        evidence = (
+            f"the busiest expert of a layer got {first:.1f} times an even share of its tokens, and "
+            f"gets {now:.1f} times"
+        )
+        yield Alert("uneven experts", points[-1][0], evidence, "lower the learning rate")
+
+
 def _slow(records: Records) -> Iterator[Alert]:
     points = _points(records, "tokens_per_second")
     if len(points) < 3 * WINDOW:
@@ -232,6 +251,7 @@ RULES: tuple[Callable[[Records], Iterator[Alert]], ...] = (
     _overfitting,
     _zero_loss,
     _norm_growth,
+    _uneven_experts,
     _slow,
     _starved,
     _memory,

@@ -38,6 +38,7 @@ class MetricsLine(NumberedLine, total=False):
     seconds: Numbers | None
     held_out: Numbers | None
     sources: dict[str, Numbers | None] | None
+    experts: dict[str, Numbers | None] | None
     skipped: str | None
     documents: list[str] | None
 

@@ -47,6 +47,15 @@ def test_a_healthy_curve_has_none(noise) -> None:
         ("plateau", "loss", lambda s: 2.5 + (s % 3) / 100, "after 200 steps"),
         ("loss at zero", "loss", lambda s: 3.0 / s if s < 50 else 1e-5, "below 0.001 at 151"),
         ("growing gradient norm", "grad_norm", lambda s: 0.5 if s < 170 else 5.0, "0.5 to 5"),
+        (
+            "uneven experts",
+            "experts",
+            lambda s: {
+                "layers.0": {"max_load": 1.1},
+                "layers.1": {"max_load": 1.2 if s < 170 else 6.0},
+            },
+            "got 1.2 times an even share of its tokens, and gets 6.0",
+        ),
         ("slower steps", "tokens_per_second", lambda s: 1000 if s < 150 else 400, "400 tokens/s"),
         ("data starved", "seconds", lambda s: {"data": 1.0, "compute": 1.0}, "50 % of a step"),
         ("non-finite steps", "skipped", lambda s: "nan" if s > 197 else None, "3 of 200 updates"),
@@ -82,6 +91,7 @@ def test_memory_nearly_full() -> None:
 def test_a_stranger_s_values_break_nothing() -> None:
     odd = [None, "x", float("nan"), float("inf"), {}, [1], {"a": "b"}, {"a": None}, True, -1.0]
     keys = ["loss", "held_out", "seconds", "grad_norm", "skipped", "tokens", "tokens_per_second"]
+    keys += ["experts"]
     records = healthy()
     for number, record in enumerate(records):
         record[keys[number % len(keys)]] = odd[number % len(odd)]
