@@ -16,7 +16,7 @@ from dtrain.core.errors import UserError
 from dtrain.data.loader import NO_SEQUENCE, MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.routing import ExpertLoad, LoadBalance
+from dtrain.models.routing import ExpertLoad, LoadBalance, count_choices
 from dtrain.objectives.base import Objective
 from dtrain.objectives.causal_lm import ContinuedPretraining
 from dtrain.objectives.regularizers.router_balance import RouterBalance
@@ -161,6 +161,8 @@ def test_the_load_is_of_the_tokens_that_train() -> None:
     counts = load.take()
     assert len(counts) == 8 and sum(counts) == 2 * 2 * TOKENS
     assert load.take() == [0.0] * 8
+    on_device = count_choices(torch.empty(5, 2, dtype=torch.int64, device="meta"), 4)
+    assert on_device.is_meta, "counting waited for the device"
     assert load.metrics([0, 6, 1, 1, 2, 2, 2, 2]) == {
         "layers.0": {"max_load": 3.0, "unused": 1},
         "layers.1": {"max_load": 1.0, "unused": 0},
