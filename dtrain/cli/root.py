@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -109,9 +110,18 @@ def main() -> int:
     return status
 
 
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        message = "the working folder was removed"
+        raise UserError(message, fix="cd to a folder that exists") from error
+
+
 def _run() -> int:
     try:
         with explained_os_errors():
+            _check_working_folder()
             app()
     except UserError as error:
         print(wrapped(f"error: {error}", sys.stderr), file=sys.stderr)

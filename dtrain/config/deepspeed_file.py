@@ -84,11 +84,20 @@ def _writes_elsewhere(config: dict[str, Any], path: Path) -> Iterator[UserError]
     for key, group in config.items():
         if not isinstance(group, dict) or not group.get("enabled", False):
             continue
-        paths = [name for name, value in group.items() if name.endswith(_PATH_ENDINGS) and value]
-        if key in MONITORS or paths:
-            message = f"{'.'.join([key, *paths[:1]])} writes outside the run folder"
+        path_key = next(_path_keys(group, key), "")
+        if key in MONITORS or path_key:
+            message = f"{path_key or key} writes outside the run folder"
             fix = "remove it; metrics.jsonl has the metrics, and monitoring.report_to sends them"
             yield UserError(message, where=str(path), fix=fix)
+
+
+def _path_keys(group: dict[str, Any], name: str) -> Iterator[str]:
+    """Names of the settings of a group, and of the groups in it, that are paths."""
+    for key, value in group.items():
+        if isinstance(value, dict):
+            yield from _path_keys(value, f"{name}.{key}")
+        elif key.endswith(_PATH_ENDINGS) and value:
+            yield f"{name}.{key}"
 
 
 def _zero(config: dict[str, Any], path: Path, kind: str, offload: bool) -> Iterator[UserError]:

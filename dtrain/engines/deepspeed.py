@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dtrain.checkpoints.parameter_shards import GRADIENT, ParameterShard
@@ -20,6 +22,7 @@ from dtrain.config.checks import accumulation
 from dtrain.config.deepspeed_file import PREFETCH, load_ds_config, prefetch_elements
 from dtrain.config.engines import ENGINES
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.errors import UserError, first_line
 from dtrain.distributed.world import World
 from dtrain.engines.base import (
     Engine,
@@ -55,6 +58,8 @@ class Zero(Engine):
         file = Path(options.config) if options.config else None
         file_settings = load_ds_config(file, options.kind, options.offload)
         settings = fill_ds_config(file_settings, recipe, stage, world, dtype=self.compute_dtype)
+        if file is not None:
+            check_ds_config(settings, file)
         self.prepare_module(settings, materialize)
         parameters = [p for _, p in self.trainable]
         optimizer = build_optimizer(self.trainable_names, parameters, stage)
@@ -247,6 +252,22 @@ def short_parameter_repr() -> Iterator[None]:
         yield
     finally:
         nn.Parameter.__repr__ = original  # type: ignore[assignment,method-assign]
+
+
+def check_ds_config(settings: dict[str, Any], file: Path) -> None:
+    """Check that DeepSpeed takes the settings of a person's file.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        deepspeed.DeepSpeedConfig(deepcopy(settings))
+    except Exception as error:  # of any type, as DeepSpeed looks at few types itself
+        message = first_line(error)
+        if isinstance(error, ValidationError):
+            detail = error.errors()[0]
+            message = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+        raise UserError(f"DeepSpeed refuses it: {message}", where=str(file)) from error
 
 
 def _shape_only(parameter: nn.Parameter) -> str:

@@ -6,7 +6,7 @@ f width of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,12 +30,25 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json.
 
     Raises:
-        UserError: the file cannot be read or does not contain an object.
+        UserError: the file cannot be read, does not contain an object, or describes more layers
+            than can be built.
     """
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError("this is not a model's config", where=str(path))
+    for key, layers in _layer_counts(config):
+        if layers >= MAX_LAYERS:
+            raise UserError(f"{key} is not below {MAX_LAYERS:,}: {layers}", where=str(path))
     return check_type(config, _Config, str(path))
+
+
+def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Numbers of layers, under any of their names, of a model and of the models in it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif isinstance(value, int) and key.endswith(("layer", "layers")):
+            yield key, value
 
 
 def shape_of(config: dict[str, Any], where: str) -> ModelShape:
@@ -92,7 +105,7 @@ SIZES = (
     "head_dim",
 )
 MAX_SIZE = 2**40  # a larger value is not a size of a model
-MAX_LAYERS = 100_000  # each is planned by name
+MAX_LAYERS = 2_000  # each is built by itself, even without weights
 
 
 def _require_sizes(config: dict[str, Any], where: str) -> None:

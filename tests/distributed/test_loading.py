@@ -81,6 +81,15 @@ def test_impossible_merge_is_rejected_before_the_first_step(
     assert not (run.folder / "domain" / "metrics.jsonl").exists()
 
 
+def test_deepspeed_file_with_a_wrong_type_is_refused(start_ranks: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 2, "overlap_comm": [1]}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    run = start_ranks(*SHORT, "engine.kind=zero2", f"engine.config={file}").wait(2)
+    assert f"{file}: DeepSpeed refuses it: overlap_comm: Input should" in run.output
+    assert "Traceback" not in run.output
+
+
 def test_engines_agree_on_full_training_with_a_frozen_tower(
     start_ranks: Callable, base: Callable
 ) -> None:

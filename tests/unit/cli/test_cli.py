@@ -183,6 +183,16 @@ def test_user_errors_exit_2_without_a_traceback(
     assert "Traceback" not in done.stderr
 
 
+def test_a_working_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, "-m", "dtrain"]
+    command = [*script, "check", "tiny"]
+    done = subprocess.run(command, cwd=gone, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the working folder was removed" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_folder_in_use_is_refused_and_untouched(tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "w", encoding="utf-8") as lock:
         lock.write("process 123 on node-a\n")

@@ -406,6 +406,10 @@ def test_all_clashes_are_reported_at_once() -> None:
             "flops_profiler.output_file writes outside",
         ),
         (
+            {"data_efficiency": {"enabled": True, "data_sampling": {"cluster_path": "/tmp/x"}}},
+            "data_efficiency.data_sampling.cluster_path writes outside",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer is set, but engine.offload is false",
         ),

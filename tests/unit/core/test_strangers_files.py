@@ -19,6 +19,7 @@ from dtrain.launching.status import log_of, status
 from dtrain.merge.adapter_tensors import AdapterFile
 from dtrain.models.peft_format import WEIGHTS, read_adapter_config
 from dtrain.monitoring.report import write_report
+from dtrain.planning.architectures import read_config
 
 DEEP = 200_000
 
@@ -221,6 +222,13 @@ def test_a_wrong_adapter_config_is_refused(tmp_path: Path, change: dict[str, Any
     (tmp_path / "adapter_config.json").write_text(json.dumps(plain | change))
     with pytest.raises(UserError, match=r"adapter_config\.json: "):
         read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"n_layer": 10**9}, {"text_config": {"num_layers": 2000}}])
+def test_more_layers_than_can_be_built_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    with pytest.raises(UserError, match=r"config\.json: n\w*_layers? is not below 2,000"):
+        read_config(tmp_path / "config.json")
 
 
 PLAIN = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
