@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,10 +24,13 @@ from dtrain.cli import (
     watch,
 )
 from dtrain.cli.examples import add_examples
-from dtrain.core.errors import Exit, UserError
+from dtrain.core.errors import Exit, UserError, first_line
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import lost_output, protect_output, wrapped
 from dtrain.core.ownership import keep_private
+
+exit_report: Any = LazyModule("dtrain.pipeline.exit_report")
 
 app = typer.Typer(
     name="dtrain",
@@ -110,6 +113,11 @@ def main() -> int:
     return status
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    is_torch_here = "torch" in sys.modules  # whose errors are of general types
+    return isinstance(error, MemoryError) or (is_torch_here and exit_report.is_out_of_memory(error))
+
+
 def _check_working_folder() -> None:
     try:
         os.getcwd()
@@ -128,7 +136,11 @@ def _run() -> int:
         return error.status
     except SystemExit as end:  # typer's way to return
         return end.code if isinstance(end.code, int) else Exit.FINISHED
-    except Exception:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            fix = "close other programs, or use a machine with more"
+            print(f"error: the memory ran out: {first_line(error)}\n    → {fix}", file=sys.stderr)
+            return Exit.OUT_OF_MEMORY
         traceback.print_exc()
         return Exit.CRASHED
     return Exit.FINISHED

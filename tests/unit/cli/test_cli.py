@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.config.load import load_recipe
+from dtrain.core.errors import Exit
 from dtrain.recipes import shipped
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "deepspeed", "accelerate", "numpy"}
@@ -229,6 +230,13 @@ def test_fresh_uses_a_new_folder_and_keeps_the_old(tmp_path: Path) -> None:
         dtrain("run", "tiny", "output.folder=out", "--fresh", cwd=tmp_path, code=CATCH_EXEC)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2", "out-3"]
     assert load_recipe(str(tmp_path / "out-3/recipe.yaml")).output.folder == f"{tmp_path}/out-3"
+
+
+def test_memory_that_runs_out_is_no_bug(tmp_path: Path) -> None:
+    code = "import dtrain.cli.root as a, sys\na.app = lambda: bytes(1 << 50)\nsys.exit(a.main())"
+    done = dtrain(cwd=tmp_path, code=code)
+    assert done.returncode == Exit.OUT_OF_MEMORY
+    assert "the memory ran out" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_internal_error_prints_a_traceback_and_exits_1(tmp_path: Path) -> None:
