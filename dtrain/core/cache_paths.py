@@ -56,10 +56,29 @@ def compile_folder() -> Path:
         UserError: there is no cache, or another user made that folder.
     """
     folder = cache_folder()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(existing, os.W_OK):
+    if _can_write(folder):
         return folder
     return make_private_folder(Path(tempfile.gettempdir()) / f"dtrain-{os.geteuid()}")
+
+
+def computed_folder(name: str, stage: Path) -> Path:
+    """Where a stage keeps what it computes of its start, and later runs can use.
+
+    In the cache; where that cannot be written to, in the stage's folder. A later stage would
+    otherwise end there, after hours.
+
+    Args:
+        name: of a folder in the cache.
+        stage: the stage's folder in the run.
+    """
+    folder = cache_folder() / name
+    return folder if _can_write(folder) else stage / ".cache" / name
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether this user can write to a folder, or create it."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(existing, os.W_OK)
 
 
 def is_in_cache(path: str | os.PathLike[str]) -> bool:

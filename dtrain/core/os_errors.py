@@ -43,6 +43,8 @@ def explain(error: BaseException) -> UserError | None:
         return limit
     if number in NO_SPACE:
         return UserError(text, where=path, fix="free some space, then start it again to resume")
+    if number == errno.EFBIG:
+        return UserError(text, where=path, fix="ulimit -f unlimited, then the same command again")
     if number in NO_LOCKS:
         return no_locks(path)
     if number in REFUSED and path:

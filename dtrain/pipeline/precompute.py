@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import computed_folder
 from dtrain.core.log import progress, say
 from dtrain.core.run_dir import read_merge_manifest
 from dtrain.data.loader import Loader
@@ -23,7 +23,7 @@ def stage_context(setup: StageSetup, loader: Loader) -> StageContext:
     before = setup.recipe.parent_of(setup.stage)
     return StageContext(
         base=setup.base,
-        cache=cache_folder() / "objectives",
+        cache=computed_folder("objectives", setup.folder.path),
         folder=setup.folder.path,
         start=start_inputs(setup),
         base_when_disabled=setup.stage.method.base_when_disabled,

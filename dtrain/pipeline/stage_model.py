@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
-from dtrain.core.cache_paths import cache_folder, hub_id
+from dtrain.core.cache_paths import computed_folder, hub_id
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
 from dtrain.core.log import say
@@ -89,7 +89,7 @@ def _method_context(setup: StageSetup) -> MethodContext:
         base=setup.base,
         base_identity=setup.folder.inputs["parent"],
         dtype=setup.method.base_dtype(setup.dtype),
-        cache=cache_folder() / "methods",
+        cache=computed_folder("methods", setup.folder.path),
         world=setup.world,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.core import cache_paths, hash_cache
-from dtrain.core.cache_paths import cache_folder, compile_folder
+from dtrain.core.cache_paths import cache_folder, compile_folder, computed_folder
 from dtrain.core.errors import UserError
 from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash
@@ -72,9 +72,10 @@ def test_two_users_in_one_folder_have_a_cache_each(shared: Path) -> None:
 
 @as_root
 def test_folder_that_this_user_cannot_write_to_is_read(shared: Path) -> None:
-    model = shared.parent / "model"
+    model, stage = shared.parent / "model", shared.parent / "run" / "task"
     model.write_text("weights")
     cached_hash(model)
+    assert computed_folder("methods", stage) == shared / "methods"
     for path in (shared, *shared.rglob("*")):
         path.chmod(0o755)
 
@@ -84,6 +85,7 @@ def test_folder_that_this_user_cannot_write_to_is_read(shared: Path) -> None:
         model_2 = Path(__file__)
         assert cached_hash(model_2) == file_hash(model_2)  # neither locked nor kept
         assert compile_folder() != shared
+        assert computed_folder("methods", stage) == stage / ".cache" / "methods"
 
     assert as_user(NOBODY, reader)
 
@@ -109,6 +111,7 @@ def test_user_without_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) 
         (errno.EACCES, "run/recipe.yaml", "choose another folder"),
         (errno.ENOSPC, "run/x", "free some space"),
         (errno.EDQUOT, None, "free some space"),
+        (errno.EFBIG, "run/x", "ulimit -f"),
         (errno.ENOLCK, "cache/.lock", "DTRAIN_CACHE"),
         (errno.ENOSYS, "run/.locks", "output.folder"),
     ],
