@@ -69,17 +69,22 @@ def computes_from_float32(workload: Workload) -> bool:
 
 
 def layer_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
-    """Bytes that one decoder layer saves for each token, without checkpointing."""
+    """Bytes that the decoder layer which saves most saves for each token, without checkpointing."""
+    return max(_layer_bytes(kind, profile) for kind in workload.kinds)
+
+
+def _layer_bytes(workload: Workload, profile: TrainerProfile) -> float:
+    """The same, where all decoder layers are alike."""
     shape, e = workload.shape, workload.element_bytes
-    attention = e * (2 * shape.q + 2 * shape.kv) + 4 * shape.heads
+    scores = 4 * shape.heads
     if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
-        attention += (2 * e + 4) * shape.heads * workload.sequence_length
+        scores += (2 * e + 4) * shape.heads * workload.sequence_length
     spares = MLPS in workload.kernels and not shape.experts  # experts keep all three
-    mlp = (2 if spares else 3) * e * shape.mlp
+    mlp = (2 if spares else 3) * shape.mlp
     return (
         _norm_bytes(workload, profile)
-        + attention
-        + mlp
+        + scores
+        + e * (shape.saved or 2 * shape.q + 2 * shape.kv + mlp)
         + _expert_bytes(workload)
         + _linear_input_bytes(workload, profile)
         + e * sum(workload.adapter_saved(x) for x in workload.adapted if x.name != "lm_head")
@@ -130,6 +135,8 @@ def _linear_input_bytes(workload: Workload, profile: TrainerProfile) -> float:
         return sum((e + workload.method.has_dropout) * x.inputs for x in linears)
     unshared = ("self_attn.o_proj", "mlp.down_proj")
     shared = {x.name if x.name in unshared else x.name.split(".")[0]: x for x in linears}
+    if shape.saved:  # all other inputs are counted there
+        shared = {k: x for k, x in shared.items() if x.reads_stream(shape.hidden)}
     recomputed = _recomputed_inputs(workload)
     total = float(
         workload.method.has_dropout * sum(x.inputs for x in linears)
@@ -174,13 +181,14 @@ def _recomputed_inputs(workload: Workload) -> set[str]:
 
 def saved_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:
     """Bytes that all decoder layers save."""
-    shape = workload.shape
-    layers = workload.backward_share * shape.layers  # those below save nothing
+    shape, reached = workload.shape, workload.backward_share  # layers below save nothing
     rotary = 2 * workload.element_bytes * shape.head_size * workload.tokens
     if workload.checkpointing:
         width = stream_bytes(workload, profile) * shape.hidden
-        return layers * width * workload.tokens + rotary
-    return layers * layer_bytes(workload, profile) * workload.tokens + rotary
+        return reached * shape.layers * width * workload.tokens + rotary
+    kinds = workload.kinds
+    layers = sum(kind.shape.layers * _layer_bytes(kind, profile) for kind in kinds)
+    return reached * layers * workload.tokens + rotary
 
 
 def forward_bytes(workload: Workload) -> float:

@@ -18,7 +18,7 @@ from dtrain.core.coded_tensors import FORMATS
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import read_json
-from dtrain.planning.shapes import LinearShape, ModelShape
+from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
 
 
 class _Config(TypedDict, total=False):
@@ -68,7 +68,8 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
         raise UserError(f"the plan does not know model_type {kind!r}", where=where, fix=fix)
     _require_sizes(config, where)
     try:
-        return ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _without_nulls(config))
+        shape = ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _without_nulls(config))
+        return replace(shape, kernels=KERNELS[kind])
     except KeyError as error:
         raise UserError(f"{error.args[0]} is missing", where=where) from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -241,7 +242,7 @@ def _with_experts(
     shared_name: str = "shared_experts",
     bias: bool = False,
     more_rows: int = 0,
-    dense_layers: int = 0,
+    dense: Callable[[int], bool] = lambda _: False,
 ) -> ModelShape:
     """The same decoder with experts in place of its MLP.
 
@@ -251,7 +252,7 @@ def _with_experts(
         shared: f of the experts that all tokens get.
         bias: router and experts have one.
         more_rows: rows of a gate of the shared experts.
-        dense_layers: layers that keep their MLP.
+        dense: whether the layer of a number keeps its MLP.
     """
     h, active = shape.hidden, int(config["num_experts_per_tok"])
     routed = (
@@ -265,21 +266,20 @@ def _with_experts(
     )
     gate = (LinearShape(f"mlp.{shared_name}_gate", h, more_rows),) if more_rows else ()
     others = tuple(x for x in shape.linears if not x.name.startswith("mlp."))
-    return replace(
+    routed_layer = replace(
         shape,
         mlp=active * width + shared,
         linears=(*others, *routed, *(of_all if shared else ()), *gate),
         router=(number, h + bias),
-        dense_layers=dense_layers,
-        dense_mlp=shape.mlp,
     )
+    layers = (shape if dense(n) else routed_layer for n in range(shape.layers))
+    return join_layers([replace(layer, layers=1) for layer in layers])
 
 
-def _dense_count(config: dict[str, Any]) -> int:
-    """Layers without experts, as Qwen's configs say."""
-    step, layers = int(config.get("decoder_sparse_step", 1)), int(config["num_hidden_layers"])
-    dense = set(config.get("mlp_only_layers") or ())
-    return sum(n in dense or (n + 1) % step > 0 for n in range(layers))
+def _dense_layers(config: dict[str, Any]) -> Callable[[int], bool]:
+    """The layers without experts, as Qwen's configs say."""
+    step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or ()
+    return lambda n: n in dense or (n + 1) % step > 0
 
 
 def _qwen3_moe(kind: str, config: dict[str, Any]) -> ModelShape:
@@ -288,7 +288,7 @@ def _qwen3_moe(kind: str, config: dict[str, Any]) -> ModelShape:
         config,
         int(config["num_experts"]),
         width=int(config["moe_intermediate_size"]),
-        dense_layers=_dense_count(config),
+        dense=_dense_layers(config),
     )
 
 
@@ -301,7 +301,7 @@ def _qwen2_moe(kind: str, config: dict[str, Any]) -> ModelShape:
         shared=int(config["shared_expert_intermediate_size"]),
         shared_name="shared_expert",
         more_rows=1,
-        dense_layers=_dense_count(config),
+        dense=_dense_layers(config),
     )
 
 
@@ -315,7 +315,7 @@ def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
     number, width = int(config["num_local_experts"]), int(config["intermediate_size"])
     shape = _with_experts(shape, config, number, width=width, bias=True)
-    return replace(shape, extra_elements=shape.heads)  # sinks
+    return replace(shape, others=((shape.heads, 1),))  # sinks
 
 
 def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:
@@ -327,7 +327,7 @@ def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:
         int(config["n_routed_experts"]),
         width=width,
         shared=width * int(config.get("n_shared_experts", 1)),
-        dense_layers=int(config.get("first_k_dense_replace", 1)),
+        dense=lambda n: n < int(config.get("first_k_dense_replace", 1)),
     )
 
 
@@ -357,22 +357,22 @@ Adapted layers share one input and recompute it where a norm or an MLP made it; 
 input in its dtype; MLPs keep their two inputs; the loss computes its logits chunk by chunk.
 """
 
-_ALL = frozenset({ADAPTED_LAYERS, NORMS, MLPS, LOSS})
+KERNELS_OF_MEMORY = frozenset({ADAPTED_LAYERS, NORMS, MLPS, LOSS})
 # The kernels that each architecture gets; a test compares them with what is really patched.
 KERNELS: dict[str, frozenset[str]] = {
-    "llama": _ALL,
-    "mistral": _ALL,
-    "qwen2": _ALL,
-    "qwen3": _ALL,
+    "llama": KERNELS_OF_MEMORY,
+    "mistral": KERNELS_OF_MEMORY,
+    "qwen2": KERNELS_OF_MEMORY,
+    "qwen3": KERNELS_OF_MEMORY,
     "gemma": frozenset({ADAPTED_LAYERS, LOSS}),
     "gemma2": frozenset({ADAPTED_LAYERS, LOSS}),
     "gemma3_text": frozenset({ADAPTED_LAYERS, LOSS}),
     "phi3": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
-    "smollm3": _ALL,
-    "granite": _ALL,
+    "smollm3": KERNELS_OF_MEMORY,
+    "granite": KERNELS_OF_MEMORY,
     "qwen3_moe": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
-    "qwen2_moe": _ALL,
+    "qwen2_moe": KERNELS_OF_MEMORY,
     "mixtral": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
     "gpt_oss": frozenset({ADAPTED_LAYERS, LOSS}),
-    "glm4_moe": _ALL,
+    "glm4_moe": KERNELS_OF_MEMORY,
 }

@@ -122,7 +122,8 @@ class EngineModel(ABC):
 
     Attributes:
         delays_head_gradient: an untied output matrix's gradient exists until the embeddings' does.
-        layer, outer: parameters of one decoder layer, and those outside the layers.
+        kinds: the number of decoder layers of each kind, and the parameters of one.
+        layer, outer: parameters of the largest decoder layer, and those outside the layers.
         matrix_elements: elements of the embedding matrix, V h.
     """
 
@@ -131,7 +132,11 @@ class EngineModel(ABC):
     def __init__(self, workload: Workload, profile: TrainerProfile = DTRAIN) -> None:
         self.workload, self.profile = workload, profile
         layer_copies, outer_copies = copied_parameters(workload, profile.train_bytes)
-        self.layer = layer_parameters(workload, profile.train_bytes) + layer_copies
+        self.kinds = [
+            (kind.shape.layers, layer_parameters(kind, profile.train_bytes) + layer_copies)
+            for kind in workload.kinds
+        ]
+        self.layer = max((layer for _, layer in self.kinds), key=_elements)
         self.outer = outer_parameters(workload, profile.train_bytes) + outer_copies
         self.matrix_elements = float(workload.shape.vocabulary * workload.shape.hidden)
 
@@ -198,11 +203,13 @@ class EngineModel(ABC):
             kept += NF4_SCALE_BYTES * shape.linear_elements
         if workload.offload:
             return kept
-        layer, outer = self._kept_bytes(self.layer), self._kept_bytes(self.outer)
-        frozen = shape.layers - workload.trained_layers if workload.traits.trains_base else 0
-        frozen_layer = layer_parameters(workload, self.profile.train_bytes, frozen=True)
-        kept += frozen * self._kept_bytes(frozen_layer)
-        return (shape.layers - frozen) * layer + outer + kept
+        frozen = 1 - workload.trained_share if workload.traits.trains_base else 0.0
+        for kind, (layers, layer) in zip(workload.kinds, self.kinds, strict=True):
+            kept += layers * (1 - frozen) * self._kept_bytes(layer)
+            if frozen:
+                frozen_layer = layer_parameters(kind, self.profile.train_bytes, frozen=True)
+                kept += layers * frozen * self._kept_bytes(frozen_layer)
+        return kept + self._kept_bytes(self.outer)
 
     def _kept_bytes(self, parameters: Sequence[ParameterSpec]) -> float:
         return sum(x.kept * self.kept_elements(x) for x in parameters)
@@ -405,3 +412,7 @@ class EngineModel(ABC):
         """The optimizer updates this rank's share; its fused kernel copies no state."""
         trained = self.profile.train_bytes * self.workload.trainable / self.optimizer_ranks
         yield self.at("update", gradients=trained)
+
+
+def _elements(parameters: Sequence[ParameterSpec]) -> int:
+    return sum(x.elements for x in parameters)

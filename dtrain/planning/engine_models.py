@@ -7,7 +7,7 @@ stage3.py). All amounts are bytes of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from importlib import import_module
 
@@ -124,13 +124,12 @@ class Fsdp2Model(EngineModel):
         workload, shard, layers = self.workload, self.workload.shard, self.workload.shape.layers
         # The layer below the lowest that trains is gathered ahead, and not used.
         again = min(layers, round(layers * workload.backward_share) + 1)
-        gathered = (1 + workload.extra_runs) * layers + again
-        weights = gathered * padded_bytes(self.layer, shard) + padded_bytes(self.outer, shard)
-        inner, outer = (
-            sum(x.row_share(shard) for x in parameters if x.trains)
-            for parameters in (self.layer, self.outer)
-        )
-        share = FLOAT32 * (layers * workload.backward_share * inner + outer)
+        gathers = 1 + workload.extra_runs + again / layers
+        weights = padded_bytes(self.outer, shard)
+        weights += gathers * sum(n * padded_bytes(layer, shard) for n, layer in self.kinds)
+        inner = sum(n * _trained_rows(layer, shard) for n, layer in self.kinds)
+        outer = _trained_rows(self.outer, shard)
+        share = FLOAT32 * (workload.backward_share * inner + outer)
         sends = workload.accumulation if workload.method.trains_whole_modules else 1
         replicas = workload.ranks // shard
         between = 2 * share * (replicas - 1) / replicas * sends
@@ -168,14 +167,10 @@ class Zero2Model(DeepSpeedModel):
     @cached_property
     def partition_bytes(self) -> float:
         """Float32 gradients of the fullest rank; it keeps whole every parameter in its range."""
-        layer, first, last = (
-            tuple(x.elements for x in parameters if x.trains)
-            for parameters in (self.layer, self.outer[:1], self.outer[1:])
-        )
-        fullest = _fullest_partition(
-            layer, self.workload.shape.layers, first, last, self.workload.ranks
-        )
-        return float(FLOAT32 * fullest)
+        layers = [x for n, layer in self.kinds for _ in range(n) for x in layer]
+        parameters = (*self.outer[:1], *layers, *self.outer[1:])
+        sizes = tuple(x.elements for x in parameters if x.trains)
+        return float(FLOAT32 * _fullest_partition(sizes, self.workload.ranks))
 
     @property
     def _fills_a_bucket(self) -> bool:
@@ -334,12 +329,14 @@ class Zero3Model(DeepSpeedModel):
         ]
 
 
+def _trained_rows(parameters: Sequence[ParameterSpec], shard: int) -> int:
+    """Elements of a rank's rows of the parameters that train."""
+    return sum(x.row_share(shard) for x in parameters if x.trains)
+
+
 @lru_cache(maxsize=256)
-def _fullest_partition(
-    layer: tuple[int, ...], layers: int, first: tuple[int, ...], last: tuple[int, ...], ranks: int
-) -> int:
+def _fullest_partition(sizes: tuple[int, ...], ranks: int) -> int:
     """The most elements of whole parameters that one of `ranks` equal ranges touches."""
-    sizes = [*first, *layer * layers, *last]
     total, end, touched = sum(sizes), 0, [0] * ranks
     for size in sizes:
         start, end = end, end + size

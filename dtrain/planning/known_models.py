@@ -11,7 +11,13 @@ from dtrain.config.schema import Data, Recipe
 from dtrain.core.cache_paths import SAMPLE_PREFIX, hub_id, hub_snapshot, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded
-from dtrain.planning.architectures import check_not_quantized, read_config, shape_of
+from dtrain.planning.architectures import (
+    ARCHITECTURES,
+    check_not_quantized,
+    read_config,
+    shape_of,
+)
+from dtrain.planning.built_shape import build_shape
 from dtrain.planning.shapes import ModelShape
 
 WHERE = "model.base"
@@ -185,11 +191,14 @@ def find_shape(base: str, where: str = WHERE) -> tuple[ModelShape, str]:
         base: folder or hub id.
         where: key of the recipe, for errors.
 
+    An architecture that the plan does not compute is built by a child process, in seconds.
+
     Raises:
-        UserError: `find_config` finds no config, or the plan does not know its architecture.
+        UserError: `find_config` finds no config, or no model can be built from it.
     """
     config, source = find_config(base, where)
-    return shape_of(config, source), source
+    known = config.get("model_type") in ARCHITECTURES
+    return (shape_of if known else build_shape)(config, source), source
 
 
 def find_config(base: str, where: str = WHERE) -> tuple[dict[str, Any], str]:

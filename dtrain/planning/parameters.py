@@ -83,12 +83,12 @@ def layer_parameters(
         parameters += _adapters(linear, workload, train_bytes)
     head_norms = shape.norm_elements - shape.norms * shape.hidden  # norms of queries and keys
     widths = [shape.hidden] * shape.norms + ([head_norms // 2] * 2 if head_norms else [])
+    sizes = [*((width, 1) for width in widths), *shape.others]
     if shape.router[0]:
         here = trains and workload.method.trains_router
         router = _base_parameter(workload, train_bytes, trains=here)
         parameters.append(replace(router, rows=shape.router[0], columns=shape.router[1]))
-    widths += [shape.extra_elements] if shape.extra_elements else []
-    return parameters + [replace(base, rows=width, columns=1) for width in widths]
+    return parameters + [replace(base, rows=rows, columns=columns) for rows, columns in sizes]
 
 
 def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
@@ -98,7 +98,7 @@ def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
     for name, elements in shape.outer_elements.items():
         trains = workload.method.trains_outer and not workload.method.freezes(name)
         base = _base_parameter(workload, train_bytes, trains=trains)
-        rows = elements if elements == shape.hidden else shape.vocabulary
+        rows = shape.vocabulary if elements % shape.vocabulary == 0 else elements
         parameters.append(replace(base, rows=rows, columns=elements // rows))
     for linear in workload.adapted:
         if linear.name == "lm_head":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from dtrain.core.errors import UserError
 
@@ -16,6 +18,7 @@ class LinearShape:
         name: inside the decoder layer, such as self_attn.q_proj.
         experts: number of matrices; 1 for a layer that is none of experts'.
         active: how many of them a token is multiplied with.
+        layers: numbers of the decoder layers that have it; empty: all.
     """
 
     name: str
@@ -24,6 +27,7 @@ class LinearShape:
     bias: bool = False
     experts: int = 1
     active: int = 1
+    layers: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -34,6 +38,10 @@ class LinearShape:
     def active_elements(self) -> int:
         """Elements that a token is multiplied with."""
         return self.inputs * self.outputs * self.active
+
+    def reads_stream(self, hidden: int) -> bool:
+        """Whether the residual stream is its input; of a square matrix that is not known."""
+        return self.inputs == hidden != self.outputs
 
     @property
     def biases(self) -> int:
@@ -53,17 +61,23 @@ class ModelShape:
     """The sizes of a decoder that memory, time and communication depend on.
 
     Attributes:
-        kind: model_type of its config.json, a key of `ARCHITECTURES`.
-        linears: linear layers of one decoder layer; all decoder layers are alike.
+        kind: model_type of its config.json.
+        heads, kv_heads: 0 for a decoder layer without attention.
+        linears: linear layers of one decoder layer, or of all where they differ.
         norm_elements: weights of the norms of one decoder layer.
         norms: norms over h in one decoder layer.
         tied: the output matrix is the embedding matrix.
         soft_cap: attention scores are capped, which needs the attention that stores all scores.
         router: rows and columns of the router's weight; its bias, if it has one, is a column.
-        extra_elements: other parameters of one decoder layer, such as attention sinks.
-        dense_layers: decoder layers whose MLP is a single one. They count as layers with experts
-            in memory and time, which is a little more than they take.
-        dense_mlp: width of that MLP.
+        others: rows and columns of the other parameters of one decoder layer, such as attention
+            sinks.
+        kernels: dtrain's layers that this model gets.
+        saved: elements a token that are saved between the linear layers of one decoder layer, where
+            they are not Llama's; 0: as in Llama.
+        prefix: what comes before the number of a decoder layer in the names of its modules.
+        outer: parameters outside the decoder layers and their elements; empty: Llama's.
+        blocks: the decoder layers, each as a model of one layer, where they differ; the sizes of
+            the whole are then those of the largest.
     """
 
     kind: str
@@ -80,9 +94,23 @@ class ModelShape:
     norms: int
     soft_cap: bool = False
     router: tuple[int, int] = (0, 0)
-    extra_elements: int = 0
-    dense_layers: int = 0
-    dense_mlp: int = 0
+    others: tuple[tuple[int, int], ...] = ()
+    kernels: frozenset[str] = frozenset()
+    saved: int = 0
+    prefix: str = "model.layers"
+    outer: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[ModelShape, ...] = ()
+
+    @cached_property
+    def kinds(self) -> tuple[ModelShape, ...]:
+        """The decoder layers that are alike, each kind as a model of as many layers."""
+        counts = Counter(self.blocks)
+        return tuple(replace(x, layers=n) for x, n in counts.items()) or (self,)
+
+    @property
+    def each_layer(self) -> tuple[ModelShape, ...]:
+        """The decoder layers in their order, each as a model of one layer."""
+        return self.blocks or (replace(self, layers=1),) * self.layers
 
     @property
     def experts(self) -> tuple[LinearShape, ...]:
@@ -100,25 +128,39 @@ class ModelShape:
         return self.kv_heads * self.head_size
 
     @property
+    def attention_width(self) -> int:
+        """Width of the queries of all decoder layers that have attention."""
+        return sum(kind.layers * kind.q for kind in self.kinds)
+
+    @property
     def linear_elements(self) -> int:
         """Weights of the linear layers of all decoder layers: what NF4 quantizes."""
-        return self.layers * sum(linear.elements for linear in self.linears)
+        return sum(kind.layers * sum(x.elements for x in kind.linears) for kind in self.kinds)
 
     @property
     def active_linear_elements(self) -> int:
         """Weights of the linear layers that a token is multiplied with."""
-        return self.layers * sum(linear.active_elements for linear in self.linears)
+        kinds = self.kinds
+        return sum(kind.layers * sum(x.active_elements for x in kind.linears) for kind in kinds)
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer; of the largest, where they differ."""
+        if self.blocks:
+            return max(block.layer_parameters for block in self.kinds)
+        others = sum(rows * columns for rows, columns in (self.router, *self.others))
+        return self.norm_elements + others + sum(x.elements + x.biases for x in self.linears)
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
-        router = self.router[0] * self.router[1]
-        linears = sum(x.elements + x.biases for x in self.linears)
-        return self.norm_elements + router + self.extra_elements + linears
+    def decoder_parameters(self) -> int:
+        """Parameters of all decoder layers."""
+        return sum(kind.layers * kind.layer_parameters for kind in self.kinds)
 
     @property
     def outer_elements(self) -> dict[str, int]:
         """Parameter outside the decoder layers → its elements; tied matrices have one name."""
+        if self.outer:
+            return dict(self.outer)
         matrix = self.vocabulary * self.hidden
         head = {} if self.tied else {"lm_head.weight": matrix}
         return {"model.embed_tokens.weight": matrix, "model.norm.weight": self.hidden, **head}
@@ -131,18 +173,40 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Number of parameters; tied matrices count once."""
-        routed = self.router[0] * self.router[1]
-        routed += sum(x.elements + x.biases for x in self.linears if x.name.startswith("mlp."))
-        fewer = self.dense_layers * (routed - 3 * self.hidden * self.dense_mlp)
-        return self.layers * self.layer_parameters - fewer + self.outer_parameters
+        return self.decoder_parameters + self.outer_parameters
 
     @property
     def active_parameters(self) -> int:
         """Number of parameters that a token is computed with, embeddings included."""
         idle = sum(
-            (x.experts - x.active) * (x.elements + x.biases) // x.experts for x in self.experts
+            kind.layers * (x.experts - x.active) * (x.elements + x.biases) // x.experts
+            for kind in self.kinds
+            for x in kind.experts
         )
-        return self.parameters - (self.layers - self.dense_layers) * idle
+        return self.parameters - idle
+
+
+def join_layers(blocks: Sequence[ModelShape]) -> ModelShape:
+    """The model whose decoder layers are `blocks`, each a model of one layer."""
+    if len(set(blocks)) == 1:
+        return replace(blocks[0], layers=len(blocks))
+    numbers: dict[LinearShape, list[int]] = {}
+    for number, block in enumerate(blocks):
+        for linear in block.linears:
+            numbers.setdefault(linear, []).append(number)
+    located = {x: replace(x, layers=tuple(n)) for x, n in numbers.items()}
+    blocks = [replace(x, linears=tuple(located[y] for y in x.linears)) for x in blocks]
+    largest = max(blocks, key=lambda block: block.layer_parameters)
+    return replace(
+        largest,
+        layers=len(blocks),
+        heads=max(x.heads for x in blocks),
+        kv_heads=max(x.kv_heads for x in blocks),
+        head_size=max(x.head_size for x in blocks),
+        mlp=max(x.mlp for x in blocks),
+        linears=tuple(located.values()),
+        blocks=tuple(blocks),
+    )
 
 
 def select_linears(
@@ -158,26 +222,39 @@ def select_linears(
     Raises:
         UserError: no linear layer has one of the names.
     """
-    linears = tuple(x for x in shape.linears if experts or x.experts == 1)
-    if isinstance(target_modules, str):
-        return linears
-    head = LinearShape("lm_head", shape.hidden, shape.vocabulary)
-    known = [*linears, *([] if shape.tied else [head])]
-    for target in target_modules:
+    known = _adaptable(shape, experts=experts)
+    for target in () if isinstance(target_modules, str) else target_modules:
         if not any(_matches(linear.name, target) for linear in known):
             names = sorted({linear.name.rpartition(".")[2] for linear in known})
             fix = f"choose from: {', '.join(names)}"
             raise UserError(
                 f"no linear layer is named {target!r}", where="method.target_modules", fix=fix
             )
+    return matching_linears(shape, target_modules, experts=experts)
+
+
+def matching_linears(
+    shape: ModelShape, target_modules: str | Sequence[str], *, experts: bool = False
+) -> tuple[LinearShape, ...]:
+    """As `select_linears`, but a name may match nothing, as in one kind of decoder layer."""
+    known = _adaptable(shape, experts=experts)
+    if isinstance(target_modules, str):
+        return tuple(x for x in known if x.name != "lm_head")
     return tuple(x for x in known if any(_matches(x.name, target) for target in target_modules))
+
+
+def _adaptable(shape: ModelShape, *, experts: bool) -> list[LinearShape]:
+    linears = [x for x in shape.linears if experts or x.experts == 1]
+    head = LinearShape("lm_head", shape.hidden, shape.vocabulary)
+    return linears if shape.tied else [*linears, head]
 
 
 def layer_names(shape: ModelShape, linear: LinearShape) -> list[str]:
     """The names of a linear layer in the model, one for each decoder layer that has it."""
     if linear.name == "lm_head":
         return [linear.name]
-    return [f"model.layers.{number}.{linear.name}" for number in range(shape.layers)]
+    numbers = linear.layers or range(shape.layers)
+    return [f"{shape.prefix}.{number}.{linear.name}" for number in numbers]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -7,22 +7,17 @@ the same amount with every layer, and so is known for the model's real depth.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 from dtrain.config.engines import engines_with
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
+from dtrain.planning.model_process import has_torch, run_child
 from dtrain.planning.workload import Workload
 
-CHILD, LINE_PREFIX = "dtrain.simulation", "dtrain-simulation "
 LAYERS = (3, 4, 5)  # a first and a last layer, and others between them
 MAX_MICRO_BATCHES = 2  # a third has the same peak as the second
 MAX_RANKS = 1024
@@ -112,7 +107,7 @@ def simulate_step(
 
 
 def _check_can_simulate(recipe: Recipe, stage: Stage, workload: Workload) -> None:
-    if find_spec("torch") is None:
+    if not has_torch():
         raise UserError(
             "--exact simulates a step with torch, which is not installed here",
             fix="plan without --exact, which does not need torch, or install dtrain with torch",
@@ -187,33 +182,10 @@ def _run_child(
     request: dict[str, Any], report_progress: ReportProgress
 ) -> Iterator[list[SimulatedPeak]]:
     """The peaks for each number of layers, as the child sends them."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        encoding="utf-8",
-    )
-    assert child.stdin and child.stdout and child.stderr
-    with child:
-        child.stdin.write(json.dumps(request))
-        child.stdin.close()
-        for text in child.stdout:
-            prefixed = text.startswith(LINE_PREFIX)
-            line = json.loads(text.removeprefix(LINE_PREFIX)) if prefixed else {}
-            report_progress(line.get("done", 0))
-            if "error" in line:
-                message, where, fix = line["error"]
-                raise UserError(message, where=where, fix=fix)
-            if "peaks" in line:
-                yield [SimulatedPeak(**peak) for peak in line["peaks"]]
-        errors = child.stderr.read().strip().split("\n")
-    if child.returncode:
-        raise UserError(
-            f"the simulation ended with status {child.returncode}: {errors[-1] or 'no message'}",
-            fix=NO_SIMULATION,
-        )
+    for line in run_child(request, NO_SIMULATION):
+        report_progress(line.get("done", 0))
+        if "peaks" in line:
+            yield [SimulatedPeak(**peak) for peak in line["peaks"]]
 
 
 def extrapolate_peak(

@@ -70,7 +70,7 @@ def flops_per_token(workload: Workload) -> float:
     head_passes = 2 + workload.method.trains_outer + workload.extra_forwards
     head = 2 * head_passes * shape.vocabulary * shape.hidden
     attention_passes = forwards + 2 * reached
-    attention = 2 * shape.q * workload.sequence_length * shape.layers * attention_passes
+    attention = 2 * shape.attention_width * workload.sequence_length * attention_passes
     adapters = 2 * (3 + recomputed) * workload.adapter_products
     return float(linear + head + attention + adapters + teacher.flops_per_token(workload))
 

@@ -24,7 +24,7 @@ def weight_bytes(workload: Workload) -> float:
     teacher = workload.teacher
     if teacher is None:
         return 0.0
-    layers = teacher.layers * teacher.layer_parameters
+    layers = teacher.decoder_parameters
     ranks = workload.shard if is_sharded(workload) else 1
     return workload.element_bytes * (layers / ranks + teacher.outer_parameters)
 
@@ -52,7 +52,7 @@ def sent_bytes(workload: Workload) -> float:
     teacher = workload.teacher
     if teacher is None or workload.stores_teacher or not is_sharded(workload):
         return 0.0
-    layers = teacher.layers * teacher.layer_parameters
+    layers = teacher.decoder_parameters
     return float(workload.element_bytes * layers * workload.accumulation)
 
 
@@ -61,5 +61,5 @@ def flops_per_token(workload: Workload) -> float:
     teacher = workload.teacher
     if teacher is None or workload.stores_teacher:
         return 0.0
-    matrices = teacher.linear_elements + teacher.vocabulary * teacher.hidden
-    return 2.0 * (matrices + teacher.q * workload.sequence_length * teacher.layers)
+    matrices = teacher.active_linear_elements + teacher.vocabulary * teacher.hidden
+    return 2.0 * (matrices + workload.sequence_length * teacher.attention_width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dtrain.core.errors import UserError
 from dtrain.planning.shapes import ModelShape
@@ -42,19 +43,20 @@ def select_modules(shape: ModelShape, ends: Sequence[str]) -> tuple[WholeModule,
         known["lm_head"] = known["model.embed_tokens"]
     inner = _layer_modules(shape)
     found, used = list[WholeModule](), set[str]()
-    for name, parameters in (known | inner).items():
-        names = [name]
-        if name in inner:
-            names = [f"model.layers.{number}.{name}" for number in range(shape.layers)]
-        matching = [end for end in ends if any(n.endswith(end) for n in names)]
-        used.update(matching)
-        layers = sum(any(n.endswith(end) for end in matching) for n in names)
-        if matching:
-            found.append(WholeModule(name, layers if name in inner else 0, parameters))
+    for name, parameters in known.items():
+        if matching := {end for end in ends if name.endswith(end)}:
+            used |= matching
+            found.append(WholeModule(name, 0, parameters))
+    for module in inner:
+        names = [f"{shape.prefix}.{number}.{module.name}" for number in module.numbers]
+        if matching := {end for end in ends if any(n.endswith(end) for n in names)}:
+            used |= matching
+            layers = sum(n.endswith(tuple(matching)) for n in names)
+            found.append(WholeModule(module.name, layers, module.parameters))
     if shape.tied and "lm_head" in ends:
         used.add("lm_head")
     if unknown := [end for end in ends if end not in used]:
-        names = sorted({name.rpartition(".")[2] for name in (*known, *inner)})
+        names = sorted({n.rpartition(".")[2] for n in (*known, *(x.name for x in inner))})
         raise UserError(
             f"no module is named {unknown[0]!r}",
             where="method.modules_to_save",
@@ -70,13 +72,23 @@ def _outer_modules(shape: ModelShape) -> dict[str, tuple[tuple[int, int], ...]]:
     }
 
 
-def _layer_modules(shape: ModelShape) -> dict[str, tuple[tuple[int, int], ...]]:
-    """The modules of one decoder layer: its linear layers and norms."""
-    modules = {
-        x.name: ((x.outputs, x.inputs), *(((x.outputs, 1),) if x.bias else ()))
-        for x in shape.linears
-    }
-    modules |= dict.fromkeys(NORMS_OF_A_LAYER[: shape.norms], ((shape.hidden, 1),))
+class _LayerModule(NamedTuple):
+    """A module of the decoder layers with these numbers."""
+
+    name: str
+    numbers: Sequence[int]
+    parameters: tuple[tuple[int, int], ...]
+
+
+def _layer_modules(shape: ModelShape) -> list[_LayerModule]:
+    """The linear layers and norms of the decoder layers."""
+    every = range(shape.layers)
+    modules = []
+    for x in shape.linears:
+        bias = ((x.outputs, 1),) if x.bias else ()
+        modules.append(_LayerModule(x.name, x.layers or every, ((x.outputs, x.inputs), *bias)))
+    norms = dict.fromkeys(NORMS_OF_A_LAYER[: shape.norms], shape.hidden)
     if shape.norm_elements > shape.norms * shape.hidden:
-        modules |= dict.fromkeys(HEAD_NORMS, ((shape.head_size, 1),))
+        norms |= dict.fromkeys(HEAD_NORMS, shape.head_size)
+    modules += [_LayerModule(name, every, ((width, 1),)) for name, width in norms.items()]
     return modules

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil, prod
 from statistics import fmean
@@ -17,10 +18,16 @@ from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
-from dtrain.planning.architectures import ADAPTED_LAYERS, KERNELS, LOSS
+from dtrain.planning.architectures import ADAPTED_LAYERS, LOSS
 from dtrain.planning.gpus import Gpu
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.shapes import LinearShape, ModelShape, layer_names, select_linears
+from dtrain.planning.shapes import (
+    LinearShape,
+    ModelShape,
+    layer_names,
+    matching_linears,
+    select_linears,
+)
 from dtrain.planning.whole_modules import WholeModule, select_modules
 
 BUCKET_ELEMENTS = 100_000_000
@@ -135,7 +142,12 @@ class Workload:
     @property
     def adapted(self) -> tuple[LinearShape, ...]:
         """Linear layers of a decoder layer that get an adapter."""
-        return adapted_linears(self.shape, self.method)
+        return _adapted(matching_linears, self.shape, self.method)
+
+    @cached_property
+    def kinds(self) -> tuple[Workload, ...]:
+        """This workload on the decoder layers of each kind alone."""
+        return tuple(replace(self, shape=kind) for kind in self.shape.kinds)
 
     def adapter_saved(self, linear: LinearShape) -> float:
         """Elements a token that the adapter of a layer saves; the mean where layers differ."""
@@ -149,18 +161,18 @@ class Workload:
 
         Memory counts all decoder layers as alike: where they differ, these are means, rounded up.
         """
-        matrices = zip(*self._shapes_by_layer[linear.name], strict=True)
+        matrices = zip(*self._shapes_by_layer[linear], strict=True)
         return tuple(
             (ceil(fmean(rows for rows, _ in matrix)), ceil(fmean(columns for _, columns in matrix)))
             for matrix in matrices
         )
 
     @cached_property
-    def _shapes_by_layer(self) -> dict[str, list[Shapes]]:
-        """Name of each of `adapted` → the shapes of its adapters in the decoder layers."""
+    def _shapes_by_layer(self) -> dict[LinearShape, list[Shapes]]:
+        """Each of `adapted` → the shapes of its adapters in the decoder layers."""
         adapter = self.method.adapter
         return {
-            x.name: [
+            x: [
                 _of_experts(adapter.shapes(name, x.outputs, x.inputs), x.experts)
                 for name in layer_names(self.shape, x)
             ]
@@ -177,7 +189,8 @@ class Workload:
         modules = select_modules(shape, adapter.whole_modules)
         if not (adapter.trains_router and shape.experts):
             return modules
-        routers = WholeModule("router", shape.layers - shape.dense_layers, (shape.router,))
+        mixtures = sum(block.router[0] > 0 for block in shape.each_layer)
+        routers = WholeModule("router", mixtures, (shape.router,))
         return (*modules, routers)
 
     @property
@@ -256,11 +269,14 @@ class Workload:
         method, shape = self.method, self.shape
         outer = shape.outer_elements if method.trains_outer else {}
         matrices = sum(n for name, n in outer.items() if not method.freezes(name))
-        biases = sum(x.biases for x in shape.linears)
-        vectors = self.trained_layers * (shape.norm_elements + biases)
-        mixtures = min(self.trained_layers, shape.layers - shape.dense_layers)  # the last layers
-        routers = prod(shape.router) * mixtures * method.trains_router
-        return matrices + vectors + routers + self.trained_linear_elements
+        first = shape.layers - self.trained_layers
+        vectors = sum(
+            block.norm_elements
+            + sum(x.biases for x in block.linears)
+            + prod(block.router) * method.trains_router
+            for block in shape.each_layer[first:]
+        )
+        return matrices + vectors + self.trained_linear_elements
 
     @cached_property
     def trained_linear_elements(self) -> int:
@@ -276,8 +292,13 @@ class Workload:
     def layers_that_train(self, linear: LinearShape) -> list[str]:
         """Names of a linear layer in those decoder layers in which its own weight trains."""
         first = self.shape.layers - self.trained_layers
-        names = layer_names(self.shape, linear)[first:]
-        return [name for name in names if not self.method.freezes(f"{name}.weight")]
+        numbers = linear.layers or range(self.shape.layers)
+        names = zip(numbers, layer_names(self.shape, linear), strict=True)
+        return [
+            name
+            for number, name in names
+            if number >= first and not self.method.freezes(f"{name}.weight")
+        ]
 
 
 def adapted_linears(shape: ModelShape, method: MethodSettings) -> tuple[LinearShape, ...]:
@@ -286,10 +307,16 @@ def adapted_linears(shape: ModelShape, method: MethodSettings) -> tuple[LinearSh
     Raises:
         UserError: no linear layer has one of the names.
     """
+    return _adapted(select_linears, shape, method)
+
+
+def _adapted(
+    select: Callable[..., tuple[LinearShape, ...]], shape: ModelShape, method: MethodSettings
+) -> tuple[LinearShape, ...]:
     adapter = method.adapter
     if adapter is None:
         return ()
-    return select_linears(shape, adapter.target_modules, experts=adapter.adapts_experts)
+    return select(shape, adapter.target_modules, experts=adapter.adapts_experts)
 
 
 def _of_experts(shapes: Shapes, experts: int) -> Shapes:
@@ -361,7 +388,7 @@ def _teacher(stage: Stage) -> ModelShape | None:
 def _kernels(recipe: Recipe, stage: Stage, shape: ModelShape) -> frozenset[str]:
     """dtrain's layers that compute in a stage; no output layer with a copy has the chunked loss."""
     traits, adapter = stage.method.traits, stage.method.adapter
-    known = KERNELS[shape.kind] if recipe.model.kernels == "auto" else frozenset()
+    known = shape.kernels if recipe.model.kernels == "auto" else frozenset()
     if traits.adds_adapter and not traits.has_kernel:
         known -= {ADAPTED_LAYERS}
     has_copy = any("lm_head".endswith(end) for end in (adapter.whole_modules if adapter else ()))

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dtrain.planning.parameters import layer_parameters, outer_parameters
 from dtrain.planning.workload import Workload
@@ -74,10 +74,13 @@ def simulate_gathers(workload: Workload) -> GatherSchedule:
         workload.live_elements,
         workload.reuse_elements,
     )
+    kinds = {replace(kind.shape, layers=1): kind for kind in workload.kinds}
     return _simulate(
-        tuple(x.elements for x in layer_parameters(workload)),
+        tuple(
+            tuple(x.elements for x in layer_parameters(kinds[block]))
+            for block in workload.shape.each_layer
+        ),
         tuple(x.elements for x in outer_parameters(workload)),
-        workload.shape.layers,
         workload.shape.tied,
         workload.traits.trains_base,
         workload.shard,
@@ -97,9 +100,8 @@ class _Visit:
 
 @lru_cache(maxsize=256)
 def _simulate(
-    layer: tuple[int, ...],
+    layers: tuple[tuple[int, ...], ...],
     outer: tuple[int, ...],
-    layers: int,
     tied: bool,
     trains_base: bool,
     ranks: int,
@@ -107,11 +109,9 @@ def _simulate(
 ) -> GatherSchedule:
     embedding, norm, *rest = range(len(outer))
     head = (embedding, *rest) if tied else tuple(rest)
-    blocks = [
-        tuple(range(len(outer) + i * len(layer), len(outer) + (i + 1) * len(layer)))
-        for i in range(layers)
-    ]
-    sizes = [*outer, *layer * layers]
+    sizes = [*outer, *(size for layer in layers for size in layer)]
+    starts = accumulate((len(layer) for layer in layers), initial=len(outer))
+    blocks = [tuple(range(start, end)) for start, end in pairwise(starts)]
     persistent = {i for i, size in enumerate(sizes) if size <= limits.persistent}
     visits = [
         replace(visit, parameters=tuple(i for i in visit.parameters if i not in persistent))

@@ -306,6 +306,9 @@ def router_layers(model: nn.Module) -> set[str]:
             weight = layer._parameters.get("weight")
             if weight is None or weight.dim() != 2 or f"{inner}.".startswith(f"{name}."):
                 continue
+            siblings = model.get_submodule(inner.rpartition(".")[0]).children()
+            if any(getattr(other, "in_features", 0) == experts for other in siblings):
+                continue  # an MLP that is as wide as there are experts
             if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
                 routers.add(inner)
     return routers

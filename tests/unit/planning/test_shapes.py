@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.planning.architectures import shape_of
-from dtrain.planning.known_models import KNOWN, find_shape
-from dtrain.planning.shapes import ModelShape
+from dtrain.planning.known_models import KNOWN, find_config, find_shape
+from dtrain.planning.shapes import ModelShape, select_linears
 from dtrain.planning.workload import Workload
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
@@ -181,13 +181,13 @@ LLAMA = {"model_type": "llama"} | SMALL
 def test_an_unusable_config_is_reported(tmp_path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        find_shape(str(tmp_path))
+        shape_of(*find_config(str(tmp_path)))
 
 
 def test_missing_bases_and_targets_are_reported(tmp_path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
-        find_shape(str(tmp_path))
+        shape_of(*find_config(str(tmp_path)))
     with pytest.raises(UserError, match=r"did you mean Qwen/Qwen2\.5-7B"):
         find_shape("Qwen/Qwen2.5-7C")
     with pytest.raises(UserError, match="no linear layer is named 'q_prj'"):
-        adapter_parameters(find_shape("Qwen/Qwen2.5-7B")[0], 8, ["q_prj"])
+        select_linears(find_shape("Qwen/Qwen2.5-7B")[0], ["q_prj"])

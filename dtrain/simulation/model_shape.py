@@ -1,0 +1,195 @@
+"""The sizes of any decoder that transformers builds, for `dtrain plan`.
+
+The model is built on the meta device, with LoRA on all its layers as a run attaches it. So the
+linear layers of the shape are those that get adapters, and all counts are the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, device, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dtrain.config.methods import Lora
+from dtrain.core.errors import UserError
+from dtrain.methods.base import build_method
+from dtrain.models.by_document import has_state
+from dtrain.models.decoder_layers import decoder_layers
+from dtrain.models.kernels.experts import expert_parameters, is_experts, router_layers
+from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.meta_model import build_meta_model, unused_parameters
+from dtrain.planning.architectures import KERNELS_OF_MEMORY
+from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
+
+
+def describe_model(config: PretrainedConfig) -> ModelShape:
+    """The shape of the model of a config, without loading or computing anything.
+
+    Raises:
+        UserError: the model cannot be built, or has a form that cannot be described.
+    """
+    return _Description(config).shape()
+
+
+class _Description:
+    """A model of transformers, read module by module.
+
+    Letters: h hidden size, E experts.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self._config: Any = config.get_text_config(decoder=True)
+        self._model = model = build_meta_model(config)
+        self._hidden, self._vocabulary = self._input_matrix.shape[1], self._input_matrix.shape[0]
+        self._transposed = {
+            name: bool(model.get_submodule(name.rpartition(".")[0]).is_transposed)
+            for name in expert_parameters(model)
+        }
+        self._active = _experts_per_token(model) if self._transposed else 1
+        names = {module: name for name, module in model.named_modules()}
+        decoder = set(model.get_decoder().modules())
+        layers = [layer for layer in decoder_layers(model) if layer in decoder]
+        self._layers = {names[layer]: layer for layer in layers}
+        self._routers = router_layers(model)
+        self._parameters = {n: p.shape for n, p in model.named_parameters()}
+        adapted = build_method(Lora(kind="lora", r=1)).attach(model, seed=0, device=device("meta"))
+        self._linears = {
+            name.removeprefix("base_model.model."): module.get_base_layer()
+            for name, module in adapted.named_modules()
+            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+        }
+        self._kernels = KERNELS_OF_MEMORY & patch_modules(adapted).keys()
+
+    @property
+    def _input_matrix(self) -> Tensor:
+        return self._model.get_input_embeddings().weight
+
+    def shape(self) -> ModelShape:
+        if not self._layers:
+            raise UserError("no decoder layers were found", where=self._config.model_type)
+        prefixes = [name.rpartition(".")[0] for name in self._layers]
+        blocks = [self._block(name, layer) for name, layer in self._layers.items()]
+        return replace(
+            join_layers(blocks),
+            prefix=prefixes[0],
+            outer=tuple(self._outer()),
+            kernels=frozenset(self._kernels),
+        )
+
+    def _outer(self) -> Iterator[tuple[str, int]]:
+        """The parameters outside of the decoder layers: the embeddings, the norm, others."""
+        inside = tuple(f"{name}." for name in self._layers)
+        sizes = {n: s.numel() for n, s in self._parameters.items() if not n.startswith(inside)}
+        matrix = next(n for n, s in sizes.items() if s == self._hidden * self._vocabulary)
+        norm = next(n for n, size in sizes.items() if size == self._hidden)
+        yield from ((name, sizes.pop(name)) for name in (matrix, norm))
+        yield from sizes.items()
+
+    def _block(self, name: str, layer: nn.Module) -> ModelShape:
+        """One decoder layer, as a model of that layer alone."""
+        h, start = self._hidden, f"{name}."
+        own = {n.removeprefix(start): s for n, s in self._parameters.items() if n.startswith(start)}
+        linears = tuple(self._linears_of(start))
+        known = {f"{x.name}{leaf}" for x in linears for leaf in _leaves(x)}
+        routers = {n for n in own if f"{start}{n}".rpartition(".")[0] in self._routers}
+        rest = {n: s for n, s in own.items() if n not in known | routers}
+        norms = [n for n, s in rest.items() if s.numel() == h and "norm" in n]
+        mixers = {n: m for n, m in layer.named_modules() if _mixes_tokens(m)}
+        mixing = tuple(f"{n}." for n in mixers)
+        down = [x for x in linears if x.outputs == h and not x.name.startswith(mixing)]
+        attention = next((m for m in mixers.values() if hasattr(m, "is_causal")), None)
+        heads = self._config.num_attention_heads if attention is not None else 0
+        return ModelShape(
+            kind=self._config.model_type,
+            layers=1,
+            hidden=h,
+            heads=heads,
+            kv_heads=heads // getattr(attention, "num_key_value_groups", 1),
+            head_size=_head_size(attention, h // heads) if heads else 0,
+            mlp=sum(x.active * x.inputs for x in down),
+            vocabulary=self._vocabulary,
+            tied=self._model.get_output_embeddings().weight is self._input_matrix,
+            linears=linears,
+            norm_elements=h * len(norms),
+            norms=len(norms),
+            soft_cap=getattr(self._config, "attn_logit_softcapping", None) is not None,
+            router=_joined([own[n] for n in routers]),
+            others=tuple(_size(s) for n, s in rest.items() if n not in norms),
+            saved=sum(map(self._saved, linears)) + sum(map(_convolved, mixers.values())),
+        )
+
+    def _linears_of(self, start: str) -> Iterator[LinearShape]:
+        for name, linear in self._linears.items():
+            if name.startswith(start):
+                inner, (outputs, inputs) = name.removeprefix(start), linear.weight.shape
+                yield LinearShape(inner, inputs, outputs, linear.bias is not None)
+        for name, transposed in self._transposed.items():
+            if name.startswith(start):
+                experts, rows, columns = self._parameters[name]
+                inputs, outputs = (rows, columns) if transposed else (columns, rows)
+                inner, bias = name.removeprefix(start), f"{name}_bias" in self._parameters
+                yield LinearShape(inner, inputs, outputs, bias, experts, self._active)
+
+    def _saved(self, linear: LinearShape) -> int:
+        """Elements a token: the output, if it does not go to the residual stream; the input and
+        what it was computed from, if it does not come from there."""
+        saved = 0 if linear.outputs == self._hidden else linear.outputs
+        if not linear.reads_stream(self._hidden):
+            saved += 2 * linear.inputs
+        return linear.active * saved
+
+
+def _leaves(linear: LinearShape) -> tuple[str, ...]:
+    """What follows a layer's name in those of its parameters."""
+    return ("", "_bias") if linear.experts > 1 else (".weight", ".bias")
+
+
+def _joined(shapes: list[Any]) -> tuple[int, int]:
+    """Rows and columns of a router's weight and bias together."""
+    experts = min((shape[0] for shape in shapes), default=0)
+    return experts, sum(shape.numel() for shape in shapes) // max(experts, 1)
+
+
+def _size(shape: Any) -> tuple[int, int]:
+    """Rows and columns of a parameter."""
+    return (shape[0], shape.numel() // shape[0]) if shape else (1, 1)
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Whether a module is attention, or a layer with a state."""
+    return hasattr(module, "is_causal") or has_state(module)
+
+
+def _convolved(module: nn.Module) -> int:
+    """Elements a token of a layer's convolutions and of their activation."""
+    return sum(2 * m.out_channels for m in module.children() if isinstance(m, nn.Conv1d))
+
+
+def _head_size(attention: Any, otherwise: int) -> int:
+    """Width of a head's queries."""
+    names = ("qk_head_dim", "head_dim")
+    return next((size for n in names if (size := getattr(attention, n, None))), otherwise)
+
+
+def _experts_per_token(model: PreTrainedModel) -> int:
+    """How many experts a token uses, as the router of the first layer says."""
+    chosen: list[int] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+        if isinstance(index, Tensor):
+            chosen.append(index.shape[-1])
+
+    modules = [module for module in model.modules() if is_experts(module)]
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
+    unused_parameters(model)  # a forward pass, as far as it needs no values
+    for hook in hooks:
+        hook.remove()
+    if not chosen:
+        raise UserError("its router does not say how many experts a token uses")
+    return chosen[0]

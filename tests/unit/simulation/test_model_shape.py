@@ -1,0 +1,134 @@
+"""Shapes that the plan reads from a model on the meta device: counts, adapters, memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.config.methods import Lora
+from dtrain.core.errors import UserError
+from dtrain.methods.base import build_method
+from dtrain.planning.activations import saved_bytes
+from dtrain.planning.architectures import shape_of
+from dtrain.planning.engine_models import build_engine_model
+from dtrain.planning.known_models import find_shape
+from dtrain.planning.shapes import ModelShape
+from dtrain.planning.speed import flops_per_token
+from dtrain.planning.workload import Workload
+from dtrain.simulation.model_shape import describe_model
+
+SMALL = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+    "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HYBRID = SMALL | EXPERTS | {
+    "model_type": "qwen3_5_moe_text", "shared_expert_intermediate_size": 40, "head_dim": 16,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+LATENT = SMALL | EXPERTS | {
+    "model_type": "deepseek_v2", "n_routed_experts": 6, "n_shared_experts": 1, "kv_lora_rank": 24,
+    "q_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+CONVOLUTIONS = SMALL | {
+    "model_type": "lfm2", "layer_types": ["conv", "conv", "full_attention", "conv"],
+}  # fmt: skip
+CONFIGS = {"hybrid": HYBRID, "latent": LATENT, "convolutions": CONVOLUTIONS}
+UNIFORM = SMALL | EXPERTS | {"model_type": "qwen3_moe", "head_dim": 32}
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def described(config: dict[str, Any]) -> ModelShape:
+    return describe_model(AutoConfig.for_model(**config))
+
+
+def workload(shape: ModelShape, **keys: Any) -> Workload:
+    settings = {
+        "method": Lora(kind="lora", r=8), "engine": "ddp", "ranks": 1, "node_ranks": 1, "shard": 1,
+        "element_bytes": 2, "sequence_length": 128, "micro_batch": 1, "accumulation": 1,
+        "checkpointing": False, "kernels": shape.kernels,
+    }  # fmt: skip
+    return Workload(shape=shape, **(settings | keys))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_and_adapters_are_the_models_own(name: str) -> None:
+    config, model = CONFIGS[name], model_of(CONFIGS[name])
+    shape, parameters = described(config), dict(model.named_parameters())
+    total = sum(p.numel() for p in parameters.values())
+    idle = [p[2:] for n, p in parameters.items() if ".experts." in n]
+    assert shape.parameters == total
+    assert shape.active_parameters == total - sum(p.numel() for p in idle)
+    method = build_method(Lora(kind="lora", r=8))
+    adapted = method.attach(model, seed=0, device=torch.device("meta"))
+    trains = [p.numel() for p in adapted.parameters() if p.requires_grad]
+    assert workload(shape).trainable == sum(trains)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_engines_keep_every_parameter_of_layers_that_differ(engine: str) -> None:
+    shape = described(HYBRID)
+    kept = build_engine_model(workload(shape, engine=engine)).loaded_bytes
+    job = workload(shape, engine=engine)
+    width = 2 if job.capabilities.is_deepspeed else 4
+    assert kept == 2 * shape.parameters + width * job.trainable
+    assert build_engine_model(job).peak_memory().peak > kept
+
+
+def one_layer(job: Workload) -> float:
+    """Bytes that one more layer saves."""
+    more = replace(job, shape=replace(job.shape, layers=job.shape.layers + 1))
+    return saved_bytes(more) - saved_bytes(job)
+
+
+def test_layers_save_what_their_kind_saves() -> None:
+    attention = described(HYBRID | {"layer_types": ["full_attention"] * 4})
+    states = described(HYBRID | {"layer_types": ["linear_attention"] * 4})
+    mixed = described(HYBRID)  # three of the one, one of the other
+    rotary = 2 * 2 * mixed.head_size * 128
+    one = [one_layer(workload(shape)) for shape in (states, attention)]
+    assert saved_bytes(workload(mixed)) == 3 * one[0] + one[1] + rotary
+    tokens = 2**20  # attention alone grows with the sequence
+    assert flops_per_token(workload(states, sequence_length=tokens)) < 0.1 * flops_per_token(
+        workload(attention, sequence_length=tokens)
+    )
+
+
+def test_a_known_architecture_is_described_as_it_is_computed() -> None:
+    known, read = shape_of(UNIFORM, "here"), described(UNIFORM)
+    assert (known.parameters, known.active_parameters, known.kernels) == (
+        read.parameters, read.active_parameters, read.kernels,
+    )  # fmt: skip
+    assert sorted(x.name for x in known.linears) == sorted(x.name for x in read.linears)
+
+
+def test_a_child_process_describes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+    assert find_shape(str(tmp_path))[0] == described(HYBRID)
+
+
+def test_what_cannot_be_built_is_reported_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llamma"}')
+    with pytest.raises(UserError, match="unknown model_type 'llamma'") as caught:
+        find_shape(str(tmp_path))
+    assert str(tmp_path / "config.json") in str(caught.value.where)
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
+    shape = described(HYBRID | {"shared_expert_intermediate_size": 6})
+    assert {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"} <= {
+        x.name for x in shape.linears
+    }
+    assert shape.router == (6, 64)
