@@ -180,9 +180,13 @@ ANSWERS = {
         "discopop_tau ld_alpha pref_bco_weight dpo_loss_weights use_dft_loss use_asft_loss "
         "asft_alpha use_eaft use_eaft_loss eaft_alpha eaft_k"
     ),
-    "dtrain trains dense models": (
-        "experts_implementation use_scattermoe use_sonicmoe quantize_moe_experts "
-        "llama4_linearized_experts moe_* router_aux_loss_coef use_kt kt_*"
+    "use stages[].method.router: train; the coefficient of its loss is that in config.json": (
+        "router_aux_loss_coef moe_aux_loss_coef moe_aux_loss_coeff output_router_logits"
+    ),
+    "use stages[].method.kind: qlora, which keeps experts in 4 bits too": "quantize_moe_experts",
+    "experts are computed on the tokens that each of them gets, without a setting": (
+        "experts_implementation use_scattermoe use_sonicmoe llama4_linearized_experts moe_* "
+        "use_kt kt_*"
     ),
     "dtrain trains on text only": (
         "image_* video_* audio_* crop_to_patches use_audio_in_video media_dir "

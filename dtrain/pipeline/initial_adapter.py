@@ -149,8 +149,8 @@ def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[st
     ):
         if odd:
             message = f"{len(odd)} tensors {problem}: {', '.join(odd[:3])}"
-            keys = "method.target_modules, method.modules_to_save, method.router"
-            raise UserError(message, where=where, fix=f"name the same layers: {keys}")
+            fix = "name the same layers: method.target_modules, modules_to_save and router"
+            raise UserError(message, where=where, fix=fix)
     for key, shape in expected.items():
         if file.shapes[key] != shape:
             raise UserError(

@@ -79,7 +79,7 @@ def objective_on(model: Any) -> RouterBalance:
     inner: Objective = ContinuedPretraining(SimpleNamespace())  # type: ignore[arg-type]
     objective = RouterBalance(SimpleNamespace(), inner)  # type: ignore[arg-type]
     objective.begin_stage(SimpleNamespace(loader=loader, world=Alone()))  # type: ignore[arg-type]
-    objective.begin_training(SimpleNamespace(module=model))  # type: ignore[arg-type]
+    objective.begin_training(SimpleNamespace(module=model))
     return objective
 
 
