@@ -55,8 +55,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
 }  # fmt: skip
-# Its router is a linear layer.
-OTHERS: dict[str, dict[str, Any]] = {"hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2}}
+# A router that is a linear layer; one whose choices have a bias.
+OTHERS: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2},
+    "glm4_moe": {
+        "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+        "moe_intermediate_size": 16,
+    },
+}  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", MODELS)
 IDS = torch.arange(3, 23)[None]
 
@@ -334,6 +340,17 @@ def test_routers_stay_frozen(write: Callable) -> None:
     assert not any(".wg." in name for name in trained)
     with pytest.raises(UserError, match=r"gate\.wg is a router, which gets no adapter"):
         adapted(folder, target_modules=["q_proj", "wg"])
+
+
+def test_a_router_that_trains_has_the_bias_of_its_base(write: Callable) -> None:
+    folder = write("glm4_moe")
+    tensors = load_file(folder / "model.safetensors")
+    biases = {n: torch.rand(EXPERTS) for n in tensors if n.endswith("e_score_correction_bias")}
+    save_file(tensors | biases, folder / "model.safetensors", metadata={"format": "pt"})
+    _, model = adapted(folder, router="train")
+    copies = [m for n, m in model.named_modules() if n.endswith("gate.modules_to_save.default")]
+    found = [copy.e_score_correction_bias for copy in copies]
+    assert len(found) == 2 and all(map(torch.equal, found, biases.values()))
 
 
 def test_experts_that_code_of_their_own_computes_are_refused(tmp_path: Path) -> None:
