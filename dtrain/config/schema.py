@@ -17,6 +17,7 @@ from dtrain.config.objectives import KINDS_HELP, OBJECTIVES, Column, ObjectiveKi
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import Regularize
 from dtrain.config.tasks import Tasks
+from dtrain.config.tokens import Tokens
 from dtrain.config.trackers import TRACKERS, TrackerKind
 from dtrain.config.train import Train
 
@@ -58,6 +59,13 @@ class Model(Group):
         description="recompute activations: a third more time, half the memory",
     )
     trust_remote_code: bool = Field(False, description="run the Python code in the model's folder")
+    tokens: Tokens | None = Field(
+        None,
+        description=(
+            "new tokens for the base's tokenizer, with rows in its embeddings and output matrix "
+            "that every stage trains"
+        ),
+    )
 
 
 def _for(capability: str, meaning: str) -> str:

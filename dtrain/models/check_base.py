@@ -5,6 +5,8 @@ Needs no torch: config.json, the file names and the headers of the safetensors f
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_name
 from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_text
 from dtrain.core.weight_files import has_tokenizer
 from dtrain.planning.architectures import check_not_quantized, read_config
 
+TOKENIZER_BYTES = 1 << 28
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 
 
@@ -76,6 +80,40 @@ def open_model(folder: Path) -> LocalModel:
             raise stored_quantized_error(name, tensor.dtype, tensor.path)
         shapes[name] = tensor.shape
     return LocalModel(folder, config, shapes)
+
+
+def known_tokens(folder: Path) -> dict[str, int]:
+    """The tokens of a model's tokenizer.json and their numbers; empty if it has no such file.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path, TOKENIZER_BYTES))
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # of pieces with their scores
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError("is not a tokenizer's file", where=str(path)) from error
+    return dict(vocabulary) | added
+
+
+def check_new(tokens: Iterable[str], known: Mapping[str, int]) -> None:
+    """Check that a base has none of the recipe's new tokens.
+
+    Raises:
+        UserError: it has one.
+    """
+    if old := next((token for token in tokens if token in known), None):
+        raise UserError(
+            f"the base has the token {old!r} already, number {known[old]}",
+            where="model.tokens.add",
+            fix="leave it out",
+        )
 
 
 def stored_quantized_error(name: str, dtype: str, where: Path) -> UserError:

@@ -17,8 +17,8 @@ from dtrain.data_quality.decontamination import HeldOutIndex, index_held_out
 from dtrain.data_quality.scan import TokenCounter, scan
 from dtrain.data_quality.scan_result import ScanResult
 from dtrain.evaluation.prompts import read_prompts
-from dtrain.models.hub import base_folder
-from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dtrain.models.added_tokens import open_tokenizer
+from dtrain.models.tokenizer import tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.input_checks import samples_of
 from dtrain.pipeline.stage_inputs import store_folder
@@ -33,10 +33,7 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    return load_tokenizer(
-        base_folder(recipe.model.base, revision=recipe.model.revision),
-        recipe.model.trust_remote_code,
-    )
+    return open_tokenizer(recipe.model)
 
 
 def stage_dataset(recipe: Recipe, stage: Stage) -> tuple[PackedDataset, PreTrainedTokenizerBase]:

@@ -17,7 +17,13 @@ from dtrain.data.check_rows import check_rows, data_groups, reads_template
 from dtrain.data.end_of_turn import check_template, closes_turns
 from dtrain.evaluation.metric import check_metrics
 from dtrain.evaluation.prompts import check_prompts
-from dtrain.models.check_base import LocalModel, find_model, open_model
+from dtrain.models.check_base import (
+    LocalModel,
+    check_new,
+    find_model,
+    known_tokens,
+    open_model,
+)
 from dtrain.models.peft_format import CONFIG, WEIGHTS, read_adapter_config
 from dtrain.planning.architectures import shape_of
 from dtrain.planning.check_methods import check_methods, check_names
@@ -48,6 +54,9 @@ def check_inputs(recipe: Recipe) -> CheckReport:
         check_metrics(recipe)
     _check_templates(recipe, base.folder if base else None, report)
     _check_modules(recipe, base, report)
+    if recipe.model.tokens is not None and base is not None:
+        with report.collect():
+            check_new(recipe.model.tokens.words, known_tokens(base.folder))
     for stage in recipe.stages:
         with report.collect(f"stages.{stage.name}.method.from_adapter"):
             _check_initial_adapter(stage)

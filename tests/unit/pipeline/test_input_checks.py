@@ -234,3 +234,13 @@ def test_names_of_an_unknown_architecture_are_noted(
     report = inspect("model.base=odd", *adapter(target_modules=["q_proj", "q_prj"]))
     (note,) = report.notes
     assert not report.errors and "stages.task.method.target_modules" in note and "'q_prj'" in note
+
+
+def test_a_token_that_the_base_has_is_reported(
+    inspect: Callable[..., CheckReport], tmp_path: Path
+) -> None:
+    tokenizer = {"model": {"vocab": {"<a>": 3}}, "added_tokens": [{"content": "<b>", "id": 9}]}
+    write(tmp_path / "base" / "tokenizer.json", tokenizer)
+    assert not inspect('model.tokens.add=["<c>"]').errors
+    (error,) = inspect('model.tokens.add=["<c>", "<b>"]').errors
+    assert str(error).startswith("model.tokens.add: the base has the token '<b>' already, number 9")

@@ -1,0 +1,47 @@
+"""New tokens of a run: their recipe keys."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from dtrain.config.group import Group, Text
+
+INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, not a character, …
+
+
+def _check_token(text: str) -> str:
+    """Check that a token can be seen and is found in a text as it is written."""
+    if text != text.strip():
+        raise ValueError("a token neither begins nor ends with a space")
+    if odd := [char for char in text if unicodedata.category(char) in INVISIBLE]:
+        raise ValueError(f"a token has no control or invisible characters, such as {odd[0]!a}")
+    return text
+
+
+def _check_distinct(tokens: list[str]) -> list[str]:
+    if twice := [token for token in tokens if tokens.count(token) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return tokens
+
+
+Token = Annotated[Text, AfterValidator(_check_token)]
+TokenList = Annotated[list[Token], Field(min_length=1), AfterValidator(_check_distinct)]
+
+
+class Tokens(Group):
+    """Tokens that the base does not have."""
+
+    add: TokenList | Annotated[dict[Token, Text], Field(min_length=1)] = Field(
+        description=(
+            "new tokens, such as `[<tool>]`; each starts at the mean of all the base's tokens. Or "
+            "`{<tool>: tool call}`: at the mean of these words' tokens"
+        )
+    )
+
+    @property
+    def words(self) -> dict[str, str | None]:
+        """Token → the words that it starts from; None for all tokens."""
+        return dict(self.add) if isinstance(self.add, dict) else dict.fromkeys(self.add)

@@ -1,0 +1,200 @@
+"""A base with the recipe's new tokens: in its tokenizer, its embeddings and its output matrix.
+
+It is a model folder of its own in the cache, so that whatever reads a base reads this one. Files
+of weights without a row for each token are links to the base's. Rows that a base has beyond its
+tokenizer's tokens are used first: only a token beyond the last row makes the matrices larger.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from dtrain.config.schema import Model
+from dtrain.config.tokens import Tokens
+from dtrain.core.cache_paths import cache_folder
+from dtrain.core.errors import UserError
+from dtrain.core.files import atomic_folder, read_object, write_json
+from dtrain.core.hash_cache import cached_hash
+from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.locks import FolderLock
+from dtrain.core.log import say
+from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
+from dtrain.models.check_base import check_new
+from dtrain.models.hub import PATTERNS, base_folder
+from dtrain.models.load import read_config
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference
+from dtrain.models.vocabulary import NewRows, vocabulary_tensors, write_with_rows
+
+WHERE = "model.tokens.add"
+VERSION = 1  # raise it whenever the same input gives another folder
+
+
+def open_base(settings: Model) -> Path:
+    """The folder of a recipe's base, with its new tokens; built at the first use.
+
+    Raises:
+        UserError: no such base, or it cannot get these tokens.
+    """
+    base = base_folder(settings.base, revision=settings.revision)
+    if settings.tokens is None:
+        return base
+    other_files = {path.name: path for path in _other_files(base)}
+    content = {
+        "version": VERSION,
+        "path": str(base.resolve()),  # of the links
+        "weights": {path.name: cached_hash(path) for path in weight_files(base)},
+        "files": {name: file_hash(path) for name, path in sorted(other_files.items())},
+        "words": settings.tokens.words,
+    }
+    folder = cache_folder() / "bases" / fingerprint(content)[:32]
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FolderLock(folder.parent):
+            if not folder.is_dir():
+                _build(folder, base, settings, settings.tokens)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(folder),
+            fix="set DTRAIN_CACHE to a writable folder with free space",
+        ) from error
+    return folder
+
+
+def open_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe's base, with its new tokens.
+
+    Raises:
+        UserError: as `open_base`.
+    """
+    base = base_folder(settings.base, revision=settings.revision)
+    tokenizer = load_tokenizer(base, settings.trust_remote_code)
+    if settings.tokens is not None:
+        add_tokens(tokenizer, settings.tokens)
+    return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Tokens | None) -> list[int]:
+    """The numbers of a recipe's new tokens in the tokenizer of its base.
+
+    Args:
+        tokenizer: from `open_tokenizer`, or of the folder that `open_base` returns.
+    """
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens.words] if tokens else []
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
+    """Add a recipe's new tokens to a tokenizer, and return their numbers.
+
+    They are plain added tokens, as in axolotl and LLaMA-Factory: a text that contains one is
+    encoded with it, and decoding does not leave it out, as it leaves out special tokens.
+
+    Raises:
+        UserError: it has one already, or does not encode one as a single token.
+    """
+    check_new(tokens.words, tokenizer.get_vocab())
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer.add_tokens([AddedToken(t, special=False, **rules) for t in tokens.words])  # type: ignore[arg-type]
+    ids = token_ids(tokenizer, tokens)
+    for token, number in zip(tokens.words, ids, strict=True):
+        encoded = tokenizer.encode(token, add_special_tokens=False)
+        if encoded != [number] or tokenizer.decode(encoded) != token:
+            raise UserError(
+                f"the tokenizer ({type(tokenizer).__name__}) does not encode the new token "
+                f"{token!r} as one token",
+                where=WHERE,
+                fix="choose another text, such as <tool>, or a base with a tokenizer.json",
+            )
+    return ids
+
+
+def _build(folder: Path, base: Path, settings: Model, tokens: Tokens) -> None:
+    say(f"adding {len(tokens.words)} tokens to {base}, in {folder}")
+    for unfinished in folder.parent.glob(f".{folder.name}.*"):  # of a killed process
+        shutil.rmtree(unfinished)
+    config = read_config(base, trust_remote_code=settings.trust_remote_code)
+    old_rows = config.get_text_config(decoder=True).vocab_size
+    names = vocabulary_tensors(base, config, settings.trust_remote_code)
+    tokenizer = load_tokenizer(base, settings.trust_remote_code)
+    starts = [_first_tokens(tokenizer, words, old_rows) for words in tokens.words.values()]
+    known = sorted(set(tokenizer.get_vocab().values()))
+    ids = add_tokens(tokenizer, tokens)
+    rows = max(old_rows, max(ids) + 1)
+    with atomic_folder(folder) as target:
+        for path in _other_files(base):
+            shutil.copyfile(path, target / path.name)
+        _save_tokenizer(tokenizer, target, settings)
+        if rows != old_rows:
+            _write_config(target, old_rows, rows)
+            _check_config(target, rows, settings)
+        new = NewRows(rows, dict(zip(ids, starts, strict=True)), known)
+        _write_weights(base, target, names, new)
+    change = "as before" if rows == old_rows else f"not {old_rows:,}"
+    say(
+        f"the new tokens are numbers {min(ids)} to {max(ids)}; embeddings and output matrix have "
+        f"{rows:,} rows, {change}"
+    )
+
+
+def _first_tokens(
+    tokenizer: PreTrainedTokenizerBase, words: str | None, rows: int
+) -> list[int] | None:
+    """The tokens of the words that a new token starts from."""
+    if words is None:
+        return None
+    ids: list[int] = tokenizer.encode(words, add_special_tokens=False)
+    if not ids or max(ids) >= rows:
+        raise UserError(f"{words!r} has no tokens to start from", where=WHERE)
+    return ids
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path, settings: Model) -> None:
+    tokenizer.save_pretrained(target)
+    loaded = load_tokenizer(target, settings.trust_remote_code)
+    if difference := tokenizer_difference(tokenizer, loaded):
+        message = f"the tokenizer does not keep new tokens when it is saved: {difference}"
+        raise UserError(message, where=WHERE, fix="choose a base with a tokenizer.json")
+
+
+def _other_files(base: Path) -> list[Path]:
+    patterns = [pattern for pattern in PATTERNS if pattern != "*.safetensors"]
+    paths = {path for pattern in patterns for path in base.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if path.name != INDEX)
+
+
+def _write_config(target: Path, old_rows: int, rows: int) -> None:
+    """Write the number of rows into a config, wherever it says the old one."""
+    config = read_object(target / "config.json")
+    groups = [config, *(v for v in config.values() if isinstance(v, dict))]
+    having = [group for group in groups if group.get("vocab_size") == old_rows]
+    for group in having or [config.get("text_config") or config]:
+        group["vocab_size"] = rows
+    write_json(target / "config.json", config)
+
+
+def _check_config(target: Path, rows: int, settings: Model) -> None:
+    config = read_config(target, trust_remote_code=settings.trust_remote_code)
+    if config.get_text_config(decoder=True).vocab_size != rows:
+        message = "its config does not say how many rows its embeddings have"
+        raise UserError(message, where=settings.base, fix="choose another base")
+
+
+def _write_weights(base: Path, target: Path, names: set[str], new: NewRows) -> None:
+    added = 0
+    for path in weight_files(base):
+        if names.isdisjoint(read_header(path)[0]):
+            (target / path.name).symlink_to(path.absolute())
+        else:
+            added += write_with_rows(path, target / path.name, names, new)
+    if not (base / SINGLE).is_file():
+        index = read_object(base / INDEX)
+        totals = index.get("metadata")
+        if isinstance(totals, dict) and isinstance(totals.get("total_size"), int):
+            totals["total_size"] += added
+        write_json(target / INDEX, index)

@@ -1,0 +1,153 @@
+"""A base with new tokens: its tokenizer, its rows, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedTokenizerFast
+
+from dtrain.config.schema import Model
+from dtrain.config.tokens import Tokens
+from dtrain.core.errors import UserError
+from dtrain.models.added_tokens import open_base, open_tokenizer, token_ids
+from dtrain.models.check_base import check_new, known_tokens
+from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+WORDS = ["<unk>", *(f"w{number}" for number in range(9))]
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def extend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """extend(tokens, rows of the base, …) → the base's model, the new model, its folder, ids."""
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+
+    def run(
+        add: Any, rows: int, config: type = LlamaConfig, shard: str = "1GB", **settings: Any
+    ) -> tuple[Any, Any, Path, list[int]]:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(config(vocab_size=rows, **SIZES, **settings))
+        for parameter in base.parameters():
+            torch.nn.init.normal_(parameter)
+        base.to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size=shard)
+        rules = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
+        rules.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>")
+        tokenizer.save_pretrained(tmp_path / "base")
+        model = Model(base=str(tmp_path / "base"), tokens=Tokens(add=add))
+        folder = open_base(model)
+        ids = token_ids(load_tokenizer(folder), model.tokens)
+        assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(
+            open_tokenizer(model)
+        )
+        return base, AutoModelForCausalLM.from_pretrained(folder), folder, ids
+
+    return run
+
+
+def matrices(model: Any) -> list[torch.Tensor]:
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+
+
+@pytest.mark.parametrize("rows", [16, 10, 11], ids=["spare rows", "no spare row", "one spare row"])
+def test_rows_are_those_of_transformers_and_new_ones_start_at_the_mean(
+    extend: Callable[..., Any], rows: int
+) -> None:
+    base, model, _, ids = extend(["<tool>", "<end>"], rows)
+    assert ids == [10, 11]
+    assert model.config.vocab_size == max(rows, 12)
+    old = [i for i in range(rows) if i not in ids]
+    for before, after in zip(matrices(base), matrices(model), strict=True):
+        assert torch.equal(after[old], before[old])
+        mean = before[:10].double().mean(0).to(torch.bfloat16)
+        assert torch.equal(after[ids], torch.stack([mean, mean]))
+    ids_of_text = torch.tensor([[1, 5, 3]])
+    with torch.no_grad():
+        logits = model(input_ids=ids_of_text).logits[..., old]
+        assert torch.equal(logits, base(input_ids=ids_of_text).logits[..., old])
+
+
+def test_a_token_starts_at_the_mean_of_its_words(extend: Callable[..., Any]) -> None:
+    base, model, _, ids = extend({"<tool>": "w3 w5 w5", "<end>": "w0"}, 10)
+    for before, after in zip(matrices(base), matrices(model), strict=True):
+        mean = before[[4, 6, 6]].double().mean(0).to(torch.bfloat16)
+        assert torch.equal(after[ids], torch.stack([mean, before[1]]))
+
+
+def test_one_matrix_stays_one(extend: Callable[..., Any]) -> None:
+    _, model, folder, _ = extend(["<tool>"], 10, tie_word_embeddings=True)
+    first, second = matrices(model)
+    assert first is second
+    assert len(first) == 11
+    assert "lm_head.weight" not in (folder / "model.safetensors").read_bytes()[:4096].decode(
+        errors="ignore"
+    )
+
+
+def test_a_bias_of_the_output_layer_gets_a_row(extend: Callable[..., Any]) -> None:
+    base, model, _, ids = extend(["<tool>"], 10, config=PhiConfig)
+    bias = base.lm_head.bias.detach().double().mean().to(torch.bfloat16)
+    assert torch.equal(model.lm_head.bias[ids[0]], bias)
+
+
+def test_files_without_such_rows_are_links_and_the_folder_is_built_once(
+    extend: Callable[..., Any],
+) -> None:
+    _, _, folder, _ = extend(["<tool>"], 10, shard="1KB")
+    files = sorted(folder.glob("*.safetensors"))
+    copies = [path for path in files if not path.is_symlink()]
+    assert 1 <= len(copies) <= 2 < len(files), "of embeddings and output matrix alone"
+    before = folder.stat().st_mtime_ns
+    assert open_base(Model(base=str(folder.parents[2] / "base"), tokens=Tokens(add=["<tool>"])))
+    assert folder.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (["w3"], "has the token 'w3' already, number 4"),
+        ({"<tool>": " "}, "' ' has no tokens to start from"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_and_leaves_nothing(
+    extend: Callable[..., Any], tmp_path: Path, add: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        extend(add, 10)
+    assert not [p for p in (tmp_path / "cache" / "bases").iterdir() if p.is_dir()]
+
+
+def test_known_tokens_are_found_without_the_tokenizer(
+    extend: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, _, folder, ids = extend(["<tool>"], 10)
+    assert known_tokens(folder)["<tool>"] == ids[0]
+    with pytest.raises(UserError, match="has the token 'w8' already, number 9"):
+        check_new(["<new>", "w8"], known_tokens(folder))
+    (tmp_path / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer's file"):
+        known_tokens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        ([], "at least 1"),
+        ({}, "at least 1"),
+        ([""], "at least 1 character"),
+        (["<a>", "<b>", "<a>"], "'<a>' is there twice"),
+        (["<a> "], "neither begins nor ends with a space"),
+        (["a\tb"], "control or invisible"),
+        (["a\u200bb"], r"such as '\\u200b'"),
+        ({"<a>": ""}, "at least 1 character"),
+    ],
+)
+def test_tokens_that_nobody_can_mean_are_refused(add: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Tokens(add=add)
