@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dtrain.config.clash import Clash
 from dtrain.config.methods import AdaLora, MethodSettings
+from dtrain.config.methods.base import PeftSettings
 from dtrain.config.methods.patterns import compile_pattern
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
@@ -20,6 +21,10 @@ def check_method(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         at: the key of the stage.
     """
     yield from _patterns(stage.method, (*at, "method"))
+    if recipe.model.tokens is not None and not _trains_new_tokens(stage.method):
+        keys: list[Key] = [("model", "tokens"), (*at, "method", "kind")]
+        message = f"{stage.method.kind} would leave the new tokens as they start"
+        yield Clash(keys, message, _new_tokens_fix(stage.method))
     if isinstance(stage.method, AdaLora):
         yield from _ranks(stage.method, (*at, "method"))
         kind: Key = (*at, "method", "kind")
@@ -32,9 +37,20 @@ def check_method(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
     adapter, traits = stage.method.adapter, stage.method.traits
     takes_values = traits.base_when_disabled and not traits.counts_from_start
     if adapter and adapter.initial_adapter and not takes_values:
-        keys: list[Key] = [(*at, "method", "from_adapter"), (*at, "method", "kind")]
+        keys = [(*at, "method", "from_adapter"), (*at, "method", "kind")]
         message = f"{stage.method.kind} takes its first values from the base, or changes it"
         yield Clash(keys, message, "merge that adapter, and start from the merged model")
+
+
+def _trains_new_tokens(method: MethodSettings) -> bool:
+    whole = method.adapter.whole_modules if method.adapter else []
+    return method.trains_outer or method.trains_token_rows or bool(whole)
+
+
+def _new_tokens_fix(method: MethodSettings) -> str:
+    whole = isinstance(method.adapter, PeftSettings)
+    also = "modules_to_save=[embed_tokens, lm_head], or " if whole else ""
+    return f"{also}method.kind=lora; or train on this run's merged model in a recipe of its own"
 
 
 def check_adapters(recipe: Recipe) -> Iterator[Clash]:

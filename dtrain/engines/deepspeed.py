@@ -37,6 +37,7 @@ from dtrain.engines.optimizers import (
 )
 from dtrain.engines.shared_gather import shared_gather
 from dtrain.models.decoder_layers import decoder_layers
+from dtrain.models.token_rows import token_layers
 
 _ORIGINAL_ALL_GATHER = partition_parameters._dist_allgather_fn
 
@@ -167,6 +168,10 @@ class Zero3(Zero):
             # Kernels read the weights of several linear layers at once: gather the whole block.
             for parameter in block.parameters():
                 deepspeed.zero.register_external_parameter(block, parameter)
+        for name, _ in token_layers(self.module):
+            wrapper = self.module.get_submodule(name)  # it reads the weights of its children
+            for parameter in wrapper.parameters():
+                deepspeed.zero.register_external_parameter(wrapper, parameter)
 
     def on_weights_changed(self) -> None:
         self.zero._partition_all_parameters()  # the small ones, which stay gathered between steps

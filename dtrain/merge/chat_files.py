@@ -23,11 +23,16 @@ from dtrain.core.log import say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
-from dtrain.models.hub import base_folder
-from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION, GenerationFile
-from dtrain.models.tokenizer import load_tokenizer
+from dtrain.models.added_tokens import open_tokenizer
+from dtrain.models.peft_format import (
+    CHAT_TEMPLATE,
+    GENERATION,
+    TOKENIZER_FILES,
+    GenerationFile,
+)
 
 TOKENIZER = "tokenizer_config.json"
+TOKENIZER_BYTES = 1 << 28
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -77,9 +82,7 @@ def checkpoint_chat_files(run: Path, stage_name: str, base: Path) -> dict[str, s
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     if not OBJECTIVES[stage.kind].trains_on_answers:
         return {}
-    run_base = base_folder(recipe.model.base, revision=recipe.model.revision)
-    tokenizer = load_tokenizer(run_base, recipe.model.trust_remote_code)
-    return adapter_chat_files(stage, base, tokenizer)
+    return adapter_chat_files(stage, base, open_tokenizer(recipe.model))
 
 
 def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
@@ -115,6 +118,12 @@ def stored_template(folder: Path) -> str | None:
     if isinstance(template, list):  # older versions of transformers saved several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
+
+
+def tokenizer_texts(folder: Path) -> dict[str, str]:
+    """Return the text files of a model's tokenizer, by name, with its chat template."""
+    paths = [folder / name for name in (*TOKENIZER_FILES, CHAT_TEMPLATE)]
+    return {path.name: read_text(path, TOKENIZER_BYTES) for path in paths if path.is_file()}
 
 
 def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:

@@ -23,7 +23,7 @@ from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import TrainedWeights
 from dtrain.merge.provenance import TrainingOrigin, origin_from_inputs
-from dtrain.models.hub import base_folder
+from dtrain.models.added_tokens import open_base, open_tokenizer, token_ids
 from dtrain.models.peft_format import file_key
 
 
@@ -71,7 +71,7 @@ def stage_base(saved: StageCheckpoint) -> Path:
     if stage is None:
         raise UserError(f"has no stage {saved.stage!r}", where=str(run.recipe))
     if (parent := recipe.parent_of(stage)) is None:
-        return base_folder(recipe.model.base, revision=recipe.model.revision)
+        return open_base(recipe.model)
     base = run.stage(parent.name).merged
     if not base.is_dir():
         raise UserError("is missing, but the stage started from it", where=str(base))
@@ -125,6 +125,13 @@ class CheckpointAdapter:
         return file_hash(self._checkpoint.folder / CHECKPOINT_MANIFEST)
 
 
+def _new_token_rows(saved: StageCheckpoint) -> dict[str, list[int]]:
+    """Which rows of the embeddings and the output matrix a stage trained alone."""
+    model = load_recipe(str(RunDir(saved.run).recipe)).model
+    tokens = token_ids(open_tokenizer(model), model.tokens) if model.tokens else []
+    return {"trainable_token_indices": tokens} if tokens else {}
+
+
 def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAdapter:
     """Return the adapter that a checkpoint holds.
 
@@ -148,5 +155,5 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
     tensors = CheckpointAdapter(saved.checkpoint)
     # A checkpoint holds tied modules that train whole once.
     whole = {"modules_to_save": settings.adapter.whole_modules, "ensure_weight_tying": True}
-    config = settings.adapter.peft_config() | whole
+    config = settings.adapter.peft_config() | whole | _new_token_rows(saved)
     return MergeableAdapter(config, tensors, base, saved.checkpoint.folder)

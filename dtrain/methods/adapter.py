@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_config, get_peft_model
 from peft import __version__ as peft_version
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import transformers_weight_conversion
 from torch import nn
@@ -39,6 +40,12 @@ from dtrain.models.meta_model import (
     linear_layers,
     unused_linear_layers,
     unused_parameters,
+)
+from dtrain.models.token_rows import (
+    MARK,
+    fill_token_rows,
+    prepare_token_rows,
+    token_row_parameters,
 )
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
@@ -78,7 +85,9 @@ class AdapterMethod(AddedMethod[Settings]):
         adapted, inner = self.adapt(model, targets), model
         model.disable_input_require_grads()
         prepare_copies(inner, no_gradient)
-        self.initialize_all(adapted, seed, device, saved_parameters(adapted))
+        prepare_token_rows(adapted)
+        with_values = saved_parameters(adapted).keys() | token_row_parameters(adapted)
+        self.initialize_all(adapted, seed, device, with_values)
         key_dropouts(adapted)
         adapted.train()
         if isinstance(adapted, PeftModel):
@@ -132,12 +141,12 @@ class AdapterMethod(AddedMethod[Settings]):
             fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
             raise UserError(reason, where="method.target_modules", fix=fix) from error
         assert isinstance(adapted, PeftModel)
-        modules = adapted.get_base_model().named_modules()
-        self.settings.check_layers([n for n, m in modules if isinstance(m, BaseTunerLayer)])
+        self.settings.check_layers([*adapted_layers(adapted.get_base_model())])
         return adapted
 
     def on_weights_loaded(self, block: nn.Module) -> None:
         fill_copies(block)
+        fill_token_rows(block)
 
     def changed_tensors(self, model: nn.Module) -> set[str]:
         """Weights under an adapter, whole modules, and all that NF4 rounded: a merge writes it."""
@@ -149,6 +158,7 @@ class AdapterMethod(AddedMethod[Settings]):
             f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
             for name, module in changed.items()
         }
+        weights = {name.replace(MARK, ".") for name in weights}
         return weights | set(saved_parameters(base).values())
 
     def saved_config(self, model: nn.Module) -> dict[str, Any]:
@@ -171,11 +181,8 @@ def loadable_config(model: PeftModel) -> Any:
     """
     config: Any = model.peft_config[ADAPTER]
     base = model.get_base_model()
-    adapted = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
-    ]
+    layers = adapted_layers(base).items()
+    adapted = [name for name, module in layers if not isinstance(module, ParamWrapper)]
     replaced = [name for name in adapted if _is_replaced(config, base, name)]
     if not replaced:
         return config
@@ -191,6 +198,15 @@ def loadable_config(model: PeftModel) -> Any:
     saved.target_parameters = sorted([*(saved.target_parameters or ()), *weights])
     saved.lora_dropout = 0.0  # which target parameters do not have
     return saved
+
+
+def adapted_layers(base: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers with an adapter, by their names in the base."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+    }
 
 
 def _is_replaced(config: Any, base: nn.Module, name: str) -> bool:

@@ -21,6 +21,7 @@ from dtrain.core.ownership import share_with_group
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
+from dtrain.models.token_rows import MARK
 
 Settings = TypeVar("Settings", bound=MethodSettings)
 
@@ -117,7 +118,10 @@ def _with_tied(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[s
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             tensor = tensors[first.setdefault(parameter, name)]
-            yield name, tensor if first[parameter] == name else tensor.clone()
+            if first[parameter] == name:
+                yield name, tensor
+            elif MARK not in name:  # tied rows are saved once
+                yield name, tensor.clone()
 
 
 def _check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:

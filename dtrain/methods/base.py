@@ -7,7 +7,7 @@ add a method, add its settings and traits there, and the class that the traits n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +42,13 @@ class MethodContext:
 
 
 class Method(ABC, Generic[Settings]):
-    """A method with the settings of a stage."""
+    """A method with the settings of a stage.
+
+    Attributes:
+        new_tokens: numbers of the tokens that the run has added to its base, whose rows train.
+    """
+
+    new_tokens: Sequence[int] = ()
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -122,10 +128,15 @@ class Method(ABC, Generic[Settings]):
         return
 
 
-def build_method(settings: MethodSettings) -> Method[Any]:
-    """The method that a stage's settings name."""
+def build_method(settings: MethodSettings, new_tokens: Sequence[int] = ()) -> Method[Any]:
+    """The method that a stage's settings name.
+
+    Args:
+        new_tokens: numbers of the tokens that the run has added to its base.
+    """
     module, _, name = settings.traits.implementation.partition(":")
     method: Method[Any] = getattr(import_module(module), name)(settings)
+    method.new_tokens = tuple(new_tokens)
     return method
 
 

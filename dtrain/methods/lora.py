@@ -15,6 +15,7 @@ from dtrain.config.methods import Lora
 from dtrain.config.methods.patterns import by_names, match_names
 from dtrain.core.log import say
 from dtrain.methods.adapter import ADAPTER, AdapterMethod
+from dtrain.methods.new_tokens import rows_to_train
 from dtrain.models.kernels.experts import expert_parameters
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -29,6 +30,10 @@ class LoraMethod(AdapterMethod[Lora]):
         names = [name for name, _ in model.named_modules()]
         patterns = {key: getattr(self.settings, key) for key in PATTERNS}
         more |= {key: by_names(values, names) for key, values in patterns.items()}
+        if self.new_tokens:
+            whole = self.settings.whole_modules
+            rows = rows_to_train(model, self.new_tokens, whole, targets)
+            more |= {"trainable_token_indices": rows}
         experts = self._expert_targets(model, targets)
         if experts:  # PEFT has no dropout for them
             more |= {"target_parameters": experts, "lora_dropout": 0.0}

@@ -108,8 +108,8 @@ def teacher_logits(teacher: nn.Module, micro_batch: PackedInputs) -> TeacherLogi
 
     @torch.no_grad()
     def logits(tokens: slice) -> Tensor:
-        matrix = head.layer.weight.to(states.dtype)
-        chunk = logit_chunk(states[tokens], matrix, head.layer.bias)
+        matrix = head.base_layer.weight.to(states.dtype)
+        chunk = logit_chunk(states[tokens], matrix, head.base_layer.bias)
         return chunk if head.transform is None else head.transform(chunk)
 
     return logits

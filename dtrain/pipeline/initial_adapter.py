@@ -30,12 +30,14 @@ from dtrain.merge.provenance import adapter_origin, expected_bases, model_finger
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import ADAPTER
 from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
+from dtrain.models.token_rows import MARK
 
 if TYPE_CHECKING:
     from dtrain.pipeline.stage_record import StageSetup
 
 WHERE = "method.from_adapter"
-RECIPE_KEYS = {"lora_alpha": "alpha"}  # where the recipe does not use PEFT's name
+# Where the recipe does not use PEFT's name.
+RECIPE_KEYS = {"lora_alpha": "alpha", "trainable_token_indices": "rows of model.tokens"}
 # Tied matrices are compared by value.
 NOT_COMPARED = WITHOUT_EFFECT | {"ensure_weight_tying", "init_lora_weights"}
 
@@ -137,6 +139,8 @@ def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[st
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
+        if MARK in name and parameter in first:
+            continue  # tied rows are saved once
         key = file_key(name)
         expected[key] = list(parameter.shape)
         if (other := first.setdefault(parameter, key)) == key:

@@ -6,6 +6,7 @@ device, as it will be when its stage starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.merge.merge import check_mergeable
 from dtrain.methods.base import build_method
+from dtrain.methods.new_tokens import check_new_tokens
 from dtrain.models.load import resolve_dtype, silence_transformers
 from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.regularizers.fisher import adapted_layers
@@ -25,7 +27,9 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 WHERE = "train.learning_rate_scales"
 
 
-def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None:
+def check_stages(
+    recipe: Recipe, base: Path, device: torch.device = CPU, new_tokens: Sequence[int] = ()
+) -> None:
     """Check that every stage's method fits the base, and that its result can be merged.
 
     Stages after the first start from a merged model with the same modules and tensors as the base.
@@ -33,6 +37,7 @@ def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None
     Args:
         base: folder of the base.
         device: that the stages train on, as `dtype: auto` depends on it.
+        new_tokens: numbers of the tokens that the recipe adds to its base.
 
     Raises:
         UserError: a stage could not start, or could not end.
@@ -42,7 +47,7 @@ def check_stages(recipe: Recipe, base: Path, device: torch.device = CPU) -> None
         if not any(_is_same(recipe, stage, other) for other in done):
             try:
                 with silence_transformers():
-                    _check_stage(recipe, stage, base, device)
+                    _check_stage(recipe, stage, base, device, new_tokens)
             except UserError as error:
                 is_key = error.where.startswith(("method.", "train.", "regularize."))
                 joint = "." if is_key else ": "
@@ -58,8 +63,10 @@ def _is_same(recipe: Recipe, stage: Stage, other: Stage) -> bool:
     return scales and settings and recipe.merges(stage) == recipe.merges(other)
 
 
-def _check_stage(recipe: Recipe, stage: Stage, base: Path, device: torch.device) -> None:
-    method = build_method(stage.method)
+def _check_stage(
+    recipe: Recipe, stage: Stage, base: Path, device: torch.device, new_tokens: Sequence[int]
+) -> None:
+    method = build_method(stage.method, new_tokens)
     streamed = stream_base(
         base,
         recipe.model.model_copy(update={"attention": "auto", "gradient_checkpointing": False}),
@@ -68,6 +75,8 @@ def _check_stage(recipe: Recipe, stage: Stage, base: Path, device: torch.device)
         device=CPU,
     )
     model = method.attach(streamed.model, seed=0, device=META)
+    if new_tokens:
+        check_new_tokens(model)
     check_rate_scales(stage, model)
     if recipe.merges(stage):
         check_mergeable(base, method.changed_tensors(model))

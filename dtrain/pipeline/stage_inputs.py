@@ -25,7 +25,7 @@ from dtrain.data.shards import WorkShare
 from dtrain.distributed.world import World
 from dtrain.evaluation.prompts import PromptSet, prepare_prompts
 from dtrain.merge.provenance import model_fingerprint
-from dtrain.models.hub import base_folder
+from dtrain.models.added_tokens import open_base, token_ids
 from dtrain.models.load import read_config
 from dtrain.models.packing_probe import Layout, probe_packing
 from dtrain.models.positions import position_limit
@@ -127,7 +127,7 @@ def prepare_inputs(
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
     layout = check_layout(recipe, config)
     if verify:
-        check_stages(recipe, base, device)
+        check_stages(recipe, base, device, token_ids(tokenizer, recipe.model.tokens))
     base_fingerprint = model_fingerprint(base)
     prompts = prepare_prompts(recipe, tokenizer)  # seconds; the data may take hours
     datasets: dict[str, PackedDataset] = {}
@@ -220,7 +220,7 @@ def _base_and_tokenizer(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, 
     """Base, tokenizer and the tokenizer's fingerprint; samples are created first."""
     for name in sorted(samples_of(recipe)):
         ensure(name)
-    base = base_folder(recipe.model.base, revision=recipe.model.revision)
+    base = open_base(recipe.model)
     tokenizer = load_tokenizer(base, recipe.model.trust_remote_code)
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
 

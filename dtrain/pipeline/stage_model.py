@@ -27,12 +27,14 @@ from dtrain.merge.chat_files import (
     adapter_chat_files,
     generation_config,
     merged_chat_files,
+    tokenizer_texts,
 )
 from dtrain.merge.from_checkpoint import read_parameter, trained_weights
 from dtrain.merge.merge import MergeJob, check_mergeable, default_processes
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import MethodContext
+from dtrain.methods.new_tokens import check_new_tokens
 from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
@@ -54,6 +56,8 @@ def build_model_in_engine(setup: StageSetup) -> tuple[Engine, tuple[int, int]]:
     recipe, stage, world, method = setup.recipe, setup.stage, setup.world, setup.method
     base = _open_base(setup)
     model = method.attach(base.model, seed=recipe.seed, device=world.device)
+    if method.new_tokens:
+        check_new_tokens(model)
     _check_merge(setup, model)
     method.on_attached(model, _method_context(setup))
     initial = open_initial_adapter(setup, model)
@@ -132,6 +136,8 @@ def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) 
     if setup.method.traits.adds_adapter:
         tensors = {name: read_parameter(checkpoint, name) for name in checkpoint.names}
         files = adapter_chat_files(setup.stage, setup.base, setup.inputs.tokenizer)
+        if setup.recipe.model.tokens is not None:
+            files = tokenizer_texts(setup.base) | files
         named = _base_reference(setup)
         setup.method.save(setup.folder.adapter, model, tensors, base=named, files=files)
     if setup.is_merged:
@@ -140,7 +146,9 @@ def export_adapter(setup: StageSetup, model: nn.Module, checkpoint: Checkpoint) 
 
 def _base_reference(setup: StageSetup) -> str:
     """How the stage's adapter names its base."""
-    hub = hub_id(setup.recipe.model.base) if setup.base == setup.inputs.base else None
+    model = setup.recipe.model
+    is_given = setup.base == setup.inputs.base and model.tokens is None
+    hub = hub_id(model.base) if is_given else None
     folder = str(setup.base.absolute())
     return hub or base_reference(folder, setup.folder.adapter, setup.folder.path.parent)
 

@@ -32,6 +32,7 @@ from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.merge.adapter import AdapterFile
 from dtrain.methods.base import Method, build_method
+from dtrain.models.added_tokens import token_ids
 from dtrain.models.load import resolve_dtype
 from dtrain.models.peft_format import read_adapter_config
 from dtrain.pipeline.evaluator import Evaluations
@@ -247,7 +248,8 @@ class StageSetup:
     @cached_property
     def method(self) -> Method[Any]:
         """The stage's fine-tuning method."""
-        return build_method(self.stage.method)
+        tokens = token_ids(self.inputs.tokenizer, self.recipe.model.tokens)
+        return build_method(self.stage.method, tokens)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,6 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora+from": {"kind": "lora", "dropout": 0.0, "modules_to_save": ["model.norm"]},
     # On a mixture of experts with adapters, which a term switches off in each step.
     "lora+router": {"kind": "lora", "router": "train"},
+    "lora+tokens": {"kind": "lora"},  # embeddings are tied, and get more rows
+    "qlora+tokens": {"kind": "qlora"},
+}
+TOKENS = {  # words of the data, by the case
+    "lora+tokens": {"add": ["garden", "river"]},
+    "qlora+tokens": {"add": {"garden": "hill", "river": "under the tree"}},
 }
 VARIANTS |= {
     f"{kind}+nf4": {"kind": kind, "quantize": "nf4"}
@@ -43,13 +49,14 @@ VARIANTS |= {
     if isinstance(parse_method({"kind": kind}), QuantizableSettings)
 }
 CASES = [*TRAITS, *VARIANTS]
+WITHOUT_SPARE_ROWS = 365  # tokens of the sample's tokenizer
 ALONE = "one rank"  # under ddp, with a micro-batch of two
 TOLERANCE = 1e-5  # of the loss of a step
 TARGET_TOLERANCE = 5e-5  # of the loss of a target, relative to the greatest
 RECIPE = """
 name: methods
 device: cpu
-model: {{base: "{base}", dtype: float32}}
+model: {{base: "{base}", dtype: float32, tokens: {tokens}}}
 stages:
   - name: task
     kind: cpt
@@ -74,15 +81,17 @@ def traits(case: str) -> MethodTraits:
     return parse_method(settings(case)).traits
 
 
-def tied_base(folder: Path) -> Path:
-    """The sample model with one matrix for embeddings and output."""
+def tied_base(folder: Path, rows: int | None = None) -> Path:
+    """The sample model with one matrix for embeddings and output, of all rows or the first."""
     ensure("tiny-llama")
     sample = local_path("dtrain:tiny-llama")
     shutil.copytree(sample, folder)
     config = json.loads((sample / "config.json").read_text()) | {"tie_word_embeddings": True}
+    config["vocab_size"] = rows or config["vocab_size"]
     (folder / "config.json").write_text(json.dumps(config))
     for path in folder.glob("*.safetensors"):
         tensors = {n: t for n, t in load_file(path).items() if n != "lm_head.weight"}
+        tensors |= {n: t[:rows] for n, t in tensors.items() if "embed_tokens" in n}
         save_file(tensors, path, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -125,15 +134,22 @@ def trained_adapter(folder: Path, method: dict[str, Any]) -> Path:
 def found(case: str, tmp_path: Path, start: Any) -> dict[str, dict[str, Any]]:
     """What the ranks found, by engine, and on one rank."""
     recipe = tmp_path / "recipe.yaml"
-    base = tied_base(tmp_path / "base") if case == "lora+whole" else "dtrain:tiny-llama"
-    base = expert_base(tmp_path / "base") if case == "lora+router" else base
+    base = "dtrain:tiny-llama"
+    if case in ("lora+whole", "lora+tokens"):
+        base = str(tied_base(tmp_path / "base", WITHOUT_SPARE_ROWS if "tokens" in case else None))
+    base = str(expert_base(tmp_path / "base")) if case == "lora+router" else base
     method = settings(case)
     if case == "lora+from":
         method |= {"from_adapter": str(trained_adapter(tmp_path / "old", method))}
     merge = json.dumps(not traits(case).cannot_merge)
-    term = "{kind: kl_to_base, on: all, weight: 1.0}" if case == "lora+router" else "null"
-    text = RECIPE.format(base=base, method=json.dumps(method), regularize=term, merge=merge)
-    recipe.write_text(text)
+    keys = {
+        "base": base,
+        "tokens": json.dumps(TOKENS.get(case)),
+        "method": json.dumps(method),
+        "regularize": "{kind: kl_to_base, on: all, weight: 1.0}" if "router" in case else "null",
+        "merge": merge,
+    }
+    recipe.write_text(RECIPE.format(**keys))
     overrides = {engine: [f"engine.kind={engine}"] for engine in ENGINES}
     alone = {ALONE: ["engine.kind=ddp", "stages.task.train.micro_batch_size=2"]}
     found: dict[str, dict[str, Any]] = {}

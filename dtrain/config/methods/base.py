@@ -110,6 +110,11 @@ class MethodSettings(Group):
         return self.traits.trains_base
 
     @property
+    def trains_token_rows(self) -> bool:
+        """Whether single rows of the embeddings and the output matrix can train."""
+        return False
+
+    @property
     def adapter(self) -> AdapterSettings | None:
         """These settings, if the method adds an adapter to linear layers."""
         return None

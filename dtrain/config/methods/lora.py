@@ -130,6 +130,10 @@ class Lora(LowRankSettings):
         return RSLORA_ALPHA if self.kind == "rslora" else 2.0 * self.r
 
     @property
+    def trains_token_rows(self) -> bool:
+        return True
+
+    @property
     def adapts_experts(self) -> bool:
         return self.experts and self.traits.adds_product
 

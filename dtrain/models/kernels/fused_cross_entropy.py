@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -19,6 +20,7 @@ from torch.nn.functional import linear
 from dtrain.models.kernels import matmul, native
 from dtrain.models.kernels.compiled import compile_on_gpu
 from dtrain.models.kernels.output_probe import LogitTransform
+from dtrain.models.token_rows import output_weight
 from dtrain.planning.activations import chunk_rows
 
 _ATTRIBUTE = "_dtrain_loss_head"
@@ -35,11 +37,15 @@ class FusedLossHead:
     """Makes a model's output layer compute a function of hidden states in place of the logits."""
 
     def __init__(
-        self, model: nn.Module, head: nn.Linear, transform: LogitTransform | None = None
+        self,
+        model: nn.Module,
+        head: nn.Linear | TrainableTokensWrapper,
+        transform: LogitTransform | None = None,
     ) -> None:
         """Replace the forward of `head`.
 
         Args:
+            head: the output layer, or what PEFT puts around one that has trained rows.
             transform: what the model applies to the logits [c, V] afterwards.
         """
         self._model, self.layer, self.transform = model, head, transform
@@ -76,8 +82,19 @@ class FusedLossHead:
         stack.callback(hook.remove)
         stack.callback(self._model.register_forward_hook(set_logits, prepend=True).remove)
 
+    @property
+    def base_layer(self) -> nn.Linear:
+        """The output layer as it is without trained rows."""
+        has_rows = isinstance(self.layer, TrainableTokensWrapper)
+        layer: nn.Linear = self.layer.token_adapter.base_layer if has_rows else self.layer
+        return layer
+
+    def _matrix(self) -> Tensor:
+        has_rows = isinstance(self.layer, TrainableTokensWrapper)
+        return output_weight(self.layer.token_adapter) if has_rows else self.layer.weight
+
     def _forward(self, hidden: Tensor) -> Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
+        weight, bias = self._matrix(), self.base_layer.bias
         if self._compute is None:
             return linear(hidden, weight, bias)
         return self._compute(hidden.flatten(0, -2), weight, bias, self.transform).unsqueeze(0)

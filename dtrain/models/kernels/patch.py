@@ -11,12 +11,14 @@ compiling would take one rank seconds while the others wait.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -201,9 +203,12 @@ def _fuse_loss(model: nn.Module) -> bool:
     """Let the output layer compute the loss, if the logits follow from its output alone."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     head = inner.get_output_embeddings() if inner is not None else None
-    if inner is None or type(head) is not nn.Linear:
+    layer = head.token_adapter.base_layer if isinstance(head, TrainableTokensWrapper) else head
+    if inner is None or type(layer) is not nn.Linear:
         return False
-    probe = OutputProbe(inner, head)
+    plain = copy(inner)  # without what PEFT puts around a layer with trained rows
+    plain._modules = {name: layer if m is head else m for name, m in inner._modules.items()}
+    probe = OutputProbe(plain, layer)
     if probe.exact:
         FusedLossHead(inner, head, probe.transform)
     return probe.exact

@@ -128,6 +128,17 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
         ),
         ({"stages__0__train__maximize": "accuracy"}, ["train.maximize", "evaluate_every_steps"]),
         (
+            {"model__tokens": {"add": ["<a>"]}, "stages__0__method": {"kind": "ia3"}},
+            ["model.tokens", "method.kind", "modules_to_save=[embed_tokens, lm_head]"],
+        ),
+        (
+            {
+                "model__tokens": {"add": ["<a>"]},
+                "stages__0__method": {"kind": "full", "trainable_layers": 1},
+            },
+            ["model.tokens", "method.kind", "full would leave the new tokens as they start"],
+        ),
+        (
             {
                 "stages__0__train__maximize": "accuracy",
                 "stages__0__train__evaluate_every_steps": 2,
