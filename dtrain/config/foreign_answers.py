@@ -72,12 +72,16 @@ ANSWERS = {
         "device_map max_memory use_cache upcast_layernorm upcast_lmhead_output "
         "embeddings_skip_upcast experimental_skip_move_to_device"
     ),
-    "dtrain does not change the vocabulary": (
-        "special_tokens add_tokens tokens new_special_tokens resize_vocab "
-        "resize_token_embeddings eot_tokens added_tokens_overrides add_special_tokens "
-        "additional_special_tokens new_special_tokens_config init_special_tokens "
-        "mean_resizing_embeddings resize_token_embeddings_to_32x shrink_embeddings "
-        "fix_untrained_tokens"
+    "use model.tokens.add": (
+        "add_tokens tokens new_special_tokens add_special_tokens additional_special_tokens "
+        "new_special_tokens_config"
+    ),
+    "dtrain does not change the base's own tokens": (
+        "special_tokens eot_tokens added_tokens_overrides fix_untrained_tokens"
+    ),
+    "model.tokens.add makes the matrices as large as its tokens need": (
+        "resize_vocab resize_token_embeddings init_special_tokens mean_resizing_embeddings "
+        "resize_token_embeddings_to_32x shrink_embeddings"
     ),
     "packing fills every sequence, so batches need no sorting by length": (
         "group_by_length length_column_name pad_to_multiple_of dataloader_drop_last "

@@ -37,7 +37,18 @@ def model(config: ForeignConfig, *, checkpointing: bool) -> None:
     if config.get("trust_remote_code"):
         config.copy("trust_remote_code")
     config.leave("trust_remote_code")
+    _tokens(config)
     _engine(config)
+
+
+def _tokens(config: ForeignConfig) -> None:
+    plain, special = config.names("tokens", "add_tokens"), config.names("add_special_tokens")
+    if not plain and not special:
+        return
+    why = "as plain added tokens, which decoding keeps" if special else ""
+    keys = ("tokens", "add_tokens", "add_special_tokens")
+    names = list(dict.fromkeys([*plain, *special]))
+    config.put("model.tokens.add", names, *keys, why=why, changed=bool(special))
 
 
 def _dtype(config: ForeignConfig) -> None:

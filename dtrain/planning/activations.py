@@ -254,9 +254,12 @@ def _chunked_head_bytes(workload: Workload, profile: TrainerProfile) -> float:
     # The last layer's output, its norm, the states at targets, and their gradient.
     stream = stream_bytes(workload, profile)
     states = workload.tokens * shape.hidden * (3 * stream + e + e * (stream != e))
+    matrix = float(shape.vocabulary * shape.hidden)
+    if workload.token_rows:  # the matrix with these rows in it, and a gradient of its size
+        return chunk + states + 3 * e * matrix
     if not workload.method.trains_outer:
         return chunk + states
     # The gradient of the output matrix and a chunk's contribution to it; under DDP the gradient is
     # float32 and exists next to autocast's copy.
     float32_bytes = 2 * profile.train_bytes * computes_from_float32(workload)
-    return chunk + states + (2 * e + float32_bytes) * float(shape.vocabulary * shape.hidden)
+    return chunk + states + (2 * e + float32_bytes) * matrix

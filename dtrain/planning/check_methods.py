@@ -23,7 +23,7 @@ def check_methods(recipe: Recipe, shape: ModelShape, report: CheckReport) -> Non
     """
     for stage in recipe.stages:
         with report.collect(f"stages.{stage.name}", "."):
-            _check_method(stage, shape)
+            _check_method(stage, shape, has_new_tokens=recipe.model.tokens is not None)
 
 
 def check_names(recipe: Recipe, tensors: Shapes, report: CheckReport) -> None:
@@ -50,7 +50,7 @@ def _names(stage: Stage) -> Iterator[tuple[str, str]]:
     yield from (("method.modules_to_save", name) for name in adapter.whole_modules)
 
 
-def _check_method(stage: Stage, shape: ModelShape) -> None:
+def _check_method(stage: Stage, shape: ModelShape, *, has_new_tokens: bool) -> None:
     method, scales = stage.method, stage.train.learning_rate_scales
     if isinstance(method, Full):
         check_parameter_patterns(scales, _check_full(method, shape), RATE_SCALES)
@@ -58,6 +58,7 @@ def _check_method(stage: Stage, shape: ModelShape) -> None:
         layers = _check_adapter(method.adapter, shape)
         if isinstance(method, Lora):  # of other adapters the run knows the names
             names = [*_lora_parameters(method, layers), *_copies(method, shape)]
+            names += [*_token_rows(method, shape)] if has_new_tokens else []
             check_parameter_patterns(scales, names, RATE_SCALES)
 
 
@@ -96,6 +97,13 @@ def _copies(method: Lora, shape: ModelShape) -> Iterator[str]:
         module, _, leaf = parameter.rpartition(".")
         if _ending([module], method.whole_modules):
             yield f"base_model.model.{module}.modules_to_save.default.{leaf}"
+
+
+def _token_rows(method: Lora, shape: ModelShape) -> Iterator[str]:
+    """The names of the rows of new tokens, where no whole matrix trains."""
+    for module in ("model.embed_tokens", *(() if shape.tied else ("lm_head",))):
+        if not _ending([module], method.whole_modules):
+            yield f"base_model.model.{module}.token_adapter.trainable_tokens_delta.default"
 
 
 def _check_full(method: Full, shape: ModelShape) -> list[str]:

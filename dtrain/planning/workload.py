@@ -83,6 +83,7 @@ class Workload:
         stores_teacher: what the teacher says is stored before the training, and it is released.
         uses_autocast: computes under autocast where the trained parameters are wider than the
             compute dtype, as dtrain always does.
+        new_tokens: tokens that the recipe adds to the base.
     """
 
     shape: ModelShape
@@ -113,6 +114,7 @@ class Workload:
     teacher: ModelShape | None = None
     stores_teacher: bool = False
     uses_autocast: bool = True
+    new_tokens: int = 0
 
     @property
     def traits(self) -> MethodTraits:
@@ -202,7 +204,15 @@ class Workload:
     @property
     def outer_shapes(self) -> Shapes:
         """Rows and columns of what the method adds outside the decoder layers."""
-        return self.method.outer_shapes(self.shape.hidden, self.shape.layers, self.shape.kv)
+        added = self.method.outer_shapes(self.shape.hidden, self.shape.layers, self.shape.kv)
+        rows = ((self.token_rows, self.shape.hidden),) if self.token_rows else ()
+        return (*added, *rows * (1 if self.shape.tied else 2))
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of new tokens that train alone, in each of the two matrices."""
+        alone = self.method.trains_token_rows and not self.trains_matrices
+        return self.new_tokens if alone else 0
 
     @property
     def adapter_products(self) -> int:
@@ -371,6 +381,7 @@ def build_workload(
         teacher=_teacher(stage),
         stores_teacher=stage.distill is not None and stage.distill.top_k is not None,
         kernels=_kernels(recipe, stage, shape),
+        new_tokens=len(recipe.model.tokens.words) if recipe.model.tokens else 0,
         **{
             "prefetch_elements": deepspeed_file.prefetch_elements(shape.hidden),
             **_deepspeed_limits(recipe, kind),

@@ -63,7 +63,10 @@ def adapter_usage(run: Run, stage: Stage) -> Usage:
     if reasons := refusals(adapter):
         notes.append(f"vLLM does not serve it unmerged: {'; '.join(reasons)}.")
     serve = "" if reasons else _serve_command(adapter, base, trusts_code)
-    return Usage(_peft_code(base, adapter.origin.base_in_nf4, trusts_code), serve, tuple(notes))
+    code = _peft_code(base, adapter.origin.base_in_nf4, trusts_code)
+    if is_first and run.recipe.model.tokens is not None:
+        code = _with_new_tokens(code, trusts_code)
+    return Usage(code, serve, tuple(notes))
 
 
 def _has_template(folder: Path) -> bool:
@@ -101,6 +104,18 @@ def _peft_code(base: str, in_nf4: bool, trusts_code: bool) -> str:
         f'model = PeftModel.from_pretrained(base, "{PLACEHOLDER}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})'
     )
+
+
+def _with_new_tokens(code: str, trusts_code: bool) -> str:
+    """The same, with the adapter's tokenizer, and rows for its tokens in the base."""
+    trust = ", trust_remote_code=True" if trusts_code else ""
+    lines = code.split("\n")[:-1]
+    lines[-1:-1] = [
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}"{trust})',
+        "rows = len(base.get_input_embeddings().weight)",
+        "base.resize_token_embeddings(max(rows, len(tokenizer)))",
+    ]
+    return "\n".join(lines)
 
 
 def _serve_command(adapter: AdapterInfo, base: str, trusts_code: bool) -> str:

@@ -95,7 +95,8 @@ def adapter_card(run: Run, stage: Stage) -> str:
     header = _header(base, run, [stage], "peft", "adapter")
     title = f"{run.recipe.name} {stage.name}"
     chain = _chain(run, stage)
-    return _render(header, title, f"{summary}.", base, adapter_usage(run, stage), chain, record)
+    summary = f"{summary}.{_new_tokens(run)}"
+    return _render(header, title, summary, base, adapter_usage(run, stage), chain, record)
 
 
 def merged_card(run: Run, stage: Stage, folder: Path, checkpoint: str = "") -> str:
@@ -109,6 +110,7 @@ def merged_card(run: Run, stage: Stage, folder: Path, checkpoint: str = "") -> s
     base = _with_license_file(base, folder)
     stages = "stage" if len(chain) == 1 else "stages"
     summary = f"{_link(base)}, fine-tuned in {len(chain)} {stages}.{_codes_note(base)}"
+    summary += _new_tokens(run)
     if checkpoint:
         summary += f" The last stage is at its checkpoint {md(checkpoint)}, which was not measured."
         record = replace(record, evaluation={}, lineage={})
@@ -252,6 +254,12 @@ def _header(
         tags=list(dict.fromkeys(["dtrain", *kinds])),
         **base.license,
     )
+
+
+def _new_tokens(run: Run) -> str:
+    tokens = run.recipe.model.tokens
+    names = ", ".join(md(token) for token in tokens.words) if tokens else ""
+    return f" Its tokenizer has {len(tokens.words)} new tokens: {names}." if tokens else ""
 
 
 def _chain(run: Run, stage: Stage) -> list[Stage]:

@@ -75,7 +75,9 @@ class Run:
         """The first stage's base: the folder that was used, else what the recipe names."""
         lineage = RunDir(self.folder).lineage
         used = (read_json(lineage, Lineage).get("base") or {}) if lineage.is_file() else {}
-        if user_path(used.get("path") or "-").is_dir():
+        # The recipe names a base without its new tokens.
+        is_only = self.recipe.model.tokens is not None and used.get("path")
+        if is_only or user_path(used.get("path") or "-").is_dir():
             return str(used["path"])
         path = local_path(self.recipe.model.base)
         known = path.is_dir() or sample_name(self.recipe.model.base) is not None
@@ -122,10 +124,14 @@ class Run:
         for stage in self.recipe.stages:
             parent = self.recipe.parent_of(stage)
             model = self._after(stage, below[parent.name] if parent else models[BASE])
-            below[stage.name] = model if stage.method.stacks else None
+            below[stage.name] = model if self._stacks(stage) else None
             if model is not None:
                 models[stage.adapter_name or stage.name] = model
         return models
+
+    def _stacks(self, stage: Stage) -> bool:
+        """Whether a stage's adapter can be on one base with others: trained rows are in one."""
+        return stage.method.stacks and self.recipe.model.tokens is None
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
         if not stage.method.traits.adds_adapter:
@@ -136,7 +142,7 @@ class Run:
             return None
         quantized, first = stage.method.traits.quantizes_base, self.recipe.parent_of(stage) is None
         base, folders = self.base_of(stage), [self.adapter(stage)]
-        if not (first or quantized or before is None) and stage.method.stacks:
+        if not (first or quantized or before is None) and self._stacks(stage):
             base, quantized = before.base, before.quantized
             folders = [*before.adapters, *folders]
         return ServedModel(

@@ -225,6 +225,17 @@ def test_what_became_of_a_key_and_why(workspace: Path, name, key, outcome, words
     assert note.outcome == outcome and words in note.why
 
 
+def test_new_tokens_are_taken_over(workspace: Path) -> None:
+    text = (workspace / "axolotl" / "qlora.yml").read_text()
+    (workspace / "axolotl" / "own.yml").write_text(text + "tokens: [<a>, <b>]\n")
+    tokens = recipe_of("axolotl/own.yml").model.tokens
+    assert tokens is not None and tokens.add == ["<a>", "<b>"]
+    text = (workspace / "llama_factory" / "lora_sft.yaml").read_text()
+    (workspace / "llama_factory" / "own.yaml").write_text(text + "add_special_tokens: <a>,<b>\n")
+    note = note_of(import_config(Path("llama_factory/own.yaml"), 1), "add_special_tokens")
+    assert note.outcome == "changed" and "plain added tokens" in note.why
+
+
 def test_a_deepspeed_file_beside_the_config_decides_the_engine(workspace: Path) -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     (workspace / "axolotl" / "own.json").write_text(json.dumps({"zero_optimization": zero}))

@@ -9,12 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.planning.architectures import shape_of
+from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, find_config, find_shape
 from dtrain.planning.shapes import ModelShape, select_linears
-from dtrain.planning.workload import Workload
+from dtrain.planning.workload import Cluster, Workload, build_workload
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
 SMALL = GQA | {"intermediate_size": 96, "num_hidden_layers": 2}
@@ -191,3 +193,25 @@ def test_missing_bases_and_targets_are_reported(tmp_path) -> None:
         find_shape("Qwen/Qwen2.5-7C")
     with pytest.raises(UserError, match="no linear layer is named 'q_prj'"):
         select_linears(find_shape("Qwen/Qwen2.5-7B")[0], ["q_prj"])
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "rows"),
+    [
+        ("meta-llama/Llama-3.1-8B", {}, 6),
+        ("meta-llama/Llama-3.2-1B", {}, 3),  # tied
+        ("meta-llama/Llama-3.1-8B", {"modules_to_save": ["embed_tokens", "lm_head"]}, 0),
+    ],
+)
+def test_rows_of_new_tokens_train(base: str, method: dict, rows: int) -> None:
+    shape, _ = find_shape(base)
+
+    def trainable(*more: str) -> int:
+        text = json.dumps({"kind": "lora", **method})
+        recipe = load_recipe(
+            "7b-lora", [f"model.base={base}", f"stages.domain.method={text}", *more]
+        )
+        cluster = Cluster(find_gpu("h100-80g"), 1, 1)
+        return build_workload(recipe, recipe.stages[0], shape, cluster).trainable
+
+    assert trainable("model.tokens.add=[<a>, <b>, <c>]") - trainable() == rows * shape.hidden
