@@ -208,6 +208,8 @@ def stage_record(
         "output": {"use": recipe.output.use},
         **settings,
     }
+    if recipe.model.tokens is not None:  # the parent says so too, but nobody can read that
+        stage_inputs["model"] = {"tokens": {"add": recipe.model.tokens.words}}
     watched = watched_set(stage.train, inputs.sets)
     if recipe.output.use == "best" and watched is not None:
         stage_inputs["output"]["watched"] = inputs.sets[watched].fingerprint

@@ -168,7 +168,6 @@ ANSWERS_TO_AXOLOTL = {
     "saves_per_epoch": "use stages[].train.checkpoint_every_steps",
     "weight_decay": "use stages[].train.weight_decay",
     "special_tokens": "dtrain does not change the base's own tokens",
-    "add_tokens": "use model.tokens.add",
     "model_type": "the base model's own files decide it",
     "fsdp": "use engine.kind: fsdp2; it wraps every decoder layer by itself",
 }
