@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -112,20 +112,29 @@ def read_headers(folder: Path) -> dict[Path, dict[str, dict[str, Any]]]:
     """The tensors of each file of a model: `read_header` of its `weight_files`.
 
     Raises:
-        UserError: as these two; a tensor of the index, or of an expert, is in no file.
+        UserError: as these two; a tensor of an expert is in no file.
     """
-    files = weight_files(folder)
-    headers = {path: read_header(path)[0] for path in files}
+    headers = {path: read_header(path)[0] for path in weight_files(folder)}
     names = {name for entries in headers.values() for name in entries}
-    if files != [folder / SINGLE]:
-        weight_map = read_weight_map(folder / INDEX)
-        for name, file in weight_map.items():
-            if name not in names:
-                raise _missing_tensor(name, folder / INDEX, f" of {file}")
-    for name in _expert_tensors(folder, names):
-        if name not in names:
-            raise _missing_tensor(name, folder)
+    _check_stored(_expert_tensors(folder, names), names, folder)
     return headers
+
+
+def check_index(folder: Path, names: Container[str]) -> None:
+    """Check that the tensors of a model's index are among those of its files.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not (folder / SINGLE).is_file():
+        _check_stored(read_weight_map(folder / INDEX), names, folder / INDEX)
+
+
+def _check_stored(expected: Iterable[str], names: Container[str], where: Path) -> None:
+    for name in expected:
+        if name not in names:
+            message, fix = f"{name} is in no file of the model", "download the model again"
+            raise UserError(message, where=str(where), fix=fix)
 
 
 def _expert_tensors(folder: Path, names: Iterable[str]) -> Iterator[str]:
@@ -155,11 +164,6 @@ def _expert_counts(config: Path) -> list[Any]:
     groups = [content, *content.values()] if isinstance(content, dict) else []
     pairs = (item for group in groups if isinstance(group, dict) for item in group.items())
     return [value for key, value in pairs if "expert" in key]
-
-
-def _missing_tensor(name: str, where: Path, of: str = "") -> UserError:
-    message = f"{name}{of} is in no file of the model"
-    return UserError(message, where=str(where), fix="download the model again")
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:

@@ -15,7 +15,7 @@ from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_nam
 from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.core.weight_files import has_tokenizer
+from dtrain.core.weight_files import check_index, has_tokenizer
 from dtrain.planning.architectures import check_not_quantized, read_config
 
 TOKENIZER_BYTES = 1 << 28
@@ -63,8 +63,8 @@ def open_model(folder: Path) -> LocalModel:
     """Check the files of a model, and read their headers.
 
     Raises:
-        UserError: no config.json or tokenizer, a missing or incomplete file of weights, or
-            quantized weights.
+        UserError: no config.json or tokenizer, a missing or incomplete file of weights, a tensor of
+            the index that no file has, or quantized weights.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -75,10 +75,13 @@ def open_model(folder: Path) -> LocalModel:
         fix = "put the tokenizer's files into the model's folder"
         raise UserError("no tokenizer in it, such as tokenizer.json", where=str(folder), fix=fix)
     shapes: dict[str, list[int]] = {}
+    names = set[str]()  # in the files
     for name, tensor in file_tensors(folder).items():
         if tensor.dtype not in FLOATS and name.endswith("weight"):  # masks may be bool
             raise stored_quantized_error(name, tensor.dtype, tensor.path)
         shapes[name] = tensor.shape
+        names.update(tensor.coded.names if tensor.coded else (name,))
+    check_index(folder, names)
     return LocalModel(folder, config, shapes)
 
 

@@ -159,6 +159,9 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "fp8 weights": (["model.base=f8"], r"is stored as F8_E4M3, so this base is quantized"),
     "shard": (["model.base=shard"], r"shard model-1\.safetensors is missing"),
     "cut shard": (["model.base=cut"], r"cut/model-1\.safetensors: not a whole safetensors file"),
+    "lost tensor": (
+        ["model.base=lost"], r"index\.json: model\.layers\.\S+ is in no file of the model"
+    ),
     "no weights": (["model.base=weightless"], "no safetensors weights"),
     "tokenizer": (["model.base=mute"], "no tokenizer in it"),
 }  # fmt: skip
@@ -177,6 +180,7 @@ def write_faulty_inputs(folder: Path) -> None:
     codes = {"model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8, dtype=torch.float8_e4m3fn)}
     save_file(codes, write_model(folder / "f8") / "model-0.safetensors")
     (write_model(folder / "shard") / "model-1.safetensors").unlink()
+    save_file({"a": torch.zeros(1)}, write_model(folder / "lost") / "model-1.safetensors")
     cut = write_model(folder / "cut") / "model-1.safetensors"
     cut.write_bytes(cut.read_bytes()[:-4])
     for path in write_model(folder / "weightless").glob("model*"):
