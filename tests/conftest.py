@@ -110,16 +110,19 @@ SMALL: dict[str, dict[str, Any]] = {
                "vision_config": IMAGES | {"num_key_value_heads": 2, "head_dim": 16,
                                           "global_head_dim": 16}},
     "gemma4_text": TEXT | GEMMA4,
-    "got_ocr2": {"text_config": TEXT | {"model_type": "qwen2"},
-                 "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "mlp_dim": 64,
-                                   "num_attention_heads": 2, "image_size": 64,
-                                   "output_channels": 32, "global_attn_indexes": [0]}},
     "gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
     "granitemoehybrid": TEXT | {"layer_types": ["attention", "attention"],
                                 "shared_intermediate_size": 64},
     "hrm_text": TEXT,
     "llama": TEXT,
     "mamba": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "mistral3": {"text_config": TEXT | {"model_type": "mistral"},
+                 "vision_config": IMAGES | {"model_type": "pixtral", "head_dim": 16}},
+    "qwen2_5_vl": {"text_config": TEXT | {"rope_parameters": {
+                       "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+                   "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depth": 1,
+                                     "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+                                     "fullatt_block_indexes": [0]}},
     "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": IMAGES},
     "qwen3": TEXT,
 }  # fmt: skip
@@ -133,7 +136,9 @@ def save_small() -> Callable[..., Any]:
     Every weight and buffer that is stored is changed: none is what the model begins with.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from dtrain.models.meta_model import auto_class
 
     def save(
         kind: str, folder: Path | None, text: dict[str, Any] | None = None, **changes: Any
@@ -145,7 +150,7 @@ def save_small() -> Callable[..., Any]:
         if folder is None:
             return config
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         stored, generator = model.state_dict(keep_vars=True), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for tensor in {id(t): t for t in stored.values()}.values():

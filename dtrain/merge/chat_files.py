@@ -31,7 +31,7 @@ from dtrain.models.peft_format import (
     GenerationFile,
 )
 
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, PROCESSOR_TEMPLATE = "tokenizer_config.json", "chat_template.json"
 TOKENIZER_BYTES = 1 << 28
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -99,13 +99,21 @@ def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
 
 
 def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
-    """Return the files for a merged model; its tokenizer must not keep an earlier template."""
-    path = base / TOKENIZER
-    config = read_object(path) if CHAT_TEMPLATE in files and path.is_file() else {}
-    if "chat_template" not in config:
+    """Return the files for a merged model, without an earlier template.
+
+    The tokenizer may have one, and the processor of a multimodal model another, which it prefers.
+    """
+    if CHAT_TEMPLATE not in files:
         return files
-    config.pop("chat_template")
-    return files | {TOKENIZER: _as_text(config)}
+    result = dict(files)
+    if (base / PROCESSOR_TEMPLATE).is_file():
+        result[PROCESSOR_TEMPLATE] = _as_text({"chat_template": files[CHAT_TEMPLATE]})
+    path = base / TOKENIZER
+    config = read_object(path) if path.is_file() else {}
+    if "chat_template" in config:
+        config.pop("chat_template")
+        result[TOKENIZER] = _as_text(config)
+    return result
 
 
 def stored_template(folder: Path) -> str | None:

@@ -77,7 +77,7 @@ class AdapterMethod(AddedMethod[Settings]):
                 fix="a base in 16 bits: method.kind=lora",
             )
         targets = resolve_targets(
-            model, self.settings.target_modules, unused, saved, barred, routers
+            described, self.settings.target_modules, unused, saved, barred, routers
         )
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
@@ -130,7 +130,7 @@ class AdapterMethod(AddedMethod[Settings]):
             "modules_to_save": [*self.settings.whole_modules, *routers] or None,
             "task_type": "CAUSAL_LM",
         }
-        config = get_peft_config(self.settings.peft_config() | settings | more)
+        config: Any = get_peft_config(self.settings.peft_config() | settings | more)
         try:
             # PEFT's first values are replaced; of a base without values it need not compute them.
             is_empty = any(parameter.is_meta for parameter in model.parameters())
@@ -141,6 +141,8 @@ class AdapterMethod(AddedMethod[Settings]):
             fix = "name layers that PEFT adapts: method.target_modules: [in_proj, ...]"
             raise UserError(reason, where="method.target_modules", fix=fix) from error
         assert isinstance(adapted, PeftModel)
+        if isinstance(targets, list):  # PEFT shortens the names: to such as towers have too,
+            config.target_modules = set(targets)  # which it does not see here
         self.settings.check_layers([*adapted_layers(adapted.get_base_model())])
         return adapted
 

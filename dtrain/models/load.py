@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
@@ -27,7 +26,14 @@ from dtrain.models import attention
 from dtrain.models.by_document import separate_states
 from dtrain.models.finite_weights import check_finite
 from dtrain.models.kernels.experts import check_experts
-from dtrain.models.meta_model import build_meta_model, first_line, linear_layers
+from dtrain.models.meta_model import (
+    auto_class,
+    build_meta_model,
+    first_line,
+    linear_layers,
+    unused_towers,
+    without_modules,
+)
 from dtrain.models.peft_format import GENERATION, GenerationFile
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
@@ -37,6 +43,7 @@ from dtrain.models.quantize import (
     nf4_layers,
     pack_natively,
 )
+from dtrain.models.state_dict_names import match_state_dict
 from dtrain.planning import architectures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,7 +91,7 @@ def load_base(
             pack_natively()
     model, info = _from_pretrained(
         folder,
-        config=config,
+        config,
         dtype=dtype,
         attn_implementation=config._attn_implementation,
         trust_remote_code=settings.trust_remote_code,
@@ -92,7 +99,11 @@ def load_base(
         device_map="auto" if all_gpus else {"": device},
     )
     reshaped = (str(name) for name, *_ in info["mismatched_keys"])
-    check_complete(folder, info["missing_keys"], info["unexpected_keys"], reshaped)
+    unexpected = info["unexpected_keys"]
+    if unused_towers(config):  # whose tensors are not loaded
+        stored = (name for entries in read_headers(folder).values() for name in entries)
+        unexpected = match_state_dict(build_meta_model(config), stored).unexpected
+    check_complete(folder, info["missing_keys"], unexpected, reshaped)
     check_quantized(model, packed)
     check_finite(folder, model, packed=quantized)
     return freeze_for_training(model, settings)
@@ -142,11 +153,17 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
-def _from_pretrained(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    folder: Path, config: PretrainedConfig, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loader, towers = auto_class(config), unused_towers(config)
+    if towers:
+        loader = without_modules(loader._model_mapping[type(config)], towers)
     try:
         with silence_transformers():
-            result: Any = AutoModelForCausalLM.from_pretrained(
+            result: Any = loader.from_pretrained(
                 folder,
+                config=config,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
@@ -221,30 +238,35 @@ def resolve_attention(
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     if on_flash and {"flash_attention_2", attention.NAME} <= usable.keys():
         return "flash_attention_2"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa has no soft cap
     return next(name for name in (attention.NAME, "sdpa", "eager") if name in usable)
 
 
-def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that AutoModelForCausalLM builds from a config of `read_config`."""
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that `auto_class` builds from a config of `read_config`."""
+    known: Any = auto_class(config)._model_mapping.get(type(config), None)
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if known is None and reference is not None:
         known = get_class_from_dynamic_module(reference, config._name_or_path)
-    model_class: type[PreTrainedModel] | None = known
-    return model_class
+    found: type[PreTrainedModel] | None = known
+    return found
 
 
 def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
-    """The attention implementations that a model's class declares."""
-    known = causal_class(config)
-    has_sdpa = getattr(known, "_supports_sdpa", False)
-    takes_any = getattr(known, "_supports_attention_backend", False)
-    sinks = known is not None and _has_sinks(known)
+    """The attention implementations that a model's class declares, and that of its text model."""
+    text: Any = AutoModel._model_mapping.get(type(config.get_text_config(decoder=True)), None)
+    classes = [x for x in (model_class(config), text) if isinstance(x, type)]
+
+    def declare(trait: str) -> bool:
+        return bool(classes) and all(getattr(x, trait, False) for x in classes)
+
+    has_sdpa, takes_any = declare("_supports_sdpa"), declare("_supports_attention_backend")
+    sinks = any(_has_sinks(x) for x in classes)
     documents = takes_any and (has_sdpa or sinks)
     support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
-    support["flash_attention_2"] = getattr(known, "_supports_flash_attn", False) and not sinks
+    support["flash_attention_2"] = declare("_supports_flash_attn") and not sinks
     return {name: None for name, has in support.items() if has}
 
 
@@ -271,7 +293,7 @@ def silence_transformers() -> Iterator[None]:
 
 def _check_trainable(folder: Path, config: PretrainedConfig, *, has_code: bool) -> None:
     where = str(folder / "config.json")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    known = auto_class(config)._model_mapping.get(type(config), None)
     if known is None and not has_code:
         raise UserError(f"{config.model_type!r} is not a causal language model", where=where)
     if config.is_encoder_decoder:

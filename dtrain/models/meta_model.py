@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.core.errors import UserError
 
 TOKENS = 8
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class of transformers that builds the whole model of a config.
+
+    Of a multimodal model it is the wrapper with all its towers, whose names the files, PEFT and
+    servers use: AutoModelForCausalLM takes the text model out of some of them.
+    """
+    is_multimodal = type(config) in AutoModelForMultimodalLM._model_mapping
+    return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
 
 
 def build_meta_model(
@@ -32,9 +48,11 @@ def build_meta_model(
     config = deepcopy(config)  # building writes dtype and attention into the config
     config.__dict__.pop("quantization_config", None)
     implementation = {"attn_implementation": attention} if attention else {}
+    # the default one multiplies bfloat16 alone where there are no values
+    implementation["experts_implementation"] = "batched_mm"
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, trust_remote_code=trust_remote_code, **implementation
             )
     except Exception as error:  # architectures check their configs in many ways
@@ -43,6 +61,7 @@ def build_meta_model(
             where=f"config.json of {config._name_or_path or config.model_type}",
             fix="correct its config, or choose a base that this version of transformers builds",
         ) from error
+    return model
 
 
 def build_without_parameters(
@@ -54,14 +73,99 @@ def build_without_parameters(
     """Build the model of a config with real buffers, but parameters on the meta device.
 
     Args:
-        config: becomes the model's own.
+        config: becomes the model's own. Towers that no text reaches are removed.
         kept_elements: parameters of at most this many elements are built and initialized too.
     """
     with _parameters_on_meta(kept_elements):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
+    remove_modules(model, unused_towers(config))
     return model
+
+
+class RemovedModule(nn.Module):
+    """Stands in the place of a module that no text reaches, and has no parameters."""
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("a module is called that was not loaded, as no text reaches it")
+
+
+def remove_modules(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace modules by such without parameters; the others keep their names."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = RemovedModule()
+
+
+def without_modules(
+    model_class: type[PreTrainedModel], names: Sequence[str]
+) -> type[PreTrainedModel]:
+    """A class of the same name whose models lack some modules, so that none is loaded."""
+
+    def build(model: PreTrainedModel, *arguments: Any, **settings: Any) -> None:
+        model_class.__init__(model, *arguments, **settings)
+        remove_modules(model, names)
+
+    content = {"__init__": build, "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), content)
+
+
+def unused_towers(config: PretrainedConfig) -> list[str]:
+    """Names of the modules of a multimodal model that need not be loaded: no text reaches them.
+
+    They are those outside its language model of which no tensor is touched when the model computes
+    a text. An empty list if the model is not multimodal, or if its code needs values.
+    """
+    if auto_class(config) is not AutoModelForMultimodalLM:
+        return []
+    key = config.to_json_string(use_diff=False)
+    if key not in _unused_towers:
+        _unused_towers[key] = _find_unused_towers(build_meta_model(config))
+    return _unused_towers[key]
+
+
+_unused_towers: dict[str, list[str]] = {}  # by config: finding them takes a second
+
+
+def _find_unused_towers(model: PreTrainedModel) -> list[str]:
+    kept = {model.get_input_embeddings(), model.get_output_embeddings()}
+    language_model = set(model.get_decoder().modules())
+    touched = TouchedTensors()
+    for training in (False, True):
+        try:
+            with touched, MetaValueDefaults(), torch.no_grad():
+                _forward(model.train(training))
+        except Exception:  # as in `_used`
+            return []
+    names: list[str] = []
+    for name, module in model.named_modules():
+        tensors = [*module.parameters(), *module.buffers()]
+        inside = set(module.modules())
+        if module in language_model or inside & (kept | language_model) or not tensors:
+            continue
+        is_inside_another = any(name.startswith(f"{other}.") for other in names)
+        if not is_inside_another and not any(id(t) in touched.ids for t in tensors):
+            names.append(name)
+    return names
+
+
+class TouchedTensors(TorchFunctionMode):
+    """Records the tensors that any function of torch takes.
+
+    Attributes:
+        ids: of those tensors, which must outlive this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.ids |= {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

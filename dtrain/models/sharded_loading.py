@@ -28,7 +28,7 @@ from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
 from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.load import freeze_for_training, load_config
-from dtrain.models.meta_model import build_meta_model, build_without_parameters
+from dtrain.models.meta_model import build_meta_model, build_without_parameters, unused_towers
 from dtrain.models.quantize import nf4_layers, pack_natively
 from dtrain.models.state_dict_names import Conversion, expert_parts, match_state_dict
 from dtrain.models.stored_tensors import ModelTensors
@@ -48,7 +48,8 @@ class StreamedModel:
     def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self._device = model, device
         self._files = ModelTensors(folder)
-        names = match_state_dict(model, self._files)
+        whole = build_meta_model(model.config) if unused_towers(model.config) else model
+        names = match_state_dict(whole, self._files).among(model.state_dict())
         # keyed by module, not by name: adapters wrap modules and change their names
         self._sources: dict[nn.Module, dict[str, TensorSource]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +29,13 @@ class Conversion:
 
     Attributes:
         entries: names in the model of what it makes.
+        empty: the model's tensors of these names; some rules ask for their shapes.
         sources: pattern of the rule → names in the files, in the order of the rule.
         rule: of transformers.
     """
 
     entries: tuple[str, ...]
+    empty: dict[str, Tensor]
     sources: dict[str, list[str]]
     rule: WeightConverter
     config: PretrainedConfig
@@ -57,7 +59,8 @@ class Conversion:
             for name in names:
                 rule.add_tensor(first, name, pattern, partial(read, name))  # type: ignore[arg-type]
         try:
-            made: dict[str, Any] = rule.convert(first, config=self.config)
+            asked: Any = SimpleNamespace(get_parameter=self.empty.__getitem__)
+            made: dict[str, Any] = rule.convert(first, model=asked, config=self.config)
         except Exception as error:  # torch's, on tensors of other shapes
             raise UserError(
                 f"the files' tensors do not make {first}: {first_line(error)}",
@@ -122,6 +125,14 @@ class StateDictNames:
     missing: list[str]
     unexpected: list[str]
 
+    def among(self, entries: Container[str]) -> StateDictNames:
+        """The same, but only what makes these entries."""
+        return replace(
+            self,
+            stored={entry: name for entry, name in self.stored.items() if entry in entries},
+            conversions=[c for c in self.conversions if c.entries[0] in entries],
+        )
+
 
 def match_state_dict(model: PreTrainedModel, names: Iterable[str]) -> StateDictNames:
     """Match a model's state dict with the names in its files, as `from_pretrained` does.
@@ -148,7 +159,7 @@ def match_state_dict(model: PreTrainedModel, names: Iterable[str]) -> StateDictN
             converted.setdefault(entry, {}).setdefault(pattern, []).append(name)
         else:
             stored[entry] = name
-    conversions = _conversions(converted, converters, model.config)
+    conversions = _conversions(converted, converters, model.config, entries)
     filled = {id(entries[entry]) for entry in stored}  # tied parameters are the same object
     filled |= {id(entries[e]) for x in conversions for e in x.entries if e in entries}
     missing = {entry for entry, tensor in entries.items() if id(tensor) not in filled}
@@ -164,6 +175,7 @@ def _conversions(
     converted: dict[str, dict[str, list[str]]],
     converters: list[WeightConverter],
     config: PretrainedConfig,
+    tensors: dict[str, Tensor],
 ) -> list[Conversion]:
     """The conversions, each with the entries that its rule makes."""
     rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -173,5 +185,6 @@ def _conversions(
         ordered = {p: sources[p] for p in rule.source_patterns if p in sources}
         head, *others = rule.target_patterns
         entries = (first, *(first.replace(head, other) for other in others))
-        conversions.append(Conversion(entries, ordered, rule, config))
+        empty = {e: tensors[e].detach().to("meta") for e in entries if e in tensors}
+        conversions.append(Conversion(entries, empty, ordered, rule, config))
     return conversions

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from dtrain.samples.tiny_llama import build_tokenizer, quiet_transformers
 
@@ -89,6 +92,7 @@ INDEXER = {
     "indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
     "indexer_budget": 64, "indexer_compress_ratio": 4, "ngram_vocab_size_base": VOCABULARY,
 }  # fmt: skip
+THREE_PARTS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # What shrinking by name cannot know.
 CORRECTIONS: dict[str, dict[str, Any]] = {
     # A vocabulary of bytes is smaller than dtrain's tokenizer.
@@ -114,11 +118,19 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     # `num_heads` are those of its states.
     "mamba2": {"num_heads": 2 * HIDDEN // HEAD_SIZE},
+    # The three parts of a rotation fill a head.
+    **{
+        kind: {"text_config": {"rope_parameters": THREE_PARTS}}
+        for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    },
+    "glm4v": {"text_config": {"rope_parameters": THREE_PARTS}},
     # The indexer has no default sizes.
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     # It is an encoder by default, of whole chunks.
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    # By default it has no tower.
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     # A language chooses among its layers.
     "xmod": {"default_language": "en_XX"},
     # Its attention reads two hidden states at once.
@@ -175,6 +187,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stablelm+norm": {"qk_layernorm": True, "use_parallel_residual": True},
     "starcoder2+window": {"sliding_window": WINDOW},
 }  # fmt: skip
+# Multimodal types without a class for text alone.
+WRAPPERS = [
+    "aya_vision", "cohere2_vision", "glm4v", "internvl", "kimi_k25", "lfm2_vl", "llava",
+    "llava_next", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "voxtral",
+]  # fmt: skip
 PRECISIONS = ["gemma3_text", "gemma4_text", "gpt2", "llama", "phi3", "qwen3"]
 ATTENTIONS = ["gpt2%eager", "llama%eager", "llama%sdpa"]
 
@@ -212,10 +230,16 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every type of the installed transformers, and the variants of this file."""
-    names = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS, *ATTENTIONS]
+    """Every type of the installed transformers, the wrappers and variants of this file."""
+    names = [*{*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS}, *VARIANTS, *ATTENTIONS]
     names += [f"{name}@bfloat16" for name in PRECISIONS]
     return [Case(name) for name in sorted(names)]
+
+
+def auto_class(kind: str) -> Any:
+    """The auto class of the whole model, which of a wrapper has all towers."""
+    is_wrapper = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return AutoModelForMultimodalLM if is_wrapper else AutoModelForCausalLM
 
 
 def tiny_config(case: Case) -> PretrainedConfig:
@@ -289,7 +313,8 @@ def build(case: Case) -> nn.Module:
     """A model whose weights are large enough that a wrong attention or scale shows."""
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model: nn.Module = AutoModelForCausalLM.from_config(tiny_config(case)).float().eval()
+        config = tiny_config(case)
+        model: nn.Module = auto_class(case.model_type).from_config(config).float().eval()
         randomize(model)
     return model
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -15,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 Batch = dict[str, Any]
 
@@ -27,8 +28,8 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     scores are capped, which sdpa leaves out.
     """
     torch_dtype = getattr(torch, dtype)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    config = AutoConfig.from_pretrained(folder)
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -36,7 +37,7 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
         bnb_4bit_quant_storage=torch_dtype,
         bnb_4bit_compute_dtype=torch_dtype,
     )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    model: nn.Module = models.auto_class(config.model_type).from_pretrained(
         folder,
         dtype=torch_dtype,
         attn_implementation="eager" if is_capped else None,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora, MethodSettings
@@ -22,7 +24,9 @@ from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import Method, build_method
 from dtrain.models.load import load_base
 
-WRAPPERS = ["gemma3", "gemma4", "got_ocr2"]
+WRAPPERS = ["gemma3", "gemma4", "mistral3", "qwen2_5_vl"]
+PROCESSOR = {"preprocessor_config.json": '{"do_resize": true}', "chat_template.json": "{}"}
+FILE = "model.safetensors"
 IDS = torch.arange(4, 24)[None]
 
 
@@ -32,7 +36,11 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def plain(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    """The whole model, as transformers loads it."""
+    config = AutoConfig.from_pretrained(folder)
+    known = type(config) in AutoModelForMultimodalLM._model_mapping
+    loader = AutoModelForMultimodalLM if known else AutoModelForCausalLM
+    return loader.from_pretrained(folder, attn_implementation="eager")
 
 
 def train(base: Path, folder: Path, method: Method) -> nn.Module:
@@ -55,6 +63,8 @@ def test_merged_wrapper_equals_the_adapter_on_its_base(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     save_small(wrapper, base)
+    for name, text in PROCESSOR.items():
+        (base / name).write_text(text)
     method = build_method(Lora(kind=kind, r=4, dropout=0.0))
     adapted = train(base, tmp_path / "adapter", method)
     check_mergeable(base, method.changed_tensors(adapted))
@@ -63,8 +73,16 @@ def test_merged_wrapper_equals_the_adapter_on_its_base(
     adapter = MergeableAdapter.open(tmp_path / "adapter", job.tensors)
     job.merge_adapters([adapter_input(adapter, quantized_base=nf4)])
     torch.testing.assert_close(logits(plain(out)), logits(adapted), atol=1e-5, rtol=1e-5)
+    assert all((out / name).read_text() == text for name, text in PROCESSOR.items())
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    before, after = load_file(base / FILE), load_file(out / FILE)
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and not [n for n in changed if re.search("vis(ion|ual)|multi_modal", n)]
     if kind == "lora":
         peft = PeftModel.from_pretrained(plain(base), tmp_path / "adapter")
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert get_peft_model_state_dict(peft).keys() == stored.keys()
         torch.testing.assert_close(logits(peft), logits(adapted), atol=1e-5, rtol=1e-5)
 
 

@@ -35,7 +35,7 @@ def adapted_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "got_ocr2", "bart", "llama"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral3", "bart", "llama"])
 def test_unused_parameters_are_those_without_gradient(
     tmp_path: Path, save_small: Callable, kind: str
 ) -> None:
