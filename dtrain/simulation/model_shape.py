@@ -22,7 +22,12 @@ from dtrain.models.by_document import has_state
 from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.kernels.experts import expert_parameters, is_experts, router_layers
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.meta_model import build_meta_model, unused_parameters
+from dtrain.models.meta_model import (
+    build_meta_model,
+    remove_modules,
+    unused_parameters,
+    unused_towers,
+)
 from dtrain.planning.architectures import KERNELS_OF_MEMORY
 from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
 
@@ -45,6 +50,7 @@ class _Description:
     def __init__(self, config: PretrainedConfig) -> None:
         self._config: Any = config.get_text_config(decoder=True)
         self._model = model = build_meta_model(config)
+        remove_modules(model, unused_towers(config))
         self._hidden, self._vocabulary = self._input_matrix.shape[1], self._input_matrix.shape[0]
         self._transposed = {
             name: bool(model.get_submodule(name.rpartition(".")[0]).is_transposed)
