@@ -125,6 +125,14 @@ SMALL: dict[str, dict[str, Any]] = {
                                      "fullatt_block_indexes": [0]}},
     "llama4": {"text_config": TEXT | {"num_local_experts": 4}, "vision_config": IMAGES},
     "qwen3": TEXT,
+    "qwen3_vl_moe": {"text_config": TEXT | {"num_experts": 4, "moe_intermediate_size": 24,
+                         "num_experts_per_tok": 2, "rope_parameters": {
+                             "rope_type": "default", "rope_theta": 10000.0,
+                             "mrope_section": [2, 3, 3]}},
+                     "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depth": 1,
+                                       "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+                                       "num_position_embeddings": 16,
+                                       "deepstack_visual_indexes": [0]}},
 }  # fmt: skip
 
 

@@ -86,7 +86,15 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         None if no file has it in the same layout.
         """
         plain = next((n for n in (name, name.partition(".")[2]) if n in self), None)
+        if plain and len(self[plain][1]) == 3 and self._is_converted(name, plain):
+            return None
         return plain or self._renamed.get(name)
+
+    def _is_converted(self, name: str, stored: str) -> bool:
+        """Whether the files have a parameter in another shape, such as with each expert turned."""
+        conversions = self._matched.conversions if self._matched else []
+        empty = next((c.empty[name] for c in conversions if name in c.empty), None)
+        return empty is not None and list(empty.shape) != self[stored][1]
 
     @property
     def _renamed(self) -> dict[str, str]:

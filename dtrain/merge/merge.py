@@ -333,8 +333,8 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
                 f"{name} is trained, but the base's files store it in another layout, which a "
                 "merge cannot write",
                 where=str(base),
-                fix="leave it out of method.target_modules; or train one stage with "
-                "output.merge=false",
+                fix="leave it out of method.target_modules (experts: method.experts=false); or "
+                "train one stage with output.merge=false",
             )
 
 

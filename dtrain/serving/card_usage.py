@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import hub_id
+from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
+from dtrain.core.lazy_import import LazyModule
+from dtrain.models.check_base import find_model
 from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
 from dtrain.serving.run_models import Run
 from dtrain.serving.vllm import command, max_rank, refusals
 
+auto_classes: Any = LazyModule("transformers.models.auto.modeling_auto")
+CAUSAL = "AutoModelForCausalLM"
 # Stands for the folder or the hub id of what the card describes.
 PLACEHOLDER = "THIS_MODEL"
 BASE_PLACEHOLDER = "BASE_MODEL"
@@ -43,7 +49,9 @@ class Usage:
 def model_usage(folder: Path, stages: list[Stage], trusts_code: bool) -> Usage:
     """How to use a model folder that stages were merged into."""
     chats = any(OBJECTIVES[stage.kind].trains_on_answers for stage in stages)
-    code = _pipeline_code(chats and _has_template(folder), trusts_code)
+    chats = chats and _has_template(folder)
+    loader = _auto_class(folder)
+    code = _pipeline_code(chats, trusts_code) if loader == CAUSAL else _wrapper_code(loader, chats)
     options = [("--trust-remote-code",)] if trusts_code else []
     return Usage(code, command(PLACEHOLDER, options), tuple(_stop_notes(folder)))
 
@@ -63,10 +71,30 @@ def adapter_usage(run: Run, stage: Stage) -> Usage:
     if reasons := refusals(adapter):
         notes.append(f"vLLM does not serve it unmerged: {'; '.join(reasons)}.")
     serve = "" if reasons else _serve_command(adapter, base, trusts_code)
-    code = _peft_code(base, adapter.origin.base_in_nf4, trusts_code)
+    loader = _auto_class(_local_folder(run.base_of(stage), run.recipe.model.revision))
+    code = _peft_code(base, loader, adapter.origin.base_in_nf4, trusts_code)
     if is_first and run.recipe.model.tokens is not None:
         code = _with_new_tokens(code, trusts_code)
     return Usage(code, serve, tuple(notes))
+
+
+def _local_folder(address: str, revision: str | None) -> Path | None:
+    try:
+        return find_model(address, revision)
+    except UserError:  # the card of a run that was moved
+        return None
+
+
+def _auto_class(folder: Path | None) -> str:
+    """Name of the auto class of transformers that loads a whole model; a wrapper with its towers.
+
+    Args:
+        folder: None for a model that is not on this machine.
+    """
+    path = folder / "config.json" if folder else None
+    kind = read_object(path).get("model_type") if path and path.is_file() else None
+    names: dict[str, Any] = auto_classes.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return "AutoModelForMultimodalLM" if kind in names else CAUSAL
 
 
 def _has_template(folder: Path) -> bool:
@@ -91,14 +119,34 @@ def _pipeline_code(chats: bool, trusts_code: bool) -> str:
     return "\n".join(lines)
 
 
-def _peft_code(base: str, in_nf4: bool, trusts_code: bool) -> str:
+def _wrapper_code(loader: str, chats: bool) -> str:
+    """Without a pipeline, which takes text models alone, or needs the libraries for images."""
+    prompt = 'tokenizer("…", return_tensors="pt")'
+    if chats:
+        prompt = (
+            "tokenizer.apply_chat_template(\n"
+            '    [{"role": "user", "content": "…"}], add_generation_prompt=True,\n'
+            '    return_tensors="pt", return_dict=True,\n'
+            ")"
+        )
+    return (
+        f"from transformers import {loader}, AutoTokenizer\n"
+        "\n"
+        f'model = {loader}.from_pretrained("{PLACEHOLDER}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")\n'
+        f"inputs = {prompt}\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))"
+    )
+
+
+def _peft_code(base: str, loader: str, in_nf4: bool, trusts_code: bool) -> str:
     trust = ", trust_remote_code=True" if trusts_code else ""
     quantized, imported = (_NF4, ", BitsAndBytesConfig") if in_nf4 else ("", "")
     return (
         "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{imported}\n"
+        f"from transformers import {loader}, AutoTokenizer{imported}\n"
         "\n"
-        "base = AutoModelForCausalLM.from_pretrained(\n"
+        f"base = {loader}.from_pretrained(\n"
         f'    "{base}", {quantized}dtype="auto"{trust}\n'
         ")\n"
         f'model = PeftModel.from_pretrained(base, "{PLACEHOLDER}")\n'

@@ -90,6 +90,14 @@ def test_recipe_template_replaces_every_stored_template(tmp_path: Path) -> None:
     assert later[TEMPLATE] == tokenizer.chat_template
 
 
+def test_the_template_of_a_processor_is_replaced_too(tmp_path: Path) -> None:
+    """Else AutoProcessor and vLLM would take the base's: they prefer that file."""
+    write(tmp_path, "chat_template.json", {"chat_template": "old"})
+    files = merged_chat_files(tmp_path, {TEMPLATE: "new"})
+    assert json.loads(files["chat_template.json"]) == {"chat_template": "new"}
+    assert merged_chat_files(tmp_path, {}) == {}
+
+
 def test_plain_text_stage_writes_no_chat_files(tmp_path: Path) -> None:
     base = ensure("tiny-llama")
     plain = stage().model_copy(update={"kind": "cpt"})

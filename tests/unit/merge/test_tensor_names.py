@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
@@ -23,6 +23,7 @@ from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import Method, build_method
 from dtrain.models.load import load_base
+from dtrain.models.sharded_loading import stream_base
 
 WRAPPERS = ["gemma3", "gemma4", "mistral3", "qwen2_5_vl"]
 PROCESSOR = {"preprocessor_config.json": '{"do_resize": true}', "chat_template.json": "{}"}
@@ -121,3 +122,27 @@ def test_targets_stored_in_another_layout_are_refused(
         UserError, match=r"gate_proj.weight is trained, .* store it in another layout"
     ):
         check_mergeable(tmp_path, method.changed_tensors(model))
+
+
+def test_experts_that_the_files_have_turned_are_trained_but_not_merged(
+    tmp_path: Path, save_small: Callable
+) -> None:
+    """Qwen3-VL's published files hold each expert as [in, out], transformers as [out, in]."""
+    saved = save_small("qwen3_vl_moe", tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    turned = {n: t.transpose(1, 2).contiguous() for n, t in tensors.items() if ".experts." in n}
+    assert turned
+    save_file(tensors | turned, tmp_path / FILE, metadata={"format": "pt"})
+    settings, cpu = schema.Model(base=str(tmp_path), attention="eager"), torch.device("cpu")
+    base = stream_base(tmp_path, settings, quantized=False, dtype=torch.float32, device=cpu)
+    base.materialize(base.model)
+    torch.testing.assert_close(logits(base.model), logits(saved), atol=1e-5, rtol=1e-5)
+    for experts in (False, True):
+        method = build_method(Lora(kind="lora", r=4, dropout=0.0, experts=experts))
+        streamed = stream_base(tmp_path, settings, quantized=False, dtype=torch.float32, device=cpu)
+        names = method.changed_tensors(method.attach(streamed.model, seed=0))
+        if experts:
+            with pytest.raises(UserError, match=r"experts.down_proj is trained, .* another layout"):
+                check_mergeable(tmp_path, names)
+        else:
+            check_mergeable(tmp_path, names)

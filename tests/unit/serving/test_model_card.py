@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from dtrain.config.load import load_recipe
 from dtrain.core.files import read_sealed
 from dtrain.merge.verify import verify_model
 from dtrain.monitoring.run_record import RunRecord
+from dtrain.samples.make import ensure
+from dtrain.serving.card_usage import PLACEHOLDER, model_usage
 from dtrain.serving.model_card import base_model, held_out_table, md, merged_card, write_stage_cards
 from dtrain.serving.run_models import Run
 
@@ -35,6 +39,19 @@ def test_cards_beside_the_results_of_a_run_are_outside_of_its_hashes(run: Path) 
     (merged / "README.md").unlink()  # a run of an older dtrain gets one
     write_stage_cards(Run(run, recipe), recipe.stages[1])
     assert (merged / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_code_for_a_multimodal_model_runs(
+    tmp_path: Path, save_small: Callable, chats: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pipeline of texts does not load it."""
+    save_small("mistral3", tmp_path)
+    AutoTokenizer.from_pretrained(ensure("tiny-llama")).save_pretrained(tmp_path)
+    stages = load_recipe("tiny").stages if chats else []
+    code = model_usage(tmp_path, stages, trusts_code=False).code
+    exec(code.replace(PLACEHOLDER, str(tmp_path)).replace("256", "2"), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.fixture
