@@ -69,7 +69,7 @@ def trained_routers(model: nn.Module, method: MethodSettings) -> set[str]:
     routers = router_layers(model)
     if method.trains_router:
         if not routers:
-            fix = "method.router=frozen, or the base of a mixture of experts"
+            fix = "remove it, or choose the base of a mixture of experts"
             raise UserError("this model has no routers", where=ROUTER, fix=fix)
         return routers
     ends = method.adapter.whole_modules if method.adapter else []

@@ -52,6 +52,9 @@ def _names(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def _check_method(stage: Stage, shape: ModelShape, *, has_new_tokens: bool) -> None:
     method, scales = stage.method, stage.train.learning_rate_scales
+    if method.trains_router and not shape.router[0]:
+        fix = "remove it, or choose the base of a mixture of experts"
+        raise UserError("this model has no routers", where="method.router", fix=fix)
     if isinstance(method, Full):
         check_parameter_patterns(scales, _check_full(method, shape), RATE_SCALES)
     elif method.adapter is not None:

@@ -159,6 +159,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "fp8 weights": (["model.base=f8"], r"is stored as F8_E4M3, so this base is quantized"),
     "shard": (["model.base=shard"], r"shard model-1\.safetensors is missing"),
     "cut shard": (["model.base=cut"], r"cut/model-1\.safetensors: not a whole safetensors file"),
+    "routers": (adapter(router="train"), r"task\.method\.router: this model has no routers"),
     "lost tensor": (
         ["model.base=lost"], r"index\.json: model\.layers\.\S+ is in no file of the model"
     ),
