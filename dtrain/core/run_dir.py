@@ -64,7 +64,7 @@ RESERVED_NAMES = frozenset(
     }
 )
 # What is written under its name, or into a folder of that name.
-IN_PLACE = (STARTS, STOP, SLURM, HEARTBEATS)
+IN_PLACE = (STARTS, STOP, SLURM, HEARTBEATS, PREDICTIONS)
 
 STAGE_RECORD = "stage.json"
 METRICS = "metrics.jsonl"

@@ -20,7 +20,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import OldFormat, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
-from dtrain.core.ownership import Untrusted, check_own_folder, share_with_group
+from dtrain.core.ownership import Untrusted, check_no_link, check_own_folder, share_with_group
 from dtrain.core.run_dir import (
     NOT_TRAINED,
     RunDir,
@@ -157,12 +157,15 @@ class StageRecord(StageDir):
         """Start or resume the stage, which `check_same_inputs` has passed.
 
         Raises:
-            UserError: others may write to the folder.
+            UserError: others may write to the folder, or it leads elsewhere.
         """
         if not self.path.exists():
             self.path.mkdir(mode=0o700)
             share_with_group(self.path, self.path.parent)
-        check_own_folder(self.path.resolve())
+        check_own_folder(check_no_link(self.path))
+        for entry in self.path.iterdir():
+            if entry.is_dir():  # a link in place of a file is replaced, not written through
+                check_no_link(entry)
         if self.record.exists() and self.read() is None:
             warn(f"{self.record} is damaged; the inputs recorded in the checkpoints count")
         remove_partial_files(self.path)

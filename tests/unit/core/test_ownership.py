@@ -20,6 +20,7 @@ from dtrain.core.run_dir import IN_PLACE, RunDir
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.merge.resumable_dir import ResumableDir, making_folder
 from dtrain.monitoring.starts import record_start
+from dtrain.pipeline.stage_record import StageRecord
 from dtrain.serving.generate import Answers
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -139,6 +140,14 @@ def test_run_folder_with_planted_links_is_refused(tmp_path: Path, home: Path, na
     plant("symlink", home, tmp_path / "run" / name)
     with pytest.raises(Untrusted, match="is a link"):
         RunDir(tmp_path / "run").lock()
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "adapter", "merged"])
+def test_a_stage_is_not_trained_through_a_link(tmp_path: Path, home: Path, name: str) -> None:
+    plant("symlink", home, tmp_path / "run" / "task" / name)
+    with pytest.raises(Untrusted, match="is a link"):
+        StageRecord(tmp_path / "run" / "task", {}).begin(set())
+    assert len(list(home.iterdir())) == 1
 
 
 def test_heartbeats_are_not_written_through_a_link(tmp_path: Path, home: Path) -> None:
