@@ -423,7 +423,9 @@ class FolderIdentity:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._status = path, path.stat()
+        # It stays open until this process ends: no new folder gets the number of a deleted one.
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._path, self._status = path, os.fstat(handle)
 
     def check(self) -> None:
         """Check that the same folder is still there.

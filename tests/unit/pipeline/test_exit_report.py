@@ -12,10 +12,11 @@ import torch
 
 from dtrain import rank_main, train
 from dtrain.config.load import load_recipe
-from dtrain.core.errors import Exit
+from dtrain.core.errors import Exit, UserError
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.requeue_policy import PERMANENT_FAILURES
 from dtrain.pipeline.exit_report import ExitReport, is_out_of_memory, out_of_memory_text
+from dtrain.training.callbacks import RunFolderWatch
 
 
 def allocator_error() -> RuntimeError:
@@ -174,3 +175,28 @@ def test_failure_of_another_start_is_ignored(monkeypatch, tmp_path) -> None:
     later = report_of(monkeypatch, run, 1, "b")  # before the first rank has removed the old one
     assert later.failure_elsewhere() is None
     assert later.fail(Exit.CRASHED, "a bug") == Exit.CRASHED
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted", "made again"])
+def test_run_whose_folder_is_not_in_its_place_ends_as_failed(
+    monkeypatch, tmp_path, capsys, how: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    report = report_of(monkeypatch, run, 0, "a")
+    report.watch_folder()
+    watch = RunFolderWatch(run.path)
+    watch.post_step(None)
+    assert report.moved_folder() is None
+    run.path.rename(tmp_path / "elsewhere")
+    if how != "moved":
+        (tmp_path / "elsewhere").rmdir()
+    if how == "made again":
+        run.path.mkdir()
+    with pytest.raises(UserError, match=f"{run.path}: .*moved"):
+        watch.post_step(None)
+    moved = report.moved_folder()
+    assert moved is not None
+    assert report.fail(moved.status, f"error: {moved}") == Exit.USER_ERROR
+    assert "moved" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))  # nothing is created where the folder was
