@@ -99,6 +99,13 @@ class Start:
         return 0 if self.device == "cpu" else self.ranks
 
 
+def _began() -> float:
+    """When this process began, in seconds since 1970; without /proc, now."""
+    with suppress(psutil.Error, OSError):
+        return psutil.Process().create_time()
+    return time.time()
+
+
 END_FIELDS = ("start", "ended", "outcome", "reason")
 
 
@@ -118,7 +125,7 @@ def record_start(
         cuda: the version of CUDA that torch was built for.
     """
     start = Start(
-        started=round(psutil.Process().create_time(), 3),
+        started=round(_began(), 3),
         host=platform.node(),
         nodes=nodes,
         ranks=ranks,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dtrain.core.run_dir import RunDir
@@ -24,6 +26,18 @@ def test_a_start_is_recorded_with_host_and_versions(tmp_path: Path) -> None:
     assert first.previous_ended is None and first.gpus == 0 and second.gpus == 16
     assert second.previous_ended == pytest.approx(metrics.stat().st_mtime, abs=0.01)
     assert first.host and {"dtrain", "python", "torch"} <= first.versions.keys()
+
+
+def test_a_machine_without_proc_records_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process() -> None:
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil, "Process", process)
+    before = time.time()
+    record_start(RunDir(tmp_path), nodes=1, ranks=1, device="cpu")
+    assert before - 1 < read_starts(RunDir(tmp_path))[0].started < time.time() + 1
 
 
 def test_attempts_end_with_their_last_sign_of_life() -> None:
