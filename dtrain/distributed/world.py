@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dtrain.core.errors import UserError
 from dtrain.distributed.rendezvous import (
     LOOPBACK,
     is_loopback,
@@ -24,6 +25,7 @@ from dtrain.distributed.rendezvous import (
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 NO_TIME_LIMIT = timedelta(days=30)
 FIRST_IS_DONE = "dtrain/first_is_done"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 Result = TypeVar("Result")
 
@@ -153,10 +155,17 @@ def choose_interface() -> None:
     """Make gloo and NCCL use the interface of the rendezvous, unless the user chose others.
 
     On a single node this is the loopback, and no other interface is open.
+
+    Raises:
+        UserError: it is down, as in a network namespace that nobody has set up.
     """
     is_local = is_loopback(os.environ.get("MASTER_ADDR", ""))
-    if name := loopback_interface() if is_local else os.environ.get("DTRAIN_INTERFACE"):
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    name = loopback_interface() if is_local else os.environ.get("DTRAIN_INTERFACE")
+    if is_local and not name and GLOO_INTERFACE not in os.environ:
+        message = "the loopback interface, over which the ranks of a machine meet, is down"
+        raise UserError(message, fix="ip link set lo up")
+    if name:
+        for variable in (GLOO_INTERFACE, "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, name)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dtrain.core.errors import UserError
 from dtrain.distributed.rendezvous import bound_store, refuse_pickles
 from dtrain.distributed.world import choose_interface, loopback_interface, start_world
 
@@ -66,6 +67,16 @@ def test_gloo_and_nccl_use_the_rendezvous_interface(
     monkeypatch.setattr(os, "environ", environ)
     choose_interface()
     assert environ["GLOO_SOCKET_IFNAME"] == environ["NCCL_SOCKET_IFNAME"] == expected
+
+
+def test_a_loopback_interface_that_is_down_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": []})
+    with pytest.raises(UserError, match="loopback interface"):
+        choose_interface()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # the user knows better
+    choose_interface()
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, None), (2, torch.device("cuda", 0))])
