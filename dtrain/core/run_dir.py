@@ -340,8 +340,9 @@ class RunDir:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_own_folder(self.path.resolve())
-            for name in IN_PLACE:
-                check_no_link(self.path / name)
+            logs = [self.job_log(kind) for kind in ("job", "prepare")]  # Slurm follows links
+            for path in [*(self.path / name for name in IN_PLACE), *logs]:
+                check_no_link(path)
             while not lock.acquire() and not _try_again(lock):
                 if os.environ.get(LOCKED_BY_LAUNCHER) == str(self.path):
                     break
