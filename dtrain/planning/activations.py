@@ -93,12 +93,16 @@ def _layer_bytes(workload: Workload, profile: TrainerProfile) -> float:
 
 
 def _expert_bytes(workload: Workload) -> float:
-    """Bytes a token of what routing to experts saves: inputs in the order of experts, and outputs.
+    """Bytes a token of what routing to experts saves: inputs in the order of experts, outputs, and
+    what their last layer reads.
 
     The width of all MLPs of a token is in `ModelShape.mlp`.
     """
     shape = workload.shape
-    return workload.element_bytes * sum(2 * x.active * shape.hidden for x in shape.experts[:1])
+    widths = sum(2 * x.active * shape.hidden for x in shape.experts[:1])
+    if not shape.saved:
+        widths += sum(x.active * x.inputs for x in shape.experts[1:])
+    return workload.element_bytes * widths
 
 
 def _norm_bytes(workload: Workload, profile: TrainerProfile) -> float:

@@ -169,7 +169,9 @@ def _build_request(recipe: Recipe, name: str, workload: Workload) -> dict[str, A
 
 
 def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The config of the same model with fewer layers."""
+    """The config of the same model with fewer layers, also inside of a multimodal wrapper."""
+    if "num_hidden_layers" not in config and "text_config" in config:
+        return config | {"text_config": with_layers(config["text_config"], layers)}
     per_layer = {
         key: value[:layers]
         for key, value in config.items()

@@ -24,7 +24,8 @@ from dtrain.engines.base import Engine, TorchEngine, build_engine
 from dtrain.engines.ddp import Ddp
 from dtrain.methods.base import build_method
 from dtrain.models import attention, dora, positions, quantize
-from dtrain.models.kernels import native
+from dtrain.models.expert_nf4 import STATES, ExpertStates, holds_nf4
+from dtrain.models.kernels import experts, native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import prepare_config, resolve_dtype
 from dtrain.models.sharded_loading import build_frozen_meta_model
@@ -56,9 +57,23 @@ def patch_value_readers(sequence_length: int) -> None:
 
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
     positions.document_lengths = whole_lengths
+    experts.group_by_expert = _one_group
     quantize.fix_4bit_weight_quant_state_from_module = _set_quant_state
     bnb_modules.fix_4bit_weight_quant_state_from_module = _set_quant_state
     dora.zero_rows = lambda squares: 0
+
+
+class _OneGroup(experts.Groups):
+    """The rows of all experts in one product, as the kernel of a GPU computes them."""
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        yield 0, slice(0, len(self.order))
+
+
+def _one_group(index: Tensor, count: int) -> experts.Groups:
+    order = torch.sort(index.reshape(-1)).indices
+    ends = torch.zeros(count, dtype=torch.int32, device=index.device)
+    return _OneGroup(order, ends, index.shape[-1])
 
 
 def _set_quant_state(module: Any) -> None:
@@ -137,13 +152,15 @@ class FakeFiller:
                     continue
                 if parameter not in self._built:
                     with self._mode:
-                        self._built[parameter] = _fake_parameter(module, parameter)
+                        self._built[parameter] = _fake_parameter(module, leaf, parameter)
                 module._parameters[leaf] = self._built[parameter]  # type: ignore[assignment]
 
 
-def _fake_parameter(module: nn.Module, empty: nn.Parameter) -> Tensor:
+def _fake_parameter(module: nn.Module, leaf: str, empty: nn.Parameter) -> Tensor:
     if isinstance(module, Linear4bit) and isinstance(empty, Params4bit):
         return _packed_parameter(module, empty)
+    if holds_nf4(module) and empty.dim() == 3:
+        return _packed_experts(module, leaf, empty)
     fake = torch.empty(empty.shape, dtype=empty.dtype, device=CPU)
     return nn.Parameter(fake, requires_grad=empty.requires_grad)
 
@@ -153,28 +170,42 @@ def _packed_parameter(module: Any, empty: Any) -> Tensor:
 
     It is a plain parameter, because a fake Params4bit would not be a fake tensor.
     """
-    elements, storage = empty.numel(), empty.quant_storage
-    scales = -(-elements // BLOCK)
+    module.quant_state = _quant_state(empty.shape, module.compute_dtype)
+    weight = nn.Parameter(_packed(empty.shape, empty.quant_storage)[:, None], requires_grad=False)
+    weight.quant_state = module.quant_state  # type: ignore[attr-defined]
+    return weight
+
+
+def _packed_experts(module: nn.Module, leaf: str, empty: Tensor) -> Tensor:
+    """The same of experts [E, rows, columns]: [E, n], with the states of each."""
+    states = [[_quant_state(expert.shape, empty.dtype)] for expert in empty]
+    getattr(module, STATES)[leaf] = ExpertStates(tuple(empty.shape), states)
+    packed = torch.stack([_packed(expert.shape, empty.dtype) for expert in empty])
+    return nn.Parameter(packed, requires_grad=False)
+
+
+def _packed(shape: torch.Size, storage: torch.dtype) -> Tensor:
+    return torch.empty(-(-shape.numel() // 2) // storage.itemsize, dtype=storage)
+
+
+def _quant_state(shape: torch.Size, dtype: torch.dtype) -> QuantState:
+    scales = -(-shape.numel() // BLOCK)
     second = QuantState(
         absmax=torch.empty(-(-scales // SCALES_BLOCK)),
         code=torch.empty(256),
         blocksize=SCALES_BLOCK,
         dtype=torch.float32,
     )
-    module.quant_state = QuantState(
+    return QuantState(
         absmax=torch.empty(scales, dtype=torch.uint8),
-        shape=empty.shape,
+        shape=shape,
         code=torch.empty(16),
         blocksize=BLOCK,
         quant_type="nf4",
-        dtype=module.compute_dtype,
+        dtype=dtype,
         offset=torch.empty(()),
         state2=second,
     )
-    packed = torch.empty(-(-elements // 2) // storage.itemsize, 1, dtype=storage)
-    weight = nn.Parameter(packed, requires_grad=False)
-    weight.quant_state = module.quant_state  # type: ignore[attr-defined]
-    return weight
 
 
 def _fake_buffers(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -204,7 +235,9 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None:
+        own = getattr(module, "quant_state", None)
+        packed = getattr(module, STATES, {}).values()
+        states = [state for x in packed for expert in x.by_expert for state in expert]
+        for state in (*states, *([own] if own is not None else [])):
             yield from (state.absmax, state.code, state.offset)
             yield from (state.state2.absmax, state.state2.code)

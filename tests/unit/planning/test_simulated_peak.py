@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,29 @@ def test_layers_that_train_are_the_same_in_each_simulation(depth, trained, simul
     assert simulated_layers(replace(workload, shape=shape, method=method)) == simulated
 
 
+def test_a_wrapper_has_fewer_layers_in_its_text_model() -> None:
+    config = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"depth": 9}}
+    cut_config = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"depth": 9}}
+    assert with_layers(config, 3) == cut_config
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe", "hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 500,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 96, "intermediate_size": 512,
+    "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_mixture_of_experts_is_simulated(tmp_path: Path, method: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    words = [f"model.base={tmp_path}", "model.dtype=bfloat16", "engine.kind=fsdp2"]
+    words += [f"stages.domain.method={{kind: {method}, r: 4}}", "model.kernels=auto"]
+    words += ["stages.domain.data.sequence_length=1024"]
+    planned = build_engine_model(tiny_workload(words, 2)[1]).peak_memory()
+    assert simulate_tiny(words, 2).peak.total == pytest.approx(planned.peak, rel=0.1)
+
+
 def tiny_workload(overrides: list[str], ranks: int) -> tuple[Recipe, Workload]:
     recipe = load_recipe("tiny", ["device=cpu", *overrides])
     cluster = Cluster(find_gpu("h100-80g"), max(1, ranks // 8), min(8, ranks))
@@ -114,7 +139,7 @@ def test_layers_of_which_some_are_frozen_are_reported() -> None:
 
 
 def test_missing_torch_is_reported(monkeypatch) -> None:
-    monkeypatch.setattr(simulated_peak, "find_spec", lambda name: None)
+    monkeypatch.setattr(simulated_peak, "has_torch", lambda: False)
     with pytest.raises(UserError, match="torch, which is not installed"):
         simulate_tiny([], 2)
 
