@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dtrain.config.methods import Lora
 from dtrain.methods.base import build_method
 from dtrain.planning.activations import layer_bytes
-from dtrain.planning.architectures import shape_of
+from dtrain.planning.architectures import ARCHITECTURES, shape_of
 from dtrain.planning.known_models import KNOWN, find_config
 from dtrain.planning.parameters import layer_parameters
 from dtrain.planning.speed import flops_per_token
@@ -23,7 +23,9 @@ SMALL = {
     "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0, "num_experts_per_tok": 2,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    name: find_config(name)[0] for name, sizes in KNOWN.items() if sizes.more
+    name: find_config(name)[0]
+    for name, sizes in KNOWN.items()
+    if sizes.more and sizes.model_type in ARCHITECTURES
 } | {
     "some layers without experts": SMALL
     | {"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 32, "head_dim": 16}

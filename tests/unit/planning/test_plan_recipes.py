@@ -28,7 +28,10 @@ CLUSTER_OF = {
     "32b-lora": ("l40s-48g", 1, 8),
     "32b-qlora": ("rtx4090-24g", 1, 8),
     "30b-a3b-lora": ("l40s-48g", 1, 8),
+    "gpt-oss-20b-lora": ("rtx4090-24g", 1, 8),
+    "qwen3.5-35b-a3b-lora": ("l40s-48g", 1, 8),
     "gpt-oss-120b-qlora": ("l40s-48g", 1, 8),
+    "glm-4.5-air-qlora": ("l40s-48g", 1, 8),
     "70b-qlora": ("l40s-48g", 2, 8),
     "70b-dpo": ("l40s-48g", 2, 8),
     "70b-lora-zero3": ("h100-80g", 2, 8),
@@ -40,8 +43,6 @@ CLUSTERS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (4, 8))
 SEVEN = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B")
 THIRTEEN = ("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-14B")
 THIRTY = ("codellama/CodeLlama-34b-hf", "Qwen/Qwen2.5-32B")
-EXPERTS = ("Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b")
-MANY_EXPERTS = ("zai-org/GLM-4.5-Air", "openai/gpt-oss-120b")
 SEVENTY = ("meta-llama/Llama-3.1-70B", "Qwen/Qwen2.5-72B")
 ROWS = (
     ("7b-lora", SEVEN),
@@ -53,8 +54,11 @@ ROWS = (
     ("32b-lora", THIRTY),
     ("32b-qlora", THIRTY),
     ("8b-full", THIRTY),
-    ("30b-a3b-lora", EXPERTS),
-    ("gpt-oss-120b-qlora", MANY_EXPERTS),
+    ("gpt-oss-20b-lora", ("openai/gpt-oss-20b",)),
+    ("30b-a3b-lora", ("Qwen/Qwen3-30B-A3B",)),
+    ("qwen3.5-35b-a3b-lora", ("Qwen/Qwen3.5-35B-A3B",)),
+    ("glm-4.5-air-qlora", ("zai-org/GLM-4.5-Air",)),
+    ("gpt-oss-120b-qlora", ("openai/gpt-oss-120b",)),
     ("70b-lora-zero3", SEVENTY),
     ("70b-qlora", SEVENTY),
     ("70b-dpo", SEVENTY),
