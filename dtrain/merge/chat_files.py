@@ -102,7 +102,12 @@ def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
     """Return the files for a merged model, without an earlier template.
 
     The tokenizer may have one, and the processor of a multimodal model another, which it prefers.
+
+    Raises:
+        UserError: a file of the base, which the merge would copy, is damaged.
     """
+    if (base / GENERATION).is_file():
+        read_json(base / GENERATION, GenerationFile)
     if CHAT_TEMPLATE not in files:
         return files
     result = dict(files)

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from dtrain.config.schema import Stage
+from dtrain.core.errors import UserError
 from dtrain.data.end_of_turn import StopCriterion
 from dtrain.merge.chat_files import (
     adapter_chat_files,
@@ -127,3 +128,9 @@ def test_adapters_store_every_stop_string_and_the_last_template(tmp_path: Path) 
     assert files[TEMPLATE] == "two"
     assert json.loads(files[GENERATION]) == {"eos_token_id": [2, 7, 8], "top_p": 0.9}
     assert combined_chat_files(tmp_path / "base", folders[2:]) == {}
+
+
+def test_a_damaged_file_of_the_base_is_found_before_it_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("[[")
+    with pytest.raises(UserError, match=f"^{tmp_path}/generation_config.json: "):
+        merged_chat_files(tmp_path, {})
