@@ -1,9 +1,10 @@
 """Layers with a state along the sequence, computed one document of a packed sequence at a time.
 
-Gated delta nets, Mamba and short convolutions carry a state from token to token. transformers
-restarts it only where their kernels for GPUs take the boundaries, so a document of a packed
-sequence would be computed with what is left of the one before. Here such a layer is called for each
-document by itself. `probe_packing` checks the result. T is the number of tokens of a sequence.
+Gated delta nets, Mamba, lightning attention and short convolutions carry a state from token to
+token. transformers restarts it only where their kernels for GPUs take the boundaries, so a document
+of a packed sequence would be computed with what is left of the one before. Here such a layer is
+called for each document by itself. `probe_packing` checks the result. T is the number of tokens of
+a sequence.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ from transformers import PreTrainedModel
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
 
+KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by such layers
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
 
 
 def separate_states(model: nn.Module) -> None:
-    """Let every layer with a causal convolution compute documents one by one."""
+    """Let every layer with a state compute documents one by one."""
     for module in list(model.modules()):
         if has_state(module):
             module.forward = partial(_each_document, module, module.forward)
 
 
 def has_state(module: nn.Module) -> bool:
-    """Whether a module convolves along the sequence, as all such layers do in transformers."""
-    return not isinstance(module, PreTrainedModel) and any(
+    """Whether a module convolves along the sequence, or keeps a state of linear attention."""
+    if isinstance(module, PreTrainedModel):
+        return False
+    convolves = any(
         isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children()
     )
+    code = getattr(type(module).forward, "__code__", None)
+    return convolves or (code is not None and KEEPS_STATE in code.co_names)
 
 
 def _each_document(

@@ -21,7 +21,8 @@ COMMON: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "intermediate_size": 48, "head_dim": 16, "pad_token_id": 0,
 }  # fmt: skip
-# A gated delta net, a short convolution, Mamba-2 next to attention, and Mamba alone.
+# A gated delta net, a short convolution, Mamba-2 next to attention, Mamba alone, and lightning
+# attention.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
@@ -30,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
     "mamba": {"state_size": 8},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
 }  # fmt: skip
 DOCUMENTS = [torch.arange(3, 17), torch.arange(40, 61), torch.arange(90, 95)]
 
