@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.merge.base_tensors import FLOATS, BaseTensors
-from dtrain.models.kernels.experts import expert_parameters
+from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.load import read_config
 from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import nf4_layers, pack_natively

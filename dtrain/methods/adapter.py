@@ -34,13 +34,14 @@ from dtrain.methods.saved_modules import (
     trained_routers,
 )
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.kernels.experts import router_layers
+from dtrain.models.expert_layers import router_layers
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
     unused_linear_layers,
     unused_parameters,
 )
+from dtrain.models.peft_format import file_key
 from dtrain.models.token_rows import (
     MARK,
     fill_token_rows,
@@ -92,6 +93,7 @@ class AdapterMethod(AddedMethod[Settings]):
         adapted.train()
         if isinstance(adapted, PeftModel):
             loadable_config(adapted)  # raises before the training
+            check_names(adapted)
         return adapted
 
     def barred_layers(self, model: PreTrainedModel) -> set[str]:
@@ -211,6 +213,27 @@ def adapted_layers(base: nn.Module) -> dict[str, BaseTunerLayer]:
     }
 
 
+def check_names(model: PeftModel) -> None:
+    """Check that PEFT loads an adapter under the names that it has.
+
+    PEFT renames its tensors as transformers renames those of older files, and loses those that the
+    model does not have.
+
+    Raises:
+        UserError: it does not.
+    """
+    saved = {file_key(n): p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+    loaded = convert(model, model.peft_config[ADAPTER], dict(saved), ADAPTER)
+    if lost := sorted(saved.keys() - loaded.keys()):
+        layer = lost[0].partition(".lora_")[0].removeprefix("base_model.model.")
+        raise UserError(
+            f"PEFT {peft_version} would lose the adapter of {layer}: it renames that layer",
+            where="method.target_modules",
+            fix="name the layers, without that one: method.target_modules: [q_proj, ...]",
+        )
+
+
 def _is_replaced(config: Any, base: nn.Module, name: str) -> bool:
     """Whether PEFT would replace the name of a layer by that of a parameter of experts."""
     probe: Any = deepcopy(config)
@@ -248,7 +271,8 @@ def resolve_targets(
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
     Args:
-        unused: layers that no text reaches; an adapter there would never get a gradient.
+        unused: layers that no text reaches, or whose weight is read without calling them; an
+            adapter there would never get a gradient.
         saved: modules that train whole.
         barred: layers that PEFT does not adapt; an error where they are named.
         routers: modules that choose experts, which get no adapter; the same.
@@ -285,7 +309,7 @@ def resolve_targets(
         return target_modules if isinstance(target_modules, str) else list(target_modules)
     if without := matched - used:
         summary = summarize_names(without)
-        say(f"{len(without)} layers get no adapter, as no text reaches them: {summary}")
+        say(f"{len(without)} layers get no adapter, as no gradient would reach it: {summary}")
     return sorted(used)
 
 

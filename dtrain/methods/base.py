@@ -141,6 +141,15 @@ def build_method(settings: MethodSettings, new_tokens: Sequence[int] = ()) -> Me
 
 
 def summarize_names(names: Iterable[str]) -> str:
-    """The first modules of parameters or layers, by the two leading parts of their names."""
-    stems = sorted({".".join(name.split(".")[:2]) for name in names})
+    """The first modules of parameters or layers, by the two leading parts of their names.
+
+    Those of numbered layers are named whole, for all layers together.
+    """
+    stems = sorted({_stem(name.split(".")) for name in names})
     return ", ".join(stems[:3]) + (", …" if len(stems) > 3 else "")
+
+
+def _stem(parts: list[str]) -> str:
+    if not any(part.isdigit() for part in parts[:3]):
+        return ".".join(parts[:2])
+    return ".".join("*" if part.isdigit() else part for part in parts)

@@ -13,7 +13,7 @@ from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
 from dtrain.methods.saved_modules import trained_routers
 from dtrain.models.decoder_layers import decoder_layers
-from dtrain.models.kernels.experts import router_layers
+from dtrain.models.expert_layers import router_layers
 from dtrain.models.meta_model import build_meta_model, unused_parameters
 
 

@@ -16,7 +16,7 @@ from dtrain.config.methods.patterns import by_names, match_names
 from dtrain.core.log import say
 from dtrain.methods.adapter import ADAPTER, AdapterMethod
 from dtrain.methods.new_tokens import rows_to_train
-from dtrain.models.kernels.experts import expert_parameters
+from dtrain.models.expert_layers import expert_parameters
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 

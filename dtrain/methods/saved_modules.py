@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import UserError
-from dtrain.models.kernels.experts import router_layers
+from dtrain.models.expert_layers import router_layers
 
 WHERE, ROUTER = "method.modules_to_save", "method.router"
 

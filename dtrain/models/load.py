@@ -24,8 +24,8 @@ from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
 from dtrain.models import attention
 from dtrain.models.by_document import separate_states
+from dtrain.models.expert_layers import check_experts, fix_routers
 from dtrain.models.finite_weights import check_finite
-from dtrain.models.kernels.experts import check_experts
 from dtrain.models.meta_model import (
     auto_class,
     build_meta_model,
@@ -136,6 +136,7 @@ def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTr
     forbid_repacking(model)
     rotate_by_document(model)
     separate_states(model)
+    fix_routers(model)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
     if settings.gradient_checkpointing:

@@ -22,6 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
+from dtrain.models.expert_layers import router_layers
 from dtrain.models.kernels import native
 from dtrain.models.meta_model import (
     layers_read_outside_forward,
@@ -81,7 +82,9 @@ def check_quantized(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def nf4_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers to quantize: all that a text reaches, except the output matrix.
+    """Names of the linear layers to quantize.
+
+    All that a text reaches, except routers and the output matrix.
 
     Args:
         model: from `build_meta_model`, so that errors come before anything is loaded.
@@ -91,14 +94,15 @@ def nf4_layers(model: PreTrainedModel) -> set[str]:
             transposed, which no merge could undo), its packed weight does not fill whole floats, or
             other code of the model reads its weight.
     """
-    output, unused = model.get_output_embeddings(), unused_linear_layers(model)
+    output, left_out = model.get_output_embeddings(), unused_linear_layers(model)
     # transformers also spares the last module: in Gemma 3n a projection, not the head
     spared = [] if output is not None else get_keys_to_not_convert(model)
     spared += model._keep_in_fp32_modules or ()
+    left_out |= router_layers(model)
     layers = {
         name: module
         for name, module in linear_layers(model).items()
-        if module is not output and should_convert_module(name, spared) and name not in unused
+        if module is not output and should_convert_module(name, spared) and name not in left_out
     }
     for name, module in layers.items():
         if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:

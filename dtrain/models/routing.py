@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.utils.output_capturing import OutputRecorder
 
-from dtrain.models.kernels.experts import is_experts
+from dtrain.models.expert_layers import is_batched, is_experts
 from dtrain.models.kernels.same_program import same_program
 from dtrain.models.loss import transformers_model
 
@@ -181,8 +181,12 @@ class ExpertLoad:
         def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not (self._records and torch.is_grad_enabled()):
                 return
-            chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            counts, before = count_choices(chosen, self._sizes[index]), self._counts[index]
+            size, before = self._sizes[index], self._counts[index]
+            if is_batched(module):  # rows of zeros belong to other experts
+                counts = (args[0] != 0).any(-1).view(size, -1).sum(1)
+            else:
+                chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+                counts = count_choices(chosen, size)
             self._counts[index] = counts if before is None else before + counts
 
         return count

@@ -24,9 +24,9 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import check_complete
 from dtrain.models.check_base import FLOATS, stored_quantized_error
+from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
-from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters, unused_towers
 from dtrain.models.quantize import nf4_layers, pack_natively

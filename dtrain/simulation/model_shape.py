@@ -20,7 +20,7 @@ from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.by_document import has_state
 from dtrain.models.decoder_layers import decoder_layers
-from dtrain.models.kernels.experts import expert_parameters, is_experts, router_layers
+from dtrain.models.expert_layers import expert_parameters, is_experts, router_layers
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.meta_model import (
     build_meta_model,

@@ -94,7 +94,7 @@ class Checks:
         row.measures["kernels"] = chain.said("kernels:")
         self.attempt("the step alone", lambda: self.step(chain))
         self.attempt("merging", lambda: self.results(chain))
-        for engine in ("fsdp2", "zero3"):
+        for engine in ("fsdp2", "zero2", "zero3"):
             self.same_losses(engine, chain, (f"engine.kind={engine}",), ranks=2)
         plain = ("model.kernels=off", "stages.domain.train.micro_batch_size=2")
         self.same_losses("plain kernels, micro-batch 2", chain, plain)

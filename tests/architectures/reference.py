@@ -1,4 +1,7 @@
-"""The same numbers by plain transformers, PEFT and torch: each document alone, no dtrain."""
+"""The same numbers by plain transformers, PEFT and torch: each document alone.
+
+Of dtrain it asks only which modules are routers, which stay frozen.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, BitsAndBytesConfig
+
+from dtrain.models.expert_layers import router_layers
 
 Batch = dict[str, Any]
 
@@ -58,7 +63,7 @@ def round_experts(model: nn.Module, folder: Path) -> None:
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
     for name, p in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
-        if p.dim() != 3 or not hasattr(module, "is_concatenated"):
+        if p.dim() != 3 or not hasattr(module, "num_experts"):
             continue
         apart = "gate_up" in name and any(".experts.0." in x for x in stored)
         for expert in p.data:
@@ -193,8 +198,11 @@ def sees_later_tokens(model: nn.Module, ids: Tensor) -> float:
 def full_losses(
     model: nn.Module, ranks: list[dict[str, Any]], records: list[dict[str, Any]]
 ) -> list[float]:
-    """Losses of full fine-tuning by torch's AdamW, on each document alone."""
-    parameters = [p.requires_grad_(True) for p in model.parameters()]
+    """Losses of full fine-tuning by torch's AdamW, on each document alone; routers stay frozen."""
+    model.requires_grad_(True)
+    for name in router_layers(model):
+        model.get_submodule(name).requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -7,6 +7,7 @@ transformers holds the experts of a layer as parameters of three dimensions, and
 `ExpertsInterface` compute them. PEFT adapts such a parameter by making W + s B A for all experts
 in every forward pass. Here tokens are sorted by expert, and each group of tokens is multiplied with
 its expert's W, A and B: by one grouped product on a GPU, one expert after the other elsewhere.
+Llama 4's experts get every token, as zeros where they are not chosen; only the others are computed.
 Expert e has rows e r to (e + 1) r of A's matrix, and every E-th column from e on of B's.
 
 Letters: T tokens, k experts of a token, S = T k rows sorted by expert, E experts, h and o widths of
@@ -25,10 +26,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dtrain.core.errors import UserError
+from dtrain.models.expert_layers import is_batched, is_experts, is_routed
 from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
 
 NAME = "routed"  # of the implementation, in transformers' registry
@@ -61,6 +61,10 @@ class Groups:
                 yield expert, slice(start, end)
             start = end
 
+    def spread(self, values: Tensor, count: int) -> Tensor:
+        """[S, h] → [count, h] with the rows at their positions, and zeros elsewhere."""
+        return values.new_zeros(count, values.shape[-1]).index_copy(0, self.order, values)
+
     def sum_by_token(self, values: Tensor) -> Tensor:
         """[S, h] → [T, h]; in a fixed order, unlike index_add."""
         unsorted = torch.empty_like(values)
@@ -74,6 +78,13 @@ def group_by_expert(index: Tensor, experts: int) -> Groups:
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=experts)
     return Groups(order, counts.cumsum(0, dtype=torch.int32), index.shape[-1])
+
+
+def group_rows(rows: Tensor, experts: int) -> Groups:
+    """Choose the rows of [E T, h], T for each expert, that are not zero."""
+    chosen = (rows != 0).any(-1)
+    ends = chosen.view(experts, -1).sum(1).cumsum(0, dtype=torch.int32)
+    return Groups(chosen.nonzero().flatten(), ends, 1)
 
 
 @dataclass(frozen=True)
@@ -116,16 +127,35 @@ def routed_experts(
     return groups.sum_by_token(outputs).to(hidden_states.dtype)
 
 
+def batched_experts(module: Any, hidden_states: Tensor) -> Tensor:
+    """What Llama4TextExperts computes, with the LoRA that `route_adapters` has found.
+
+    Args:
+        hidden_states: [E T, h], the tokens for each expert one after the other. Zeros make zeros,
+            without a gradient, as there are no biases.
+
+    Returns:
+        [E T, h].
+    """
+    hidden_states = hidden_states.view(-1, module.hidden_size)
+    groups = group_rows(hidden_states, module.num_experts)
+    inner = _project(module, "gate_up_proj", hidden_states[groups.order], groups)
+    gate, up = inner.chunk(2, dim=-1)
+    outputs = _project(module, "down_proj", up * module.act_fn(gate), groups)
+    return groups.spread(outputs.to(hidden_states.dtype), len(hidden_states))
+
+
 def _project(module: Any, name: str, x: Tensor, groups: Groups) -> Tensor:
     """One of the layers of the experts: [S, h] → [S, o]."""
     weight, kind = getattr(module, name), x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    base = ExpertWeights(weight, expert_states(module, name), module.is_transposed)
+    transposed = getattr(module, "is_transposed", True)  # is_batched: without that attribute
+    base = ExpertWeights(weight, expert_states(module, name), transposed)
     lora = _lora(module, name)
     ab = () if lora is None else (lora.a, lora.b)
     scale = 0.0 if lora is None else lora.scale
     y: Tensor = _Grouped.apply(x.to(dtype), base, scale, groups, weight, *ab)
-    if module.has_bias:
+    if getattr(module, "has_bias", False):
         ids = torch.repeat_interleave(
             torch.arange(module.num_experts, device=x.device),
             groups.ends.diff(prepend=groups.ends.new_zeros(1)),
@@ -245,11 +275,10 @@ def _lora(module: nn.Module, name: str) -> ExpertLora | None:
     (active,) = wrapper.active_adapters
     a, b = wrapper.lora_A[active].weight, wrapper.lora_B[active].weight
     experts = wrapper.num_experts
-    return ExpertLora(
-        a.view(experts, -1, a.shape[1]),
-        b.view(b.shape[0], -1, experts).permute(2, 0, 1),
-        wrapper.scaling[active],
-    )
+    a, b = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+    if is_batched(module):  # PEFT takes its matrices [in, out] for [out, in]
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ExpertLora(a, b, wrapper.scaling[active])
 
 
 def _call(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -257,65 +286,8 @@ def _call(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return inner(*args, **kwargs)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether transformers lets a function of its registry compute this module's experts."""
-    return all(hasattr(module, name) for name in ("is_concatenated", "has_gate", "num_experts"))
-
-
-def check_experts(model: nn.Module, where: str) -> None:
-    """Check that the experts of a model, if it has any, are those that can get adapters.
-
-    Raises:
-        UserError: a layer has a number of experts, but keeps them in a form of its own.
-    """
-    modules = dict(model.named_modules())
-    counts = [
-        name
-        for name, module in modules.items()
-        if not isinstance(module, PreTrainedModel)
-        and any("expert" in key and type(value) is int for key, value in vars(module).items())
-    ]
-    if counts and not any(is_experts(module) for module in modules.values()):
-        raise UserError(
-            f"the experts of this model ({counts[0]}) are computed by code of its own, which "
-            "dtrain does not train",
-            where=where,
-            fix="choose a mixture of experts such as qwen3_moe, mixtral, gpt_oss, or a dense model",
-        )
-
-
-def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters [E, …] that hold the layers of experts, by name."""
-    return {
-        f"{name}.{parameter}": values
-        for name, module in model.named_modules()
-        if is_experts(module)
-        for parameter, values in module.named_parameters(recurse=False)
-        if values.dim() == 3
-    }
-
-
-def router_layers(model: nn.Module) -> set[str]:
-    """Names of the modules that choose experts: next to them, with a row of weights for each."""
-    routers = set()
-    for name, module in model.named_modules():
-        if not is_experts(module):
-            continue
-        block, experts = name.rpartition(".")[0], int(module.num_experts)
-        for inner, layer in model.get_submodule(block).named_modules(prefix=block):
-            weight = layer._parameters.get("weight")
-            if weight is None or weight.dim() != 2 or f"{inner}.".startswith(f"{name}."):
-                continue
-            siblings = model.get_submodule(inner.rpartition(".")[0]).children()
-            if any(getattr(other, "in_features", 0) == experts for other in siblings):
-                continue  # an MLP that is as wide as there are experts
-            if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
-                routers.add(inner)
-    return routers
-
-
 def route_adapters(module: nn.Module) -> bool:
-    """Let `routed_experts` compute experts, with the adapters that PEFT wrapped around them.
+    """Compute experts by `routed_experts` or `batched_experts`, with PEFT's adapters around them.
 
     Args:
         module: of any kind.
@@ -327,15 +299,18 @@ def route_adapters(module: nn.Module) -> bool:
     if not is_experts(inner) or hasattr(inner, WRAPPERS):
         return False
     setattr(inner, WRAPPERS, wrappers)  # a dict: not children of the module
-    config: Any = inner.config
-    config._experts_implementation = NAME
+    if is_routed(inner):
+        config: Any = inner.config
+        config._experts_implementation = NAME
+    else:
+        inner.forward = partial(batched_experts, inner)
     for wrapper in wrappers.values():
         wrapper.forward = partial(_call, inner)
     return True
 
 
 def has_packed_experts(module: nn.Module) -> bool:
-    """Whether a module is, or wraps, experts in NF4, which only `routed_experts` computes."""
+    """Whether a module is, or wraps, experts in NF4, which only functions of this file compute."""
     return holds_nf4(_unwrap(module)[1])
 
 

@@ -26,8 +26,8 @@ from dtrain.merge.merge import MergeJob, check_mergeable
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.methods.base import build_method
 from dtrain.models.check_base import open_model
+from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import expert_states
-from dtrain.models.kernels.experts import expert_parameters
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import load_base, read_config
 from dtrain.models.packing_probe import probe_packing
@@ -43,7 +43,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
 # Stored apart and joined; with names of their own; with experts that all tokens get; whole, the
-# other way round, with biases; without a gate.
+# other way round, with biases; whole, with code of their own.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16},
     "mixtral": {"num_local_experts": EXPERTS},
@@ -53,6 +53,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "num_local_experts": EXPERTS, "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 8,
+    },
+    "llama4_text": {
+        "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 16,
+        "intermediate_size_mlp": 48, "attention_chunk_size": 8, "pad_token_id": 0,
     },
 }  # fmt: skip
 # A router that is a linear layer; one whose choices have a bias.

@@ -64,6 +64,23 @@ def test_every_adapter_gets_a_gradient(
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
 
 
+@pytest.mark.parametrize(
+    "kind, layer", [("jamba", "mamba.dt_proj"), ("deepseek_v32", "self_attn.indexer.wq_b")]
+)
+def test_in_a_mixture_of_experts_too(
+    tmp_path: Path, save_small: Callable, kind: str, layer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jamba reads the weight of `dt_proj`; a sparse attention's indexer only chooses."""
+    model = save_small(kind, tmp_path).requires_grad_(False)
+    adapted = build_method(LORA).attach(model, seed=0)
+    loss(adapted).backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    assert adapted_names(adapted)
+    assert not [name for name in adapted_names(adapted) if name.endswith(layer)]
+    assert "as no gradient would reach it: " in (out := capsys.readouterr().out)
+    assert f"model.layers.*.{layer}" in out
+
+
 def test_layers_that_peft_cannot_adapt_are_left_out_or_refused(
     tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
