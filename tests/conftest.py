@@ -99,7 +99,6 @@ SMALL: dict[str, dict[str, Any]] = {
              "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
              "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "deepseek_v3": TEXT | DEEPSEEK,
-    "deepseek_v32": TEXT | DEEPSEEK | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
     "doge": TEXT,
     "falcon": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2,
                "num_attention_heads": 4},

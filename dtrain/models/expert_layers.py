@@ -29,13 +29,18 @@ def is_batched(module: nn.Module) -> bool:
     """Whether a module's experts are computed as Llama 4's, all of them for all tokens."""
     if is_routed(module) or not hasattr(module, "num_experts"):
         return False
-    return _computes_as_llama4(type(module))
+    return _computes_as_llama4(type(module))  # type: ignore[arg-type]
 
 
 @cache
 def _computes_as_llama4(kind: type[nn.Module]) -> bool:
     own: type[nn.Module] = llama4.Llama4TextExperts  # PEFT makes subclasses of it
     return kind.forward is own.forward or same_program(kind.forward, own.forward, (kind, own))
+
+
+def has_transposed_matrices(module: nn.Module) -> bool:
+    """Whether the matrices of an experts module are [in, out]."""
+    return bool(getattr(module, "is_transposed", is_batched(module)))
 
 
 def check_experts(model: nn.Module, where: str) -> None:

@@ -265,7 +265,8 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
 
     has_sdpa, takes_any = declare("_supports_sdpa"), declare("_supports_attention_backend")
     sinks = any(_has_sinks(x) for x in classes)
-    documents = takes_any and (has_sdpa or sinks)
+    changed = any(_computes_with_mask(x) for x in classes)
+    documents = takes_any and (has_sdpa or sinks) and not changed
     support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
     support["flash_attention_2"] = declare("_supports_flash_attn") and not sinks
     return {name: None for name, has in support.items() if has}
@@ -274,6 +275,16 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
 def _has_sinks(model_class: type[PreTrainedModel]) -> bool:
     """Whether a model passes the scores of a sink to its attention; sdpa would leave them out."""
     return "s_aux=" in inspect.getsource(inspect.getmodule(model_class) or model_class)
+
+
+def _computes_with_mask(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model changes its mask before attention, as sparse attention does.
+
+    "documents" would take no mask of that kind, and see all tokens of a document.
+    """
+    return "attention_mask.dtype" in inspect.getsource(
+        inspect.getmodule(model_class) or model_class
+    )
 
 
 @contextmanager

@@ -20,7 +20,12 @@ from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.by_document import has_state
 from dtrain.models.decoder_layers import decoder_layers
-from dtrain.models.expert_layers import expert_parameters, is_experts, router_layers
+from dtrain.models.expert_layers import (
+    expert_parameters,
+    has_transposed_matrices,
+    is_experts,
+    router_layers,
+)
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.meta_model import (
     build_meta_model,
@@ -53,7 +58,7 @@ class _Description:
         remove_modules(model, unused_towers(config))
         self._hidden, self._vocabulary = self._input_matrix.shape[1], self._input_matrix.shape[0]
         self._transposed = {
-            name: bool(model.get_submodule(name.rpartition(".")[0]).is_transposed)
+            name: has_transposed_matrices(model.get_submodule(name.rpartition(".")[0]))
             for name in expert_parameters(model)
         }
         self._active = _experts_per_token(model) if self._transposed else 1

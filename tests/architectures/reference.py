@@ -1,6 +1,6 @@
 """The same numbers by plain transformers, PEFT and torch: each document alone.
 
-Of dtrain it asks only which modules are routers, which stay frozen.
+Of dtrain it asks only which layers are not quantized, and which are routers and stay frozen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from dtrain.models.expert_layers import router_layers
+from dtrain.models.meta_model import build_meta_model, linear_layers
+from dtrain.models.quantize import nf4_layers
 
 Batch = dict[str, Any]
 
@@ -41,6 +43,7 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_storage=torch_dtype,
         bnb_4bit_compute_dtype=torch_dtype,
+        llm_int8_skip_modules=spared(folder) if quantized else None,
     )
     model: nn.Module = models.auto_class(config.model_type).from_pretrained(
         folder,
@@ -56,6 +59,12 @@ def plain(folder: Path, dtype: str, *, quantized: bool = False) -> nn.Module:
     if quantized:
         round_experts(model, folder)
     return model.eval()
+
+
+def spared(folder: Path) -> list[str]:
+    """The linear layers that are not quantized."""
+    described = build_meta_model(AutoConfig.from_pretrained(folder))
+    return sorted(linear_layers(described).keys() - nf4_layers(described))
 
 
 def round_experts(model: nn.Module, folder: Path) -> None:

@@ -28,7 +28,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dtrain.models.expert_layers import is_batched, is_experts, is_routed
+from dtrain.models.expert_layers import (
+    has_transposed_matrices,
+    is_batched,
+    is_experts,
+    is_routed,
+)
 from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
 
 NAME = "routed"  # of the implementation, in transformers' registry
@@ -149,8 +154,7 @@ def _project(module: Any, name: str, x: Tensor, groups: Groups) -> Tensor:
     """One of the layers of the experts: [S, h] → [S, o]."""
     weight, kind = getattr(module, name), x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    transposed = getattr(module, "is_transposed", True)  # is_batched: without that attribute
-    base = ExpertWeights(weight, expert_states(module, name), transposed)
+    base = ExpertWeights(weight, expert_states(module, name), has_transposed_matrices(module))
     lora = _lora(module, name)
     ab = () if lora is None else (lora.a, lora.b)
     scale = 0.0 if lora is None else lora.scale

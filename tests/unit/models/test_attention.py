@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
+    DeepseekV32Config,
     Gemma2Config,
     Gemma4TextConfig,
     GPT2Config,
@@ -41,7 +42,14 @@ CONFIGS = {
     ),
     "gemma2-softcap": Gemma2Config(**SMALL, head_dim=8, sliding_window=4),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-}
+    # It changes its mask: a token sees four of the tokens before it.
+    "deepseek-sparse": DeepseekV32Config(
+        **SMALL | {"num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        v_head_dim=8, qk_nope_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=16, index_n_heads=16, index_head_dim=16,
+        index_topk=4,
+    ),
+}  # fmt: skip
 
 
 @dataclass
