@@ -85,8 +85,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Tokens | None) -> list
 
     Args:
         tokenizer: from `open_tokenizer`, or of the folder that `open_base` returns.
+
+    Returns:
+        -1 for a token that it does not have.
     """
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens.words] if tokens else []
+    known = tokenizer.get_vocab() if tokens else {}
+    return [known.get(token, -1) for token in tokens.words] if tokens else []
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
@@ -100,11 +104,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
     """
     check_new(tokens.words, tokenizer.get_vocab())
     rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    tokenizer.add_tokens([AddedToken(t, special=False, **rules) for t in tokens.words])  # type: ignore[arg-type]
+    tokenizer.add_tokens([AddedToken(t, special=False, **rules) for t in tokens.words])
     ids = token_ids(tokenizer, tokens)
     for token, number in zip(tokens.words, ids, strict=True):
         encoded = tokenizer.encode(token, add_special_tokens=False)
-        if encoded != [number] or tokenizer.decode(encoded) != token:
+        others = [x for x in encoded if x != number]  # a space in front of texts
+        alone = tokenizer.decode([number]) == token and not str(tokenizer.decode(others)).strip()
+        if not alone or encoded.count(number) != 1:
             raise UserError(
                 f"the tokenizer ({type(tokenizer).__name__}) does not encode the new token "
                 f"{token!r} as one token",

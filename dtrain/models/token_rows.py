@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
@@ -19,8 +19,8 @@ from torch.nn.functional import embedding, linear
 MARK = ".token_adapter."  # in the names of such rows
 
 
-def token_layers(model: nn.Module) -> Iterator[tuple[str, TrainableTokensLayer]]:
-    """The layers with rows that train alone, with their names in the model; tied ones each."""
+def token_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers with rows that train alone, with their names in the model; tied ones each."""
     for name, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper):
             yield name, module.token_adapter
@@ -50,17 +50,17 @@ def fill_token_rows(block: nn.Module) -> None:
                 _take_from_base(layer, name)
 
 
-def _take_from_base(layer: TrainableTokensLayer, name: str) -> None:
+def _take_from_base(layer: Any, name: str) -> None:
     weight = layer.base_layer.weight.detach()
     rows = weight[layer.token_indices[name]].to(torch.float32, copy=True)
     layer.trainable_tokens_delta[name] = nn.Parameter(rows)
 
 
-def _active(layer: TrainableTokensLayer) -> str | None:
+def _active(layer: Any) -> str | None:
     return None if layer.disable_adapters else next(iter(layer.active_adapters), None)
 
 
-def _embed(layer: TrainableTokensLayer, ids: Tensor) -> Tensor:
+def _embed(layer: Any, ids: Tensor) -> Tensor:
     """The embeddings of token ids, as PEFT computes them."""
     states: Tensor = layer.base_layer(ids)
     if (name := _active(layer)) is None:
@@ -73,11 +73,11 @@ def _embed(layer: TrainableTokensLayer, ids: Tensor) -> Tensor:
     return torch.where(found.any(-1, keepdim=True), rows.to(states.dtype), states)
 
 
-def _project(layer: TrainableTokensLayer, states: Tensor) -> Tensor:
+def _project(layer: Any, states: Tensor) -> Tensor:
     return linear(states, output_weight(layer), layer.base_layer.bias)
 
 
-def output_weight(layer: TrainableTokensLayer) -> Tensor:
+def output_weight(layer: Any) -> Tensor:
     """The matrix [V, h] of an output layer, with the trained rows in it."""
     name = _active(layer)
     weight: Tensor = layer.base_layer.weight

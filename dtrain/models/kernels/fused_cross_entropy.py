@@ -34,13 +34,14 @@ overwrite the logits. Without `learns` the result is not used."""
 
 
 class FusedLossHead:
-    """Makes a model's output layer compute a function of hidden states in place of the logits."""
+    """Makes a model's output layer compute a function of hidden states in place of the logits.
+
+    Attributes:
+        base_layer: the output layer as it is without trained rows.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        head: nn.Linear | TrainableTokensWrapper,
-        transform: LogitTransform | None = None,
+        self, model: nn.Module, head: nn.Module, transform: LogitTransform | None = None
     ) -> None:
         """Replace the forward of `head`.
 
@@ -49,8 +50,11 @@ class FusedLossHead:
             transform: what the model applies to the logits [c, V] afterwards.
         """
         self._model, self.layer, self.transform = model, head, transform
+        self._rows: Any = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
+        base: Any = head if self._rows is None else self._rows.base_layer
+        self.base_layer: nn.Linear = base
         self._compute: HeadFunction | None = None
-        head.forward = self._forward  # type: ignore[assignment]
+        head.forward = self._forward
         setattr(model, _ATTRIBUTE, self)
 
     @staticmethod
@@ -82,19 +86,10 @@ class FusedLossHead:
         stack.callback(hook.remove)
         stack.callback(self._model.register_forward_hook(set_logits, prepend=True).remove)
 
-    @property
-    def base_layer(self) -> nn.Linear:
-        """The output layer as it is without trained rows."""
-        has_rows = isinstance(self.layer, TrainableTokensWrapper)
-        layer: nn.Linear = self.layer.token_adapter.base_layer if has_rows else self.layer
-        return layer
-
-    def _matrix(self) -> Tensor:
-        has_rows = isinstance(self.layer, TrainableTokensWrapper)
-        return output_weight(self.layer.token_adapter) if has_rows else self.layer.weight
-
     def _forward(self, hidden: Tensor) -> Tensor:
-        weight, bias = self._matrix(), self.base_layer.bias
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if self._rows is not None:
+            weight = output_weight(self._rows)
         if self._compute is None:
             return linear(hidden, weight, bias)
         return self._compute(hidden.flatten(0, -2), weight, bias, self.transform).unsqueeze(0)

@@ -202,7 +202,7 @@ def _replace_rotary(module: nn.Module) -> bool:
 def _fuse_loss(model: nn.Module) -> bool:
     """Let the output layer compute the loss, if the logits follow from its output alone."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    head = inner.get_output_embeddings() if inner is not None else None
+    head: Any = inner.get_output_embeddings() if inner is not None else None
     layer = head.token_adapter.base_layer if isinstance(head, TrainableTokensWrapper) else head
     if inner is None or type(layer) is not nn.Linear:
         return False

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTraine
 from dtrain.config.schema import Model
 from dtrain.config.tokens import Tokens
 from dtrain.core.errors import UserError
-from dtrain.models.added_tokens import open_base, open_tokenizer, token_ids
+from dtrain.models.added_tokens import add_tokens, open_base, open_tokenizer, token_ids
 from dtrain.models.check_base import check_new, known_tokens
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -151,3 +151,11 @@ def test_known_tokens_are_found_without_the_tokenizer(
 def test_tokens_that_nobody_can_mean_are_refused(add: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Tokens(add=add)
+
+
+def test_a_tokenizer_that_splits_a_new_token_is_refused() -> None:
+    rules = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>")
+    tokenizer.add_tokens = lambda tokens: 0  # as one that takes no new tokens
+    with pytest.raises(UserError, match=r"does not encode the new token '<tool>' as one token"):
+        add_tokens(tokenizer, Tokens(add=["<tool>"]))
