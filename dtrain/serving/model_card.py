@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Source, Stage
-from dtrain.core.cache_paths import hub_id
+from dtrain.core.cache_paths import hub_id, local_path
 from dtrain.core.coded_tensors import coded_formats
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
@@ -208,7 +208,11 @@ def _codes_note(base: BaseModel) -> str:
 
 
 def _run_base(run: Run) -> BaseModel:
-    return _with_codes(base_model(run.recipe.model.base, Path(run.base)), Path(run.base))
+    model = run.recipe.model
+    base = _with_codes(base_model(model.base, Path(run.base)), Path(run.base))
+    if model.tokens is None or base.hub is not None:
+        return base
+    return replace(base, name=local_path(model.base).name)  # its folder in the cache has none
 
 
 def _with_license_file(base: BaseModel, folder: Path) -> BaseModel:
@@ -259,7 +263,7 @@ def _header(
 def _new_tokens(run: Run) -> str:
     tokens = run.recipe.model.tokens
     names = ", ".join(md(token) for token in tokens.words) if tokens else ""
-    return f" Its tokenizer has {len(tokens.words)} new tokens: {names}." if tokens else ""
+    return f" New tokens: {names}." if tokens else ""
 
 
 def _chain(run: Run, stage: Stage) -> list[Stage]:

@@ -16,9 +16,17 @@ from dtrain.merge.verify import verify_model
 from dtrain.monitoring.run_record import RunRecord
 from dtrain.samples.make import ensure
 from dtrain.serving.card_usage import PLACEHOLDER, model_usage
-from dtrain.serving.model_card import base_model, held_out_table, md, merged_card, write_stage_cards
+from dtrain.serving.model_card import (
+    adapter_card,
+    base_model,
+    held_out_table,
+    md,
+    merged_card,
+    write_stage_cards,
+)
 from dtrain.serving.run_models import Run
 
+LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
 HOSTILE = "x`|[a](b)<script>\n---\n# *h*"
 
 
@@ -52,6 +60,23 @@ def test_code_for_a_multimodal_model_runs(
     code = model_usage(tmp_path, stages, trusts_code=False).code
     exec(code.replace(PLACEHOLDER, str(tmp_path)).replace("256", "2"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_card_names_the_new_tokens_and_the_base_that_they_were_added_to(
+    tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    base = tmp_path / "cache" / "bases" / "0123"
+    overrides = ["model.base=/models/llama", "model.tokens.add=[<tool>]"]
+    run = Run(tmp_path / "run", load_recipe("tiny", overrides))
+    make_adapter(run.adapter(run.recipe.stages[0]), LAYERS, 2, base_model_name_or_path=str(base))
+    lineage = {"base": {"path": str(base)}}
+    (run.folder / "lineage.json").write_text(json.dumps(lineage))
+    assert run.base == str(base), "not the base without the tokens, if the cache was emptied"
+    card = adapter_card(run, run.recipe.stages[0])
+    assert r"for llama. New tokens: \<tool\>." in card
+    assert 'AutoTokenizer.from_pretrained("THIS_MODEL")' in card
+    assert card.index("resize_token_embeddings") < card.index("PeftModel.from_pretrained")
+    assert "0123" not in card
 
 
 @pytest.fixture
