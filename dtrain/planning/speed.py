@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dtrain.planning import teacher
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu
+from dtrain.planning.shapes import ModelShape
 from dtrain.planning.workload import Cluster, Workload
 
 # Fraction of the data sheet's arithmetic that a training step reaches: lowest published, median,
@@ -24,6 +25,9 @@ UTILIZATION = {
     "rtx3090": (0.51, 0.60, 0.68),
 }
 OTHER_UTILIZATION = (0.33, 0.56, 0.70)
+# What mixtures of experts, whose products are small, reach of these three: from NeMo AutoModel and
+# prime-rl (7 rows of tests/unit/planning/mixture_points.csv).
+EXPERTS_REACH = (0.70, 0.67, 1.0)
 
 # Bytes of memory traffic that dequantizing one element from NF4 to 16 bits costs in each pass.
 DEQUANTIZE_BYTES = 8.0
@@ -75,9 +79,11 @@ def flops_per_token(workload: Workload) -> float:
     return float(linear + head + attention + adapters + teacher.flops_per_token(workload))
 
 
-def utilization(gpu: Gpu) -> Estimate:
+def utilization(gpu: Gpu, shape: ModelShape) -> Estimate:
     """Fraction of the GPU's arithmetic that training reaches."""
-    return Estimate(*UTILIZATION.get(gpu.family, OTHER_UTILIZATION))
+    shares = UTILIZATION.get(gpu.family, OTHER_UTILIZATION)
+    reach = EXPERTS_REACH if shape.experts else (1.0, 1.0, 1.0)
+    return Estimate(*(share * part for share, part in zip(shares, reach, strict=True)))
 
 
 def has_published_speed(gpu: Gpu) -> bool:
@@ -90,7 +96,8 @@ def step_seconds(workload: Workload, cluster: Cluster) -> Estimate:
 
     In the slowest case nothing overlaps, and links reach the lowest published bandwidth.
     """
-    fraction, compute = utilization(cluster.gpu), _data_sheet_seconds(workload, cluster)
+    fraction = utilization(cluster.gpu, workload.shape)
+    compute = _data_sheet_seconds(workload, cluster)
     dequantize = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
     send = communication_seconds(workload, cluster)
     work = compute / fraction.middle + dequantize
@@ -103,7 +110,8 @@ def step_seconds(workload: Workload, cluster: Cluster) -> Estimate:
 
 def is_communication_bound(workload: Workload, cluster: Cluster) -> bool:
     """Whether sending is likely to take longer than computing."""
-    compute = _data_sheet_seconds(workload, cluster) / utilization(cluster.gpu).middle
+    fraction = utilization(cluster.gpu, workload.shape).middle
+    compute = _data_sheet_seconds(workload, cluster) / fraction
     dequantize = dequantize_seconds(workload, cluster.gpu) * workload.accumulation
     return communication_seconds(workload, cluster) > compute + dequantize
 
