@@ -57,7 +57,7 @@ def patch_value_readers(sequence_length: int) -> None:
 
     AttentionMaskInterface.register(attention.NAME, whole_sequences)
     positions.document_lengths = whole_lengths
-    experts.group_by_expert = _one_group
+    experts.group_by_expert = _one_group  # type: ignore[assignment]
     quantize.fix_4bit_weight_quant_state_from_module = _set_quant_state
     bnb_modules.fix_4bit_weight_quant_state_from_module = _set_quant_state
     dora.zero_rows = lambda squares: 0

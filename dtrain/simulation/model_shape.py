@@ -69,7 +69,7 @@ class _Description:
         self._routers = router_layers(model)
         self._parameters = {n: p.shape for n, p in model.named_parameters()}
         adapted = build_method(Lora(kind="lora", r=1)).attach(model, seed=0, device=device("meta"))
-        self._linears = {
+        self._linears: dict[str, Any] = {
             name.removeprefix("base_model.model."): module.get_base_layer()
             for name, module in adapted.named_modules()
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
@@ -78,7 +78,9 @@ class _Description:
 
     @property
     def _input_matrix(self) -> Tensor:
-        return self._model.get_input_embeddings().weight
+        embeddings: Any = self._model.get_input_embeddings()
+        weight: Tensor = embeddings.weight
+        return weight
 
     def shape(self) -> ModelShape:
         if not self._layers:
