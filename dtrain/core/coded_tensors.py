@@ -89,7 +89,7 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
             made[name] = _fp8(name, scales, tensors, folder)
     for tensor in made.values():
         for name in tensor.coded.names if tensor.coded else ():
-            del tensors[name]
+            tensors.pop(name, None)  # some are for several
     return tensors | made
 
 
@@ -122,33 +122,49 @@ def _mxfp4(codes: str, scales: str, tensors: Mapping[str, FileTensor]) -> FileTe
 def _fp8(codes: str, scales: str, tensors: Mapping[str, FileTensor], folder: Path) -> FileTensor:
     stored, factors = tensors[codes], tensors[scales]
     shape, grid = stored.shape, factors.shape
-    block = _block(folder) if prod(grid) > 1 else (max(shape, default=1),) * 2
-    expected = [*shape[:-2], *(-(n // -size) for n, size in zip(shape[-2:], block, strict=True))]
-    if (
-        len(shape) < 2
-        or factors.dtype not in ("F32", "BF16")
-        or (prod(grid) > 1 and grid != expected)
-    ):
+    if not 2 <= len(shape) <= 3 or 0 in shape + grid or factors.dtype not in ("F32", "BF16"):
         raise _misfit(codes, scales, tensors)
-    activation = codes.rpartition(".")[0] + ".activation_scale"
-    unread = (activation,) if activation in tensors else ()
+    block = max(shape), max(shape)
+    if prod(grid) > 1:
+        block = _block(folder) or _expert_block(stored, factors, folder)
+        blocks = [-(n // -size) for n, size in zip(shape[-2:], block, strict=True)]
+        if grid != [*shape[:-2], *blocks]:
+            raise _misfit(codes, scales, tensors)
+    # Layers of one module share the first, parameters of experts have their own.
+    activations = codes.rpartition(".")[0] + ".activation_scale", codes + "_activation_scale"
+    unread = tuple(name for name in activations if name in tensors)
     return FileTensor(stored.path, DTYPE, shape, Codes(codes, scales, block, unread))
 
 
-def _block(folder: Path) -> tuple[int, int]:
-    """Rows and columns that share a scale, by config.json."""
-    path = folder / "config.json"
-    config = read_object(path)
+def _block(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, if config.json says it."""
+    config = read_object(folder / "config.json")
     for group in (config, config.get("text_config")):
         settings = group.get("quantization_config") if isinstance(group, dict) else None
         size = settings.get("weight_block_size") if isinstance(settings, dict) else None
         if isinstance(size, list) and [type(n) for n in size] == [int, int] and min(size) > 0:
             return size[0], size[1]
+    return None
+
+
+def _expert_block(stored: FileTensor, factors: FileTensor, folder: Path) -> tuple[int, int]:
+    """Rows and columns that share a scale in experts that have one each, or two.
+
+    transformers stores fp8 without blocks so: [E, 1, 1], or [E, 2, 1] for two joined matrices.
+    Other shapes leave open whether the last block is smaller than the rest.
+
+    Raises:
+        UserError: they are of another shape.
+    """
+    experts, rows, columns = stored.shape if len(stored.shape) == 3 else (0, 0, 0)
+    for count in (1, 2):
+        if factors.shape == [experts, count, 1] and rows % count == 0:
+            return rows // count, columns
     raise UserError(
         "weights are stored in fp8 with a scale for each block, but quantization_config says no "
         "weight_block_size of two numbers",
-        where=str(path),
-        fix="download the model again, or use the original model in 16 bits",
+        where=str(folder / "config.json"),
+        fix="write it there as the model's makers state it, or use the original model in 16 bits",
     )
 
 

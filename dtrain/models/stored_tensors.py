@@ -166,9 +166,12 @@ def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator
     """Yield (first row, row after the last) of blocks of about `elements`.
 
     All blocks of a matrix are multiples of 64 rows except the last, which has at least 64 unless
-    the matrix has fewer. Of experts [E, rows, columns] a block is a number of experts.
+    the matrix has fewer. Of experts [E, rows, columns] a block is a number of experts. Without
+    elements there are no blocks.
     """
-    total, width = shape[0], max(prod(shape[1:]), 1)
+    total, width = shape[0], prod(shape[1:])
+    if not width:
+        return
     unit = ROWS if len(shape) < 3 else 1
     size = max(elements // width // unit, 1) * unit
     start = 0

@@ -112,6 +112,14 @@ def test_non_finite_tensors_cannot_be_compared(tmp_path: Path) -> None:
     ]
 
 
+def test_tensors_without_elements_are_compared_and_verified(tmp_path: Path) -> None:
+    empty = {"e.weight": torch.zeros(5, 0), "f.bias": torch.zeros(0)}
+    old, new = (model(tmp_path / name, **empty) for name in ("old", "new"))
+    assert not verify_model(old).problems
+    differences = diff_models(old, new)
+    assert differences.equal == 6 and not differences.changes and not differences.incomparable
+
+
 def test_a_manifest_of_an_older_dtrain_is_reported(tmp_path: Path) -> None:
     folder = model(tmp_path / "m")
     write_json(folder / "merge.json", {"files": {}})

@@ -272,3 +272,59 @@ def test_codes_that_do_not_fit_are_refused_before_they_are_loaded(
         open_model(llama)
     with pytest.raises(UserError, match=message):
         stream(llama)
+
+
+def write_fp8(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """Files of fp8 without a size of blocks."""
+    folder.mkdir()
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "shape, grid",
+    [
+        ([4], [1]),
+        ([4], [2]),
+        ([], []),
+        ([0, 0], []),
+        ([4, 0], [1, 1]),
+        ([4, 4], [0]),
+        ([4, 4], [0, 4]),
+        ([2, 2, 4, 4], [2, 2, 1, 1]),
+        ([2, 2, 4, 4], []),
+    ],
+)
+def test_fp8_of_odd_shapes_is_refused(shape: list[int], grid: list[int], tmp_path: Path) -> None:
+    codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
+    folder = write_fp8(
+        tmp_path / "base", {"m.weight": codes, "m.weight_scale_inv": torch.ones(grid)}
+    )
+    with pytest.raises(UserError, match=r"m\.weight .* do not fit together"):
+        ModelTensors(folder)
+
+
+def test_fp8_experts_with_a_scale_each_are_read(tmp_path: Path) -> None:
+    codes = torch.full((3, 4, 6), 2.0).to(torch.float8_e4m3fn)
+    one, two = torch.tensor([1.0, 2, 4]).view(3, 1, 1), torch.arange(1.0, 7).view(3, 2, 1)
+    tensors = {
+        "experts.down_proj": codes,
+        "experts.down_proj_scale_inv": one,
+        "experts.down_proj_activation_scale": torch.ones(3),
+        "experts.gate_up_proj": codes.clone(),
+        "experts.gate_up_proj_scale_inv": two,
+    }
+    read = ModelTensors(write_fp8(tmp_path / "base", tensors))
+    assert read.keys() == {"experts.down_proj", "experts.gate_up_proj"}
+    assert torch.equal(read.read("experts.down_proj"), (2 * one).expand(3, 4, 6).bfloat16())
+    halves = two.repeat_interleave(2, 1).expand(3, 4, 6)
+    assert torch.equal(read.read("experts.gate_up_proj"), (2 * halves).bfloat16())
+
+
+def test_fp8_tensors_of_a_module_share_an_activation_scale(tmp_path: Path) -> None:
+    tensors = {f"m.{x}": torch.ones(2, 2).to(torch.float8_e4m3fn) for x in "ab"}
+    tensors |= {f"m.{x}_scale_inv": torch.tensor(1.0) for x in "ab"}
+    tensors["m.activation_scale"] = torch.tensor(1.0)
+    assert ModelTensors(write_fp8(tmp_path / "base", tensors)).keys() == {"m.a", "m.b"}
