@@ -58,12 +58,13 @@ def problems(error: ValidationError, document: YamlDocument) -> dict[Key, UserEr
     for detail in error.errors():
         is_missing = detail["type"] == "missing"
         key, is_branch = _document_key(detail["loc"], document.values, is_missing)
-        if detail["loc"] and detail["loc"][-1] == _KEY_ITSELF and detail["type"] == "literal_error":
+        is_name = detail["loc"][-1:] == (_KEY_ITSELF,)
+        if is_name and detail["type"] == "literal_error":
             names.add(key)
         if detail["type"].startswith("union_tag"):
             key = (*key, "kind")
         by_key.setdefault(key, []).append(detail)
-        if is_branch:
+        if is_branch and not is_name:
             branches.add(key)
     # Errors in a list's entries are reported there, not again as "must be all-linear".
     redundant = {b for b in branches if any(k[: len(b)] == b and k != b for k in by_key)}
@@ -133,7 +134,8 @@ def _problem(key: Key, details: list[Mapping[str, Any]], document: YamlDocument)
         return UserError(f"{name} is missing", where=where, fix=_meaning(key, document.values))
     if kind == "union_tag_not_found":
         return UserError(f"{name} is missing", where=where, fix=f"one of {', '.join(TRAITS)}")
-    value = value_at(key, document.values)
+    is_name = details[0]["loc"][-1:] == (_KEY_ITSELF,)
+    value = key[-1] if is_name else value_at(key, document.values)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
     message = f"{name} must be {expected}, not {_shown(value)}"
     return UserError(message, where=where, fix=_hint(key, document.values, details))
@@ -170,6 +172,8 @@ def _expected(detail: Mapping[str, Any]) -> str:
     if kind in _BOUNDS:
         name, phrase = _BOUNDS[kind]
         return phrase.format(f"{context[name]:g}")
+    if kind == "string_too_long":
+        return f"a text of at most {context['max_length']} characters"
     return _EXPECTED.get(kind) or str(detail["msg"]).lower()
 
 

@@ -272,6 +272,7 @@ class Data(Group):
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+SetName = Annotated[str, Field(min_length=1, max_length=100)]  # in metrics, and in trackers' keys
 
 
 class Stage(Group):
@@ -328,9 +329,9 @@ GENERAL_SET: dict[str, Any] = {
 class Evaluation(Group):
     """What is measured, on the ranks that train."""
 
-    sets: dict[str, EvaluationSet] = Field(default_factory=dict)
+    sets: dict[SetName, EvaluationSet] = Field(default_factory=dict)
     tasks: Tasks | None = None
-    generation: dict[str, GenerationSet] = Field(
+    generation: dict[SetName, GenerationSet] = Field(
         default_factory=dict, description="prompts that the base and every stage answer"
     )
     gates: dict[str, Gate] = Field(

@@ -174,6 +174,9 @@ def test_omitted_invalid_value_causes_no_further_clash(write) -> None:
     assert text == "FILE:14: stages.0.train.steps must be a whole number, not 'ten'"
 
 
+LONG = "n" * 101
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -187,6 +190,15 @@ def test_omitted_invalid_value_causes_no_further_clash(write) -> None:
         ("r: 8", "target_modules: [1]", "stages.0.method.target_modules.0 must be a text, not 1"),
         ("[{path: a.txt, format: text}]", "[]", "sources must be a list with at least one entry"),
         ("name: domain", "name: ../x", "stages.0.name must be letters, digits"),
+        ("name: domain", f"name: {LONG}", "stages.0.name must be a text of at most 100 characters"),
+        *(
+            (
+                "engine:",
+                f"evaluation: {{{key}: {{{LONG}: {{}}}}}}\nengine:",
+                f"evaluation.{key}.{LONG} must be a text of at most 100 characters, not 'nnn",
+            )
+            for key in ("sets", "generation")
+        ),
         ("some/folder", "", "model.base must be a text, not empty"),
         ("some/folder", "x\n  trust_remote_code: yes", "must be true or false, not 'yes'"),
         ("{kind: zero3}", "zero3", "engine must be a group of keys, not 'zero3'"),
