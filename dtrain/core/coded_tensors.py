@@ -93,10 +93,9 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
     return tensors | made
 
 
-def coded_formats(folder: Path) -> list[str]:
+def coded_formats(tensors: Mapping[str, FileTensor]) -> list[str]:
     """The formats of codes in a model's files."""
-    found = {tensor.coded.format for tensor in file_tensors(folder).values() if tensor.coded}
-    return sorted(found)
+    return sorted({tensor.coded.format for tensor in tensors.values() if tensor.coded})
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:

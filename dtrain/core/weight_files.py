@@ -32,6 +32,9 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+FLOATS = {  # with torch's names; smaller ones need scales
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"
+}  # fmt: skip
 EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(.+)")  # layer, number, tensor of an expert
 _Size = Annotated[int, Field(ge=0, le=2**50)]
 

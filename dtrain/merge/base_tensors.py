@@ -18,14 +18,15 @@ import torch
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
-from dtrain.models.stored_tensors import ModelTensors
+from dtrain.models.stored_tensors import FLOAT_DTYPES, ModelTensors
 
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")
 model_names: Any = LazyModule("dtrain.models.state_dict_names")
 transformers: Any = LazyModule("transformers")
 COMPARED_BYTES = 1 << 22
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Those that a merge writes: it computes in float32.
+FLOATS = {name: dtype for name, dtype in FLOAT_DTYPES.items() if dtype != torch.float64}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtrain.core.coded_tensors import coded_formats, without_quantization
+from dtrain.core.coded_tensors import without_quantization
 from dtrain.core.files import read_object
 from dtrain.core.log import say
 from dtrain.core.weight_files import INDEX, SINGLE, read_weight_map
@@ -48,7 +48,7 @@ class MergedModel:
         """Return the same with the values of all that the base stores as codes."""
         if not base.files.decoded:
             return self
-        formats = " and ".join(coded_formats(base.folder))
+        formats = " and ".join(base.files.formats)
         say(
             f"the base is stored in {formats}; the merged model is written in bfloat16, larger and "
             "without quantization_config"

@@ -15,11 +15,10 @@ from dtrain.core.cache_paths import hub_id, hub_snapshot, local_path, sample_nam
 from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
-from dtrain.core.weight_files import check_index, has_tokenizer
+from dtrain.core.weight_files import FLOATS, check_index, has_tokenizer
 from dtrain.planning.architectures import check_not_quantized, read_config
 
 TOKENIZER_BYTES = 1 << 28
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtypes; smaller ones need scales
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.core.weight_files import check_complete
-from dtrain.models.check_base import FLOATS, stored_quantized_error
+from dtrain.core.weight_files import FLOATS, check_complete
+from dtrain.models.check_base import stored_quantized_error
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor

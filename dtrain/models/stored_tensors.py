@@ -12,17 +12,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dtrain.core.coded_tensors import DTYPE, file_tensors
+from dtrain.core.coded_tensors import DTYPE, coded_formats, file_tensors
 from dtrain.core.lazy_import import LazyModule
-from dtrain.core.weight_files import read_header, weight_files
+from dtrain.core.weight_files import FLOATS, read_header, weight_files
 
 mxfp4: Any = LazyModule("transformers.integrations.mxfp4")  # few models need it
 
 BLOCK_ELEMENTS = 1 << 19
 ROWS = 64  # blocks are multiples of it: see merge/weight_delta.py and merge/nf4.py
-FLOAT_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
-}  # fmt: skip
+FLOAT_DTYPES: dict[str, torch.dtype] = {key: getattr(torch, name) for key, name in FLOATS.items()}
 CODE_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 CPU = torch.device("cpu")
 
@@ -123,13 +121,16 @@ class ModelTensors(dict[str, StoredTensor | DecodedTensor]):
     Attributes:
         decoded: those that are stored as codes.
         codes: the tensors that store them.
+        formats: of these codes.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.decoded, self.codes = dict[str, DecodedTensor](), dict[str, StoredTensor]()
         stored = {n: t for path in weight_files(folder) for n, t in stored_tensors(path).items()}
-        for name, tensor in file_tensors(folder).items():
+        tensors = file_tensors(folder)
+        self.formats = coded_formats(tensors)
+        for name, tensor in tensors.items():
             if (how := tensor.coded) is None:
                 self[name] = stored[name]
             else:

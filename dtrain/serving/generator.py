@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
-from dtrain.core.coded_tensors import coded_formats
+from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import read_header
 from dtrain.data.chat_templates import answering_template, render_prompt
@@ -107,8 +107,8 @@ class TextGenerator:
         self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
         self._model, self._held = None, None  # two would not fit into memory
         self._names, self._family = {}, ""
-        if coded_formats(folder):
-            model = self._load_decoded(folder, choice)
+        if formats := coded_formats(file_tensors(folder)):
+            model = self._load_decoded(folder, choice, formats)
         else:
             model = load_base(
                 folder,
@@ -121,11 +121,11 @@ class TextGenerator:
         model.config.use_cache = True
         self._model, self._held = model.eval(), (choice.base, choice.quantized)
 
-    def _load_decoded(self, folder: Path, choice: ServedModel) -> Any:
+    def _load_decoded(self, folder: Path, choice: ServedModel, formats: list[str]) -> Any:
         """Load the values of a base that is stored as codes; not on several GPUs."""
         if choice.quantized:
             raise UserError(
-                f"the adapter was trained in NF4 over a base in {coded_formats(folder)[0]}",
+                f"the adapter was trained in NF4 over a base in {' and '.join(formats)}",
                 where=str(folder),
                 fix="merge the adapter, then use the merged model",
             )

@@ -24,7 +24,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Source, Stage
 from dtrain.core.cache_paths import hub_id, local_path
-from dtrain.core.coded_tensors import coded_formats
+from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
 from dtrain.core.run_dir import RECIPE, STAGE_RECORD
@@ -196,7 +196,7 @@ def base_model(address: str, folder: Path) -> BaseModel:
 
 def _with_codes(base: BaseModel, folder: Path) -> BaseModel:
     with suppress(UserError):  # its files may be gone
-        return replace(base, codes=coded_formats(folder))
+        return replace(base, codes=coded_formats(file_tensors(folder)))
     return base
 
 
