@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -143,8 +144,8 @@ def _check_stored(expected: Iterable[str], names: Container[str], where: Path) -
 def _expert_tensors(folder: Path, names: Iterable[str]) -> Iterator[str]:
     """The names that the tensors of all experts must have, where each is stored by itself.
 
-    All layers have the same number if the config knows it; else those that are there are
-    numbered without a gap.
+    A layer's experts are numbered without a gap, and have what most of them have. Layers of fewer
+    experts than the largest lack some if the config says the number of the largest, not theirs.
     """
     layers: dict[str, dict[int, set[str]]] = {}
     for name in names:
@@ -154,19 +155,27 @@ def _expert_tensors(folder: Path, names: Iterable[str]) -> Iterator[str]:
     if not layers:
         return
     most = 1 + max(number for experts in layers.values() for number in experts)
-    is_known = most in _expert_counts(folder / "config.json")
+    known = _expert_counts(folder / "config.json")
     for layer, experts in layers.items():
-        leaves = sorted(set().union(*experts.values()))
-        for number in range(most if is_known else 1 + max(experts)):
-            yield from (f"{layer}.{number}.{leaf}" for leaf in leaves)
+        counts = Counter(leaf for leaves in experts.values() for leaf in leaves)
+        shared = sorted(leaf for leaf, count in counts.items() if 2 * count > len(experts))
+        own = 1 + max(experts)
+        for number in range(most if most in known and own not in known else own):
+            yield from (f"{layer}.{number}.{leaf}" for leaf in shared)
 
 
 def _expert_counts(config: Path) -> list[Any]:
-    """The values of all keys of a config that are about experts."""
+    """The numbers in a config under keys about experts, which may be lists with one per layer.
+
+    None of a model with code of its own, which may compute others from them.
+    """
     content = read_json(config) if config.is_file() else None
-    groups = [content, *content.values()] if isinstance(content, dict) else []
+    if not isinstance(content, dict) or "auto_map" in content:
+        return []
+    groups = [content, *content.values()]
     pairs = (item for group in groups if isinstance(group, dict) for item in group.items())
-    return [value for key, value in pairs if "expert" in key]
+    values = (value for key, value in pairs if "expert" in key)
+    return [n for value in values for n in (value if isinstance(value, list) else [value])]
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:

@@ -320,6 +320,22 @@ def test_a_missing_expert_is_named_before_anything_is_read(
             read(folder)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_experts": [4, 2]},
+        {"text_config": {"num_experts": 4}, "vision_config": {"num_experts": 2}},
+        {"num_experts": 4, "auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+    ],
+)
+def test_layers_may_have_different_experts(config: dict[str, Any], tmp_path: Path) -> None:
+    names = {f"{x}.mlp.experts.{n}.w" for x, count in (("a", 4), ("b", 2)) for n in range(count)}
+    names.add("a.mlp.experts.1.activation_scale")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert BaseTensors(tmp_path).keys() == names
+
+
 def test_an_adapter_of_other_experts_does_not_continue(write: Callable, tmp_path: Path) -> None:
     method, model = adapted(write("qwen3_moe"))
     adapter = str(saved(method, model, tmp_path / "adapter"))
