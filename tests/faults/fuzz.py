@@ -56,6 +56,7 @@ RUN = (
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 BASE = ("base/config.json", "base/model.safetensors")
 SHARDED = ("sharded/model.safetensors.index.json", "sharded/config.json", "sharded/a.safetensors")
+CODED = ("coded/config.json", "coded/model.safetensors")
 CHAT = ("base/tokenizer.json", "base/tokenizer_config.json", "base/generation_config.json",
         "base/chat_template.jinja", "base/config.json", *ADAPTER)  # fmt: skip
 STEP = "run/domain/checkpoints/step-000002"
@@ -86,6 +87,9 @@ CASES = [
          ("verify", "run/task/merged")),
     Case(SHARDED, ("verify", "sharded")),
     Case(SHARDED, ("diff", "sharded", "base")),
+    Case(CODED, ("verify", "coded")),
+    Case(CODED, ("diff", "coded", "base")),
+    Case((*ADAPTER, *CODED), ("merge", "coded", "adapter", "out", "--processes", "1")),
     Case(ADAPTER, ("diff", "adapter", "run/task/adapter")),
     Case((*ADAPTER, *BASE), ("merge", "base", "adapter", "out", "--processes", "1")),
     Case((*ADAPTER, *SHARDED), ("merge", "sharded", "adapter", "out", "--processes", "1")),

@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 RECIPE = """\
 name: fuzz
@@ -111,6 +112,7 @@ def build_inputs(folder: Path) -> None:
     shutil.copytree(folder / "run" / "domain" / "adapter", folder / "adapter")
     _name_base(folder / "adapter" / "adapter_config.json")
     _shard(folder / "base", folder / "sharded")
+    _encode(folder / "base", folder / "coded")
     slurm = folder / "run" / "slurm"
     slurm.mkdir()
     slurm.joinpath("attempts.json").write_text(json.dumps([ATTEMPT]))
@@ -189,3 +191,19 @@ def _shard(base: Path, target: Path) -> None:
         weight_map |= dict.fromkeys(part, file_name)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _encode(base: Path, target: Path) -> None:
+    """The same model in fp8, with experts in MXFP4 that it does not need."""
+    shutil.copytree(base, target)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, columns = (-(size // -16) for size in tensors[name].shape)
+        tensors[f"{name}_scale_inv"] = torch.ones(rows, columns)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors["experts_blocks"] = torch.ones(2, 4, 1, 16, dtype=torch.uint8)
+    tensors["experts_scales"] = torch.full((2, 4, 1), 127, dtype=torch.uint8)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    path = target / "config.json"
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
