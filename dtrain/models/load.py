@@ -176,6 +176,11 @@ def _from_pretrained(
     return model, info
 
 
+def needs_own_code(config: dict[str, Any]) -> bool:
+    """Whether only Python code next to a config.json can build its model."""
+    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+
+
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """Read a model's config.
 
@@ -185,8 +190,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """
     raw = architectures.read_config(folder / "config.json")
     architectures.check_not_quantized(raw, str(folder / "config.json"))
-    kind = raw.get("model_type")
-    needs_code = bool(raw.get("auto_map")) and kind not in CONFIG_MAPPING
+    kind, needs_code = raw.get("model_type"), needs_own_code(raw)
     if needs_code and not trust_remote_code:
         raise UserError(
             "this model comes with its own Python code",

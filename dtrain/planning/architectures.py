@@ -6,6 +6,7 @@ f width of the MLP, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
@@ -47,7 +48,7 @@ def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _layer_counts(value)
-        elif isinstance(value, int) and key.endswith(("layer", "layers")):
+        elif isinstance(value, int) and LAYER_COUNT.fullmatch(key):
             yield key, value
 
 
@@ -107,6 +108,9 @@ SIZES = (
 )
 MAX_SIZE = 2**40  # a larger value is not a size of a model
 MAX_LAYERS = 2_000  # each is built by itself, even without weights
+LAYER_COUNT = re.compile(
+    r"n_layer|num_layer|layers|(n|num)_(\w+_)?layers|\w+_num_layers|(\w+_)?(en|de)coder_layers"
+)
 
 
 def _require_sizes(config: dict[str, Any], where: str) -> None:

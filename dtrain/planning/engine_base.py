@@ -34,8 +34,9 @@ from dtrain.planning.parameters import (
     FLOAT32,
     NF4_SCALE_BYTES,
     ParameterSpec,
-    copied_parameters,
+    layer_copies,
     layer_parameters,
+    outer_copies,
     outer_parameters,
 )
 from dtrain.planning.workload import Workload
@@ -131,13 +132,16 @@ class EngineModel(ABC):
 
     def __init__(self, workload: Workload, profile: TrainerProfile = DTRAIN) -> None:
         self.workload, self.profile = workload, profile
-        layer_copies, outer_copies = copied_parameters(workload, profile.train_bytes)
+        width = profile.train_bytes
         self.kinds = [
-            (kind.shape.layers, layer_parameters(kind, profile.train_bytes) + layer_copies)
+            (
+                kind.shape.layers,
+                layer_parameters(kind, width) + layer_copies(workload, kind.shape, width),
+            )
             for kind in workload.kinds
         ]
         self.layer = max((layer for _, layer in self.kinds), key=_elements)
-        self.outer = outer_parameters(workload, profile.train_bytes) + outer_copies
+        self.outer = outer_parameters(workload, width) + outer_copies(workload, width)
         self.matrix_elements = float(workload.shape.vocabulary * workload.shape.hidden)
 
     # Results.

@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
+from tempfile import TemporaryFile
 from typing import Any
 
 from dtrain.core.errors import UserError
@@ -32,18 +34,22 @@ def run_child(request: dict[str, Any], fix: str) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: the child reports an error, or dies.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        encoding="utf-8",
-    )
-    assert child.stdin and child.stdout and child.stderr
-    with child:
-        child.stdin.write(json.dumps(request))
-        child.stdin.close()
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with (
+        TemporaryFile() as errors,  # a pipe that nobody reads would stop a child that warns a lot
+        subprocess.Popen(
+            [sys.executable, "-m", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environ,
+            encoding="utf-8",
+            errors="replace",
+        ) as child,
+    ):
+        assert child.stdin and child.stdout
+        with suppress(BrokenPipeError), child.stdin:  # of a child that died, the status is reported
+            child.stdin.write(json.dumps(request))
         for text in child.stdout:
             prefixed = text.startswith(LINE_PREFIX)
             line = json.loads(text.removeprefix(LINE_PREFIX)) if prefixed else {}
@@ -51,9 +57,10 @@ def run_child(request: dict[str, Any], fix: str) -> Iterator[dict[str, Any]]:
                 message, where, hint = line["error"]
                 raise UserError(message, where=where, fix=hint)
             yield line
-        errors = child.stderr.read().strip().split("\n")
-    if child.returncode:
+        status = child.wait()
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().split("\n")
+    if status:
         raise UserError(
-            f"the child process ended with status {child.returncode}: {errors[-1] or 'no message'}",
-            fix=fix,
+            f"the child process ended with status {status}: {lines[-1] or 'no message'}", fix=fix
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.planning.shapes import LinearShape
+from dtrain.planning.shapes import LinearShape, ModelShape
+from dtrain.planning.whole_modules import WholeModule
 from dtrain.planning.workload import Workload
 
 # A weight in NF4 takes 4 bits an element, one byte of scale for 64 elements, and one float32 for
@@ -95,11 +96,10 @@ def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
     """The parameters outside the decoder layers: embeddings, final norm, untied output matrix."""
     shape = workload.shape
     parameters = []
-    for name, elements in shape.outer_elements.items():
+    for name, (rows, columns) in shape.outer_sizes.items():
         trains = workload.method.trains_outer and not workload.method.freezes(name)
         base = _base_parameter(workload, train_bytes, trains=trains)
-        rows = shape.vocabulary if elements % shape.vocabulary == 0 else elements
-        parameters.append(replace(base, rows=rows, columns=elements // rows))
+        parameters.append(replace(base, rows=rows, columns=columns))
     for linear in workload.adapted:
         if linear.name == "lm_head":
             parameters += _adapters(linear, workload, train_bytes)
@@ -107,16 +107,24 @@ def outer_parameters(workload: Workload, train_bytes: int = FLOAT32) -> list[Par
     return parameters + [ParameterSpec(*x, True, width, width) for x in workload.outer_shapes]
 
 
-def copied_parameters(
-    workload: Workload, train_bytes: int = FLOAT32
-) -> tuple[list[ParameterSpec], list[ParameterSpec]]:
-    """The copies of modules that train whole: of one decoder layer, and those outside."""
-    copies: tuple[list[ParameterSpec], list[ParameterSpec]] = ([], [])
-    width = _trained_width(workload, train_bytes)
-    for module in workload.whole_modules:
-        specs = (ParameterSpec(*size, True, width, width) for size in module.parameters)
-        copies[not module.layers].extend(specs)
-    return copies
+def layer_copies(
+    workload: Workload, kind: ModelShape, train_bytes: int = FLOAT32
+) -> list[ParameterSpec]:
+    """The copies of modules that train whole, of one decoder layer of a kind."""
+    block = replace(kind, layers=1)
+    numbers = {number for number, x in enumerate(workload.shape.each_layer) if x == block}
+    modules = (x for x in workload.whole_modules if numbers.intersection(x.layers))
+    return _copies(modules, _trained_width(workload, train_bytes))
+
+
+def outer_copies(workload: Workload, train_bytes: int = FLOAT32) -> list[ParameterSpec]:
+    """The copies of modules that train whole, outside the decoder layers."""
+    modules = (x for x in workload.whole_modules if not x.layers)
+    return _copies(modules, _trained_width(workload, train_bytes))
+
+
+def _copies(modules: Iterable[WholeModule], width: int) -> list[ParameterSpec]:
+    return [ParameterSpec(*size, True, width, width) for x in modules for size in x.parameters]
 
 
 def _trained_width(workload: Workload, train_bytes: int) -> int:

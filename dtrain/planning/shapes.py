@@ -19,6 +19,7 @@ class LinearShape:
         experts: number of matrices; 1 for a layer that is none of experts'.
         active: how many of them a token is multiplied with.
         layers: numbers of the decoder layers that have it; empty: all.
+        adaptable: it can get an adapter.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LinearShape:
     experts: int = 1
     active: int = 1
     layers: tuple[int, ...] = ()
+    adaptable: bool = True
 
     @property
     def elements(self) -> int:
@@ -75,7 +77,10 @@ class ModelShape:
         saved: elements a token that are saved between the linear layers of one decoder layer, where
             they are not Llama's; 0: as in Llama.
         prefix: what comes before the number of a decoder layer in the names of its modules.
-        outer: parameters outside the decoder layers and their elements; empty: Llama's.
+        outer: parameters outside the decoder layers, and rows and columns of each; the embeddings
+            come first, then the final norm. Empty: Llama's.
+        modules: modules of one decoder layer that have parameters of their own, and rows and
+            columns of each parameter; empty: Llama's.
         blocks: the decoder layers, each as a model of one layer, where they differ; the sizes of
             the whole are then those of the largest.
     """
@@ -98,7 +103,8 @@ class ModelShape:
     kernels: frozenset[str] = frozenset()
     saved: int = 0
     prefix: str = "model.layers"
-    outer: tuple[tuple[str, int], ...] = ()
+    outer: tuple[tuple[str, tuple[int, int]], ...] = ()
+    modules: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
     blocks: tuple[ModelShape, ...] = ()
 
     @cached_property
@@ -157,13 +163,18 @@ class ModelShape:
         return sum(kind.layers * kind.layer_parameters for kind in self.kinds)
 
     @property
-    def outer_elements(self) -> dict[str, int]:
-        """Parameter outside the decoder layers → its elements; tied matrices have one name."""
+    def outer_sizes(self) -> dict[str, tuple[int, int]]:
+        """Parameter outside the decoder layers → rows and columns; tied matrices have one name."""
         if self.outer:
             return dict(self.outer)
-        matrix = self.vocabulary * self.hidden
+        matrix = (self.vocabulary, self.hidden)
         head = {} if self.tied else {"lm_head.weight": matrix}
-        return {"model.embed_tokens.weight": matrix, "model.norm.weight": self.hidden, **head}
+        return {"model.embed_tokens.weight": matrix, "model.norm.weight": (self.hidden, 1), **head}
+
+    @property
+    def outer_elements(self) -> dict[str, int]:
+        """Parameter outside the decoder layers → its elements."""
+        return {name: rows * columns for name, (rows, columns) in self.outer_sizes.items()}
 
     @property
     def outer_parameters(self) -> int:
@@ -244,7 +255,7 @@ def matching_linears(
 
 
 def _adaptable(shape: ModelShape, *, experts: bool) -> list[LinearShape]:
-    linears = [x for x in shape.linears if experts or x.experts == 1]
+    linears = [x for x in shape.linears if x.adaptable and (experts or x.experts == 1)]
     head = LinearShape("lm_head", shape.hidden, shape.vocabulary)
     return linears if shape.tied else [*linears, head]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from dtrain.core.errors import UserError
 from dtrain.planning.shapes import ModelShape
@@ -18,18 +17,21 @@ NORMS_OF_A_LAYER = (
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
+Parameters = tuple[tuple[int, int], ...]
+"""Rows and columns of each parameter of a module."""
+
+
 @dataclass(frozen=True)
 class WholeModule:
     """Parameters of a module that trains whole.
 
     Attributes:
-        layers: decoder layers that have it; 0 for a module outside them.
-        parameters: rows and columns of each.
+        layers: numbers of the decoder layers that have it; empty for a module outside them.
     """
 
     name: str
-    layers: int
-    parameters: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]
+    parameters: Parameters
 
 
 def select_modules(shape: ModelShape, ends: Sequence[str]) -> tuple[WholeModule, ...]:
@@ -38,57 +40,46 @@ def select_modules(shape: ModelShape, ends: Sequence[str]) -> tuple[WholeModule,
     Raises:
         UserError: no module is named so.
     """
-    known = {f"model.{name}": parameters for name, parameters in _outer_modules(shape).items()}
-    if not shape.tied:
-        known["lm_head"] = known["model.embed_tokens"]
-    inner = _layer_modules(shape)
-    found, used = list[WholeModule](), set[str]()
-    for name, parameters in known.items():
-        if matching := {end for end in ends if name.endswith(end)}:
-            used |= matching
-            found.append(WholeModule(name, 0, parameters))
-    for module in inner:
-        names = [f"{shape.prefix}.{number}.{module.name}" for number in module.numbers]
-        if matching := {end for end in ends if any(n.endswith(end) for n in names)}:
-            used |= matching
-            layers = sum(n.endswith(tuple(matching)) for n in names)
-            found.append(WholeModule(module.name, layers, module.parameters))
-    if shape.tied and "lm_head" in ends:
-        used.add("lm_head")
-    if unknown := [end for end in ends if end not in used]:
-        names = sorted({n.rpartition(".")[2] for n in (*known, *(x.name for x in inner))})
-        raise UserError(
-            f"no module is named {unknown[0]!r}",
-            where="method.modules_to_save",
-            fix=f"choose from: {', '.join(names)}",
-        )
-    return tuple(found)
+    if not ends:
+        return ()
+    found = dict[tuple[str, Parameters], list[int]]()
+    names = list[str]()
+    for name, parameters in _outer_modules(shape).items():
+        names.append(name)
+        if name.endswith(tuple(ends)):
+            found[name, parameters] = []
+    for number, block in enumerate(shape.each_layer):
+        for name, parameters in block.modules or _llama_modules(block):
+            names.append(f"{shape.prefix}.{number}.{name}")
+            if names[-1].endswith(tuple(ends)):
+                found.setdefault((name, parameters), []).append(number)
+    known = [*names, "lm_head"] if shape.tied else names
+    for end in ends:
+        if not any(name.endswith(end) for name in known):
+            choices = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                f"no module is named {end!r}",
+                where="method.modules_to_save",
+                fix=f"choose from: {', '.join(choices)}",
+            )
+    return tuple(WholeModule(name, tuple(found[name, p]), p) for name, p in found)
 
 
-def _outer_modules(shape: ModelShape) -> dict[str, tuple[tuple[int, int], ...]]:
-    return {
-        "embed_tokens": ((shape.vocabulary, shape.hidden),),
-        "norm": ((shape.hidden, 1),),
-    }
-
-
-class _LayerModule(NamedTuple):
-    """A module of the decoder layers with these numbers."""
-
-    name: str
-    numbers: Sequence[int]
-    parameters: tuple[tuple[int, int], ...]
-
-
-def _layer_modules(shape: ModelShape) -> list[_LayerModule]:
-    """The linear layers and norms of the decoder layers."""
-    every = range(shape.layers)
-    modules = []
-    for x in shape.linears:
-        bias = ((x.outputs, 1),) if x.bias else ()
-        modules.append(_LayerModule(x.name, x.layers or every, ((x.outputs, x.inputs), *bias)))
-    norms = dict.fromkeys(NORMS_OF_A_LAYER[: shape.norms], shape.hidden)
-    if shape.norm_elements > shape.norms * shape.hidden:
-        norms |= dict.fromkeys(HEAD_NORMS, shape.head_size)
-    modules += [_LayerModule(name, every, ((width, 1),)) for name, width in norms.items()]
+def _outer_modules(shape: ModelShape) -> dict[str, Parameters]:
+    modules: dict[str, Parameters] = {}
+    for name, size in shape.outer_sizes.items():
+        module = name.rpartition(".")[0]
+        modules[module] = (*modules.get(module, ()), size)
     return modules
+
+
+def _llama_modules(block: ModelShape) -> Iterator[tuple[str, Parameters]]:
+    """The linear layers and norms of a decoder layer with Llama's names."""
+    for x in block.linears:
+        bias = ((x.outputs, 1),) if x.bias else ()
+        yield x.name, ((x.outputs, x.inputs), *bias)
+    norms = dict.fromkeys(NORMS_OF_A_LAYER[: block.norms], block.hidden)
+    if block.norm_elements > block.norms * block.hidden:
+        norms |= dict.fromkeys(HEAD_NORMS, block.head_size)
+    for name, width in norms.items():
+        yield name, ((width, 1),)

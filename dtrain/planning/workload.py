@@ -191,15 +191,16 @@ class Workload:
         modules = select_modules(shape, adapter.whole_modules)
         if not (adapter.trains_router and shape.experts):
             return modules
-        mixtures = sum(block.router[0] > 0 for block in shape.each_layer)
-        routers = WholeModule("router", mixtures, (shape.router,))
+        mixtures = (n for n, block in enumerate(shape.each_layer) if block.router[0])
+        routers = WholeModule("router", tuple(mixtures), (shape.router,))
         return (*modules, routers)
 
     @property
     def trains_matrices(self) -> bool:
         """Whether embeddings or output matrix train, whole."""
-        names = {module.name for module in self.whole_modules}
-        return self.method.trains_outer or not names.isdisjoint({"model.embed_tokens", "lm_head"})
+        matrix = (self.shape.vocabulary, self.shape.hidden)
+        outer = (module for module in self.whole_modules if not module.layers)
+        return self.method.trains_outer or any(matrix in module.parameters for module in outer)
 
     @property
     def outer_shapes(self) -> Shapes:
@@ -266,7 +267,7 @@ class Workload:
             for matrix in shapes
         )
         whole = sum(
-            max(module.layers, 1) * prod(matrix)
+            max(len(module.layers), 1) * prod(matrix)
             for module in self.whole_modules
             for matrix in module.parameters
         )
@@ -275,13 +276,17 @@ class Workload:
 
     @property
     def _trained_base(self) -> int:
-        """The base's own parameters that train; norms of layers count as training."""
+        """The base's own parameters that train.
+
+        Of those in decoder layers, all but the linear layers' weights count as training.
+        """
         method, shape = self.method, self.shape
         outer = shape.outer_elements if method.trains_outer else {}
         matrices = sum(n for name, n in outer.items() if not method.freezes(name))
         first = shape.layers - self.trained_layers
         vectors = sum(
             block.norm_elements
+            + sum(prod(size) for size in block.others)
             + sum(x.biases for x in block.linears)
             + prod(block.router) * method.trains_router
             for block in shape.each_layer[first:]

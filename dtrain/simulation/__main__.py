@@ -22,7 +22,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.files import write_json
 from dtrain.core.processes import die_with_parent
-from dtrain.models.load import read_config
+from dtrain.models.load import needs_own_code, read_config
 from dtrain.planning.model_process import LINE_PREFIX
 from dtrain.planning.shapes import ModelShape
 from dtrain.simulation.ledger import MemoryLedger, watch_resizes
@@ -38,15 +38,28 @@ def main() -> None:
     request = json.load(sys.stdin)
     try:
         if "describe" in request:
-            _describe(request["describe"], request["where"])
+            describe(request["describe"], request["where"])
         else:
             _simulate(request)
     except UserError as error:
         _send({"error": [error.message, error.where, error.fix]})
 
 
-def _describe(content: dict[str, Any], where: str) -> None:
-    """Send the shape of the model of a config; errors name where the config is from."""
+def describe(content: dict[str, Any], where: str) -> None:
+    """Send the shape of the model of a config.
+
+    Args:
+        where: source of the config, for messages.
+
+    Raises:
+        UserError: dtrain cannot build the model, or only the model's own code can.
+    """
+    if needs_own_code(content):
+        raise UserError(
+            "the plan does not run a model's own Python code",
+            where=where,
+            fix="dtrain run needs no plan",
+        )
     try:
         shape = describe_model(_build_config(content, trust_remote_code=False))
     except UserError as error:

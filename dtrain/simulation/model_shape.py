@@ -1,7 +1,7 @@
 """The sizes of any decoder that transformers builds, for `dtrain plan`.
 
 The model is built on the meta device, with LoRA on all its layers as a run attaches it. So the
-linear layers of the shape are those that get adapters, and all counts are the model's own.
+shape says which linear layers can get adapters, and all counts are the model's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, device, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
@@ -29,6 +30,7 @@ from dtrain.models.expert_layers import (
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.meta_model import (
     build_meta_model,
+    linear_layers,
     remove_modules,
     unused_parameters,
     unused_towers,
@@ -68,9 +70,17 @@ class _Description:
         self._layers = {names[layer]: layer for layer in layers}
         self._routers = router_layers(model)
         self._parameters = {n: p.shape for n, p in model.named_parameters()}
+        self._matrix = next(n for n, p in model.named_parameters() if p is self._input_matrix)
+        self._modules = dict(_leaf_modules(model))
+        self._norms = set(self._norm_weights())
+        self._linears = {
+            name: (*_features(layer), layer.bias is not None)
+            for name, layer in linear_layers(model).items()
+            if name not in self._routers
+        }
         adapted = build_method(Lora(kind="lora", r=1)).attach(model, seed=0, device=device("meta"))
-        self._linears: dict[str, Any] = {
-            name.removeprefix("base_model.model."): module.get_base_layer()
+        self._adapted = {
+            name.removeprefix("base_model.model.")
             for name, module in adapted.named_modules()
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
         }
@@ -94,14 +104,28 @@ class _Description:
             kernels=frozenset(self._kernels),
         )
 
-    def _outer(self) -> Iterator[tuple[str, int]]:
+    def _outer(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """The parameters outside of the decoder layers: the embeddings, the norm, others."""
         inside = tuple(f"{name}." for name in self._layers)
-        sizes = {n: s.numel() for n, s in self._parameters.items() if not n.startswith(inside)}
-        matrix = next(n for n, s in sizes.items() if s == self._hidden * self._vocabulary)
-        norm = next(n for n, size in sizes.items() if size == self._hidden)
-        yield from ((name, sizes.pop(name)) for name in (matrix, norm))
-        yield from sizes.items()
+        names = list(self._parameters)
+        first = next(number for number, name in enumerate(names) if name.startswith(inside))
+        norms = [name for name in names if name in self._norms and not name.startswith(inside)]
+        after = [name for name in norms if names.index(name) > first]
+        if not norms:
+            raise UserError(
+                "the plan does not describe a model whose last norm has no weight",
+                where=self._config.model_type,
+                fix="dtrain run needs no plan",
+            )
+        order = dict.fromkeys((self._matrix, after[0] if after else norms[-1], *names))
+        yield from ((n, _size(self._parameters[n])) for n in order if not n.startswith(inside))
+
+    def _norm_weights(self) -> Iterator[str]:
+        """The weights [h] of the norms, by their shape: names of norms differ."""
+        for name, parameters in self._modules.items():
+            leaf, size = next(iter(parameters.items()))
+            if size == (self._hidden, 1):
+                yield f"{name}.{leaf}"
 
     def _block(self, name: str, layer: nn.Module) -> ModelShape:
         """One decoder layer, as a model of that layer alone."""
@@ -111,7 +135,7 @@ class _Description:
         known = {f"{x.name}{leaf}" for x in linears for leaf in _leaves(x)}
         routers = {n for n in own if f"{start}{n}".rpartition(".")[0] in self._routers}
         rest = {n: s for n, s in own.items() if n not in known | routers}
-        norms = [n for n, s in rest.items() if s.numel() == h and "norm" in n]
+        norms = [n for n in rest if f"{start}{n}" in self._norms]
         mixers = {n: m for n, m in layer.named_modules() if _mixes_tokens(m)}
         mixing = tuple(f"{n}." for n in mixers)
         down = [x for x in linears if x.outputs == h and not x.name.startswith(mixing)]
@@ -134,13 +158,18 @@ class _Description:
             router=_joined([own[n] for n in routers]),
             others=tuple(_size(s) for n, s in rest.items() if n not in norms),
             saved=sum(map(self._saved, linears)) + sum(map(_convolved, mixers.values())),
+            modules=tuple(
+                (n.removeprefix(start), tuple(sizes.values()))
+                for n, sizes in self._modules.items()
+                if n.startswith(start)
+            ),
         )
 
     def _linears_of(self, start: str) -> Iterator[LinearShape]:
-        for name, linear in self._linears.items():
+        for name, (inputs, outputs, bias) in self._linears.items():
             if name.startswith(start):
-                inner, (outputs, inputs) = name.removeprefix(start), linear.weight.shape
-                yield LinearShape(inner, inputs, outputs, linear.bias is not None)
+                inner, adaptable = name.removeprefix(start), name in self._adapted
+                yield LinearShape(inner, inputs, outputs, bias, adaptable=adaptable)
         for name, transposed in self._transposed.items():
             if name.startswith(start):
                 experts, rows, columns = self._parameters[name]
@@ -155,6 +184,20 @@ class _Description:
         if not linear.reads_stream(self._hidden):
             saved += 2 * linear.inputs
         return linear.active * saved
+
+
+def _leaf_modules(model: nn.Module) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Modules without others in them → rows and columns of each of their parameters."""
+    for name, module in model.named_modules():
+        parameters = {n: _size(p.shape) for n, p in module.named_parameters()}
+        if parameters and not any(True for _ in module.children()):
+            yield name, parameters
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; GPT-2's have a transposed weight."""
+    rows, columns = layer.weight.shape
+    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
 
 
 def _leaves(linear: LinearShape) -> tuple[str, ...]:

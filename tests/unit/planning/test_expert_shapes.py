@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dtrain.config.methods import Lora
+from dtrain.config.methods import Full, Lora
 from dtrain.methods.base import build_method
 from dtrain.planning.activations import layer_bytes
 from dtrain.planning.architectures import ARCHITECTURES, shape_of
@@ -103,3 +103,12 @@ def test_time_and_activations_depend_on_active_experts() -> None:
     packed = replace(few, method=Lora(kind="qlora", r=8))
     stored = sum(x.kept * x.elements for x in layer_parameters(packed) if not x.trains)
     assert stored < 0.3 * sum(x.kept * x.elements for x in layer_parameters(few) if not x.trains)
+
+
+def test_full_fine_tuning_trains_attention_sinks() -> None:
+    config = CONFIGS["openai/gpt-oss-20b"] | {"num_hidden_layers": 2}
+    job = replace(workload(config), method=Full(kind="full"))
+    names = dict(model_of(config).named_parameters())
+    assert any(name.endswith("sinks") for name in names)
+    trained = sum(p.numel() for name, p in names.items() if ".router." not in name)
+    assert job.trainable == trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
-from dtrain.planning.architectures import shape_of
+from dtrain.planning.architectures import read_config, shape_of
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, find_config, find_shape
 from dtrain.planning.shapes import ModelShape, select_linears
@@ -215,3 +216,26 @@ def test_rows_of_new_tokens_train(base: str, method: dict, rows: int) -> None:
         return build_workload(recipe, recipe.stages[0], shape, cluster).trainable
 
     assert trainable("model.tokens.add=[<a>, <b>, <c>]") - trainable() == rows * shape.hidden
+
+
+@pytest.mark.parametrize(
+    ("key", "is_count"),
+    [
+        ("num_hidden_layers", True),
+        ("num_kv_shared_layers", True),
+        ("n_layer", True),
+        ("decoder_layers", True),
+        ("intermediate_size_per_layer", False),
+        ("vision_feature_layer", False),
+    ],
+)
+def test_only_numbers_of_layers_are_limited_as_such(
+    tmp_path: Path, key: str, is_count: bool
+) -> None:
+    path, config = tmp_path / "config.json", {"model_type": "gpt2", "text_config": {key: 4096}}
+    path.write_text(json.dumps(config))
+    if is_count:
+        with pytest.raises(UserError, match=f"{key} is not below 2,000"):
+            read_config(path)
+    else:
+        assert read_config(path) == config

@@ -11,16 +11,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dtrain.config.methods import Lora
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
+from dtrain.models.expert_layers import router_layers
+from dtrain.models.meta_model import linear_layers
 from dtrain.planning.activations import saved_bytes
 from dtrain.planning.architectures import shape_of
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.known_models import find_shape
+from dtrain.planning.parameters import outer_parameters
 from dtrain.planning.shapes import ModelShape
 from dtrain.planning.speed import flops_per_token
 from dtrain.planning.workload import Workload
+from dtrain.simulation.__main__ import describe
 from dtrain.simulation.model_shape import describe_model
 
 SMALL = {
@@ -41,7 +45,17 @@ LATENT = SMALL | EXPERTS | {
 CONVOLUTIONS = SMALL | {
     "model_type": "lfm2", "layer_types": ["conv", "conv", "full_attention", "conv"],
 }  # fmt: skip
-CONFIGS = {"hybrid": HYBRID, "latent": LATENT, "convolutions": CONVOLUTIONS}
+# PEFT has no adapter for Mamba-2's out_proj
+STATES = {
+    "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99,
+    "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1,
+}  # fmt: skip
+BIASED_NORMS = SMALL | {"model_type": "gpt_neox"}
+TRANSPOSED = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 32}
+CONFIGS = {
+    "hybrid": HYBRID, "latent": LATENT, "convolutions": CONVOLUTIONS, "states": STATES,
+    "biased norms": BIASED_NORMS, "transposed": TRANSPOSED,
+}  # fmt: skip
 UNIFORM = SMALL | EXPERTS | {"model_type": "qwen3_moe", "head_dim": 32}
 UNIFORM |= {"moe_intermediate_size": 48}  # no matrix is square
 
@@ -76,6 +90,60 @@ def test_counts_and_adapters_are_the_models_own(name: str) -> None:
     adapted = method.attach(model, seed=0, device=torch.device("meta"))
     trains = [p.numel() for p in adapted.parameters() if p.requires_grad]
     assert workload(shape).trainable == sum(trains)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_fine_tuning_trains_all_but_the_routers(name: str) -> None:
+    shape, model = described(CONFIGS[name]), model_of(CONFIGS[name])
+    job = workload(shape, method=Full(kind="full"))
+    routers = sum(model.get_submodule(n).weight.numel() for n in router_layers(model))
+    assert job.trainable == shape.parameters - routers
+    head = shape.vocabulary * shape.hidden
+    matrices = sum(m.weight.numel() for m in linear_layers(model).values()) - head
+    idle = shape.parameters - shape.active_parameters
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert job.trained_active_elements == matrices + experts - idle
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("hybrid", ["norm", "conv1d"]),
+        ("hybrid", ["layers.3.self_attn.q_norm", "linear_attn.norm"]),
+        ("states", ["mixer.out_proj", "embeddings"]),
+        ("biased norms", ["embed_in", "layernorm", "lm_head"]),
+    ],
+)
+def test_modules_that_train_whole_are_the_models_own(name: str, ends: list[str]) -> None:
+    shape, model = described(CONFIGS[name]), model_of(CONFIGS[name])
+    only_adapters = workload(shape).trainable
+    named = [m for n, m in model.named_modules() if n.endswith(tuple(ends))]
+    job = workload(shape, method=Lora(kind="lora", r=8, modules_to_save=ends))
+    copies = sum(p.numel() for m in named for p in m.parameters())
+    assert job.trainable == only_adapters + copies
+    assert job.trains_matrices == (name != "hybrid")
+    engine = build_engine_model(job)
+    layers = sum(n * sum(x.elements for x in layer if x.trains) for n, layer in engine.kinds)
+    assert layers + sum(x.elements for x in engine.outer if x.trains) == job.trainable
+
+
+def test_a_name_that_no_module_has_is_refused_with_the_models_own() -> None:
+    job = workload(described(BIASED_NORMS), method=Lora(kind="lora", modules_to_save=["wte"]))
+    with pytest.raises(UserError, match="no module is named 'wte'") as caught:
+        job.trainable  # noqa: B018
+    assert "embed_in" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("name", ["biased norms", "transposed"])
+def test_norms_are_those_of_the_model_and_not_their_biases(name: str) -> None:
+    shape = described(CONFIGS[name])
+    assert (shape.norms, shape.norm_elements) == (2, 128)
+
+
+def test_a_norm_as_wide_as_a_multiple_of_the_vocabulary_is_no_matrix() -> None:
+    shape = described(TRANSPOSED)
+    rows = [(x.rows, x.columns) for x in outer_parameters(workload(shape))]
+    assert rows[:2] == [(32, 64), (64, 1)]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
@@ -125,6 +193,17 @@ def test_what_cannot_be_built_is_reported_with_its_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown model_type 'llamma'") as caught:
         find_shape(str(tmp_path))
     assert str(tmp_path / "config.json") in str(caught.value.where)
+
+
+def test_a_last_norm_without_a_weight_is_reported() -> None:
+    with pytest.raises(UserError, match="whose last norm has no weight"):
+        described(SMALL | {"model_type": "olmo"})
+
+
+def test_the_plan_does_not_ask_to_trust_code_that_it_does_not_run() -> None:
+    content = {"model_type": "of its own", "auto_map": {"AutoConfig": "own.Config"}}
+    with pytest.raises(UserError, match="the plan does not run a model's own Python code"):
+        describe(content, "here")
 
 
 def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
