@@ -25,6 +25,10 @@ def check_method(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
         keys: list[Key] = [("model", "tokens"), (*at, "method", "kind")]
         message = f"{stage.method.kind} would leave the new tokens as they start"
         yield Clash(keys, message, _new_tokens_fix(stage.method))
+    if stage.method.trains_router and stage.train.neftune_noise_alpha is not None:
+        keys = [(*at, "method", "router"), (*at, "train", "neftune_noise_alpha")]
+        message = "the experts' load is counted in passes without the noise"
+        yield Clash(keys, message, "router=frozen, or remove neftune_noise_alpha")
     if isinstance(stage.method, AdaLora):
         yield from _ranks(stage.method, (*at, "method"))
         kind: Key = (*at, "method", "kind")

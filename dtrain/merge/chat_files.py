@@ -27,7 +27,7 @@ from dtrain.models.added_tokens import open_tokenizer
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     GENERATION,
-    TOKENIZER_FILES,
+    NEW_TOKENIZER_FILES,
     GenerationFile,
 )
 
@@ -135,7 +135,7 @@ def stored_template(folder: Path) -> str | None:
 
 def tokenizer_texts(folder: Path) -> dict[str, str]:
     """Return the text files of a model's tokenizer, by name, with its chat template."""
-    paths = [folder / name for name in (*TOKENIZER_FILES, CHAT_TEMPLATE)]
+    paths = [folder / name for name in (*NEW_TOKENIZER_FILES, CHAT_TEMPLATE)]
     return {path.name: read_text(path, TOKENIZER_BYTES) for path in paths if path.is_file()}
 
 

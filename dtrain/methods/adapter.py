@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import transformers_weight_conversion
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import AdapterSettings
@@ -26,15 +26,15 @@ from dtrain.core.log import say
 from dtrain.methods.added import AddedMethod
 from dtrain.methods.base import summarize_names
 from dtrain.methods.saved_modules import (
-    ROUTER,
     check_modules_to_save,
     fill_copies,
     prepare_copies,
+    saved_buffers,
     saved_parameters,
     trained_routers,
 )
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.expert_layers import router_layers
+from dtrain.models.expert_layers import router_layers, routers
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -55,19 +55,23 @@ Settings = TypeVar("Settings", bound=AdapterSettings)
 
 
 class AdapterMethod(AddedMethod[Settings]):
-    """A PEFT model: a frozen base, a float32 adapter, and dropout keyed by the sample."""
+    """A PEFT model: a frozen base, a float32 adapter, and dropout keyed by the sample.
+
+    Attributes:
+        unused: names of the base's parameters that no text reaches.
+    """
+
+    unused: set[str]
 
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
     ) -> nn.Module:
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         unused = unused_linear_layers(described)
-        no_gradient = unused_parameters(described)
+        self.unused = no_gradient = unused_parameters(described)
         saved = check_modules_to_save(model, self.settings.whole_modules, no_gradient)
-        trained = trained_routers(model, self.settings)
-        saved |= check_modules_to_save(model, trained, no_gradient, where=ROUTER)
-        routers = router_layers(model)
-        if frozen := routers - saved:
+        trained = trained_routers(model, self.settings, no_gradient)
+        if frozen := routers(model) - trained:
             say(f"the routers of {len(frozen)} layers stay frozen")
         barred = self.barred_layers(model)
         if barred and self.traits.quantizes_base:
@@ -78,7 +82,7 @@ class AdapterMethod(AddedMethod[Settings]):
                 fix="a base in 16 bits: method.kind=lora",
             )
         targets = resolve_targets(
-            described, self.settings.target_modules, unused, saved, barred, routers
+            described, self.settings.target_modules, unused, saved, barred, router_layers(model)
         )
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
@@ -126,10 +130,10 @@ class AdapterMethod(AddedMethod[Settings]):
         Args:
             more: settings of PEFT that replace those of `peft_config`.
         """
-        routers = sorted(trained_routers(model, self.settings))
+        trained = sorted(trained_routers(model, self.settings, self.unused))
         settings = {
             "target_modules": targets,
-            "modules_to_save": [*self.settings.whole_modules, *routers] or None,
+            "modules_to_save": [*self.settings.whole_modules, *trained] or None,
             "task_type": "CAUSAL_LM",
         }
         config: Any = get_peft_config(self.settings.peft_config() | settings | more)
@@ -164,6 +168,9 @@ class AdapterMethod(AddedMethod[Settings]):
         }
         weights = {name.replace(MARK, ".") for name in weights}
         return weights | set(saved_parameters(base).values())
+
+    def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().saved_tensors(model, tensors | saved_buffers(model))
 
     def saved_config(self, model: nn.Module) -> dict[str, Any]:
         """The content of adapter_config.json, without the base."""
@@ -309,7 +316,7 @@ def resolve_targets(
         return target_modules if isinstance(target_modules, str) else list(target_modules)
     if without := matched - used:
         summary = summarize_names(without)
-        say(f"{len(without)} layers get no adapter, as no gradient would reach it: {summary}")
+        say(f"{len(without)} layers get no adapter, as no gradient would reach them: {summary}")
     return sorted(used)
 
 

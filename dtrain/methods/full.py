@@ -13,7 +13,7 @@ from dtrain.core.log import say
 from dtrain.methods.base import Method, summarize_names
 from dtrain.methods.saved_modules import trained_routers
 from dtrain.models.decoder_layers import decoder_layers
-from dtrain.models.expert_layers import router_layers
+from dtrain.models.expert_layers import routers
 from dtrain.models.meta_model import build_meta_model, unused_parameters
 
 
@@ -29,7 +29,7 @@ class FullFineTuning(Method[Full]):
         unused = unused_parameters(
             build_meta_model(model.config, trust_remote_code=model.is_custom_code())
         )
-        chosen = self._chosen(model) - unused - self._frozen_routers(model)
+        chosen = self._chosen(model) - unused - self._frozen_routers(model, unused)
         for name, parameter in model.named_parameters():
             trains = name in chosen
             if trains and parameter.dtype != torch.float32:
@@ -55,12 +55,13 @@ class FullFineTuning(Method[Full]):
             raise UserError("every parameter is frozen", where=where, fix="name fewer of them")
         return chosen
 
-    def _frozen_routers(self, model: PreTrainedModel) -> set[str]:
+    def _frozen_routers(self, model: PreTrainedModel, unused: set[str]) -> set[str]:
         """Names of the parameters of routers, unless these train."""
-        frozen = router_layers(model) - trained_routers(model, self.settings)
+        frozen = routers(model) - trained_routers(model, self.settings, unused)
         if frozen:
             say(f"the routers of {len(frozen)} layers stay frozen")
-        return {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in frozen}
+        inside = tuple(f"{name}." for name in frozen)
+        return {name for name, _ in model.named_parameters() if name.startswith(inside)}
 
     def _trainable_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers whose parameters may train, or the whole model."""

@@ -46,7 +46,7 @@ class LoraMethod(AdapterMethod[Lora]):
 
     def _expert_targets(self, model: PreTrainedModel, targets: str | list[str]) -> list[str]:
         """The parameters of experts that get adapters."""
-        named = list(expert_parameters(model))
+        named = [name for name in expert_parameters(model) if name not in self.unused]
         if not isinstance(self.settings.target_modules, str):
             named = match_names(named, self.settings.target_modules)
         if named and not self.settings.adapts_experts:

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import UserError
-from dtrain.models.expert_layers import router_layers
+from dtrain.models.expert_layers import router_layers, routers
 
 WHERE, ROUTER = "method.modules_to_save", "method.router"
 
 
 def check_modules_to_save(
-    model: PreTrainedModel, names: Iterable[str], unused: set[str], where: str = WHERE
+    model: PreTrainedModel, names: Iterable[str], unused: set[str]
 ) -> set[str]:
     """Check what PEFT would copy.
 
@@ -32,7 +32,6 @@ def check_modules_to_save(
         model: before PEFT changes it.
         names: PEFT matches the ends of modules' names, `norm` that of `input_layernorm` too.
         unused: parameters that no text reaches, from `unused_parameters`.
-        where: the key that asks for them.
 
     Returns:
         The names of the modules.
@@ -50,30 +49,41 @@ def check_modules_to_save(
     for name, module in saved.items():
         if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
             fix = "name modules with weights of their own: embed_tokens, lm_head, norm, ..."
-            raise UserError(f"{name} is no single layer with weights", where=where, fix=fix)
+            raise UserError(f"{name} is no single layer with weights", where=WHERE, fix=fix)
         if isinstance(module, Linear4bit):
-            raise UserError(f"{name} is in NF4", where=where, fix="method.kind: lora")
-        if all(f"{name}.{leaf}" in unused for leaf, _ in module.named_parameters()):
-            raise UserError(f"no text reaches {name}", where=where, fix="remove it")
+            raise UserError(f"{name} is in NF4", where=WHERE, fix="method.kind: lora")
+        if _is_unused(name, module, unused):
+            raise UserError(f"no text reaches {name}", where=WHERE, fix="remove it")
         _check_dtype(name, module)
     _check_tied(model, saved)
     return set(saved)
 
 
-def trained_routers(model: nn.Module, method: MethodSettings) -> set[str]:
-    """The names of the routers that train.
+def _is_unused(name: str, module: nn.Module, unused: set[str]) -> bool:
+    return all(f"{name}.{leaf}" in unused for leaf, _ in module.named_parameters())
+
+
+def trained_routers(model: nn.Module, method: MethodSettings, unused: set[str]) -> set[str]:
+    """The names of the routers that train: of all that a text reaches.
+
+    Args:
+        unused: as for `check_modules_to_save`.
 
     Raises:
         UserError: the model has none, or a router trains without its loss.
     """
-    routers = router_layers(model)
     if method.trains_router:
-        if not routers:
+        found = {
+            name
+            for name in routers(model)
+            if not _is_unused(name, model.get_submodule(name), unused)
+        }
+        if not found:
             fix = "remove it, or choose the base of a mixture of experts"
             raise UserError("this model has no routers", where=ROUTER, fix=fix)
-        return routers
+        return found
     ends = method.adapter.whole_modules if method.adapter else []
-    if named := [name for name in sorted(routers) if name.endswith(tuple(ends))]:
+    if named := [name for name in sorted(router_layers(model)) if name.endswith(tuple(ends))]:
         message = f"{named[0]} is a router, which trains with its load-balancing loss"
         raise UserError(message, where=WHERE, fix="name it no longer: method.router=train")
     return set()
@@ -140,19 +150,20 @@ def prepare_copies(model: nn.Module, unused: set[str]) -> None:
 
     Args:
         model: without PEFT's wrapper.
-        unused: parameters that no text reaches, which get no gradient: they stay as they are.
+        unused: parameters that no text reaches. They are buffers of the copy, which no engine
+            shards, as PEFT has them in the adapter's file.
     """
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for name, wrapper in saved_wrappers(model):
         for copy in wrapper.modules_to_save.values():
-            for leaf, original in wrapper.original_module._parameters.items():
-                if original is None:
+            for leaf, original in wrapper.original_module.named_parameters():
+                if f"{name}.{leaf}" in unused:
+                    _make_buffer(copy, leaf, original)
                     continue
                 if original not in shared:
                     values = original.detach().to(torch.float32, copy=True)
-                    trains = f"{name}.{leaf}" not in unused
-                    shared[original] = nn.Parameter(values, requires_grad=trains)
-                copy._parameters[leaf] = shared[original]
+                    shared[original] = nn.Parameter(values)
+                _set_parameter(copy, leaf, shared[original])
             if not isinstance(copy, nn.Linear):  # autocast casts a linear layer's inputs
                 copy.register_forward_hook(_as_original(wrapper.original_module))
 
@@ -162,15 +173,46 @@ def fill_copies(block: nn.Module) -> None:
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for _, wrapper in saved_wrappers(block):
         for copy in wrapper.modules_to_save.values():
-            for leaf, empty in copy._parameters.items():
-                if empty is None or not empty.is_meta:
+            for leaf, empty in list(copy.named_parameters()):
+                if not empty.is_meta:
                     continue
                 if empty not in filled:
                     original = wrapper.original_module.get_parameter(leaf)
                     values = original.detach().to(torch.float32, copy=True)
                     filled[empty] = nn.Parameter(values, requires_grad=empty.requires_grad)
-                copy._parameters[leaf] = filled[empty]
-            copy._buffers.update(wrapper.original_module._buffers)
+                _set_parameter(copy, leaf, filled[empty])
+            for leaf, buffer in wrapper.original_module.named_buffers():
+                _holder(copy, leaf)._buffers[leaf.rpartition(".")[2]] = buffer
+            for leaf, original in wrapper.original_module.named_parameters():
+                if leaf not in dict(copy.named_parameters(remove_duplicate=False)):
+                    _make_buffer(copy, leaf, original)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What the copies hold besides what trains, by name in the model: PEFT loads it too."""
+    return {
+        f"{name}.modules_to_save.{adapter}.{leaf}": values
+        for name, wrapper in saved_wrappers(model)
+        for adapter, copy in wrapper.modules_to_save.items()
+        for leaf, values in copy.named_buffers()
+        if leaf.rpartition(".")[2] not in _holder(copy, leaf)._non_persistent_buffers_set
+    }
+
+
+def _holder(module: nn.Module, name: str) -> nn.Module:
+    """The module inside that has a tensor of its own."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    _holder(module, name)._parameters[name.rpartition(".")[2]] = parameter
+
+
+def _make_buffer(copy: nn.Module, name: str, original: Tensor) -> None:
+    """Let a copy have a frozen parameter of its original as a buffer."""
+    holder, leaf = _holder(copy, name), name.rpartition(".")[2]
+    holder._parameters.pop(leaf, None)
+    holder.register_buffer(leaf, original.detach().clone())
 
 
 def _as_original(original: nn.Module) -> Any:

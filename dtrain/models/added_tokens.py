@@ -109,7 +109,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
     for token, number in zip(tokens.words, ids, strict=True):
         encoded = tokenizer.encode(token, add_special_tokens=False)
         others = [x for x in encoded if x != number]  # a space in front of texts
-        alone = tokenizer.decode([number]) == token and not str(tokenizer.decode(others)).strip()
+        alone = (
+            number >= 0
+            and tokenizer.decode([number]) == token
+            and not str(tokenizer.decode(others)).strip()
+        )
         if not alone or encoded.count(number) != 1:
             raise UserError(
                 f"the tokenizer ({type(tokenizer).__name__}) does not encode the new token "

@@ -98,10 +98,11 @@ def known_tokens(folder: Path) -> dict[str, int]:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # of pieces with their scores
             vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        vocabulary = dict(vocabulary)
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError("is not a tokenizer's file", where=str(path)) from error
-    return dict(vocabulary) | added
+    return vocabulary | added
 
 
 def check_new(tokens: Iterable[str], known: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
 from dtrain.core.errors import UserError
 from dtrain.core.lazy_import import LazyModule
@@ -47,7 +48,8 @@ def check_experts(model: nn.Module, where: str) -> None:
     """Check that the experts of a model, if it has any, are those that can get adapters.
 
     Raises:
-        UserError: a layer has a number of experts, but keeps them in a form of its own.
+        UserError: a layer has a number of experts, but keeps them in a form of its own; or it has
+            no router that dtrain can find.
     """
     modules = dict(model.named_modules())
     counts = [
@@ -63,6 +65,14 @@ def check_experts(model: nn.Module, where: str) -> None:
             where=where,
             fix="choose a mixture of experts such as qwen3_moe, mixtral, gpt_oss, or a dense model",
         )
+    blocks = {name.rpartition(".")[0] for name in routers(model)}
+    for name, module in modules.items():
+        if is_experts(module) and name.rpartition(".")[0] not in blocks:
+            raise UserError(
+                f"what chooses among {name} was not found, so that it would not stay as it is",
+                where=where,
+                fix="choose another mixture of experts, or a dense model",
+            )
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -76,32 +86,69 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def router_layers(model: nn.Module) -> set[str]:
-    """Names of the modules that choose experts: next to them, with a row of weights for each."""
-    routers = set()
+def routers(model: nn.Module) -> set[str]:
+    """Names of the modules that choose experts, next to them, with all that is inside."""
+    declared = recorded_routers(model)[1]
+    found = set()
     for name, module in model.named_modules():
-        if not is_experts(module):
+        if is_experts(module):
+            found |= _routers_of(model, name, int(module.num_experts), set(declared))
+    return found
+
+
+def router_layers(model: nn.Module) -> set[str]:
+    """Names of the routers and of the modules inside them."""
+    return {
+        layer
+        for name in routers(model)
+        for layer, _ in model.get_submodule(name).named_modules(prefix=name)
+    }
+
+
+def recorded_routers(model: nn.Module) -> tuple[int, list[nn.Module]]:
+    """Where routers return their logits, and the routers, as transformers records both."""
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if isinstance(recorder, OutputRecorder):
+            kind = recorder.target_class
+            return recorder.index, [m for m in model.modules() if isinstance(m, kind)]
+    return 0, []
+
+
+def _routers_of(model: nn.Module, experts: str, count: int, declared: set[nn.Module]) -> set[str]:
+    """The routers of some experts: what transformers records, or what has a row for each."""
+    block, _, own = experts.rpartition(".")
+    beside = {f"{block}.{n}": m for n, m in model.get_submodule(block).named_children() if n != own}
+    recorded = {name for name, child in beside.items() if not declared.isdisjoint(child.modules())}
+    return recorded or {n for n, child in beside.items() if _has_a_row_for_each(child, count)}
+
+
+def _has_a_row_for_each(module: nn.Module, experts: int) -> bool:
+    """Whether a module has weights with a row for each expert."""
+    for name, layer in module.named_modules():
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.dim() != 2:
             continue
-        block, experts = name.rpartition(".")[0], int(module.num_experts)
-        for inner, layer in model.get_submodule(block).named_modules(prefix=block):
-            weight = layer._parameters.get("weight")
-            if weight is None or weight.dim() != 2 or f"{inner}.".startswith(f"{name}."):
-                continue
-            siblings = model.get_submodule(inner.rpartition(".")[0]).children()
-            if any(getattr(other, "in_features", 0) == experts for other in siblings):
-                continue  # an MLP that is as wide as there are experts
-            if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
-                routers.add(inner)
-    return routers
+        siblings = module.get_submodule(name.rpartition(".")[0]).children() if name else ()
+        if any(getattr(other, "in_features", 0) == experts for other in siblings):
+            continue  # an MLP that is as wide as there are experts
+        if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
+            return True
+    return False
 
 
 def fix_routers(model: nn.Module) -> None:
     """Let routers choose as in evaluation, always.
 
-    In training PhiMoE's draw at random, so that losses would depend on the ranks.
+    In training PhiMoE's draw at random, and Mixtral's block its input (`router_jitter_noise`), so
+    that losses would depend on the ranks.
     """
     for name in router_layers(model):
         model.get_submodule(name).eval().train = _stay  # type: ignore[assignment,method-assign]
+    for name in routers(model):
+        block = model.get_submodule(name.rpartition(".")[0])
+        for key in [key for key in vars(block) if key.endswith("jitter_noise")]:
+            setattr(block, key, 0.0)
 
 
 def _stay(mode: bool = True) -> None:

@@ -23,7 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 # Files of a tokenizer with new tokens, which lies next to an adapter that trained them.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+NEW_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 COMBINED = "combine.json"  # record of a combined adapter, in its folder
 BOTTLENECK = "BOTTLENECK"  # peft_type of adapters that PEFT does not have
 

@@ -16,18 +16,20 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
-from transformers.utils.output_capturing import OutputRecorder
 
-from dtrain.models.expert_layers import is_batched, is_experts
+from dtrain.models.expert_layers import is_batched, is_experts, recorded_routers
 from dtrain.models.kernels.same_program import same_program
 from dtrain.models.loss import transformers_model
 
 LOSS = "load_balancing_loss_func"  # of transformers, in the module of each model that has it
+CHOICES = ((1, "top_k_index"), (2, "top_k_weights"))  # arguments of experts, [T, k]
+NO_EXPERT = -1  # counts nowhere: of a token that a router lets pass
 LAYER = re.compile(r"\w+\.\d+(?=\.)")  # the first part of a name that is numbered
 
 RouterSums = list[tuple[Tensor, Tensor]]
@@ -51,7 +53,7 @@ class LoadBalance:
         self._choices = int(_setting(inner, "num_experts_per_tok"))
         self._sums: RouterSums | None = None
         self._with_gradient = False
-        self._index, routers = _recorded_routers(model)
+        self._index, routers = recorded_routers(model)
         own_loss = getattr(sys.modules[type(inner).__module__], LOSS, None)
         self.obstacle = ""
         if not same_program(own_loss, mixtral.load_balancing_loss_func):
@@ -104,16 +106,6 @@ def _setting(model: Any, name: str) -> float:
     return getattr(model, name, None) or getattr(model.config.get_text_config(), name, None) or 0
 
 
-def _recorded_routers(model: nn.Module) -> tuple[int, list[nn.Module]]:
-    """Where routers return their logits, and the routers, as transformers records both."""
-    for module in model.modules():
-        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        if isinstance(recorder, OutputRecorder):
-            kind = recorder.target_class
-            return recorder.index, [m for m in model.modules() if isinstance(m, kind)]
-    return 0, []
-
-
 def count_choices(chosen: Tensor, experts: int) -> Tensor:
     """How often each of E experts is chosen, [E], without waiting for the device."""
     # A GPU counts integers in a fixed order; a CPU has only floats.
@@ -152,12 +144,13 @@ class ExpertLoad:
 
     def take(self) -> list[float]:
         """The counts since the last call, of all experts of all layers; waits for the device."""
-        counts = [
-            torch.zeros(size) if count is None else count
-            for count, size in zip(self._counts, self._sizes, strict=True)
-        ]
-        self._counts = [None] * len(counts)
-        return torch.cat([count.double() for count in counts]).tolist() if counts else []
+        called = [count.double() for count in self._counts if count is not None]
+        values = iter(torch.cat(called).tolist() if called else ())
+        counts: list[float] = []
+        for count, size in zip(self._counts, self._sizes, strict=True):
+            counts += [0.0] * size if count is None else islice(values, size)
+        self._counts = [None] * len(self._counts)
+        return counts
 
     def metrics(self, counts: Sequence[float]) -> dict[str, dict[str, float]]:
         """What is logged of each layer with experts.
@@ -173,7 +166,9 @@ class ExpertLoad:
         for label, size in zip(self._labels, self._sizes, strict=True):
             layer = counts[start : start + size]
             start += size
-            load = max(layer) * size / (sum(layer) or 1.0)
+            if not any(layer):  # of experts for images, to which no text goes
+                continue
+            load = max(layer) * size / sum(layer)
             metrics[label] = {"max_load": round(load, 4), "unused": layer.count(0.0)}
         return metrics
 
@@ -185,8 +180,8 @@ class ExpertLoad:
             if is_batched(module):  # rows of zeros belong to other experts
                 counts = (args[0] != 0).any(-1).view(size, -1).sum(1)
             else:
-                chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-                counts = count_choices(chosen, size)
+                chosen, weights = (kwargs.get(k, *args[n : n + 1]) for n, k in CHOICES)
+                counts = count_choices(chosen.masked_fill(weights == 0, NO_EXPERT), size)
             self._counts[index] = counts if before is None else before + counts
 
         return count

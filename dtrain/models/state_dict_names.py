@@ -131,6 +131,7 @@ class StateDictNames:
             self,
             stored={entry: name for entry, name in self.stored.items() if entry in entries},
             conversions=[c for c in self.conversions if c.entries[0] in entries],
+            missing=[entry for entry in self.missing if entry in entries],
         )
 
 

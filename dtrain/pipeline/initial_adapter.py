@@ -28,7 +28,8 @@ from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter import AdapterFile
 from dtrain.merge.provenance import adapter_origin, expected_bases, model_fingerprint
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
-from dtrain.methods.adapter import ADAPTER
+from dtrain.methods.adapter import loadable_config
+from dtrain.methods.saved_modules import saved_buffers
 from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
 from dtrain.models.token_rows import MARK
 
@@ -106,7 +107,7 @@ def open_initial_adapter(setup: StageSetup, model: nn.Module) -> InitialAdapter 
 
 def _check_settings(folder: Path, model: nn.Module) -> None:
     assert isinstance(model, PeftModel)
-    ours = _plain(model.peft_config[ADAPTER].to_dict())
+    ours = _plain(loadable_config(model).to_dict())
     theirs = read_adapter_config(folder)
     lines = [
         f"{RECIPE_KEYS.get(key, key)}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here"
@@ -147,9 +148,13 @@ def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[st
             keys[name] = key
         else:
             tied.append((other, key))
+    frozen = {file_key(name) for name in saved_buffers(model)}
     for problem, odd in (
         ("that the stage trains are not in it", sorted(expected.keys() - file.shapes.keys())),
-        ("of it are not trained by the stage", sorted(file.shapes.keys() - expected.keys())),
+        (
+            "of it are not trained by the stage",
+            sorted(file.shapes.keys() - expected.keys() - frozen),
+        ),
     ):
         if odd:
             message = f"{len(odd)} tensors {problem}: {', '.join(odd[:3])}"

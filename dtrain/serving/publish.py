@@ -22,7 +22,7 @@ from dtrain.models.peft_format import (
     COMBINED,
     CONFIG,
     GENERATION,
-    TOKENIZER_FILES,
+    NEW_TOKENIZER_FILES,
     WEIGHTS,
     adapter_base,
     read_adapter_config,
@@ -31,7 +31,7 @@ from dtrain.serving.card_usage import PLACEHOLDER
 from dtrain.serving.model_card import README, adapter_card, merged_card
 from dtrain.serving.run_models import Run, open_run
 
-ADAPTER_FILES = (WEIGHTS, CONFIG, CHAT_TEMPLATE, GENERATION, COMBINED, *TOKENIZER_FILES)
+ADAPTER_FILES = (WEIGHTS, CONFIG, CHAT_TEMPLATE, GENERATION, COMBINED, *NEW_TOKENIZER_FILES)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 

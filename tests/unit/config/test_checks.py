@@ -307,6 +307,13 @@ def weights(*sources: list[tuple[int, float]]) -> dict[str, Any]:
             ["stages.0.regularize.kind", "stages.0.method.modules_to_save", "kl_to_base"],
         ),
         (
+            {
+                "stages__0__method": {"kind": "lora", "router": "train"},
+                "stages__0__train__neftune_noise_alpha": 5.0,
+            },
+            ["method.router", "train.neftune_noise_alpha", "without the noise", "router=frozen"],
+        ),
+        (
             {"stages__0__method": {"kind": "adalora", "r": 4, "target_r": 8}},
             ["method.target_r", "method.r", "8, is higher", "at most r"],
         ),

@@ -130,9 +130,10 @@ def test_known_tokens_are_found_without_the_tokenizer(
     assert known_tokens(folder)["<tool>"] == ids[0]
     with pytest.raises(UserError, match="has the token 'w8' already, number 9"):
         check_new(["<new>", "w8"], known_tokens(folder))
-    (tmp_path / "tokenizer.json").write_text('{"model": []}')
-    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer's file"):
-        known_tokens(tmp_path)
+    for broken in ('{"model": []}', '{"model": {"vocab": 5}}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizer's file"):
+            known_tokens(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +19,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config import schema
-from dtrain.config.methods import Lora
+from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import MergeJob, check_mergeable
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.methods.base import build_method
+from dtrain.models import expert_layers
 from dtrain.models.check_base import open_model
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import expert_states
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import load_base, read_config
 from dtrain.models.packing_probe import probe_packing
+from dtrain.models.peft_format import file_key
 from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import adapters_disabled
 from dtrain.objectives.regularizers.fisher import adapted_layers
@@ -65,6 +68,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     "glm4_moe": {
         "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
         "moe_intermediate_size": 16,
+    },
+    # Routers that are a matrix and scales, or one and a bias; that choose one more than experts.
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
+        "moe_intermediate_size": 16, "hidden_size_per_layer_input": 0, "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS, "moe_k": 2, "moe_intermediate_size": 16,
+        "moe_layer_start_index": 0, "moe_layer_interval": 1,
+    },
+    "zaya": {
+        "num_experts": EXPERTS, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+        "router_hidden_size": 12, "layer_types": ["hybrid", "hybrid"],
     },
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", MODELS)
@@ -362,6 +379,56 @@ def test_routers_stay_frozen(write: Callable) -> None:
         adapted(folder, target_modules=["q_proj", "wg"])
 
 
+@pytest.mark.parametrize("kind", [*OTHERS])
+def test_routers_are_frozen_or_trained_whole(write: Callable, kind: str) -> None:
+    def in_routers(names: Iterable[str]) -> set[str]:
+        return {name for name in names if re.search(r"\.(gate|router)\.", name)}
+
+    def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    folder = write(kind)
+    names = in_routers(dict(plain(folder).named_parameters()))
+    assert len(names) >= 2
+    full = build_method(Full(kind="full")).attach(plain(folder), seed=1)
+    for model in (full, adapted(folder)[1]):
+        assert trained(model) and not in_routers(trained(model))
+    _, model = adapted(folder, router="train")
+    logits(model).square().mean().backward()
+    copies = {n: p for n, p in trained(model).items() if "modules_to_save" in n}
+    expected = {n for n in names if "moe_statics" not in n}  # which no loss depends on
+    assert {file_key(n).removeprefix("base_model.model.") for n in copies} == expected
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in copies.values())
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "zaya"])
+def test_a_router_that_trained_is_loaded_merged_and_continued(
+    write: Callable, kind: str, tmp_path: Path
+) -> None:
+    folder = write(kind)
+    method, model = adapted(folder, router="train")
+    with torch.no_grad():
+        for name, copy in model.named_parameters():
+            if "modules_to_save" in name:
+                copy.mul_(1.5)
+    adapter = saved(method, model, tmp_path / "adapter")
+    job = MergeJob(folder, tmp_path / "merged", source="test")
+    job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
+    for other in (PeftModel.from_pretrained(plain(folder), adapter), plain(tmp_path / "merged")):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
+    keys = {"kind": "lora", "r": 4, "dropout": 0.0, "from_adapter": str(adapter)}
+    assert check_initial_adapter(SimpleNamespace(method=Lora(**keys)), model)
+
+
+def test_a_mixture_whose_router_is_not_found_is_refused(
+    write: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write("zaya")
+    monkeypatch.setattr(expert_layers, "recorded_routers", lambda _: (0, []))
+    with pytest.raises(UserError, match=r"what chooses among model\.layers\.0\.mlp\.experts"):
+        read_config(folder, trust_remote_code=False)
+
+
 def test_a_router_that_trains_has_the_bias_of_its_base(write: Callable) -> None:
     folder = write("glm4_moe")
     tensors = load_file(folder / "model.safetensors")
@@ -371,6 +438,13 @@ def test_a_router_that_trains_has_the_bias_of_its_base(write: Callable) -> None:
     copies = [m for n, m in model.named_modules() if n.endswith("gate.modules_to_save.default")]
     found = [copy.e_score_correction_bias for copy in copies]
     assert len(found) == 2 and all(map(torch.equal, found, biases.values()))
+
+
+def test_a_block_does_not_draw_its_input_at_random(write: Callable) -> None:
+    folder = write("mixtral", router_jitter_noise=0.5)
+    base = streamed(folder)
+    base.materialize(base.model)
+    assert torch.equal(logits(base.model.train()), logits(plain(folder)))
 
 
 def test_experts_that_code_of_their_own_computes_are_refused(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_in_a_mixture_of_experts_too(
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     assert adapted_names(adapted)
     assert not [name for name in adapted_names(adapted) if name.endswith(layer)]
-    assert "as no gradient would reach it: " in (out := capsys.readouterr().out)
+    assert "as no gradient would reach them: " in (out := capsys.readouterr().out)
     assert f"model.layers.*.{layer}" in out
 
 

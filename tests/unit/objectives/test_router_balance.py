@@ -169,6 +169,20 @@ def test_the_load_is_of_the_tokens_that_train() -> None:
     }
 
 
+def test_the_load_leaves_out_what_no_expert_computes() -> None:
+    model = mixture()
+    load = ExpertLoad(model)
+    with load.recording():  # no text goes to the second layer's experts
+        model.model.layers[0].mlp.experts(  # type: ignore[operator,union-attr,index]
+            torch.randn(3, 32),
+            torch.tensor([[0, 3], [3, 1], [0, 2]]),
+            torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]),  # of a token that passes: zeros
+        )
+    counts = load.take()
+    assert counts == [1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    assert load.metrics(counts) == {"layers.0": {"max_load": 2.6667, "unused": 2}}
+
+
 def test_routers_are_frozen_unless_the_recipe_trains_them() -> None:
     for method in (Full(kind="full"), Lora(kind="lora", r=2)):
         model = build_method(method).attach(mixture(), seed=0)
