@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from published import PUBLISHED
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.simulation.model_shape import describe_model
+from tests.architectures.published import PUBLISHED
 
 USED = ("num_experts_per_tok", "top_k_experts")
 
