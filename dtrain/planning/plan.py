@@ -207,6 +207,9 @@ def _hours(count: TokenCount | None, speed: Estimate, before: float) -> Estimate
 def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
     """Why the figures of a plan may be wrong."""
     caveats = []
+    if workload.shape.outer:
+        kind = workload.shape.kind
+        caveats.append(f"the activations of {kind} are an estimate from the layers that it has")
     if workload.offload:
         caveats.append("no published figures confirm the memory of offloading")
     if workload.distills:

@@ -25,8 +25,8 @@ UTILIZATION = {
     "rtx3090": (0.51, 0.60, 0.68),
 }
 OTHER_UTILIZATION = (0.33, 0.56, 0.70)
-# What mixtures of experts, whose products are small, reach of these three: from NeMo AutoModel and
-# prime-rl (7 rows of tests/unit/planning/mixture_points.csv).
+# What mixtures of experts, whose products are small, reach of these three: fitted to 7 rows of NeMo
+# AutoModel and prime-rl (tests/unit/planning/mixture_points.csv), so these rows do not confirm it.
 EXPERTS_REACH = (0.70, 0.67, 1.0)
 
 # Bytes of memory traffic that dequantizing one element from NF4 to 16 bits costs in each pass.

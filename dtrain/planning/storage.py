@@ -54,9 +54,11 @@ def host_save_bytes(workload: Workload) -> float:
 
 
 def host_merge_bytes(workload: Workload) -> float:
-    """Host memory of the merge: copies of the largest tensor, whatever the model's size."""
+    """Host memory of the merge: copies of the largest matrix, whatever the model's size."""
     shape = workload.shape
-    largest = max(shape.vocabulary * shape.hidden, *(x.elements for x in shape.linears))
+    largest = max(
+        shape.vocabulary * shape.hidden, *(x.elements // x.experts for x in shape.linears)
+    )
     return RANK_HOST_BYTES + MERGE_COPIES * FLOAT32 * largest
 
 
