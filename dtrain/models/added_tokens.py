@@ -109,12 +109,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
     for token, number in zip(tokens.words, ids, strict=True):
         encoded = tokenizer.encode(token, add_special_tokens=False)
         others = [x for x in encoded if x != number]  # a space in front of texts
-        alone = (
-            number >= 0
-            and tokenizer.decode([number]) == token
-            and not str(tokenizer.decode(others)).strip()
-        )
-        if not alone or encoded.count(number) != 1:
+        is_one = encoded.count(number) == 1 and tokenizer.decode([number]) == token
+        if not is_one or str(tokenizer.decode(others)).strip():
             raise UserError(
                 f"the tokenizer ({type(tokenizer).__name__}) does not encode the new token "
                 f"{token!r} as one token",

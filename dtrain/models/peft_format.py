@@ -55,12 +55,16 @@ class AdapterOrigin:
 
 
 _TokenId = Annotated[int, Field(ge=-1, le=2**60)]  # -1: none, in some old files
+_TokenIds = _TokenId | list[_TokenId] | None
 
 
 class GenerationFile(TypedDict, total=False):
-    """What dtrain uses of generation_config.json."""
+    """What dtrain and transformers' `generate` use of generation_config.json."""
 
-    eos_token_id: _TokenId | list[_TokenId] | None
+    bos_token_id: _TokenIds
+    decoder_start_token_id: _TokenIds
+    eos_token_id: _TokenIds
+    pad_token_id: _TokenIds
     stop_strings: str | list[str] | None
 
 

@@ -138,7 +138,7 @@ def test_index_that_leaves_its_folder_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{"eos_token_id": [1, "2"]}, {"eos_token_id": 2**70}, {"stop_strings": {}}]
+    "content", [{"eos_token_id": [1, "2"]}, {"bos_token_id": 2**70}, {"stop_strings": {}}]
 )
 def test_wrong_types_in_the_generation_config_are_named(folder: Path, content: object) -> None:
     (folder / "generation_config.json").write_text(json.dumps(content))

@@ -119,7 +119,7 @@ def test_message_has_the_planned_memory_and_suggestions() -> None:
 
 
 def test_unknown_base_gets_general_advice(tmp_path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "of-no-library"}')
     recipe = load_recipe("7b-lora", [f"model.base={tmp_path}"])
     text = out_of_memory_text(MemoryError("no more"), recipe)
     assert "plan" not in text and "gradient_checkpointing=true" in text
