@@ -188,19 +188,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "starcoder2+window": {"sliding_window": WINDOW},
 }  # fmt: skip
 # Multimodal types without a class for text alone.
-WRAPPERS = [
-    "glm4v",
-    "internvl",
-    "kimi_k25",
-    "llava",
-    "llava_next",
-    "mistral3",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "smolvlm",
-]
+WRAPPERS = ["glm4v", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 PRECISIONS = ["gemma3_text", "gemma4_text", "gpt2", "llama", "phi3", "qwen3"]
 ATTENTIONS = ["gpt2%eager", "llama%eager", "llama%sdpa"]
 
