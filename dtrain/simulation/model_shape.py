@@ -24,6 +24,7 @@ from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.expert_layers import (
     expert_parameters,
     has_transposed_matrices,
+    is_batched,
     is_experts,
     router_layers,
 )
@@ -233,7 +234,7 @@ def _head_size(attention: Any, otherwise: int) -> int:
 
 
 def _experts_per_token(model: PreTrainedModel) -> int:
-    """How many experts a token uses, as the router of the first layer says."""
+    """How many experts a token uses, as the router of the first layer says, or the config."""
     chosen: list[int] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,6 +243,9 @@ def _experts_per_token(model: PreTrainedModel) -> int:
             chosen.append(index.shape[-1])
 
     modules = [module for module in model.modules() if is_experts(module)]
+    if all(map(is_batched, modules)):  # they get every token, most of them as zeros
+        config: Any = model.config.get_text_config()
+        return int(config.num_experts_per_tok)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
     unused_parameters(model)  # a forward pass, as far as it needs no values
     for hook in hooks:

@@ -42,6 +42,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
         "moe_intermediate_size": 704,
     },
+    "Mistral-Small-3.2-24B with its tower": {
+        "model_type": "mistral3", "tie_word_embeddings": False, "text_config": {
+            "model_type": "mistral", "hidden_size": 5120, "num_hidden_layers": 40,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "intermediate_size": 32768, "vocab_size": 131072,
+        },
+    },
+    "Llama-4-Scout-17B-16E": {"model_type": "llama4_text"},
+    "Llama-4-Scout-17B-16E with its tower": {"model_type": "llama4"},
     "Nemotron-3-Nano-30B-A3B": {
         "model_type": "nemotron_h", "hidden_size": 2688, "num_attention_heads": 32,
         "num_key_value_heads": 2, "head_dim": 128, "hybrid_override_pattern": _NEMOTRON,

@@ -17,7 +17,7 @@ def test_counts_of_published_models(name: str) -> None:
     config = AutoConfig.for_model(**PUBLISHED[name])
     shape, text = describe_model(config), config.get_text_config()
     with torch.device("meta"):
-        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+        parameters = dict(AutoModelForCausalLM.from_config(text).named_parameters())
     total = sum(p.numel() for p in parameters.values())
     used = next((k for key in USED if (k := getattr(text, key, None))), 0)
     idle = [p[used:] for n, p in parameters.items() if ".experts." in n]
