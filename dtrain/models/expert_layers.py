@@ -118,9 +118,13 @@ def recorded_routers(model: nn.Module) -> tuple[int, list[nn.Module]]:
 def _routers_of(model: nn.Module, experts: str, count: int, declared: set[nn.Module]) -> set[str]:
     """The routers of some experts: what transformers records, or what has a row for each."""
     block, _, own = experts.rpartition(".")
-    beside = {f"{block}.{n}": m for n, m in model.get_submodule(block).named_children() if n != own}
-    recorded = {name for name, child in beside.items() if not declared.isdisjoint(child.modules())}
-    return recorded or {n for n, child in beside.items() if _has_a_row_for_each(child, count)}
+    siblings = {
+        f"{block}.{n}": m for n, m in model.get_submodule(block).named_children() if n != own
+    }
+    recorded = {
+        name for name, child in siblings.items() if not declared.isdisjoint(child.modules())
+    }
+    return recorded or {n for n, child in siblings.items() if _has_a_row_for_each(child, count)}
 
 
 def _has_a_row_for_each(module: nn.Module, experts: int) -> bool:

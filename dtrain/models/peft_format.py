@@ -22,7 +22,7 @@ from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
-# Files of a tokenizer with new tokens, which lies next to an adapter that trained them.
+# Files of a tokenizer with new tokens, next to an adapter that trained them.
 NEW_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 COMBINED = "combine.json"  # record of a combined adapter, in its folder
 BOTTLENECK = "BOTTLENECK"  # peft_type of adapters that PEFT does not have

@@ -13,13 +13,14 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
 from dtrain.distributed.world import World
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import CalibrationRecord, append_record, versions
 from dtrain.planning.choose import has_choice, resolve
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.speed import tokens_per_second
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster
 
 CPU = Gpu("cpu", 16, 0.1, 10, 1, 1)  # its figures only serve to compare runs with each other
 

@@ -10,12 +10,13 @@ from dtrain.config.methods import TRAITS, MethodSettings, method_like
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.units import size
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import FITS, ORDER, TIGHT, MemoryFit, assess_fit
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.shapes import ModelShape
 from dtrain.planning.speed import tokens_per_second
-from dtrain.planning.workload import Cluster, Workload, build_workload
+from dtrain.planning.workload import Cluster, Workload
 
 GOOD_SPEED = 0.97  # of the best speed; among options that reach it, less memory is better
 MAX_MICRO_TOKENS = 16_384  # a larger micro-batch does not use a GPU better

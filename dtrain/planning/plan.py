@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import Correction, find_correction
 from dtrain.planning.choose import PlanOption, list_options, resolve
 from dtrain.planning.engine_base import MemoryEstimate
@@ -38,7 +39,7 @@ from dtrain.planning.storage import (
     stage_tokens,
 )
 from dtrain.planning.wall_time import WallTime, forward_passes, not_timed, stage_wall_time
-from dtrain.planning.workload import Cluster, Workload, build_workload
+from dtrain.planning.workload import Cluster, Workload
 
 ProgressBar = Callable[[str, int], AbstractContextManager[ReportProgress]]
 """Opens a progress bar with a title and a number of units."""

@@ -24,11 +24,12 @@ from merge_models import values_of
 from safetensors.torch import save_file
 
 from dtrain.config.load import load_recipe
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.storage import RANK_HOST_BYTES, host_merge_bytes
-from dtrain.planning.workload import Cluster, Workload, build_workload
+from dtrain.planning.workload import Cluster, Workload
 from dtrain.samples.make import ensure
 
 RANKS = 2

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.simulated_peak import simulate_step
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "plan_worker.py"

@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.deepspeed_file import load_ds_config
 from dtrain.config.load import load_recipe
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.simulated_peak import simulate_step
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster
 
 SIZES = {
     "hidden_size": 256,

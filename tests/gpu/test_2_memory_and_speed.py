@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from dtrain.config.load import load_recipe
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import gpu_of_device
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster
 
 HERE = Path(__file__).parent
 STEPS, WARM_UP_STEPS = 10, 4

@@ -14,9 +14,10 @@ from dtrain.config.load import load_recipe
 from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.planning.activations import saved_bytes
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.workload import Cluster, build_workload
+from dtrain.planning.workload import Cluster
 
 SIZES = {
     "hidden_size": 64,

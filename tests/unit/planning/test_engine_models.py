@@ -12,6 +12,7 @@ from dtrain.config.load import load_recipe
 from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.planning.activations import TrainerProfile, layer_bytes, saved_bytes
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_base import MemoryEstimate
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
@@ -26,7 +27,6 @@ from dtrain.planning.workload import (
     PERSISTENT_ELEMENTS,
     Cluster,
     Workload,
-    build_workload,
 )
 from dtrain.planning.zero3_gathers import simulate_gathers
 

@@ -14,10 +14,11 @@ from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.planning.architectures import read_config, shape_of
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import KNOWN, find_config, find_shape
 from dtrain.planning.shapes import ModelShape, select_linears
-from dtrain.planning.workload import Cluster, Workload, build_workload
+from dtrain.planning.workload import Cluster, Workload
 
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
 SMALL = GQA | {"intermediate_size": 96, "num_hidden_layers": 2}

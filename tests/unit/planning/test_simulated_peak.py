@@ -13,6 +13,7 @@ from dtrain.config.methods import Full
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
 from dtrain.planning import simulated_peak
+from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
@@ -24,7 +25,7 @@ from dtrain.planning.simulated_peak import (
     simulated_layers,
     with_layers,
 )
-from dtrain.planning.workload import Cluster, Workload, build_workload
+from dtrain.planning.workload import Cluster, Workload
 
 
 def peaks(layers: int, *sizes: tuple[str, str, float, float]) -> list[SimulatedPeak]:
