@@ -13,12 +13,13 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.errors import UserError
 from dtrain.core.log import say, warn
 from dtrain.distributed.world import World
+from dtrain.planning.architectures import shape_of
 from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import CalibrationRecord, append_record, versions
 from dtrain.planning.choose import has_choice, resolve
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import Gpu, gpu_of_device
-from dtrain.planning.known_models import find_shape
+from dtrain.planning.known_models import find_config
 from dtrain.planning.speed import tokens_per_second
 from dtrain.planning.workload import Cluster
 
@@ -91,7 +92,8 @@ def record_calibration(
     planned: dict[str, float] = {}
     with suppress(UserError, OSError):
         cluster = cluster_of(world)
-        workload = build_workload(recipe, stage, find_shape(str(base))[0], cluster)
+        shape = shape_of(*find_config(str(base)))  # known ones alone: building takes seconds
+        workload = build_workload(recipe, stage, shape, cluster)
         peak = build_engine_model(workload).peak_memory().peak
         speed = tokens_per_second(workload, cluster).middle
         if world.device.type == "cuda":
