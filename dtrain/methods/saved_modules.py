@@ -189,7 +189,7 @@ def fill_copies(block: nn.Module) -> None:
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What the copies hold besides what trains, by name in the model: PEFT loads it too."""
+    """What the copies hold that does not train, by name in the model: PEFT loads it too."""
     return {
         f"{name}.modules_to_save.{adapter}.{leaf}": values
         for name, wrapper in saved_wrappers(model)
