@@ -121,7 +121,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     # The three parts of a rotation fill a head.
     **{
         kind: {"text_config": {"rope_parameters": THREE_PARTS}}
-        for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+        for kind in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    },
+    # The tower of the first has names of its own.
+    "qwen2_vl": {
+        "text_config": {"rope_parameters": THREE_PARTS},
+        "vision_config": {"embed_dim": HIDDEN, "depth": LAYERS},
     },
     "glm4v": {"text_config": {"rope_parameters": THREE_PARTS}},
     # The indexer has no default sizes.
@@ -145,6 +150,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cohere+qk": {"use_qk_norm": True},
     "falcon+alibi": {"alibi": True},
     "falcon+new": {"new_decoder_architecture": True},
+    "gemma4_text+moe": {
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": HIDDEN // 2,
+    },
     "gemma4_text+noper": {"hidden_size_per_layer_input": 0},
     "gemma4_text+shared": {
         "num_kv_shared_layers": SHARED_LAYERS, "num_hidden_layers": LAYERS + SHARED_LAYERS,
@@ -188,7 +197,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "starcoder2+window": {"sliding_window": WINDOW},
 }  # fmt: skip
 # Multimodal types without a class for text alone.
-WRAPPERS = ["glm4v", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+WRAPPERS = [
+    "glm4v", "internvl", "kimi_k25", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+]  # fmt: skip
 PRECISIONS = ["gemma3_text", "gemma4_text", "gpt2", "llama", "phi3", "qwen3"]
 ATTENTIONS = ["gpt2%eager", "llama%eager", "llama%sdpa"]
 
